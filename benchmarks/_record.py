@@ -1,0 +1,67 @@
+"""What every benchmark writes: its rows, with the machine and versions they were measured on, and a plot."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+
+def run(name: str, measure: Callable[..., Sequence[Row]], plot: Callable[[Sequence[Row]], Figure]) -> None:
+    """Read ``--quick`` and ``--out`` from the command line, measure, print the table, write NAME.json and NAME.png."""
+    parser = argparse.ArgumentParser(description=measure.__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small run that ends within a minute on two cores")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where to write")
+    options = parser.parse_args()
+    mpl.use("Agg")
+    rows = measure(quick=options.quick)
+    print(table(rows))
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = {"environment": environment() | {"quick": options.quick}, "rows": list(rows)}
+    (options.out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    plot(rows).savefig(options.out / f"{name}.png", dpi=150, bbox_inches="tight")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor or GPU, threads, date and commit."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("artaug", "torch", "diffusers", "transformers", "peft")},
+        "processor": _processor(),
+        "gpu": gpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text."""
+    names = list(rows[0])
+    cells = [names, *([_shown(row[name]) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def _shown(cell: object) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()

@@ -1,0 +1,129 @@
+"""How the documentation is built: every warning is an error, every example runs, nothing is downloaded."""
+
+import dataclasses
+import inspect
+import shutil
+import typing
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.nodes import make_refnode
+
+import artaug
+
+project = "artaug"
+author = "the artaug developers"
+project_copyright = author
+release = version = artaug.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = "artaug"
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+default_role = "py:obj"  # `Box` in a docstring is a link, and a misspelt one an error; ``code`` is code
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+# The notebook lives with the examples and is executed here.
+HERE = Path(__file__).parent
+NOTEBOOK = HERE.parent / "examples" / "quickstart.ipynb"
+if NOTEBOOK.exists():
+    shutil.copyfile(NOTEBOOK, HERE / NOTEBOOK.name)
+nb_execution_mode = "cache"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 900
+nb_merge_streams = True
+
+# Names of other libraries need their inventories, which need the network. Every name of ours is checked.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(collections|contextlib|jaxtyping|np|numpy|nn|os|pathlib|PIL|pydantic|safetensors|torch|typing)\..*"),
+    (r"py:.*", r"(accelerate|diffusers|peft|transformers)\..*"),
+    (
+        r"py:.*",
+        r"(Bool|Callable|Float|Generator|Image|Int|Iterable|Iterator|Mapping|Module|ndarray|Path|Sequence|Tensor)",
+    ),
+    (r"py:.*", r"(artaug\..*\.)?T"),  # a type variable
+]
+
+
+def show_public_paths(package: ModuleType) -> None:
+    """Show the path people import from: `artaug.scorers.Chroma`, not the module it is written in."""
+    for exported in (getattr(package, name) for name in package.__all__):
+        if inspect.isclass(exported) and exported.__module__.startswith(f"{package.__name__}."):
+            exported.__module__ = package.__name__
+
+
+def gather_field_docs(package: ModuleType) -> None:
+    """Let autodoc find the strings below fields, although exports say they come from the package itself."""
+    gathered = ModuleAnalyzer.for_module(package.__name__)
+    gathered.analyze()
+    for path in Path(package.__path__[0]).rglob("[!_]*.py"):
+        part = ModuleAnalyzer.for_file(path, path.stem)
+        part.analyze()
+        gathered.attr_docs.update(part.attr_docs)
+        gathered.tagorder.update(part.tagorder)
+
+
+def show_plain_types(package: ModuleType) -> None:
+    """Show `Annotated[float, Field(gt=0)] = 1.0` as `float = 1.0`: the sentence below the field says the range."""
+    for _, cls in inspect.getmembers(package, dataclasses.is_dataclass):
+        plain = typing.get_type_hints(cls)
+        signature = inspect.signature(cls)
+        parameters = [
+            one.replace(
+                annotation=plain.get(one.name, one.annotation),
+                default=... if repr(one.default) == "<factory>" else one.default,
+            )
+            for one in signature.parameters.values()
+        ]
+        cls.__signature__ = signature.replace(parameters=parameters)
+        cls.__annotations__.update({name: plain[name] for name in cls.__annotations__})
+
+
+for name in ("", ".critics", ".diffusion", ".playground", ".regional", ".scorers", ".training"):
+    package = import_module(f"artaug{name}")
+    show_public_paths(package)
+    gather_field_docs(package)
+    show_plain_types(package)
+
+
+def keep_colons(_app: Sphinx, what: str, *described: object) -> None:
+    """Keep Napoleon from reading "At most this many: each costs time" below a field as a type and its meaning."""
+    lines = described[-1]
+    if what in {"attribute", "data", "property"} and lines:
+        lines[0] = f": {lines[0]}"
+
+
+def find_by_last_name(
+    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, text: nodes.Element
+) -> nodes.Node | None:
+    """Let `Chroma` find artaug.scorers.Chroma from anywhere, as long as only one public name ends so."""
+    last = f".{node['reftarget'].rpartition('.')[2]}"
+    found = [one for one in env.domains.python_domain.get_objects() if one[0].endswith(last) and one[2] not in MEMBERS]
+    if node.get("refdomain") != "py" or len(found) != 1:
+        return None
+    name, _, _, page, anchor, _ = found[0]
+    return make_refnode(app.builder, node["refdoc"], page, anchor, [text], name)
+
+
+MEMBERS = {"attribute", "method", "property"}
+
+
+def setup(app: Sphinx) -> None:
+    """Connect what Sphinx calls back; Napoleon's handlers have the usual priority of 500."""
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)
+    app.connect("missing-reference", find_by_last_name)

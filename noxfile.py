@@ -1,0 +1,128 @@
+"""The one door: every check, the demo and the benchmarks. `nox --list` says what there is."""
+
+import re
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"  # and so pip, which honours the constraints and local wheels
+nox.options.reuse_venv = "yes"
+nox.options.error_on_external_run = True
+nox.options.sessions = ["lint", "types", "tests"]
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def install(session: nox.Session, *requirements: str, group: str | None = None) -> None:
+    """Install into the session's environment, at the tested versions."""
+    members = nox.project.dependency_groups(PYPROJECT, group) if group else ()
+    session.install("--constraint", "constraints.txt", *requirements, *members)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check format, style, spelling, the floors of the package and the changelog fragments."""
+    install(session, group="lint")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("typos")
+    session.run("lint-imports", env={"PYTHONPATH": "src"})
+    session.run("towncrier", "build", "--draft", "--version", "next", silent=True)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check every annotation with mypy, strictly; and that a critic written as the docs show passes, too."""
+    install(session, "--editable", ".[report]", group="types")
+    session.run("mypy", "src", "tools", "examples", "benchmarks")
+    written_by_users = Path(session.create_tmp()).resolve() / "critics.py"
+    written_by_users.write_text("".join(FENCE.findall(Path("docs/critics.md").read_text("utf-8"))), "utf-8")
+    session.run("mypy", str(written_by_users))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the test suite and the examples of the docstrings, and say which lines of the core they miss."""
+    install(session, "--editable", ".[report]", group="tests")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    if not session.posargs:
+        session.run("coverage", "report")
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a CUDA device."""
+    install(session, "--editable", ".[report]", group="tests")
+    session.run("pytest", "-m", "gpu", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation with every warning an error, and run its examples and its notebook."""
+    install(session, "--editable", ".[report]", group="docs")
+    for builder in ("html", "doctest"):
+        session.run("sphinx-build", "-W", "-n", "--keep-going", "-q", "-b", builder, "docs", f"docs/_build/{builder}")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run the whole loop on the playground: ends with a table, a picture report and a LoRA in runs/quickstart."""
+    install(session, "--editable", ".[report]")
+    session.run("python", "examples/quickstart.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run every benchmark; arguments after -- are handed to each, such as --quick."""
+    install(session, "--editable", ".[report]")
+    for path in sorted(Path("benchmarks").glob("[!_]*.py")):
+        session.run("python", "-m", f"benchmarks.{path.stem}", *session.posargs)
+
+
+@nox.session(name="train-playground")
+def train_playground(session: nox.Session) -> None:
+    """Train the playground's model from its seed, as it was trained for the package."""
+    install(session, "--editable", ".[report]")
+    session.run("python", "tools/train_playground.py", *session.posargs)
+
+
+@nox.session(reuse_venv=False)
+def package(session: nox.Session) -> None:
+    """Build the wheel, install it into an empty environment and look at it from outside."""
+    wheels = Path(session.create_tmp()).resolve()
+    for old in wheels.glob("*.whl"):
+        old.unlink()
+    session.run("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(wheels), ".")
+    (wheel,) = wheels.glob("*.whl")
+    install(session, str(wheel), group="package")
+    with session.chdir(wheels):
+        session.run("python", "-c", LOOK)
+        session.run("pyright", "--ignoreexternal", "--verifytypes", "artaug")
+
+
+LOOK = """
+import importlib.resources, artaug
+root = importlib.resources.files("artaug")
+assert "site-packages" in str(root), f"{root} is the checkout, not the wheel"
+assert (root / "py.typed").is_file(), "the wheel has no py.typed"
+weights = [path for path in root.joinpath("playground").rglob("*.safetensors")]
+assert weights, "the wheel has no playground weights"
+print(f"artaug {artaug.__version__}: py.typed and {sum(path.stat().st_size for path in weights) / 2**20:.1f} MiB of weights")
+"""
+
+
+@nox.session(reuse_venv=False)
+def constraints(session: nox.Session) -> None:
+    """Resolve everything afresh, at the newest versions, and write constraints.txt."""
+    session.install(".[report]", *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"]))
+    frozen = session.run("python", "-m", "pip", "freeze", "--exclude", "artaug", silent=True)
+    pins = "\n".join(line.partition("+")[0] for line in str(frozen).splitlines())
+    Path("constraints.txt").write_text(f"{CONSTRAINTS_HEADER}{pins}\n", encoding="utf-8")
+
+
+CONSTRAINTS_HEADER = """\
+# The whole tested set. nox sessions install through it; `nox -s constraints` writes it anew.
+# The pin of torch keeps machines without a GPU on the build CI uses.
+"""

@@ -1,0 +1,275 @@
+"""Drawing with diffusers: any pipeline of a known family, plain, guided by regions, wearing LoRAs."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from artaug.diffusion.family import Family
+from artaug.diffusion.known import family_at, family_of
+from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError
+from artaug.lora import LoRA
+from artaug.plan import Plan
+from artaug.regional.guide import Conditioning, EncodedRegion, Guide
+from artaug.synthesis import Synthesizer
+from artaug.training.model import DiffusionModel
+
+
+@dataclass(frozen=True, eq=False)
+class WornLoRA:
+    """A LoRA a synthesizer draws with, and how strongly."""
+
+    lora: LoRA
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DiffusersSynthesizer(Synthesizer):
+    """Draws with a diffusers pipeline, adding regions and LoRAs without changing it.
+
+    A plan without regions draws bit for bit what ``pipeline(...)`` draws with the same options and
+    ``generator=torch.Generator().manual_seed(seed)``. The pipeline is shared, never copied and never altered: guides and
+    LoRAs are installed for one run and leave no trace. One synthesizer draws one batch at a time.
+
+    Raises:
+        ModelError: for a pipeline of an unknown family or with a part in training mode, or a size or option its family
+            cannot work with.
+        InvalidValueError: for fewer than one step, or a negative prompt and ``true_cfg_scale`` that would be ignored.
+        LoRAMismatchError: for a LoRA that names layers the model does not have.
+    """
+
+    pipeline: DiffusionPipeline = field(repr=False)
+    """The diffusers pipeline, loaded and placed as its owner likes (offloaded, quantised, compiled)."""
+    guide: Guide | None = None
+    """How regions steer. Without one, a plan with regions is an error."""
+    width: int = 1024
+    """In pixels, a multiple of the model's image token."""
+    height: int = 1024
+    """In pixels, a multiple of the model's image token."""
+    steps: int = 28
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Strength of guidance; None for what the family recommends (FLUX.1: 3.5 where the model takes it)."""
+    negative_prompt: str | None = None
+    """What not to draw, for every picture; needs ``true_cfg_scale`` above 1."""
+    true_cfg_scale: float = 1.0
+    """Strength of classifier-free guidance against ``negative_prompt``. Above 1 it doubles the time of a step."""
+    max_sequence_length: int = 512
+    """Tokens of a prompt the model reads; what is cut is warned of."""
+    loras: tuple[WornLoRA, ...] = ()
+    """What `with_lora` has added, each on top of the others."""
+    family: type[Family] | None = field(default=None, repr=False)
+    """How to handle the pipeline; None to recognise it. Give your own for a pipeline artaug does not know."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InvalidValueError(f"DiffusersSynthesizer(steps={self.steps}) would draw noise: need at least 1.")
+        if (self.negative_prompt is None) != (self.true_cfg_scale == 1) or self.true_cfg_scale < 1:
+            raise InvalidValueError(
+                f"negative_prompt={self.negative_prompt!r} with true_cfg_scale={self.true_cfg_scale} would have no "
+                "effect: set both (a scale above 1), or neither."
+            )
+        module = self._bound_family.module
+        training = [name for name, part in self.pipeline.components.items() if getattr(part, "training", False)]
+        if training:
+            raise ModelError(f"{training} of the pipeline are in training mode, where dropout is random. Call .eval().")
+        for worn in self.loras:
+            with worn.lora.worn_by(module):
+                pass
+
+    @classmethod
+    def from_pretrained(  # noqa: D417, PLR0913 - the class's own fields, documented there
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        guide: Guide | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        width: int = 1024,
+        height: int = 1024,
+        steps: int = 28,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        true_cfg_scale: float = 1.0,
+        max_sequence_length: int = 512,
+    ) -> Self:
+        """Load a pipeline from a folder or the Hub and draw with it.
+
+        Args:
+            source: a folder that ``save_pretrained`` wrote, or a Hub name like ``"black-forest-labs/FLUX.1-dev"``.
+            guide: how regions steer.
+            dtype: of the weights; None for float32. FLUX.1 is meant for ``torch.bfloat16``.
+            device: where to put the pipeline; None for the CPU. To offload, load it yourself and use the constructor.
+            width, height, steps, guidance_scale, negative_prompt, true_cfg_scale, max_sequence_length: the fields.
+
+        Raises:
+            ModelError: if there is no pipeline at ``source``, or one of an unknown family; nothing large is read then.
+        """
+        pipeline = family_at(source).pipeline_class.from_pretrained(source, dtype=dtype)  # type: ignore[attr-defined]
+        return cls(
+            pipeline=pipeline if device is None else pipeline.to(device),
+            guide=guide,
+            width=width,
+            height=height,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            true_cfg_scale=true_cfg_scale,
+            max_sequence_length=max_sequence_length,
+        )
+
+    def synthesize(self, plan: Plan, *, seed: int) -> Image:
+        """Draw one picture.
+
+        Raises:
+            GuideError: if the plan has regions and this synthesizer no guide.
+            NonFiniteError: if NaN or infinity appeared on the way.
+        """
+        return self.synthesize_batch([plan], seeds=[seed])[0]
+
+    def synthesize_batch(self, plans: Sequence[Plan], *, seeds: Sequence[int]) -> list[Image]:
+        """Draw many pictures in one call of the pipeline; each plan has regions of its own, or none.
+
+        A picture of a batch equals the same picture drawn alone up to rounding: how a matrix product rounds depends on
+        its size.
+
+        Raises:
+            GuideError: if a plan has regions and this synthesizer no guide.
+            NonFiniteError: if NaN or infinity appeared on the way.
+        """
+        if len(plans) != len(seeds):
+            raise InvalidValueError(f"each plan needs its seed: received {len(plans)} plans and {len(seeds)} seeds.")
+        if not plans:
+            return []
+        family = self._bound_family
+        with torch.no_grad(), self._wearing(family.module), _without_progress_bar(self.pipeline):
+            conditioning = family.encode_prompts([plan.prompt for plan in plans])
+            with self._steering(family, conditioning, plans):
+                pictures = self.pipeline(
+                    **family.arguments(conditioning, self._negative(family, len(plans))),
+                    width=self.width,
+                    height=self.height,
+                    num_inference_steps=self.steps,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                    callback_on_step_end=_check_latents,
+                    output_type="pt",
+                ).images
+        return self._finished(pictures)
+
+    def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
+        """A synthesizer that draws with ``lora`` on top of those worn already; this one stays as it is.
+
+        Both share the pipeline: nothing is copied, loaded or fused, and they can draw in turn.
+
+        Raises:
+            LoRAMismatchError: if the LoRA names layers the model does not have.
+        """
+        return dataclasses.replace(self, loras=(*self.loras, WornLoRA(lora, scale)))
+
+    @contextmanager
+    def training(self) -> Iterator[DiffusionModel]:
+        """Lend the model to a trainer for a ``with`` block: frozen, and wearing the LoRAs this synthesizer draws with."""
+        family = self._bound_family
+        with self._wearing(family.module), _frozen(family.module):
+            yield family
+
+    @property
+    def _bound_family(self) -> Family:
+        kind = self.family or family_of(self.pipeline)
+        return kind(
+            pipeline=self.pipeline,
+            width=self.width,
+            height=self.height,
+            guidance_scale=self.guidance_scale,
+            true_cfg_scale=self.true_cfg_scale,
+            max_sequence_length=self.max_sequence_length,
+        )
+
+    @contextmanager
+    def _wearing(self, module: nn.Module) -> Iterator[None]:
+        with ExitStack() as wardrobe:
+            for worn in self.loras:
+                wardrobe.enter_context(worn.lora.worn_by(module, scale=worn.scale))
+            yield
+
+    def _negative(self, family: Family, count: int) -> Conditioning | None:
+        return None if self.negative_prompt is None else family.encode_prompts([self.negative_prompt] * count)
+
+    def _steering(
+        self, family: Family, conditioning: Conditioning, plans: Sequence[Plan]
+    ) -> AbstractContextManager[None]:
+        """The guide at work where a plan has regions; a batch without any is drawn by the bare pipeline."""
+        regional = [plan for plan in plans if plan.regions]
+        if not regional:
+            return nullcontext()
+        if self.guide is None:
+            raise GuideError(
+                f"{len(regional)} of {len(plans)} plans have regions (first: {regional[0].prompt!r}, "
+                f"{len(regional[0].regions)} of them) and this synthesizer has no guide to read them. "
+                "Give it one: DiffusersSynthesizer(..., guide=artaug.OutputMix())."
+            )
+        return self.guide.steering(family.denoiser(conditioning), _encoded_regions(family, plans))
+
+    def _finished(self, pictures: Tensor) -> list[Image]:
+        """Pictures as Pillow has them: diffusers would turn NaN into black without a word."""
+        if not pictures.isfinite().all():
+            raise NonFiniteError(
+                "the VAE decoded finite latents to NaN. In float16 some overflow: load it in bfloat16 or float32."
+            )
+        processor = self.pipeline.image_processor
+        images: list[Image] = processor.numpy_to_pil(processor.pt_to_numpy(pictures))
+        return images
+
+
+def _encoded_regions(family: Family, plans: Sequence[Plan]) -> list[list[EncodedRegion]]:
+    """Every picture's regions with their prompts encoded: each prompt once, in groups no larger than the batch."""
+    prompts = list(dict.fromkeys(region.prompt for plan in plans for region in plan.regions))
+    encoded: dict[str, Conditioning] = {}
+    for start in range(0, len(prompts), len(plans)):
+        some = prompts[start : start + len(plans)]
+        rows = family.encode_prompts(some)
+        encoded |= {
+            prompt: {name: tensor[row : row + 1] for name, tensor in rows.items()} for row, prompt in enumerate(some)
+        }
+    return [[EncodedRegion(region, encoded[region.prompt]) for region in plan.regions] for plan in plans]
+
+
+def _check_latents(
+    _pipeline: DiffusionPipeline, step: int, _timestep: Tensor, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    if not tensors["latents"].isfinite().all():
+        raise NonFiniteError(
+            f"the latents hold NaN or infinity after step {step + 1}. "
+            "Check the weights and the LoRA worn; a float16 model may need bfloat16."
+        )
+    return {}
+
+
+@contextmanager
+def _without_progress_bar(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Keep a pipeline silent for one run: progress is shown by the loop, one bar for all pictures."""
+    config = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(**{**config, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**config)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Let no parameter a module has now ask for a gradient, and restore what each asked for."""
+    asked = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, wanted in asked:
+            parameter.requires_grad_(wanted)

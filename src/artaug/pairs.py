@@ -1,0 +1,75 @@
+"""One prompt drawn twice, what was decided about it, and how every prompt of a run ends."""
+
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+from PIL.Image import Image
+from pydantic import Field
+
+from artaug.errors import InvalidValueError
+from artaug.plan import Plan
+from artaug.values import value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePair:
+    """One prompt and seed, drawn before and after a critique.
+
+    Raises:
+        InvalidValueError: if the two pictures differ in size, since then nothing in them corresponds.
+    """
+
+    prompt: str
+    seed: int
+    before: Image
+    """Drawn from the prompt alone."""
+    after: Image
+    """Drawn from the plan, with the same seed."""
+    plan: Plan
+    """What made the difference."""
+
+    def __post_init__(self) -> None:
+        if self.before.size != self.after.size:
+            raise InvalidValueError(
+                f"the two pictures of {self.prompt!r} differ in size: before {self.before.size}, "
+                f"after {self.after.size}. A pair needs two pictures of one size."
+            )
+
+
+@value
+class Verdict:
+    """Whether a pair is kept, why, and the numbers that rests on."""
+
+    keep: bool
+    reason: str
+    scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+    """By name, every number that was looked at: ``{"Exposure gain": 0.21, ...}``."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A pair that got better and will be learned from."""
+
+    pair: ImagePair
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A pair that the filter refused."""
+
+    pair: ImagePair
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A prompt that never became a pair: the critic abstained, or nothing was to be changed."""
+
+    prompt: str
+    seed: int
+    reason: str
+
+
+Attempt: TypeAlias = Kept | Dropped | Skipped
+"""How one prompt of a run ended. Every prompt ends as exactly one, with a reason."""

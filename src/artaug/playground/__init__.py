@@ -1,0 +1,48 @@
+"""A tiny world and a tiny real FLUX that draws it: the loop, with ground truth, on any laptop.
+
+>>> from artaug import playground
+>>> image = playground.render("a red cone on the left at night", seed=0)
+>>> [(thing.colour, thing.shape, thing.place) for thing in playground.detect(image)]
+[('red', 'cone', 'on the left')]
+"""
+
+from pathlib import Path
+
+from artaug.diffusion import DiffusersSynthesizer
+from artaug.playground.detect import Alignment, Found, alignment, detect
+from artaug.playground.render import render
+from artaug.playground.scorers import Accuracy
+from artaug.playground.world import CaptionError, Scene, Thing, parse, prompts
+from artaug.regional import Guide
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""The pipeline's folder, in the layout of ``diffusers``."""
+
+
+def synthesizer(*, guide: Guide | None = None, steps: int = 12) -> DiffusersSynthesizer:
+    """The playground's own FLUX: 64 x 64 pixels, a few million weights, loaded like any other model.
+
+    Args:
+        guide: how regions steer it; without one it draws plain pictures only.
+        steps: sampling steps.
+    """
+    return DiffusersSynthesizer.from_pretrained(
+        WEIGHTS, guide=guide, width=64, height=64, steps=steps, max_sequence_length=24
+    )
+
+
+__all__ = [
+    "WEIGHTS",
+    "Accuracy",
+    "Alignment",
+    "CaptionError",
+    "Found",
+    "Scene",
+    "Thing",
+    "alignment",
+    "detect",
+    "parse",
+    "prompts",
+    "render",
+    "synthesizer",
+]

@@ -1,0 +1,73 @@
+"""How much of each image token a region governs. Boxes and masks are area-averaged exactly, whatever the grid."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from artaug.errors import GuideError
+from artaug.geometry import Mask
+from artaug.plan import Region
+
+
+def token_weights(region: Region, grid: tuple[int, int]) -> Float[Tensor, "rows columns"]:
+    """Give a region's weight on every image token: its ``weight`` times the part of the token it covers.
+
+    Nothing is sampled: a token half inside a box gets half the weight, and a mask coarser or finer than the grid is
+    averaged over each token's area. The feather is a Gaussian integrated over the tokens, the picture's edge repeated
+    outwards, so a region that touches the edge stays whole there and no grid is too small.
+
+    Args:
+        region: where, how strongly, how softly.
+        grid: rows and columns of image tokens.
+
+    Returns:
+        Float32, shape (rows, columns), on the CPU, values in [0, ``region.weight``].
+
+    Raises:
+        GuideError: if no token gets any weight, since the region would go unread.
+
+    >>> import artaug as aa
+    >>> from artaug.regional import token_weights
+    >>> token_weights(aa.Region(aa.Box(0, 0, 0.375, 1), "a brightly lit window", weight=2.0), (1, 4))
+    tensor([[2., 1., 0., 0.]])
+    """
+    rows, columns = grid
+    if isinstance(region.area, Mask):
+        mask = torch.from_numpy(region.area.to_array()).double()
+        covered = _averaging(region.area.height, rows) @ mask @ _averaging(region.area.width, columns).T
+    else:
+        box = region.area
+        covered = torch.outer(_coverage(box.top, box.bottom, rows), _coverage(box.left, box.right, columns))
+    if region.feather:
+        sigma = region.feather * min(rows, columns)
+        covered = _blurring(sigma, rows) @ covered @ _blurring(sigma, columns).T
+    weights = (covered.clamp(0, 1) * region.weight).float()
+    if not weights.any():
+        raise GuideError(f"{region!r} gives no weight to any of {rows} x {columns} image tokens. Make it larger.")
+    return weights
+
+
+def _coverage(start: float, end: float, count: int) -> Tensor:
+    """The part of each of ``count`` tokens on an axis that lies between two relative positions."""
+    token = torch.arange(count, dtype=torch.float64)
+    return ((token + 1).clamp(max=end * count) - token.clamp(min=start * count)).clamp(min=0)
+
+
+def _averaging(cells: int, count: int) -> Tensor:
+    """The matrix (count, cells) that averages a mask's cells over each token's length; every row sums to 1."""
+    # In units of 1 / (cells * count) every edge is a whole number, so the shares are exact.
+    token = torch.arange(count)[:, None] * cells
+    cell = torch.arange(cells)[None, :] * count
+    shared = torch.minimum(token + cells, cell + count) - torch.maximum(token, cell)
+    return shared.clamp(min=0).double() / cells
+
+
+def _blurring(sigma: float, count: int) -> Tensor:
+    """The matrix (count, count) of a Gaussian of ``sigma`` tokens, all that falls off an end kept by the last token."""
+    edges = torch.arange(count + 1, dtype=torch.float64) - 0.5
+    edges[0], edges[-1] = -math.inf, math.inf
+    centres = torch.arange(count, dtype=torch.float64)
+    below: Tensor = torch.special.ndtr((edges[None, :] - centres[:, None]) / sigma)
+    return below.diff(dim=1)

@@ -1,0 +1,139 @@
+"""Scorers that need no model: they measure light, colour, modelling and focus, each in [0, 1].
+
+The formulas, and where they come from, are those of `artaug.photometry`. None looks at the prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+from PIL.Image import Image
+
+from artaug.errors import InvalidValueError
+from artaug.photometry import MEASURES, chroma, contrast, exposure, sharpness, srgb
+from artaug.scoring import Scorer, scored
+
+
+@final
+@dataclass(frozen=True)
+class Exposure(Scorer):
+    """How well exposed: mean of ``exp(-(Y - 0.5)^2 / 0.08)``, Y the luma in [0, 1] (Mertens et al. 2007).
+
+    1 for mid-grey, 0.04 for pure black or pure white.
+
+    >>> from artaug.scorers import Exposure
+    >>> from PIL import Image
+    >>> round(Exposure().score(Image.new("RGB", (8, 8), "black"), "night"), 3)
+    0.044
+    """
+
+    def score(self, image: Image, prompt: str) -> float:
+        return exposure(srgb(image))
+
+
+@final
+@dataclass(frozen=True)
+class Chroma(Scorer):
+    """How colourful: the index of Hasler and Suesstrunk (2003) divided by its "extremely colourful" 109, at most 1.
+
+    0 for greys; a photograph has about 0.3 (moderately colourful) to 0.6.
+
+    >>> from artaug.scorers import Chroma
+    >>> from PIL import Image
+    >>> Chroma().score(Image.new("L", (8, 8), 90), "fog")
+    0.0
+    """
+
+    def score(self, image: Image, prompt: str) -> float:
+        return chroma(srgb(image))
+
+
+@final
+@dataclass(frozen=True)
+class Contrast(Scorer):
+    """How far light and dark lie apart: twice the standard deviation of the luma (Peli 1990), at most 1.
+
+    0 for a flat picture, 1 for one half black and half white.
+
+    >>> from artaug.scorers import Contrast
+    >>> from PIL import Image
+    >>> Contrast().score(Image.linear_gradient("L"), "dawn") > Contrast().score(Image.new("L", (8, 8), 90), "fog")
+    True
+    """
+
+    def score(self, image: Image, prompt: str) -> float:
+        return contrast(srgb(image))
+
+
+@final
+@dataclass(frozen=True)
+class Sharpness(Scorer):
+    """How sharp: 1 minus the blur effect of Crete et al. (2007), that of ``skimage.measure.blur_effect``.
+
+    0 where there is no edge at all. It depends on the size in pixels: compare pictures of one size.
+
+    >>> from artaug.scorers import Sharpness
+    >>> from PIL import Image, ImageFilter
+    >>> picture = Image.effect_noise((64, 64), 60)
+    >>> Sharpness().score(picture, "") > Sharpness().score(picture.filter(ImageFilter.GaussianBlur(2)), "")
+    True
+    """
+
+    def score(self, image: Image, prompt: str) -> float:
+        return sharpness(srgb(image))
+
+
+@final
+@dataclass(frozen=True)
+class Photometric(Scorer):
+    """The mean of `Exposure`, `Chroma`, `Contrast` and `Sharpness`, in [0, 1].
+
+    >>> from artaug.scorers import Photometric
+    >>> from PIL import Image
+    >>> round(Photometric().score(Image.new("L", (8, 8), 128), "fog"), 2)
+    0.25
+    """
+
+    @property
+    def rests_on(self) -> frozenset[str]:
+        return frozenset({"Photometric", "Exposure", "Chroma", "Contrast", "Sharpness"})
+
+    def score(self, image: Image, prompt: str) -> float:
+        pixels = srgb(image)
+        return float(np.mean([measure(pixels) for measure in MEASURES.values()]))
+
+
+@final
+@dataclass(frozen=True)
+class MeanOf(Scorer):
+    """The mean of several scorers, which should share a range, since the widest would speak for all.
+
+    Raises:
+        InvalidValueError: if there is no scorer.
+
+    >>> from artaug.scorers import Chroma, Exposure, MeanOf
+    >>> MeanOf((Exposure(), Chroma())).name
+    'mean of Exposure and Chroma'
+    """
+
+    scorers: tuple[Scorer, ...]
+
+    def __post_init__(self) -> None:
+        if not self.scorers:
+            raise InvalidValueError("MeanOf(()) has nothing to take the mean of: need at least one scorer.")
+
+    @property
+    def name(self) -> str:
+        return "mean of " + " and ".join(scorer.name for scorer in self.scorers)
+
+    @property
+    def rests_on(self) -> frozenset[str]:
+        return frozenset({self.name}).union(*(scorer.rests_on for scorer in self.scorers))
+
+    def score(self, image: Image, prompt: str) -> float:
+        return self.score_batch([image], [prompt])[0]
+
+    def score_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+        each = [scored(scorer, images, prompts) for scorer in self.scorers]
+        return [float(number) for number in np.mean(each, axis=0)]

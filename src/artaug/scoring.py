@@ -1,0 +1,63 @@
+"""Pictures to numbers: a metric, a reward, a filter threshold and a stop rule are all a `Scorer`."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from PIL.Image import Image
+
+from artaug.errors import NonFiniteError, SeamError
+
+
+class Scorer(ABC):
+    """Gives a picture a number; higher is better.
+
+    Subclass it and write `score`.
+
+    >>> import artaug as aa
+    >>> class Width(aa.Scorer):
+    ...     def score(self, image, prompt):
+    ...         return float(image.width)
+    >>> Width().name
+    'Width'
+    """
+
+    @property
+    def name(self) -> str:
+        """What tables and verdicts call this scorer."""
+        return type(self).__name__
+
+    @property
+    def rests_on(self) -> frozenset[str]:
+        """Names of the scorers whose numbers go into this one, its own included."""
+        return frozenset({self.name})
+
+    @abstractmethod
+    def score(self, image: Image, prompt: str) -> float:
+        """Score ``image``, which was drawn from ``prompt``."""
+
+    def score_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+        """Score many pictures. Override it where a batch is faster than a loop."""
+        return [self.score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+
+def scored(scorer: Scorer, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+    """Score pictures and check that the scorer answered as its seam promises: one finite number a picture.
+
+    Raises:
+        SeamError: if it returned too few numbers, or something that is no number.
+        NonFiniteError: if a score is NaN or infinite, naming the prompt.
+    """
+    answers = scorer.score_batch(images, prompts)
+    if len(answers) != len(images):
+        raise SeamError(f"{scorer.name}.score_batch returned {len(answers)} scores for {len(images)} pictures.")
+    numbers: list[float] = []
+    for answer, prompt in zip(answers, prompts, strict=True):
+        try:
+            number = float(answer)
+        except (TypeError, ValueError):
+            raise SeamError(f"{scorer.name} returned {answer!r:.120} for {prompt!r}. Expected a number.") from None
+        if not math.isfinite(number):
+            raise NonFiniteError(f"{scorer.name} scored {number} for {prompt!r}. Expected a finite number.")
+        numbers.append(number)
+    return numbers

@@ -1,0 +1,43 @@
+"""Drawing pictures from plans, whatever draws them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+from PIL.Image import Image
+
+from artaug.errors import ModelError
+from artaug.lora import LoRA
+from artaug.plan import Plan
+
+
+class Synthesizer(ABC):
+    """Draws pictures from plans. The same plan and seed give the same picture, whatever was drawn before."""
+
+    @abstractmethod
+    def synthesize(self, plan: Plan, *, seed: int) -> Image:
+        """Draw one picture."""
+
+    def synthesize_batch(self, plans: Sequence[Plan], *, seeds: Sequence[int]) -> list[Image]:
+        """Draw many pictures, one a plan and seed. Override it where a batch is faster than a loop."""
+        return [self.synthesize(plan, seed=seed) for plan, seed in zip(plans, seeds, strict=True)]
+
+    def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
+        """A synthesizer that draws with ``lora`` on top, sharing this one's weights; this one stays as it is.
+
+        Raises:
+            ModelError: if this synthesizer cannot take a LoRA.
+            LoRAMismatchError: if the LoRA names layers the model does not have.
+        """
+        raise ModelError(f"{type(self).__name__} cannot draw with a LoRA: it does not override with_lora.")
+
+
+def picture_seeds(seed: int, count: int) -> list[int]:
+    """Seeds for ``count`` pictures of a run: the same for the same ``seed``, unrelated to those of any other.
+
+    >>> from artaug.synthesis import picture_seeds
+    >>> picture_seeds(0, 3) == picture_seeds(0, 5)[:3]
+    True
+    """
+    return [int(word) for word in np.random.SeedSequence(seed).generate_state(count)]

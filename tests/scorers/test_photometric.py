@@ -1,0 +1,52 @@
+"""Photometric scorers say what `artaug.photometry` measures."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from PIL import Image
+
+import artaug as aa
+from artaug.photometry import MEASURES, srgb
+from artaug.scorers import Chroma, Contrast, Exposure, MeanOf, Photometric, Sharpness
+from artaug.testing import check_scorer
+from support.strategies import Listed, images
+
+FOUR = (Exposure(), Chroma(), Contrast(), Sharpness())
+
+
+@given(images())
+def test_a_scorer_gives_its_measure(image):
+    for scorer in FOUR:
+        assert scorer.score(image, "a pear") == MEASURES[scorer.name.lower()](srgb(image))
+
+
+@given(images())
+def test_photometric_is_the_mean_of_the_four(image):
+    assert Photometric().score(image, "a pear") == pytest.approx(MeanOf(FOUR).score(image, "a pear"))
+    assert 0 <= Photometric().score(image, "a pear") <= 1
+
+
+def test_a_mean_of_none_is_refused():
+    with pytest.raises(aa.InvalidValueError, match="has nothing to take the mean of"):
+        MeanOf(())
+
+
+def test_a_mean_names_its_parts():
+    assert MeanOf(FOUR[:2]).name == "mean of Exposure and Chroma"
+    assert repr(MeanOf(FOUR[:1])) == "MeanOf(scorers=(Exposure(),))"
+
+
+def test_a_mean_scores_each_part_once_a_batch():
+    grey = [Image.new("L", (2, 2), level) for level in (10, 20)]
+    assert MeanOf((Listed("A"), Listed("B"))).score_batch(grey, ["", ""]) == [1.0, 2.0]
+
+
+def test_scorers_of_one_kind_are_equal():
+    assert Exposure() == Exposure() != Chroma()
+    assert len({*FOUR, *FOUR}) == 4
+    assert np.unique([scorer.name for scorer in FOUR]).size == 4
+
+
+@pytest.mark.parametrize("scorer", [*FOUR, Photometric(), MeanOf(FOUR)], ids=lambda scorer: scorer.name)
+def test_every_scorer_keeps_the_promises_of_its_seam(scorer):
+    check_scorer(scorer)

@@ -1,0 +1,236 @@
+"""Comparisons on small synthesizers whose pictures, and so whose scores, are known by heart."""
+
+import json
+import math
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import artaug as aa
+from artaug.scorers import Chroma, Photometric, Sharpness
+from artaug.statistics import paired_bootstrap, win_rate
+from artaug.synthesis import picture_seeds
+
+PROMPTS = [f"picture {number}" for number in range(20)]
+
+
+@dataclass(frozen=True)
+class Grey(aa.Synthesizer):
+    """A flat picture whose light depends on prompt and seed, and on what is added."""
+
+    added: int = 0
+    drawn: list[tuple[str, int]] = field(default_factory=list, repr=False)
+
+    def synthesize(self, plan, *, seed):
+        self.drawn.append((plan.prompt, seed))
+        light = 50 + zlib.crc32(f"{plan.prompt} {seed}".encode()) % 100
+        return Image.new("L", (4, 4), light + self.added * (seed % 3))
+
+
+class Light(aa.Scorer):
+    def score(self, image, prompt):
+        return image.getpixel((0, 0)) / 255
+
+
+@dataclass(frozen=True)
+class Named(aa.Scorer):
+    called: str
+    number: float = 0.0
+
+    @property
+    def name(self):
+        return self.called
+
+    def score(self, image, prompt):
+        return self.number
+
+
+def compared(base=Grey(), candidates=None, prompts=PROMPTS, **options):
+    given = {"round 1": Grey(40), "round 2": Grey(80)} if candidates is None else candidates
+    options = {"scorers": [Light()], "progress": False, **options}
+    return aa.compare(base, given, prompts, **options)
+
+
+def test_a_row_says_what_the_scores_say():
+    comparison = compared(seed=5)
+
+    row = comparison.row("Light", "round 2")
+    base, enhanced = comparison.base.scores["Light"], comparison.candidates["round 2"].scores["Light"]
+    differences = np.subtract(enhanced, base)
+    interval = paired_bootstrap(differences, seed=5)
+    assert (row.base, row.enhanced, row.delta) == (np.mean(base), np.mean(enhanced), differences.mean())
+    assert (row.ci_low, row.ci_high, row.win_rate) == (interval.low, interval.high, win_rate(differences))
+    assert row.n == len(PROMPTS)
+    assert row.ci_low <= row.delta <= row.ci_high
+
+
+def test_everyone_draws_the_same_prompts_with_the_same_seeds_and_the_base_draws_once():
+    arms = [Grey(drawn=[]), Grey(1, []), Grey(2, [])]
+
+    comparison = compared(arms[0], {"one": arms[1], "two": arms[2]}, seed=7, batch_size=3)
+
+    expected = list(zip(PROMPTS, picture_seeds(7, len(PROMPTS)), strict=True))
+    assert [arm.drawn for arm in arms] == [expected] * 3
+    assert list(zip(comparison.prompts, comparison.seeds, strict=True)) == expected
+
+
+def test_the_same_synthesizer_is_no_better_than_itself():
+    row = compared(candidates={"twin": Grey()}).rows[0]
+
+    assert (row.delta, row.ci_low, row.ci_high, row.win_rate) == (0, 0, 0, 0.5)
+    assert row.direction == 0
+
+
+def test_swapping_base_and_candidate_turns_the_sign():
+    there = compared(Grey(), {"other": Grey(40)}).rows[0]
+    back = compared(Grey(40), {"other": Grey()}).rows[0]
+
+    assert back.delta == pytest.approx(-there.delta)
+    assert back.win_rate == pytest.approx(1 - there.win_rate)
+    assert (there.direction, back.direction) == (1, -1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_the_batch_size_changes_nothing(batch_size):
+    assert compared(batch_size=batch_size).to_dict() == compared().to_dict()
+
+
+def test_another_seed_draws_other_pictures():
+    assert compared(seed=1).base.scores != compared(seed=2).base.scores
+
+
+@pytest.mark.parametrize(("asked", "held"), [(0, 0), (5, 5), (100, 20)])
+def test_only_the_first_pictures_are_kept(asked, held):
+    comparison = compared(pictures=asked, batch_size=3)
+
+    drafts = zip(PROMPTS, comparison.seeds, strict=True)
+    expected = [Grey().synthesize(aa.Plan(prompt), seed=seed) for prompt, seed in drafts]
+    assert list(comparison.base.pictures) == expected[:held]
+    assert [len(arm.pictures) for arm in comparison.candidates.values()] == [held, held]
+
+
+def test_the_table_is_aligned_and_marks_what_filtered_the_pairs():
+    table = compared(scorers=[Light(), Named("Chroma", 0.25)], filtered_by=["Chroma"], seed=3).table()
+
+    heading, rule, *lines = table.splitlines()[:6]
+    assert heading.split() == ["scorer", "candidate", "base", "enhanced", "difference", "95%", "interval", "wins"]
+    assert [line.split()[0] for line in lines] == ["Light", "round", "Chroma", "round"]
+    assert lines[2].startswith("Chroma †  round 1    0.250     0.250      +0.000")
+    assert {len(line) for line in (heading, rule, *lines)} == {len(rule)}
+    assert "20 prompts" in table
+    assert table.endswith("† The training pairs were filtered by this scorer, so it says less than the others.")
+
+
+def test_a_table_without_filtering_scorers_has_no_dagger():
+    assert "†" not in compared().table()
+
+
+@pytest.mark.parametrize(("half", "decimals"), [(0.0, 3), (2.5, 3), (0.03, 3), (0.0004, 4), (1e-12, 8)])
+def test_numbers_are_printed_as_finely_as_the_interval_needs(half, decimals):
+    row = aa.ScoreRow("a", "b", 0.0, 0.0, 0.0, -half, half, 0.5, 9)
+
+    assert row.decimals == decimals
+
+
+def test_the_summary_is_plain_json_from_which_every_number_follows():
+    comparison = compared(filtered_by=["Light"])
+
+    read = json.loads(json.dumps(comparison.to_dict()))
+
+    row, scores = read["rows"][0], read["scores"]
+    assert row["filtered_by"] is True
+    assert np.subtract(scores["round 1"]["Light"], scores["base"]["Light"]).mean() == row["delta"]
+    assert read["drawn_by"] == {"base": "Grey(added=0)", "round 1": "Grey(added=40)", "round 2": "Grey(added=80)"}
+    assert (read["prompts"], read["seeds"]) == (PROMPTS, list(comparison.seeds))
+
+
+def test_a_notebook_shows_the_table_with_names_escaped():
+    shown = compared(scorers=[Named("<b>bold</b>")])._repr_html_()
+
+    assert "&lt;b&gt;bold&lt;/b&gt;" in shown
+    assert "<b>" not in shown
+    assert shown.count("<tr>") == 3
+
+
+def test_a_comparison_cannot_be_changed():
+    comparison = compared()
+
+    with pytest.raises(TypeError):
+        comparison.candidates["round 3"] = comparison.base
+    with pytest.raises(TypeError):
+        comparison.base.scores["Light"] = ()
+
+
+def test_a_bar_an_arm_shows_the_progress(capsys):
+    compared(progress=True)
+
+    bars = capsys.readouterr().err
+    assert all(f"compare: {name}" in bars for name in ("base", "round 1", "round 2"))
+
+
+def test_a_missing_row_names_those_there_are():
+    with pytest.raises(
+        aa.InvalidValueError, match=r"no row \('Light', 'round 9'\). There are: \('Light', 'round 1'\), "
+    ):
+        compared().row("Light", "round 9")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "text"),
+    [
+        pytest.param({"prompts": []}, aa.PromptError, "at least 2 prompts, received 0", id="no-prompts"),
+        pytest.param({"prompts": ["a hill"]}, aa.PromptError, "at least 2 prompts, received 1", id="one-prompt"),
+        pytest.param({"prompts": "a hill"}, aa.PromptError, "received 'a hill'", id="a-string"),
+        pytest.param(
+            {"scorers": []}, aa.InvalidValueError, r"scorers named \[\]. Expected at least one", id="no-scorers"
+        ),
+        pytest.param(
+            {"scorers": [Light(), Light()]},
+            aa.InvalidValueError,
+            "different names: override Scorer.name",
+            id="one-name",
+        ),
+        pytest.param({"candidates": {}}, aa.InvalidValueError, r"candidates \[\]. Expected at least one", id="no-one"),
+        pytest.param({"candidates": {"base": Grey()}}, aa.InvalidValueError, "none called 'base'", id="base-twice"),
+        pytest.param({"filtered_by": "Light"}, aa.InvalidValueError, "received one string", id="no-list"),
+        pytest.param({"batch_size": 0}, aa.InvalidValueError, "need batch_size >= 1", id="no-batch"),
+        pytest.param({"pictures": -1}, aa.InvalidValueError, "pictures >= 0", id="less-than-no-picture"),
+        pytest.param(
+            {"scorers": [Named("Broken", math.nan)]}, aa.NonFiniteError, "Broken scored nan for 'picture 0'", id="nan"
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(wrong, error, text):
+    with pytest.raises(error, match=text):
+        compared(**wrong)
+
+
+def test_nothing_is_drawn_before_the_arguments_are_sound():
+    base = Grey(drawn=[])
+
+    with pytest.raises(aa.InvalidValueError):
+        compared(base, filtered_by="Light")
+
+    assert base.drawn == []
+
+
+def test_a_synthesizer_that_draws_too_little_is_named():
+    class Lazy(Grey):
+        def synthesize_batch(self, plans, *, seeds):
+            return []
+
+    with pytest.raises(aa.SeamError, match=r"Lazy\.synthesize_batch returned 0 pictures for 8 plans"):
+        compared(Lazy())
+
+
+def test_a_mean_is_marked_if_the_pairs_were_filtered_by_a_part_of_it():
+    comparison = compared(scorers=[Photometric(), Chroma(), Sharpness()], filtered_by=aa.Gain(Chroma()).scorers)
+    marked = {row.scorer: row.filtered_by for row in comparison.rows}
+    assert marked == {"Photometric": True, "Chroma": True, "Sharpness": False}
+
+
+def test_the_pairs_may_be_filtered_by_a_scorer_the_comparison_does_without():
+    assert not compared(scorers=[Sharpness()], filtered_by=aa.Gain(Chroma()).scorers).rows[0].filtered_by

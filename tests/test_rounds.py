@@ -1,0 +1,177 @@
+"""Rounds on a tiny real FLUX: what they learn, when they stop, and that nothing of it is hidden."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import artaug as aa
+from artaug.diffusion import DiffusersSynthesizer
+from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer
+from support.tiny_flux import TINY_SIZE, tiny_flux
+
+ADVICE = FixedCritic(aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.5, 1), "a bright window"),)))
+PROMPTS = ["a kitchen", "a harbour", "a garden"]
+TRAINER = aa.DifferentialLoRATrainer(rank=2, steps=2, batch_size=2, learning_rate=1e-2)
+
+
+@dataclass
+class Ledger(aa.Scorer):
+    """Scores pictures by the next number of a list: a script for what a stop rule will see."""
+
+    numbers: list[float]
+
+    def score(self, image, prompt):
+        return self.numbers.pop(0)
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return DiffusersSynthesizer(
+        pipeline=tiny_flux(),
+        guide=aa.OutputMix(),
+        width=TINY_SIZE,
+        height=TINY_SIZE,
+        steps=2,
+        max_sequence_length=32,
+    )
+
+
+def enhanced(synthesizer, *, prompts=PROMPTS, critic=ADVICE, keep=None, rounds=2, stop=None, seed=0):
+    return aa.enhance(
+        prompts,
+        synthesizer=synthesizer,
+        critic=critic,
+        planner=aa.GreedyPlanner(),
+        keep=FixedFilter(keep=True) if keep is None else keep,
+        trainer=TRAINER,
+        fuser=aa.ConcatFuser(),
+        rounds=rounds,
+        stop=stop,
+        seed=seed,
+        batch_size=2,
+        progress=False,
+    )
+
+
+def delta(lora, layer):
+    return lora.layers[layer].delta()
+
+
+def test_the_result_is_the_sum_of_what_the_rounds_learned(flux):
+    result = enhanced(flux)
+
+    first, second = result.rounds
+    assert result.stopped == "all 2 rounds ran"
+    assert result.lora is second.lora
+    for name in result.lora.layers:
+        both = delta(first.training.lora, name) + delta(second.training.lora, name)
+        torch.testing.assert_close(delta(result.lora, name), both, atol=1e-6, rtol=0)
+
+
+def test_the_same_arguments_give_the_same_lora_and_another_seed_another(flux):
+    one, again, other = enhanced(flux, rounds=1), enhanced(flux, rounds=1), enhanced(flux, rounds=1, seed=1)
+    for name in one.lora.layers:
+        assert torch.equal(one.lora.layers[name].down, again.lora.layers[name].down)
+        assert torch.equal(one.lora.layers[name].up, again.lora.layers[name].up)
+    assert any(not torch.equal(one.lora.layers[name].up, other.lora.layers[name].up) for name in one.lora.layers)
+
+
+def test_the_second_round_draws_with_what_the_first_has_learned(flux):
+    first, second = enhanced(flux).rounds
+    taught = flux.with_lora(first.lora)
+    pair = second.attempts[0].pair
+    assert pair.before.tobytes() != flux.synthesize(aa.Plan(pair.prompt), seed=pair.seed).tobytes()
+    assert (
+        pair.before.tobytes()
+        == taught.synthesize_batch(
+            [aa.Plan(end.pair.prompt) for end in second.attempts[:2]], seeds=[e.pair.seed for e in second.attempts[:2]]
+        )[0].tobytes()
+    )
+    assert {end.pair.seed for end in first.attempts}.isdisjoint(end.pair.seed for end in second.attempts)
+
+
+def test_the_base_model_is_bitwise_what_it_was(flux):
+    transformer = flux.pipeline.transformer
+    weights = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    picture = flux.synthesize(aa.Plan("a kitchen"), seed=0).tobytes()
+
+    enhanced(flux)
+
+    assert transformer.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in transformer.state_dict().items())
+    assert flux.synthesize(aa.Plan("a kitchen"), seed=0).tobytes() == picture
+
+
+def test_every_stage_is_timed_and_every_prompt_accounted_for(flux):
+    keep = FixedFilter(keep=True)
+    result = enhanced(flux, keep=keep, rounds=1, stop=aa.StopRule(Ledger([0.0] * 4), PROMPTS[:2]))
+    (only,) = result.rounds
+    assert set(only.seconds) == {"draw", "criticise", "redraw", "judge", "train", "combine", "measure"}
+    summary = result.summary()
+    assert summary["prompts"] == {"asked": 3, "kept": 3, "dropped": 0, "skipped": 0, "skipped_because": {}}
+    assert summary["rounds"][0]["pairs"] == 3
+    assert summary["rounds"][0]["steps"] == 2
+
+
+# A stop rule with two prompts scores before, before, after, after.
+@pytest.mark.parametrize(
+    ("scores", "accepted"),
+    [
+        ([0.0, 0.0, 1.0, 1.0], True),
+        ([0.0, 0.0, 0.0, 0.0], False),
+        ([1.0, 1.0, 0.0, 0.0], False),
+        ([0, 0, 1, -1], False),
+    ],
+    ids=["all better", "no change", "all worse", "not settled"],
+)
+def test_a_round_counts_only_if_its_whole_interval_lies_above_zero(flux, scores, accepted):
+    result = enhanced(flux, rounds=1, stop=aa.StopRule(Ledger(list(scores)), PROMPTS[:2]))
+    assert result.rounds[0].accepted is accepted
+    if not accepted:
+        assert result.stopped == "round 1 did not help on held-out prompts"
+        with pytest.raises(aa.NothingToLearnError, match="no round helped"):
+            _ = result.lora
+
+
+def test_a_last_round_that_did_not_help_is_left_out_of_the_result(flux):
+    result = enhanced(flux, rounds=3, stop=aa.StopRule(Ledger([0, 0, 1, 1, 0, 0, 0, 0]), PROMPTS[:2]))
+    assert [one.accepted for one in result.rounds] == [True, False]
+    assert result.lora is result.rounds[0].lora
+    assert result.stopped == "round 2 did not help on held-out prompts"
+
+
+def test_a_first_round_that_keeps_nothing_says_what_became_of_the_prompts(flux):
+    with pytest.raises(aa.NothingToLearnError, match=r"round 1 kept none of 3 prompts: 3 dropped, 0 skipped; most of"):
+        enhanced(flux, keep=FixedFilter(keep=False))
+    with pytest.raises(aa.NothingToLearnError, match="0 dropped, 3 skipped; most often because 'the critic abstained"):
+        enhanced(flux, critic=FixedCritic(aa.Abstention("too dark")))
+
+
+@dataclass(frozen=True)
+class OnceCritic(aa.Critic):
+    """Finds fault with the very pictures the untaught model draws, and with nothing else."""
+
+    faulty: frozenset[bytes]
+
+    def critique(self, image, prompt):
+        return ADVICE.answer if image.tobytes() in self.faulty else aa.Critique()
+
+
+def test_a_later_round_that_keeps_nothing_ends_the_loop_with_what_there_is(flux):
+    first = enhanced(flux, rounds=1)
+    critic = OnceCritic(frozenset(end.pair.before.tobytes() for end in first.rounds[0].attempts))
+    result = enhanced(flux, critic=critic)
+    assert len(result.rounds) == 1
+    assert result.stopped.startswith("round 2 kept none of 3 prompts: 0 dropped, 3 skipped")
+    assert result.lora is result.rounds[0].lora
+
+
+def test_a_synthesizer_without_a_model_to_lend_is_refused_before_anything_is_drawn():
+    with pytest.raises(aa.ModelError, match="SwatchSynthesizer lends no model to train"):
+        enhanced(SwatchSynthesizer())
+
+
+def test_no_rounds_is_no_wish():
+    with pytest.raises(aa.InvalidValueError, match=r"enhance\(rounds=0\) would do nothing"):
+        enhanced(SwatchSynthesizer(), rounds=0)

@@ -1,0 +1,53 @@
+"""What a scorer may answer, and what happens when it does not."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import artaug as aa
+from artaug.scoring import scored
+
+PICTURE = Image.new("RGB", (8, 8))
+
+
+class Saying(aa.Scorer):
+    def __init__(self, *answers):
+        self.answers = answers
+
+    def score(self, image, prompt):
+        return self.answers[0]
+
+    def score_batch(self, images, prompts):
+        return list(self.answers)
+
+
+def test_numbers_of_any_make_become_plain_ones():
+    numbers = scored(Saying(np.float32(0.5), 1, True), [PICTURE] * 3, ["a"] * 3)
+    assert numbers == [0.5, 1.0, 1.0]
+    assert {type(number) for number in numbers} == {float}
+
+
+def test_a_batch_is_a_loop_unless_overridden():
+    class Width(aa.Scorer):
+        def score(self, image, prompt):
+            return float(image.width)
+
+    assert scored(Width(), [PICTURE, Image.new("L", (3, 3))], ["a", "b"]) == [8.0, 3.0]
+    assert Width().name == "Width"
+
+
+def test_too_few_scores_are_counted():
+    with pytest.raises(aa.SeamError, match=r"Saying.score_batch returned 1 scores for 2 pictures\."):
+        scored(Saying(1.0), [PICTURE] * 2, ["a", "b"])
+
+
+@pytest.mark.parametrize("answer", [None, "high", [1, 2]])
+def test_an_answer_that_is_no_number_is_quoted(answer):
+    with pytest.raises(aa.SeamError, match=r"for 'a pear'\. Expected a number\."):
+        scored(Saying(answer), [PICTURE], ["a pear"])
+
+
+@pytest.mark.parametrize("answer", [float("nan"), float("-inf")])
+def test_an_answer_that_is_not_finite_names_the_prompt(answer):
+    with pytest.raises(aa.NonFiniteError, match=f"Saying scored {answer} for 'a pear'"):
+        scored(Saying(answer), [PICTURE], ["a pear"])

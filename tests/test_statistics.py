@@ -1,0 +1,119 @@
+"""Paired statistics against scipy, against their definition and against what they promise."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import artaug as aa
+from artaug import statistics
+from artaug.statistics import Interval, paired_bootstrap, win_rate
+
+DIFFERENCES = st.lists(st.floats(-100, 100), min_size=2, max_size=40)
+
+
+def test_the_interval_is_scipys():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(3).gamma(2.0, size=120) - 1.0
+
+    ours = paired_bootstrap(values, seed=1)
+
+    theirs = scipy_stats.bootstrap(
+        (values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert [ours.low, ours.high] == pytest.approx([theirs.low, theirs.high], abs=0.03 * (theirs.high - theirs.low))
+
+
+@pytest.mark.parametrize("drawn", ["normal", "skewed", "ties"])
+def test_95_percent_intervals_hold_the_truth_95_times_in_100(drawn):
+    generator = np.random.default_rng(0)
+    draw = {
+        "normal": lambda: generator.normal(0.1, 1.0, size=128),
+        "skewed": lambda: generator.exponential(0.1, size=128),
+        "ties": lambda: generator.choice([0.0, 0.0, 0.4, -0.0], size=128),
+    }[drawn]
+
+    intervals = [paired_bootstrap(draw(), seed=run, resamples=400) for run in range(1200)]
+
+    held = np.mean([interval.low <= 0.1 <= interval.high for interval in intervals])
+    assert 0.93 <= held <= 0.97
+
+
+@given(DIFFERENCES)
+def test_the_interval_lies_within_the_differences(differences):
+    interval = paired_bootstrap(differences, resamples=50)
+
+    slack = 1e-9
+    assert min(differences) - slack <= interval.low <= interval.high <= max(differences) + slack
+
+
+@given(st.floats(-100, 100), st.integers(2, 50))
+def test_equal_differences_leave_no_doubt(number, count):
+    interval = paired_bootstrap([number] * count, resamples=20)
+
+    assert [interval.low, interval.high] == pytest.approx([number, number], abs=1e-12)
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_seed_another():
+    differences = np.random.default_rng(0).normal(size=30)
+
+    assert paired_bootstrap(differences, seed=4) == paired_bootstrap(differences, seed=4)
+    assert paired_bootstrap(differences, seed=4) != paired_bootstrap(differences, seed=5)
+
+
+def test_drawing_in_small_parts_changes_nothing(monkeypatch):
+    differences = np.random.default_rng(0).normal(size=30)
+    at_once = paired_bootstrap(differences, resamples=200)
+
+    monkeypatch.setattr(statistics, "_DRAWS_AT_ONCE", 7 * 30)
+
+    assert paired_bootstrap(differences, resamples=200) == at_once
+
+
+def test_a_wider_level_gives_a_wider_interval():
+    differences = np.random.default_rng(0).normal(size=30)
+
+    narrow, wide = (paired_bootstrap(differences, level=level) for level in (0.5, 0.99))
+
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+@given(DIFFERENCES)
+def test_a_win_rate_counts_wins_and_half_the_ties(differences):
+    wins, ties = sum(one > 0 for one in differences), sum(one == 0 for one in differences)
+
+    assert win_rate(differences) == pytest.approx((wins + ties / 2) / len(differences))
+
+
+@given(DIFFERENCES)
+def test_what_one_side_wins_the_other_loses(differences):
+    assert win_rate(differences) + win_rate([-one for one in differences]) == pytest.approx(1)
+
+
+def test_one_difference_has_no_interval():
+    with pytest.raises(
+        aa.InvalidValueError, match="received 1 difference, which says nothing about the spread: need 2"
+    ):
+        paired_bootstrap([0.5])
+
+
+@pytest.mark.parametrize("measure", [paired_bootstrap, win_rate])
+def test_nothing_and_nonsense_are_refused(measure):
+    with pytest.raises(aa.InvalidValueError, match=r"a list of differences, one a prompt, received shape \(0,\)"):
+        measure([])
+    with pytest.raises(aa.InvalidValueError, match=r"received shape \(2, 2\)"):
+        measure(np.zeros((2, 2)))
+    with pytest.raises(aa.NonFiniteError, match="difference 1 is not finite"):
+        measure([0.0, math.nan])
+
+
+@pytest.mark.parametrize("options", [{"resamples": 0}, {"level": 0.0}, {"level": 1.0}])
+def test_settings_without_meaning_are_refused(options):
+    with pytest.raises(aa.InvalidValueError, match=r"need at least 1 resample and a level in \(0, 1\)"):
+        paired_bootstrap([0.0, 1.0], **options)
+
+
+def test_an_interval_holds_plain_numbers():
+    assert repr(Interval(np.float64(0.25), np.float64(1))) == "Interval(low=0.25, high=1.0)"

@@ -1,0 +1,106 @@
+"""A tiny real model for a trainer: four-by-four pictures as latents, and a denoiser of three blocks."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from artaug.pairs import ImagePair
+from artaug.plan import Plan
+from artaug.training import FlowMatching
+
+SIDE = 4
+PIXELS = SIDE * SIDE * 3
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.attn = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Dropout(0.5), nn.Linear(2 * width, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, hidden):
+        return hidden + self.mlp(self.attn(self.norm(hidden)))
+
+
+class TinyDenoiser(nn.Module):
+    def __init__(self, width=64):
+        super().__init__()
+        self.proj_in = nn.Linear(PIXELS + 8 + 1, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+        self.proj_out = nn.Linear(width, PIXELS)
+
+    def forward(self, noisy, sigmas, prompts):
+        hidden = self.proj_in(torch.cat([noisy.flatten(1), prompts, sigmas[:, None].to(noisy)], dim=1))
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.proj_out(hidden).reshape(noisy.shape)
+
+
+class TinyModel:
+    """Fulfils `artaug.training.DiffusionModel`, and lends itself as an `artaug.training.Trainable`."""
+
+    def __init__(self, *, noising=None, dtype=torch.float32, worn=()):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.module = TinyDenoiser().to(dtype)
+        self.noising = noising or FlowMatching()
+        self.dtype = dtype
+        self.worn = worn
+        self.calls = SimpleNamespace(images=0, prompts=0)
+
+    def encode_images(self, images):
+        self.calls.images += len(images)
+        pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).div(127.5).sub(1).to(self.dtype)
+
+    def encode_prompts(self, prompts):
+        self.calls.prompts += len(prompts)
+        return {"embeds": torch.tensor([[float(byte % 7 - 3) for byte in f"{one:8.8}".encode()] for one in prompts])}
+
+    def predict(self, noisy, sigmas, conditioning):
+        return self.module(noisy.to(self.dtype), sigmas, conditioning["embeds"].to(self.dtype))
+
+    @contextmanager
+    def training(self):
+        if not self.worn:
+            yield self
+            return
+        with self.worn[0].worn_by(self.module):
+            yield self
+
+
+def picture(seed):
+    grid = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    return Image.fromarray(grid)
+
+
+def make_pair(seed, *, changed=True, prompt=None):
+    prompt = prompt or f"scene {seed}"
+    after = picture(seed + 1000) if changed else picture(seed)
+    return ImagePair(prompt=prompt, seed=seed, before=picture(seed), after=after, plan=Plan(prompt))
+
+
+@pytest.fixture
+def make_model():
+    return TinyModel
+
+
+@pytest.fixture
+def tiny_model():
+    return TinyModel()
+
+
+@pytest.fixture
+def pair_of():
+    return make_pair
+
+
+@pytest.fixture
+def two_pairs():
+    return [make_pair(1), make_pair(2)]

@@ -1,0 +1,117 @@
+"""The formulas of noising: levels, mixing, targets, and what a pair makes of them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from artaug.errors import InvalidValueError
+from artaug.training import EpsilonPrediction, FlowMatching, VPrediction
+
+NOISINGS = [FlowMatching(), FlowMatching(shift=3.0, logit_normal=True), EpsilonPrediction(), VPrediction()]
+VARIANCE_PRESERVING = [EpsilonPrediction(), VPrediction()]
+
+every_noising = pytest.mark.parametrize("noising", NOISINGS, ids=repr)
+
+
+def drawn(seed, *, rows=3):
+    generator = torch.Generator().manual_seed(seed)
+    before, after, noise, prediction = torch.randn((4, rows, 2, 5), generator=generator, dtype=torch.float64)
+    sigmas = 0.01 + 0.98 * torch.rand(rows, generator=generator, dtype=torch.float64)
+    return before, after, noise, prediction, sigmas
+
+
+@every_noising
+@given(seed=st.integers(0, 2**32))
+def test_the_paired_target_moves_the_clean_estimate_by_exactly_the_difference(noising, seed):
+    before, after, noise, prediction, sigmas = drawn(seed)
+    target = noising.paired_target(prediction, after - before, sigmas)
+    moved = noising.clean(noising.mix(after, noise, sigmas), target, sigmas)
+    teacher = noising.clean(noising.mix(before, noise, sigmas), prediction, sigmas)
+    torch.testing.assert_close(moved, teacher + (after - before), rtol=1e-9, atol=1e-9)
+
+
+@every_noising
+@given(seed=st.integers(0, 2**32))
+def test_the_target_stands_for_the_clean_latents_it_was_made_from(noising, seed):
+    clean, _, noise, _, sigmas = drawn(seed)
+    estimate = noising.clean(noising.mix(clean, noise, sigmas), noising.target(clean, noise, sigmas), sigmas)
+    torch.testing.assert_close(estimate, clean, rtol=1e-9, atol=1e-9)
+
+
+@every_noising
+@given(seed=st.integers(0, 2**32))
+def test_a_perfect_teacher_is_asked_for_what_fine_tuning_asks_for(noising, seed):
+    before, after, noise, _, sigmas = drawn(seed)
+    paired = noising.paired_target(noising.target(before, noise, sigmas), after - before, sigmas)
+    torch.testing.assert_close(paired, noising.target(after, noise, sigmas), rtol=1e-9, atol=1e-9)
+
+
+@every_noising
+@given(
+    seed=st.integers(0, 2**32),
+    within=st.tuples(st.floats(0.0, 0.4), st.floats(0.6, 1.0)),
+)
+def test_levels_lie_in_the_range_asked_for_and_are_never_zero(noising, seed, within):
+    levels = noising.levels(50, torch.Generator().manual_seed(seed), within=within)
+    low, high = (torch.tensor(bound, dtype=torch.float32) for bound in within)
+    assert levels.shape == (50,)
+    assert levels.dtype == torch.float32
+    assert (levels > 0).all()
+    assert ((levels >= low) & (levels <= high)).all()
+
+
+@every_noising
+def test_levels_come_from_the_generator_and_from_nowhere_else(noising):
+    state = torch.random.get_rng_state()
+    first, again = (noising.levels(8, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_uniform_levels_have_the_shifted_median(shift):
+    levels = FlowMatching(shift=shift).levels(20_000, torch.Generator().manual_seed(0))
+    assert levels.median().item() == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), abs=0.01)
+
+
+def test_logit_normal_levels_have_a_standard_normal_logit():
+    logits = torch.logit(FlowMatching(logit_normal=True).levels(20_000, torch.Generator().manual_seed(0)).double())
+    assert logits.mean().item() == pytest.approx(0, abs=0.03)
+    assert logits.std().item() == pytest.approx(1, abs=0.03)
+
+
+def test_the_schedule_is_the_one_diffusers_uses():
+    from diffusers import DDPMScheduler  # noqa: PLC0415
+
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    known = (1 - scheduler.alphas_cumprod).sqrt()
+    levels = EpsilonPrediction().levels(200, torch.Generator().manual_seed(0))
+    assert (levels[:, None] - known).abs().min(dim=1).values.max() < 1e-5
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, math.inf, math.nan])
+def test_a_shift_that_is_none_is_refused(shift):
+    with pytest.raises(InvalidValueError, match="need a finite shift above 0"):
+        FlowMatching(shift=shift)
+
+
+@pytest.mark.parametrize("kind", [EpsilonPrediction, VPrediction])
+def test_a_schedule_that_is_none_is_refused(kind):
+    with pytest.raises(InvalidValueError, match="need 0 < beta_start <= beta_end < 1"):
+        kind(beta_start=0.5, beta_end=0.1)
+
+
+@every_noising
+@pytest.mark.parametrize("within", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)])
+def test_a_range_that_is_none_is_refused(noising, within):
+    with pytest.raises(InvalidValueError, match="need 0 <= lowest < highest <= 1"):
+        noising.levels(1, torch.Generator(), within=within)
+
+
+@pytest.mark.parametrize("noising", VARIANCE_PRESERVING, ids=repr)
+def test_a_range_without_levels_names_the_range_there_is(noising):
+    with pytest.raises(InvalidValueError, match=r"no noise level .* they run from 0\.0292 to 0\.9977"):
+        noising.levels(1, torch.Generator(), within=(0.0, 0.01))

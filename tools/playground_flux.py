@@ -1,0 +1,207 @@
+"""Train the playground's transformer and text encoders by flow matching, exactly as FluxPipeline draws."""
+
+import json
+import logging
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+from torch import Tensor, distributed, nn
+
+from artaug.playground.render import render_batch
+from artaug.playground.world import Scene
+from playground_data import gist, told, training_scene
+from playground_measure import measured
+from playground_pipeline import new_pipeline, tokens, word_positions
+from playground_words import train_words
+from playground_workers import Average, Job, learning_rate, share_gradients
+
+_PEAK = 1.2e-3
+_POOL = 16384
+_FRESH = 0.375
+_SAVE_EVERY, _MEASURE_EVERY = 250, 1000
+_WORD_STEPS = 400
+_SKY, _THINGS = 0.5, 1.3
+"""Weights of the upper three rows of tokens and of the lower five, where things stand."""
+_logger = logging.getLogger("playground.flux")
+
+
+class Velocity(nn.Module):
+    """What learns: from noisy latents and a caption to noise minus latents."""
+
+    def __init__(self, pipeline: FluxPipeline, *, compiled: bool) -> None:
+        """Share the pipeline's modules."""
+        super().__init__()
+        self.transformer = pipeline.transformer
+        self.clip = pipeline.text_encoder
+        self.t5 = pipeline.text_encoder_2
+        self._run = torch.compile(self.transformer) if compiled else self.transformer
+
+    def forward(self, noisy: Tensor, sigma: Tensor, words: Tensor, pooled: Tensor) -> Tensor:
+        """Predict the velocity of packed latents, batch x 64 x channels."""
+        velocity: Tensor = self._run(
+            hidden_states=noisy,
+            encoder_hidden_states=self.t5(words)[0],
+            pooled_projections=self.clip(pooled).pooler_output,
+            timestep=sigma,
+            img_ids=FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32),  # noqa: SLF001
+            txt_ids=torch.zeros(words.shape[1], 3),
+            return_dict=False,
+        )[0]
+        return velocity
+
+
+class Supply:
+    """A pool of encoded scenes; every batch renews a part of it, oldest first."""
+
+    def __init__(self, vae: AutoencoderKL, *, seed: str) -> None:
+        """Start empty."""
+        self._vae = vae
+        self._chooser = random.Random(seed)
+        self._generator = torch.Generator().manual_seed(self._chooser.getrandbits(60))
+        self._scenes: list[Scene] = []
+        self._latents = torch.empty(_POOL, 4 * vae.config.latent_channels * 64)
+        self._drawn = 0
+
+    def batch(self, size: int) -> tuple[Tensor, list[str], list[str]]:
+        """Return packed latents, captions and their gists."""
+        self._renew(size if self._drawn < 4 * size else max(1, round(_FRESH * size)))
+        rows = self._chooser.sample(range(len(self._scenes)), size)
+        captions = [told(self._scenes[row], self._chooser) for row in rows]
+        return self._latents[rows].view(size, 64, -1), captions, [gist(text, self._chooser) for text in captions]
+
+    @torch.no_grad()
+    def _renew(self, count: int) -> None:
+        scenes = [training_scene(self._chooser) for _ in range(count)]
+        pictures = render_batch(scenes, generator=self._generator) * 2 - 1
+        latents = self._vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mean
+        latents = (latents - self._vae.config.shift_factor) * self._vae.config.scaling_factor
+        packed = FluxPipeline._pack_latents(latents.contiguous(), count, latents.shape[1], 16, 16)  # noqa: SLF001
+        for scene, row in zip(scenes, packed.flatten(1), strict=True):
+            where = self._drawn % _POOL
+            self._scenes[where : where + 1] = [scene]
+            self._latents[where] = row
+            self._drawn += 1
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All that changes while training, and that a checkpoint holds."""
+
+    pipeline: FluxPipeline
+    model: Velocity
+    optimiser: torch.optim.Optimizer
+    average: Average
+
+
+def train_flux(rank: int, job: Job) -> None:
+    """Train one worker's share; rank 0 saves, measures and exports."""
+    run = _start(job)
+    first = _resume(job, run)
+    supply = Supply(run.pipeline.vae, seed=f"{job.seed} {rank} {first}")
+    generator = torch.Generator().manual_seed((job.seed * 1000 + rank) * 1_000_000 + first)
+    began, smooth = time.monotonic(), 2.0
+    for step in range(first, job.steps):
+        if step == first and rank > 0:
+            distributed.barrier()  # the first worker compiles, the others find it in the cache
+        loss = _loss(run, supply.batch(job.batch_size // job.workers), generator)
+        run.optimiser.zero_grad()
+        loss.backward()
+        if step == first and rank == 0:
+            distributed.barrier()
+        _step(run, learning_rate(step, steps=job.steps, peak=_PEAK))
+        smooth += 0.02 * (float(loss.detach()) - smooth)
+        if rank == 0 and step % 50 == 0:
+            _logger.info("step %d, loss %.4f, %.0f s", step, smooth, time.monotonic() - began)
+        if rank == 0 and ((step + 1) % _SAVE_EVERY == 0 or step + 1 == job.steps):
+            _save(job, step + 1, run)
+        if rank == 0 and ((step + 1) % _MEASURE_EVERY == 0):
+            _export_average(job, run)
+            _logger.info("%s", measured(FluxPipeline.from_pretrained(job.out / "weights"), count=48, steps=12, seed=1))
+    if rank == 0:
+        _export_average(job, run)
+    distributed.barrier()
+
+
+def _start(job: Job) -> _Run:
+    torch.manual_seed(job.seed)
+    vae = AutoencoderKL.from_pretrained(job.out / "vae").to(memory_format=torch.channels_last).requires_grad_(False)
+    pipeline = new_pipeline(vae)
+    if not (job.out / "checkpoint.pt").exists():
+        train_words(pipeline, steps=_WORD_STEPS, seed=job.seed)
+    model = Velocity(pipeline, compiled=job.compiled)
+    positions = list(word_positions(pipeline.text_encoder_2))
+    others = [parameter for parameter in model.parameters() if parameter is not positions[0]]
+    groups = [{"params": others, "haste": 1.0}, {"params": positions, "haste": 10.0, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=_PEAK, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return _Run(pipeline, model, optimiser, Average(model.parameters(), decay=0.999))
+
+
+def _step(run: _Run, rate: float) -> None:
+    for group in run.optimiser.param_groups:
+        group["lr"] = rate * group["haste"]
+    share_gradients(run.model.parameters())
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    run.optimiser.step()
+    run.average.follow(run.model.parameters())
+
+
+def _export_average(job: Job, run: _Run) -> None:
+    run.average.swap(run.model.parameters())
+    export(run.pipeline, job.out / "weights")
+    run.average.swap(run.model.parameters())
+
+
+def _loss(run: _Run, batch: tuple[Tensor, list[str], list[str]], generator: torch.Generator) -> Tensor:
+    latents, captions, gists = batch
+    noise = torch.randn(latents.shape, generator=generator)
+    sigma = torch.sigmoid(0.5 + 1.1 * torch.randn(len(latents), generator=generator))
+    noisy = latents + sigma[:, None, None] * (noise - latents)
+    words, pooled = tokens(run.pipeline, captions, gists)
+    velocity: Tensor = run.model(noisy, sigma, words, pooled)
+    weight = torch.tensor([_SKY, _THINGS]).repeat_interleave(torch.tensor([24, 40]))[:, None]
+    return (weight * (velocity - (noise - latents)).square()).mean()
+
+
+def export(pipeline: FluxPipeline, folder: Path) -> None:
+    """Write the pipeline as a model folder, replacing an older one at once."""
+    fresh, old = folder.with_suffix(".new"), folder.with_suffix(".old")
+    pipeline.save_pretrained(fresh)
+    for path in (fresh / "model_index.json", *fresh.glob("tokenizer*/tokenizer_config.json")):
+        path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    config = json.loads((fresh / "vae" / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (fresh / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+
+
+def _save(job: Job, step: int, run: _Run) -> None:
+    state = {
+        "step": step,
+        "model": [parameter.detach() for parameter in run.model.parameters()],
+        "optimiser": run.optimiser.state_dict(),
+        "average": run.average.values,
+    }
+    torch.save(state, job.out / "checkpoint.new")
+    (job.out / "checkpoint.new").rename(job.out / "checkpoint.pt")
+
+
+@torch.no_grad()
+def _resume(job: Job, run: _Run) -> int:
+    if not (job.out / "checkpoint.pt").exists():
+        return 0
+    state: dict[str, Any] = torch.load(job.out / "checkpoint.pt", weights_only=True)
+    for parameter, value in zip(run.model.parameters(), state["model"], strict=True):
+        parameter.copy_(value)
+    run.optimiser.load_state_dict(state["optimiser"])
+    run.average.values = state["average"]
+    run.average.count = state["step"]
+    return int(state["step"])
