@@ -50,9 +50,9 @@ def environment() -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text."""
-    names = list(rows[0])
-    cells = [names, *([_shown(row[name]) for name in names] for row in rows)]
+    """The rows as aligned text; what a row has no number for stays empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([_shown(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 

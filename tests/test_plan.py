@@ -1,11 +1,14 @@
 """Plans, and how a greedy planner makes one of a critique."""
 
+import io
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import artaug as aa
-from support.strategies import critiques, prompts
+from support.strategies import critiques, plans, prompts
 
 WHOLE = aa.Box(0, 0, 1, 1)
 
@@ -61,3 +64,45 @@ def test_a_planner_that_could_plan_nothing_is_refused(options):
 def test_a_region_that_is_none_is_refused(options, message):
     with pytest.raises(aa.InvalidValueError, match=message):
         aa.Region(**{"area": WHOLE, "prompt": "a pear", **options})
+
+
+# --- preview ---
+
+PICTURE = Image.new("RGB", (64, 48), "#405060")
+KITCHEN = aa.Plan("a kitchen", (aa.Region(aa.Box(0, 0, 0.5, 1), "a brightly lit window"),))
+
+
+@given(plans, st.none() | st.tuples(st.integers(1, 90), st.integers(1, 90)))
+def test_a_preview_is_as_wide_as_asked_and_leaves_the_picture_alone(plan, size):
+    shown = plan.preview(PICTURE, size=size)
+
+    assert shown.width == (size[0] if size else 64 * 8)
+    assert PICTURE.getcolors() == [(64 * 48, (0x40, 0x50, 0x60))]
+
+
+def test_a_preview_needs_no_picture():
+    assert KITCHEN.preview().width == 512
+    assert KITCHEN.preview(size=(300, 100)).width == 300
+
+
+def test_a_preview_says_all_that_a_region_is():
+    plain = aa.Region(WHOLE, "ivy")
+    others = (
+        aa.Region(WHOLE, "ivy", weight=2),
+        aa.Region(WHOLE, "ivy", negative_prompt="dry"),
+        aa.Region(WHOLE, "ivy", lora="ivy"),
+    )
+
+    shown = {aa.Plan("a wall", (region,)).preview().tobytes() for region in (plain, *others)}
+
+    assert len(shown) == 4
+
+
+def test_a_notebook_shows_regions_as_a_picture_and_a_plain_plan_as_words():
+    assert Image.open(io.BytesIO(KITCHEN._repr_png_())).size == KITCHEN.preview().size
+    assert aa.Plan("a kitchen")._repr_png_() is None
+
+
+def test_a_preview_of_nothing_is_refused():
+    with pytest.raises(aa.InvalidValueError, match=r"size=\(0, 9\)"):
+        KITCHEN.preview(size=(0, 9))

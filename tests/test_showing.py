@@ -1,81 +1,18 @@
-"""Boxes on pictures are where they should be, and the picture stays as it was."""
+"""Pictures reach a page or a sheet whole, and so do a critic's words."""
 
 import base64
 import io
+from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
 import artaug as aa
-from artaug.showing import COLOURS, contact_sheet, data_address, draw_boxes
+from artaug.showing import ShownCritique, contact_sheet, data_address
 
 GREY = Image.new("RGB", (40, 20), "#808080")
-EDGES = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted).filter(lambda edges: edges[1] - edges[0] > 1e-3)
-BOXES = st.tuples(EDGES, EDGES).map(lambda edges: aa.Box(edges[0][0], edges[1][0], edges[0][1], edges[1][1]))
-
-
-def pixels_of(image, colour):
-    return (np.asarray(image) == ImageColor.getrgb(colour)).all(axis=-1)
-
-
-@given(st.lists(BOXES, max_size=10), st.integers(1, 5))
-def test_the_picture_grows_and_the_original_stays(boxes, scale):
-    drawn = draw_boxes(GREY, boxes, scale=scale)
-
-    assert drawn.size == (40 * scale, 20 * scale)
-    assert GREY.getcolors() == [(800, (128, 128, 128))]
-
-
-@given(BOXES)
-def test_an_outline_touches_all_edges_of_its_box_and_nothing_outside(box):
-    drawn = draw_boxes(GREY, [box], labels=[""])
-
-    rows, columns = np.nonzero(pixels_of(drawn, COLOURS[0]))
-    left, top, right, bottom = box.to_pixels(drawn.size)
-    assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (left, top, right, bottom)
-
-
-def test_no_boxes_leave_an_enlarged_picture():
-    assert draw_boxes(GREY, []).getcolors() == [(160 * 80, (128, 128, 128))]
-
-
-def test_boxes_are_told_apart_by_colour_and_numbered_by_default():
-    boxes = [aa.Box(0, 0, 0.4, 1), aa.Box(0.5, 0, 1, 1)]
-
-    numbered, named = draw_boxes(GREY, boxes), draw_boxes(GREY, boxes, labels=["1", "2"])
-    bare = draw_boxes(GREY, boxes, labels=["", " "])
-
-    assert numbered.tobytes() == named.tobytes()
-    assert numbered.tobytes() != bare.tobytes()
-    assert pixels_of(bare, COLOURS[0]).any()
-    assert pixels_of(bare, COLOURS[1]).any()
-
-
-def test_a_label_in_the_last_corner_stays_in_the_picture():
-    corner = aa.Box(0.9, 0.9, 1, 1)
-
-    drawn = draw_boxes(GREY, [corner], labels=["a window"])
-
-    plate = pixels_of(drawn, COLOURS[0])
-    assert plate.any(axis=0).sum() > 30
-
-
-def test_grey_and_transparent_pictures_are_drawn_on_too():
-    for mode in ("L", "RGBA", "P"):
-        assert draw_boxes(GREY.convert(mode), [aa.Box(0, 0, 1, 1)]).mode == "RGB"
-
-
-def test_labels_have_to_match():
-    with pytest.raises(aa.InvalidValueError, match="received 1 boxes and 2 labels: need one a box"):
-        draw_boxes(GREY, [aa.Box(0, 0, 1, 1)], labels=["a", "b"])
-
-
-def test_a_picture_cannot_be_drawn_smaller():
-    with pytest.raises(aa.InvalidValueError, match="scale=0"):
-        draw_boxes(GREY, [], scale=0)
 
 
 def read(address):
@@ -125,3 +62,68 @@ def test_a_contact_sheet_holds_every_picture_in_its_place():
 def test_a_contact_sheet_that_cannot_be_made_is_refused(images, options):
     with pytest.raises(aa.InvalidValueError, match="contact_sheet received"):
         contact_sheet(images, **options)
+
+
+# --- ShownCritique ---------------------------------------------------------------------------------------------------
+
+HOSTILE = "<script>alert('1')</script><img src=x onerror=\"alert(1)\">&amp;{} {0}"
+
+
+class Tags(HTMLParser):
+    """The tags and the words of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.addresses, self.words = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [worth for name, worth in attributes if name in {"src", "href"}]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def shown(answer, *, image=GREY, prompt=""):
+    return Tags(ShownCritique(image, answer, prompt)._repr_html_())
+
+
+def test_a_shown_critique_has_a_numbered_line_for_every_box():
+    boxes = [aa.Box(0, 0, 0.4, 1), aa.Box(0.5, 0, 1, 1)]
+    critique = aa.Critique(
+        tuple(aa.Suggestion(box, f"a lamp {box.left}", "dark") for box in boxes), "dim", ("swapped",)
+    )
+
+    page = shown(critique, prompt="two lamps")
+
+    words = " ".join(page.words)
+    for said in ("1", "2", "a lamp 0.0", "a lamp 0.5", "dark", "dim", "two lamps", "1 repairs", "swapped"):
+        assert said in words
+    assert page.tags.count("li") == 2
+    (address,) = page.addresses
+    assert read(address).convert("RGB").size == (40 * 12, 20 * 12)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip))
+@example(HOSTILE)
+def test_no_word_of_a_critic_is_taken_for_html(words):
+    critique = aa.Critique((aa.Suggestion(aa.Box(0, 0, 1, 1), words, words),), words, (words,))
+    plain = aa.Critique((aa.Suggestion(aa.Box(0, 0, 1, 1), "a", "a"),), "a", ("a",))
+    for answer, harmless in ((critique, plain), (aa.Abstention(words), aa.Abstention("a"))):
+        assert shown(answer, prompt=words).tags == shown(harmless, prompt="a").tags
+
+
+def test_a_shown_abstention_gives_its_reason():
+    page = shown(aa.Abstention("the server did not answer"))
+    assert "the server did not answer" in " ".join(page.words)
+    assert page.tags.count("img") == 1
+
+
+def test_a_critique_that_asks_for_nothing_says_so():
+    assert "asks for nothing" in shown(aa.Critique()).words
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2000, 10), (513, 512)])
+def test_pictures_of_any_size_are_shown(size):
+    assert shown(aa.Critique(), image=Image.new("RGBA", size)).tags.count("img") == 1

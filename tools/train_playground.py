@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=2700)
     parser.add_argument("--polish-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=6000, help="flow matching steps of 64 pictures")
+    parser.add_argument("--steps", type=int, default=7000, help="flow matching steps of 64 pictures")
     parser.add_argument("--draw-steps", type=int, default=12, help="sampling steps of the final measurement")
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes, one a core")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

@@ -33,7 +33,7 @@ from artaug.loop import StageEvent, improve
 from artaug.lora import LoRA, LowRank
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
 from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
-from artaug.regional import Guide, OutputMix
+from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
 from artaug.report import write_report
 from artaug.rounds import Enhancement, Round, StopRule, enhance
 from artaug.scoring import Scorer
@@ -73,6 +73,7 @@ __all__ = [
     "GuideError",
     "ImagePair",
     "InvalidValueError",
+    "Isolation",
     "Kept",
     "LoRA",
     "LoRAError",
@@ -91,6 +92,7 @@ __all__ = [
     "PromptError",
     "Region",
     "RegionPlanner",
+    "RegionalAttention",
     "Round",
     "ScoreRow",
     "Scorer",

@@ -41,6 +41,8 @@ class Critique:
     suggestions: tuple[Suggestion, ...] = ()
     summary: str = ""
     """The picture as a whole, in the critic's words."""
+    repairs: tuple[str, ...] = ()
+    """What had to be mended or left out to read the critic's reply, a sentence each; none where it was read as it was."""
 
 
 @value
@@ -92,7 +94,7 @@ def criticise(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) -
     except Exception as fault:
         raise CriticError(
             f"{name} raised {type(fault).__name__}: {fault}, while criticising {len(prompts)} picture(s), "
-            f"first prompt {prompts[0]!r}. A critic that cannot tell returns artaug.Abstention(reason)."
+            f"first prompt {next(iter(prompts), None)!r}. A critic that cannot tell returns artaug.Abstention(reason)."
         ) from fault
     if len(answers) != len(prompts):
         raise SeamError(f"{name}.critique_batch returned {len(answers)} answers for {len(prompts)} pictures.")

@@ -4,6 +4,7 @@ Strength is never hidden here: alpha is folded into the factors, so the update o
 nothing else.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -153,11 +154,19 @@ class LoRA:
         return cls({name: _folded(name, layer, tensors, adapter) for name, layer in layers.items()})
 
     @contextmanager
-    def worn_by(self, module: nn.Module, *, scale: float = 1.0) -> Iterator[None]:
+    def worn_by(
+        self, module: nn.Module, *, scale: float = 1.0, along: Callable[[str, Tensor], Tensor | None] | None = None
+    ) -> Iterator[None]:
         """Let ``module`` compute with this LoRA inside the ``with`` block, and exactly as before after it.
 
         The update is added by forward hooks on the named linear layers, so the weights are neither copied nor
         touched: quantised, offloaded and shared layers work, and several LoRAs can be worn at once.
+
+        Args:
+            module: the denoiser.
+            scale: of every update.
+            along: for the name of a layer and what goes into it, how much of the update each token takes, shaped to
+                multiply the layer's output, or None for nothing at all; without it all take the whole.
 
         Raises:
             LoRAMismatchError: before anything changes, if a layer is missing or has another shape.
@@ -165,7 +174,8 @@ class LoRA:
         targets = self._targets(module)
         with ExitStack() as worn:
             for name, linear in targets.items():
-                handle = linear.register_forward_hook(_adding(self.layers[name], scale))
+                along_here = None if along is None else functools.partial(along, name)
+                handle = linear.register_forward_hook(_adding(self.layers[name], scale, along_here))
                 worn.callback(handle.remove)
             yield
 
@@ -191,16 +201,22 @@ class LoRA:
         return {name: modules[name] for name in self.layers}
 
 
-def _adding(layer: LowRank, scale: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _adding(
+    layer: LowRank, scale: float, along: Callable[[Tensor], Tensor | None] | None
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """A forward hook that adds a low-rank update to a linear layer's output."""
     down, up = layer.down, layer.up * scale
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         nonlocal down, up
         inputs = args[0]
+        taken = None if along is None else along(inputs)
+        if along is not None and taken is None:
+            return output
         if down.device != inputs.device or down.dtype != inputs.dtype:
             down, up = down.to(inputs), up.to(inputs)
-        return output + nn.functional.linear(nn.functional.linear(inputs, down), up)
+        update = nn.functional.linear(nn.functional.linear(inputs, down), up)
+        return output + (update if taken is None else taken.to(update) * update)
 
     return hook
 

@@ -1,15 +1,21 @@
 """What to draw: a prompt, the regions that have prompts of their own, and how critiques become plans."""
 
+import io
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated
 
+from PIL import Image
 from pydantic import Field
 
 from artaug.critique import Critique, Suggestion
+from artaug.drawing import Area, draw_areas
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box, Mask
 from artaug.values import value
+
+_SHOWN_PX = 512
+_GREY = "#808080"
 
 
 @value
@@ -32,6 +38,10 @@ class Region:
     """How strongly the region's prompt counts against the plan's own, which has weight 1."""
     feather: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Softness of the edge: standard deviation of a Gaussian, as a fraction of the picture's shorter side."""
+    negative_prompt: str | None = None
+    """What is not to be seen in it; needs a synthesizer that draws with classifier-free guidance."""
+    lora: str | None = None
+    """A LoRA to wear in it alone, by the name the guide knows it by (``loras`` of `OutputMix` or `RegionalAttention`)."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -51,6 +61,47 @@ class Plan:
     """Governs the whole picture."""
     regions: tuple[Region, ...] = ()
     """Parts with prompts of their own."""
+
+    def preview(self, image: Image.Image | None = None, *, size: tuple[int, int] | None = None) -> Image.Image:
+        """Draw the regions, numbered, over a picture, and below it the prompts.
+
+        A box has a frame. A mask, or a box's feathered edge, has a tint, the denser the more weight it has there.
+
+        Args:
+            image: stays as it is; None for grey.
+            size: width and height in pixels to show it at; None for its own, a small one enlarged by a whole number.
+
+        Raises:
+            InvalidValueError: if the size is not positive.
+
+        >>> import artaug as aa
+        >>> plan = aa.Plan("a kitchen", (aa.Region(aa.Box(0, 0, 0.5, 1), "a brightly lit window"),))
+        >>> plan.preview(size=(320, 200)).width
+        320
+        """
+        if size is not None and min(size) < 1:
+            raise InvalidValueError(f"Plan.preview(size={size}) leaves nothing to see: need at least one pixel a side.")
+        shown = image or Image.new("RGB", size or (_SHOWN_PX, _SHOWN_PX), _GREY)
+        times = max(_SHOWN_PX // max(shown.size), 1)
+        enlarged = shown.resize(size or (shown.width * times, shown.height * times), Image.Resampling.BICUBIC)
+        areas = [Area(where=one.area, words=_told(one), feather=one.feather) for one in self.regions]
+        return draw_areas(enlarged, areas, heading=self.prompt)
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows; a plan without regions is shown as text."""
+        if not self.regions:
+            return None
+        held = io.BytesIO()
+        self.preview().save(held, "png")
+        return held.getvalue()
+
+
+def _told(region: Region) -> str:
+    """All of a region but where it is, in words."""
+    weight = "" if region.weight == 1 else f" (weight {region.weight:g})"
+    negative = "" if region.negative_prompt is None else f"; not {region.negative_prompt}"
+    lora = "" if region.lora is None else f"; wears {region.lora}"
+    return f"{region.prompt}{weight}{negative}{lora}"
 
 
 class RegionPlanner(ABC):

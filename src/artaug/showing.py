@@ -3,80 +3,21 @@
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
 
 from PIL import Image, ImageDraw, ImageFont
 
+from artaug.critique import Abstention, Critique
+from artaug.drawing import COLOURS, DARK, draw_boxes
 from artaug.errors import InvalidValueError
-from artaug.geometry import Box
 
-COLOURS = ("#ffb000", "#3fc1ff", "#ff5c8a", "#5ee0a0", "#c79bff", "#f4f06a", "#ff8a4c", "#9fe8ff")
-"""Of the first box, the second, ...: bright, and told apart by most colour-blind eyes too. They repeat after eight."""
+__all__ = ["COLOURS", "ShownCritique", "contact_sheet", "data_address", "draw_boxes"]
 
-_DARK = "#14151a"
 _CAPTION_PX = 15
 _LOSSLESS_PX = 256
 _LARGEST_PX = 768
-
-
-def draw_boxes(
-    image: Image.Image, boxes: Sequence[Box], *, labels: Sequence[str] | None = None, scale: int = 4
-) -> Image.Image:
-    """Draw boxes and their labels on a larger copy of a picture.
-
-    Args:
-        image: stays as it is.
-        boxes: what to draw, the first in the first of `COLOURS`.
-        labels: a word a box; their numbers, from 1, if not given. A blank one is left out.
-        scale: pixels of the copy a pixel of ``image``, at least 1.
-
-    Returns:
-        An RGB picture, ``scale`` times as wide and high.
-
-    Raises:
-        InvalidValueError: if there is not one label a box, or the scale is below 1.
-
-    >>> import artaug as aa
-    >>> from artaug.showing import draw_boxes
-    >>> from PIL import Image
-    >>> draw_boxes(Image.new("RGB", (64, 48)), [aa.Box(0, 0, 0.5, 1)], labels=["brighter"]).size
-    (256, 192)
-    """
-    words = [str(number + 1) for number in range(len(boxes))] if labels is None else list(labels)
-    if len(words) != len(boxes):
-        raise InvalidValueError(f"draw_boxes received {len(boxes)} boxes and {len(words)} labels: need one a box.")
-    if scale < 1:
-        raise InvalidValueError(f"draw_boxes(scale={scale}) would shrink the picture: need at least 1.")
-    large = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(large)
-    for number, box in enumerate(boxes):
-        _outline(pen, box, colour=COLOURS[number % len(COLOURS)], size=large.size)
-    for number, (box, word) in enumerate(zip(boxes, words, strict=True)):
-        _label(pen, box, word, colour=COLOURS[number % len(COLOURS)], size=large.size)
-    return large
-
-
-def _outline(pen: ImageDraw.ImageDraw, box: Box, *, colour: str, size: tuple[int, int]) -> None:
-    """Draw a frame inside the box's edges, with a dark seam inside it, so that it is seen on any picture."""
-    left, top, right, bottom = box.to_pixels(size)
-    width = max(round(min(size) / 160), 1)
-    for inset in range(2 * width):
-        x0, y0, x1, y1 = left + inset, top + inset, right - 1 - inset, bottom - 1 - inset
-        if x0 <= x1 and y0 <= y1:
-            pen.line([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)], fill=colour if inset < width else _DARK)
-
-
-def _label(pen: ImageDraw.ImageDraw, box: Box, word: str, *, colour: str, size: tuple[int, int]) -> None:
-    """Write a word on a plate of the box's colour in the box's corner, moved inwards where the picture ends."""
-    if not word.strip():
-        return
-    font = ImageFont.load_default(max(min(size) / 18, 9))
-    pad = max(round(min(size) / 100), 1)
-    across, down = pen.textbbox((0, 0), word, font=font, anchor="lt")[2:]
-    left, top, _, _ = box.to_pixels(size)
-    left = max(min(left, size[0] - int(across) - 2 * pad), 0)
-    top = max(min(top, size[1] - int(down) - 2 * pad), 0)
-    pen.rectangle((left, top, left + across + 2 * pad - 1, top + down + 2 * pad - 1), fill=colour)
-    pen.text((left + pad, top + pad), word, fill=_DARK, font=font, anchor="lt")
+_SHOWN_PX = 512
 
 
 def contact_sheet(
@@ -116,7 +57,7 @@ def contact_sheet(
         left, top = number % columns * (width + gap), number // columns * (height + caption + gap)
         sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), (left, top))
         if labels is not None:
-            pen.text((left + 2, top + height + 4), labels[number], fill=_DARK, font=font)
+            pen.text((left + 2, top + height + 4), labels[number], fill=DARK, font=font)
     return sheet
 
 
@@ -142,3 +83,57 @@ def data_address(image: Image.Image) -> str:
         picture.thumbnail((_LARGEST_PX, _LARGEST_PX), Image.Resampling.LANCZOS)
         picture.save(held, kind, quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}"
+
+
+@dataclass(frozen=True)
+class ShownCritique:
+    """A critic's answer beside the picture it is about; in a notebook one sees the boxes and reads the words.
+
+    Nothing in the words is taken for HTML.
+
+    >>> import artaug as aa
+    >>> from artaug.showing import ShownCritique
+    >>> from PIL import Image
+    >>> answer = aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.5, 1), "a <b>bright</b> window"),))
+    >>> "a &lt;b&gt;bright&lt;/b&gt; window" in ShownCritique(Image.new("RGB", (64, 48)), answer)._repr_html_()
+    True
+    """
+
+    image: Image.Image
+    answer: Critique | Abstention
+    prompt: str = ""
+    """What the picture was drawn from; left out if empty."""
+
+    def _repr_html_(self) -> str:
+        suggestions = self.answer.suggestions if isinstance(self.answer, Critique) else ()
+        scale = max(_SHOWN_PX // max(self.image.size), 1)
+        drawn = draw_boxes(self.image, [one.box for one in suggestions], scale=scale)
+        asked = "".join(
+            f"<li><b style='background:{COLOURS[number % len(COLOURS)]};color:{DARK};padding:0 .4em'>{number + 1}</b> "
+            f"{escape(one.prompt)}{_aside(one.reason)}</li>"
+            for number, one in enumerate(suggestions)
+        )
+        words = (_line(self.prompt, "<i>{}</i>"), self._told(), f"<ul style='list-style:none;padding:0'>{asked}</ul>")
+        return (
+            "<div style='display:flex;gap:1em;align-items:flex-start'>"
+            f"<img src='{data_address(drawn)}' alt='' style='max-width:50%'><div>{''.join(words)}</div></div>"
+        )
+
+    def _told(self) -> str:
+        """What the critic said of the picture as a whole, or why it said nothing."""
+        if isinstance(self.answer, Abstention):
+            return _line(self.answer.reason, "<b>abstained</b>: {}")
+        nothing = "" if self.answer.suggestions else "<p>asks for nothing</p>"
+        repaired = "".join(f"<br>{escape(repair)}" for repair in self.answer.repairs)
+        mended = (
+            f"<details><summary>{len(self.answer.repairs)} repairs</summary>{repaired}</details>" if repaired else ""
+        )
+        return _line(self.answer.summary, "{}") + nothing + mended
+
+
+def _line(words: str, around: str) -> str:
+    return f"<p>{around.format(escape(words))}</p>" if words.strip() else ""
+
+
+def _aside(words: str) -> str:
+    return f"<br><small>{escape(words)}</small>" if words.strip() else ""

@@ -49,10 +49,10 @@ def test_boxes_are_few_and_do_not_repeat_each_other(image):
 
 
 def test_neighbours_of_different_colours_are_two_things():
-    boxes = salient_boxes(scene((RED, (12, 20, 30, 44)), (BLUE, (30, 20, 48, 44))), at_most=4)
+    boxes = salient_boxes(scene((RED, (12, 20, 28, 44)), (BLUE, (28, 20, 48, 44))), at_most=4)
     assert sorted(boxes, key=lambda box: box.left) == [
-        aa.Box.from_pixels(12, 20, 30, 44, size=(64, 64)),
-        aa.Box.from_pixels(30, 20, 48, 44, size=(64, 64)),
+        aa.Box.from_pixels(12, 20, 28, 44, size=(64, 64)),
+        aa.Box.from_pixels(28, 20, 48, 44, size=(64, 64)),
     ]
 
 

@@ -10,12 +10,14 @@ from PIL import Image
 
 import artaug as aa
 from artaug.diffusion import Flux
+from artaug.regional import Branches
 from artaug.training.noising import FlowMatching
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
 
 def flux_of(pipeline, **options):
-    defaults = {"width": 24, "height": 32, "guidance_scale": None, "true_cfg_scale": 1.0, "max_sequence_length": 24}
+    defaults = {"width": 24, "height": 32, "guidance_scale": None}
+    defaults |= {"negative_prompt": None, "true_cfg_scale": 1.0, "max_sequence_length": 24}
     return Flux(pipeline=pipeline, **{**defaults, **options})
 
 
@@ -111,19 +113,22 @@ def test_only_the_plans_own_branch_is_guided(flux):
     conditioning = flux.encode_prompts(["a red barn"])
     denoiser = flux.denoiser(conditioning)
     assert denoiser.grid == (8, 6)
-    assert denoiser.is_guided({"encoder_hidden_states": conditioning["prompt_embeds"]})
-    assert not denoiser.is_guided({"encoder_hidden_states": conditioning["prompt_embeds"].clone()})
+    call = {"hidden_states": torch.zeros(1, 48, 16), "encoder_hidden_states": conditioning["prompt_embeds"]}
+    assert denoiser.branches(call) == Branches(prompt=range(1))
+    twin = {**call, "encoder_hidden_states": conditioning["prompt_embeds"].clone()}
+    assert denoiser.branches(twin) == Branches(prompt=range(0), negative=range(1))
 
 
 def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(flux):
     call, _ = first_call(flux, ["a", "b", "c"])
     kept = dict(call)
+    texts = flux.encode_texts(["x", "y"])
     other = flux.encode_prompts(["x", "y"])
     denoiser = flux.denoiser(flux.encode_prompts(["a"]))
-    changed = denoiser.recondition(call, [2, 0], other)
+    changed = denoiser.recondition(call, [2, 0], texts)
     assert torch.equal(changed["hidden_states"], call["hidden_states"][[2, 0]])
-    assert changed["encoder_hidden_states"] is other["prompt_embeds"]
-    assert changed["pooled_projections"] is other["pooled_prompt_embeds"]
+    torch.testing.assert_close(changed["encoder_hidden_states"], other["prompt_embeds"])
+    torch.testing.assert_close(changed["pooled_projections"], other["pooled_prompt_embeds"])
     assert changed["timestep"].shape == (2,)
     assert changed["img_ids"] is call["img_ids"]
     assert call == kept

@@ -356,7 +356,7 @@ def test_no_steps_are_refused():
 
 @pytest.mark.parametrize(("negative", "scale"), [("blurry", 1.0), (None, 3.0), ("blurry", 0.5)])
 def test_classifier_free_guidance_that_would_be_ignored_is_refused(negative, scale):
-    with pytest.raises(aa.InvalidValueError, match="would have no effect"):
+    with pytest.raises(aa.ModelError, match="would have no effect"):
         drawing_with(tiny_flux(), negative_prompt=negative, true_cfg_scale=scale)
 
 

@@ -7,7 +7,7 @@ import torch
 
 import artaug as aa
 from artaug.diffusion import Flux
-from artaug.regional import EncodedRegion, OutputMix, token_weights
+from artaug.regional import EncodedRegion, OutputMix, Text, token_weights
 from support.tiny_flux import TINY_SIZE, tiny_flux
 from support.traces import hooks_of
 
@@ -23,6 +23,7 @@ def flux():
         width=TINY_SIZE,
         height=TINY_SIZE,
         guidance_scale=None,
+        negative_prompt=None,
         true_cfg_scale=1.0,
         max_sequence_length=24,
     )
@@ -38,7 +39,7 @@ class Run:
         self.latents = torch.randn(len(prompts), 64, 16, generator=torch.Generator().manual_seed(seed))
 
     def regions(self, *of_rows):
-        return [[EncodedRegion(one, self.flux.encode_prompts([one.prompt])) for one in row] for row in of_rows]
+        return [[EncodedRegion(one, *self.flux.encode_texts([one.prompt])) for one in row] for row in of_rows]
 
     @torch.no_grad()
     def predict(self, conditioning=None, *, rows=None, return_dict=False):
@@ -191,7 +192,10 @@ def test_a_prediction_that_is_not_finite_names_the_step_and_the_prompt(flux):
     run = Run(flux, [PLAIN])
     broken = EncodedRegion(
         aa.Region(FULL, "dusk"),
-        {name: torch.full_like(tensor, math.nan) for name, tensor in flux.encode_prompts(["dusk"]).items()},
+        Text(
+            {name: torch.full_like(tensor, math.nan) for name, tensor in flux.encode_prompts(["dusk"]).items()},
+            slice(0, 1),
+        ),
     )
     with pytest.raises(aa.NonFiniteError, match=r"the region prompt\(s\) \['dusk'\] at step 1"):
         steered(run, [[broken]])

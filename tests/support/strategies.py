@@ -46,10 +46,18 @@ def masks(draw):
 
 
 suggestions = st.builds(aa.Suggestion, boxes(), said, prompts)
-critiques = st.builds(aa.Critique, st.lists(suggestions, max_size=5).map(tuple), prompts)
+critiques = st.builds(
+    aa.Critique, st.lists(suggestions, max_size=5).map(tuple), prompts, st.lists(prompts, max_size=2).map(tuple)
+)
 abstentions = st.builds(aa.Abstention, said)
 regions = st.builds(
-    aa.Region, boxes() | masks(), said, weight=st.floats(0, 100, exclude_min=True), feather=st.floats(0, 1)
+    aa.Region,
+    boxes() | masks(),
+    said,
+    weight=st.floats(0, 100, exclude_min=True),
+    feather=st.floats(0, 1),
+    negative_prompt=st.none() | prompts,
+    lora=st.none() | said,
 )
 plans = st.builds(aa.Plan, prompts, st.lists(regions, max_size=4).map(tuple))
 verdicts = st.builds(aa.Verdict, st.booleans(), prompts, st.dictionaries(prompts, numbers, max_size=4))

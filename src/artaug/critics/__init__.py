@@ -1,5 +1,31 @@
 """Critics: what looks at a picture and says what to improve, and where."""
 
+from artaug.critics.combined import Cached, Ensemble, Retried
+from artaug.critics.conversation import Conversation, Message, prompt_text
+from artaug.critics.coordinates import FAMILIES, Coordinates, SmartResize, coordinates_of
+from artaug.critics.openai import OpenAICritic
 from artaug.critics.photometric import PhotometricCritic, Words
+from artaug.critics.probing import Probe
+from artaug.critics.replies import parse_reply
+from artaug.critics.usage import Usage
+from artaug.critics.vlm import VLMCritic
 
-__all__ = ["PhotometricCritic", "Words"]
+__all__ = [
+    "FAMILIES",
+    "Cached",
+    "Conversation",
+    "Coordinates",
+    "Ensemble",
+    "Message",
+    "OpenAICritic",
+    "PhotometricCritic",
+    "Probe",
+    "Retried",
+    "SmartResize",
+    "Usage",
+    "VLMCritic",
+    "Words",
+    "coordinates_of",
+    "parse_reply",
+    "prompt_text",
+]

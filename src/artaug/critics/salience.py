@@ -13,13 +13,13 @@ from PIL import Image
 from artaug.geometry import Box
 from artaug.photometry import as_rgb, srgb
 
-WORKING_PX = 64
-"""The longer side of the picture that is looked at: details smaller than a 64th of it are none of ours."""
+WORKING_PX = 48
+"""The longer side of the picture that is looked at: details smaller than a 48th of it are none of ours."""
 
 # Chosen on rendered scenes of the playground (docs/critics.md has the numbers); colours are OKLab.
-_LIGHTNESS = 0.15  # a shadow or a highlight must not cut an object in two
+_LIGHTNESS = 0.22  # a shadow or a highlight must not cut an object in two
 _COARSENESS = 0.15
-_LEAST_PX = 30
+_LEAST_PX = 17
 _SMALLEST, _LARGEST = 0.01, 0.4
 _SURROUND = 0.25
 _AGAINST_BEST = 0.4

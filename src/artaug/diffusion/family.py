@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug.regional.guide import Conditioning, Denoiser
+from artaug.regional.denoiser import Conditioning, Denoiser, Text
 from artaug.training.noising import Noising
 
 
@@ -26,6 +26,8 @@ class Family(ABC):
 
     pipeline_class: ClassVar[type]
     """The diffusers class whose pipelines this family is for."""
+    usual_length: ClassVar[int] = 512
+    """Tokens of a prompt it reads unless told otherwise."""
 
     pipeline: Any
     """The pipeline, an instance of ``pipeline_class``."""
@@ -34,15 +36,30 @@ class Family(ABC):
     height: int
     """In pixels."""
     guidance_scale: float | None
-    """Strength of guidance; None for what the family recommends."""
+    """Strength of guidance, distilled or classifier-free as the model has it; None for what the family recommends."""
+    negative_prompt: str | None
+    """What not to draw; None for what the family takes when nothing is said."""
     true_cfg_scale: float
-    """Strength of classifier-free guidance against a negative prompt; 1 is none."""
+    """Strength of classifier-free guidance in a model whose ``guidance_scale`` is something else; 1 is none."""
     max_sequence_length: int
     """Tokens of a prompt the model reads."""
+
+    @property
+    @abstractmethod
+    def negative(self) -> str | None:
+        """The prompt that classifier-free guidance leads away from, or None where a run has no such guidance."""
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts as the pipeline itself would, without gradient, warning of every word that is cut."""
+
+    @abstractmethod
+    def words(self, prompts: Sequence[str]) -> list[slice]:
+        """Where the tokens of each prompt are in a row of what `encode_prompts` gives; the rest is padding."""
+
+    def encode_texts(self, prompts: Sequence[str]) -> list[Text]:
+        """Encode prompts one by one, for regions."""
+        return [Text(self.encode_prompts([prompt]), self.words([prompt])[0]) for prompt in prompts]
 
     @abstractmethod
     def arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:

@@ -1,19 +1,20 @@
 """The FLUX.1 family: packed latents, a CLIP vector and T5 tokens as the prompt, velocity as the prediction."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import FluxPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug.diffusion import shared
 from artaug.diffusion.family import Family
+from artaug.diffusion.flux_attention import RegionalFluxProcessor
 from artaug.errors import GuideError, ModelError
-from artaug.regional.guide import Conditioning, Denoiser
+from artaug.regional.denoiser import Attend, AttentiveDenoiser, Branches, Call, Conditioning, Denoiser, Site, Span, Text
 from artaug.training.noising import FlowMatching
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
@@ -35,14 +36,9 @@ class Flux(Family):
     pipeline_class: ClassVar[type] = FluxPipeline
 
     def __post_init__(self) -> None:
-        missing = [name for name in _PARTS if getattr(self.pipeline, name) is None]
-        if missing:
-            raise ModelError(f"this FluxPipeline was loaded without {missing}. Drawing and training need all parts.")
-        if min(self.width, self.height) < 1 or self.width % self._token_px or self.height % self._token_px:
-            raise ModelError(
-                f"a picture of {self.width} x {self.height} pixels is not whole image tokens: "
-                f"this FluxPipeline needs positive multiples of {self._token_px}."
-            )
+        shared.check_parts(self.pipeline, _PARTS)
+        shared.check_size(self.pipeline, width=self.width, height=self.height, multiple=self._token_px)
+        shared.check_true_cfg(self.negative_prompt, self.true_cfg_scale)
         if self.guidance_scale is not None and not self._takes_guidance:
             raise ModelError(
                 f"guidance_scale={self.guidance_scale} would be ignored: this FLUX model is without guidance "
@@ -52,12 +48,20 @@ class Flux(Family):
         if not 1 <= self.max_sequence_length <= _LONGEST_PROMPT:
             raise ModelError(f"max_sequence_length={self.max_sequence_length}: FLUX reads 1 to 512 tokens of a prompt.")
 
+    @property
+    def negative(self) -> str | None:
+        return self.negative_prompt
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         for prompt in prompts:
             self._warn_of_cuts(prompt)
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def words(self, prompts: Sequence[str]) -> list[slice]:
+        tokens = self.pipeline.tokenizer_2(list(prompts), truncation=True, max_length=self.max_sequence_length)
+        return [slice(0, len(one)) for one in tokens.input_ids]
 
     def arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
         guidance = {} if self._guidance is None else {"guidance_scale": self._guidance}
@@ -70,7 +74,7 @@ class Flux(Family):
                 "this transformer caches predictions from step to step (enable_cache), which cannot tell a region's "
                 "prompt from the plan's. Call pipeline.transformer.disable_cache() before drawing with a guide."
             )
-        return FluxDenoiser(self.module, self._grid, conditioning["prompt_embeds"])
+        return FluxDenoiser(module=self.module, grid=self._grid, prompt_embeds=conditioning["prompt_embeds"])
 
     @property
     def module(self) -> nn.Module:
@@ -80,26 +84,11 @@ class Flux(Family):
     @property
     def noising(self) -> FlowMatching:
         """Velocity at sigmas shifted as this scheduler shifts them at this size."""
-        config = self.pipeline.scheduler.config
-        if not config.get("use_dynamic_shifting"):
-            return FlowMatching(shift=float(config.get("shift", 1.0)))
-        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        mu = low + (high - low) * (math.prod(self._grid) - few) / (many - few)
-        return FlowMatching(shift=mu if config.get("time_shift_type") == "linear" else math.exp(mu))
+        return shared.shifted_flow(self.pipeline.scheduler.config, tokens=math.prod(self._grid))
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image]) -> Tensor:
-        for image in images:
-            if image.size != (self.width, self.height):
-                raise ModelError(
-                    f"a picture of {image.width} x {image.height} pixels cannot be encoded at {self.width} x "
-                    f"{self.height}. Resize it, or set the synthesizer's width and height."
-                )
-        pixels = self.pipeline.image_processor.preprocess([image.convert("RGB") for image in images])
-        vae = self.pipeline.vae
-        latents = vae.encode(pixels.to(self._device, vae.dtype)).latent_dist.mode().float()
-        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        latents = shared.vae_latents(self.pipeline, images, width=self.width, height=self.height)
         packed: Tensor = self.pipeline._pack_latents(latents, *latents.shape)  # noqa: SLF001 - diffusers' trainers do
         return packed
 
@@ -140,48 +129,70 @@ class Flux(Family):
             return None
         return 3.5 if self.guidance_scale is None else self.guidance_scale
 
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = self.pipeline._execution_device  # noqa: SLF001 - .device is wrong under offload
-        return device
-
     def _warn_of_cuts(self, prompt: str) -> None:
-        """Say what an encoder will not see: diffusers logs it in a place few look at, and for T5 the wrong words."""
         pipeline = self.pipeline
-        for encoder, tokenizer, limit, remedy in (
+        for reader, tokenizer, limit, remedy in (
             ("CLIP", pipeline.tokenizer, pipeline.tokenizer_max_length, "Shorten it; T5 still reads it further."),
             ("T5", pipeline.tokenizer_2, self.max_sequence_length, "Shorten it, or raise max_sequence_length."),
         ):
-            tokens = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-            room = limit - tokenizer.num_special_tokens_to_add()
-            if len(tokens) > room:
-                warnings.warn(
-                    f"{encoder} reads {limit} tokens and the prompt {prompt!r} has {len(tokens) + limit - room}: "
-                    f"cut off is {tokenizer.decode(tokens[room:])!r}. {remedy}",
-                    stacklevel=2,
-                )
+            shared.warn_of_cut(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy=remedy)
 
 
-@dataclass(frozen=True, eq=False)
-class FluxDenoiser:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FluxDenoiser(AttentiveDenoiser):
     """A FLUX transformer in one run, as a guide sees it."""
 
-    module: nn.Module
-    grid: tuple[int, int]
     prompt_embeds: Tensor
-    """The very tensor the pipeline was given: that is how the plan's branch is told from the negative one."""
+    """The very tensor the pipeline was given: that is how the plans' branch is told from the negative one."""
 
-    def is_guided(self, call: Mapping[str, Any]) -> bool:
-        return call.get("encoder_hidden_states") is self.prompt_embeds
+    def branches(self, call: Call) -> Branches:
+        rows = range(len(call["hidden_states"]))
+        if call["encoder_hidden_states"] is self.prompt_embeds:
+            return Branches(prompt=rows)
+        return Branches(prompt=range(0), negative=rows)
 
-    def recondition(self, call: Mapping[str, Any], rows: Sequence[int], conditioning: Conditioning) -> dict[str, Any]:
+    def recondition(self, call: Call, rows: Sequence[int], texts: Sequence[Text]) -> dict[str, Any]:
         some = list(rows)
         of_rows = {
             name: call[name][some] for name in ("hidden_states", "timestep", "guidance") if call[name] is not None
         }
+        given = [text.conditioning for text in texts]
         return {
             **call,
             **of_rows,
-            "encoder_hidden_states": conditioning["prompt_embeds"],
-            "pooled_projections": conditioning["pooled_prompt_embeds"],
+            "encoder_hidden_states": torch.cat([one["prompt_embeds"] for one in given]),
+            "pooled_projections": torch.cat([one["pooled_prompt_embeds"] for one in given]),
         }
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        model: Any = self.module
+        layers = (*model.transformer_blocks, *model.single_transformer_blocks)
+        return [Site(layer.attn, block) for block, layer in enumerate(layers)]
+
+    def noise_level(self, call: Call) -> float:
+        return float(call["timestep"][0])
+
+    def with_texts(
+        self, call: Call, texts: Sequence[Sequence[Text]], *, trimmed: bool
+    ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
+        # Every FLUX prompt is at position 0 of the image's grid, so more of them need no positions of their own.
+        base = call["encoder_hidden_states"]
+        joined, spans = shared.joined_texts(base, texts, name="prompt_embeds", trimmed=trimmed)
+        image = Span("image", math.prod(self.grid))
+        more = call["txt_ids"].new_zeros(joined.shape[1], call["txt_ids"].shape[-1])
+        return (
+            {**call, "encoder_hidden_states": joined, "txt_ids": more},
+            [(*of_row, image) for of_row in spans],
+        )
+
+    def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
+        if "norm" in layer or layer.startswith("time_"):
+            return None
+        if layer.startswith("single_transformer_blocks"):
+            return "joint"
+        of_prompt = ("context_embedder", ".ff_context.", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
+        return "text" if any(part in layer for part in of_prompt) else "image"
+
+    def processor(self, site: Site, attend: Attend) -> RegionalFluxProcessor:
+        return RegionalFluxProcessor.like(site.attention, attend)

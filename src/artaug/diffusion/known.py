@@ -7,9 +7,25 @@ from diffusers import DiffusionPipeline
 
 from artaug.diffusion.family import Family
 from artaug.diffusion.flux import Flux
+from artaug.diffusion.flux2 import Flux2
+from artaug.diffusion.flux2_klein import Flux2Klein
+from artaug.diffusion.qwen_image import QwenImage
+from artaug.diffusion.sd3 import StableDiffusion3
+from artaug.diffusion.sd15 import StableDiffusion
+from artaug.diffusion.sdxl import StableDiffusionXL
+from artaug.diffusion.z_image import ZImage
 from artaug.errors import ModelError
 
-FAMILIES: tuple[type[Family], ...] = (Flux,)
+FAMILIES: tuple[type[Family], ...] = (
+    Flux,
+    Flux2,
+    Flux2Klein,
+    QwenImage,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    ZImage,
+)
 """The families recognised from a pipeline's class."""
 
 _EXPECTED = "Expected a diffusers pipeline: a folder with model_index.json, or its name on the Hub."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from artaug.diffusion.family import Family
 from artaug.diffusion.known import family_at, family_of
 from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError
 from artaug.lora import LoRA
-from artaug.plan import Plan
-from artaug.regional.guide import Conditioning, EncodedRegion, Guide
+from artaug.plan import Plan, Region
+from artaug.regional.denoiser import Conditioning
+from artaug.regional.guide import EncodedRegion, Guide
 from artaug.synthesis import Synthesizer
 from artaug.training.model import DiffusionModel
 
@@ -61,8 +63,8 @@ class DiffusersSynthesizer(Synthesizer):
     """What not to draw, for every picture; needs ``true_cfg_scale`` above 1."""
     true_cfg_scale: float = 1.0
     """Strength of classifier-free guidance against ``negative_prompt``. Above 1 it doubles the time of a step."""
-    max_sequence_length: int = 512
-    """Tokens of a prompt the model reads; what is cut is warned of."""
+    max_sequence_length: int | None = None
+    """Tokens of a prompt the model reads, None for what is usual in its family; what is cut is warned of."""
     loras: tuple[WornLoRA, ...] = ()
     """What `with_lora` has added, each on top of the others."""
     family: type[Family] | None = field(default=None, repr=False)
@@ -71,11 +73,6 @@ class DiffusersSynthesizer(Synthesizer):
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InvalidValueError(f"DiffusersSynthesizer(steps={self.steps}) would draw noise: need at least 1.")
-        if (self.negative_prompt is None) != (self.true_cfg_scale == 1) or self.true_cfg_scale < 1:
-            raise InvalidValueError(
-                f"negative_prompt={self.negative_prompt!r} with true_cfg_scale={self.true_cfg_scale} would have no "
-                "effect: set both (a scale above 1), or neither."
-            )
         module = self._bound_family.module
         training = [name for name, part in self.pipeline.components.items() if getattr(part, "training", False)]
         if training:
@@ -98,7 +95,7 @@ class DiffusersSynthesizer(Synthesizer):
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         true_cfg_scale: float = 1.0,
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
     ) -> Self:
         """Load a pipeline from a folder or the Hub and draw with it.
 
@@ -152,7 +149,7 @@ class DiffusersSynthesizer(Synthesizer):
         with torch.no_grad(), self._wearing(family.module), _without_progress_bar(self.pipeline):
             conditioning = family.encode_prompts([plan.prompt for plan in plans])
             with self._steering(family, conditioning, plans):
-                pictures = self.pipeline(
+                output = self.pipeline(
                     **family.arguments(conditioning, self._negative(family, len(plans))),
                     width=self.width,
                     height=self.height,
@@ -160,8 +157,9 @@ class DiffusersSynthesizer(Synthesizer):
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                     callback_on_step_end=_check_latents,
                     output_type="pt",
-                ).images
-        return self._finished(pictures)
+                )
+        _warn_of_blackened(output, plans)
+        return self._finished(output.images)
 
     def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
         """A synthesizer that draws with ``lora`` on top of those worn already; this one stays as it is.
@@ -188,8 +186,9 @@ class DiffusersSynthesizer(Synthesizer):
             width=self.width,
             height=self.height,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
             true_cfg_scale=self.true_cfg_scale,
-            max_sequence_length=self.max_sequence_length,
+            max_sequence_length=kind.usual_length if self.max_sequence_length is None else self.max_sequence_length,
         )
 
     @contextmanager
@@ -200,7 +199,7 @@ class DiffusersSynthesizer(Synthesizer):
             yield
 
     def _negative(self, family: Family, count: int) -> Conditioning | None:
-        return None if self.negative_prompt is None else family.encode_prompts([self.negative_prompt] * count)
+        return None if family.negative is None else family.encode_prompts([family.negative] * count)
 
     def _steering(
         self, family: Family, conditioning: Conditioning, plans: Sequence[Plan]
@@ -214,6 +213,12 @@ class DiffusersSynthesizer(Synthesizer):
                 f"{len(regional)} of {len(plans)} plans have regions (first: {regional[0].prompt!r}, "
                 f"{len(regional[0].regions)} of them) and this synthesizer has no guide to read them. "
                 "Give it one: DiffusersSynthesizer(..., guide=artaug.OutputMix())."
+            )
+        unread = [region for plan in regional for region in plan.regions if region.negative_prompt is not None]
+        if unread and family.negative is None:
+            raise GuideError(
+                f"{unread[0]!r} has a negative prompt, and this synthesizer draws without classifier-free guidance, "
+                "so nobody would read it. Set a negative prompt and a guidance scale for the whole picture, too."
             )
         return self.guide.steering(family.denoiser(conditioning), _encoded_regions(family, plans))
 
@@ -229,16 +234,29 @@ class DiffusersSynthesizer(Synthesizer):
 
 
 def _encoded_regions(family: Family, plans: Sequence[Plan]) -> list[list[EncodedRegion]]:
-    """Every picture's regions with their prompts encoded: each prompt once, in groups no larger than the batch."""
-    prompts = list(dict.fromkeys(region.prompt for plan in plans for region in plan.regions))
-    encoded: dict[str, Conditioning] = {}
-    for start in range(0, len(prompts), len(plans)):
-        some = prompts[start : start + len(plans)]
-        rows = family.encode_prompts(some)
-        encoded |= {
-            prompt: {name: tensor[row : row + 1] for name, tensor in rows.items()} for row, prompt in enumerate(some)
-        }
-    return [[EncodedRegion(region, encoded[region.prompt]) for region in plan.regions] for plan in plans]
+    """Every picture's regions with their prompts encoded, each prompt once."""
+    regions = [region for plan in plans for region in plan.regions]
+    spoken = [*(region.prompt for region in regions), *(region.negative_prompt for region in regions)]
+    prompts = list(dict.fromkeys(prompt for prompt in spoken if prompt is not None))
+    texts = dict(zip(prompts, family.encode_texts(prompts), strict=True))
+
+    def encoded(region: Region) -> EncodedRegion:
+        negative = None if region.negative_prompt is None else texts[region.negative_prompt]
+        return EncodedRegion(region, texts[region.prompt], negative)
+
+    return [[encoded(region) for region in plan.regions] for plan in plans]
+
+
+def _warn_of_blackened(output: object, plans: Sequence[Plan]) -> None:
+    """Say which pictures a safety checker painted black, since nothing else would."""
+    flagged = getattr(output, "nsfw_content_detected", None) or []
+    blackened = [plan.prompt for plan, black in zip(plans, flagged, strict=False) if black]
+    if blackened:
+        warnings.warn(
+            f"the pipeline's safety checker painted {len(blackened)} of {len(plans)} pictures black "
+            f"(first prompt: {blackened[0]!r}). They are of no use to learn from.",
+            stacklevel=3,
+        )
 
 
 def _check_latents(

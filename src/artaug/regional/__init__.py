@@ -1,7 +1,36 @@
 """How regions steer sampling: the grid of image tokens, and the guides. Pure torch, it knows no model."""
 
-from artaug.regional.guide import Denoiser, EncodedRegion, Guide
+from artaug.regional.denoiser import (
+    AttentiveDenoiser,
+    Branches,
+    Conditioning,
+    Denoiser,
+    Site,
+    Span,
+    Text,
+)
+from artaug.regional.guide import EncodedRegion, Guide
+from artaug.regional.isolation import ELIGEN, INSTANTX, INVOKEAI, OPEN, Isolation
 from artaug.regional.layout import token_weights
 from artaug.regional.output_mix import OutputMix
+from artaug.regional.regional_attention import RegionalAttention
 
-__all__ = ["Denoiser", "EncodedRegion", "Guide", "OutputMix", "token_weights"]
+__all__ = [
+    "ELIGEN",
+    "INSTANTX",
+    "INVOKEAI",
+    "OPEN",
+    "AttentiveDenoiser",
+    "Branches",
+    "Conditioning",
+    "Denoiser",
+    "EncodedRegion",
+    "Guide",
+    "Isolation",
+    "OutputMix",
+    "RegionalAttention",
+    "Site",
+    "Span",
+    "Text",
+    "token_weights",
+]

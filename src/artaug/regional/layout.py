@@ -33,6 +33,14 @@ def token_weights(region: Region, grid: tuple[int, int]) -> Float[Tensor, "rows 
     >>> token_weights(aa.Region(aa.Box(0, 0, 0.375, 1), "a brightly lit window", weight=2.0), (1, 4))
     tensor([[2., 1., 0., 0.]])
     """
+    weights = (coverage(region, grid) * region.weight).float()
+    if not weights.any():
+        raise GuideError(f"{region!r} gives no weight to any of {grid[0]} x {grid[1]} image tokens. Make it larger.")
+    return weights
+
+
+def coverage(region: Region, grid: tuple[int, int]) -> Float[Tensor, "rows columns"]:
+    """The part of each image token that a region covers, feathered: float64, shape (rows, columns), in [0, 1]."""
     rows, columns = grid
     if isinstance(region.area, Mask):
         mask = torch.from_numpy(region.area.to_array()).double()
@@ -43,10 +51,7 @@ def token_weights(region: Region, grid: tuple[int, int]) -> Float[Tensor, "rows 
     if region.feather:
         sigma = region.feather * min(rows, columns)
         covered = _blurring(sigma, rows) @ covered @ _blurring(sigma, columns).T
-    weights = (covered.clamp(0, 1) * region.weight).float()
-    if not weights.any():
-        raise GuideError(f"{region!r} gives no weight to any of {rows} x {columns} image tokens. Make it larger.")
-    return weights
+    return covered.clamp(0, 1)
 
 
 def _coverage(start: float, end: float, count: int) -> Tensor:

@@ -1,18 +1,21 @@
 """The paper's guide: predict once for the plan's prompt and once for every region's, and average the predictions."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from artaug.errors import GuideError, NonFiniteError
+from artaug.lora import LoRA
 from artaug.regional.claim import claimed
-from artaug.regional.guide import Denoiser, EncodedRegion, Guide
+from artaug.regional.denoiser import Call, Denoiser, Output, Text, named
+from artaug.regional.guide import EncodedRegion, Guide
 from artaug.regional.layout import token_weights
+from artaug.regional.token_lora import lora_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +31,26 @@ class OutputMix(Guide):
     its prompt and the plan's count half each, outside all regions nothing changes.
 
     It costs one more forward pass per region and step. These run in sub-batches no larger than the batch itself, so
-    memory stays that of plain drawing. With classifier-free guidance only the branch of the plan's prompt is mixed.
+    memory stays that of plain drawing. With classifier-free guidance the branch of the plan's prompt is mixed, and that
+    of the negative prompt where a region has a negative prompt of its own.
+
+    A region that names a LoRA wears it while its own prediction is made.
 
     >>> import artaug as aa
     >>> aa.OutputMix()
     OutputMix()
     """
 
+    loras: Mapping[str, LoRA] = field(default_factory=dict, repr=False, hash=False)
+    """What a region may wear (`Region.lora`), by name."""
+
     @contextmanager
     def steering(self, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> Iterator[None]:
         parts = tuple(
-            _Part(row, one, token_weights(one.region, denoiser.grid))
+            part
             for row, of_row in enumerate(regions)
             for one in of_row
+            for part in _parts(row, one, denoiser.grid, lora_of(one.region, self.loras))
         )
         with claimed(denoiser.module, self):
             if not parts:
@@ -55,12 +65,29 @@ class OutputMix(Guide):
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """One region of one picture of the batch."""
+    """One prompt of one region of one picture of the batch."""
 
-    row: int
-    encoded: EncodedRegion
+    branch: Literal["prompt", "negative"]
+    picture: int
+    text: Text
     weights: Tensor
-    """Shape (rows, columns) of image tokens."""
+    """Shape (rows, columns) of a prediction."""
+    prompt: str
+    wears: str | None
+    lora: LoRA | None
+
+
+def _parts(picture: int, one: EncodedRegion, grid: tuple[int, int], lora: LoRA | None) -> Iterator[_Part]:
+    weights = token_weights(one.region, grid)
+    yield _Part("prompt", picture, one.text, weights, one.region.prompt, one.region.lora, lora)
+    if one.negative is not None:
+        yield _Part(
+            "negative", picture, one.negative, weights, f"not {one.region.negative_prompt}", one.region.lora, lora
+        )
+
+
+def _wearing(placed: tuple[int, _Part]) -> str:
+    return placed[1].wears or ""
 
 
 class _Mixing:
@@ -73,49 +100,55 @@ class _Mixing:
         self._steps = 0
         self._asking = False
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], call: dict[str, Any], output: object) -> object:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], call: dict[str, Any], output: Output) -> Output:
         # Asking for a region's prediction calls the denoiser again, so that every other hook on it has its say.
-        if self._asking or not self._denoiser.is_guided(call):
+        if self._asking:
             return None
-        if args:
-            raise GuideError(
-                f"{type(module).__name__} was called with {len(args)} positional arguments: need keywords."
-            )
-        self._steps += 1
-        prediction = _prediction_of(output)
+        call = named(module, args, call)
+        branches = self._denoiser.branches(call)
+        for rows in (branches.prompt, branches.negative):
+            if len(rows) not in (0, self._batch):
+                raise GuideError(f"regions of {self._batch} pictures cannot steer a batch of {len(rows)}.")
+        placed = [(rows[part.picture], part) for part in self._parts if (rows := getattr(branches, part.branch))]
+        if not placed:
+            return None
+        self._steps += bool(branches.prompt)
+        prediction = self._denoiser.prediction(output)
         self._check(prediction, "the plan's prompt")
         self._asking = True
         try:
-            return _with_prediction(output, self._mixed(prediction, call))
+            return self._denoiser.with_prediction(output, self._mixed(prediction, call, placed))
         finally:
             self._asking = False
 
-    def _mixed(self, prediction: Tensor, call: Mapping[str, Any]) -> Tensor:
+    def _mixed(self, prediction: Tensor, call: Call, placed: Sequence[tuple[int, _Part]]) -> Tensor:
         """The paper's equation; rows without a region stay the very numbers they were."""
-        if prediction.shape[0] != self._batch:
-            raise GuideError(f"regions of {self._batch} pictures cannot steer a batch of {prediction.shape[0]}.")
         wide = torch.promote_types(prediction.dtype, torch.float32)
-        rows = sorted({part.row for part in self._parts})
-        sums = {row: prediction[row].to(wide) for row in rows}
-        totals = {row: torch.ones(prediction.shape[1], 1, device=prediction.device, dtype=wide) for row in rows}
-        for start in range(0, len(self._parts), self._batch):
-            parts = self._parts[start : start + self._batch]
-            for part, regional in zip(parts, self._asked(parts, call), strict=True):
-                weights = part.weights.reshape(-1, 1).to(totals[part.row])
-                sums[part.row] = sums[part.row] + weights * regional
-                totals[part.row] = totals[part.row] + weights
+        sums = {row: prediction[row].to(wide) for row, _ in placed}
+        totals = {row: torch.ones((), device=prediction.device, dtype=wide) for row in sums}
+        for some in self._sub_batches(placed):
+            for (row, part), regional in zip(some, self._asked(some, call), strict=True):
+                weights = self._denoiser.over_prediction(part.weights).to(prediction.device, wide)
+                sums[row] = sums[row] + weights * regional
+                totals[row] = totals[row] + weights
         mixed = prediction.clone()
-        for row in rows:
-            mixed[row] = (sums[row] / totals[row]).to(prediction.dtype)
+        for row, total in sums.items():
+            mixed[row] = (total / totals[row]).to(prediction.dtype)
         return mixed
 
-    def _asked(self, parts: Sequence[_Part], call: Mapping[str, Any]) -> Tensor:
-        """The denoiser's prediction for each part's row under that part's own prompt."""
-        encoded = [part.encoded.conditioning for part in parts]
-        conditioning = {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
-        call = self._denoiser.recondition(call, [part.row for part in parts], conditioning)
-        prediction = _prediction_of(self._denoiser.module(**call))
-        self._check(prediction, f"the region prompt(s) {[part.encoded.region.prompt for part in parts]}")
+    def _sub_batches(self, placed: Sequence[tuple[int, _Part]]) -> Iterator[Sequence[tuple[int, _Part]]]:
+        """Parts that wear the same, no more at a time than the batch has pictures."""
+        for _, alike in groupby(sorted(placed, key=_wearing), key=_wearing):
+            parts = list(alike)
+            yield from (parts[start : start + self._batch] for start in range(0, len(parts), self._batch))
+
+    def _asked(self, placed: Sequence[tuple[int, _Part]], call: Call) -> Tensor:
+        """The denoiser's prediction for each row under each part's own prompt."""
+        call = self._denoiser.recondition(call, [row for row, _ in placed], [part.text for _, part in placed])
+        lora = placed[0][1].lora
+        with nullcontext() if lora is None else lora.worn_by(self._denoiser.module):
+            prediction = self._denoiser.prediction(self._denoiser.module(**call))
+        self._check(prediction, f"the region prompt(s) {[part.prompt for _, part in placed]}")
         return prediction
 
     def _check(self, prediction: Tensor, prompt: str) -> None:
@@ -124,21 +157,3 @@ class _Mixing:
                 f"the denoiser predicted NaN or infinity for {prompt} at step {self._steps}. "
                 "Check the weights, and the LoRA worn; a float16 model may need bfloat16."
             )
-
-
-def _prediction_of(output: object) -> Tensor:
-    """The prediction in a denoiser's output: a tensor, a tuple that begins with it, or diffusers' output object."""
-    if isinstance(output, Tensor):
-        return output
-    prediction: Tensor = output[0]  # type: ignore[index]
-    return prediction
-
-
-def _with_prediction(output: object, prediction: Tensor) -> object:
-    """The same kind of output with another prediction in it."""
-    if isinstance(output, Tensor):
-        return prediction
-    if isinstance(output, tuple):
-        return (prediction, *output[1:])
-    first = dataclasses.fields(output)[0].name  # type: ignore[arg-type]
-    return dataclasses.replace(output, **{first: prediction})  # type: ignore[type-var]

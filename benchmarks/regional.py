@@ -1,0 +1,226 @@
+"""What guided steps cost beside a plain one: every way of computing regional attention, and the paper's mixing."""
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from statistics import median, quantiles
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import artaug as aa
+from artaug.regional import ELIGEN, INSTANTX, Guide, Isolation
+from benchmarks import _flux as flux
+from benchmarks import _record as record
+
+METHODS = ("plain", "dense", "merged", "grouped", "flex", "output_mix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layouts:
+    """Layouts that are alike but for how many regions they have."""
+
+    feather: float = 0.0
+    isolation: Isolation = ELIGEN
+    methods: tuple[str, ...] = ("plain", "dense", "merged", "flex")
+
+
+LAYOUTS = {
+    "hard": Layouts(methods=METHODS),
+    "soft": Layouts(feather=0.03),
+    "apart": Layouts(isolation=INSTANTX),
+}
+"""Boxes along the token grid; the same feathered; and with the image's regions kept apart, the plan's prompt weak in
+them. Grouping can do the first alone, and `OutputMix` takes as long for each."""
+
+MIXING_ROUNDS = 3
+"""Rounds that `OutputMix` takes part in, since its every step takes as long as 1 + regions others."""
+
+
+def measure(*, quick: bool) -> list[record.Row]:
+    """Time whole denoiser steps, interleaved, over picture size and number of regions; count what they compute.
+
+    With CUDA the transformer is FLUX.1-dev's own geometry in bfloat16, else a scaled-down one in float32; its weights are
+    random. A round takes every method once, each time beginning with another one: ``seconds`` is the median over rounds,
+    ``ratio_to_plain`` the median of the ratios within rounds, low and high are quartiles. ``first_seconds`` is the first
+    step of a drawing, in which the layout is prepared. ``peak_bytes`` holds weights, inputs, and the most that torch's
+    allocator held at once beside them while a layout was prepared and a step computed.
+    """
+    geometry, sides = (flux.FLUX_DEV, (64, 128)) if torch.cuda.is_available() else (flux.SCALED_DOWN, (32, 48))
+    if quick:
+        small = replace(geometry, double_blocks=1, single_blocks=2)
+        return measured(small, [Series(kind="hard", side=sides[0], counts=(1, 4))], rounds=2)
+    every = (1, 2, 4, 8, 16)
+    series = [Series(kind=kind, side=sides[0], counts=every) for kind in LAYOUTS]
+    return measured(geometry, [*series, Series(kind="hard", side=sides[1], counts=(1, 4, 16))], rounds=5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Layouts of one kind, on pictures of one size."""
+
+    kind: str
+    """One of `LAYOUTS`."""
+    side: int
+    """Image tokens on a side."""
+    counts: tuple[int, ...]
+    """Of regions."""
+
+
+def measured(geometry: flux.Geometry, series: Sequence[Series], *, rounds: int) -> list[record.Row]:
+    """The rows of one model."""
+    model = geometry.model()
+    rows: list[record.Row] = []
+    for one in series:
+        layouts = LAYOUTS[one.kind]
+        for count in one.counts:
+            areas = flux.boxes(count, side=one.side)
+            setting = flux.Setting(
+                geometry=geometry,
+                model=model,
+                side=one.side,
+                regions=tuple(aa.Region(area, "a", feather=layouts.feather) for area in areas),
+                isolation=layouts.isolation,
+            )
+            rows += described(setting, one.kind, rounds)
+            torch.compiler.reset()  # one graph a size, and past eight of them torch stops compiling
+            gc.collect()
+    return rows
+
+
+def described(setting: flux.Setting, kind: str, rounds: int) -> list[record.Row]:
+    """A row a method, for one layout."""
+    guides = {method: guide(method, setting.isolation) for method in LAYOUTS[kind].methods}
+    for one in guides.values():
+        steps(setting, one, count=1)  # compiles, and wakes the device up
+    peaks = {method: peak_bytes(setting, one) for method, one in guides.items()}
+    timed: dict[str, list[Sequence[float]]] = {method: [] for method in guides}
+    names = list(guides)
+    for number in range(rounds):
+        for method in (*names[number % len(names) :], *names[: number % len(names)]):
+            if method == "output_mix" and number >= MIXING_ROUNDS:
+                continue
+            prepares = method not in {"plain", "output_mix"}
+            timed[method].append(steps(setting, guides[method], count=2 if prepares else 1))
+    return [row(setting, kind, method, timed, peaks) for method in guides]
+
+
+def row(
+    setting: flux.Setting,
+    kind: str,
+    method: str,
+    timed: Mapping[str, Sequence[Sequence[float]]],
+    peaks: Mapping[str, int],
+) -> record.Row:
+    """What became of one method."""
+    seconds = [one[-1] for one in timed[method]]
+    ratios = [one / plain[-1] for one, plain in zip(seconds, timed["plain"], strict=False)]
+    work, plain_work = flux.work(setting, method), flux.work(setting, "plain")
+    added = 0 if method in {"plain", "output_mix"} else len(setting.regions) * setting.geometry.region_tokens
+    return {
+        "method": method,
+        "regions": len(setting.regions),
+        "layout": kind,
+        "pixels": 16 * setting.side,
+        "tokens": setting.side**2 + setting.geometry.base_tokens + added,
+        "seconds": median(seconds),
+        **spread("seconds", seconds),
+        "first_seconds": median(one[0] for one in timed[method]),
+        "ratio_to_plain": median(ratios),
+        **spread("ratio", ratios),
+        "peak_bytes": peaks[method],
+        "peak_to_plain": peaks[method] / peaks["plain"],
+        "flops": work.flops,
+        "flops_to_plain": work.flops / plain_work.flops,
+        "attention_flops": work.attention_flops,
+        "mask_bytes": work.mask_bytes,
+    }
+
+
+def spread(name: str, numbers: Sequence[float]) -> dict[str, float]:
+    """The quartiles."""
+    low, _, high = quantiles(numbers, n=4, method="inclusive")
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def guide(method: str, isolation: Isolation) -> Guide | None:
+    """The guide that steers by a method."""
+    if method == "plain":
+        return None
+    if method == "output_mix":
+        return aa.OutputMix()
+    return aa.RegionalAttention(method=method, isolation=isolation)  # type: ignore[arg-type]
+
+
+def steering(setting: flux.Setting, one: Guide | None) -> AbstractContextManager[None]:
+    """The guide at work on one picture."""
+    return nullcontext() if one is None else one.steering(setting.denoiser, [setting.encoded])
+
+
+def steps(setting: flux.Setting, one: Guide | None, *, count: int) -> list[float]:
+    """Seconds of the first steps of a drawing."""
+    seconds = []
+    with steering(setting, one):
+        for _ in range(count):
+            settled()
+            start = time.perf_counter()
+            setting.step()
+            settled()
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def settled() -> None:
+    """Wait until the device has done all it was asked."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(setting: flux.Setting, one: Guide | None) -> int:
+    """The most memory held at once in the first step of a drawing, as torch's allocator counts it."""
+    if setting.geometry.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        steps(setting, one, count=1)
+        return int(torch.cuda.max_memory_allocated())
+    given: list[Tensor] = [one for one in setting.call.values() if isinstance(one, Tensor)]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        steps(setting, one, count=1)
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now, most = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += int(event.nbytes())
+        most = max(most, now)
+    held: int = sum(one.numel() * one.element_size() for one in (*given, *setting.model.parameters()))
+    return most + held
+
+
+def plot(rows: Sequence[record.Row]) -> Figure:
+    """Time beside a plain step over the number of regions: a panel for every size and kind of layout."""
+    panels = sorted({(row["pixels"], row["layout"]) for row in rows})
+    figure = Figure(figsize=(4 * len(panels), 3.6))
+    for number, (pixels, layout) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), number + 1, title=f"{pixels} x {pixels}, {layout}", xlabel="regions")
+        for method in METHODS[1:]:
+            mine = [row for row in rows if (row["pixels"], row["layout"], row["method"]) == (pixels, layout, method)]
+            if mine:
+                errors = [[row["ratio_to_plain"] - row["ratio_low"] for row in mine]]
+                errors += [[row["ratio_high"] - row["ratio_to_plain"] for row in mine]]
+                at = [row["regions"] for row in mine]
+                axes.errorbar(at, [row["ratio_to_plain"] for row in mine], errors, label=method, marker=".")
+        axes.axhline(1, color="grey", linewidth=0.5)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        if number == 0:
+            axes.set_ylabel("time of a step, plain = 1")
+            axes.legend(fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+if __name__ == "__main__":
+    record.run("regional", measure, plot)

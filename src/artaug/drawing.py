@@ -1,0 +1,176 @@
+"""Drawing on pictures: boxes, soft areas, and the words beside them. It knows no plans and no critiques."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from artaug.errors import InvalidValueError
+from artaug.geometry import Box, Mask
+
+COLOURS = ("#ffb000", "#3fc1ff", "#ff5c8a", "#5ee0a0", "#c79bff", "#f4f06a", "#ff8a4c", "#9fe8ff")
+"""Of the first box, the second, ...: bright, and told apart by most colour-blind eyes too. They repeat after eight."""
+
+DARK = "#14151a"
+"""What is written on these."""
+
+_TINT = 0.45
+_LINE_PX = 15
+_GAP_PX = 4
+_Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def draw_boxes(
+    image: Image.Image, boxes: Sequence[Box], *, labels: Sequence[str] | None = None, scale: int = 4
+) -> Image.Image:
+    """Draw boxes and their labels on a larger copy of a picture.
+
+    Args:
+        image: stays as it is.
+        boxes: what to draw, the first in the first of `COLOURS`.
+        labels: a word a box; their numbers, from 1, if not given. A blank one is left out.
+        scale: pixels of the copy a pixel of ``image``, at least 1.
+
+    Returns:
+        An RGB picture, ``scale`` times as wide and high.
+
+    Raises:
+        InvalidValueError: if there is not one label a box, or the scale is below 1.
+
+    >>> import artaug as aa
+    >>> from artaug.drawing import draw_boxes
+    >>> from PIL import Image
+    >>> draw_boxes(Image.new("RGB", (64, 48)), [aa.Box(0, 0, 0.5, 1)], labels=["brighter"]).size
+    (256, 192)
+    """
+    words = [str(number + 1) for number in range(len(boxes))] if labels is None else list(labels)
+    if len(words) != len(boxes):
+        raise InvalidValueError(f"draw_boxes received {len(boxes)} boxes and {len(words)} labels: need one a box.")
+    if scale < 1:
+        raise InvalidValueError(f"draw_boxes(scale={scale}) would shrink the picture: need at least 1.")
+    large = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(large)
+    for number, box in enumerate(boxes):
+        _outline(pen, box, colour=COLOURS[number % len(COLOURS)], size=large.size)
+    for number, (box, word) in enumerate(zip(boxes, words, strict=True)):
+        _label(pen, box, word, colour=COLOURS[number % len(COLOURS)], size=large.size)
+    return large
+
+
+def _outline(pen: ImageDraw.ImageDraw, box: Box, *, colour: str, size: tuple[int, int]) -> None:
+    """Draw a frame inside the box's edges, with a dark seam inside it, so that it is seen on any picture."""
+    left, top, right, bottom = box.to_pixels(size)
+    width = max(round(min(size) / 160), 1)
+    for inset in range(2 * width):
+        x0, y0, x1, y1 = left + inset, top + inset, right - 1 - inset, bottom - 1 - inset
+        if x0 <= x1 and y0 <= y1:
+            pen.line([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)], fill=colour if inset < width else DARK)
+
+
+def _label(pen: ImageDraw.ImageDraw, box: Box, word: str, *, colour: str, size: tuple[int, int]) -> None:
+    """Write a word on a plate of the box's colour in the box's corner, moved inwards where the picture ends."""
+    if not word.strip():
+        return
+    font = ImageFont.load_default(max(min(size) / 18, 9))
+    pad = max(round(min(size) / 100), 1)
+    across, down = pen.textbbox((0, 0), word, font=font, anchor="lt")[2:]
+    left, top, _, _ = box.to_pixels(size)
+    left = max(min(left, size[0] - int(across) - 2 * pad), 0)
+    top = max(min(top, size[1] - int(down) - 2 * pad), 0)
+    pen.rectangle((left, top, left + across + 2 * pad - 1, top + down + 2 * pad - 1), fill=colour)
+    pen.text((left + pad, top + pad), word, fill=DARK, font=font, anchor="lt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Area:
+    """A part of a picture to be shown, and the words about it."""
+
+    where: Box | Mask
+    words: str
+    feather: float = 0.0
+    """As of `Region.feather`."""
+
+
+def draw_areas(image: Image.Image, areas: Sequence[Area], *, heading: str = "") -> Image.Image:
+    """Draw areas on a picture, each with a number, and write below it what each number says.
+
+    A box gets a frame; a mask, and the soft edge of a feathered box, a tint as strong as its weight there. Frames and
+    tints have the first of `COLOURS`, the second, and so on.
+
+    Args:
+        image: stays as it is.
+        areas: the first below the others.
+        heading: of the words below; left out if blank.
+
+    Returns:
+        An RGB picture as wide as ``image``, and higher by the lines of text.
+    """
+    drawn = image.convert("RGB")
+    for number, area in enumerate(areas):
+        if isinstance(area.where, Mask) or area.feather:
+            colour = Image.new("RGB", drawn.size, COLOURS[number % len(COLOURS)])
+            drawn = Image.composite(colour, drawn, _tint(area, drawn.size))
+    pen = ImageDraw.Draw(drawn)
+    for number, area in enumerate(areas):
+        if isinstance(area.where, Box):
+            _outline(pen, area.where, colour=COLOURS[number % len(COLOURS)], size=drawn.size)
+    for number, area in enumerate(areas):
+        place = area.where if isinstance(area.where, Box) else _middle(area.where)
+        _label(pen, place, str(number + 1), colour=COLOURS[number % len(COLOURS)], size=drawn.size)
+    return _with_lines(drawn, areas, heading=heading)
+
+
+def _tint(area: Area, size: tuple[int, int]) -> Image.Image:
+    """How strongly to tint each pixel, from 0 to 255."""
+    if isinstance(area.where, Mask):
+        weights = Image.fromarray(area.where.to_array()).resize(size, Image.Resampling.BOX)
+        strength = weights.point(lambda weight: weight * 255 * _TINT).convert("L")
+    else:
+        strength = Image.new("L", size)
+        strength.paste(round(255 * _TINT), area.where.to_pixels(size))
+    return strength.filter(ImageFilter.GaussianBlur(area.feather * min(size))) if area.feather else strength
+
+
+def _middle(mask: Mask) -> Box:
+    """Of the cells where a mask weighs most, the one nearest to their centre: a label there lies on the area."""
+    weights = mask.to_array()
+    cells = np.argwhere(weights == weights.max())
+    row, column = cells[((cells - cells.mean(axis=0)) ** 2).sum(axis=1).argmin()].tolist()
+    return Box(column / mask.width, row / mask.height, (column + 1) / mask.width, (row + 1) / mask.height)
+
+
+def _with_lines(picture: Image.Image, areas: Sequence[Area], *, heading: str) -> Image.Image:
+    """Write the heading and every area's words below a picture, behind the area's number on its colour."""
+    font = ImageFont.load_default(_LINE_PX)
+    indent = int(font.getlength("00")) + 2 * _GAP_PX
+    wrapped = [_wrapped(area.words, font, width=picture.width - indent - _GAP_PX) for area in areas]
+    above = _wrapped(heading, font, width=picture.width - 2 * _GAP_PX)
+    step = _LINE_PX + _GAP_PX
+    high = step * (len(above) + sum(map(len, wrapped))) + (_GAP_PX if above or wrapped else 0)
+    page = Image.new("RGB", (picture.width, picture.height + high), "white")
+    page.paste(picture)
+    pen = ImageDraw.Draw(page)
+    top = picture.height + _GAP_PX
+    for line in above:
+        pen.text((_GAP_PX, top), line, fill=DARK, font=font)
+        top += step
+    for number, lines in enumerate(wrapped):
+        pen.rectangle((_GAP_PX, top, indent - _GAP_PX, top + _LINE_PX), fill=COLOURS[number % len(COLOURS)])
+        pen.text((indent / 2, top + _LINE_PX / 2), str(number + 1), fill=DARK, font=font, anchor="mm")
+        for line in lines:
+            pen.text((indent, top), line, fill=DARK, font=font)
+            top += step
+    return page
+
+
+def _wrapped(words: str, font: _Font, *, width: float) -> list[str]:
+    """Words in lines that are no wider than so many pixels; a word that is wider has a line of its own."""
+    lines: list[str] = []
+    for word in words.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,189 @@
+"""What a guide knows of a model: its prediction, its prompts, and its attention. One short class a family writes it."""
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+from torch import Tensor, nn
+
+from artaug.regional.isolation import ELIGEN, Isolation
+
+Conditioning: TypeAlias = Mapping[str, Any]
+"""Encoded prompts, by the model's own names: tensors or lists, the first axis of each counting the prompts."""
+
+Call: TypeAlias = Mapping[str, Any]
+"""The keyword arguments a pipeline calls its denoiser with."""
+
+Output: TypeAlias = Any
+"""What a denoiser returns: its prediction, or a tuple or an object of diffusers that begins with it."""
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of queries to keys and values, all (batch, heads, tokens, channels of a head); so is the result."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One encoded prompt."""
+
+    conditioning: Conditioning
+    """One row of what `Conditioning` holds."""
+    words: slice
+    """Where along the row its own tokens are; the rest is padding."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Which rows of a call's batch are predicted for the plans' prompts, and which for the negative prompt.
+
+    Rows follow the order of the pictures. A call of one branch alone has the other one empty.
+    """
+
+    prompt: range
+    negative: range = range(0)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens of an attention sequence that are of one kind."""
+
+    kind: Literal["image", "text", "filler", "other"]
+    """Image tokens in rows; a prompt; tokens that mean nothing and nobody may see; or tokens that all see and that see
+    all but the regions' prompts, as those of a reference picture."""
+    length: int
+    """How many tokens."""
+    prompt: int = 0
+    """For a text, whose: 0 for the plan's own (or the negative prompt), i for the i-th region's."""
+
+
+Processor: TypeAlias = Any
+"""What computes an attention layer, of the model's own classes."""
+
+
+class AttentionLayer(Protocol):
+    """A layer as diffusers has them, whose computing can be replaced."""
+
+    processor: Processor
+
+    def set_processor(self, processor: Processor) -> None:
+        """Compute with another processor from now on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One attention layer."""
+
+    attention: AttentionLayer
+    """The layer, whose ``processor`` is replaced while a guide is at work."""
+    block: int
+    """Its place in the order of computation, from 0."""
+    kind: Literal["joint", "cross", "text"] = "joint"
+    """Whether image and texts look at each other, the image looks at the texts, or texts look at texts."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of its image tokens; None for those of the denoiser."""
+
+
+def named(module: nn.Module, args: Sequence[Any], call: Call) -> dict[str, Any]:
+    """A call with its positional arguments by name, since a few pipelines pass some of them so."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **call}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Denoiser(ABC):
+    """A model in one run, as a guide sees it. This much is enough for `OutputMix`."""
+
+    module: nn.Module
+    """The denoiser, its first output the prediction."""
+    grid: tuple[int, int]
+    """Rows and columns of a prediction: of image tokens, or of latent pixels where that is what it predicts."""
+
+    @abstractmethod
+    def branches(self, call: Call) -> Branches:
+        """Which rows of the batch belong to the plans' prompts, and which to the negative prompt."""
+
+    @abstractmethod
+    def recondition(self, call: Call, rows: Sequence[int], texts: Sequence[Text]) -> dict[str, Any]:
+        """The same call for these rows of the batch, each with another prompt."""
+
+    def prediction(self, output: Output) -> Tensor:
+        """The prediction in an output, the batch first: it is a tensor, or what holds one in the first place."""
+        prediction: Tensor = output if isinstance(output, Tensor) else output[0]
+        return prediction
+
+    def with_prediction(self, output: Output, prediction: Tensor) -> Output:
+        """The same kind of output with another prediction in it."""
+        if isinstance(output, Tensor):
+            return prediction
+        if isinstance(output, tuple):
+            return (prediction, *output[1:])
+        first = dataclasses.fields(output)[0].name
+        return dataclasses.replace(output, **{first: prediction})
+
+    def over_prediction(self, weights: Tensor) -> Tensor:
+        """Weights of (rows, columns), shaped to multiply one row of a prediction: here (tokens, channels)."""
+        return weights.reshape(-1, 1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentiveDenoiser(Denoiser):
+    """A denoiser whose attention can be guided, by `RegionalAttention`."""
+
+    def installed(self) -> AbstractContextManager[None]:
+        """Whatever else has to be in place during a run, and is gone after it; nothing unless a family says so."""
+        return nullcontext()
+
+    @property
+    @abstractmethod
+    def sites(self) -> Sequence[Site]:
+        """The layers where image tokens and prompts meet, in the order of computation."""
+
+    @property
+    def isolation(self) -> Isolation:
+        """Who may look at whom in this family, unless the guide is told otherwise."""
+        return ELIGEN
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens in attention."""
+        return self.grid
+
+    @abstractmethod
+    def noise_level(self, call: Call) -> float:
+        """How noisy the pictures of a call are, in [0, 1]: sigma of a flow model, else the timestep's fraction."""
+
+    @abstractmethod
+    def with_texts(
+        self, call: Call, texts: Sequence[Sequence[Text]], *, trimmed: bool
+    ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
+        """The same call with more prompts after the one each row has; asked inside `installed` only.
+
+        Args:
+            call: what the pipeline asks for.
+            texts: for every row of the batch the region prompts to add, or none.
+            trimmed: take the words of each only, or its padding as well.
+
+        Returns:
+            The call, and of every row what its joint sequence holds, in order. Rows with fewer texts are filled up.
+
+        Raises:
+            GuideError: if the texts are longer than the model has positions for.
+        """
+
+    def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
+        """What goes into a linear layer, by its name: image tokens, those of all prompts, both, or no tokens.
+
+        A LoRA of a region is worn by its own tokens only, so a layer without tokens (a modulation) wears none of it.
+        """
+        return None
+
+    @abstractmethod
+    def processor(self, site: Site, attend: Attend) -> Processor:
+        """The attention processor of a site, as it is but for one thing: it calls ``attend``.
+
+        Raises:
+            GuideError: if the site has a processor that this would not be a twin of, naming it.
+        """

@@ -1,0 +1,449 @@
+"""Whatever a model replies is a critique or an abstention, and what was done to read it is said."""
+
+import inspect
+import json
+import math
+import re
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from re import _parser as patterns
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import artaug as aa
+from artaug.critics import FAMILIES, Coordinates, parse_reply
+from artaug.critics.replies import LONGEST_PROMPT, LONGEST_REMARK, LONGEST_REPLY, MOST_SUGGESTIONS
+from artaug.critics.replies.nodes import MOST_NESTED, Listing, Number, Record, Text
+from artaug.critics.replies.reading import read
+from artaug.values import from_json, to_json
+from support.strategies import boxes, critiques, said
+
+SIZE = (640, 480)
+CONVENTIONS = {
+    "yxyx": Coordinates("thousandths", order="yxyx"),
+    "molmo": FAMILIES["molmo"],
+    "percent": Coordinates("percent"),
+}
+CORPUS = {
+    f"{file.stem}/{name}": case
+    for file in sorted((Path(__file__).parent / "corpus").glob("*.toml"))
+    for name, case in tomllib.loads(file.read_text(encoding="utf-8")).items()
+}
+
+
+def parsed(text, coordinates="thousandths", **options):
+    """The answer to a reply, which is a value that can be written to a file."""
+    answer = parse_reply(text, size=SIZE, coordinates=coordinates, **options)
+    assert isinstance(answer, aa.Critique | aa.Abstention)
+    assert from_json(type(answer), to_json(answer)) == answer
+    return answer
+
+
+# --- the corpus --------------------------------------------------------------------------------------------------
+
+
+def test_the_corpus_is_large():
+    assert len(CORPUS) >= 150
+
+
+@pytest.mark.parametrize("case", CORPUS.values(), ids=CORPUS)
+def test_a_reply_of_the_corpus_is_read_as_it_says(case):
+    named = case.get("coordinates", "thousandths")
+
+    answer = parsed(case["text"], CONVENTIONS.get(named, named))
+
+    if "abstains" in case:
+        assert isinstance(answer, aa.Abstention)
+        assert case["abstains"] in answer.reason
+        return
+    assert isinstance(answer, aa.Critique), answer
+    assert len(answer.suggestions) == case.get("suggestions", 1)
+    if answer.suggestions:
+        first = answer.suggestions[0]
+        edges = first.box.left, first.box.top, first.box.right, first.box.bottom
+        assert [round(1000 * edge, 6) for edge in edges] == case.get("box", [100, 200, 300, 400])
+        assert first.prompt == case.get("prompt", "a lit window")
+    if "repairs" in case:
+        assert list(answer.repairs) == case["repairs"]
+
+
+# --- what is well written is read as it is -------------------------------------------------------------------------
+
+json_texts = st.text(st.characters(exclude_categories=["Cs"]))
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**300), 10**300)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | json_texts,
+    lambda inner: st.lists(inner) | st.dictionaries(json_texts, inner),
+    max_leaves=8,
+)
+json_documents = st.lists(json_values) | st.dictionaries(json_texts, json_values)
+
+
+def as_python(node):
+    match node:
+        case Record():
+            return {name: as_python(thing) for name, thing in node.fields}
+        case Listing():
+            return [as_python(thing) for thing in node.things]
+        case Number():
+            return node.amount
+        case Text(bare=True):
+            return {"true": True, "false": False, "null": None}[node.words]
+    return node.words
+
+
+def in_floats(document):
+    """The document as a reading gives it: there is one kind of number."""
+    match document:
+        case dict():
+            return {name: in_floats(thing) for name, thing in document.items()}
+        case list():
+            return [in_floats(thing) for thing in document]
+        case bool() | None | str():
+            return document
+    return float(document)
+
+
+@given(json_documents, st.booleans(), st.sampled_from([None, 0, 2]))
+@example({"": {"": {}}}, True, None)
+@example({"a": 'x", "b": "y'}, False, None)
+@example([1e-320, -0.0, 10**300, 2**70], False, None)
+def test_json_is_read_as_json_and_nothing_is_mended(document, ensure_ascii, indent):
+    text = json.dumps(document, ensure_ascii=ensure_ascii, indent=indent)
+
+    reading = read(text)
+
+    assert [as_python(node) for node in reading.nodes] == [in_floats(document)]
+    assert reading.mended == ()
+
+
+@st.composite
+def written(draw):
+    """A convention, a picture's size, and suggestions with whole numbers in it as one would write them."""
+    unit = draw(st.sampled_from(["relative", "percent", "thousandths", "pixels"]))
+    order = draw(st.sampled_from(["xyxy", "yxyx", "xywh"]))
+    convention = Coordinates(unit, order=order)
+    size = draw(st.tuples(st.integers(20, 900), st.integers(20, 900)))
+    fractions = st.sets(st.integers(0, 20), min_size=2, max_size=2).map(sorted)
+    made = []
+    for _ in range(draw(st.integers(1, 6))):
+        (left, right), (top, bottom) = draw(fractions), draw(fractions)
+        box = aa.Box(left / 20, top / 20, right / 20, bottom / 20)
+        made.append((convention.write(box, size=size), draw(said_plainly), draw(remarks)))
+    return convention, size, made
+
+
+plain_texts = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"], exclude_characters="<|"), max_size=60)
+remarks = plain_texts.map(lambda text: " ".join(text.split()))
+remarks = remarks.filter(lambda text: text.lower() not in {"null", "none", "nan", "undefined", "n/a"})
+said_plainly = remarks.filter(bool)
+
+
+@given(written(), st.sampled_from(["box", "bbox_2d", "box_2d"]))
+def test_a_valid_reply_gives_exactly_its_boxes_in_every_convention(reply, key):
+    convention, size, made = reply
+    suggestions = [{key: list(numbers), "prompt": prompt, "reason": reason} for numbers, prompt, reason in made]
+
+    answer = parse_reply(json.dumps({"suggestions": suggestions}), size=size, coordinates=convention)
+
+    edges = [convention.edges(numbers, size=size) for numbers, _, _ in made]
+    expected = [aa.Box(*(min(max(edge, 0), 1) for edge in one)) for one in edges]
+    assert [one.box for one in answer.suggestions] == expected
+    assert [(one.prompt, one.reason) for one in answer.suggestions] == [(prompt, reason) for _, prompt, reason in made]
+    assert answer.repairs == ()
+
+
+large_boxes = boxes().filter(lambda box: box.width >= 0.01 and box.height >= 0.01)
+clean = st.builds(
+    aa.Critique, st.lists(st.builds(aa.Suggestion, large_boxes, said_plainly, remarks), min_size=1, max_size=5), remarks
+)
+
+
+@given(clean)
+def test_a_critique_written_as_json_is_read_as_the_same_critique(critique):
+    assert parsed(to_json(critique), "relative") == critique
+
+
+@given(said)
+def test_an_abstention_written_as_json_is_read_as_an_abstention(reason):
+    assert isinstance(parsed(to_json(aa.Abstention(reason))), aa.Abstention)
+
+
+@given(critiques, st.text(), st.text())
+def test_prose_around_a_critique_costs_at_most_the_critique(critique, before, after):
+    parsed(before + to_json(critique) + after, "relative")
+
+
+def test_halves_of_a_character_that_stand_side_by_side_are_joined():
+    answer = parsed('{"suggestions": [{"box": [100, 200, 300, 400], "prompt": "a \ud83d\ude00 face"}]}')
+    assert answer.suggestions[0].prompt == "a \U0001f600 face"
+    assert answer.repairs == ()
+
+
+# --- nothing raises --------------------------------------------------------------------------------------------------
+
+FRAGMENTS = [
+    *'{}[]()":,\'"\\“”`;=#/*<>|.-+0123456789eE% \n\t\x00\ud800',
+    *('{"suggestions": [', '{"box": [1, 2, 30, 40], ', '"prompt": "a"}', '"prompt": "', "]}", '"box"', ": [", "NaN"),
+    *("null", "true", "```json", "<think>", "</think>", "<|box_start|>", "<|box_end|>", "<ref>", "</ref>", "<box>"),
+    *(
+        '<point x="5" y="5">',
+        "</point>",
+        "//",
+        "/*",
+        "*/",
+        "1e999",
+        "-Infinity",
+        "\\u",
+        "\\ud83d",
+        "=>",
+        "px",
+        "window",
+    ),
+    *('{"x1": 1, "y1": 2, "x2": 3, "y2": 4}', "[[1, 2], [3, 4]]", '"suggestions": "', "{{", "}}", '\\"', "\u202e"),
+]
+soups = st.lists(st.sampled_from(FRAGMENTS), max_size=60).map("".join)
+any_convention = st.sampled_from(["relative", "thousandths", "pixels", *FAMILIES.values()])
+
+
+@given(st.text(), any_convention)
+def test_any_text_is_read(text, convention):
+    parsed(text, convention)
+
+
+@given(soups, any_convention)
+def test_any_mixture_of_what_replies_are_made_of_is_read(text, convention):
+    parsed(text, convention)
+
+
+@given(st.binary(max_size=300), st.sampled_from(["latin-1", "utf-16-le", "utf-8"]))
+def test_bytes_that_were_no_text_are_read(data, encoding):
+    parsed(data.decode(encoding, errors="replace" if encoding != "utf-8" else "surrogateescape"))
+
+
+@st.composite
+def mutated(draw):
+    """Good JSON with a few places cut out, doubled or overwritten."""
+    text = draw(clean.map(to_json) | st.sampled_from([case["text"] for case in CORPUS.values()]))
+    for _ in range(draw(st.integers(1, 6))):
+        start, end = sorted(draw(st.tuples(*[st.integers(0, len(text))] * 2)))
+        what = draw(st.sampled_from(["cut", "double", "overwrite", "end"]))
+        middle = {"cut": "", "double": 2 * text[start:end], "overwrite": draw(soups), "end": text[start:end]}[what]
+        text = text[:start] + middle + ("" if what == "end" else text[end:])
+    return text
+
+
+@given(mutated(), any_convention)
+def test_good_replies_gone_wrong_are_read(text, convention):
+    parsed(text, convention)
+
+
+NAMES = [
+    *("suggestions", "regions", "boxes", "box", "bbox_2d", "points", "polygon", "prompt", "label", "text", "reason"),
+    *("summary", "left", "top", "right", "bottom", "x1", "y1", "x2", "y2", "x", "y", "width", "height", "w", "h", ""),
+]
+worths = st.sampled_from(["", " ", "null", "a lit window", "1, 2, 30, 40", "10%", "5px", "<|im_end|>", None, True])
+near_replies = st.recursive(
+    worths | st.sampled_from([-5, 0, 0.2, 10, 300, 700, 1e308]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=5),
+    max_leaves=14,
+)
+
+
+@given(near_replies, any_convention)
+@example({"reason": ""}, "relative")
+def test_any_arrangement_of_the_names_of_replies_is_read(document, convention):
+    parsed(json.dumps([document]), convention)
+    parsed(json.dumps(document), convention)
+
+
+@given(json_documents, any_convention)
+def test_json_about_something_else_is_read(document, convention):
+    parsed(json.dumps(document), convention)
+
+
+@given(st.lists(st.floats() | st.integers(), max_size=9), any_convention)
+@example([1e308, 1e308, 1e308, 1e308], Coordinates("pixels", order="xywh"))
+@example([-1e308, -1e308, 1e308, 1e308], Coordinates("relative", order="xywh"))
+def test_any_numbers_make_a_box_or_none(numbers, convention):
+    answer = parsed(json.dumps([{"box": numbers, "prompt": "a"}]), convention)
+    if not all(map(math.isfinite, numbers)):
+        assert isinstance(answer, aa.Abstention)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (-1, 5), (1, 900)])
+def test_a_picture_no_model_was_shown_is_an_abstention(size):
+    answer = parse_reply("[]", size=size, coordinates=FAMILIES["qwen2_5_vl"])
+    assert answer.reason.startswith(f"a picture of {size[0]} x {size[1]} cannot be resized")
+
+
+# --- bounded work ----------------------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "brackets": "[",
+    "closing brackets": "]",
+    "braces": '{"a":',
+    "braces in a listing": "[{",
+    "pairs": "[]",
+    "quotes": '"',
+    "quotes in a record": '{"a":"',
+    "quotes that may end": '{"a":"b" ',
+    "quotes and commas": '["a",',
+    "quotes, commas and spaces": '{"x":" ,',
+    "spaces after quotes": '{"x":"        ',
+    "missing quotes": '{"a":"b":"c":',
+    "backslashes": "\\",
+    "backslashes in a record": '{"a":"\\',
+    "curly quotes": '{"a":“',
+    "single quotes": "{'",
+    "bare words": "{a:b c d e ",
+    "bare names": "{a b:1,c ",
+    "numbers": "[1,",
+    "digits": "1",
+    "digits in a listing": "[11111111111",
+    "strayed names": '{"a":[1,"b":',
+    "comments": '{"a":/*',
+    "comments that end": '{"a":/**/',
+    "commas": "[,",
+    "colons": '{"a"::',
+    "tags": "<box>",
+    "references": "<ref><ref>a</ref><box>(1,2)",
+    "points": '<point x="1" ',
+    "thoughts": "<think>",
+    "thoughts that end": "</think>",
+    "suggestions": '{"suggestions":[{"box":[1,2,30,40],"prompt":"a"},',
+    "suggestions in texts": '{"suggestions":"{\\"suggestions\\":\\"',
+    "spaces": " ",
+    "control characters": "\x00",
+    "halves": "\ud800",
+    "escapes": '{"a":"\\ud83d',
+}
+
+
+def work(text):
+    """How many calls it takes to read a text, of Python's own functions too."""
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        parse_reply(text, size=SIZE, coordinates="thousandths")
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+@pytest.mark.parametrize("piece", HOSTILE.values(), ids=HOSTILE)
+def test_work_grows_no_faster_than_the_reply(piece):
+    shorter, longer = (work(piece * (length // len(piece))) for length in (4_000, 16_000))
+    assert longer <= 4.5 * shorter + 200
+
+
+def test_the_measure_of_work_can_fail():
+    def quadratic(length):
+        return [index.bit_length() for index in range(length**2)]
+
+    calls = []
+    for length in (50, 200):
+        sys.setprofile(lambda *_: calls[-1:] and calls.append(calls.pop() + 1))
+        calls.append(0)
+        quadratic(length)
+        sys.setprofile(None)
+    assert calls[1] > 4.5 * calls[0] + 200
+
+
+MODULES = ["nodes", "strings", "reading", "finding", "places", "repairs", "tags", "wording"]
+
+
+@pytest.mark.parametrize("module", ["artaug.critics.replies", *(f"artaug.critics.replies.{name}" for name in MODULES)])
+def test_no_pattern_can_backtrack_without_end(module):
+    loaded = import_module(module)
+    held = [thing for thing in vars(loaded).values() if isinstance(thing, re.Pattern | dict)]
+    flat = [one for thing in held for one in (thing.values() if isinstance(thing, dict) else [thing])]
+    for pattern in flat:
+        if isinstance(pattern, re.Pattern):
+            assert not unbounded(pattern.pattern, pattern.flags), pattern.pattern
+    assert "re.sub(" not in inspect.getsource(loaded) or module.endswith("tags")
+
+
+def unbounded(pattern, flags=0):
+    """The repeats without an upper bound that may give back what they took."""
+
+    def walk(part):
+        if isinstance(part, patterns.SubPattern | list | tuple):
+            parts = list(part)
+            if len(parts) == 2 and (parts[0] is patterns.MAX_REPEAT or parts[0] is patterns.MIN_REPEAT):
+                found.extend([pattern] if parts[1][1] == patterns.MAXREPEAT else [])
+            for one in parts:
+                walk(one)
+
+    found = []
+    walk(patterns.parse(pattern, flags & ~re.DEBUG))
+    return found
+
+
+def test_the_guard_against_backtracking_can_fail():
+    assert unbounded(r"(a+)+b")
+    assert not unbounded(r"a++b")
+
+
+def test_ten_megabytes_are_read_up_to_a_stated_length():
+    reply = '{"suggestions": [{"box": [100, 200, 300, 400], "prompt": "a lit window"}]} ' + "[ " * 5_000_000
+    answer = parsed(reply)
+    assert len(answer.suggestions) == 1
+    assert answer.repairs[0] == f"read the first {LONGEST_REPLY:,} of {len(reply):,} characters"
+
+
+def test_what_comes_after_the_stated_length_is_not_read():
+    answer = parsed("." * LONGEST_REPLY + '[{"box": [100, 200, 300, 400], "prompt": "a lit window"}]')
+    assert isinstance(answer, aa.Abstention)
+
+
+@pytest.mark.parametrize("depth", [MOST_NESTED - 4, MOST_NESTED, 100_000])
+def test_nesting_of_any_depth_is_survived(depth):
+    inner = '{"suggestions": [{"box": [100, 200, 300, 400], "prompt": "a lit window"}]}'
+    answer = parsed("[" * depth + inner + "]" * depth)
+    assert isinstance(answer, aa.Critique) == (depth < MOST_NESTED - 2)
+
+
+def test_thousands_of_suggestions_are_cut_to_a_stated_number():
+    reply = json.dumps([{"box": [1, 2, 30 + number % 900, 400], "prompt": f"{number}"} for number in range(5000)])
+    answer = parsed(reply)
+    assert [one.prompt for one in answer.suggestions] == [str(number) for number in range(MOST_SUGGESTIONS)]
+    assert answer.repairs == ("read the first 32 of 5,000 suggestions",)
+    assert len(parsed(reply, at_most=3).suggestions) == 3
+
+
+def test_thousands_of_boxes_for_one_prompt_are_cut_too():
+    reply = json.dumps([{"box": [[1, 2, 30, 40]] * 5000, "prompt": "a"}])
+    assert len(parsed(reply).suggestions) == MOST_SUGGESTIONS
+
+
+def test_thousands_of_bad_suggestions_make_a_short_reason():
+    answer = parsed(json.dumps({"suggestions": [{"box": [1], "prompt": "a"}] * 5000}))
+    assert answer.reason == (
+        "none of the suggestions (5,000) can be used: its box is not four numbers "
+        "(suggestions 1, 2, 3, 4, 5, 6, 7, 8 and 4,992 more)"
+    )
+
+
+def test_words_are_cut_to_a_stated_length():
+    item = {"box": [100, 200, 300, 400], "prompt": "p" * 5000, "reason": "r" * 5000}
+    answer = parsed(json.dumps({"summary": "s" * 5000, "suggestions": [item]}))
+    assert len(answer.suggestions[0].prompt) == LONGEST_PROMPT
+    assert len(answer.suggestions[0].reason) == len(answer.summary) == LONGEST_REMARK
+    assert answer.repairs == (
+        "cut texts to 400 characters (suggestion 1)",
+        "cut texts to 1000 characters (suggestion 1)",
+    )

@@ -1,0 +1,103 @@
+"""Every family keeps what guides promise; and the check says so when one does not."""
+
+import dataclasses
+
+import pytest
+
+import artaug as aa
+from artaug.diffusion import DiffusersSynthesizer, Flux, check_family
+from artaug.diffusion.flux import FluxDenoiser
+from support.tiny_flux import tiny_flux
+from support.tiny_flux2 import tiny_flux2, tiny_flux2_klein
+from support.tiny_qwen_image import tiny_qwen_image
+from support.tiny_sd3 import tiny_sd3
+from support.tiny_unet import tiny_sd15, tiny_sdxl
+from support.tiny_z_image import tiny_z_image
+
+TRUE_CFG = {"negative_prompt": "blurry", "true_cfg_scale": 3.0}
+CFG = {"guidance_scale": 4.0}
+PLAIN = {"guidance_scale": 1.0}
+FAMILIES = {
+    "flux": (tiny_flux, {}),
+    "flux with CFG": (tiny_flux, TRUE_CFG),
+    "flux2": (tiny_flux2, {}),
+    "flux2 klein": (tiny_flux2_klein, {"max_sequence_length": 64}),
+    "qwen": (tiny_qwen_image, {}),
+    "qwen with CFG": (tiny_qwen_image, TRUE_CFG),
+    "sd15": (tiny_sd15, PLAIN),
+    "sd15 with CFG": (tiny_sd15, CFG),
+    "sdxl with CFG": (tiny_sdxl, CFG),
+    "sd3": (tiny_sd3, PLAIN),
+    "sd3 with CFG": (tiny_sd3, CFG),
+    "z-image": (tiny_z_image, {"guidance_scale": 0.0}),
+    "z-image with CFG": (tiny_z_image, CFG),
+}
+
+
+def synthesizer(pipeline, *, family=None, **options):
+    size = {"width": 24, "height": 32, "steps": 2, "max_sequence_length": 48}
+    return DiffusersSynthesizer(pipeline=pipeline, family=family, **{**size, **options})
+
+
+@pytest.mark.parametrize(("build", "options"), FAMILIES.values(), ids=FAMILIES)
+def test_every_family_keeps_what_guides_promise(build, options):
+    check_family(synthesizer(build(), **options))
+
+
+def broken(**methods):
+    """A FLUX family whose denoiser does something wrong."""
+    denoiser = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(type("Wrong", (FluxDenoiser,), methods))
+
+    class Wrong(Flux):
+        def denoiser(self, conditioning):
+            right = super().denoiser(conditioning)
+            return denoiser(module=right.module, grid=right.grid, prompt_embeds=right.prompt_embeds)
+
+    return Wrong
+
+
+def leaking(self, call, texts, *, trimmed):
+    """Tell the guide that the texts stand in another order than they do."""
+    call, spans = FluxDenoiser.with_texts(self, call, texts, trimmed=trimmed)
+    shuffled = [
+        tuple(dataclasses.replace(span, prompt=0) if span.kind == "text" else span for span in row) for row in spans
+    ]
+    return call, shuffled
+
+
+def unread(self, call, rows, texts):
+    """Forget the prompt."""
+    changed = FluxDenoiser.recondition(self, call, rows, texts)
+    return {
+        **changed,
+        "encoder_hidden_states": call["encoder_hidden_states"][list(rows)],
+        "pooled_projections": call["pooled_projections"][list(rows)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("methods", "promise"),
+    [
+        ({"recondition": unread}, "OutputMix does not read a region's prompt"),
+        ({"noise_level": lambda _self, call: -float(call["timestep"][0])}, "noise levels of a run"),
+        ({"with_texts": leaking}, "predictions differ"),
+    ],
+)
+def test_a_family_that_breaks_a_promise_is_told_which(methods, promise):
+    with pytest.raises(AssertionError, match=promise):
+        check_family(synthesizer(tiny_flux(), family=broken(**methods)))
+
+
+def test_the_check_leaves_the_synthesizer_as_it_was():
+    drawing = synthesizer(tiny_flux())
+    before = drawing.family, drawing.synthesize(aa.Plan("a red barn"), seed=0).tobytes()
+    check_family(drawing)
+    assert (drawing.family, drawing.synthesize(aa.Plan("a red barn"), seed=0).tobytes()) == before
+    assert "step" not in vars(drawing.pipeline.scheduler)
+
+
+def test_isolation_of_image_tokens_that_no_layer_would_heed_is_refused():
+    apart = aa.RegionalAttention(isolation=aa.Isolation(image_to_image="regions"))
+    drawing = synthesizer(tiny_sd15(), guide=apart, guidance_scale=1.0)
+    with pytest.raises(aa.GuideError, match="cross-attention only"):
+        drawing.synthesize(aa.Plan("a barn", (aa.Region(aa.Box(0, 0, 0.5, 1), "ivy"),)), seed=0)

@@ -1,0 +1,71 @@
+"""Where Hypothesis draws regional layouts from: regions on a grid, the sequence around it, and who may look at whom."""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import assume, reject
+from hypothesis import strategies as st
+
+import artaug as aa
+from artaug.regional.denoiser import Span
+from artaug.regional.shares import divided
+from artaug.regional.sight import joint_sight
+from support.strategies import boxes, masks
+
+areas = boxes() | masks() | st.just(aa.Box(0, 0, 1, 1))
+hard_areas = st.sampled_from([aa.Box(x / 4, y / 4, 1, 1) for x in range(4) for y in range(4)])
+isolations = st.builds(
+    aa.Isolation,
+    image_to_image=st.sampled_from(["open", "background", "regions"]),
+    image_to_text=st.sampled_from(["open", "regions"]),
+    text_to_image=st.sampled_from(["open", "regions"]),
+    text_to_text=st.sampled_from(["open", "own"]),
+    base_weight=st.sampled_from([0.0, 0.2, 1.0]),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Regions of one picture, and the sequence their prompts and tokens stand in."""
+
+    grid: tuple[int, int]
+    regions: tuple[aa.Region, ...]
+    spans: tuple[Span, ...]
+    isolation: aa.Isolation
+    overlap: str
+
+    @property
+    def shares(self):
+        try:
+            return divided(self.regions, self.grid, base_weight=self.isolation.base_weight, overlap=self.overlap)
+        except aa.GuideError:  # a region that lies under others everywhere
+            reject()
+
+    @property
+    def sight(self):
+        return joint_sight(self.spans, self.shares, self.isolation)
+
+
+@st.composite
+def layouts(draw, *, hard=False, most=16):
+    """Odd grids, overlaps, full cover, soft weights, none to many regions, prompts before or behind the image."""
+    grid = (4, 8) if hard else draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
+    weights = st.just(1.0) if hard else st.floats(0.1, 4)
+    feathers = st.just(0.0) if hard else st.sampled_from([0.0, 0.1])
+    region = st.builds(aa.Region, hard_areas if hard else areas, st.just("a"), weight=weights, feather=feathers)
+    regions = tuple(draw(st.lists(region, max_size=most)))
+    overlap = "over" if hard else draw(st.sampled_from(["share", "over"]))
+    isolation = draw(isolations)
+    if hard:
+        assume(isolation.base_weight != 0.2)
+    texts = [Span("text", draw(st.integers(1, 5)), prompt) for prompt in range(len(regions) + 1)]
+    image = [Span("image", grid[0] * grid[1])]
+    more = draw(st.lists(st.sampled_from([Span("filler", 2), Span("other", 3)]), max_size=2, unique=True))
+    spans = draw(st.sampled_from([[*texts, *more, *image], [*image, *more, *texts]]))
+    return Layout(grid, regions, tuple(spans), isolation, overlap)
+
+
+def tokens(count, *, seed=0, batch=1, dtype=torch.float32):
+    """Random queries, keys or values: two heads of eight channels."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 2, count, 8, generator=generator, dtype=dtype)

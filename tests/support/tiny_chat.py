@@ -1,0 +1,23 @@
+"""What the language models of tiny pipelines read with: a tokenizer that spells, and speaks in chats."""
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2Tokenizer
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+VOCABULARY = {piece: number for number, piece in enumerate([*SPECIAL, *sorted(ByteLevel.alphabet())])}
+
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def qwen_tokenizer():
+    """Qwen's tokenizer, one token a byte."""
+    return Qwen2Tokenizer(
+        vocab=VOCABULARY,
+        merges=[],
+        extra_special_tokens=SPECIAL[1:],
+        chat_template=_CHAT,
+    )
