@@ -11,7 +11,7 @@ from PIL import Image
 
 import artaug as aa
 from artaug.scorers import Chroma, Photometric, Sharpness
-from artaug.statistics import paired_bootstrap, win_rate
+from artaug.statistics import holm, paired_bootstrap, sign_flip, tie_rate, win_rate
 from artaug.synthesis import picture_seeds
 
 PROMPTS = [f"picture {number}" for number in range(20)]
@@ -197,6 +197,19 @@ def test_a_missing_row_names_those_there_are():
         pytest.param({"candidates": {"base": Grey()}}, aa.InvalidValueError, "none called 'base'", id="base-twice"),
         pytest.param({"filtered_by": "Light"}, aa.InvalidValueError, "received one string", id="no-list"),
         pytest.param({"batch_size": 0}, aa.InvalidValueError, "need batch_size >= 1", id="no-batch"),
+        pytest.param({"draws": 0}, aa.InvalidValueError, "draws >= 1", id="no-draw"),
+        pytest.param(
+            {"diversity": aa.StructuralSimilarity()},
+            aa.InvalidValueError,
+            "need at least 2 pictures a prompt",
+            id="alone",
+        ),
+        pytest.param(
+            {"guardrails": [aa.Guardrail("Sharp", 0.1)]},
+            aa.InvalidValueError,
+            r"Expected different ones of",
+            id="no-row",
+        ),
         pytest.param({"pictures": -1}, aa.InvalidValueError, "pictures >= 0", id="less-than-no-picture"),
         pytest.param(
             {"scorers": [Named("Broken", math.nan)]}, aa.NonFiniteError, "Broken scored nan for 'picture 0'", id="nan"
@@ -234,3 +247,127 @@ def test_a_mean_is_marked_if_the_pairs_were_filtered_by_a_part_of_it():
 
 def test_the_pairs_may_be_filtered_by_a_scorer_the_comparison_does_without():
     assert not compared(scorers=[Sharpness()], filtered_by=aa.Gain(Chroma()).scorers).rows[0].filtered_by
+
+
+def test_several_seeds_a_prompt_still_count_it_once():
+    base, comparison = Grey(drawn=[]), compared(draws=3, seed=2, batch_size=6)
+    compared(base, draws=3, seed=2, batch_size=6)
+
+    assert sorted(base.drawn) == sorted(zip(PROMPTS * 3, picture_seeds(2, 60), strict=True))
+    row = comparison.row("Light", "round 2")
+    differences = np.subtract(comparison.candidates["round 2"].scores["Light"], comparison.base.scores["Light"])
+    per_prompt = differences.reshape(3, 20).mean(axis=0)
+    assert (row.n, comparison.draws) == (20, 3)
+    assert row.delta == pytest.approx(per_prompt.mean())
+    assert (row.win_rate, row.tie_rate) == (win_rate(per_prompt), tie_rate(per_prompt))
+    assert "20 prompts, each drawn with the same 3 seeds" in comparison.table()
+
+
+def test_the_first_seeds_are_those_of_a_comparison_with_one():
+    assert compared(draws=3).base.scores["Light"][:20] == compared().base.scores["Light"]
+    assert compared(draws=3).base.pictures == compared().base.pictures
+
+
+def test_p_values_are_corrected_over_the_scorers_of_a_candidate():
+    scorers = [Light(), Sharpness(), Named("still", 1.0)]
+    comparison = compared(scorers=scorers, seed=3)
+
+    for name, arm in comparison.candidates.items():
+        raw = [
+            sign_flip(np.subtract(arm.scores[one.name], comparison.base.scores[one.name]), seed=3) for one in scorers
+        ]
+        assert [comparison.row(one.name, name).p_value for one in scorers] == holm(raw)
+
+
+def test_diversity_is_how_unlike_the_pictures_of_a_prompt_are():
+    def nearness(one, other):
+        return 1 - abs(one.getpixel((0, 0)) - other.getpixel((0, 0))) / 255
+
+    comparison = compared(candidates={"wider": Grey(50), "twin": Grey()}, draws=2, diversity=nearness)
+
+    levels = np.array(comparison.base.scores["Light"]).reshape(2, 20)
+    assert comparison.base.scores["diversity"] == pytest.approx(abs(levels[0] - levels[1]))
+    assert comparison.row("diversity", "twin").delta == 0
+    assert comparison.row("diversity", "wider").n == 20
+
+
+def test_identical_pictures_are_ties_and_nothing_is_called_a_gain():
+    comparison = compared(candidates={"twin": Grey()}, guardrails=[aa.Guardrail("Light", 0.02)])
+
+    row = comparison.rows[0]
+    assert (row.tie_rate, row.win_rate, row.p_value) == (1, 0.5, 1)
+    assert comparison.verdict("twin") == "Light unchanged [0.00, 0.00], inside the guardrail of -2%"
+    assert "50.0% (100.0% ties)" in comparison.table()
+
+
+def a_row(scorer="taste", *, base=5.0, delta, low, high, p_value=0.001, filtered_by=False):
+    return aa.ScoreRow(
+        scorer, "round 1", base, base + delta, delta, low, high, 0.6, 64, filtered_by=filtered_by, p_value=p_value
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "guardrail", "said"),
+    [
+        (a_row(delta=0.31, low=0.24, high=0.38), None, "taste up 0.31 [0.24, 0.38]"),
+        (a_row(delta=-0.31, low=-0.38, high=-0.24), None, "taste down 0.31 [-0.38, -0.24]"),
+        (a_row(delta=0.01, low=-0.02, high=0.04, p_value=0.6), None, "taste not clearly changed: +0.01 [-0.02, 0.04]"),
+        (
+            a_row(delta=0.3, low=0.1, high=0.5, p_value=0.08),
+            None,
+            "taste not settled: +0.30 [0.10, 0.50], but p = 0.08 after Holm",
+        ),
+        (
+            a_row(delta=0.3, low=0.1, high=0.5, filtered_by=True),
+            None,
+            "taste up 0.30 [0.10, 0.50] (no evidence of a gain: the training pairs were filtered by it)",
+        ),
+        (
+            a_row("diversity", base=0.5, delta=-0.02, low=-0.03, high=-0.01),
+            aa.Guardrail("diversity", 0.02),
+            "diversity down 4% (0.02) [-0.03, -0.01], outside the guardrail of -2%",
+        ),
+        (
+            a_row(delta=0.0, low=-0.05, high=0.05, p_value=1.0),
+            aa.Guardrail("taste", 0.02),
+            "taste unchanged [-0.05, 0.05], inside the guardrail of -2%",
+        ),
+        (
+            a_row(delta=0.0, low=-0.5, high=0.5, p_value=1.0),
+            aa.Guardrail("taste", 0.1, relative=False),
+            "taste not clearly changed: +0.00 [-0.50, 0.50], perhaps outside the guardrail of -0.1: more prompts would tell",
+        ),
+    ],
+)
+def test_a_verdict_in_words(row, guardrail, said):
+    arm = aa.Arm(drawn_by="x", scores={row.scorer: (1.0, 2.0)}, pictures=())
+    comparison = aa.Comparison(
+        rows=(row,),
+        prompts=("a", "b"),
+        seeds=(1, 2),
+        base=arm,
+        candidates={"round 1": arm},
+        guardrails=() if guardrail is None else (guardrail,),
+    )
+    assert comparison.verdict("round 1") == said
+    with pytest.raises(aa.InvalidValueError, match="no candidate 'round 2'"):
+        comparison.verdict("round 2")
+
+
+def test_guardrails_that_mean_nothing_are_refused():
+    with pytest.raises(aa.InvalidValueError, match="need a finite falls_at_most"):
+        aa.Guardrail("taste", -0.1)
+    with pytest.raises(aa.InvalidValueError, match=r"means nothing\. Use relative=False"):
+        aa.Guardrail("taste", 0.1).judge(a_row(base=-1.0, delta=0.1, low=0.0, high=0.2))
+
+
+def test_a_scorer_that_raises_on_one_picture_is_named_with_the_prompt():
+    class Brittle(Named):
+        def score(self, image, prompt):
+            if prompt == "picture 3":
+                raise OSError("no memory card")
+            return 0.0
+
+    with pytest.raises(OSError, match="no memory card") as caught:
+        compared(scorers=[Brittle("brittle")])
+    assert caught.value.__notes__ == ["Raised by the scorer 'brittle', for the prompt 'picture 3'."]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import artaug as aa
 from artaug import statistics
-from artaug.statistics import Interval, paired_bootstrap, win_rate
+from artaug.statistics import Interval, holm, paired_bootstrap, share_interval, sign_flip, tie_rate, win_rate
 
 DIFFERENCES = st.lists(st.floats(-100, 100), min_size=2, max_size=40)
 
@@ -117,3 +117,77 @@ def test_settings_without_meaning_are_refused(options):
 
 def test_an_interval_holds_plain_numbers():
     assert repr(Interval(np.float64(0.25), np.float64(1))) == "Interval(low=0.25, high=1.0)"
+
+
+@given(DIFFERENCES)
+def test_wins_ties_and_losses_are_all_there_are(differences):
+    losses = sum(one < 0 for one in differences) / len(differences)
+    assert win_rate(differences) + tie_rate(differences) / 2 + losses == pytest.approx(1)
+
+
+@pytest.mark.parametrize("count", [2, 5, 10])
+def test_sign_flips_are_scipys_exact_permutation_test(count):
+    scipy_stats = pytest.importorskip("scipy.stats")
+    differences = np.random.default_rng(count).normal(0.3, 1, size=count)
+
+    theirs = scipy_stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
+    )
+    assert sign_flip(differences) == pytest.approx(theirs.pvalue)
+
+
+def test_sampled_sign_flips_come_close_to_the_exact_ones():
+    differences = np.random.default_rng(1).normal(0.5, 1, size=13)
+    assert sign_flip(differences, flips=8000) == pytest.approx(sign_flip(differences, flips=10_000), abs=0.01)
+
+
+def test_sign_flips_err_5_times_in_100_where_nothing_changed():
+    generator = np.random.default_rng(4)
+    p_values = [sign_flip(generator.normal(size=24), seed=run, flips=200) for run in range(1000)]
+    assert 0.03 <= np.mean(np.array(p_values) <= 0.05) <= 0.07
+
+
+@given(DIFFERENCES)
+def test_a_p_value_does_not_depend_on_the_direction_and_is_never_zero(differences):
+    there, back = (sign_flip(np.multiply(differences, sign), flips=100) for sign in (1, -1))
+    assert there == back
+    assert 0 < there <= 1
+
+
+def test_without_any_difference_the_p_value_is_one():
+    assert sign_flip([0.0] * 30) == sign_flip([0.0] * 3) == 1
+
+
+@given(st.lists(st.floats(0, 1), max_size=8), st.floats(0.01, 0.2))
+def test_holm_rejects_what_his_stepwise_procedure_rejects(p_values, level):
+    rejected, order = set(), sorted(range(len(p_values)), key=lambda at: p_values[at])
+    for rank, at in enumerate(order):
+        if p_values[at] * (len(p_values) - rank) > level:
+            break
+        rejected.add(at)
+    assert {at for at, adjusted in enumerate(holm(p_values)) if adjusted <= level} == rejected
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_no_laxer_than_no_correction_and_no_stricter_than_bonferroni(p_values):
+    for raw, adjusted in zip(p_values, holm(p_values), strict=True):
+        assert raw <= adjusted <= min(1, len(p_values) * raw)
+
+
+@given(st.integers(1, 300).flatmap(lambda of: st.tuples(st.integers(1, of), st.just(of))))
+def test_the_interval_of_a_share_is_scipys_beta(kept_of):
+    scipy_stats = pytest.importorskip("scipy.stats")
+    kept, of = kept_of
+    interval = share_interval(kept, of)
+    assert [interval.low, interval.high] == pytest.approx(
+        scipy_stats.beta.ppf([0.025, 0.975], kept, of - kept + 1), abs=1e-9
+    )
+
+
+def test_questions_without_meaning_are_refused():
+    with pytest.raises(aa.InvalidValueError, match=r"Expected p-values, all in \[0, 1\]"):
+        holm([0.5, 1.5])
+    with pytest.raises(aa.InvalidValueError, match="need 1 <= kept <= of"):
+        share_interval(0, 5)
+    with pytest.raises(aa.InvalidValueError, match="need at least 1"):
+        sign_flip([1.0], flips=0)

@@ -8,7 +8,7 @@ transformers. The adapters are imported by name: `artaug.diffusion`, `artaug.cri
 
 from importlib.metadata import version
 
-from artaug.compare import Arm, Comparison, ScoreRow, compare
+from artaug.compare import Arm, Comparison, Guardrail, ScoreRow, compare
 from artaug.critique import Abstention, Critic, Critique, Suggestion
 from artaug.errors import (
     ArtAugError,
@@ -26,13 +26,27 @@ from artaug.errors import (
     SeamError,
     TrainingDivergedError,
 )
-from artaug.filtering import Floor, Gain, PairFilter, TopFraction
+from artaug.filtering import (
+    BestOf,
+    Calibration,
+    Floor,
+    Gain,
+    PairFilter,
+    ParetoGain,
+    Similarity,
+    TopFraction,
+    calibrate,
+)
+from artaug.formats import Format
+from artaug.funnel import Funnel, FunnelStep
 from artaug.fusing import ConcatFuser, Fuser, SvdFuser
 from artaug.geometry import Box, Mask
+from artaug.likeness import EmbeddedLikeness, Likeness, StructuralSimilarity
 from artaug.loop import StageEvent, improve
 from artaug.lora import LoRA, LowRank
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
 from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
+from artaug.promptsets import PromptSet
 from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
 from artaug.report import write_report
 from artaug.rounds import Enhancement, Round, StopRule, enhance
@@ -55,7 +69,9 @@ __all__ = [
     "Arm",
     "ArtAugError",
     "Attempt",
+    "BestOf",
     "Box",
+    "Calibration",
     "Comparison",
     "ConcatFuser",
     "Critic",
@@ -63,18 +79,24 @@ __all__ = [
     "Critique",
     "DifferentialLoRATrainer",
     "Dropped",
+    "EmbeddedLikeness",
     "Enhancement",
     "Floor",
+    "Format",
+    "Funnel",
+    "FunnelStep",
     "Fuser",
     "Gain",
     "GeometryError",
     "GreedyPlanner",
+    "Guardrail",
     "Guide",
     "GuideError",
     "ImagePair",
     "InvalidValueError",
     "Isolation",
     "Kept",
+    "Likeness",
     "LoRA",
     "LoRAError",
     "LoRAMismatchError",
@@ -88,8 +110,10 @@ __all__ = [
     "OutputMix",
     "PairFilter",
     "PairedDifference",
+    "ParetoGain",
     "Plan",
     "PromptError",
+    "PromptSet",
     "Region",
     "RegionPlanner",
     "RegionalAttention",
@@ -97,10 +121,12 @@ __all__ = [
     "ScoreRow",
     "Scorer",
     "SeamError",
+    "Similarity",
     "Skipped",
     "StageEvent",
     "StepEvent",
     "StopRule",
+    "StructuralSimilarity",
     "Suggestion",
     "SupervisedFineTuning",
     "SvdFuser",
@@ -110,6 +136,7 @@ __all__ = [
     "TrainingDivergedError",
     "TwoStage",
     "Verdict",
+    "calibrate",
     "compare",
     "enhance",
     "improve",

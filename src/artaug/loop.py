@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from artaug.critique import Abstention, Critic, Critique, criticise
 from artaug.errors import InvalidValueError, PromptError, SeamError
-from artaug.filtering import PairFilter, judged
+from artaug.filtering import BestOf, PairFilter, judged
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped
 from artaug.plan import Plan, RegionPlanner
 from artaug.synthesis import Synthesizer, picture_seeds
@@ -30,7 +30,7 @@ Timed: TypeAlias = Callable[[str], AbstractContextManager[None]]
 """Times a stage: ``with timed("draw"): ...``."""
 
 
-def improve(
+def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     prompts: Sequence[str],
     *,
     synthesizer: Synthesizer,
@@ -38,6 +38,7 @@ def improve(
     planner: RegionPlanner,
     keep: PairFilter,
     seed: int,
+    candidates: BestOf | None = None,
     batch_size: int = 8,
     on_stage: Callable[[StageEvent], None] | None = None,
 ) -> Iterator[Attempt]:
@@ -53,6 +54,7 @@ def improve(
         planner: turns the critique into a plan; where the plan changes nothing, the prompt is skipped.
         keep: decides which pairs got better. Filters that compare pairs, like `TopFraction`, see one chunk at a time.
         seed: of the run; each prompt gets a seed of its own from it.
+        candidates: tries every prompt several times and lets the best pair stand for it; once if not given.
         batch_size: prompts a chunk.
         on_stage: called after every stage of every chunk.
 
@@ -65,12 +67,20 @@ def improve(
         SeamError: if the critic, planner or filter returns something its seam does not allow.
     """
     _check_prompts(prompts, batch_size)
-    seeds = picture_seeds(seed, len(prompts))
-    crew = _Crew(synthesizer, critic, planner, keep, stopwatch(on_stage))
+    asked, tries = len(prompts), 1 if candidates is None else candidates.count
+    seeds = picture_seeds(seed, asked * tries)  # the first of every prompt, then the second of every prompt, ...
+    crew = _Crew(synthesizer, critic, planner, keep, candidates, stopwatch(on_stage))
     return (
         attempt
-        for start in range(0, len(prompts), batch_size)
-        for attempt in crew.work(prompts[start : start + batch_size], seeds[start : start + batch_size])
+        for start in range(0, asked, batch_size)
+        for attempt in crew.work(
+            prompts[start : start + batch_size],
+            [
+                seed
+                for first in range(0, asked * tries, asked)
+                for seed in seeds[first:][:asked][start : start + batch_size]
+            ],
+        )
     )
 
 
@@ -82,20 +92,32 @@ class _Crew:
     critic: Critic
     planner: RegionPlanner
     keep: PairFilter
+    candidates: BestOf | None
     timed: Timed
 
     def work(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Attempt]:
+        """End every prompt as one attempt; there are as many seeds a prompt as it has candidates."""
+        outcomes = self._draft(list(prompts) * (len(seeds) // len(prompts)), seeds)
+        with self.timed("judge"):
+            if self.candidates is not None:
+                outcomes = self.candidates.choose(outcomes, prompts=len(prompts))
+            pairs = [outcome for outcome in outcomes if isinstance(outcome, ImagePair)]
+            verdicts = judged(self.keep, pairs)
+        if self.candidates is not None:
+            verdicts = [self.candidates.told(verdict) for verdict in verdicts]
+        endings = (Kept(*end) if end[1].keep else Dropped(*end) for end in zip(pairs, verdicts, strict=True))
+        return [outcome if isinstance(outcome, Skipped) else next(endings) for outcome in outcomes]
+
+    def _draft(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[ImagePair | Skipped]:
+        """Go as far as a pair, where there is one to be had."""
         with self.timed("draw"):
             before = self.synthesizer.synthesize_batch([Plan(prompt) for prompt in prompts], seeds=seeds)
         with self.timed("criticise"):
             answers = criticise(self.critic, before, prompts)
         plans = [self._plan(*draft) for draft in zip(prompts, seeds, answers, strict=True)]
         with self.timed("redraw"):
-            pairs = self._redraw(prompts, seeds, before, plans)
-        with self.timed("judge"):
-            verdicts = judged(self.keep, pairs)
-        endings = (Kept(*end) if end[1].keep else Dropped(*end) for end in zip(pairs, verdicts, strict=True))
-        return [plan if isinstance(plan, Skipped) else next(endings) for plan in plans]
+            pairs = iter(self._redraw(prompts, seeds, before, plans))
+        return [plan if isinstance(plan, Skipped) else next(pairs) for plan in plans]
 
     def _plan(self, prompt: str, seed: int, answer: Critique | Abstention) -> Plan | Skipped:
         if isinstance(answer, Abstention):
@@ -106,7 +128,8 @@ class _Crew:
             raise SeamError(f"{planner} returned {type(plan).__name__} for {prompt!r}. Expected artaug.Plan.")
         if plan == Plan(prompt):
             asked = len(answer.suggestions)
-            return Skipped(prompt, seed, "the planner kept no suggestion" if asked else "the critic asked for nothing")
+            why = "the planner kept no suggestion" if asked else "the critic asked for nothing"
+            return Skipped(prompt, seed, why, "plan")
         return plan
 
     def _redraw(

@@ -5,59 +5,27 @@ nothing else.
 """
 
 import functools
-import json
-import re
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Self
 
 import torch
-from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from artaug.errors import LoRAError, LoRAMismatchError
+from artaug.formats.files import write_tensors
+from artaug.formats.low_rank import LowRank
+from artaug.formats.naming import Format, Naming
+from artaug.formats.reading import read
+from artaug.formats.writing import spelt
 
-_PREFIX = "transformer."
-_DOWN, _UP, _ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
-_METADATA = "lora_adapter_metadata"
+__all__ = ["LoRA", "LowRank", "summed"]
 
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """The update of one linear layer: ``up @ down``, nothing hidden.
-
-    Raises:
-        LoRAError: if the two factors do not share a rank of at least 1, or hold NaN or infinity.
-    """
-
-    down: Tensor
-    """Shape (rank, inputs); called ``lora_A`` in PEFT files."""
-    up: Tensor
-    """Shape (outputs, rank); called ``lora_B`` in PEFT files."""
-
-    def __post_init__(self) -> None:
-        flat = self.down.ndim == self.up.ndim == 2
-        if not (flat and self.down.shape[0] == self.up.shape[1] >= 1):
-            raise LoRAError(
-                f"low-rank factors need shapes (rank, inputs) and (outputs, rank) with a rank of at least 1, "
-                f"received {tuple(self.down.shape)} and {tuple(self.up.shape)}."
-            )
-        if not (self.down.isfinite().all() and self.up.isfinite().all()):
-            raise LoRAError("low-rank factors hold NaN or infinity. The training that made them diverged.")
-
-    @property
-    def rank(self) -> int:
-        """Number of rows of ``down``."""
-        return self.down.shape[0]
-
-    def delta(self) -> Float[Tensor, "outputs inputs"]:
-        """What is added to the layer's weight: float32, shape (outputs, inputs)."""
-        return self.up.float() @ self.down.float()
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,63 +63,53 @@ class LoRA:
         """The LoRA whose every update is ``scale`` times this one's."""
         return LoRA({name: LowRank(layer.down, layer.up * scale) for name, layer in self.layers.items()})
 
-    def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> Path:
-        """Write one safetensors file in PEFT naming that ``FluxPipeline.load_lora_weights`` reads at full strength.
+    def save(
+        self,
+        path: str | Path,
+        *,
+        format: Format = Format.PEFT,  # noqa: A002 - the field's word
+        naming: Naming | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write one safetensors file. The file appears whole or not at all.
 
-        All layers are padded with zeros to one rank, and alpha equals it, so readers that know alpha and readers
-        that ignore it see the same update. The file appears whole or not at all.
+        In PEFT format, the universal one, all layers are padded with zeros to one rank, and alpha equals it, so
+        readers that know alpha and readers that ignore it see the same update. In the others each layer keeps its
+        rank, and parts of a layer that the original model fuses stand there as blocks.
 
         Args:
             path: where to write; folders in between are made.
+            format: how layers are named.
+            naming: the model family, where the layers alone do not tell it.
             metadata: strings to put beside the weights, provenance for instance.
 
         Returns:
             The path written.
 
         Raises:
-            LoRAError: if ``metadata`` uses a name that the file format needs.
+            LoRAError: if ``metadata`` uses a name that the file format needs, if the family cannot be told, or if
+                artaug could not prove that its layers arrive in this format.
         """
-        path = Path(path)
-        taken = {"format", _METADATA} & set(metadata or {})
+        tensors, header = spelt(self.layers, format, naming=naming)
+        taken = {"format", "lora_adapter_metadata"} & set(metadata or {})
         if taken:
             raise LoRAError(f"metadata may not set {sorted(taken)}: readers of the file rely on it. Use another name.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rank = self.rank
-        tensors: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():  # cloned: layers may share a tensor, and safetensors refuses that
-            down, up = layer.down.detach().cpu().clone(), layer.up.detach().cpu().clone()
-            tensors[f"{_PREFIX}{name}{_DOWN}"] = nn.functional.pad(down, (0, 0, 0, rank - layer.rank)).contiguous()
-            tensors[f"{_PREFIX}{name}{_UP}"] = nn.functional.pad(up, (0, rank - layer.rank)).contiguous()
-        adapter = {
-            f"{_PREFIX}r": rank,
-            f"{_PREFIX}lora_alpha": rank,
-            f"{_PREFIX}target_modules": sorted(self.layers),
-        }
-        header = {"format": "pt", _METADATA: json.dumps(adapter), **(metadata or {})}
-        partial = path.with_name(path.name + ".partial")
-        try:
-            save_file(tensors, partial, metadata=header)
-            return partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        return write_tensors(Path(path), tensors, {**header, **(metadata or {})})
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a file in PEFT naming, folding alpha where the file states one.
+    def load(cls, path: str | Path, *, naming: Naming | None = None) -> Self:
+        """Read a file in any `Format`, recognised by its keys, folding alpha where the file states one.
+
+        Args:
+            path: the file.
+            naming: the model family, where the keys alone do not tell it.
 
         Raises:
             LoRAError: if the file is missing, is no safetensors file, or holds anything this reader does not know.
         """
-        path = Path(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError) as fault:
-            raise LoRAError(f"{path} is not a LoRA file: {fault}. Expected safetensors in PEFT naming.") from None
-        adapter = _adapter(header, path)
-        layers = _layers(tensors, path)
-        return cls({name: _folded(name, layer, tensors, adapter) for name, layer in layers.items()})
+        found = read(Path(path), naming=naming)
+        _log.info("%s is a %s file of %d layers", path, found.format, len(found.layers))
+        return cls(found.layers)
 
     @contextmanager
     def worn_by(
@@ -254,44 +212,3 @@ def summed(loras: Sequence[LoRA]) -> LoRA:
             for name, layers in parts.items()
         }
     )
-
-
-def _adapter(header: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """What the file's header says about strength, by PEFT's own names."""
-    try:
-        adapter = json.loads(header.get(_METADATA, "{}"))
-    except json.JSONDecodeError as fault:
-        raise LoRAError(
-            f"{path} has a header {_METADATA!r} that is no JSON ({fault}), so its strength is unknown."
-        ) from None
-    if not isinstance(adapter, dict):
-        raise LoRAError(f"{path} has a header {_METADATA!r} that is no JSON object, so its strength is unknown.")
-    return {key.removeprefix(_PREFIX): stated for key, stated in adapter.items()}
-
-
-def _layers(tensors: Mapping[str, Tensor], path: Path) -> dict[str, LowRank]:
-    """The factors in a file as they stand there, with nothing missing and nothing left over."""
-    names = [key.removeprefix(_PREFIX).removesuffix(_DOWN) for key in tensors if key.endswith(_DOWN)]
-    known = {f"{_PREFIX}{name}{end}" for name in names for end in (_DOWN, _UP, _ALPHA)}
-    odd = [key for key in tensors if key not in known]
-    odd += [f"{_PREFIX}{name}{_DOWN}" for name in names if f"{_PREFIX}{name}{_UP}" not in tensors]
-    if odd or not names:
-        raise LoRAError(
-            f"{path} is not a LoRA in PEFT naming: it holds {(odd or ['no tensor at all'])[0]!r}. "
-            f"Expected pairs like '{_PREFIX}transformer_blocks.0.attn.to_q{_DOWN}' and '...{_UP[1:]}', nothing else."
-        )
-    try:
-        return {name: LowRank(tensors[f"{_PREFIX}{name}{_DOWN}"], tensors[f"{_PREFIX}{name}{_UP}"]) for name in names}
-    except LoRAError as fault:
-        raise LoRAError(f"{path} is not a LoRA artaug can read: {fault}") from None
-
-
-def _folded(name: str, layer: LowRank, tensors: Mapping[str, Tensor], adapter: Mapping[str, Any]) -> LowRank:
-    """One layer with its strength folded in: its own alpha first, then the file's, then alpha = rank."""
-    patterns = adapter.get("alpha_pattern", {})
-    pattern = next((one for one in patterns if re.fullmatch(rf"(.*\.)?({one})", name)), None)  # PEFT's own rule
-    alpha = adapter.get("lora_alpha", layer.rank) if pattern is None else patterns[pattern]
-    if (key := f"{_PREFIX}{name}{_ALPHA}") in tensors:
-        alpha = tensors[key].item()
-    scale = alpha / (layer.rank**0.5 if adapter.get("use_rslora") else layer.rank)
-    return layer if scale == 1 else LowRank(layer.down, layer.up * scale)

@@ -1,7 +1,7 @@
 """One prompt drawn twice, what was decided about it, and how every prompt of a run ends."""
 
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from PIL.Image import Image
 from pydantic import Field
@@ -69,7 +69,12 @@ class Skipped:
     prompt: str
     seed: int
     reason: str
+    stage: Literal["draw", "criticise", "plan"] = "criticise"
+    """The stage it did not get past: the critic abstained in ``criticise``; a plan that changes nothing is ``plan``."""
 
+
+SKIPPING_STAGES: tuple[str, ...] = ("draw", "criticise", "plan")
+"""The stages a prompt can be skipped at, in their order."""
 
 Attempt: TypeAlias = Kept | Dropped | Skipped
 """How one prompt of a run ended. Every prompt ends as exactly one, with a reason."""

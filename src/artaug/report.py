@@ -2,9 +2,7 @@
 
 import base64
 import platform
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import groupby
@@ -17,6 +15,7 @@ from PIL import Image
 
 from artaug.compare import Comparison, ScoreRow
 from artaug.errors import InvalidValueError, MissingExtraError
+from artaug.funnel import alike_reasons
 from artaug.geometry import Box, Mask
 from artaug.pairs import Dropped, Kept, Skipped
 from artaug.plan import Region
@@ -27,7 +26,6 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _PACKAGES = ("artaug", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 _POINTS = 240
 _REFUSED = 4
-_NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 _View: TypeAlias = dict[str, Any]
 """What the template reads of one thing."""
@@ -162,7 +160,9 @@ def _gallery(comparison: Comparison) -> _View:
                 for name, arm in arms.items()
             ],
         }
-        for at, (prompt, seed) in enumerate(zip(comparison.prompts, comparison.seeds, strict=True))
+        for at, (prompt, seed) in enumerate(
+            zip(comparison.prompts, comparison.seeds[: len(comparison.prompts)], strict=True)
+        )
         if at < len(comparison.base.pictures)
     ]
     return {"cards": cards, "arms": len(arms), "scorer": told.scorer, "of": len(comparison.prompts)}
@@ -191,8 +191,8 @@ def _round(one: Round, *, shown: int) -> _View:
     skipped = [attempt for attempt in one.attempts if isinstance(attempt, Skipped)]
     reasons = {
         "kept": [],
-        "dropped": _grouped(attempt.verdict.reason for attempt in dropped),
-        "skipped": _grouped(attempt.reason for attempt in skipped),
+        "dropped": alike_reasons(attempt.verdict.reason for attempt in dropped),
+        "skipped": alike_reasons(attempt.reason for attempt in skipped),
     }
     counts = {"kept": len(kept), "dropped": len(dropped), "skipped": len(skipped)}
     return {
@@ -240,15 +240,6 @@ def _tinted(weights: np.ndarray, colour: str) -> str:
     layer = Image.new("RGB", (weights.shape[1], weights.shape[0]), colour)
     layer.putalpha(Image.fromarray((weights * 150).round().astype(np.uint8)))
     return data_address(layer)
-
-
-def _grouped(reasons: Iterable[str]) -> list[tuple[str, int]]:
-    """Reasons and how often each was given, most frequent first; those that differ only in numbers are one."""
-    alike: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for reason in reasons:
-        alike[_NUMBER.sub("…", reason)][reason] += 1
-    groups = ((next(iter(exact)) if len(exact) == 1 else text, exact.total()) for text, exact in alike.items())
-    return sorted(groups, key=lambda group: -group[1])
 
 
 def _curve(losses: Sequence[float]) -> _View:

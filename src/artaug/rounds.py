@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from artaug.compare import ScoreRow, compare
 from artaug.critique import Critic
 from artaug.errors import InvalidValueError, ModelError, NothingToLearnError
-from artaug.filtering import PairFilter
+from artaug.filtering import BestOf, PairFilter
 from artaug.fusing import ConcatFuser, Fuser
 from artaug.loop import StageEvent, improve, stopwatch
 from artaug.lora import LoRA
@@ -110,6 +110,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     trainer: DifferentialLoRATrainer,
     fuser: Fuser = ConcatFuser(),  # noqa: B008 - a frozen value
     rounds: int = 3,
+    candidates: BestOf | None = None,
     stop: StopRule | None = None,
     seed: int = 0,
     batch_size: int = 8,
@@ -129,6 +130,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         trainer: learns a LoRA from the kept pairs of a round.
         fuser: combines the LoRAs of all rounds into one.
         rounds: at most this many, at least 1.
+        candidates: see `improve`.
         stop: ends the loop when a round has not helped on held-out prompts; without it all rounds run.
         seed: of the run; the same arguments give the same LoRA.
         batch_size: prompts a chunk, see `improve`.
@@ -145,7 +147,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     if rounds < 1:
         raise InvalidValueError(f"enhance(rounds={rounds}) would do nothing: need at least 1.")
     _lender(synthesizer)
-    crew = _RoundCrew(synthesizer, critic, planner, keep, trainer, fuser, stop, batch_size, progress)
+    crew = _RoundCrew(synthesizer, critic, planner, keep, candidates, trainer, fuser, stop, batch_size, progress)
     done: list[Round] = []
     for number, round_seed in enumerate(picture_seeds(seed, rounds), start=1):
         current = synthesizer.with_lora(done[-1].lora) if done else synthesizer
@@ -166,6 +168,7 @@ class _RoundCrew:
     critic: Critic
     planner: RegionPlanner
     keep: PairFilter
+    candidates: BestOf | None
     trainer: DifferentialLoRATrainer
     fuser: Fuser
     stop: StopRule | None
@@ -191,6 +194,7 @@ class _RoundCrew:
                     planner=self.planner,
                     keep=self.keep,
                     seed=seed,
+                    candidates=self.candidates,
                     batch_size=self.batch_size,
                     on_stage=add,
                 ),

@@ -38,7 +38,15 @@ class Scorer(ABC):
 
     def score_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
         """Score many pictures. Override it where a batch is faster than a loop."""
-        return [self.score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return [self._told(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+    def _told(self, image: Image, prompt: str) -> float:
+        """Score one of many; an exception gets a note saying for which prompt it was raised."""
+        try:
+            return self.score(image, prompt)
+        except Exception as fault:
+            fault.add_note(f"Raised by the scorer {self.name!r}, for the prompt {prompt!r}.")
+            raise
 
 
 def scored(scorer: Scorer, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:

@@ -193,7 +193,7 @@ def test_spans_name_every_token_attention_sees(family, trimmed):
     with twins(denoiser) as seen:
         asked(denoiser, changed)
     assert all(query.shape[2] == sum(span.length for span in of_row) for _, query, _ in seen for of_row in spans)
-    assert all(of_row[0] == Span("text", family.max_sequence_length) for of_row in spans)
+    assert all(of_row[-2] == Span("text", family.max_sequence_length) for of_row in spans)
     assert all(of_row[-1] == Span("image", 48) for of_row in spans)
     lengths = [[span.length for span in of_row if span.prompt] for of_row in spans]
     whole = family.max_sequence_length

@@ -222,9 +222,9 @@ def test_spans_name_every_token_attention_sees(qwen):
     with twins(denoiser) as seen:
         asked(denoiser, changed)
     assert all(query.shape[2] == sum(span.length for span in of_row) for _, query, _ in seen for of_row in spans)
-    words = [[words.stop for words in qwen.words([prompt, *of_row])] for prompt, of_row in _said()]
+    words = [[words.stop for words in qwen.words([*of_row, prompt])] for prompt, of_row in _said()]
     assert [[span.length for span, _ in spread(of_row, "text")] for of_row in spans] == words
-    assert [[span.prompt for span, _ in spread(of_row, "text")] for of_row in spans] == [[0, 1, 2], [0, 1]]
+    assert [[span.prompt for span, _ in spread(of_row, "text")] for of_row in spans] == [[1, 2, 0], [1, 0]]
     assert all(of_row[-1] == Span("image", 48) for of_row in spans)
     assert call["encoder_hidden_states_mask"] is not None
     assert changed["encoder_hidden_states_mask"] is None
@@ -239,11 +239,12 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(qwen):
     joined = first_keys(denoiser, changed)
     for row, of_row in enumerate(texts):
         (image,) = (part for _, part in spread(spans[row], "image"))
-        own, *others = (part for _, part in spread(spans[row], "text"))
+        *others, own = (part for _, part in spread(spans[row], "text"))
+        length = own.stop - own.start
         alone = denoiser.recondition(call, [row], qwen.encode_texts([PROMPTS[row]]))
         plain = first_keys(denoiser, alone)[0]
-        torch.testing.assert_close(joined[row][:, own], plain[:, : own.stop], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(joined[row][:, image], plain[:, own.stop :], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(joined[row][:, own], plain[:, :length], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(joined[row][:, image], plain[:, length:], atol=1e-5, rtol=1e-5)
         for text, part in zip(of_row, others, strict=True):
             alone = first_keys(denoiser, denoiser.recondition(call, [row], [text]))[0]
             torch.testing.assert_close(joined[row][:, part], alone[:, text.words], atol=1e-5, rtol=1e-5)

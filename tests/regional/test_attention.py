@@ -1,5 +1,9 @@
 """Every way of computing regional attention against the definition: a dense mask."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex_attention_of_torch
@@ -127,3 +131,32 @@ def test_cuda_merges_to_the_definition(dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     result = attention_in_passes(query, key, value, planned)
     torch.testing.assert_close(result.cpu().double(), wanted, atol=tolerance, rtol=0)
+
+
+LAYOUTS_OF_ABOUT_ONE_LENGTH = """
+import torch
+import artaug as aa
+from artaug.regional.attention import dense_attention
+from artaug.regional.denoiser import Span
+from artaug.regional.flex import FlexSight, attention_by_flex
+from artaug.regional.shares import divided
+from artaug.regional.sight import joint_sight
+
+for number, (box, length) in enumerate([((0, 0, 0.5, 0.5), 9), ((0, 0, 0.25, 0.75), 20), ((0.1, 0.1, 0.9, 1), 3)]):
+    regions = (aa.Region(aa.Box(*box), "a"), aa.Region(aa.Box(0.5, 0.5, 1, 1), "b"))
+    spans = (Span("text", length, 1), Span("text", 7, 2), Span("text", 16, 0), Span("image", 256))
+    sight = joint_sight(spans, divided(regions, (16, 16), base_weight=0.3), aa.Isolation(base_weight=0.3))
+    query, key, value = torch.randn(3, 1, 2, len(sight.groups), 16)
+    with torch._dynamo.config.patch(error_on_recompile=number > 0), torch.no_grad():
+        result = attention_by_flex(query, key, value, FlexSight.of(sight, query.device), compiled=True)
+    torch.testing.assert_close(result, dense_attention(query, key, value, sight.bias), atol=1e-5, rtol=0)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_another_layout_and_other_prompts_of_about_the_same_length_run_the_same_kernel():
+    # In a process of its own, since the checks of types that run with the tests would be compiled, too.
+    done = subprocess.run(
+        [sys.executable, "-c", LAYOUTS_OF_ABOUT_ONE_LENGTH], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -33,13 +33,25 @@ def test_every_pair_that_is_seen_is_in_exactly_one_pass_with_its_weight(layout):
         torch.testing.assert_close(total, wanted)
 
 
-def test_neighbours_are_taken_as_slices():
-    spans = (Span("text", 3, 0), Span("text", 2, 1), Span("image", 8))
-    left = aa.Region(aa.Box(0, 0, 1, 0.5), "the upper half")
-    sight = joint_sight(spans, divided([left], (4, 2), base_weight=1.0), ELIGEN)
-    told = [(one.queries, one.keys) for one in passes(sight)]
-    assert (slice(5, 9), (slice(0, 13),)) in told
-    assert (slice(9, 13), (slice(0, 3), slice(5, 13))) in told
+def test_what_most_tokens_see_is_one_pass_of_neighbours():
+    spans = (Span("text", 2, 1), Span("text", 3, 0), Span("image", 8))
+    upper = aa.Region(aa.Box(0, 0, 1, 0.5), "the upper half")
+    sight = joint_sight(spans, divided([upper], (4, 2), base_weight=1.0), ELIGEN)
+    plain, told, added = passes(sight, "merged")
+    assert (plain.queries, plain.keys, plain.stage) == (slice(2, 13), (slice(2, 13),), "first")
+    assert (told.queries, told.keys, told.stage) == (slice(5, 9), (slice(0, 2),), "later")
+    assert (added.queries, added.keys, added.stage) == (slice(0, 2), (slice(0, 2), slice(5, 9)), "alone")
+
+
+@settings(max_examples=60)
+@given(layout=layouts())
+def test_every_query_begins_once_and_before_it_is_merged(layout):
+    begun = torch.zeros(len(layout.sight.weights), dtype=torch.bool)
+    for one in passes(layout.sight):
+        queries = numbers(one.queries, len(begun))
+        assert (begun[queries] == (one.stage == "later")).all()
+        begun[queries] = True
+    assert begun.all()
 
 
 def test_grouping_soft_weights_is_refused():

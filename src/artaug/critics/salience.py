@@ -16,7 +16,7 @@ from artaug.photometry import as_rgb, srgb
 WORKING_PX = 48
 """The longer side of the picture that is looked at: details smaller than a 48th of it are none of ours."""
 
-# Chosen on rendered scenes of the playground (docs/critics.md has the numbers); colours are OKLab.
+# Chosen on other rendered scenes of the playground than those docs/critics.md has numbers of; colours are OKLab.
 _LIGHTNESS = 0.22  # a shadow or a highlight must not cut an object in two
 _COARSENESS = 0.15
 _LEAST_PX = 17

@@ -178,7 +178,7 @@ class FluxDenoiser(AttentiveDenoiser):
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         # Every FLUX prompt is at position 0 of the image's grid, so more of them need no positions of their own.
         base = call["encoder_hidden_states"]
-        joined, spans = shared.joined_texts(base, texts, name="prompt_embeds", trimmed=trimmed)
+        joined, spans = shared.joined_texts(base, texts, name="prompt_embeds", trimmed=trimmed, ahead=True)
         image = Span("image", math.prod(self.grid))
         more = call["txt_ids"].new_zeros(joined.shape[1], call["txt_ids"].shape[-1])
         return (

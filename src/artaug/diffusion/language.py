@@ -75,7 +75,10 @@ class Slotted:
 def slotted(
     base: Tensor, texts: Sequence[Sequence[Text]], *, name: str, trimmed: bool, lengths: Sequence[int] | None = None
 ) -> Slotted:
-    """Put region prompts after the prompt each row has, the i-th prompts of all rows in one slot.
+    """Put region prompts ahead of the prompt each row has, the i-th prompts of all rows in one slot.
+
+    Ahead, so that the row's own prompt stays the neighbour of the image behind it: most tokens see these two, and
+    attention takes neighbours without copying them together.
 
     A model that shares positions over its batch can so begin every prompt anew. A prompt keeps the positions it has
     alone, on whichever side its padding is; a slot is as long as its longest prompt, the rest filler.
@@ -87,10 +90,10 @@ def slotted(
         trimmed: leave a text's padding out.
         lengths: tokens of each row of ``base`` that are its prompt's, the rest filler; None for all.
     """
-    rows = [[row] for row in base]
+    rows: list[list[Tensor]] = [[] for _ in base]
     ends = lengths or [base.shape[1]] * len(rows)
-    spans = [list(_framed(0, slice(0, end), slice(0, base.shape[1]))) for end in ends]
-    positions = [torch.arange(base.shape[1])]
+    spans: list[list[Span]] = [[] for _ in base]
+    positions = []
     for number in range(1, 1 + max(map(len, texts), default=0)):
         there = {row: of_row[number - 1] for row, of_row in enumerate(texts) if len(of_row) >= number}
         held = {row: _held(text, name, trimmed=trimmed) for row, text in there.items()}
@@ -103,10 +106,11 @@ def slotted(
                 filled[own] = there[row].conditioning[name][0][held[row]].to(base)
             parts.append(filled)
             of_row.extend(_framed(number, held.get(row, slice(slot.start, slot.start)), slot))
+    own_spans = [_framed(0, slice(0, end), slice(0, base.shape[1])) for end in ends]
     return Slotted(
-        torch.stack([torch.cat(parts) for parts in rows]),
-        torch.cat(positions).to(base.device),
-        [tuple(of_row) for of_row in spans],
+        torch.stack([torch.cat([*parts, own]) for parts, own in zip(rows, base, strict=True)]),
+        torch.cat([*positions, torch.arange(base.shape[1])]).to(base.device),
+        [(*of_row, *own) for of_row, own in zip(spans, own_spans, strict=True)],
     )
 
 

@@ -199,7 +199,7 @@ class StableDiffusion3Denoiser(AttentiveDenoiser):
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         # SD3 gives positions to image tokens alone, so more prompts need none of their own.
         base = call["encoder_hidden_states"]
-        joined, spans = shared.joined_texts(base, texts, name="prompt_embeds", trimmed=trimmed)
+        joined, spans = shared.joined_texts(base, texts, name="prompt_embeds", trimmed=trimmed, ahead=False)
         image = Span("image", math.prod(self.token_grid))
         return {**call, "encoder_hidden_states": joined}, [(image, *of_row) for of_row in spans]
 

@@ -116,30 +116,35 @@ def shifted_flow(config: Mapping[str, Any], *, tokens: int) -> FlowMatching:
 
 
 def joined_texts(
-    base: Tensor, texts: Sequence[Sequence[Text]], *, name: str, trimmed: bool
+    base: Tensor, texts: Sequence[Sequence[Text]], *, name: str, trimmed: bool, ahead: bool
 ) -> tuple[Tensor, list[tuple[Span, ...]]]:
-    """Put region prompts after the prompt each row of a batch has, rows filled up to one length with zeros.
+    """Put region prompts beside the prompt each row of a batch has, rows filled up to one length with zeros.
 
     Args:
         base: the prompts of a call, (rows, tokens, channels).
         texts: for every row those to add.
         name: of the tokens in a text's conditioning.
         trimmed: leave a text's padding out.
+        ahead: put them ahead of the row's own prompt, not behind. What the image sees most of, itself and the row's own
+            prompt, should be neighbours: then attention takes both without copying them together.
 
     Returns:
         The longer prompts, and what each row holds.
     """
+    added = [
+        [text.conditioning[name][0][text.words if trimmed else slice(None)].to(base) for text in of_row]
+        for of_row in texts
+    ]
+    longest = max(sum(map(len, parts)) for parts in added)
     rows, spans = [], []
-    for row, of_row in zip(base, texts, strict=True):
-        parts = [text.conditioning[name][0][text.words if trimmed else slice(None)].to(row) for text in of_row]
-        rows.append(torch.cat([row, *parts]))
-        spans.append([Span("text", len(part), number) for number, part in enumerate((row, *parts))])
-    longest = max(len(row) for row in rows)
-    for row, held in zip(rows, spans, strict=True):
-        if len(row) < longest:
-            held.append(Span("filler", longest - len(row)))
-    filled = [torch.nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows]
-    return torch.stack(filled), [tuple(held) for held in spans]
+    for own, parts in zip(base, added, strict=True):
+        missing = longest - sum(map(len, parts))
+        more = [*parts, own.new_zeros(missing, own.shape[-1])]
+        told = [Span("text", len(part), number) for number, part in enumerate(parts, start=1)]
+        told += [Span("filler", missing)] if missing else []
+        rows.append(torch.cat([*more, own] if ahead else [own, *more]))
+        spans.append((*told, Span("text", len(own))) if ahead else (Span("text", len(own)), *told))
+    return torch.stack(rows), spans
 
 
 def check_processor(attention: AttentionLayer, expected: type) -> None:

@@ -218,7 +218,7 @@ class UNetDenoiser(AttentiveDenoiser):
         self, call: Call, texts: Sequence[Sequence[Text]], *, trimmed: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         base = call["encoder_hidden_states"]
-        joined, spans = shared.joined_texts(base, texts, name="prompt_embeds", trimmed=trimmed)
+        joined, spans = shared.joined_texts(base, texts, name="prompt_embeds", trimmed=trimmed, ahead=False)
         return {**call, "encoder_hidden_states": joined}, spans
 
     def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:

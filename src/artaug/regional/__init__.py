@@ -10,12 +10,13 @@ from artaug.regional.denoiser import (
     Text,
 )
 from artaug.regional.guide import EncodedRegion, Guide
-from artaug.regional.isolation import ELIGEN, INSTANTX, INVOKEAI, OPEN, Isolation
+from artaug.regional.isolation import BALANCED, ELIGEN, INSTANTX, INVOKEAI, OPEN, Isolation
 from artaug.regional.layout import token_weights
 from artaug.regional.output_mix import OutputMix
 from artaug.regional.regional_attention import RegionalAttention
 
 __all__ = [
+    "BALANCED",
     "ELIGEN",
     "INSTANTX",
     "INVOKEAI",

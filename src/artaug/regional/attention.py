@@ -40,7 +40,7 @@ def attention_in_passes(query: Tensor, key: Tensor, value: Tensor, planned: Sequ
     Raises:
         GuideError: if passes have to be merged on a device whose attention does not tell its log-sum-exp.
     """
-    if all(one.alone for one in planned):
+    if all(one.stage == "alone" for one in planned):
         return _apart(query, key, value, planned)
     mixed: Tensor = _Merged.apply(query, key, value, planned)  # type: ignore[no-untyped-call]
     return mixed
@@ -91,17 +91,19 @@ class _Merged(torch.autograd.Function):
 
 def _merged(query: Tensor, key: Tensor, value: Tensor, planned: Sequence[Pass]) -> tuple[Tensor, Tensor]:
     """The result, and the logarithm of each query's softmax denominator, (batch, heads, queries) in float32."""
-    result = query.new_zeros(*query.shape[:3], value.shape[-1])
-    total = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    result = query.new_empty(*query.shape[:3], value.shape[-1])
+    total = query.new_empty(query.shape[:3], dtype=torch.float32)
     for one in planned:
         seen, said = taken(key, one.keys), taken(value, one.keys)
         here, sums = attention_with_sums(taken(query, (one.queries,)), seen, said)
         if one.bias is not None:
             sums = sums + one.bias
-        before = total[:, :, one.queries]
-        share = torch.sigmoid(sums - before).unsqueeze(-1).to(here.dtype)
-        result[:, :, one.queries] = torch.lerp(result[:, :, one.queries], here, share)
-        total[:, :, one.queries] = torch.logaddexp(before, sums)
+        if one.stage == "later":
+            before = total[:, :, one.queries]
+            share = torch.sigmoid(sums - before).unsqueeze(-1).to(here.dtype)
+            here, sums = torch.lerp(result[:, :, one.queries], here, share), torch.logaddexp(before, sums)
+        result[:, :, one.queries] = here
+        total[:, :, one.queries] = sums
     return result, total
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
-from artaug.regional.isolation import ELIGEN, Isolation
+from artaug.regional.isolation import BALANCED, Isolation
 
 Conditioning: TypeAlias = Mapping[str, Any]
 """Encoded prompts, by the model's own names: tensors or lists, the first axis of each counting the prompts."""
@@ -144,7 +144,7 @@ class AttentiveDenoiser(Denoiser):
     @property
     def isolation(self) -> Isolation:
         """Who may look at whom in this family, unless the guide is told otherwise."""
-        return ELIGEN
+        return BALANCED
 
     @property
     def token_grid(self) -> tuple[int, int]:

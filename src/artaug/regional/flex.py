@@ -19,6 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from artaug.regional.sight import Sight
 
 TILE = 128
+_LENGTHS = 64
+"""Kernels a process may compile, one for each padded length of queries and keys."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +71,23 @@ def attention_by_flex(query: Tensor, key: Tensor, value: Tensor, sight: FlexSigh
         sight: prepared for their device.
         compiled: Run the compiled kernel; without it scores of queries x keys are in memory, in the manner of a test.
     """
-    run: Any = _compiled() if compiled else flex_attention
     query, key, value = (
         _lengthened(one.index_select(2, order))
         for one, order in ((query, sight.queries), (key, sight.keys), (value, sight.keys))
     )
+    run: Any = _fused if compiled else flex_attention
     mixed: Tensor = run(query, key, value, score_mod=sight.score_mod, block_mask=sight.block_mask)
     return mixed.index_select(2, sight.back)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, *, score_mod: Callable[..., Tensor] | None, block_mask: BlockMask
+) -> Tensor:
+    """The compiled kernel: one a length. Past its limit the compiler would go on without it and hold all scores."""
+    with torch._dynamo.config.patch(  # noqa: SLF001 - its only door
+        recompile_limit=_LENGTHS, accumulated_recompile_limit=4 * _LENGTHS, fail_on_recompile_limit_hit=True
+    ):
+        return _compiled()(query, key, value, score_mod=score_mod, block_mask=block_mask)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The exact guide: one forward pass a step, in which attention itself keeps regions and prompts apart."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -35,8 +36,8 @@ class RegionalAttention(Guide):
 
     Which ``method`` computes it changes the speed, not the result:
 
-    - ``"auto"``: grouped passes for queries that see all they see equally strongly, merged ones for others; where
-      merging is not possible (neither CPU nor CUDA), dense.
+    - ``"auto"``: grouped passes or merged ones, whichever copy fewer tokens; where merging is needed and not possible
+      (neither CPU nor CUDA), dense.
     - ``"grouped"``: one unmasked attention for all queries that see the same keys. Refuses soft weights.
     - ``"merged"``: one unmasked attention a group of keys, averaged by log-sum-exp.
     - ``"flex"``: PyTorch's FlexAttention over sorted tokens. Compiles at first use; on the CPU not for training.
@@ -161,7 +162,9 @@ class _Run:
                 result[which] = computed
             return result
 
-        return attend
+        # Compiled blocks call it from outside their graphs: what it does depends on the layout, not on tensors. Who never
+        # compiled anything is spared loading the compiler.
+        return torch.compiler.disable(attend) if "torch._dynamo" in sys.modules else attend
 
     def _for(self, site: Site, row: Row, holds: bool, query: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Attention for rows like this one at sites like this one, prepared once a layout."""
@@ -205,7 +208,7 @@ def prepared(sight: Sight, method: Method, device: torch.device, *, learns: bool
         return lambda query, key, value: attention_by_flex(query, key, value, flexed, compiled=True)
     if method in {"auto", "grouped", "merged"}:
         planned = tuple(one.on(device) for one in passes(sight, method))
-        if can_merge(device) or all(one.alone for one in planned):
+        if can_merge(device) or all(one.stage == "alone" for one in planned):
             return lambda query, key, value: attention_in_passes(query, key, value, planned)
         if method == "merged":
             raise GuideError(

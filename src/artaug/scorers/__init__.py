@@ -1,5 +1,33 @@
-"""Scorers: pictures to numbers, higher is better."""
+"""Scorers: pictures to numbers, higher is better. Models are loaded by ``from_pretrained``, not by the import."""
 
+from artaug.scorers.aesthetic import AestheticScore
+from artaug.scorers.clip import ClipScore, SiglipScore
+from artaug.scorers.concept import ConceptProbability
+from artaug.scorers.encoders import DualEncoder, ImageEncoder
+from artaug.scorers.function import FunctionScorer
+from artaug.scorers.hps import HPSv2, Letterbox
+from artaug.scorers.image_reward import ImageReward
 from artaug.scorers.photometric import Chroma, Contrast, Exposure, MeanOf, Photometric, Sharpness
+from artaug.scorers.pickscore import PickScore
+from artaug.scorers.vqa import VQAScore
 
-__all__ = ["Chroma", "Contrast", "Exposure", "MeanOf", "Photometric", "Sharpness"]
+__all__ = [
+    "AestheticScore",
+    "Chroma",
+    "ClipScore",
+    "ConceptProbability",
+    "Contrast",
+    "DualEncoder",
+    "Exposure",
+    "FunctionScorer",
+    "HPSv2",
+    "ImageEncoder",
+    "ImageReward",
+    "Letterbox",
+    "MeanOf",
+    "Photometric",
+    "PickScore",
+    "Sharpness",
+    "SiglipScore",
+    "VQAScore",
+]

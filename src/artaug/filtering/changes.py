@@ -1,0 +1,44 @@
+"""What a scorer says of the two pictures of a pair."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from artaug.errors import InvalidValueError
+from artaug.filtering.algebra import PairFilter
+from artaug.pairs import ImagePair
+from artaug.scoring import Scorer, scored
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a scorer says of one pair."""
+
+    name: str
+    before: float
+    after: float
+
+    @property
+    def gain(self) -> float:
+        return self.after - self.before
+
+    @property
+    def scores(self) -> dict[str, float]:
+        return {f"{self.name} before": self.before, f"{self.name} after": self.after, f"{self.name} gain": self.gain}
+
+    def __str__(self) -> str:
+        return f"{self.name} {'fell' if self.gain < 0 else 'rose'} by {abs(self.gain):.3g}"
+
+
+def changes(scorer: Scorer, pairs: Sequence[ImagePair]) -> list[Change]:
+    """Score both pictures of every pair in one call, so that a model is loaded and batched once."""
+    images = [pair.before for pair in pairs] + [pair.after for pair in pairs]
+    numbers = scored(scorer, images, [pair.prompt for pair in pairs] * 2)
+    before, after = numbers[: len(pairs)], numbers[len(pairs) :]
+    return [Change(scorer.name, one, other) for one, other in zip(before, after, strict=True)]
+
+
+def check_finite(pair_filter: PairFilter, at_least: float) -> None:
+    """Refuse a threshold that no number can reach or miss."""
+    if not math.isfinite(at_least):
+        raise InvalidValueError(f"{pair_filter!r} can never change its mind: need a finite at_least.")

@@ -1,0 +1,24 @@
+"""The formats LoRA files come in: one table of names, read and written by one converter.
+
+A LoRA is a mapping from the denoiser's own module paths; a file spells those paths in one of several ways, and fuses
+some of the layers. What no reader but artaug's own could confirm is refused by name, not guessed.
+"""
+
+from artaug.formats.naming import Format, Naming
+from artaug.formats.reading import Reading, read
+from artaug.formats.tables import FLUX1, FLUX2, NAMINGS, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE
+
+__all__ = [
+    "FLUX1",
+    "FLUX2",
+    "NAMINGS",
+    "QWEN_IMAGE",
+    "SD3",
+    "SD15",
+    "SDXL",
+    "Z_IMAGE",
+    "Format",
+    "Naming",
+    "Reading",
+    "read",
+]

@@ -1,0 +1,121 @@
+"""From updates by module path to the tensors and the header of a file, in the format asked for."""
+
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from artaug.errors import LoRAError
+from artaug.formats.low_rank import LowRank
+from artaug.formats.naming import Format, Naming, Place, Spelling
+from artaug.formats.reading import METADATA
+from artaug.formats.tables import NAMINGS
+
+_UNET = ("down_blocks.", "mid_block.", "up_blocks.", "time_embedding.", "add_embedding.")
+
+
+def spelt(
+    layers: Mapping[str, LowRank], kind: Format, *, naming: Naming | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a file.
+
+    Raises:
+        LoRAError: if the family cannot be told from the layers, or does not have that format.
+    """
+    if kind is Format.PEFT:
+        return _peft(layers, naming)
+    found = _written(layers, kind, naming)
+    spelling = found.spellings[kind]
+    tensors: dict[str, Tensor] = {}
+    for name, layer in (_fused(layers, found) if spelling.original else dict(layers)).items():
+        base = spelling.base(name)
+        tensors[base + spelling.down], tensors[base + spelling.up] = _kept(layer.down), _kept(layer.up)
+        if spelling.alpha:
+            tensors[f"{base}.alpha"] = torch.tensor(float(layer.rank))
+    return tensors, {"format": "pt"}
+
+
+def _peft(layers: Mapping[str, LowRank], naming: Naming | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One rank for all, zeros behind the smaller ones, and alpha equal to it: no reader can get the strength wrong."""
+    prefix = "unet." if any(name.startswith(_UNET) for name in layers) else "transformer."
+    if naming is not None:
+        prefix = naming.spellings[Format.PEFT].prefix
+    rank = max(layer.rank for layer in layers.values())
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{prefix}{name}.lora_A.weight"] = pad(_kept(layer.down), (0, 0, 0, rank - layer.rank))
+        tensors[f"{prefix}{name}.lora_B.weight"] = pad(_kept(layer.up), (0, rank - layer.rank))
+    adapter = {f"{prefix}r": rank, f"{prefix}lora_alpha": rank, f"{prefix}target_modules": sorted(layers)}
+    return tensors, {"format": "pt", METADATA: json.dumps(adapter)}
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()  # layers may share a tensor, and safetensors refuses that
+
+
+def _written(layers: Mapping[str, LowRank], kind: Format, naming: Naming | None) -> Naming:
+    """The one family that has all these layers, in a format it has."""
+    fitting = [one for one in NAMINGS if all(one.place(name) for name in layers)]
+    if naming is not None:
+        fitting = [naming] if all(naming.place(name) for name in layers) else []
+    if not fitting:
+        families = ", ".join(one.name for one in ((naming,) if naming else NAMINGS))
+        raise LoRAError(f"no family artaug has names for ({families}) has all these layers, as {next(iter(layers))!r}.")
+    if len(fitting) > 1:
+        names = ", ".join(one.name for one in fitting)
+        raise LoRAError(
+            f"these layers could be those of {names}, which {kind} files call differently. "
+            "Say which: naming=artaug.formats.FLUX1, say."
+        )
+    (found,) = fitting
+    if kind not in found.spellings:
+        raise LoRAError(
+            f"artaug does not write {kind} files for {found.name}: no other reader was there to prove them right. "
+            f"Choose of: {', '.join(found.spellings)}."
+        )
+    _refuse_unread(layers, found, found.spellings[kind], kind)
+    return found
+
+
+def _refuse_unread(layers: Mapping[str, LowRank], naming: Naming, spelling: Spelling, kind: Format) -> None:
+    for name in layers:
+        place = naming.place(name)
+        if place is not None and place.row.theirs in spelling.unread:
+            raise LoRAError(
+                f"a {kind} file cannot carry the update of {name!r}: diffusers would not read it right. "
+                "Leave the layer out, or save in PEFT format."
+            )
+
+
+def _fused(layers: Mapping[str, LowRank], naming: Naming) -> dict[str, LowRank]:
+    """The layers of the original: parts put side by side as blocks, with zeros for the parts that were not trained."""
+    parts: dict[Place, dict[str, LowRank]] = {}
+    for name, layer in layers.items():
+        place = naming.place(name)
+        if place is not None:
+            parts.setdefault(place, {})[name] = layer
+    return {place.theirs: _joined(place, given) for place, given in parts.items()}
+
+
+def _joined(place: Place, given: Mapping[str, LowRank]) -> LowRank:
+    shares = dict(zip(place.ours, place.row.shares, strict=True))
+    units = {layer.up.shape[0] / shares[name] for name, layer in given.items()}
+    inputs = {layer.down.shape[1] for layer in given.values()}
+    if len(units) > 1 or len(inputs) > 1 or not (unit := units.pop()).is_integer():
+        shapes = {name: (layer.up.shape[0], layer.down.shape[1]) for name, layer in given.items()}
+        raise LoRAError(f"{shapes} do not fit together in {place.theirs!r}: they belong to another model.")
+    blocks = [given[name].up if name in given else torch.zeros(share * int(unit), 0) for name, share in shares.items()]
+    wide = _widest([layer.up for layer in given.values()])
+    up = torch.block_diag(*(block.to("cpu", wide) for block in blocks))
+    down_kind = _widest([layer.down for layer in given.values()])
+    down = torch.cat([given[name].down.to("cpu", down_kind) for name in shares if name in given])
+    return LowRank(down, up.roll(up.shape[0] // 2, 0) if place.row.swapped else up)
+
+
+def _widest(tensors: list[Tensor]) -> torch.dtype:
+    kind = tensors[0].dtype
+    for tensor in tensors[1:]:
+        kind = torch.promote_types(kind, tensor.dtype)
+    return kind

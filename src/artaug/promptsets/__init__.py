@@ -1,0 +1,158 @@
+"""Prompts to compare by: published sets read from the user's own file, and a small set of our own."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final, overload
+
+import numpy as np
+
+from artaug.errors import InvalidValueError, PromptError
+
+__all__ = ["PromptSet"]
+
+_OWN = Path(__file__).parent / "everyday.tsv"
+_PROMPT_COLUMNS = ("Prompt", "Prompts")
+_FORMATS = (
+    "PartiPrompts (.tsv with columns Prompt, Category, ...), DrawBench (.csv with columns Prompts, Category), "
+    'HPD (.json: a list of texts, or of objects with "prompt") or .txt (one prompt a line)'
+)
+
+
+@final
+@dataclass(frozen=True)
+class PromptSet(Sequence[str]):
+    """Prompts with their categories, in order. It is a sequence of the prompts, so `compare` and `improve` take it.
+
+    Raises:
+        PromptError: for a blank prompt, or if there is not one category a prompt.
+
+    >>> import artaug as aa
+    >>> prompts = aa.PromptSet.everyday()
+    >>> len(prompts), prompts[0]
+    (48, 'a kitchen table with half a loaf of bread and a knife')
+    """
+
+    prompts: tuple[str, ...]
+    categories: tuple[str, ...]
+    """One a prompt; empty where the file names none."""
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.categories) or not self.prompts:
+            raise PromptError(
+                f"a PromptSet received {len(self.prompts)} prompts and {len(self.categories)} categories: need one "
+                "category a prompt, and at least one prompt."
+            )
+        for index, prompt in enumerate(self.prompts):
+            if not prompt.strip():
+                raise PromptError(
+                    f"prompt number {index} of the set is {prompt!r}: need a text that says what to draw."
+                )
+
+    @classmethod
+    def read(cls, path: str | Path) -> "PromptSet":
+        """Read a file as its publisher gives it: PartiPrompts, DrawBench, HPD, or plain text.
+
+        PartiPrompts is a ``.tsv`` with the columns ``Prompt`` and ``Category``; DrawBench a ``.csv`` with ``Prompts`` and
+        ``Category``; HPD (v2) a ``.json``: a list of texts, whose category is the name of the file (``anime.json``), or
+        of objects with ``prompt``; a ``.txt`` has one prompt a line. The format is told by the name of the file.
+
+        Raises:
+            PromptError: for another format, or a file that is not what its name says, naming line and column.
+            FileNotFoundError: if there is no such file.
+        """
+        path = Path(path)
+        readers = {".tsv": _table, ".csv": _table, ".json": _listed, ".txt": _lines}
+        if path.suffix.lower() not in readers:
+            raise PromptError(f"{path.name!r} is in no format known here. Expected {_FORMATS}.")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise PromptError(f"{path.name!r} is not UTF-8 text. Expected {_FORMATS}.") from None
+        rows = list(readers[path.suffix.lower()](text, path))
+        if not rows:
+            raise PromptError(f"{path.name!r} holds no prompts. Expected {_FORMATS}.")
+        return cls(tuple(prompt for prompt, _ in rows), tuple(category for _, category in rows))
+
+    @classmethod
+    def everyday(cls) -> "PromptSet":
+        """Our own 48 prompts of plain scenes in eight categories: a quick look, not a published benchmark."""
+        return cls.read(_OWN)
+
+    def only(self, category: str) -> "PromptSet":
+        """The prompts of one category.
+
+        Raises:
+            InvalidValueError: if there is none, naming those there are.
+        """
+        chosen = [at for at, one in enumerate(self.categories) if one == category]
+        if not chosen:
+            raise InvalidValueError(
+                f"no prompt is of category {category!r}. There are: {sorted(set(self.categories))}."
+            )
+        return self._at(chosen)
+
+    def sample(self, count: int, *, seed: int = 0) -> "PromptSet":
+        """Some of the prompts, drawn without replacement and kept in their order; the same for the same seed.
+
+        Raises:
+            InvalidValueError: if there are not as many.
+        """
+        if not 1 <= count <= len(self):
+            raise InvalidValueError(f"cannot sample {count} of {len(self)} prompts: need 1 to {len(self)}.")
+        return self._at(sorted(np.random.default_rng(seed).choice(len(self), size=count, replace=False)))
+
+    def _at(self, places: Sequence[int]) -> "PromptSet":
+        return PromptSet(tuple(self.prompts[at] for at in places), tuple(self.categories[at] for at in places))
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        return self.prompts[index]
+
+
+def _table(text: str, path: Path) -> Iterator[tuple[str, str]]:
+    """Rows of a table with headings; PartiPrompts quotes nothing, so in a .tsv a quote is a quote."""
+    tabbed = path.suffix.lower() == ".tsv"
+    reader = csv.DictReader(
+        io.StringIO(text), delimiter="\t" if tabbed else ",", quoting=csv.QUOTE_NONE if tabbed else csv.QUOTE_MINIMAL
+    )
+    headings = list(reader.fieldnames or ())
+    column = next((name for name in _PROMPT_COLUMNS if name in headings), None)
+    if column is None:
+        raise PromptError(f"{path.name!r} has the columns {headings}, none of them {' or '.join(_PROMPT_COLUMNS)}.")
+    for row in reader:
+        prompt = row[column]
+        if prompt is None or not prompt.strip():
+            raise PromptError(f"{path.name!r}, line {reader.line_num}: the column {column} is empty.")
+        yield prompt, row.get("Category") or ""
+
+
+def _listed(text: str, path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        listed = json.loads(text)
+    except json.JSONDecodeError as fault:
+        raise PromptError(f"{path.name!r} is no JSON: {fault}.") from None
+    if not isinstance(listed, list):
+        raise PromptError(f"{path.name!r} holds a JSON {type(listed).__name__}. Expected a list, as HPD has.")
+    for index, item in enumerate(listed):
+        prompt = item.get("prompt") if isinstance(item, dict) else item
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise PromptError(
+                f'{path.name!r}, item {index} is {item!r:.120}. Expected a text, or an object with a text "prompt".'
+            )
+        yield prompt, path.stem if isinstance(item, str) else str(item.get("category", ""))
+
+
+def _lines(text: str, _path: Path) -> Iterator[tuple[str, str]]:
+    return ((line, "") for line in text.split("\n") if line.strip())

@@ -1,0 +1,95 @@
+"""Where the prompts went, to the last one."""
+
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import artaug as aa
+from support.strategies import pair
+
+VERDICT = aa.Verdict(keep=False, reason="Listed rose by 0.1, asked 0.5", scores={})
+skips = st.builds(
+    aa.Skipped,
+    st.just("a moor"),
+    st.just(0),
+    st.sampled_from(["dark", "<b>", "nothing"]),
+    st.sampled_from(["draw", "criticise", "plan"]),
+)
+kept = st.just(aa.Kept(pair(0, 1), aa.Verdict(keep=True, reason="it rose", scores={})))
+dropped = st.sampled_from(["Listed fell by 0.2", "Listed fell by 0.3"]).map(
+    lambda reason: aa.Dropped(pair(1, 0), aa.Verdict(keep=False, reason=reason, scores={}))
+)
+runs = st.lists(skips | kept | dropped, max_size=20)
+
+
+@given(runs)
+def test_every_prompt_is_counted_once(attempts):
+    steps = aa.Funnel.of(attempts).steps
+    lost = sum(count for step in steps for _, count in step.lost)
+    assert [step.name for step in steps] == ["asked", "drawn", "criticised", "changed", "kept"]
+    assert steps[0].count == len(attempts) == steps[-1].count + lost
+    assert steps[-1].count == sum(isinstance(one, aa.Kept) for one in attempts)
+    assert steps[3].count == sum(not isinstance(one, aa.Skipped) for one in attempts)
+
+
+@given(runs, runs)
+def test_two_runs_together_are_the_sum(one, other):
+    counts = [[step.count for step in aa.Funnel.of(each).steps] for each in (one, other, one + other)]
+    assert counts[2] == [first + second for first, second in zip(*counts[:2], strict=True)]
+
+
+@given(runs)
+def test_it_is_told_in_text_and_in_a_notebook_with_reasons_escaped(attempts):
+    funnel = aa.Funnel.of(attempts)
+    assert str(funnel).count("█") >= 0
+    assert "<b>" not in funnel._repr_html_()
+    assert 0 <= funnel.yield_ <= 1
+
+
+def test_reasons_that_differ_in_numbers_are_one_and_rare_ones_are_summed_up():
+    attempts = [aa.Dropped(pair(0, 1), aa.Verdict(keep=False, reason=f"fell by {at}", scores={})) for at in range(7)]
+    attempts += [aa.Skipped("a", 0, reason, "plan") for reason in ("one", "two", "three", "four", "five")]
+    funnel = aa.Funnel.of(attempts)
+    assert funnel.steps[-1].lost == (("fell by …", 7),)
+    assert "2 for 2 other reasons" in str(funnel)
+
+
+def test_the_loop_says_at_which_stage_it_skipped():
+    from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer  # noqa: PLC0415 - beside its use
+
+    def run(answer):
+        return aa.improve(
+            ["a", "b"],
+            synthesizer=SwatchSynthesizer(),
+            critic=FixedCritic(answer),
+            planner=aa.GreedyPlanner(),
+            keep=FixedFilter(keep=True),
+            seed=0,
+        )
+
+    counts = [
+        [step.count for step in aa.Funnel.of(run(answer)).steps] for answer in (aa.Abstention("no"), aa.Critique())
+    ]
+    assert counts == [[2, 2, 0, 0, 0], [2, 2, 2, 0, 0]]
+
+
+def test_the_figure_has_a_bar_a_step(tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = aa.Funnel.of([aa.Skipped("a", 0, "dark"), aa.Dropped(pair(0, 1), VERDICT)]).figure()
+    (axes,) = figure.axes
+    assert [bar.get_width() for bar in axes.patches[5:]] == [2, 2, 1, 1, 0]
+    figure.savefig(tmp_path / "funnel.png")
+    assert (tmp_path / "funnel.png").stat().st_size > 1000
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(aa.MissingExtraError, match=r"Funnel.figure needs the matplotlib package"):
+        aa.Funnel.of([]).figure()
+
+
+def test_prompts_that_vanish_are_refused():
+    with pytest.raises(aa.InvalidValueError, match="5 were asked and 3 drawn, with reasons for 1"):
+        aa.Funnel((aa.FunnelStep("asked", 5), aa.FunnelStep("drawn", 3, (("lost", 1),))))

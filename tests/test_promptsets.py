@@ -1,0 +1,94 @@
+"""Prompt sets as their publishers write them, and what is no prompt set."""
+
+import json
+
+import pytest
+
+import artaug as aa
+
+
+def written(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path / name
+
+
+def test_partiprompts(tmp_path):
+    rows = [
+        "Prompt\tCategory\tChallenge\tNote",
+        'a sign that says "Stop\tArtifacts\tWriting\t',
+        "bond\tAbstract\tBasic\tx",
+    ]
+    found = aa.PromptSet.read(written(tmp_path, "PartiPrompts.tsv", "\r\n".join(rows)))
+    assert found == aa.PromptSet(('a sign that says "Stop', "bond"), ("Artifacts", "Abstract"))
+
+
+def test_drawbench(tmp_path):
+    text = 'Prompts,Category\nA red coloured car.,Colors\n"A cat, asleep, under ""Home"".",Text\n'
+    found = aa.PromptSet.read(written(tmp_path, "DrawBench.csv", "\ufeff" + text))
+    assert list(found) == ["A red coloured car.", 'A cat, asleep, under "Home".']
+    assert found.categories == ("Colors", "Text")
+
+
+def test_hpd(tmp_path):
+    styles = aa.PromptSet.read(written(tmp_path, "anime.json", json.dumps(["a fox", "a 海"])))
+    assert (tuple(styles), styles.categories) == (("a fox", "a 海"), ("anime", "anime"))
+    listed = aa.PromptSet.read(
+        written(tmp_path, "test.json", json.dumps([{"prompt": "a fox", "image_path": ["1.jpg"]}]))
+    )
+    assert (tuple(listed), listed.categories) == (("a fox",), ("",))
+
+
+def test_plain_text(tmp_path):
+    assert tuple(aa.PromptSet.read(written(tmp_path, "mine.txt", "a fox\n\na hen\n"))) == ("a fox", "a hen")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("prompts.parquet", "x", "'prompts.parquet' is in no format known here. Expected PartiPrompts"),
+        ("a.csv", "text,kind\na,b\n", r"has the columns \['text', 'kind'\], none of them Prompt or Prompts"),
+        ("a.csv", "", r"has the columns \[\]"),
+        ("a.tsv", "Prompt\tCategory\n\tAbstract\n", "'a.tsv', line 2: the column Prompt is empty"),
+        ("a.tsv", "Prompt\tCategory\n", "holds no prompts"),
+        ("a.json", "[1", "'a.json' is no JSON"),
+        ("a.json", '{"a": 1}', "holds a JSON dict. Expected a list"),
+        ("a.json", '["a", {"text": "b"}]', r"item 1 is \{'text': 'b'\}"),
+        ("a.json", "[]", "holds no prompts"),
+        ("a.txt", "\n \n", "holds no prompts"),
+    ],
+)
+def test_what_is_no_prompt_set_is_said_clearly(tmp_path, name, text, message):
+    with pytest.raises(aa.PromptError, match=message):
+        aa.PromptSet.read(written(tmp_path, name, text))
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(aa.PromptError, match="is not UTF-8 text"):
+        aa.PromptSet.read(tmp_path / "a.txt")
+
+
+def test_the_own_set_is_whole():
+    own = aa.PromptSet.everyday()
+    assert len(set(own)) == len(own) == 48
+    assert {len(own.only(category)) for category in own.categories} == {6}
+
+
+def test_a_sample_is_a_part_in_order_and_repeatable():
+    own = aa.PromptSet.everyday()
+    some = own.sample(10, seed=3)
+    assert some == own.sample(10, seed=3) != own.sample(10, seed=4)
+    assert [prompt for prompt in own if prompt in set(some)] == list(some)
+    assert own[2:4] == (own[2], own[3])
+
+
+def test_what_a_set_does_not_have_is_named():
+    own = aa.PromptSet.everyday()
+    with pytest.raises(aa.InvalidValueError, match=r"no prompt is of category 'Cars'\. There are: \['Animals'"):
+        own.only("Cars")
+    with pytest.raises(aa.InvalidValueError, match="cannot sample 49 of 48"):
+        own.sample(49)
+    with pytest.raises(aa.PromptError, match="received 1 prompts and 0 categories"):
+        aa.PromptSet(("a",), ())
+    with pytest.raises(aa.PromptError, match="prompt number 0 of the set is ' '"):
+        aa.PromptSet((" ",), ("",))
