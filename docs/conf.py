@@ -50,12 +50,16 @@ nb_merge_streams = True
 
 # Names of other libraries need their inventories, which need the network. Every name of ours is checked.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(collections|contextlib|jaxtyping|np|numpy|nn|os|pathlib|PIL|pydantic|safetensors|torch|typing)\..*"),
+    (
+        r"py:.*",
+        r"(collections|contextlib|fractions|jaxtyping|np|numpy|nn|os|pathlib|PIL|pydantic|safetensors|torch|typing)\..*",
+    ),
     (r"py:.*", r"(accelerate|diffusers|peft|transformers)\..*"),
     (
         r"py:.*",
         r"(Bool|Callable|Float|Generator|Image|Int|Iterable|Iterator|Mapping|Module|ndarray|Path|Sequence|Tensor)",
     ),
+    (r"py:.*", r"(PreTrainedModel|ProcessorMixin|QuantizationConfigMixin|(CLIP|Siglip|Blip)\w*Model|Figure)"),
     (r"py:.*", r"(artaug\..*\.)?T"),  # a type variable
 ]
 
@@ -80,8 +84,11 @@ def gather_field_docs(package: ModuleType) -> None:
 
 def show_plain_types(package: ModuleType) -> None:
     """Show `Annotated[float, Field(gt=0)] = 1.0` as `float = 1.0`: the sentence below the field says the range."""
-    for _, cls in inspect.getmembers(package, dataclasses.is_dataclass):
-        plain = typing.get_type_hints(cls)
+    for _, cls in inspect.getmembers(package, lambda one: inspect.isclass(one) and dataclasses.is_dataclass(one)):
+        try:
+            plain = typing.get_type_hints(cls)
+        except NameError:  # names that only a type checker imports are shown as they are written
+            continue
         signature = inspect.signature(cls)
         parameters = [
             one.replace(

@@ -89,7 +89,7 @@ def diversity(measure: Measure, images: Sequence[Image]) -> float:
 
 
 class Embedder(Protocol):
-    """What `EmbeddedLikeness` asks of a model; the encoders of `artaug.scorers` have it."""
+    """What `EmbeddedLikeness` asks of a model; the encoders of ``artaug.scorers`` have it."""
 
     @property
     def name(self) -> str:

@@ -61,7 +61,7 @@ def calibrate(
     """Propose thresholds for `Gain` that let through a wanted share of pairs; the paper keeps 1 to 2 in 100.
 
     With several scorers, all are equally strict: each asks for the same rank among the pairs, and that rank is as
-    high as the yield allows. The interval is that of an order statistic (`share_interval`): exact for one scorer, close
+    high as the yield allows. The interval is that of an order statistic (``share_interval``): exact for one scorer, close
     for several. Draw the pairs from prompts like those to come, and leave them out of the training.
 
     Args:

@@ -88,7 +88,7 @@ class Place:
 class Naming:
     """The linear layers of one model family, every one of them, and the formats they can be written in.
 
-    The built-in ones stand in `artaug.formats`: ``FLUX1``, ``FLUX2``, ``SD3``, ``SD15``, ``SDXL``, ``QWEN_IMAGE``,
+    The built-in ones stand in ``artaug.formats``: ``FLUX1``, ``FLUX2``, ``SD3``, ``SD15``, ``SDXL``, ``QWEN_IMAGE``,
     ``Z_IMAGE``.
     """
 

@@ -1,6 +1,7 @@
 """How regions steer sampling: the grid of image tokens, and the guides. Pure torch, it knows no model."""
 
 from artaug.regional.denoiser import (
+    AttentionLayer,
     AttentiveDenoiser,
     Branches,
     Conditioning,
@@ -21,6 +22,7 @@ __all__ = [
     "INSTANTX",
     "INVOKEAI",
     "OPEN",
+    "AttentionLayer",
     "AttentiveDenoiser",
     "Branches",
     "Conditioning",

@@ -32,7 +32,7 @@ class FunctionScorer(Scorer):
     name: str = ""
     """What tables and verdicts call it; the name of the function if not given."""
     uses: tuple[Scorer, ...] = ()
-    """Scorers whose numbers go into it, so that a comparison knows what it `rests on <Scorer.rests_on>`."""
+    """Scorers whose numbers go into it, so that a comparison knows what it rests on."""
 
     def __post_init__(self) -> None:
         if not self.name:

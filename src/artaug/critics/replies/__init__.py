@@ -49,7 +49,7 @@ def parse_reply(
     be used is left out with its reason, and where none remains the answer is an abstention that gives all of them.
 
     Args:
-        text: the reply, of which the first `LONGEST_REPLY` characters are read.
+        text: the reply, of which the first ``LONGEST_REPLY`` characters are read.
         size: width and height in pixels of the picture the model was shown.
         coordinates: how the model writes boxes. It is never guessed from the numbers.
         at_most: so many suggestions are read, the first ones.
