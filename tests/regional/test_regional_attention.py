@@ -278,6 +278,24 @@ def test_half_precision_draws_nearly_the_same(dtype):
     assert np.abs(told[0] - drawn(pipeline, aa.Plan(PLAIN), None)).max() > 2
 
 
+def test_an_offloaded_model_draws_the_same():
+    plan = aa.Plan(PLAIN, (aa.Region(SOFT, "a blue door"), aa.Region(RIGHT, "ivy")))
+    offloaded, here = tiny_flux(), torch.device("cpu")
+    offloaded.transformer.enable_group_offload(onload_device=here, offload_device=here, offload_type="leaf_level")
+    wanted = drawn(tiny_flux(), plan, aa.RegionalAttention())
+    assert np.abs(drawn(offloaded, plan, aa.RegionalAttention()) - wanted).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore")  # deprecated, but the one way of torch itself that needs no other package
+def test_a_model_with_quantised_layers_is_guided_as_it_is():
+    plan = aa.Plan(PLAIN, (aa.Region(SOFT, "a blue door"), aa.Region(RIGHT, "ivy")))
+    quantised = tiny_flux()
+    quantised.transformer = torch.ao.quantization.quantize_dynamic(quantised.transformer, {torch.nn.Linear})
+    told = [drawn(quantised, plan, aa.RegionalAttention(method=method)) for method in ("auto", "dense")]
+    assert np.abs(told[0] - told[1]).max() <= 1
+    assert np.abs(told[0] - drawn(quantised, aa.Plan(PLAIN), None)).max() > 2
+
+
 def test_a_lora_worn_everywhere_and_regions_go_together(pipeline):
     regions = [[aa.Region(FULL, PLAIN)]]
     with lora().worn_by(pipeline.transformer):
