@@ -18,7 +18,7 @@ from artaug.regional.passes import Pass, passes
 from artaug.regional.shares import divided
 from artaug.regional.sight import Sight, joint_sight
 
-_LATENT_CHANNELS = 64
+LATENT_CHANNELS = 64
 _NOISE_LEVEL = 0.8
 
 
@@ -48,7 +48,7 @@ class Geometry:
             with torch.random.fork_rng(), torch.device(self.device):
                 torch.manual_seed(0)
                 model = FluxTransformer2DModel(
-                    in_channels=_LATENT_CHANNELS,
+                    in_channels=LATENT_CHANNELS,
                     num_layers=self.double_blocks,
                     num_single_layers=self.single_blocks,
                     attention_head_dim=self.head_channels,
@@ -114,7 +114,7 @@ class Setting:
             "txt_ids": torch.zeros(geometry.base_tokens, 3),
         }
         return {
-            "hidden_states": self._random(1, self.side**2, _LATENT_CHANNELS),
+            "hidden_states": self._random(1, self.side**2, LATENT_CHANNELS),
             "encoder_hidden_states": self._random(1, geometry.base_tokens, geometry.text_channels),
             "pooled_projections": self._random(1, geometry.pooled_channels),
             **{name: tensor.to(geometry.device, geometry.dtype) for name, tensor in told.items()},

@@ -10,11 +10,11 @@ from statistics import median, quantiles
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import artaug as aa
 from artaug.regional import ELIGEN, INSTANTX, Guide, Isolation
 from benchmarks import _flux as flux
+from benchmarks import _memory as memory
 from benchmarks import _record as record
 
 METHODS = ("plain", "dense", "merged", "grouped", "flex", "output_mix")
@@ -166,36 +166,18 @@ def steps(setting: flux.Setting, one: Guide | None, *, count: int) -> list[float
     seconds = []
     with steering(setting, one):
         for _ in range(count):
-            settled()
+            memory.settled()
             start = time.perf_counter()
             setting.step()
-            settled()
+            memory.settled()
             seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def settled() -> None:
-    """Wait until the device has done all it was asked."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def peak_bytes(setting: flux.Setting, one: Guide | None) -> int:
-    """The most memory held at once in the first step of a drawing, as torch's allocator counts it."""
-    if setting.geometry.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        steps(setting, one, count=1)
-        return int(torch.cuda.max_memory_allocated())
-    given: list[Tensor] = [one for one in setting.call.values() if isinstance(one, Tensor)]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        steps(setting, one, count=1)
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now, most = 0, 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += int(event.nbytes())
-        most = max(most, now)
-    held: int = sum(one.numel() * one.element_size() for one in (*given, *setting.model.parameters()))
-    return most + held
+    """The most memory held at once in the first step of a drawing."""
+    given = [tensor for tensor in setting.call.values() if isinstance(tensor, Tensor)]
+    return memory.peak_bytes(lambda: steps(setting, one, count=1), given=[*given, *setting.model.parameters()])
 
 
 def plot(rows: Sequence[record.Row]) -> Figure:

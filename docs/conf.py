@@ -101,7 +101,7 @@ def show_plain_types(package: ModuleType) -> None:
         cls.__annotations__.update({name: plain[name] for name in cls.__annotations__})
 
 
-for name in ("", ".critics", ".diffusion", ".playground", ".regional", ".scorers", ".training"):
+for name in ("", ".critics", ".diffusion", ".hub", ".playground", ".regional", ".scorers", ".suites", ".training"):
     package = import_module(f"artaug{name}")
     show_public_paths(package)
     gather_field_docs(package)

@@ -148,10 +148,10 @@ def test_the_summary_is_plain_json_from_which_every_number_follows():
 
 
 def test_a_notebook_shows_the_table_with_names_escaped():
-    shown = compared(scorers=[Named("<b>bold</b>")])._repr_html_()
+    shown = compared(scorers=[Named("<i>bold</i>")])._repr_html_()
 
-    assert "&lt;b&gt;bold&lt;/b&gt;" in shown
-    assert "<b>" not in shown
+    assert "&lt;i&gt;bold&lt;/i&gt;" in shown
+    assert "<i>" not in shown
     assert shown.count("<tr>") == 3
 
 
@@ -195,7 +195,9 @@ def test_a_missing_row_names_those_there_are():
         ),
         pytest.param({"candidates": {}}, aa.InvalidValueError, r"candidates \[\]. Expected at least one", id="no-one"),
         pytest.param({"candidates": {"base": Grey()}}, aa.InvalidValueError, "none called 'base'", id="base-twice"),
-        pytest.param({"filtered_by": "Light"}, aa.InvalidValueError, "received one string", id="no-list"),
+        pytest.param({"filtered_by": "Light"}, aa.InvalidValueError, "received one str", id="no-list"),
+        pytest.param({"filtered_by": aa.Gain(Light())}, aa.InvalidValueError, "received one Gain", id="one-filter"),
+        pytest.param({"filtered_by": [3]}, aa.InvalidValueError, "and 3 is none", id="no-filter"),
         pytest.param({"batch_size": 0}, aa.InvalidValueError, "need batch_size >= 1", id="no-batch"),
         pytest.param({"draws": 0}, aa.InvalidValueError, "draws >= 1", id="no-draw"),
         pytest.param(
@@ -354,20 +356,142 @@ def test_a_verdict_in_words(row, guardrail, said):
         comparison.verdict("round 2")
 
 
-def test_guardrails_that_mean_nothing_are_refused():
+def test_guardrails_that_mean_nothing_are_refused_or_said_to():
     with pytest.raises(aa.InvalidValueError, match="need a finite falls_at_most"):
         aa.Guardrail("taste", -0.1)
+    row = a_row(base=-1.0, delta=0.1, low=0.05, high=0.2)
+    assert aa.Guardrail("taste", 0.1).judge(row) == "undefined"
     with pytest.raises(aa.InvalidValueError, match=r"means nothing\. Use relative=False"):
-        aa.Guardrail("taste", 0.1).judge(a_row(base=-1.0, delta=0.1, low=0.0, high=0.2))
+        aa.Guardrail("taste", 0.1).margin(row)
+    assert aa.Guardrail("taste", 0.1, relative=False).judge(row) == "inside"
 
 
-def test_a_scorer_that_raises_on_one_picture_is_named_with_the_prompt():
-    class Brittle(Named):
+@pytest.mark.parametrize("base", [0.0, -0.5])
+def test_a_share_of_nothing_costs_no_comparison(base):
+    still = Named("taste", base)
+    comparison = compared(scorers=[still, Light()], guardrails=[aa.Guardrail("taste", 0.02)])
+    assert comparison.verdict("round 1").startswith(
+        f"taste not clearly changed: +0.00 [0.00, 0.00], its guardrail of -2% means nothing, as the base's mean is {base:.3g}: "
+        "set one with relative=False; Light up"
+    )
+    json.dumps(comparison.to_dict())
+
+
+def test_what_chose_the_pairs_may_be_given_as_it_is():
+    keep, candidates = aa.Gain(Chroma()) & aa.Floor(Light(), 0.1), aa.BestOf(4, by=Sharpness())
+    scorers = [Light(), Chroma(), Sharpness(), Named("free")]
+    rows = compared(scorers=scorers, filtered_by=[keep, candidates, "Named"], candidates={"a": Grey(1)}).rows
+    assert [row.filtered_by for row in rows] == [True, True, True, False]
+    assert [
+        row.filtered_by for row in compared(scorers=scorers, filtered_by=[keep], candidates={"a": Grey(1)}).rows
+    ] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+@dataclass(frozen=True)
+class Brittle(Light):
+    """Raises on some pictures: by prompt, and perhaps only lit ones."""
+
+    prompts: tuple = ("picture 3",)
+    above: float = 0.0
+    fault: type = OSError
+
+    def score(self, image, prompt):
+        if prompt in self.prompts and super().score(image, prompt) >= self.above:
+            raise self.fault("no memory card")
+        return super().score(image, prompt)
+
+
+def test_a_scorer_that_raises_on_one_picture_loses_nothing_and_is_not_passed_over():
+    whole = compared(seed=2)
+    with pytest.raises(
+        aa.ScoringError, match=r"Brittle raised on 3 pictures, first on base's of 'picture 3'"
+    ) as caught:
+        compared(scorers=[Brittle(), Light()], seed=2)
+
+    comparison, fault = caught.value.comparison, caught.value.__cause__
+    assert isinstance(fault, OSError)
+    assert fault.__notes__ == ["Raised by the scorer 'Brittle', for the prompt 'picture 3'."]
+    assert [(one.arm, one.prompt, one.what) for one in comparison.faults] == [
+        (arm, "picture 3", "OSError: no memory card") for arm in ("base", "round 1", "round 2")
+    ]
+    assert comparison.row("Light", "round 1").delta == whole.row("Light", "round 1").delta
+    left = np.delete(np.subtract(whole.candidates["round 1"].scores["Light"], whole.base.scores["Light"]), 3)
+    row = comparison.row("Brittle", "round 1")
+    interval = paired_bootstrap(left, seed=2)
+    assert (row.n, row.delta, row.ci_low, row.ci_high) == (19, left.mean(), interval.low, interval.high)
+    assert (
+        "Brittle raised on 3 pictures, first on base's of 'picture 3' (OSError: no memory card)" in comparison.table()
+    )
+    read = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
+    assert read["scores"]["base"]["Brittle"][3] is None
+    assert len(read["faults"]) == 3
+
+
+def test_a_picture_that_only_one_arm_cannot_be_scored_on_leaves_its_prompt_out_of_that_arms_rows():
+    lights = np.array(compared().candidates["round 2"].scores["Light"])
+    brightest = PROMPTS[int(lights.argmax())]
+    with pytest.raises(aa.ScoringError) as caught:
+        compared(scorers=[Brittle(prompts=(brightest,), above=lights.max())], draws=1)
+    rows = caught.value.comparison.rows
+    assert [(row.candidate, row.n) for row in rows] == [("round 1", 20), ("round 2", 19)]
+
+
+def test_a_score_that_is_no_number_on_one_picture_is_such_a_fault_too():
+    class Lost(Light):
         def score(self, image, prompt):
-            if prompt == "picture 3":
-                raise OSError("no memory card")
-            return 0.0
+            return math.nan if prompt == "picture 3" else super().score(image, prompt)
 
-    with pytest.raises(OSError, match="no memory card") as caught:
-        compared(scorers=[Brittle("brittle")])
-    assert caught.value.__notes__ == ["Raised by the scorer 'brittle', for the prompt 'picture 3'."]
+    with pytest.raises(aa.ScoringError, match=r"Lost scored nan for 'picture 3'") as caught:
+        compared(scorers=[Lost()])
+    assert caught.value.comparison.rows[0].n == 19
+
+
+def test_a_scorer_that_fails_on_everything_raises_its_own_error_at_once():
+    base = Grey(drawn=[])
+    with pytest.raises(KeyError, match="no memory card"):
+        compared(base, scorers=[Brittle(prompts=tuple(PROMPTS), fault=KeyError)])
+    assert len(base.drawn) == 8
+
+
+def test_a_scorer_that_breaks_down_later_gives_back_what_it_had_scored():
+    with pytest.raises(aa.ScoringError, match=r"first on base's of 'picture 8'") as caught:
+        compared(scorers=[Brittle(prompts=tuple(PROMPTS[8:]))])
+    assert caught.value.comparison is None
+    known = np.array(caught.value.scores["base"]["Brittle"])
+    assert known[:8].tolist() == list(compared().base.scores["Light"][:8])
+    assert np.isnan(known[8:]).all()
+
+
+def test_too_few_scores_for_a_row_are_no_comparison():
+    with pytest.raises(aa.ScoringError) as caught:
+        compared(scorers=[Brittle(prompts=tuple(PROMPTS[1:]))], batch_size=20)
+    assert caught.value.comparison is None
+    assert len(caught.value.scores) == 3
+
+
+def test_a_batch_that_fails_though_its_pictures_do_not_is_said():
+    class Crowded(Light):
+        def score_batch(self, images, prompts):
+            if len(images) > 1:
+                raise RuntimeError("too much at once")
+            return super().score_batch(images, prompts)
+
+    with pytest.raises(
+        aa.ScoringError, match=r"too much at once, though each picture alone is scored: lower batch_size"
+    ) as caught:
+        compared(scorers=[Crowded()])
+    assert caught.value.comparison.rows[0].n == 20
+
+
+def test_a_scorer_that_returns_too_few_scores_is_named():
+    class Short(Light):
+        def score_batch(self, images, prompts):
+            return []
+
+    with pytest.raises(aa.SeamError, match=r"Short.score_batch returned 0 scores for 8 pictures"):
+        compared(scorers=[Short()])

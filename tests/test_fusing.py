@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from artaug.errors import InvalidValueError, LoRAError
-from artaug.fusing import ConcatFuser, SvdFuser, retained_energy
+from artaug.fusing import CompressedLayer, ConcatFuser, SvdFuser, retained_energy
 from artaug.lora import LoRA, LowRank
+from artaug.values import from_json, to_json
 
 SHAPES = {"attn.to_q": (5, 7), "ff.net.0": (12, 3), "proj_out": (4, 4)}
 
@@ -142,7 +143,62 @@ def test_layers_of_one_name_and_two_shapes_cannot_be_fused(fuser):
         fuser.fuse([lora_of(), wide])
 
 
-@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 1, "energy": 0.0}, {"rank": 1, "energy": 1.1}], ids=repr)
+@given(st.lists(loras(), min_size=1, max_size=3), st.integers(1, 8), st.floats(0.05, 1.0))
+def test_the_report_says_what_retained_energy_finds_again(many, rank, energy):
+    compression = SvdFuser(rank=rank, energy=energy).compress(many)
+    full = ConcatFuser().fuse(many)
+    again = retained_energy(full, compression.lora)
+    assert compression.layers.keys() == full.layers.keys()
+    for name, layer in compression.layers.items():
+        assert (layer.rank_before, layer.rank_after) == (full.layers[name].rank, compression.lora.layers[name].rank)
+        assert layer.energy == pytest.approx(again[name], abs=1e-5)
+    energies = {name: layer.energy() for name, layer in full.layers.items()}
+    kept = sum(again[name] * energies[name] for name in again) / sum(energies.values())
+    assert compression.energy == pytest.approx(kept, abs=1e-5)
+
+
+@given(st.lists(loras(), min_size=1, max_size=3), st.floats(0.05, 0.999))
+def test_energy_alone_is_enough_to_ask_for(many, energy):
+    compression = SvdFuser(energy=energy).compress(many)
+    assert all(layer.energy >= energy - 1e-6 for layer in compression.layers.values())
+    capped = SvdFuser(rank=100, energy=energy).fuse(many)
+    assert {name: layer.rank_after for name, layer in compression.layers.items()} == {
+        name: layer.rank for name, layer in capped.layers.items()
+    }
+
+
+@given(loras())
+def test_the_energy_of_an_update_is_that_of_its_dense_matrix(lora):
+    for layer in lora.layers.values():
+        assert layer.energy() == pytest.approx(layer.delta().double().square().sum().item(), rel=1e-5)
+
+
+def test_the_report_reads_worst_first_and_trusts_no_name():
+    strong = LowRank(torch.eye(3), torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+    compression = SvdFuser(rank=2).compress(
+        [LoRA({"easy": LowRank(torch.ones(1, 3), torch.ones(3, 1)), "<b>": strong})]
+    )
+    assert str(compression) == (
+        "2 layers, rank 3 to 2, 95.6522% of the energy kept; least of it in\n"
+        "  <b>: rank 3 to 2, 92.8571% kept\n"
+        "  easy: rank 1 to 1, 100.0000% kept"
+    )
+    html = compression._repr_html_()
+    assert html.index("&lt;b&gt;") < html.index("easy")
+    assert "<b>" not in html
+
+
+def test_a_report_can_be_kept_as_json():
+    layer = SvdFuser(rank=1).compress([lora_of(2)]).layers["proj_out"]
+    assert from_json(CompressedLayer, to_json(layer)) == layer
+
+
+def test_a_fuser_that_would_leave_out_nothing_is_refused():
+    with pytest.raises(InvalidValueError, match=r"would leave out nothing\. Give it a rank, or an energy"):
+        SvdFuser()
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 1, "energy": 0.0}, {"energy": 1.1}], ids=repr)
 def test_a_fuser_that_would_keep_nothing_is_refused(options):
     with pytest.raises(InvalidValueError, match="need a rank of at least 1 and an energy above 0"):
         SvdFuser(**options)

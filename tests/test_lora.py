@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import artaug.formats.files
+import artaug.disk
 from artaug.errors import LoRAError, LoRAMismatchError
 from artaug.lora import LoRA, LowRank, summed
 from support.tiny_flux import tiny_flux
@@ -150,7 +150,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
         target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(artaug.formats.files, "save_file", half_a_file)
+    monkeypatch.setattr(artaug.disk, "save_file", half_a_file)
     with pytest.raises(OSError, match="disk full"):
         LoRA({"proj": LowRank(2 * A, B)}).save(path)
     assert [one.name for one in tmp_path.iterdir()] == ["lora.safetensors"]
@@ -265,7 +265,7 @@ def test_a_header_that_hides_the_strength_is_refused(tmp_path, adapter):
         LoRA.load(written(tmp_path / "lora.safetensors", factors(), adapter))
 
 
-@pytest.mark.parametrize("down", [torch.zeros(3, 4), torch.zeros(2, 4, 1, 1), torch.full((2, 4), torch.nan)])
+@pytest.mark.parametrize("down", [torch.zeros(3, 4), torch.zeros(2, 4, 1), torch.full((2, 4), torch.nan)])
 def test_factors_in_a_file_that_do_not_fit_are_refused_naming_the_file(tmp_path, down):
     path = written(tmp_path / "lora.safetensors", factors(down=down))
     with pytest.raises(LoRAError, match=r"lora\.safetensors is not a LoRA artaug can read: low-rank factors"):

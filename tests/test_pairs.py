@@ -21,6 +21,13 @@ def test_a_pair_has_two_pictures_of_one_size():
     )
 
 
+def test_a_pair_in_which_nothing_changed_has_one_picture_and_a_plan_without_regions():
+    picture = Image.new("RGB", (8, 8), "teal")
+    assert aa.ImagePair.unchanged(picture, prompt="a pear", seed=3) == aa.ImagePair(
+        prompt="a pear", seed=3, before=picture, after=picture, plan=aa.Plan("a pear")
+    )
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_verdict_rests_on_numbers(number):
     with pytest.raises(aa.InvalidValueError, match=r"Verdict: scores\.gain: Input should be a finite number"):

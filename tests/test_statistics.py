@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 import artaug as aa
 from artaug import statistics
-from artaug.statistics import Interval, holm, paired_bootstrap, share_interval, sign_flip, tie_rate, win_rate
+from artaug.statistics import (
+    Interval,
+    holm,
+    paired_bootstrap,
+    share_bootstrap,
+    share_interval,
+    sign_flip,
+    tie_rate,
+    win_rate,
+)
 
 DIFFERENCES = st.lists(st.floats(-100, 100), min_size=2, max_size=40)
 
@@ -191,3 +200,74 @@ def test_questions_without_meaning_are_refused():
         share_interval(0, 5)
     with pytest.raises(aa.InvalidValueError, match="need at least 1"):
         sign_flip([1.0], flips=0)
+
+
+def test_the_interval_of_a_mean_of_shares_is_scipys_for_one_picture_a_prompt():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    right = np.random.default_rng(5).integers(2, size=150).astype(float)
+    ours = share_bootstrap([np.array([right, np.ones(150)])], seed=1)
+    theirs = scipy_stats.bootstrap(
+        (right,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert [ours.low, ours.high] == pytest.approx([theirs.low, theirs.high], abs=0.01)
+
+
+def test_intervals_of_shares_hold_the_truth_95_times_in_100():
+    generator = np.random.default_rng(1)
+    held = 0
+    for run in range(1000):
+        easy, hard = (generator.random(80) < chance for chance in (0.8, 0.4))
+        many = generator.integers(1, 6, size=80)  # questions a prompt, right with 0.7 each
+        groups = [np.array([easy, np.ones(80)]), np.array([hard, np.ones(80)])]
+        groups.append(np.array([generator.binomial(many, 0.7), many]))
+        interval = share_bootstrap(groups, seed=run, resamples=400)
+        held += interval.low <= (0.8 + 0.4 + 0.7) / 3 <= interval.high
+    assert 0.93 <= held / 1000 <= 0.97
+
+
+@given(st.integers(1, 60), st.integers(1, 4))
+def test_where_all_is_right_or_all_is_wrong_the_interval_is_scipys_exact_one(prompts, pictures):
+    scipy_stats = pytest.importorskip("scipy.stats")
+    wholes = np.full(prompts, pictures)
+    for parts, successes in ((wholes, prompts), (wholes * 0, 0)):
+        exact = scipy_stats.binomtest(successes, prompts).proportion_ci(method="exact")
+        interval = share_bootstrap([np.array([parts, wholes])])
+        assert [interval.low, interval.high] == pytest.approx([exact.low, exact.high])
+
+
+def test_shares_drawn_in_small_parts_are_the_same(monkeypatch):
+    groups = [np.array([np.random.default_rng(0).integers(2, size=30), np.ones(30)])]
+    at_once = share_bootstrap(groups, resamples=200)
+    monkeypatch.setattr(statistics, "_DRAWS_AT_ONCE", 7 * 30)
+    assert share_bootstrap(groups, resamples=200) == at_once != share_bootstrap(groups, resamples=200, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "text"),
+    [
+        pytest.param([], aa.InvalidValueError, "0 groups", id="none"),
+        pytest.param([np.zeros((2, 0))], aa.InvalidValueError, "one a prompt", id="empty"),
+        pytest.param([np.ones((3, 2))], aa.InvalidValueError, "one a prompt", id="three-rows"),
+        pytest.param([np.array([[2.0], [1.0]])], aa.InvalidValueError, "one a prompt", id="more-than-all"),
+        pytest.param([np.array([[0.0], [0.0]])], aa.NonFiniteError, "wholes above zero", id="of-nothing"),
+        pytest.param([np.array([[1.0], [math.inf]])], aa.NonFiniteError, "expected finite", id="infinite"),
+    ],
+)
+def test_shares_of_nothing_are_refused(groups, error, text):
+    with pytest.raises(error, match=text):
+        share_bootstrap(groups)
+
+
+# By statsmodels 0.15: multipletests(p_values, method="holm")[1].
+STATSMODELS = [
+    ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+    ([0.2, 0.2, 0.01], [0.4, 0.4, 0.03]),
+    ([1.0, 0.5, 0.9], [1.0, 1.0, 1.0]),
+    ([0.04], [0.04]),
+    ([0.1274, 0.054, 0.0082, 0.0033, 0.1627, 0.1826, 0.1213], [0.4852, 0.27, 0.0492, 0.0231, 0.4852, 0.4852, 0.4852]),
+]
+
+
+@pytest.mark.parametrize(("p_values", "adjusted"), STATSMODELS)
+def test_holm_is_that_of_statsmodels(p_values, adjusted):
+    assert holm(p_values) == pytest.approx(adjusted, abs=1e-12)

@@ -15,11 +15,19 @@ ArtAugError
 ├── LoRAError (ValueError)               a LoRA file or value that is none
 │   └── LoRAMismatchError                a LoRA that names layers the model does not have
 ├── NonFiniteError (ArithmeticError)     NaN or infinity where numbers were expected
-│   └── TrainingDivergedError            the loss stopped being a number
+│   └── TrainingDivergedError            the loss or its gradient stopped being a number
+├── StorageError (OSError)               a file of artaug's own could not be written, or is not what it should be
+├── ScoringError (RuntimeError)          a scorer raised on some pictures of a comparison, which is finished without them
+├── UndecidedError (LookupError)         a pair on which a person has not decided yet
+├── HubError (RuntimeError)               the Hub refused something, or could not be reached
 ├── NothingToLearnError (RuntimeError)   no pair was kept, so there is nothing to train on
 └── MissingExtraError (ImportError)      an optional package is not installed
 ```
 """
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class ArtAugError(Exception):
@@ -67,19 +75,68 @@ class NonFiniteError(ArtAugError, ArithmeticError):
 
 
 class TrainingDivergedError(NonFiniteError):
-    """The training loss stopped being a finite number.
+    """The training loss, or its gradient, stopped being a finite number.
 
     Attributes:
-        step: the step, counted from 1, whose loss was not finite.
-        loss: that loss.
+        step: the step, counted from 1, that was not taken.
+        loss: its loss.
+        gradient_norm: the length of its gradient.
     """
 
-    def __init__(self, step: int, loss: float) -> None:
+    def __init__(self, step: int, loss: float, *, gradient_norm: float = math.nan) -> None:
+        what = f"the gradient's length was {gradient_norm}" if math.isfinite(loss) else f"the loss was {loss}"
         super().__init__(
-            f"the loss was {loss} at step {step}. Lower the learning rate (or check the pairs for broken images)."
+            f"{what} at step {step}. Lower the learning rate (or check the pairs for broken images); the step was not "
+            "taken, and a checkpoint of the steps before it is sound."
         )
         self.step = step
         self.loss = loss
+        self.gradient_norm = gradient_norm
+
+
+class StorageError(ArtAugError, OSError):
+    """A file of artaug's own (a checkpoint, a cache) could not be written, or does not hold what it should."""
+
+
+class ScoringError(ArtAugError, RuntimeError):
+    """A scorer raised on some pictures of a comparison, after others had been scored.
+
+    Attributes:
+        comparison: the `Comparison` of all that was scored, ``faults`` included; None if that is too little for one.
+        scores: by arm and scorer all numbers there are, NaN for those there are not.
+    """
+
+    def __init__(self, message: str, *, comparison: Any, scores: Mapping[str, Mapping[str, Sequence[float]]]) -> None:  # noqa: ANN401 - of a floor above
+        super().__init__(message)
+        self.comparison = comparison
+        self.scores = scores
+
+
+class UndecidedError(ArtAugError, LookupError):
+    """A filter rests on what a person decided, and of some pairs nobody has decided yet.
+
+    Attributes:
+        undecided: how many pairs.
+    """
+
+    def __init__(self, undecided: int, *, of: int, path: str) -> None:
+        super().__init__(
+            f"on {undecided} of {of} pairs nobody has decided yet, as {path!r} says. Show them with "
+            "artaug.HumanQueue(path).serve(pairs); what is decided stays decided."
+        )
+        self.undecided = undecided
+
+
+class HubError(ArtAugError, RuntimeError):
+    """The Hub refused something, could not be reached, or does not hold what it should.
+
+    Attributes:
+        status: the HTTP status of its answer, if there was one.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class NothingToLearnError(ArtAugError, RuntimeError):
@@ -90,9 +147,12 @@ class MissingExtraError(ArtAugError, ImportError):
     """An optional package is not installed.
 
     Attributes:
-        extra: the name of the extra that brings the package.
+        package: its name.
+        extra: the name of the extra of artaug that brings it, or None if none does.
     """
 
-    def __init__(self, wanted_by: str, *, package: str, extra: str) -> None:
-        super().__init__(f'{wanted_by} needs the {package} package. Run: pip install "artaug[{extra}]"')
+    def __init__(self, wanted_by: str, *, package: str, extra: str | None = None) -> None:
+        wanted = package if extra is None else f'"artaug[{extra}]"'
+        super().__init__(f"{wanted_by} needs the {package} package. Run: pip install {wanted}")
+        self.package = package
         self.extra = extra

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
-_BAR, _REST, _TEXT = "#3b6ea5", "#d9dee5", "#555"
+_BAR, _REST, _TEXT = "#0072b2", "#d9dee5", "#555"
 _SHOWN_REASONS = 3
 _WIDTH = 40
 
@@ -105,11 +105,13 @@ class Funnel:
         axes.barh(names, [self.steps[0].count] * len(names), color=_REST, height=0.66)
         axes.barh(names, counts, color=_BAR, height=0.66)
         for at, step in enumerate(self.steps):
-            axes.text(1.02, at, self._label(step), va="center", transform=axes.get_yaxis_transform())
+            axes.text(1.02, at, self._label(step), va="center", fontsize=9, transform=axes.get_yaxis_transform())
         axes.invert_yaxis()
         axes.set_xlim(0, max(self.steps[0].count, 1))
-        axes.set_xlabel("prompts")
+        axes.set_xlabel("prompts", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_REST)
+        axes.tick_params(labelsize=9, length=0)
         return figure
 
     def __str__(self) -> str:

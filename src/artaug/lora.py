@@ -70,6 +70,7 @@ class LoRA:
         format: Format = Format.PEFT,  # noqa: A002 - the field's word
         naming: Naming | None = None,
         metadata: Mapping[str, str] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Path:
         """Write one safetensors file. The file appears whole or not at all.
 
@@ -82,15 +83,19 @@ class LoRA:
             format: how layers are named.
             naming: the model family, where the layers alone do not tell it.
             metadata: strings to put beside the weights, provenance for instance.
+            dtype: of the factors. Without it they are written as they are, so a trained LoRA in float32, exactly. Half
+                the bytes cost about 3e-4 of every update in ``torch.float16`` and 2e-3 in ``torch.bfloat16``.
 
         Returns:
             The path written.
 
         Raises:
-            LoRAError: if ``metadata`` uses a name that the file format needs, if the family cannot be told, or if
-                artaug could not prove that its layers arrive in this format.
+            LoRAError: if ``metadata`` uses a name that the file format needs, if the family cannot be told, if artaug
+                could not prove that its layers arrive in this format, or if a layer would lose more than 1 % of its
+                update in ``dtype``.
+            StorageError: if the system cannot write the file; one that was there before stays.
         """
-        tensors, header = spelt(self.layers, format, naming=naming)
+        tensors, header = spelt(self.layers, format, naming=naming, dtype=dtype)
         taken = {"format", "lora_adapter_metadata"} & set(metadata or {})
         if taken:
             raise LoRAError(f"metadata may not set {sorted(taken)}: readers of the file rely on it. Use another name.")

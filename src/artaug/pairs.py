@@ -1,7 +1,7 @@
 """One prompt drawn twice, what was decided about it, and how every prompt of a run ends."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias
 
 from PIL.Image import Image
 from pydantic import Field
@@ -27,6 +27,26 @@ class ImagePair:
     """Drawn from the plan, with the same seed."""
     plan: Plan
     """What made the difference."""
+
+    @classmethod
+    def unchanged(cls, image: Image, *, prompt: str, seed: int) -> Self:
+        """A pair in which nothing changed: trained on among others, it holds the model where it is.
+
+        To `PairedDifference` such a pair is exactly a prior-preservation term: the student is to predict what the frozen
+        model predicts, and does so at the start, without a loss. The more of them among the pairs, the more that counts.
+
+        Args:
+            image: what the model draws of the prompt, and should go on drawing.
+            prompt: the prompt.
+            seed: the seed it was drawn with.
+
+        >>> from PIL import Image
+        >>> import artaug as aa
+        >>> pair = aa.ImagePair.unchanged(Image.new("RGB", (64, 64)), prompt="a red cone", seed=0)
+        >>> pair.before is pair.after, pair.plan.regions
+        (True, ())
+        """
+        return cls(prompt=prompt, seed=seed, before=image, after=image, plan=Plan(prompt))
 
     def __post_init__(self) -> None:
         if self.before.size != self.after.size:

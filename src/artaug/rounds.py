@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -11,14 +12,18 @@ from artaug.compare import ScoreRow, compare
 from artaug.critique import Critic
 from artaug.errors import InvalidValueError, ModelError, NothingToLearnError
 from artaug.filtering import BestOf, PairFilter
+from artaug.funnel import Funnel
 from artaug.fusing import ConcatFuser, Fuser
 from artaug.loop import StageEvent, improve, stopwatch
 from artaug.lora import LoRA
 from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.plan import RegionPlanner
 from artaug.scoring import Scorer
+from artaug.showing import duration, table_html
 from artaug.synthesis import Synthesizer, picture_seeds
 from artaug.training import DifferentialLoRATrainer, Trainable, Training
+
+_HEADINGS = ("round", "pairs", "steps", "final loss", "held-out gain", "time")
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,10 @@ class Round:
     """Held-out gain over the round before, if a stop rule measured it."""
     accepted: bool
     """False for a last round that did not help, which is left out of the result."""
+
+    def _repr_html_(self) -> str:
+        """Numbers and funnel for notebooks."""
+        return table_html(_HEADINGS, [_line(self)]) + Funnel.of(self.attempts)._repr_html_()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +107,10 @@ class Enhancement:
             ],
             "stopped": self.stopped,
         }
+
+    def _repr_html_(self) -> str:
+        """A line a round, for notebooks."""
+        return table_html(_HEADINGS, map(_line, self.rounds)) + f"<small>{escape(self.stopped)}</small>"
 
 
 def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good default or none possible
@@ -246,6 +259,19 @@ def _lender(synthesizer: Synthesizer) -> Trainable:
             "Use a DiffusersSynthesizer, or implement artaug.training.Trainable."
         )
     return synthesizer
+
+
+def _line(one: Round) -> tuple[str, ...]:
+    """A round in a few words, as `_HEADINGS` calls them."""
+    losses, gain = one.training.losses, one.gain
+    return (
+        str(one.number) + " (left out)" * (not one.accepted),
+        f"{one.training.pairs:,} of {len(one.attempts):,}",
+        f"{one.training.steps:,}",
+        f"{losses[-1]:.3g}" if losses else "none",
+        f"{gain.scorer} {gain.delta:+.3g} [{gain.ci_low:+.3g}, {gain.ci_high:+.3g}]" if gain else "not measured",
+        duration(sum(one.seconds.values())),
+    )
 
 
 def _endings(attempts: Sequence[Attempt]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -12,7 +12,16 @@ from artaug.critique import Abstention, Critique
 from artaug.drawing import COLOURS, DARK, draw_boxes
 from artaug.errors import InvalidValueError
 
-__all__ = ["COLOURS", "ShownCritique", "contact_sheet", "data_address", "draw_boxes"]
+__all__ = [
+    "COLOURS",
+    "ShownCritique",
+    "contact_sheet",
+    "data_address",
+    "draw_boxes",
+    "duration",
+    "encoded",
+    "table_html",
+]
 
 _CAPTION_PX = 15
 _LOSSLESS_PX = 256
@@ -61,28 +70,67 @@ def contact_sheet(
     return sheet
 
 
-def data_address(image: Image.Image) -> str:
-    """Give a picture as a ``data:`` address that any page can hold.
+def encoded(image: Image.Image) -> tuple[bytes, str]:
+    """Give a picture as a file for a page, and the kind of file: ``png`` or ``webp``.
 
     Up to 256 pixels a side it is a PNG, without loss; a larger one becomes a WebP of at most 768 pixels a side, which
-    is what a screen shows.
+    is what a screen shows. The same picture gives the same bytes.
+
+    >>> from artaug.showing import encoded
+    >>> from PIL import Image
+    >>> encoded(Image.new("RGB", (300, 200)))[1]
+    'webp'
+    """
+    picture = image if image.mode in {"RGB", "RGBA", "L"} else image.convert("RGB")
+    held = io.BytesIO()
+    if max(picture.size) <= _LOSSLESS_PX:
+        picture.save(held, "png", optimize=True)
+        return held.getvalue(), "png"
+    picture = picture.copy()
+    picture.thumbnail((_LARGEST_PX, _LARGEST_PX), Image.Resampling.LANCZOS)
+    picture.save(held, "webp", quality=88, method=2)  # half the time of the default, for 3% more bytes
+    return held.getvalue(), "webp"
+
+
+def data_address(image: Image.Image) -> str:
+    """Give a picture as a ``data:`` address that any page can hold, see `encoded`.
 
     >>> from artaug.showing import data_address
     >>> from PIL import Image
     >>> data_address(Image.new("RGB", (8, 8)))[:22]
     'data:image/png;base64,'
     """
-    picture = image if image.mode in {"RGB", "RGBA", "L"} else image.convert("RGB")
-    held = io.BytesIO()
-    if max(picture.size) <= _LOSSLESS_PX:
-        kind = "png"
-        picture.save(held, kind, optimize=True)
-    else:
-        kind = "webp"
-        picture = picture.copy()
-        picture.thumbnail((_LARGEST_PX, _LARGEST_PX), Image.Resampling.LANCZOS)
-        picture.save(held, kind, quality=88)
-    return f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}"
+    data, kind = encoded(image)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the units that fit it.
+
+    >>> from artaug.showing import duration
+    >>> duration(0.25), duration(65), duration(3700)
+    ('0.2 s', '1 min 05 s', '1 h 01 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Set words in a table for notebooks; nothing in them is taken for HTML.
+
+    >>> from artaug.showing import table_html
+    >>> table_html(["a"], [["<b>"]])
+    '<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>&lt;b&gt;</td></tr></tbody></table>'
+    """
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table><thead>{line(headings, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 @dataclass(frozen=True)

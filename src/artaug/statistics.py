@@ -160,6 +160,60 @@ def share_interval(kept: int, of: int, *, level: float = 0.95) -> Interval:
     return Interval(*(_beta_quantile(kept, of, share) for share in ((1 - level) / 2, (1 + level) / 2)))
 
 
+def share_bootstrap(
+    groups: Sequence[np.ndarray], *, seed: int = 0, resamples: int = 10_000, level: float = 0.95
+) -> Interval:
+    """Percentile bootstrap interval of a share, or of the mean of several groups' shares.
+
+    Prompts are drawn again with replacement, each group's among themselves; a share is the sum of parts over the sum of
+    wholes. Where nothing or everything is right the bootstrap would see no doubt at all; there the outer end is that of
+    Clopper and Pearson (1934) for as many prompts, ``((1 - level) / 2) ** (1 / prompts)`` away from the other.
+
+    Args:
+        groups: for each group the parts and the wholes, a column a prompt: (2, prompts).
+        seed: the same seed gives the same interval.
+        resamples: how often all prompts are drawn again.
+        level: share of the results inside, in (0, 1).
+
+    Raises:
+        InvalidValueError: without prompts, or for parts that are not within their wholes.
+
+    >>> import numpy as np
+    >>> from artaug.statistics import share_bootstrap
+    >>> interval = share_bootstrap([np.array([[1, 1, 0, 1], [1, 1, 1, 1]])])
+    >>> interval.low, interval.high
+    (0.25, 1.0)
+    """
+    if not groups or resamples < 1 or not 0 < level < 1:
+        raise InvalidValueError(
+            f"share_bootstrap({len(groups)} groups, resamples={resamples}, level={level}) has no meaning: need a group, "
+            "at least 1 resample and a level in (0, 1)."
+        )
+    for group in groups:
+        if group.ndim != 2 or len(group) != 2 or not group.size or not ((group[0] >= 0) & (group[0] <= group[1])).all():
+            raise InvalidValueError(
+                f"share_bootstrap: expected parts and wholes, one a prompt, received {group!r:.120}."
+            )
+        if not (np.isfinite(group).all() and (group[1] > 0).all()):
+            raise NonFiniteError(
+                f"share_bootstrap: expected finite parts of wholes above zero, received {group!r:.120}."
+            )
+    prompts, tail = sum(group.shape[1] for group in groups), (1 - level) / 2
+    if all((group[0] == group[1]).all() for group in groups):
+        return Interval(tail ** (1 / prompts), 1.0)
+    if not any(group[0].any() for group in groups):
+        return Interval(0.0, 1 - tail ** (1 / prompts))
+    generator, total = np.random.default_rng(seed), np.zeros(resamples)
+    for parts, wholes in groups:
+        rows = max(_DRAWS_AT_ONCE // len(parts), 1)
+        for start in range(0, resamples, rows):
+            part = total[start : start + rows]
+            drawn = generator.integers(len(parts), size=(len(part), len(parts)))
+            part += parts[drawn].sum(axis=1) / wholes[drawn].sum(axis=1)
+    low, high = np.quantile(total / len(groups), [tail, 1 - tail])
+    return Interval(low, high)
+
+
 def _beta_quantile(kept: int, of: int, share: float) -> float:
     """Quantile of Beta(kept, of - kept + 1), whose distribution function is a binomial tail: by halving."""
     counts = np.arange(kept, of + 1)

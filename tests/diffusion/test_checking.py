@@ -2,7 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import avg_pool2d, avg_pool3d
 
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer, Flux, check_family
@@ -42,6 +46,86 @@ def synthesizer(pipeline, *, family=None, **options):
 @pytest.mark.parametrize(("build", "options"), FAMILIES.values(), ids=FAMILIES)
 def test_every_family_keeps_what_guides_promise(build, options):
     check_family(synthesizer(build(), **options))
+
+
+class MeanOfCells:
+    """In place of a VAE's encoder, whose every latent depends on the whole picture: the mean of the pixels it stands for."""
+
+    def __init__(self, channels, factor):
+        self.channels, self.factor, self.latent_dist = channels, factor, self
+
+    def __call__(self, pixels):
+        self.pixels = pixels
+        return self
+
+    def mode(self):
+        brightness = self.pixels.mean(dim=1, keepdim=True)
+        cells = avg_pool3d if brightness.ndim == 5 else avg_pool2d
+        size = (1,) * (brightness.ndim - 4) + (self.factor, self.factor)
+        return cells(brightness, size).repeat(1, self.channels, *(1,) * (brightness.ndim - 2))
+
+
+HALVES = {"left": aa.Box(0, 0, 0.5, 1), "top": aa.Box(0, 0, 1, 0.5), "right": aa.Box(0.5, 0, 1, 1)}
+
+
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+@pytest.mark.parametrize(("build", "options"), FAMILIES.values(), ids=FAMILIES)
+def test_a_mask_of_half_a_picture_is_one_on_exactly_the_latents_that_repainting_it_changes(
+    build, options, half, monkeypatch
+):
+    pipeline = build()
+    factor = pipeline.vae_scale_factor
+    side = 8 * factor
+    drawing = synthesizer(pipeline, **{**options, "width": side, "height": side})
+    config = pipeline.vae.config
+    monkeypatch.setattr(pipeline.vae, "encode", MeanOfCells(config.get("latent_channels") or config.z_dim, factor))
+    mask = np.zeros((side, side), dtype=np.float32)
+    left, top, right, bottom = half.to_pixels((side, side))
+    mask[top:bottom, left:right] = 1
+    grey = np.full((side, side, 3), 90, dtype=np.uint8)
+    repainted = np.where(mask[..., None] > 0, np.uint8(200), grey)
+    with drawing.training() as family:
+        before, after = family.encode_images([Image.fromarray(grey), Image.fromarray(repainted)])
+        (inside,) = family.encode_masks(torch.from_numpy(mask)[None])
+    assert torch.equal(inside, (before != after).float())
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.ones(1, 24, 32), aa.ModelError, r"masks of shape \(1, 24, 32\) cannot be encoded at 24 x 32"),
+        (torch.full((1, 32, 24), 1.5), aa.InvalidValueError, r"masks run from 1\.5 to 1\.5"),
+        (torch.full((1, 32, 24), torch.nan), aa.InvalidValueError, "masks run from nan"),
+    ],
+)
+def test_masks_that_are_none_are_refused(mask, error, message):
+    with synthesizer(tiny_sd15(), **PLAIN).training() as family, pytest.raises(error, match=message):
+        family.encode_masks(mask)
+
+
+def test_a_mask_that_ends_inside_a_cell_counts_by_its_share():
+    mask = torch.zeros(1, 32, 24)
+    mask[:, :, :2] = 1
+    with synthesizer(tiny_sd15(), **PLAIN).training() as family:
+        cells = family.encode_masks(mask)[0, 0]
+    assert cells.tolist() == [[2 / 8, 0.0, 0.0]] * 4
+
+
+def transposed(self, masks):
+    return Flux.encode_masks(self, masks).mT
+
+
+def halved(self, masks):
+    return Flux.encode_masks(self, masks) / 2
+
+
+@pytest.mark.parametrize(
+    ("encode_masks", "promise"), [(transposed, "rows of shape"), (halved, "other than ones for a mask of ones")]
+)
+def test_a_family_whose_masks_do_not_fit_is_told_so(encode_masks, promise):
+    family = type("Wrong", (Flux,), {"encode_masks": encode_masks})
+    with pytest.raises(AssertionError, match=promise):
+        check_family(synthesizer(tiny_flux(), family=family))
 
 
 def broken(**methods):

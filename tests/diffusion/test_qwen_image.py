@@ -119,6 +119,15 @@ def test_encoding_a_picture_of_another_size_is_refused():
         qwen_of().encode_images([picture(), picture(width=32, height=24)])
 
 
+def test_training_ends_where_a_scheduler_that_ends_early_does():
+    pipeline = tiny_qwen_image(dynamic_shift=True)
+    pipeline.scheduler.register_to_config(shift_terminal=0.02)
+    qwen = family_of(QwenImage, pipeline, width=32, height=32)
+    calls_of(qwen, ["a"])
+    assert pipeline.scheduler.sigmas[-2].item() == pytest.approx(0.02)
+    assert qwen.noising.terminal == 0.02
+
+
 @pytest.mark.parametrize("dynamic_shift", [False, True])
 def test_training_shifts_noise_levels_as_the_scheduler_does(dynamic_shift):
     qwen = family_of(QwenImage, tiny_qwen_image(dynamic_shift=dynamic_shift), width=32, height=32)

@@ -123,8 +123,8 @@ def test_the_sums_are_the_logarithms_of_the_softmax_denominators():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cuda_merges_to_the_definition(dtype):
-    layout = layouts(most=4).example()
+@given(layout=layouts(most=4))
+def test_cuda_merges_to_the_definition(dtype, layout):
     query, key, value = (one.cuda().to(dtype) for one in asked(layout.sight))
     planned = tuple(one.on(query.device) for one in passes(layout.sight, "merged"))
     wanted = defined(query.cpu(), key.cpu(), value.cpu(), layout.sight)

@@ -1,6 +1,6 @@
 """A tiny real model for a trainer: four-by-four pictures as latents, and a denoiser of three blocks."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from artaug.errors import ModelError
 from artaug.pairs import ImagePair
 from artaug.plan import Plan
 from artaug.training import FlowMatching
@@ -63,8 +64,23 @@ class TinyModel:
         self.calls.prompts += len(prompts)
         return {"embeds": torch.tensor([[float(byte % 7 - 3) for byte in f"{one:8.8}".encode()] for one in prompts])}
 
+    def encode_masks(self, masks):
+        return masks[:, None].expand(-1, 3, -1, -1).float()
+
     def predict(self, noisy, sigmas, conditioning):
         return self.module(noisy.to(self.dtype), sigmas, conditioning["embeds"].to(self.dtype))
+
+    @property
+    def device(self):
+        return self.module.proj_in.weight.device
+
+    def at_size(self, width, height):
+        if (width, height) != (SIDE, SIDE):
+            raise ModelError(f"a picture of {width} x {height} pixels: need {SIDE} x {SIDE}.")
+        return self
+
+    def without_encoders(self):
+        return nullcontext()
 
     @contextmanager
     def training(self):

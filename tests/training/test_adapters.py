@@ -5,8 +5,8 @@ import torch
 
 from artaug.errors import LoRAMismatchError, ModelError
 from artaug.lora import LoRA, LowRank
+from artaug.training import ATTENTION_AND_MLP
 from artaug.training.adapters import adapted, targeted_layers
-from artaug.training.trainer import ATTENTION_AND_MLP
 from support.tiny_flux import tiny_flux
 
 

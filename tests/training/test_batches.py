@@ -1,86 +1,156 @@
-"""Encoding pairs once, and drawing batches of them."""
+"""Batches of encoded pairs: every pair its turn, always new noise, and any batch the same however one comes to it."""
 
-import math
 from itertools import islice
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from artaug.errors import ModelError, NonFiniteError, SeamError
-from artaug.pairs import ImagePair
-from artaug.plan import Plan
-from artaug.training import FlowMatching
-from artaug.training.batches import EncodedPairs
+from artaug.errors import ModelError
+from artaug.training import EpsilonPrediction, FlowMatching
+from artaug.training.batches import Bucket, EncodedPairs
+from artaug.training.processes import ALONE, Processes
+from artaug.training.recipe import Recipe
+
+
+class Sized:
+    """What `EncodedPairs.turns` asks of a model."""
+
+    device = torch.device("cpu")
+    noising = FlowMatching()
+
+    def at_size(self, width, height):
+        sized = Sized()
+        sized.size = (width, height)
+        return sized
+
+
+def row(number, *, side=1, words=2):
+    latent = torch.full((side,), float(number))
+    return {"before": latent, "after": latent + 100, "text.embeds": torch.full((words, 3), float(number))}
 
 
 def numbered(pairs):
     """Encoded pairs whose latents are their numbers."""
-    rows = torch.arange(pairs, dtype=torch.float32)[:, None]
-    return EncodedPairs(rows, rows + 100, {"embeds": rows + 200}, FlowMatching())
+    return EncodedPairs([Bucket((8, 8), {number: row(number) for number in range(pairs)})])
 
 
-def drawn(encoded, members, *, size, count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return list(islice(encoded.batches(members, size=size, generator=generator, within=(0.0, 1.0)), count))
+def drawn(encoded, members, *, size, count, seed=0, start=0, processes=ALONE, **options):
+    recipe = Recipe(batch_size=size, **options)
+    turns = encoded.turns(Sized(), members, recipe, seed=seed, start=start, processes=processes)
+    return list(islice(turns, count))
 
 
-@given(members=st.integers(1, 7), size=st.integers(1, 9), seed=st.integers(0, 2**32))
+def numbers(turns):
+    return [int(number) for turn in turns for batch in turn.batches for number in batch.before[:, 0]]
+
+
+@given(members=st.integers(1, 7), size=st.integers(1, 9), seed=st.integers(0, 2**32 - 1))
 def test_every_pair_comes_once_before_any_comes_again(members, size, seed):
-    batches = drawn(numbered(members), range(members), size=size, count=members, seed=seed)
-    order = torch.cat([batch.before[:, 0] for batch in batches]).tolist()
+    order = numbers(drawn(numbered(members), range(members), size=size, count=members, seed=seed))
     for start in range(0, len(order), members):
         assert sorted(order[start : start + members]) == list(range(members))
 
 
 def test_rows_of_a_batch_belong_together():
-    for batch in drawn(numbered(5), [1, 3], size=4, count=3):
+    for turn in drawn(numbered(5), [1, 3], size=4, count=3):
+        (batch,) = turn.batches
         assert set(batch.before.flatten().tolist()) == {1.0, 3.0}
         assert torch.equal(batch.after, batch.before + 100)
-        assert torch.equal(batch.conditioning["embeds"], batch.before + 200)
+        assert torch.equal(batch.conditioning["embeds"][:, 0, :1], batch.before)
         assert batch.noise.shape == batch.before.shape
         assert batch.sigmas.shape == (4,)
+        assert batch.inside is None
 
 
 def test_noise_is_new_every_time():
-    first, second = drawn(numbered(1), [0], size=2, count=2)
-    assert len({*first.noise.flatten().tolist(), *second.noise.flatten().tolist()}) == 4
+    turns = drawn(numbered(1), [0], size=2, count=2)
+    assert len({number for turn in turns for number in turn.batches[0].noise.flatten().tolist()}) == 4
 
 
-def test_pictures_are_encoded_a_few_at_a_time(make_model, pair_of):
-    model, sizes = make_model(), []
-    plain = model.encode_images
-    model.encode_images = lambda images: sizes.append(len(images)) or plain(images)
-    encoded = EncodedPairs.encode(model, [pair_of(number) for number in range(5)], at_once=2)
-    assert sizes == [2, 2, 1, 2, 2, 1]
-    assert encoded.before.shape == (5, 3, 4, 4)
+@given(start=st.integers(0, 12), size=st.integers(1, 5), pairs=st.integers(1, 7))
+def test_a_batch_is_the_same_whatever_came_before_it(start, size, pairs):
+    whole = drawn(numbered(pairs), range(pairs), size=size, count=start + 2)
+    resumed = drawn(numbered(pairs), range(pairs), size=size, count=2, start=start)
+    for expected, turn in zip(whole[start:], resumed, strict=True):
+        assert_same(expected.batches[0], turn.batches[0])
 
 
-def test_pictures_of_two_sizes_are_refused_naming_both(tiny_model, pair_of):
-    large = Image.new("RGB", (8, 4))
-    odd = ImagePair(prompt="odd", seed=0, before=large, after=large, plan=Plan("odd"))
-    with pytest.raises(ModelError, match=r"pictures of 2 sizes: 4 x 4 \('scene 1'\), 8 x 4 \('odd'\)"):
-        EncodedPairs.encode(tiny_model, [pair_of(1), odd], at_once=4)
+@given(each=st.integers(1, 3), count=st.integers(1, 3), at_once=st.none() | st.integers(1, 4))
+def test_processes_share_the_batch_that_one_would_have(each, count, at_once):
+    size = each * count
+    (whole,) = drawn(numbered(5), range(5), size=size, count=1)
+    parts = [
+        drawn(numbered(5), range(5), size=size, count=1, at_once=at_once, processes=Processes(rank, count))[0].batches
+        for rank in range(count)
+    ]
+    for rank, batches in enumerate(parts):
+        assert all(len(batch.sigmas) <= (at_once or size) for batch in batches)
+        for name in ("before", "noise", "sigmas"):
+            mine = torch.cat([getattr(batch, name) for batch in batches])
+            assert torch.equal(mine, getattr(whole.batches[0], name)[rank::count])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_latents_that_are_no_numbers_are_refused_naming_the_prompt(make_model, two_pairs, value):
-    model = make_model()
-    plain = model.encode_images
-    model.encode_images = lambda images: plain(images).index_fill(0, torch.tensor([1]), value)
-    with pytest.raises(NonFiniteError, match="latents of a picture of 'scene 2' hold NaN or infinity"):
-        EncodedPairs.encode(model, two_pairs, at_once=4)
+def assert_same(one, other):
+    for name in ("before", "after", "noise", "sigmas"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    assert torch.equal(one.conditioning["embeds"], other.conditioning["embeds"])
 
 
-def test_a_model_that_loses_rows_breaks_its_seam(make_model, two_pairs):
-    model = make_model()
-    plain = model.encode_images
-    model.encode_images = lambda images: plain(images)[:1]
-    with pytest.raises(SeamError, match="encode_images returned 1 rows for 2 pictures"):
-        EncodedPairs.encode(model, two_pairs, at_once=4)
-    model = make_model()
-    model.encode_prompts = lambda _: {"embeds": torch.zeros(3, 8)}
-    with pytest.raises(SeamError, match=r"encode_prompts returned \{'embeds': \(3, 8\)\} for 2 prompts"):
-        EncodedPairs.encode(model, two_pairs, at_once=4)
+@given(first=st.integers(1, 5), second=st.integers(1, 5), size=st.integers(1, 4))
+def test_sizes_take_turns_as_often_as_they_have_pairs(first, second, size):
+    encoded = EncodedPairs(
+        [
+            Bucket((8, 8), {number: row(number) for number in range(first)}),
+            Bucket((16, 8), {number: row(number, side=2) for number in range(first, first + second)}),
+        ]
+    )
+    members = range(first + second)
+    turns = drawn(encoded, members, size=size, count=first + second)
+    assert [turn.model.size for turn in turns].count((8, 8)) == first
+    for turn in turns:
+        (batch,) = turn.batches
+        assert batch.before.shape == (size, 1 if turn.model.size == (8, 8) else 2)
+    resumed = drawn(encoded, members, size=size, count=1, start=first)
+    assert_same(turns[first].batches[0], resumed[0].batches[0])
+
+
+def test_prompts_of_unlike_length_are_filled_up_behind():
+    encoded = EncodedPairs([Bucket((8, 8), {0: row(0, words=1), 1: row(1, words=4)})])
+    (turn,) = drawn(encoded, [0, 1], size=2, count=1)
+    (batch,) = turn.batches
+    short = batch.conditioning["embeds"][int(batch.before[1, 0] == 0)]
+    assert short.shape == (4, 3)
+    assert not short[1:].any()
+
+
+@pytest.mark.parametrize("regional", [(0,), (0, 1)])
+def test_a_plan_without_regions_is_inside_everywhere(regional):
+    rows = {number: row(number, side=3) for number in range(2)}
+    for number in regional:
+        rows[number] = {**rows[number], "inside": torch.tensor([1.0, 0.5, 0.0])}
+    (turn,) = drawn(EncodedPairs([Bucket((8, 8), rows)]), [0, 1], size=2, count=1)
+    (batch,) = turn.batches
+    for at, number in enumerate(batch.before[:, 0].int().tolist()):
+        assert batch.inside[at].tolist() == ([1.0, 0.5, 0.0] if number in regional else [1.0, 1.0, 1.0])
+
+
+def test_levels_of_flow_models_may_be_spread_as_they_were_in_training():
+    one, other = (
+        drawn(numbered(1), [0], size=4000, count=1, logit_normal=wanted)[0].batches[0].sigmas
+        for wanted in (False, True)
+    )
+    assert one.std() == pytest.approx(12**-0.5, abs=0.01)  # uniform
+    assert torch.logit(other.double()).std() == pytest.approx(1, abs=0.05)  # logit-normal
+
+
+def test_levels_of_a_schedule_cannot_be_spread():
+    class Stepped(Sized):
+        noising = EpsilonPrediction()
+
+        def at_size(self, *_):
+            return self
+
+    with pytest.raises(ModelError, match="logit_normal is for flow models, and this one has EpsilonPrediction"):
+        next(numbered(1).turns(Stepped(), [0], Recipe(logit_normal=True), seed=0))

@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 from artaug.errors import InvalidValueError
 from artaug.training import EpsilonPrediction, FlowMatching, VPrediction
 
-NOISINGS = [FlowMatching(), FlowMatching(shift=3.0, logit_normal=True), EpsilonPrediction(), VPrediction()]
-VARIANCE_PRESERVING = [EpsilonPrediction(), VPrediction()]
+VARIANCE_PRESERVING = [
+    EpsilonPrediction(),
+    VPrediction(),
+    EpsilonPrediction(schedule="linear", beta_start=0.0001, beta_end=0.02),
+    VPrediction(schedule="squaredcos_cap_v2", zero_terminal_snr=True),
+]
+NOISINGS = [
+    FlowMatching(),
+    FlowMatching(shift=3.0, logit_normal=True),
+    FlowMatching(shift=2.0, terminal=0.02),
+    *VARIANCE_PRESERVING,
+]
 
 every_noising = pytest.mark.parametrize("noising", NOISINGS, ids=repr)
 
@@ -83,13 +93,65 @@ def test_logit_normal_levels_have_a_standard_normal_logit():
     assert logits.std().item() == pytest.approx(1, abs=0.03)
 
 
-def test_the_schedule_is_the_one_diffusers_uses():
+@given(shift=st.floats(0.2, 12.0), seed=st.integers(0, 2**32))
+def test_shifted_logit_normal_levels_have_a_normal_logit_around_the_shifts_logarithm(shift, seed):
+    levels, plain = (
+        FlowMatching(shift=one, logit_normal=True).levels(64, torch.Generator().manual_seed(seed)).double()
+        for one in (shift, 1.0)
+    )
+    torch.testing.assert_close(torch.logit(levels), torch.logit(plain) + math.log(shift), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("terminal", [None, 0.02, 0.1])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_uniform_levels_are_where_a_sampler_of_many_steps_looks(terminal, dynamic):
+    from diffusers import FlowMatchEulerDiscreteScheduler  # noqa: PLC0415
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic, shift_terminal=terminal)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1e-4, 10_000).numpy(), mu=math.log(3.0) if dynamic else None)
+    levels = FlowMatching(shift=3.0, terminal=terminal or 0.0).levels(20_000, torch.Generator().manual_seed(0))
+    quantiles = torch.linspace(0, 1, 21)
+    looked_at = scheduler.sigmas[:-1].quantile(quantiles)
+    torch.testing.assert_close(levels.quantile(quantiles), looked_at, rtol=0, atol=0.015)
+    assert levels.min() >= (terminal or 0.0)
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "squaredcos_cap_v2"])
+def test_the_schedule_is_the_one_diffusers_uses(schedule, rescaled):
     from diffusers import DDPMScheduler  # noqa: PLC0415
 
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    betas = {"beta_start": 0.0005, "beta_end": 0.015}
+    scheduler = DDPMScheduler(50, beta_schedule=schedule, rescale_betas_zero_snr=rescaled, **betas)
     known = (1 - scheduler.alphas_cumprod).sqrt()
-    levels = EpsilonPrediction().levels(200, torch.Generator().manual_seed(0))
-    assert (levels[:, None] - known).abs().min(dim=1).values.max() < 1e-5
+    noising = VPrediction(timesteps=50, schedule=schedule, zero_terminal_snr=rescaled, **betas)
+    drawn = noising.levels(2000, torch.Generator().manual_seed(0)).unique()
+    torch.testing.assert_close(drawn, known, rtol=1e-4, atol=1e-5)
+    assert (drawn[-1] == 1) == rescaled
+    if not rescaled:
+        plain = EpsilonPrediction(timesteps=50, schedule=schedule, **betas)
+        assert torch.equal(plain.levels(2000, torch.Generator().manual_seed(0)).unique(), drawn)
+
+
+@pytest.mark.parametrize("terminal", [-0.1, 1.0, math.nan])
+def test_a_terminal_that_is_none_is_refused(terminal):
+    with pytest.raises(InvalidValueError, match=r"need a noise level in \[0, 1\)"):
+        FlowMatching(terminal=terminal)
+
+
+def test_a_range_below_the_terminal_has_no_levels():
+    with pytest.raises(InvalidValueError, match=r"no noise level .* they run from 0\.02 to 1"):
+        FlowMatching(terminal=0.02).levels(1, torch.Generator(), within=(0.0, 0.02))
+
+
+@pytest.mark.parametrize("kind", [EpsilonPrediction, VPrediction])
+def test_betas_that_grow_in_an_unknown_way_are_refused(kind):
+    noising = kind()
+    object.__setattr__(noising, "schedule", "sigmoid")  # the types checked in tests would not let it be constructed
+    with pytest.raises(
+        InvalidValueError, match=r"need a schedule among \['scaled_linear', 'linear', 'squaredcos_cap_v2'\]"
+    ):
+        noising.__post_init__()
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0, math.inf, math.nan])
@@ -111,7 +173,7 @@ def test_a_range_that_is_none_is_refused(noising, within):
         noising.levels(1, torch.Generator(), within=within)
 
 
-@pytest.mark.parametrize("noising", VARIANCE_PRESERVING, ids=repr)
+@pytest.mark.parametrize("noising", VARIANCE_PRESERVING[:2], ids=repr)
 def test_a_range_without_levels_names_the_range_there_is(noising):
     with pytest.raises(InvalidValueError, match=r"no noise level .* they run from 0\.0292 to 0\.9977"):
         noising.levels(1, torch.Generator(), within=(0.0, 0.01))

@@ -1,49 +1,44 @@
 """Objectives against references of a few lines, and the courses they prescribe."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
 from artaug.errors import InvalidValueError
 from artaug.training import (
     Course,
-    EpsilonPrediction,
-    FlowMatching,
     Objective,
     PairBatch,
     PairedDifference,
     Stage,
     SupervisedFineTuning,
     TwoStage,
-    VPrediction,
 )
-from artaug.training.adapters import adapted
+from support.training_steps import (
+    NOISINGS,
+    asked,
+    asked_plainly,
+    batch_of,
+    disturb,
+    gradients,
+    moved,
+    noised,
+    student_of,
+    wanted,
+)
+
+every_noising = pytest.mark.parametrize("kind", NOISINGS)
 
 
-def batch_of(model, pairs, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    before = model.encode_images([pair.before for pair in pairs])
-    return PairBatch(
-        before=before.float(),
-        after=model.encode_images([pair.after for pair in pairs]).float(),
-        conditioning=model.encode_prompts([pair.prompt for pair in pairs]),
-        noise=torch.randn(before.shape, generator=generator),
-        sigmas=torch.rand(len(pairs), generator=generator),
-    )
-
-
-def student_of(model):
-    return adapted(model, rank=4, targets="blocks", generator=torch.Generator().manual_seed(0))
-
-
-def disturb(student):
-    """Give a fresh LoRA an effect, so that student and teacher differ."""
-    generator = torch.Generator().manual_seed(1)
-    for factor in student.parameters():
-        factor.data += 0.1 * torch.randn(factor.shape, generator=generator)
+def mask_of(*columns):
+    """Of two pictures of four by four: how much of each column lies in a region."""
+    return torch.tensor(columns).expand(2, 3, 4, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("noising", [FlowMatching(), EpsilonPrediction(), VPrediction()], ids=repr)
+@pytest.mark.parametrize("noising", NOISINGS.values(), ids=NOISINGS)
 def test_the_difference_of_nothing_is_nothing(make_model, pair_of, noising, dtype):
     model = make_model(noising=noising, dtype=dtype)
     batch = batch_of(model, [pair_of(1, changed=False), pair_of(2, changed=False)])
@@ -62,30 +57,108 @@ def test_a_changed_pair_has_a_loss_and_a_gradient(tiny_model, two_pairs):
         assert any(factor.grad.count_nonzero() for factor in student.parameters())
 
 
-def test_paired_difference_is_what_the_formula_says(tiny_model, two_pairs):
-    batch = batch_of(tiny_model, two_pairs)
-    sigma = batch.sigmas[:, None, None, None]
-    noisy_before = (1 - sigma) * batch.before + sigma * batch.noise
-    noisy_after = (1 - sigma) * batch.after + sigma * batch.noise
-    with torch.no_grad():
-        teacher = tiny_model.module.eval()(noisy_before, batch.sigmas, batch.conditioning["embeds"])
-    with student_of(tiny_model) as student:
+@every_noising
+def test_paired_difference_is_what_the_formula_says(make_model, two_pairs, kind):
+    model = make_model(noising=NOISINGS[kind])
+    batch = batch_of(model, two_pairs)
+    model.module.eval()
+    teacher = asked_plainly(model, noised(kind, batch.before, batch), batch)
+    target = moved(kind, teacher, batch.after - batch.before, batch)
+    with student_of(model) as student:
         disturb(student)
-        learned = tiny_model.module(noisy_after, batch.sigmas, batch.conditioning["embeds"])
-        expected = ((learned - (teacher - (batch.after - batch.before))) ** 2).mean()
-        assert PairedDifference().loss(student, batch).item() == pytest.approx(expected.item(), rel=1e-6)
+        expected = (asked(model, noised(kind, batch.after, batch), batch) - target).square().mean()
+        assert PairedDifference().loss(student, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", [SupervisedFineTuning(), TwoStage()], ids=repr)
-def test_fine_tuning_is_what_the_formula_says(tiny_model, two_pairs, objective):
-    batch = batch_of(tiny_model, two_pairs)
-    sigma = batch.sigmas[:, None, None, None]
+@every_noising
+def test_paired_difference_counts_errors_outside_the_regions_as_told(make_model, two_pairs, kind):
+    model = make_model(noising=NOISINGS[kind])
+    inside = mask_of(1.0, 0.5, 0.0, 0.0)
+    batch = batch_of(model, two_pairs, inside=inside)
+    model.module.eval()
+    teacher = asked_plainly(model, noised(kind, batch.before, batch), batch)
+    target = moved(kind, teacher, batch.after - batch.before, batch)
+    with student_of(model) as student:
+        disturb(student)
+        errors = (asked(model, noised(kind, batch.after, batch), batch) - target).square()
+        expected = (errors * torch.tensor([1.0, 0.6, 0.2, 0.2])).mean()
+        assert PairedDifference(outside=0.2).loss(student, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", [PairedDifference(outside=0.2), SupervisedFineTuning(outside=0.2)], ids=repr)
+def test_regions_that_broadcast_are_the_same_regions(tiny_model, two_pairs, objective):
+    whole, slim = (
+        batch_of(tiny_model, two_pairs, inside=one)
+        for one in (mask_of(1.0, 0.5, 0.0, 0.0), torch.tensor([1.0, 0.5, 0.0, 0.0]).expand(2, 1, 1, 4))
+    )
     with student_of(tiny_model) as student:
         disturb(student)
-        noisy = (1 - sigma) * batch.after + sigma * batch.noise
-        learned = tiny_model.module(noisy, batch.sigmas, batch.conditioning["embeds"])
-        expected = ((learned - (batch.noise - batch.after)) ** 2).mean()
-        assert objective.loss(student, batch).item() == pytest.approx(expected.item(), rel=1e-6)
+        assert torch.equal(objective.loss(student, whole), objective.loss(student, slim))
+
+
+@every_noising
+def test_compositing_takes_back_what_changed_outside_the_regions(make_model, two_pairs, kind):
+    model = make_model(noising=NOISINGS[kind])
+    inside = mask_of(1.0, 0.5, 0.0, 0.0)
+    batch = batch_of(model, two_pairs, inside=inside)
+    pasted = dataclasses.replace(batch, after=batch.before + inside * (batch.after - batch.before), inside=None)
+    with student_of(model) as student:
+        disturb(student)
+        composed = PairedDifference(composite=True).loss(student, batch)
+        torch.testing.assert_close(composed, PairedDifference().loss(student, pasted))
+        assert composed.item() != pytest.approx(PairedDifference().loss(student, batch).item(), rel=1e-3)
+
+
+@every_noising
+@pytest.mark.parametrize("objective", [PairedDifference(outside=0.3), PairedDifference(composite=True)], ids=repr)
+def test_the_difference_of_nothing_is_nothing_in_regions_too(make_model, pair_of, kind, objective):
+    model = make_model(noising=NOISINGS[kind])
+    pairs = [pair_of(1, changed=False), pair_of(2, changed=False)]
+    with student_of(model) as student:
+        loss = objective.loss(student, batch_of(model, pairs, inside=mask_of(1.0, 0.5, 0.0, 0.0)))
+        loss.backward()
+        assert loss.item() == 0.0
+        assert all(gradient.count_nonzero() == 0 for gradient in gradients(student))
+
+
+def test_a_change_that_nobody_asked_for_is_not_learned(tiny_model, two_pairs):
+    batch = batch_of(tiny_model, two_pairs, inside=mask_of(0.0, 0.0, 0.0, 0.0))
+    with student_of(tiny_model) as student:
+        loss = PairedDifference(composite=True).loss(student, batch)
+        loss.backward()
+        assert loss.item() == 0.0
+        assert all(gradient.count_nonzero() == 0 for gradient in gradients(student))
+
+
+@pytest.mark.parametrize(
+    "objective", [PairedDifference(outside=0.3, composite=True), SupervisedFineTuning(outside=0.3)]
+)
+def test_without_regions_everything_is_inside(tiny_model, two_pairs, objective):
+    batch = batch_of(tiny_model, two_pairs)
+    plain = dataclasses.replace(objective, outside=1.0)
+    with student_of(tiny_model) as student:
+        disturb(student)
+        assert torch.equal(objective.loss(student, batch), plain.loss(student, batch))
+
+
+@pytest.mark.parametrize("outside", [-0.1, math.inf, math.nan])
+@pytest.mark.parametrize("kind", [PairedDifference, SupervisedFineTuning])
+def test_a_weight_that_is_none_is_refused(kind, outside):
+    with pytest.raises(InvalidValueError, match=rf"{kind.__name__}\(outside=.*need a finite weight of at least 0"):
+        kind(outside=outside)
+
+
+@every_noising
+@pytest.mark.parametrize("objective", [SupervisedFineTuning(), SupervisedFineTuning(outside=0.2), TwoStage()], ids=repr)
+def test_fine_tuning_is_what_the_formula_says(make_model, two_pairs, objective, kind):
+    model = make_model(noising=NOISINGS[kind])
+    batch = batch_of(model, two_pairs, inside=mask_of(1.0, 0.5, 0.0, 0.0))
+    weights = torch.tensor([1.0, 0.6, 0.2, 0.2]) if objective == SupervisedFineTuning(outside=0.2) else 1.0
+    with student_of(model) as student:
+        disturb(student)
+        learned = asked(model, noised(kind, batch.after, batch), batch)
+        expected = (weights * (learned - wanted(kind, batch.after, batch)) ** 2).mean()
+        assert objective.loss(student, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_copying_stage_fine_tunes_on_the_pictures_before(tiny_model, two_pairs):

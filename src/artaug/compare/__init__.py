@@ -4,13 +4,14 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from artaug.compare.comparison import Arm, Comparison
-from artaug.compare.rows import Guardrail, ScoreRow
-from artaug.compare.studio import Studio, check, rows_of
+from artaug.compare.ledger import Ledger
+from artaug.compare.rows import Fault, Guardrail, ScoreRow
+from artaug.compare.studio import Chooser, Studio, check, names_of, rows_of
 from artaug.likeness import Measure
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer, picture_seeds
 
-__all__ = ["Arm", "Comparison", "Guardrail", "ScoreRow", "compare"]
+__all__ = ["Arm", "Chooser", "Comparison", "Fault", "Guardrail", "ScoreRow", "compare"]
 
 
 def compare(  # noqa: PLR0913 - one verb, and all of these have a default
@@ -24,7 +25,7 @@ def compare(  # noqa: PLR0913 - one verb, and all of these have a default
     diversity: Measure | None = None,
     guardrails: Sequence[Guardrail] = (),
     batch_size: int = 8,
-    filtered_by: Collection[str] = (),
+    filtered_by: Collection[str | Chooser] = (),
     pictures: int = 12,
     progress: bool = True,
 ) -> Comparison:
@@ -43,8 +44,8 @@ def compare(  # noqa: PLR0913 - one verb, and all of these have a default
         diversity: how alike two pictures are (`Likeness`, or a function of two pictures); adds a row ``diversity``, 1
             less the mean likeness of the pictures of a prompt, which needs two draws.
         guardrails: how far which rows may fall, for `Comparison.verdict`.
-        filtered_by: names of the scorers that the training pairs were filtered by (`PairFilter.scorers` of the filter);
-            rows of scorers that rest on one of them are marked.
+        filtered_by: what chose the training pairs, ``[keep, candidates]``: filters, a `BestOf`, which chooses by its scorer
+            too, or names of scorers. Rows of scorers that rest on one of theirs are marked.
         pictures: how many pictures of each arm to keep for looking at.
         progress: show a progress bar an arm.
 
@@ -52,6 +53,9 @@ def compare(  # noqa: PLR0913 - one verb, and all of these have a default
         PromptError: for fewer than two prompts, or one string in place of a list.
         InvalidValueError: without scorers or candidates, for scorers of one name, for diversity of a single draw, or
             for a guardrail that watches no row.
+        ScoringError: if a scorer raises, or gives no finite number, for some pictures. All others are drawn and scored
+            first, and the comparison of those is in the error. A scorer that fails on all of the first pictures raises
+            what it raises, at once.
         SeamError: if a synthesizer or scorer returns something its seam does not allow.
         NonFiniteError: if a score is NaN or infinite, naming the prompt.
 
@@ -70,17 +74,24 @@ def compare(  # noqa: PLR0913 - one verb, and all of these have a default
     >>> round(row.delta, 3), row.win_rate, row.n
     (0.2, 1.0, 2)
     """
-    check(candidates, prompts, scorers, filtered_by)
+    check(candidates, prompts, scorers)
+    chosen_by, ledger = names_of(filtered_by), Ledger()
     seeds = tuple(picture_seeds(seed, len(prompts) * max(draws, 0)))
     studio = Studio(tuple(prompts), seeds, tuple(scorers), diversity, batch_size, pictures)
     studio.check_guardrails(guardrails)
-    before = studio.draw(base, "base", progress=progress)
-    after = {name: studio.draw(each, name, progress=progress) for name, each in candidates.items()}
-    return Comparison(
-        rows=rows_of(studio, before, after, seed=seed, filtered_by=filtered_by),
+    before = studio.draw(base, "base", ledger=ledger, progress=progress)
+    after = {name: studio.draw(each, name, ledger=ledger, progress=progress) for name, each in candidates.items()}
+    if ledger.faults and not studio.enough(before, after):
+        raise ledger.error(None) from ledger.raised[0]
+    comparison = Comparison(
+        rows=rows_of(studio, before, after, seed=seed, filtered_by=chosen_by),
         prompts=studio.prompts,
         seeds=seeds,
         base=before,
         candidates=MappingProxyType(after),
         guardrails=tuple(guardrails),
+        faults=tuple(ledger.faults),
     )
+    if ledger.faults:
+        raise ledger.error(comparison) from ledger.raised[0]
+    return comparison

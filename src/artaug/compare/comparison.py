@@ -1,15 +1,17 @@
 """A base and its candidates side by side, as a value: the rows, the scores behind them, and how they read."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from html import escape
+from math import isnan
 from typing import Any
 
 import numpy as np
 from PIL.Image import Image
 
-from artaug.compare.rows import Guardrail, ScoreRow, in_words
+from artaug.compare.rows import Fault, Guardrail, ScoreRow, in_words
 from artaug.errors import InvalidValueError
+from artaug.showing import table_html
 
 _HEADINGS = ("scorer", "candidate", "base", "enhanced", "difference", "95% interval", "wins")
 _LEFT = (0, 1)
@@ -24,7 +26,7 @@ class Arm:
     scores: Mapping[str, tuple[float, ...]]
     """By scorer, one number a picture: those of the first seed in the order of the prompts, then those of the second.
 
-    Diversity has one number a prompt, whatever the seeds.
+    Diversity has one number a prompt, whatever the seeds. NaN stands where the scorer raised.
     """
     pictures: tuple[Image, ...]
     """The pictures of the first prompts, drawn with their first seeds."""
@@ -49,6 +51,8 @@ class Comparison:
     """By name."""
     guardrails: tuple[Guardrail, ...] = ()
     """How far scorers may fall."""
+    faults: tuple[Fault, ...] = ()
+    """Pictures that a scorer raised on; `compare` returns none, but raises a `ScoringError` that holds the comparison."""
 
     @property
     def draws(self) -> int:
@@ -102,6 +106,10 @@ class Comparison:
         notes = [f"{drawn}; interval: bootstrap over prompts; wins: ties count half."]
         if any(row.filtered_by for row in self.rows):
             notes.append("† The training pairs were filtered by this scorer, so it says less than the others.")
+        for scorer in dict.fromkeys(fault.scorer for fault in self.faults):
+            faults = [fault for fault in self.faults if fault.scorer == scorer]
+            first = f"first on {faults[0].arm}'s of {faults[0].prompt!r} ({faults[0].what:.120})"
+            notes.append(f"{scorer} raised on {len(faults)} pictures, {first}: its rows leave their prompts out.")
         return notes
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,8 +119,12 @@ class Comparison:
             "rows": [asdict(row) for row in self.rows],
             "prompts": list(self.prompts),
             "seeds": list(self.seeds),
-            "scores": {name: {of: list(each) for of, each in arm.scores.items()} for name, arm in arms.items()},
+            "scores": {
+                name: {of: [None if isnan(one) else one for one in each] for of, each in arm.scores.items()}
+                for name, arm in arms.items()
+            },
             "guardrails": [asdict(guardrail) for guardrail in self.guardrails],
+            "faults": [asdict(fault) for fault in self.faults],
             "verdicts": {name: self.verdict(name) for name in self.candidates},
             "drawn_by": {name: arm.drawn_by for name, arm in arms.items()},
         }
@@ -135,11 +147,7 @@ class Comparison:
             seen = row.scorer
 
     def _repr_html_(self) -> str:
-        """The table for notebooks."""
-
-        def line(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        body = "".join(line(cells, "td") for cells in self._cells())
+        """The table and the verdicts, for notebooks."""
+        verdicts = "".join(f"<li><b>{escape(name)}</b>: {escape(self.verdict(name))}</li>" for name in self.candidates)
         notes = "<br>".join(escape(note) for note in self.notes())
-        return f"<table><thead>{line(_HEADINGS, 'th')}</thead><tbody>{body}</tbody></table><small>{notes}</small>"
+        return f"{table_html(_HEADINGS, self._cells())}<ul>{verdicts}</ul><small>{notes}</small>"

@@ -56,6 +56,19 @@ class ScoreRow:
 
 
 @value
+class Fault:
+    """A picture that a scorer raised on. The rows of that scorer rest on the other prompts."""
+
+    scorer: str
+    arm: str
+    """Whose picture it is: ``base``, or the name of a candidate."""
+    prompt: str
+    seed: int
+    what: str
+    """The exception, in words."""
+
+
+@value
 class Guardrail:
     """How far one scorer may fall while others rise. It is a limit on the fall, not on chance: see `judge`.
 
@@ -84,14 +97,23 @@ class Guardrail:
         Raises:
             InvalidValueError: for a share of a base that is not above zero, which means nothing.
         """
-        if self.relative and row.base <= 0:
+        if not self.means_something(row):
             raise InvalidValueError(
                 f"{self!r}: a share of {row.scorer}'s base mean {row.base:.3g} means nothing. Use relative=False."
             )
         return self.falls_at_most * (row.base if self.relative else 1.0)
 
-    def judge(self, row: ScoreRow) -> Literal["inside", "outside", "open"]:
-        """``outside`` if the mean fell by more than allowed, ``inside`` if the whole interval did not, else ``open``."""
+    def means_something(self, row: ScoreRow) -> bool:
+        """Whether there is a margin: a share of a base that is not above zero is none."""
+        return not self.relative or row.base > 0
+
+    def judge(self, row: ScoreRow) -> Literal["inside", "outside", "open", "undefined"]:
+        """``outside`` if the mean fell by more than allowed, ``inside`` if the whole interval did not, else ``open``.
+
+        ``undefined`` if the limit is a share of a base mean that is not above zero.
+        """
+        if not self.means_something(row):
+            return "undefined"
         margin = self.margin(row)
         if row.delta < -margin:
             return "outside"
@@ -102,9 +124,10 @@ def in_words(row: ScoreRow, guardrail: Guardrail | None = None) -> str:
     """One row in words: which way, how far, how sure, and all that speaks against calling it a gain."""
     to = max(row.decimals - 1, 2)
     interval = f"[{row.ci_low:.{to}f}, {row.ci_high:.{to}f}]"
+    guarded = guardrail if guardrail is not None and guardrail.means_something(row) else None
     if row.settled:
-        text = f"{row.scorer} {'up' if row.delta > 0 else 'down'} {_amount(row, guardrail, to)} {interval}"
-    elif guardrail is not None and max(-row.ci_low, row.ci_high) <= guardrail.margin(row):
+        text = f"{row.scorer} {'up' if row.delta > 0 else 'down'} {_amount(row, guarded, to)} {interval}"
+    elif guarded is not None and max(-row.ci_low, row.ci_high) <= guarded.margin(row):
         text = f"{row.scorer} unchanged {interval}"
     elif row.direction:
         text = f"{row.scorer} not settled: {row.delta:+.{to}f} {interval}, but p = {row.p_value:.2g} after Holm"
@@ -112,7 +135,7 @@ def in_words(row: ScoreRow, guardrail: Guardrail | None = None) -> str:
         text = f"{row.scorer} not clearly changed: {row.delta:+.{to}f} {interval}"
     if row.filtered_by and row.delta > 0:
         text += " (no evidence of a gain: the training pairs were filtered by it)"
-    return text if guardrail is None else f"{text}, {_place(guardrail.judge(row), guardrail)}"
+    return text if guardrail is None else f"{text}, {_place(row, guardrail)}"
 
 
 def _amount(row: ScoreRow, guardrail: Guardrail | None, to: int) -> str:
@@ -124,11 +147,14 @@ def _amount(row: ScoreRow, guardrail: Guardrail | None, to: int) -> str:
     )
 
 
-def _place(place: str, guardrail: Guardrail) -> str:
+def _place(row: ScoreRow, guardrail: Guardrail) -> str:
     limit = f"{guardrail.falls_at_most:.3g}" if not guardrail.relative else f"{100 * guardrail.falls_at_most:.3g}%"
     said = {
         "inside": f"inside the guardrail of -{limit}",
         "outside": f"outside the guardrail of -{limit}",
         "open": f"perhaps outside the guardrail of -{limit}: more prompts would tell",
+        "undefined": (
+            f"its guardrail of -{limit} means nothing, as the base's mean is {row.base:.3g}: set one with relative=False"
+        ),
     }
-    return said[place]
+    return said[guardrail.judge(row)]

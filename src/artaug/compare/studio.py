@@ -3,18 +3,22 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import nan
 from types import MappingProxyType
+from typing import Protocol
 
+import numpy as np
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from artaug.compare.comparison import Arm
+from artaug.compare.ledger import Ledger
 from artaug.compare.rows import Guardrail, ScoreRow
 from artaug.errors import InvalidValueError, PromptError, SeamError
 from artaug.likeness import Measure
 from artaug.likeness import diversity as diversity_of
 from artaug.plan import Plan
-from artaug.scoring import Scorer, scored
+from artaug.scoring import Scorer
 from artaug.statistics import holm, paired_bootstrap, sign_flip, tie_rate, win_rate
 from artaug.synthesis import Synthesizer
 
@@ -63,11 +67,22 @@ class Studio:
                 f"compare received guardrails on {watched}. Expected different ones of {[*self.judges]}."
             )
 
-    def draw(self, synthesizer: Synthesizer, name: str, *, progress: bool) -> Arm:
+    def enough(self, before: Arm, after: Mapping[str, Arm]) -> bool:
+        """Whether every row has two prompts to rest on."""
+        count = len(self.prompts)
+        both = (
+            _both(before.by_prompt(one, count), arm.by_prompt(one, count))
+            for one in self.judges
+            for arm in after.values()
+        )
+        return all(len(base) >= 2 for base, _ in both)
+
+    def draw(self, synthesizer: Synthesizer, name: str, *, ledger: Ledger, progress: bool) -> Arm:
         """Draw all prompts with all seeds and score them; only the first pictures are kept."""
-        count, scores = len(self.prompts), {name: [0.0] * len(self.seeds) for name in self.judges}
+        count, scores = len(self.prompts), {judge: [nan] * len(self.seeds) for judge in self.judges}
+        ledger.scores[name] = scores
         if self.diversity is not None:
-            scores[_DIVERSITY] = [0.0] * count
+            scores[_DIVERSITY] = [nan] * count
         kept: list[Image] = []
         with tqdm(total=len(self.seeds), desc=f"compare: {name}", unit="picture", disable=not progress) as bar:
             for start in range(0, count, self.batch_size):
@@ -77,7 +92,9 @@ class Studio:
                     part = slice(first, first + len(prompts))
                     drawn.append(_drawn(synthesizer, prompts, self.seeds[part]))
                     for scorer in self.scorers:
-                        scores[scorer.name][part] = scored(scorer, drawn[-1], prompts)
+                        scores[scorer.name][part] = ledger.scored(
+                            scorer, drawn[-1], prompts, seeds=self.seeds[part], arm=name
+                        )
                     bar.update(len(prompts))
                 if self.diversity is not None:
                     unlike = [diversity_of(self.diversity, images) for images in zip(*drawn, strict=True)]
@@ -95,17 +112,20 @@ def rows_of(
 ) -> tuple[ScoreRow, ...]:
     """One row a scorer and candidate, scorers first; p-values corrected over the scorers of each candidate."""
     count = len(studio.prompts)
+    pairs = {
+        (judge, name): _both(before.by_prompt(judge, count), arm.by_prompt(judge, count))
+        for judge, (name, arm) in product(studio.judges, after.items())
+    }
     corrected: dict[tuple[str, str], float] = {}
-    for name, arm in after.items():
-        raw = [sign_flip(arm.by_prompt(one, count) - before.by_prompt(one, count), seed=seed) for one in studio.judges]
-        corrected |= {(one, name): p_value for one, p_value in zip(studio.judges, holm(raw), strict=True)}
+    for name in after:
+        raw = [sign_flip(np.subtract(*pairs[judge, name][::-1]), seed=seed) for judge in studio.judges]
+        corrected |= {(judge, name): p_value for judge, p_value in zip(studio.judges, holm(raw), strict=True)}
     rows = []
-    for (scorer, rests_on), (name, arm) in product(studio.judges.items(), after.items()):
-        base, enhanced = before.by_prompt(scorer, count), arm.by_prompt(scorer, count)
+    for (judge, name), (base, enhanced) in pairs.items():
         interval = paired_bootstrap(enhanced - base, seed=seed)
         rows.append(
             ScoreRow(
-                scorer=scorer,
+                scorer=judge,
                 candidate=name,
                 base=base.mean(),
                 enhanced=enhanced.mean(),
@@ -113,20 +133,25 @@ def rows_of(
                 ci_low=interval.low,
                 ci_high=interval.high,
                 win_rate=win_rate(enhanced - base),
-                n=count,
-                filtered_by=not rests_on.isdisjoint(filtered_by),
+                n=len(base),
+                filtered_by=not studio.judges[judge].isdisjoint(filtered_by),
                 tie_rate=tie_rate(enhanced - base),
-                p_value=corrected[scorer, name],
+                p_value=corrected[judge, name],
             )
         )
     return tuple(rows)
+
+
+def _both(base: np.ndarray, enhanced: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts that both have a score of."""
+    there = np.isfinite(base) & np.isfinite(enhanced)
+    return base[there], enhanced[there]
 
 
 def check(
     candidates: Mapping[str, Synthesizer],
     prompts: Sequence[str],
     scorers: Sequence[Scorer],
-    filtered_by: Collection[str],
 ) -> None:
     """Refuse what cannot be compared, before anything is drawn."""
     if isinstance(prompts, str) or len(prompts) < 2:
@@ -141,10 +166,6 @@ def check(
         raise InvalidValueError(
             f"compare received scorers named {names}. Expected at least one, and different names: override Scorer.name."
         )
-    if isinstance(filtered_by, str):
-        raise InvalidValueError(
-            f"compare(filtered_by={filtered_by!r}): expected names, like PairFilter.scorers, received one string."
-        )
 
 
 def _drawn(synthesizer: Synthesizer, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
@@ -153,3 +174,30 @@ def _drawn(synthesizer: Synthesizer, prompts: Sequence[str], seeds: Sequence[int
         name = type(synthesizer).__name__
         raise SeamError(f"{name}.synthesize_batch returned {len(images)} pictures for {len(prompts)} plans.")
     return images
+
+
+class Chooser(Protocol):
+    """What has chosen the training pairs by scorers: a `PairFilter`, or a `BestOf`."""
+
+    @property
+    def scorers(self) -> frozenset[str]:
+        """Names of the scorers it rests on."""
+
+
+def names_of(filtered_by: Collection[str | Chooser]) -> frozenset[str]:
+    """The names of all scorers that have chosen.
+
+    Raises:
+        InvalidValueError: for one string or one filter in place of several, or something that rests on no scorers.
+    """
+    wanted = "expected a list of names, filters and BestOf"
+    if isinstance(filtered_by, str) or not isinstance(filtered_by, Collection):
+        raise InvalidValueError(
+            f"compare(filtered_by={filtered_by!r}): {wanted}, received one {type(filtered_by).__name__}."
+        )
+    names: set[str] = set()
+    for one in filtered_by:
+        if not isinstance(one, str) and not isinstance(getattr(one, "scorers", None), frozenset):
+            raise InvalidValueError(f"compare(filtered_by=...): {wanted}, and {one!r:.120} is none.")
+        names |= {one} if isinstance(one, str) else one.scorers
+    return frozenset(names)

@@ -10,6 +10,7 @@ from artaug.diffusion.sd3 import StableDiffusion3
 from artaug.diffusion.sd15 import StableDiffusion
 from artaug.diffusion.sdxl import StableDiffusionXL
 from artaug.diffusion.synthesizer import DiffusersSynthesizer, WornLoRA
+from artaug.diffusion.verifying import verify_export
 from artaug.diffusion.z_image import ZImage
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "WornLoRA",
     "ZImage",
     "check_family",
+    "verify_export",
 ]

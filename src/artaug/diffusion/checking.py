@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from artaug.diffusion.family import Family
@@ -27,6 +28,7 @@ from artaug.regional.regional_attention import RegionalAttention
 
 _LEFT, _RIGHT, _ALL = Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1), Box(0, 0, 1, 1)
 _TOLERANCE = 2e-4
+_ROUNDING = 1e-5
 
 
 def check_family(
@@ -34,7 +36,7 @@ def check_family(
 ) -> None:
     """Check that a family draws, and is guided, as guides promise, on a synthesizer of its pipeline.
 
-    Checked are: a plan without regions draws what no guide draws, bit for bit; a region of everything that repeats the
+    Checked are: masks become masks of latents; a plan without regions draws what no guide draws, bit for bit; a region of everything that repeats the
     plan's prompt changes nothing; every way of computing attention agrees with the dense mask; another prompt in one
     half changes nothing that the other half sees in the first layer; a batch draws what each picture draws alone; noise
     levels fall; nothing is left behind on the model. A small model with random weights in float32 and two steps will do.
@@ -48,6 +50,7 @@ def check_family(
         AssertionError: with a sentence naming the promise that was broken.
     """
     runs = _Runs(dataclasses.replace(synthesizer, steps=max(2, synthesizer.steps)), prompt, tolerance)
+    runs.check_masks()
     runs.check_plain()
     runs.check_output_mix()
     if runs.attentive:
@@ -84,6 +87,22 @@ class _Runs:
         denoiser = self.family.denoiser(self.family.encode_prompts([self.prompt]))
         joint = isinstance(denoiser, AttentiveDenoiser) and any(site.kind == "joint" for site in denoiser.sites)
         return Isolation(image_to_image="regions" if joint else "open")
+
+    def check_masks(self) -> None:
+        width, height = self.synthesizer.width, self.synthesizer.height
+        latents = self.family.encode_images([Image.new("RGB", (width, height))])
+        across = (torch.arange(width) < width // 2).float().expand(height, width)
+        down = (torch.arange(height) < height // 2).float()[:, None].expand(height, width)
+        said = f"{self.name}: encode_masks gives"
+        for half in (across, down):
+            everything, inside, outside = self.family.encode_masks(torch.stack([torch.ones_like(half), half, 1 - half]))
+            assert everything.shape == latents.shape[1:], (
+                f"{said} rows of shape {tuple(everything.shape)} for latents of shape {tuple(latents.shape)}"
+            )
+            assert (everything == 1).all(), f"{said} other than ones for a mask of ones"
+            share, wanted = inside.mean().item(), half.mean().item()
+            assert abs(share - wanted) < _ROUNDING, f"{said} a mean of {share} for a mask with a mean of {wanted}"
+            assert torch.equal(inside, 1 - outside), f"{said} masks that do not add up for two that do"
 
     def check_plain(self) -> None:
         with torch.no_grad(), _without_progress_bar(self.synthesizer.pipeline):

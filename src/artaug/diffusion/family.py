@@ -2,12 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
+import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug.diffusion.resting import resting
 from artaug.regional.denoiser import Conditioning, Denoiser, Text
 from artaug.training.noising import Noising
 
@@ -79,12 +82,37 @@ class Family(ABC):
     def noising(self) -> Noising:
         """How pictures are noised in training, and what the denoiser predicts."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes, also when it is offloaded."""
+        device: torch.device = self.pipeline._execution_device  # noqa: SLF001 - .device is wrong under offload
+        return device
+
+    def at_size(self, width: int, height: int) -> Self:
+        """The same pipeline, set to another size."""
+        return self if (width, height) == (self.width, self.height) else replace(self, width=width, height=height)
+
+    def without_encoders(self) -> AbstractContextManager[None]:
+        """A ``with`` block in which VAE and text encoders wait on the CPU, if the pipeline's owner put them elsewhere."""
+        return resting(self.pipeline)
+
     @abstractmethod
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         """Latents as the denoiser takes them, scaled, float32, one row a picture, without gradient.
 
         Raises:
             ModelError: if a picture has another size.
+        """
+
+    @abstractmethod
+    def encode_masks(self, masks: Tensor) -> Tensor:
+        """How much of every latent is meant, where ``masks`` (batch, height, width) says it of every pixel, in [0, 1].
+
+        Laid out as `encode_images` lays out latents, float32: the mean over the pixels a latent stands for.
+
+        Raises:
+            ModelError: if the masks have another size than the pictures.
+            InvalidValueError: if a value is outside [0, 1].
         """
 
     @abstractmethod

@@ -92,6 +92,11 @@ class Flux(Family):
         packed: Tensor = self.pipeline._pack_latents(latents, *latents.shape)  # noqa: SLF001 - diffusers' trainers do
         return packed
 
+    def encode_masks(self, masks: Tensor) -> Tensor:
+        latents = shared.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
+        packed: Tensor = self.pipeline._pack_latents(latents, *latents.shape)  # noqa: SLF001 - as the latents are
+        return packed
+
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, pooled = conditioning["prompt_embeds"], conditioning["pooled_prompt_embeds"]
         batch = noisy.shape[0]

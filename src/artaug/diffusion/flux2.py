@@ -95,6 +95,13 @@ class Flux2Family(Family):
         packed: Tensor = self.pipeline._pack_latents(normalised)  # noqa: SLF001 - likewise
         return packed
 
+    def encode_masks(self, masks: Tensor) -> Tensor:
+        latents = shared.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
+        packed: Tensor = self.pipeline._pack_latents(  # noqa: SLF001 - as the latents are
+            self.pipeline._patchify_latents(latents)  # noqa: SLF001 - likewise
+        )
+        return packed
+
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         embeds = conditioning["prompt_embeds"]
         guidance = self._distilled_guidance

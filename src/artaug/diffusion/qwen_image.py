@@ -97,7 +97,7 @@ class QwenImage(Family):
 
     @property
     def noising(self) -> FlowMatching:
-        """Velocity at sigmas shifted as this scheduler shifts them at this size, not stretched to end early."""
+        """Velocity at sigmas shifted, and stretched to end early, as this scheduler does at this size."""
         return shared.shifted_flow(self.pipeline.scheduler.config, tokens=math.prod(self._grid))
 
     @torch.no_grad()
@@ -110,6 +110,11 @@ class QwenImage(Family):
         )
         normalised = (latents - mean) / deviation
         packed: Tensor = self.pipeline._pack_latents(normalised, *normalised.shape)  # noqa: SLF001 - diffusers' trainers do
+        return packed
+
+    def encode_masks(self, masks: Tensor) -> Tensor:
+        latents = shared.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
+        packed: Tensor = self.pipeline._pack_latents(latents, *latents.shape)  # noqa: SLF001 - as the latents are
         return packed
 
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:

@@ -109,6 +109,9 @@ class StableDiffusion3(Family):
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         return shared.vae_latents(self.pipeline, images, width=self.width, height=self.height)
 
+    def encode_masks(self, masks: Tensor) -> Tensor:
+        return shared.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
+
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         embeds = conditioning["prompt_embeds"]
         velocity: Tensor = self.module(

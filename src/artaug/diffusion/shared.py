@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
-from artaug.errors import GuideError, ModelError
+from artaug.errors import GuideError, InvalidValueError, ModelError
 from artaug.regional.denoiser import AttentionLayer, Span, Text
 from artaug.training.noising import FlowMatching
 
@@ -93,6 +94,30 @@ def vae_latents(pipeline: Pipeline, images: Sequence[Image], *, width: int, heig
     return scaled
 
 
+def latent_masks(pipeline: Pipeline, masks: Tensor, *, width: int, height: int) -> Tensor:
+    """Masks (batch, height, width) as masks of latents: float32, (batch, channels, rows, columns), channels all alike.
+
+    A latent gets the mean of the square of pixels it stands for; what a VAE sees beyond that square is not counted.
+
+    Raises:
+        ModelError: if the masks have another size.
+        InvalidValueError: if a value is outside [0, 1].
+    """
+    if masks.shape[1:] != (height, width):
+        raise ModelError(
+            f"masks of shape {tuple(masks.shape)} cannot be encoded at {width} x {height}. Expected (batch, height, "
+            f"width): ({len(masks)}, {height}, {width})."
+        )
+    if not ((masks >= 0) & (masks <= 1)).all():
+        raise InvalidValueError(
+            f"masks run from {masks.min().item():g} to {masks.max().item():g}. Expected how much of every pixel is "
+            "meant, in [0, 1]."
+        )
+    config = pipeline.vae.config
+    channels = config.get("latent_channels") or config.z_dim  # as Qwen-Image's VAE calls them
+    return avg_pool2d(masks.float().unsqueeze(1), pipeline.vae_scale_factor).expand(-1, channels, -1, -1)
+
+
 def warn_of_cut(prompt: str, *, reader: str, tokenizer: Tokenizer, limit: int, remedy: str) -> None:
     """Say what an encoder will not see: diffusers logs it in a place few look at, and for T5 the wrong words."""
     tokens = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
@@ -106,13 +131,19 @@ def warn_of_cut(prompt: str, *, reader: str, tokenizer: Tokenizer, limit: int, r
 
 
 def shifted_flow(config: Mapping[str, Any], *, tokens: int) -> FlowMatching:
-    """Velocity at sigmas shifted as a flow matching Euler scheduler shifts them for a picture of so many tokens."""
+    """Velocity at sigmas shifted as a flow matching Euler scheduler shifts them for a picture of so many tokens.
+
+    A scheduler that stretches its sigmas to end early (``shift_terminal``) does so in training too: a model is asked for
+    nothing below. Rearranging the steps of a run (``use_karras_sigmas`` and the like) is the sampler's own business.
+    """
+    terminal = float(config.get("shift_terminal") or 0.0)
     if not config.get("use_dynamic_shifting"):
-        return FlowMatching(shift=float(config.get("shift", 1.0)))
+        return FlowMatching(shift=float(config.get("shift", 1.0)), terminal=terminal)
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     mu = low + (high - low) * (tokens - few) / (many - few)
-    return FlowMatching(shift=mu if config.get("time_shift_type") == "linear" else math.exp(mu))
+    shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    return FlowMatching(shift=shift, terminal=terminal)
 
 
 def joined_texts(

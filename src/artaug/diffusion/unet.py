@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import Transformer2DModel, UNet2DConditionModel
@@ -28,16 +28,17 @@ from artaug.regional.denoiser import (
     Span,
     Text,
 )
-from artaug.training.noising import EpsilonPrediction, VPrediction
+from artaug.training.noising import BetaSchedule, EpsilonPrediction, VPrediction
 
 _PIPELINES_MULTIPLE_PX = 8
-_NOISINGS: Mapping[str, type[EpsilonPrediction | VPrediction]] = {
-    "epsilon": EpsilonPrediction,
-    "v_prediction": VPrediction,
-}
-_UNSAID = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+_UNSAID = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
 """Of schedulers older than these settings."""
-_SCHEDULE = {"beta_schedule": "scaled_linear", "trained_betas": None, "rescale_betas_zero_snr": False}
+_KNOWN = {
+    "prediction_type": ("epsilon", "v_prediction"),
+    "beta_schedule": get_args(BetaSchedule),
+    "trained_betas": (None,),
+    "rescale_betas_zero_snr": (False, True),
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,19 +108,28 @@ class UNetFamily(Family):
             ModelError: if it names others than training knows.
         """
         config = {**_UNSAID, **self.pipeline.scheduler.config}
-        predicts = config["prediction_type"]
-        odd = {name: config.get(name) for name, known in _SCHEDULE.items() if config.get(name) != known}
-        if predicts not in _NOISINGS or odd:
+        scheduler = type(self.pipeline.scheduler).__name__
+        odd = {name: config.get(name) for name, known in _KNOWN.items() if config.get(name) not in known}
+        if odd:
+            expected = {name: list(_KNOWN[name]) for name in odd}
+            raise ModelError(f"{scheduler} has {odd}, which training does not know. It knows {expected}.")
+        betas = {name: config[name] for name in ("beta_start", "beta_end")}
+        steps, schedule = config["num_train_timesteps"], config["beta_schedule"]
+        if config["prediction_type"] == "v_prediction":
+            zero = config["rescale_betas_zero_snr"]
+            return VPrediction(**betas, timesteps=steps, schedule=schedule, zero_terminal_snr=zero)
+        if config["rescale_betas_zero_snr"]:
             raise ModelError(
-                f"{type(self.pipeline.scheduler).__name__} has prediction_type={predicts!r} and {odd or 'known betas'}. "
-                f"Training knows prediction types {sorted(_NOISINGS)} at {_SCHEDULE}."
+                f"{scheduler} has rescale_betas_zero_snr=True with prediction_type='epsilon': of pure noise, a model that "
+                "predicts noise learns nothing. Expected prediction_type='v_prediction', or betas that are not rescaled."
             )
-        return _NOISINGS[predicts](
-            beta_start=config["beta_start"], beta_end=config["beta_end"], timesteps=config["num_train_timesteps"]
-        )
+        return EpsilonPrediction(**betas, timesteps=steps, schedule=schedule)
 
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         return shared.vae_latents(self.pipeline, images, width=self.width, height=self.height)
+
+    def encode_masks(self, masks: Tensor) -> Tensor:
+        return shared.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
 
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         """Predict as every family does, at the whole timestep whose noise level is nearest: training has no others."""

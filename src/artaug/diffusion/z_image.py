@@ -121,6 +121,9 @@ class ZImage(Family):
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         return shared.vae_latents(self.pipeline, images, width=self.width, height=self.height)
 
+    def encode_masks(self, masks: Tensor) -> Tensor:
+        return shared.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
+
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity: the opposite of the model's output, as the pipeline takes it."""
         captions = _captions(conditioning)

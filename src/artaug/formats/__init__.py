@@ -4,9 +4,11 @@ A LoRA is a mapping from the denoiser's own module paths; a file spells those pa
 some of the layers. What no reader but artaug's own could confirm is refused by name, not guessed.
 """
 
+from artaug.formats.flux import FLUX1, FLUX2
 from artaug.formats.naming import Format, Naming
 from artaug.formats.reading import Reading, read
-from artaug.formats.tables import FLUX1, FLUX2, NAMINGS, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE
+from artaug.formats.tables import NAMINGS, QWEN_IMAGE, SD3, Z_IMAGE
+from artaug.formats.unets import SD15, SDXL
 
 __all__ = [
     "FLUX1",

@@ -1,12 +1,14 @@
 """How one family's linear layers are called, by diffusers and by the model's own authors. Rows of a table, no code."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
-from functools import cache
+from functools import cached_property
 from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
 
 class Format(StrEnum):
@@ -97,6 +99,8 @@ class Naming:
     rows: tuple[Row, ...] = field(repr=False)
     spellings: Mapping[Format, Spelling] = field(repr=False)
     """A format that is missing was not verified against a reader other than artaug's, and is refused."""
+    aliases: tuple[Row, ...] = field(default=(), repr=False)
+    """Names that other trainers give the layers: read, never written."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spellings", MappingProxyType(dict(self.spellings)))
@@ -104,38 +108,60 @@ class Naming:
     def __hash__(self) -> int:
         return hash(self.name)
 
-    def __reduce__(self) -> tuple[object, tuple[str, tuple[Row, ...], dict[Format, Spelling]]]:
-        return _naming, (self.name, self.rows, dict(self.spellings))  # a mapping proxy cannot be sent
+    def __reduce__(self) -> tuple[object, tuple[str, tuple[Row, ...], dict[Format, Spelling], tuple[Row, ...]]]:
+        return _naming, (self.name, self.rows, dict(self.spellings), self.aliases)  # a mapping proxy cannot be sent
 
     def place(self, layer: str) -> Place | None:
         """Where a module path of the denoiser stands in the table."""
-        return _first(self.rows, layer, original=False, flat=False)
+        return self._first(layer, _Names())
+
+    def places(self, layer: str) -> list[Place]:
+        """All that stands in the table of a module path: the original name, and names of other trainers."""
+        found = (self._first(layer, _Names(aliases=aliases)) for aliases in (False, True))
+        return [place for place in found if place is not None]
 
     def read(self, name: str, *, flat: bool) -> tuple[Place, bool] | None:
-        """What a file's name for a layer means, and whether it is the original name; None if nothing."""
-        for original in (True, False):
-            place = _first(self.rows, name, original=original, flat=flat)
+        """What a file's name for a layer means, and whether it is another's name for it; None if nothing."""
+        for original, aliases in ((True, False), (False, False), (True, True)):
+            place = self._first(name, _Names(original=original, aliases=aliases, flat=flat))
             if place is not None:
                 return place, original
         return None
 
+    def _first(self, name: str, names: "_Names") -> Place | None:
+        for row, pattern in self._patterns[names].get(_blanked(name), ()):
+            matched = pattern.fullmatch(name)
+            if matched:
+                return Place(row, matched.groups())
+        return None
 
-def _naming(name: str, rows: tuple[Row, ...], spellings: Mapping[Format, Spelling]) -> Naming:
-    return Naming(name=name, rows=rows, spellings=spellings)
+    @cached_property
+    def _patterns(self) -> dict["_Names", "_Patterns"]:
+        """The rows by their names with all numbers blanked, so that a file of a thousand keys is read at once."""
+        chosen = [_Names(*one) for one in itertools.product((False, True), repeat=3)]
+        return {
+            one: _patterns(self.aliases if one.aliases else self.rows, original=one.original, flat=one.flat)
+            for one in chosen
+        }
 
 
-def _first(rows: Sequence[Row], name: str, *, original: bool, flat: bool) -> Place | None:
-    for row, pattern in _patterns(rows, original, flat).get(_blanked(name), ()):
-        matched = pattern.fullmatch(name)
-        if matched:
-            return Place(row, matched.groups())
-    return None
+def _naming(name: str, rows: tuple[Row, ...], spellings: Mapping[Format, Spelling], aliases: tuple[Row, ...]) -> Naming:
+    return Naming(name=name, rows=rows, spellings=spellings, aliases=aliases)
 
 
-@cache
-def _patterns(rows: tuple[Row, ...], original: bool, flat: bool) -> dict[str, list[tuple[Row, re.Pattern[str]]]]:
-    """The rows by their names with all numbers blanked, so that a file of a thousand keys is read at once."""
-    found: dict[str, list[tuple[Row, re.Pattern[str]]]] = {}
+class _Names(NamedTuple):
+    """Which of a table's names."""
+
+    original: bool = False
+    aliases: bool = False
+    flat: bool = False
+
+
+_Patterns: TypeAlias = dict[str, list[tuple[Row, re.Pattern[str]]]]
+
+
+def _patterns(rows: Sequence[Row], *, original: bool, flat: bool) -> _Patterns:
+    found: _Patterns = {}
     for row, name in _spelt(rows, original=original):
         spelt = name.replace(".", "_") if flat else name
         pattern = re.compile(re.escape(spelt).replace(r"\{\}", r"(\d+)"))

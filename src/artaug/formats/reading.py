@@ -34,18 +34,21 @@ _ENDINGS = {
     ".lora_A.weight": "down",
     ".lora_A.default.weight": "down",
     ".lora_down.weight": "down",
+    ".lora.down.weight": "down",
     ".lora_B.weight": "up",
     ".lora_B.default.weight": "up",
     ".lora_up.weight": "up",
+    ".lora.up.weight": "up",
     ".alpha": "alpha",
 }
+_CONVOLUTIONS = "a LoRA of convolutions (LoCon)"
 _OTHERS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
     "lokr_": "LoKr",
     "hada_": "LoHa",
     "oft_": "OFT",
-    "lora_mid": "a LoRA of convolutions",
+    "lora_mid": _CONVOLUTIONS,
     "text_encoder": "a LoRA of a text encoder",
     "lora_te": "a LoRA of a text encoder",
 }
@@ -85,9 +88,13 @@ def read(path: Path, *, naming: Naming | None = None) -> Reading:
 
 def _parts(tensors: Mapping[str, Tensor], path: Path) -> tuple[Format, dict[str, dict[str, Tensor]]]:
     """The tensors by layer, prefix off, with nothing missing and nothing left over."""
-    for key in tensors:
-        if what := next((what for mark, what in _OTHERS.items() if mark in key), None):
-            raise LoRAError(f"{path} holds {key!r}: this is {what}, which artaug cannot read. Expected a plain LoRA.")
+    for key, tensor in tensors.items():
+        what = next((what for mark, what in _OTHERS.items() if mark in key), None)
+        if what := what or (_CONVOLUTIONS if tensor.ndim == 4 else None):
+            raise LoRAError(
+                f"{path} holds {key!r} of shape {tuple(tensor.shape)}: this is {what}, which artaug cannot read. "
+                "Expected a plain LoRA of linear layers."
+            )
     prefix = next((one for one in _PREFIXES if tensors and all(key.startswith(one) for key in tensors)), "")
     parts: dict[str, dict[str, Tensor]] = {}
     odd = [] if tensors else ["no tensor at all"]
@@ -95,8 +102,11 @@ def _parts(tensors: Mapping[str, Tensor], path: Path) -> tuple[Format, dict[str,
         ending = next((one for one in _ENDINGS if key.endswith(one)), None)
         if ending is None:
             odd.append(key)
-        else:
-            parts.setdefault(key.removeprefix(prefix).removesuffix(ending), {})[_ENDINGS[ending]] = tensor
+            continue
+        part = parts.setdefault(key.removeprefix(prefix).removesuffix(ending), {})
+        if _ENDINGS[ending] in part:
+            raise LoRAError(f"{path} says twice what {key!r} says, under two names. Which is meant?")
+        part[_ENDINGS[ending]] = tensor
     halves = {name for name, one in parts.items() if not {"down", "up"} <= one.keys()}
     odd += [key for key in tensors if any(key == f"{prefix}{name}{ending}" for name in halves for ending in _ENDINGS)]
     if odd:
@@ -131,8 +141,11 @@ def _folded(name: str, part: Mapping[str, Tensor], adapter: Mapping[str, Any], p
     alpha = adapter.get("lora_alpha", layer.rank) if pattern is None else patterns[pattern]
     if "alpha" in part:
         alpha = part["alpha"].item() if part["alpha"].numel() == 1 else math.nan
-    if not math.isfinite(alpha):
-        raise LoRAError(f"{path} is not a LoRA artaug can read: the alpha of {name!r} is no finite number.")
+    if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha):
+        raise LoRAError(
+            f"{path} is not a LoRA artaug can read: the alpha of {name!r} is {alpha!r}, which leaves it no strength. "
+            "Expected a finite number other than 0."
+        )
     scale = alpha / (layer.rank**0.5 if adapter.get("use_rslora") else layer.rank)
     if math.frexp(scale)[0] in {0.5, -0.5}:  # a power of two: exact in any precision
         return layer if scale == 1 else replace(layer, up=layer.up * scale)

@@ -1,6 +1,7 @@
 """From updates by module path to the tensors and the header of a file, in the format asked for."""
 
 import json
+import math
 from collections.abc import Mapping
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from artaug.errors import LoRAError
-from artaug.formats.low_rank import LowRank
+from artaug.formats.low_rank import LowRank, relative_error
 from artaug.formats.naming import Format, Naming, Place, Spelling
 from artaug.formats.reading import METADATA
 from artaug.formats.tables import NAMINGS
@@ -16,14 +17,21 @@ from artaug.formats.tables import NAMINGS
 _UNET = ("down_blocks.", "mid_block.", "up_blocks.", "time_embedding.", "add_embedding.")
 
 
+_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
+_LOSS = 0.01
+
+
 def spelt(
-    layers: Mapping[str, LowRank], kind: Format, *, naming: Naming | None = None
+    layers: Mapping[str, LowRank], kind: Format, *, naming: Naming | None = None, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header of a file.
 
     Raises:
-        LoRAError: if the family cannot be told from the layers, or does not have that format.
+        LoRAError: if the family cannot be told from the layers, or does not have that format, or ``dtype`` cannot hold
+            the layers.
     """
+    if dtype is not None:
+        layers = {name: _rounded(name, layer, dtype) for name, layer in layers.items()}
     if kind is Format.PEFT:
         return _peft(layers, naming)
     found = _written(layers, kind, naming)
@@ -49,6 +57,21 @@ def _peft(layers: Mapping[str, LowRank], naming: Naming | None) -> tuple[dict[st
         tensors[f"{prefix}{name}.lora_B.weight"] = pad(_kept(layer.up), (0, rank - layer.rank))
     adapter = {f"{prefix}r": rank, f"{prefix}lora_alpha": rank, f"{prefix}target_modules": sorted(layers)}
     return tensors, {"format": "pt", METADATA: json.dumps(adapter)}
+
+
+def _rounded(name: str, layer: LowRank, dtype: torch.dtype) -> LowRank:
+    """A layer in another precision, if that keeps it."""
+    if dtype not in _PRECISIONS:
+        raise LoRAError(f"a LoRA file cannot be of {dtype}: not every reader takes it. Choose of {_PRECISIONS}.")
+    down, up = layer.down.to(dtype), layer.up.to(dtype)
+    finite = bool(down.isfinite().all() and up.isfinite().all())
+    lost = relative_error(LowRank(down, up), layer) if finite else math.inf
+    if lost > _LOSS:
+        raise LoRAError(
+            f"{name!r} would lose {lost:.0%} of its update in {dtype}, whose range its factors leave. "
+            "Save it in torch.bfloat16 or torch.float32."
+        )
+    return LowRank(down, up)
 
 
 def _kept(tensor: Tensor) -> Tensor:

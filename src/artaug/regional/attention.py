@@ -134,9 +134,14 @@ def attention_with_sums(
 
 def _parts(one: Pass, count: int) -> list[tuple[Tokens, Tensor | None]]:
     """The queries of a pass a few at a time, with their biases."""
-    numbers = torch.arange(count)[one.queries] if isinstance(one.queries, slice) else one.queries
-    biases = [None] * len(numbers.split(_BACKWARD_QUERIES)) if one.bias is None else one.bias.split(_BACKWARD_QUERIES)
-    return list(zip(numbers.split(_BACKWARD_QUERIES), biases, strict=True))
+    parts: list[Tokens]
+    if isinstance(one.queries, slice):
+        start, stop, _ = one.queries.indices(count)
+        parts = [slice(low, min(low + _BACKWARD_QUERIES, stop)) for low in range(start, stop, _BACKWARD_QUERIES)]
+    else:
+        parts = list(one.queries.split(_BACKWARD_QUERIES))
+    biases = [None] * len(parts) if one.bias is None else one.bias.split(_BACKWARD_QUERIES)
+    return list(zip(parts, biases, strict=True))
 
 
 def _add(total: Tensor, where: Sequence[Tokens], part: Tensor) -> None:

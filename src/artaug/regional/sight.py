@@ -65,7 +65,7 @@ def joint_sight(spans: Sequence[Span], shares: Shares, isolation: Isolation | No
     weights = torch.zeros(len(kinds.of_token), kinds.count)
     start = 0
     for span in spans:
-        weights[start : start + span.length] = kinds.seen_by(span, start)
+        weights[start : start + span.length] = kinds.seen_by(span)
         start += span.length
     return Sight(weights, kinds.of_token, _segments(spans))
 
@@ -101,8 +101,7 @@ class _Kinds:
 
     @classmethod
     def of(cls, spans: Sequence[Span], shares: Shares, isolation: Isolation | None) -> "_Kinds":
-        texts = shares.weights.shape[0]
-        images = int(shares.signatures.max()) + 1
+        texts, images = shares.weights.shape[0], _signatures(shares)
         groups = {"other": texts + images, "filler": texts + images + 1}
         parts = []
         for span in spans:
@@ -114,9 +113,9 @@ class _Kinds:
 
     @property
     def count(self) -> int:
-        return self.texts + int(self.shares.signatures.max()) + 3
+        return self.texts + _signatures(self.shares) + 2
 
-    def seen_by(self, span: Span, start: int) -> Tensor:
+    def seen_by(self, span: Span) -> Tensor:
         """Weights of every group for the queries of a span: (queries, groups), or one row for all of them."""
         image = slice(self.texts, self.count - 2)
         weights = torch.zeros(span.length if span.kind == "image" else 1, self.count)
@@ -141,7 +140,7 @@ class _Kinds:
     def _image_seen_by(self, prompt: int) -> Tensor:
         """Which signatures a prompt sees: (signatures,)."""
         signatures = self.shares.signatures
-        seen = torch.zeros(int(signatures.max()) + 1)
+        seen = torch.zeros(_signatures(self.shares))
         if self.isolation and self.isolation.text_to_image == "open":
             return seen + 1
         seen[signatures[self.shares.reached[prompt]]] = 1
@@ -152,6 +151,11 @@ class _Kinds:
         if self.isolation is None or self.isolation.image_to_image == "open":
             return torch.ones(1, 1)
         return self.shares.meeting(self.isolation.image_to_image).float()[signatures]
+
+
+def _signatures(shares: Shares) -> int:
+    """How many kinds of image tokens there are."""
+    return int(shares.signatures.max()) + 1
 
 
 def _segments(spans: Sequence[Span]) -> tuple[slice, ...]:

@@ -2,6 +2,8 @@
 
 from artaug.scorers.aesthetic import AestheticScore
 from artaug.scorers.clip import ClipScore, SiglipScore
+from artaug.scorers.clip_iqa import ClipIQA
+from artaug.scorers.colours import ClipColours
 from artaug.scorers.concept import ConceptProbability
 from artaug.scorers.encoders import DualEncoder, ImageEncoder
 from artaug.scorers.function import FunctionScorer
@@ -9,11 +11,14 @@ from artaug.scorers.hps import HPSv2, Letterbox
 from artaug.scorers.image_reward import ImageReward
 from artaug.scorers.photometric import Chroma, Contrast, Exposure, MeanOf, Photometric, Sharpness
 from artaug.scorers.pickscore import PickScore
+from artaug.scorers.safety import SafetyMargin
 from artaug.scorers.vqa import VQAScore
 
 __all__ = [
     "AestheticScore",
     "Chroma",
+    "ClipColours",
+    "ClipIQA",
     "ClipScore",
     "ConceptProbability",
     "Contrast",
@@ -27,6 +32,7 @@ __all__ = [
     "MeanOf",
     "Photometric",
     "PickScore",
+    "SafetyMargin",
     "Sharpness",
     "SiglipScore",
     "VQAScore",

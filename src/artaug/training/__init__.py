@@ -1,5 +1,7 @@
 """Differential training: what separates the pictures of pairs, as a LoRA."""
 
+from artaug.training.bipolar import Bipolar
+from artaug.training.held_out import HeldOut, Look
 from artaug.training.model import Conditioning, DiffusionModel, Trainable
 from artaug.training.noising import EpsilonPrediction, FlowMatching, Noising, VPrediction
 from artaug.training.objectives import (
@@ -12,25 +14,49 @@ from artaug.training.objectives import (
     SupervisedFineTuning,
     TwoStage,
 )
-from artaug.training.trainer import DifferentialLoRATrainer, StepEvent, Training
+from artaug.training.optimisers import AdamW, AdamW8bit, Optimiser, Prodigy, Schedule, ScheduleFree
+from artaug.training.preference import DirectPreference
+from artaug.training.processes import sharded
+from artaug.training.progress import StepEvent
+from artaug.training.recipe import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR
+from artaug.training.state import Checkpoints
+from artaug.training.tracking import Tracker, tracked
+from artaug.training.trainer import DifferentialLoRATrainer, Training
 
 __all__ = [
+    "ATTENTION",
+    "ATTENTION_AND_MLP",
+    "EVERY_LINEAR",
+    "AdamW",
+    "AdamW8bit",
+    "Bipolar",
+    "Checkpoints",
     "Conditioning",
     "Course",
     "DifferentialLoRATrainer",
     "DiffusionModel",
+    "DirectPreference",
     "EpsilonPrediction",
     "FlowMatching",
+    "HeldOut",
+    "Look",
     "Noising",
     "Objective",
+    "Optimiser",
     "PairBatch",
     "PairedDifference",
+    "Prodigy",
+    "Schedule",
+    "ScheduleFree",
     "Stage",
     "StepEvent",
     "Student",
     "SupervisedFineTuning",
+    "Tracker",
     "Trainable",
     "Training",
     "TwoStage",
     "VPrediction",
+    "sharded",
+    "tracked",
 ]

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
@@ -17,6 +17,7 @@ from artaug.errors import LoRAMismatchError, ModelError
 from artaug.lora import LoRA, LowRank
 from artaug.training.model import Conditioning, DiffusionModel
 from artaug.training.noising import Latents, Levels, Noising
+from artaug.training.scaling import scaled_in_backward
 
 _NAME = "artaug"
 
@@ -29,6 +30,9 @@ class LoRALayer(Protocol):
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """The parameter at a path inside the wrapper."""
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make an adapter count so many times what its alpha and rank say."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +48,19 @@ class AdaptedModel:
         """How the model's pictures are noised, and what it predicts."""
         return self.model.noising
 
-    def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
-        """The prediction with the LoRA: float32, with gradient."""
-        return self.model.predict(noisy, sigmas, conditioning).float()
+    def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
+        """The prediction with the LoRA, ``scale`` times: float32, with gradient."""
+        self.wear(scale)
+        try:
+            prediction = self.model.predict(noisy, sigmas, conditioning).float()
+        finally:
+            self.wear(1.0)
+        return scaled_in_backward(prediction, self.wear, scale)
+
+    def wear(self, scale: float) -> None:
+        """Let the LoRA count ``scale`` times until told otherwise."""
+        for layer in self.wrapped.values():
+            layer.set_scale(_NAME, scale)
 
     def teacher(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
         """The prediction without the LoRA: float32, without gradient."""
@@ -63,10 +77,26 @@ class AdaptedModel:
         """The LoRA's float32 factors, in the order of the model's layers."""
         return [factor for layer in self.wrapped.values() for factor in _factors(layer)]
 
-    def lora(self) -> LoRA:
-        """What has been learned, as a value of its own: float32 on the CPU."""
+    def layers(self) -> dict[str, LowRank]:
+        """The factors as they are now, by layer: float32 copies on the CPU."""
         factors = {name: _factors(layer) for name, layer in self.wrapped.items()}
-        return LoRA({name: LowRank(_detached(down), _detached(up)) for name, (down, up) in factors.items()})
+        return {name: LowRank(_detached(down), _detached(up)) for name, (down, up) in factors.items()}
+
+    def lora(self) -> LoRA:
+        """What has been learned, as a value of its own."""
+        return LoRA(self.layers())
+
+    @torch.no_grad()
+    def put(self, layers: Mapping[str, LowRank]) -> None:
+        """Set the factors to what `layers` gave."""
+        for name, layer in self.wrapped.items():
+            down, up = _factors(layer)
+            down.copy_(layers[name].down)
+            up.copy_(layers[name].up)
+
+    def on(self, model: DiffusionModel) -> "AdaptedModel":
+        """The same student, for pictures of another size: ``model`` has the same denoiser."""
+        return self if model is self.model else replace(self, model=model)
 
 
 @contextmanager
@@ -86,7 +116,7 @@ def adapted(model: DiffusionModel, *, rank: int, targets: str, generator: torch.
             "Unload them, and give LoRAs to the synthesizer with with_lora."
         )
     layers = targeted_layers(module, targets)
-    with _left_as_found(module, layers):
+    with left_as_found(module, layers):
         module.eval()  # dropout would tell student and teacher apart
         _wrap(module, layers, rank)
         wrapped = {name: cast("LoRALayer", module.get_submodule(name)) for name in layers}
@@ -112,7 +142,7 @@ def targeted_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _left_as_found(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+def left_as_found(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put back the very layers, flags and attributes that were there, whatever happens in between."""
     training = [(one, one.training) for one in module.modules()]
     trainable = [(one, one.requires_grad) for one in module.parameters()]

@@ -1,89 +1,183 @@
-"""Pairs as a trainer holds them: encoded once, then drawn in batches with fresh noise."""
+"""Encoded pairs as a trainer holds them, drawn in batches with fresh noise.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+A batch follows from the seed and its number alone: the tenth is the same whether nine came before it or a training was
+resumed there, and whether one process works on it or several share it.
+"""
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
-from artaug.errors import ModelError, NonFiniteError, SeamError
+from artaug.errors import ModelError
 from artaug.pairs import ImagePair
-from artaug.training.model import Conditioning, DiffusionModel
-from artaug.training.noising import Noising
+from artaug.training.encoding import TEXT, Row, encoded_rows
+from artaug.training.model import DiffusionModel
+from artaug.training.noising import FlowMatching, Noising
 from artaug.training.objectives import PairBatch
+from artaug.training.processes import ALONE, Processes
+from artaug.training.recipe import Recipe
+
+_ORDER, _NOISE, START = range(3)
+"""What chance decides in a training; each draws from a generator of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Pairs of one size."""
+
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    rows: Mapping[int, Row]
+    """By the number of the pair."""
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One step's work for one process."""
+
+    model: DiffusionModel
+    """Set to the size of these pairs."""
+    batches: Sequence[PairBatch]
+    """At most so many pairs each as the process works on at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPairs:
-    """Latents and prompts of all pairs, encoded once."""
+    """All pairs of a training, by size."""
 
-    before: Tensor
-    after: Tensor
-    conditioning: Conditioning
-    noising: Noising
+    buckets: Sequence[Bucket]
 
     @classmethod
-    def encode(cls, model: DiffusionModel, pairs: Sequence[ImagePair], *, at_once: int) -> "EncodedPairs":
-        """Encode pairs, at most ``at_once`` pictures at a time.
+    def encode(
+        cls,
+        model: DiffusionModel,
+        pairs: Sequence[ImagePair],
+        *,
+        at_once: int,
+        cache: Path | None = None,
+        processes: Processes = ALONE,
+    ) -> "EncodedPairs":
+        """Encode pairs, at most ``at_once`` at a time; see `encoded_rows`."""
+        buckets = []
+        for width, height in sorted({pair.before.size for pair in pairs}):
+            sized = model.at_size(width, height)
+            members = [number for number, pair in enumerate(pairs) if pair.before.size == (width, height)]
+            some = [pairs[number] for number in members]
+            rows = encoded_rows(sized, some, at_once=at_once, cache=cache, processes=processes)
+            buckets.append(Bucket((width, height), dict(zip(members, rows, strict=True))))
+        return cls(buckets)
 
-        Raises:
-            ModelError: if the pictures are not all of one size, or of none the model takes.
-            NonFiniteError: if latents hold NaN or infinity, naming the prompt.
+    def turns(
+        self,
+        model: DiffusionModel,
+        members: Sequence[int],
+        recipe: Recipe,
+        *,
+        seed: int,
+        start: int = 0,
+        processes: Processes = ALONE,
+    ) -> Iterator[Turn]:
+        """Draw batches without end: every member once before any of its size comes again, always with new noise.
+
+        Each batch has pairs of one size; sizes take turns as often as they have members.
+
+        Args:
+            model: what they were encoded by.
+            members: numbers of the pairs to draw from.
+            recipe: how large batches are, and which noise levels they have.
+            seed: decides order and noise.
+            start: number of the first batch to give; it is what it would be after all those before it.
+            processes: who shares the batch.
         """
-        sizes = {pair.before.size: pair.prompt for pair in pairs}
-        if len(sizes) > 1:
-            shown = ", ".join(f"{width} x {height} ({sizes[width, height]!r})" for width, height in sorted(sizes))
-            raise ModelError(f"the pairs have pictures of {len(sizes)} sizes: {shown}. A training needs one size.")
-        prompts = [pair.prompt for pair in pairs]
-        conditioning = model.encode_prompts(prompts)
-        wrong = {name: tuple(one.shape) for name, one in conditioning.items() if len(one) != len(pairs)}
-        if wrong:
-            raise SeamError(f"encode_prompts returned {wrong} for {len(pairs)} prompts. Expected one row a prompt.")
-        before, after = (
-            _latents(model, pictures, prompts, at_once)
-            for pictures in ([pair.before for pair in pairs], [pair.after for pair in pairs])
-        )
-        return cls(before, after, conditioning, model.noising)
-
-    def batches(
-        self, members: Sequence[int], *, size: int, generator: torch.Generator, within: tuple[float, float]
-    ) -> Iterator[PairBatch]:
-        """Draw batches without end: every member once before any comes again, with new noise every time."""
-        numbers = _again_and_again(members, generator)
-        while True:
-            rows = torch.tensor(list(islice(numbers, size)))
-            sigmas = self.noising.levels(size, generator, within=within)
-            noise = torch.randn((size, *self.before.shape[1:]), generator=generator)
-            yield PairBatch(
-                before=_taken(self.before, rows).float(),
-                after=_taken(self.after, rows).float(),
-                conditioning={name: _taken(one, rows) for name, one in self.conditioning.items()},
-                noise=noise.to(self.before.device),
-                sigmas=sigmas.to(self.before.device),
+        size = recipe.batch_size
+        queues = [(bucket, [one for one in members if one in bucket.rows]) for bucket in self.buckets]
+        queues = [queue for queue in queues if queue[1]]
+        for number, (place, count) in enumerate(_taking_turns([len(mine) for _, mine in queues])):
+            if number < start:
+                continue
+            bucket, mine = queues[place]
+            sized = model.at_size(*bucket.size)
+            order = (_nth(mine, at, seed=(seed, place)) for at in range(count * size, (count + 1) * size))
+            noise_of = _generator(seed, _NOISE, number)
+            sigmas = _spread(sized.noising, recipe).levels(size, noise_of, within=recipe.sigmas)
+            rows = [bucket.rows[one] for one in order]
+            noise = torch.randn((size, *rows[0]["before"].shape), generator=noise_of)
+            share = list(processes.share(range(size)))
+            at_once = recipe.at_once or size
+            parts = [share[at : at + at_once] for at in range(0, len(share), at_once)]
+            yield Turn(
+                sized, [_batch([rows[at] for at in part], noise[part], sigmas[part], model.device) for part in parts]
             )
 
 
-def _latents(model: DiffusionModel, pictures: Sequence[Image], prompts: Sequence[str], at_once: int) -> Tensor:
-    chunks = [model.encode_images(pictures[start : start + at_once]) for start in range(0, len(pictures), at_once)]
-    latents = torch.cat(chunks)
-    if len(latents) != len(pictures):
-        raise SeamError(f"encode_images returned {len(latents)} rows for {len(pictures)} pictures. Expected one each.")
-    for row, prompt in zip(latents, prompts, strict=True):
-        if not row.isfinite().all():
-            raise NonFiniteError(
-                f"the latents of a picture of {prompt!r} hold NaN or infinity. Expected finite numbers: check the "
-                "picture, and whether the VAE needs float32."
-            )
-    return latents
+def generator_for_start(seed: int, stage: int) -> torch.Generator:
+    """What draws the factors a stage begins with."""
+    return _generator(seed, START, stage)
 
 
-def _again_and_again(members: Sequence[int], generator: torch.Generator) -> Iterator[int]:
+def _taking_turns(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Which queue is next, for ever, and how often it has been: whichever is furthest behind its share."""
+    counts = [0] * len(lengths)
     while True:
-        for place in torch.randperm(len(members), generator=generator).tolist():
-            yield members[place]
+        place = min(range(len(lengths)), key=lambda at: ((counts[at] + 0.5) / lengths[at], at))
+        yield place, counts[place]
+        counts[place] += 1
 
 
-def _taken(rows: Tensor, numbers: Tensor) -> Tensor:
-    return rows.index_select(0, numbers.to(rows.device))
+def _nth(members: Sequence[int], place: int, *, seed: tuple[int, int]) -> int:
+    """What is at a place of an endless queue in which all members come, shuffled, before all come again."""
+    epoch, at = divmod(place, len(members))
+    return members[_shuffled(len(members), (*seed, epoch))[at]]
+
+
+@lru_cache(maxsize=8)
+def _shuffled(count: int, seed: tuple[int, ...]) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=_generator(seed[0], _ORDER, *seed[1:])).tolist()
+    return order
+
+
+def _generator(*words: int) -> torch.Generator:
+    (state,) = np.random.SeedSequence(words).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state))
+
+
+def _spread(noising: Noising, recipe: Recipe) -> Noising:
+    if not recipe.logit_normal:
+        return noising
+    if not isinstance(noising, FlowMatching):
+        raise ModelError(
+            f"logit_normal is for flow models, and this one has {type(noising).__name__}, whose noise levels are steps of "
+            "a schedule. Leave it off."
+        )
+    return replace(noising, logit_normal=True)
+
+
+def _batch(rows: Sequence[Row], noise: Tensor, sigmas: Tensor, device: torch.device) -> PairBatch:
+    texts = [name for name in rows[0] if name.startswith(TEXT)]
+    regional = any("inside" in row for row in rows)
+    return PairBatch(
+        before=torch.stack([row["before"] for row in rows]).to(device).float(),
+        after=torch.stack([row["after"] for row in rows]).to(device).float(),
+        inside=_inside(rows).to(device) if regional else None,
+        conditioning={name.removeprefix(TEXT): _filled_up([row[name] for row in rows]).to(device) for name in texts},
+        noise=noise.to(device),
+        sigmas=sigmas.to(device),
+    )
+
+
+def _inside(rows: Sequence[Row]) -> Tensor:
+    """How much of every latent lies in regions: all of it for a plan without any."""
+    whole = next(torch.ones_like(row["inside"]) for row in rows if "inside" in row)
+    return torch.stack([row.get("inside", whole) for row in rows]).float()
+
+
+def _filled_up(texts: Sequence[Tensor]) -> Tensor:
+    """Prompts of unlike length with zeros behind the shorter ones, as a model's own mask of zeros leaves them out."""
+    longest = max(len(text) for text in texts) if texts[0].ndim else 0
+    return torch.stack([pad(text, (0, 0) * (text.ndim - 1) + (0, longest - len(text))) for text in texts])

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, Self, TypeAlias, runtime_checkable
 
+import torch
+from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -11,6 +13,9 @@ from artaug.training.noising import Latents, Levels, Noising
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
 """Encoded prompts, by the model's own names; the first axis of every tensor counts the prompts."""
+
+Masks: TypeAlias = Float[Tensor, "batch height width"]
+"""How much of every pixel is meant, in [0, 1]: one row a picture."""
 
 
 class DiffusionModel(Protocol):
@@ -24,8 +29,31 @@ class DiffusionModel(Protocol):
     def noising(self) -> Noising:
         """How the model's pictures are noised, and what the denoiser predicts."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser computes."""
+
+    def at_size(self, width: int, height: int) -> Self:
+        """The same model, set to pictures of another size in pixels.
+
+        Raises:
+            ModelError: for a size it does not take.
+        """
+
+    def without_encoders(self) -> AbstractContextManager[None]:
+        """A ``with`` block in which nothing is encoded, so the memory of whatever encodes can be used otherwise."""
+
     def encode_images(self, images: Sequence[Image]) -> Latents:
         """Latents as the denoiser takes them, scaled, one row a picture, without gradient."""
+
+    def encode_masks(self, masks: Masks) -> Latents:
+        """How much of every latent is meant: laid out as `encode_images` lays out latents, in [0, 1].
+
+        A latent stands for a square of pixels, and gets their mean.
+
+        Args:
+            masks: float, of the size of the pictures.
+        """
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encoded prompts, without gradient."""

@@ -6,7 +6,7 @@ Everything here is a formula on tensors: no model, no device, no schedule but th
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
@@ -55,8 +55,13 @@ class Noising(Protocol):
 class FlowMatching:
     """Rectified flow, as in FLUX and SD3: ``z = (1 - sigma) x + sigma noise``, and the denoiser predicts ``noise - x``.
 
+    Levels are drawn uniformly or logit-normally (arXiv 2403.03206, section 3.1, with location 0 and scale 1), then shifted
+    as for pictures of this size (there, "resolution-dependent shifting"), then stretched to where the sampler ends. Drawn
+    uniformly, they are where a sampler of many steps looks, each as often; a shifted logit-normal level has a normal
+    logit with mean ``log(shift)``, which is how SD3 itself was trained.
+
     Raises:
-        InvalidValueError: unless the shift is positive and finite.
+        InvalidValueError: unless the shift is positive and finite, and the terminal in [0, 1).
 
     >>> import torch
     >>> from artaug.training import FlowMatching
@@ -69,16 +74,26 @@ class FlowMatching:
     """Pushes levels towards noise: ``sigma' = shift sigma / (1 + (shift - 1) sigma)``; the model's sampler names it."""
     logit_normal: bool = False
     """Draw levels as the sigmoid of a standard normal before the shift, favouring the middle; else uniformly."""
+    terminal: float = 0.0
+    """Where a sampler's levels end before they fall to zero: ``sigma'' = 1 - (1 - terminal) (1 - sigma')``."""
 
     def __post_init__(self) -> None:
         if not (self.shift > 0 and math.isfinite(self.shift)):
             raise InvalidValueError(
                 f"FlowMatching(shift={self.shift}): need a finite shift above 0; 1 leaves levels be."
             )
+        if not 0 <= self.terminal < 1:
+            raise InvalidValueError(
+                f"FlowMatching(terminal={self.terminal}): need a noise level in [0, 1); 0 leaves levels be."
+            )
 
     def levels(self, count: int, generator: torch.Generator, *, within: tuple[float, float] = EVERY_LEVEL) -> Levels:
         low, high = _checked(within)
-        bounds = torch.tensor([low, high], dtype=torch.float64)
+        if high <= self.terminal:
+            raise InvalidValueError(
+                f"no noise level of this model lies in [{low}, {high}]: they run from {self.terminal} to 1."
+            )
+        bounds = (1 - (1 - torch.tensor([low, high], dtype=torch.float64)) / (1 - self.terminal)).clamp(min=0)
         bounds = bounds / (self.shift - (self.shift - 1) * bounds)
         if self.logit_normal:
             bounds = torch.special.ndtr(torch.logit(bounds))
@@ -86,7 +101,7 @@ class FlowMatching:
         quantiles = bounds[0] + (bounds[1] - bounds[0]) * share
         unshifted = torch.sigmoid(torch.special.ndtri(quantiles)) if self.logit_normal else quantiles
         shifted = self.shift * unshifted / (1 + (self.shift - 1) * unshifted)
-        return shifted.clamp(low, high).float()
+        return (1 - (1 - self.terminal) * (1 - shifted)).clamp(low, high).float()
 
     def mix(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
         sigma = _rows(sigmas, clean)
@@ -102,30 +117,59 @@ class FlowMatching:
         return prediction - difference
 
 
+BetaSchedule: TypeAlias = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
+"""How the variances of the noise that each timestep adds grow, by the names diffusers gives."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class EpsilonPrediction:
+class _VariancePreserving:
+    """What epsilon and v-prediction have in common: ``z = alpha x + sigma noise`` with ``alpha^2 + sigma^2 = 1``."""
+
+    beta_start: float = 0.00085
+    """The first timestep's beta; the cosine schedule, ``squaredcos_cap_v2``, has none."""
+    beta_end: float = 0.012
+    """The last one's, likewise."""
+    timesteps: int = 1000
+    schedule: BetaSchedule = "scaled_linear"
+
+    def __post_init__(self) -> None:
+        if self.schedule not in get_args(BetaSchedule):
+            raise InvalidValueError(f"{self}: need a schedule among {list(get_args(BetaSchedule))}.")
+        if not (0 < self.beta_start <= self.beta_end < 1 and self.timesteps >= 1):
+            raise InvalidValueError(f"{self}: need 0 < beta_start <= beta_end < 1 and at least one timestep.")
+
+    def levels(self, count: int, generator: torch.Generator, *, within: tuple[float, float] = EVERY_LEVEL) -> Levels:
+        low, high = _checked(within)
+        known = (1 - self._alphas_of_timesteps() ** 2).sqrt()
+        eligible = known[(known >= low) & (known <= high)]
+        if len(eligible) == 0:
+            raise InvalidValueError(
+                f"no noise level of this model lies in [{low}, {high}]: they run from {known[0]:.4f} to {known[-1]:.4f}."
+            )
+        return eligible[torch.randint(len(eligible), (count,), generator=generator)].float()
+
+    def mix(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
+        return _alphas(sigmas, clean) * clean + _rows(sigmas, clean) * noise
+
+    def _alphas_of_timesteps(self) -> Tensor:
+        """``sqrt(prod(1 - beta))`` of every timestep."""
+        return (1 - _betas(self)).cumprod(0).sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsilonPrediction(_VariancePreserving):
     """Variance-preserving noise, as in SD 1.5 and SDXL: ``z = alpha x + sigma noise``, and the denoiser predicts the noise.
 
-    ``alpha = sqrt(1 - sigma^2)``. The levels are those of the scaled-linear beta schedule.
+    ``alpha = sqrt(1 - sigma^2)``; a level is that of a timestep, each drawn as often.
+
+    Raises:
+        InvalidValueError: for a schedule that is none.
 
     >>> import torch
     >>> from artaug.training import EpsilonPrediction
     >>> EpsilonPrediction().paired_target(torch.ones(1, 2), torch.full((1, 2), 9.0), torch.tensor([0.5]))
     tensor([[1., 1.]])
     """
-
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    timesteps: int = 1000
-
-    def __post_init__(self) -> None:
-        _check_schedule(self)
-
-    def levels(self, count: int, generator: torch.Generator, *, within: tuple[float, float] = EVERY_LEVEL) -> Levels:
-        return _drawn(_scaled_linear(self.beta_start, self.beta_end, self.timesteps), count, generator, within=within)
-
-    def mix(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
-        return _preserving_variance(clean, noise, sigmas)
 
     def target(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
         return noise
@@ -138,10 +182,13 @@ class EpsilonPrediction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VPrediction:
+class VPrediction(_VariancePreserving):
     """Variance-preserving noise, as in SD 2: ``z = alpha x + sigma noise``, and the denoiser predicts ``alpha noise - sigma x``.
 
-    ``alpha = sqrt(1 - sigma^2)``. The levels are those of the scaled-linear beta schedule.
+    ``alpha = sqrt(1 - sigma^2)``; a level is that of a timestep, each drawn as often.
+
+    Raises:
+        InvalidValueError: for a schedule that is none.
 
     >>> import torch
     >>> from artaug.training import VPrediction
@@ -149,18 +196,9 @@ class VPrediction:
     tensor([[0.5000, 0.5000]])
     """
 
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    timesteps: int = 1000
-
-    def __post_init__(self) -> None:
-        _check_schedule(self)
-
-    def levels(self, count: int, generator: torch.Generator, *, within: tuple[float, float] = EVERY_LEVEL) -> Levels:
-        return _drawn(_scaled_linear(self.beta_start, self.beta_end, self.timesteps), count, generator, within=within)
-
-    def mix(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
-        return _preserving_variance(clean, noise, sigmas)
+    zero_terminal_snr: bool = False
+    """Whether the last timestep is noise and nothing else: alphas are rescaled to end at 0 (arXiv 2305.08891, algorithm
+    1). No such thing for `EpsilonPrediction`: of pure noise, the noise says nothing about a picture."""
 
     def target(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
         return _alphas(sigmas, clean) * noise - _rows(sigmas, clean) * clean
@@ -170,6 +208,12 @@ class VPrediction:
 
     def paired_target(self, prediction: Latents, difference: Latents, sigmas: Levels) -> Latents:
         return prediction - _rows(sigmas, prediction) * difference
+
+    def _alphas_of_timesteps(self) -> Tensor:
+        alphas = super()._alphas_of_timesteps()
+        if not self.zero_terminal_snr:
+            return alphas
+        return (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
 
 
 def _rows(sigmas: Tensor, like: Tensor) -> Tensor:
@@ -181,29 +225,17 @@ def _alphas(sigmas: Tensor, like: Tensor) -> Tensor:
     return (1 - _rows(sigmas, like) ** 2).sqrt()
 
 
-def _preserving_variance(clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
-    return _alphas(sigmas, clean) * clean + _rows(sigmas, clean) * noise
-
-
-def _check_schedule(noising: EpsilonPrediction | VPrediction) -> None:
-    if not (0 < noising.beta_start <= noising.beta_end < 1 and noising.timesteps >= 1):
-        raise InvalidValueError(f"{noising}: need 0 < beta_start <= beta_end < 1 and at least one timestep.")
-
-
-def _scaled_linear(start: float, end: float, timesteps: int) -> Tensor:
-    """Noise levels ``sqrt(1 - prod(1 - beta))`` of the schedule whose square-root betas are evenly spaced."""
-    betas = torch.linspace(math.sqrt(start), math.sqrt(end), timesteps, dtype=torch.float64) ** 2
-    return (1 - (1 - betas).cumprod(0)).sqrt()
-
-
-def _drawn(schedule: Tensor, count: int, generator: torch.Generator, *, within: tuple[float, float]) -> Tensor:
-    low, high = _checked(within)
-    eligible = schedule[(schedule >= low) & (schedule <= high)]
-    if len(eligible) == 0:
-        raise InvalidValueError(
-            f"no noise level of this model lies in [{low}, {high}]: they run from {schedule[0]:.4f} to {schedule[-1]:.4f}."
-        )
-    return eligible[torch.randint(len(eligible), (count,), generator=generator)].float()
+def _betas(noising: _VariancePreserving) -> Tensor:
+    """The variance of the noise that each timestep adds, as diffusers' schedulers make it."""
+    count = noising.timesteps
+    if noising.schedule == "linear":
+        return torch.linspace(noising.beta_start, noising.beta_end, count, dtype=torch.float64)
+    if noising.schedule == "scaled_linear":
+        ends = math.sqrt(noising.beta_start), math.sqrt(noising.beta_end)
+        return torch.linspace(*ends, count, dtype=torch.float64) ** 2
+    times = torch.arange(count + 1, dtype=torch.float64) / count  # arXiv 2102.09672, eq. 17
+    left = torch.cos((times + 0.008) / 1.008 * (math.pi / 2)) ** 2
+    return (1 - left[1:] / left[:-1]).clamp(max=0.999)
 
 
 def _checked(within: tuple[float, float]) -> tuple[float, float]:

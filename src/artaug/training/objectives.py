@@ -1,16 +1,20 @@
 """What a training step minimises, and how many steps of which kind make a training."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from artaug.errors import InvalidValueError
 from artaug.training.model import Conditioning
 from artaug.training.noising import Latents, Levels, Noising
+
+Weights: TypeAlias = Float[Tensor, "..."]
+"""A number for every latent, of a shape that broadcasts to theirs."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,6 +31,13 @@ class PairBatch:
     """Standard normal, same shape as the latents: one draw a pair."""
     sigmas: Levels
     """Noise levels: shape (batch,), in (0, 1]."""
+    inside: Weights | None = None
+    """How much of every latent lies in the plan's regions, in [0, 1], broadcastable to the latents' shape; None:
+    everywhere."""
+
+    def weights(self, outside: float) -> Weights | None:
+        """What a latent's error counts: 1 in the plan's regions, ``outside`` elsewhere, between them on an edge."""
+        return None if self.inside is None or outside == 1 else outside + (1 - outside) * self.inside
 
 
 class Student(Protocol):
@@ -36,8 +47,12 @@ class Student(Protocol):
     def noising(self) -> Noising:
         """How the model's pictures are noised, and what it predicts."""
 
-    def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
-        """The prediction with the LoRA that is being trained: float32, with gradient."""
+    def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
+        """The prediction with the LoRA that is being trained, ``scale`` times: float32, with gradient.
+
+        The gradient is that of the LoRA at that scale, also where the forward pass is computed again in the backward
+        pass (gradient checkpointing), and predictions at several scales may be parts of one loss.
+        """
 
     def teacher(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
         """The prediction without it, LoRAs of earlier rounds included: float32, without gradient."""
@@ -102,33 +117,79 @@ class Objective(ABC):
 class PairedDifference(Objective):
     """Learns what separates after from before and nothing else, in one run.
 
-    The frozen model looks at the noisy *before* picture, the student at the noisy *after* picture, with the same noise
-    and level; the student's clean estimate is to be the teacher's plus ``d = after - before``. For flow models that
-    is ``v(z_after) -> stopgrad(v_base(z_before)) - d``. Equal pictures give a loss of exactly zero at the start, so
-    what did not change (guidance or step distillation, for instance) is never un-learned.
+    With ``d = after - before`` and the same noise and level for both pictures, the student's clean estimate at the noisy
+    *after* picture is to be the frozen teacher's at the noisy *before* picture, moved by exactly ``d``::
+
+        x0(z_a, student) = x0(z_b, teacher) + d,     z_a - z_b = (1 - s) d  (flow)  or  alpha d  (epsilon, v)
+
+    Solved for the prediction, which is linear in the clean estimate, with ``alpha = sqrt(1 - s^2)``::
+
+        flow:     x0 = z - s v             so   v(z_a)   = v0(z_b) - d
+        epsilon:  x0 = (z - s e) / alpha   so   e(z_a)   = e0(z_b)
+        v:        x0 = alpha z - s v       so   v(z_a)   = v0(z_b) - s d
+
+    What the teacher gets wrong about *before*, its noise included, is wrong in the target alike: fine-tuning's residual
+    has that as variance, and a LoRA of few pairs memorises it; here it cancels. Equal pictures give a loss and a gradient
+    of exactly zero at the start, so guidance or step distillation is the reference and never un-learned.
+
+    Where a pair knows the plan's regions (`PairBatch.inside`), errors outside them can count less, and what changed
+    outside them can be taken back, so that only what was asked for is learned.
+
+    Raises:
+        InvalidValueError: unless ``outside`` is finite and at least 0.
     """
 
+    outside: float = 1.0
+    """What an error outside the plan's regions counts, where one inside counts 1. At 0 the LoRA is free there."""
+    composite: bool = False
+    """Learn from ``before + inside * (after - before)``: outside the regions the picture is to stay as it was."""
+
+    def __post_init__(self) -> None:
+        check_outside(self, self.outside)
+
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
+        clean = batch.after
+        if self.composite and batch.inside is not None:
+            clean = batch.before + batch.inside * (batch.after - batch.before)
         before = model.noising.mix(batch.before, batch.noise, batch.sigmas)
-        after = model.noising.mix(batch.after, batch.noise, batch.sigmas)
+        after = model.noising.mix(clean, batch.noise, batch.sigmas)
         teacher = model.teacher(before, batch.sigmas, batch.conditioning)
-        target = model.noising.paired_target(teacher, batch.after - batch.before, batch.sigmas)
-        return mse_loss(model.predict(after, batch.sigmas, batch.conditioning), target)
+        target = model.noising.paired_target(teacher, clean - batch.before, batch.sigmas)
+        learned = model.predict(after, batch.sigmas, batch.conditioning)
+        return squared_errors(learned, target, weights=batch.weights(self.outside)).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedFineTuning(Objective):
-    """Plain fine-tuning on the pictures after; the pictures before are not looked at. The control arm."""
+    """Plain fine-tuning on the pictures after; the pictures before are not looked at. The control arm.
+
+    The student is to predict what the noisy picture was made of: ``noise - after`` (flow, arXiv 2210.02747), ``noise``
+    (epsilon, arXiv 2006.11239, eq. 14) or ``alpha noise - s after`` (v, arXiv 2202.00512, section 4). The mean squared
+    error is least at the mean over all pictures that could lie beneath the noise, which is why few pictures are learned
+    by heart.
+
+    Raises:
+        InvalidValueError: unless ``outside`` is finite and at least 0.
+    """
+
+    outside: float = 1.0
+    """What an error outside the plan's regions counts, where one inside counts 1."""
+
+    def __post_init__(self) -> None:
+        check_outside(self, self.outside)
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
-        return _fine_tuning(model, batch, batch.after)
+        return _fine_tuning(model, batch, batch.after, outside=self.outside)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoStage(Objective):
     """The paper's recipe: one LoRA copies *before*, a second learns *after* on top of it, and the first is dropped.
 
-    arXiv 2412.12888 (differential training); the averaging over pairs is DiffSynth-Studio's advice for it.
+    arXiv 2412.12888 (differential training); the averaging over pairs is DiffSynth-Studio's advice for it. Both stages
+    minimise what `SupervisedFineTuning` minimises. The first LoRA takes up what the model fails to predict of *before*,
+    so the second finds little but the change left to learn. That subtraction happens in weights, though: the second is
+    learned on top of the first and used without it, which is right to first order in the first.
 
     Raises:
         InvalidValueError: unless ``copying`` lies strictly between 0 and 1.
@@ -152,12 +213,31 @@ class TwoStage(Objective):
         return Course(groups, (Stage(_copying, self.copying), Stage(self.loss, 1 - self.copying)))
 
 
+def squared_errors(prediction: Latents, target: Latents, *, weights: Weights | None = None) -> Levels:
+    """Mean squared errors, one a row; each latent's error counts its weight, and the mean is over all latents."""
+    errors = (prediction - target).square()
+    return (errors if weights is None else weights * errors).flatten(1).mean(1)
+
+
+def check_outside(objective: Objective, outside: float) -> None:
+    """Refuse a weight that is none.
+
+    Raises:
+        InvalidValueError: naming the objective.
+    """
+    if not 0 <= outside < math.inf:
+        raise InvalidValueError(
+            f"{type(objective).__name__}(outside={outside}): need a finite weight of at least 0; 1 counts all alike."
+        )
+
+
 def _copying(model: Student, batch: PairBatch) -> Tensor:
     """The first stage of `TwoStage`: draw the pictures before."""
     return _fine_tuning(model, batch, batch.before)
 
 
-def _fine_tuning(model: Student, batch: PairBatch, clean: Latents) -> Tensor:
+def _fine_tuning(model: Student, batch: PairBatch, clean: Latents, *, outside: float = 1.0) -> Tensor:
     noisy = model.noising.mix(clean, batch.noise, batch.sigmas)
     target = model.noising.target(clean, batch.noise, batch.sigmas)
-    return mse_loss(model.predict(noisy, batch.sigmas, batch.conditioning), target)
+    learned = model.predict(noisy, batch.sigmas, batch.conditioning)
+    return squared_errors(learned, target, weights=batch.weights(outside)).mean()

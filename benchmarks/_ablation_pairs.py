@@ -1,0 +1,203 @@
+"""Ways to come by pictures to learn from, and what each costs: the loop's interaction, and the best of several draws."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import islice
+from operator import add, and_
+from time import perf_counter
+
+import numpy as np
+from PIL.Image import Image
+
+import artaug as aa
+from artaug import playground
+from artaug.scorers import Chroma, Contrast, MeanOf
+from artaug.synthesis import picture_seeds
+from benchmarks.objectives import FAITHFUL
+
+KEEP: aa.PairFilter = reduce(
+    and_,
+    [aa.Floor(accuracy, at_least=1.0) for accuracy in FAITHFUL],
+    aa.Gain(Chroma(), at_least=0.03) & aa.Gain(Contrast(), at_least=0.01),
+)
+"""What the loop's pairs are filtered by, as in the quickstart."""
+SELECTED_BY = MeanOf((Chroma(), Contrast()))
+"""What says which of several is best: the same scorers."""
+PLANNER = aa.GreedyPlanner(max_regions=3)
+MOST_PROMPTS = 1280
+CHUNK = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What was spent."""
+
+    images: int = 0
+    critic_calls: int = 0
+    passes: int = 0
+    """Denoiser calls, counted once a picture; a backward pass counts as two."""
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            images=self.images + other.images,
+            critic_calls=self.critic_calls + other.critic_calls,
+            passes=self.passes + other.passes,
+            seconds=self.seconds + other.seconds,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Pairs to learn from, how many prompts were drawn for them, and what that cost."""
+
+    pairs: Sequence[aa.ImagePair]
+    prompts: int
+    cost: Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distracted(aa.Critic):
+    """A critic some of whose boxes are wrong: each, with a given chance, is replaced by one of any place and size."""
+
+    critic: aa.Critic
+    wrong: float
+    """The chance, in [0, 1]."""
+    seed: int
+
+    def critique(self, image: Image, prompt: str) -> aa.Critique | aa.Abstention:
+        answer = self.critic.critique(image, prompt)
+        if isinstance(answer, aa.Abstention):
+            return answer
+        chooser = random.Random(f"{self.seed}: {prompt}")
+        moved = tuple(
+            replace(one, box=_anywhere(chooser)) if chooser.random() < self.wrong else one for one in answer.suggestions
+        )
+        return replace(answer, suggestions=moved)
+
+
+def _anywhere(chooser: random.Random) -> aa.Box:
+    """From a fifth of the picture's side to three fifths wide and high, which is what parts have."""
+    wide, high = (chooser.uniform(0.2, 0.6) for _ in range(2))
+    left, top = chooser.uniform(0, 1 - wide), chooser.uniform(0, 1 - high)
+    return aa.Box(left, top, left + wide, top + high)
+
+
+@dataclass(kw_only=True)
+class Interaction:
+    """The loop: attempts are made when someone asks for more than there are, and kept for whoever asks next."""
+
+    synthesizer: aa.Synthesizer
+    critic: aa.Critic
+    sampling_steps: int
+    seed: int
+    made: list[tuple[aa.Attempt, Cost]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.more = aa.improve(
+            playground.prompts(MOST_PROMPTS, seed=self.seed),
+            synthesizer=self.synthesizer,
+            critic=self.critic,
+            planner=PLANNER,
+            keep=KEEP,
+            seed=self.seed,
+            batch_size=CHUNK,
+        )
+
+    def kept(self, count: int, *, at_most: int = MOST_PROMPTS) -> Found:
+        """The first pairs that the filter keeps: fewer, if it keeps fewer of ``at_most`` prompts."""
+        pairs: list[aa.ImagePair] = []
+        for number in range(at_most):
+            if len(pairs) == count:
+                return self._found(pairs, number)
+            attempt = self._attempt(number)
+            pairs += [attempt.pair] if isinstance(attempt, aa.Kept) else []
+        return self._found(pairs, at_most)
+
+    def best(self, count: int, *, of: float) -> Found:
+        """The best ``count`` pairs of ``count / of``, no other filter asked; all of them as they come if ``of`` is 1."""
+        wanted = round(count / of)
+        pairs: list[aa.ImagePair] = []
+        number = 0
+        while len(pairs) < wanted:
+            attempt = self._attempt(number)
+            pairs += [] if isinstance(attempt, aa.Skipped) else [attempt.pair]
+            number += 1
+        verdicts = aa.TopFraction(SELECTED_BY, of).judge_batch(pairs)
+        return self._found([pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.keep], number)
+
+    def _attempt(self, number: int) -> aa.Attempt:
+        if number == len(self.made):
+            begun = perf_counter()
+            chunk = list(islice(self.more, CHUNK))
+            seconds = (perf_counter() - begun) / len(chunk)
+            self.made += [(attempt, _cost(attempt, self.sampling_steps, seconds)) for attempt in chunk]
+        return self.made[number][0]
+
+    def _found(self, pairs: Sequence[aa.ImagePair], prompts: int) -> Found:
+        return Found(pairs=pairs, prompts=prompts, cost=_sum(cost for _, cost in self.made[:prompts]))
+
+
+def _sum(costs: Iterable[Cost]) -> Cost:
+    return reduce(add, costs, Cost())
+
+
+def _cost(attempt: aa.Attempt, sampling_steps: int, seconds: float) -> Cost:
+    """A picture; and if it was redrawn, another, with a pass for every region at every step (`OutputMix`)."""
+    redrawn = [] if isinstance(attempt, aa.Skipped) else [1 + len(attempt.pair.plan.regions)]
+    passes = sampling_steps * sum([1, *redrawn])
+    return Cost(images=1 + len(redrawn), critic_calls=1, passes=passes, seconds=seconds)
+
+
+@dataclass(kw_only=True)
+class BestOfSeveral:
+    """No interaction: draw every prompt with several seeds, and of those that show what was asked keep the best.
+
+    So do DreamSync (arXiv 2311.17946) and rejection sampling; a pair here is the best beside the worst of all draws.
+    """
+
+    synthesizer: aa.Synthesizer
+    draws: int
+    sampling_steps: int
+    seed: int
+    made: list[tuple[aa.ImagePair | None, Cost]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.prompts = playground.prompts(MOST_PROMPTS, seed=self.seed)
+        self.seeds = np.reshape(picture_seeds(self.seed, MOST_PROMPTS * self.draws), (MOST_PROMPTS, self.draws))
+
+    def kept(self, count: int) -> Found:
+        """The best of each prompt that has one, until there are enough."""
+        pairs: list[aa.ImagePair] = []
+        number = 0
+        while len(pairs) < count:
+            if number == len(self.made):
+                self.made += self._chunk(number)
+            best = self.made[number][0]
+            pairs += [] if best is None else [best]
+            number += 1
+        return Found(pairs=pairs, prompts=number, cost=_sum(cost for _, cost in self.made[:number]))
+
+    def _chunk(self, start: int) -> list[tuple[aa.ImagePair | None, Cost]]:
+        begun = perf_counter()
+        prompts = self.prompts[start : start + CHUNK]
+        drawn = [
+            self.synthesizer.synthesize_batch([aa.Plan(prompt) for prompt in prompts], seeds=seeds.tolist())
+            for seeds in self.seeds[start : start + CHUNK].T
+        ]
+        bests = [self._best(prompt, images) for prompt, images in zip(prompts, zip(*drawn, strict=True), strict=True)]
+        seconds = (perf_counter() - begun) / len(prompts)
+        cost = Cost(images=self.draws, passes=self.draws * self.sampling_steps, seconds=seconds)
+        return [(best, cost) for best in bests]
+
+    def _best(self, prompt: str, images: Sequence[Image]) -> aa.ImagePair | None:
+        again = [prompt] * len(images)
+        right = np.min([accuracy.score_batch(images, again) for accuracy in FAITHFUL], axis=0)
+        order = np.argsort(SELECTED_BY.score_batch(images, again))
+        faithful = [number for number in order.tolist() if right[number] == 1]
+        if not faithful or faithful[-1] == order[0]:
+            return None
+        best, worst = images[faithful[-1]], images[order[0]]
+        return aa.ImagePair(prompt=prompt, seed=self.seed, before=worst, after=best, plan=aa.Plan(prompt))

@@ -1,0 +1,29 @@
+"""The most memory a piece of work holds at once, as torch's allocator counts it."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(work: Callable[[], object], *, given: Iterable[Tensor]) -> int:
+    """Do some work, and say how much it held at most: what was ``given`` to it, and whatever it made on the way."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return int(torch.cuda.max_memory_allocated())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now, most = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += int(event.nbytes())
+        most = max(most, now)
+    return most + sum(one.numel() * one.element_size() for one in given)
+
+
+def settled() -> None:
+    """Wait until the device has done all it was asked."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,139 @@
+"""Is the loop with the paired difference better than its alternatives at equal budgets, and what does each cost?
+
+``python -m benchmarks.ablation`` goes through all seeds; ``--seeds 2`` through some, perhaps beside another process:
+whoever ends last writes the results of all. Stopped, it goes on from its journal, beside the results. ``--tune`` tries
+the learning rates that those of the arms were chosen from.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+from artaug.statistics import paired_bootstrap
+from benchmarks import _record as record
+from benchmarks._ablation_bench import ARMS, OURS, QUICK, TUNED_WITH, Bench, Cell, Settings, cells, trials
+from benchmarks._ablation_plot import plot
+
+SEEDS = (0, 1, 2)
+PER_PROMPT = "gains"
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Rows as they are measured, a line each, so that nothing measured is lost; several processes may write to it."""
+
+    path: Path
+    about: Mapping[str, str]
+    """What the rows were measured with: its first line."""
+
+    def begin(self) -> None:
+        """Start it, or make sure that it is about the same.
+
+        Raises:
+            SystemExit: if it is not.
+        """
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._append(self.about)
+        elif self._lines()[0] != self.about:
+            raise SystemExit(f"{self.path} is of other settings. Move it away, or write somewhere else (--out).")
+
+    def rows(self) -> list[record.Row]:
+        """All rows so far, whoever measured them."""
+        return self._lines()[1:]
+
+    def measure(self, wanted: Iterable[Cell], bench: Bench) -> None:
+        """Measure what is not there yet."""
+        for cell in wanted:
+            known = asdict(cell)
+            if not any(known.items() <= row.items() for row in self.rows()):
+                self._append(bench.row(cell))
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _lines(self) -> list[Mapping[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+def measure(*, quick: bool, out: Path, seeds: Sequence[int], tune: bool = False) -> list[record.Row]:
+    """Measure the trials, or the cells of some seeds; give all rows that are known by then, trials included."""
+    settings = QUICK if quick else Settings()
+    about, suffix = {"settings": repr(settings)}, "-quick" if quick else ""
+    tuning = Journal(out / f"ablation-tuning{suffix}.jsonl", about)
+    journal = Journal(out / f"ablation{suffix}.jsonl", about | {name: repr(arm) for name, arm in ARMS.items()})
+    tuning.begin()
+    journal.begin()
+    if tune:
+        tuning.measure(trials(settings), Bench(settings, seed=TUNED_WITH))
+    else:
+        for seed in seeds:
+            journal.measure(cells(settings, seed), Bench(settings, seed=seed))
+    return [*tuning.rows(), *journal.rows()]
+
+
+def comparisons(rows: Sequence[record.Row]) -> list[record.Row]:
+    """Every arm beside ours with as many pairs: the mean difference of gains over prompts and seeds, and its interval.
+
+    The interval is a 95% bootstrap over prompts of the differences that are left when seeds are averaged.
+    """
+    learned = [row for row in rows if row["axis"] == "pairs"]
+    found: list[record.Row] = []
+    for arm, pairs in dict.fromkeys((row["arm"], row["pairs"]) for row in learned if row["arm"] != OURS):
+        mine, theirs = (
+            {row["seed"]: row[PER_PROMPT] for row in learned if (row["arm"], row["pairs"]) == (name, pairs)}
+            for name in (OURS, arm)
+        )
+        both = sorted(mine.keys() & theirs.keys())
+        differences = np.mean([np.subtract(theirs[seed], mine[seed]) for seed in both], axis=0)
+        within = paired_bootstrap(differences)
+        found.append(
+            {
+                "arm": arm,
+                "minus": OURS,
+                "pairs": pairs,
+                "seeds": len(both),
+                "gain": fmean(differences),
+                "low": within.low,
+                "high": within.high,
+            }
+        )
+    return found
+
+
+def write(rows: Sequence[record.Row], out: Path, *, quick: bool) -> None:
+    """Write ablation.json and ablation.png."""
+    shown = [{name: cell for name, cell in row.items() if name != PER_PROMPT} for row in rows]
+    settings = asdict(QUICK if quick else Settings())
+    environment = record.environment() | {"quick": quick, "settings": settings}
+    told = {"environment": environment, "rows": shown, "comparisons": comparisons(rows)}
+    (out / "ablation.json").write_text(json.dumps(told, indent=2) + "\n")
+    plot(rows).savefig(out / "ablation.png", dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    """Read the command line, measure, and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small run that ends within a minute on two cores")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where to write")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="which seeds to measure")
+    parser.add_argument("--tune", action="store_true", help="try learning rates, and measure nothing else")
+    options = parser.parse_args()
+    mpl.use("Agg")
+    seeds = options.seeds or SEEDS[: 1 if options.quick else None]
+    rows = measure(quick=options.quick, out=options.out, seeds=seeds, tune=options.tune)
+    print(record.table([{name: cell for name, cell in row.items() if name != PER_PROMPT} for row in rows]))
+    if not options.tune:
+        write(rows, options.out, quick=options.quick)
+
+
+if __name__ == "__main__":
+    main()

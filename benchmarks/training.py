@@ -1,0 +1,278 @@
+"""What a training step costs: artaug's objectives, and the logic of diffusers' own FLUX LoRA script, on one model."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Self
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.training_utils import (
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
+from matplotlib.figure import Figure
+from peft import LoraConfig
+from PIL.Image import Image
+from torch import Tensor, nn
+
+import artaug as aa
+from artaug.training import ATTENTION_AND_MLP, FlowMatching, PairBatch
+from artaug.training.adapters import adapted, left_as_found, targeted_layers
+from artaug.training.batches import Turn
+from artaug.training.optimising import Optimisation
+from artaug.training.processes import ALONE
+from benchmarks import _flux as flux
+from benchmarks import _memory as memory
+from benchmarks import _record as record
+
+RANK = 16
+RATE = 1e-4
+SCRIPT = "diffusers' script"
+"""The logic of ``train_dreambooth_lora_flux.py`` with cached latents and prompts, run here; its defaults otherwise."""
+OBJECTIVES: dict[str, aa.Objective] = {
+    "SupervisedFineTuning": aa.SupervisedFineTuning(),
+    "PairedDifference": aa.PairedDifference(),
+    "DirectPreference": aa.DirectPreference(),
+}
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RandomFlux:
+    """A FLUX transformer with random weights, as a trainer sees a model: packed latents, no encoders."""
+
+    geometry: flux.Geometry
+    module: FluxTransformer2DModel
+    side: int
+    """Image tokens on a side."""
+
+    noising = FlowMatching(shift=3.0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return torch.device(self.geometry.device)
+
+    def at_size(self, width: int, height: int) -> Self:
+        """There is one size."""
+        raise NotImplementedError
+
+    def without_encoders(self) -> AbstractContextManager[None]:
+        """There are none."""
+        return nullcontext()
+
+    def encode_images(self, images: Sequence[Image]) -> Tensor:
+        """Latents are random here."""
+        raise NotImplementedError
+
+    def encode_masks(self, masks: Tensor) -> Tensor:
+        """Nothing is masked here."""
+        raise NotImplementedError
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        """Prompts are random here."""
+        raise NotImplementedError
+
+    def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The transformer's velocity, at the guidance of drawing."""
+        embeds = conditioning["prompt_embeds"]
+        places = torch.cartesian_prod(torch.arange(1), *(torch.arange(self.side),) * 2).to(embeds)
+        velocity: Tensor = self.module(
+            hidden_states=noisy.to(embeds),
+            timestep=sigmas.to(embeds),
+            guidance=torch.full((len(noisy),), 3.5, device=embeds.device),
+            pooled_projections=conditioning["pooled_prompt_embeds"],
+            encoder_hidden_states=embeds,
+            txt_ids=embeds.new_zeros(embeds.shape[1], 3),
+            img_ids=places,
+            return_dict=False,
+        )[0]
+        return velocity.to(noisy)
+
+    def batch(self, size: int) -> PairBatch:
+        """Random pairs."""
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.device)
+
+        latents = (size, self.side**2, flux.LATENT_CHANNELS)
+        geometry = self.geometry
+        return PairBatch(
+            before=drawn(*latents),
+            after=drawn(*latents),
+            conditioning={
+                "prompt_embeds": drawn(size, geometry.base_tokens, geometry.text_channels).to(geometry.dtype),
+                "pooled_prompt_embeds": drawn(size, geometry.pooled_channels).to(geometry.dtype),
+            },
+            noise=drawn(*latents),
+            sigmas=self.noising.levels(size, generator).to(self.device),
+        )
+
+
+@contextmanager
+def ours(model: RandomFlux, objective: aa.Objective, batch: PairBatch) -> Iterator[Step]:
+    """One step of artaug's trainer."""
+    generator = torch.Generator().manual_seed(0)
+    with adapted(model, rank=RANK, targets=ATTENTION_AND_MLP, generator=generator) as student:
+        optimiser = aa.AdamW().over(student.parameters(), learning_rate=RATE)
+        optimisation = Optimisation(student, optimiser, ema=None)
+        turn = Turn(model, [batch])
+        yield lambda: optimisation.step(
+            turn, objective.loss, number=1, learning_rate=RATE, max_grad_norm=1.0, processes=ALONE
+        )
+
+
+@contextmanager
+def theirs(model: RandomFlux, batch: PairBatch) -> Iterator[Step]:
+    """One step as diffusers' FLUX LoRA script takes it, on the pictures after."""
+    module, latents = model.module, batch.after
+    layers = targeted_layers(module, ATTENTION_AND_MLP)
+    schedule = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with left_as_found(module, layers):
+        module.add_adapter(
+            LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=list(layers))
+        )
+        cast_training_params([module], dtype=torch.float32)
+        factors = [one for one in module.parameters() if one.requires_grad]
+        optimiser = torch.optim.AdamW(factors, lr=RATE, weight_decay=1e-4)
+        module.train()
+
+        def step() -> object:
+            density = compute_density_for_timestep_sampling("none", len(latents), 0.0, 1.0, 1.29)
+            sigmas = schedule.sigmas[(density * schedule.config.num_train_timesteps).long()].to(latents)
+            rows = sigmas[:, None, None]
+            noise = torch.randn_like(latents)
+            predicted = model.predict((1 - rows) * latents + rows * noise, sigmas, batch.conditioning)
+            weights = compute_loss_weighting_for_sd3("none", sigmas)[:, None, None]
+            errors = weights.float() * (predicted.float() - (noise - latents).float()) ** 2
+            loss = errors.flatten(1).mean(1).mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(factors, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            return loss.detach().item()
+
+        yield step
+    module._hf_peft_config_loaded = False  # noqa: SLF001 - add_adapter set it, and has no counterpart
+
+
+def measure(*, quick: bool) -> list[record.Row]:
+    """Time whole training steps, interleaved, and count the memory they hold.
+
+    With CUDA the transformer is FLUX.1-dev's own geometry in bfloat16, recomputing activations, at 512 and 1,024 pixels;
+    else a scaled-down one in float32, with and without recomputing. Weights, latents and prompts are random. A round takes
+    every method once, each time beginning with another one; ``seconds_per_step`` is the median over rounds,
+    ``ratio_to_sft`` the median (and quartiles) of the ratio to plain fine-tuning within a round. ``peak_bytes`` holds
+    weights, factors, moments and the most a step holds besides. `TwoStage` takes steps of plain fine-tuning.
+    """
+    on_gpu = torch.cuda.is_available()
+    geometry = flux.FLUX_DEV if on_gpu else flux.SCALED_DOWN
+    module = geometry.model()
+    rows: list[record.Row] = []
+    for side in (32, 64) if on_gpu else (16,):
+        for size in (1,) if quick else (1, 4):
+            for recomputing in (True,) if on_gpu else (False,) if quick else (False, True):
+                model = RandomFlux(geometry=geometry, module=module, side=side)
+                rows += described(model, size, recomputing=recomputing, rounds=3 if quick else 12)
+                gc.collect()
+    return rows
+
+
+def described(model: RandomFlux, size: int, *, recomputing: bool, rounds: int) -> list[record.Row]:
+    """A row a method, for one size of batch."""
+    batch = model.batch(size)
+    methods = {name: lambda one=one: ours(model, one, batch) for name, one in OBJECTIVES.items()}
+    methods[SCRIPT] = lambda: theirs(model, batch)
+    peaks, seconds = {}, {name: list[float]() for name in methods}
+    for name, method in methods.items():
+        with recomputed(model, method(), wanted=recomputing) as step:
+            step()  # makes the optimiser's moments
+            peaks[name] = memory.peak_bytes(step, given=model.module.parameters())
+    names = list(methods)
+    for number in range(rounds):
+        for name in (*names[number % len(names) :], *names[: number % len(names)]):
+            with recomputed(model, methods[name](), wanted=recomputing) as step:
+                step()
+                seconds[name].append(timed(step))
+    return [row(model, size, name, seconds, peaks, recomputing=recomputing) for name in methods]
+
+
+@contextmanager
+def recomputed(model: RandomFlux, method: AbstractContextManager[Step], *, wanted: bool) -> Iterator[Step]:
+    """A method at work, with activations computed again in the backward pass or not."""
+    with method as step:
+        if wanted:
+            model.module.enable_gradient_checkpointing()
+        try:
+            yield step
+        finally:
+            model.module.disable_gradient_checkpointing()
+
+
+def timed(step: Step) -> float:
+    """Seconds a step takes."""
+    memory.settled()
+    start = time.perf_counter()
+    step()
+    memory.settled()
+    return time.perf_counter() - start
+
+
+def row(
+    model: RandomFlux,
+    size: int,
+    method: str,
+    seconds: Mapping[str, Sequence[float]],
+    peaks: Mapping[str, int],
+    *,
+    recomputing: bool,
+) -> record.Row:
+    """One method's numbers."""
+    plain = seconds["SupervisedFineTuning"]
+    ratios = [mine / base for mine, base in zip(seconds[method], plain, strict=True)]
+    low, _, high = quantiles(ratios, n=4, method="inclusive")
+    return {
+        "method": method,
+        "pixels": 16 * model.side,
+        "batch": size,
+        "recomputing": recomputing,
+        "seconds_per_step": median(seconds[method]),
+        "ratio_to_sft": median(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
+        "peak_bytes": peaks[method],
+        "peak_to_script": peaks[method] / peaks[SCRIPT],
+        "rank": RANK,
+        "rounds": len(plain),
+    }
+
+
+def plot(rows: Sequence[record.Row]) -> Figure:
+    """Time beside plain fine-tuning and memory beside the script, a group of bars for every setting."""
+    settings = list(dict.fromkeys((row["pixels"], row["batch"], row["recomputing"]) for row in rows))
+    methods = [*OBJECTIVES, SCRIPT]
+    figure = Figure(figsize=(9, 3.6))
+    for place, (name, title) in enumerate(
+        (("ratio_to_sft", "time of a step over plain fine-tuning"), ("peak_to_script", "memory over the script"))
+    ):
+        axes = figure.add_subplot(1, 2, place + 1, title=title)
+        for at, method in enumerate(methods):
+            mine = [row[name] for row in rows if row["method"] == method]
+            axes.bar([number + at * 0.2 for number in range(len(settings))], mine, 0.18, label=method)
+        labels = [f"{pixels} px, batch {size}{', recomputing' if again else ''}" for pixels, size, again in settings]
+        axes.set_xticks([number + 0.3 for number in range(len(settings))], labels, fontsize=7)
+        axes.axhline(1, color="grey", linewidth=0.5)
+    figure.axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+if __name__ == "__main__":
+    record.run("training", measure, plot)

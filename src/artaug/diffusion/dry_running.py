@@ -1,0 +1,216 @@
+"""A training step on tensors without numbers: what it would hold at most, and how much it would compute."""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - as everybody calls it
+from PIL import Image
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from artaug.diffusion.family import Family
+from artaug.lora import LoRA, LowRank
+from artaug.training.adapters import AdaptedModel, adapted, targeted_layers
+from artaug.training.objectives import PairBatch, Stage
+from artaug.training.recipe import Recipe
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - the one flash kernel meta knows
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001 - likewise
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a piece of work takes."""
+
+    peak_bytes: int
+    """The most it holds at once, of what it makes itself."""
+    flops: int
+    """Multiplications and additions of matrix products, convolutions and attention."""
+
+
+class Ledger(TorchDispatchMode):
+    """Notes what operations make, until nothing holds it any more, and what they compute.
+
+    Storages are counted, not tensors: a view costs nothing, and what autograd saves is held as long as it saves it.
+    What was there before, weights above all, is not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.flops = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401 - any operation
+        made = func(*args, **(kwargs or {}))
+        given = {_storage(one)._cdata for one in _tensors((args, kwargs))}  # noqa: SLF001 - a storage has no other name
+        for one in _tensors(made):
+            self._hold(_storage(one), given)
+        packet = func._overloadpacket  # noqa: SLF001 - what torch's own table of formulas goes by
+        if packet in (_FLASH, _FLASH_BACKWARD):
+            # Two products of matrices there, and five on the way back, which forms the weights of attention again.
+            query, key = args[:2] if packet is _FLASH else args[1:3]
+            products = 2 if packet is _FLASH else 5
+            self.flops += products * 2 * query.numel() * key.shape[-2]
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=made)
+        return made
+
+    def _hold(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        name, size = storage._cdata, storage.nbytes()  # noqa: SLF001 - as above
+        if name in self._alive or name in given:
+            return
+        self._alive.add(name)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._let_go, name, size).atexit = False
+
+    def _let_go(self, name: int, size: int) -> None:
+        self._alive.discard(name)
+        self.now -= size
+
+
+class DeviceKernels(TorchFunctionMode):
+    """Has operations work as an accelerator's kernels do, where the meta device would take a longer way.
+
+    Attention keeps queries, keys, values, its output and one number a query, and no table of all queries and keys. The
+    root mean square norm keeps its input and one number a row. What only values could tell is taken to be zero.
+    """
+
+    def __init__(self, *, fused_norms: bool) -> None:
+        super().__init__()
+        self._fused_norms = fused_norms
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401 - any function of torch
+        named = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            named.update(zip(("query", "key", "value"), args, strict=False))
+            return _FLASH(named["query"], named["key"], named["value"])[0]
+        if self._fused_norms and func in (torch.rms_norm, F.rms_norm):
+            named.update(zip(("input", "normalized_shape", "weight"), args, strict=False))
+            return _FusedNorm.apply(named["input"], named.get("weight"))
+        if func is Tensor.cpu and args[0].is_meta:
+            return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        return func(*args, **named)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """A norm over the last axis in one kernel, seen from its memory."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, inputs: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, inputs.new_empty(inputs.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.empty_like(gradient), None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DryRun:
+    """A family's model without weights, and how it is to be trained."""
+
+    family: Family
+    recipe: Recipe
+    text: Mapping[str, tuple[int, ...]]
+    """Shapes of an encoded prompt."""
+    dtype: torch.dtype
+    fused_norms: bool
+    _batch: list[PairBatch] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> int:
+        """How many are worked on at a time."""
+        return min(self.recipe.at_once or self.recipe.batch_size, self.recipe.batch_size)
+
+    def encoding(self) -> Work:
+        """What encoding pictures takes, as many at a time as there are pairs in a step."""
+        return self._watched(self._latents)
+
+    def step(self, stage: Stage, *, under: int) -> tuple[Work, int]:
+        """What the forward and backward passes of some pairs take, and how many numbers are trained.
+
+        Args:
+            stage: says what is minimised.
+            under: LoRAs of earlier stages that are worn.
+        """
+        family, recipe = self.family, self.recipe
+        module: Any = family.module
+        layers = targeted_layers(module, recipe.targets)
+        with ExitStack() as worn:
+            for _ in range(under):
+                worn.enter_context(_of_zeros(layers, recipe.rank).worn_by(module))
+            student = worn.enter_context(
+                adapted(family, rank=recipe.rank, targets=recipe.targets, generator=torch.Generator())
+            )
+            if recipe.gradient_checkpointing:
+                module.enable_gradient_checkpointing()
+            for factor in student.parameters():
+                factor.grad = torch.zeros_like(factor)
+            batch = self._pairs()
+            work = self._watched(lambda: _there_and_back(stage, student, batch))
+            return work, sum(factor.numel() for factor in student.parameters())
+
+    def _watched(self, work: Callable[[], object]) -> Work:
+        with Ledger() as ledger, DeviceKernels(fused_norms=self.fused_norms):
+            work()
+        return Work(ledger.peak, ledger.flops)
+
+    def _latents(self) -> Tensor:
+        picture = Image.new("RGB", (self.family.width, self.family.height))
+        return self.family.encode_images([picture] * self.pairs)
+
+    def _pairs(self) -> PairBatch:
+        with DeviceKernels(fused_norms=self.fused_norms):
+            latents = self._latents()
+        texts = {
+            name: torch.ones(self.pairs, *shape, dtype=torch.long)
+            if name.endswith("_mask")
+            else torch.empty(self.pairs, *shape, dtype=self.dtype, device="meta")
+            for name, shape in self.text.items()
+        }
+        return PairBatch(
+            before=latents.float(),
+            after=torch.empty_like(latents, dtype=torch.float32),
+            noise=torch.empty_like(latents, dtype=torch.float32),
+            sigmas=torch.empty(self.pairs, device="meta"),
+            conditioning=texts,
+        )
+
+
+def _there_and_back(stage: Stage, student: AdaptedModel, batch: PairBatch) -> None:
+    # Tensor.backward would be a function of torch, in which the mode that has called it is switched off.
+    torch.autograd.backward(stage.loss(student, batch))
+
+
+def _of_zeros(layers: Mapping[str, Any], rank: int) -> LoRA:
+    """A LoRA that takes no memory here, and does on the device."""
+    zero = torch.zeros(1)
+    return LoRA(
+        {
+            name: LowRank(zero.expand(rank, one.in_features), zero.expand(one.out_features, rank))
+            for name, one in layers.items()
+        }
+    )
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
+def _tensors(nested: object) -> list[Tensor]:
+    return [one for one in tree_leaves(nested) if isinstance(one, Tensor)]

@@ -1,0 +1,331 @@
+"""What a training will take in memory and time, found out before any weights are read."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from artaug.diffusion.dry_running import DryRun, Work
+from artaug.diffusion.family import Family
+from artaug.diffusion.flux import Flux
+from artaug.diffusion.flux2 import Flux2Family
+from artaug.diffusion.known import family_of
+from artaug.diffusion.qwen_image import QwenImage
+from artaug.diffusion.sd3 import StableDiffusion3
+from artaug.diffusion.sd15 import StableDiffusion
+from artaug.diffusion.sdxl import StableDiffusionXL
+from artaug.diffusion.weightless import modules, stored_bytes, weightless
+from artaug.diffusion.z_image import ZImage
+from artaug.errors import InvalidValueError, ModelError
+from artaug.showing import duration, table_html
+from artaug.training.optimisers import AdamW8bit, Optimiser
+from artaug.training.recipe import Recipe
+from artaug.training.trainer import DifferentialLoRATrainer
+
+_FLOAT32 = 4
+_PROBED = 65536
+_QUANTISED_MOMENTS = 2 * (1 + 4 / 256)
+"""Bytes a number: two of one byte each, and a float32 scale for every 256 of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What one process of a training takes, all sizes in bytes.
+
+    Left out are the driver's own context (half a gigabyte or so), what an allocator loses between blocks, the text
+    encoders' activations (less than the VAE's), and an optimiser's temporaries (less than the activations, which are gone
+    by then).
+    """
+
+    model: str
+    """The pipeline's class."""
+    width: int
+    height: int
+    pairs_at_once: int
+    trained_parameters: int
+    weights_bytes: int
+    """Of the denoiser, and of parts that never rest (a safety checker, say)."""
+    encoders_bytes: int
+    """Of the text encoders and the VAE, which wait on the CPU while the denoiser learns."""
+    encoding_bytes: int
+    """What encoding pictures holds at most, beside all weights."""
+    factors_bytes: int
+    """The LoRA's float32 factors, their gradients, the optimiser's state, and the moving average if one is kept."""
+    activations_bytes: int
+    """What a forward and a backward pass hold at most, beside weights and factors."""
+    lora_bytes: int
+    """The file of the LoRA, as it is trained: float32."""
+    checkpoint_bytes: int
+    """One checkpoint: factors, the optimiser's state, the moving average."""
+    steps: int
+    flops_per_step: int
+    """Multiplications and additions of matrix products, convolutions and attention, on average over all stages."""
+    flops_per_second: float | None = None
+    """What the device really does, as the caller said."""
+
+    @property
+    def training_bytes(self) -> int:
+        """The most memory held while the denoiser learns."""
+        return self.weights_bytes + self.factors_bytes + self.activations_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory held at any time: while the denoiser learns, or while everything is encoded before that."""
+        return max(self.training_bytes, self.weights_bytes + self.encoders_bytes + self.encoding_bytes)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Time of a step, if the device's speed is known."""
+        return None if self.flops_per_second is None else self.flops_per_step / self.flops_per_second
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of all steps, if the device's speed is known."""
+        return None if self.seconds_per_step is None else self.steps * self.seconds_per_step
+
+    def fits(self, memory_bytes: float) -> bool:
+        """Whether a device of so much free memory is enough; mind what is left out above.
+
+        >>> from artaug.diffusion import Estimate
+        >>> sizes = {name: 1 for name in ("encoders_bytes", "encoding_bytes", "factors_bytes", "activations_bytes")}
+        >>> others = {"lora_bytes": 1, "checkpoint_bytes": 1, "steps": 1, "flops_per_step": 1, "trained_parameters": 1}
+        >>> told = Estimate(model="M", width=8, height=8, pairs_at_once=1, weights_bytes=10, **sizes, **others)
+        >>> told.fits(12), told.fits(11)
+        (True, False)
+        """
+        return self.peak_bytes <= memory_bytes
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        widest = max(len(name) for name, _ in rows)
+        return "\n".join([self._title(), *(f"  {name:{widest}}  {told:>10}" for name, told in rows)])
+
+    def _repr_html_(self) -> str:
+        return table_html([self._title(), ""], self._rows())
+
+    def _title(self) -> str:
+        return f"{self.model}, {self.width} x {self.height} pixels, {self.pairs_at_once} pair(s) at once"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        sizes = {
+            "weights": self.weights_bytes,
+            "text encoders and VAE": self.encoders_bytes,
+            "encoding": self.encoding_bytes,
+            "factors, gradients, optimiser": self.factors_bytes,
+            "activations": self.activations_bytes,
+            "most while learning": self.training_bytes,
+            "most at any time": self.peak_bytes,
+            "LoRA file": self.lora_bytes,
+            "checkpoint": self.checkpoint_bytes,
+        }
+        rows = [(name, _readable(size)) for name, size in sizes.items()]
+        rows += [("trained numbers", f"{self.trained_parameters / 1e6:.1f} M")]
+        rows += [("a step", f"{self.flops_per_step / 1e12:.3g} TFLOP")]
+        if self.seconds_per_step is not None and self.seconds is not None:
+            rows += [("time of a step", duration(self.seconds_per_step))]
+            rows += [(f"time of {self.steps} steps", duration(self.seconds))]
+        return rows
+
+
+def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with defaults
+    source: str | os.PathLike[str] | DiffusionPipeline,
+    *,
+    trainer: Recipe | None = None,
+    width: int = 1024,
+    height: int = 1024,
+    max_sequence_length: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    bits_per_weight: float | None = None,
+    flops_per_second: float | None = None,
+    fused_norms: bool = True,
+) -> Estimate:
+    """Say what training a model will take, before anything is loaded.
+
+    The trainer's own step is run: the model is built from its configs on torch's meta device, where a tensor has a shape
+    and a type and no numbers, the LoRA is put on as in a training, and the objective's loss is computed and
+    differentiated. Whatever is made on the way is counted until nothing holds it. So targets, rank, objective, gradient
+    checkpointing and batch size count as they will.
+
+    Args:
+        source: a folder or a name on the Hub, of which only configs are read, or a loaded pipeline.
+        trainer: how it is to be trained; the default trainer without one.
+        width: of the pictures, in pixels.
+        height: of the pictures, in pixels.
+        max_sequence_length: tokens of a prompt, None for what is usual. Models that read prompts as long as they are
+            (Qwen-Image, Z-Image) need less for shorter ones.
+        dtype: of the weights and of what is computed with them.
+        bits_per_weight: of the denoiser's linear layers, where they are stored in fewer: 8 in fp8 or int8, 4.5 in
+            bitsandbytes' nf4 (a float32 scale for every 64 weights). It is taken as said; every layer is unpacked to
+            ``dtype`` when it is used, and one at a time.
+        flops_per_second: what the device really does, for the time. A third to a half of what its maker states is usual.
+        fused_norms: whether the device computes a root mean square norm in one kernel, as GPUs do and CPUs do not.
+
+    Raises:
+        ModelError: if there is no pipeline, if artaug cannot say what its denoiser is given, or for a size it does not
+            take.
+        LoRAMismatchError: if the trainer's ``targets`` select no layer.
+        InvalidValueError: for bits or a speed that are none.
+        MissingExtraError: if the trainer's optimiser is of a package that is not installed.
+
+    >>> import artaug as aa
+    >>> from artaug import playground
+    >>> from artaug.diffusion import estimate
+    >>> told = estimate(playground.synthesizer().pipeline, width=64, height=64)
+    >>> told.fits(2**30)
+    True
+    """
+    recipe = DifferentialLoRATrainer() if trainer is None else trainer
+    _check(bits_per_weight, flops_per_second)
+    pipeline = weightless(source, dtype=dtype)
+    family = _bound(pipeline, width=width, height=height, max_sequence_length=max_sequence_length)
+    run = DryRun(family=family, recipe=recipe, text=_text(family), dtype=dtype, fused_norms=fused_norms)
+    encoding = run.encoding()
+    weights, unpacked = _stored(family.module, bits_per_weight)
+    encoders = {name: part for name, part in modules(pipeline) if name.startswith(("text_encoder", "vae"))}
+    others = [part for name, part in modules(pipeline) if name not in encoders and part is not family.module]
+    activations, flops, trained = _stages(run)
+    optimiser = math.ceil(trained * _state_of(recipe.optimiser))
+    exported = _FLOAT32 * trained
+    average = exported if recipe.ema is not None else 0
+    return Estimate(
+        model=type(pipeline).__name__,
+        width=width,
+        height=height,
+        pairs_at_once=run.pairs,
+        trained_parameters=trained,
+        weights_bytes=weights + sum(map(stored_bytes, others)),
+        encoders_bytes=sum(map(stored_bytes, encoders.values())),
+        encoding_bytes=encoding.peak_bytes,
+        factors_bytes=2 * exported + optimiser + average,
+        activations_bytes=activations + unpacked,
+        lora_bytes=exported,
+        checkpoint_bytes=exported + optimiser + average,
+        steps=recipe.steps,
+        flops_per_step=flops,
+        flops_per_second=flops_per_second,
+    )
+
+
+def _check(bits_per_weight: float | None, flops_per_second: float | None) -> None:
+    if bits_per_weight is not None and not 0 < bits_per_weight <= 32:  # noqa: PLR2004 - of a float32
+        raise InvalidValueError(f"bits_per_weight={bits_per_weight}: need more than 0 and at most 32.")
+    if flops_per_second is not None and not 0 < flops_per_second < math.inf:
+        raise InvalidValueError(f"flops_per_second={flops_per_second}: need a finite speed above 0.")
+
+
+def _bound(pipeline: DiffusionPipeline, *, width: int, height: int, max_sequence_length: int | None) -> Family:
+    kind = family_of(pipeline)
+    return kind(
+        pipeline=pipeline,
+        width=width,
+        height=height,
+        guidance_scale=None,
+        negative_prompt=None,
+        true_cfg_scale=1.0,
+        max_sequence_length=kind.usual_length if max_sequence_length is None else max_sequence_length,
+    )
+
+
+def _stages(run: DryRun) -> tuple[int, int, int]:
+    """The most any stage holds, what a step computes on average, and how many numbers are trained."""
+    stages = run.recipe.objective.course(1).stages
+    works: list[Work] = []
+    trained = 0
+    for number, stage in enumerate(stages):
+        work, trained = run.step(stage, under=number)
+        works.append(work)
+    whole = math.fsum(stage.share for stage in stages)
+    flops = math.fsum(work.flops * stage.share / whole for work, stage in zip(works, stages, strict=True))
+    return max(work.peak_bytes for work in works), round(flops * run.recipe.batch_size / run.pairs), trained
+
+
+def _stored(module: nn.Module, bits: float | None) -> tuple[int, int]:
+    """What the denoiser takes as it is stored, and its largest layer unpacked, if they are packed."""
+    whole = stored_bytes(module)
+    if bits is None:
+        return whole, 0
+    linear = [one.weight for one in module.modules() if isinstance(one, nn.Linear)]
+    plain = sum(one.numel() * one.element_size() for one in linear)
+    packed = sum(math.ceil(one.numel() * bits / 8) for one in linear)
+    return whole - plain + packed, max(one.numel() * one.element_size() for one in linear)
+
+
+def _state_of(optimiser: Optimiser) -> float:
+    """Bytes an optimiser keeps for every number it trains, found out by letting it take one step."""
+    if isinstance(optimiser, AdamW8bit):
+        return _QUANTISED_MOMENTS  # whose kernels may want a GPU
+    probe = nn.Parameter(torch.zeros(_PROBED))
+    probe.grad = torch.ones(_PROBED)
+    made = optimiser.over([probe], learning_rate=1e-4)
+    if hasattr(made, "train"):
+        made.train()  # schedule-free ones ask for it
+    made.step()
+    held = [one for one in made.state[probe].values() if isinstance(one, torch.Tensor) and one.ndim]
+    return sum(one.numel() * one.element_size() for one in held) / _PROBED
+
+
+def _text(family: Family) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of what a prompt of the longest length becomes, one row of it.
+
+    Raises:
+        ModelError: for a family of somebody else's.
+    """
+    for kind, shapes in _TEXT.items():
+        if isinstance(family, kind):
+            return shapes(family, family.pipeline)
+    known = ", ".join(kind.__name__ for kind in _TEXT)
+    raise ModelError(
+        f"what a {type(family).__name__} gives its denoiser is not known before prompts are encoded, so its training "
+        f"cannot be estimated. Known are: {known}."
+    )
+
+
+def _flux(family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - parts differ
+    config = pipeline.transformer.config
+    return {
+        "prompt_embeds": (family.max_sequence_length, config.joint_attention_dim),
+        "pooled_prompt_embeds": (config.pooled_projection_dim,),
+    }
+
+
+def _flux2(family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - likewise
+    return {"prompt_embeds": (family.max_sequence_length, pipeline.transformer.config.joint_attention_dim)}
+
+
+def _sd3(family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - likewise
+    config, longest = pipeline.transformer.config, family.max_sequence_length
+    return {
+        "prompt_embeds": (pipeline.tokenizer_max_length + longest, config.joint_attention_dim),
+        "pooled_prompt_embeds": (config.pooled_projection_dim,),
+    }
+
+
+def _masked(family: Family, width: int) -> Mapping[str, tuple[int, ...]]:
+    longest = family.max_sequence_length
+    return {"prompt_embeds": (longest, width), "prompt_embeds_mask": (longest,)}
+
+
+def _clip(_family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - likewise
+    return {"prompt_embeds": (pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim)}
+
+
+def _two_clips(family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - likewise
+    pooled: int = pipeline.text_encoder_2.config.projection_dim
+    return {**_clip(family, pipeline), "pooled_prompt_embeds": (pooled,)}
+
+
+_TEXT: Mapping[type[Family], Callable[[Family, Any], Mapping[str, tuple[int, ...]]]] = {
+    Flux: _flux,
+    Flux2Family: _flux2,
+    QwenImage: lambda family, pipeline: _masked(family, pipeline.transformer.config.joint_attention_dim),
+    StableDiffusion: _clip,
+    StableDiffusion3: _sd3,
+    StableDiffusionXL: _two_clips,
+    ZImage: lambda family, pipeline: _masked(family, pipeline.transformer.config.cap_feat_dim),
+}
+"""What each family's `Family.encode_prompts` gives, by the shape of a row."""

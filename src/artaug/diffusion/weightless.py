@@ -1,0 +1,100 @@
+"""Pipelines without weights: parts as their configs say, on the meta device, where a tensor is a shape and a type."""
+
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, pipelines
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from artaug.diffusion.known import family_at
+from artaug.errors import ModelError
+
+_CLIP_READS = 77
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a dry run asks of a tokenizer: no vocabulary is read."""
+
+    model_max_length: int
+
+
+def weightless(source: str | os.PathLike[str] | DiffusionPipeline, *, dtype: torch.dtype) -> DiffusionPipeline:
+    """A pipeline that can be called and weighs nothing: its models are on the meta device.
+
+    Args:
+        source: a folder or a name on the Hub, of which only configs are read, or a loaded pipeline, which stays as it is.
+        dtype: of the weights.
+
+    Raises:
+        ModelError: if there is no pipeline, one artaug does not know, or a part whose config cannot be read.
+    """
+    if isinstance(source, DiffusionPipeline):
+        settings = dict(source.config)
+        parts = {name: _twin(part, dtype) for name, part in source.components.items()}
+        return type(source)(**{**_options(settings, parts), **parts})
+    kind: Any = family_at(source).pipeline_class
+    index = kind.load_config(source)
+    told = {name: one for name, one in index.items() if isinstance(one, list | tuple) and len(one) == 2}
+    parts = {name: _part(source, name, *one, dtype=dtype) for name, one in told.items()}
+    pipeline: DiffusionPipeline = kind(**{**_options(index, parts), **parts})
+    return pipeline
+
+
+def modules(pipeline: DiffusionPipeline) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a pipeline that have weights."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            yield name, part
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """What a module's parameters and buffers take as they are stored."""
+    return sum(one.numel() * one.element_size() for one in (*module.parameters(), *module.buffers()))
+
+
+def _options(index: Mapping[str, Any], parts: Mapping[str, object]) -> dict[str, Any]:
+    """The settings in a pipeline's index that are no parts: whether it is distilled, and the like."""
+    return {name: one for name, one in index.items() if not name.startswith("_") and name not in parts}
+
+
+def _twin(part: object, dtype: torch.dtype) -> object:
+    """The same part without its weights; tokenizers and schedulers have none."""
+    if isinstance(part, ModelMixin):
+        return _made(type(part), part.config, dtype)
+    return _made(type(part), part.config, dtype) if isinstance(part, PreTrainedModel) else part
+
+
+def _part(
+    source: str | os.PathLike[str], name: str, library: str | None, class_name: str | None, *, dtype: torch.dtype
+) -> object:
+    """One part of the pipeline at ``source``, from its own config."""
+    if library is None or class_name is None:
+        return None
+    home = getattr(pipelines, library) if hasattr(pipelines, library) else importlib.import_module(library)
+    kind = getattr(home, class_name, None)
+    try:
+        if isinstance(kind, type) and issubclass(kind, ModelMixin):
+            return _made(kind, kind.load_config(source, subfolder=name), dtype)
+        if isinstance(kind, type) and issubclass(kind, SchedulerMixin):
+            return kind.from_pretrained(source, subfolder=name)  # type: ignore[attr-defined]
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            return _made(kind, kind.config_class.from_pretrained(source, subfolder=name), dtype)
+        longest = get_tokenizer_config(source, subfolder=name).get("model_max_length", _CLIP_READS)
+        return Reader(int(longest))
+    except (OSError, ValueError) as fault:
+        raise ModelError(f"the config of {name!r} of {str(source)!r} cannot be read: {fault}") from fault
+
+
+def _made(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:  # noqa: ANN401 - diffusers' or transformers'
+    """A model from its config, on the meta device and ready to predict."""
+    with torch.device("meta"):
+        module: nn.Module = kind.from_config(config) if issubclass(kind, ModelMixin) else kind(config)
+    # The plain method: those of diffusers and transformers warn of what only matters to weights.
+    return nn.Module.to(module, dtype=dtype).eval().requires_grad_(requires_grad=False)

@@ -1,0 +1,98 @@
+"""What a push consists of, as values: the base it builds on, the samples it shows, the files it sends."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from typing import Annotated
+
+from PIL.Image import Image
+from pydantic import Field
+
+from artaug.values import value
+
+_KIB = 2**10
+
+
+@value
+class Base:
+    """The model a LoRA was trained on, and the terms it comes under. `base_of` reads them from the Hub.
+
+    >>> from artaug import hub
+    >>> hub.Base("me/tiny", license="apache-2.0")
+    Base(repo='me/tiny', revision=None, license='apache-2.0', license_name=None, license_link=None)
+    """
+
+    repo: str
+    """Its name on the Hub."""
+    revision: str | None = None
+    """The commit it was trained on."""
+    license: str | None = None
+    """As the Hub's cards call it: ``apache-2.0``, or ``other`` with a name and a link."""
+    license_name: str | None = None
+    license_link: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A picture to show on the card, and to upload."""
+
+    prompt: str
+    image: Image
+    """Drawn with the LoRA."""
+    before: Image | None = None
+    """Drawn without it, from the same seed."""
+
+
+@value
+class PushedFile:
+    """One file of a push."""
+
+    path: str
+    """In the repository."""
+    size: Annotated[int, Field(ge=0)]
+    """In bytes."""
+    sha256: str
+
+
+@value
+class Push:
+    """What went to the Hub, or in a dry run would have gone. ``print`` it, or look at it in a notebook."""
+
+    repo: str
+    revision: str
+    """The branch."""
+    private: bool
+    message: str
+    """Of the commit."""
+    files: tuple[PushedFile, ...]
+    """All of them, the card included."""
+    card: Annotated[str, Field(repr=False)]
+    """The text of README.md."""
+    commit: str | None = None
+    """The address of the commit; None in a dry run."""
+
+    def __str__(self) -> str:
+        width = max(len(file.path) for file in self.files)
+        lines = [f"  {file.path:<{width}}  {size:>12}  {file.sha256}" for file, size in self._sized()]
+        return "\n".join([self._headline(), *lines])
+
+    def _repr_html_(self) -> str:
+        """The files, and the card as it is written."""
+        rows = "".join(
+            f"<tr><td style='text-align:left'>{escape(file.path)}</td><td>{size}</td><td><code>{file.sha256}</code></td></tr>"
+            for file, size in self._sized()
+        )
+        head = "<tr><th style='text-align:left'>file</th><th>size</th><th>sha256</th></tr>"
+        return (
+            f"<p>{escape(self._headline())}</p><table>{head}{rows}</table>"
+            f"<details><summary>README.md</summary><pre>{escape(self.card)}</pre></details>"
+        )
+
+    def _headline(self) -> str:
+        kind = "private" if self.private else "public"
+        where = f"{self.repo} ({kind}, {self.revision})"
+        return f"would push to {where}:" if self.commit is None else f"pushed to {where}, {self.commit}:"
+
+    def _sized(self) -> Iterator[tuple[PushedFile, str]]:
+        for file in self.files:
+            yield file, f"{file.size / _KIB:,.1f} KiB"

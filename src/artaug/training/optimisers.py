@@ -1,0 +1,160 @@
+"""What moves a LoRA's factors: optimisers as values, and how their learning rate changes over a stage."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import nn
+
+from artaug.errors import InvalidValueError, MissingExtraError
+
+
+class Optimiser(ABC):
+    """Makes the torch optimiser that trains a stage's factors. Subclass it for one that is not here.
+
+    >>> import artaug as aa, torch
+    >>> class Momentum(aa.Optimiser):
+    ...     def over(self, factors, *, learning_rate):
+    ...         return torch.optim.SGD(factors, lr=learning_rate, momentum=0.9)
+    """
+
+    @abstractmethod
+    def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+        """An optimiser over these factors; the trainer sets its ``lr`` before every step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Optimiser):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101).
+
+    Raises:
+        InvalidValueError: for a negative decay, or betas outside [0, 1).
+    """
+
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        _check(self, self.weight_decay, self.betas)
+
+    def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(factors, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW8bit(Optimiser):
+    """AdamW whose two moments take one byte a parameter (Dettmers et al., arXiv 2110.02861), by bitsandbytes.
+
+    A LoRA's moments are small beside the frozen model; below rank 64 or so plain `AdamW` costs little more.
+
+    Raises:
+        InvalidValueError: for a negative decay, or betas outside [0, 1).
+    """
+
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        _check(self, self.weight_decay, self.betas)
+
+    def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+        try:
+            from bitsandbytes import optim  # noqa: PLC0415 - an extra
+        except ImportError:
+            raise MissingExtraError("AdamW8bit", package="bitsandbytes", extra="optimisers") from None
+        made: torch.optim.Optimizer = optim.AdamW8bit(
+            factors, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas
+        )
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prodigy(Optimiser):
+    """Finds its own step length (Mishchenko and Defazio, arXiv 2306.06101). Set the trainer's ``learning_rate`` to 1.
+
+    Raises:
+        InvalidValueError: for a negative decay, or betas outside [0, 1).
+    """
+
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    growth: float = math.inf
+    """By how much the estimate of the step length may grow in one step; above 1."""
+
+    def __post_init__(self) -> None:
+        _check(self, self.weight_decay, self.betas)
+        if not self.growth > 1:
+            raise InvalidValueError(f"{self}: need a growth above 1, or the step length could never be found.")
+
+    def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+        try:
+            from prodigyopt import Prodigy as Theirs  # noqa: PLC0415 - an extra
+        except ImportError:
+            raise MissingExtraError("Prodigy", package="prodigyopt", extra="optimisers") from None
+        made: torch.optim.Optimizer = Theirs(
+            factors,
+            lr=learning_rate,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            growth_rate=self.growth,
+            decouple=True,
+        )
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFree(Optimiser):
+    """AdamW without a schedule: what is exported is an average of where it has been (Defazio et al., arXiv 2405.15682).
+
+    Leave the trainer's ``schedule`` constant.
+
+    Raises:
+        InvalidValueError: for a negative decay, or betas outside [0, 1).
+    """
+
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        _check(self, self.weight_decay, self.betas)
+
+    def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+        try:
+            from schedulefree import AdamWScheduleFree  # noqa: PLC0415 - an extra
+        except ImportError:
+            raise MissingExtraError("ScheduleFree", package="schedulefree", extra="optimisers") from None
+        made: torch.optim.Optimizer = AdamWScheduleFree(
+            factors, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas, foreach=False
+        )
+        return made
+
+
+class Schedule(StrEnum):
+    """How the learning rate goes on after the warmup, until the end of a stage.
+
+    >>> import artaug as aa
+    >>> [round(aa.Schedule.COSINE.factor(part), 3) for part in (0.0, 0.5, 1.0)]
+    [1.0, 0.5, 0.0]
+    """
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+    def factor(self, part: float) -> float:
+        """What the learning rate is multiplied by once ``part`` of the way, in [0, 1], is behind it."""
+        match self:
+            case Schedule.CONSTANT:
+                return 1.0
+            case Schedule.LINEAR:
+                return 1.0 - part
+            case Schedule.COSINE:
+                return (1 + math.cos(math.pi * part)) / 2
+
+
+def _check(optimiser: Optimiser, weight_decay: float, betas: tuple[float, float]) -> None:
+    if not 0 <= weight_decay < math.inf or not all(0 <= beta < 1 for beta in betas):
+        raise InvalidValueError(f"{optimiser}: need a weight_decay of at least 0, and betas in [0, 1).")

@@ -1,0 +1,121 @@
+"""One run of the optimiser over a student's factors: a step, and where it stands between two."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from artaug.errors import SeamError, TrainingDivergedError
+from artaug.lora import LowRank
+from artaug.training.adapters import AdaptedModel
+from artaug.training.batches import Turn
+from artaug.training.objectives import Loss
+from artaug.training.processes import Processes
+from artaug.training.state import Nested
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What one step was like."""
+
+    loss: float
+    gradient_norm: float
+
+
+class Optimisation:
+    """A student on its way, its optimiser, and the moving average of its factors if one is kept."""
+
+    def __init__(self, student: AdaptedModel, optimiser: torch.optim.Optimizer, *, ema: float | None) -> None:
+        self._student = student
+        self._factors = student.parameters()
+        self._optimiser = optimiser
+        self._decay = ema
+        self._average = None if ema is None else [one.detach().clone() for one in self._factors]
+        self._switch("train")
+
+    def resume(self, factors: Mapping[str, LowRank], average: Mapping[str, LowRank], optimiser: Nested) -> None:
+        """Stand where `captured` was taken."""
+        self._student.put(factors)
+        self._optimiser.load_state_dict(optimiser)
+        if self._average is not None:
+            for mine, (one, side) in zip(self._average, self._sides(average), strict=True):
+                mine.copy_(getattr(one, side))
+
+    def step(
+        self,
+        turn: Turn,
+        loss: Loss,
+        *,
+        number: int,
+        learning_rate: float,
+        max_grad_norm: float,
+        processes: Processes,
+    ) -> Stepped:
+        """Take one step on one batch.
+
+        Raises:
+            SeamError: if the objective returned no loss.
+            TrainingDivergedError: if the loss or its gradient is not finite; the step is not taken then.
+        """
+        for group in self._optimiser.param_groups:
+            group["lr"] = learning_rate
+        self._optimiser.zero_grad(set_to_none=True)
+        whole = processes.count * sum(len(batch.sigmas) for batch in turn.batches)
+        student = self._student.on(turn.model)
+        total = torch.zeros((), device=self._factors[0].device)
+        for batch in turn.batches:
+            part = _checked(loss(student, batch)) * (len(batch.sigmas) / whole)
+            part.backward()
+            total += part.detach()
+        norm = self._gathered(total, max_grad_norm, processes)
+        stepped = Stepped(total.item(), norm.item())
+        if not (total.isfinite() and norm.isfinite()):
+            raise TrainingDivergedError(number, stepped.loss, gradient_norm=stepped.gradient_norm)
+        self._optimiser.step()
+        if self._average is not None and self._decay is not None:
+            torch._foreach_lerp_(self._average, list(self._factors), 1 - self._decay)
+        return stepped
+
+    def _gathered(self, total: Tensor, max_grad_norm: float, processes: Processes) -> Tensor:
+        """Add gradients up over all processes, shorten them, and say how long they were."""
+        if processes.count > 1:
+            for one in self._factors:
+                one.grad = torch.zeros_like(one) if one.grad is None else one.grad
+            processes.add_up([total, *(one.grad for one in self._factors if one.grad is not None)])
+        return nn.utils.clip_grad_norm_(self._factors, max_grad_norm)
+
+    def captured(self) -> tuple[dict[str, LowRank], dict[str, LowRank], Nested]:
+        """The factors; what would be exported now, where that is something else; and the optimiser's state."""
+        factors = self._student.layers()
+        state = self._optimiser.state_dict()
+        if self._average is not None:
+            names = list(factors)
+            sides = [one.cpu().clone() for one in self._average]
+            exported = {name: LowRank(sides[2 * at], sides[2 * at + 1]) for at, name in enumerate(names)}
+            return factors, exported, state
+        if not hasattr(self._optimiser, "eval"):
+            return factors, {}, state
+        self._switch("eval")
+        exported = self._student.layers()
+        self._switch("train")
+        self._student.put(factors)  # there and back is not exact
+        return factors, exported, state
+
+    def _switch(self, mode: str) -> None:
+        """Schedule-free optimisers keep other factors to train on than to use."""
+        if hasattr(self._optimiser, mode):
+            getattr(self._optimiser, mode)()
+
+    def _sides(self, layers: Mapping[str, LowRank]) -> Sequence[tuple[LowRank, str]]:
+        return [(layers[name], side) for name in self._student.wrapped for side in ("down", "up")]
+
+
+def _checked(loss: Tensor) -> Tensor:
+    """The loss, if an optimiser can do something with it."""
+    if loss.ndim != 0 or not loss.requires_grad:
+        raise SeamError(
+            f"the objective returned a loss of shape {tuple(loss.shape)}, "
+            f"{'with' if loss.requires_grad else 'without'} gradient. Expected a scalar made from model.predict."
+        )
+    return loss

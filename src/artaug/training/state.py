@@ -1,0 +1,226 @@
+"""Where a training stands between two steps: all it needs to go on, and the file it waits in. No pickle anywhere.
+
+Which pairs a step sees and their noise follow from the seed and the step's number alone (`artaug.training.batches`),
+so no state of a random generator and no place in a list has to be kept.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from artaug.disk import appearing, save_tensors
+from artaug.errors import StorageError
+from artaug.lora import LoRA, LowRank, summed
+from artaug.training.held_out import Look, as_json
+
+_VERSION = "1"
+_HELD = "__tensor__"
+
+Nested: TypeAlias = Any
+"""What an optimiser's ``state_dict`` is made of: dicts, lists, tensors, numbers, strings, None."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingState:
+    """A training after so many steps."""
+
+    step: int = 0
+    """Optimiser steps behind it."""
+    losses: tuple[float, ...] = ()
+    """Of those steps."""
+    finished: tuple[LoRA, ...] = ()
+    """What the groups of pairs behind it have learned."""
+    under: tuple[LoRA, ...] = ()
+    """What the earlier stages of this group have learned."""
+    factors: Mapping[str, LowRank] = field(default_factory=dict)
+    """Of the stage under way, by layer; none where a stage is about to begin."""
+    exported: Mapping[str, LowRank] = field(default_factory=dict)
+    """What would be exported in their place: a moving average, if one is kept."""
+    optimiser: Nested = None
+    """The optimiser's ``state_dict``."""
+    base_scores: tuple[float, ...] = ()
+    """Of the held-out pictures drawn without what is learned, if they are looked at."""
+    looks: tuple[Look, ...] = ()
+    best: LoRA | None = None
+    """The LoRA of the best look."""
+
+    def past(self, lora: LoRA, *, last: bool) -> "TrainingState":
+        """The state after a leg that learned ``lora``, which was the last of its group or not."""
+        between = replace(self, factors={}, exported={}, optimiser=None)
+        if last:
+            return replace(between, finished=(*self.finished, lora), under=())
+        return replace(between, under=(*self.under, lora))
+
+    def lora(self) -> LoRA:
+        """What has been learned: the mean over the groups of pairs that are done, or what a single one has so far."""
+        if self.factors:
+            return LoRA(self.exported or self.factors)
+        return summed([lora.scaled(1 / len(self.finished)) for lora in self.finished])
+
+    def save(self, path: Path, *, made_of: Mapping[str, str]) -> None:
+        """Write the state to one file that appears whole or not at all, even if the machine dies on the way.
+
+        Args:
+            path: where to write; folders in between are made.
+            made_of: what the training is made of, by name; `load` refuses a file of another one.
+
+        Raises:
+            StorageError: if it cannot be written; whatever was at ``path`` is as before.
+        """
+        numbers = {"losses": self.losses, "base_scores": self.base_scores}
+        tensors = {name: torch.tensor(one, dtype=torch.float64) for name, one in numbers.items()}
+        for number, lora in enumerate(self.finished):
+            tensors |= _flat(f"finished.{number}", lora.layers)
+        for number, lora in enumerate(self.under):
+            tensors |= _flat(f"under.{number}", lora.layers)
+        tensors |= _flat("factors", self.factors) | _flat("exported", self.exported)
+        tensors |= _flat("best", {} if self.best is None else self.best.layers)
+        header = {
+            "version": _VERSION,
+            "step": str(self.step),
+            "looks": json.dumps([as_json(look) for look in self.looks]),
+            "optimiser": json.dumps(_without_tensors(self.optimiser, "optimiser", tensors)),
+        }
+        remedy = (
+            "Those before it are whole: make room and call train again with the same arguments to go on from the last."
+        )
+        with appearing(path, what="the checkpoint", remedy=remedy, durable=True) as partial:
+            save_tensors(tensors, partial, {**header, **made_of})
+
+    @classmethod
+    def load(cls, path: Path, *, made_of: Mapping[str, str]) -> "TrainingState":
+        """Read what `save` wrote.
+
+        Raises:
+            StorageError: if it is no checkpoint, or one of another training, naming what differs.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError) as fault:
+            raise StorageError(f"{path} is no checkpoint: {fault}. Delete it to go on from the one before.") from None
+        if header.get("version") != _VERSION:
+            raise StorageError(
+                f"{path} is no checkpoint of this version of artaug (its version: {header.get('version')}, expected "
+                f"{_VERSION}). Give the training another folder."
+            )
+        unlike = [name for name in made_of if header.get(name) != made_of[name]]
+        if unlike:
+            told = "; ".join(f"{name}: {header.get(name)} there, {made_of[name]} here" for name in unlike)
+            raise StorageError(
+                f"{path} belongs to another training ({told}). Give this one another folder, or the arguments of that one."
+            )
+        return cls(
+            step=int(header["step"]),
+            losses=tuple(tensors.pop("losses").tolist()),
+            finished=_loras(tensors, "finished"),
+            under=_loras(tensors, "under"),
+            factors=_layers(tensors, "factors"),
+            exported=_layers(tensors, "exported"),
+            base_scores=tuple(tensors.pop("base_scores").tolist()),
+            looks=tuple(Look(**look) for look in json.loads(header["looks"])),
+            best=LoRA(layers) if (layers := _layers(tensors, "best")) else None,
+            optimiser=_with_tensors(json.loads(header["optimiser"]), tensors),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """Where a training writes down where it stands, so that it goes on after a kill as if nothing had happened.
+
+    A training that finds checkpoints of its own in the folder goes on from the last one; one that finds those of
+    another training refuses to run. Each file appears whole or not at all.
+
+    >>> import artaug as aa
+    >>> aa.Checkpoints(folder="runs/first/training", every=50)
+    Checkpoints(folder='runs/first/training', every=50, keep=2)
+    """
+
+    folder: str | Path
+    """Made if it is not there."""
+    every: int = 100
+    """Steps between two files."""
+    keep: int = 2
+    """How many of the newest files stay."""
+
+    def newest(self, *, made_of: Mapping[str, str]) -> TrainingState | None:
+        """The state in the newest file; None if there is none yet.
+
+        Raises:
+            StorageError: if the file is broken, or belongs to another training.
+        """
+        files = self._files()
+        return TrainingState.load(files[-1], made_of=made_of) if files else None
+
+    def write(self, state: TrainingState, *, made_of: Mapping[str, str]) -> None:
+        """Add a file, then delete the oldest beyond ``keep``.
+
+        Raises:
+            StorageError: if it cannot be written; the files before it are all there then.
+        """
+        path = Path(self.folder) / f"step-{state.step:08}.safetensors"
+        state.save(path, made_of=made_of)
+        for old in self._files()[: -self.keep]:
+            old.unlink()
+
+    def _files(self) -> list[Path]:
+        return sorted(Path(self.folder).glob("step-*.safetensors"))
+
+
+def _flat(prefix: str, layers: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    sides = ((name, side, getattr(one, side)) for name, one in layers.items() for side in ("down", "up"))
+    return {f"{prefix}.{name}.{side}": factor.clone() for name, side, factor in sides}  # two may share one
+
+
+def _layers(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, LowRank]:
+    """The layers under a prefix; safetensors sorts its keys, and layers are found by name, so order does not matter."""
+    names = [name[len(prefix) + 1 : -len(".down")] for name in tensors if name.startswith(f"{prefix}.")]
+    mine = dict.fromkeys(name for name in names if f"{prefix}.{name}.down" in tensors)
+    return {name: LowRank(tensors[f"{prefix}.{name}.down"], tensors[f"{prefix}.{name}.up"]) for name in mine}
+
+
+def _loras(tensors: Mapping[str, Tensor], prefix: str) -> tuple[LoRA, ...]:
+    numbers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith(f"{prefix}.")})
+    return tuple(LoRA(_layers(tensors, f"{prefix}.{number}")) for number in numbers)
+
+
+def _without_tensors(nested: Nested, name: str, tensors: dict[str, Tensor]) -> Nested:
+    """What JSON can hold of a nested thing; its tensors go to ``tensors``."""
+    match nested:
+        case Tensor():
+            tensors[name] = nested.detach().cpu().clone()
+            return {_HELD: name}
+        case Mapping():
+            pairs = [[key, _without_tensors(one, f"{name}.{key}", tensors)] for key, one in nested.items()]
+            return {"pairs": pairs}  # an optimiser's keys are numbers, too, which JSON would make strings
+        case str() | int() | float() | None:
+            return nested
+        case Sequence():
+            items = [_without_tensors(one, f"{name}.{number}", tensors) for number, one in enumerate(nested)]
+            return {"items": items, "tuple": isinstance(nested, tuple)}
+        case _:
+            pass
+    raise StorageError(
+        f"the optimiser keeps a {type(nested).__name__} at {name!r}, which a checkpoint without pickle cannot hold. "
+        "Expected tensors, numbers, strings, lists and dicts: train without checkpoints, or with another optimiser."
+    )
+
+
+def _with_tensors(nested: Nested, tensors: Mapping[str, Tensor]) -> Nested:
+    match nested:
+        case {"__tensor__": name}:
+            return tensors[name]
+        case {"pairs": pairs}:
+            return {key: _with_tensors(one, tensors) for key, one in pairs}
+        case {"items": items, "tuple": frozen}:
+            found = [_with_tensors(one, tensors) for one in items]
+            return tuple(found) if frozen else found
+        case _:
+            return nested

@@ -1,0 +1,110 @@
+"""Every family from training to another's hands: two steps, a file in every format it has, diffusers draws the same."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from artaug.diffusion import DiffusersSynthesizer, verify_export
+from artaug.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE, Format, Naming
+from artaug.lora import LoRA
+from artaug.pairs import ImagePair
+from artaug.plan import Plan
+from artaug.training import DifferentialLoRATrainer
+from support.family_laws import LIMIT, picture
+from support.tiny_flux import tiny_flux
+from support.tiny_flux2 import tiny_flux2, tiny_flux2_klein
+from support.tiny_qwen_image import tiny_qwen_image
+from support.tiny_sd3 import tiny_sd3
+from support.tiny_unet import tiny_sd15, tiny_sdxl
+from support.tiny_z_image import tiny_z_image
+
+SIDE = 32
+PROMPT = "a red barn"
+MOST = 2
+"""Grey levels of 255 by which pictures may differ: PEFT multiplies in another order."""
+
+
+def sdxl_of_two_layers_a_block():
+    """Names of the original U-Net count its layers, and published ones have two a block."""
+    pipeline = tiny_sdxl()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, layers_per_block=2).eval()
+    return pipeline
+
+
+FAMILIES = {
+    "FLUX.1": (FLUX1, tiny_flux),
+    "FLUX.2": (FLUX2, tiny_flux2),
+    "FLUX.2 klein": (FLUX2, tiny_flux2_klein),
+    "Stable Diffusion 3.5": (SD3, lambda: tiny_sd3(is_35=True)),
+    "SDXL": (SDXL, sdxl_of_two_layers_a_block),
+    "Stable Diffusion 1.5": (SD15, tiny_sd15),
+    "Qwen-Image": (QWEN_IMAGE, tiny_qwen_image),
+    "Z-Image": (Z_IMAGE, tiny_z_image),
+}
+EXPORTS = [(family, kind) for family, (naming, _) in FAMILIES.items() for kind in naming.spellings]
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    naming: Naming
+    synthesizer: DiffusersSynthesizer
+    lora: LoRA
+
+    @property
+    def pipeline(self):
+        return self.synthesizer.pipeline
+
+    def drawn(self, lora=None):
+        synthesizer = self.synthesizer if lora is None else self.synthesizer.with_lora(lora)
+        return np.asarray(synthesizer.synthesize(Plan(PROMPT), seed=0), dtype=int)
+
+
+@pytest.fixture(scope="module")
+def trained_of():
+    """Each family's tiny model, trained once for the module."""
+    made = {}
+
+    def trained(family):
+        if family not in made:
+            naming, build = FAMILIES[family]
+            length = None if naming in {SDXL, SD15} else LIMIT
+            synthesizer = DiffusersSynthesizer(
+                pipeline=build(), width=SIDE, height=SIDE, steps=2, max_sequence_length=length
+            )
+            sides = {"width": SIDE, "height": SIDE}
+            pair = ImagePair(
+                prompt=PROMPT, seed=0, before=picture(0, **sides), after=picture(1, **sides), plan=Plan(PROMPT)
+            )
+            trainer = DifferentialLoRATrainer(rank=2, steps=2, batch_size=1, learning_rate=0.3)
+            made[family] = Trained(naming, synthesizer, trainer.train([pair], synthesizer, seed=0, progress=False).lora)
+        return made[family]
+
+    return trained
+
+
+def carried(trained, kind):
+    """What the format can carry of a tiny model: diffusers knows the width of FLUX.1's single blocks by heart."""
+    if trained.naming is not FLUX1 or kind is Format.PEFT:
+        return trained.lora
+    return LoRA({name: one for name, one in trained.lora.layers.items() if name.startswith("transformer_blocks.")})
+
+
+@pytest.mark.parametrize(("family", "kind"), EXPORTS, ids=str)
+def test_what_was_trained_is_exported_proved_and_drawn_alike_by_diffusers(tmp_path, trained_of, family, kind):
+    trained = trained_of(family)
+    lora = carried(trained, kind)
+    path = lora.save(tmp_path / "lora.safetensors", format=kind, naming=trained.naming)
+    assert verify_export(path, lora, pipeline=trained.pipeline, naming=trained.naming).worst[1] < 1e-6
+    plain, wanted = trained.drawn(), trained.drawn(lora)
+    trained.pipeline.load_lora_weights(path)
+    try:
+        found = trained.drawn()
+    finally:
+        trained.pipeline.unload_lora_weights()
+    assert abs(wanted - plain).max() > 5 * MOST
+    assert abs(found - wanted).max() <= MOST

@@ -1,0 +1,76 @@
+"""What a notebook shows of a run and a comparison: the numbers, and nothing that runs."""
+
+import re
+from html import unescape
+
+import pytest
+import torch
+from PIL import Image
+
+import artaug as aa
+from artaug.showing import duration
+
+EVIL = "<script>alert(1)</script>"
+LORA = aa.LoRA({"blocks.0.to_q": aa.LowRank(torch.ones(2, 4), torch.ones(4, 2))})
+GAIN = aa.ScoreRow(f"Light {EVIL}", "after", 0.5, 0.6, 0.1, 0.05, 0.15, 0.9, 64, p_value=0.01)
+
+
+def make_round(number, *, gain=None, losses=(0.5, 0.25)):
+    return aa.Round(
+        number=number,
+        attempts=(aa.Skipped("a moor", 1, f"too dark {EVIL}"), aa.Skipped("a pond", 2, "nothing to do", "plan")),
+        training=aa.Training(lora=LORA, losses=losses, pairs=1200, steps=len(losses), seconds=2.5),
+        lora=LORA,
+        seconds={"draw": 60.0, "train": 5.0},
+        gain=gain,
+        accepted=number == 1,
+    )
+
+
+def words(shown):
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", shown._repr_html_())))
+
+
+def test_a_round_shows_its_numbers_and_its_funnel():
+    said = words(make_round(1, gain=GAIN))
+
+    assert f"1 1,200 of 2 2 0.25 Light {EVIL} +0.1 [+0.05, +0.15] 1 min 05 s" in said
+    assert "asked 2 (100.0%)" in said
+    assert "kept 0 (0.0%)" in said
+
+
+def test_an_enhancement_shows_a_line_a_round_and_why_it_ended():
+    result = aa.Enhancement(rounds=(make_round(1), make_round(2, gain=GAIN, losses=())), stopped=f"so {EVIL}")
+
+    said = words(result)
+
+    assert "1 1,200 of 2 2 0.25 not measured" in said
+    assert "2 (left out) 1,200 of 2 0 none Light" in said
+    assert said.endswith(f"so {EVIL} ")
+
+
+def test_a_comparison_shows_its_verdicts():
+    class Swatch(aa.Synthesizer):
+        def synthesize(self, plan, *, seed):
+            return Image.new("L", (8, 8), 60 + seed % 16)
+
+    class Light(aa.Scorer):
+        def score(self, image, prompt):
+            return image.getpixel((0, 0)) / 255
+
+    comparison = aa.compare(Swatch(), {EVIL: Swatch()}, ["a", "b"], scorers=[Light()], progress=False)
+
+    assert f"{EVIL} : {comparison.verdict(EVIL)}" in words(comparison)
+
+
+@pytest.mark.parametrize("shown", [make_round(1, gain=GAIN), aa.Enhancement(rounds=(), stopped=EVIL)])
+def test_nothing_that_was_said_runs(shown):
+    assert "<script" not in shown._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0.0 s"), (59.4, "59.4 s"), (59.96, "1 min 00 s"), (3599.6, "1 h 00 min"), (90061, "25 h 01 min")],
+)
+def test_a_time_is_told_in_units_that_fit(seconds, said):
+    assert duration(seconds) == said

@@ -1,0 +1,115 @@
+"""The denoisers of published models, without their weights: from the configs beside them, on the meta device.
+
+A value that is diffusers' own default is left out.
+"""
+
+from functools import cache
+
+import torch
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
+
+from artaug.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE
+
+_SD35 = {"qk_norm": "rms_norm", "joint_attention_dim": 4096, "pooled_projection_dim": 2048}
+
+MODELS = {
+    "FLUX.1-dev": (FLUX1, FluxTransformer2DModel, {"guidance_embeds": True}),
+    "FLUX.1-schnell": (FLUX1, FluxTransformer2DModel, {}),
+    "FLUX.2-dev": (FLUX2, Flux2Transformer2DModel, {}),
+    "FLUX.2-klein-4B": (
+        FLUX2,
+        Flux2Transformer2DModel,
+        {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+    ),
+    "FLUX.2-klein-9B": (
+        FLUX2,
+        Flux2Transformer2DModel,
+        {
+            "num_layers": 8,
+            "num_single_layers": 24,
+            "num_attention_heads": 32,
+            "joint_attention_dim": 12288,
+            "guidance_embeds": False,
+        },
+    ),
+    "SD3.5-medium": (
+        SD3,
+        SD3Transformer2DModel,
+        {
+            **_SD35,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+        },
+    ),
+    "SD3.5-large": (
+        SD3,
+        SD3Transformer2DModel,
+        {
+            **_SD35,
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+        },
+    ),
+    "SDXL": (
+        SDXL,
+        UNet2DConditionModel,
+        {
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    ),
+    "SD1.5": (SD15, UNet2DConditionModel, {"cross_attention_dim": 768, "sample_size": 64}),
+    "SD2.1": (
+        SD15,
+        UNet2DConditionModel,
+        {
+            "sample_size": 96,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        },
+    ),
+    "Qwen-Image": (QWEN_IMAGE, QwenImageTransformer2DModel, {}),
+    "Z-Image": (Z_IMAGE, ZImageTransformer2DModel, {}),
+}
+"""By the name its users know: the family's table, diffusers' class, and the config."""
+
+
+@cache
+def linear_layers(model: str) -> dict[str, tuple[int, int]]:
+    """Every linear layer of a published denoiser by its path: inputs and outputs."""
+    _, denoiser_class, config = MODELS[model]
+    with torch.device("meta"):
+        denoiser = denoiser_class(**config)
+    return {
+        name: (one.in_features, one.out_features)
+        for name, one in denoiser.named_modules()
+        if isinstance(one, torch.nn.Linear)
+    }

@@ -1,0 +1,404 @@
+"""One commit with all that was asked for and nothing else, through the real client, and what goes wrong on the way."""
+
+import logging
+import traceback
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors import safe_open
+
+import artaug as aa
+from artaug import hub
+from artaug.errors import HubError, InvalidValueError, LoRAError, NothingToLearnError
+from support.hub_server import READER, WRITER, hub_server
+
+pytestmark = [
+    pytest.mark.loopback,
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning"),  # huggingface_hub's own call
+]
+
+UNIVERSAL, TWIN = "pytorch_lora_weights.safetensors", "taste_comfyui_kohya.safetensors"
+BASE = hub.Base("lab/base", "0123abc", "other", "lab-non-commercial", "https://lab.example/licence")
+SECRET = "a prompt nobody is to see"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # which has a protocol of its own
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "chunks"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with hub_server() as running:
+        yield running
+
+
+def flux_lora(*, rank=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"transformer_blocks.0.attn.to_{one}" for one in "qkv"]
+    return aa.LoRA(
+        {
+            name: aa.LowRank(torch.randn(rank, 8, generator=generator), torch.randn(8, rank, generator=generator))
+            for name in [*names, "transformer_blocks.0.norm1.linear"][:3]
+        }
+        | {"single_transformer_blocks.0.proj_out": aa.LowRank(torch.ones(rank, 40), torch.ones(8, rank))}
+    )
+
+
+def run(*, accepted=True, gain=None):
+    skipped = tuple(aa.Skipped(SECRET, seed, f"too dark: {SECRET}") for seed in range(5))
+    training = aa.Training(lora=flux_lora(), losses=(0.5, 0.25), pairs=3, steps=2, seconds=1.0)
+    one = aa.Round(
+        number=1, attempts=skipped, training=training, lora=flux_lora(), seconds={}, gain=gain, accepted=accepted
+    )
+    return aa.Enhancement(rounds=(one,), stopped="all 1 rounds ran")
+
+
+def compared():
+    row = aa.ScoreRow("Chroma|x", "round 1", 0.5, 0.6, 0.1, 0.05, 0.15, 0.8, 64, filtered_by=True, p_value=0.01)
+    arm = aa.Arm(drawn_by="DiffusersSynthesizer()", scores={}, pictures=())
+    return aa.Comparison(
+        rows=(row,), prompts=(SECRET,) * 64, seeds=tuple(range(64)), base=arm, candidates={"round 1": arm}
+    )
+
+
+def push(server, result=None, repo="me/taste", **how):
+    return hub.push(result or flux_lora(), repo, **{"endpoint": server.url, "token": WRITER, **how})
+
+
+def files(server, repo="me/taste", *, branch="main"):
+    return server.repositories[repo].branches[branch][-1]
+
+
+def test_a_push_is_one_commit_with_both_files_and_the_card(server):
+    pushed = push(server, message="first")
+
+    repository = server.repositories["me/taste"]
+    assert repository.messages == ["first"]
+    assert files(server).keys() == {"README.md", UNIVERSAL, TWIN} == {one.path for one in pushed.files}
+    assert all(len(files(server)[one.path]) == one.size for one in pushed.files)
+    assert files(server)["README.md"].decode() == pushed.card
+    assert pushed.commit.startswith(f"{server.url}/me/taste/commit/")
+
+
+def test_what_is_pulled_is_what_was_pushed(server):
+    lora = flux_lora()
+    push(server, lora)
+
+    for file in (None, TWIN):
+        pulled = hub.pull("me/taste", file=file, endpoint=server.url, token=READER)
+        assert pulled.layers.keys() == lora.layers.keys()
+        for name, layer in pulled.layers.items():
+            torch.testing.assert_close(layer.delta(), lora.layers[name].delta())
+
+
+def test_a_dry_run_says_what_would_go_and_sends_nothing(server):
+    planned = push(server, run(), base=BASE, comparison=compared(), dry_run=True)
+    asked_for = len(server.requests)
+    pushed = push(server, run(), base=BASE, comparison=compared())
+
+    assert asked_for == 0
+    assert planned.commit is None
+    assert (planned.card, planned.files) == (pushed.card, pushed.files)
+    assert str(planned).startswith("would push to me/taste (public, main):\n")
+    assert str(pushed).startswith("pushed to me/taste (public, main), http")
+    for shown in (str(planned), planned._repr_html_()):
+        assert all(one.path in shown and one.sha256 in shown for one in planned.files)
+
+
+def test_nobody_sees_prompts_or_pictures_who_was_not_to(server):
+    push(server, run(), base=BASE, comparison=compared(), about={"critic": "Critic()"})
+
+    assert not any(SECRET.encode() in content for content in files(server).values())
+    assert not any(path.endswith(".png") for path in files(server))
+
+
+def test_samples_are_shown_and_uploaded_when_asked_for(server):
+    picture = Image.new("RGB", (8, 8), "teal")
+    push(
+        server,
+        samples=[hub.Sample(prompt="a <hill>", image=picture, before=picture), hub.Sample(prompt="b", image=picture)],
+    )
+
+    assert {path for path in files(server) if path.endswith(".png")} == {
+        "images/sample-1.png",
+        "images/sample-1-before.png",
+        "images/sample-2.png",
+    }
+    card = ModelCard(files(server)["README.md"].decode())
+    assert card.data.widget == [
+        {"text": "a <hill>", "output": {"url": "images/sample-1.png"}},
+        {"text": "b", "output": {"url": "images/sample-2.png"}},
+    ]
+    assert "<Gallery />" in card.text
+
+
+def test_the_card_says_what_the_hub_and_people_have_to_know(server):
+    gain = aa.ScoreRow("Exposure", "after", 0.1, 0.2, 0.1, 0.05, 0.15, 0.9, 32)
+    pushed = push(
+        server,
+        run(gain=gain),
+        base=BASE,
+        comparison=compared(),
+        multiplier=0.8,
+        about={"critic": "a `critic`", "trainer": aa.DifferentialLoRATrainer(rank=4)},
+    )
+
+    card = ModelCard(pushed.card)
+    assert (card.data.base_model, card.data.license) == ("lab/base", "other")
+    assert (card.data.license_name, card.data.license_link) == ("lab-non-commercial", "https://lab.example/licence")
+    assert {"lora", "diffusers", "template:sd-lora", "artaug"} <= set(card.data.tags)
+    assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-image")
+    for said in (
+        'DiffusionPipeline.from_pretrained("lab/base", revision="0123abc", dtype=torch.bfloat16)',
+        'pipeline.set_adapters("artaug", 0.8)',
+        f"put `{TWIN}` where they look for LoRAs",
+        "| 1 | 5 | 3 | 2 | Exposure +0.1 (+0.05 to +0.15, 32) | yes |",
+        "- critic: `` a `critic` ``",
+        "objective=PairedDifference(",
+        "| Chroma\\|x † | round 1 | 64 | 0.500 | 0.600 | +0.100 | +0.050 to +0.150 | 80.0% | 0.01 |",
+        "no evidence of a gain: the training pairs were filtered by it",
+        "comes under its licence: [lab-non-commercial](https://lab.example/licence)",
+    ):
+        assert said in card.text
+
+
+def test_the_files_say_where_they_come_from(server, tmp_path):
+    push(server, base=BASE)
+
+    for path in (UNIVERSAL, TWIN):
+        (tmp_path / path).write_bytes(files(server)[path])
+        with safe_open(tmp_path / path, framework="pt") as file:
+            header = file.metadata()
+        assert (header["artaug.base_model"], header["artaug.base_model_revision"]) == ("lab/base", "0123abc")
+
+
+def test_a_family_without_kohya_names_is_said_to_have_none(server):
+    names = ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.0.attentions.0.proj_in")
+    unet = aa.LoRA({name: aa.LowRank(torch.ones(1, 4), torch.ones(4, 1)) for name in names})
+
+    pushed = push(server, unet)
+
+    assert {one.path for one in pushed.files} == {UNIVERSAL, "README.md"}
+    assert "There is no file for programs that read kohya's names only: " in pushed.card
+
+
+def test_a_base_unnamed_or_without_licence_is_said_to_be(server):
+    assert "The base model was not named" in push(server, dry_run=True).card
+    assert "states no licence that could be passed on" in push(server, base=hub.Base("lab/x"), dry_run=True).card
+
+
+def test_the_base_is_read_from_its_own_card(server):
+    text = "---\nlicense: other\nlicense_name: lab-nc\nlicense_link: LICENSE.md\n---\n# base\n"
+    server.add("lab/base", **{"README.md": text.encode()})
+
+    found = hub.base_of("lab/base", endpoint=server.url, token=READER)
+
+    assert (found.repo, found.license, found.license_name) == ("lab/base", "other", "lab-nc")
+    assert found.license_link == f"{server.url}/lab/base/blob/{found.revision}/LICENSE.md"
+    assert len(found.revision) == 40
+
+
+def test_a_base_without_a_card_has_no_licence(server):
+    server.add("lab/base")
+    assert hub.base_of("lab/base", endpoint=server.url, token=READER).license is None
+
+
+def test_a_second_push_renews_the_files_and_keeps_the_first_in_history(server):
+    push(server, flux_lora(seed=0))
+    server.repositories["me/taste"].branches["main"][-1]["notes.txt"] = b"mine"
+    push(server, flux_lora(seed=1))
+
+    commits = server.repositories["me/taste"].branches["main"]
+    assert len(commits) == 3
+    assert commits[1][UNIVERSAL] != commits[2][UNIVERSAL]
+    assert commits[2]["notes.txt"] == b"mine"
+
+
+def test_files_of_other_people_are_not_replaced_unless_asked_to(server):
+    server.add("me/taste", **{UNIVERSAL: b"theirs", "README.md": b"# mine"})
+
+    with pytest.raises(
+        HubError, match=r"holds \['README\.md', 'pytorch_lora_weights\.safetensors'\], which artaug has not"
+    ):
+        push(server)
+    assert files(server)[UNIVERSAL] == b"theirs"
+    push(server, overwrite=True)
+    assert files(server)[UNIVERSAL] != b"theirs"
+
+
+def test_a_repository_with_other_files_only_takes_a_push(server):
+    server.add("me/taste", **{".gitattributes": b"*.safetensors filter=lfs"})
+    push(server)
+    assert {".gitattributes", UNIVERSAL} <= files(server).keys()
+
+
+def test_a_private_push_makes_a_private_repository(server):
+    push(server, private=True)
+    assert server.repositories["me/taste"].private
+    with pytest.raises(HubError, match="Log in with `hf auth login`"):
+        hub.pull("me/taste", endpoint=server.url, token=None)
+
+
+def test_what_was_to_be_private_does_not_go_to_a_public_repository(server):
+    server.add("me/taste")
+    with pytest.raises(HubError, match="is public, and was to be private"):
+        push(server, private=True)
+    assert not files(server)
+
+
+def test_a_branch_is_made_and_main_is_left_alone(server):
+    server.add("me/taste", **{"notes.txt": b"mine"})
+    pushed = push(server, revision="second")
+
+    assert pushed.revision == "second"
+    assert files(server).keys() == {"notes.txt"}
+    assert UNIVERSAL in files(server, branch="second")
+    pulled = hub.pull("me/taste", revision="second", endpoint=server.url, token=READER)
+    assert pulled.layers.keys() == flux_lora().layers.keys()
+
+
+def test_an_upload_that_breaks_off_is_taken_up_again(server):
+    server.hang_up = 2
+    push(server)
+    assert {UNIVERSAL, TWIN} <= files(server).keys()
+    assert server.hang_up == 0
+
+
+@pytest.mark.parametrize("hang_up", [0, 1], ids=["", "breaking off"])
+def test_a_push_goes_over_the_protocol_of_chunks_too(hang_up, server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    server.hang_up = hang_up
+
+    pushed = push(server)
+
+    sent = {one.path: one.sha256 for one in pushed.files}
+    assert files(server)[UNIVERSAL] == f"chunks of {sent[UNIVERSAL]}".encode()
+    assert files(server)[TWIN] == f"chunks of {sent[TWIN]}".encode()
+    assert server.packs
+    assert not server.objects
+
+
+def test_what_the_protocol_of_chunks_raises_is_one_error_too(server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    server.without_xet = True
+
+    with pytest.raises(HubError, match=r"pushing to 'me/taste' failed: .*never half of one") as refused:
+        push(server)
+    assert refused.value.__cause__ is None
+    assert not files(server)
+
+
+def test_an_upload_that_keeps_breaking_off_leaves_no_half_commit_and_can_be_pushed_again(server):
+    server.hang_up = 1000
+    with pytest.raises(HubError, match=r"pushing to 'me/taste' failed: .*there is never half of one: try again"):
+        push(server)
+    assert not files(server)
+    assert not server.repositories["me/taste"].messages
+
+    server.hang_up = 0
+    push(server)
+    assert {UNIVERSAL, TWIN, "README.md"} <= files(server).keys()
+
+
+def test_a_commit_that_came_between_is_not_covered_up(server):
+    push(server)
+    server.between = lambda repository: repository.branches["main"].append({"README.md": b"theirs"})
+
+    with pytest.raises(HubError, match="Someone else has committed meanwhile") as refused:
+        push(server, flux_lora(seed=1))
+    assert refused.value.status == 412
+    assert files(server) == {"README.md": b"theirs"}
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "status", "advice"),
+    [
+        pytest.param("me/taste", "hf_wrong_0123456789", 401, "Log in with `hf auth login`", id="wrong token"),
+        pytest.param("me/taste", READER, 403, "use one with write access", id="reading only"),
+        pytest.param("you/taste", WRITER, 403, "use one with write access", id="another account"),
+    ],
+)
+@pytest.mark.parametrize("echo", [False, True], ids=["", "echoing"])
+def test_a_refusal_says_what_to_do_and_never_the_token(repo, token, status, advice, echo, server, caplog, capfd):
+    server.echo = echo
+    with caplog.at_level(logging.INFO), pytest.raises(HubError, match=advice) as refused:
+        push(server, repo=repo, token=token)
+
+    assert refused.value.status == status
+    assert refused.value.__cause__ is None
+    told = "".join(traceback.format_exception(refused.value)) + caplog.text + "".join(capfd.readouterr())
+    assert token not in told
+    assert not server.repositories
+
+
+def test_a_push_does_not_hold_the_token(server, caplog, capfd):
+    with caplog.at_level(logging.DEBUG):
+        pushed = push(server)
+    shown = repr(pushed) + str(pushed) + pushed._repr_html_() + caplog.text + "".join(capfd.readouterr())
+    assert WRITER not in shown
+    assert not any(WRITER.encode() in content for content in files(server).values())
+
+
+def test_a_hub_that_is_not_there_is_an_error(server):
+    with pytest.raises(HubError, match=r"pushing to 'me/taste' failed"):
+        push(server, endpoint="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("name", ["taste", "me/", "a/b/c", "me/ta ste", ""])
+def test_a_name_that_is_none_is_an_error_before_anything_is_sent(name, server):
+    for call in (push, lambda server, repo: hub.pull(repo, endpoint=server.url)):
+        with pytest.raises(InvalidValueError, match="is no name of a repository"):
+            call(server, repo=name)
+    assert not server.requests
+
+
+@pytest.mark.parametrize("multiplier", [float("nan"), float("inf")])
+def test_a_strength_that_is_none_is_an_error(multiplier, server):
+    with pytest.raises(InvalidValueError, match="need a finite number"):
+        push(server, multiplier=multiplier)
+
+
+def test_a_run_that_helped_nobody_is_not_pushed(server):
+    with pytest.raises(NothingToLearnError, match="no round helped"):
+        push(server, run(accepted=False))
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("held", "file", "message"),
+    [
+        pytest.param({"model.bin": b"x"}, None, r"has no safetensors file, and artaug reads no other", id="pickled"),
+        pytest.param({"a.safetensors": b"x"}, "model.bin", r"has no safetensors file 'model\.bin'", id="asked for"),
+        pytest.param({"a.safetensors": b"x", "b.safetensors": b"y"}, None, r"Say which: file='a\.saf", id="several"),
+    ],
+)
+def test_a_repository_without_one_file_to_pull_is_an_error(held, file, message, server):
+    server.add("me/taste", **held)
+    with pytest.raises(HubError, match=message):
+        hub.pull("me/taste", file=file, endpoint=server.url, token=READER)
+
+
+def test_what_is_not_there_cannot_be_pulled(server):
+    with pytest.raises(HubError, match=r"pulling 'me/gone' failed: .*Check the name and the revision"):
+        hub.pull("me/gone", endpoint=server.url, token=READER)
+    push(server)
+    with pytest.raises(HubError, match=r"Check the name and the revision") as refused:
+        hub.pull("me/taste", revision="gone", endpoint=server.url, token=READER)
+    assert refused.value.status == 404
+
+
+def test_a_file_damaged_on_the_way_is_an_error(server):
+    push(server)
+    server.damage = True
+    with pytest.raises(HubError, match="and the Hub says"):
+        hub.pull("me/taste", endpoint=server.url, token=READER)
+
+
+def test_a_safetensors_file_that_is_no_lora_is_an_error(server):
+    server.add("me/taste", **{"a.safetensors": b"x" * 100})
+    with pytest.raises(LoRAError, match="is not a LoRA file"):
+        hub.pull("me/taste", endpoint=server.url, token=READER)

@@ -1,0 +1,258 @@
+"""A training that is killed, resumed, interrupted or out of room ends as if nothing had happened, or says why not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from artaug.errors import StorageError, TrainingDivergedError
+from artaug.lora import LoRA
+from artaug.training import (
+    AdamW8bit,
+    Checkpoints,
+    DifferentialLoRATrainer,
+    Objective,
+    PairedDifference,
+    Prodigy,
+    Schedule,
+    ScheduleFree,
+    TwoStage,
+)
+
+SETTINGS = {
+    "plain": {},
+    "moving average": {"ema": 0.9},
+    "eight bits": {"optimiser": AdamW8bit(), "rank": 128},
+    "prodigy": {"optimiser": Prodigy(), "learning_rate": 1.0},
+    "schedule-free": {"optimiser": ScheduleFree()},
+    "two stages": {"objective": TwoStage(per_pair=False)},
+    "two stages a pair": {"objective": TwoStage()},
+    "in parts, with a schedule": {"at_once": 1, "schedule": Schedule.COSINE},
+}
+
+
+def trainer_of(**options):
+    return DifferentialLoRATrainer(**{"rank": 4, "steps": 12, "batch_size": 2, "learning_rate": 1e-2, **options})
+
+
+def assert_same(training, other):
+    assert training.losses == other.losses
+    assert set(training.lora.layers) == set(other.lora.layers)
+    for name, layer in training.lora.layers.items():
+        assert torch.equal(layer.down, other.lora.layers[name].down)
+        assert torch.equal(layer.up, other.lora.layers[name].up)
+
+
+def stopping_at(step):
+    def stop(event):
+        if event.step == step:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_a_resumed_training_ends_bit_for_bit_as_one_never_stopped(tmp_path, make_model, two_pairs, options):
+    trainer = trainer_of(**options)
+    whole = trainer.train(two_pairs, make_model(), seed=3)
+    checkpoints = Checkpoints(folder=tmp_path, every=2)
+    for step in (3, 8, 9):
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(two_pairs, make_model(), seed=3, checkpoints=checkpoints, on_step=stopping_at(step))
+    assert_same(trainer.train(two_pairs, make_model(), seed=3, checkpoints=checkpoints), whole)
+
+
+@settings(max_examples=10)
+@given(every=st.integers(1, 7), stops=st.lists(st.integers(1, 11), max_size=3))
+def test_where_it_stops_and_how_often_it_is_written_down_does_not_matter(tmp_path_factory, every, stops):
+    from tests.training.conftest import TinyModel, make_pair  # noqa: PLC0415 - fixtures do not reach properties
+
+    pairs, trainer = [make_pair(1), make_pair(2), make_pair(3)], trainer_of()
+    checkpoints = Checkpoints(folder=tmp_path_factory.mktemp("run"), every=every, keep=1)
+    for step in stops:
+        with suppress(KeyboardInterrupt):
+            trainer.train(pairs, TinyModel(), seed=0, checkpoints=checkpoints, on_step=stopping_at(step))
+    resumed = trainer.train(pairs, TinyModel(), seed=0, checkpoints=checkpoints)
+    assert_same(resumed, trainer.train(pairs, TinyModel(), seed=0))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from artaug.training import Checkpoints, DifferentialLoRATrainer
+from tests.training.conftest import TinyModel, make_pair
+trainer = DifferentialLoRATrainer(rank=4, steps=300, batch_size=2, learning_rate=1e-2, ema=0.9)
+told = Path(sys.argv[2])
+training = trainer.train(
+    [make_pair(1), make_pair(2)], TinyModel(), seed=1, checkpoints=Checkpoints(folder=sys.argv[1], every=1),
+    on_step=lambda event: told.write_text(str(event.step)), progress=False,
+)
+training.lora.save(sys.argv[3])
+"""
+
+
+def test_killed_at_random_steps_it_ends_with_the_same_file(tmp_path, make_model, two_pairs):
+    script = tmp_path / "script.py"
+    script.write_text(KILLED.format(path=[str(Path(__file__).parents[2]), *sys.path]))
+    command = [sys.executable, script, tmp_path / "run", tmp_path / "step", tmp_path / "lora.safetensors"]
+    for until in (7, 60, 130):
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "step").exists() or int((tmp_path / "step").read_text() or 0) < until:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            os.kill(process.pid, signal.SIGKILL)
+    subprocess.run(command, check=True, capture_output=True)
+    trainer = DifferentialLoRATrainer(rank=4, steps=300, batch_size=2, learning_rate=1e-2, ema=0.9)
+    whole = trainer.train(two_pairs, make_model(), seed=1).lora.save(tmp_path / "whole.safetensors")
+    assert (tmp_path / "lora.safetensors").read_bytes() == whole.read_bytes()
+
+
+def test_a_finished_training_is_not_run_again(tmp_path, make_model, two_pairs):
+    checkpoints = Checkpoints(folder=tmp_path, every=5)
+    first = trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    steps = []
+    again = trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=steps.append)
+    assert not steps
+    assert_same(again, first)
+
+
+def test_only_the_newest_files_stay(tmp_path, make_model, two_pairs):
+    trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=Checkpoints(folder=tmp_path, every=2, keep=3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08}.safetensors" for step in (8, 10, 12)]
+
+
+@pytest.mark.parametrize(
+    ("seed", "options", "told"),
+    [
+        (1, {}, "seed: 0 there, 1 here"),
+        (0, {"rank": 8}, "trainer: DifferentialLoRATrainer.rank=4.* there"),
+        (0, None, "pairs: "),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused_naming_what_differs(
+    tmp_path, make_model, two_pairs, pair_of, seed, options, told
+):
+    checkpoints = Checkpoints(folder=tmp_path, every=6)
+    trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    pairs = [*two_pairs, pair_of(3)] if options is None else two_pairs
+    with pytest.raises(StorageError, match=rf"belongs to another training \({told}"):
+        trainer_of(**options or {}).train(pairs, make_model(), seed=seed, checkpoints=checkpoints)
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(tmp_path, make_model, two_pairs):
+    checkpoints = Checkpoints(folder=tmp_path, every=6)
+    trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    tuned = make_model()
+    tuned.module.blocks[1].norm.weight.data += 1e-3
+    with pytest.raises(StorageError, match=r"another training \(model: TinyDenoiser \w+ there, TinyDenoiser \w+ here"):
+        trainer_of().train(two_pairs, tuned, seed=0, checkpoints=checkpoints)
+
+
+def test_what_only_saves_memory_may_change_between_two_runs(tmp_path, make_model, two_pairs):
+    checkpoints = Checkpoints(folder=tmp_path, every=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=stopping_at(4))
+    resumed = trainer_of(at_once=1).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    whole = trainer_of().train(two_pairs, make_model(), seed=0)
+    assert resumed.losses == pytest.approx(whole.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", None])
+def test_a_broken_checkpoint_is_named(tmp_path, make_model, two_pairs, content):
+    checkpoints = Checkpoints(folder=tmp_path, every=6)
+    trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    newest = max(tmp_path.iterdir())
+    newest.write_bytes(newest.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(StorageError, match=rf"{newest.name} is no checkpoint.*Delete it"):
+        trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+
+
+def test_a_lora_file_is_no_checkpoint(tmp_path, make_model, two_pairs):
+    trainer_of(steps=1).train(two_pairs, make_model(), seed=0).lora.save(tmp_path / "step-00000001.safetensors")
+    with pytest.raises(StorageError, match="no checkpoint of this version of artaug"):
+        trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=Checkpoints(folder=tmp_path))
+
+
+def test_a_full_disk_stops_the_training_and_leaves_what_was_written(tmp_path, make_model, two_pairs):
+    checkpoints = Checkpoints(folder=tmp_path, every=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=stopping_at(5))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with no_room(), pytest.raises(StorageError, match=r"step-00000006.* could not be written.*go on from the last"):
+        trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    resumed = trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    assert_same(resumed, trainer_of().train(two_pairs, make_model(), seed=0))
+
+
+class no_room:  # noqa: N801 - a context manager
+    """Files may have at most a few bytes, as on a disk that is full; needs no mount, and so no root."""
+
+    def __enter__(self):
+        import resource  # noqa: PLC0415 - not on every system
+
+        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, self.limits[1]))
+
+    def __exit__(self, *_):
+        import resource  # noqa: PLC0415
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+        signal.signal(signal.SIGXFSZ, self.handler)
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_step(tmp_path, make_model, two_pairs):
+    class Exploding(Objective):
+        """Its loss is finite, and its gradient is not."""
+
+        def loss(self, model, batch):
+            loss = PairedDifference().loss(model, batch)
+            return loss + (loss * 0).sqrt()
+
+    checkpoints = Checkpoints(folder=tmp_path, every=1)
+    with pytest.raises(TrainingDivergedError, match=r"the gradient's length was (nan|inf) at step 1") as told:
+        trainer_of(objective=Exploding()).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    assert told.value.loss > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_moving_average_is_what_is_exported(make_model, two_pairs):
+    steps = [trainer_of(steps=4, warmup=0, ema=decay).train(two_pairs, make_model(), seed=0) for decay in (None, 0.5)]
+    trajectory = [LoRA(first_factors(make_model, two_pairs, count)) for count in range(5)]
+    expected = trajectory[0].layers
+    for lora in trajectory[1:]:
+        expected = {name: halfway(expected[name], layer) for name, layer in lora.layers.items()}
+    assert steps[0].losses == steps[1].losses
+    for name, layer in steps[1].lora.layers.items():
+        torch.testing.assert_close(layer.down, expected[name].down)
+        torch.testing.assert_close(layer.up, expected[name].up)
+
+
+def halfway(one, other):
+    return type(one)((one.down + other.down) / 2, (one.up + other.up) / 2)
+
+
+def first_factors(make_model, pairs, count):
+    """The factors after so many steps of four, read from a checkpoint."""
+    from artaug.synthesis import picture_seeds  # noqa: PLC0415
+    from artaug.training.adapters import adapted  # noqa: PLC0415
+    from artaug.training.batches import generator_for_start  # noqa: PLC0415
+
+    if count == 0:
+        model, recipe = make_model(), trainer_of()
+        generator = generator_for_start(picture_seeds(0, 2)[0], 0)
+        with adapted(model, rank=recipe.rank, targets=recipe.targets, generator=generator) as student:
+            return student.layers()
+    return trainer_of(steps=count, warmup=0).train(pairs, make_model(), seed=0).lora.layers

@@ -1,0 +1,132 @@
+"""Encoding pairs once, in memory or in files named by their content."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from artaug.errors import ModelError, NonFiniteError, SeamError, StorageError
+from artaug.geometry import Box
+from artaug.pairs import ImagePair
+from artaug.plan import Plan, Region
+from artaug.training.encoding import content_digest, encoded_rows
+from artaug.training.processes import ALONE, Processes
+
+
+def rows_of(model, pairs, *, at_once=4, cache=None, processes=ALONE):
+    return encoded_rows(model, pairs, at_once=at_once, cache=cache, processes=processes)
+
+
+def assert_equal(rows, others):
+    for one, other in zip(rows, others, strict=True):
+        assert set(one) == set(other)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_pictures_are_encoded_a_few_at_a_time(make_model, pair_of):
+    model, sizes = make_model(), []
+    plain = model.encode_images
+    model.encode_images = lambda images: sizes.append(len(images)) or plain(images)
+    rows = rows_of(model, [pair_of(number) for number in range(5)], at_once=2)
+    assert sizes == [2, 2, 2, 2, 1, 1]
+    assert [row["before"].shape for row in rows] == [(3, 4, 4)] * 5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_latents_that_are_no_numbers_are_refused_naming_the_prompt(make_model, two_pairs, value):
+    model = make_model()
+    plain = model.encode_images
+    model.encode_images = lambda images: plain(images).index_fill(0, torch.tensor([1]), value)
+    with pytest.raises(NonFiniteError, match="latents of the picture before of 'scene 2' hold NaN or infinity"):
+        rows_of(model, two_pairs)
+
+
+def test_a_model_that_loses_rows_breaks_its_seam(make_model, two_pairs):
+    model = make_model()
+    plain = model.encode_images
+    model.encode_images = lambda images: plain(images)[:1]
+    with pytest.raises(SeamError, match=r"encode_images returned \{.*\} for 2 pictures"):
+        rows_of(model, two_pairs)
+    model = make_model()
+    model.encode_prompts = lambda _: {"embeds": torch.zeros(3, 8)}
+    with pytest.raises(SeamError, match=r"encode_prompts returned \{'embeds': \(3, 8\)\} for 2 prompts"):
+        rows_of(model, two_pairs)
+
+
+def test_what_lies_in_regions_is_encoded_too(tiny_model, pair_of):
+    plain = pair_of(1)
+    half = Region(Box(0, 0, 0.5, 1), "a red cone")
+    regional = ImagePair(
+        prompt="half", seed=0, before=plain.before, after=plain.after, plan=Plan("half", regions=(half,))
+    )
+    first, second = rows_of(tiny_model, [plain, regional])
+    assert torch.equal(first["inside"], torch.ones(3, 4, 4))
+    assert torch.equal(second["inside"][0], torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 4))
+    assert all("inside" not in row for row in rows_of(tiny_model, [plain]))
+
+
+def test_a_cache_gives_what_was_encoded_without_encoding_it_again(tmp_path, make_model, two_pairs):
+    model, plain = make_model(), rows_of(make_model(), two_pairs)
+    assert_equal(rows_of(model, two_pairs, cache=tmp_path), plain)
+    before = model.calls.images
+    assert_equal(rows_of(model, two_pairs, cache=tmp_path), plain)
+    assert model.calls.images == before + 1  # the probe that tells which encoder it is
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_cache_of_another_encoder_is_not_used(tmp_path, make_model, two_pairs):
+    rows_of(make_model(), two_pairs, cache=tmp_path)
+    rows = rows_of(make_model(dtype=torch.bfloat16), two_pairs, cache=tmp_path)
+    assert {row["before"].dtype for row in rows} == {torch.bfloat16}
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_processes_share_the_work_of_a_cache(tmp_path, make_model, pair_of):
+    class Waitless(Processes):
+        def wait(self):
+            pass
+
+    pairs = [pair_of(number) for number in range(5)]
+    counts = []
+    for rank in range(2):
+        model = make_model()
+        rows_of(model, pairs, cache=tmp_path, processes=Waitless(rank, 2))
+        counts.append(model.calls.prompts - 1)  # without the probe
+    assert counts == [3, 2]
+    assert len(list(tmp_path.iterdir())) == 5
+    assert_equal(rows_of(make_model(), pairs, cache=tmp_path), rows_of(make_model(), pairs, at_once=1))
+
+
+def test_a_broken_file_of_a_cache_is_named(tmp_path, make_model, two_pairs):
+    rows = rows_of(make_model(), two_pairs, cache=tmp_path)
+    path = next(tmp_path.iterdir())
+    path.write_bytes(b"no tensors")
+    with pytest.raises(StorageError, match=rf"{path.name} of the latent cache cannot be read.*Delete it"):
+        [dict(row) for row in rows]
+
+
+def test_a_cache_that_cannot_be_written_says_so(tmp_path, make_model, two_pairs):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"encoded pair .* could not be written.*latent cache"):
+        rows_of(make_model(), two_pairs, cache=tmp_path / "file" / "folder")
+
+
+def test_a_pair_is_known_by_its_content_alone(pair_of):
+    pair = pair_of(1)
+    again = ImagePair(prompt=pair.prompt, seed=99, before=pair.before.copy(), after=pair.after, plan=pair.plan)
+    assert content_digest(pair) == content_digest(again)
+    others = [
+        ImagePair(prompt="other", seed=1, before=pair.before, after=pair.after, plan=pair.plan),
+        ImagePair(prompt=pair.prompt, seed=1, before=pair.after, after=pair.after, plan=pair.plan),
+        ImagePair(prompt=pair.prompt, seed=1, before=pair.before, after=pair.after, plan=Plan("brighter")),
+    ]
+    assert len({content_digest(one) for one in (pair, *others)}) == 4
+    assert content_digest(pair, "encoder") != content_digest(pair)
+
+
+def test_a_size_the_model_does_not_take_is_refused(tiny_model):
+    large = Image.new("RGB", (8, 4))
+    odd = ImagePair(prompt="odd", seed=0, before=large, after=large, plan=Plan("odd"))
+    with pytest.raises(ModelError, match="a picture of 8 x 4"):
+        tiny_model.at_size(*odd.before.size)
