@@ -45,7 +45,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the test suite and the examples of the docstrings, and say which lines of the core they miss."""
-    install(session, "--editable", ".[openai,report,vlm]", group="tests")
+    install(session, "--editable", ".[openai,optimisers,report,vlm]", group="tests")
     session.run("coverage", "run", "-m", "pytest", *session.posargs)
     if not session.posargs:
         session.run("coverage", "report")
@@ -54,7 +54,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device."""
-    install(session, "--editable", ".[openai,report,vlm]", group="tests")
+    install(session, "--editable", ".[openai,optimisers,report,vlm]", group="tests")
     session.run("pytest", "-m", "gpu", *session.posargs)
 
 
@@ -116,7 +116,7 @@ print(f"artaug {artaug.__version__}: py.typed and {sum(path.stat().st_size for p
 @nox.session(reuse_venv=False)
 def constraints(session: nox.Session) -> None:
     """Resolve everything afresh, at the newest versions, and write constraints.txt."""
-    session.install(".[openai,report,vlm]", *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"]))
+    session.install(".[openai,optimisers,report,vlm]", *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"]))
     frozen = session.run("python", "-m", "pip", "freeze", "--exclude", "artaug", silent=True)
     pins = "\n".join(line.partition("+")[0] for line in str(frozen).splitlines())
     Path("constraints.txt").write_text(f"{CONSTRAINTS_HEADER}{pins}\n", encoding="utf-8")

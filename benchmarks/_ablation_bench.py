@@ -25,6 +25,11 @@ class Arm:
     """Whether it learns from the best of several draws, not from the loop's pairs."""
 
 
+def preferring(beta: float) -> aa.DirectPreference:
+    """DPO with an anchor that lets it go about as far as the pairs do at a beta of 20, and further at a smaller one."""
+    return aa.DirectPreference(beta=beta, anchor=0.01)
+
+
 OURS = "PairedDifference"
 LONG = "one long round"
 """As many pairs and steps as several rounds have, all in the first."""
@@ -33,13 +38,10 @@ ARMS: Mapping[str, Arm] = {
     "TwoStage": Arm(objective=aa.TwoStage(per_pair=False), learning_rate=2e-3, passes=3),
     "fine-tuning": Arm(objective=aa.SupervisedFineTuning(), learning_rate=4e-3, passes=3),
     "best of k": Arm(objective=aa.SupervisedFineTuning(), learning_rate=1e-3, passes=3, several=True),
-    "DPO": Arm(objective=aa.DirectPreference(beta=1.0), learning_rate=2e-3, passes=8),
-    "DPO, best of k": Arm(objective=aa.DirectPreference(beta=1.0), learning_rate=2e-3, passes=8, several=True),
+    "DPO": Arm(objective=preferring(5.0), learning_rate=1e-3, passes=8),
+    "DPO, best of k": Arm(objective=preferring(5.0), learning_rate=1e-3, passes=8, several=True),
 }
-"""Learning rates, and DPO's beta, are those that gained most in ``--tune`` without costing more than 0.01 of alignment.
-
-`DirectPreference` has a beta for real models' latents, where a pair's pictures are much closer to each other than here.
-"""
+"""Learning rates, and DPO's beta, are those that gained most in ``--tune`` without costing more than 0.01 of alignment."""
 
 CONTROLS = {
     "nothing": exams.plainly,
@@ -51,9 +53,9 @@ CONTROLS = {
 
 TUNED_WITH = 1000
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
-BETAS = (0.2, 1.0, 5.0, 20.0, 80.0, 500.0, 5000.0)
-DIAL = (0.2, 1.0, 5.0)
-"""Betas whose price is looked at."""
+BETAS = (5.0, 20.0, 80.0)
+SCALES = (2.0, 3.0)
+"""How far a LoRA is taken beyond what it was trained at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ class Settings:
 
 
 QUICK = Settings(
-    pairs=(2, 4),
+    pairs=(4,),
     usual=4,
     few=2,
     rounds=2,
@@ -108,6 +110,8 @@ class Cell:
     share: float | None = None
     """Of the candidates, the best so many are learned from; None: those that the usual filter keeps."""
     noise: float = 0.0
+    scale: float = 1.0
+    """Of the LoRA, when it is drawn with."""
     learning_rate: float | None = None
     """Unless it is the arm's own."""
     beta: float | None = None
@@ -127,7 +131,9 @@ def cells(settings: Settings, seed: int) -> Iterator[Cell]:
     for share in sorted(settings.yields, reverse=True):
         for name in (OURS, "fine-tuning"):
             yield Cell(axis="yield", arm=name, seed=seed, pairs=settings.few, share=share)
-    yield from (Cell(axis="beta", arm="DPO", seed=seed, pairs=settings.usual, beta=beta) for beta in DIAL)
+    for name in (OURS, "fine-tuning"):
+        for scale in SCALES:
+            yield Cell(axis="scale", arm=name, seed=seed, pairs=settings.usual, scale=scale)
     for name in ARMS:
         yield from (Cell(axis="pairs", arm=name, seed=seed, pairs=count) for count in settings.pairs)
 
@@ -220,14 +226,14 @@ class Bench:
         if cell.learning_rate is not None:
             arm = replace(arm, learning_rate=cell.learning_rate)
         if cell.beta is not None:
-            arm = replace(arm, objective=aa.DirectPreference(beta=cell.beta))
+            arm = replace(arm, objective=preferring(cell.beta))
         if arm.several:
             found = self.several.kept(cell.pairs)
         elif cell.share is None:
             found = self.interaction(cell.noise).kept(cell.pairs)
         else:
             found = self.interaction(cell.noise).best(cell.pairs, of=cell.share)
-        return self._trained(arm, found, self.base, times=cell.rounds)
+        return self._trained(arm, found, self.base, times=cell.rounds, scale=cell.scale)
 
     def _round(self, arm: str, number: int) -> Learned:
         """So many rounds, each with new prompts, drawn with what the rounds before it have learned."""
@@ -243,7 +249,9 @@ class Bench:
             done.append(learned)
         return done[number - 1]
 
-    def _trained(self, arm: Arm, found: Found, on: DiffusersSynthesizer, *, times: int = 1) -> Learned:
+    def _trained(
+        self, arm: Arm, found: Found, on: DiffusersSynthesizer, *, times: int = 1, scale: float = 1.0
+    ) -> Learned:
         steps = self.settings.steps * times
         trainer = aa.DifferentialLoRATrainer(
             objective=arm.objective,
@@ -254,8 +262,4 @@ class Bench:
         )
         training = trainer.train(found.pairs, on, seed=self.seed, progress=False)
         spent = Cost(passes=steps * self.settings.batch_size * arm.passes, seconds=training.seconds)
-        return Learned(on.with_lora(training.lora), found, found.cost + spent, spent)
-
-
-def _named(cell: Cell) -> dict[str, Any]:
-    return asdict(cell)
+        return Learned(on.with_lora(training.lora, scale=scale), found, found.cost + spent, spent)

@@ -20,8 +20,8 @@ def plot(rows: Sequence[record.Row]) -> Figure:
 
     Points are means over seeds, bars reach from the lowest seed to the highest.
     """
-    figure = Figure(figsize=(18, 8.5), layout="constrained")
-    panels = figure.subplots(2, 4).ravel()
+    figure = Figure(figsize=(10, 15), layout="constrained")
+    panels = figure.subplots(4, 2).ravel()
     drawn = [_pairs, _rounds, _yields, _noises, _drift, _alignment, _controls, _cost]
     for axes, draw in zip(panels, drawn, strict=True):
         draw(axes, rows)
@@ -96,10 +96,10 @@ def _noises(axes: Axes, rows: Sequence[record.Row]) -> None:
 
 
 def _beside(axes: Axes, rows: Sequence[record.Row], across: str, *, times: float = 1) -> None:
-    """Gain beside something else: a point a seed and number of pairs, hollow for DPO's other betas; lines join rounds."""
-    for row in [*_of(rows, "pairs"), *_of(rows, "beta")]:
+    """Gain beside something else: a point a seed and number of pairs, hollow for LoRAs beyond scale 1; lines join rounds."""
+    for row in [*_of(rows, "pairs"), *_of(rows, "scale")]:
         colour, mark = COLOURS[row["arm"]], MARKS[row["arm"]]
-        inside = "none" if row["axis"] == "beta" else colour
+        inside = "none" if row["axis"] == "scale" else colour
         axes.scatter(times * row[across], row["gain"], s=24, marker=mark, facecolor=inside, edgecolor=colour, alpha=0.8)
     going = _of(rows, "rounds")
     for arm in dict.fromkeys(row["arm"] for row in going if row["arm"] != LONG):
@@ -122,7 +122,7 @@ def _drift(axes: Axes, rows: Sequence[record.Row]) -> None:
 
 
 def _alignment(axes: Axes, rows: Sequence[record.Row]) -> None:
-    axes.set(title="gain and alignment", xlabel="alignment: share of what was asked that is right")
+    axes.set(title="gain and alignment", xlabel="alignment: share of what was asked that is right (dotted: before)")
     _beside(axes, rows, "alignment")
     for row in _of(rows, "control"):
         if row["arm"] == "nothing":

@@ -329,18 +329,18 @@ def test_the_baking_benchmark_has_a_row_for_every_case_and_leaves_nothing(tmp_pa
     monkeypatch.chdir(tmp_path)
     tiny = bake.Geometry(channels=32, double_blocks=1, single_blocks=1)
 
-    rows = bake.measured(tiny, bake.CASES, rounds=2)
+    cases = (bake.BFLOAT16, bake.Case(dtype=torch.float32, cold=True, stochastic_seed=0))
+
+    rows = bake.measured(tiny, cases, rounds=2)
 
     assert [(row["dtype"], row["rounding"], row["cold"]) for row in rows] == [
         ("bfloat16", "nearest", False),
-        ("bfloat16", "nearest", True),
-        ("bfloat16", "stochastic", False),
-        ("float32", "nearest", False),
-        ("float32", "nearest", True),
+        ("float32", "stochastic", True),
     ]
     for row in rows:
         assert row["ratio_to_cp"] > row["ratio_to_cp_unsynced"] > 0
         assert row["lora_layers"] == 17
+        assert row["peak_bytes"] > 0
         assert row["bytes"] > sum(outputs * inputs for outputs, inputs in tiny.shapes().values()) * 2
     assert not list((tmp_path / "runs").iterdir())
     assert len(bake.plot(rows).axes) == 1

@@ -146,7 +146,7 @@ def test_layers_may_share_a_tensor(tmp_path):
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = LoRA({"proj": LowRank(A, B)}).save(tmp_path / "lora.safetensors")
 
-    def half_a_file(_tensors, target, **_):
+    def half_a_file(_tensors, target, _header):
         target.write_bytes(b"half")
         raise OSError("disk full")
 

@@ -37,7 +37,7 @@ def flux():
     )
 
 
-def enhanced(synthesizer, *, prompts=PROMPTS, critic=ADVICE, keep=None, rounds=2, stop=None, seed=0):
+def enhanced(synthesizer, *, prompts=PROMPTS, critic=ADVICE, keep=None, rounds=2, stop=None, seed=0, held_out=None):
     return aa.enhance(
         prompts,
         synthesizer=synthesizer,
@@ -47,6 +47,7 @@ def enhanced(synthesizer, *, prompts=PROMPTS, critic=ADVICE, keep=None, rounds=2
         trainer=TRAINER,
         fuser=aa.ConcatFuser(),
         rounds=rounds,
+        held_out=held_out,
         stop=stop,
         seed=seed,
         batch_size=2,
@@ -175,3 +176,14 @@ def test_a_synthesizer_without_a_model_to_lend_is_refused_before_anything_is_dra
 def test_no_rounds_is_no_wish():
     with pytest.raises(aa.InvalidValueError, match=r"enhance\(rounds=0\) would do nothing"):
         enhanced(SwatchSynthesizer(), rounds=0)
+
+
+def test_held_out_pictures_choose_what_a_round_has_learned(flux):
+    looks = []
+    held_out = aa.HeldOut(
+        scorer=Ledger([0.0] * 2 + [1.0, 1.0] + [2.0, 2.0]), prompts=PROMPTS[:2], every=1, watch=looks.append
+    )
+    (only,) = enhanced(flux, rounds=1, held_out=held_out).rounds
+    assert [look.step for look in looks] == [1, 2]
+    assert only.training.looks == tuple(looks)
+    assert only.training.chosen.step == 2

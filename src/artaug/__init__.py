@@ -11,6 +11,7 @@ from importlib.metadata import version
 from artaug.baking import Baked, BakedFile, BakedLayer, bake
 from artaug.compare import Arm, Comparison, Fault, Guardrail, ScoreRow, compare
 from artaug.critique import Abstention, Critic, Critique, Suggestion
+from artaug.enhancement import Enhancement, Round
 from artaug.errors import (
     ArtAugError,
     CriticError,
@@ -57,7 +58,7 @@ from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
 from artaug.promptsets import PromptSet
 from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
 from artaug.report import write_report
-from artaug.rounds import Enhancement, Round, StopRule, enhance
+from artaug.rounds import StopRule, enhance
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer
 from artaug.training import (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from artaug.errors import InvalidValueError, LoRAError
 from artaug.lora import LoRA, LowRank, summed
+from artaug.showing import table_html
 from artaug.values import value
 
 
@@ -75,14 +76,11 @@ class Compression:
 
     def _repr_html_(self) -> str:
         """Every layer, those that lost most first."""
-        rows = "".join(
-            f"<tr><td style='text-align:left'>{escape(name)}</td><td>{_ranks(layer)}</td><td>{layer.energy:.4%}</td></tr>"
-            for name, layer in self._worst(len(self.layers))
-        )
-        head = "<tr><th style='text-align:left'>layer</th><th>rank</th><th>energy kept</th></tr>"
+        rows = ((name, _ranks(layer), f"{layer.energy:.4%}") for name, layer in self._worst(len(self.layers)))
         return (
             f"<details open><summary>{escape(str(self).partition(';')[0])}</summary>"
-            f"<div style='max-height:20em;overflow:auto'><table>{head}{rows}</table></div></details>"
+            f"<div style='max-height:20em;overflow:auto'>{table_html(('layer', 'rank', 'energy kept'), rows)}</div>"
+            "</details>"
         )
 
     def _worst(self, count: int = 3) -> list[tuple[str, CompressedLayer]]:

@@ -76,7 +76,8 @@ class LoRA:
 
         In PEFT format, the universal one, all layers are padded with zeros to one rank, and alpha equals it, so
         readers that know alpha and readers that ignore it see the same update. In the others each layer keeps its
-        rank, and parts of a layer that the original model fuses stand there as blocks.
+        rank (but for U-Nets, where diffusers loses alphas that differ), and parts of a layer that the original model
+        fuses stand there as blocks. ``artaug.diffusion.verify_export`` proves the file.
 
         Args:
             path: where to write; folders in between are made.

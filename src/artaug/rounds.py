@@ -1,29 +1,23 @@
 """Round after round: improve, train, combine, until it stops helping."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from html import escape
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
 from artaug.compare import ScoreRow, compare
 from artaug.critique import Critic
+from artaug.enhancement import Enhancement, Round
 from artaug.errors import InvalidValueError, ModelError, NothingToLearnError
 from artaug.filtering import BestOf, PairFilter
-from artaug.funnel import Funnel
 from artaug.fusing import ConcatFuser, Fuser
 from artaug.loop import StageEvent, improve, stopwatch
-from artaug.lora import LoRA
 from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.plan import RegionPlanner
 from artaug.scoring import Scorer
-from artaug.showing import duration, table_html
 from artaug.synthesis import Synthesizer, picture_seeds
-from artaug.training import DifferentialLoRATrainer, Trainable, Training
-
-_HEADINGS = ("round", "pairs", "steps", "final loss", "held-out gain", "time")
+from artaug.training import DifferentialLoRATrainer, HeldOut, Trainable
 
 
 @dataclass(frozen=True)
@@ -42,77 +36,6 @@ class StopRule:
     """The gain, in the scorer's units, that the interval has to clear."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """One pass: pairs made, a LoRA trained on them, combined with the rounds before."""
-
-    number: int
-    """Counted from 1."""
-    attempts: tuple[Attempt, ...]
-    """How every prompt ended."""
-    training: Training
-    """What was learned in this round alone."""
-    lora: LoRA
-    """All rounds up to this one, combined."""
-    seconds: Mapping[str, float]
-    """Wall-clock time by stage."""
-    gain: ScoreRow | None
-    """Held-out gain over the round before, if a stop rule measured it."""
-    accepted: bool
-    """False for a last round that did not help, which is left out of the result."""
-
-    def _repr_html_(self) -> str:
-        """Numbers and funnel for notebooks."""
-        return table_html(_HEADINGS, [_line(self)]) + Funnel.of(self.attempts)._repr_html_()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Enhancement:
-    """What a run ends with."""
-
-    rounds: tuple[Round, ...]
-    """Every round that trained; the last one possibly not accepted."""
-    stopped: str
-    """Why the loop ended, in words."""
-
-    @property
-    def lora(self) -> LoRA:
-        """All accepted rounds in one LoRA: the result.
-
-        Raises:
-            NothingToLearnError: if no round was accepted; the LoRAs that did not help are in ``rounds``.
-        """
-        accepted = [one for one in self.rounds if one.accepted]
-        if not accepted:
-            raise NothingToLearnError(f"no round helped, so there is no result: {self.stopped}.")
-        return accepted[-1].lora
-
-    def summary(self) -> dict[str, Any]:
-        """What happened, in plain types that JSON takes: prompts by how they ended, and every round with its times."""
-        every = [attempt for one in self.rounds for attempt in one.attempts]
-        return {
-            "prompts": _endings(every),
-            "rounds": [
-                {
-                    "round": one.number,
-                    "prompts": _endings(one.attempts),
-                    "pairs": one.training.pairs,
-                    "steps": one.training.steps,
-                    "final_loss": one.training.losses[-1],
-                    "seconds": dict(one.seconds),
-                    "held_out_gain": None if one.gain is None else asdict(one.gain),
-                    "accepted": one.accepted,
-                }
-                for one in self.rounds
-            ],
-            "stopped": self.stopped,
-        }
-
-    def _repr_html_(self) -> str:
-        """A line a round, for notebooks."""
-        return table_html(_HEADINGS, map(_line, self.rounds)) + f"<small>{escape(self.stopped)}</small>"
-
-
 def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good default or none possible
     prompts: Sequence[str],
     *,
@@ -124,6 +47,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     fuser: Fuser = ConcatFuser(),  # noqa: B008 - a frozen value
     rounds: int = 3,
     candidates: BestOf | None = None,
+    held_out: HeldOut | None = None,
     stop: StopRule | None = None,
     seed: int = 0,
     batch_size: int = 8,
@@ -144,6 +68,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         fuser: combines the LoRAs of all rounds into one.
         rounds: at most this many, at least 1.
         candidates: see `improve`.
+        held_out: chooses each round's step and strength by pictures; without it the last step counts, at strength 1.
         stop: ends the loop when a round has not helped on held-out prompts; without it all rounds run.
         seed: of the run; the same arguments give the same LoRA.
         batch_size: prompts a chunk, see `improve`.
@@ -160,7 +85,9 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     if rounds < 1:
         raise InvalidValueError(f"enhance(rounds={rounds}) would do nothing: need at least 1.")
     _lender(synthesizer)
-    crew = _RoundCrew(synthesizer, critic, planner, keep, candidates, trainer, fuser, stop, batch_size, progress)
+    crew = _RoundCrew(
+        synthesizer, critic, planner, keep, candidates, trainer, fuser, held_out, stop, batch_size, progress
+    )
     done: list[Round] = []
     for number, round_seed in enumerate(picture_seeds(seed, rounds), start=1):
         current = synthesizer.with_lora(done[-1].lora) if done else synthesizer
@@ -184,6 +111,7 @@ class _RoundCrew:
     candidates: BestOf | None
     trainer: DifferentialLoRATrainer
     fuser: Fuser
+    held_out: HeldOut | None
     stop: StopRule | None
     batch_size: int
     progress: bool
@@ -220,7 +148,9 @@ class _RoundCrew:
         if not pairs:
             return _nothing_kept(number, attempts)
         with timed("train"):
-            training = self.trainer.train(pairs, _lender(current), seed=seed, progress=self.progress)
+            training = self.trainer.train(
+                pairs, _lender(current), seed=seed, held_out=self.held_out, progress=self.progress
+            )
         with timed("combine"):
             lora = self.fuser.fuse([*(one.training.lora for one in done), training.lora])
         with timed("measure"):
@@ -243,6 +173,7 @@ class _RoundCrew:
             {"after": after},
             self.stop.prompts,
             scorers=[self.stop.scorer],
+            filtered_by=[self.keep] if self.candidates is None else [self.keep, self.candidates],
             seed=seed,
             batch_size=self.batch_size,
             pictures=0,
@@ -259,32 +190,6 @@ def _lender(synthesizer: Synthesizer) -> Trainable:
             "Use a DiffusersSynthesizer, or implement artaug.training.Trainable."
         )
     return synthesizer
-
-
-def _line(one: Round) -> tuple[str, ...]:
-    """A round in a few words, as `_HEADINGS` calls them."""
-    losses, gain = one.training.losses, one.gain
-    return (
-        str(one.number) + " (left out)" * (not one.accepted),
-        f"{one.training.pairs:,} of {len(one.attempts):,}",
-        f"{one.training.steps:,}",
-        f"{losses[-1]:.3g}" if losses else "none",
-        f"{gain.scorer} {gain.delta:+.3g} [{gain.ci_low:+.3g}, {gain.ci_high:+.3g}]" if gain else "not measured",
-        duration(sum(one.seconds.values())),
-    )
-
-
-def _endings(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """Count how prompts ended; asked = kept + dropped + skipped."""
-    counts = Counter(type(one).__name__.lower() for one in attempts)
-    reasons = Counter(one.reason for one in attempts if isinstance(one, Skipped))
-    return {
-        "asked": len(attempts),
-        "kept": counts["kept"],
-        "dropped": counts["dropped"],
-        "skipped": counts["skipped"],
-        "skipped_because": dict(reasons.most_common()),
-    }
 
 
 def _nothing_kept(number: int, attempts: Sequence[Attempt]) -> str:

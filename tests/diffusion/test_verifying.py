@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from artaug.diffusion import verify_export, verifying
 from artaug.errors import LoRAError, LoRAMismatchError, ModelError
-from artaug.formats import FLUX1, SDXL, Format
+from artaug.formats import FLUX1, SD15, SDXL, Format
 from artaug.formats.reading import Reading
 from artaug.lora import LoRA, LowRank
 from support.tiny_flux import tiny_flux
@@ -94,10 +95,10 @@ def test_our_own_reader_is_not_believed(tmp_path, monkeypatch, naming):
 
 def test_what_only_diffusers_misses_is_found(tmp_path, pipeline):
     """Files of FLUX.1 with diffusers' names behind ComfyUI's prefix: every key is sound, and diffusers drops them all."""
-    layer = LORA.layers[TO_Q]
-    tensors = {f"diffusion_model.{TO_Q}.lora_A.weight": layer.down, f"diffusion_model.{TO_Q}.lora_B.weight": layer.up}
+    name, layer = "single_transformer_blocks.0.attn.to_q", LORA.layers[TO_Q]
+    tensors = {f"diffusion_model.{name}.lora_A.weight": layer.down, f"diffusion_model.{name}.lora_B.weight": layer.up}
     save_file(tensors, tmp_path / "lora.safetensors")
-    wanted = LoRA({TO_Q: layer})
+    wanted = LoRA({name: layer})
     assert len(verify_export(tmp_path / "lora.safetensors", wanted).readers) == 2
     with pytest.raises(LoRAError, match="FluxPipeline"):
         verify_export(tmp_path / "lora.safetensors", wanted, pipeline=pipeline)
@@ -118,8 +119,8 @@ def test_layers_that_are_not_the_pipelines_are_refused(tmp_path, pipeline, layer
 
 
 def test_a_pipeline_that_takes_no_loras_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="object loads no LoRAs"):
-        verify_export(saved(tmp_path), pipeline=object())
+    with pytest.raises(ModelError, match="DDPMPipeline loads no LoRAs"):
+        verify_export(saved(tmp_path), pipeline=DDPMPipeline(unet=None, scheduler=DDPMScheduler()))
 
 
 def test_a_file_of_a_model_nobody_knows_is_read_by_two(tmp_path):
@@ -141,3 +142,18 @@ def test_a_unets_strengths_are_told_apart(tmp_path):
     for kind in SDXL.spellings:
         path = lora.save(tmp_path / "lora.safetensors", format=kind, naming=SDXL)
         assert verify_export(path, lora, naming=SDXL).readers[2] == "StableDiffusionXLPipeline"
+
+
+def test_alphas_that_differ_which_diffusers_loses_in_a_unets_kohya_file_are_found(tmp_path):
+    """Why artaug writes such files with one rank."""
+    pair = low_rank(4, 8, 8)
+    tensors, wanted = {}, {}
+    for number, alpha in enumerate((1.0, 2.0, 4.0)):
+        key = f"lora_unet_mid_block_attentions_0_transformer_blocks_{number}_attn1_to_q"
+        tensors |= {f"{key}.lora_down.weight": pair.down.clone(), f"{key}.lora_up.weight": pair.up.clone()}
+        tensors |= {f"{key}.alpha": torch.tensor(alpha)}
+        name = f"mid_block.attentions.0.transformer_blocks.{number}.attn1.to_q"
+        wanted[name] = LowRank(pair.down, pair.up * alpha / 4)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(LoRAError, match="StableDiffusionPipeline finds another update"):
+        verify_export(tmp_path / "lora.safetensors", LoRA(wanted), naming=SD15)

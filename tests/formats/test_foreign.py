@@ -61,13 +61,13 @@ def sd_scripts_sdxl():
     key = "lora_unet_output_blocks_4_1_transformer_blocks_1_attn2_to_k"
     tensors = {
         **down_up(key, pair, torch.tensor(8.0)),
-        **down_up("lora_unet_middle_block_1_proj_in", pair, torch.tensor(2.0)),
-        **down_up("lora_unet_input_blocks_4_0_emb_layers_1", pair, torch.tensor(4.0)),
+        **down_up("lora_unet_middle_block_1_proj_in", pair, torch.tensor(8.0)),
+        **down_up("lora_unet_input_blocks_4_0_emb_layers_1", pair, torch.tensor(8.0)),
     }
     wanted = {
         "up_blocks.1.attentions.1.transformer_blocks.1.attn2.to_k": update(pair, 2.0),
-        "mid_block.attentions.0.proj_in": update(pair, 0.5),
-        "down_blocks.1.resnets.0.time_emb_proj": update(pair),
+        "mid_block.attentions.0.proj_in": update(pair, 2.0),
+        "down_blocks.1.resnets.0.time_emb_proj": update(pair, 2.0),
     }
     return tensors, {"ss_network_module": "networks.lora"}, wanted, SDXL
 
@@ -77,11 +77,11 @@ def sd_scripts_sd15():
     pair = factors(8, 8)
     tensors = {
         **down_up("lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_ff_net_0_proj", pair, torch.tensor(1.0)),
-        **down_up("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0", pair, torch.tensor(4.0)),
+        **down_up("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0", pair, torch.tensor(1.0)),
     }
     wanted = {
         "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj": update(pair, 0.25),
-        "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0": update(pair),
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0": update(pair, 0.25),
     }
     return tensors, {"ss_network_module": "networks.lora"}, wanted, SD15
 
@@ -131,9 +131,9 @@ def simple_tuner_flux1():
 
 def simple_tuner_comfyui_flux1():
     """SimpleTuner with ``--lora_format comfyui``: diffusers' names behind ComfyUI's prefix, which diffusers cannot read."""
-    pair, key = factors(8, 8), f"diffusion_model.{BLOCK}.attn.to_v"
+    pair, key = factors(8, 8), f"diffusion_model.{SINGLE}.attn.to_v"
     tensors = {**a_b(key, pair), f"{key}.alpha": torch.tensor(16.0)}
-    return tensors, {"format": "pt"}, {f"{BLOCK}.attn.to_v": update(pair, 4.0)}, None
+    return tensors, {"format": "pt"}, {f"{SINGLE}.attn.to_v": update(pair, 4.0)}, None
 
 
 def one_trainer_flux1():
@@ -144,7 +144,7 @@ def one_trainer_flux1():
         **down_up("lora_transformer_single_transformer_blocks_0_proj_mlp", pair, torch.tensor(4.0)),
     }
     wanted = {f"{BLOCK}.attn.add_q_proj": update(pair, 0.25), f"{SINGLE}.proj_mlp": update(pair)}
-    return tensors, {"ot_branch": "master"}, wanted, None
+    return tensors, {"format": "pt"}, wanted, None
 
 
 def diffsynth_flux1():
@@ -203,7 +203,7 @@ MAKERS = [
 
 def written(folder, maker):
     tensors, header, wanted, naming = maker()
-    save_file(tensors, folder / "lora.safetensors", header)
+    save_file({key: one.clone() for key, one in tensors.items()}, folder / "lora.safetensors", header)
     return folder / "lora.safetensors", LoRA(wanted), naming
 
 

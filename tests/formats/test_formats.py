@@ -108,6 +108,14 @@ def test_alpha_is_folded_in_whatever_it_is(tmp_path_factory, alpha, rank):
     torch.testing.assert_close(found.delta(), layer.delta() * (alpha / rank), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("naming", [SDXL, SD15])
+def test_a_kohya_file_of_a_unet_has_one_rank(tmp_path, naming):
+    lora = LoRA({name: low_rank(rank, SHAPES[naming][name]) for rank, name in enumerate(SHAPES[naming], start=1)})
+    tensors = load_file(lora.save(tmp_path / "a.safetensors", format=Format.KOHYA, naming=naming))
+    assert {one.item() for key, one in tensors.items() if key.endswith(".alpha")} == {float(lora.rank)}
+    assert {one.shape[0] for key, one in tensors.items() if "lora_down" in key} == {lora.rank}
+
+
 # Precision
 
 

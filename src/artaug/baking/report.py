@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from artaug.showing import table_html
 from artaug.values import value
 
 _MIB = 2**20
@@ -80,17 +81,13 @@ class Baked:
 
     def _repr_html_(self) -> str:
         """The totals, then every file, then every layer, those that lost most first."""
-        files = (
-            f"<td>{escape(name)}</td><td>{size}</td><td><code>{sha}</code></td>" for name, size, sha in self._listed()
-        )
         layers = (
-            f"<td>{escape(name)}</td><td>{one.dtype}</td><td>{one.lost:.2%}</td><td>{one.unchanged / one.weights:.2%}</td>"
-            for name, one in self._worst()
+            (name, one.dtype, f"{one.lost:.2%}", f"{one.unchanged / one.weights:.2%}") for name, one in self._worst()
         )
         return (
             f"<p>{'<br>'.join(map(escape, self._told()))}</p>"
-            + _folded("files", ("file", "MiB", "sha256"), files)
-            + _folded("layers", ("layer", "stored as", "lost to rounding", "weights unchanged"), layers)
+            + _folded("files", table_html(("file", "MiB", "sha256"), self._listed()))
+            + _folded("layers", table_html(("layer", "stored as", "lost to rounding", "weights unchanged"), layers))
         )
 
     def _told(self) -> list[str]:
@@ -109,10 +106,5 @@ class Baked:
             yield name, f"{file.size / _MIB:,.1f}", file.sha256
 
 
-def _folded(title: str, headings: tuple[str, ...], rows: Iterator[str]) -> str:
-    head = "".join(f"<th>{heading}</th>" for heading in headings)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return (
-        f"<details><summary>{title}</summary><div style='max-height:20em;overflow:auto'>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
-    )
+def _folded(title: str, table: str) -> str:
+    return f"<details><summary>{title}</summary><div style='max-height:20em;overflow:auto'>{table}</div></details>"

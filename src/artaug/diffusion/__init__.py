@@ -1,6 +1,7 @@
 """Drawing and training with diffusers: one synthesizer, and one short file a model family. Only here: diffusers."""
 
 from artaug.diffusion.checking import check_family
+from artaug.diffusion.estimating import Estimate, estimate
 from artaug.diffusion.family import Family
 from artaug.diffusion.flux import Flux
 from artaug.diffusion.flux2 import Flux2
@@ -15,6 +16,7 @@ from artaug.diffusion.z_image import ZImage
 
 __all__ = [
     "DiffusersSynthesizer",
+    "Estimate",
     "Family",
     "Flux",
     "Flux2",
@@ -26,5 +28,6 @@ __all__ = [
     "WornLoRA",
     "ZImage",
     "check_family",
+    "estimate",
     "verify_export",
 ]

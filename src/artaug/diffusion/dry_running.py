@@ -2,8 +2,8 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from artaug.diffusion.family import Family
 from artaug.lora import LoRA, LowRank
-from artaug.training.adapters import AdaptedModel, adapted, targeted_layers
+from artaug.training.adapters import adapted, targeted_layers
 from artaug.training.objectives import PairBatch, Stage
 from artaug.training.recipe import Recipe
 
@@ -44,15 +45,19 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.now = 0
         self.peak = 0
         self.flops = 0
         self._alive: set[int] = set()
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401 - any operation
+        self,
+        func: Any,  # noqa: ANN401 - any operation
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever it makes
         made = func(*args, **(kwargs or {}))
         given = {_storage(one)._cdata for one in _tensors((args, kwargs))}  # noqa: SLF001 - a storage has no other name
         for one in _tensors(made):
@@ -93,15 +98,18 @@ class DeviceKernels(TorchFunctionMode):
         self._fused_norms = fused_norms
 
     def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401 - any function of torch
+        self,
+        func: Any,  # noqa: ANN401 - any function of torch
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever it gives
         named = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             named.update(zip(("query", "key", "value"), args, strict=False))
             return _FLASH(named["query"], named["key"], named["value"])[0]
         if self._fused_norms and func in (torch.rms_norm, F.rms_norm):
-            named.update(zip(("input", "normalized_shape", "weight"), args, strict=False))
-            return _FusedNorm.apply(named["input"], named.get("weight"))
+            return _FusedNorm.apply(args[0] if args else named["input"])  # type: ignore[no-untyped-call]  # likewise
         if func is Tensor.cpu and args[0].is_meta:
             return torch.zeros(args[0].shape, dtype=args[0].dtype)
         return func(*args, **named)
@@ -111,13 +119,13 @@ class _FusedNorm(torch.autograd.Function):
     """A norm over the last axis in one kernel, seen from its memory."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, inputs: Tensor, weight: Tensor | None) -> Tensor:
+    def forward(ctx: FunctionCtx, inputs: Tensor) -> Tensor:
         ctx.save_for_backward(inputs, inputs.new_empty(inputs.shape[:-1], dtype=torch.float32))
         return torch.empty_like(inputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return torch.empty_like(gradient), None
+    def backward(_ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
+        return torch.empty_like(gradients[0])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,7 +138,6 @@ class DryRun:
     """Shapes of an encoded prompt."""
     dtype: torch.dtype
     fused_norms: bool
-    _batch: list[PairBatch] = field(default_factory=list)
 
     @property
     def pairs(self) -> int:
@@ -158,12 +165,18 @@ class DryRun:
                 adapted(family, rank=recipe.rank, targets=recipe.targets, generator=torch.Generator())
             )
             if recipe.gradient_checkpointing:
-                module.enable_gradient_checkpointing()
+                module.enable_gradient_checkpointing(gradient_checkpointing_func=self._recomputed)
             for factor in student.parameters():
                 factor.grad = torch.zeros_like(factor)
-            batch = self._pairs()
-            work = self._watched(lambda: _there_and_back(stage, student, batch))
+            with DeviceKernels(fused_norms=self.fused_norms):
+                latents = self._latents()
+            work = self._watched(lambda: stage.loss(student, self._pairs(latents)).backward())
             return work, sum(factor.numel() for factor in student.parameters())
+
+    def _recomputed(self, layer: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 - as diffusers hands them on
+        """Run a layer as diffusers does, with the same kernels again in the backward pass, which switches modes off."""
+        again = DeviceKernels(fused_norms=self.fused_norms)
+        return checkpoint(layer, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
     def _watched(self, work: Callable[[], object]) -> Work:
         with Ledger() as ledger, DeviceKernels(fused_norms=self.fused_norms):
@@ -174,9 +187,7 @@ class DryRun:
         picture = Image.new("RGB", (self.family.width, self.family.height))
         return self.family.encode_images([picture] * self.pairs)
 
-    def _pairs(self) -> PairBatch:
-        with DeviceKernels(fused_norms=self.fused_norms):
-            latents = self._latents()
+    def _pairs(self, latents: Tensor) -> PairBatch:
         texts = {
             name: torch.ones(self.pairs, *shape, dtype=torch.long)
             if name.endswith("_mask")
@@ -184,17 +195,12 @@ class DryRun:
             for name, shape in self.text.items()
         }
         return PairBatch(
-            before=latents.float(),
+            before=torch.empty_like(latents, dtype=torch.float32),
             after=torch.empty_like(latents, dtype=torch.float32),
             noise=torch.empty_like(latents, dtype=torch.float32),
             sigmas=torch.empty(self.pairs, device="meta"),
             conditioning=texts,
         )
-
-
-def _there_and_back(stage: Stage, student: AdaptedModel, batch: PairBatch) -> None:
-    # Tensor.backward would be a function of torch, in which the mode that has called it is switched off.
-    torch.autograd.backward(stage.loss(student, batch))
 
 
 def _of_zeros(layers: Mapping[str, Any], rank: int) -> LoRA:

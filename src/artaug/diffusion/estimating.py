@@ -2,9 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -12,16 +10,9 @@ from torch import nn
 
 from artaug.diffusion.dry_running import DryRun, Work
 from artaug.diffusion.family import Family
-from artaug.diffusion.flux import Flux
-from artaug.diffusion.flux2 import Flux2Family
 from artaug.diffusion.known import family_of
-from artaug.diffusion.qwen_image import QwenImage
-from artaug.diffusion.sd3 import StableDiffusion3
-from artaug.diffusion.sd15 import StableDiffusion
-from artaug.diffusion.sdxl import StableDiffusionXL
-from artaug.diffusion.weightless import modules, stored_bytes, weightless
-from artaug.diffusion.z_image import ZImage
-from artaug.errors import InvalidValueError, ModelError
+from artaug.diffusion.weightless import modules, stored_bytes, text_shapes, weightless
+from artaug.errors import InvalidValueError
 from artaug.showing import duration, table_html
 from artaug.training.optimisers import AdamW8bit, Optimiser
 from artaug.training.recipe import Recipe
@@ -139,7 +130,7 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     width: int = 1024,
     height: int = 1024,
     max_sequence_length: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     bits_per_weight: float | None = None,
     flops_per_second: float | None = None,
     fused_norms: bool = True,
@@ -152,13 +143,14 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     checkpointing and batch size count as they will.
 
     Args:
-        source: a folder or a name on the Hub, of which only configs are read, or a loaded pipeline.
+        source: a folder or a name on the Hub, of which only configs are read, or a loaded pipeline, whose weights count
+            as they are stored.
         trainer: how it is to be trained; the default trainer without one.
         width: of the pictures, in pixels.
         height: of the pictures, in pixels.
         max_sequence_length: tokens of a prompt, None for what is usual. Models that read prompts as long as they are
             (Qwen-Image, Z-Image) need less for shorter ones.
-        dtype: of the weights and of what is computed with them.
+        dtype: of the weights and of what is computed with them; None for bfloat16, or a loaded pipeline's own.
         bits_per_weight: of the denoiser's linear layers, where they are stored in fewer: 8 in fp8 or int8, 4.5 in
             bitsandbytes' nf4 (a float32 scale for every 64 weights). It is taken as said; every layer is unpacked to
             ``dtype`` when it is used, and one at a time.
@@ -181,13 +173,17 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     """
     recipe = DifferentialLoRATrainer() if trainer is None else trainer
     _check(bits_per_weight, flops_per_second)
+    if dtype is None:
+        dtype = source.dtype if isinstance(source, DiffusionPipeline) else torch.bfloat16
     pipeline = weightless(source, dtype=dtype)
     family = _bound(pipeline, width=width, height=height, max_sequence_length=max_sequence_length)
-    run = DryRun(family=family, recipe=recipe, text=_text(family), dtype=dtype, fused_norms=fused_norms)
+    run = DryRun(family=family, recipe=recipe, text=text_shapes(family), dtype=dtype, fused_norms=fused_norms)
     encoding = run.encoding()
-    weights, unpacked = _stored(family.module, bits_per_weight)
-    encoders = {name: part for name, part in modules(pipeline) if name.startswith(("text_encoder", "vae"))}
-    others = [part for name, part in modules(pipeline) if name not in encoders and part is not family.module]
+    held = source if isinstance(source, DiffusionPipeline) else pipeline
+    sizes = {name: stored_bytes(part) for name, part in modules(held)}
+    (denoiser,) = (name for name, part in modules(pipeline) if part is family.module)
+    sizes[denoiser], unpacked = _packed(family.module, sizes[denoiser], bits_per_weight)
+    encoders = sum(size for name, size in sizes.items() if name.startswith(("text_encoder", "vae")))
     activations, flops, trained = _stages(run)
     optimiser = math.ceil(trained * _state_of(recipe.optimiser))
     exported = _FLOAT32 * trained
@@ -198,8 +194,8 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
         height=height,
         pairs_at_once=run.pairs,
         trained_parameters=trained,
-        weights_bytes=weights + sum(map(stored_bytes, others)),
-        encoders_bytes=sum(map(stored_bytes, encoders.values())),
+        weights_bytes=sum(sizes.values()) - encoders,
+        encoders_bytes=encoders,
         encoding_bytes=encoding.peak_bytes,
         factors_bytes=2 * exported + optimiser + average,
         activations_bytes=activations + unpacked,
@@ -211,8 +207,17 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     )
 
 
+def _readable(size: float) -> str:
+    """A size in the binary units that memory is sold in."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"
+
+
 def _check(bits_per_weight: float | None, flops_per_second: float | None) -> None:
-    if bits_per_weight is not None and not 0 < bits_per_weight <= 32:  # noqa: PLR2004 - of a float32
+    if bits_per_weight is not None and not 0 < bits_per_weight <= 32:
         raise InvalidValueError(f"bits_per_weight={bits_per_weight}: need more than 0 and at most 32.")
     if flops_per_second is not None and not 0 < flops_per_second < math.inf:
         raise InvalidValueError(f"flops_per_second={flops_per_second}: need a finite speed above 0.")
@@ -244,15 +249,14 @@ def _stages(run: DryRun) -> tuple[int, int, int]:
     return max(work.peak_bytes for work in works), round(flops * run.recipe.batch_size / run.pairs), trained
 
 
-def _stored(module: nn.Module, bits: float | None) -> tuple[int, int]:
-    """What the denoiser takes as it is stored, and its largest layer unpacked, if they are packed."""
+def _packed(module: nn.Module, stored: int, bits: float | None) -> tuple[int, int]:
+    """What the denoiser takes as it is stored, and its largest layer unpacked, if layers are packed."""
     whole = stored_bytes(module)
-    if bits is None:
-        return whole, 0
     linear = [one.weight for one in module.modules() if isinstance(one, nn.Linear)]
-    plain = sum(one.numel() * one.element_size() for one in linear)
-    packed = sum(math.ceil(one.numel() * bits / 8) for one in linear)
-    return whole - plain + packed, max(one.numel() * one.element_size() for one in linear)
+    if bits is not None:
+        plain = sum(one.numel() * one.element_size() for one in linear)
+        stored = whole - plain + sum(math.ceil(one.numel() * bits / 8) for one in linear)
+    return stored, max(one.numel() * one.element_size() for one in linear) if stored < whole else 0
 
 
 def _state_of(optimiser: Optimiser) -> float:
@@ -267,65 +271,3 @@ def _state_of(optimiser: Optimiser) -> float:
     made.step()
     held = [one for one in made.state[probe].values() if isinstance(one, torch.Tensor) and one.ndim]
     return sum(one.numel() * one.element_size() for one in held) / _PROBED
-
-
-def _text(family: Family) -> Mapping[str, tuple[int, ...]]:
-    """Shapes of what a prompt of the longest length becomes, one row of it.
-
-    Raises:
-        ModelError: for a family of somebody else's.
-    """
-    for kind, shapes in _TEXT.items():
-        if isinstance(family, kind):
-            return shapes(family, family.pipeline)
-    known = ", ".join(kind.__name__ for kind in _TEXT)
-    raise ModelError(
-        f"what a {type(family).__name__} gives its denoiser is not known before prompts are encoded, so its training "
-        f"cannot be estimated. Known are: {known}."
-    )
-
-
-def _flux(family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - parts differ
-    config = pipeline.transformer.config
-    return {
-        "prompt_embeds": (family.max_sequence_length, config.joint_attention_dim),
-        "pooled_prompt_embeds": (config.pooled_projection_dim,),
-    }
-
-
-def _flux2(family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - likewise
-    return {"prompt_embeds": (family.max_sequence_length, pipeline.transformer.config.joint_attention_dim)}
-
-
-def _sd3(family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - likewise
-    config, longest = pipeline.transformer.config, family.max_sequence_length
-    return {
-        "prompt_embeds": (pipeline.tokenizer_max_length + longest, config.joint_attention_dim),
-        "pooled_prompt_embeds": (config.pooled_projection_dim,),
-    }
-
-
-def _masked(family: Family, width: int) -> Mapping[str, tuple[int, ...]]:
-    longest = family.max_sequence_length
-    return {"prompt_embeds": (longest, width), "prompt_embeds_mask": (longest,)}
-
-
-def _clip(_family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - likewise
-    return {"prompt_embeds": (pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim)}
-
-
-def _two_clips(family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - likewise
-    pooled: int = pipeline.text_encoder_2.config.projection_dim
-    return {**_clip(family, pipeline), "pooled_prompt_embeds": (pooled,)}
-
-
-_TEXT: Mapping[type[Family], Callable[[Family, Any], Mapping[str, tuple[int, ...]]]] = {
-    Flux: _flux,
-    Flux2Family: _flux2,
-    QwenImage: lambda family, pipeline: _masked(family, pipeline.transformer.config.joint_attention_dim),
-    StableDiffusion: _clip,
-    StableDiffusion3: _sd3,
-    StableDiffusionXL: _two_clips,
-    ZImage: lambda family, pipeline: _masked(family, pipeline.transformer.config.cap_feat_dim),
-}
-"""What each family's `Family.encode_prompts` gives, by the shape of a row."""

@@ -16,6 +16,7 @@ from artaug.diffusion.flux_attention import RegionalFluxProcessor
 from artaug.errors import GuideError, ModelError
 from artaug.regional.denoiser import Attend, AttentiveDenoiser, Branches, Call, Conditioning, Denoiser, Site, Span, Text
 from artaug.training.noising import FlowMatching
+from artaug.words import warn_of_cut
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
 _LONGEST_PROMPT = 512
@@ -140,7 +141,7 @@ class Flux(Family):
             ("CLIP", pipeline.tokenizer, pipeline.tokenizer_max_length, "Shorten it; T5 still reads it further."),
             ("T5", pipeline.tokenizer_2, self.max_sequence_length, "Shorten it, or raise max_sequence_length."),
         ):
-            shared.warn_of_cut(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy=remedy)
+            warn_of_cut(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

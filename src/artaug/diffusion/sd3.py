@@ -17,6 +17,7 @@ from artaug.diffusion.sd3_attention import RegionalSD3Processor
 from artaug.errors import ModelError
 from artaug.regional.denoiser import Attend, AttentiveDenoiser, Branches, Call, Conditioning, Denoiser, Site, Span, Text
 from artaug.training.noising import FlowMatching
+from artaug.words import warn_of_cut
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
 _LONGEST_PROMPT = 512
@@ -148,12 +149,12 @@ class StableDiffusion3(Family):
         # Both CLIPs share one vocabulary and are cut at one length, so one warning serves for both.
         pipeline, limit = self.pipeline, self.max_sequence_length
         further = "Shorten it; T5 still reads it further." if self._has_t5 else "Shorten it."
-        shared.warn_of_cut(
+        warn_of_cut(
             prompt, reader="CLIP", tokenizer=pipeline.tokenizer, limit=pipeline.tokenizer_max_length, remedy=further
         )
         if self._has_t5:
             remedy = "Shorten it, or raise max_sequence_length."
-            shared.warn_of_cut(prompt, reader="T5", tokenizer=pipeline.tokenizer_3, limit=limit, remedy=remedy)
+            warn_of_cut(prompt, reader="T5", tokenizer=pipeline.tokenizer_3, limit=limit, remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

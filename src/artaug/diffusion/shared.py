@@ -1,7 +1,6 @@
 """What several families do alike: sizes, latents of a VAE, words that are cut, the shift of noise levels."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -116,18 +115,6 @@ def latent_masks(pipeline: Pipeline, masks: Tensor, *, width: int, height: int) 
     config = pipeline.vae.config
     channels = config.get("latent_channels") or config.z_dim  # as Qwen-Image's VAE calls them
     return avg_pool2d(masks.float().unsqueeze(1), pipeline.vae_scale_factor).expand(-1, channels, -1, -1)
-
-
-def warn_of_cut(prompt: str, *, reader: str, tokenizer: Tokenizer, limit: int, remedy: str) -> None:
-    """Say what an encoder will not see: diffusers logs it in a place few look at, and for T5 the wrong words."""
-    tokens = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    room = limit - tokenizer.num_special_tokens_to_add()
-    if len(tokens) > room:
-        warnings.warn(
-            f"{reader} reads {limit} tokens and the prompt {prompt!r} has {len(tokens) + limit - room}: "
-            f"cut off is {tokenizer.decode(tokens[room:])!r}. {remedy}",
-            stacklevel=2,
-        )
 
 
 def shifted_flow(config: Mapping[str, Any], *, tokens: int) -> FlowMatching:

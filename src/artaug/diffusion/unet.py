@@ -29,6 +29,7 @@ from artaug.regional.denoiser import (
     Text,
 )
 from artaug.training.noising import BetaSchedule, EpsilonPrediction, VPrediction
+from artaug.words import warn_of_cut
 
 _PIPELINES_MULTIPLE_PX = 8
 _UNSAID = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
@@ -173,7 +174,7 @@ class UNetFamily(Family):
         # Where there are two CLIPs, they share one vocabulary and are cut at one length.
         tokenizer = self.pipeline.tokenizer
         spelt = self.pipeline.maybe_convert_prompt(prompt, tokenizer)  # the words of a textual inversion
-        shared.warn_of_cut(spelt, reader="CLIP", tokenizer=tokenizer, limit=self._clip_reads, remedy="Shorten it.")
+        warn_of_cut(spelt, reader="CLIP", tokenizer=tokenizer, limit=self._clip_reads, remedy="Shorten it.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

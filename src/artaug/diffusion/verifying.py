@@ -1,5 +1,6 @@
 """Proof that a LoRA file works: every layer rebuilt by several readers, diffusers' own among them."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +24,7 @@ from torch import Tensor, nn
 
 from artaug.errors import LoRAError, ModelError
 from artaug.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE, Naming
-from artaug.formats.checking import DEFINITION, Verification, differences, reread
-from artaug.formats.files import read_tensors
+from artaug.formats.checking import DEFINITION, Verification, called, differences, reread
 from artaug.formats.low_rank import LowRank
 from artaug.formats.reading import Reading, read
 from artaug.lora import LoRA
@@ -102,13 +102,13 @@ def _loader_of(pipeline: DiffusionPipeline) -> type:
 
 def _loader_for(path: Path, reading: Reading, naming: Naming | None) -> type | None:
     """The pipeline that reads files like this one: that of the first family whose spelling of the layers it has."""
-    keys = read_tensors(path)[0].keys()
+    stems = called(path)
     for one in _PIPELINES if naming is None else (naming,):
         spelling = one.spellings.get(reading.format)
         if one in _PIPELINES and spelling is not None:
             places = {name: one.place(name) for name in reading.layers}
-            called = {place.theirs if spelling.original else name for name, place in places.items() if place}
-            if all(places.values()) and all(spelling.base(name) + spelling.down in keys for name in called):
+            names = {place.theirs if spelling.original else name for name, place in places.items() if place}
+            if all(places.values()) and all(spelling.base(name) in stems for name in names):
                 return _PIPELINES[one]
     return None
 
@@ -172,17 +172,19 @@ def _loaded(
             unet_config=unet,
         )
         layers = _Layers(_shapes_in(tensors, part) if shapes is None else shapes)
-        PeftAdapterMixin.load_lora_adapter(
-            layers,
-            tensors,
-            prefix=part,
-            network_alphas=alphas[0] if alphas else None,
-            adapter_name=_ADAPTER,
-            metadata=metadata,
-            low_cpu_mem_usage=True,
-        )
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
-        raise LoRAError(f"{path}: {loader.__name__} refuses it: {fault}") from fault
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # strengths that PEFT ignores show in the updates
+            PeftAdapterMixin.load_lora_adapter(
+                layers,
+                tensors,
+                prefix=part,
+                network_alphas=alphas[0] if alphas else None,
+                adapter_name=_ADAPTER,
+                metadata=metadata,
+                low_cpu_mem_usage=True,
+            )
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as fault:
+        raise LoRAError(f"{path}: {loader.__name__} refuses it ({type(fault).__name__}: {fault}).") from fault
     return dict(_adapters(layers))
 
 

@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from artaug.diffusion.family import Family
+from artaug.diffusion.flux import Flux
+from artaug.diffusion.flux2 import Flux2Family
 from artaug.diffusion.known import family_at
+from artaug.diffusion.qwen_image import QwenImage
+from artaug.diffusion.sd3 import StableDiffusion3
+from artaug.diffusion.sd15 import StableDiffusion
+from artaug.diffusion.sdxl import StableDiffusionXL
+from artaug.diffusion.z_image import ZImage
 from artaug.errors import ModelError
 
 _CLIP_READS = 77
@@ -59,6 +67,22 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(one.numel() * one.element_size() for one in (*module.parameters(), *module.buffers()))
 
 
+def text_shapes(family: Family) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of what a prompt of the longest length becomes, one row of it.
+
+    Raises:
+        ModelError: for a family of somebody else's.
+    """
+    for kind, shapes in _TEXT.items():
+        if isinstance(family, kind):
+            return shapes(family, family.pipeline)
+    known = ", ".join(kind.__name__ for kind in _TEXT)
+    raise ModelError(
+        f"what a {type(family).__name__} gives its denoiser is not known before prompts are encoded, so its training "
+        f"cannot be estimated. Known are: {known}."
+    )
+
+
 def _options(index: Mapping[str, Any], parts: Mapping[str, object]) -> dict[str, Any]:
     """The settings in a pipeline's index that are no parts: whether it is distilled, and the like."""
     return {name: one for name, one in index.items() if not name.startswith("_") and name not in parts}
@@ -67,7 +91,8 @@ def _options(index: Mapping[str, Any], parts: Mapping[str, object]) -> dict[str,
 def _twin(part: object, dtype: torch.dtype) -> object:
     """The same part without its weights; tokenizers and schedulers have none."""
     if isinstance(part, ModelMixin):
-        return _made(type(part), part.config, dtype)
+        config = {name: one for name, one in part.config.items() if name != "quantization_config"}
+        return _made(type(part), config, dtype)
     return _made(type(part), part.config, dtype) if isinstance(part, PreTrainedModel) else part
 
 
@@ -78,18 +103,22 @@ def _part(
     if library is None or class_name is None:
         return None
     home = getattr(pipelines, library) if hasattr(pipelines, library) else importlib.import_module(library)
-    kind = getattr(home, class_name, None)
+    kind: Any = getattr(home, class_name, None)
     try:
-        if isinstance(kind, type) and issubclass(kind, ModelMixin):
+        if _is(kind, ModelMixin):
             return _made(kind, kind.load_config(source, subfolder=name), dtype)
-        if isinstance(kind, type) and issubclass(kind, SchedulerMixin):
-            return kind.from_pretrained(source, subfolder=name)  # type: ignore[attr-defined]
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+        if _is(kind, SchedulerMixin):
+            return kind.from_pretrained(source, subfolder=name)
+        if _is(kind, PreTrainedModel):
             return _made(kind, kind.config_class.from_pretrained(source, subfolder=name), dtype)
         longest = get_tokenizer_config(source, subfolder=name).get("model_max_length", _CLIP_READS)
         return Reader(int(longest))
     except (OSError, ValueError) as fault:
         raise ModelError(f"the config of {name!r} of {str(source)!r} cannot be read: {fault}") from fault
+
+
+def _is(kind: object, base: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, base)
 
 
 def _made(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:  # noqa: ANN401 - diffusers' or transformers'
@@ -98,3 +127,49 @@ def _made(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:  # noqa: ANN
         module: nn.Module = kind.from_config(config) if issubclass(kind, ModelMixin) else kind(config)
     # The plain method: those of diffusers and transformers warn of what only matters to weights.
     return nn.Module.to(module, dtype=dtype).eval().requires_grad_(requires_grad=False)
+
+
+def _flux(family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - parts differ
+    config = pipeline.transformer.config
+    return {
+        "prompt_embeds": (family.max_sequence_length, config.joint_attention_dim),
+        "pooled_prompt_embeds": (config.pooled_projection_dim,),
+    }
+
+
+def _flux2(family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - likewise
+    return {"prompt_embeds": (family.max_sequence_length, pipeline.transformer.config.joint_attention_dim)}
+
+
+def _sd3(family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - likewise
+    config, longest = pipeline.transformer.config, family.max_sequence_length
+    return {
+        "prompt_embeds": (pipeline.tokenizer_max_length + longest, config.joint_attention_dim),
+        "pooled_prompt_embeds": (config.pooled_projection_dim,),
+    }
+
+
+def _masked(family: Family, width: int) -> Mapping[str, tuple[int, ...]]:
+    longest = family.max_sequence_length
+    return {"prompt_embeds": (longest, width), "prompt_embeds_mask": (longest,)}
+
+
+def _clip(_family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - likewise
+    return {"prompt_embeds": (pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim)}
+
+
+def _two_clips(family: Family, pipeline: Any) -> Mapping[str, tuple[int, ...]]:  # noqa: ANN401 - likewise
+    pooled: int = pipeline.text_encoder_2.config.projection_dim
+    return {**_clip(family, pipeline), "pooled_prompt_embeds": (pooled,)}
+
+
+_TEXT: Mapping[Any, Callable[[Family, Any], Mapping[str, tuple[int, ...]]]] = {
+    Flux: _flux,
+    Flux2Family: _flux2,
+    QwenImage: lambda family, pipeline: _masked(family, pipeline.transformer.config.joint_attention_dim),
+    StableDiffusion: _clip,
+    StableDiffusion3: _sd3,
+    StableDiffusionXL: _two_clips,
+    ZImage: lambda family, pipeline: _masked(family, pipeline.transformer.config.cap_feat_dim),
+}
+"""What each family's `Family.encode_prompts` gives, by the shape of a row."""

@@ -118,6 +118,15 @@ def reread(path: Path, wanted: Mapping[str, LowRank]) -> dict[str, LowRank]:
     return found
 
 
+def called(path: Path) -> set[str]:
+    """What a file calls its layers, prefix included.
+
+    Raises:
+        LoRAError: if it holds a key that is no part of a LoRA.
+    """
+    return set(_stems(read_tensors(path)[0], path))
+
+
 def _stems(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     """The file's tensors by what stands before their role."""
     stems: dict[str, dict[str, Tensor]] = {}

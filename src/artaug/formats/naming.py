@@ -60,6 +60,8 @@ class Spelling:
     """Underscores in place of dots."""
     alpha: bool = False
     """An alpha beside every layer, equal to its rank."""
+    uniform: bool = False
+    """One rank for all layers, with zeros behind the smaller: where diffusers loses alphas that differ."""
     unread: frozenset[str] = frozenset()
     """Original names that no independent reader reads right in this format."""
 

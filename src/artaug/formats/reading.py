@@ -165,7 +165,8 @@ def _places(
             missing = missing or next(name for name in layers if name not in known)
         elif naming is not None or all(_has_aspect(place, layers[name]) for name, place in known.items()):
             fitting.append(one.name)
-            meanings[tuple(path for place, _ in known.values() for path in place.ours)] = known
+            meant = [place.ours if another else (_ours(place, name, kind),) for name, (place, another) in known.items()]
+            meanings[tuple(part for parts in meant for part in parts)] = known
     if len(meanings) == 1:
         return next(iter(meanings.values()))
     if meanings:

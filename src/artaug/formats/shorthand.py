@@ -17,10 +17,17 @@ def in_peft(module: str) -> Spelling:
     return Spelling(f"{module}.", ".lora_A.weight", ".lora_B.weight")
 
 
-def in_kohya(*, original: bool = False, unread: Sequence[str] = ()) -> Spelling:
+def in_kohya(*, original: bool = False, uniform: bool = False, unread: Sequence[str] = ()) -> Spelling:
     """As sd-scripts does, training the original model or diffusers' own."""
     return Spelling(
-        "lora_unet_", ".lora_down.weight", ".lora_up.weight", original, flat=True, alpha=True, unread=frozenset(unread)
+        "lora_unet_",
+        ".lora_down.weight",
+        ".lora_up.weight",
+        original,
+        flat=True,
+        alpha=True,
+        uniform=uniform,
+        unread=frozenset(unread),
     )
 
 

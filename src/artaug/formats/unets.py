@@ -43,7 +43,7 @@ SDXL = Naming(
         *_unet(),
         *(Row(f"label_emb.0.{2 * number}", (f"add_embedding.linear_{number + 1}",)) for number in range(2)),
     ),
-    spellings={Format.PEFT: in_peft("unet"), Format.KOHYA: in_kohya(original=True)},
+    spellings={Format.PEFT: in_peft("unet"), Format.KOHYA: in_kohya(original=True, uniform=True)},
 )
 """Stable Diffusion XL."""
 
@@ -51,6 +51,6 @@ SD15 = Naming(
     name="Stable Diffusion 1.5",
     rows=_unet(),
     # sd-scripts trains SDXL on the original U-Net, and this one on diffusers'
-    spellings={Format.PEFT: in_peft("unet"), Format.KOHYA: in_kohya()},
+    spellings={Format.PEFT: in_peft("unet"), Format.KOHYA: in_kohya(uniform=True)},
 )
 """Stable Diffusion 1.x, and 2.x."""

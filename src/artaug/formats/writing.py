@@ -1,7 +1,6 @@
 """From updates by module path to the tensors and the header of a file, in the format asked for."""
 
 import json
-import math
 from collections.abc import Mapping
 
 import torch
@@ -37,7 +36,8 @@ def spelt(
     found = _written(layers, kind, naming)
     spelling = found.spellings[kind]
     tensors: dict[str, Tensor] = {}
-    for name, layer in (_fused(layers, found) if spelling.original else dict(layers)).items():
+    named = _fused(layers, found) if spelling.original else layers
+    for name, layer in (_padded(named) if spelling.uniform else named).items():
         base = spelling.base(name)
         tensors[base + spelling.down], tensors[base + spelling.up] = _kept(layer.down), _kept(layer.up)
         if spelling.alpha:
@@ -50,13 +50,22 @@ def _peft(layers: Mapping[str, LowRank], naming: Naming | None) -> tuple[dict[st
     prefix = "unet." if any(name.startswith(_UNET) for name in layers) else "transformer."
     if naming is not None:
         prefix = naming.spellings[Format.PEFT].prefix
-    rank = max(layer.rank for layer in layers.values())
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        tensors[f"{prefix}{name}.lora_A.weight"] = pad(_kept(layer.down), (0, 0, 0, rank - layer.rank))
-        tensors[f"{prefix}{name}.lora_B.weight"] = pad(_kept(layer.up), (0, rank - layer.rank))
+    for name, layer in _padded(layers).items():
+        tensors[f"{prefix}{name}.lora_A.weight"] = _kept(layer.down)
+        tensors[f"{prefix}{name}.lora_B.weight"] = _kept(layer.up)
+    rank = max(layer.rank for layer in layers.values())
     adapter = {f"{prefix}r": rank, f"{prefix}lora_alpha": rank, f"{prefix}target_modules": sorted(layers)}
     return tensors, {"format": "pt", METADATA: json.dumps(adapter)}
+
+
+def _padded(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """All layers with the largest rank of any, zeros behind the smaller ones."""
+    rank = max(layer.rank for layer in layers.values())
+    return {
+        name: LowRank(pad(layer.down, (0, 0, 0, rank - layer.rank)), pad(layer.up, (0, rank - layer.rank)))
+        for name, layer in layers.items()
+    }
 
 
 def _rounded(name: str, layer: LowRank, dtype: torch.dtype) -> LowRank:
@@ -65,7 +74,7 @@ def _rounded(name: str, layer: LowRank, dtype: torch.dtype) -> LowRank:
         raise LoRAError(f"a LoRA file cannot be of {dtype}: not every reader takes it. Choose of {_PRECISIONS}.")
     down, up = layer.down.to(dtype), layer.up.to(dtype)
     finite = bool(down.isfinite().all() and up.isfinite().all())
-    lost = relative_error(LowRank(down, up), layer) if finite else math.inf
+    lost = relative_error(LowRank(down, up), layer) if finite else 1.0
     if lost > _LOSS:
         raise LoRAError(
             f"{name!r} would lose {lost:.0%} of its update in {dtype}, whose range its factors leave. "

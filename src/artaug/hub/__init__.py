@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from artaug.compare import Comparison
+from artaug.enhancement import Enhancement
 from artaug.errors import HubError, InvalidValueError
 from artaug.formats import Naming
 from artaug.hub.card import TAG
@@ -20,7 +21,6 @@ from artaug.hub.faults import checked_name, in_our_words
 from artaug.hub.packing import UNIVERSAL, Parcel, listed
 from artaug.hub.values import Base, Push, PushedFile, Sample
 from artaug.lora import LoRA
-from artaug.rounds import Enhancement
 
 __all__ = ["Base", "Push", "PushedFile", "Sample", "base_of", "pull", "push"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from huggingface_hub import ModelCardData
 
 from artaug.compare import Comparison
+from artaug.enhancement import Enhancement
 from artaug.hub.values import Base, Sample
-from artaug.rounds import Enhancement
 
 TAG = "artaug"
 """By this tag a repository is known as one that artaug has pushed to."""

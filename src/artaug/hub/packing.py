@@ -7,12 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from artaug.compare import Comparison
+from artaug.enhancement import Enhancement
 from artaug.errors import LoRAError
 from artaug.formats import Format, Naming
 from artaug.hub.card import Contents, card
 from artaug.hub.values import Base, PushedFile, Sample
 from artaug.lora import LoRA
-from artaug.rounds import Enhancement
 
 UNIVERSAL = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for."""

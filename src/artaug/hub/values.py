@@ -8,6 +8,7 @@ from typing import Annotated
 from PIL.Image import Image
 from pydantic import Field
 
+from artaug.showing import table_html
 from artaug.values import value
 
 _KIB = 2**10
@@ -78,15 +79,9 @@ class Push:
 
     def _repr_html_(self) -> str:
         """The files, and the card as it is written."""
-        rows = "".join(
-            f"<tr><td style='text-align:left'>{escape(file.path)}</td><td>{size}</td><td><code>{file.sha256}</code></td></tr>"
-            for file, size in self._sized()
-        )
-        head = "<tr><th style='text-align:left'>file</th><th>size</th><th>sha256</th></tr>"
-        return (
-            f"<p>{escape(self._headline())}</p><table>{head}{rows}</table>"
-            f"<details><summary>README.md</summary><pre>{escape(self.card)}</pre></details>"
-        )
+        table = table_html(("file", "size", "sha256"), ((file.path, size, file.sha256) for file, size in self._sized()))
+        card = f"<details><summary>README.md</summary><pre>{escape(self.card)}</pre></details>"
+        return f"<p>{escape(self._headline())}</p>{table}{card}"
 
     def _headline(self) -> str:
         kind = "private" if self.private else "public"

@@ -11,13 +11,13 @@ from PIL import Image
 
 from artaug.compare import Comparison
 from artaug.disk import appearing
+from artaug.enhancement import Enhancement
 from artaug.errors import InvalidValueError, MissingExtraError
 from artaug.pairs import Dropped, Kept
 from artaug.report.album import REMEDY, Album
 from artaug.report.comparisons import gallery_of, headline_of, table_of, verdicts_of
 from artaug.report.provenance import origins, usages
 from artaug.report.runs import facts_of, headline_of_run, round_of
-from artaug.rounds import Enhancement
 
 __all__ = ["write_report"]
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from artaug.compare import Comparison
+from artaug.enhancement import Enhancement
 from artaug.errors import InvalidValueError, MissingExtraError
 from artaug.pairs import ImagePair
 from artaug.report.runs import smoothed
-from artaug.rounds import Enhancement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

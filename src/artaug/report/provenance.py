@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Protocol, runtime_checkable
 
 from artaug.compare import Comparison
-from artaug.rounds import Enhancement
+from artaug.enhancement import Enhancement
 
 _PACKAGES = ("artaug", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from artaug.enhancement import Enhancement, Round
 from artaug.funnel import Funnel
 from artaug.geometry import Box, Mask
 from artaug.pairs import Dropped, Kept
 from artaug.plan import Region
 from artaug.report.album import Album
 from artaug.report.words import View, number, numbers, tone
-from artaug.rounds import Enhancement, Round
 from artaug.showing import COLOURS, data_address, duration
 
 _POINTS = 240

@@ -1,6 +1,5 @@
 """What scorers on models share: weights loaded without a silent gap, and pictures and prompts made ready for them."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from artaug.errors import InvalidValueError, ModelError
 from artaug.photometry import as_rgb
+from artaug.words import warn_of_cut
 
 Model: TypeAlias = Any
 """A model of transformers, which is untyped here."""
@@ -210,7 +210,7 @@ def pixels(image_processor: Processor, images: Sequence[Image.Image], *, like: M
 def tokens(tokenizer: Processor, prompts: Sequence[str], *, limit: int, reader: str) -> dict[str, Tensor]:
     """Prompts as ``input_ids`` and ``attention_mask``, (prompts, limit), padded, and cut with a warning."""
     for prompt in dict.fromkeys(prompts):
-        warn_of_cut(prompt, reader=reader, tokenizer=tokenizer, limit=limit)
+        warn_of_cut(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy="It is not scored.")
     inputs = tokenizer(
         list(prompts),
         padding="max_length",
@@ -220,18 +220,6 @@ def tokens(tokenizer: Processor, prompts: Sequence[str], *, limit: int, reader: 
         return_attention_mask=True,
     )
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
-
-
-def warn_of_cut(prompt: str, *, reader: str, tokenizer: Processor, limit: int) -> None:
-    """Say what a scorer will not read, which transformers cuts without a word."""
-    words = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    room = limit - tokenizer.num_special_tokens_to_add()
-    if len(words) > room:
-        warnings.warn(
-            f"{reader} reads {limit} tokens and the prompt {prompt!r} has {len(words) + limit - room}: cut off, and "
-            f"not scored, is {tokenizer.decode(words[room:])!r}.",
-            stacklevel=2,
-        )
 
 
 def _loaded(kind: Any, source: str | Path, **options: Any) -> Any:  # noqa: ANN401 - the Auto classes of transformers
