@@ -123,11 +123,7 @@ def cells(settings: Settings, seed: int) -> Iterator[Cell]:
     for noise in settings.noises:
         for share in (None, 1.0):
             yield Cell(axis="noise", arm=OURS, seed=seed, pairs=settings.usual, noise=noise, share=share)
-    for number in range(1, settings.rounds + 1):
-        for name in (OURS, "fine-tuning"):
-            yield Cell(axis="rounds", arm=name, seed=seed, pairs=settings.usual, rounds=number)
-        if number in {2, settings.rounds}:
-            yield Cell(axis="rounds", arm=LONG, seed=seed, pairs=settings.usual * number, rounds=number)
+    yield from _round_cells(settings, seed)
     for share in sorted(settings.yields, reverse=True):
         for name in (OURS, "fine-tuning"):
             yield Cell(axis="yield", arm=name, seed=seed, pairs=settings.few, share=share)
@@ -136,6 +132,14 @@ def cells(settings: Settings, seed: int) -> Iterator[Cell]:
             yield Cell(axis="scale", arm=name, seed=seed, pairs=settings.usual, scale=scale)
     for name in ARMS:
         yield from (Cell(axis="pairs", arm=name, seed=seed, pairs=count) for count in settings.pairs)
+
+
+def _round_cells(settings: Settings, seed: int) -> Iterator[Cell]:
+    for number in range(1, settings.rounds + 1):
+        for name in (OURS, "fine-tuning"):
+            yield Cell(axis="rounds", arm=name, seed=seed, pairs=settings.usual, rounds=number)
+        if number in {2, settings.rounds}:
+            yield Cell(axis="rounds", arm=LONG, seed=seed, pairs=settings.usual * number, rounds=number)
 
 
 def trials(settings: Settings) -> Iterator[Cell]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from artaug.errors import InvalidValueError, LoRAError
@@ -144,6 +144,7 @@ def test_layers_of_one_name_and_two_shapes_cannot_be_fused(fuser):
 
 
 @given(st.lists(loras(), min_size=1, max_size=3), st.integers(1, 8), st.floats(0.05, 1.0))
+@settings(max_examples=40)
 def test_the_report_says_what_retained_energy_finds_again(many, rank, energy):
     compression = SvdFuser(rank=rank, energy=energy).compress(many)
     full = ConcatFuser().fuse(many)
@@ -158,6 +159,7 @@ def test_the_report_says_what_retained_energy_finds_again(many, rank, energy):
 
 
 @given(st.lists(loras(), min_size=1, max_size=3), st.floats(0.05, 0.999))
+@settings(max_examples=40)
 def test_energy_alone_is_enough_to_ask_for(many, energy):
     compression = SvdFuser(energy=energy).compress(many)
     assert all(layer.energy >= energy - 1e-6 for layer in compression.layers.values())
@@ -168,6 +170,7 @@ def test_energy_alone_is_enough_to_ask_for(many, energy):
 
 
 @given(loras())
+@settings(max_examples=40)
 def test_the_energy_of_an_update_is_that_of_its_dense_matrix(lora):
     for layer in lora.layers.values():
         assert layer.energy() == pytest.approx(layer.delta().double().square().sum().item(), rel=1e-5)

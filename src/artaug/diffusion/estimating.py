@@ -260,10 +260,10 @@ def _packed(module: nn.Module, stored: int, bits: float | None) -> tuple[int, in
 
 
 def _state_of(optimiser: Optimiser) -> float:
-    """Bytes an optimiser keeps for every number it trains, found out by letting it take one step."""
+    """Bytes an optimiser keeps for every number it trains at most, found out by letting it take one step."""
     if isinstance(optimiser, AdamW8bit):
         return _QUANTISED_MOMENTS  # whose kernels may want a GPU
-    probe = nn.Parameter(torch.zeros(_PROBED))
+    probe = nn.Parameter(torch.ones(_PROBED))  # some keep less of zeros
     probe.grad = torch.ones(_PROBED)
     made = optimiser.over([probe], learning_rate=1e-4)
     if hasattr(made, "train"):

@@ -41,7 +41,7 @@ class Verification:
     readers: tuple[str, ...]
     """Who read it."""
     errors: Mapping[str, float]
-    """By layer the largest relative error that a reader found: |found - meant| / |meant|, Frobenius norms of updates."""
+    """By layer the largest relative error that a reader found: ``|found - meant| / |meant|`` in Frobenius norms of updates."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "errors", MappingProxyType(dict(self.errors)))
