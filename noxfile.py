@@ -116,7 +116,9 @@ print(f"artaug {artaug.__version__}: py.typed and {sum(path.stat().st_size for p
 @nox.session(reuse_venv=False)
 def constraints(session: nox.Session) -> None:
     """Resolve everything afresh, at the newest versions, and write constraints.txt."""
-    session.install(".[openai,optimisers,report,vlm]", *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"]))
+    session.install(
+        ".[openai,optimisers,report,vlm]", *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"])
+    )
     frozen = session.run("python", "-m", "pip", "freeze", "--exclude", "artaug", silent=True)
     pins = "\n".join(line.partition("+")[0] for line in str(frozen).splitlines())
     Path("constraints.txt").write_text(f"{CONSTRAINTS_HEADER}{pins}\n", encoding="utf-8")

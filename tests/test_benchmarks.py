@@ -10,7 +10,7 @@ from benchmarks import _ablation_pairs as making
 from benchmarks import _flux as flux
 from benchmarks import _layouts as layouts
 from benchmarks import _record as record
-from benchmarks import ablation, bake, regional, regional_quality
+from benchmarks import ablation, bake, regional, regional_quality, training
 from benchmarks._ablation_plot import plot as ablation_plot
 from diffusers import FluxTransformer2DModel
 from hypothesis import given
@@ -356,3 +356,17 @@ def test_the_baking_benchmark_has_the_layers_of_flux():
     shapes = bake.Geometry(channels=32, double_blocks=1, single_blocks=1).shapes()
     assert shapes == {name: shape for name, shape in found.items() if name in shapes}
     assert shapes.keys() == {name for name in found if "transformer_blocks." in name}
+
+
+def test_the_training_benchmark_has_a_row_for_every_method_and_leaves_the_model_as_it_was():
+    module = TINY.model()
+    layers, weights = dict(module.named_modules()), {name: one.clone() for name, one in module.state_dict().items()}
+    model = training.RandomFlux(geometry=TINY, module=module, side=4)
+    rows = training.described(model, 2, recomputing=True, rounds=2)
+    assert [row["method"] for row in rows] == [*training.OBJECTIVES, training.SCRIPT]
+    assert rows[0]["ratio_to_sft"] == 1
+    assert rows[-1]["peak_to_script"] == 1
+    assert all(row["seconds_per_step"] > 0 and row["peak_bytes"] > 0 for row in rows)
+    assert dict(module.named_modules()) == layers
+    assert all(torch.equal(weights[name], one) for name, one in module.state_dict().items())
+    assert len(training.plot(rows).axes) == 2

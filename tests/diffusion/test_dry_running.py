@@ -1,5 +1,6 @@
 """What a dry run counts: bytes while something holds them, and multiplications."""
 
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch.utils.checkpoint import checkpoint
@@ -62,7 +63,7 @@ def test_attention_is_two_products_there_and_five_back():
 
 
 def test_attention_holds_no_table_of_queries_and_keys():
-    assert attention_peak(4096) <= 4 * attention_peak(1024)
+    assert attention_peak(4096) == pytest.approx(4 * attention_peak(1024), rel=1e-3)
 
 
 def test_a_norm_in_one_kernel_holds_its_input_and_a_number_a_row():

@@ -73,6 +73,7 @@ def opened(chromium, pairs, queue):
     open_page.complaints = complaints
     yield open_page
     for thread, page in threads:
+        thread.join(1.5)  # one that was told to finish may need a moment
         if thread.is_alive():
             page.evaluate(
                 "fetch('finish', {method: 'POST', headers: {'Content-Type': 'application/json'}, body: '{}'})"

@@ -90,7 +90,7 @@ from pathlib import Path
 sys.path[:0] = {path!r}
 from artaug.training import Checkpoints, DifferentialLoRATrainer
 from tests.training.conftest import TinyModel, make_pair
-trainer = DifferentialLoRATrainer(rank=4, steps=300, batch_size=2, learning_rate=1e-2, ema=0.9)
+trainer = DifferentialLoRATrainer(rank=4, steps=120, batch_size=2, learning_rate=1e-2, ema=0.9)
 told = Path(sys.argv[2])
 training = trainer.train(
     [make_pair(1), make_pair(2)], TinyModel(), seed=1, checkpoints=Checkpoints(folder=sys.argv[1], every=1),
@@ -104,7 +104,7 @@ def test_killed_at_random_steps_it_ends_with_the_same_file(tmp_path, make_model,
     script = tmp_path / "script.py"
     script.write_text(KILLED.format(path=[str(Path(__file__).parents[2]), *sys.path]))
     command = [sys.executable, script, tmp_path / "run", tmp_path / "step", tmp_path / "lora.safetensors"]
-    for until in (7, 60, 130):
+    for until in (7, 70):
         with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
             deadline = time.monotonic() + 60
             while not (tmp_path / "step").exists() or int((tmp_path / "step").read_text() or 0) < until:
@@ -113,7 +113,7 @@ def test_killed_at_random_steps_it_ends_with_the_same_file(tmp_path, make_model,
                 time.sleep(0.002)
             os.kill(process.pid, signal.SIGKILL)
     subprocess.run(command, check=True, capture_output=True)
-    trainer = DifferentialLoRATrainer(rank=4, steps=300, batch_size=2, learning_rate=1e-2, ema=0.9)
+    trainer = DifferentialLoRATrainer(rank=4, steps=120, batch_size=2, learning_rate=1e-2, ema=0.9)
     whole = trainer.train(two_pairs, make_model(), seed=1).lora.save(tmp_path / "whole.safetensors")
     assert (tmp_path / "lora.safetensors").read_bytes() == whole.read_bytes()
 
