@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from typing import Self
 
@@ -41,6 +42,7 @@ OBJECTIVES: dict[str, aa.Objective] = {
 }
 
 Step = Callable[[], object]
+Method = Callable[[], AbstractContextManager[Step]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -188,8 +190,8 @@ def measure(*, quick: bool) -> list[record.Row]:
 def described(model: RandomFlux, size: int, *, recomputing: bool, rounds: int) -> list[record.Row]:
     """A row a method, for one size of batch."""
     batch = model.batch(size)
-    methods = {name: lambda one=one: ours(model, one, batch) for name, one in OBJECTIVES.items()}
-    methods[SCRIPT] = lambda: theirs(model, batch)
+    methods: dict[str, Method] = {name: partial(ours, model, one, batch) for name, one in OBJECTIVES.items()}
+    methods[SCRIPT] = partial(theirs, model, batch)
     peaks, seconds = {}, {name: list[float]() for name in methods}
     for name, method in methods.items():
         with recomputed(model, method(), wanted=recomputing) as step:

@@ -159,6 +159,23 @@ def test_a_checkpoint_of_another_base_model_is_refused(tmp_path, make_model, two
         trainer_of().train(two_pairs, tuned, seed=0, checkpoints=checkpoints)
 
 
+class Plain(Objective):
+    """An objective of somebody's own, without a repr."""
+
+    def loss(self, model, batch):
+        return PairedDifference().loss(model, batch)
+
+
+def test_an_objective_of_ones_own_is_known_again_in_another_process(tmp_path, make_model, two_pairs):
+    checkpoints = Checkpoints(folder=tmp_path, every=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(objective=Plain()).train(
+            two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=stopping_at(5)
+        )
+    resumed = trainer_of(objective=Plain()).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    assert_same(resumed, trainer_of().train(two_pairs, make_model(), seed=0))
+
+
 def test_what_only_saves_memory_may_change_between_two_runs(tmp_path, make_model, two_pairs):
     checkpoints = Checkpoints(folder=tmp_path, every=1)
     with pytest.raises(KeyboardInterrupt):

@@ -3,7 +3,7 @@
 import pytest
 
 from artaug.diffusion import DiffusersSynthesizer
-from artaug.errors import InvalidValueError, ModelError
+from artaug.errors import InvalidValueError, ModelError, StorageError
 from artaug.pairs import ImagePair
 from artaug.plan import Plan
 from artaug.scorers import FunctionScorer
@@ -104,6 +104,13 @@ def test_a_resumed_training_looks_no_second_time_and_chooses_the_same(tmp_path, 
     )
     assert [one.step for one in seen] == [6]
     assert (resumed.looks, resumed.losses) == (whole.looks, whole.losses)
+
+
+def test_a_training_is_not_resumed_under_another_examination(tmp_path, synthesizer, pairs):
+    checkpoints = Checkpoints(folder=tmp_path, every=2)
+    trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out(), checkpoints=checkpoints)
+    with pytest.raises(StorageError, match=r"another training \(held_out: bright on 3 prompts .* there, bright on 2"):
+        trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out(prompts=UNSEEN[:2]), checkpoints=checkpoints)
 
 
 def test_a_training_in_stages_is_looked_at_once_at_its_end(synthesizer, pairs):

@@ -53,15 +53,15 @@ def verify_export(
 ) -> Verification:
     """Prove that a LoRA file, in any format, holds every layer's update and nothing else.
 
-    The file is read three times, and each time every layer's update is rebuilt and compared: by `LoRA.load`, by the
+    The file is read three times, and each time every layer's update is rebuilt and compared: by ``LoRA.load``, by the
     definition of its format, and by diffusers, whose own loader puts it onto empty layers with PEFT, as it would onto a
     model. No update is formed, and no model is needed or changed.
 
     Args:
         path: the file.
-        lora: what it should hold; without it, what `LoRA.load` makes of it.
+        lora: what it should hold; without it, what ``LoRA.load`` makes of it.
         pipeline: whose loader and whose layers to use. Without it the loader is that of the family whose names the file
-            has, and there is none for formats that only artaug reads: `Verification.readers` says who read it.
+            has, and there is none for formats that only artaug reads: ``Verification.readers`` says who read it.
         naming: the family, where the file's keys do not tell it.
         tolerance: largest relative error of a layer's update. Files in ``torch.bfloat16`` need 5e-3.
 

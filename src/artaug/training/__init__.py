@@ -18,8 +18,8 @@ from artaug.training.optimisers import AdamW, AdamW8bit, Optimiser, Prodigy, Sch
 from artaug.training.preference import DirectPreference
 from artaug.training.processes import sharded
 from artaug.training.progress import StepEvent
-from artaug.training.recipe import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR
-from artaug.training.state import Checkpoints
+from artaug.training.recipe import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, Recipe
+from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.tracking import Tracker, tracked
 from artaug.training.trainer import DifferentialLoRATrainer, Training
 
@@ -46,6 +46,7 @@ __all__ = [
     "PairBatch",
     "PairedDifference",
     "Prodigy",
+    "Recipe",
     "Schedule",
     "ScheduleFree",
     "Stage",
@@ -55,6 +56,7 @@ __all__ = [
     "Tracker",
     "Trainable",
     "Training",
+    "TrainingState",
     "TwoStage",
     "VPrediction",
     "sharded",

@@ -33,7 +33,7 @@ class Bipolar(Objective):
       *before* at ``-scale``.
 
     It takes two forward passes with gradient a step, so twice the time and, without gradient checkpointing, twice the
-    activations. Both turns are parts of one loss: `Student.predict` gives each its own gradient, where layers are
+    activations. Both turns are parts of one loss: ``Student.predict`` gives each its own gradient, where layers are
     computed again in the backward pass, too.
 
     Raises:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any
 
 from PIL.Image import Image
@@ -78,6 +79,13 @@ class HeldOut:
             raise InvalidValueError(
                 f"{self}: need at least one prompt and one strength above 0; every, patience and batch_size of at least 1."
             )
+
+    @property
+    def known_as(self) -> str:
+        """What decides its choice, as one line: the same in every process."""
+        asked = sha256("\0".join(self.prompts).encode()).hexdigest()[:16]
+        how = f"every {self.every}, strengths {self.strengths}, patience {self.patience}"
+        return f"{self.scorer.name} on {len(self.prompts)} prompts {asked}, {how}"
 
     def scores(self, synthesizer: Synthesizer, *, seed: int) -> tuple[tuple[float, ...], tuple[Image, ...]]:
         """Draw all prompts and score them, one seed a prompt."""

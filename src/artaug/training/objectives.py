@@ -132,7 +132,7 @@ class PairedDifference(Objective):
     has that as variance, and a LoRA of few pairs memorises it; here it cancels. Equal pictures give a loss and a gradient
     of exactly zero at the start, so guidance or step distillation is the reference and never un-learned.
 
-    Where a pair knows the plan's regions (`PairBatch.inside`), errors outside them can count less, and what changed
+    Where a pair knows the plan's regions (``PairBatch.inside``), errors outside them can count less, and what changed
     outside them can be taken back, so that only what was asked for is learned.
 
     Raises:

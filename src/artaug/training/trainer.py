@@ -1,5 +1,6 @@
 """Differential training: pairs in, a LoRA out, and the model it was trained on left as it was."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -23,6 +24,8 @@ from artaug.training.running import Run
 from artaug.training.state import Checkpoints, TrainingState
 
 _SMALL = 4096
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""What differs from process to process in the repr of an object that has none of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,7 @@ class DifferentialLoRATrainer(Recipe):
         *seeds, look_seed = picture_seeds(seed, len(course.groups) + 1)
         processes = _sharing(self.batch_size)
         with synthesizer.training() as model:
-            made_of = {**self._made_of(pairs, seed), "model": _known_as(model.module)}
+            made_of = {**self._made_of(pairs, seed, held_out), "model": _known_as(model.module)}
         found = None if checkpoints is None else checkpoints.newest(made_of=made_of)
         state = TrainingState() if found is None else found
         with Log(self.steps, on_step, begun=state.step, shown=progress and processes.first) as log:
@@ -135,11 +138,16 @@ class DifferentialLoRATrainer(Recipe):
             looks=state.looks,
         )
 
-    def _made_of(self, pairs: Sequence[ImagePair], seed: int) -> dict[str, str]:
+    def _made_of(self, pairs: Sequence[ImagePair], seed: int, held_out: HeldOut | None) -> dict[str, str]:
         """What decides the result, by name: a training is resumed only by one made of the same."""
         data = sha256("".join(content_digest(pair) for pair in pairs).encode()).hexdigest()
         told = replace(self, at_once=None, gradient_checkpointing=False)  # which change memory, and not the result
-        return {"trainer": repr(told), "seed": str(seed), "pairs": data}
+        return {
+            "trainer": _ADDRESS.sub("", repr(told)),
+            "seed": str(seed),
+            "pairs": data,
+            "held_out": "" if held_out is None else held_out.known_as,
+        }
 
 
 def _known_as(module: nn.Module) -> str:
