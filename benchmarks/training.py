@@ -3,11 +3,10 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
-from typing import Self
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -18,7 +17,6 @@ from diffusers.training_utils import (
 )
 from matplotlib.figure import Figure
 from peft import LoraConfig
-from PIL.Image import Image
 from torch import Tensor, nn
 
 import artaug as aa
@@ -47,7 +45,7 @@ Method = Callable[[], AbstractContextManager[Step]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RandomFlux:
-    """A FLUX transformer with random weights, as a trainer sees a model: packed latents, no encoders."""
+    """A FLUX transformer with random weights, as a training step sees a model: packed latents, no encoders."""
 
     geometry: flux.Geometry
     module: FluxTransformer2DModel
@@ -60,26 +58,6 @@ class RandomFlux:
     def device(self) -> torch.device:
         """Where the weights are."""
         return torch.device(self.geometry.device)
-
-    def at_size(self, width: int, height: int) -> Self:
-        """There is one size."""
-        raise NotImplementedError
-
-    def without_encoders(self) -> AbstractContextManager[None]:
-        """There are none."""
-        return nullcontext()
-
-    def encode_images(self, images: Sequence[Image]) -> Tensor:
-        """Latents are random here."""
-        raise NotImplementedError
-
-    def encode_masks(self, masks: Tensor) -> Tensor:
-        """Nothing is masked here."""
-        raise NotImplementedError
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        """Prompts are random here."""
-        raise NotImplementedError
 
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """The transformer's velocity, at the guidance of drawing."""

@@ -85,7 +85,8 @@ def test_two_processes_learn_what_one_does_whole_and_sharded(tmp_path):
         for kind in ("whole", "sharded"):
             lora = LoRA.load(tmp_path / f"{kind}-{rank}.safetensors")
             for name, layer in alone.lora.layers.items():
-                torch.testing.assert_close(lora.layers[name].delta(), layer.delta(), rtol=1e-3, atol=1e-6)
+                apart = (lora.layers[name].delta() - layer.delta()).norm() / layer.delta().norm()
+                assert apart < 1e-3, f"{kind}, process {rank}: {name} is off by {apart:.1e} of its update"
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 

@@ -1,11 +1,13 @@
 """What a comparison finds: a row a scorer and candidate, the guardrails beside it, and what both mean in words."""
 
 from math import floor, isfinite, log10
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
+import numpy as np
 from pydantic import Field
 
 from artaug.errors import InvalidValueError
+from artaug.statistics import paired_bootstrap, tie_rate, win_rate
 from artaug.values import value
 
 _SURE = 0.05
@@ -37,6 +39,36 @@ class ScoreRow:
     """Share of prompts on which both score the same."""
     p_value: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Two-sided sign-flip p-value of the difference, after Holm's correction over the scorers of this candidate."""
+
+    @classmethod
+    def of(
+        cls,
+        scorer: str,
+        candidate: str,
+        *,
+        base: np.ndarray,
+        enhanced: np.ndarray,
+        p_value: float,
+        filtered_by: bool,
+        seed: int,
+    ) -> Self:
+        """Sum up the scores of the same prompts, base and candidate; ``seed`` is the bootstrap's."""
+        gains = enhanced - base
+        interval = paired_bootstrap(gains, seed=seed)
+        return cls(
+            scorer=scorer,
+            candidate=candidate,
+            base=base.mean(),
+            enhanced=enhanced.mean(),
+            delta=gains.mean(),
+            ci_low=interval.low,
+            ci_high=interval.high,
+            win_rate=win_rate(gains),
+            n=len(gains),
+            filtered_by=filtered_by,
+            tie_rate=tie_rate(gains),
+            p_value=p_value,
+        )
 
     @property
     def decimals(self) -> int:

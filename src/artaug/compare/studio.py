@@ -19,7 +19,7 @@ from artaug.likeness import Measure
 from artaug.likeness import diversity as diversity_of
 from artaug.plan import Plan
 from artaug.scoring import Scorer
-from artaug.statistics import holm, paired_bootstrap, sign_flip, tie_rate, win_rate
+from artaug.statistics import holm, sign_flip
 from artaug.synthesis import Synthesizer
 
 _DIVERSITY = "diversity"
@@ -120,26 +120,18 @@ def rows_of(
     for name in after:
         raw = [sign_flip(np.subtract(*pairs[judge, name][::-1]), seed=seed) for judge in studio.judges]
         corrected |= {(judge, name): p_value for judge, p_value in zip(studio.judges, holm(raw), strict=True)}
-    rows = []
-    for (judge, name), (base, enhanced) in pairs.items():
-        interval = paired_bootstrap(enhanced - base, seed=seed)
-        rows.append(
-            ScoreRow(
-                scorer=judge,
-                candidate=name,
-                base=base.mean(),
-                enhanced=enhanced.mean(),
-                delta=(enhanced - base).mean(),
-                ci_low=interval.low,
-                ci_high=interval.high,
-                win_rate=win_rate(enhanced - base),
-                n=len(base),
-                filtered_by=not studio.judges[judge].isdisjoint(filtered_by),
-                tie_rate=tie_rate(enhanced - base),
-                p_value=corrected[judge, name],
-            )
+    return tuple(
+        ScoreRow.of(
+            judge,
+            name,
+            base=base,
+            enhanced=enhanced,
+            p_value=corrected[judge, name],
+            filtered_by=not studio.judges[judge].isdisjoint(filtered_by),
+            seed=seed,
         )
-    return tuple(rows)
+        for (judge, name), (base, enhanced) in pairs.items()
+    )
 
 
 def _both(base: np.ndarray, enhanced: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

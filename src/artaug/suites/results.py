@@ -13,7 +13,7 @@ from artaug.compare import Comparison, ScoreRow
 from artaug.errors import InvalidValueError, SeamError
 from artaug.plan import Plan
 from artaug.promptsets import PromptSet
-from artaug.statistics import holm, paired_bootstrap, share_bootstrap, sign_flip, tie_rate, win_rate
+from artaug.statistics import holm, share_bootstrap, sign_flip
 from artaug.suites.checks import Outcome, Suite, SuiteScorer
 from artaug.synthesis import Synthesizer, picture_seeds
 from artaug.values import value
@@ -196,20 +196,14 @@ def _rows(
         cells.append((row, category, base[there], enhanced[there]))
     p_values = holm([sign_flip(enhanced - base, seed=seed) for _, _, base, enhanced in cells])
     for (row, category, base, enhanced), p_value in zip(cells, p_values, strict=True):
-        interval = paired_bootstrap(enhanced - base, seed=seed)
-        yield ScoreRow(
-            scorer=f"{row.scorer}: {category}",
-            candidate=candidate,
-            base=base.mean(),
-            enhanced=enhanced.mean(),
-            delta=(enhanced - base).mean(),
-            ci_low=interval.low,
-            ci_high=interval.high,
-            win_rate=win_rate(enhanced - base),
-            n=len(base),
-            filtered_by=row.filtered_by,
-            tie_rate=tie_rate(enhanced - base),
+        yield ScoreRow.of(
+            f"{row.scorer}: {category}",
+            candidate,
+            base=base,
+            enhanced=enhanced,
             p_value=p_value,
+            filtered_by=row.filtered_by,
+            seed=seed,
         )
 
 

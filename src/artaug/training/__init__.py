@@ -2,7 +2,7 @@
 
 from artaug.training.bipolar import Bipolar
 from artaug.training.held_out import HeldOut, Look
-from artaug.training.model import Conditioning, DiffusionModel, Trainable
+from artaug.training.model import Conditioning, DiffusionModel, Predictor, Trainable
 from artaug.training.noising import EpsilonPrediction, FlowMatching, Noising, VPrediction
 from artaug.training.objectives import (
     Course,
@@ -45,6 +45,7 @@ __all__ = [
     "Optimiser",
     "PairBatch",
     "PairedDifference",
+    "Predictor",
     "Prodigy",
     "Recipe",
     "Schedule",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from artaug.errors import LoRAMismatchError, ModelError
 from artaug.lora import LoRA, LowRank
-from artaug.training.model import Conditioning, DiffusionModel
+from artaug.training.model import Conditioning, Predictor
 from artaug.training.noising import Latents, Levels, Noising
 from artaug.training.scaling import scaled_in_backward
 
@@ -39,7 +39,7 @@ class LoRALayer(Protocol):
 class AdaptedModel:
     """A frozen model with one LoRA in training: the `Student` of every objective."""
 
-    model: DiffusionModel
+    model: Predictor
     wrapped: Mapping[str, LoRALayer]
     """PEFT's LoRA layers by the path of the layer they wrap."""
 
@@ -94,13 +94,13 @@ class AdaptedModel:
             down.copy_(layers[name].down)
             up.copy_(layers[name].up)
 
-    def on(self, model: DiffusionModel) -> "AdaptedModel":
+    def on(self, model: Predictor) -> "AdaptedModel":
         """The same student, for pictures of another size: ``model`` has the same denoiser."""
         return self if model is self.model else replace(self, model=model)
 
 
 @contextmanager
-def adapted(model: DiffusionModel, *, rank: int, targets: str, generator: torch.Generator) -> Iterator[AdaptedModel]:
+def adapted(model: Predictor, *, rank: int, targets: str, generator: torch.Generator) -> Iterator[AdaptedModel]:
     """Give ``model`` a fresh LoRA inside the ``with`` block, and leave it exactly as it was after it.
 
     The update starts at zero: ``down`` is Kaiming-uniform from ``generator``, ``up`` is zero, and alpha equals the rank.

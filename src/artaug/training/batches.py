@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from artaug.errors import ModelError
 from artaug.pairs import ImagePair
 from artaug.training.encoding import TEXT, Row, encoded_rows
-from artaug.training.model import DiffusionModel
+from artaug.training.model import DiffusionModel, Predictor
 from artaug.training.noising import FlowMatching, Noising
 from artaug.training.objectives import PairBatch
 from artaug.training.processes import ALONE, Processes
@@ -41,7 +41,7 @@ class Bucket:
 class Turn:
     """One step's work for one process."""
 
-    model: DiffusionModel
+    model: Predictor
     """Set to the size of these pairs."""
     batches: Sequence[PairBatch]
     """At most so many pairs each as the process works on at a time."""

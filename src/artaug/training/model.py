@@ -18,8 +18,8 @@ Masks: TypeAlias = Float[Tensor, "batch height width"]
 """How much of every pixel is meant, in [0, 1]: one row a picture."""
 
 
-class DiffusionModel(Protocol):
-    """A denoiser and what surrounds it, seen from a training step."""
+class Predictor(Protocol):
+    """A denoiser, as a single step sees it: everything is encoded, and there is one size."""
 
     @property
     def module(self) -> nn.Module:
@@ -28,6 +28,13 @@ class DiffusionModel(Protocol):
     @property
     def noising(self) -> Noising:
         """How the model's pictures are noised, and what the denoiser predicts."""
+
+    def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
+        """The denoiser's output for noisy latents at noise levels ``sigmas`` (batch,) in [0, 1]."""
+
+
+class DiffusionModel(Predictor, Protocol):
+    """A denoiser and what surrounds it, as a whole training sees it."""
 
     @property
     def device(self) -> torch.device:
@@ -57,9 +64,6 @@ class DiffusionModel(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encoded prompts, without gradient."""
-
-    def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
-        """The denoiser's output for noisy latents at noise levels ``sigmas`` (batch,) in [0, 1]."""
 
 
 @runtime_checkable

@@ -27,38 +27,37 @@ class Optimiser(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW(Optimiser):
-    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101).
+class AdaptiveMoments(Optimiser):
+    """What Adam and its kin have in common.
 
     Raises:
         InvalidValueError: for a negative decay, or betas outside [0, 1).
     """
 
     weight_decay: float = 0.0
+    """Part of every factor that a step of rate 1 takes away, decoupled from the gradient."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """How slowly the two moments forget, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        _check(self, self.weight_decay, self.betas)
+        if not 0 <= self.weight_decay < math.inf or not all(0 <= beta < 1 for beta in self.betas):
+            raise InvalidValueError(f"{self}: need a weight_decay of at least 0, and betas in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(AdaptiveMoments):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101)."""
 
     def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(factors, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW8bit(Optimiser):
+class AdamW8bit(AdaptiveMoments):
     """AdamW whose two moments take one byte a parameter (Dettmers et al., arXiv 2110.02861), by bitsandbytes.
 
     A LoRA's moments are small beside the frozen model; below rank 64 or so plain `AdamW` costs little more.
-
-    Raises:
-        InvalidValueError: for a negative decay, or betas outside [0, 1).
     """
-
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-
-    def __post_init__(self) -> None:
-        _check(self, self.weight_decay, self.betas)
 
     def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
         try:
@@ -72,20 +71,18 @@ class AdamW8bit(Optimiser):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prodigy(Optimiser):
+class Prodigy(AdaptiveMoments):
     """Finds its own step length (Mishchenko and Defazio, arXiv 2306.06101). Set the trainer's ``learning_rate`` to 1.
 
     Raises:
-        InvalidValueError: for a negative decay, or betas outside [0, 1).
+        InvalidValueError: also for a growth of at most 1.
     """
 
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
     growth: float = math.inf
     """By how much the estimate of the step length may grow in one step; above 1."""
 
     def __post_init__(self) -> None:
-        _check(self, self.weight_decay, self.betas)
+        super().__post_init__()
         if not self.growth > 1:
             raise InvalidValueError(f"{self}: need a growth above 1, or the step length could never be found.")
 
@@ -106,20 +103,11 @@ class Prodigy(Optimiser):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleFree(Optimiser):
+class ScheduleFree(AdaptiveMoments):
     """AdamW without a schedule: what is exported is an average of where it has been (Defazio et al., arXiv 2405.15682).
 
     Leave the trainer's ``schedule`` constant.
-
-    Raises:
-        InvalidValueError: for a negative decay, or betas outside [0, 1).
     """
-
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-
-    def __post_init__(self) -> None:
-        _check(self, self.weight_decay, self.betas)
 
     def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
         try:
@@ -153,8 +141,3 @@ class Schedule(StrEnum):
                 return 1.0 - part
             case Schedule.COSINE:
                 return (1 + math.cos(math.pi * part)) / 2
-
-
-def _check(optimiser: Optimiser, weight_decay: float, betas: tuple[float, float]) -> None:
-    if not 0 <= weight_decay < math.inf or not all(0 <= beta < 1 for beta in betas):
-        raise InvalidValueError(f"{optimiser}: need a weight_decay of at least 0, and betas in [0, 1).")
