@@ -4,8 +4,9 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from statistics import median, quantiles
 
 import torch
@@ -32,12 +33,16 @@ from benchmarks import _record as record
 RANK = 16
 RATE = 1e-4
 SCRIPT = "diffusers' script"
-"""The logic of ``train_dreambooth_lora_flux.py`` with cached latents and prompts, run here; its defaults otherwise."""
+"""The logic of ``train_dreambooth_lora_flux.py`` with cached latents and prompts, run here; its defaults otherwise. In
+bfloat16 under autocast, where ``accelerate`` puts the model of a script with ``--mixed_precision bf16``."""
 OBJECTIVES: dict[str, aa.Objective] = {
     "SupervisedFineTuning": aa.SupervisedFineTuning(),
     "PairedDifference": aa.PairedDifference(),
     "DirectPreference": aa.DirectPreference(),
 }
+
+SETTING = ("dtype", "pixels", "batch", "recomputing")
+"""What is the same for a group of methods."""
 
 Step = Callable[[], object]
 Method = Callable[[], AbstractContextManager[Step]]
@@ -113,7 +118,7 @@ def ours(model: RandomFlux, objective: aa.Objective, batch: PairBatch) -> Iterat
 def theirs(model: RandomFlux, batch: PairBatch) -> Iterator[Step]:
     """One step as diffusers' FLUX LoRA script takes it, on the pictures after."""
     module, latents = model.module, batch.after
-    layers = targeted_layers(module, ATTENTION_AND_MLP)
+    layers, mixed = targeted_layers(module, ATTENTION_AND_MLP), model.geometry.dtype == torch.bfloat16
     schedule = FlowMatchEulerDiscreteScheduler(shift=3.0)
     with left_as_found(module, layers):
         module.add_adapter(
@@ -129,7 +134,8 @@ def theirs(model: RandomFlux, batch: PairBatch) -> Iterator[Step]:
             sigmas = schedule.sigmas[(density * schedule.config.num_train_timesteps).long()].to(latents)
             rows = sigmas[:, None, None]
             noise = torch.randn_like(latents)
-            predicted = model.predict((1 - rows) * latents + rows * noise, sigmas, batch.conditioning)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+                predicted = model.predict((1 - rows) * latents + rows * noise, sigmas, batch.conditioning)
             weights = compute_loss_weighting_for_sd3("none", sigmas)[:, None, None]
             errors = weights.float() * (predicted.float() - (noise - latents).float()) ** 2
             loss = errors.flatten(1).mean(1).mean()
@@ -147,21 +153,21 @@ def measure(*, quick: bool) -> list[record.Row]:
     """Time whole training steps, interleaved, and count the memory they hold.
 
     With CUDA the transformer is FLUX.1-dev's own geometry in bfloat16, recomputing activations, at 512 and 1,024 pixels;
-    else a scaled-down one in float32, with and without recomputing. Weights, latents and prompts are random. A round takes
+    else a scaled-down one in float32 and bfloat16, with and without recomputing. Weights, latents and prompts are random. A round takes
     every method once, each time beginning with another one; ``seconds_per_step`` is the median over rounds,
     ``ratio_to_sft`` the median (and quartiles) of the ratio to plain fine-tuning within a round. ``peak_bytes`` holds
     weights, factors, moments and the most a step holds besides. `TwoStage` takes steps of plain fine-tuning.
     """
     on_gpu = torch.cuda.is_available()
-    geometry = flux.FLUX_DEV if on_gpu else flux.SCALED_DOWN
-    module = geometry.model()
+    half = replace(flux.SCALED_DOWN, dtype=torch.bfloat16)
     rows: list[record.Row] = []
-    for side in (32, 64) if on_gpu else (16,):
-        for size in (1,) if quick else (1, 4):
-            for recomputing in (True,) if on_gpu else (False,) if quick else (False, True):
-                model = RandomFlux(geometry=geometry, module=module, side=side)
-                rows += described(model, size, recomputing=recomputing, rounds=3 if quick else 12)
-                gc.collect()
+    for geometry in (flux.FLUX_DEV,) if on_gpu else (flux.SCALED_DOWN, half):
+        module = geometry.model()
+        sizes, again = (1,) if quick else (1, 4), (True,) if on_gpu else (False,) if quick else (False, True)
+        for side, size, recomputing in product((32, 64) if on_gpu else (16,), sizes, again):
+            model = RandomFlux(geometry=geometry, module=module, side=side)
+            rows += described(model, size, recomputing=recomputing, rounds=3 if quick else 12)
+            gc.collect()
     return rows
 
 
@@ -220,6 +226,7 @@ def row(
     low, _, high = quantiles(ratios, n=4, method="inclusive")
     return {
         "method": method,
+        "dtype": str(model.geometry.dtype).removeprefix("torch."),
         "pixels": 16 * model.side,
         "batch": size,
         "recomputing": recomputing,
@@ -236,9 +243,9 @@ def row(
 
 def plot(rows: Sequence[record.Row]) -> Figure:
     """Time beside plain fine-tuning and memory beside the script, a group of bars for every setting."""
-    settings = list(dict.fromkeys((row["pixels"], row["batch"], row["recomputing"]) for row in rows))
+    settings = list(dict.fromkeys(tuple(row[key] for key in SETTING) for row in rows))
     methods = [*OBJECTIVES, SCRIPT]
-    figure = Figure(figsize=(9, 3.6))
+    figure = Figure(figsize=(14, 3.8))
     for place, (name, title) in enumerate(
         (("ratio_to_sft", "time of a step over plain fine-tuning"), ("peak_to_script", "memory over the script"))
     ):
@@ -246,8 +253,11 @@ def plot(rows: Sequence[record.Row]) -> Figure:
         for at, method in enumerate(methods):
             mine = [row[name] for row in rows if row["method"] == method]
             axes.bar([number + at * 0.2 for number in range(len(settings))], mine, 0.18, label=method)
-        labels = [f"{pixels} px, batch {size}{', recomputing' if again else ''}" for pixels, size, again in settings]
-        axes.set_xticks([number + 0.3 for number in range(len(settings))], labels, fontsize=7)
+        labels = [
+            f"{dtype}\n{pixels} px, batch {size}{', recomputing' if again else ''}"
+            for dtype, pixels, size, again in settings
+        ]
+        axes.set_xticks([number + 0.3 for number in range(len(settings))], labels, fontsize=6)
         axes.axhline(1, color="grey", linewidth=0.5)
     figure.axes[0].legend(fontsize=7)
     figure.tight_layout()

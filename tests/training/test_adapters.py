@@ -104,3 +104,47 @@ def test_attention_and_mlps_of_flux_learn_unless_asked_otherwise():
         "single_transformer_blocks.1.proj_out",
     } <= chosen
     assert not [name for name in chosen if "norm" in name or name in {"proj_out", "x_embedder", "context_embedder"}]
+
+
+def kept_by_autograd(student, asked):
+    """What a prediction keeps for its backward pass, but for weights."""
+    weights = {one.data_ptr() for one in student.model.module.parameters()}
+    kept = {}
+
+    def note(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        prediction = student.predict(*asked)
+    return prediction, list(kept.values())
+
+
+def test_a_factor_keeps_its_layers_own_input_and_no_copy_of_it(make_model):
+    model, width, rows = make_model(dtype=torch.bfloat16), 64, 256
+    asked = (torch.randn(rows, 3, 4, 4), torch.full((rows,), 0.5), model.encode_prompts(["a"] * rows))
+    with adapted(model, rank=2, targets="attn|mlp", generator=torch.Generator()) as student:
+        _, kept = kept_by_autograd(student, asked)
+    wide = [one for one in kept if one.numel() >= rows * width]
+    assert {one.dtype for one in wide} == {torch.bfloat16}
+    # A block keeps what its norm is given and gives, what attn gives, and the two ends of the non-linearity.
+    assert sum(one.numel() for one in wide) <= 3 * (1 + 1 + 1 + 2 + 2) * rows * width
+
+
+def test_factors_on_a_bfloat16_model_learn_as_on_a_float32_one(make_model):
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(dtype=torch.bfloat16)  # the same weights, rounded
+        model.module.to(dtype)
+        model.dtype = dtype
+        asked = (torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.8]), model.encode_prompts(["a", "b"]))
+        with adapted(model, rank=4, targets="blocks", generator=torch.Generator().manual_seed(0)) as student:
+            for factor in student.parameters():
+                factor.data += 0.1
+                assert factor.dtype == torch.float32
+            student.predict(torch.ones_like(asked[0]), *asked[1:]).square().mean().backward()
+            gradients.append([factor.grad for factor in student.parameters()])
+    for exact, found in zip(*gradients, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - exact).norm() < 0.05 * exact.norm()  # the model itself computes in eight bits

@@ -271,5 +271,5 @@ def first_factors(make_model, pairs, count):
         model, recipe = make_model(), trainer_of()
         generator = generator_for_start(picture_seeds(0, 2)[0], 0)
         with adapted(model, rank=recipe.rank, targets=recipe.targets, generator=generator) as student:
-            return student.layers()
+            return student.lora().layers
     return trainer_of(steps=count, warmup=0).train(pairs, make_model(), seed=0).lora.layers

@@ -106,6 +106,20 @@ def test_a_resumed_training_looks_no_second_time_and_chooses_the_same(tmp_path, 
     assert (resumed.looks, resumed.losses) == (whole.looks, whole.losses)
 
 
+def test_a_training_killed_while_it_looks_looks_again(tmp_path, synthesizer, pairs):
+    checkpoints = Checkpoints(folder=tmp_path, every=2)
+    whole = trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out())
+
+    def stop(look):
+        if look.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out(watch=stop), checkpoints=checkpoints)
+    resumed = trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out(), checkpoints=checkpoints)
+    assert (resumed.looks, resumed.losses) == (whole.looks, whole.losses)
+
+
 def test_a_training_is_not_resumed_under_another_examination(tmp_path, synthesizer, pairs):
     checkpoints = Checkpoints(folder=tmp_path, every=2)
     trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out(), checkpoints=checkpoints)

@@ -148,6 +148,11 @@ class DryRun:
         """What encoding pictures takes, as many at a time as there are pairs in a step."""
         return self._watched(self._latents)
 
+    def exported(self) -> int:
+        """How many numbers the LoRA has that the training comes to."""
+        layers = targeted_layers(self.family.module, self.recipe.targets)
+        return sum(one.down.numel() + one.up.numel() for one in _of_zeros(layers, self.recipe).layers.values())
+
     def step(self, stage: Stage, *, under: int) -> tuple[Work, int]:
         """What the forward and backward passes of some pairs take, and how many numbers are trained.
 
@@ -160,9 +165,15 @@ class DryRun:
         layers = targeted_layers(module, recipe.targets)
         with ExitStack() as worn:
             for _ in range(under):
-                worn.enter_context(_of_zeros(layers, recipe.rank).worn_by(module))
+                worn.enter_context(_of_zeros(layers, recipe).worn_by(module))
             student = worn.enter_context(
-                adapted(family, rank=recipe.rank, targets=recipe.targets, generator=torch.Generator())
+                adapted(
+                    family,
+                    rank=recipe.rank,
+                    targets=recipe.targets,
+                    generator=torch.Generator(),
+                    adapter=recipe.adapter,
+                )
             )
             if recipe.gradient_checkpointing:
                 module.enable_gradient_checkpointing(gradient_checkpointing_func=self._recomputed)
@@ -203,15 +214,14 @@ class DryRun:
         )
 
 
-def _of_zeros(layers: Mapping[str, Any], rank: int) -> LoRA:
+def _of_zeros(layers: Mapping[str, Any], recipe: Recipe) -> LoRA:
     """A LoRA that takes no memory here, and does on the device."""
-    zero = torch.zeros(1)
-    return LoRA(
-        {
-            name: LowRank(zero.expand(rank, one.in_features), zero.expand(one.out_features, rank))
-            for name, one in layers.items()
-        }
-    )
+    zero, found = torch.zeros(1), {}
+    for name, one in layers.items():
+        inputs, outputs = one.in_features, one.out_features
+        rank = recipe.adapter.exported_rank(inputs, outputs, recipe.rank)
+        found[name] = LowRank(zero.expand(rank, inputs), zero.expand(outputs, rank))
+    return LoRA(found)
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

@@ -199,7 +199,7 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
         encoding_bytes=encoding.peak_bytes,
         factors_bytes=2 * exported + optimiser + average,
         activations_bytes=activations + unpacked,
-        lora_bytes=exported,
+        lora_bytes=_FLOAT32 * run.exported(),
         checkpoint_bytes=exported + optimiser + average,
         steps=recipe.steps,
         flops_per_step=flops,

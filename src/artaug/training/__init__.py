@@ -2,6 +2,7 @@
 
 from artaug.training.bipolar import Bipolar
 from artaug.training.held_out import HeldOut, Look
+from artaug.training.kinds import Adapter, DoRA, LoKr, PlainLoRA
 from artaug.training.model import Conditioning, DiffusionModel, Predictor, Trainable
 from artaug.training.noising import EpsilonPrediction, FlowMatching, Noising, VPrediction
 from artaug.training.objectives import (
@@ -29,6 +30,7 @@ __all__ = [
     "EVERY_LINEAR",
     "AdamW",
     "AdamW8bit",
+    "Adapter",
     "Bipolar",
     "Checkpoints",
     "Conditioning",
@@ -36,15 +38,18 @@ __all__ = [
     "DifferentialLoRATrainer",
     "DiffusionModel",
     "DirectPreference",
+    "DoRA",
     "EpsilonPrediction",
     "FlowMatching",
     "HeldOut",
+    "LoKr",
     "Look",
     "Noising",
     "Objective",
     "Optimiser",
     "PairBatch",
     "PairedDifference",
+    "PlainLoRA",
     "Predictor",
     "Prodigy",
     "Recipe",

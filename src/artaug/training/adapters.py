@@ -3,45 +3,54 @@
 PEFT wraps the layers, so quantised ones work too; it is imported when training begins, and not before.
 """
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from artaug.errors import LoRAMismatchError, ModelError
-from artaug.lora import LoRA, LowRank
+from artaug.lora import LoRA
+from artaug.training.kinds import Adapter, Parts, PlainLoRA, Weights
 from artaug.training.model import Conditioning, Predictor
 from artaug.training.noising import Latents, Levels, Noising
 from artaug.training.scaling import scaled_in_backward
 
 _NAME = "artaug"
+_PLAIN = PlainLoRA()
 
 
 class LoRALayer(Protocol):
     """What is used of PEFT's wrapper of a layer, typed here since importing PEFT waits until training begins."""
 
+    lora_A: nn.ModuleDict  # noqa: N815 - PEFT's name
+    lora_B: nn.ModuleDict  # noqa: N815 - likewise
+    lora_magnitude_vector: nn.ModuleDict
+    cast_input_dtype_enabled: bool
+
     def enable_adapters(self, enabled: bool) -> None:
         """Let the wrapper add its update, or be the plain layer."""
-
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """The parameter at a path inside the wrapper."""
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make an adapter count so many times what its alpha and rank say."""
 
+    def get_base_layer(self) -> nn.Module:
+        """The layer that is wrapped."""
+
 
 @dataclass(frozen=True, eq=False)
 class AdaptedModel:
-    """A frozen model with one LoRA in training: the `Student` of every objective."""
+    """A frozen model with one adapter in training: the `Student` of every objective."""
 
     model: Predictor
+    adapter: Adapter
     wrapped: Mapping[str, LoRALayer]
     """PEFT's LoRA layers by the path of the layer they wrap."""
+    trained: Mapping[str, Mapping[str, nn.Parameter]]
+    """What is learned, by layer and part: float32."""
 
     @property
     def noising(self) -> Noising:
@@ -49,7 +58,16 @@ class AdaptedModel:
         return self.model.noising
 
     def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
-        """The prediction with the LoRA, ``scale`` times: float32, with gradient."""
+        """The prediction with the update, ``scale`` times: float32, with gradient.
+
+        Raises:
+            ModelError: for a scale that the adapter has no meaning for.
+        """
+        if scale != 1 and self.adapter.directional:
+            raise ModelError(
+                f"the objective asks for {scale:g} times the update, and {type(self.adapter).__name__} turns weights "
+                "instead of adding to them: there is no such thing. Train a PlainLoRA or a LoKr."
+            )
         self.wear(scale)
         try:
             prediction = self.model.predict(noisy, sigmas, conditioning).float()
@@ -58,12 +76,12 @@ class AdaptedModel:
         return scaled_in_backward(prediction, self.wear, scale)
 
     def wear(self, scale: float) -> None:
-        """Let the LoRA count ``scale`` times until told otherwise."""
+        """Let the update count ``scale`` times until told otherwise."""
         for layer in self.wrapped.values():
             layer.set_scale(_NAME, scale)
 
     def teacher(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
-        """The prediction without the LoRA: float32, without gradient."""
+        """The prediction without it: float32, without gradient."""
         for layer in self.wrapped.values():
             layer.enable_adapters(enabled=False)
         try:
@@ -74,36 +92,54 @@ class AdaptedModel:
                 layer.enable_adapters(enabled=True)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The LoRA's float32 factors, in the order of the model's layers."""
-        return [factor for layer in self.wrapped.values() for factor in _factors(layer)]
+        """All that is learned, in the order of the model's layers."""
+        return [part for parts in self.trained.values() for part in parts.values()]
 
-    def layers(self) -> dict[str, LowRank]:
-        """The factors as they are now, by layer: float32 copies on the CPU."""
-        factors = {name: _factors(layer) for name, layer in self.wrapped.items()}
-        return {name: LowRank(_detached(down), _detached(up)) for name, (down, up) in factors.items()}
+    def layers(self) -> dict[str, Parts]:
+        """What is learned as it is now, by layer: float32 copies on the CPU."""
+        return self.filled(self.parameters())
 
-    def lora(self) -> LoRA:
-        """What has been learned, as a value of its own."""
-        return LoRA(self.layers())
+    def filled(self, values: Iterable[Tensor]) -> dict[str, Parts]:
+        """Copies of tensors in the order of `parameters`, by layer, on the CPU."""
+        given = iter(values)
+        return {
+            name: {part: next(given).detach().cpu().clone() for part in parts} for name, parts in self.trained.items()
+        }
+
+    def lora(self, layers: Mapping[str, Parts] | None = None) -> LoRA:
+        """What has been learned, or what `layers` gave, as a LoRA."""
+        return self.adapter.lora(self.layers() if layers is None else layers, self.weights)
 
     @torch.no_grad()
-    def put(self, layers: Mapping[str, LowRank]) -> None:
-        """Set the factors to what `layers` gave."""
-        for name, layer in self.wrapped.items():
-            down, up = _factors(layer)
-            down.copy_(layers[name].down)
-            up.copy_(layers[name].up)
+    def put(self, layers: Mapping[str, Parts]) -> None:
+        """Set all that is learned to what `layers` gave."""
+        for name, parts in self.trained.items():
+            for part, parameter in parts.items():
+                parameter.copy_(layers[name][part])
 
     def on(self, model: Predictor) -> "AdaptedModel":
         """The same student, for pictures of another size: ``model`` has the same denoiser."""
         return self if model is self.model else replace(self, model=model)
 
+    @torch.no_grad()
+    def weights(self, name: str) -> Weights:
+        """What a frozen layer multiplies with. LoRAs it wears are hooks: they are found by asking the layer."""
+        from peft.utils.integrations import dequantize_module_weight  # noqa: PLC0415 - loads transformers
+
+        layer: Any = self.wrapped[name].get_base_layer()
+        stored: Tensor = dequantize_module_weight(layer)
+        asked = torch.eye(layer.in_features, device=stored.device, dtype=stored.dtype)
+        used: Tensor = layer(asked) - layer(torch.zeros_like(asked[:1]))
+        return Weights(stored.float(), used.float().T)
+
 
 @contextmanager
-def adapted(model: Predictor, *, rank: int, targets: str, generator: torch.Generator) -> Iterator[AdaptedModel]:
-    """Give ``model`` a fresh LoRA inside the ``with`` block, and leave it exactly as it was after it.
+def adapted(
+    model: Predictor, *, rank: int, targets: str, generator: torch.Generator, adapter: Adapter = _PLAIN
+) -> Iterator[AdaptedModel]:
+    """Give ``model`` a fresh adapter inside the ``with`` block, and leave it exactly as it was after it.
 
-    The update starts at zero: ``down`` is Kaiming-uniform from ``generator``, ``up`` is zero, and alpha equals the rank.
+    Its update starts at zero.
 
     Raises:
         LoRAMismatchError: if ``targets`` selects no linear layer.
@@ -118,10 +154,10 @@ def adapted(model: Predictor, *, rank: int, targets: str, generator: torch.Gener
     layers = targeted_layers(module, targets)
     with left_as_found(module, layers):
         module.eval()  # dropout would tell student and teacher apart
-        _wrap(module, layers, rank)
+        _wrap(module, layers, rank, directional=adapter.directional)
         wrapped = {name: cast("LoRALayer", module.get_submodule(name)) for name in layers}
-        _initialise(wrapped, generator)
-        yield AdaptedModel(model, wrapped)
+        trained = {name: _begun(layer, adapter, rank, generator) for name, layer in wrapped.items()}
+        yield AdaptedModel(model, adapter, wrapped, trained)
 
 
 def targeted_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:
@@ -159,7 +195,7 @@ def left_as_found(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterato
             parameter.requires_grad_(flag)
 
 
-def _wrap(module: nn.Module, layers: Mapping[str, nn.Module], rank: int) -> None:
+def _wrap(module: nn.Module, layers: Mapping[str, nn.Module], rank: int, *, directional: bool) -> None:
     from peft import LoraConfig  # noqa: PLC0415 - loads transformers
     from peft.tuners.lora import LoraModel  # noqa: PLC0415
 
@@ -168,22 +204,24 @@ def _wrap(module: nn.Module, layers: Mapping[str, nn.Module], rank: int) -> None
         lora_alpha=rank,
         target_modules="|".join(re.escape(name) for name in layers),  # a string is matched against the whole path
         init_lora_weights=False,
+        use_dora=directional,
     )
-    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator, and we overwrite what it drew
+    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator, and we replace what it drew
         LoraModel(module, config, _NAME)
 
 
-def _initialise(wrapped: Mapping[str, LoRALayer], generator: torch.Generator) -> None:
-    for layer in wrapped.values():
-        down, up = _factors(layer)
-        bound = 1 / math.sqrt(down.shape[1])  # Kaiming-uniform with a = sqrt(5), as PEFT and nn.Linear do
-        drawn = (2 * torch.rand(down.shape, generator=generator) - 1) * bound
-        down.data, up.data = drawn.to(down.device), torch.zeros(up.shape, device=up.device)
-
-
-def _factors(layer: LoRALayer) -> tuple[nn.Parameter, nn.Parameter]:
-    return layer.get_parameter(f"lora_A.{_NAME}.weight"), layer.get_parameter(f"lora_B.{_NAME}.weight")
-
-
-def _detached(factor: nn.Parameter) -> Tensor:
-    return factor.detach().cpu().clone()
+def _begun(layer: LoRALayer, adapter: Adapter, rank: int, generator: torch.Generator) -> dict[str, nn.Parameter]:
+    """Put an adapter's own factors where PEFT has put its, and say what is learned."""
+    base: Any = layer.get_base_layer()
+    placed: Any = layer.lora_A[_NAME]
+    factors = adapter.factors(base.in_features, base.out_features, rank, generator)
+    down, up = (one.to(placed.weight.device) for one in factors)
+    layer.lora_A[_NAME], layer.lora_B[_NAME] = down, up
+    layer.cast_input_dtype_enabled = adapter.directional  # lengths of rows are no numbers for sixteen bits
+    parts = {f"down.{name}": one for name, one in down.named_parameters()}
+    parts |= {f"up.{name}": one for name, one in up.named_parameters()}
+    if adapter.directional:
+        lengths: Any = layer.lora_magnitude_vector[_NAME]
+        lengths.update_layer(base_layer=base, lora_A=down.weight, lora_B=up.weight, scaling=1.0)
+        parts["magnitude"] = lengths.weight
+    return parts

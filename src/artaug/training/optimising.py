@@ -1,15 +1,16 @@
 """One run of the optimiser over a student's factors: a step, and where it stands between two."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from artaug.errors import SeamError, TrainingDivergedError
-from artaug.lora import LowRank
+from artaug.lora import LoRA
 from artaug.training.adapters import AdaptedModel
 from artaug.training.batches import Turn
+from artaug.training.kinds import Parts
 from artaug.training.objectives import Loss
 from artaug.training.processes import Processes
 from artaug.training.state import Nested
@@ -23,8 +24,22 @@ class Stepped:
     gradient_norm: float
 
 
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """Where an optimisation stands between two steps."""
+
+    layers: Mapping[str, Parts]
+    """What is learned."""
+    average: Mapping[str, Parts]
+    """Its moving average, if one is kept."""
+    optimiser: Nested
+    """The optimiser's ``state_dict``."""
+    learned: LoRA | None
+    """What would be exported now."""
+
+
 class Optimisation:
-    """A student on its way, its optimiser, and the moving average of its factors if one is kept."""
+    """A student on its way, its optimiser, and the moving average of what it learns if one is kept."""
 
     def __init__(self, student: AdaptedModel, optimiser: torch.optim.Optimizer, *, ema: float | None) -> None:
         self._student = student
@@ -34,13 +49,14 @@ class Optimisation:
         self._average = None if ema is None else [one.detach().clone() for one in self._factors]
         self._switch("train")
 
-    def resume(self, factors: Mapping[str, LowRank], average: Mapping[str, LowRank], optimiser: Nested) -> None:
+    def resume(self, layers: Mapping[str, Parts], average: Mapping[str, Parts], optimiser: Nested) -> None:
         """Stand where `captured` was taken."""
-        self._student.put(factors)
+        self._student.put(layers)
         self._optimiser.load_state_dict(optimiser)
         if self._average is not None:
-            for mine, (one, side) in zip(self._average, self._sides(average), strict=True):
-                mine.copy_(getattr(one, side))
+            kept = (average[name][part] for name, parts in self._student.trained.items() for part in parts)
+            for mine, one in zip(self._average, kept, strict=True):
+                mine.copy_(one)
 
     def step(
         self,
@@ -85,30 +101,26 @@ class Optimisation:
             processes.add_up([total, *(one.grad for one in self._factors if one.grad is not None)])
         return nn.utils.clip_grad_norm_(self._factors, max_grad_norm)
 
-    def captured(self) -> tuple[dict[str, LowRank], dict[str, LowRank], Nested]:
-        """The factors; what would be exported now, where that is something else; and the optimiser's state."""
-        factors = self._student.layers()
-        state = self._optimiser.state_dict()
-        if self._average is not None:
-            names = list(factors)
-            sides = [one.cpu().clone() for one in self._average]
-            exported = {name: LowRank(sides[2 * at], sides[2 * at + 1]) for at, name in enumerate(names)}
-            return factors, exported, state
-        if not hasattr(self._optimiser, "eval"):
-            return factors, {}, state
+    def captured(self, *, export: bool) -> "Captured":
+        """Where it stands; what has been learned so far, too, if that is to be exported."""
+        layers = self._student.layers()
+        average = {} if self._average is None else self._student.filled(self._average)
+        learned = self._learned(layers, average) if export else None
+        return Captured(layers, average, self._optimiser.state_dict(), learned)
+
+    def _learned(self, layers: Mapping[str, Parts], average: Mapping[str, Parts]) -> LoRA:
+        if average or not hasattr(self._optimiser, "eval"):
+            return self._student.lora(average or layers)
         self._switch("eval")
-        exported = self._student.layers()
+        learned = self._student.lora()
         self._switch("train")
-        self._student.put(factors)  # there and back is not exact
-        return factors, exported, state
+        self._student.put(layers)  # there and back is not exact
+        return learned
 
     def _switch(self, mode: str) -> None:
         """Schedule-free optimisers keep other factors to train on than to use."""
         if hasattr(self._optimiser, mode):
             getattr(self._optimiser, mode)()
-
-    def _sides(self, layers: Mapping[str, LowRank]) -> Sequence[tuple[LowRank, str]]:
-        return [(layers[name], side) for name in self._student.wrapped for side in ("down", "up")]
 
 
 def _checked(loss: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from artaug.errors import InvalidValueError
+from artaug.training.kinds import Adapter, PlainLoRA
 from artaug.training.objectives import Objective, PairedDifference
 from artaug.training.optimisers import AdamW, Optimiser, Schedule
 
@@ -21,6 +22,8 @@ class Recipe:
     """The settings of a `DifferentialLoRATrainer`."""
 
     rank: int = 16
+    adapter: Adapter = field(default_factory=PlainLoRA)
+    """What is trained beside each layer. Whatever it is, the result is an ordinary LoRA."""
     steps: int = 400
     """Optimiser steps in all, over every stage and pair, so that objectives compare at equal cost."""
     batch_size: int = 4

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from artaug.errors import ModelError
-from artaug.lora import LoRA
 from artaug.pairs import ImagePair
 from artaug.synthesis import Synthesizer
 from artaug.training.adapters import adapted
@@ -89,12 +88,14 @@ class Run:
             if self.checkpoints is not None:
                 stop = min(stop, state.step - state.step % self.checkpoints.every + self.checkpoints.every)
             self.log.rest()
-            state = self._advanced(model, encoded, leg, state, stop)
-            self._write(state)
+            state = self._advanced(model, encoded, leg, state, stop, export=stop in {until, leg.ends})
+            # A look that is due comes before the checkpoint: a kill in between would lose it, and what it chooses.
+            if stop < until or self.held_out is None:
+                self._write(state)
         return state
 
     def _advanced(
-        self, model: DiffusionModel, encoded: EncodedPairs, leg: Leg, state: TrainingState, stop: int
+        self, model: DiffusionModel, encoded: EncodedPairs, leg: Leg, state: TrainingState, stop: int, *, export: bool
     ) -> TrainingState:
         """Take steps of one leg, on top of what the group's earlier legs have learned."""
         recipe, seed = self.recipe, self.seeds[leg.group]
@@ -102,19 +103,25 @@ class Run:
             for lora in state.under:
                 worn.enter_context(lora.worn_by(model.module))
             student = worn.enter_context(
-                adapted(model, rank=recipe.rank, targets=recipe.targets, generator=generator_for_start(seed, leg.stage))
+                adapted(
+                    model,
+                    rank=recipe.rank,
+                    targets=recipe.targets,
+                    generator=generator_for_start(seed, leg.stage),
+                    adapter=recipe.adapter,
+                )
             )
             worn.enter_context(_recomputing(model.module, wanted=recipe.gradient_checkpointing))
             optimiser = recipe.optimiser.over(student.parameters(), learning_rate=recipe.learning_rate)
             optimisation = Optimisation(student, optimiser, ema=recipe.ema)
-            if state.factors:
-                optimisation.resume(state.factors, state.exported, state.optimiser)
+            if state.layers:
+                optimisation.resume(state.layers, state.average, state.optimiser)
             losses = self._steps(optimisation, encoded, model, leg, range(state.step + 1, stop + 1))
-            factors, exported, optimiser_state = optimisation.captured()
+            now = optimisation.captured(export=export)
         state = replace(state, step=stop, losses=(*state.losses, *losses))
-        if stop < leg.ends:
-            return replace(state, factors=factors, exported=exported, optimiser=optimiser_state)
-        return state.past(LoRA(exported or factors), last=leg.last)
+        if stop == leg.ends and now.learned is not None:
+            return state.past(now.learned, last=leg.last)
+        return replace(state, layers=now.layers, average=now.average, optimiser=now.optimiser, learned=now.learned)
 
     def _steps(
         self, optimisation: Optimisation, encoded: EncodedPairs, model: DiffusionModel, leg: Leg, steps: range

@@ -18,8 +18,9 @@ from artaug.disk import appearing, save_tensors
 from artaug.errors import StorageError
 from artaug.lora import LoRA, LowRank, summed
 from artaug.training.held_out import Look, as_json
+from artaug.training.kinds import Parts
 
-_VERSION = "1"
+_VERSION = "2"
 _HELD = "__tensor__"
 
 Nested: TypeAlias = Any
@@ -38,10 +39,10 @@ class TrainingState:
     """What the groups of pairs behind it have learned."""
     under: tuple[LoRA, ...] = ()
     """What the earlier stages of this group have learned."""
-    factors: Mapping[str, LowRank] = field(default_factory=dict)
-    """Of the stage under way, by layer; none where a stage is about to begin."""
-    exported: Mapping[str, LowRank] = field(default_factory=dict)
-    """What would be exported in their place: a moving average, if one is kept."""
+    layers: Mapping[str, Parts] = field(default_factory=dict)
+    """What the stage under way is learning, by layer; none where a stage is about to begin."""
+    average: Mapping[str, Parts] = field(default_factory=dict)
+    """Its moving average, if one is kept."""
     optimiser: Nested = None
     """The optimiser's ``state_dict``."""
     base_scores: tuple[float, ...] = ()
@@ -49,18 +50,20 @@ class TrainingState:
     looks: tuple[Look, ...] = ()
     best: LoRA | None = None
     """The LoRA of the best look."""
+    learned: LoRA | None = None
+    """What the stage under way would export now. It follows from the others and the model, and is not written down."""
 
     def past(self, lora: LoRA, *, last: bool) -> "TrainingState":
         """The state after a leg that learned ``lora``, which was the last of its group or not."""
-        between = replace(self, factors={}, exported={}, optimiser=None)
+        between = replace(self, layers={}, average={}, optimiser=None, learned=None)
         if last:
             return replace(between, finished=(*self.finished, lora), under=())
         return replace(between, under=(*self.under, lora))
 
     def lora(self) -> LoRA:
         """What has been learned: the mean over the groups of pairs that are done, or what a single one has so far."""
-        if self.factors:
-            return LoRA(self.exported or self.factors)
+        if self.learned is not None:
+            return self.learned
         return summed([lora.scaled(1 / len(self.finished)) for lora in self.finished])
 
     def save(self, path: Path, *, made_of: Mapping[str, str]) -> None:
@@ -79,7 +82,7 @@ class TrainingState:
             tensors |= _flat(f"finished.{number}", lora.layers)
         for number, lora in enumerate(self.under):
             tensors |= _flat(f"under.{number}", lora.layers)
-        tensors |= _flat("factors", self.factors) | _flat("exported", self.exported)
+        tensors |= _parts("layers", self.layers) | _parts("average", self.average)
         tensors |= _flat("best", {} if self.best is None else self.best.layers)
         header = {
             "version": _VERSION,
@@ -122,8 +125,8 @@ class TrainingState:
             losses=tuple(tensors.pop("losses").tolist()),
             finished=_loras(tensors, "finished"),
             under=_loras(tensors, "under"),
-            factors=_layers(tensors, "factors"),
-            exported=_layers(tensors, "exported"),
+            layers=_by_layer(tensors, "layers"),
+            average=_by_layer(tensors, "average"),
             base_scores=tuple(tensors.pop("base_scores").tolist()),
             looks=tuple(Look(**look) for look in json.loads(header["looks"])),
             best=LoRA(layers) if (layers := _layers(tensors, "best")) else None,
@@ -172,6 +175,21 @@ class Checkpoints:
 
     def _files(self) -> list[Path]:
         return sorted(Path(self.folder).glob("step-*.safetensors"))
+
+
+def _parts(prefix: str, layers: Mapping[str, Parts]) -> dict[str, Tensor]:
+    return {f"{prefix}|{name}|{part}": one for name, parts in layers.items() for part, one in parts.items()}
+
+
+def _by_layer(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+    """What `_parts` spread out; layers and parts are found by name, so order does not matter."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, *path = key.split("|")
+        if kind == prefix:
+            name, part = path
+            found.setdefault(name, {})[part] = tensor
+    return found
 
 
 def _flat(prefix: str, layers: Mapping[str, LowRank]) -> dict[str, Tensor]:
