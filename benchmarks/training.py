@@ -26,6 +26,7 @@ from artaug.training.adapters import adapted, left_as_found, targeted_layers
 from artaug.training.batches import Turn
 from artaug.training.optimising import Optimisation
 from artaug.training.processes import ALONE
+from artaug.training.remembering import Memory
 from benchmarks import _flux as flux
 from benchmarks import _memory as memory
 from benchmarks import _record as record
@@ -35,11 +36,14 @@ RATE = 1e-4
 SCRIPT = "diffusers' script"
 """The logic of ``train_dreambooth_lora_flux.py`` with cached latents and prompts, run here; its defaults otherwise. In
 bfloat16 under autocast, where ``accelerate`` puts the model of a script with ``--mixed_precision bf16``."""
-OBJECTIVES: dict[str, aa.Objective] = {
-    "SupervisedFineTuning": aa.SupervisedFineTuning(),
-    "PairedDifference": aa.PairedDifference(),
-    "DirectPreference": aa.DirectPreference(),
+PLAIN = "SupervisedFineTuning"
+OBJECTIVES: dict[str, tuple[aa.Objective, int]] = {
+    PLAIN: (aa.SupervisedFineTuning(), 1),
+    "PairedDifference": (aa.PairedDifference(), 1),
+    "PairedDifference, echo=2": (aa.PairedDifference(), 2),
+    "DirectPreference": (aa.DirectPreference(), 1),
 }
+"""Ours, and how often each batch comes: of an echo of 2, a step that asks the teacher and one that remembers it."""
 
 SETTING = ("dtype", "pixels", "batch", "recomputing")
 """What is the same for a group of methods."""
@@ -102,16 +106,21 @@ class RandomFlux:
 
 
 @contextmanager
-def ours(model: RandomFlux, objective: aa.Objective, batch: PairBatch) -> Iterator[Step]:
-    """One step of artaug's trainer."""
-    generator = torch.Generator().manual_seed(0)
-    with adapted(model, rank=RANK, targets=ATTENTION_AND_MLP, generator=generator) as student:
+def ours(model: RandomFlux, objective: aa.Objective, echo: int, batch: PairBatch) -> Iterator[Step]:
+    """As many steps of artaug's trainer as a batch comes."""
+    generator, memory = torch.Generator().manual_seed(0), Memory() if echo > 1 else None
+    with adapted(model, rank=RANK, targets=ATTENTION_AND_MLP, generator=generator, memory=memory) as student:
         optimiser = aa.AdamW().over(student.parameters(), learning_rate=RATE)
         optimisation = Optimisation(student, optimiser, ema=None)
-        turn = Turn(model, [batch])
-        yield lambda: optimisation.step(
-            turn, objective.loss, number=1, learning_rate=RATE, max_grad_norm=1.0, processes=ALONE
-        )
+
+        def steps() -> None:
+            turn = Turn(model, [replace(batch, noise=torch.randn_like(batch.noise))])
+            for number in range(echo):
+                optimisation.step(
+                    turn, objective.loss, number=number + 1, learning_rate=RATE, max_grad_norm=1.0, processes=ALONE
+                )
+
+        yield steps
 
 
 @contextmanager
@@ -174,7 +183,7 @@ def measure(*, quick: bool) -> list[record.Row]:
 def described(model: RandomFlux, size: int, *, recomputing: bool, rounds: int) -> list[record.Row]:
     """A row a method, for one size of batch."""
     batch = model.batch(size)
-    methods: dict[str, Method] = {name: partial(ours, model, one, batch) for name, one in OBJECTIVES.items()}
+    methods: dict[str, Method] = {name: partial(ours, model, *one, batch) for name, one in OBJECTIVES.items()}
     methods[SCRIPT] = partial(theirs, model, batch)
     peaks, seconds = {}, {name: list[float]() for name in methods}
     for name, method in methods.items():
@@ -186,7 +195,7 @@ def described(model: RandomFlux, size: int, *, recomputing: bool, rounds: int) -
         for name in (*names[number % len(names) :], *names[: number % len(names)]):
             with recomputed(model, methods[name](), wanted=recomputing) as step:
                 step()
-                seconds[name].append(timed(step))
+                seconds[name].append(timed(step) / OBJECTIVES.get(name, (None, 1))[1])
     return [row(model, size, name, seconds, peaks, recomputing=recomputing) for name in methods]
 
 
@@ -221,7 +230,7 @@ def row(
     recomputing: bool,
 ) -> record.Row:
     """One method's numbers."""
-    plain = seconds["SupervisedFineTuning"]
+    plain = seconds[PLAIN]
     ratios = [mine / base for mine, base in zip(seconds[method], plain, strict=True)]
     low, _, high = quantiles(ratios, n=4, method="inclusive")
     return {
@@ -252,7 +261,7 @@ def plot(rows: Sequence[record.Row]) -> Figure:
         axes = figure.add_subplot(1, 2, place + 1, title=title)
         for at, method in enumerate(methods):
             mine = [row[name] for row in rows if row["method"] == method]
-            axes.bar([number + at * 0.2 for number in range(len(settings))], mine, 0.18, label=method)
+            axes.bar([number + at * 0.17 for number in range(len(settings))], mine, 0.15, label=method)
         labels = [
             f"{dtype}\n{pixels} px, batch {size}{', recomputing' if again else ''}"
             for dtype, pixels, size, again in settings

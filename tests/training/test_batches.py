@@ -1,7 +1,5 @@
 """Batches of encoded pairs: every pair its turn, always new noise, and any batch the same however one comes to it."""
 
-from itertools import islice
-
 import pytest
 import torch
 from hypothesis import given
@@ -38,8 +36,8 @@ def numbered(pairs):
 
 def drawn(encoded, members, *, size, count, seed=0, start=0, processes=ALONE, **options):
     recipe = Recipe(batch_size=size, **options)
-    turns = encoded.turns(Sized(), members, recipe, seed=seed, start=start, processes=processes)
-    return list(islice(turns, count))
+    numbers = range(start, start + count)
+    return list(encoded.turns(Sized(), members, recipe, seed=seed, numbers=numbers, processes=processes))
 
 
 def numbers(turns):
@@ -153,4 +151,4 @@ def test_levels_of_a_schedule_cannot_be_spread():
             return self
 
     with pytest.raises(ModelError, match="logit_normal is for flow models, and this one has EpsilonPrediction"):
-        next(numbered(1).turns(Stepped(), [0], Recipe(logit_normal=True), seed=0))
+        next(numbered(1).turns(Stepped(), [0], Recipe(logit_normal=True), seed=0, numbers=[0]))

@@ -17,6 +17,7 @@ from artaug.lora import LoRA
 from artaug.training.kinds import Adapter, Parts, PlainLoRA, Weights
 from artaug.training.model import Conditioning, Predictor
 from artaug.training.noising import Latents, Levels, Noising
+from artaug.training.remembering import Memory
 from artaug.training.scaling import scaled_in_backward
 
 _NAME = "artaug"
@@ -51,6 +52,8 @@ class AdaptedModel:
     """PEFT's LoRA layers by the path of the layer they wrap."""
     trained: Mapping[str, Mapping[str, nn.Parameter]]
     """What is learned, by layer and part: float32."""
+    memory: Memory | None = None
+    """What the teacher has said, if batches come again."""
 
     @property
     def noising(self) -> Noising:
@@ -82,11 +85,17 @@ class AdaptedModel:
 
     def teacher(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
         """The prediction without it: float32, without gradient."""
+        if self.memory is None:
+            return self._taught(noisy, sigmas, conditioning).float()
+        asked = {"noisy": noisy, "sigmas": sigmas, **{f"text.{name}": one for name, one in conditioning.items()}}
+        return self.memory.answer(asked, lambda: self._taught(noisy, sigmas, conditioning)).float()
+
+    @torch.no_grad()
+    def _taught(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
         for layer in self.wrapped.values():
             layer.enable_adapters(enabled=False)
         try:
-            with torch.no_grad():
-                return self.model.predict(noisy, sigmas, conditioning).float()
+            return self.model.predict(noisy, sigmas, conditioning)
         finally:
             for layer in self.wrapped.values():
                 layer.enable_adapters(enabled=True)
@@ -135,7 +144,13 @@ class AdaptedModel:
 
 @contextmanager
 def adapted(
-    model: Predictor, *, rank: int, targets: str, generator: torch.Generator, adapter: Adapter = _PLAIN
+    model: Predictor,
+    *,
+    rank: int,
+    targets: str,
+    generator: torch.Generator,
+    adapter: Adapter = _PLAIN,
+    memory: Memory | None = None,
 ) -> Iterator[AdaptedModel]:
     """Give ``model`` a fresh adapter inside the ``with`` block, and leave it exactly as it was after it.
 
@@ -157,7 +172,7 @@ def adapted(
         _wrap(module, layers, rank, directional=adapter.directional)
         wrapped = {name: cast("LoRALayer", module.get_submodule(name)) for name in layers}
         trained = {name: _begun(layer, adapter, rank, generator) for name, layer in wrapped.items()}
-        yield AdaptedModel(model, adapter, wrapped, trained)
+        yield AdaptedModel(model, adapter, wrapped, trained, memory)
 
 
 def targeted_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:

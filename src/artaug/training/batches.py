@@ -7,6 +7,7 @@ resumed there, and whether one process works on it or several share it.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +81,10 @@ class EncodedPairs:
         recipe: Recipe,
         *,
         seed: int,
-        start: int = 0,
+        numbers: Sequence[int],
         processes: Processes = ALONE,
     ) -> Iterator[Turn]:
-        """Draw batches without end: every member once before any of its size comes again, always with new noise.
+        """Draw batches: by their numbers, every member once before any of its size comes again, always with new noise.
 
         Each batch has pairs of one size; sizes take turns as often as they have members.
 
@@ -92,15 +93,15 @@ class EncodedPairs:
             members: numbers of the pairs to draw from.
             recipe: how large batches are, and which noise levels they have.
             seed: decides order and noise.
-            start: number of the first batch to give; it is what it would be after all those before it.
+            numbers: which to give. The same number is the same batch, noise included, whatever came before it.
             processes: who shares the batch.
         """
         size = recipe.batch_size
         queues = [(bucket, [one for one in members if one in bucket.rows]) for bucket in self.buckets]
         queues = [queue for queue in queues if queue[1]]
-        for number, (place, count) in enumerate(_taking_turns([len(mine) for _, mine in queues])):
-            if number < start:
-                continue
+        places = list(islice(_taking_turns([len(mine) for _, mine in queues]), max(numbers, default=-1) + 1))
+        for number in numbers:
+            place, count = places[number]
             bucket, mine = queues[place]
             sized = model.at_size(*bucket.size)
             order = (_nth(mine, at, seed=(seed, place)) for at in range(count * size, (count + 1) * size))

@@ -31,6 +31,11 @@ class Leg:
         """How many it has."""
         return self.ends - self.begins
 
+    def batch_at(self, step: int, *, echo: int) -> int:
+        """Number of the batch that a step sees, counted from the group's first; each comes ``echo`` times, in rounds."""
+        distinct = math.ceil(self.steps / echo)
+        return self.begins - self.group_begins + (step - 1 - self.begins) % distinct
+
 
 def legs_of(course: Course, steps: int, objective: Objective) -> Sequence[Leg]:
     """Share all steps among groups and their stages, whole steps each; they add up to ``steps``.

@@ -30,6 +30,9 @@ class Recipe:
     """Pairs a step, over all processes."""
     at_once: int | None = None
     """Pairs a process works on at a time; less than its share of ``batch_size`` saves memory, and changes nothing else."""
+    echo: int = 1
+    """How often each batch is learned from, noise included (data echoing, arXiv 1907.05550). The teacher is asked about it
+    once, and what it said is held in memory: a number a latent, for each of ``batch_size * steps / echo`` pairs."""
     learning_rate: float = 1e-4
     targets: str = ATTENTION_AND_MLP
     """Regular expression, searched for in the paths of linear layers, that says which of them learn."""
@@ -56,6 +59,7 @@ class Recipe:
             "rank": self.rank >= 1,
             "steps": self.steps >= 1,
             "batch_size": self.batch_size >= 1,
+            "echo": self.echo >= 1,
             "at_once": self.at_once is None or self.at_once >= 1,
             "learning_rate": 0 < self.learning_rate < math.inf,
             "max_grad_norm": self.max_grad_norm > 0,
@@ -66,7 +70,7 @@ class Recipe:
         wrong = [f"{name}={getattr(self, name)!r}" for name, legal in faults.items() if not legal]
         if wrong:
             raise InvalidValueError(
-                f"{type(self).__name__}({', '.join(wrong)}): need rank, steps, batch_size and at_once of at least 1, "
+                f"{type(self).__name__}({', '.join(wrong)}): need rank, steps, batch_size, echo and at_once of at least 1, "
                 "learning_rate and max_grad_norm above 0, warmup in [0, 1], ema above 0 and below 1, and sigmas as "
                 "(lowest, highest) in [0, 1]."
             )

@@ -20,6 +20,7 @@ from artaug.training.optimising import Optimisation
 from artaug.training.processes import Processes
 from artaug.training.progress import Log
 from artaug.training.recipe import Recipe
+from artaug.training.remembering import Memory
 from artaug.training.state import Checkpoints, TrainingState
 
 
@@ -42,6 +43,8 @@ class Run:
     look_seed: int
     """Of the held-out pictures."""
     _encoded: list[EncodedPairs] = field(default_factory=list)
+    _memories: dict[int, Memory] = field(default_factory=dict)
+    """Of the leg under way, by where it begins."""
 
     def finished(self, state: TrainingState) -> TrainingState:
         """Go on from ``state`` to the end, or to where held-out pictures stop getting better."""
@@ -109,6 +112,7 @@ class Run:
                     targets=recipe.targets,
                     generator=generator_for_start(seed, leg.stage),
                     adapter=recipe.adapter,
+                    memory=self._memory_of(leg),
                 )
             )
             worn.enter_context(_recomputing(model.module, wanted=recipe.gradient_checkpointing))
@@ -123,6 +127,15 @@ class Run:
             return state.past(now.learned, last=leg.last)
         return replace(state, layers=now.layers, average=now.average, optimiser=now.optimiser, learned=now.learned)
 
+    def _memory_of(self, leg: Leg) -> Memory | None:
+        """What the teacher has said in this leg, if batches come again: every leg has a teacher of its own."""
+        if self.recipe.echo == 1:
+            return None
+        if leg.begins not in self._memories:
+            self._memories.clear()
+            self._memories[leg.begins] = Memory()
+        return self._memories[leg.begins]
+
     def _steps(
         self, optimisation: Optimisation, encoded: EncodedPairs, model: DiffusionModel, leg: Leg, steps: range
     ) -> list[float]:
@@ -132,7 +145,7 @@ class Run:
             leg.members,
             recipe,
             seed=self.seeds[leg.group],
-            start=steps.start - 1 - leg.group_begins,
+            numbers=[leg.batch_at(step, echo=recipe.echo) for step in steps],
             processes=self.processes,
         )
         losses = []
