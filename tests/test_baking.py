@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from artaug.baking import bake, writing
-from artaug.baking.rounding import stochastically
+from artaug.baking.rounding import carry, stochastically
 from artaug.errors import LoRAMismatchError, ModelError, NonFiniteError, StorageError
 from artaug.lora import LoRA, LowRank
 from support.tiny_flux import tiny_flux
@@ -215,11 +215,17 @@ def test_chance_rounds_to_a_neighbour_and_is_right_on_average(dtype, number):
     low = every[max(np.searchsorted(every, number, side="right") - 1, 0)]
     high = every[np.searchsorted(every, number, side="left")]
 
-    rounded = stochastically(torch.full((draws,), number), dtype, (torch.arange(draws) + 0.5) / draws)
+    wanted, step = torch.full((draws,), number), (1 << 16) // draws
 
-    assert rounded.dtype == dtype
-    assert set(rounded.tolist()) <= {low, high}
-    assert abs(rounded.double().mean().item() - number) <= (high - low) / draws
+    ways = [stochastically(wanted, dtype, (torch.arange(draws) + 0.5) / draws)]
+    if dtype == torch.bfloat16:
+        ways.append(torch.empty(draws, dtype=dtype))
+        carry(wanted, ways[-1], (np.arange(draws) * step + step // 2).astype(np.uint16))
+
+    for rounded in ways:
+        assert rounded.dtype == dtype
+        assert set(rounded.tolist()) <= {low, high}
+        assert abs(rounded.double().mean().item() - number) <= (high - low) / draws
 
 
 def test_stochastic_rounding_brings_what_rounding_to_the_nearest_loses(tmp_path):

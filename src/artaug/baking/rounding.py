@@ -83,13 +83,16 @@ class Addition:
         wanted.addmm_(room.update.up[self._row : self._row + count], room.update.down)
         if self._noise is None:
             stored.copy_(wanted)
+        elif self._dtype == torch.bfloat16:
+            words = self._noise.integers(1 << 64, size=-(-wanted.numel() // 4), dtype=np.uint64)
+            carry(wanted, stored, words.view(np.uint16)[: wanted.numel()])
         else:
             drawn = self._noise.random(tuple(wanted.shape), dtype=np.float32)
             stored.copy_(stochastically(wanted, self._dtype, torch.from_numpy(drawn)))
         self._unchanged += _alike(stored, block)
         block.copy_(stored)
-        off = room.off[:count].copy_(stored).sub_(wanted).view(-1)
-        self._lost += float(off @ off)
+        missed = wanted.sub_(stored).view(-1)
+        self._lost += float(missed @ missed)
         self._row += count
 
 
@@ -100,13 +103,27 @@ class _Room:
     update: LowRank
     """In float32."""
     wanted: Tensor
-    off: Tensor
     stored: Tensor
 
     @classmethod
     def of(cls, update: LowRank, *, rows: int, dtype: torch.dtype) -> "_Room":
         shape = (rows, update.down.shape[1])
-        return cls(update, torch.empty(shape), torch.empty(shape), torch.empty(shape, dtype=dtype))
+        return cls(update, torch.empty(shape), torch.empty(shape, dtype=dtype))
+
+
+def carry(wanted: Tensor, stored: Tensor, drawn: np.ndarray) -> None:
+    """Round float32 to one of its two neighbours in bfloat16, so that the mean over many draws is the number itself.
+
+    A bfloat16 is the upper half of a float32. The lower half, as a part of 65,536, is how far it is on the way to the next:
+    so a random number is added there, and what is carried decides. A few operations on whole numbers are all it takes.
+
+    Args:
+        wanted: what to round.
+        stored: where it goes: bfloat16, of the same shape.
+        drawn: uniform in [0, 65536), a number of 16 bits for each.
+    """
+    carried = wanted.numpy().reshape(-1).view(np.uint32) + drawn
+    np.right_shift(carried, 16, out=stored.view(torch.int16).numpy().reshape(-1).view(np.uint16), casting="unsafe")
 
 
 def stochastically(wanted: Tensor, dtype: torch.dtype, drawn: Tensor) -> Tensor:
@@ -116,7 +133,7 @@ def stochastically(wanted: Tensor, dtype: torch.dtype, drawn: Tensor) -> Tensor:
 
     Args:
         wanted: what to round.
-        dtype: bfloat16, float16 or float32.
+        dtype: bfloat16 (`carry` is quicker), float16 or float32.
         drawn: uniform in [0, 1), of the same shape.
 
     >>> import torch

@@ -1,4 +1,4 @@
-"""One pass over a file: read in pieces, changed where it must be, hashed in a thread beside, written once.
+"""One pass over a file: read in pieces and changed where it must be, while threads beside hash and write.
 
 And the folder it all goes to, which takes its name only when it is whole.
 """
@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -23,7 +23,7 @@ if sys.platform != "win32":
     import fcntl
 
 _PIECE = 4 << 20
-_BUFFERS = 3
+_BUFFERS = 4
 
 
 class Change(Protocol):
@@ -53,21 +53,23 @@ class Stretch:
 
 
 class Scribe:
-    """Writes files from files: what is written is hashed in one thread and brought to disk in another."""
+    """Writes files from files: of what is ready, one thread hashes, one writes, and one brings whole files to disk."""
 
     def __init__(self, *, on_bytes: Callable[[int], object]) -> None:
         self._on_bytes = on_bytes
         self._hasher = ThreadPoolExecutor(1, "artaug-hash")
+        self._writer = ThreadPoolExecutor(1, "artaug-write")
         self._syncer = ThreadPoolExecutor(1, "artaug-sync")
         self._buffers = deque(bytearray(_PIECE) for _ in range(_BUFFERS))
-        self._in_use: deque[tuple[Future[None], bytearray]] = deque()
+        self._in_use: deque[tuple[tuple[Future[None], Future[None]], bytearray]] = deque()
         self._synced: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hasher.shutdown(cancel_futures=True)
+        self._hasher.shutdown()
+        self._writer.shutdown()
         self._syncer.shutdown()
 
     def reserve(self, target: Path, size: int) -> None:
@@ -80,7 +82,7 @@ class Scribe:
     def copy(self, source: Path, target: Path, stretches: Sequence[Stretch]) -> BakedFile:
         """Write a reserved file from ``source``; the stretches are all its bytes from first to last."""
         digest = sha256()
-        with source.open("rb", buffering=0) as read, target.open("r+b", buffering=0) as written:
+        with source.open("rb", buffering=0) as read, target.open("r+b", buffering=0) as written, self._emptied():
             for stretch in stretches:
                 for start in range(0, stretch.size, stretch.piece):
                     held = self._free(stretch.piece)
@@ -88,13 +90,23 @@ class Scribe:
                     _read(read, piece)
                     if stretch.change is not None:
                         stretch.change(piece)
-                    self._in_use.append((self._hasher.submit(digest.update, piece), held))
-                    _write(written, piece)
+                    kept = self._hasher.submit(digest.update, piece), self._writer.submit(_write, written, piece)
+                    self._in_use.append((kept, held))
                     self._on_bytes(len(piece))
+            while self._in_use:
+                self._release()
             self._synced.append(self._syncer.submit(_sync, os.dup(written.fileno())))
-        while self._in_use:
-            self._release()
         return BakedFile(size=sum(stretch.size for stretch in stretches), sha256=digest.hexdigest())
+
+    @contextmanager
+    def _emptied(self) -> Iterator[None]:
+        """Let nothing be written any more once the block is left, whatever happened in it."""
+        try:
+            yield
+        finally:
+            wait([one for kept, _ in self._in_use for one in kept if not one.cancel()])
+            self._buffers.extend(held for _, held in self._in_use)
+            self._in_use.clear()
 
     def finish(self) -> None:
         """Wait until the disk holds everything."""
@@ -102,15 +114,16 @@ class Scribe:
             one.result()
 
     def _free(self, size: int) -> bytearray:
-        """A buffer nobody reads any more, of at least that size."""
+        """A buffer that has been written, of at least that size."""
         if not self._buffers:
             self._release()
         held = self._buffers.popleft()
         return held if len(held) >= size else bytearray(size)
 
     def _release(self) -> None:
-        hashed, held = self._in_use.popleft()
-        hashed.result()
+        kept, held = self._in_use.popleft()
+        for one in kept:
+            one.result()
         self._buffers.append(held)
 
 
@@ -173,6 +186,12 @@ def _clear(folder: Path) -> None:
             entry.unlink()
 
 
+def _write(file: FileIO, piece: memoryview) -> None:
+    at = 0
+    while at < len(piece):
+        at += file.write(piece[at:]) or 0
+
+
 def _read(file: FileIO, piece: memoryview) -> None:
     at = 0
     while at < len(piece):
@@ -180,12 +199,6 @@ def _read(file: FileIO, piece: memoryview) -> None:
         if not count:
             raise StorageError(f"{file.name!r} has become shorter while it was read. Is another program writing it?")
         at += count
-
-
-def _write(file: FileIO, piece: memoryview) -> None:
-    at = 0
-    while at < len(piece):
-        at += file.write(piece[at:]) or 0
 
 
 def _sync(handle: int) -> None:

@@ -31,5 +31,5 @@ def _digest(asked: Mapping[str, Tensor]) -> bytes:
     for name in sorted(asked):
         one = asked[name].detach().cpu().contiguous()
         told.update(f"{name}{one.dtype}{tuple(one.shape)}".encode())
-        told.update(memoryview(one.reshape(-1).view(torch.uint8).numpy()))
+        told.update(one.reshape(-1).view(torch.uint8).numpy().data)
     return told.digest()
