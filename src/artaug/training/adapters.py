@@ -5,6 +5,7 @@ PEFT wraps the layers, so quantised ones work too; it is imported when training 
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from artaug.errors import LoRAMismatchError, ModelError
 from artaug.lora import LoRA, LowRank
 from artaug.training.model import Conditioning, Predictor
 from artaug.training.noising import Latents, Levels, Noising
+from artaug.training.quantised import check_gradients, set_to_learn
 from artaug.training.scaling import scaled_in_backward
 
 _NAME = "artaug"
@@ -107,7 +109,7 @@ def adapted(model: Predictor, *, rank: int, targets: str, generator: torch.Gener
 
     Raises:
         LoRAMismatchError: if ``targets`` selects no linear layer.
-        ModelError: if the model carries PEFT adapters already.
+        ModelError: if the model carries PEFT adapters already, or is quantised in a way that passes no true gradient.
     """
     module = model.module
     if present := module.__dict__.get("peft_config"):
@@ -118,6 +120,8 @@ def adapted(model: Predictor, *, rank: int, targets: str, generator: torch.Gener
     layers = targeted_layers(module, targets)
     with left_as_found(module, layers):
         module.eval()  # dropout would tell student and teacher apart
+        set_to_learn(module)
+        check_gradients(module, layers)
         _wrap(module, layers, rank)
         wrapped = {name: cast("LoRALayer", module.get_submodule(name)) for name in layers}
         _initialise(wrapped, generator)
@@ -169,7 +173,9 @@ def _wrap(module: nn.Module, layers: Mapping[str, nn.Module], rank: int) -> None
         target_modules="|".join(re.escape(name) for name in layers),  # a string is matched against the whole path
         init_lora_weights=False,
     )
-    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator, and we overwrite what it drew
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT draws from the global generator, and we overwrite what it drew; it warns of merging, which we never do.
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without", category=UserWarning)
         LoraModel(module, config, _NAME)
 
 
