@@ -82,6 +82,9 @@ class TinyModel:
     def without_encoders(self):
         return nullcontext()
 
+    def without_denoiser(self):
+        return nullcontext()
+
     @contextmanager
     def training(self):
         if not self.worn:

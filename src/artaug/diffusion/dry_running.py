@@ -1,7 +1,7 @@
 """A training step on tensors without numbers: what it would hold at most, and how much it would compute."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -41,15 +41,18 @@ class Ledger(TorchDispatchMode):
     """Notes what operations make, until nothing holds it any more, and what they compute.
 
     Storages are counted, not tensors: a view costs nothing, and what autograd saves is held as long as it saves it.
-    What was there before, weights above all, is not counted.
+    What was there before is not counted, unless it goes: weights that are unpacked for a while give their place up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.now = 0
         self.peak = 0
         self.flops = 0
         self._alive: set[int] = set()
+        for one in before:
+            self._hold(_storage(one), set())
+        self.now = self.peak = 0
 
     def __torch_dispatch__(
         self,
@@ -190,7 +193,7 @@ class DryRun:
         return checkpoint(layer, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
     def _watched(self, work: Callable[[], object]) -> Work:
-        with Ledger() as ledger, DeviceKernels(fused_norms=self.fused_norms):
+        with Ledger(self.family.module.parameters()) as ledger, DeviceKernels(fused_norms=self.fused_norms):
             work()
         return Work(ledger.peak, ledger.flops)
 

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,6 +12,7 @@ from torch import nn
 from artaug.diffusion.dry_running import DryRun, Work
 from artaug.diffusion.family import Family
 from artaug.diffusion.known import family_of
+from artaug.diffusion.resting import quantised
 from artaug.diffusion.weightless import modules, stored_bytes, text_shapes, weightless
 from artaug.errors import InvalidValueError
 from artaug.showing import duration, table_html
@@ -30,7 +32,8 @@ class Estimate:
 
     Left out are the driver's own context (half a gigabyte or so), what an allocator loses between blocks, the text
     encoders' activations (less than the VAE's), and an optimiser's temporaries (less than the activations, which are gone
-    by then).
+    by then); and of weights stored in fp8 with gradient checkpointing, up to one block's unpacked ones. A training begins and ends with the pipeline as it was given: one that lies on the device whole takes
+    `placed_bytes` there, also where that is more than `peak_bytes`; one with ``enable_model_cpu_offload`` does not.
     """
 
     model: str
@@ -58,6 +61,8 @@ class Estimate:
     """Multiplications and additions of matrix products, convolutions and attention, on average over all stages."""
     flops_per_second: float | None = None
     """What the device really does, as the caller said."""
+    resting_bytes: int = 0
+    """Of the denoiser, which waits on the CPU while pairs are encoded; none where it is tied to its device (quantised)."""
 
     @property
     def training_bytes(self) -> int:
@@ -65,9 +70,14 @@ class Estimate:
         return self.weights_bytes + self.factors_bytes + self.activations_bytes
 
     @property
+    def placed_bytes(self) -> int:
+        """What the pipeline takes where all its parts are on the device, before a training and after it."""
+        return self.weights_bytes + self.encoders_bytes
+
+    @property
     def peak_bytes(self) -> int:
-        """The most memory held at any time: while the denoiser learns, or while everything is encoded before that."""
-        return max(self.training_bytes, self.weights_bytes + self.encoders_bytes + self.encoding_bytes)
+        """The most memory a training holds: while the denoiser learns, or while everything is encoded before that."""
+        return max(self.training_bytes, self.placed_bytes - self.resting_bytes + self.encoding_bytes)
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -111,6 +121,7 @@ class Estimate:
             "activations": self.activations_bytes,
             "most while learning": self.training_bytes,
             "most at any time": self.peak_bytes,
+            "all parts in one place": self.placed_bytes,
             "LoRA file": self.lora_bytes,
             "checkpoint": self.checkpoint_bytes,
         }
@@ -131,6 +142,7 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     height: int = 1024,
     max_sequence_length: int | None = None,
     dtype: torch.dtype | None = None,
+    storage_dtype: torch.dtype | None = None,
     bits_per_weight: float | None = None,
     flops_per_second: float | None = None,
     fused_norms: bool = True,
@@ -151,9 +163,12 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
         max_sequence_length: tokens of a prompt, None for what is usual. Models that read prompts as long as they are
             (Qwen-Image, Z-Image) need less for shorter ones.
         dtype: of the weights and of what is computed with them; None for bfloat16, or a loaded pipeline's own.
-        bits_per_weight: of the denoiser's linear layers, where they are stored in fewer: 8 in fp8 or int8, 4.5 in
-            bitsandbytes' nf4 (a float32 scale for every 64 weights). It is taken as said; every layer is unpacked to
-            ``dtype`` when it is used, and one at a time.
+        storage_dtype: of the denoiser's weights between calls, if ``enable_layerwise_casting`` of diffusers is to store
+            them so (``torch.float8_e4m3fn``): all but norms and what modulates them. Unpacked ones count as long as
+            autograd keeps them: those of a block with gradient checkpointing, all of them without.
+        bits_per_weight: of the denoiser's linear layers, where bitsandbytes is to store them in fewer: 8 in int8, 4.5 in
+            nf4 (a float32 scale for every 64 weights). It is taken as said; every layer is unpacked to ``dtype`` when it
+            is used, and one at a time.
         flops_per_second: what the device really does, for the time. A third to a half of what its maker states is usual.
         fused_norms: whether the device computes a root mean square norm in one kernel, as GPUs do and CPUs do not.
 
@@ -172,17 +187,22 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     True
     """
     recipe = DifferentialLoRATrainer() if trainer is None else trainer
-    _check(bits_per_weight, flops_per_second)
+    _check(storage_dtype, bits_per_weight, flops_per_second)
     if dtype is None:
         dtype = source.dtype if isinstance(source, DiffusionPipeline) else torch.bfloat16
     pipeline = weightless(source, dtype=dtype)
     family = _bound(pipeline, width=width, height=height, max_sequence_length=max_sequence_length)
+    denoiser: Any = family.module
+    if storage_dtype is not None:
+        denoiser.enable_layerwise_casting(storage_dtype=storage_dtype, compute_dtype=dtype)
     run = DryRun(family=family, recipe=recipe, text=text_shapes(family), dtype=dtype, fused_norms=fused_norms)
     encoding = run.encoding()
     held = source if isinstance(source, DiffusionPipeline) else pipeline
     sizes = {name: stored_bytes(part) for name, part in modules(held)}
-    (denoiser,) = (name for name, part in modules(pipeline) if part is family.module)
-    sizes[denoiser], unpacked = _packed(family.module, sizes[denoiser], bits_per_weight)
+    (at,) = (name for name, part in modules(pipeline) if part is denoiser)
+    packed = bits_per_weight is not None or quantised(getattr(held, at))
+    stored = sizes[at] if storage_dtype is None else stored_bytes(denoiser)
+    sizes[at], unpacked = _packed(denoiser, stored, bits_per_weight)
     encoders = sum(size for name, size in sizes.items() if name.startswith(("text_encoder", "vae")))
     activations, flops, trained = _stages(run)
     optimiser = math.ceil(trained * _state_of(recipe.optimiser))
@@ -204,6 +224,7 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
         steps=recipe.steps,
         flops_per_step=flops,
         flops_per_second=flops_per_second,
+        resting_bytes=0 if packed else sizes[at],
     )
 
 
@@ -216,7 +237,12 @@ def _readable(size: float) -> str:
     return f"{size:.3g} GiB"
 
 
-def _check(bits_per_weight: float | None, flops_per_second: float | None) -> None:
+def _check(storage: torch.dtype | None, bits_per_weight: float | None, flops_per_second: float | None) -> None:
+    if storage is not None and (bits_per_weight is not None or not storage.is_floating_point):
+        raise InvalidValueError(
+            f"storage_dtype={storage} with bits_per_weight={bits_per_weight}: expected a floating type like "
+            "torch.float8_e4m3fn, or bits, not both."
+        )
     if bits_per_weight is not None and not 0 < bits_per_weight <= 32:
         raise InvalidValueError(f"bits_per_weight={bits_per_weight}: need more than 0 and at most 32.")
     if flops_per_second is not None and not 0 < flops_per_second < math.inf:

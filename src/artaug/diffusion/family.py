@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug.diffusion.resting import resting
+from artaug.diffusion.resting import encoders_of, resting
 from artaug.regional.denoiser import Conditioning, Denoiser, Text
 from artaug.training.noising import Noising
 
@@ -94,7 +94,11 @@ class Family(ABC):
 
     def without_encoders(self) -> AbstractContextManager[None]:
         """A ``with`` block in which VAE and text encoders wait on the CPU, if the pipeline's owner put them elsewhere."""
-        return resting(self.pipeline)
+        return resting(encoders_of(self.pipeline))
+
+    def without_denoiser(self) -> AbstractContextManager[None]:
+        """A ``with`` block in which the denoiser waits on the CPU, if it was elsewhere and its libraries let it move."""
+        return resting([self.module])
 
     @abstractmethod
     def encode_images(self, images: Sequence[Image]) -> Tensor:

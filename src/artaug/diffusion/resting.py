@@ -1,37 +1,64 @@
 """Parts of a pipeline that have nothing to do for a while give their accelerator's memory back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from artaug.training.quantised import is_foreign
+
 _ENCODERS = ("text_encoder", "vae")
+_IN_PLACE = {"layerwise_casting", "peft_autocast_disable"}
+"""Hooks of diffusers that leave a part where it is."""
+
+
+def encoders_of(pipeline: Any) -> list[nn.Module]:  # noqa: ANN401 - any diffusers pipeline
+    """A pipeline's VAE and text encoders, as far as it has them."""
+    return [
+        part for name, part in pipeline.components.items() if name.startswith(_ENCODERS) and isinstance(part, nn.Module)
+    ]
 
 
 @contextmanager
-def resting(pipeline: Any) -> Iterator[None]:  # noqa: ANN401 - any diffusers pipeline
-    """Keep a pipeline's VAE and text encoders on the CPU for a ``with`` block, and put them back where they were.
+def resting(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep parts on the CPU for a ``with`` block, and put them back where they were.
 
-    Left alone are parts that are on the CPU, parts that diffusers or accelerate moves by hooks of their own (offload),
-    and quantised parts, which their libraries tie to their device.
+    Left alone are parts that are on the CPU, and those that are `tied`.
     """
-    parts = {name: part for name, part in pipeline.components.items() if name.startswith(_ENCODERS)}
-    moved = {name: part.device for name, part in parts.items() if _movable(part)}
+    loose: list[Any] = [part for part in parts if not (_waits(part) or tied(part))]
+    moved = [(part, torch.device(part.device)) for part in loose]
     try:
-        for name in moved:
-            parts[name].to("cpu")
+        for part, _ in moved:
+            part.to("cpu")
         if moved and torch.cuda.is_available():
             torch.cuda.empty_cache()
         yield
     finally:
-        for name, device in moved.items():
-            parts[name].to(device)
+        for part, device in moved:
+            part.to(device)
 
 
-def _movable(part: object) -> bool:
-    if not isinstance(part, nn.Module) or any(one.device.type in {"cpu", "meta"} for one in part.parameters()):
-        return False
-    hooked = any(hasattr(one, "_hf_hook") or hasattr(one, "_diffusers_hook") for one in part.modules())
-    return not hooked and getattr(part, "hf_quantizer", None) is None
+def tied(part: nn.Module) -> bool:
+    """Whether somebody else decides where a part is.
+
+    So it is with parts that diffusers or accelerate move by hooks of their own (offload), quantised ones, which their
+    libraries tie to their device, and those sharded over several.
+    """
+    hooked = any(hasattr(one, "_hf_hook") or _moves(one) for one in part.modules())
+    return hooked or quantised(part) or any(hasattr(one, "device_mesh") for one in part.parameters())
+
+
+def quantised(part: nn.Module) -> bool:
+    """Whether a part is stored by a quantising library."""
+    return getattr(part, "hf_quantizer", None) is not None or any(is_foreign(one) for one in part.parameters())
+
+
+def _moves(module: nn.Module) -> bool:
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return registry is not None and bool(set(registry.hooks) - _IN_PLACE)
+
+
+def _waits(part: nn.Module) -> bool:
+    return any(one.device.type in {"cpu", "meta"} for one in part.parameters())

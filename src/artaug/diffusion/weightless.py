@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, pipelines
+from diffusers.hooks import apply_layerwise_casting
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -22,6 +23,7 @@ from artaug.diffusion.sd15 import StableDiffusion
 from artaug.diffusion.sdxl import StableDiffusionXL
 from artaug.diffusion.z_image import ZImage
 from artaug.errors import ModelError
+from artaug.training.quantised import is_foreign, stored_in
 
 _CLIP_READS = 77
 
@@ -63,8 +65,9 @@ def modules(pipeline: DiffusionPipeline) -> Iterator[tuple[str, nn.Module]]:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """What a module's parameters and buffers take as they are stored."""
-    return sum(one.numel() * one.element_size() for one in (*module.parameters(), *module.buffers()))
+    """What a module's parameters and buffers take as they are stored: quantised ones as codes and scales."""
+    parts = (part for one in (*module.parameters(), *module.buffers()) for part in stored_in(one))
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def text_shapes(family: Family) -> Mapping[str, tuple[int, ...]]:
@@ -92,8 +95,26 @@ def _twin(part: object, dtype: torch.dtype) -> object:
     """The same part without its weights; tokenizers and schedulers have none."""
     if isinstance(part, ModelMixin):
         config = {name: one for name, one in part.config.items() if name != "quantization_config"}
-        return _made(type(part), config, dtype)
+        twin = _made(type(part), config, dtype)
+        _unpack_alike(part, twin, dtype)
+        return twin
     return _made(type(part), part.config, dtype) if isinstance(part, PreTrainedModel) else part
+
+
+def _unpack_alike(part: nn.Module, twin: nn.Module, dtype: torch.dtype) -> None:
+    """Have a twin's layers store fewer bytes and unpack them in every call, where those of ``part`` do.
+
+    Diffusers' layerwise casting does, and so do layers of torchao: what they unpack is theirs as long as autograd wants
+    it. What stays packed until the backward pass is over (bitsandbytes, quanto) is not seen here.
+    """
+    for name, one in part.named_modules():
+        hook: Any = getattr(getattr(one, "_diffusers_hook", None), "hooks", {}).get("layerwise_casting")
+        weight = getattr(one, "weight", None)
+        stored = None if hook is None else hook.storage_dtype
+        if is_foreign(weight) and type(weight).__module__.startswith("torchao."):
+            stored = torch.float8_e4m3fn  # a byte, and one torch can cast
+        if stored is not None:
+            apply_layerwise_casting(twin.get_submodule(name), stored, dtype, skip_modules_pattern=None)
 
 
 def _part(

@@ -4,6 +4,7 @@ PEFT wraps the layers, so quantised ones work too; it is imported when training 
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from artaug.lora import LoRA
 from artaug.training.kinds import Adapter, Parts, PlainLoRA, Weights
 from artaug.training.model import Conditioning, Predictor
 from artaug.training.noising import Latents, Levels, Noising
+from artaug.training.quantised import check_gradients, set_to_learn
 from artaug.training.remembering import Memory
 from artaug.training.scaling import scaled_in_backward
 
@@ -158,7 +160,7 @@ def adapted(
 
     Raises:
         LoRAMismatchError: if ``targets`` selects no linear layer.
-        ModelError: if the model carries PEFT adapters already.
+        ModelError: if the model carries PEFT adapters already, or is quantised in a way that passes no true gradient.
     """
     module = model.module
     if present := module.__dict__.get("peft_config"):
@@ -169,6 +171,8 @@ def adapted(
     layers = targeted_layers(module, targets)
     with left_as_found(module, layers):
         module.eval()  # dropout would tell student and teacher apart
+        set_to_learn(module)
+        check_gradients(module, layers)
         _wrap(module, layers, rank, directional=adapter.directional)
         wrapped = {name: cast("LoRALayer", module.get_submodule(name)) for name in layers}
         trained = {name: _begun(layer, adapter, rank, generator) for name, layer in wrapped.items()}
@@ -221,7 +225,9 @@ def _wrap(module: nn.Module, layers: Mapping[str, nn.Module], rank: int, *, dire
         init_lora_weights=False,
         use_dora=directional,
     )
-    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator, and we replace what it drew
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT draws from the global generator, and we replace what it drew; it warns of merging, which we never do.
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without", category=UserWarning)
         LoraModel(module, config, _NAME)
 
 

@@ -50,6 +50,9 @@ class DiffusionModel(Predictor, Protocol):
     def without_encoders(self) -> AbstractContextManager[None]:
         """A ``with`` block in which nothing is encoded, so the memory of whatever encodes can be used otherwise."""
 
+    def without_denoiser(self) -> AbstractContextManager[None]:
+        """A ``with`` block in which nothing is predicted, so the denoiser's memory can be used to encode."""
+
     def encode_images(self, images: Sequence[Image]) -> Latents:
         """Latents as the denoiser takes them, scaled, one row a picture, without gradient."""
 

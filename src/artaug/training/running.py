@@ -1,7 +1,7 @@
 """A training on its way: leg after leg, wherever it stands when it begins, with looks and checkpoints in between."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,11 @@ class Run:
             state = replace(state, base_scores=scores)
         while not self._done(state):
             stop = self._next_look(state.step)
-            with self.synthesizer.training() as model:
-                encoded = self._pairs_of(model)
-                with model.without_encoders():
-                    state = self._walked(model, encoded, state, stop)
+            with self.synthesizer.training() as model, ExitStack() as learning:
+                with model.without_denoiser() if not self._encoded else nullcontext():
+                    encoded = self._pairs_of(model)
+                    learning.enter_context(model.without_encoders())  # which make room before the denoiser is back
+                state = self._walked(model, encoded, state, stop)
             if self.held_out is not None:
                 state = self._looked(state, self.held_out)
                 self._write(state)

@@ -19,6 +19,7 @@ from artaug.training.legs import legs_of
 from artaug.training.model import Trainable
 from artaug.training.processes import Processes
 from artaug.training.progress import Log, StepEvent
+from artaug.training.quantised import is_foreign
 from artaug.training.recipe import Recipe
 from artaug.training.running import Run
 from artaug.training.state import Checkpoints, TrainingState
@@ -154,6 +155,9 @@ def _known_as(module: nn.Module) -> str:
     """A name for a model's weights: its class and a digest of the small ones, which every fine-tuning moves, too."""
     told = sha256()
     for name, one in module.named_parameters():
+        if is_foreign(one):  # bitsandbytes lays its weights out anew when it draws on a CPU
+            told.update(f"{name}{type(one).__name__}".encode())
+            continue
         told.update(f"{name}{tuple(one.shape)}".encode())
         if one.numel() <= _SMALL and one.device.type != "meta":
             whole = one.full_tensor() if hasattr(one, "full_tensor") else one  # sharded: a part is no weight

@@ -1,0 +1,96 @@
+"""Quantised bases: how their layers have to be set to learn, what they are stored in, and whether gradients pass them.
+
+No quantising library is imported: their layers are told by what torch itself shows of their weights.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from artaug.errors import ModelError
+
+_ROWS = 16
+_TRUE = (0.5, 1.5)
+"""How much of a change a gradient may tell: right ones tell 1, up to what int8 activations round off."""
+
+
+def is_foreign(weight: object) -> bool:
+    """Whether a weight is of a class that torch does not have, so a quantising library's."""
+    return isinstance(weight, Tensor) and not type(weight).__module__.startswith("torch.")
+
+
+def stored_in(weight: Tensor) -> Iterator[Tensor]:
+    """The plain tensors a weight is stored in: itself, or codes and scales."""
+    made_of: Any = weight
+    if hasattr(weight, "__tensor_flatten__") and is_foreign(weight):  # torchao, quanto
+        for name in made_of.__tensor_flatten__()[0]:
+            yield from stored_in(getattr(weight, name))
+        return
+    yield weight
+    state = getattr(weight, "quant_state", None)  # bitsandbytes: 4 bits, and 8
+    scales = [getattr(weight, "SCB", None), getattr(state, "absmax", None)]
+    scales += [getattr(getattr(state, "state2", None), "absmax", None)]
+    yield from (one for one in scales if one is not None)
+
+
+def set_to_learn(module: nn.Module) -> None:
+    """Have layers that draw by a shortcut without gradient take the way that has one.
+
+    On a CPU bitsandbytes packs a 4-bit layer anew when it first draws in evaluation mode, and nothing learns through a
+    packed one. Such layers have no dropout, so nothing else follows from their mode.
+
+    Raises:
+        ModelError: if a layer is packed already: what bitsandbytes unpacks are other weights.
+    """
+    for name, layer in module.named_modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is None:
+            continue
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ModelError(
+                f"bitsandbytes packed {name!r} for drawing on this CPU, and no gradient passes a packed layer. Load the "
+                f"model again and call .train() of its {type(layer).__name__} layers before it draws, or use a GPU."
+            )
+        layer.train()
+
+
+def check_gradients(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse quantised layers through which no gradient passes, or a wrong one; one layer of each kind is tried.
+
+    A linear layer answers a change of its input as its gradient says, whatever its weights. Kernels that round
+    activations often do not: rounding has no gradient.
+
+    Raises:
+        ModelError: naming a layer and how much of a change its gradient tells.
+    """
+    weights: dict[str, Any] = {name: getattr(layer, "weight", None) for name, layer in layers.items()}
+    kinds = {type(one): name for name, one in weights.items() if is_foreign(one) and one.device.type != "meta"}
+    plain = (one.dtype for one in module.parameters() if one.is_floating_point() and not is_foreign(one))
+    dtype = next(plain, torch.get_default_dtype())
+    for kind, name in kinds.items():
+        told = _told(layers[name], weights[name].device, dtype)
+        if not _TRUE[0] <= told <= _TRUE[1]:
+            raise ModelError(
+                f"the layer {name!r} of {type(module).__name__} is quantised as {kind.__name__}, and its gradient tells "
+                f"{told:.0%} of how its output follows its input. Expected about 100%: nothing could be learned below "
+                "it. Quantise weights alone and leave activations as they are (torchao's Int8WeightOnlyConfig or "
+                "Float8WeightOnlyConfig, bitsandbytes), or store plain weights in fp8 (enable_layerwise_casting)."
+            )
+
+
+@torch.enable_grad()
+def _told(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
+    """What share of a change of the output the gradient foretells; 0 where there is none."""
+    generator = torch.Generator().manual_seed(0)
+    width: Any = layer.in_features
+    start, step = (torch.randn(_ROWS, width, generator=generator).to(device, dtype) for _ in range(2))
+    start.requires_grad_()
+    try:
+        output = layer(start)
+        change = layer(start.detach() + step).float() - output.float().detach()
+        (gradient,) = torch.autograd.grad((output.float() * change).sum(), start)
+    except RuntimeError:  # as autograd says that there is no way back
+        return 0.0
+    return float((gradient.float() * step.float()).sum() / change.square().sum())
