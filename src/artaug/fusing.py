@@ -144,12 +144,13 @@ class SvdFuser(Fuser):
 
     def _cut(self, layer: LowRank) -> "_Cut":
         left, left_core = torch.linalg.qr(layer.up.float())
-        right, right_core = torch.linalg.qr(layer.down.float().T)
+        right, right_core = torch.linalg.qr(layer.down.float().flatten(1).T)
         outputs, strengths, inputs = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
         energies = strengths.double().square().cumsum(0)
         enough = min(self._sufficient(energies), self.rank or len(strengths))
         roots = strengths[:enough].sqrt()
-        compressed = LowRank(roots[:, None] * (inputs[:enough] @ right.T), (left @ outputs[:, :enough]) * roots)
+        down = (roots[:, None] * (inputs[:enough] @ right.T)).reshape(-1, *layer.down.shape[1:])
+        compressed = LowRank(down, (left @ outputs[:, :enough]) * roots)
         return _Cut(compressed, layer.rank, kept=float(energies[enough - 1]), whole=float(energies[-1]))
 
     def _sufficient(self, energies: Tensor) -> int:

@@ -22,6 +22,7 @@ from artaug.formats.low_rank import LowRank
 from artaug.formats.naming import Format, Naming
 from artaug.formats.reading import read
 from artaug.formats.writing import spelt
+from artaug.updating import updated, weight_shape
 
 __all__ = ["LoRA", "LowRank", "summed"]
 
@@ -123,44 +124,43 @@ class LoRA:
     ) -> Iterator[None]:
         """Let ``module`` compute with this LoRA inside the ``with`` block, and exactly as before after it.
 
-        The update is added by forward hooks on the named linear layers, so the weights are neither copied nor
-        touched: quantised, offloaded and shared layers work, and several LoRAs can be worn at once.
+        The update is added by forward hooks on the named layers, linear ones and convolutions, so the weights are
+        neither copied nor touched: quantised, offloaded and shared layers work, and several LoRAs can be worn at once.
 
         Args:
             module: the denoiser.
             scale: of every update.
-            along: for the name of a layer and what goes into it, how much of the update each token takes, shaped to
-                multiply the layer's output, or None for nothing at all; without it all take the whole.
+            along: for the name of a layer and what comes out of it, how much of the update each token or pixel takes,
+                shaped to multiply that, or None for nothing at all; without it all take the whole.
 
         Raises:
             LoRAMismatchError: before anything changes, if a layer is missing or has another shape.
         """
         targets = self._targets(module)
         with ExitStack() as worn:
-            for name, linear in targets.items():
+            for name, target in targets.items():
                 along_here = None if along is None else functools.partial(along, name)
-                handle = linear.register_forward_hook(_adding(self.layers[name], scale, along_here))
+                handle = target.register_forward_hook(_adding(self.layers[name], scale, along_here))
                 worn.callback(handle.remove)
             yield
 
     def _targets(self, module: nn.Module) -> dict[str, nn.Module]:
         """The layers this LoRA names, all of them or none."""
         modules = dict(module.named_modules())
-        missing = [name for name in self.layers if not hasattr(modules.get(name), "in_features")]
+        shapes = {name: shape for name, one in modules.items() if (shape := weight_shape(one))}
+        missing = [name for name in self.layers if name not in shapes]
         if missing:
-            known = next((name for name, one in modules.items() if hasattr(one, "in_features")), "(no linear layer)")
+            known = next(iter(shapes), "(no linear layer)")
             found = "none" if len(missing) == len(self.layers) else f"only {len(self.layers) - len(missing)}"
             raise LoRAMismatchError(
                 f"this LoRA names {len(self.layers)} layers and {type(module).__name__} has {found} of them; "
                 f"first missing is {missing[0]!r}, names there look like {known!r}."
             )
         for name, layer in self.layers.items():
-            wanted = (modules[name].out_features, modules[name].in_features)
-            given = (layer.up.shape[0], layer.down.shape[1])
-            if given != wanted:
+            if layer.shape != shapes[name]:
                 raise LoRAMismatchError(
-                    f"this LoRA updates {name!r} with shape {given}, and in {type(module).__name__} it has {wanted}. "
-                    "It was trained for a model of another size."
+                    f"this LoRA updates {name!r} with shape {layer.shape}, and in {type(module).__name__} it has "
+                    f"{shapes[name]}. It was trained for a model of another size."
                 )
         return {name: modules[name] for name in self.layers}
 
@@ -168,18 +168,18 @@ class LoRA:
 def _adding(
     layer: LowRank, scale: float, along: Callable[[Tensor], Tensor | None] | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook that adds a low-rank update to a linear layer's output."""
+    """A forward hook that adds a low-rank update to a layer's output."""
     down, up = layer.down, layer.up * scale
 
-    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         nonlocal down, up
         inputs = args[0]
-        taken = None if along is None else along(inputs)
+        taken = None if along is None else along(output)
         if along is not None and taken is None:
             return output
         if down.device != inputs.device or down.dtype != inputs.dtype:
             down, up = down.to(inputs), up.to(inputs)
-        update = nn.functional.linear(nn.functional.linear(inputs, down), up)
+        update = updated(module, inputs, down, up)
         return output + (update if taken is None else taken.to(update) * update)
 
     return hook
@@ -207,7 +207,7 @@ def summed(loras: Sequence[LoRA]) -> LoRA:
         for name, layer in lora.layers.items():
             parts.setdefault(name, []).append(layer)
     for name, layers in parts.items():
-        shapes = {(layer.up.shape[0], layer.down.shape[1]) for layer in layers}
+        shapes = {layer.shape for layer in layers}
         if len(shapes) > 1:
             raise LoRAError(
                 f"the LoRAs disagree on the shape of {name!r}: {sorted(shapes)}. They belong to different models."

@@ -106,12 +106,12 @@ def _additions(found: Checkpoint, lora: LoRA, *, scale: float, seed: int | None)
     additions = {}
     for name, update in lora.layers.items():
         key = name + _WEIGHT
-        _check_fits(key, tensors[key], (update.up.shape[0], update.down.shape[1]))
-        additions[key] = Addition(update, scale=scale, dtype=tensors[key].dtype, seed=seed, name=key)
+        _check_fits(key, tensors[key], update.shape)
+        additions[key] = Addition(update.flat(), scale=scale, dtype=tensors[key].dtype, seed=seed, name=key)
     return additions
 
 
-def _check_fits(name: str, stored: Stored, shape: tuple[int, int]) -> None:
+def _check_fits(name: str, stored: Stored, shape: tuple[int, ...]) -> None:
     if stored.dtype not in DTYPES:
         raise ModelError(
             f"{name!r} is stored as {stored.dtype}, which artaug does not bake into: of a small update to quantised "

@@ -235,9 +235,10 @@ class UNetDenoiser(AttentiveDenoiser):
     def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         if ".transformer_blocks." in layer:
             return "text" if layer.endswith(("attn2.to_k", "attn2.to_v")) else "image"
-        unet: Any = self.module
-        # All else works on pixels or on the noise level, but for what SDXL has before and after those blocks.
-        return "image" if ".attentions." in layer and unet.config.use_linear_projection else None
+        # Before and after those blocks there are linear layers of tokens or convolutions of pixels, by the model. All
+        # other linear layers work on the noise level.
+        of_pixels = isinstance(dict(self.module.named_modules()).get(layer), nn.Conv2d)
+        return "image" if ".attentions." in layer or of_pixels else None
 
     def processor(self, site: Site, attend: Attend) -> RegionalCrossProcessor:
         return RegionalCrossProcessor.like(site.attention, attend)

@@ -28,6 +28,7 @@ from artaug.formats.checking import DEFINITION, Verification, called, difference
 from artaug.formats.low_rank import LowRank
 from artaug.formats.reading import Reading, read
 from artaug.lora import LoRA
+from artaug.updating import weight_shape
 
 _PIPELINES: Mapping[Naming, type] = {
     FLUX1: FluxPipeline,
@@ -39,6 +40,7 @@ _PIPELINES: Mapping[Naming, type] = {
     Z_IMAGE: ZImagePipeline,
 }
 _ADAPTER = "artaug"
+_CONVOLUTIONS: Mapping[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _UNET = SimpleNamespace(layers_per_block=2)
 """What diffusers asks of Stable Diffusion's U-Nets, to translate their original names."""
 
@@ -119,42 +121,43 @@ def _part(loader: Any) -> str:  # noqa: ANN401 - a pipeline's class, which diffu
     return name
 
 
-def _shapes(denoiser: nn.Module, lora: LoRA) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of a denoiser's linear layers, if the LoRA fits it."""
+def _shapes(denoiser: nn.Module, lora: LoRA) -> dict[str, tuple[int, ...]]:
+    """The shapes of a denoiser's weights that a LoRA can update, if this one fits it."""
     with lora.worn_by(denoiser):
         pass
-    return {
-        name: (one.in_features, one.out_features)
-        for name, one in denoiser.named_modules()
-        if hasattr(one, "in_features") and hasattr(one, "out_features")
-    }
+    return {name: shape for name, one in denoiser.named_modules() if (shape := weight_shape(one))}
 
 
 class _Layers(nn.Module, PeftAdapterMixin):  # type: ignore[misc]  # untyped in diffusers
     """Layers that weigh nothing, for adapters to be loaded onto."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
-        for path, (inputs, outputs) in shapes.items():
+        for path, shape in shapes.items():
             *folders, name = path.split(".")
             at: nn.Module = self
             for folder in folders:
                 if folder not in at._modules:  # noqa: SLF001 - hasattr would find attributes of Module, too
                     at.add_module(folder, nn.Module())
                 at = at.get_submodule(folder)
-            at.add_module(name, _weightless(inputs, outputs))
+            at.add_module(name, _weightless(*shape))
 
 
-def _weightless(inputs: int, outputs: int) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
-    linear.weight = nn.Parameter(torch.zeros(1).expand(outputs, inputs), requires_grad=False)  # PEFT follows its device
-    return linear
+def _weightless(outputs: int, inputs: int, *kernel: int) -> nn.Module:
+    layer = (
+        _CONVOLUTIONS[len(kernel)](inputs, outputs, kernel, bias=False, device="meta")
+        if kernel
+        else nn.Linear(inputs, outputs, bias=False, device="meta")
+    )
+    nothing = torch.zeros(1).expand(outputs, inputs, *kernel)
+    layer.weight = nn.Parameter(nothing, requires_grad=False)  # PEFT follows its device
+    return layer
 
 
 def _loaded(
     path: Path,
     loader: Any,  # noqa: ANN401 - a pipeline's class
-    shapes: Mapping[str, tuple[int, int]] | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
     unet: object,
 ) -> dict[str, LowRank]:
     """What diffusers and PEFT make of a file: factors times strength, as they sit on the layers afterwards.
@@ -188,13 +191,13 @@ def _loaded(
     return dict(_adapters(layers))
 
 
-def _shapes_in(tensors: Mapping[str, Tensor], part: str) -> dict[str, tuple[int, int]]:
+def _shapes_in(tensors: Mapping[str, Tensor], part: str) -> dict[str, tuple[int, ...]]:
     """The shapes of the layers that a state dict of diffusers has updates for."""
     ours = {key.removeprefix(f"{part}."): one for key, one in tensors.items() if key.startswith(f"{part}.")}
     if not any("lora_A" in key for key in ours):
         ours = convert_unet_state_dict_to_peft(ours)
     return {
-        key.removesuffix(".lora_A.weight"): (one.shape[1], ours[key.replace(".lora_A.", ".lora_B.")].shape[0])
+        key.removesuffix(".lora_A.weight"): (ours[key.replace(".lora_A.", ".lora_B.")].shape[0], *one.shape[1:])
         for key, one in ours.items()
         if key.endswith(".lora_A.weight")
     }
@@ -204,4 +207,4 @@ def _adapters(layers: nn.Module) -> Iterator[tuple[str, LowRank]]:
     for name, one in layers.named_modules():
         if isinstance(one, LoraLayer) and _ADAPTER in one.lora_A:
             down, up = one.lora_A[_ADAPTER].weight.detach(), one.lora_B[_ADAPTER].weight.detach()
-            yield name, LowRank(down, up.double() * one.scaling[_ADAPTER])
+            yield name, LowRank(down, up.flatten(1).double() * one.scaling[_ADAPTER])

@@ -2,7 +2,8 @@
 
 It shares with the first reader the tables of names and nothing else. The definition: a layer adds
 ``alpha / rank * up @ down``, where alpha is the layer's own, else the header's, else the rank; a layer that the original
-model fuses holds the updates of its parts as blocks of rows.
+model fuses holds the updates of its parts as blocks of rows; a convolution's factors are convolutions, one after the
+other.
 """
 
 import json
@@ -25,7 +26,7 @@ from artaug.formats.tables import NAMINGS
 DEFINITION = "the format's definition"
 """What the second reading calls itself."""
 
-_FACTOR = re.compile(r"(?P<stem>.+)\.lora[_.](?P<half>A|B|down|up)(\.default)?\.weight")
+_FACTOR = re.compile(r"(?P<stem>.+)\.lora[_.](?P<half>A|B|down|up|mid)(\.default)?\.weight")
 _DOTTED = ("transformer.", "unet.", "base_model.model.", "diffusion_model.", "")
 _FLAT = ("lora_unet_", "lora_transformer_")
 
@@ -134,7 +135,7 @@ def _stems(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Ten
         if key.endswith(".alpha"):
             stems.setdefault(key.removesuffix(".alpha"), {})["alpha"] = tensor
         elif matched := _FACTOR.fullmatch(key):
-            half = "down" if matched["half"] in {"A", "down"} else "up"
+            half = {"A": "down", "B": "up"}.get(matched["half"], matched["half"])
             stems.setdefault(matched["stem"], {})[half] = tensor
         else:
             raise LoRAError(f"{path} holds {key!r}, which is no part of a LoRA.")
@@ -159,6 +160,10 @@ def _strong(name: str, part: Mapping[str, Tensor], adapter: Mapping[str, Any]) -
     """A layer's factors with its strength in the second one."""
     down, up = part["down"], part["up"]
     rank = down.shape[0]
+    up = up.squeeze(tuple(range(2, up.ndim)))
+    if "mid" in part:  # the three convolutions, one after the other, of an impulse at every input
+        columns = down.double().reshape(rank, -1)
+        down = (part["mid"].double().movedim(1, -1) @ columns).movedim(-1, 1)
     alpha = adapter.get("lora_alpha", rank)
     for pattern, stated in adapter.get("alpha_pattern", {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):

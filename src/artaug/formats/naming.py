@@ -1,4 +1,4 @@
-"""How one family's linear layers are called, by diffusers and by the model's own authors. Rows of a table, no code."""
+"""How one family's layers are called, by diffusers and by the model's own authors. Rows of a table, no code."""
 
 import itertools
 import re
@@ -90,7 +90,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
-    """The linear layers of one model family, every one of them, and the formats they can be written in.
+    """The linear layers and convolutions of one model family, every one of them, and the formats they can be written in.
 
     The built-in ones stand in ``artaug.formats``: ``FLUX1``, ``FLUX2``, ``SD3``, ``SD15``, ``SDXL``, ``QWEN_IMAGE``,
     ``Z_IMAGE``.

@@ -16,6 +16,7 @@ from artaug.errors import LoRAError
 from artaug.formats.files import read_tensors
 from artaug.formats.low_rank import LowRank
 from artaug.formats.naming import Format, Naming, Place
+from artaug.formats.stored import restored
 from artaug.formats.tables import NAMINGS
 
 METADATA = "lora_adapter_metadata"
@@ -39,16 +40,15 @@ _ENDINGS = {
     ".lora_B.default.weight": "up",
     ".lora_up.weight": "up",
     ".lora.up.weight": "up",
+    ".lora_mid.weight": "mid",
     ".alpha": "alpha",
 }
-_CONVOLUTIONS = "a LoRA of convolutions (LoCon)"
 _OTHERS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
     "lokr_": "LoKr",
     "hada_": "LoHa",
     "oft_": "OFT",
-    "lora_mid": _CONVOLUTIONS,
     "text_encoder": "a LoRA of a text encoder",
     "lora_te": "a LoRA of a text encoder",
 }
@@ -89,11 +89,10 @@ def read(path: Path, *, naming: Naming | None = None) -> Reading:
 def _parts(tensors: Mapping[str, Tensor], path: Path) -> tuple[Format, dict[str, dict[str, Tensor]]]:
     """The tensors by layer, prefix off, with nothing missing and nothing left over."""
     for key, tensor in tensors.items():
-        what = next((what for mark, what in _OTHERS.items() if mark in key), None)
-        if what := what or (_CONVOLUTIONS if tensor.ndim == 4 else None):
+        if what := next((what for mark, what in _OTHERS.items() if mark in key), None):
             raise LoRAError(
                 f"{path} holds {key!r} of shape {tuple(tensor.shape)}: this is {what}, which artaug cannot read. "
-                "Expected a plain LoRA of linear layers."
+                "Expected a plain LoRA of linear layers and convolutions."
             )
     prefix = next((one for one in _PREFIXES if tensors and all(key.startswith(one) for key in tensors)), "")
     parts: dict[str, dict[str, Tensor]] = {}
@@ -133,7 +132,7 @@ def _adapter(header: Mapping[str, str], path: Path) -> dict[str, Any]:
 def _folded(name: str, part: Mapping[str, Tensor], adapter: Mapping[str, Any], path: Path) -> LowRank:
     """One layer with its strength folded in: its own alpha first, then the file's, then alpha = rank."""
     try:
-        layer = LowRank(part["down"], part["up"])
+        layer = restored(part["down"], part["up"], part.get("mid"))
     except LoRAError as fault:
         raise LoRAError(f"{path} is not a LoRA artaug can read: {fault}") from None
     patterns = adapter.get("alpha_pattern", {})

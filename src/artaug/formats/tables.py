@@ -1,7 +1,7 @@
-"""The tables: every linear layer of every family, by both its names.
+"""The tables: every linear layer and every convolution of every family, by both its names.
 
 Sources: the original checkpoints as diffusers converts them (``diffusers.loaders.single_file_utils``), and its readers
-of LoRA files (``diffusers.loaders.lora_conversion_utils``). The tests hold every table against the linear layers of the
+of LoRA files (``diffusers.loaders.lora_conversion_utils``). The tests hold every table against the layers of the
 published models, and every file artaug writes for them against those readers.
 """
 
@@ -27,6 +27,7 @@ SD3 = Naming(
         *_TIMES,
         *(f"time_text_embed.text_embedder.linear_{number}" for number in (1, 2)),
         "context_embedder",
+        "pos_embed.proj",
         "norm_out.linear",
         "proj_out",
     ),

@@ -11,11 +11,10 @@ from artaug.errors import LoRAError
 from artaug.formats.low_rank import LowRank, relative_error
 from artaug.formats.naming import Format, Naming, Place, Spelling
 from artaug.formats.reading import METADATA
+from artaug.formats.stored import stored
 from artaug.formats.tables import NAMINGS
 
-_UNET = ("down_blocks.", "mid_block.", "up_blocks.", "time_embedding.", "add_embedding.")
-
-
+_UNET = ("down_blocks.", "mid_block.", "up_blocks.", "time_embedding.", "add_embedding.", "conv_in", "conv_out")
 _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 _LOSS = 0.01
 
@@ -39,7 +38,7 @@ def spelt(
     named = _fused(layers, found) if spelling.original else layers
     for name, layer in (_padded(named) if spelling.uniform else named).items():
         base = spelling.base(name)
-        tensors[base + spelling.down], tensors[base + spelling.up] = _kept(layer.down), _kept(layer.up)
+        tensors[base + spelling.down], tensors[base + spelling.up] = map(_kept, stored(layer))
         if spelling.alpha:
             tensors[f"{base}.alpha"] = torch.tensor(float(layer.rank))
     return tensors, {"format": "pt"}
@@ -52,8 +51,8 @@ def _peft(layers: Mapping[str, LowRank], naming: Naming | None) -> tuple[dict[st
         prefix = naming.spellings[Format.PEFT].prefix
     tensors: dict[str, Tensor] = {}
     for name, layer in _padded(layers).items():
-        tensors[f"{prefix}{name}.lora_A.weight"] = _kept(layer.down)
-        tensors[f"{prefix}{name}.lora_B.weight"] = _kept(layer.up)
+        base = f"{prefix}{name}"
+        tensors[f"{base}.lora_A.weight"], tensors[f"{base}.lora_B.weight"] = map(_kept, stored(layer))
     rank = max(layer.rank for layer in layers.values())
     adapter = {f"{prefix}r": rank, f"{prefix}lora_alpha": rank, f"{prefix}target_modules": sorted(layers)}
     return tensors, {"format": "pt", METADATA: json.dumps(adapter)}
@@ -63,7 +62,10 @@ def _padded(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
     """All layers with the largest rank of any, zeros behind the smaller ones."""
     rank = max(layer.rank for layer in layers.values())
     return {
-        name: LowRank(pad(layer.down, (0, 0, 0, rank - layer.rank)), pad(layer.up, (0, rank - layer.rank)))
+        name: LowRank(
+            torch.cat([layer.down, layer.down.new_zeros(rank - layer.rank, *layer.down.shape[1:])]),
+            pad(layer.up, (0, rank - layer.rank)),
+        )
         for name, layer in layers.items()
     }
 
@@ -134,9 +136,9 @@ def _fused(layers: Mapping[str, LowRank], naming: Naming) -> dict[str, LowRank]:
 def _joined(place: Place, given: Mapping[str, LowRank]) -> LowRank:
     shares = dict(zip(place.ours, place.row.shares, strict=True))
     units = {layer.up.shape[0] / shares[name] for name, layer in given.items()}
-    inputs = {layer.down.shape[1] for layer in given.values()}
+    inputs = {layer.down.shape[1:] for layer in given.values()}
     if len(units) > 1 or len(inputs) > 1 or not (unit := units.pop()).is_integer():
-        shapes = {name: (layer.up.shape[0], layer.down.shape[1]) for name, layer in given.items()}
+        shapes = {name: layer.shape for name, layer in given.items()}
         raise LoRAError(f"{shapes} do not fit together in {place.theirs!r}: they belong to another model.")
     blocks = [given[name].up if name in given else torch.zeros(share * int(unit), 0) for name, share in shares.items()]
     wide = _widest([layer.up for layer in given.values()])

@@ -1,5 +1,6 @@
 """A LoRA for each region, in one forward pass: every token takes the updates of the regions it belongs to."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -49,7 +50,8 @@ def worn_in_regions(
 ) -> Iterator[None]:
     """Let every token wear the LoRAs of its regions inside the ``with`` block.
 
-    An image token takes of a region's LoRA the region's share of it, up to all; a region's prompt takes all of it.
+    An image token takes of a region's LoRA the region's share of it, up to all; a region's prompt takes all of it. The
+    pixels that come out of a convolution are such tokens, of a grid of their own.
 
     Args:
         denoiser: whose layers wear them.
@@ -82,25 +84,28 @@ class _Along:
         self._grids = {grid[0] * grid[1]: grid for grid in (site.grid for site in denoiser.sites) if grid is not None}
         self._known: dict[object, Tensor] = {}
 
-    def __call__(self, layer: str, inputs: Tensor) -> Tensor | None:
+    def __call__(self, layer: str, outputs: Tensor) -> Tensor | None:
         rows, stream = tuple(self._rows()), self._denoiser.stream(layer)
         if not rows or stream is None:
             return None
-        key = (rows, stream, inputs.shape[1], inputs.device)
+        pixels = tuple(outputs.shape[2:]) if outputs.ndim == 4 else ()  # of a convolution
+        count = math.prod(pixels) if pixels else outputs.shape[1]
+        key = (rows, stream, pixels or count, outputs.device)
         if key not in self._known:
-            taken = torch.stack([self._taken(row, stream, inputs.shape[1]) for row in rows])
-            if taken.shape[1] != inputs.shape[1]:
+            grid = self._grids.get(count, self._denoiser.token_grid) if stream == "image" else self._denoiser.token_grid
+            taken = torch.stack([self._taken(row, stream, pixels or grid) for row in rows])
+            if taken.shape[1] != count:
                 raise GuideError(
-                    f"layer {layer!r} sees {inputs.shape[1]} tokens, and its {stream} tokens should be "
+                    f"layer {layer!r} sees {count} tokens, and its {stream} tokens should be "
                     f"{taken.shape[1]}: {type(self._denoiser).__name__}.stream does not fit the model."
                 )
-            self._known[key] = taken.to(inputs.device)[..., None]
+            taken = taken.to(outputs.device)
+            self._known[key] = taken.reshape(-1, 1, *pixels) if pixels else taken[..., None]
         return self._known[key]
 
-    def _taken(self, row: Row, stream: str, count: int) -> Tensor:
+    def _taken(self, row: Row, stream: str, grid: tuple[int, int]) -> Tensor:
         """What the tokens of one row take: (tokens,), in [0, 1]."""
         wearing = [number for number, region in enumerate(row.regions, start=1) if region.lora == self._name]
-        grid = self._grids.get(count, self._denoiser.token_grid) if stream == "image" else self._denoiser.token_grid
         weights = torch.tensor([1.0, *(region.weight for region in row.regions)])
         shares = self._shares(row.regions, grid).weights / weights[:, None]
         parts = []
