@@ -52,7 +52,7 @@ def delta_in(path, name="proj"):
 
 @pytest.mark.parametrize(
     ("down", "up"),
-    [((2, 4), (3, 1)), ((2,), (3, 2)), ((2, 4, 1), (3, 2)), ((0, 4), (3, 0))],
+    [((2, 4), (3, 1)), ((2,), (3, 2)), ((2, 4, 1, 1, 1, 1), (3, 2)), ((2, 4), (3, 2, 1)), ((0, 4), (3, 0))],
 )
 def test_factors_that_do_not_fit_are_refused_naming_their_shapes(down, up):
     with pytest.raises(LoRAError, match="need shapes") as told:

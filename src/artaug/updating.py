@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -39,6 +40,7 @@ def updated(module: nn.Module, inputs: Tensor, down: Tensor, up: Tensor) -> Tens
     return _POINTWISE[axes](reduced, up.reshape(*up.shape, *(1 for _ in range(axes))), groups=groups)
 
 
-def _plain(module: nn.Module) -> nn.Module:
+def _plain(module: nn.Module) -> Any:  # noqa: ANN401 - linear layers of any library, known by their attributes
     """The layer itself, where PEFT has wrapped it."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    wrapper: Any = module
+    return wrapper.get_base_layer() if hasattr(module, "get_base_layer") else module

@@ -9,10 +9,11 @@ from diffusers import UNet2DConditionModel
 
 from artaug.diffusion import DiffusersSynthesizer, verify_export
 from artaug.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE, Format, Naming
-from artaug.lora import LoRA
+from artaug.lora import LoRA, LowRank
 from artaug.pairs import ImagePair
 from artaug.plan import Plan
 from artaug.training import DifferentialLoRATrainer
+from artaug.updating import weight_shape
 from support.family_laws import LIMIT, picture
 from support.tiny_flux import tiny_flux
 from support.tiny_flux2 import tiny_flux2, tiny_flux2_klein
@@ -98,6 +99,34 @@ def carried(trained, kind):
 def test_what_was_trained_is_exported_proved_and_drawn_alike_by_diffusers(tmp_path, trained_of, family, kind):
     trained = trained_of(family)
     lora = carried(trained, kind)
+    path = lora.save(tmp_path / "lora.safetensors", format=kind, naming=trained.naming)
+    assert verify_export(path, lora, pipeline=trained.pipeline, naming=trained.naming).worst[1] < 1e-6
+    plain, wanted = trained.drawn(), trained.drawn(lora)
+    trained.pipeline.load_lora_weights(path)
+    try:
+        found = trained.drawn()
+    finally:
+        trained.pipeline.unload_lora_weights()
+    assert abs(wanted - plain).max() > 5 * MOST
+    assert abs(found - wanted).max() <= MOST
+
+
+@pytest.mark.parametrize("family", [one for one in FAMILIES if FAMILIES[one][0] in {SDXL, SD15}])
+@pytest.mark.parametrize("kind", [Format.PEFT, Format.KOHYA])
+def test_convolutions_are_exported_proved_and_drawn_alike_by_diffusers(tmp_path, trained_of, family, kind):
+    trained = trained_of(family)
+    shapes = {name: weight_shape(one) for name, one in trained.pipeline.unet.named_modules() if weight_shape(one)}
+    generator = torch.Generator().manual_seed(0)
+    lora = LoRA(
+        {
+            name: LowRank(
+                0.2 * torch.randn(2, *rest, generator=generator), 0.2 * torch.randn(outputs, 2, generator=generator)
+            )
+            for name, (outputs, *rest) in shapes.items()
+            if rest[1:] and trained.naming.place(name)  # convolutions; tiny models have none others lack
+        }
+    )
+    assert {len(one.shape) for one in lora.layers.values()} == {4}
     path = lora.save(tmp_path / "lora.safetensors", format=kind, naming=trained.naming)
     assert verify_export(path, lora, pipeline=trained.pipeline, naming=trained.naming).worst[1] < 1e-6
     plain, wanted = trained.drawn(), trained.drawn(lora)

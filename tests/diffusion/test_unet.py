@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, 
 from torch.nn.functional import scaled_dot_product_attention
 
 import artaug as aa
+from artaug.diffusion import DiffusersSynthesizer
 from artaug.diffusion.sd15 import StableDiffusion
 from artaug.diffusion.sdxl import StableDiffusionXL
 from artaug.regional import Branches, EncodedRegion, OutputMix, Span
@@ -496,3 +497,55 @@ def test_a_mask_over_prompts_is_refused(unet):
         pytest.raises(aa.GuideError, match="given an encoder_attention_mask"),
     ):
         predicted(denoiser, {**call, "encoder_attention_mask": torch.ones(1, LONGEST)})
+
+
+CONVOLUTIONS = (
+    "down_blocks.0.attentions.0.proj_in",
+    "down_blocks.0.resnets.0.conv1",
+    "up_blocks.1.upsamplers.0.conv",
+    "conv_in",
+)
+
+
+def conv_lora(unet, *names):
+    generator = torch.Generator().manual_seed(3)
+    layers = {}
+    for name in names:
+        outputs, *rest = unet.get_submodule(name).weight.shape
+        down = 0.3 * torch.randn(2, *rest, generator=generator)
+        layers[name] = aa.LowRank(down, 0.3 * torch.randn(outputs, 2, generator=generator))
+    return aa.LoRA(layers)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_region_of_everything_wears_a_lora_of_convolutions_as_the_whole_picture_does(name):
+    pipeline = tiny_sd15()
+    lora = conv_lora(pipeline.unet, name)
+    sides = {"width": 64, "height": 64, "steps": 2, "guidance_scale": 1.0}  # what it is guided away from wears nothing
+    whole = DiffusersSynthesizer(pipeline=pipeline, **sides).with_lora(lora).synthesize(aa.Plan("a red cone"), seed=0)
+    guide = aa.RegionalAttention(isolation=APART, loras={"anna": lora})
+    region = aa.Region(aa.Box(0, 0, 1, 1), "a red cone", lora="anna")
+    plan = aa.Plan("a red cone", (region,))
+    worn = DiffusersSynthesizer(pipeline=pipeline, guide=guide, **sides).synthesize(plan, seed=0)
+    plain = DiffusersSynthesizer(pipeline=pipeline, **sides).synthesize(aa.Plan("a red cone"), seed=0)
+    told, wanted, before = (np.asarray(one, dtype=int) for one in (worn, whole, plain))
+    assert abs(told - wanted).max() <= 2
+    assert abs(wanted - before).max() > 4
+
+
+def test_a_lora_of_a_convolution_stays_in_its_region():
+    pipeline = tiny_sd15()
+    lora = conv_lora(pipeline.unet, "conv_out")  # after which nothing mixes pixels
+    seen = []
+    pipeline.unet.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    sides = {"width": 64, "height": 64, "steps": 1}
+    for worn, loras in ((None, {}), ("anna", {"anna": lora})):
+        guide = aa.RegionalAttention(isolation=APART, loras=loras)
+        left, right = aa.Box(0, 0, 0.5, 1), aa.Box(0.5, 0, 1, 1)
+        plan = aa.Plan("a cone", (aa.Region(left, "a red cone", lora=worn), aa.Region(right, "a blue cube")))
+        DiffusersSynthesizer(pipeline=pipeline, guide=guide, **sides).synthesize(plan, seed=0)
+    before, after = seen[0], seen[-1]
+    apart = (after - before).abs().amax((0, 1, 2))
+    middle = len(apart) // 2
+    assert apart[:middle].min() > 0
+    assert apart[middle:].max() == 0

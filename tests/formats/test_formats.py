@@ -19,6 +19,11 @@ UNET = {
     "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0": (4, 4),
     "up_blocks.2.resnets.1.time_emb_proj": (8, 4),
     "time_embedding.linear_2": (4, 4),
+    "conv_in": (4, 3, 3, 3),
+    "down_blocks.0.downsamplers.0.conv": (4, 4, 3, 3),
+    "mid_block.resnets.1.conv1": (4, 4, 3, 3),
+    "up_blocks.1.resnets.0.conv_shortcut": (4, 8, 1, 1),
+    "up_blocks.2.attentions.0.proj_in": (4, 4, 1, 1),
 }
 SHAPES = {
     FLUX1: {
@@ -58,7 +63,7 @@ OURS = "transformer_blocks.0.attn.to_out.0"
 
 def low_rank(rank, shape, *, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    down, up = torch.randn(rank, shape[1], generator=generator), torch.randn(shape[0], rank, generator=generator)
+    down, up = torch.randn(rank, *shape[1:], generator=generator), torch.randn(shape[0], rank, generator=generator)
     return LowRank(down.to(dtype), up.to(dtype))
 
 
@@ -159,7 +164,6 @@ def test_a_precision_that_readers_do_not_know_is_refused(tmp_path):
         ("lokr_w1", "LoKr"),
         ("hada_w1_a", "LoHa"),
         ("oft_blocks", "OFT"),
-        ("lora_mid.weight", "LoCon"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused_by_its_name(tmp_path, key, what):
@@ -167,10 +171,43 @@ def test_what_is_no_plain_lora_is_refused_by_its_name(tmp_path, key, what):
         read(tmp_path, {**kohya(low_rank(2, (4, 4))), f"{KEY}.{key}": torch.ones(2, 2)})
 
 
-def test_updates_of_convolutions_are_refused_by_their_name(tmp_path):
+@given(
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3)),
+    kernel=st.sampled_from([(1, 1), (3, 3), (1, 3)]),
+    alpha=st.sampled_from([None, 0.5, 3.0]),
+)
+@settings(max_examples=30)
+def test_a_middle_factor_of_a_convolution_is_multiplied_out(tmp_path_factory, sizes, kernel, alpha):
+    inputs, outputs, rank = sizes
+    down, middle, up = (
+        torch.randn(rank, inputs, 1, 1),
+        torch.randn(rank, rank, *kernel),
+        torch.randn(outputs, rank, 1, 1),
+    )
     key = "lora_unet_down_blocks_0_resnets_0_conv1"
-    tensors = {f"{key}.lora_down.weight": torch.ones(2, 4, 3, 3), f"{key}.lora_up.weight": torch.ones(4, 2, 1, 1)}
-    with pytest.raises(LoRAError, match=r"conv1\.lora_down.*\(2, 4, 3, 3\).*convolutions.*linear layers"):
+    tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_mid.weight": middle, f"{key}.lora_up.weight": up}
+    tensors |= {} if alpha is None else {f"{key}.alpha": torch.tensor(alpha)}
+    (layer,) = read(tmp_path_factory.mktemp("middle"), tensors).layers.values()
+    pixels = torch.randn(2, inputs, 7, 7)
+    conv2d = torch.nn.functional.conv2d
+    wanted = conv2d(conv2d(conv2d(pixels, down), middle), up) * (1 if alpha is None else alpha / rank)
+    torch.testing.assert_close(conv2d(pixels, layer.delta()), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("down", "middle", "up"),
+    [
+        ((2, 4, 3, 3), None, (4, 2)),
+        ((2, 4, 3, 3), None, (4, 2, 3, 3)),
+        ((2, 4, 3, 3), (2, 2, 3, 3), (4, 2, 1, 1)),
+        ((2, 4, 1, 1), (3, 3, 3, 3), (4, 2, 1, 1)),
+    ],
+)
+def test_convolutions_that_do_not_follow_each_other_are_refused(tmp_path, down, middle, up):
+    key = "lora_unet_down_blocks_0_resnets_0_conv1"
+    shapes = {"lora_down": down, "lora_mid": middle, "lora_up": up}
+    tensors = {f"{key}.{name}.weight": torch.ones(shape) for name, shape in shapes.items() if shape}
+    with pytest.raises(LoRAError, match="low-rank factors"):
         read(tmp_path, tensors)
 
 

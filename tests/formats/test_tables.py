@@ -9,26 +9,26 @@ from artaug.diffusion import verify_export
 from artaug.formats import SD3, Format
 from artaug.formats.naming import Row
 from artaug.lora import LoRA, LowRank
-from support.real_configs import MODELS, linear_layers
+from support.real_configs import MODELS, weight_shapes
 
 BLOCK = re.compile(r"^(.*?(?:transformer_blocks|layers))\.(\d+)\.")
-COUNTS = {"FLUX.1-dev": 504, "FLUX.2-dev": 203, "SDXL": 743, "SD1.5": 184, "Qwen-Image": 846, "Z-Image": 276}
+COUNTS = {"FLUX.1-dev": 504, "FLUX.2-dev": 203, "SDXL": 794, "SD1.5": 282, "Qwen-Image": 846, "Z-Image": 276}
 SMALLEST = ["FLUX.1-dev", "FLUX.2-klein-4B", "SD3.5-medium", "SDXL", "SD1.5", "SD2.1", "Qwen-Image", "Z-Image"]
 WRITTEN = [(model, kind) for model in SMALLEST for kind in MODELS[model][0].spellings]
 
 
 def lora_of(model, *, kind=None, whole=True):
-    """A LoRA of rank 1 on every linear layer, at its true shape, that a format can carry; each update another.
+    """A LoRA of rank 1 on every layer, at its true shape, that a format can carry; each update another.
 
     Not ``whole``, it leaves out all blocks of a kind but the first, the second and the last.
     """
     naming, *_ = MODELS[model]
     unread = naming.spellings[kind].unread if kind else frozenset()
-    shapes = linear_layers(model) if whole else sampled(linear_layers(model))
+    shapes = weight_shapes(model) if whole else sampled(weight_shapes(model))
     layers = {}
-    for number, (name, (inputs, outputs)) in enumerate(shapes.items()):
+    for number, (name, (outputs, *rest)) in enumerate(shapes.items()):
         if naming.place(name).row.theirs not in unread:
-            down = torch.full((1, inputs), 1 + number % 7 / 8)
+            down = torch.full((1, *rest), 1 + number % 7 / 8)
             layers[name] = LowRank(down, torch.linspace(-1, 1 + number / 1000, outputs).reshape(-1, 1))
     return LoRA(layers)
 
@@ -43,9 +43,9 @@ def sampled(shapes):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_linear_layer_of_a_published_model_is_named_both_ways(model):
+def test_every_layer_of_a_published_model_is_named_both_ways(model):
     naming, *_ = MODELS[model]
-    places = {name: naming.place(name) for name in linear_layers(model)}
+    places = {name: naming.place(name) for name in weight_shapes(model)}
     assert [name for name, place in places.items() if place is None] == []
     assert len(places) == COUNTS.get(model, len(places))
     for flat in (False, True):
@@ -60,21 +60,21 @@ def test_every_linear_layer_of_a_published_model_is_named_both_ways(model):
 @pytest.mark.parametrize("model", MODELS)
 def test_parts_that_the_original_fuses_are_all_there_and_share_its_inputs(model):
     naming, *_ = MODELS[model]
-    shapes = linear_layers(model)
+    shapes = weight_shapes(model)
     for name in shapes:
         place = naming.place(name)
         assert place.ours.count(name) == 1
-        assert {shapes[part][0] for part in place.ours} == {shapes[name][0]}
-        assert len({shapes[part][1] / share for part, share in zip(place.ours, place.row.shares, strict=True)}) == 1
+        assert {shapes[part][1:] for part in place.ours} == {shapes[name][1:]}
+        assert len({shapes[part][0] / share for part, share in zip(place.ours, place.row.shares, strict=True)}) == 1
         if place.row.aspect is not None:
-            assert sum(shapes[part][1] for part in place.ours) / shapes[name][0] == float(place.row.aspect)
+            assert sum(shapes[part][0] for part in place.ours) / shapes[name][1] == float(place.row.aspect)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_no_two_layers_share_a_place_and_no_two_places_a_name(model):
     naming, *_ = MODELS[model]
-    places = {naming.place(name) for name in linear_layers(model)}
-    assert sum(len(place.ours) for place in places) == len(linear_layers(model))
+    places = {naming.place(name) for name in weight_shapes(model)}
+    assert sum(len(place.ours) for place in places) == len(weight_shapes(model))
     assert len({place.theirs.replace(".", "_") for place in places}) == len(places)
 
 
@@ -104,6 +104,6 @@ def test_diffusers_reads_all_of_flux_at_once(tmp_path):
 
 @pytest.mark.parametrize("kind", [Format.KOHYA, Format.COMFYUI])
 def test_what_a_file_of_flux_cannot_carry_is_outside_its_blocks(kind):
-    left_out = linear_layers("FLUX.1-dev").keys() - lora_of("FLUX.1-dev", kind=kind).layers.keys()
+    left_out = weight_shapes("FLUX.1-dev").keys() - lora_of("FLUX.1-dev", kind=kind).layers.keys()
     assert len(left_out) == 10
     assert all("blocks" not in name for name in left_out)

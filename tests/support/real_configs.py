@@ -103,13 +103,10 @@ MODELS = {
 
 
 @cache
-def linear_layers(model: str) -> dict[str, tuple[int, int]]:
-    """Every linear layer of a published denoiser by its path: inputs and outputs."""
+def weight_shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """The weight of every layer of a published denoiser that a LoRA can update: linear ones, and of U-Nets convolutions."""
     _, denoiser_class, config = MODELS[model]
     with torch.device("meta"):
         denoiser = denoiser_class(**config)
-    return {
-        name: (one.in_features, one.out_features)
-        for name, one in denoiser.named_modules()
-        if isinstance(one, torch.nn.Linear)
-    }
+    kinds = (torch.nn.Linear, torch.nn.Conv2d) if denoiser_class is UNet2DConditionModel else torch.nn.Linear
+    return {name: tuple(one.weight.shape) for name, one in denoiser.named_modules() if isinstance(one, kinds)}

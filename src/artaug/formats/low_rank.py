@@ -28,7 +28,7 @@ class LowRank:
     """
 
     down: Tensor
-    """Shape (rank, inputs), of a convolution (rank, inputs, \\*kernel); called ``lora_A`` in PEFT files."""
+    """Shape (rank, inputs), of a convolution (rank, inputs, ...); called ``lora_A`` in PEFT files."""
     up: Tensor
     """Shape (outputs, rank); called ``lora_B`` in PEFT files."""
 
@@ -50,7 +50,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the layer's weight: (outputs, inputs), of a convolution (outputs, inputs, \\*kernel)."""
+        """That of the layer's weight: (outputs, inputs), of a convolution (outputs, inputs, ...)."""
         return (self.up.shape[0], *self.down.shape[1:])
 
     def flat(self) -> "LowRank":

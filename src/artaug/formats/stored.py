@@ -25,7 +25,7 @@ def restored(down: Tensor, up: Tensor, middle: Tensor | None = None) -> LowRank:
     Args:
         down: as the file holds it.
         up: as the file holds it.
-        middle: of a CP decomposition, a convolution of shape (rank, rank, \\*kernel) between two of kernel 1, as LyCORIS
+        middle: of a CP decomposition, a convolution of shape (rank, rank, ...) between two of kernel 1, as LyCORIS
             calls ``lora_mid``. The two factors it makes with them are exact.
 
     Raises:

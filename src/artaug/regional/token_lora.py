@@ -88,7 +88,7 @@ class _Along:
         rows, stream = tuple(self._rows()), self._denoiser.stream(layer)
         if not rows or stream is None:
             return None
-        pixels = tuple(outputs.shape[2:]) if outputs.ndim == 4 else ()  # of a convolution
+        pixels = (outputs.shape[2], outputs.shape[3]) if outputs.ndim == 4 else None  # of a convolution
         count = math.prod(pixels) if pixels else outputs.shape[1]
         key = (rows, stream, pixels or count, outputs.device)
         if key not in self._known:
