@@ -1,6 +1,11 @@
 """The denoisers of published models, without their weights: from the configs beside them, on the meta device.
 
-A value that is diffusers' own default is left out.
+A value that is diffusers' own default is left out. Compared with what is public of them: FLUX.1 with
+``configs/diffusion/inference/plugins/t2i2v.py`` of hpcaitech/Open-Sora, FLUX.2 and SD 3.5 with diffusers'
+``scripts/convert_flux2_to_diffusers.py`` and ``scripts/convert_sd3_to_diffusers.py`` (SD 3.5's numbers of layers by an
+example config's word and from memory), Qwen-Image with exo-explore/exo's ``image/models/qwen/config.py``, Z-Image with
+FiditeNemini/z-image-turbo-mlx's ``TECHNICAL_DOCUMENTATION.md``, SD 1.5 with open-mmlab/mmagic's
+``configs/stable_diffusion``. No source was found for SDXL's and SD 2.1's: they are from memory.
 """
 
 from functools import cache
