@@ -37,7 +37,7 @@ def flux():
     )
 
 
-def enhanced(synthesizer, *, prompts=PROMPTS, critic=ADVICE, keep=None, rounds=2, stop=None, seed=0, held_out=None):
+def enhanced(synthesizer, *, prompts=PROMPTS, critic=ADVICE, keep=None, rounds=2, **options):
     return aa.enhance(
         prompts,
         synthesizer=synthesizer,
@@ -47,11 +47,9 @@ def enhanced(synthesizer, *, prompts=PROMPTS, critic=ADVICE, keep=None, rounds=2
         trainer=TRAINER,
         fuser=aa.ConcatFuser(),
         rounds=rounds,
-        held_out=held_out,
-        stop=stop,
-        seed=seed,
         batch_size=2,
         progress=False,
+        **{"seed": 0, **options},
     )
 
 
@@ -187,3 +185,31 @@ def test_held_out_pictures_choose_what_a_round_has_learned(flux):
     assert [look.step for look in looks] == [1, 2]
     assert only.training.looks == tuple(looks)
     assert only.training.chosen.step == 2
+
+
+def test_a_killed_run_goes_on_where_its_trainings_stood(flux, tmp_path):
+    whole = enhanced(flux)
+    checkpoints = aa.Checkpoints(folder=tmp_path, every=1)
+
+    class Busy(aa.Critic):
+        """Answers as ever, until the second round's second chunk."""
+
+        calls = 0
+
+        def critique(self, image, prompt):
+            self.calls += 1
+            if self.calls > len(PROMPTS) + 2:
+                raise KeyboardInterrupt
+            return ADVICE.critique(image, prompt)
+
+    with pytest.raises(KeyboardInterrupt):
+        enhanced(flux, critic=Busy(), checkpoints=checkpoints)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["round-1"]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = enhanced(flux, checkpoints=checkpoints)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["round-1", "round-2"]
+    for layer in whole.lora.layers:
+        assert torch.equal(delta(again.lora, layer), delta(whole.lora, layer))
+    with pytest.raises(aa.StorageError, match="another training"):
+        enhanced(flux, checkpoints=checkpoints, seed=1)

@@ -2,7 +2,8 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
@@ -17,7 +18,7 @@ from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.plan import RegionPlanner
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer, picture_seeds
-from artaug.training import DifferentialLoRATrainer, HeldOut, Trainable
+from artaug.training import Checkpoints, DifferentialLoRATrainer, HeldOut, Trainable
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     candidates: BestOf | None = None,
     held_out: HeldOut | None = None,
     stop: StopRule | None = None,
+    checkpoints: Checkpoints | None = None,
     seed: int = 0,
     batch_size: int = 8,
     progress: bool = True,
@@ -70,6 +72,8 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         candidates: see `improve`.
         held_out: chooses each round's step and strength by pictures; without it the last step counts, at strength 1.
         stop: ends the loop when a round has not helped on held-out prompts; without it all rounds run.
+        checkpoints: where trainings write down where they stand, each round in a folder of its own. A run that was killed
+            draws its pictures again, and its trainings go on or are over at once.
         seed: of the run; the same arguments give the same LoRA.
         batch_size: prompts a chunk, see `improve`.
         progress: show progress bars.
@@ -81,12 +85,24 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         NothingToLearnError: if the first round keeps no pair; the message counts what happened to the prompts.
         PromptError: if there are no prompts.
         ModelError: if the synthesizer lends no model to train.
+        StorageError: if a checkpoint cannot be written, or belongs to a run with other arguments or other pictures.
     """
     if rounds < 1:
         raise InvalidValueError(f"enhance(rounds={rounds}) would do nothing: need at least 1.")
     _lender(synthesizer)
     crew = _RoundCrew(
-        synthesizer, critic, planner, keep, candidates, trainer, fuser, held_out, stop, batch_size, progress
+        synthesizer,
+        critic,
+        planner,
+        keep,
+        candidates,
+        trainer,
+        fuser,
+        held_out,
+        stop,
+        checkpoints,
+        batch_size,
+        progress,
     )
     done: list[Round] = []
     for number, round_seed in enumerate(picture_seeds(seed, rounds), start=1):
@@ -113,6 +129,7 @@ class _RoundCrew:
     fuser: Fuser
     held_out: HeldOut | None
     stop: StopRule | None
+    checkpoints: Checkpoints | None
     batch_size: int
     progress: bool
 
@@ -149,7 +166,12 @@ class _RoundCrew:
             return _nothing_kept(number, attempts)
         with timed("train"):
             training = self.trainer.train(
-                pairs, _lender(current), seed=seed, held_out=self.held_out, progress=self.progress
+                pairs,
+                _lender(current),
+                seed=seed,
+                checkpoints=self._checkpoints_of(number),
+                held_out=self.held_out,
+                progress=self.progress,
             )
         with timed("combine"):
             lora = self.fuser.fuse([*(one.training.lora for one in done), training.lora])
@@ -164,6 +186,12 @@ class _RoundCrew:
             gain=gain,
             accepted=gain is None or self.stop is None or gain.ci_low > self.stop.at_least,
         )
+
+    def _checkpoints_of(self, number: int) -> Checkpoints | None:
+        """Those of a round, in a folder of its own."""
+        if self.checkpoints is None:
+            return None
+        return replace(self.checkpoints, folder=Path(self.checkpoints.folder) / f"round-{number}")
 
     def _gain(self, before: Synthesizer, after: Synthesizer, *, seed: int) -> ScoreRow | None:
         if self.stop is None:
