@@ -363,9 +363,10 @@ def test_layers_see_the_tokens_their_stream_says(unet):
     longer, _ = denoiser.with_texts(call, [unet.encode_texts([DUSK])], trimmed=True)
     counts = {"image": {site.grid[0] * site.grid[1] for site in denoiser.sites}, "text": {2 * LONGEST}}
     for name, shape in tokens_into_layers(denoiser, longer).items():
-        of_tokens = len(shape) == 3
-        assert of_tokens == (denoiser.stream(name) is not None), name
-        assert not of_tokens or shape[1] in counts[denoiser.stream(name)], name
+        stream = denoiser.stream(name)
+        assert (len(shape) > 2) == (stream is not None), name  # two axes: of the noise level
+        assert len(shape) != 4 or stream == "image", name  # pixels, of a convolution
+        assert len(shape) != 3 or shape[1] in counts[stream], name
 
 
 def test_a_region_too_small_for_the_coarsest_level_is_refused_before_anything_is_drawn():
