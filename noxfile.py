@@ -76,7 +76,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run every benchmark; arguments after -- are handed to each, such as --quick."""
-    install(session, "--editable", ".[report]")
+    install(session, "--editable", ".[optimisers,report]")
     for path in sorted(Path("benchmarks").glob("[!_]*.py")):
         session.run("python", "-m", f"benchmarks.{path.stem}", *session.posargs)
 

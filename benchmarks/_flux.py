@@ -38,6 +38,8 @@ class Geometry:
     """Of a region's prompt without its padding."""
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    storage: str = "plain"
+    """What its weights are kept in between calls: as they compute, or ``"fp8"``, or ``"nf4"``."""
 
     def model(self) -> FluxTransformer2DModel:
         """The transformer, built on the device, with the same weights every time."""
@@ -60,7 +62,7 @@ class Geometry:
                 )
         finally:
             torch.set_default_dtype(before)
-        return model.eval().requires_grad_(False)
+        return stored(model.eval().requires_grad_(False), self.storage)
 
 
 FLUX_DEV = Geometry(
@@ -88,6 +90,30 @@ SCALED_DOWN = Geometry(
     region_tokens=32,
 )
 """A sixth of FLUX's width, a tenth of its depth: small enough for two cores."""
+
+
+def stored(model: FluxTransformer2DModel, storage: str) -> FluxTransformer2DModel:
+    """The model with its weights in ``"fp8"``, as diffusers keeps them, or its blocks' in bitsandbytes' ``"nf4"``."""
+    if storage == "fp8":
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
+    if storage == "nf4":
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, nn.Linear) and "blocks" in name:
+                model.set_submodule(name, _in_four_bits(layer))
+    return model
+
+
+def _in_four_bits(layer: nn.Linear) -> nn.Module:
+    import bitsandbytes  # noqa: PLC0415 - of an extra
+
+    weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    with torch.device("meta"):
+        made = bitsandbytes.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4"
+        )
+    made.weight, made.bias = weight, layer.bias
+    quantised: nn.Module = made.eval().to(layer.weight.device)  # which is when it packs them
+    return quantised
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,18 +18,23 @@ from matplotlib.figure import Figure
 Row = Mapping[str, Any]
 
 
-def run(name: str, measure: Callable[..., Sequence[Row]], plot: Callable[[Sequence[Row]], Figure]) -> None:
-    """Read ``--quick`` and ``--out`` from the command line, measure, print the table, write NAME.json and NAME.png."""
+def run(name: str, measure: Callable[..., Iterable[Row]], plot: Callable[[Sequence[Row]], Figure]) -> None:
+    """Read ``--quick`` and ``--out`` from the command line, measure, print the table, write NAME.json and NAME.png.
+
+    The JSON is written anew after every row, so that a run that is cut short leaves what it had measured.
+    """
     parser = argparse.ArgumentParser(description=measure.__doc__)
     parser.add_argument("--quick", action="store_true", help="a small run that ends within a minute on two cores")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where to write")
     options = parser.parse_args()
     mpl.use("Agg")
-    rows = measure(quick=options.quick)
-    print(table(rows))
     options.out.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment() | {"quick": options.quick}, "rows": list(rows)}
-    (options.out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    told = environment() | {"quick": options.quick}
+    rows: list[Row] = []
+    for row in measure(quick=options.quick):
+        rows.append(row)
+        (options.out / f"{name}.json").write_text(json.dumps({"environment": told, "rows": rows}, indent=2) + "\n")
+    print(table(rows))
     plot(rows).savefig(options.out / f"{name}.png", dpi=150, bbox_inches="tight")
 
 

@@ -45,8 +45,10 @@ OBJECTIVES: dict[str, tuple[aa.Objective, int]] = {
 }
 """Ours, and how often each batch comes: of an echo of 2, a step that asks the teacher and one that remembers it."""
 
-SETTING = ("dtype", "pixels", "batch", "recomputing")
+SETTING = ("dtype", "storage", "pixels", "batch", "recomputing")
 """What is the same for a group of methods."""
+SHORT = {name: OBJECTIVES[name] for name in (PLAIN, "PairedDifference")}
+"""What is taken on quantised bases: the rest stands to these as on a plain one."""
 
 Step = Callable[[], object]
 Method = Callable[[], AbstractContextManager[Step]]
@@ -158,45 +160,68 @@ def theirs(model: RandomFlux, batch: PairBatch) -> Iterator[Step]:
     module._hf_peft_config_loaded = False  # noqa: SLF001 - add_adapter set it, and has no counterpart
 
 
-def measure(*, quick: bool) -> list[record.Row]:
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What the methods are compared on."""
+
+    side: int
+    """Image tokens on a side."""
+    batch: int
+    recomputing: bool
+
+
+def measure(*, quick: bool) -> Iterator[record.Row]:
     """Time whole training steps, interleaved, and count the memory they hold.
 
-    With CUDA the transformer is FLUX.1-dev's own geometry in bfloat16, recomputing activations, at 512 and 1,024 pixels;
-    else a scaled-down one in float32 and bfloat16, with and without recomputing. Weights, latents and prompts are random. A round takes
-    every method once, each time beginning with another one; ``seconds_per_step`` is the median over rounds,
-    ``ratio_to_sft`` the median (and quartiles) of the ratio to plain fine-tuning within a round. ``peak_bytes`` holds
-    weights, factors, moments and the most a step holds besides. `TwoStage` takes steps of plain fine-tuning.
+    With CUDA the transformer is FLUX.1-dev's own geometry computing in bfloat16, recomputing activations, at 512 and 1,024
+    pixels, stored in bfloat16, fp8 and nf4; else a scaled-down one in float32 and bfloat16, with and without recomputing.
+    Weights, latents and prompts are random. A round takes every method once, each time beginning with another one;
+    ``seconds_per_step`` is the median over rounds, ``ratio_to_sft`` the median (and quartiles) of the ratio to plain
+    fine-tuning within a round. ``peak_bytes`` holds weights, factors, moments and the most a step holds besides.
+    `TwoStage` takes steps of plain fine-tuning.
     """
     on_gpu = torch.cuda.is_available()
-    half = replace(flux.SCALED_DOWN, dtype=torch.bfloat16)
-    rows: list[record.Row] = []
-    for geometry in (flux.FLUX_DEV,) if on_gpu else (flux.SCALED_DOWN, half):
-        module = geometry.model()
-        sizes, again = (1,) if quick else (1, 4), (True,) if on_gpu else (False,) if quick else (False, True)
-        for side, size, recomputing in product((32, 64) if on_gpu else (16,), sizes, again):
-            model = RandomFlux(geometry=geometry, module=module, side=side)
-            rows += described(model, size, recomputing=recomputing, rounds=3 if quick else 12)
-            gc.collect()
-    return rows
+    if on_gpu:
+        whole = replace(flux.FLUX_DEV, double_blocks=1, single_blocks=2) if quick else flux.FLUX_DEV
+        geometries = [replace(whole, storage=one) for one in ("plain", "fp8", "nf4")]
+    else:
+        geometries = [replace(flux.SCALED_DOWN, dtype=one) for one in (torch.float32, torch.bfloat16)]
+    sizes, again = (1,) if quick else (1, 4), (True,) if on_gpu else (False,) if quick else (False, True)
+    cases = [
+        Case(side=side, batch=batch, recomputing=recomputing)
+        for side, batch, recomputing in product((32, 64) if on_gpu else (16,), sizes, again)
+    ]
+    for geometry in geometries:
+        yield from measured(geometry, cases, rounds=3 if quick or on_gpu else 12)
+        gc.collect()
 
 
-def described(model: RandomFlux, size: int, *, recomputing: bool, rounds: int) -> list[record.Row]:
-    """A row a method, for one size of batch."""
-    batch = model.batch(size)
-    methods: dict[str, Method] = {name: partial(ours, model, *one, batch) for name, one in OBJECTIVES.items()}
+def measured(geometry: flux.Geometry, cases: Sequence[Case], *, rounds: int) -> Iterator[record.Row]:
+    """The rows of one model, ``rounds`` times each method."""
+    module = geometry.model()
+    for case in cases:
+        yield from described(geometry, module, case, rounds=rounds)
+        gc.collect()
+
+
+def described(geometry: flux.Geometry, module: FluxTransformer2DModel, case: Case, *, rounds: int) -> list[record.Row]:
+    """A row a method, for one case."""
+    model = RandomFlux(geometry=geometry, module=module, side=case.side)
+    batch = model.batch(case.batch)
+    objectives = OBJECTIVES if geometry.storage == "plain" else SHORT
+    methods: dict[str, Method] = {name: partial(ours, model, *one, batch) for name, one in objectives.items()}
     methods[SCRIPT] = partial(theirs, model, batch)
     peaks, seconds = {}, {name: list[float]() for name in methods}
     for name, method in methods.items():
-        with recomputed(model, method(), wanted=recomputing) as step:
+        with recomputed(model, method(), wanted=case.recomputing) as step:
             step()  # makes the optimiser's moments
             peaks[name] = memory.peak_bytes(step, given=model.module.parameters())
     names = list(methods)
     for number in range(rounds):
         for name in (*names[number % len(names) :], *names[: number % len(names)]):
-            with recomputed(model, methods[name](), wanted=recomputing) as step:
-                step()
+            with recomputed(model, methods[name](), wanted=case.recomputing) as step:
                 seconds[name].append(timed(step) / OBJECTIVES.get(name, (None, 1))[1])
-    return [row(model, size, name, seconds, peaks, recomputing=recomputing) for name in methods]
+    return [row(model, case, name, seconds, peaks) for name in methods]
 
 
 @contextmanager
@@ -221,13 +246,7 @@ def timed(step: Step) -> float:
 
 
 def row(
-    model: RandomFlux,
-    size: int,
-    method: str,
-    seconds: Mapping[str, Sequence[float]],
-    peaks: Mapping[str, int],
-    *,
-    recomputing: bool,
+    model: RandomFlux, case: Case, method: str, seconds: Mapping[str, Sequence[float]], peaks: Mapping[str, int]
 ) -> record.Row:
     """One method's numbers."""
     plain = seconds[PLAIN]
@@ -236,10 +255,12 @@ def row(
     return {
         "method": method,
         "dtype": str(model.geometry.dtype).removeprefix("torch."),
+        "storage": model.geometry.storage,
         "pixels": 16 * model.side,
-        "batch": size,
-        "recomputing": recomputing,
+        "batch": case.batch,
+        "recomputing": case.recomputing,
         "seconds_per_step": median(seconds[method]),
+        "pairs_per_second": case.batch / median(seconds[method]),
         "ratio_to_sft": median(ratios),
         "ratio_low": low,
         "ratio_high": high,
@@ -260,11 +281,11 @@ def plot(rows: Sequence[record.Row]) -> Figure:
     ):
         axes = figure.add_subplot(1, 2, place + 1, title=title)
         for at, method in enumerate(methods):
-            mine = [row[name] for row in rows if row["method"] == method]
-            axes.bar([number + at * 0.17 for number in range(len(settings))], mine, 0.15, label=method)
+            mine = {tuple(row[key] for key in SETTING): row[name] for row in rows if row["method"] == method}
+            axes.bar([settings.index(one) + at * 0.17 for one in mine], list(mine.values()), 0.15, label=method)
         labels = [
-            f"{dtype}\n{pixels} px, batch {size}{', recomputing' if again else ''}"
-            for dtype, pixels, size, again in settings
+            f"{dtype}\n{storage}, {pixels} px\nbatch {size}{', recomputing' if again else ''}"
+            for dtype, storage, pixels, size, again in settings
         ]
         axes.set_xticks([number + 0.3 for number in range(len(settings))], labels, fontsize=6)
         axes.axhline(1, color="grey", linewidth=0.5)

@@ -1,6 +1,7 @@
 """The benchmarks run, and what they count and measure is right: FLOPs against torch's own counter, shares by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_the_step_benchmark_has_a_row_for_every_method(monkeypatch):
     methods = tuple(method for method in regional.METHODS if method != "flex")  # which takes a compiler half a minute
     monkeypatch.setitem(regional.LAYOUTS, "hard", regional.Layouts(methods=methods))
 
-    rows = regional.measured(TINY, [regional.Series(kind="hard", side=16, counts=(1, 2))], rounds=2)
+    rows = list(regional.measured(TINY, [regional.Series(kind="hard", side=16, counts=(1, 2))], rounds=2))
 
     assert [(row["method"], row["regions"]) for row in rows] == [(one, count) for count in (1, 2) for one in methods]
     assert {"method", "regions", "tokens", "seconds", "ratio_to_plain", "peak_bytes"} <= set(rows[0])
@@ -358,15 +359,32 @@ def test_the_baking_benchmark_has_the_layers_of_flux():
     assert shapes.keys() == {name for name in found if "transformer_blocks." in name}
 
 
-def test_the_training_benchmark_has_a_row_for_every_method_and_leaves_the_model_as_it_was():
-    module = TINY.model()
+@pytest.mark.parametrize("storage", ["plain", "fp8", "nf4"])
+def test_the_training_benchmark_has_a_row_for_every_method_and_leaves_the_model_as_it_was(storage):
+    geometry = replace(TINY, storage=storage)
+    module = geometry.model()
     layers, weights = dict(module.named_modules()), {name: one.clone() for name, one in module.state_dict().items()}
-    model = training.RandomFlux(geometry=TINY, module=module, side=4)
-    rows = training.described(model, 2, recomputing=True, rounds=2)
-    assert [row["method"] for row in rows] == [*training.OBJECTIVES, training.SCRIPT]
+    case = training.Case(side=4, batch=2, recomputing=True)
+    rows = training.described(geometry, module, case, rounds=2)
+    ours = training.OBJECTIVES if storage == "plain" else training.SHORT
+    assert [row["method"] for row in rows] == [*ours, training.SCRIPT]
     assert rows[0]["ratio_to_sft"] == 1
     assert rows[-1]["peak_to_script"] == 1
-    assert all(row["seconds_per_step"] > 0 and row["peak_bytes"] > 0 for row in rows)
+    assert all(row["pairs_per_second"] > 0 and row["peak_bytes"] > 0 for row in rows)
     assert dict(module.named_modules()) == layers
-    assert all(torch.equal(weights[name], one) for name, one in module.state_dict().items())
+    assert all(
+        one.dtype == weights[name].dtype and torch.equal(weights[name].float(), one.float())
+        for name, one in module.state_dict().items()
+    )
     assert len(training.plot(rows).axes) == 2
+
+
+def test_a_benchmark_that_is_cut_short_leaves_the_rows_it_had(tmp_path, monkeypatch):
+    def measure(*, quick):
+        yield {"row": 1, "quick": quick}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["bench", "--quick", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        record.run("bench", measure, training.plot)
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == [{"row": 1, "quick": True}]

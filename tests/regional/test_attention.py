@@ -10,10 +10,13 @@ import torch.nn.attention.flex_attention as flex_attention_of_torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import artaug as aa
 from artaug.regional.attention import attention_in_passes, attention_with_sums, dense_attention
+from artaug.regional.denoiser import Span
 from artaug.regional.flex import FlexSight, attention_by_flex
 from artaug.regional.passes import passes
-from artaug.regional.sight import cross_sight, text_sight
+from artaug.regional.shares import divided
+from artaug.regional.sight import cross_sight, joint_sight, text_sight
 from support.layouts import layouts, tokens
 
 CPU = torch.device("cpu")
@@ -130,6 +133,19 @@ def test_cuda_merges_to_the_definition(dtype, layout):
     wanted = defined(query.cpu(), key.cpu(), value.cpu(), layout.sight)
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     result = attention_in_passes(query, key, value, planned)
+    torch.testing.assert_close(result.cpu().double(), wanted, atol=tolerance, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_compiles_flex_to_the_definition(dtype):
+    regions = (aa.Region(aa.Box(0, 0, 0.5, 0.5), "a"), aa.Region(aa.Box(0.4, 0.4, 1, 1), "b", feather=0.1))
+    spans = (Span("text", 9, 1), Span("text", 7, 2), Span("text", 16, 0), Span("image", 256))
+    sight = joint_sight(spans, divided(regions, (16, 16), base_weight=0.3), aa.Isolation(base_weight=0.3))
+    query, key, value = torch.randn(3, 1, 2, len(sight.groups), 16, device="cuda", dtype=dtype)
+    result = attention_by_flex(query, key, value, FlexSight.of(sight, query.device), compiled=True)
+    wanted = defined(query.cpu(), key.cpu(), value.cpu(), sight)
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(result.cpu().double(), wanted, atol=tolerance, rtol=0)
 
 

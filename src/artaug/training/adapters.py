@@ -175,7 +175,7 @@ def adapted(
         check_gradients(module, layers)
         _wrap(module, layers, rank, directional=adapter.directional)
         wrapped = {name: cast("LoRALayer", module.get_submodule(name)) for name in layers}
-        trained = {name: _begun(layer, adapter, rank, generator) for name, layer in wrapped.items()}
+        trained = {name: _begun(layer, adapter, rank, generator, model.device) for name, layer in wrapped.items()}
         yield AdaptedModel(model, adapter, wrapped, trained, memory)
 
 
@@ -231,18 +231,28 @@ def _wrap(module: nn.Module, layers: Mapping[str, nn.Module], rank: int, *, dire
         LoraModel(module, config, _NAME)
 
 
-def _begun(layer: LoRALayer, adapter: Adapter, rank: int, generator: torch.Generator) -> dict[str, nn.Parameter]:
+def _begun(
+    layer: LoRALayer, adapter: Adapter, rank: int, generator: torch.Generator, device: torch.device
+) -> dict[str, nn.Parameter]:
     """Put an adapter's own factors where PEFT has put its, and say what is learned."""
     base: Any = layer.get_base_layer()
-    placed: Any = layer.lora_A[_NAME]
+    stored: torch.device = base.weight.device
+    waits = stored.type in {"cpu", "meta"}  # offloaded, unless the model computes there, too
     factors = adapter.factors(base.in_features, base.out_features, rank, generator)
-    down, up = (one.to(placed.weight.device) for one in factors)
+    down, up = (one.to(device if waits else stored) for one in factors)
     layer.lora_A[_NAME], layer.lora_B[_NAME] = down, up
     layer.cast_input_dtype_enabled = adapter.directional  # lengths of rows are no numbers for sixteen bits
     parts = {f"down.{name}": one for name, one in down.named_parameters()}
     parts |= {f"up.{name}": one for name, one in up.named_parameters()}
     if adapter.directional:
+        if stored.type == "meta" != device.type:
+            raise ModelError(
+                f"{type(adapter).__name__} begins with the lengths of the rows of each weight, and those of this model "
+                "are not in memory between calls (enable_sequential_cpu_offload). Use enable_model_cpu_offload, or a "
+                "PlainLoRA or a LoKr."
+            )
         lengths: Any = layer.lora_magnitude_vector[_NAME]
-        lengths.update_layer(base_layer=base, lora_A=down.weight, lora_B=up.weight, scaling=1.0)
-        parts["magnitude"] = lengths.weight
+        first, last = (one.weight.to(stored) for one in (down, up))
+        lengths.update_layer(base_layer=base, lora_A=first, lora_B=last, scaling=1.0)
+        parts["magnitude"] = lengths.to(down.weight.device).weight
     return parts

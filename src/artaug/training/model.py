@@ -29,16 +29,16 @@ class Predictor(Protocol):
     def noising(self) -> Noising:
         """How the model's pictures are noised, and what the denoiser predicts."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser computes."""
+
     def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
         """The denoiser's output for noisy latents at noise levels ``sigmas`` (batch,) in [0, 1]."""
 
 
 class DiffusionModel(Predictor, Protocol):
     """A denoiser and what surrounds it, as a whole training sees it."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser computes."""
 
     def at_size(self, width: int, height: int) -> Self:
         """The same model, set to pictures of another size in pixels.
