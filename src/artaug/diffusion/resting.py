@@ -55,6 +55,17 @@ def quantised(part: nn.Module) -> bool:
     return getattr(part, "hf_quantizer", None) is not None or any(is_foreign(one) for one in part.parameters())
 
 
+def swapped(part: nn.Module) -> bool:
+    """Whether diffusers' group offload swaps weights for each call, to where a backward pass does not look for them."""
+    hooks = (getattr(one, "_diffusers_hook", None) for one in part.modules())
+    groups = [registry.hooks["group_offloading"].group for registry in hooks if _groups(registry)]
+    return any(one.onload_device.type != one.offload_device.type for one in groups)
+
+
+def _groups(registry: Any) -> bool:  # noqa: ANN401 - of diffusers
+    return registry is not None and "group_offloading" in registry.hooks
+
+
 def _moves(module: nn.Module) -> bool:
     registry: Any = getattr(module, "_diffusers_hook", None)
     return registry is not None and bool(set(registry.hooks) - _IN_PLACE)
