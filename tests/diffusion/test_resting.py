@@ -77,10 +77,10 @@ def test_offloaded_parts_are_tied_and_those_stored_in_fp8_are_not():
         assert part.sent == []
 
 
-def test_a_denoiser_whose_weights_are_swapped_is_not_trained():
+def test_a_denoiser_whose_weights_are_swapped_is_not_trained(tmp_path):
     pipeline = tiny_flux()
     pipeline.transformer.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_device=torch.device("meta"), offload_type="leaf_level"
+        onload_device=torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
     )
     synthesizer = DiffusersSynthesizer(pipeline=pipeline, width=TINY_SIZE, height=TINY_SIZE, steps=1)
     with pytest.raises(aa.ModelError, match="takes weights away before a backward pass needs them"):

@@ -59,7 +59,7 @@ def swapped(part: nn.Module) -> bool:
     """Whether diffusers' group offload swaps weights for each call, to where a backward pass does not look for them."""
     hooks = (getattr(one, "_diffusers_hook", None) for one in part.modules())
     groups = [registry.hooks["group_offloading"].group for registry in hooks if _groups(registry)]
-    return any(one.onload_device.type != one.offload_device.type for one in groups)
+    return any(one.offload_to_disk_path or one.onload_device.type != one.offload_device.type for one in groups)
 
 
 def _groups(registry: Any) -> bool:  # noqa: ANN401 - of diffusers
