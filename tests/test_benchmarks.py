@@ -366,10 +366,10 @@ def test_the_training_benchmark_has_a_row_for_every_method_and_leaves_the_model_
     layers, weights = dict(module.named_modules()), {name: one.clone() for name, one in module.state_dict().items()}
     case = training.Case(side=4, batch=2, recomputing=True)
     rows = training.described(geometry, module, case, rounds=2)
-    ours = training.OBJECTIVES if storage == "plain" else training.SHORT
-    assert [row["method"] for row in rows] == [*ours, training.SCRIPT]
+    taken = (*training.OBJECTIVES, training.SCRIPT) if storage == "plain" else training.SHORT
+    assert tuple(row["method"] for row in rows) == taken
     assert rows[0]["ratio_to_sft"] == 1
-    assert rows[-1]["peak_to_script"] == 1
+    assert rows[-1].get("peak_to_script") == (1 if storage == "plain" else None)
     assert all(row["pairs_per_second"] > 0 and row["peak_bytes"] > 0 for row in rows)
     assert dict(module.named_modules()) == layers
     assert all(
