@@ -19,15 +19,18 @@ Row = Mapping[str, Any]
 
 
 def run(name: str, measure: Callable[..., Iterable[Row]], plot: Callable[[Sequence[Row]], Figure]) -> None:
-    """Read ``--quick`` and ``--out`` from the command line, measure, print the table, write NAME.json and NAME.png.
+    """Read options from the command line, measure, print the table, write NAME.json and NAME.png.
 
     The JSON is written anew after every row, so that a run that is cut short leaves what it had measured.
     """
     parser = argparse.ArgumentParser(description=measure.__doc__)
     parser.add_argument("--quick", action="store_true", help="a small run that ends within a minute on two cores")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where to write")
+    parser.add_argument("--without-cudnn-attention", action="store_true", help="torch's own kernels on a GPU instead")
     options = parser.parse_args()
     mpl.use("Agg")
+    if options.without_cudnn_attention:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     options.out.mkdir(parents=True, exist_ok=True)
     told = environment() | {"quick": options.quick}
     rows: list[Row] = []
@@ -47,6 +50,7 @@ def environment() -> dict[str, Any]:
         **{name: version(name) for name in ("artaug", "torch", "diffusers", "transformers", "peft")},
         "processor": _processor(),
         "gpu": gpu,
+        "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled() if gpu else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).date().isoformat(),
