@@ -276,24 +276,24 @@ def row(
 
 def plot(rows: Sequence[record.Row]) -> Figure:
     """Time beside plain fine-tuning and memory beside the script, a group of bars for every setting."""
-    settings = list(dict.fromkeys(tuple(row[key] for key in SETTING) for row in rows))
-    methods = [*OBJECTIVES, SCRIPT]
+    taken = {row["method"] for row in rows}
     figure = Figure(figsize=(14, 3.8))
     for place, (name, title) in enumerate(
         (("ratio_to_sft", "time of a step over plain fine-tuning"), ("peak_to_script", "memory over the script"))
     ):
         axes = figure.add_subplot(1, 2, place + 1, title=title)
-        for at, method in enumerate(methods):
-            shown = [row for row in rows if row["method"] == method and name in row]
-            mine = {tuple(row[key] for key in SETTING): row[name] for row in shown}
+        told = [row for row in rows if name in row]
+        settings = list(dict.fromkeys(tuple(row[key] for key in SETTING) for row in told))
+        for at, method in enumerate(one for one in (*OBJECTIVES, SCRIPT) if one in taken):
+            mine = {tuple(row[key] for key in SETTING): row[name] for row in told if row["method"] == method}
             axes.bar([settings.index(one) + at * 0.17 for one in mine], list(mine.values()), 0.15, label=method)
         labels = [
-            f"{dtype}\n{storage}, {pixels} px\nbatch {size}{', recomputing' if again else ''}"
+            f"{dtype if storage == 'plain' else storage}\n{pixels} px\nbatch {size}{chr(10) + 'recomputing' if again else ''}"
             for dtype, storage, pixels, size, again in settings
         ]
         axes.set_xticks([number + 0.3 for number in range(len(settings))], labels, fontsize=6)
         axes.axhline(1, color="grey", linewidth=0.5)
-    figure.axes[0].legend(fontsize=7)
+    figure.axes[1].legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     return figure
 
