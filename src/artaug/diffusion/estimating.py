@@ -32,8 +32,9 @@ class Estimate:
 
     Left out are the driver's own context (half a gigabyte or so), what an allocator loses between blocks, the text
     encoders' activations (less than the VAE's), and an optimiser's temporaries (less than the activations, which are gone
-    by then); and of weights stored in fp8 with gradient checkpointing, up to one block's unpacked ones. A training begins and ends with the pipeline as it was given: one that lies on the device whole takes
-    `placed_bytes` there, also where that is more than `peak_bytes`; one with ``enable_model_cpu_offload`` does not.
+    by then); and of weights stored in fp8 with gradient checkpointing, up to one block's unpacked ones. A training begins
+    and ends with the pipeline as it was given: one that lies on the device whole takes `placed_bytes` there, also where
+    that is more than `peak_bytes`; one with ``enable_model_cpu_offload`` does not.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""Parts of a pipeline that have nothing to do for a while give their accelerator's memory back."""
+"""Where the parts of a pipeline are: those with nothing to do rest on the CPU, and what is swapped cannot learn."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from artaug.errors import ModelError
 from artaug.training.quantised import is_foreign
 
 _ENCODERS = ("text_encoder", "vae")
@@ -55,11 +56,20 @@ def quantised(part: nn.Module) -> bool:
     return getattr(part, "hf_quantizer", None) is not None or any(is_foreign(one) for one in part.parameters())
 
 
-def swapped(part: nn.Module) -> bool:
-    """Whether diffusers' group offload swaps weights for each call, to where a backward pass does not look for them."""
-    hooks = (getattr(one, "_diffusers_hook", None) for one in part.modules())
-    groups = [registry.hooks["group_offloading"].group for registry in hooks if _groups(registry)]
-    return any(one.offload_to_disk_path or one.onload_device.type != one.offload_device.type for one in groups)
+def check_learnable(denoiser: nn.Module) -> None:
+    """Refuse a denoiser whose weights diffusers' group offload swaps for every call.
+
+    Raises:
+        ModelError: if it does; a backward pass would not find them.
+    """
+    registries = (getattr(one, "_diffusers_hook", None) for one in denoiser.modules())
+    groups = [registry.hooks["group_offloading"].group for registry in registries if _groups(registry)]
+    if any(one.offload_to_disk_path or one.onload_device.type != one.offload_device.type for one in groups):
+        raise ModelError(
+            f"{type(denoiser).__name__} draws under enable_group_offload, which takes weights away before a backward pass "
+            "needs them. Load it again without, and to save memory train with gradient_checkpointing=True on weights "
+            "stored in fp8 (enable_layerwise_casting) or under enable_model_cpu_offload."
+        )
 
 
 def _groups(registry: Any) -> bool:  # noqa: ANN401 - of diffusers

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from artaug.diffusion.family import Family
 from artaug.diffusion.known import family_at, family_of
-from artaug.diffusion.resting import swapped
+from artaug.diffusion.resting import check_learnable
 from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError
 from artaug.lora import LoRA
 from artaug.plan import Plan, Region
@@ -180,13 +180,7 @@ class DiffusersSynthesizer(Synthesizer):
             ModelError: if the denoiser is offloaded in a way that no gradient passes.
         """
         family = self._bound_family
-        if swapped(family.module):
-            raise ModelError(
-                f"{type(family.module).__name__} draws under enable_group_offload, which takes weights away before a "
-                "backward pass needs them. Load it again without, and to save memory train with "
-                "gradient_checkpointing=True on weights stored in fp8 (enable_layerwise_casting) or under "
-                "enable_model_cpu_offload."
-            )
+        check_learnable(family.module)
         with self._wearing(family.module), _frozen(family.module):
             yield family
 

@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -237,8 +238,11 @@ class UNetDenoiser(AttentiveDenoiser):
             return "text" if layer.endswith(("attn2.to_k", "attn2.to_v")) else "image"
         # Before and after those blocks there are linear layers of tokens or convolutions of pixels, by the model. All
         # other linear layers work on the noise level.
-        of_pixels = isinstance(dict(self.module.named_modules()).get(layer), nn.Conv2d)
-        return "image" if ".attentions." in layer or of_pixels else None
+        return "image" if ".attentions." in layer or layer in self._convolutions else None
+
+    @cached_property
+    def _convolutions(self) -> frozenset[str]:
+        return frozenset(name for name, one in self.module.named_modules() if isinstance(one, nn.Conv2d))
 
     def processor(self, site: Site, attend: Attend) -> RegionalCrossProcessor:
         return RegionalCrossProcessor.like(site.attention, attend)
