@@ -175,7 +175,8 @@ def adapted(
         check_gradients(module, layers)
         _wrap(module, layers, rank, directional=adapter.directional)
         wrapped = {name: cast("LoRALayer", module.get_submodule(name)) for name in layers}
-        trained = {name: _begun(layer, adapter, rank, generator, model.device) for name, layer in wrapped.items()}
+        device = model.device  # of a pipeline it is looked for, through all its parts
+        trained = {name: _begun(layer, adapter, rank, generator, device) for name, layer in wrapped.items()}
         yield AdaptedModel(model, adapter, wrapped, trained, memory)
 
 
