@@ -96,7 +96,7 @@ class EncodedPairs:
             numbers: which to give. The same number is the same batch, noise included, whatever came before it.
             processes: who shares the batch.
         """
-        size = recipe.batch_size
+        size, device = recipe.batch_size, model.device
         queues = [(bucket, [one for one in members if one in bucket.rows]) for bucket in self.buckets]
         queues = [queue for queue in queues if queue[1]]
         places = list(islice(_taking_turns([len(mine) for _, mine in queues]), max(numbers, default=-1) + 1))
@@ -112,9 +112,7 @@ class EncodedPairs:
             share = list(processes.share(range(size)))
             at_once = recipe.at_once or size
             parts = [share[at : at + at_once] for at in range(0, len(share), at_once)]
-            yield Turn(
-                sized, [_batch([rows[at] for at in part], noise[part], sigmas[part], model.device) for part in parts]
-            )
+            yield Turn(sized, [_batch([rows[at] for at in part], noise[part], sigmas[part], device) for part in parts])
 
 
 def generator_for_start(seed: int, stage: int) -> torch.Generator:
