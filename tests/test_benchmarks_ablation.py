@@ -1,0 +1,141 @@
+"""The ablation: cells that go on where they stopped, arms at equal pairs, passes as they are counted."""
+
+import numpy as np
+import pytest
+from benchmarks import _ablation_bench as bench
+from benchmarks import _ablation_pairs as making
+from benchmarks import ablation
+from benchmarks._ablation_plot import plot as ablation_plot
+from PIL import Image
+
+from artaug import playground
+from artaug.critics import PhotometricCritic
+
+BLACK, WHITE = (Image.new("RGB", (64, 64), colour) for colour in ("black", "white"))
+
+ONE_OF_EACH = [
+    bench.Cell(axis="control", arm="words added", seed=0),
+    *[bench.Cell(axis="pairs", arm=arm, seed=0, pairs=2) for arm in (bench.OURS, "DPO, best of k")],
+    bench.Cell(axis="rounds", arm=bench.OURS, seed=0, pairs=4, rounds=2),
+]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A journal of some cells, and the bench they were measured on."""
+    journal = ablation.Journal(tmp_path_factory.mktemp("ablation") / "ablation.jsonl", {"settings": "quick"})
+    journal.begin()
+    measuring = bench.Bench(bench.QUICK, seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(making, "CHUNK", 4)
+        journal.measure(ONE_OF_EACH, measuring)
+        yield journal, measuring
+
+
+def test_the_ablation_has_a_row_for_every_cell(measured):
+    words, ours, drawn, twice = measured[0].rows()
+
+    assert words["gain"] > 5 * abs(ours["gain"]), "the model knows the words, and two steps teach little"
+    assert [ours[name] for name in ("kept", "images", "critic_calls")] == [2, 4, 2]
+    assert [drawn[name] for name in ("kept", "images", "critic_calls")] == [2, 4, 0]
+    assert twice["learning_passes"] == 2 * ours["learning_passes"] == 2 * (2 * 2 * 4)
+    assert all(row["gain_low"] <= row["gain"] <= row["gain_high"] for row in (words, ours, drawn, twice))
+    assert ours["gain"] == pytest.approx(np.mean(ours["gains"]), abs=1e-6)
+
+
+def test_an_ablation_goes_on_from_its_journal_and_no_other(measured):
+    journal, _ = measured
+    rows = journal.rows()
+
+    journal.begin()
+    ablation.Journal(journal.path, journal.about).measure(ONE_OF_EACH, None)  # no bench: there is nothing to measure
+
+    assert journal.rows() == rows
+    with pytest.raises(SystemExit, match="of other settings"):
+        ablation.Journal(journal.path, {"settings": "others"}).begin()
+
+
+@pytest.mark.parametrize("way", ["interaction", "several"])
+def test_passes_are_those_of_the_denoiser_counted_a_picture(measured, way):
+    _, measuring = measured
+    way = measuring.interaction(0.25) if way == "interaction" else measuring.several
+    way.made.clear()
+    seen = []
+    model = measuring.base.pipeline.transformer
+    counting = model.register_forward_pre_hook(
+        lambda _, __, named: seen.append(len(named["hidden_states"])), with_kwargs=True
+    )
+
+    found = way.kept(2)
+    counting.remove()
+
+    told = found.cost.passes + sum(cost.passes for _, cost in way.made[found.prompts :])
+    assert len(way.made) % making.CHUNK == 0 < found.prompts
+    assert sum(seen) == told
+
+
+def test_a_distracted_critic_misplaces_as_many_boxes_as_asked_and_nothing_else():
+    prompts = playground.prompts(24, seed=1)
+    images = [playground.render(prompt, seed=seed) for seed, prompt in enumerate(prompts)]
+    sober = PhotometricCritic().critique_batch(images, prompts)
+
+    for wrong in (0, 0.5):
+        critic = making.Distracted(critic=PhotometricCritic(), wrong=wrong, seed=0)
+        answers = critic.critique_batch(images, prompts)
+        boxes = [
+            one.box != other.box
+            for answer, asked in zip(answers, sober, strict=True)
+            for one, other in zip(answer.suggestions, asked.suggestions, strict=True)
+        ]
+        assert np.mean(boxes) == pytest.approx(wrong, abs=0.1)
+        assert [[one.prompt for one in answer.suggestions] for answer in answers] == [
+            [one.prompt for one in answer.suggestions] for answer in sober
+        ]
+
+
+def test_the_best_of_several_is_the_best_of_those_that_show_what_was_asked():
+    prompt = "a red cone on the left at night"
+    good, better = (playground.render(prompt + words, seed=0) for words in (", vivid", ", vivid, glowing"))
+    dull, wrong = playground.render(prompt, seed=0), playground.render("a blue ball at night, vivid, glowing", seed=0)
+    choosing = making.BestOfSeveral(synthesizer=None, draws=4, sampling_steps=1, seed=0)
+
+    pair = choosing._best(prompt, [good, wrong, better, dull])  # noqa: SLF001
+
+    assert (pair.before, pair.after) == (dull, better)
+    assert choosing._best(prompt, [wrong, wrong]) is None  # noqa: SLF001
+
+
+def made_up(settings, seeds):
+    """Rows of every cell, the gain in them growing with the pairs, by prompts."""
+    cells = [cell for seed in seeds for cell in bench.cells(settings, seed)]
+    told = {"passes": 90, "learning_passes": 30, "drawing_passes": 6, "alignment": 1.0, "drift": 0.001}
+    return [
+        {
+            **vars(cell),
+            **told,
+            "gain": cell.pairs + cell.seed,
+            "gains": [cell.pairs + cell.seed, cell.pairs + cell.seed],
+        }
+        for cell in cells
+    ]
+
+
+def test_arms_are_compared_with_ours_at_as_many_pairs():
+    rows = made_up(bench.Settings(), [0, 1])
+    for row in rows:
+        if row["arm"] == "DPO":
+            row["gains"] = [one - change for one, change in zip(row["gains"], (1, 3), strict=True)]
+
+    found = {(row["arm"], row["pairs"]): row for row in ablation.comparisons(rows)}
+
+    assert {pairs for _, pairs in found} == set(bench.Settings().pairs)
+    assert {row["gain"] for (arm, _), row in found.items() if arm == "DPO"} == {-2.0}
+    assert (found["DPO", 32]["low"], found["DPO", 32]["high"], found["DPO", 32]["seeds"]) == (-3, -1, 2)
+    assert found["TwoStage", 32]["low"] == found["TwoStage", 32]["high"] == 0
+
+
+def test_the_ablation_is_shown_axis_by_axis():
+    figure = ablation_plot(made_up(bench.Settings(), [0, 1, 2]))
+
+    assert len(figure.axes) == 8
+    assert len(figure.axes[0].get_legend_handles_labels()[1]) == len(bench.ARMS)
