@@ -62,18 +62,14 @@ def check_learnable(denoiser: nn.Module) -> None:
     Raises:
         ModelError: if it does; a backward pass would not find them.
     """
-    registries = (getattr(one, "_diffusers_hook", None) for one in denoiser.modules())
-    groups = [registry.hooks["group_offloading"].group for registry in registries if _groups(registry)]
+    registries = [registry for one in denoiser.modules() if (registry := getattr(one, "_diffusers_hook", None))]
+    groups = [one.hooks["group_offloading"].group for one in registries if "group_offloading" in one.hooks]
     if any(one.offload_to_disk_path or one.onload_device.type != one.offload_device.type for one in groups):
         raise ModelError(
             f"{type(denoiser).__name__} draws under enable_group_offload, which takes weights away before a backward pass "
             "needs them. Load it again without, and to save memory train with gradient_checkpointing=True on weights "
             "stored in fp8 (enable_layerwise_casting) or under enable_model_cpu_offload."
         )
-
-
-def _groups(registry: Any) -> bool:  # noqa: ANN401 - of diffusers
-    return registry is not None and "group_offloading" in registry.hooks
 
 
 def _moves(module: nn.Module) -> bool:
