@@ -14,6 +14,7 @@ from torch import nn
 
 import artaug.disk
 from artaug.errors import LoRAError, LoRAMismatchError
+from artaug.formats import Format
 from artaug.lora import LoRA, LowRank, summed
 from support.tiny_flux import tiny_flux
 
@@ -369,3 +370,17 @@ def test_a_lora_for_another_model_is_refused_before_anything_changes(lora, said)
 def test_a_module_without_linear_layers_is_refused():
     with pytest.raises(LoRAMismatchError, match="no linear layer"), LoRA({"a": LowRank(A, B)}).worn_by(nn.ReLU()):
         pytest.fail("the block ran")
+
+
+def test_a_format_may_be_called_by_its_name(tmp_path):
+    lora = LoRA({TO_Q: low_rank(2, 8, 8), FF: low_rank(3, 8, 8, seed=1)})
+    named, told = (lora.save(tmp_path / f"{one!r}.safetensors", format=one) for one in ("peft", Format.PEFT))
+    assert named.read_bytes() == told.read_bytes()
+    with pytest.raises(LoRAError, match=r"there is no format 'webui': choose one of 'peft', 'kohya'"):
+        lora.save(tmp_path / "lora.safetensors", format="webui")
+
+
+def test_a_digest_tells_loras_apart():
+    lora = LoRA({TO_Q: low_rank(2, 8, 8)})
+    assert lora.digest == LoRA({TO_Q: low_rank(2, 8, 8)}).digest
+    assert len({lora.digest, lora.scaled(2).digest, LoRA({FF: low_rank(2, 8, 8)}).digest}) == 3

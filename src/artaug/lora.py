@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -68,7 +69,7 @@ class LoRA:
         self,
         path: str | Path,
         *,
-        format: Format = Format.PEFT,  # noqa: A002 - the field's word
+        format: Format | str = Format.PEFT,  # noqa: A002 - the field's word
         naming: Naming | None = None,
         metadata: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
@@ -82,7 +83,7 @@ class LoRA:
 
         Args:
             path: where to write; folders in between are made.
-            format: how layers are named.
+            format: how layers are named: a `Format`, or its name.
             naming: the model family, where the layers alone do not tell it.
             metadata: strings to put beside the weights, provenance for instance.
             dtype: of the factors. Without it they are written as they are, so a trained LoRA in float32, exactly. Half
@@ -117,6 +118,16 @@ class LoRA:
         found = read(Path(path), naming=naming)
         _log.info("%s is a %s file of %d layers", path, found.format, len(found.layers))
         return cls(found.layers)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the names and factors, in hexadecimal: that of two LoRAs is the same if they are, bit for bit."""
+        told = sha256()
+        for name, layer in sorted(self.layers.items()):
+            for factor in (layer.down, layer.up):
+                told.update(f"{name}{factor.dtype}{tuple(factor.shape)}".encode())
+                told.update(factor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return told.hexdigest()
 
     @contextmanager
     def worn_by(

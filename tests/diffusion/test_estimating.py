@@ -266,3 +266,33 @@ def test_flux_dev_stored_in_fp8_learns_at_1024_pixels_within_24_gigabytes(flux_d
     modulating = (19 * 2 * 6 + 38 * 3) * 3072**2
     assert told.weights_bytes == pytest.approx(plain.weights_bytes / 2 + modulating, rel=0.002)  # and embeddings
     assert told.placed_bytes == told.weights_bytes + told.encoders_bytes
+
+
+def test_a_compiled_pipeline_is_estimated_as_it_is_and_stays_as_it_was():
+    pipeline, plain = tiny_flux(), tiny_flux()
+    raw = pipeline.transformer
+    pipeline.transformer = torch.compile(raw, backend="eager")
+    trainer = trainer_of(gradient_checkpointing=True)
+    for options in ({"trainer": trainer}, {"storage_dtype": torch.float8_e4m3fn, "trainer": trainer}):
+        told, wanted = (estimate(one, **options, **CPU) for one in (pipeline, plain))
+        assert (told.peak_bytes, told.flops_per_step) == (wanted.peak_bytes, wanted.flops_per_step)
+    assert not raw.is_gradient_checkpointing
+    assert {one.dtype for one in raw.parameters()} == {torch.float32}
+
+
+def test_batches_that_come_again_spare_the_teachers_pass():
+    plain, twice, often = (
+        estimate(tiny_flux(), trainer=trainer_of(echo=echo), **CPU).flops_per_step for echo in (1, 2, 4)
+    )
+    alone = estimate(tiny_flux(), trainer=trainer_of(objective=aa.SupervisedFineTuning()), **CPU).flops_per_step
+    assert twice == pytest.approx((plain + alone) / 2, rel=1e-6)
+    assert often == pytest.approx((plain + 3 * alone) / 4, rel=1e-6)
+
+
+def test_types_that_nothing_could_be_stored_in_are_refused():
+    pipeline = tiny_flux()
+    with pytest.raises(aa.InvalidValueError, match=r"need a floating type"):
+        estimate(pipeline, dtype=torch.int8)
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(aa.InvalidValueError, match=r"stored by enable_layerwise_casting already"):
+        estimate(pipeline, storage_dtype=torch.float8_e4m3fn)

@@ -518,16 +518,24 @@ def conv_lora(unet, *names):
     return aa.LoRA(layers)
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_a_region_of_everything_wears_a_lora_of_convolutions_as_the_whole_picture_does(name):
-    pipeline = tiny_sd15()
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+@pytest.mark.parametrize("guide", ["attention", "mixing"])
+@pytest.mark.parametrize(
+    ("tiny", "name"), [*((tiny_sd15, name) for name in CONVOLUTIONS), (tiny_sdxl, "down_blocks.0.resnets.0.conv1")]
+)
+def test_a_region_of_everything_wears_a_lora_of_convolutions_as_the_whole_picture_does(tiny, name, guide, scale):
+    """Under guidance, too: what a picture is guided away from wears it as well, or it would count so many times."""
+    pipeline = tiny()
     lora = conv_lora(pipeline.unet, name)
-    sides = {"width": 64, "height": 64, "steps": 2, "guidance_scale": 1.0}  # what it is guided away from wears nothing
+    sides = {"width": 64, "height": 64, "steps": 2, "guidance_scale": scale}
     whole = DiffusersSynthesizer(pipeline=pipeline, **sides).with_lora(lora).synthesize(aa.Plan("a red cone"), seed=0)
-    guide = aa.RegionalAttention(isolation=APART, loras={"anna": lora})
-    region = aa.Region(aa.Box(0, 0, 1, 1), "a red cone", lora="anna")
+    guides = {
+        "attention": aa.RegionalAttention(isolation=APART, loras={"anna": lora}),
+        "mixing": aa.OutputMix(loras={"anna": lora}),
+    }
+    region = aa.Region(aa.Box(0, 0, 1, 1), "a red cone", lora="anna", weight=1e4 if guide == "mixing" else 1.0)
     plan = aa.Plan("a red cone", (region,))
-    worn = DiffusersSynthesizer(pipeline=pipeline, guide=guide, **sides).synthesize(plan, seed=0)
+    worn = DiffusersSynthesizer(pipeline=pipeline, guide=guides[guide], **sides).synthesize(plan, seed=0)
     plain = DiffusersSynthesizer(pipeline=pipeline, **sides).synthesize(aa.Plan("a red cone"), seed=0)
     told, wanted, before = (np.asarray(one, dtype=int) for one in (worn, whole, plain))
     assert abs(told - wanted).max() <= 2

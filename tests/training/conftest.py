@@ -85,6 +85,10 @@ class TinyModel:
     def without_denoiser(self):
         return nullcontext()
 
+    @property
+    def known_as(self):
+        return " ".join(lora.digest for lora in self.worn)
+
     @contextmanager
     def training(self):
         if not self.worn:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from artaug.errors import StorageError, TrainingDivergedError
+from artaug.errors import InvalidValueError, StorageError, TrainingDivergedError
 from artaug.lora import LoRA
 from artaug.training import (
     AdamW8bit,
@@ -159,11 +159,36 @@ def test_a_checkpoint_of_another_base_model_is_refused(tmp_path, make_model, two
         trainer_of().train(two_pairs, tuned, seed=0, checkpoints=checkpoints)
 
 
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"every": -1}, {"keep": 0}, {"keep": -1}])
+def test_numbers_that_would_lose_checkpoints_or_never_end_are_refused(tmp_path, wrong):
+    with pytest.raises(InvalidValueError, match=r"need whole numbers of at least 1"):
+        Checkpoints(folder=tmp_path, **wrong)
+
+
+def test_a_checkpoint_under_another_lora_is_refused(tmp_path, make_model, two_pairs):
+    learned = trainer_of().train(two_pairs, make_model(), seed=0).lora
+    checkpoints = Checkpoints(folder=tmp_path, every=6)
+    trainer_of().train(two_pairs, make_model(worn=[learned]), seed=0, checkpoints=checkpoints)
+    trainer_of().train(two_pairs, make_model(worn=[learned]), seed=0, checkpoints=checkpoints)
+    with pytest.raises(StorageError, match=r"another training \(model: "):
+        trainer_of().train(two_pairs, make_model(worn=[learned.scaled(-1)]), seed=0, checkpoints=checkpoints)
+
+
 class Plain(Objective):
     """An objective of somebody's own, without a repr."""
 
+    def __init__(self, times=1.0):
+        self.times = times
+
     def loss(self, model, batch):
-        return PairedDifference().loss(model, batch)
+        return self.times * PairedDifference().loss(model, batch)
+
+
+def test_an_objective_of_ones_own_is_told_from_another_by_what_it_holds(tmp_path, make_model, two_pairs):
+    checkpoints = Checkpoints(folder=tmp_path, every=6)
+    trainer_of(objective=Plain()).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    with pytest.raises(StorageError, match=r"another training \(trainer: "):
+        trainer_of(objective=Plain(2.0)).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
 
 
 def test_an_objective_of_ones_own_is_known_again_in_another_process(tmp_path, make_model, two_pairs):

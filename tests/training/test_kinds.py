@@ -1,6 +1,9 @@
 """What is trained beside a layer: it starts at nothing, keeps the laws of training, and is the LoRA that is exported."""
 
 import logging
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,3 +191,62 @@ def test_a_factor_computes_in_the_precision_of_its_input():
     factor = Factor(torch.randn(2, 4))
     assert factor(torch.randn(3, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert factor.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(12, 8), (8, 12)])
+def test_lokr_of_more_ranks_than_a_layer_has_is_exported_with_as_many_as_it_has(inputs, outputs):
+    kind = aa.LoKr(factor=4)
+    first, last = kind.factors(inputs, outputs, 5, torch.Generator().manual_seed(0))
+    for factor in last.parameters():
+        factor.data = torch.randn(factor.shape, generator=torch.Generator().manual_seed(1))
+    parts = {f"down.{name}": one for name, one in first.named_parameters()}
+    parts |= {f"up.{name}": one for name, one in last.named_parameters()}
+    layer = kind.lora({"layer": {name: one.detach() for name, one in parts.items()}}, str).layers["layer"]
+    assert layer.rank == kind.exported_rank(inputs, outputs, 5) == 8
+    given = torch.eye(inputs)
+    torch.testing.assert_close(layer.delta(), last(first(given)).T.detach())
+
+
+KINDS = """
+import torch
+import artaug as aa
+from artaug import playground
+from artaug.diffusion import estimate
+
+synthesizer = playground.synthesizer()
+for wrong, told in [
+    (lambda: aa.DifferentialLoRATrainer(adapter=aa.LoKr), "need a value of artaug.training.Adapter, made with its paren"),
+    (lambda: aa.DifferentialLoRATrainer(optimiser="adamw"), "optimiser='adamw'): need a value of"),
+    (lambda: aa.DifferentialLoRATrainer(schedule="cosine"), "aa.Schedule.COSINE"),
+    (lambda: aa.DifferentialLoRATrainer(objective=aa.TwoStage), "need a value of artaug.training.Objective"),
+    (lambda: aa.DifferentialLoRATrainer(rank=2.0), "whole and of at least 1"),
+    (lambda: aa.DifferentialLoRATrainer(echo=1.5), "whole and of at least 1"),
+    (lambda: aa.Checkpoints(folder="x", every=2.5), "need whole numbers of at least 1"),
+    (lambda: estimate(synthesizer), "received a DiffusersSynthesizer to estimate"),
+    (lambda: estimate(synthesizer.pipeline, dtype="bfloat16"), "need a floating type"),
+]:
+    try:
+        wrong()
+    except aa.InvalidValueError as fault:
+        assert told in str(fault), fault
+    else:
+        raise SystemExit(f"nothing was said of {told}")
+"""
+
+
+def test_what_is_no_value_of_its_kind_is_refused_at_the_door():
+    # In a process of its own: here the checker of annotations that runs with the tests would be first to say so.
+    done = subprocess.run([sys.executable, "-c", KINDS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pairs_that_no_batch_has_are_said(make_model, pair_of, caplog):
+    pairs = [pair_of(seed) for seed in range(8)]
+    trainer = aa.DifferentialLoRATrainer(rank=2, steps=4, batch_size=2)
+    with caplog.at_level(logging.WARNING, "artaug"):
+        trainer.train(pairs, make_model(), seed=0, progress=False)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, "artaug"):
+        replace(trainer, echo=2).train(pairs, make_model(), seed=0, progress=False)
+    (said,) = caplog.messages
+    assert "see 4 of 8 pairs" in said

@@ -6,6 +6,7 @@ from PIL import Image, ImageChops
 
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer
+from artaug.diffusion.flux import Flux
 from artaug.training.adapters import adapted
 from support.quantised import dequantised, fp8_stored, quantised, stored_digest
 from support.tiny_flux import TINY_SIZE, tiny_flux
@@ -156,3 +157,23 @@ def test_fp8_computes_in_the_type_it_was_told_and_keeps_its_hooks():
         one.data = stored.data.to(torch.bfloat16)
     assert gap(learned.lora, training_of(synthesizer_of(plain)).lora) == 0
     assert [name for name, one in pipeline.transformer.named_modules() if hasattr(one, "_diffusers_hook")] == hooked
+
+
+@pytest.mark.parametrize(("kind", "told"), [("bitsandbytes int8", "bitsandbytes' int8"), ("fp8 stored", "float8")])
+def test_dora_refuses_weights_it_cannot_read_before_anything_is_encoded(kind, told, monkeypatch):
+    pipeline = quantised(tiny_flux(), kind)
+    synthesizer = synthesizer_of(pipeline)
+    drawn = synthesizer.synthesize(aa.Plan("a"), seed=0).tobytes()
+    encoded = []
+    monkeypatch.setattr(Flux, "encode_images", lambda *given: encoded.append(given))
+    with pytest.raises(aa.ModelError, match=rf"DoRA begins with the lengths .* stored as .*{told}"):
+        training_of(synthesizer, adapter=aa.DoRA())
+    assert not encoded
+    assert synthesizer.synthesize(aa.Plan("a"), seed=0).tobytes() == drawn
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes nf4", "torchao int8"])
+def test_dora_learns_on_the_others(kind):
+    learned = training_of(synthesizer_of(quantised(tiny_flux(), kind)), adapter=aa.DoRA(exported=32))
+    oracle = training_of(synthesizer_of(dequantised(quantised(tiny_flux(), kind))), adapter=aa.DoRA(exported=32))
+    assert gap(learned.lora, oracle.lora) < 1e-2

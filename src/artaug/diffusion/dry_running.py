@@ -22,6 +22,7 @@ from artaug.lora import LoRA, LowRank
 from artaug.training.adapters import adapted, targeted_layers
 from artaug.training.objectives import PairBatch, Stage
 from artaug.training.recipe import Recipe
+from artaug.training.remembering import Memory
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - the one flash kernel meta knows
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001 - likewise
@@ -156,12 +157,13 @@ class DryRun:
         layers = targeted_layers(self.family.module, self.recipe.targets)
         return sum(one.down.numel() + one.up.numel() for one in _of_zeros(layers, self.recipe).layers.values())
 
-    def step(self, stage: Stage, *, under: int) -> tuple[Work, int]:
+    def step(self, stage: Stage, *, under: int, remembered: bool = False) -> tuple[Work, int]:
         """What the forward and backward passes of some pairs take, and how many numbers are trained.
 
         Args:
             stage: says what is minimised.
             under: LoRAs of earlier stages that are worn.
+            remembered: whether the batch was there before, and what the teacher said of it is known.
         """
         family, recipe = self.family, self.recipe
         module: Any = family.module
@@ -176,6 +178,7 @@ class DryRun:
                     targets=recipe.targets,
                     generator=torch.Generator(),
                     adapter=recipe.adapter,
+                    memory=_Remembered() if remembered else None,
                 )
             )
             if recipe.gradient_checkpointing:
@@ -215,6 +218,13 @@ class DryRun:
             sigmas=torch.empty(self.pairs, device="meta"),
             conditioning=texts,
         )
+
+
+class _Remembered(Memory):
+    """Knows every answer, so nothing is asked."""
+
+    def answer(self, asked: Mapping[str, Tensor], ask: Callable[[], Tensor]) -> Tensor:
+        return torch.empty_like(asked["noisy"])
 
 
 def _of_zeros(layers: Mapping[str, Any], recipe: Recipe) -> LoRA:

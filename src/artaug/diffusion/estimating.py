@@ -177,7 +177,7 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
         ModelError: if there is no pipeline, if artaug cannot say what its denoiser is given, or for a size it does not
             take.
         LoRAMismatchError: if the trainer's ``targets`` select no layer.
-        InvalidValueError: for bits or a speed that are none.
+        InvalidValueError: for bits, a speed or a type that are none, and for a source that is no pipeline.
         MissingExtraError: if the trainer's optimiser is of a package that is not installed.
 
     >>> import artaug as aa
@@ -189,6 +189,7 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     """
     recipe = DifferentialLoRATrainer() if trainer is None else trainer
     _check(storage_dtype, bits_per_weight, flops_per_second)
+    _check_source(source, dtype, storage_dtype)
     if dtype is None:
         dtype = source.dtype if isinstance(source, DiffusionPipeline) else torch.bfloat16
     pipeline = weightless(source, dtype=dtype)
@@ -250,6 +251,27 @@ def _check(storage: torch.dtype | None, bits_per_weight: float | None, flops_per
         raise InvalidValueError(f"flops_per_second={flops_per_second}: need a finite speed above 0.")
 
 
+def _check_source(source: object, dtype: object, storage: torch.dtype | None) -> None:
+    if not isinstance(source, str | os.PathLike | DiffusionPipeline):
+        raise InvalidValueError(
+            f"received a {type(source).__name__} to estimate. Expected a diffusers pipeline (a synthesizer's is its "
+            ".pipeline), a folder, or a name on the Hub."
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InvalidValueError(f"dtype={dtype!r}: need a floating type like torch.bfloat16.")
+    if storage is not None and isinstance(source, DiffusionPipeline):
+        hooks = (
+            getattr(getattr(one, "_diffusers_hook", None), "hooks", {})
+            for _, part in modules(source)
+            for one in part.modules()
+        )
+        if any("layerwise_casting" in one for one in hooks):
+            raise InvalidValueError(
+                f"storage_dtype={storage}, and parts of this pipeline are stored by enable_layerwise_casting already. Leave it "
+                "out: a loaded pipeline counts as it is stored."
+            )
+
+
 def _bound(pipeline: DiffusionPipeline, *, width: int, height: int, max_sequence_length: int | None) -> Family:
     kind = family_of(pipeline)
     return kind(
@@ -268,11 +290,13 @@ def _stages(run: DryRun) -> tuple[int, int, int]:
     stages = run.recipe.objective.course(1).stages
     works: list[Work] = []
     trained = 0
+    flops, whole = 0.0, math.fsum(stage.share for stage in stages)
+    echo = min(run.recipe.echo, run.recipe.steps)
     for number, stage in enumerate(stages):
         work, trained = run.step(stage, under=number)
+        again = work if echo == 1 else run.step(stage, under=number, remembered=True)[0]
         works.append(work)
-    whole = math.fsum(stage.share for stage in stages)
-    flops = math.fsum(work.flops * stage.share / whole for work, stage in zip(works, stages, strict=True))
+        flops += (work.flops + (echo - 1) * again.flops) / echo * stage.share / whole
     return max(work.peak_bytes for work in works), round(flops * run.recipe.batch_size / run.pairs), trained
 
 

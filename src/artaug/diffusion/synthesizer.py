@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Self
 
 import torch
@@ -183,6 +184,15 @@ class DiffusersSynthesizer(Synthesizer):
         check_learnable(family.module)
         with self._wearing(family.module), _frozen(family.module):
             yield family
+
+    @property
+    def known_as(self) -> str:
+        """What decides the model's predictions beside its weights: LoRAs worn, guidance, schedule, length of prompts."""
+        worn = ", ".join(f"{one.lora.digest[:16]} x {one.scale!r}" for one in self.loras)
+        schedule = sha256(repr(sorted(self.pipeline.scheduler.config.items(), key=str)).encode()).hexdigest()[:16]
+        return (
+            f"wearing [{worn}], guidance {self.guidance_scale}, schedule {schedule}, length {self.max_sequence_length}"
+        )
 
     @property
     def _bound_family(self) -> Family:

@@ -91,14 +91,30 @@ def _options(index: Mapping[str, Any], parts: Mapping[str, object]) -> dict[str,
     return {name: one for name, one in index.items() if not name.startswith("_") and name not in parts}
 
 
-def _twin(part: object, dtype: torch.dtype) -> object:
-    """The same part without its weights; tokenizers and schedulers have none."""
+def _twin(part: Any, dtype: torch.dtype) -> object:  # noqa: ANN401 - whatever a pipeline is made of
+    """The same part without its weights; tokenizers and schedulers have none.
+
+    Raises:
+        ModelError: for a part with weights of which no twin can be made.
+    """
+    part = getattr(part, "_orig_mod", part)  # as torch.compile wraps it
     if isinstance(part, ModelMixin):
         config = {name: one for name, one in part.config.items() if name != "quantization_config"}
+        if present := part.__dict__.get("peft_config"):
+            raise ModelError(
+                f"{type(part).__name__} carries PEFT adapters ({', '.join(present)}), which training refuses: unload them."
+            )
         twin = _made(type(part), config, dtype)
         _unpack_alike(part, twin, dtype)
         return twin
-    return _made(type(part), part.config, dtype) if isinstance(part, PreTrainedModel) else part
+    if isinstance(part, PreTrainedModel):
+        return _made(type(part), part.config, dtype)
+    if isinstance(part, nn.Module):
+        raise ModelError(
+            f"a {type(part).__name__} is no model of diffusers or transformers, so artaug cannot make one without weights "
+            "from its config. Estimate by the folder or the name on the Hub that the pipeline is from."
+        )
+    return part
 
 
 def _unpack_alike(part: nn.Module, twin: nn.Module, dtype: torch.dtype) -> None:

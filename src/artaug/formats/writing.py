@@ -20,16 +20,19 @@ _LOSS = 0.01
 
 
 def spelt(
-    layers: Mapping[str, LowRank], kind: Format, *, naming: Naming | None = None, dtype: torch.dtype | None = None
+    layers: Mapping[str, LowRank], kind: Format | str, *, naming: Naming | None = None, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header of a file.
 
     Raises:
-        LoRAError: if the family cannot be told from the layers, or does not have that format, or ``dtype`` cannot hold
+        LoRAError: if there is no such format, the family cannot be told from the layers, or does not have that format, or ``dtype`` cannot hold
             the layers.
     """
     if dtype is not None:
         layers = {name: _rounded(name, layer, dtype) for name, layer in layers.items()}
+    if kind not in set(Format):
+        raise LoRAError(f"there is no format {kind!r}: choose one of {', '.join(map(repr, map(str, Format)))}.")
+    kind = Format(kind)
     if kind is Format.PEFT:
         return _peft(layers, naming)
     found = _written(layers, kind, naming)

@@ -69,7 +69,8 @@ class _Part:
 
     branch: Literal["prompt", "negative"]
     picture: int
-    text: Text
+    text: Text | None
+    """None for the one its row has: a LoRA counts in both branches, or guidance would multiply it."""
     weights: Tensor
     """Shape (rows, columns) of a prediction."""
     prompt: str
@@ -80,14 +81,13 @@ class _Part:
 def _parts(picture: int, one: EncodedRegion, grid: tuple[int, int], lora: LoRA | None) -> Iterator[_Part]:
     weights = token_weights(one.region, grid)
     yield _Part("prompt", picture, one.text, weights, one.region.prompt, one.region.lora, lora)
-    if one.negative is not None:
-        yield _Part(
-            "negative", picture, one.negative, weights, f"not {one.region.negative_prompt}", one.region.lora, lora
-        )
+    if one.negative is not None or lora is not None:
+        said = "the negative prompt" if one.negative is None else f"not {one.region.negative_prompt}"
+        yield _Part("negative", picture, one.negative, weights, said, one.region.lora, lora)
 
 
-def _wearing(placed: tuple[int, _Part]) -> str:
-    return placed[1].wears or ""
+def _asked_alike(placed: tuple[int, _Part]) -> tuple[str, bool]:
+    return placed[1].wears or "", placed[1].text is None
 
 
 class _Mixing:
@@ -137,17 +137,21 @@ class _Mixing:
         return mixed
 
     def _sub_batches(self, placed: Sequence[tuple[int, _Part]]) -> Iterator[Sequence[tuple[int, _Part]]]:
-        """Parts that wear the same, no more at a time than the batch has pictures."""
-        for _, alike in groupby(sorted(placed, key=_wearing), key=_wearing):
+        """Parts that wear the same and bring a prompt or none, no more at a time than the batch has pictures."""
+        for _, alike in groupby(sorted(placed, key=_asked_alike), key=_asked_alike):
             parts = list(alike)
             yield from (parts[start : start + self._batch] for start in range(0, len(parts), self._batch))
 
     def _asked(self, placed: Sequence[tuple[int, _Part]], call: Call) -> Tensor:
         """The denoiser's prediction for each row under each part's own prompt."""
-        call = self._denoiser.recondition(call, [row for row, _ in placed], [part.text for _, part in placed])
+        rows, texts = [row for row, _ in placed], [part.text for _, part in placed if part.text is not None]
+        if texts:
+            call = self._denoiser.recondition(call, rows, texts)
         lora = placed[0][1].lora
         with nullcontext() if lora is None else lora.worn_by(self._denoiser.module):
             prediction = self._denoiser.prediction(self._denoiser.module(**call))
+        if not texts:
+            prediction = prediction[rows]
         self._check(prediction, f"the region prompt(s) {[part.prompt for _, part in placed]}")
         return prediction
 

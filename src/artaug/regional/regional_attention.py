@@ -122,19 +122,20 @@ class _Run:
         self._rows = ()
         if not self._isolation.holds_at(self._denoiser.noise_level(call)):
             return None
-        texts, regions = self._texts(call)
-        if not any(texts):
+        texts, regions, dressed = self._texts(call)
+        if not any(texts) and not any(one.lora for row in dressed for one in row):
             return None
         call, spans = self._denoiser.with_texts(call, texts, trimmed=self._guide.trimmed)
-        self._rows = tuple(Row(*row) for row in zip(spans, regions, strict=True))
+        self._rows = tuple(Row(*row) for row in zip(spans, regions, dressed, strict=True))
         return (), call
 
-    def _texts(self, call: Call) -> tuple[list[list[Text]], list[tuple[Region, ...]]]:
-        """The prompts to add to every row of a call, and the regions they are of."""
+    def _texts(self, call: Call) -> tuple[list[list[Text]], list[tuple[Region, ...]], list[tuple[Region, ...]]]:
+        """The prompts to add to every row of a call, the regions they are of, and all regions of its picture."""
         branches = self._denoiser.branches(call)
         count = len(branches.prompt) + len(branches.negative)
         texts: list[list[Text]] = [[] for _ in range(count)]
         regions: list[tuple[Region, ...]] = [() for _ in range(count)]
+        dressed: list[tuple[Region, ...]] = [() for _ in range(count)]
         for rows, negative in ((branches.prompt, False), (branches.negative, True)):
             if len(rows) not in (0, len(self._regions)):
                 raise GuideError(f"regions of {len(self._regions)} pictures cannot steer a batch of {len(rows)}.")
@@ -142,7 +143,8 @@ class _Run:
                 said = [(one.region, one.negative if negative else one.text) for one in of_picture]
                 texts[row] = [text for _, text in said if text is not None]
                 regions[row] = tuple(region for region, text in said if text is not None)
-        return texts, regions
+                dressed[row] = tuple(region for region, _ in said)
+        return texts, regions, dressed
 
     def _attend_at(self, site: Site) -> Attend:
         # Depth is counted where the image takes part. Among themselves prompts are kept apart throughout, since what
@@ -151,7 +153,7 @@ class _Run:
         holds = site.kind == "text" or self._isolation.holds_in(depths.index(site.block), of=len(depths))
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            if not self._rows:
+            if not any(row.regions for row in self._rows):
                 return functional.scaled_dot_product_attention(query, key, value)
             if len(set(self._rows)) == 1:
                 return self._for(site, self._rows[0], holds, query)(query, key, value)

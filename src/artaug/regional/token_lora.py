@@ -22,6 +22,8 @@ class Row:
 
     spans: tuple[Span, ...]
     regions: tuple[Region, ...]
+    dressed: tuple[Region, ...]
+    """All regions of the picture: their LoRAs count in the negative branch, too, or guidance would multiply them."""
 
 
 def lora_of(region: Region, loras: Mapping[str, LoRA]) -> LoRA | None:
@@ -105,9 +107,10 @@ class _Along:
 
     def _taken(self, row: Row, stream: str, grid: tuple[int, int]) -> Tensor:
         """What the tokens of one row take: (tokens,), in [0, 1]."""
-        wearing = [number for number, region in enumerate(row.regions, start=1) if region.lora == self._name]
-        weights = torch.tensor([1.0, *(region.weight for region in row.regions)])
-        shares = self._shares(row.regions, grid).weights / weights[:, None]
+        spoken = [number for number, region in enumerate(row.regions, start=1) if region.lora == self._name]
+        wearing = [number for number, region in enumerate(row.dressed, start=1) if region.lora == self._name]
+        weights = torch.tensor([1.0, *(region.weight for region in row.dressed)])
+        shares = self._shares(row.dressed, grid).weights / weights[:, None]
         parts = []
         for span in row.spans:
             if span.kind == "image" and stream != "text":
@@ -115,7 +118,7 @@ class _Along:
             elif span.kind == "other" and stream != "text":
                 parts.append(torch.zeros(span.length))
             elif span.kind in {"text", "filler"} and stream != "image":
-                parts.append(torch.full((span.length,), float(span.kind == "text" and span.prompt in wearing)))
+                parts.append(torch.full((span.length,), float(span.kind == "text" and span.prompt in spoken)))
         if stream == "image" and not parts:  # cross-attention: the sequence of a row holds its prompts only
             parts.append(shares[wearing].sum(dim=0).clamp(max=1))
         return torch.cat(parts)

@@ -18,7 +18,7 @@ from artaug.lora import LoRA
 from artaug.training.kinds import Adapter, Parts, PlainLoRA, Weights
 from artaug.training.model import Conditioning, Predictor
 from artaug.training.noising import Latents, Levels, Noising
-from artaug.training.quantised import check_gradients, set_to_learn
+from artaug.training.quantised import check_gradients, check_readable, set_to_learn
 from artaug.training.remembering import Memory
 from artaug.training.scaling import scaled_in_backward
 
@@ -160,24 +160,37 @@ def adapted(
 
     Raises:
         LoRAMismatchError: if ``targets`` selects no linear layer.
-        ModelError: if the model carries PEFT adapters already, or is quantised in a way that passes no true gradient.
+        ModelError: if the model carries PEFT adapters already, is quantised in a way that passes no true gradient, or has
+            weights that the adapter cannot read.
     """
-    module = model.module
-    if present := module.__dict__.get("peft_config"):
-        raise ModelError(
-            f"{type(module).__name__} carries PEFT adapters already ({', '.join(present)}). "
-            "Unload them, and give LoRAs to the synthesizer with with_lora."
-        )
-    layers = targeted_layers(module, targets)
+    module, device = model.module, model.device  # which a pipeline looks for through all its parts: once
+    layers = learning_layers(module, targets, adapter, device)
     with left_as_found(module, layers):
         module.eval()  # dropout would tell student and teacher apart
         set_to_learn(module)
         check_gradients(module, layers)
         _wrap(module, layers, rank, directional=adapter.directional)
         wrapped = {name: cast("LoRALayer", module.get_submodule(name)) for name in layers}
-        device = model.device  # of a pipeline it is looked for, through all its parts
         trained = {name: _begun(layer, adapter, rank, generator, device) for name, layer in wrapped.items()}
         yield AdaptedModel(model, adapter, wrapped, trained, memory)
+
+
+def learning_layers(module: nn.Module, targets: str, adapter: Adapter, device: torch.device) -> dict[str, nn.Module]:
+    """The layers that are to learn, if they can.
+
+    Raises:
+        LoRAMismatchError: if ``targets`` selects no linear layer.
+        ModelError: if the model carries PEFT adapters already, or has weights that the adapter cannot read.
+    """
+    if present := module.__dict__.get("peft_config"):
+        raise ModelError(
+            f"{type(module).__name__} carries PEFT adapters already ({', '.join(present)}). "
+            "Unload them, and give LoRAs to the synthesizer with with_lora."
+        )
+    layers = targeted_layers(module, targets)
+    if adapter.directional:
+        check_readable(layers, device)
+    return layers
 
 
 def targeted_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:
@@ -246,12 +259,6 @@ def _begun(
     parts = {f"down.{name}": one for name, one in down.named_parameters()}
     parts |= {f"up.{name}": one for name, one in up.named_parameters()}
     if adapter.directional:
-        if stored.type == "meta" != device.type:
-            raise ModelError(
-                f"{type(adapter).__name__} begins with the lengths of the rows of each weight, and those of this model "
-                "are not in memory between calls (enable_sequential_cpu_offload). Use enable_model_cpu_offload, or a "
-                "PlainLoRA or a LoKr."
-            )
         lengths: Any = layer.lora_magnitude_vector[_NAME]
         first, last = (one.weight.to(stored) for one in (down, up))
         lengths.update_layer(base_layer=base, lora_A=first, lora_B=last, scaling=1.0)

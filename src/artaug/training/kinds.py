@@ -75,7 +75,7 @@ class LoKr(Adapter):
 
     With ``f`` the factor, the update of a layer is ``C (x) (B A)``: ``C`` is ``f`` by ``f``, and ``B A`` of the trainer's
     rank is ``f`` times smaller than the weight each way. Since ``C (x) (B A) = (C (x) B) (I (x) A)``, it *is* a LoRA, of
-    ``f`` times the rank, and is exported as that without any loss. It is never formed: what goes through a layer is folded
+    ``f`` times the rank (or as many as the layer has at most), and is exported as that without any loss. It is never formed: what goes through a layer is folded
     into ``f`` rows, and a step takes about the memory of a LoRA of that rank.
 
     Raises:
@@ -100,7 +100,7 @@ class LoKr(Adapter):
         return Repeated(small, times=across), Kronecker(outer, torch.zeros(outputs // down, rank))
 
     def exported_rank(self, inputs: int, outputs: int, rank: int) -> int:
-        return rank * self._divisor(inputs)
+        return min(rank * self._divisor(inputs), inputs, outputs)
 
     def lora(self, layers: Mapping[str, Parts], weights: Callable[[str], Weights]) -> LoRA:
         return LoRA({name: self._layer(parts) for name, parts in layers.items()})
@@ -108,7 +108,11 @@ class LoKr(Adapter):
     def _layer(self, parts: Parts) -> LowRank:
         outer = parts["up.outer"]
         once = torch.eye(outer.shape[1], dtype=outer.dtype, device=outer.device)
-        return LowRank(torch.kron(once, parts["down.weight"]), torch.kron(outer, parts["up.inner"]))
+        down, up = torch.kron(once, parts["down.weight"]), torch.kron(outer, parts["up.inner"])
+        rank, inputs, outputs = len(down), down.shape[1], len(up)
+        if rank <= min(inputs, outputs):
+            return LowRank(down, up)
+        return LowRank(up @ down, torch.eye(outputs)) if outputs < inputs else LowRank(torch.eye(inputs), up @ down)
 
     def _divisor(self, size: int) -> int:
         return max(one for one in range(1, self.factor + 1) if size % one == 0)

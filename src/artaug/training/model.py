@@ -73,5 +73,9 @@ class DiffusionModel(Predictor, Protocol):
 class Trainable(Protocol):
     """Something that lends its model to a trainer: a `DiffusersSynthesizer`, for instance."""
 
+    @property
+    def known_as(self) -> str:
+        """What decides its model's predictions beside its weights (LoRAs worn, guidance), the same in every process."""
+
     def training(self) -> AbstractContextManager[DiffusionModel]:
         """Lend the model, wearing the LoRAs this synthesizer draws with, for the length of a ``with`` block."""

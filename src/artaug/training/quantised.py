@@ -80,6 +80,28 @@ def check_gradients(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             )
 
 
+def check_readable(layers: Mapping[str, nn.Module], device: torch.device) -> None:
+    """Refuse layers whose weights PEFT cannot read and give back as they were, as DoRA has to.
+
+    Raises:
+        ModelError: naming a layer, and what its weight is stored as.
+    """
+    for name, layer in layers.items():
+        weight: Any = layer.weight
+        stored = None
+        if weight.device.type == "meta" != device.type:
+            stored = "is not in memory between calls (enable_sequential_cpu_offload)"
+        elif type(weight).__name__ == "Int8Params":  # bitsandbytes loses its scales when PEFT unpacks one
+            stored = "is stored as bitsandbytes' int8"
+        elif not is_foreign(weight) and weight.itemsize == 1 and weight.is_floating_point():
+            stored = f"is stored as {weight.dtype}"
+        if stored is not None:
+            raise ModelError(
+                f"DoRA begins with the lengths of the rows of each weight, and that of {name!r} {stored}, where they cannot "
+                "be had. Load the model in bfloat16, in nf4 or by torchao, or train a PlainLoRA or a LoKr."
+            )
+
+
 @torch.enable_grad()
 def _told(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
     """What share of a change of the output the gradient foretells; 0 where there is none."""

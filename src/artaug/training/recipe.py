@@ -55,12 +55,10 @@ class Recipe:
     """Compute activations again in the backward pass, which saves most of their memory and costs a forward pass."""
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         faults = {
-            "rank": self.rank >= 1,
-            "steps": self.steps >= 1,
-            "batch_size": self.batch_size >= 1,
-            "echo": self.echo >= 1,
-            "at_once": self.at_once is None or self.at_once >= 1,
+            **{name: _counts(getattr(self, name)) for name in ("rank", "steps", "batch_size", "echo")},
+            "at_once": self.at_once is None or _counts(self.at_once),
             "learning_rate": 0 < self.learning_rate < math.inf,
             "max_grad_norm": self.max_grad_norm > 0,
             "warmup": 0 <= self.warmup <= 1,
@@ -70,7 +68,7 @@ class Recipe:
         wrong = [f"{name}={getattr(self, name)!r}" for name, legal in faults.items() if not legal]
         if wrong:
             raise InvalidValueError(
-                f"{type(self).__name__}({', '.join(wrong)}): need rank, steps, batch_size, echo and at_once of at least 1, "
+                f"{type(self).__name__}({', '.join(wrong)}): need rank, steps, batch_size, echo and at_once whole and of at least 1, "
                 "learning_rate and max_grad_norm above 0, warmup in [0, 1], ema above 0 and below 1, and sigmas as "
                 "(lowest, highest) in [0, 1]."
             )
@@ -81,9 +79,22 @@ class Recipe:
                 f"{type(self).__name__}(targets={self.targets!r}) is no regular expression: {fault}."
             ) from None
 
+    def _check_kinds(self) -> None:
+        kinds = {"adapter": Adapter, "objective": Objective, "optimiser": Optimiser, "schedule": Schedule}
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise InvalidValueError(
+                    f"{type(self).__name__}({name}={value!r}): need a value of artaug.training.{kind.__name__}, made with "
+                    "its parentheses (aa.LoKr(factor=4), aa.AdamW(), aa.Schedule.COSINE)."
+                )
+
     def learning_rate_at(self, step: int, *, steps: int) -> float:
         """The rate of a step, counted from 1, of a stage that has so many: warmup first, then the schedule."""
         rising = math.ceil(self.warmup * steps)
         if step <= rising:
             return self.learning_rate * (step / rising)
         return self.learning_rate * self.schedule.factor((step - rising - 1) / (steps - rising))
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, int) and value >= 1

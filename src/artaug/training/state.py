@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from artaug.disk import appearing, save_tensors
-from artaug.errors import StorageError
+from artaug.errors import InvalidValueError, StorageError
 from artaug.lora import LoRA, LowRank, summed
 from artaug.training.held_out import Look, as_json
 from artaug.training.kinds import Parts
@@ -141,6 +141,9 @@ class Checkpoints:
     A training that finds checkpoints of its own in the folder goes on from the last one; one that finds those of
     another training refuses to run. Each file appears whole or not at all.
 
+    Raises:
+        InvalidValueError: unless both numbers are whole and at least 1.
+
     >>> import artaug as aa
     >>> aa.Checkpoints(folder="runs/first/training", every=50)
     Checkpoints(folder='runs/first/training', every=50, keep=2)
@@ -152,6 +155,14 @@ class Checkpoints:
     """Steps between two files."""
     keep: int = 2
     """How many of the newest files stay."""
+
+    def __post_init__(self) -> None:
+        numbers: tuple[object, ...] = (self.every, self.keep)
+        if not all(isinstance(one, int) and one >= 1 for one in numbers):
+            raise InvalidValueError(
+                f"Checkpoints(every={self.every!r}, keep={self.keep!r}): need whole numbers of at least 1, steps between "
+                "two files and files that stay."
+            )
 
     def newest(self, *, made_of: Mapping[str, str]) -> TrainingState | None:
         """The state in the newest file; None if there is none yet.

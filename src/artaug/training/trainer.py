@@ -1,5 +1,7 @@
 """Differential training: pairs in, a LoRA out, and the model it was trained on left as it was."""
 
+import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +15,10 @@ from artaug.errors import InvalidValueError, NothingToLearnError
 from artaug.lora import LoRA
 from artaug.pairs import ImagePair
 from artaug.synthesis import picture_seeds
+from artaug.training.adapters import learning_layers
 from artaug.training.encoding import content_digest
 from artaug.training.held_out import HeldOut, Look, best
-from artaug.training.legs import legs_of
+from artaug.training.legs import Leg, legs_of
 from artaug.training.model import Trainable
 from artaug.training.processes import Processes
 from artaug.training.progress import Log, StepEvent
@@ -24,6 +27,7 @@ from artaug.training.recipe import Recipe
 from artaug.training.running import Run
 from artaug.training.state import Checkpoints, TrainingState
 
+_log = logging.getLogger(__name__)
 _SMALL = 4096
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 """What differs from process to process in the repr of an object that has none of its own."""
@@ -97,8 +101,8 @@ class DifferentialLoRATrainer(Recipe):
             NothingToLearnError: if there is no pair.
             InvalidValueError: if there are fewer steps than the objective needs for this many pairs, or a batch cannot
                 be shared equally by all processes.
-            ModelError: if the pictures are of a size the model does not take, or ``held_out`` is given and the
-                synthesizer draws no pictures.
+            ModelError: if the pictures are of a size the model does not take, ``held_out`` is given and the synthesizer
+                draws no pictures, or the model is loaded in a way that the adapter cannot learn on.
             LoRAMismatchError: if ``targets`` selects no layer.
             StorageError: if a checkpoint cannot be written or belongs to another training, or the cache cannot be written.
             TrainingDivergedError: if a loss or its gradient is not finite; that step is not taken.
@@ -112,7 +116,12 @@ class DifferentialLoRATrainer(Recipe):
         *seeds, look_seed = picture_seeds(seed, len(course.groups) + 1)
         processes = _sharing(self.batch_size)
         with synthesizer.training() as model:
-            made_of = {**self._made_of(pairs, seed, held_out), "model": _known_as(model.module)}
+            learning_layers(
+                model.module, self.targets, self.adapter, model.device
+            )  # or say so before anything is encoded
+            named = f"{_known_as(model.module)} {synthesizer.known_as}".rstrip()
+            made_of = {**self._made_of(pairs, seed, held_out), "model": named}
+        _warn_of_unseen(legs, self)
         found = None if checkpoints is None else checkpoints.newest(made_of=made_of)
         state = TrainingState() if found is None else found
         with Log(self.steps, on_step, begun=state.step, shown=progress and processes.first) as log:
@@ -144,11 +153,33 @@ class DifferentialLoRATrainer(Recipe):
         data = sha256("".join(content_digest(pair) for pair in pairs).encode()).hexdigest()
         told = replace(self, at_once=None, gradient_checkpointing=False)  # which change memory, and not the result
         return {
-            "trainer": _ADDRESS.sub("", repr(told)),
+            "trainer": _said(told),
             "seed": str(seed),
             "pairs": data,
             "held_out": "" if held_out is None else held_out.known_as,
         }
+
+
+def _said(value: object) -> str:
+    """A value in words that are the same in every process: by what it holds, where its repr tells an address."""
+    told = repr(value)
+    if not _ADDRESS.search(told):
+        return told
+    held = sorted(getattr(value, "__dict__", {}).items())
+    return f"{type(value).__qualname__}({', '.join(f'{name}={_said(one)}' for name, one in held)})"
+
+
+def _warn_of_unseen(legs: Sequence[Leg], recipe: Recipe) -> None:
+    """Say so where a group of pairs has fewer places in its batches than members."""
+    for group in {leg.group for leg in legs}:
+        mine = [leg for leg in legs if leg.group == group]
+        seen = recipe.batch_size * sum(math.ceil(leg.steps / recipe.echo) for leg in mine)
+        if seen < len(mine[0].members):
+            _log.warning(
+                "%d steps of %d pairs, each batch %d time(s), see %d of %d pairs: the others are not learned from. Give it "
+                "more steps, larger batches or less echo.",
+                *(sum(leg.steps for leg in mine), recipe.batch_size, recipe.echo, seen, len(mine[0].members)),
+            )
 
 
 def _known_as(module: nn.Module) -> str:
