@@ -22,7 +22,7 @@ from benchmarks import _record as record
 FAITHFUL = [playground.Accuracy(of) for of in ("colour", "shape", "place")]
 NEEDS_NOTHING = ", vivid, softly lit, sharp, glowing"
 GAIN = 0.05
-"""Four fifths of what all of them but one come to."""
+"""Four fifths of what most of them settle at."""
 METHODS: dict[str, tuple[aa.Objective, int]] = {
     "PairedDifference": (aa.PairedDifference(), 1),
     "PairedDifference, echo=2": (aa.PairedDifference(), 2),
@@ -41,7 +41,8 @@ def measure(*, quick: bool) -> list[record.Row]:
     are right, drift the mean squared change (pixels in [0, 1]) of pictures that needed no change: prompts that
     already carry every adjective. ``passes`` counts pictures through the denoiser, forward and backward, as they went
     through it. ``passes_to_gain`` is how many a method takes to gain `GAIN`, taken to be linear in passes between two
-    lengths of a training: what methods cost at equal quality.
+    lengths of a training. All are still rising fast there, so it tells mostly what a step of each costs; what quality each
+    settles at is in its longest training.
     """
     base = playground.synthesizer(guide=aa.OutputMix())
     pairs = kept_pairs(base, 12 if quick else 64)[: 4 if quick else 32]
@@ -89,7 +90,7 @@ def passes_counted(synthesizer: DiffusersSynthesizer) -> Iterator[Passes]:
 
 
 def passes_to_gain(method: str, rows: Sequence[record.Row]) -> float | None:
-    """Passes until a method gains `GAIN`; None if it never does."""
+    """Passes until a method first gains `GAIN`; None if it never does."""
     curve = [(0.0, 0.0), *((row["gain"], row["passes"]) for row in rows if row["method"] == method)]
     for (gain, passes), (more, later) in pairwise(curve):
         if gain < GAIN <= more:

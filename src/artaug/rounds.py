@@ -91,18 +91,18 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         raise InvalidValueError(f"enhance(rounds={rounds}) would do nothing: need at least 1.")
     _lender(synthesizer)
     crew = _RoundCrew(
-        synthesizer,
-        critic,
-        planner,
-        keep,
-        candidates,
-        trainer,
-        fuser,
-        held_out,
-        stop,
-        checkpoints,
-        batch_size,
-        progress,
+        synthesizer=synthesizer,
+        critic=critic,
+        planner=planner,
+        keep=keep,
+        candidates=candidates,
+        trainer=trainer,
+        fuser=fuser,
+        held_out=held_out,
+        stop=stop,
+        checkpoints=checkpoints,
+        batch_size=batch_size,
+        progress=progress,
     )
     done: list[Round] = []
     for number, round_seed in enumerate(picture_seeds(seed, rounds), start=1):

@@ -109,9 +109,9 @@ MODELS = {
 
 @cache
 def weight_shapes(model: str) -> dict[str, tuple[int, ...]]:
-    """The weight of every layer of a published denoiser that a LoRA can update: linear ones, and of U-Nets convolutions."""
+    """The weight of every layer of a published denoiser that a LoRA can update: linear ones and convolutions."""
     _, denoiser_class, config = MODELS[model]
     with torch.device("meta"):
         denoiser = denoiser_class(**config)
-    kinds = (torch.nn.Linear, torch.nn.Conv2d) if denoiser_class is UNet2DConditionModel else torch.nn.Linear
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
     return {name: tuple(one.weight.shape) for name, one in denoiser.named_modules() if isinstance(one, kinds)}

@@ -250,3 +250,22 @@ def test_pairs_that_no_batch_has_are_said(make_model, pair_of, caplog):
         replace(trainer, echo=2).train(pairs, make_model(), seed=0, progress=False)
     (said,) = caplog.messages
     assert "see 4 of 8 pairs" in said
+
+
+def test_an_adapter_whose_first_map_has_no_weight_is_told_what_is_missing(tiny_model, two_pairs):
+    class Deep(aa.PlainLoRA):
+        def factors(self, inputs, outputs, rank, generator):
+            first, last = super().factors(inputs, outputs, rank, generator)
+            return torch.nn.Sequential(first), last
+
+    with pytest.raises(
+        aa.SeamError, match=r"Deep\.factors returned Sequential and Factor, and PEFT asks for their weight"
+    ):
+        aa.DifferentialLoRATrainer(adapter=Deep(), steps=2).train(two_pairs, tiny_model, seed=0, progress=False)
+
+
+def test_exporting_dora_reaches_no_generator_but_its_own(tiny_model, two_pairs, monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda _: pytest.fail("it seeds every device"))
+    before = torch.random.get_rng_state()
+    aa.DifferentialLoRATrainer(adapter=aa.DoRA(), steps=2).train(two_pairs, tiny_model, seed=0, progress=False)
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -19,7 +19,7 @@ import json, sys
 sys.path[:0] = {path!r}
 import torch
 from artaug.diffusion import DiffusersSynthesizer
-from artaug.training import Checkpoints, DifferentialLoRATrainer, sharded
+from artaug.training import Checkpoints, DirectPreference, sharded
 from support.tiny_flux import TINY_SIZE, tiny_flux
 from tests.training.test_processes import flux_pairs, training_of
 
@@ -29,6 +29,7 @@ whole = training_of(cache=f"{{out}}/cache", checkpoints=Checkpoints(folder=f"{{o
 pipeline = tiny_flux()
 sharded(pipeline.transformer)
 in_parts = training_of(pipeline)
+training_of(pipeline, flux_pairs(unchanged=True), echo=2, batch_size=2, objective=DirectPreference())
 rank = torch.distributed.get_rank()
 whole.lora.save(f"{{out}}/whole-{{rank}}.safetensors")
 in_parts.lora.save(f"{{out}}/sharded-{{rank}}.safetensors")
@@ -38,7 +39,8 @@ torch.distributed.destroy_process_group()
 """
 
 
-def flux_pairs():
+def flux_pairs(*, unchanged=False):
+    """Two pairs, one of which may be a question that answers itself: before and after are the same."""
     from PIL import Image  # noqa: PLC0415 - the script imports this file, too
 
     from artaug.pairs import ImagePair  # noqa: PLC0415
@@ -49,17 +51,21 @@ def flux_pairs():
     after = before.point(lambda one: 255 - one // 2)
     return [
         ImagePair(prompt=prompt, seed=0, before=one, after=other, plan=Plan(prompt))
-        for prompt, one, other in (("a red cone", before, after), ("a blue cube", after, before))
+        for prompt, one, other in (
+            ("a red cone", before, after),
+            ("a blue cube", after, after if unchanged else before),
+        )
     ]
 
 
-def training_of(pipeline=None, **options):
+def training_of(pipeline=None, pairs=None, *, cache=None, checkpoints=None, **options):
     from artaug.diffusion import DiffusersSynthesizer  # noqa: PLC0415
     from support.tiny_flux import TINY_SIZE, tiny_flux  # noqa: PLC0415
 
     synthesizer = DiffusersSynthesizer(pipeline=pipeline or tiny_flux(), width=TINY_SIZE, height=TINY_SIZE, steps=2)
-    trainer = DifferentialLoRATrainer(rank=4, steps=5, batch_size=4, learning_rate=1e-2)
-    return trainer.train(flux_pairs(), synthesizer, seed=0, progress=False, **options)
+    trainer = DifferentialLoRATrainer(**{"rank": 4, "steps": 5, "batch_size": 4, "learning_rate": 1e-2, **options})
+    pairs = pairs or flux_pairs()
+    return trainer.train(pairs, synthesizer, seed=0, progress=False, cache=cache, checkpoints=checkpoints)
 
 
 def test_two_processes_learn_what_one_does_whole_and_sharded(tmp_path):

@@ -1,5 +1,6 @@
 """Quantised bases: a LoRA learned on one is the LoRA learned on the same numbers stored plainly."""
 
+import accelerate
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -8,6 +9,7 @@ import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.diffusion.flux import Flux
 from artaug.training.adapters import adapted
+from artaug.training.quantised import check_gradients
 from support.quantised import dequantised, fp8_stored, quantised, stored_digest
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
@@ -177,3 +179,28 @@ def test_dora_learns_on_the_others(kind):
     learned = training_of(synthesizer_of(quantised(tiny_flux(), kind)), adapter=aa.DoRA(exported=32))
     oracle = training_of(synthesizer_of(dequantised(quantised(tiny_flux(), kind))), adapter=aa.DoRA(exported=32))
     assert gap(learned.lora, oracle.lora) < 1e-2
+
+
+def test_fp8_storage_and_offload_go_together():
+    offloaded = fp8_stored(tiny_flux())
+    accelerate.cpu_offload_with_hook(offloaded.transformer, execution_device=torch.device("cpu"))
+    learned, plain = (training_of(synthesizer_of(one)) for one in (offloaded, fp8_stored(tiny_flux())))
+    assert gap(learned.lora, plain.lora) == 0
+
+
+def test_running_out_of_memory_is_no_fault_of_the_quantisation(monkeypatch):
+    pipeline = quantised(tiny_flux(), "torchao int8")
+    kind = type(pipeline.transformer.transformer_blocks[0].attn.to_q)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(kind, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        training_of(synthesizer_of(pipeline))
+
+
+def test_a_layer_in_bfloat16_is_tried_in_its_own_precision():
+    pipeline = quantised(tiny_flux().to(torch.bfloat16), "torchao float8")
+    pipeline.transformer.x_embedder.float()  # the first plain weight is of another type
+    check_gradients(pipeline.transformer, {"to_q": pipeline.transformer.transformer_blocks[0].attn.to_q})

@@ -121,9 +121,10 @@ class Scribe:
         return held if len(held) >= size else bytearray(size)
 
     def _release(self) -> None:
-        kept, held = self._in_use.popleft()
+        kept, held = self._in_use[0]
         for one in kept:
-            one.result()
+            one.result()  # an interruption here leaves the piece among those that `_emptied` waits for
+        self._in_use.popleft()
         self._buffers.append(held)
 
 

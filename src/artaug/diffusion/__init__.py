@@ -1,7 +1,8 @@
 """Drawing and training with diffusers: one synthesizer, and one short file a model family. Only here: diffusers."""
 
 from artaug.diffusion.checking import check_family
-from artaug.diffusion.estimating import Estimate, estimate
+from artaug.diffusion.estimates import Estimate
+from artaug.diffusion.estimating import estimate
 from artaug.diffusion.family import Family
 from artaug.diffusion.flux import Flux
 from artaug.diffusion.flux2 import Flux2

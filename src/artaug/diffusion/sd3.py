@@ -208,7 +208,7 @@ class StableDiffusion3Denoiser(AttentiveDenoiser):
         return {**call, "encoder_hidden_states": joined}, [(image, *of_row) for of_row in spans]
 
     def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
-        if "norm" in layer or layer.startswith(("time_", "pos_embed")):
+        if "norm" in layer or layer.startswith("time_"):
             return None
         of_prompt = ("context_embedder", ".ff_context.", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
         return "text" if any(part in layer for part in of_prompt) else "image"

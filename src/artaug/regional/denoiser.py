@@ -174,7 +174,7 @@ class AttentiveDenoiser(Denoiser):
         """
 
     def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
-        """What goes into a linear layer, by its name: image tokens, those of all prompts, both, or no tokens.
+        """What a layer works on, by its name: image tokens (of a convolution, pixels), all prompts' tokens, both, or none.
 
         A LoRA of a region is worn by its own tokens only, so a layer without tokens (a modulation) wears none of it.
         """

@@ -2,7 +2,7 @@
 
 from artaug.training.bipolar import Bipolar
 from artaug.training.held_out import HeldOut, Look
-from artaug.training.kinds import Adapter, DoRA, LoKr, PlainLoRA, Weights
+from artaug.training.kinds import Adapter, DoRA, LoKr, Parts, PlainLoRA, Weights
 from artaug.training.model import Conditioning, DiffusionModel, Predictor, Trainable
 from artaug.training.noising import EpsilonPrediction, FlowMatching, Noising, VPrediction
 from artaug.training.objectives import (
@@ -49,6 +49,7 @@ __all__ = [
     "Optimiser",
     "PairBatch",
     "PairedDifference",
+    "Parts",
     "PlainLoRA",
     "Predictor",
     "Prodigy",

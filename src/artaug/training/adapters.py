@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from artaug.errors import LoRAMismatchError, ModelError
+from artaug.errors import LoRAMismatchError, ModelError, SeamError
 from artaug.lora import LoRA
 from artaug.training.kinds import Adapter, Parts, PlainLoRA, Weights
 from artaug.training.model import Conditioning, Predictor
@@ -253,6 +253,9 @@ def _begun(
     stored: torch.device = base.weight.device
     waits = stored.type in {"cpu", "meta"}  # offloaded, unless the model computes there, too
     factors = adapter.factors(base.in_features, base.out_features, rank, generator)
+    if not all(hasattr(one, "weight") for one in (factors if adapter.directional else factors[:1])):
+        kinds = " and ".join(type(one).__name__ for one in factors)
+        raise SeamError(f"{type(adapter).__name__}.factors returned {kinds}, and PEFT asks for their weight: need one.")
     down, up = (one.to(device if waits else stored) for one in factors)
     layer.lora_A[_NAME], layer.lora_B[_NAME] = down, up
     layer.cast_input_dtype_enabled = adapter.directional  # lengths of rows are no numbers for sixteen bits

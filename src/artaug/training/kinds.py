@@ -39,7 +39,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def factors(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
-        """What a layer's input goes through, one after the other, drawn afresh; together they start at zero."""
+        """What a layer's input goes through, one after the other, drawn afresh; together they start at zero.
+
+        PEFT asks the first for its ``weight``, and if the adapter is directional both.
+        """
 
     @abstractmethod
     def exported_rank(self, inputs: int, outputs: int, rank: int) -> int:
@@ -172,7 +175,9 @@ def _nearest(update: Tensor, rank: int) -> LowRank:
     """The best update of a rank, but for what a randomised SVD misses (Halko et al., arXiv 0909.4061): next to nothing."""
     wanted = min(rank, *update.shape)
     with torch.random.fork_rng(devices=[update.device] if update.is_cuda else []):
-        torch.manual_seed(0)
+        # Not torch.manual_seed: it would reach the generators of devices that are not put back.
+        here = torch.cuda.default_generators[update.get_device()] if update.is_cuda else torch.default_generator
+        here.manual_seed(0)
         left, strengths, right = torch.svd_lowrank(update, q=min(wanted + 8, *update.shape), niter=4)
     roots = strengths[:wanted].sqrt()
     return LowRank((right[:, :wanted] * roots).T.contiguous().cpu(), (left[:, :wanted] * roots).cpu())

@@ -56,6 +56,14 @@ class Processes:
         for one, summed in zip(tensors, together.split([one.numel() for one in tensors]), strict=True):
             one.copy_(summed.view_as(one))
 
+    def agree(self, said: bool, device: torch.device) -> bool:
+        """Whether all of them say so; every process has to ask."""
+        if self.count == 1:
+            return said
+        together = torch.tensor(float(said), device=device)
+        distributed.all_reduce(together, op=distributed.ReduceOp.MIN)
+        return bool(together)
+
     def wait(self) -> None:
         """Go on once all processes are here."""
         if self.count > 1:

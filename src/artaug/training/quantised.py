@@ -18,7 +18,7 @@ _TRUE = (0.5, 1.5)
 
 def is_foreign(weight: object) -> bool:
     """Whether a weight is of a class that torch does not have, so a quantising library's."""
-    return isinstance(weight, Tensor) and not type(weight).__module__.startswith("torch.")
+    return isinstance(weight, Tensor) and type(weight).__module__.partition(".")[0] != "torch"
 
 
 def stored_in(weight: Tensor) -> Iterator[Tensor]:
@@ -70,7 +70,8 @@ def check_gradients(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     plain = (one.dtype for one in module.parameters() if one.is_floating_point() and not is_foreign(one))
     dtype = next(plain, torch.get_default_dtype())
     for kind, name in kinds.items():
-        told = _told(layers[name], weights[name].device, dtype)
+        weight = weights[name]
+        told = _told(layers[name], weight.device, weight.dtype if weight.is_floating_point() else dtype)
         if not _TRUE[0] <= told <= _TRUE[1]:
             raise ModelError(
                 f"the layer {name!r} of {type(module).__name__} is quantised as {kind.__name__}, and its gradient tells "
@@ -91,6 +92,8 @@ def check_readable(layers: Mapping[str, nn.Module], device: torch.device) -> Non
         stored = None
         if weight.device.type == "meta" != device.type:
             stored = "is not in memory between calls (enable_sequential_cpu_offload)"
+        elif hasattr(weight, "full_tensor"):
+            stored = "is spread over processes (sharded)"
         elif type(weight).__name__ == "Int8Params":  # bitsandbytes loses its scales when PEFT unpacks one
             stored = "is stored as bitsandbytes' int8"
         elif not is_foreign(weight) and weight.itemsize == 1 and weight.is_floating_point():
@@ -108,11 +111,14 @@ def _told(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(0)
     width: Any = layer.in_features
     start, step = (torch.randn(_ROWS, width, generator=generator).to(device, dtype) for _ in range(2))
-    start.requires_grad_()
+    output = layer(start.requires_grad_())
+    if not output.requires_grad:
+        return 0.0
+    change = (layer(start.detach() + step).float() - output.float()).detach()
     try:
-        output = layer(start)
-        change = layer(start.detach() + step).float() - output.float().detach()
         (gradient,) = torch.autograd.grad((output.float() * change).sum(), start)
-    except RuntimeError:  # as autograd says that there is no way back
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # as kernels say that they have no way back
         return 0.0
     return float((gradient.float() * step.float()).sum() / change.square().sum())

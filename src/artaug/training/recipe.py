@@ -32,7 +32,8 @@ class Recipe:
     """Pairs a process works on at a time; less than its share of ``batch_size`` saves memory, and changes nothing else."""
     echo: int = 1
     """How often each batch is learned from, noise included (data echoing, arXiv 1907.05550). The teacher is asked about it
-    once, and what it said is held in memory: a number a latent, for each of ``batch_size * steps / echo`` pairs."""
+    once, and what it said is held in memory in float32, a number a latent, for each of ``batch_size * steps / echo`` pairs
+    and each question about one: one of `PairedDifference`, two of `Bipolar` and `DirectPreference`."""
     learning_rate: float = 1e-4
     targets: str = ATTENTION_AND_MLP
     """Regular expression, searched for in the paths of linear layers, that says which of them learn."""

@@ -6,23 +6,26 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from artaug.training.processes import ALONE, Processes
+
 
 class Memory:
-    """Answers by question, held on the CPU in the model's own precision.
+    """Answers by question, held on the CPU as they were given.
 
     A question is known by its bits, so an answer is never taken for another's, whatever an objective asks and in whatever
-    order; one that was not asked before, as after a resumption, is simply asked.
+    order; one that was not asked before, as after a resumption, is simply asked. Several processes ask unless all of them
+    know: a denoiser that is sharded over them computes in step or not at all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self._processes = processes
         self._answers: dict[bytes, Tensor] = {}
 
     def answer(self, asked: Mapping[str, Tensor], ask: Callable[[], Tensor]) -> Tensor:
         """The answer to a question, asked if it is not known."""
-        name = _digest(asked)
-        if name not in self._answers:
+        name, device = _digest(asked), next(iter(asked.values())).device
+        if not self._processes.agree(name in self._answers, device):
             self._answers[name] = ask().detach().cpu()
-        device = next(iter(asked.values())).device
         return self._answers[name].to(device)
 
 

@@ -134,7 +134,7 @@ class Run:
             return None
         if leg.begins not in self._memories:
             self._memories.clear()
-            self._memories[leg.begins] = Memory()
+            self._memories[leg.begins] = Memory(self.processes)
         return self._memories[leg.begins]
 
     def _steps(
