@@ -11,7 +11,9 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from artaug.diffusion.resting import encoders_of, resting
+from artaug.plan import Plan, Region
 from artaug.regional.denoiser import Conditioning, Denoiser, Text
+from artaug.regional.guide import EncodedRegion
 from artaug.training.noising import Noising
 
 
@@ -63,6 +65,19 @@ class Family(ABC):
     def encode_texts(self, prompts: Sequence[str]) -> list[Text]:
         """Encode prompts one by one, for regions."""
         return [Text(self.encode_prompts([prompt]), self.words([prompt])[0]) for prompt in prompts]
+
+    def encode_regions(self, plans: Sequence[Plan]) -> list[list[EncodedRegion]]:
+        """Every plan's regions with their prompts encoded, each prompt once."""
+        regions = [region for plan in plans for region in plan.regions]
+        spoken = [*(region.prompt for region in regions), *(region.negative_prompt for region in regions)]
+        prompts = list(dict.fromkeys(prompt for prompt in spoken if prompt is not None))
+        texts = dict(zip(prompts, self.encode_texts(prompts), strict=True))
+
+        def encoded(region: Region) -> EncodedRegion:
+            negative = None if region.negative_prompt is None else texts[region.negative_prompt]
+            return EncodedRegion(region, texts[region.prompt], negative)
+
+        return [[encoded(region) for region in plan.regions] for plan in plans]
 
     @abstractmethod
     def arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:

@@ -19,9 +19,9 @@ from artaug.diffusion.known import family_at, family_of
 from artaug.diffusion.resting import check_learnable
 from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError
 from artaug.lora import LoRA
-from artaug.plan import Plan, Region
+from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
-from artaug.regional.guide import EncodedRegion, Guide
+from artaug.regional.guide import Guide
 from artaug.synthesis import Synthesizer
 from artaug.training.model import DiffusionModel
 
@@ -236,7 +236,7 @@ class DiffusersSynthesizer(Synthesizer):
                 f"{unread[0]!r} has a negative prompt, and this synthesizer draws without classifier-free guidance, "
                 "so nobody would read it. Set a negative prompt and a guidance scale for the whole picture, too."
             )
-        return self.guide.steering(family.denoiser(conditioning), _encoded_regions(family, plans))
+        return self.guide.steering(family.denoiser(conditioning), family.encode_regions(plans))
 
     def _finished(self, pictures: Tensor) -> list[Image]:
         """Pictures as Pillow has them: diffusers would turn NaN into black without a word."""
@@ -247,20 +247,6 @@ class DiffusersSynthesizer(Synthesizer):
         processor = self.pipeline.image_processor
         images: list[Image] = processor.numpy_to_pil(processor.pt_to_numpy(pictures))
         return images
-
-
-def _encoded_regions(family: Family, plans: Sequence[Plan]) -> list[list[EncodedRegion]]:
-    """Every picture's regions with their prompts encoded, each prompt once."""
-    regions = [region for plan in plans for region in plan.regions]
-    spoken = [*(region.prompt for region in regions), *(region.negative_prompt for region in regions)]
-    prompts = list(dict.fromkeys(prompt for prompt in spoken if prompt is not None))
-    texts = dict(zip(prompts, family.encode_texts(prompts), strict=True))
-
-    def encoded(region: Region) -> EncodedRegion:
-        negative = None if region.negative_prompt is None else texts[region.negative_prompt]
-        return EncodedRegion(region, texts[region.prompt], negative)
-
-    return [[encoded(region) for region in plan.regions] for plan in plans]
 
 
 def _warn_of_blackened(output: object, plans: Sequence[Plan]) -> None:
