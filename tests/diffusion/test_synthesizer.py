@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import accelerate
@@ -422,3 +425,37 @@ def test_its_repr_says_how_it_draws_and_not_what_the_pipeline_holds(synthesizer)
         "DiffusersSynthesizer(guide=OutputMix(), width=32, height=32, steps=3, guidance_scale=None, "
         "negative_prompt=None, true_cfg_scale=1.0, max_sequence_length=24, loras=())"
     )
+
+
+# What a training is resumed by --------------------------------------------------------------------
+
+KNOWN_AS = """
+import sys
+sys.path[:0] = {path!r}
+from artaug.diffusion import DiffusersSynthesizer
+from support.tiny_flux import TINY_SIZE, tiny_flux
+print(DiffusersSynthesizer(pipeline=tiny_flux(), width=TINY_SIZE, height=TINY_SIZE).known_as)
+"""
+
+
+def test_a_synthesizer_is_known_as_the_same_in_every_process(synthesizer):
+    """Sets have another order in each, and diffusers keeps one in every config."""
+    script = KNOWN_AS.format(path=sys.path)
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "12"
+    ]
+    assert told[0] == told[1] != ""
+    lora = lora_for(synthesizer.pipeline.transformer)
+    others = [
+        synthesizer.with_lora(lora),
+        synthesizer.with_lora(lora, scale=2),
+        dataclasses.replace(synthesizer, max_sequence_length=8),
+    ]
+    assert len({one.known_as for one in (synthesizer, *others)}) == 4

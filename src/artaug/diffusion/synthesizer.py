@@ -189,7 +189,9 @@ class DiffusersSynthesizer(Synthesizer):
     def known_as(self) -> str:
         """What decides the model's predictions beside its weights: LoRAs worn, guidance, schedule, length of prompts."""
         worn = ", ".join(f"{one.lora.digest[:16]} x {one.scale!r}" for one in self.loras)
-        schedule = sha256(repr(sorted(self.pipeline.scheduler.config.items(), key=str)).encode()).hexdigest()[:16]
+        # What begins with _ is diffusers' own, and in another order in every process.
+        told = sorted((name, one) for name, one in self.pipeline.scheduler.config.items() if name[0] != "_")
+        schedule = sha256(repr(told).encode()).hexdigest()[:16]
         return (
             f"wearing [{worn}], guidance {self.guidance_scale}, schedule {schedule}, length {self.max_sequence_length}"
         )

@@ -25,8 +25,8 @@ def spelt(
     """The tensors and the header of a file.
 
     Raises:
-        LoRAError: if there is no such format, the family cannot be told from the layers, or does not have that format, or ``dtype`` cannot hold
-            the layers.
+        LoRAError: if there is no such format, the family cannot be told from the layers or does not have that format, or
+            ``dtype`` cannot hold the layers.
     """
     if dtype is not None:
         layers = {name: _rounded(name, layer, dtype) for name, layer in layers.items()}
