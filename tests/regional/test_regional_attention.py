@@ -326,6 +326,24 @@ def test_a_lora_of_a_region_of_everything_is_the_lora(pipeline):
     torch.testing.assert_close(run.prediction, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_under_guidance_in_two_calls_a_lora_of_a_region_of_everything_is_the_lora(pipeline):
+    """The call of the negative prompt has no region's prompt in it, and wears the LoRA all the same."""
+    worn = lora(layers=("transformer_blocks.0.attn.to_out.0",))
+    sides = {"width": TINY_SIZE, "height": TINY_SIZE, "steps": 1, "negative_prompt": "bad", "true_cfg_scale": 4.0}
+    guide = aa.RegionalAttention(isolation=APART, trimmed=False, loras={"anna": worn})
+    plan = aa.Plan(PLAIN, (aa.Region(FULL, PLAIN, lora="anna"),))
+    drawn, whole, plain = (
+        np.asarray(one.synthesize(said, seed=0), dtype=int)
+        for one, said in (
+            (DiffusersSynthesizer(pipeline=pipeline, guide=guide, **sides), plan),
+            (DiffusersSynthesizer(pipeline=pipeline, **sides).with_lora(worn), aa.Plan(PLAIN)),
+            (DiffusersSynthesizer(pipeline=pipeline, **sides), aa.Plan(PLAIN)),
+        )
+    )
+    assert abs(drawn - whole).max() <= 1
+    assert abs(whole - plain).mean() > 2
+
+
 def test_a_region_wears_its_lora_alone_in_the_layer_it_acts_on(pipeline):
     worn = lora(layers=("transformer_blocks.0.attn.to_out.0",))
     guide = aa.RegionalAttention(isolation=APART, loras={"anna": worn})
