@@ -12,9 +12,9 @@ from PIL.Image import Image
 import artaug as aa
 from artaug.critics import PhotometricCritic
 from artaug.critique import criticise
-from artaug.likeness import diversity
+from artaug.evaluation.statistics import paired_bootstrap
+from artaug.images.similarity import diversity
 from artaug.scorers import Exposure, Photometric, Sharpness
-from artaug.statistics import paired_bootstrap
 from benchmarks._ablation_pairs import CHUNK, PLANNER
 from benchmarks.objectives import FAITHFUL, NEEDS_NOTHING, mean_score, mean_squared_change
 

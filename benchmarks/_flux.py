@@ -11,12 +11,12 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 import artaug as aa
-from artaug.diffusion.flux import FluxDenoiser
+from artaug.diffusion.families.flux.family import FluxDenoiser
 from artaug.regional import EncodedRegion, Isolation, Span, Text
+from artaug.regional.attention_mask import Sight, joint_sight
 from artaug.regional.flex import TILE, FlexSight
-from artaug.regional.passes import Pass, passes
-from artaug.regional.shares import divided
-from artaug.regional.sight import Sight, joint_sight
+from artaug.regional.region_weights import divided
+from artaug.regional.split_plan import Pass, passes
 
 LATENT_CHANNELS = 64
 _NOISE_LEVEL = 0.8

@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from artaug.statistics import paired_bootstrap
+from artaug.evaluation.statistics import paired_bootstrap
 from benchmarks import _record as record
 from benchmarks._ablation_bench import ARMS, OURS, QUICK, TUNED_WITH, Bench, Cell, Settings, cells, trials
 from benchmarks._ablation_plot import plot

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 import artaug as aa
 from artaug.training import ATTENTION_AND_MLP, FlowMatching, PairBatch
-from artaug.training.adapters import adapted, left_as_found, targeted_layers
 from artaug.training.batches import Turn
-from artaug.training.optimising import Optimisation
-from artaug.training.processes import ALONE
-from artaug.training.remembering import Memory
+from artaug.training.distributed import ALONE
+from artaug.training.optimizer_loop import Optimisation
+from artaug.training.student import adapted, left_as_found, targeted_layers
+from artaug.training.teacher_cache import Memory
 from benchmarks import _flux as flux
 from benchmarks import _memory as memory
 from benchmarks import _record as record

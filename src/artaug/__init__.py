@@ -8,10 +8,7 @@ transformers. The adapters are imported by name: `artaug.diffusion`, `artaug.cri
 
 from importlib.metadata import version
 
-from artaug.baking import Baked, BakedFile, BakedLayer, bake
-from artaug.compare import Arm, Comparison, Fault, Guardrail, ScoreRow, compare
 from artaug.critique import Abstention, Critic, Critique, Suggestion
-from artaug.enhancement import Enhancement, Round
 from artaug.errors import (
     ArtAugError,
     CriticError,
@@ -32,33 +29,34 @@ from artaug.errors import (
     TrainingDivergedError,
     UndecidedError,
 )
+from artaug.evaluation.comparison import Arm, Comparison, Fault, Guardrail, ScoreRow, compare
+from artaug.evaluation.prompts import PromptSet
 from artaug.filtering import (
     BestOf,
     Calibration,
     Floor,
     Gain,
-    HumanQueue,
-    HumanVerdicts,
     PairFilter,
     ParetoGain,
     Similarity,
-    Standing,
     TopFraction,
     calibrate,
 )
-from artaug.formats import Format
-from artaug.funnel import Funnel, FunnelStep
-from artaug.fusing import CompressedLayer, Compression, ConcatFuser, Fuser, SvdFuser
 from artaug.geometry import Box, Mask
-from artaug.likeness import EmbeddedLikeness, Likeness, StructuralSimilarity
-from artaug.loop import StageEvent, improve
-from artaug.lora import LoRA, LowRank
+from artaug.images.similarity import EmbeddedLikeness, Likeness, StructuralSimilarity
+from artaug.lora.baking import Baked, BakedFile, BakedLayer, bake
+from artaug.lora.formats import Format
+from artaug.lora.fusing import CompressedLayer, Compression, ConcatFuser, Fuser, SvdFuser
+from artaug.lora.lora import LoRA, LowRank
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
 from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
-from artaug.promptsets import PromptSet
 from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
 from artaug.report import write_report
-from artaug.rounds import StopRule, enhance
+from artaug.review import HumanQueue, HumanVerdicts, Standing
+from artaug.run.enhance import StopRule, enhance
+from artaug.run.funnel import Funnel, FunnelStep
+from artaug.run.improve import StageEvent, improve
+from artaug.run.results import Enhancement, Round
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer
 from artaug.training import (

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from PIL.Image import Image
 
+from artaug._internal.values import value
 from artaug.errors import CriticError, InvalidValueError, SeamError
 from artaug.geometry import Box
-from artaug.values import value
 
 
 @value

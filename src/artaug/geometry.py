@@ -11,8 +11,8 @@ from typing import Annotated, Self
 import numpy as np
 from pydantic import Field
 
+from artaug._internal.values import value
 from artaug.errors import GeometryError
-from artaug.values import value
 
 
 @value

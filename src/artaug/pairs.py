@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self, TypeAlias
 from PIL.Image import Image
 from pydantic import Field
 
+from artaug._internal.values import value
 from artaug.errors import InvalidValueError
 from artaug.plan import Plan
-from artaug.values import value
 
 
 @dataclass(frozen=True, kw_only=True)

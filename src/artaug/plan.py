@@ -8,11 +8,11 @@ from typing import Annotated
 from PIL import Image
 from pydantic import Field
 
+from artaug._internal.values import value
 from artaug.critique import Critique, Suggestion
 from artaug.drawing import Area, draw_areas
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box, Mask
-from artaug.values import value
 
 _SHOWN_PX = 512
 _GREY = "#808080"

@@ -8,7 +8,7 @@ import numpy as np
 from PIL.Image import Image
 
 from artaug.errors import ModelError
-from artaug.lora import LoRA
+from artaug.lora.lora import LoRA
 from artaug.plan import Plan
 
 

@@ -17,15 +17,15 @@ from typing import Self
 import numpy as np
 from PIL import Image, ImageDraw
 
+from artaug._internal.values import from_json, to_json
 from artaug.critique import Abstention, Critic, Critique
 from artaug.filtering import PairFilter
 from artaug.geometry import Box
-from artaug.lora import LoRA
+from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair, Verdict
 from artaug.plan import Plan, Region
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer
-from artaug.values import from_json, to_json
 
 _PROMPT = "a lighthouse above the sea, 海の上の灯台"
 

@@ -12,8 +12,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 import artaug as aa
+from artaug._internal.values import from_json, to_json
 from artaug.critics import FAMILIES, Coordinates, SmartResize, coordinates_of
-from artaug.values import from_json, to_json
 from support.strategies import boxes
 
 sides = st.integers(1, 4000)

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import artaug as aa
 from artaug.critics import PhotometricCritic, Words
-from artaug.photometry import MEASURES, srgb
+from artaug.images.photometry import MEASURES, srgb
 from artaug.playground import detect, parse, prompts
 from artaug.playground.render import render_batch
 from artaug.testing import check_critic

@@ -5,7 +5,7 @@ import pytest
 
 import artaug as aa
 from artaug.critics import FAMILIES, Coordinates
-from artaug.critics.asking import Reply
+from artaug.critics.dialogue import Reply
 from artaug.critics.probing import candidates, probe, targets
 
 GREY = 150

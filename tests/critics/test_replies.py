@@ -15,11 +15,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import artaug as aa
+from artaug._internal.values import from_json, to_json
 from artaug.critics import FAMILIES, Coordinates, parse_reply
 from artaug.critics.replies import LONGEST_PROMPT, LONGEST_REMARK, LONGEST_REPLY, MOST_SUGGESTIONS
 from artaug.critics.replies.nodes import MOST_NESTED, Listing, Number, Record, Text
 from artaug.critics.replies.reading import read
-from artaug.values import from_json, to_json
 from support.strategies import boxes, critiques, said
 
 SIZE = (640, 480)

@@ -8,10 +8,10 @@ from PIL import Image
 
 import artaug as aa
 from artaug import playground
+from artaug._internal.values import to_json
 from artaug.critics import Conversation, Coordinates, PhotometricCritic
-from artaug.critics.asking import LONGEST_CAPTION, Reply, talk_over
+from artaug.critics.dialogue import LONGEST_CAPTION, Reply, talk_over
 from artaug.testing import FixedFilter, check_critic
-from artaug.values import to_json
 
 UNITS = ["relative", "thousandths", "pixels", "percent"]
 RED = Image.new("RGB", (64, 48), "red")

@@ -11,8 +11,8 @@ from PIL import Image
 
 import artaug as aa
 from artaug.critics import Conversation, Coordinates, VLMCritic
-from artaug.critics.asking import Question
 from artaug.critics.conversation import Message
+from artaug.critics.dialogue import Question
 from artaug.testing import check_critic
 from support.tiny_llava import reply, tiny_idefics3, tiny_llava
 

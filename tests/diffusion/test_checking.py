@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool2d, avg_pool3d
 
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer, Flux, check_family
-from artaug.diffusion.flux import FluxDenoiser
+from artaug.diffusion.families.flux.family import FluxDenoiser
 from support.tiny_flux import tiny_flux
 from support.tiny_flux2 import tiny_flux2, tiny_flux2_klein
 from support.tiny_qwen_image import tiny_qwen_image

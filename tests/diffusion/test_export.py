@@ -8,8 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from artaug.diffusion import DiffusersSynthesizer, verify_export
-from artaug.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE, Format, Naming
-from artaug.lora import LoRA, LowRank
+from artaug.lora.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE, Format, Naming
+from artaug.lora.lora import LoRA, LowRank
 from artaug.pairs import ImagePair
 from artaug.plan import Plan
 from artaug.training import DifferentialLoRATrainer

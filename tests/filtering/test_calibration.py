@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import artaug as aa
+from artaug.evaluation.statistics import share_interval
 from artaug.filtering import judged
-from artaug.statistics import share_interval
 from support.strategies import Listed, pair, pairs
 
 

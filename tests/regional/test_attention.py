@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 import artaug as aa
 from artaug.regional.attention import attention_in_passes, attention_with_sums, dense_attention
+from artaug.regional.attention_mask import cross_sight, joint_sight, text_sight
 from artaug.regional.denoiser import Span
 from artaug.regional.flex import FlexSight, attention_by_flex
-from artaug.regional.passes import passes
-from artaug.regional.shares import divided
-from artaug.regional.sight import cross_sight, joint_sight, text_sight
+from artaug.regional.region_weights import divided
+from artaug.regional.split_plan import passes
 from support.layouts import layouts, tokens
 
 CPU = torch.device("cpu")
@@ -155,8 +155,8 @@ import artaug as aa
 from artaug.regional.attention import dense_attention
 from artaug.regional.denoiser import Span
 from artaug.regional.flex import FlexSight, attention_by_flex
-from artaug.regional.shares import divided
-from artaug.regional.sight import joint_sight
+from artaug.regional.region_weights import divided
+from artaug.regional.attention_mask import joint_sight
 
 for number, (box, length) in enumerate([((0, 0, 0.5, 0.5), 9), ((0, 0, 0.25, 0.75), 20), ((0.1, 0.1, 0.9, 1), 3)]):
     regions = (aa.Region(aa.Box(*box), "a"), aa.Region(aa.Box(0.5, 0.5, 1, 1), "b"))

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import artaug as aa
-from artaug.showing import duration
+from artaug._internal.text import duration
 
 EVIL = "<script>alert(1)</script>"
 LORA = aa.LoRA({"blocks.0.to_q": aa.LowRank(torch.ones(2, 4), torch.ones(4, 2))})

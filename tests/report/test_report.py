@@ -17,8 +17,8 @@ from PIL import Image
 
 import artaug as aa
 from artaug.critics import Usage
+from artaug.images.html import COLOURS
 from artaug.report import write_report
-from artaug.showing import COLOURS
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 PROMPTS = ("a tree", f"a road {EVIL}", "a roof", *(f"a door {number}" for number in range(6)))
@@ -362,7 +362,7 @@ def test_pictures_in_a_folder_are_the_same_pictures(tmp_path):
 
 def test_pictures_move_to_a_folder_when_there_is_too_much_of_them(tmp_path, monkeypatch):
     small = write_report(tmp_path / "small.html", comparison=make_comparison())
-    monkeypatch.setattr("artaug.report.album.INLINE_BYTES", 500)
+    monkeypatch.setattr("artaug.report.image_store.INLINE_BYTES", 500)
     large = write_report(tmp_path / "large.html", comparison=make_comparison())
 
     assert sorted(tmp_path.iterdir()) == [large, tmp_path / "large_pictures", small]

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 import artaug as aa
+from artaug.evaluation.suites import Case, Clause, Detection, Detector, ObjectCheck, ObjectScore, Suite
 from artaug.scorers import ClipColours, DualEncoder
-from artaug.suites import Case, Clause, Detection, Detector, ObjectCheck, ObjectScore, Suite
 from support.tiny_scorers import tiny_clip
 
 GENERATOR = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Photometric scorers say what `artaug.photometry` measures."""
+"""Photometric scorers say what `artaug.images.photometry` measures."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given
 from PIL import Image
 
 import artaug as aa
-from artaug.photometry import MEASURES, srgb
+from artaug.images.photometry import MEASURES, srgb
 from artaug.scorers import Chroma, Contrast, Exposure, MeanOf, Photometric, Sharpness
 from artaug.testing import check_scorer
 from support.strategies import Listed, images

@@ -7,9 +7,9 @@ from hypothesis import assume, reject
 from hypothesis import strategies as st
 
 import artaug as aa
+from artaug.regional.attention_mask import joint_sight
 from artaug.regional.denoiser import Span
-from artaug.regional.shares import divided
-from artaug.regional.sight import joint_sight
+from artaug.regional.region_weights import divided
 from support.strategies import boxes, masks
 
 areas = boxes() | masks() | st.just(aa.Box(0, 0, 1, 1))

@@ -1,7 +1,7 @@
 """The playground's own detector as a detector of suites: shapes with colours."""
 
 from artaug import playground
-from artaug.suites import Detection, Detector
+from artaug.evaluation.suites import Detection, Detector
 
 
 class PlaygroundEyes(Detector):

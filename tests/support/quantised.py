@@ -13,7 +13,7 @@ from torchao.quantization import (
     quantize_,
 )
 
-from artaug.training.quantised import stored_in
+from artaug.training.quantized import stored_in
 
 TORCHAO = {
     "torchao int8": Int8WeightOnlyConfig,

@@ -20,7 +20,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
-from artaug.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE
+from artaug.lora.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE
 
 _SD35 = {"qk_norm": "rms_norm", "joint_attention_dim": 4096, "pooled_projection_dim": 2048}
 

@@ -3,7 +3,7 @@
 import torch
 
 from artaug.training import EpsilonPrediction, FlowMatching, PairBatch, VPrediction
-from artaug.training.adapters import adapted
+from artaug.training.student import adapted
 
 NOISINGS = {"flow": FlowMatching(), "epsilon": EpsilonPrediction(), "v": VPrediction()}
 

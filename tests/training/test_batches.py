@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from artaug.errors import ModelError
 from artaug.training import EpsilonPrediction, FlowMatching
 from artaug.training.batches import Bucket, EncodedPairs
-from artaug.training.processes import ALONE, Processes
-from artaug.training.recipe import Recipe
+from artaug.training.config import Recipe
+from artaug.training.distributed import ALONE, Processes
 
 
 class Sized:

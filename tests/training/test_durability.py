@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from artaug.errors import InvalidValueError, StorageError, TrainingDivergedError
-from artaug.lora import LoRA
+from artaug.lora.lora import LoRA
 from artaug.training import (
     AdamW8bit,
     Checkpoints,
@@ -289,8 +289,8 @@ def halfway(one, other):
 def first_factors(make_model, pairs, count):
     """The factors after so many steps of four, read from a checkpoint."""
     from artaug.synthesis import picture_seeds  # noqa: PLC0415
-    from artaug.training.adapters import adapted  # noqa: PLC0415
     from artaug.training.batches import generator_for_start  # noqa: PLC0415
+    from artaug.training.student import adapted  # noqa: PLC0415
 
     if count == 0:
         model, recipe = make_model(), trainer_of()

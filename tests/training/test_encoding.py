@@ -10,8 +10,8 @@ from artaug.errors import ModelError, NonFiniteError, SeamError, StorageError
 from artaug.geometry import Box
 from artaug.pairs import ImagePair
 from artaug.plan import Plan, Region
+from artaug.training.distributed import ALONE, Processes
 from artaug.training.encoding import content_digest, encoded_rows
-from artaug.training.processes import ALONE, Processes
 
 
 def rows_of(model, pairs, *, at_once=4, cache=None, processes=ALONE):

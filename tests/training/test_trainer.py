@@ -12,7 +12,7 @@ from artaug.errors import (
     SeamError,
     TrainingDivergedError,
 )
-from artaug.lora import LoRA, LowRank
+from artaug.lora.lora import LoRA, LowRank
 from artaug.pairs import ImagePair
 from artaug.plan import Plan
 from artaug.training import (
@@ -23,7 +23,7 @@ from artaug.training import (
     SupervisedFineTuning,
     TwoStage,
 )
-from artaug.training.adapters import targeted_layers
+from artaug.training.student import targeted_layers
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
 OBJECTIVES = [PairedDifference(), SupervisedFineTuning(), TwoStage(), TwoStage(per_pair=False)]

@@ -1,14 +1,14 @@
 """Critics: what looks at a picture and says what to improve, and where."""
 
-from artaug.critics.combined import Cached, Ensemble, Retried
 from artaug.critics.conversation import Conversation, Message, prompt_text
 from artaug.critics.coordinates import FAMILIES, Coordinates, SmartResize, coordinates_of
-from artaug.critics.openai import OpenAICritic
 from artaug.critics.photometric import PhotometricCritic, Words
 from artaug.critics.probing import Probe
 from artaug.critics.replies import parse_reply
-from artaug.critics.usage import Usage
+from artaug.critics.server.openai import OpenAICritic
+from artaug.critics.server.usage import Usage
 from artaug.critics.vlm import VLMCritic
+from artaug.critics.wrappers import Cached, Ensemble, Retried
 
 __all__ = [
     "FAMILIES",

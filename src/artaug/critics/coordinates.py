@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field
 
+from artaug._internal.values import value
 from artaug.errors import GeometryError, InvalidValueError
 from artaug.geometry import Box
-from artaug.values import value
 
 Edges: TypeAlias = tuple[float, float, float, float]
 """Left, top, right and bottom of what may become a `Box`: relative to the picture, not yet clipped to it."""

@@ -9,7 +9,7 @@ from artaug.critics.salience import salient_boxes
 from artaug.critique import Abstention, Critic, Critique, Suggestion
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box
-from artaug.photometry import MEASURES, as_rgb, srgb
+from artaug.images.photometry import MEASURES, as_rgb, srgb
 
 _LEAST_PX = 16
 _EVEN = 1 / 255  # one level of 8 bits

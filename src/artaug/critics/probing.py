@@ -6,9 +6,9 @@ from typing import Literal, TypeAlias
 
 from PIL import Image, ImageDraw
 
-from artaug.critics.asking import Ask, Question, Reply
 from artaug.critics.conversation import Message, in_words
 from artaug.critics.coordinates import FAMILIES, Coordinates, Size, SmartResize
+from artaug.critics.dialogue import Ask, Question, Reply
 from artaug.critics.replies import parse_reply
 from artaug.critique import Abstention, Critique
 from artaug.geometry import Box

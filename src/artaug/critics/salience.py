@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from artaug.geometry import Box
-from artaug.photometry import as_rgb, srgb
+from artaug.images.photometry import as_rgb, srgb
 
 WORKING_PX = 48
 """The longer side of the picture that is looked at: details smaller than a 48th of it are none of ours."""

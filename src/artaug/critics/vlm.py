@@ -10,13 +10,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from artaug.critics.asking import Question, Reply, talk_over
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import Coordinates, coordinates_of
+from artaug.critics.dialogue import Question, Reply, talk_over
 from artaug.critics.probing import Probe, probe
 from artaug.critique import Abstention, Critic, Critique
 from artaug.errors import InvalidValueError, MissingExtraError, ModelError
-from artaug.photometry import as_rgb
+from artaug.images.photometry import as_rgb
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin

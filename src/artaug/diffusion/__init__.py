@@ -1,19 +1,19 @@
 """Drawing and training with diffusers: one synthesizer, and one short file a model family. Only here: diffusers."""
 
 from artaug.diffusion.checking import check_family
-from artaug.diffusion.estimates import Estimate
-from artaug.diffusion.estimating import estimate
-from artaug.diffusion.family import Family
-from artaug.diffusion.flux import Flux
-from artaug.diffusion.flux2 import Flux2
-from artaug.diffusion.flux2_klein import Flux2Klein
-from artaug.diffusion.qwen_image import QwenImage
-from artaug.diffusion.sd3 import StableDiffusion3
-from artaug.diffusion.sd15 import StableDiffusion
-from artaug.diffusion.sdxl import StableDiffusionXL
+from artaug.diffusion.estimation.estimate import estimate
+from artaug.diffusion.estimation.report import Estimate
+from artaug.diffusion.families.base import Family
+from artaug.diffusion.families.flux.family import Flux
+from artaug.diffusion.families.flux2.family import Flux2
+from artaug.diffusion.families.flux2.klein import Flux2Klein
+from artaug.diffusion.families.qwen_image.family import QwenImage
+from artaug.diffusion.families.sd3.family import StableDiffusion3
+from artaug.diffusion.families.unet.sd15 import StableDiffusion
+from artaug.diffusion.families.unet.sdxl import StableDiffusionXL
+from artaug.diffusion.families.z_image.family import ZImage
 from artaug.diffusion.synthesizer import DiffusersSynthesizer, WornLoRA
-from artaug.diffusion.verifying import verify_export
-from artaug.diffusion.z_image import ZImage
+from artaug.diffusion.verification import verify_export
 
 __all__ = [
     "DiffusersSynthesizer",

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from artaug.diffusion.family import Family
+from artaug.diffusion.families.base import Family
 from artaug.diffusion.spying import First, Spy
 from artaug.diffusion.synthesizer import DiffusersSynthesizer, _without_progress_bar
 from artaug.geometry import Box

@@ -14,11 +14,11 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug.diffusion.family import Family
-from artaug.diffusion.known import family_at, family_of
-from artaug.diffusion.resting import check_learnable
+from artaug.diffusion.families.base import Family
+from artaug.diffusion.families.registry import family_at, family_of
+from artaug.diffusion.offload import check_learnable
 from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError
-from artaug.lora import LoRA
+from artaug.lora.lora import LoRA
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide

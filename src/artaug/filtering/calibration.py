@@ -10,12 +10,12 @@ from typing import final
 import numpy as np
 
 from artaug.errors import InvalidValueError
+from artaug.evaluation.statistics import Interval, share_interval
 from artaug.filtering.algebra import PairFilter, judged
-from artaug.filtering.changes import changes
-from artaug.filtering.gates import Gain
+from artaug.filtering.deltas import changes
+from artaug.filtering.thresholds import Gain
 from artaug.pairs import ImagePair
 from artaug.scoring import Scorer
-from artaug.statistics import Interval, share_interval
 
 
 @final

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 from artaug.errors import InvalidValueError, SeamError
-from artaug.filtering.changes import changes
+from artaug.filtering.deltas import changes
 from artaug.pairs import SKIPPING_STAGES, ImagePair, Skipped, Verdict
 from artaug.scoring import Scorer
 

@@ -12,15 +12,15 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from artaug.compare import Comparison
-from artaug.enhancement import Enhancement
 from artaug.errors import HubError, InvalidValueError
-from artaug.formats import Naming
+from artaug.evaluation.comparison import Comparison
 from artaug.hub.card import TAG
-from artaug.hub.faults import checked_name, in_our_words
-from artaug.hub.packing import UNIVERSAL, Parcel, listed
+from artaug.hub.contents import UNIVERSAL, Parcel, listed
+from artaug.hub.errors import checked_name, in_our_words
 from artaug.hub.values import Base, Push, PushedFile, Sample
-from artaug.lora import LoRA
+from artaug.lora.formats import Naming
+from artaug.lora.lora import LoRA
+from artaug.run.results import Enhancement
 
 __all__ = ["Base", "Push", "PushedFile", "Sample", "base_of", "pull", "push"]
 

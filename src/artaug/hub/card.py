@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from huggingface_hub import ModelCardData
 
-from artaug.compare import Comparison
-from artaug.enhancement import Enhancement
+from artaug.evaluation.comparison import Comparison
 from artaug.hub.values import Base, Sample
+from artaug.run.results import Enhancement
 
 TAG = "artaug"
 """By this tag a repository is known as one that artaug has pushed to."""

@@ -8,8 +8,8 @@ from typing import Annotated
 from PIL.Image import Image
 from pydantic import Field
 
-from artaug.showing import table_html
-from artaug.values import value
+from artaug._internal.text import table_html
+from artaug._internal.values import value
 
 _KIB = 2**10
 

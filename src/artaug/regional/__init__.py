@@ -1,5 +1,6 @@
 """How regions steer sampling: the grid of image tokens, and the guides. Pure torch, it knows no model."""
 
+from artaug.regional.coverage import token_weights
 from artaug.regional.denoiser import (
     AttentionLayer,
     AttentiveDenoiser,
@@ -12,7 +13,6 @@ from artaug.regional.denoiser import (
 )
 from artaug.regional.guide import EncodedRegion, Guide
 from artaug.regional.isolation import BALANCED, ELIGEN, INSTANTX, INVOKEAI, OPEN, Isolation
-from artaug.regional.layout import token_weights
 from artaug.regional.output_mix import OutputMix
 from artaug.regional.regional_attention import RegionalAttention
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from artaug.errors import GuideError
-from artaug.regional.passes import Pass, Tokens, taken
+from artaug.regional.split_plan import Pass, Tokens, taken
 
 _Context: TypeAlias = Any  # autograd's, on which anything may be kept
 _BACKWARD_QUERIES = 1024
@@ -33,7 +33,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> 
 
 
 def attention_in_passes(query: Tensor, key: Tensor, value: Tensor, planned: Sequence[Pass]) -> Tensor:
-    """Attention in the passes of `artaug.regional.passes`; equals `dense_attention` up to rounding.
+    """Attention in the passes of `artaug.regional.split_plan`; equals `dense_attention` up to rounding.
 
     Differentiable in query, key and value. Nothing of the size queries x keys is ever in memory on the way forward.
 

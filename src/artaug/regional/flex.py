@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from artaug.regional.sight import Sight
+from artaug.regional.attention_mask import Sight
 
 TILE = 128
 _LENGTHS = 64

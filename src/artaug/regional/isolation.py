@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from artaug._internal.values import value
 from artaug.errors import InvalidValueError
-from artaug.values import value
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from artaug.errors import GuideError, NonFiniteError
-from artaug.lora import LoRA
+from artaug.lora.lora import LoRA
 from artaug.regional.claim import claimed
+from artaug.regional.coverage import token_weights
 from artaug.regional.denoiser import Call, Denoiser, Output, Text, named
 from artaug.regional.guide import EncodedRegion, Guide
-from artaug.regional.layout import token_weights
 from artaug.regional.token_lora import lora_of
 
 

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from artaug.errors import GuideError
-from artaug.lora import LoRA
+from artaug.lora.lora import LoRA
 from artaug.plan import Region
 from artaug.regional.attention import attention_in_passes, can_merge, dense_attention
+from artaug.regional.attention_mask import Sight, cross_sight, joint_sight, text_sight
 from artaug.regional.claim import claimed
 from artaug.regional.denoiser import Attend, AttentiveDenoiser, Call, Denoiser, Site, Text, named
 from artaug.regional.guide import EncodedRegion, Guide
 from artaug.regional.isolation import Isolation
-from artaug.regional.passes import passes
-from artaug.regional.shares import Shares, divided
-from artaug.regional.sight import Sight, cross_sight, joint_sight, text_sight
+from artaug.regional.region_weights import Shares, divided
+from artaug.regional.split_plan import passes
 from artaug.regional.token_lora import Row, lora_of, worn_in_regions
 
 Method: TypeAlias = Literal["auto", "grouped", "merged", "flex", "dense"]

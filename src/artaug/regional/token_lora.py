@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from artaug.errors import GuideError
-from artaug.lora import LoRA
+from artaug.lora.lora import LoRA
 from artaug.plan import Region
 from artaug.regional.denoiser import AttentiveDenoiser, Span
-from artaug.regional.shares import Shares
+from artaug.regional.region_weights import Shares
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def worn_in_regions(
         denoiser: whose layers wear them.
         loras: those in use, by name.
         rows: the rows of the call under way, none while no region counts.
-        shares: how regions divide a grid, `artaug.regional.shares.divided` with the guide's options.
+        shares: how regions divide a grid, `artaug.regional.region_weights.divided` with the guide's options.
     """
     with ExitStack() as wardrobe:
         for name, lora in loras.items():

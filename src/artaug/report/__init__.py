@@ -9,19 +9,19 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from artaug.compare import Comparison
-from artaug.disk import appearing
-from artaug.enhancement import Enhancement
+from artaug._internal.files import appearing
 from artaug.errors import InvalidValueError, MissingExtraError
+from artaug.evaluation.comparison import Comparison
 from artaug.pairs import Dropped, Kept
-from artaug.report.album import REMEDY, Album
 from artaug.report.comparisons import gallery_of, headline_of, table_of, verdicts_of
+from artaug.report.image_store import REMEDY, Album
 from artaug.report.provenance import origins, usages
 from artaug.report.runs import facts_of, headline_of_run, round_of
+from artaug.run.results import Enhancement
 
 __all__ = ["write_report"]
 
-_TEMPLATES = Path(__file__).parents[1] / "templates"
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from artaug.compare import Comparison, Guardrail, ScoreRow
-from artaug.compare.rows import in_words
-from artaug.report.album import Album
-from artaug.report.words import View, number, numbers, tone
+from artaug.evaluation.comparison import Comparison, Guardrail, ScoreRow
+from artaug.evaluation.comparison.rows import in_words
+from artaug.report.image_store import Album
+from artaug.report.text import View, number, numbers, tone
 
 
 def told_by(comparison: Comparison) -> ScoreRow:

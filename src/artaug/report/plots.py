@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from artaug.compare import Comparison
-from artaug.enhancement import Enhancement
 from artaug.errors import InvalidValueError, MissingExtraError
+from artaug.evaluation.comparison import Comparison
 from artaug.pairs import ImagePair
 from artaug.report.runs import smoothed
+from artaug.run.results import Enhancement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +118,7 @@ def gallery(comparison: Comparison, *, prompts: int = 6) -> "Figure":
     """The first prompts of a comparison as rows of pictures: the base and every candidate, drawn with one seed.
 
     Args:
-        comparison: it has to hold pictures, see the ``pictures`` of `artaug.compare`.
+        comparison: it has to hold pictures, see the ``pictures`` of `artaug.evaluation.comparison`.
         prompts: at most so many columns, at least 1.
 
     Raises:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Protocol, runtime_checkable
 
-from artaug.compare import Comparison
-from artaug.enhancement import Enhancement
+from artaug.evaluation.comparison import Comparison
+from artaug.run.results import Enhancement
 
 _PACKAGES = ("artaug", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 

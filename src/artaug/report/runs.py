@@ -5,14 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from artaug.enhancement import Enhancement, Round
-from artaug.funnel import Funnel
+from artaug._internal.text import duration
 from artaug.geometry import Box, Mask
+from artaug.images.html import COLOURS, data_address
 from artaug.pairs import Dropped, Kept
 from artaug.plan import Region
-from artaug.report.album import Album
-from artaug.report.words import View, number, numbers, tone
-from artaug.showing import COLOURS, data_address, duration
+from artaug.report.image_store import Album
+from artaug.report.text import View, number, numbers, tone
+from artaug.run.funnel import Funnel
+from artaug.run.results import Enhancement, Round
 
 _POINTS = 240
 _REASONS = 4

@@ -9,8 +9,8 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from artaug.errors import InvalidValueError
+from artaug.evaluation.suites import Detection
 from artaug.scorers.encoders import DualEncoder
-from artaug.suites import Detection
 
 GENEVAL_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 _TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {label}", "a photo of a {colour} object")
@@ -20,7 +20,7 @@ _BEHIND = "#999"
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClipColours:
-    """Names colours for `artaug.suites.ObjectScore`, by the rule of GenEval (Ghosh et al. 2023), which takes ViT-L/14.
+    """Names colours for `artaug.evaluation.suites.ObjectScore`, by the rule of GenEval (Ghosh et al. 2023), which takes ViT-L/14.
 
     What a detection's mask leaves out is made grey, its box is cut out, and the colour is the one whose three sentences,
     their vectors averaged, are nearest.

@@ -1,6 +1,6 @@
 """Scorers that need no model: they measure light, colour, modelling and focus, each in [0, 1].
 
-The formulas, and where they come from, are those of `artaug.photometry`. None looks at the prompt.
+The formulas, and where they come from, are those of `artaug.images.photometry`. None looks at the prompt.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from PIL.Image import Image
 
 from artaug.errors import InvalidValueError
-from artaug.photometry import MEASURES, chroma, contrast, exposure, sharpness, srgb
+from artaug.images.photometry import MEASURES, chroma, contrast, exposure, sharpness, srgb
 from artaug.scoring import Scorer, scored
 
 

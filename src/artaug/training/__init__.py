@@ -1,10 +1,11 @@
 """Differential training: what separates the pictures of pairs, as a LoRA."""
 
+from artaug.training.adapters import Adapter, DoRA, LoKr, Parts, PlainLoRA, Weights
 from artaug.training.bipolar import Bipolar
-from artaug.training.held_out import HeldOut, Look
-from artaug.training.kinds import Adapter, DoRA, LoKr, Parts, PlainLoRA, Weights
+from artaug.training.config import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, Recipe
+from artaug.training.distributed import sharded
 from artaug.training.model import Conditioning, DiffusionModel, Predictor, Trainable
-from artaug.training.noising import EpsilonPrediction, FlowMatching, Noising, VPrediction
+from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, Noising, VPrediction
 from artaug.training.objectives import (
     Course,
     Objective,
@@ -15,14 +16,13 @@ from artaug.training.objectives import (
     SupervisedFineTuning,
     TwoStage,
 )
-from artaug.training.optimisers import AdamW, AdamW8bit, Optimiser, Prodigy, Schedule, ScheduleFree
+from artaug.training.optimizers import AdamW, AdamW8bit, Optimiser, Prodigy, Schedule, ScheduleFree
 from artaug.training.preference import DirectPreference
-from artaug.training.processes import sharded
 from artaug.training.progress import StepEvent
-from artaug.training.recipe import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, Recipe
 from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.tracking import Tracker, tracked
 from artaug.training.trainer import DifferentialLoRATrainer, Training
+from artaug.training.validation import HeldOut, Look
 
 __all__ = [
     "ATTENTION",

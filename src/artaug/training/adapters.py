@@ -1,269 +1,183 @@
-"""A LoRA on a model while it is trained: put on, used as student and teacher, read off, and gone without trace.
+"""What is trained beside a frozen layer, and the low-rank update it comes to: a LoRA, a LoKr or a DoRA."""
 
-PEFT wraps the layers, so quantised ones work too; it is imported when training begins, and not before.
-"""
-
-import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from artaug.errors import LoRAMismatchError, ModelError, SeamError
-from artaug.lora import LoRA
-from artaug.training.kinds import Adapter, Parts, PlainLoRA, Weights
-from artaug.training.model import Conditioning, Predictor
-from artaug.training.noising import Latents, Levels, Noising
-from artaug.training.quantised import check_gradients, check_readable, set_to_learn
-from artaug.training.remembering import Memory
-from artaug.training.scaling import scaled_in_backward
+from artaug.errors import InvalidValueError
+from artaug.lora.lora import LoRA, LowRank
+from artaug.training.factors import Factor, Kronecker, Repeated, kaiming
 
-_NAME = "artaug"
-_PLAIN = PlainLoRA()
+Parts: TypeAlias = Mapping[str, Tensor]
+"""What is trained of one layer, by name: of the factor that comes first (``down.``), of the second (``up.``), and more."""
 
-
-class LoRALayer(Protocol):
-    """What is used of PEFT's wrapper of a layer, typed here since importing PEFT waits until training begins."""
-
-    lora_A: nn.ModuleDict  # noqa: N815 - PEFT's name
-    lora_B: nn.ModuleDict  # noqa: N815 - likewise
-    lora_magnitude_vector: nn.ModuleDict
-    cast_input_dtype_enabled: bool
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Let the wrapper add its update, or be the plain layer."""
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Make an adapter count so many times what its alpha and rank say."""
-
-    def get_base_layer(self) -> nn.Module:
-        """The layer that is wrapped."""
+_log = logging.getLogger(__name__)
+_MUCH = 0.99
+"""Of an update has to be in the exported LoRA, or it is said."""
 
 
 @dataclass(frozen=True, eq=False)
-class AdaptedModel:
-    """A frozen model with one adapter in training: the `Student` of every objective."""
+class Weights:
+    """What a frozen layer multiplies with: float32, (outputs, inputs)."""
 
-    model: Predictor
-    adapter: Adapter
-    wrapped: Mapping[str, LoRALayer]
-    """PEFT's LoRA layers by the path of the layer they wrap."""
-    trained: Mapping[str, Mapping[str, nn.Parameter]]
-    """What is learned, by layer and part: float32."""
-    memory: Memory | None = None
-    """What the teacher has said, if batches come again."""
+    stored: Tensor
+    """Its own weight."""
+    used: Tensor
+    """With the updates of the LoRAs that the layer wears."""
 
-    @property
-    def noising(self) -> Noising:
-        """How the model's pictures are noised, and what it predicts."""
-        return self.model.noising
 
-    def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
-        """The prediction with the update, ``scale`` times: float32, with gradient.
+class Adapter(ABC):
+    """What is trained beside each frozen layer. Whatever it is, the training's result is an ordinary LoRA."""
 
-        Raises:
-            ModelError: for a scale that the adapter has no meaning for.
+    directional: ClassVar[bool] = False
+    """Whether PEFT is to learn the length of every row of a weight as well: DoRA."""
+
+    @abstractmethod
+    def factors(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
+        """What a layer's input goes through, one after the other, drawn afresh; together they start at zero.
+
+        PEFT asks the first for its ``weight``, and if the adapter is directional both.
         """
-        if scale != 1 and self.adapter.directional:
-            raise ModelError(
-                f"the objective asks for {scale:g} times the update, and {type(self.adapter).__name__} turns weights "
-                "instead of adding to them: there is no such thing. Train a PlainLoRA or a LoKr."
+
+    @abstractmethod
+    def exported_rank(self, inputs: int, outputs: int, rank: int) -> int:
+        """The rank of a layer of the exported LoRA."""
+
+    @abstractmethod
+    def lora(self, layers: Mapping[str, Parts], weights: Callable[[str], Weights]) -> LoRA:
+        """What has been learned, as a LoRA.
+
+        Args:
+            layers: what was trained, by the path of the layer it stands beside.
+            weights: says what a layer multiplies with, by its path.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainLoRA(Adapter):
+    """Two thin matrices, whose product is added to the weight (Hu et al., arXiv 2106.09685, eq. 3)."""
+
+    def factors(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
+        return Factor(kaiming((rank, inputs), generator)), Factor(torch.zeros(outputs, rank))
+
+    def exported_rank(self, inputs: int, outputs: int, rank: int) -> int:
+        return rank
+
+    def lora(self, layers: Mapping[str, Parts], weights: Callable[[str], Weights]) -> LoRA:
+        return LoRA({name: LowRank(parts["down.weight"], parts["up.weight"]) for name, parts in layers.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKr(Adapter):
+    """A small matrix times a thin one, by Kronecker's product: many ranks from few numbers (arXiv 2309.14859, section 3.4).
+
+    With ``f`` the factor, the update of a layer is ``C (x) (B A)``: ``C`` is ``f`` by ``f``, and ``B A`` of the trainer's
+    rank is ``f`` times smaller than the weight each way. Since ``C (x) (B A) = (C (x) B) (I (x) A)``, it *is* a LoRA, of
+    ``f`` times the rank (or as many as the layer has at most), and is exported as that without any loss. It is never formed: what goes through a layer is folded
+    into ``f`` rows, and a step takes about the memory of a LoRA of that rank.
+
+    Raises:
+        InvalidValueError: unless the factor is at least 2.
+
+    >>> import artaug as aa
+    >>> aa.DifferentialLoRATrainer(rank=4, adapter=aa.LoKr(factor=4)).adapter
+    LoKr(factor=4)
+    """
+
+    factor: int = 4
+    """Size of the small matrix; a layer that it does not divide gets the next smaller that does."""
+
+    def __post_init__(self) -> None:
+        if self.factor < 2:
+            raise InvalidValueError(f"{self}: need a factor of at least 2; at 1 it is a PlainLoRA.")
+
+    def factors(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
+        across, down = self._divisor(inputs), self._divisor(outputs)
+        small = kaiming((rank, inputs // across), generator)
+        outer = kaiming((down, across), generator)
+        return Repeated(small, times=across), Kronecker(outer, torch.zeros(outputs // down, rank))
+
+    def exported_rank(self, inputs: int, outputs: int, rank: int) -> int:
+        return min(rank * self._divisor(inputs), inputs, outputs)
+
+    def lora(self, layers: Mapping[str, Parts], weights: Callable[[str], Weights]) -> LoRA:
+        return LoRA({name: self._layer(parts) for name, parts in layers.items()})
+
+    def _layer(self, parts: Parts) -> LowRank:
+        outer = parts["up.outer"]
+        once = torch.eye(outer.shape[1], dtype=outer.dtype, device=outer.device)
+        down, up = torch.kron(once, parts["down.weight"]), torch.kron(outer, parts["up.inner"])
+        rank, inputs, outputs = len(down), down.shape[1], len(up)
+        if rank <= min(inputs, outputs):
+            return LowRank(down, up)
+        return LowRank(up @ down, torch.eye(outputs)) if outputs < inputs else LowRank(torch.eye(inputs), up @ down)
+
+    def _divisor(self, size: int) -> int:
+        return max(one for one in range(1, self.factor + 1) if size % one == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(Adapter):
+    """A LoRA for the direction of every row of a weight, and a number for its length (arXiv 2402.09353, eq. 5), by PEFT.
+
+    ``W' = m (W + B A) / |W + B A|``, row by row. That is no low-rank update: with the lengths, all of ``W`` changes. So the
+    exported LoRA is the nearest of rank ``exported``, and what it leaves out is said in a warning; let `HeldOut` judge
+    what is left. Objectives that ask for minus the update (`Bipolar`) are refused, since this one has none.
+
+    Raises:
+        InvalidValueError: unless the exported rank is at least 1.
+    """
+
+    directional: ClassVar[bool] = True
+
+    exported: int = 64
+    """Rank of the LoRA it comes to."""
+
+    def __post_init__(self) -> None:
+        if self.exported < 1:
+            raise InvalidValueError(f"{self}: need an exported rank of at least 1.")
+
+    def factors(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
+        return PlainLoRA().factors(inputs, outputs, rank, generator)
+
+    def exported_rank(self, inputs: int, outputs: int, rank: int) -> int:
+        return min(self.exported, inputs, outputs)
+
+    def lora(self, layers: Mapping[str, Parts], weights: Callable[[str], Weights]) -> LoRA:
+        nearest, whole = {}, 0.0
+        for name, parts in layers.items():
+            update = _turned(weights(name), parts)
+            nearest[name] = _nearest(update, self.exported)
+            whole += float(update.double().square().sum())
+        kept = sum(one.energy() for one in nearest.values()) / whole if whole else 1.0
+        if kept < _MUCH:
+            _log.warning(
+                "a LoRA of rank %d keeps %.1f%% of the squared norm of what DoRA has learned: raise DoRA(exported=%d).",
+                *(self.exported, 100 * kept, self.exported),
             )
-        self.wear(scale)
-        try:
-            prediction = self.model.predict(noisy, sigmas, conditioning).float()
-        finally:
-            self.wear(1.0)
-        return scaled_in_backward(prediction, self.wear, scale)
-
-    def wear(self, scale: float) -> None:
-        """Let the update count ``scale`` times until told otherwise."""
-        for layer in self.wrapped.values():
-            layer.set_scale(_NAME, scale)
-
-    def teacher(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
-        """The prediction without it: float32, without gradient."""
-        if self.memory is None:
-            return self._taught(noisy, sigmas, conditioning).float()
-        asked = {"noisy": noisy, "sigmas": sigmas, **{f"text.{name}": one for name, one in conditioning.items()}}
-        return self.memory.answer(asked, lambda: self._taught(noisy, sigmas, conditioning)).float()
-
-    @torch.no_grad()
-    def _taught(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
-        for layer in self.wrapped.values():
-            layer.enable_adapters(enabled=False)
-        try:
-            return self.model.predict(noisy, sigmas, conditioning)
-        finally:
-            for layer in self.wrapped.values():
-                layer.enable_adapters(enabled=True)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All that is learned, in the order of the model's layers."""
-        return [part for parts in self.trained.values() for part in parts.values()]
-
-    def layers(self) -> dict[str, Parts]:
-        """What is learned as it is now, by layer: float32 copies on the CPU."""
-        return self.filled(self.parameters())
-
-    def filled(self, values: Iterable[Tensor]) -> dict[str, Parts]:
-        """Copies of tensors in the order of `parameters`, by layer, on the CPU."""
-        given = iter(values)
-        return {
-            name: {part: next(given).detach().cpu().clone() for part in parts} for name, parts in self.trained.items()
-        }
-
-    def lora(self, layers: Mapping[str, Parts] | None = None) -> LoRA:
-        """What has been learned, or what `layers` gave, as a LoRA."""
-        return self.adapter.lora(self.layers() if layers is None else layers, self.weights)
-
-    @torch.no_grad()
-    def put(self, layers: Mapping[str, Parts]) -> None:
-        """Set all that is learned to what `layers` gave."""
-        for name, parts in self.trained.items():
-            for part, parameter in parts.items():
-                parameter.copy_(layers[name][part])
-
-    def on(self, model: Predictor) -> "AdaptedModel":
-        """The same student, for pictures of another size: ``model`` has the same denoiser."""
-        return self if model is self.model else replace(self, model=model)
-
-    @torch.no_grad()
-    def weights(self, name: str) -> Weights:
-        """What a frozen layer multiplies with. LoRAs it wears are hooks: they are found by asking the layer."""
-        from peft.utils.integrations import dequantize_module_weight  # noqa: PLC0415 - loads transformers
-
-        layer: Any = self.wrapped[name].get_base_layer()
-        stored: Tensor = dequantize_module_weight(layer)
-        asked = torch.eye(layer.in_features, device=stored.device, dtype=stored.dtype)
-        used: Tensor = layer(asked) - layer(torch.zeros_like(asked[:1]))
-        return Weights(stored.float(), used.float().T)
+        return LoRA(nearest)
 
 
-@contextmanager
-def adapted(
-    model: Predictor,
-    *,
-    rank: int,
-    targets: str,
-    generator: torch.Generator,
-    adapter: Adapter = _PLAIN,
-    memory: Memory | None = None,
-) -> Iterator[AdaptedModel]:
-    """Give ``model`` a fresh adapter inside the ``with`` block, and leave it exactly as it was after it.
-
-    Its update starts at zero.
-
-    Raises:
-        LoRAMismatchError: if ``targets`` selects no linear layer.
-        ModelError: if the model carries PEFT adapters already, is quantised in a way that passes no true gradient, or has
-            weights that the adapter cannot read.
-    """
-    module, device = model.module, model.device  # which a pipeline looks for through all its parts: once
-    layers = learning_layers(module, targets, adapter, device)
-    with left_as_found(module, layers):
-        module.eval()  # dropout would tell student and teacher apart
-        set_to_learn(module)
-        check_gradients(module, layers)
-        _wrap(module, layers, rank, directional=adapter.directional)
-        wrapped = {name: cast("LoRALayer", module.get_submodule(name)) for name in layers}
-        trained = {name: _begun(layer, adapter, rank, generator, device) for name, layer in wrapped.items()}
-        yield AdaptedModel(model, adapter, wrapped, trained, memory)
+def _turned(weights: Weights, parts: Parts) -> Tensor:
+    """What DoRA has done to a weight. Rows are as long as PEFT says: by the stored weight, whatever is worn on top."""
+    learned = (parts["up.weight"] @ parts["down.weight"]).to(weights.stored)
+    length: Tensor = torch.linalg.norm(weights.stored + learned, dim=1)
+    scale = parts["magnitude"].to(length) / length
+    return scale[:, None] * (weights.used + learned) - weights.used
 
 
-def learning_layers(module: nn.Module, targets: str, adapter: Adapter, device: torch.device) -> dict[str, nn.Module]:
-    """The layers that are to learn, if they can.
-
-    Raises:
-        LoRAMismatchError: if ``targets`` selects no linear layer.
-        ModelError: if the model carries PEFT adapters already, or has weights that the adapter cannot read.
-    """
-    if present := module.__dict__.get("peft_config"):
-        raise ModelError(
-            f"{type(module).__name__} carries PEFT adapters already ({', '.join(present)}). "
-            "Unload them, and give LoRAs to the synthesizer with with_lora."
-        )
-    layers = targeted_layers(module, targets)
-    if adapter.directional:
-        check_readable(layers, device)
-    return layers
-
-
-def targeted_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:
-    """The linear layers of ``module`` in whose path the regular expression ``targets`` is found.
-
-    Raises:
-        LoRAMismatchError: if there is none, naming one that could have been meant.
-    """
-    linear = {name: one for name, one in module.named_modules() if name and hasattr(one, "in_features")}
-    chosen = {name: one for name, one in linear.items() if re.search(targets, name)}
-    if not chosen:
-        middle = list(linear)[len(linear) // 2] if linear else "(no linear layer)"
-        raise LoRAMismatchError(
-            f"the targets {targets!r} select none of the {len(linear)} linear layers of {type(module).__name__}; "
-            f"names there look like {middle!r}."
-        )
-    return chosen
-
-
-@contextmanager
-def left_as_found(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put back the very layers, flags and attributes that were there, whatever happens in between."""
-    training = [(one, one.training) for one in module.modules()]
-    trainable = [(one, one.requires_grad) for one in module.parameters()]
-    try:
-        yield
-    finally:
-        for name, layer in layers.items():
-            parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, layer)
-        module.__dict__.pop("peft_config", None)
-        for one, flag in training:
-            one.training = flag
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
-
-
-def _wrap(module: nn.Module, layers: Mapping[str, nn.Module], rank: int, *, directional: bool) -> None:
-    from peft import LoraConfig  # noqa: PLC0415 - loads transformers
-    from peft.tuners.lora import LoraModel  # noqa: PLC0415
-
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules="|".join(re.escape(name) for name in layers),  # a string is matched against the whole path
-        init_lora_weights=False,
-        use_dora=directional,
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT draws from the global generator, and we replace what it drew; it warns of merging, which we never do.
-        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without", category=UserWarning)
-        LoraModel(module, config, _NAME)
-
-
-def _begun(
-    layer: LoRALayer, adapter: Adapter, rank: int, generator: torch.Generator, device: torch.device
-) -> dict[str, nn.Parameter]:
-    """Put an adapter's own factors where PEFT has put its, and say what is learned."""
-    base: Any = layer.get_base_layer()
-    stored: torch.device = base.weight.device
-    waits = stored.type in {"cpu", "meta"}  # offloaded, unless the model computes there, too
-    factors = adapter.factors(base.in_features, base.out_features, rank, generator)
-    if not all(hasattr(one, "weight") for one in (factors if adapter.directional else factors[:1])):
-        kinds = " and ".join(type(one).__name__ for one in factors)
-        raise SeamError(f"{type(adapter).__name__}.factors returned {kinds}, and PEFT asks for their weight: need one.")
-    down, up = (one.to(device if waits else stored) for one in factors)
-    layer.lora_A[_NAME], layer.lora_B[_NAME] = down, up
-    layer.cast_input_dtype_enabled = adapter.directional  # lengths of rows are no numbers for sixteen bits
-    parts = {f"down.{name}": one for name, one in down.named_parameters()}
-    parts |= {f"up.{name}": one for name, one in up.named_parameters()}
-    if adapter.directional:
-        lengths: Any = layer.lora_magnitude_vector[_NAME]
-        first, last = (one.weight.to(stored) for one in (down, up))
-        lengths.update_layer(base_layer=base, lora_A=first, lora_B=last, scaling=1.0)
-        parts["magnitude"] = lengths.to(down.weight.device).weight
-    return parts
+def _nearest(update: Tensor, rank: int) -> LowRank:
+    """The best update of a rank, but for what a randomised SVD misses (Halko et al., arXiv 0909.4061): next to nothing."""
+    wanted = min(rank, *update.shape)
+    with torch.random.fork_rng(devices=[update.device] if update.is_cuda else []):
+        # Not torch.manual_seed: it would reach the generators of devices that are not put back.
+        here = torch.cuda.default_generators[update.get_device()] if update.is_cuda else torch.default_generator
+        here.manual_seed(0)
+        left, strengths, right = torch.svd_lowrank(update, q=min(wanted + 8, *update.shape), niter=4)
+    roots = strengths[:wanted].sqrt()
+    return LowRank((right[:, :wanted] * roots).T.contiguous().cpu(), (left[:, :wanted] * roots).cpu())

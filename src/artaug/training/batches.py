@@ -17,12 +17,12 @@ from torch.nn.functional import pad
 
 from artaug.errors import ModelError
 from artaug.pairs import ImagePair
+from artaug.training.config import Recipe
+from artaug.training.distributed import ALONE, Processes
 from artaug.training.encoding import TEXT, Row, encoded_rows
 from artaug.training.model import DiffusionModel, Predictor
-from artaug.training.noising import FlowMatching, Noising
+from artaug.training.noise_schedule import FlowMatching, Noising
 from artaug.training.objectives import PairBatch
-from artaug.training.processes import ALONE, Processes
-from artaug.training.recipe import Recipe
 
 _ORDER, _NOISE, START = range(3)
 """What chance decides in a training; each draws from a generator of its own."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from artaug.errors import InvalidValueError
 from artaug.training.model import Conditioning
-from artaug.training.noising import Latents, Levels, Noising
+from artaug.training.noise_schedule import Latents, Levels, Noising
 from artaug.training.objectives import Objective, PairBatch, PairedDifference, Student
 
 

@@ -11,13 +11,13 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from artaug.disk import appearing, save_tensors
+from artaug._internal.files import appearing, save_tensors
+from artaug._internal.values import to_json
 from artaug.errors import NonFiniteError, SeamError, StorageError
 from artaug.pairs import ImagePair
-from artaug.regional.layout import coverage
+from artaug.regional.coverage import coverage
+from artaug.training.distributed import Processes
 from artaug.training.model import DiffusionModel
-from artaug.training.processes import Processes
-from artaug.values import to_json
 
 Row: TypeAlias = Mapping[str, Tensor]
 """One pair: latents ``before`` and ``after``, ``inside`` where its plan has regions, and its prompt as ``text.*``."""

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug.training.noising import Latents, Levels, Noising
+from artaug.training.noise_schedule import Latents, Levels, Noising
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
 """Encoded prompts, by the model's own names; the first axis of every tensor counts the prompts."""

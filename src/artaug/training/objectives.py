@@ -11,7 +11,7 @@ from torch import Tensor
 
 from artaug.errors import InvalidValueError
 from artaug.training.model import Conditioning
-from artaug.training.noising import Latents, Levels, Noising
+from artaug.training.noise_schedule import Latents, Levels, Noising
 
 Weights: TypeAlias = Float[Tensor, "..."]
 """A number for every latent, of a shape that broadcasts to theirs."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from artaug.errors import InvalidValueError
-from artaug.training.noising import Latents
+from artaug.training.noise_schedule import Latents
 from artaug.training.objectives import Objective, PairBatch, Student, check_outside, squared_errors
 
 

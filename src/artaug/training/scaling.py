@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from artaug.training.noising import Latents
+from artaug.training.noise_schedule import Latents
 
 
 def scaled_in_backward(prediction: Latents, wear: Callable[[float], None], scale: float) -> Latents:

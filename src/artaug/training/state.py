@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from artaug.disk import appearing, save_tensors
+from artaug._internal.files import appearing, save_tensors
 from artaug.errors import InvalidValueError, StorageError
-from artaug.lora import LoRA, LowRank, summed
-from artaug.training.held_out import Look, as_json
-from artaug.training.kinds import Parts
+from artaug.lora.lora import LoRA, LowRank, summed
+from artaug.training.adapters import Parts
+from artaug.training.validation import Look, as_json
 
 _VERSION = "2"
 _HELD = "__tensor__"

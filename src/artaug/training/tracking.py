@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from artaug.errors import InvalidValueError, MissingExtraError
-from artaug.training.held_out import Look
 from artaug.training.progress import StepEvent
+from artaug.training.validation import Look
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,20 @@ import torch
 from torch import nn
 
 from artaug.errors import InvalidValueError, NothingToLearnError
-from artaug.lora import LoRA
+from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair
 from artaug.synthesis import picture_seeds
-from artaug.training.adapters import learning_layers
+from artaug.training.config import Recipe
+from artaug.training.distributed import Processes
 from artaug.training.encoding import content_digest
-from artaug.training.held_out import HeldOut, Look, best
-from artaug.training.legs import Leg, legs_of
+from artaug.training.loop import Run
 from artaug.training.model import Trainable
-from artaug.training.processes import Processes
+from artaug.training.phases import Leg, legs_of
 from artaug.training.progress import Log, StepEvent
-from artaug.training.quantised import is_foreign
-from artaug.training.recipe import Recipe
-from artaug.training.running import Run
+from artaug.training.quantized import is_foreign
 from artaug.training.state import Checkpoints, TrainingState
+from artaug.training.student import learning_layers
+from artaug.training.validation import HeldOut, Look, best
 
 _log = logging.getLogger(__name__)
 _SMALL = 4096

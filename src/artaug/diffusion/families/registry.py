@@ -1,0 +1,69 @@
+"""Which family a pipeline belongs to, known before its weights are read."""
+
+import os
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from artaug.diffusion.families.base import Family
+from artaug.diffusion.families.flux.family import Flux
+from artaug.diffusion.families.flux2.family import Flux2
+from artaug.diffusion.families.flux2.klein import Flux2Klein
+from artaug.diffusion.families.qwen_image.family import QwenImage
+from artaug.diffusion.families.sd3.family import StableDiffusion3
+from artaug.diffusion.families.unet.sd15 import StableDiffusion
+from artaug.diffusion.families.unet.sdxl import StableDiffusionXL
+from artaug.diffusion.families.z_image.family import ZImage
+from artaug.errors import ModelError
+
+FAMILIES: tuple[type[Family], ...] = (
+    Flux,
+    Flux2,
+    Flux2Klein,
+    QwenImage,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    ZImage,
+)
+"""The families recognised from a pipeline's class."""
+
+_EXPECTED = "Expected a diffusers pipeline: a folder with model_index.json, or its name on the Hub."
+
+
+def family_of(pipeline: DiffusionPipeline) -> type[Family]:
+    """The family of a loaded pipeline.
+
+    Raises:
+        ModelError: if artaug does not know it.
+    """
+    for family in FAMILIES:
+        if isinstance(pipeline, family.pipeline_class):
+            return family
+    raise ModelError(f"artaug does not know {type(pipeline).__name__}. {_known_families()}")
+
+
+def family_at(source: str | os.PathLike[str]) -> type[Family]:
+    """The family of the pipeline in a folder or on the Hub, read from its index, not its weights.
+
+    Raises:
+        ModelError: if there is no pipeline, or one artaug does not know.
+    """
+    text = str(source)
+    if not Path(source).exists() and (Path(source).is_absolute() or text.startswith(".") or text.count("/") > 1):
+        raise ModelError(f"{text!r} does not exist, and is no name on the Hub either. {_EXPECTED} {_known_families()}")
+    try:
+        index = DiffusionPipeline.load_config(source)
+    except (OSError, ValueError) as fault:
+        held = sorted(entry.name for entry in Path(source).iterdir()) if Path(source).is_dir() else None
+        found = f"is a folder that holds {held or 'nothing'}" if held is not None else "could not be read"
+        raise ModelError(f"{text!r} {found}: {fault} {_EXPECTED} {_known_families()}") from fault
+    for family in FAMILIES:
+        if index.get("_class_name") == family.pipeline_class.__name__:
+            return family
+    raise ModelError(f"{text!r} holds a {index.get('_class_name')!r}. {_known_families()}")
+
+
+def _known_families() -> str:
+    known = ", ".join(family.pipeline_class.__name__ for family in FAMILIES)
+    return f"Known are: {known}. For another, write a Family and use DiffusersSynthesizer(pipeline=..., family=...)."

@@ -1,0 +1,1 @@
+"""The U-Nets, Stable Diffusion 1.5 and SDXL: cross-attention at several resolutions."""

@@ -1,0 +1,274 @@
+"""What the UNet families have in common: prompts read by cross-attention, noise or v as the prediction."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers import Transformer2DModel, UNet2DConditionModel
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from artaug._internal.truncation import warn_of_cut
+from artaug.diffusion.families import common
+from artaug.diffusion.families.base import Family
+from artaug.diffusion.families.cfg import batched_branches, check_negative_is_read
+from artaug.diffusion.families.unet.attention import RegionalCrossProcessor
+from artaug.errors import GuideError, ModelError
+from artaug.regional.denoiser import (
+    Attend,
+    AttentionLayer,
+    AttentiveDenoiser,
+    Branches,
+    Call,
+    Conditioning,
+    Denoiser,
+    Site,
+    Span,
+    Text,
+)
+from artaug.training.noise_schedule import BetaSchedule, EpsilonPrediction, VPrediction
+
+_PIPELINES_MULTIPLE_PX = 8
+_UNSAID = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
+"""Of schedulers older than these settings."""
+_KNOWN = {
+    "prediction_type": ("epsilon", "v_prediction"),
+    "beta_schedule": get_args(BetaSchedule),
+    "trained_betas": (None,),
+    "rescale_betas_zero_snr": (False, True),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UNetFamily(Family):
+    """A UNet whose image tokens look at the tokens of CLIP.
+
+    ``guidance_scale`` is classifier-free guidance; at 1 and below there is none, and a distilled model that takes the
+    scale as an input (LCM) has none either. CLIP reads 77 tokens, whatever ``max_sequence_length`` above that says.
+
+    All tokens CLIP gives count as a prompt's own: its padding has read the words before it, and no UNet was ever
+    trained without.
+    """
+
+    def __post_init__(self) -> None:
+        common.check_parts(self.pipeline, self._parts)
+        # Its pipelines ask for eighths whatever the VAE.
+        multiple = math.lcm(_PIPELINES_MULTIPLE_PX, self.pipeline.vae_scale_factor)
+        common.check_size(self.pipeline, width=self.width, height=self.height, multiple=multiple)
+        common.check_no_true_cfg(self.pipeline, self.true_cfg_scale)
+        check_negative_is_read(self.pipeline, self.negative_prompt, is_guided=self._is_guided, scale=self._guidance)
+        if self.max_sequence_length < self._clip_reads:
+            raise ModelError(
+                f"max_sequence_length={self.max_sequence_length} would be ignored: CLIP always reads "
+                f"{self._clip_reads} tokens, padding included. Leave it at that or above."
+            )
+
+    @property
+    @abstractmethod
+    def _parts(self) -> Sequence[str]:
+        """What the pipeline cannot do without."""
+
+    @property
+    @abstractmethod
+    def _recommended_guidance(self) -> float:
+        """The scale its pipeline recommends."""
+
+    @abstractmethod
+    def _added_conditions(self, conditioning: Conditioning) -> Mapping[str, Tensor] | None:
+        """What the UNet is told besides the prompts' tokens and the noise level, as drawing tells it."""
+
+    @property
+    def negative(self) -> str | None:
+        return (self.negative_prompt or "") if self._is_guided else None
+
+    def words(self, prompts: Sequence[str]) -> list[slice]:
+        return [slice(0, self._clip_reads)] * len(prompts)
+
+    def denoiser(self, conditioning: Conditioning) -> Denoiser:
+        factor, config = self.pipeline.vae_scale_factor, self.pipeline.scheduler.config
+        return UNetDenoiser(
+            module=self.module,
+            grid=(self.height // factor, self.width // factor),
+            pictures=len(conditioning["prompt_embeds"]),
+            timesteps=config.num_train_timesteps if "beta_schedule" in config else None,
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        unet: nn.Module = self.pipeline.unet
+        return unet
+
+    @property
+    def noising(self) -> EpsilonPrediction | VPrediction:
+        """The prediction type and the noise levels the scheduler's config names.
+
+        Raises:
+            ModelError: if it names others than training knows.
+        """
+        config = {**_UNSAID, **self.pipeline.scheduler.config}
+        scheduler = type(self.pipeline.scheduler).__name__
+        odd = {name: config.get(name) for name, known in _KNOWN.items() if config.get(name) not in known}
+        if odd:
+            expected = {name: list(_KNOWN[name]) for name in odd}
+            raise ModelError(f"{scheduler} has {odd}, which training does not know. It knows {expected}.")
+        betas = {name: config[name] for name in ("beta_start", "beta_end")}
+        steps, schedule = config["num_train_timesteps"], config["beta_schedule"]
+        if config["prediction_type"] == "v_prediction":
+            zero = config["rescale_betas_zero_snr"]
+            return VPrediction(**betas, timesteps=steps, schedule=schedule, zero_terminal_snr=zero)
+        if config["rescale_betas_zero_snr"]:
+            raise ModelError(
+                f"{scheduler} has rescale_betas_zero_snr=True with prediction_type='epsilon': of pure noise, a model that "
+                "predicts noise learns nothing. Expected prediction_type='v_prediction', or betas that are not rescaled."
+            )
+        return EpsilonPrediction(**betas, timesteps=steps, schedule=schedule)
+
+    def encode_images(self, images: Sequence[Image]) -> Tensor:
+        return common.vae_latents(self.pipeline, images, width=self.width, height=self.height)
+
+    def encode_masks(self, masks: Tensor) -> Tensor:
+        return common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
+
+    def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
+        """Predict as every family does, at the whole timestep whose noise level is nearest: training has no others."""
+        embeds = conditioning["prompt_embeds"]
+        prediction: Tensor = self.module(
+            noisy.to(embeds),
+            self._timesteps_at(sigmas).to(embeds.device),
+            encoder_hidden_states=embeds,
+            timestep_cond=self._embedded_guidance(embeds),
+            added_cond_kwargs=self._added_conditions(conditioning),
+            return_dict=False,
+        )[0]
+        return prediction.to(noisy)
+
+    @property
+    def _guidance(self) -> float:
+        return self._recommended_guidance if self.guidance_scale is None else self.guidance_scale
+
+    @property
+    def _is_guided(self) -> bool:
+        return self._guidance > 1 and self.pipeline.unet.config.time_cond_proj_dim is None
+
+    @property
+    def _clip_reads(self) -> int:
+        return int(self.pipeline.tokenizer.model_max_length)
+
+    def _timesteps_at(self, sigmas: Tensor) -> Tensor:
+        levels: Tensor = (1 - self.pipeline.scheduler.alphas_cumprod.double().cpu()).sqrt()
+        return (sigmas.double().cpu()[:, None] - levels).abs().argmin(dim=1)
+
+    def _embedded_guidance(self, like: Tensor) -> Tensor | None:
+        """The scale as the input of a model distilled to take it, made as the pipeline makes it."""
+        width = self.pipeline.unet.config.time_cond_proj_dim
+        if width is None:
+            return None
+        scale = torch.tensor(self._guidance - 1).repeat(len(like))
+        embedded: Tensor = self.pipeline.get_guidance_scale_embedding(scale, embedding_dim=width)
+        return embedded.to(like)
+
+    def _warn_of_cuts(self, prompt: str) -> None:
+        # Where there are two CLIPs, they share one vocabulary and are cut at one length.
+        tokenizer = self.pipeline.tokenizer
+        spelt = self.pipeline.maybe_convert_prompt(prompt, tokenizer)  # the words of a textual inversion
+        warn_of_cut(spelt, reader="CLIP", tokenizer=tokenizer, limit=self._clip_reads, remedy="Shorten it.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UNetDenoiser(AttentiveDenoiser):
+    """A UNet in one run, as a guide sees it."""
+
+    pictures: int
+    """How many the run draws."""
+    timesteps: int | None
+    """What a noise level of 1 is called; None if the scheduler does not count timesteps."""
+
+    def branches(self, call: Call) -> Branches:
+        return batched_branches(len(call["sample"]), pictures=self.pictures)
+
+    def recondition(self, call: Call, rows: Sequence[int], texts: Sequence[Text]) -> dict[str, Any]:
+        some = list(rows)
+        changed = {**call, "sample": call["sample"][some]}
+        changed["encoder_hidden_states"] = torch.cat([text.conditioning["prompt_embeds"] for text in texts])
+        if torch.is_tensor(call["timestep"]) and call["timestep"].ndim:
+            changed["timestep"] = call["timestep"][some]
+        if call.get("timestep_cond") is not None:
+            changed["timestep_cond"] = call["timestep_cond"][some]
+        if (added := call.get("added_cond_kwargs")) is not None:
+            pooled = torch.cat([text.conditioning["pooled_prompt_embeds"] for text in texts])
+            changed["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": added["time_ids"][some]}
+        return changed
+
+    def over_prediction(self, weights: Tensor) -> Tensor:
+        return weights  # (channels, rows, columns) is what they multiply
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Of the coarsest level, so that a region that is read there is read everywhere."""
+        return min((grid for _, grid in _cross_attention(self.module, self.grid)), key=math.prod)
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        return [
+            Site(attention, block, kind="cross", grid=grid)
+            for block, (attention, grid) in enumerate(_cross_attention(self.module, self.grid))
+        ]
+
+    def noise_level(self, call: Call) -> float:
+        if self.timesteps is None:
+            raise GuideError(
+                "this pipeline's scheduler does not count timesteps (EDM's tell the logarithm of the noise instead), so "
+                "regions cannot follow the noise level. Use a scheduler with betas, as DDIM's, or OutputMix."
+            )
+        return float(torch.as_tensor(call["timestep"]).flatten()[0]) / self.timesteps
+
+    def with_texts(
+        self, call: Call, texts: Sequence[Sequence[Text]], *, trimmed: bool
+    ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
+        base = call["encoder_hidden_states"]
+        joined, spans = common.joined_texts(base, texts, name="prompt_embeds", trimmed=trimmed, ahead=False)
+        return {**call, "encoder_hidden_states": joined}, spans
+
+    def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
+        if ".transformer_blocks." in layer:
+            return "text" if layer.endswith(("attn2.to_k", "attn2.to_v")) else "image"
+        # Before and after those blocks there are linear layers of tokens or convolutions of pixels, by the model. All
+        # other linear layers work on the noise level.
+        return "image" if ".attentions." in layer or layer in self._convolutions else None
+
+    @cached_property
+    def _convolutions(self) -> frozenset[str]:
+        return frozenset(name for name, one in self.module.named_modules() if isinstance(one, nn.Conv2d))
+
+    def processor(self, site: Site, attend: Attend) -> RegionalCrossProcessor:
+        return RegionalCrossProcessor.like(site.attention, attend)
+
+
+def _cross_attention(
+    unet: UNet2DConditionModel, grid: tuple[int, int]
+) -> Iterator[tuple[AttentionLayer, tuple[int, int]]]:
+    """Every layer where the image looks at prompts, in the order of computation, and its rows and columns."""
+    grids = [grid]
+    for block in unet.down_blocks:
+        for attention in _cross_attention_in(getattr(block, "attentions", ())):
+            yield attention, grids[-1]
+        if block.downsamplers is not None:
+            rows, columns = grids[-1]
+            grids.append(((rows + 1) // 2, (columns + 1) // 2))  # a strided convolution rounds up
+    for attention in _cross_attention_in(getattr(unet.mid_block, "attentions", ())):
+        yield attention, grids[-1]
+    for block in unet.up_blocks:
+        for attention in _cross_attention_in(getattr(block, "attentions", ())):
+            yield attention, grids[-1]
+        if block.upsamplers is not None:
+            grids.pop()
+
+
+def _cross_attention_in(transformers: Iterable[Transformer2DModel]) -> Iterator[AttentionLayer]:
+    for transformer in transformers:
+        for layer in transformer.transformer_blocks:
+            yield from (one for one in (layer.attn1, layer.attn2) if one is not None and one.is_cross_attention)

@@ -1,0 +1,1 @@
+"""Z-Image: single-stream attention over image and text tokens."""

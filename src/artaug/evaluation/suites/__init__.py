@@ -1,0 +1,38 @@
+"""Published suites of prompts with checks: what has to be in a picture, or which questions it has to answer with yes."""
+
+from artaug.evaluation.suites.checks import (
+    Case,
+    Clause,
+    ObjectCheck,
+    Outcome,
+    Question,
+    QuestionCheck,
+    Suite,
+    SuiteScorer,
+)
+from artaug.evaluation.suites.objects import Detection, Detector, ObjectScore
+from artaug.evaluation.suites.questions import QuestionScore
+from artaug.evaluation.suites.reading import read_dpg, read_geneval, read_oneig
+from artaug.evaluation.suites.results import CategoryScore, SuiteResult, by_category, evaluate
+
+__all__ = [
+    "Case",
+    "CategoryScore",
+    "Clause",
+    "Detection",
+    "Detector",
+    "ObjectCheck",
+    "ObjectScore",
+    "Outcome",
+    "Question",
+    "QuestionCheck",
+    "QuestionScore",
+    "Suite",
+    "SuiteResult",
+    "SuiteScorer",
+    "by_category",
+    "evaluate",
+    "read_dpg",
+    "read_geneval",
+    "read_oneig",
+]

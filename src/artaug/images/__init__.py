@@ -1,0 +1,1 @@
+"""Pictures, measured and shown: similarity, photometry, HTML."""

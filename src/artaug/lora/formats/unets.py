@@ -1,0 +1,78 @@
+"""The tables of Stable Diffusion's U-Nets."""
+
+from collections.abc import Iterator
+
+from artaug.lora.formats.key_formats import in_kohya, in_peft
+from artaug.lora.formats.key_maps import Format, Naming, Row
+
+_ATTENTION = tuple(f"attn{number}.{name}" for number in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0"))
+_IN_TRANSFORMER = (
+    *(f"transformer_blocks.{{}}.{name}" for name in (*_ATTENTION, "ff.net.0.proj", "ff.net.2")),
+    "proj_in",
+    "proj_out",
+)
+_IN_RESNET = {
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_OUTSIDE = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.2": "conv_out",
+}
+
+
+def _unet(*, attention_at_the_bottom: bool) -> tuple[Row, ...]:
+    """A U-Net of two layers a block: numbered through in the original, by block and layer in diffusers."""
+    down = {
+        f"down_blocks.{block}.{{kind}}.{layer}": f"input_blocks.{3 * block + layer + 1}"
+        for block in range(4)
+        for layer in range(2)
+    }
+    up = {
+        f"up_blocks.{block}.{{kind}}.{layer}": f"output_blocks.{3 * block + layer}"
+        for block in range(4)
+        for layer in range(3)
+    }
+    rows = [Row(theirs, (ours,)) for theirs, ours in _OUTSIDE.items()]
+    for ours, theirs in (down | up).items():
+        rows += _transformer(ours.format(kind="attentions"), f"{theirs}.1")
+        rows += _resnet(ours.format(kind="resnets"), f"{theirs}.0")
+    rows += _transformer("mid_block.attentions.0", "middle_block.1")
+    for number in range(2):
+        rows += _resnet(f"mid_block.resnets.{number}", f"middle_block.{2 * number}")
+    for block in range(3):
+        behind = 2 if block or attention_at_the_bottom else 1
+        rows.append(Row(f"input_blocks.{3 * block + 3}.0.op", (f"down_blocks.{block}.downsamplers.0.conv",)))
+        rows.append(Row(f"output_blocks.{3 * block + 2}.{behind}.conv", (f"up_blocks.{block}.upsamplers.0.conv",)))
+    return tuple(rows)
+
+
+def _transformer(ours: str, theirs: str) -> Iterator[Row]:
+    return (Row(f"{theirs}.{name}", (f"{ours}.{name}",)) for name in _IN_TRANSFORMER)
+
+
+def _resnet(ours: str, theirs: str) -> Iterator[Row]:
+    return (Row(f"{theirs}.{original}", (f"{ours}.{name}",)) for original, name in _IN_RESNET.items())
+
+
+SDXL = Naming(
+    name="Stable Diffusion XL",
+    rows=(
+        *_unet(attention_at_the_bottom=True),
+        *(Row(f"label_emb.0.{2 * number}", (f"add_embedding.linear_{number + 1}",)) for number in range(2)),
+    ),
+    spellings={Format.PEFT: in_peft("unet"), Format.KOHYA: in_kohya(original=True, uniform=True)},
+)
+"""Stable Diffusion XL."""
+
+SD15 = Naming(
+    name="Stable Diffusion 1.5",
+    rows=_unet(attention_at_the_bottom=False),
+    # sd-scripts trains SDXL on the original U-Net, and this one on diffusers'
+    spellings={Format.PEFT: in_peft("unet"), Format.KOHYA: in_kohya(uniform=True)},
+)
+"""Stable Diffusion 1.x, and 2.x."""

@@ -1,0 +1,1 @@
+"""The program people write: improve, enhance, and what a run ends with."""

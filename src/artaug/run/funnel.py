@@ -1,0 +1,148 @@
+"""Where the prompts of a run went: how many got how far, and why the others did not."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from typing import TYPE_CHECKING, final
+
+from artaug.errors import InvalidValueError, MissingExtraError
+from artaug.pairs import SKIPPING_STAGES, Attempt, Dropped, Skipped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+_BAR, _REST, _TEXT = "#0072b2", "#d9dee5", "#555"
+_SHOWN_REASONS = 3
+_WIDTH = 40
+
+
+def alike_reasons(reasons: Iterable[str]) -> list[tuple[str, int]]:
+    """Reasons and how often each was given, most frequent first; those that differ only in numbers are one.
+
+    >>> from artaug.run.funnel import alike_reasons
+    >>> alike_reasons(["Chroma fell by 0.2", "too dark", "Chroma fell by 0.3"])
+    [('Chroma fell by …', 2), ('too dark', 1)]
+    """
+    alike: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for reason in reasons:
+        alike[_NUMBER.sub("…", reason)][reason] += 1
+    groups = ((next(iter(exact)) if len(exact) == 1 else text, exact.total()) for text, exact in alike.items())
+    return sorted(groups, key=lambda group: -group[1])
+
+
+@final
+@dataclass(frozen=True)
+class FunnelStep:
+    """How many prompts got this far, and why the others of the step before did not."""
+
+    name: str
+    """``asked``, ``drawn``, ``criticised``, ``changed`` or ``kept``."""
+    count: int
+    lost: tuple[tuple[str, int], ...] = ()
+    """Reasons and how often each was given, most frequent first; reasons that differ only in numbers are one."""
+
+
+@final
+@dataclass(frozen=True)
+class Funnel:
+    """How far the prompts of a run got: asked, drawn, criticised, changed, kept. A notebook shows it as bars.
+
+    ``changed`` are those that became a pair; of them the filter keeps some.
+
+    >>> import artaug as aa
+    >>> funnel = aa.Funnel.of([aa.Skipped("a moor", 1, "too dark"), aa.Skipped("a pond", 2, "nothing to do", "plan")])
+    >>> [(step.name, step.count) for step in funnel.steps]
+    [('asked', 2), ('drawn', 2), ('criticised', 1), ('changed', 0), ('kept', 0)]
+    """
+
+    steps: tuple[FunnelStep, ...]
+    """In order; no count is above the one before, and what is lost has reasons for every prompt."""
+
+    def __post_init__(self) -> None:
+        for before, step in pairwise(self.steps):
+            if before.count - step.count != sum(count for _, count in step.lost):
+                raise InvalidValueError(
+                    f"{before.count} were {before.name} and {step.count} {step.name}, with reasons for "
+                    f"{sum(count for _, count in step.lost)}: every prompt lost needs one."
+                )
+
+    @classmethod
+    def of(cls, attempts: Iterable[Attempt]) -> "Funnel":
+        """Count attempts: of a run, a round or several."""
+        every = list(attempts)
+        steps, left = [FunnelStep("asked", len(every))], len(every)
+        skipped = [one for one in every if isinstance(one, Skipped)]
+        for stage, name in zip(SKIPPING_STAGES, ("drawn", "criticised", "changed"), strict=True):
+            lost = [one.reason for one in skipped if one.stage == stage]
+            left -= len(lost)
+            steps.append(FunnelStep(name, left, tuple(alike_reasons(lost))))
+        dropped = [one.verdict.reason for one in every if isinstance(one, Dropped)]
+        return cls((*steps, FunnelStep("kept", left - len(dropped), tuple(alike_reasons(dropped)))))
+
+    @property
+    def yield_(self) -> float:
+        """Share of the prompts asked that ended as kept pairs, in [0, 1]; 0 if none were asked."""
+        asked, kept = self.steps[0].count, self.steps[-1].count
+        return kept / asked if asked else 0.0
+
+    def figure(self) -> "Figure":
+        """Draw it as a matplotlib figure, for a paper: ``funnel.figure().savefig("funnel.pdf")``.
+
+        Raises:
+            MissingExtraError: if matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+        except ImportError:
+            raise MissingExtraError("Funnel.figure", package="matplotlib", extra="report") from None
+        figure = Figure(figsize=(6.4, 0.55 * len(self.steps) + 0.4), layout="constrained")
+        axes = figure.add_subplot()
+        names, counts = [step.name for step in self.steps], [step.count for step in self.steps]
+        axes.barh(names, [self.steps[0].count] * len(names), color=_REST, height=0.66)
+        axes.barh(names, counts, color=_BAR, height=0.66)
+        for at, step in enumerate(self.steps):
+            axes.text(1.02, at, self._label(step), va="center", fontsize=9, transform=axes.get_yaxis_transform())
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(self.steps[0].count, 1))
+        axes.set_xlabel("prompts", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_REST)
+        axes.tick_params(labelsize=9, length=0)
+        return figure
+
+    def __str__(self) -> str:
+        lines = []
+        for step in self.steps:
+            lines.append(f"{step.name:>10}  {'█' * round(_WIDTH * self._share(step)):<{_WIDTH}}  {self._label(step)}")
+            lines += [f"{'':>10}  - {count:,} {reason}" for reason, count in _shortened(step.lost)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Bars and reasons for notebooks; no script, no other file."""
+        return f'<table style="border-collapse:collapse">{"".join(map(self._row, self.steps))}</table>'
+
+    def _row(self, step: FunnelStep) -> str:
+        bar = f'<div style="width:{100 * self._share(step):.2f}%;height:1em;background:{_BAR}"></div>'
+        lost = "".join(f"<br>−{count:,} {escape(reason)}" for reason, count in _shortened(step.lost))  # noqa: RUF001
+        return (
+            f'<tr><th style="text-align:right">{step.name}</th>'
+            f'<td style="width:16em"><div style="background:{_REST}">{bar}</div></td>'
+            f'<td style="text-align:left">{self._label(step)}<small style="color:{_TEXT}">{lost}</small></td></tr>'
+        )
+
+    def _share(self, step: FunnelStep) -> float:
+        return step.count / self.steps[0].count if self.steps[0].count else 0.0
+
+    def _label(self, step: FunnelStep) -> str:
+        return f"{step.count:,} ({self._share(step):.1%})"
+
+
+def _shortened(lost: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """The most frequent reasons, and the others as one."""
+    yield from lost[:_SHOWN_REASONS]
+    if rest := lost[_SHOWN_REASONS:]:
+        yield f"for {len(rest)} other reasons", sum(count for _, count in rest)

@@ -1,0 +1,106 @@
+"""Pipelines without weights: what they would weigh, and that nothing but configs is read."""
+
+import warnings
+
+import pytest
+import torch
+
+import artaug as aa
+from artaug.diffusion.estimation.meta_pipeline import modules, stored_bytes, text_shapes, weightless
+from artaug.diffusion.families.registry import family_of
+from artaug.diffusion.families.unet.family import UNetFamily
+from support.tiny_flux import tiny_flux
+from support.tiny_flux2 import tiny_flux2, tiny_flux2_klein
+from support.tiny_qwen_image import tiny_qwen_image
+from support.tiny_sd3 import tiny_sd3
+from support.tiny_unet import tiny_sd15, tiny_sdxl
+from support.tiny_z_image import tiny_z_image
+
+PIPELINES = [tiny_flux, tiny_flux2, tiny_flux2_klein, tiny_qwen_image, tiny_sd3, tiny_sd15, tiny_sdxl, tiny_z_image]
+
+
+def family_of_tiny(pipeline, *, kind=None):
+    return (kind or family_of(pipeline))(
+        pipeline=pipeline,
+        width=32,
+        height=32,
+        guidance_scale=None,
+        negative_prompt=None,
+        true_cfg_scale=1.0,
+        max_sequence_length=48,
+    )
+
+
+@pytest.fixture(scope="module", params=PIPELINES, ids=lambda make: make.__name__)
+def pipeline(request):
+    return request.param()
+
+
+def only_configs(pipeline, folder):
+    """What is left of a saved pipeline without weights and vocabularies."""
+    pipeline.save_pretrained(folder)
+    for file in folder.rglob("*"):
+        if file.is_file() and "config" not in file.name and file.name != "model_index.json":
+            file.unlink()
+    return folder
+
+
+def test_a_pipeline_built_from_configs_alone_would_weigh_what_the_real_one_weighs(pipeline, tmp_path):
+    found = weightless(only_configs(pipeline, tmp_path), dtype=torch.float32)
+    assert type(found) is type(pipeline)
+    assert {name: stored_bytes(part) for name, part in modules(found)} == {
+        name: stored_bytes(part) for name, part in modules(pipeline)
+    }
+    assert {one.device.type for _, part in modules(found) for one in part.parameters()} == {"meta"}
+
+
+def test_a_loaded_pipeline_stays_as_it_is(pipeline):
+    weights = {name: [*part.parameters()] for name, part in modules(pipeline)}
+    twin = weightless(pipeline, dtype=torch.bfloat16)
+    assert all(
+        one is other
+        for name, part in modules(pipeline)
+        for one, other in zip(part.parameters(), weights[name], strict=True)
+    )
+    assert {one.dtype for _, part in modules(twin) for one in part.parameters()} == {torch.bfloat16}
+
+
+def test_the_shapes_of_a_prompt_of_full_length_are_what_its_family_encodes(pipeline):
+    family = family_of_tiny(pipeline)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is cut: the prompt is longer than any model reads
+        encoded = family.encode_prompts(["word " * 100])
+    assert {name: tuple(one.shape[1:]) for name, one in encoded.items()} == text_shapes(family)
+
+
+def test_sd3_without_t5_has_as_many_tokens():
+    family = family_of_tiny(tiny_sd3(has_t5=False))
+    assert tuple(family.encode_prompts(["a"])["prompt_embeds"].shape[1:]) == text_shapes(family)["prompt_embeds"]
+
+
+class Stranger(UNetFamily):
+    """A family of somebody else's."""
+
+    _parts = ("unet",)
+    _recommended_guidance = 1.0
+
+    def _added_conditions(self, conditioning):
+        return None
+
+    def arguments(self, conditioning, negative):
+        return {}
+
+    def encode_prompts(self, prompts):
+        return {}
+
+
+def test_a_family_of_somebody_elses_is_refused_by_name():
+    with pytest.raises(aa.ModelError, match=r"what a Stranger gives its denoiser is not known.*Known are: Flux"):
+        text_shapes(family_of_tiny(tiny_sd15(), kind=Stranger))
+
+
+def test_a_part_without_a_config_is_named(tmp_path):
+    tiny_flux().save_pretrained(tmp_path)
+    (tmp_path / "vae" / "config.json").unlink()
+    with pytest.raises(aa.ModelError, match=r"the config of 'vae' of .* cannot be read"):
+        weightless(tmp_path, dtype=torch.float32)

@@ -1,0 +1,159 @@
+"""One call proves a LoRA file, and lets nothing wrong pass."""
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from safetensors.torch import load_file, save_file
+
+from artaug.diffusion import verification, verify_export
+from artaug.errors import LoRAError, LoRAMismatchError, ModelError
+from artaug.lora.formats import FLUX1, SD15, SDXL, Format
+from artaug.lora.formats.reading import Reading
+from artaug.lora.lora import LoRA, LowRank
+from support.tiny_flux import tiny_flux
+
+TO_Q, FF = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.0.proj"
+
+
+def low_rank(rank, inputs, outputs, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator))
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_flux()
+
+
+LORA = LoRA({TO_Q: low_rank(2, 32, 32), FF: low_rank(3, 32, 128, seed=1)})
+
+
+def saved(folder, *, lora=LORA, kind=Format.PEFT, dtype=None):
+    return lora.save(folder / "lora.safetensors", format=kind, naming=FLUX1, dtype=dtype)
+
+
+def changed(path, change):
+    save_file({key: change(key, one) for key, one in load_file(path).items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", FLUX1.spellings)
+@pytest.mark.parametrize("with_pipeline", [False, True])
+def test_a_file_is_proved_by_three_readers(tmp_path, pipeline, kind, with_pipeline):
+    found = verify_export(saved(tmp_path, kind=kind), LORA, pipeline=pipeline if with_pipeline else None, naming=FLUX1)
+    assert found.readers == ("LoRA.load", "the format's definition", "FluxPipeline")
+    assert found.format is kind
+    assert found.errors.keys() == LORA.layers.keys()
+    assert found.worst[1] < 1e-6
+
+
+def test_a_file_alone_is_proved_to_mean_one_thing(tmp_path):
+    assert verify_export(saved(tmp_path)).errors.keys() == LORA.layers.keys()
+
+
+def test_proving_leaves_a_pipeline_alone(tmp_path, pipeline):
+    before = [(name, type(one)) for name, one in pipeline.transformer.named_modules()]
+    verify_export(saved(tmp_path), LORA, pipeline=pipeline)
+    assert [(name, type(one)) for name, one in pipeline.transformer.named_modules()] == before
+    assert not hasattr(pipeline.transformer, "peft_config")
+
+
+@pytest.mark.parametrize("kind", FLUX1.spellings)
+def test_another_strength_is_found(tmp_path, kind):
+    path = changed(
+        saved(tmp_path, kind=kind), lambda key, one: one * 2 if ".up" in key or "_up" in key or "_B" in key else one
+    )
+    with pytest.raises(LoRAError, match="another update"):
+        verify_export(path, LORA, naming=FLUX1)
+
+
+def test_another_lora_is_found(tmp_path):
+    with pytest.raises(LoRAError, match="no layer of the LoRA"):
+        verify_export(saved(tmp_path), LoRA({TO_Q: LORA.layers[TO_Q]}))
+    with pytest.raises(LoRAError, match=r"LoRA\.load finds 2 of 3 layers"):
+        verify_export(saved(tmp_path), LoRA({**LORA.layers, "proj_out": low_rank(1, 4, 4)}))
+
+
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.float16, True), (torch.bfloat16, False)])
+def test_rounding_passes_or_not_as_the_tolerance_says(tmp_path, dtype, passes):
+    path = saved(tmp_path, dtype=dtype)
+    if passes:
+        assert 1e-5 < verify_export(path, LORA).worst[1] < 1e-3
+    else:
+        with pytest.raises(LoRAError, match=r"1e-03 is allowed\. Rounding to bfloat16 alone"):
+            verify_export(path, LORA)
+    assert verify_export(path, LORA, tolerance=5e-3).worst[1] < 5e-3
+
+
+@pytest.mark.parametrize("naming", [None, FLUX1])
+def test_our_own_reader_is_not_believed(tmp_path, monkeypatch, naming):
+    halved = Reading(Format.PEFT, LORA.scaled(0.5).layers)
+    monkeypatch.setattr(verification, "read", lambda *_, **__: halved)
+    with pytest.raises(LoRAError, match="the format's definition finds another update"):
+        verify_export(saved(tmp_path), naming=naming)
+
+
+def test_what_only_diffusers_misses_is_found(tmp_path, pipeline):
+    """Files of FLUX.1 with diffusers' names behind ComfyUI's prefix: every key is sound, and diffusers drops them all."""
+    name, layer = "single_transformer_blocks.0.attn.to_q", LORA.layers[TO_Q]
+    tensors = {f"diffusion_model.{name}.lora_A.weight": layer.down, f"diffusion_model.{name}.lora_B.weight": layer.up}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    wanted = LoRA({name: layer})
+    assert len(verify_export(tmp_path / "lora.safetensors", wanted).readers) == 2
+    with pytest.raises(LoRAError, match="FluxPipeline"):
+        verify_export(tmp_path / "lora.safetensors", wanted, pipeline=pipeline)
+
+
+def test_what_diffusers_refuses_is_an_error_that_says_so(tmp_path, pipeline):
+    """Diffusers knows the width of FLUX.1 by heart: it cannot take the fused layer of a smaller one."""
+    lora = LoRA({"single_transformer_blocks.0.attn.to_q": low_rank(2, 32, 32)})
+    with pytest.raises(LoRAError, match="FluxPipeline refuses it"):
+        verify_export(saved(tmp_path, lora=lora, kind=Format.KOHYA), lora, pipeline=pipeline)
+
+
+@pytest.mark.parametrize("layers", [{"elsewhere": low_rank(2, 32, 32)}, {TO_Q: low_rank(2, 16, 16)}])
+def test_layers_that_are_not_the_pipelines_are_refused(tmp_path, pipeline, layers):
+    path = LoRA(layers).save(tmp_path / "lora.safetensors")
+    with pytest.raises(LoRAMismatchError):
+        verify_export(path, pipeline=pipeline)
+
+
+def test_a_pipeline_that_takes_no_loras_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="DDPMPipeline loads no LoRAs"):
+        verify_export(saved(tmp_path), pipeline=DDPMPipeline(unet=None, scheduler=DDPMScheduler()))
+
+
+def test_a_file_of_a_model_nobody_knows_is_read_by_two(tmp_path):
+    lora = LoRA({"blocks.0.proj": low_rank(2, 4, 4)})
+    assert verify_export(lora.save(tmp_path / "lora.safetensors"), lora).readers == (
+        "LoRA.load",
+        "the format's definition",
+    )
+
+
+def test_a_unets_strengths_are_told_apart(tmp_path):
+    lora = LoRA(
+        {
+            "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": low_rank(1, 8, 8),
+            "up_blocks.0.attentions.2.transformer_blocks.9.attn2.to_k": low_rank(4, 6, 8, seed=1),
+            "add_embedding.linear_2": low_rank(2, 8, 8, seed=2),
+        }
+    )
+    for kind in SDXL.spellings:
+        path = lora.save(tmp_path / "lora.safetensors", format=kind, naming=SDXL)
+        assert verify_export(path, lora, naming=SDXL).readers[2] == "StableDiffusionXLPipeline"
+
+
+def test_alphas_that_differ_which_diffusers_loses_in_a_unets_kohya_file_are_found(tmp_path):
+    """Why artaug writes such files with one rank."""
+    pair = low_rank(4, 8, 8)
+    tensors, wanted = {}, {}
+    for number, alpha in enumerate((1.0, 2.0, 4.0)):
+        key = f"lora_unet_mid_block_attentions_0_transformer_blocks_{number}_attn1_to_q"
+        tensors |= {f"{key}.lora_down.weight": pair.down.clone(), f"{key}.lora_up.weight": pair.up.clone()}
+        tensors |= {f"{key}.alpha": torch.tensor(alpha)}
+        name = f"mid_block.attentions.0.transformer_blocks.{number}.attn1.to_q"
+        wanted[name] = LowRank(pair.down, pair.up * alpha / 4)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(LoRAError, match="StableDiffusionPipeline finds another update"):
+        verify_export(tmp_path / "lora.safetensors", LoRA(wanted), naming=SD15)

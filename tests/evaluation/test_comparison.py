@@ -1,0 +1,497 @@
+"""Comparisons on small synthesizers whose pictures, and so whose scores, are known by heart."""
+
+import json
+import math
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import artaug as aa
+from artaug.evaluation.statistics import holm, paired_bootstrap, sign_flip, tie_rate, win_rate
+from artaug.scorers import Chroma, Photometric, Sharpness
+from artaug.synthesis import picture_seeds
+
+PROMPTS = [f"picture {number}" for number in range(20)]
+
+
+@dataclass(frozen=True)
+class Grey(aa.Synthesizer):
+    """A flat picture whose light depends on prompt and seed, and on what is added."""
+
+    added: int = 0
+    drawn: list[tuple[str, int]] = field(default_factory=list, repr=False)
+
+    def synthesize(self, plan, *, seed):
+        self.drawn.append((plan.prompt, seed))
+        light = 50 + zlib.crc32(f"{plan.prompt} {seed}".encode()) % 100
+        return Image.new("L", (4, 4), light + self.added * (seed % 3))
+
+
+class Light(aa.Scorer):
+    def score(self, image, prompt):
+        return image.getpixel((0, 0)) / 255
+
+
+@dataclass(frozen=True)
+class Named(aa.Scorer):
+    called: str
+    number: float = 0.0
+
+    @property
+    def name(self):
+        return self.called
+
+    def score(self, image, prompt):
+        return self.number
+
+
+def compared(base=Grey(), candidates=None, prompts=PROMPTS, **options):
+    given = {"round 1": Grey(40), "round 2": Grey(80)} if candidates is None else candidates
+    options = {"scorers": [Light()], "progress": False, **options}
+    return aa.compare(base, given, prompts, **options)
+
+
+def test_a_row_says_what_the_scores_say():
+    comparison = compared(seed=5)
+
+    row = comparison.row("Light", "round 2")
+    base, enhanced = comparison.base.scores["Light"], comparison.candidates["round 2"].scores["Light"]
+    differences = np.subtract(enhanced, base)
+    interval = paired_bootstrap(differences, seed=5)
+    assert (row.base, row.enhanced, row.delta) == (np.mean(base), np.mean(enhanced), differences.mean())
+    assert (row.ci_low, row.ci_high, row.win_rate) == (interval.low, interval.high, win_rate(differences))
+    assert row.n == len(PROMPTS)
+    assert row.ci_low <= row.delta <= row.ci_high
+
+
+def test_everyone_draws_the_same_prompts_with_the_same_seeds_and_the_base_draws_once():
+    arms = [Grey(drawn=[]), Grey(1, []), Grey(2, [])]
+
+    comparison = compared(arms[0], {"one": arms[1], "two": arms[2]}, seed=7, batch_size=3)
+
+    expected = list(zip(PROMPTS, picture_seeds(7, len(PROMPTS)), strict=True))
+    assert [arm.drawn for arm in arms] == [expected] * 3
+    assert list(zip(comparison.prompts, comparison.seeds, strict=True)) == expected
+
+
+def test_the_same_synthesizer_is_no_better_than_itself():
+    row = compared(candidates={"twin": Grey()}).rows[0]
+
+    assert (row.delta, row.ci_low, row.ci_high, row.win_rate) == (0, 0, 0, 0.5)
+    assert row.direction == 0
+
+
+def test_swapping_base_and_candidate_turns_the_sign():
+    there = compared(Grey(), {"other": Grey(40)}).rows[0]
+    back = compared(Grey(40), {"other": Grey()}).rows[0]
+
+    assert back.delta == pytest.approx(-there.delta)
+    assert back.win_rate == pytest.approx(1 - there.win_rate)
+    assert (there.direction, back.direction) == (1, -1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_the_batch_size_changes_nothing(batch_size):
+    assert compared(batch_size=batch_size).to_dict() == compared().to_dict()
+
+
+def test_another_seed_draws_other_pictures():
+    assert compared(seed=1).base.scores != compared(seed=2).base.scores
+
+
+@pytest.mark.parametrize(("asked", "held"), [(0, 0), (5, 5), (100, 20)])
+def test_only_the_first_pictures_are_kept(asked, held):
+    comparison = compared(pictures=asked, batch_size=3)
+
+    drafts = zip(PROMPTS, comparison.seeds, strict=True)
+    expected = [Grey().synthesize(aa.Plan(prompt), seed=seed) for prompt, seed in drafts]
+    assert list(comparison.base.pictures) == expected[:held]
+    assert [len(arm.pictures) for arm in comparison.candidates.values()] == [held, held]
+
+
+def test_the_table_is_aligned_and_marks_what_filtered_the_pairs():
+    table = compared(scorers=[Light(), Named("Chroma", 0.25)], filtered_by=["Chroma"], seed=3).table()
+
+    heading, rule, *lines = table.splitlines()[:6]
+    assert heading.split() == ["scorer", "candidate", "base", "enhanced", "difference", "95%", "interval", "wins"]
+    assert [line.split()[0] for line in lines] == ["Light", "round", "Chroma", "round"]
+    assert lines[2].startswith("Chroma †  round 1    0.250     0.250      +0.000")
+    assert {len(line) for line in (heading, rule, *lines)} == {len(rule)}
+    assert "20 prompts" in table
+    assert table.endswith("† The training pairs were filtered by this scorer, so it says less than the others.")
+
+
+def test_a_table_without_filtering_scorers_has_no_dagger():
+    assert "†" not in compared().table()
+
+
+@pytest.mark.parametrize(("half", "decimals"), [(0.0, 3), (2.5, 3), (0.03, 3), (0.0004, 4), (1e-12, 8)])
+def test_numbers_are_printed_as_finely_as_the_interval_needs(half, decimals):
+    row = aa.ScoreRow("a", "b", 0.0, 0.0, 0.0, -half, half, 0.5, 9)
+
+    assert row.decimals == decimals
+
+
+def test_the_summary_is_plain_json_from_which_every_number_follows():
+    comparison = compared(filtered_by=["Light"])
+
+    read = json.loads(json.dumps(comparison.to_dict()))
+
+    row, scores = read["rows"][0], read["scores"]
+    assert row["filtered_by"] is True
+    assert np.subtract(scores["round 1"]["Light"], scores["base"]["Light"]).mean() == row["delta"]
+    assert read["drawn_by"] == {"base": "Grey(added=0)", "round 1": "Grey(added=40)", "round 2": "Grey(added=80)"}
+    assert (read["prompts"], read["seeds"]) == (PROMPTS, list(comparison.seeds))
+
+
+def test_a_notebook_shows_the_table_with_names_escaped():
+    shown = compared(scorers=[Named("<i>bold</i>")])._repr_html_()
+
+    assert "&lt;i&gt;bold&lt;/i&gt;" in shown
+    assert "<i>" not in shown
+    assert shown.count("<tr>") == 3
+
+
+def test_a_comparison_cannot_be_changed():
+    comparison = compared()
+
+    with pytest.raises(TypeError):
+        comparison.candidates["round 3"] = comparison.base
+    with pytest.raises(TypeError):
+        comparison.base.scores["Light"] = ()
+
+
+def test_a_bar_an_arm_shows_the_progress(capsys):
+    compared(progress=True)
+
+    bars = capsys.readouterr().err
+    assert all(f"compare: {name}" in bars for name in ("base", "round 1", "round 2"))
+
+
+def test_a_missing_row_names_those_there_are():
+    with pytest.raises(
+        aa.InvalidValueError, match=r"no row \('Light', 'round 9'\). There are: \('Light', 'round 1'\), "
+    ):
+        compared().row("Light", "round 9")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "text"),
+    [
+        pytest.param({"prompts": []}, aa.PromptError, "at least 2 prompts, received 0", id="no-prompts"),
+        pytest.param({"prompts": ["a hill"]}, aa.PromptError, "at least 2 prompts, received 1", id="one-prompt"),
+        pytest.param({"prompts": "a hill"}, aa.PromptError, "received 'a hill'", id="a-string"),
+        pytest.param(
+            {"scorers": []}, aa.InvalidValueError, r"scorers named \[\]. Expected at least one", id="no-scorers"
+        ),
+        pytest.param(
+            {"scorers": [Light(), Light()]},
+            aa.InvalidValueError,
+            "different names: override Scorer.name",
+            id="one-name",
+        ),
+        pytest.param({"candidates": {}}, aa.InvalidValueError, r"candidates \[\]. Expected at least one", id="no-one"),
+        pytest.param({"candidates": {"base": Grey()}}, aa.InvalidValueError, "none called 'base'", id="base-twice"),
+        pytest.param({"filtered_by": "Light"}, aa.InvalidValueError, "received one str", id="no-list"),
+        pytest.param({"filtered_by": aa.Gain(Light())}, aa.InvalidValueError, "received one Gain", id="one-filter"),
+        pytest.param({"filtered_by": [3]}, aa.InvalidValueError, "and 3 is none", id="no-filter"),
+        pytest.param({"batch_size": 0}, aa.InvalidValueError, "need batch_size >= 1", id="no-batch"),
+        pytest.param({"draws": 0}, aa.InvalidValueError, "draws >= 1", id="no-draw"),
+        pytest.param(
+            {"diversity": aa.StructuralSimilarity()},
+            aa.InvalidValueError,
+            "need at least 2 pictures a prompt",
+            id="alone",
+        ),
+        pytest.param(
+            {"guardrails": [aa.Guardrail("Sharp", 0.1)]},
+            aa.InvalidValueError,
+            r"Expected different ones of",
+            id="no-row",
+        ),
+        pytest.param({"pictures": -1}, aa.InvalidValueError, "pictures >= 0", id="less-than-no-picture"),
+        pytest.param(
+            {"scorers": [Named("Broken", math.nan)]}, aa.NonFiniteError, "Broken scored nan for 'picture 0'", id="nan"
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(wrong, error, text):
+    with pytest.raises(error, match=text):
+        compared(**wrong)
+
+
+def test_nothing_is_drawn_before_the_arguments_are_sound():
+    base = Grey(drawn=[])
+
+    with pytest.raises(aa.InvalidValueError):
+        compared(base, filtered_by="Light")
+
+    assert base.drawn == []
+
+
+def test_a_synthesizer_that_draws_too_little_is_named():
+    class Lazy(Grey):
+        def synthesize_batch(self, plans, *, seeds):
+            return []
+
+    with pytest.raises(aa.SeamError, match=r"Lazy\.synthesize_batch returned 0 pictures for 8 plans"):
+        compared(Lazy())
+
+
+def test_a_mean_is_marked_if_the_pairs_were_filtered_by_a_part_of_it():
+    comparison = compared(scorers=[Photometric(), Chroma(), Sharpness()], filtered_by=aa.Gain(Chroma()).scorers)
+    marked = {row.scorer: row.filtered_by for row in comparison.rows}
+    assert marked == {"Photometric": True, "Chroma": True, "Sharpness": False}
+
+
+def test_the_pairs_may_be_filtered_by_a_scorer_the_comparison_does_without():
+    assert not compared(scorers=[Sharpness()], filtered_by=aa.Gain(Chroma()).scorers).rows[0].filtered_by
+
+
+def test_several_seeds_a_prompt_still_count_it_once():
+    base, comparison = Grey(drawn=[]), compared(draws=3, seed=2, batch_size=6)
+    compared(base, draws=3, seed=2, batch_size=6)
+
+    assert sorted(base.drawn) == sorted(zip(PROMPTS * 3, picture_seeds(2, 60), strict=True))
+    row = comparison.row("Light", "round 2")
+    differences = np.subtract(comparison.candidates["round 2"].scores["Light"], comparison.base.scores["Light"])
+    per_prompt = differences.reshape(3, 20).mean(axis=0)
+    assert (row.n, comparison.draws) == (20, 3)
+    assert row.delta == pytest.approx(per_prompt.mean())
+    assert (row.win_rate, row.tie_rate) == (win_rate(per_prompt), tie_rate(per_prompt))
+    assert "20 prompts, each drawn with the same 3 seeds" in comparison.table()
+
+
+def test_the_first_seeds_are_those_of_a_comparison_with_one():
+    assert compared(draws=3).base.scores["Light"][:20] == compared().base.scores["Light"]
+    assert compared(draws=3).base.pictures == compared().base.pictures
+
+
+def test_p_values_are_corrected_over_the_scorers_of_a_candidate():
+    scorers = [Light(), Sharpness(), Named("still", 1.0)]
+    comparison = compared(scorers=scorers, seed=3)
+
+    for name, arm in comparison.candidates.items():
+        raw = [
+            sign_flip(np.subtract(arm.scores[one.name], comparison.base.scores[one.name]), seed=3) for one in scorers
+        ]
+        assert [comparison.row(one.name, name).p_value for one in scorers] == holm(raw)
+
+
+def test_diversity_is_how_unlike_the_pictures_of_a_prompt_are():
+    def nearness(one, other):
+        return 1 - abs(one.getpixel((0, 0)) - other.getpixel((0, 0))) / 255
+
+    comparison = compared(candidates={"wider": Grey(50), "twin": Grey()}, draws=2, diversity=nearness)
+
+    levels = np.array(comparison.base.scores["Light"]).reshape(2, 20)
+    assert comparison.base.scores["diversity"] == pytest.approx(abs(levels[0] - levels[1]))
+    assert comparison.row("diversity", "twin").delta == 0
+    assert comparison.row("diversity", "wider").n == 20
+
+
+def test_identical_pictures_are_ties_and_nothing_is_called_a_gain():
+    comparison = compared(candidates={"twin": Grey()}, guardrails=[aa.Guardrail("Light", 0.02)])
+
+    row = comparison.rows[0]
+    assert (row.tie_rate, row.win_rate, row.p_value) == (1, 0.5, 1)
+    assert comparison.verdict("twin") == "Light unchanged [0.00, 0.00], inside the guardrail of -2%"
+    assert "50.0% (100.0% ties)" in comparison.table()
+
+
+def a_row(scorer="taste", *, base=5.0, delta, low, high, p_value=0.001, filtered_by=False):
+    return aa.ScoreRow(
+        scorer, "round 1", base, base + delta, delta, low, high, 0.6, 64, filtered_by=filtered_by, p_value=p_value
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "guardrail", "said"),
+    [
+        (a_row(delta=0.31, low=0.24, high=0.38), None, "taste up 0.31 [0.24, 0.38]"),
+        (a_row(delta=-0.31, low=-0.38, high=-0.24), None, "taste down 0.31 [-0.38, -0.24]"),
+        (a_row(delta=0.01, low=-0.02, high=0.04, p_value=0.6), None, "taste not clearly changed: +0.01 [-0.02, 0.04]"),
+        (
+            a_row(delta=0.3, low=0.1, high=0.5, p_value=0.08),
+            None,
+            "taste not settled: +0.30 [0.10, 0.50], but p = 0.08 after Holm",
+        ),
+        (
+            a_row(delta=0.3, low=0.1, high=0.5, filtered_by=True),
+            None,
+            "taste up 0.30 [0.10, 0.50] (no evidence of a gain: the training pairs were filtered by it)",
+        ),
+        (
+            a_row("diversity", base=0.5, delta=-0.02, low=-0.03, high=-0.01),
+            aa.Guardrail("diversity", 0.02),
+            "diversity down 4% (0.02) [-0.03, -0.01], outside the guardrail of -2%",
+        ),
+        (
+            a_row(delta=0.0, low=-0.05, high=0.05, p_value=1.0),
+            aa.Guardrail("taste", 0.02),
+            "taste unchanged [-0.05, 0.05], inside the guardrail of -2%",
+        ),
+        (
+            a_row(delta=0.0, low=-0.5, high=0.5, p_value=1.0),
+            aa.Guardrail("taste", 0.1, relative=False),
+            "taste not clearly changed: +0.00 [-0.50, 0.50], perhaps outside the guardrail of -0.1: more prompts would tell",
+        ),
+    ],
+)
+def test_a_verdict_in_words(row, guardrail, said):
+    arm = aa.Arm(drawn_by="x", scores={row.scorer: (1.0, 2.0)}, pictures=())
+    comparison = aa.Comparison(
+        rows=(row,),
+        prompts=("a", "b"),
+        seeds=(1, 2),
+        base=arm,
+        candidates={"round 1": arm},
+        guardrails=() if guardrail is None else (guardrail,),
+    )
+    assert comparison.verdict("round 1") == said
+    with pytest.raises(aa.InvalidValueError, match="no candidate 'round 2'"):
+        comparison.verdict("round 2")
+
+
+def test_guardrails_that_mean_nothing_are_refused_or_said_to():
+    with pytest.raises(aa.InvalidValueError, match="need a finite falls_at_most"):
+        aa.Guardrail("taste", -0.1)
+    row = a_row(base=-1.0, delta=0.1, low=0.05, high=0.2)
+    assert aa.Guardrail("taste", 0.1).judge(row) == "undefined"
+    with pytest.raises(aa.InvalidValueError, match=r"means nothing\. Use relative=False"):
+        aa.Guardrail("taste", 0.1).margin(row)
+    assert aa.Guardrail("taste", 0.1, relative=False).judge(row) == "inside"
+
+
+@pytest.mark.parametrize("base", [0.0, -0.5])
+def test_a_share_of_nothing_costs_no_comparison(base):
+    still = Named("taste", base)
+    comparison = compared(scorers=[still, Light()], guardrails=[aa.Guardrail("taste", 0.02)])
+    assert comparison.verdict("round 1").startswith(
+        f"taste not clearly changed: +0.00 [0.00, 0.00], its guardrail of -2% means nothing, as the base's mean is {base:.3g}: "
+        "set one with relative=False; Light up"
+    )
+    json.dumps(comparison.to_dict())
+
+
+def test_what_chose_the_pairs_may_be_given_as_it_is():
+    keep, candidates = aa.Gain(Chroma()) & aa.Floor(Light(), 0.1), aa.BestOf(4, by=Sharpness())
+    scorers = [Light(), Chroma(), Sharpness(), Named("free")]
+    rows = compared(scorers=scorers, filtered_by=[keep, candidates, "Named"], candidates={"a": Grey(1)}).rows
+    assert [row.filtered_by for row in rows] == [True, True, True, False]
+    assert [
+        row.filtered_by for row in compared(scorers=scorers, filtered_by=[keep], candidates={"a": Grey(1)}).rows
+    ] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+@dataclass(frozen=True)
+class Brittle(Light):
+    """Raises on some pictures: by prompt, and perhaps only lit ones."""
+
+    prompts: tuple = ("picture 3",)
+    above: float = 0.0
+    fault: type = OSError
+
+    def score(self, image, prompt):
+        if prompt in self.prompts and super().score(image, prompt) >= self.above:
+            raise self.fault("no memory card")
+        return super().score(image, prompt)
+
+
+def test_a_scorer_that_raises_on_one_picture_loses_nothing_and_is_not_passed_over():
+    whole = compared(seed=2)
+    with pytest.raises(
+        aa.ScoringError, match=r"Brittle raised on 3 pictures, first on base's of 'picture 3'"
+    ) as caught:
+        compared(scorers=[Brittle(), Light()], seed=2)
+
+    comparison, fault = caught.value.comparison, caught.value.__cause__
+    assert isinstance(fault, OSError)
+    assert fault.__notes__ == ["Raised by the scorer 'Brittle', for the prompt 'picture 3'."]
+    assert [(one.arm, one.prompt, one.what) for one in comparison.faults] == [
+        (arm, "picture 3", "OSError: no memory card") for arm in ("base", "round 1", "round 2")
+    ]
+    assert comparison.row("Light", "round 1").delta == whole.row("Light", "round 1").delta
+    left = np.delete(np.subtract(whole.candidates["round 1"].scores["Light"], whole.base.scores["Light"]), 3)
+    row = comparison.row("Brittle", "round 1")
+    interval = paired_bootstrap(left, seed=2)
+    assert (row.n, row.delta, row.ci_low, row.ci_high) == (19, left.mean(), interval.low, interval.high)
+    assert (
+        "Brittle raised on 3 pictures, first on base's of 'picture 3' (OSError: no memory card)" in comparison.table()
+    )
+    read = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
+    assert read["scores"]["base"]["Brittle"][3] is None
+    assert len(read["faults"]) == 3
+
+
+def test_a_picture_that_only_one_arm_cannot_be_scored_on_leaves_its_prompt_out_of_that_arms_rows():
+    lights = np.array(compared().candidates["round 2"].scores["Light"])
+    brightest = PROMPTS[int(lights.argmax())]
+    with pytest.raises(aa.ScoringError) as caught:
+        compared(scorers=[Brittle(prompts=(brightest,), above=lights.max())], draws=1)
+    rows = caught.value.comparison.rows
+    assert [(row.candidate, row.n) for row in rows] == [("round 1", 20), ("round 2", 19)]
+
+
+def test_a_score_that_is_no_number_on_one_picture_is_such_a_fault_too():
+    class Lost(Light):
+        def score(self, image, prompt):
+            return math.nan if prompt == "picture 3" else super().score(image, prompt)
+
+    with pytest.raises(aa.ScoringError, match=r"Lost scored nan for 'picture 3'") as caught:
+        compared(scorers=[Lost()])
+    assert caught.value.comparison.rows[0].n == 19
+
+
+def test_a_scorer_that_fails_on_everything_raises_its_own_error_at_once():
+    base = Grey(drawn=[])
+    with pytest.raises(KeyError, match="no memory card"):
+        compared(base, scorers=[Brittle(prompts=tuple(PROMPTS), fault=KeyError)])
+    assert len(base.drawn) == 8
+
+
+def test_a_scorer_that_breaks_down_later_gives_back_what_it_had_scored():
+    with pytest.raises(aa.ScoringError, match=r"first on base's of 'picture 8'") as caught:
+        compared(scorers=[Brittle(prompts=tuple(PROMPTS[8:]))])
+    assert caught.value.comparison is None
+    known = np.array(caught.value.scores["base"]["Brittle"])
+    assert known[:8].tolist() == list(compared().base.scores["Light"][:8])
+    assert np.isnan(known[8:]).all()
+
+
+def test_too_few_scores_for_a_row_are_no_comparison():
+    with pytest.raises(aa.ScoringError) as caught:
+        compared(scorers=[Brittle(prompts=tuple(PROMPTS[1:]))], batch_size=20)
+    assert caught.value.comparison is None
+    assert len(caught.value.scores) == 3
+
+
+def test_a_batch_that_fails_though_its_pictures_do_not_is_said():
+    class Crowded(Light):
+        def score_batch(self, images, prompts):
+            if len(images) > 1:
+                raise RuntimeError("too much at once")
+            return super().score_batch(images, prompts)
+
+    with pytest.raises(
+        aa.ScoringError, match=r"too much at once, though each picture alone is scored: lower batch_size"
+    ) as caught:
+        compared(scorers=[Crowded()])
+    assert caught.value.comparison.rows[0].n == 20
+
+
+def test_a_scorer_that_returns_too_few_scores_is_named():
+    class Short(Light):
+        def score_batch(self, images, prompts):
+            return []
+
+    with pytest.raises(aa.SeamError, match=r"Short.score_batch returned 0 scores for 8 pictures"):
+        compared(scorers=[Short()])

@@ -1,0 +1,233 @@
+"""Files as other trainers write them, key for key: every one means here what it means to its maker, strength included."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from artaug.diffusion import verify_export
+from artaug.lora.formats import FLUX1, FLUX2, QWEN_IMAGE, SD15, SDXL, Z_IMAGE
+from artaug.lora.lora import LoRA, LowRank
+
+WIDTH, RANK = 3072, 4
+BLOCK, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
+
+
+def factors(outputs, inputs, *, seed=0, rank=RANK, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    down, up = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
+    return down.to(dtype), up.to(dtype)
+
+
+def down_up(key, pair, alpha=None):
+    tensors = {f"{key}.lora_down.weight": pair[0], f"{key}.lora_up.weight": pair[1]}
+    return tensors if alpha is None else {**tensors, f"{key}.alpha": alpha}
+
+
+def a_b(key, pair, middle=""):
+    return {f"{key}.lora_A.{middle}weight": pair[0], f"{key}.lora_B.{middle}weight": pair[1]}
+
+
+def update(pair, strength=1.0, rows=slice(None)):
+    down, up = pair
+    return LowRank(down.double(), up.double()[rows] * strength)
+
+
+def sd_scripts_flux1():
+    """sd-scripts, `networks.lora_flux`: one `down` for a fused layer, a dense `up`, alpha 1 unless told otherwise."""
+    fused, linear1, plain = factors(3 * WIDTH, WIDTH), factors(7 * WIDTH, WIDTH, seed=1), factors(WIDTH, 5 * WIDTH)
+    fused, linear1, plain = ([one.bfloat16() for one in pair] for pair in (fused, linear1, plain))
+    alpha = torch.tensor(1.0, dtype=torch.bfloat16)
+    tensors = {
+        **down_up("lora_unet_double_blocks_0_txt_attn_qkv", fused, alpha),
+        **down_up("lora_unet_single_blocks_0_linear1", linear1, alpha),
+        **down_up("lora_unet_single_blocks_0_linear2", plain, alpha),
+    }
+    header = {"ss_network_module": "networks.lora_flux", "ss_network_dim": "4", "ss_network_alpha": "1.0"}
+    rows = [slice(number * WIDTH, (number + 1) * WIDTH) for number in range(3)]
+    wanted = {
+        **{f"{BLOCK}.attn.add_{one}_proj": update(fused, 0.25, part) for one, part in zip("qkv", rows, strict=True)},
+        **{f"{SINGLE}.attn.to_{one}": update(linear1, 0.25, part) for one, part in zip("qkv", rows, strict=True)},
+        f"{SINGLE}.proj_mlp": update(linear1, 0.25, slice(3 * WIDTH, None)),
+        f"{SINGLE}.proj_out": update(plain, 0.25),
+    }
+    return tensors, header, wanted, FLUX1
+
+
+def sd_scripts_sdxl():
+    """sd-scripts trains SDXL on the original U-Net, whose blocks are numbered through."""
+    pair = factors(8, 8)
+    key = "lora_unet_output_blocks_4_1_transformer_blocks_1_attn2_to_k"
+    tensors = {
+        **down_up(key, pair, torch.tensor(8.0)),
+        **down_up("lora_unet_middle_block_1_proj_in", pair, torch.tensor(8.0)),
+        **down_up("lora_unet_input_blocks_4_0_emb_layers_1", pair, torch.tensor(8.0)),
+    }
+    wanted = {
+        "up_blocks.1.attentions.1.transformer_blocks.1.attn2.to_k": update(pair, 2.0),
+        "mid_block.attentions.0.proj_in": update(pair, 2.0),
+        "down_blocks.1.resnets.0.time_emb_proj": update(pair, 2.0),
+    }
+    return tensors, {"ss_network_module": "networks.lora"}, wanted, SDXL
+
+
+def sd_scripts_sd15():
+    """sd-scripts trains Stable Diffusion 1.5 on diffusers' U-Net, and calls its layers so."""
+    pair = factors(8, 8)
+    tensors = {
+        **down_up("lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_ff_net_0_proj", pair, torch.tensor(1.0)),
+        **down_up("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0", pair, torch.tensor(1.0)),
+    }
+    wanted = {
+        "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj": update(pair, 0.25),
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0": update(pair, 0.25),
+    }
+    return tensors, {"ss_network_module": "networks.lora"}, wanted, SD15
+
+
+def diffusers_sd15():
+    """diffusers' own training script for Stable Diffusion: dots in `lora.down`, no alpha."""
+    pair, name = factors(8, 8), "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
+    tensors = {f"unet.{name}.lora.down.weight": pair[0], f"unet.{name}.lora.up.weight": pair[1]}
+    return tensors, {"format": "pt"}, {name: update(pair)}, SD15
+
+
+def ai_toolkit_flux1():
+    """ai-toolkit: PEFT names in half precision, alpha folded, and a header that says nothing of strength."""
+    pair = factors(8, 8, dtype=torch.float16)
+    header = {"format": "pt", "name": "mine", "software": json.dumps({"name": "ai-toolkit"}), "version": "1.0"}
+    return a_b(f"transformer.{SINGLE}.attn.to_k", pair), header, {f"{SINGLE}.attn.to_k": update(pair)}, FLUX1
+
+
+def ai_toolkit_flux2():
+    """ai-toolkit, FLUX.2: the original names, `qkv` fused and dense, alpha folded."""
+    fused, linear1 = factors(24, 8, dtype=torch.bfloat16), factors(72, 8, seed=1, dtype=torch.bfloat16)
+    tensors = {
+        **a_b("diffusion_model.double_blocks.0.img_attn.qkv", fused),
+        **a_b("diffusion_model.single_blocks.0.linear1", linear1),
+    }
+    wanted = {
+        **{f"{BLOCK}.attn.to_{one}": update(fused, 1, slice(8 * n, 8 * n + 8)) for n, one in enumerate("qkv")},
+        f"{SINGLE}.attn.to_qkv_mlp_proj": update(linear1),
+    }
+    return tensors, {"format": "pt"}, wanted, FLUX2
+
+
+def ai_toolkit_z_image():
+    """ai-toolkit, Z-Image: the names that diffusers has, too."""
+    pair = factors(8, 8, dtype=torch.bfloat16)
+    name = "layers.7.attention.to_out.0"
+    return a_b(f"diffusion_model.{name}", pair), {"format": "pt"}, {name: update(pair)}, Z_IMAGE
+
+
+def simple_tuner_flux1():
+    """SimpleTuner through diffusers: raw factors, and alpha in the header alone."""
+    pair = factors(8, 8)
+    adapter = {"transformer.r": RANK, "transformer.lora_alpha": 16, "transformer.target_modules": ["to_v"]}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter)}
+    return a_b(f"transformer.{BLOCK}.attn.to_v", pair), header, {f"{BLOCK}.attn.to_v": update(pair, 4.0)}, FLUX1
+
+
+def simple_tuner_comfyui_flux1():
+    """SimpleTuner with ``--lora_format comfyui``: diffusers' names behind ComfyUI's prefix, which diffusers cannot read."""
+    pair, key = factors(8, 8), f"diffusion_model.{SINGLE}.attn.to_v"
+    tensors = {**a_b(key, pair), f"{key}.alpha": torch.tensor(16.0)}
+    return tensors, {"format": "pt"}, {f"{SINGLE}.attn.to_v": update(pair, 4.0)}, None
+
+
+def one_trainer_flux1():
+    """OneTrainer: diffusers' names with underscores, an alpha a layer."""
+    pair = factors(8, 8, dtype=torch.bfloat16)
+    tensors = {
+        **down_up("lora_transformer_transformer_blocks_0_attn_add_q_proj", pair, torch.tensor(1.0)),
+        **down_up("lora_transformer_single_transformer_blocks_0_proj_mlp", pair, torch.tensor(4.0)),
+    }
+    wanted = {f"{BLOCK}.attn.add_q_proj": update(pair, 0.25), f"{SINGLE}.proj_mlp": update(pair)}
+    return tensors, {"format": "pt"}, wanted, None
+
+
+def diffsynth_flux1():
+    """DiffSynth-Studio, FLUX.1: the names of its own model, fused, alpha equal to the rank and not written."""
+    pair, fused, linear1 = factors(8, 8), factors(24, 8, seed=1), factors(56, 8, seed=2)
+    tensors = {
+        **a_b("blocks.0.attn.b_to_qkv", fused, "default."),
+        **a_b("blocks.0.ff_a.2", pair, "default."),
+        **a_b("single_blocks.0.to_qkv_mlp", linear1, "default."),
+        **a_b("final_norm_out.linear", pair, "default."),
+    }
+    parts = [slice(8 * number, 8 * number + 8) for number in range(3)]
+    wanted = {
+        **{f"{BLOCK}.attn.add_{one}_proj": update(fused, 1, part) for one, part in zip("qkv", parts, strict=True)},
+        **{f"{SINGLE}.attn.to_{one}": update(linear1, 1, part) for one, part in zip("qkv", parts, strict=True)},
+        f"{SINGLE}.proj_mlp": update(linear1, 1, slice(24, None)),
+        f"{BLOCK}.ff.net.2": update(pair),
+        "norm_out.linear": update(pair),
+    }
+    return tensors, {}, wanted, None
+
+
+def diffsynth_qwen_image():
+    """DiffSynth-Studio, Qwen-Image: diffusers' names, bare."""
+    pair, name = factors(8, 8), "transformer_blocks.10.img_mlp.net.2"
+    return a_b(name, pair, "default."), {}, {name: update(pair)}, QWEN_IMAGE
+
+
+def peft_alone():
+    """A model that PEFT wrapped and saved by itself."""
+    pair = factors(8, 8)
+    return (
+        a_b(f"base_model.model.{BLOCK}.attn.to_q", pair),
+        {"format": "pt"},
+        {f"{BLOCK}.attn.to_q": update(pair)},
+        None,
+    )
+
+
+MAKERS = [
+    sd_scripts_flux1,
+    sd_scripts_sdxl,
+    sd_scripts_sd15,
+    diffusers_sd15,
+    ai_toolkit_flux1,
+    ai_toolkit_flux2,
+    ai_toolkit_z_image,
+    simple_tuner_flux1,
+    simple_tuner_comfyui_flux1,
+    one_trainer_flux1,
+    diffsynth_flux1,
+    diffsynth_qwen_image,
+    peft_alone,
+]
+
+
+def written(folder, maker):
+    tensors, header, wanted, naming = maker()
+    save_file({key: one.clone() for key, one in tensors.items()}, folder / "lora.safetensors", header)
+    return folder / "lora.safetensors", LoRA(wanted), naming
+
+
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda one: one.__name__)
+def test_a_file_means_what_it_means_to_its_maker(tmp_path, maker):
+    path, wanted, _ = written(tmp_path, maker)
+    found = LoRA.load(path)
+    assert found.layers.keys() == wanted.layers.keys()
+    for name, layer in wanted.layers.items():
+        torch.testing.assert_close(found.layers[name].delta()[:, :64], layer.delta()[:, :64], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda one: one.__name__)
+def test_every_other_reader_there_is_agrees(tmp_path, maker):
+    path, wanted, naming = written(tmp_path, maker)
+    found = verify_export(path, wanted, naming=naming)
+    assert len(found.readers) == (2 if naming is None else 3)
+    assert found.worst[1] < 1e-6
+
+
+@pytest.mark.parametrize("maker", [sd_scripts_flux1, ai_toolkit_flux2], ids=lambda one: one.__name__)
+def test_what_was_read_is_written_again_without_loss(tmp_path, maker):
+    path, wanted, naming = written(tmp_path, maker)
+    lora = LoRA.load(path)
+    for kind in naming.spellings:
+        again = lora.save(tmp_path / f"{kind}.safetensors", format=kind, naming=naming)
+        assert verify_export(again, wanted, naming=naming).worst[1] < 1e-6

@@ -1,0 +1,491 @@
+"""Baking adds once, in float32, touches nothing else, and appears whole or not at all, whatever happens on the way."""
+
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+from contextlib import contextmanager
+from functools import cache
+from hashlib import sha256
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from artaug.errors import LoRAMismatchError, ModelError, NonFiniteError, StorageError
+from artaug.lora.baking import bake, writing
+from artaug.lora.baking.rounding import carry, stochastically
+from artaug.lora.lora import LoRA, LowRank
+from support.tiny_flux import tiny_flux
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SIXTEEN = [torch.bfloat16, torch.float16]
+LAYERS = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.proj_out")
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def drawn(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def low_rank(shape, *, rank=2, seed=0, scale=0.1):
+    return LowRank(drawn(rank, shape[1], seed=seed), drawn(shape[0], rank, seed=seed + 1, scale=scale))
+
+
+def one_file(path, *, dtype=torch.bfloat16, shape=(40, 24)):
+    """Weights, one of them to be updated, between others of odd types and lengths."""
+    tensors = {
+        "a.weight": drawn(3, 5).double(),
+        "odd": torch.arange(7, dtype=torch.uint8),
+        "proj.bias": drawn(shape[0]).to(dtype),
+        "proj.weight": drawn(*shape, scale=0.02).to(dtype),
+        "empty": torch.zeros(0, 4),
+        "z.weight": drawn(4, 4).to(torch.float8_e4m3fn),
+    }
+    save_file(tensors, path, metadata={"format": "pt", "whose": "mine"})
+    return tensors
+
+
+def layer_lora(layer):
+    return LoRA({"proj": layer})
+
+
+def tiny_lora(transformer, *, names=LAYERS, **how):
+    return LoRA({name: low_rank(transformer.get_submodule(name).weight.shape, **how) for name in names})
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "flux"
+    pipeline = tiny_flux().to(torch.bfloat16)
+    pipeline.save_pretrained(folder)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size="40KB")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "lock").touch()
+    return folder
+
+
+def contents(folder):
+    return {str(one.relative_to(folder)): one.read_bytes() for one in sorted(folder.rglob("*")) if one.is_file()}
+
+
+def test_a_baked_pipeline_is_one_that_diffusers_loads_and_only_its_layers_changed(pipeline_folder, tmp_path):
+    base = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer", dtype=torch.bfloat16)
+    lora = tiny_lora(base)
+
+    baked = bake(pipeline_folder, lora, tmp_path / "out", progress=False)
+
+    shards = list((tmp_path / "out" / "transformer").glob("*.safetensors"))
+    assert len(shards) > 2
+    found = DiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).transformer.state_dict()
+    for key, before in base.state_dict().items():
+        layer = lora.layers.get(key.removesuffix(".weight"))
+        wanted = before if layer is None else (before.float() + layer.delta()).bfloat16()
+        torch.testing.assert_close(found[key], wanted, rtol=0 if layer is None else 2**-7, atol=0)
+    assert baked.files.keys() == contents(tmp_path / "out").keys()
+    assert not (tmp_path / "out" / ".cache").exists()
+
+
+def test_what_is_baked_is_what_diffusers_fuses(pipeline_folder, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder, dtype=torch.float32)
+    lora = tiny_lora(pipeline.transformer)
+    path = lora.save(tmp_path / "lora.safetensors")
+    pipeline.transformer.save_pretrained(tmp_path / "float32")
+    bake(tmp_path / "float32", lora, tmp_path / "out", progress=False)
+    pipeline.load_lora_weights(path)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+
+    found = FluxTransformer2DModel.from_pretrained(tmp_path / "out").state_dict()
+
+    for key, wanted in pipeline.transformer.state_dict().items():
+        torch.testing.assert_close(found[key], wanted, rtol=1e-6, atol=1e-6)
+
+
+def eighths(*shape, steps, seed):
+    """Multiples of 1/8 of which sums of a few products are exact in float32, in whatever order."""
+    return torch.randint(-steps, steps + 1, shape, generator=torch.Generator().manual_seed(seed)) / 8
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    outputs=st.integers(1, 300),
+    inputs=st.integers(1, 1000),
+    rank=st.integers(1, 3),
+    scale=st.sampled_from([1, -0.5, 2**-8, 0.0]),
+)
+@settings(max_examples=25)
+def test_a_weight_is_the_float32_sum_cast_once(tmp_path_factory, dtype, outputs, inputs, rank, scale):
+    folder = tmp_path_factory.mktemp("sum")
+    before = eighths(outputs, inputs, steps=255, seed=0).to(dtype)
+    layer = LowRank(eighths(rank, inputs, steps=31, seed=1), eighths(outputs, rank, steps=31, seed=2))
+    save_file({"proj.weight": before}, folder / "in.safetensors")
+
+    baked = bake(folder / "in.safetensors", layer_lora(layer), folder / "out.safetensors", scale=scale, progress=False)
+
+    after, wanted = load_file(folder / "out.safetensors")["proj.weight"], before.float() + scale * layer.delta()
+    assert torch.equal(after, wanted.to(dtype))
+    report = baked.layers["proj"]
+    assert report.error == pytest.approx((after.double() - wanted.double()).norm().item(), rel=1e-4)
+    assert report.update == pytest.approx(abs(scale) * layer.delta().double().norm().item(), rel=1e-5)
+    assert (report.unchanged, report.weights) == (int((after == before).sum()), before.numel())
+    if dtype == torch.float32 or scale == 0:
+        assert baked.lost == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_everything_else_is_the_same_byte_for_byte(dtype, tmp_path):
+    one_file(tmp_path / "in.safetensors", dtype=dtype)
+    layer = low_rank((40, 24), rank=16)
+
+    bake(tmp_path / "in.safetensors", layer_lora(layer), tmp_path / "out.safetensors", progress=False)
+
+    before, after = ((tmp_path / name).read_bytes() for name in ("in.safetensors", "out.safetensors"))
+    header = 8 + int.from_bytes(before[:8], "little")
+    start, end = (header + at for at in json.loads(before[8:header])["proj.weight"]["data_offsets"])
+    assert (before[:start], before[end:]) == (after[:start], after[end:])
+    assert before[start:end] != after[start:end]
+
+
+def test_pieces_do_not_show_in_the_result(tmp_path, monkeypatch):
+    one_file(tmp_path / "in.safetensors", shape=(700, 300))
+    lora = layer_lora(low_rank((700, 300)))
+    at_once = bake(tmp_path / "in.safetensors", lora, tmp_path / "one", stochastic_seed=3, progress=False)
+    monkeypatch.setattr(writing, "_PIECE", 1000)
+
+    in_pieces = bake(tmp_path / "in.safetensors", lora, tmp_path / "two", stochastic_seed=3, progress=False)
+
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert at_once.layers == in_pieces.layers
+
+
+def test_shards_do_not_show_in_the_result(pipeline_folder, tmp_path):
+    whole = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer", dtype=torch.bfloat16)
+    whole.save_pretrained(tmp_path / "whole")
+    lora = tiny_lora(whole)
+    for name, source in {"one": tmp_path / "whole", "many": pipeline_folder / "transformer"}.items():
+        bake(source, lora, tmp_path / name, stochastic_seed=1, progress=False)
+
+    one, many = (FluxTransformer2DModel.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+
+    assert all(torch.equal(one[key], many[key]) for key in one)
+
+
+def test_the_checksums_are_those_of_the_files(pipeline_folder, tmp_path):
+    transformer = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer")
+    baked = bake(pipeline_folder, tiny_lora(transformer), tmp_path / "out", progress=False)
+
+    for name, written in contents(tmp_path / "out").items():
+        assert (baked.files[name].size, baked.files[name].sha256) == (len(written), sha256(written).hexdigest())
+
+
+@pytest.mark.parametrize(("part", "lost"), [(0.1, 0.017), (0.01, 0.17), (0.001, 0.79)])
+def test_the_share_lost_to_bfloat16_is_what_the_field_has_measured(part, lost, tmp_path, caplog):
+    weight, layer = drawn(768, 768, scale=0.02), low_rank((768, 768), rank=16, scale=1.0)
+    layer = LowRank(layer.down, layer.up * (part * weight.norm() / layer.delta().norm()))
+    save_file({"proj.weight": weight.bfloat16()}, tmp_path / "in.safetensors")
+
+    with caplog.at_level(logging.WARNING):
+        baked = bake(tmp_path / "in.safetensors", layer_lora(layer), tmp_path / "out.safetensors", progress=False)
+
+    assert baked.lost == pytest.approx(lost, rel=0.1)
+    assert ("of the update to rounding" in caplog.text) == (lost > 0.5)
+
+
+@cache
+def representable(dtype):
+    """Every finite number of a type, ascending, in float64."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).double()
+    return every[every.isfinite()].unique().numpy()
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+@given(number=st.floats(-6e4, 6e4, width=32) | st.floats(-(2**-20), 2**-20, width=32))
+def test_chance_rounds_to_a_neighbour_and_is_right_on_average(dtype, number):
+    every, draws = representable(dtype), 512
+    low = every[max(np.searchsorted(every, number, side="right") - 1, 0)]
+    high = every[np.searchsorted(every, number, side="left")]
+
+    wanted, step = torch.full((draws,), number), (1 << 16) // draws
+
+    ways = [stochastically(wanted, dtype, (torch.arange(draws) + 0.5) / draws)]
+    if dtype == torch.bfloat16:
+        ways.append(torch.empty(draws, dtype=dtype))
+        carry(wanted, ways[-1], (np.arange(draws) * step + step // 2).astype(np.uint16))
+
+    for rounded in ways:
+        assert rounded.dtype == dtype
+        assert set(rounded.tolist()) <= {low, high}
+        assert abs(rounded.double().mean().item() - number) <= (high - low) / draws
+
+
+def test_stochastic_rounding_brings_what_rounding_to_the_nearest_loses(tmp_path):
+    save_file({"proj.weight": torch.ones(512, 512, dtype=torch.bfloat16)}, tmp_path / "in.safetensors")
+    tiny = layer_lora(LowRank(torch.ones(1, 512), torch.full((512, 1), 2**-12)))
+
+    nearest = bake(tmp_path / "in.safetensors", tiny, tmp_path / "nearest", progress=False)
+    chance = bake(tmp_path / "in.safetensors", tiny, tmp_path / "chance", stochastic_seed=0, progress=False)
+    again = bake(tmp_path / "in.safetensors", tiny, tmp_path / "again", stochastic_seed=0, progress=False)
+    other = bake(tmp_path / "in.safetensors", tiny, tmp_path / "other", stochastic_seed=1, progress=False)
+
+    assert (nearest.unchanged, nearest.lost) == (1, 1)
+    mean = load_file(tmp_path / "chance")["proj.weight"].double().mean() - 1
+    assert mean.item() == pytest.approx(2**-12, rel=0.05)
+    assert chance.files["chance"].sha256 == again.files["again"].sha256 != other.files["other"].sha256
+
+
+def test_a_layer_the_checkpoint_lacks_is_an_error_before_anything_is_written(tmp_path):
+    one_file(tmp_path / "in.safetensors")
+    lora = LoRA({"proj": low_rank((40, 24)), "gone": low_rank((2, 2))})
+
+    with pytest.raises(LoRAMismatchError, match=r"has only 1 of them; first missing is 'gone\.weight', names there"):
+        bake(tmp_path / "in.safetensors", lora, tmp_path / "out", progress=False)
+    assert [one.name for one in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_a_layer_of_another_shape_is_an_error(tmp_path):
+    one_file(tmp_path / "in.safetensors")
+    with pytest.raises(LoRAMismatchError, match=r"with shape \(24, 40\), and in the checkpoint it has \(40, 24\)"):
+        bake(tmp_path / "in.safetensors", layer_lora(low_rank((24, 40))), tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.float64], ids=str)
+def test_quantised_weights_are_refused(dtype, tmp_path):
+    save_file({"proj.weight": torch.zeros(4, 4).to(dtype)}, tmp_path / "in.safetensors")
+    with pytest.raises(ModelError, match=r"'proj\.weight' is stored as .*Bake first, then quantise"):
+        bake(tmp_path / "in.safetensors", layer_lora(low_rank((4, 4))), tmp_path / "out", progress=False)
+
+
+def test_a_sum_out_of_range_is_an_error_that_leaves_nothing(tmp_path):
+    save_file({"proj.weight": torch.full((4, 4), 6e4, dtype=torch.float16)}, tmp_path / "in.safetensors")
+    big = LowRank(torch.ones(1, 4), torch.full((4, 1), 1e4))
+    with pytest.raises(NonFiniteError, match=r"'proj\.weight' holds NaN or infinity.*F16 reaches 6\.55e\+04"):
+        bake(tmp_path / "in.safetensors", layer_lora(big), tmp_path / "out", progress=False)
+    assert [one.name for one in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+@given(st.integers(0, 400))
+@settings(max_examples=30)
+def test_a_file_cut_short_is_an_error(tmp_path_factory, length):
+    folder = tmp_path_factory.mktemp("cut")
+    one_file(folder / "in.safetensors")
+    (folder / "in.safetensors").write_bytes((folder / "in.safetensors").read_bytes()[:length])
+    with pytest.raises(ModelError, match=r"cut short|no safetensors file"):
+        bake(folder / "in.safetensors", layer_lora(low_rank((40, 24))), folder / "out", progress=False)
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+@settings(max_examples=30)
+def test_a_header_of_nonsense_is_an_error(tmp_path_factory, nonsense):
+    path = tmp_path_factory.mktemp("nonsense") / "in.safetensors"
+    header = json.dumps({"proj.weight": nonsense}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ModelError, match=r"cut short or damaged"):
+        bake(path, layer_lora(low_rank((40, 24))), path.with_name("out"), progress=False)
+
+
+def folder_of(tmp_path, names, *, index=None):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in names:
+        save_file({f"{name}.weight": torch.zeros(4, 4)}, folder / name)
+    if index is not None:
+        (folder / INDEX).write_text(json.dumps(index))
+    return folder
+
+
+ONE = "diffusion_pytorch_model.safetensors"
+SHARDS = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("names", "index", "message"),
+    [
+        pytest.param([], None, "does not hold the weights of one denoiser", id="nothing"),
+        pytest.param([ONE, "diffusion_pytorch_model.fp16.safetensors"], None, "not exactly one whole set", id="two"),
+        pytest.param([ONE, "diffusion_pytorch_model.bin"], None, "not exactly one whole set", id="pickled"),
+        pytest.param(SHARDS, None, "not exactly one whole set", id="no index"),
+        pytest.param(SHARDS[:1], {"weight_map": dict(enumerate(SHARDS))}, "which is not there", id="missing"),
+        pytest.param([*SHARDS, ONE], {"weight_map": dict(enumerate(SHARDS))}, "not exactly one", id="one more"),
+        pytest.param(SHARDS, {"weights": 1}, "is no index of shards", id="no map"),
+        pytest.param(SHARDS, [], "is no index of shards", id="no object"),
+    ],
+)
+def test_a_folder_without_exactly_one_set_of_weights_is_an_error(names, index, message, tmp_path):
+    folder = folder_of(tmp_path, names, index=index)
+    with pytest.raises(ModelError, match=message):
+        bake(folder, layer_lora(low_rank((4, 4))), tmp_path / "out", progress=False)
+
+
+def test_a_checkpoint_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ModelError, match=r"does not exist\. Expected a safetensors file, or a folder"):
+        bake(tmp_path / "gone", layer_lora(low_rank((4, 4))), tmp_path / "out", progress=False)
+
+
+def test_a_tensor_that_two_shards_hold_is_an_error(tmp_path):
+    folder = folder_of(tmp_path, SHARDS, index={"weight_map": dict(enumerate(SHARDS))})
+    for name in SHARDS:
+        save_file({"proj.weight": torch.zeros(4, 4)}, folder / name)
+    with pytest.raises(ModelError, match=r"holds 'proj\.weight', which another shard holds too"):
+        bake(folder, layer_lora(low_rank((4, 4))), tmp_path / "out", progress=False)
+
+
+def test_links_are_followed_as_the_cache_of_the_hub_has_them(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    one_file(tmp_path / "blobs" / "abc")
+    (tmp_path / "snapshot" / ONE).symlink_to(tmp_path / "blobs" / "abc")
+
+    bake(tmp_path / "snapshot", layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
+
+    assert not (tmp_path / "out" / ONE).is_symlink()
+    assert load_file(tmp_path / "out" / ONE).keys() == load_file(tmp_path / "blobs" / "abc").keys()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "broken link"])
+def test_what_is_there_already_is_left_as_it_is(kind, tmp_path):
+    one_file(tmp_path / "in.safetensors")
+    out = tmp_path / "out"
+    match kind:
+        case "file":
+            out.write_text("mine")
+        case "folder":
+            out.mkdir()
+        case _:
+            out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(StorageError, match="exists already, and is left as it is"):
+        bake(tmp_path / "in.safetensors", layer_lora(low_rank((40, 24))), out, progress=False)
+    assert os.path.lexists(out)
+
+
+def test_a_checkpoint_is_not_written_into(pipeline_folder):
+    transformer = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer")
+    before = contents(pipeline_folder)
+    with pytest.raises(StorageError, match="lies in the checkpoint"):
+        bake(pipeline_folder, tiny_lora(transformer), pipeline_folder / "baked" / "here", progress=False)
+    assert contents(pipeline_folder) == before
+
+
+def test_another_process_that_writes_there_is_left_alone(tmp_path):
+    one_file(tmp_path / "in.safetensors")
+    with writing.staged(tmp_path / "out", folder=False) as place:
+        place.write_text("half")
+        with pytest.raises(StorageError, match="another process is writing"):
+            bake(tmp_path / "in.safetensors", layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
+    assert (tmp_path / "out").read_text() == "half"
+
+
+def killed_at(write, source, out):
+    """Bake in a process of its own that kills itself in the middle of its n-th write."""
+    done, real = 0, vars(writing)["_write"]
+
+    def dying(file, piece):
+        nonlocal done
+        done += 1
+        if done == write:
+            file.write(piece[: len(piece) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(file, piece)
+
+    vars(writing)["_write"] = dying
+    bake(source, tiny_lora(FluxTransformer2DModel.from_pretrained(source)), out, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # the child starts its own
+def test_killed_anywhere_it_leaves_no_half_result_and_the_next_run_is_as_if_nothing_had_been(pipeline_folder, tmp_path):
+    source, forked = pipeline_folder / "transformer", multiprocessing.get_context("fork")
+    lora = tiny_lora(FluxTransformer2DModel.from_pretrained(source))
+    whole = bake(source, lora, tmp_path / "whole", progress=False)
+    for write in (1, 2, 5, 9):
+        process = forked.Process(target=killed_at, args=(write, source, tmp_path / "out"))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+        assert any((tmp_path / "out.partial").iterdir())
+
+    baked = bake(source, lora, tmp_path / "out", progress=False)
+
+    assert not (tmp_path / "out.partial").exists()
+    assert (baked.files, baked.layers) == (whole.files, whole.layers)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@contextmanager
+def longest_file(size):
+    """What a file system says that takes no more, without filling one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_system_that_takes_no_more_is_an_error_that_leaves_nothing(tmp_path):
+    one_file(tmp_path / "in.safetensors", shape=(400, 240))
+    with longest_file(50_000), pytest.raises(StorageError, match=r"could not be written, and nothing is left of it"):
+        bake(tmp_path / "in.safetensors", layer_lora(low_rank((400, 240))), tmp_path / "out", progress=False)
+    assert [one.name for one in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here; the limit on file sizes is tested instead")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known before", "noticed on the way"])
+def test_a_full_disk_is_an_error_that_leaves_nothing(known, small_disk, tmp_path, monkeypatch):
+    one_file(tmp_path / "in.safetensors", shape=(400, 240))
+    if not known:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**40))
+    message = r"takes 0\.00 GiB, and 0\.00 GiB are free there" if known else r"No space left.*make room"
+    with pytest.raises(StorageError, match=message):
+        bake(tmp_path / "in.safetensors", layer_lora(low_rank((400, 240))), small_disk / "out", progress=False)
+    assert not list(small_disk.iterdir())
+
+
+def test_a_source_that_shrinks_under_way_is_an_error(tmp_path, monkeypatch):
+    one_file(tmp_path / "in.safetensors")
+    real = writing.Scribe.reserve
+
+    def shrinking(self, target, size):
+        os.truncate(tmp_path / "in.safetensors", 900)
+        real(self, target, size)
+
+    monkeypatch.setattr(writing.Scribe, "reserve", shrinking)
+    with pytest.raises(StorageError, match="has become shorter while it was read"):
+        bake(tmp_path / "in.safetensors", layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
+    assert [one.name for one in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_the_report_reads_worst_first_and_trusts_no_name(tmp_path):
+    save_file({"<i>.weight": torch.ones(4, 4, dtype=torch.bfloat16), "b.weight": torch.zeros(4, 4)}, tmp_path / "in")
+    small = LowRank(torch.ones(1, 4), torch.full((4, 1), 2**-12))
+    baked = bake(tmp_path / "in", LoRA({"b": small, "<i>": small}), tmp_path / "out", progress=False)
+
+    assert "baked 2 layers into" in str(baked)
+    assert "70.71% of the update lost to rounding (BF16, F32), 50.00% of the weights unchanged" in str(baked)
+    assert "most lost in <i> (100.0%), b (0.0%)" in str(baked)
+    assert sha256((tmp_path / "out").read_bytes()).hexdigest() in str(baked)
+    assert "&lt;i&gt;" in baked._repr_html_()
+    assert "<i>" not in baked._repr_html_()

@@ -1,0 +1,207 @@
+"""Fusing means adding: exactly by concatenation, to the Eckart-Young bound by SVD."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from artaug._internal.values import from_json, to_json
+from artaug.errors import InvalidValueError, LoRAError
+from artaug.lora.fusing import CompressedLayer, ConcatFuser, SvdFuser, retained_energy
+from artaug.lora.lora import LoRA, LowRank
+
+SHAPES = {"attn.to_q": (5, 7), "ff.net.0": (12, 3), "proj_out": (4, 4)}
+
+
+@st.composite
+def loras(draw, *, names=tuple(SHAPES)):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    chosen = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    layers = {}
+    for name in chosen:
+        rank = draw(st.integers(1, 6))
+        outputs, inputs = SHAPES[name]
+        layers[name] = LowRank(
+            torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
+        )
+    return LoRA(layers)
+
+
+def dense_sum(many):
+    """The oracle: full matrices, added."""
+    total = {}
+    for lora in many:
+        for name, layer in lora.layers.items():
+            total[name] = total.get(name, 0) + layer.up.double() @ layer.down.double()
+    return total
+
+
+def lora_of(rank=2, *, name="proj_out", scale=1.0):
+    outputs, inputs = SHAPES[name]
+    generator = torch.Generator().manual_seed(rank)
+    down, up = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
+    return LoRA({name: LowRank(down, up * scale)})
+
+
+@given(st.lists(loras(), min_size=1, max_size=4))
+def test_concatenation_is_the_exact_sum_over_all_layers(many):
+    fused, wanted = ConcatFuser().fuse(many), dense_sum(many)
+    assert fused.layers.keys() == wanted.keys()
+    for name, layer in fused.layers.items():
+        torch.testing.assert_close(layer.delta().double(), wanted[name], rtol=1e-5, atol=1e-5)
+        assert layer.rank == sum(lora.layers[name].rank for lora in many if name in lora.layers)
+
+
+@given(st.lists(loras(), min_size=1, max_size=3), st.lists(st.floats(-2, 2), min_size=3, max_size=3))
+def test_a_weighted_sum_is_fused_from_scaled_loras(many, weights):
+    fused = ConcatFuser().fuse([lora.scaled(weight) for lora, weight in zip(many, weights, strict=False)])
+    for name, layer in fused.layers.items():
+        wanted = sum(
+            weight * lora.layers[name].delta().double()
+            for lora, weight in zip(many, weights, strict=False)
+            if name in lora.layers
+        )
+        torch.testing.assert_close(layer.delta().double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@given(st.lists(loras(), min_size=1, max_size=4), st.integers(1, 8))
+def test_no_lora_of_the_rank_comes_closer_than_svd(many, rank):
+    fused, wanted = SvdFuser(rank=rank).fuse(many), dense_sum(many)
+    for name, layer in fused.layers.items():
+        strengths = torch.linalg.svdvals(wanted[name])
+        bound = strengths[rank:].square().sum().sqrt()
+        error = torch.linalg.matrix_norm(layer.delta().double() - wanted[name])
+        assert layer.rank <= rank
+        assert error <= bound + 1e-5 * strengths[0] + 1e-6
+
+
+@given(loras())
+def test_a_rank_that_suffices_loses_nothing(lora):
+    fused = SvdFuser(rank=12).fuse([lora])
+    assert all(kept == pytest.approx(1, abs=1e-6) for kept in retained_energy(lora, fused).values())
+
+
+@given(loras())
+def test_svd_gives_both_factors_the_same_share_of_strength(lora):
+    for layer in SvdFuser(rank=3).fuse([lora]).layers.values():
+        assert layer.down.dtype == layer.up.dtype == torch.float32
+        torch.testing.assert_close(layer.down @ layer.down.T, layer.up.T @ layer.up, rtol=1e-4, atol=1e-3)
+
+
+@given(loras(), st.floats(0.05, 1.0))
+def test_energy_keeps_as_few_directions_as_it_takes(lora, energy):
+    fused = SvdFuser(rank=12, energy=energy).fuse([lora])
+    for name, layer in fused.layers.items():
+        energies = torch.linalg.svdvals(lora.layers[name].delta().double()).square()
+        assert energies[: layer.rank].sum() / energies.sum() >= energy - 1e-5
+        if energy < 1 and layer.rank > 1:
+            assert energies[: layer.rank - 1].sum() / energies.sum() < energy + 1e-5
+
+
+@given(st.lists(loras(), min_size=1, max_size=3), st.integers(1, 4))
+def test_retained_energy_is_that_of_the_dense_matrices(many, rank):
+    full = ConcatFuser().fuse(many)
+    fused = SvdFuser(rank=rank).fuse(many)
+    for name, kept in retained_energy(full, fused).items():
+        whole = full.layers[name].delta().double()
+        lost = whole - fused.layers[name].delta().double()
+        assert kept == pytest.approx(1 - (lost.square().sum() / whole.square().sum()).item(), abs=1e-5)
+
+
+def test_retained_energy_knows_missing_and_silent_layers():
+    full = ConcatFuser().fuse([lora_of(name="proj_out"), lora_of(name="attn.to_q", scale=0.0)])
+    assert retained_energy(full, lora_of(name="attn.to_q", scale=0.0)) == {"proj_out": 0.0, "attn.to_q": 1.0}
+    assert retained_energy(lora_of(scale=0.0), lora_of())["proj_out"] == -torch.inf
+
+
+def test_retained_energy_refuses_strangers():
+    with pytest.raises(LoRAError, match=r"updates 'attn\.to_q', which the full one does not"):
+        retained_energy(lora_of(), lora_of(name="attn.to_q"))
+
+
+def test_an_update_of_nothing_keeps_one_direction():
+    assert SvdFuser(rank=4, energy=0.5).fuse([lora_of(scale=0.0)]).rank == 1
+
+
+def test_half_precision_loras_are_computed_in_float32():
+    lora = lora_of(3)
+    half = LoRA({name: LowRank(one.down.bfloat16(), one.up.bfloat16()) for name, one in lora.layers.items()})
+    fused = SvdFuser(rank=3).fuse([half])
+    torch.testing.assert_close(fused.layers["proj_out"].delta(), half.layers["proj_out"].delta(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fuser", [ConcatFuser(), SvdFuser(rank=2)], ids=repr)
+def test_nothing_cannot_be_fused(fuser):
+    with pytest.raises(LoRAError, match="received 0 LoRAs"):
+        fuser.fuse([])
+
+
+@pytest.mark.parametrize("fuser", [ConcatFuser(), SvdFuser(rank=2)], ids=repr)
+def test_layers_of_one_name_and_two_shapes_cannot_be_fused(fuser):
+    wide = LoRA({"proj_out": LowRank(torch.ones(1, 9), torch.ones(4, 1))})
+    with pytest.raises(LoRAError, match=r"disagree on the shape of 'proj_out': \[\(4, 4\), \(4, 9\)\]"):
+        fuser.fuse([lora_of(), wide])
+
+
+@given(st.lists(loras(), min_size=1, max_size=3), st.integers(1, 8), st.floats(0.05, 1.0))
+@settings(max_examples=40)
+def test_the_report_says_what_retained_energy_finds_again(many, rank, energy):
+    compression = SvdFuser(rank=rank, energy=energy).compress(many)
+    full = ConcatFuser().fuse(many)
+    again = retained_energy(full, compression.lora)
+    assert compression.layers.keys() == full.layers.keys()
+    for name, layer in compression.layers.items():
+        assert (layer.rank_before, layer.rank_after) == (full.layers[name].rank, compression.lora.layers[name].rank)
+        assert layer.energy == pytest.approx(again[name], abs=1e-5)
+    energies = {name: layer.energy() for name, layer in full.layers.items()}
+    kept = sum(again[name] * energies[name] for name in again) / sum(energies.values())
+    assert compression.energy == pytest.approx(kept, abs=1e-5)
+
+
+@given(st.lists(loras(), min_size=1, max_size=3), st.floats(0.05, 0.999))
+@settings(max_examples=40)
+def test_energy_alone_is_enough_to_ask_for(many, energy):
+    compression = SvdFuser(energy=energy).compress(many)
+    assert all(layer.energy >= energy - 1e-6 for layer in compression.layers.values())
+    capped = SvdFuser(rank=100, energy=energy).fuse(many)
+    assert {name: layer.rank_after for name, layer in compression.layers.items()} == {
+        name: layer.rank for name, layer in capped.layers.items()
+    }
+
+
+@given(loras())
+@settings(max_examples=40)
+def test_the_energy_of_an_update_is_that_of_its_dense_matrix(lora):
+    for layer in lora.layers.values():
+        assert layer.energy() == pytest.approx(layer.delta().double().square().sum().item(), rel=1e-5)
+
+
+def test_the_report_reads_worst_first_and_trusts_no_name():
+    strong = LowRank(torch.eye(3), torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+    compression = SvdFuser(rank=2).compress(
+        [LoRA({"easy": LowRank(torch.ones(1, 3), torch.ones(3, 1)), "<b>": strong})]
+    )
+    assert str(compression) == (
+        "2 layers, rank 3 to 2, 95.6522% of the energy kept; least of it in\n"
+        "  <b>: rank 3 to 2, 92.8571% kept\n"
+        "  easy: rank 1 to 1, 100.0000% kept"
+    )
+    html = compression._repr_html_()
+    assert html.index("&lt;b&gt;") < html.index("easy")
+    assert "<b>" not in html
+
+
+def test_a_report_can_be_kept_as_json():
+    layer = SvdFuser(rank=1).compress([lora_of(2)]).layers["proj_out"]
+    assert from_json(CompressedLayer, to_json(layer)) == layer
+
+
+def test_a_fuser_that_would_leave_out_nothing_is_refused():
+    with pytest.raises(InvalidValueError, match=r"would leave out nothing\. Give it a rank, or an energy"):
+        SvdFuser()
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 1, "energy": 0.0}, {"energy": 1.1}], ids=repr)
+def test_a_fuser_that_would_keep_nothing_is_refused(options):
+    with pytest.raises(InvalidValueError, match="need a rank of at least 1 and an energy above 0"):
+        SvdFuser(**options)

@@ -1,0 +1,386 @@
+"""LoRA as a value: its files, read by others too, and what a module wearing it computes."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from artaug._internal import files
+from artaug.errors import LoRAError, LoRAMismatchError
+from artaug.lora.formats import Format
+from artaug.lora.lora import LoRA, LowRank, summed
+from support.tiny_flux import tiny_flux
+
+TO_Q = "transformer_blocks.0.attn.to_q"
+FF = "transformer_blocks.0.ff.net.0.proj"
+SINGLE = "single_transformer_blocks.1.proj_out"
+A, B = torch.arange(8.0).reshape(2, 4) - 3, torch.arange(6.0).reshape(3, 2) + 1
+
+
+def low_rank(rank, inputs, outputs, *, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    down, up = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
+    return LowRank(down.to(dtype), up.to(dtype))
+
+
+def written(path, tensors, adapter=None):
+    metadata = (
+        None
+        if adapter is None
+        else {"lora_adapter_metadata": adapter if isinstance(adapter, str) else json.dumps(adapter)}
+    )
+    save_file({key: one.clone() for key, one in tensors.items()}, path, metadata=metadata)
+    return path
+
+
+def factors(name="proj", *, down=A, up=B):
+    return {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+
+
+def delta_in(path, name="proj"):
+    return LoRA.load(path).layers[name].delta()
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [((2, 4), (3, 1)), ((2,), (3, 2)), ((2, 4, 1, 1, 1, 1), (3, 2)), ((2, 4), (3, 2, 1)), ((0, 4), (3, 0))],
+)
+def test_factors_that_do_not_fit_are_refused_naming_their_shapes(down, up):
+    with pytest.raises(LoRAError, match="need shapes") as told:
+        LowRank(torch.zeros(down), torch.zeros(up))
+    assert str(tuple(down)) in str(told.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_factors_that_are_no_numbers_are_refused(value):
+    with pytest.raises(LoRAError, match="NaN or infinity"):
+        LowRank(torch.full((1, 2), value), torch.ones(2, 1))
+
+
+def test_a_lora_without_layers_is_refused():
+    with pytest.raises(LoRAError, match="at least one layer"):
+        LoRA({})
+
+
+def test_a_lora_is_shown_by_its_size():
+    assert repr(LoRA({"one": LowRank(A, B), "two": low_rank(5, 4, 3)})) == "LoRA(2 layers, rank 5)"
+
+
+def test_a_lora_keeps_its_layers_to_itself():
+    layers = {"proj": LowRank(A, B)}
+    lora = LoRA(layers)
+    layers.clear()
+    assert list(lora.layers) == ["proj"]
+    with pytest.raises(TypeError):
+        lora.layers["proj"] = None
+
+
+def test_scaling_scales_the_update_and_leaves_the_original_alone():
+    lora = LoRA({"proj": LowRank(A, B)})
+    assert torch.equal(lora.scaled(-0.5).layers["proj"].delta(), -0.5 * (B @ A))
+    assert torch.equal(lora.layers["proj"].delta(), B @ A)
+
+
+@pytest.mark.parametrize("travelled", [copy.deepcopy, lambda lora: pickle.loads(pickle.dumps(lora))])
+def test_a_lora_can_be_copied_and_sent_to_another_process(travelled):
+    lora = travelled(LoRA({"proj": LowRank(A, B)}))
+    assert torch.equal(lora.layers["proj"].delta(), B @ A)
+
+
+def test_a_sum_has_the_summed_update():
+    one, other = LoRA({"proj": LowRank(A, B)}), LoRA({"proj": low_rank(3, 4, 3), "out": low_rank(1, 5, 5)})
+    total = summed([one, other])
+    torch.testing.assert_close(total.layers["proj"].delta(), B @ A + other.layers["proj"].delta())
+    assert torch.equal(total.layers["out"].delta(), other.layers["out"].delta())
+
+
+# Files
+
+
+@given(
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=4), dtype=st.sampled_from([torch.float32, torch.bfloat16])
+)
+def test_what_is_saved_is_what_is_loaded(tmp_path_factory, ranks, dtype):
+    lora = LoRA({f"blocks.{n}.proj": low_rank(rank, 4, 3, seed=n, dtype=dtype) for n, rank in enumerate(ranks)})
+    loaded = LoRA.load(lora.save(tmp_path_factory.mktemp("lora") / "lora.safetensors"))
+    assert loaded.layers.keys() == lora.layers.keys()
+    for name, layer in lora.layers.items():
+        read = loaded.layers[name]
+        assert read.rank == lora.rank
+        assert read.down.dtype == dtype
+        assert torch.equal(read.down[: layer.rank], layer.down)
+        assert torch.equal(read.up[:, : layer.rank], layer.up)
+        assert not read.down[layer.rank :].any()
+        assert not read.up[:, layer.rank :].any()
+
+
+def test_saving_makes_folders_and_keeps_metadata(tmp_path):
+    path = LoRA({"proj": LowRank(A, B)}).save(tmp_path / "runs" / "lora.safetensors", metadata={"base": "tiny"})
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    assert (header["format"], header["base"]) == ("pt", "tiny")
+    assert json.loads(header["lora_adapter_metadata"])["transformer.lora_alpha"] == 2
+
+
+def test_metadata_cannot_overwrite_what_readers_rely_on(tmp_path):
+    with pytest.raises(LoRAError, match=r"may not set \['lora_adapter_metadata'\]"):
+        LoRA({"proj": LowRank(A, B)}).save(tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": "{}"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_may_share_a_tensor(tmp_path):
+    shared = LoRA({"to_q": LowRank(A, B), "to_k": LowRank(A, B[:, [1, 0]]), "to_v": LowRank(A[:, :2], B.clone())})
+    loaded = LoRA.load(shared.save(tmp_path / "lora.safetensors"))
+    assert torch.equal(loaded.layers["to_k"].delta(), B[:, [1, 0]] @ A)
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = LoRA({"proj": LowRank(A, B)}).save(tmp_path / "lora.safetensors")
+
+    def half_a_file(_tensors, target, _header):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files, "save_file", half_a_file)
+    with pytest.raises(OSError, match="disk full"):
+        LoRA({"proj": LowRank(2 * A, B)}).save(path)
+    assert [one.name for one in tmp_path.iterdir()] == ["lora.safetensors"]
+    assert torch.equal(delta_in(path), B @ A)
+
+
+def flux_lora(*, dtype=torch.float32):
+    """Ranks differ, and the last layer's name is also the end of a layer's name outside the blocks."""
+    layers = {TO_Q: low_rank(3, 32, 32), FF: low_rank(1, 32, 128, seed=1), SINGLE: low_rank(2, 160, 32, seed=2)}
+    return LoRA({name: LowRank(one.down.to(dtype), one.up.to(dtype)) for name, one in layers.items()})
+
+
+def read_back(transformer):
+    """What diffusers made of a file: its own factors times its own strength, by layer."""
+    return {
+        name: one.scaling["default_0"] * one.lora_B["default_0"].weight @ one.lora_A["default_0"].weight
+        for name, one in transformer.named_modules()
+        if hasattr(one, "lora_A")
+    }
+
+
+def test_diffusers_reads_the_same_updates_for_the_same_layers(tmp_path):
+    lora, pipeline = flux_lora(), tiny_flux()
+    pipeline.load_lora_weights(lora.save(tmp_path / "lora.safetensors"))
+    read = read_back(pipeline.transformer)
+    assert read.keys() == lora.layers.keys()
+    for name, layer in lora.layers.items():
+        torch.testing.assert_close(read[name], layer.delta())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"alpha_pattern": {"to_q": 7}}, {"alpha_pattern": {r"attn\.to_.": 3, "to_q": 9}}],
+    ids=repr,
+)
+def test_a_file_of_diffusers_is_read_at_the_strength_diffusers_gives_it(tmp_path, options):
+    from peft import LoraConfig  # noqa: PLC0415
+    from peft.utils import get_peft_model_state_dict  # noqa: PLC0415
+
+    pipeline = tiny_flux()
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "proj_mlp"], init_lora_weights=False, **options)
+    pipeline.transformer.add_adapter(config, adapter_name="default_0")
+    pipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer, adapter_name="default_0"),
+        transformer_lora_adapter_metadata=pipeline.transformer.peft_config["default_0"].to_dict(),
+    )
+    lora, wanted = LoRA.load(tmp_path / "pytorch_lora_weights.safetensors"), read_back(pipeline.transformer)
+    assert lora.layers.keys() == wanted.keys()
+    for name, layer in lora.layers.items():
+        torch.testing.assert_close(layer.delta(), wanted[name])
+
+
+@pytest.mark.parametrize(
+    ("adapter", "strength"),
+    [
+        (None, 1.0),
+        ({}, 1.0),
+        ({"transformer.r": 2, "transformer.lora_alpha": 2}, 1.0),
+        ({"transformer.r": 2, "transformer.lora_alpha": 8}, 4.0),
+        ({"transformer.r": 2, "transformer.lora_alpha": 8, "transformer.use_rslora": True}, 8 / 2**0.5),
+        ({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"proj": 1}}, 0.5),
+        ({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"roj": 1}}, 4.0),
+    ],
+)
+def test_alpha_in_the_header_is_folded_in(tmp_path, adapter, strength):
+    path = written(tmp_path / "lora.safetensors", factors("blocks.0.proj"), adapter)
+    torch.testing.assert_close(delta_in(path, "blocks.0.proj"), strength * (B @ A))
+
+
+def test_alpha_beside_a_layer_is_folded_into_that_layer(tmp_path):
+    tensors = {**factors("one"), **factors("two"), "transformer.one.alpha": torch.tensor(6.0)}
+    path = written(tmp_path / "lora.safetensors", tensors)
+    torch.testing.assert_close(delta_in(path, "one"), 3 * (B @ A))
+    torch.testing.assert_close(delta_in(path, "two"), B @ A)
+
+
+def test_a_file_that_is_none_is_refused_by_name(tmp_path):
+    (tmp_path / "text.safetensors").write_text("not a LoRA")
+    for name in ("text.safetensors", "missing.safetensors", "."):
+        with pytest.raises(LoRAError, match=r"is not a LoRA file: .* Expected a safetensors file\."):
+            LoRA.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        (
+            {"lora_unet_double_blocks_0_img_mlp_0.lora_down.weight": A},
+            "lora_unet_double_blocks_0_img_mlp_0.lora_down.weight",
+        ),
+        ({"transformer.proj.lora_A.weight": A}, "transformer.proj.lora_A.weight"),
+        ({"transformer.proj.lora_B.weight": B}, "transformer.proj.lora_B.weight"),
+        ({**factors(), "transformer.out.lora_B.weight": B}, "transformer.out.lora_B.weight"),
+        ({**factors(), "transformer.out.alpha": torch.tensor(1.0)}, "transformer.out.alpha"),
+        ({**factors(), "transformer.proj.lora_B.bias": B}, "transformer.proj.lora_B.bias"),
+        ({**factors(), "text_encoder.proj.lora_A.weight": A}, "text_encoder.proj.lora_A.weight"),
+        ({}, "no tensor at all"),
+    ],
+)
+def test_a_file_that_would_be_read_in_part_is_refused_naming_the_rest(tmp_path, tensors, named):
+    path = written(tmp_path / "lora.safetensors", tensors)
+    with pytest.raises(LoRAError, match="holds") as told:
+        LoRA.load(path)
+    assert f"{named!r}" in str(told.value)
+    assert str(path) in str(told.value)
+
+
+@pytest.mark.parametrize("adapter", ["{", "[1]", '"text"'])
+def test_a_header_that_hides_the_strength_is_refused(tmp_path, adapter):
+    with pytest.raises(LoRAError, match="so its strength is unknown"):
+        LoRA.load(written(tmp_path / "lora.safetensors", factors(), adapter))
+
+
+@pytest.mark.parametrize("down", [torch.zeros(3, 4), torch.zeros(2, 4, 1), torch.full((2, 4), torch.nan)])
+def test_factors_in_a_file_that_do_not_fit_are_refused_naming_the_file(tmp_path, down):
+    path = written(tmp_path / "lora.safetensors", factors(down=down))
+    with pytest.raises(LoRAError, match=r"lora\.safetensors is not a LoRA artaug can read: low-rank factors"):
+        LoRA.load(path)
+
+
+# Wearing
+
+
+class Net(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.one, self.two = nn.Linear(4, 6, dtype=dtype), nn.Linear(6, 3, bias=False, dtype=dtype)
+
+    def forward(self, inputs):
+        return self.two(torch.tanh(self.one(inputs)))
+
+
+def net_lora(seed=0):
+    return LoRA({"one": low_rank(2, 4, 6, seed=seed), "two": low_rank(1, 6, 3, seed=seed + 1)})
+
+
+def with_weights(net, *loras, scale=1.0):
+    """The oracle: the update added to the weights of a copy."""
+    net = copy.deepcopy(net)
+    for lora in loras:
+        for name, layer in lora.layers.items():
+            net.get_submodule(name).weight.data += scale * layer.delta()
+    return net
+
+
+def hooks_of(net):
+    return [tuple(one._forward_hooks) for one in net.modules() if one._forward_hooks]  # noqa: SLF001 - torch shows them no other way
+
+
+INPUTS = torch.linspace(-1, 1, 20).reshape(5, 4)
+
+
+@given(scale=st.floats(-2, 2), seed=st.integers(0, 100))
+def test_wearing_adds_exactly_the_update(scale, seed):
+    net, lora = Net(), net_lora(seed)
+    wanted = with_weights(net, lora, scale=scale)(INPUTS)
+    with lora.worn_by(net, scale=scale):
+        torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_loras_worn_together_add_up():
+    net, inner, outer = Net(), net_lora(1), net_lora(7)
+    wanted = with_weights(net, inner, outer)(INPUTS)
+    with inner.worn_by(net), outer.worn_by(net):
+        torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
+    with summed([inner, outer]).worn_by(net):
+        torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_wearing_leaves_no_trace_even_after_an_exception():
+    net = Net()
+    plain, weights = net(INPUTS), copy.deepcopy(net.state_dict())
+    with pytest.raises(KeyboardInterrupt), net_lora().worn_by(net):
+        raise KeyboardInterrupt
+    assert torch.equal(net(INPUTS), plain)
+    assert not any(hooks_of(net))
+    assert all(torch.equal(one, weights[name]) for name, one in net.state_dict().items())
+
+
+def test_a_worn_lora_takes_the_precision_of_what_flows_through():
+    net = Net(torch.bfloat16)
+    with net_lora().worn_by(net):
+        assert net(INPUTS.bfloat16()).dtype == torch.bfloat16
+
+
+def test_gradients_flow_through_a_worn_lora_and_not_into_it():
+    net, inputs = Net(), INPUTS.clone().requires_grad_()
+    oracle = with_weights(net, net_lora())
+    with net_lora().worn_by(net):
+        (gradient,) = torch.autograd.grad(net(inputs).sum(), inputs)
+    (wanted,) = torch.autograd.grad(oracle(inputs).sum(), inputs)
+    torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        (
+            LoRA({"a": LowRank(A, B), "b": LowRank(A, B)}),
+            "names 2 layers and Net has none of them; first missing is 'a', names there look like 'one'",
+        ),
+        (LoRA({"one": low_rank(2, 4, 6), "b": LowRank(A, B)}), "has only 1 of them; first missing is 'b'"),
+        (LoRA({"one": low_rank(2, 4, 3)}), r"updates 'one' with shape \(3, 4\), and in Net it has \(6, 4\)"),
+    ],
+)
+def test_a_lora_for_another_model_is_refused_before_anything_changes(lora, said):
+    net = Net()
+    with pytest.raises(LoRAMismatchError, match=said), lora.worn_by(net):
+        pytest.fail("the block ran")
+    assert not any(hooks_of(net))
+
+
+def test_a_module_without_linear_layers_is_refused():
+    with pytest.raises(LoRAMismatchError, match="no linear layer"), LoRA({"a": LowRank(A, B)}).worn_by(nn.ReLU()):
+        pytest.fail("the block ran")
+
+
+def test_a_format_may_be_called_by_its_name(tmp_path):
+    lora = LoRA({TO_Q: low_rank(2, 8, 8), FF: low_rank(3, 8, 8, seed=1)})
+    named, told = (lora.save(tmp_path / f"{one!r}.safetensors", format=one) for one in ("peft", Format.PEFT))
+    assert named.read_bytes() == told.read_bytes()
+    with pytest.raises(LoRAError, match=r"there is no format 'webui': choose one of 'peft', 'kohya'"):
+        lora.save(tmp_path / "lora.safetensors", format="webui")
+
+
+def test_a_digest_tells_loras_apart():
+    lora = LoRA({TO_Q: low_rank(2, 8, 8)})
+    assert lora.digest == LoRA({TO_Q: low_rank(2, 8, 8)}).digest
+    assert len({lora.digest, lora.scaled(2).digest, LoRA({FF: low_rank(2, 8, 8)}).digest}) == 3

@@ -1,0 +1,185 @@
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import artaug as aa
+from artaug.run.improve import improve
+from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer
+
+HALF = aa.Box(0, 0, 0.5, 1)
+ADVICE = aa.Critique((aa.Suggestion(HALF, "a bright window"),))
+
+
+def attempts(prompts, *, critic=None, planner=None, keep=None, seed=0, batch_size=3, on_stage=None):
+    return list(
+        improve(
+            prompts,
+            synthesizer=SwatchSynthesizer(),
+            critic=critic or FixedCritic(ADVICE),
+            planner=planner or aa.GreedyPlanner(),
+            keep=FixedFilter(keep=True) if keep is None else keep,
+            seed=seed,
+            batch_size=batch_size,
+            on_stage=on_stage,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class MoodyCritic(aa.Critic):
+    """Answers by the first letter of the prompt."""
+
+    def critique(self, image, prompt):
+        answers = {"a": ADVICE, "b": aa.Abstention("too dark to tell"), "c": aa.Critique()}
+        return answers[prompt[0]]
+
+
+@dataclass(frozen=True)
+class KeepsOdd(aa.PairFilter):
+    def judge(self, pair):
+        return aa.Verdict(keep=len(pair.prompt) % 2 == 1, reason="by the length of the prompt", scores={})
+
+
+@given(st.lists(st.from_regex(r"[abc][xyz]{0,3}", fullmatch=True), min_size=1, max_size=12), st.integers(1, 5))
+def test_every_prompt_ends_as_exactly_one_attempt_in_order_and_with_a_reason(prompts, batch_size):
+    ends = attempts(prompts, critic=MoodyCritic(), keep=KeepsOdd(), batch_size=batch_size)
+
+    assert [end.prompt if isinstance(end, aa.Skipped) else end.pair.prompt for end in ends] == prompts
+    for prompt, end in zip(prompts, ends, strict=True):
+        match prompt[0]:
+            case "a":
+                assert isinstance(end, aa.Kept if len(prompt) % 2 else aa.Dropped)
+                assert end.verdict.reason == "by the length of the prompt"
+            case "b":
+                assert isinstance(end, aa.Skipped)
+                assert end.reason == "the critic abstained: too dark to tell"
+            case "c":
+                assert isinstance(end, aa.Skipped)
+                assert end.reason == "the critic asked for nothing"
+
+
+@given(st.integers(0, 2**32), st.integers(1, 7))
+def test_the_chunk_size_changes_nothing(seed, batch_size):
+    prompts = [f"a scene {number}" for number in range(5)]
+    for one, other in zip(
+        attempts(prompts, seed=seed, batch_size=batch_size), attempts(prompts, seed=seed), strict=True
+    ):
+        assert one.pair.seed == other.pair.seed
+        assert one.pair.before.tobytes() == other.pair.before.tobytes()
+        assert one.pair.after.tobytes() == other.pair.after.tobytes()
+
+
+def test_before_and_after_are_drawn_with_the_same_seed_from_the_plain_prompt_and_the_plan():
+    (end,) = attempts(["a scene"])
+    draw = SwatchSynthesizer()
+    assert end.pair.before.tobytes() == draw.synthesize(aa.Plan("a scene"), seed=end.pair.seed).tobytes()
+    assert end.pair.after.tobytes() == draw.synthesize(end.pair.plan, seed=end.pair.seed).tobytes()
+    assert end.pair.plan == aa.Plan("a scene", (aa.Region(HALF, "a bright window"),))
+
+
+def test_equal_prompts_get_pictures_of_their_own():
+    first, second = attempts(["a scene", "a scene"])
+    assert first.pair.before.tobytes() != second.pair.before.tobytes()
+
+
+def test_it_is_lazy_chunk_by_chunk():
+    stages = []
+    found = improve(
+        ["a"] * 6,
+        synthesizer=SwatchSynthesizer(),
+        critic=FixedCritic(ADVICE),
+        planner=aa.GreedyPlanner(),
+        keep=FixedFilter(keep=True),
+        seed=0,
+        batch_size=2,
+        on_stage=lambda event: stages.append(event.stage),
+    )
+    assert stages == []
+    next(found)
+    assert stages == ["draw", "criticise", "redraw", "judge"]
+    list(found)
+    assert stages == ["draw", "criticise", "redraw", "judge"] * 3
+
+
+def test_suggestions_the_planner_refuses_are_a_reason_of_their_own():
+    tiny = FixedCritic(aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.01, 0.01), "a speck"),)))
+    assert attempts(["a scene"], critic=tiny)[0].reason == "the planner kept no suggestion"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "there are no prompts"),
+        (["a scene", "  "], "prompt number 1 is '  '"),
+        (["a scene", None], "prompt number 1 is None"),
+        ("a scene", r"expected a list of prompts, received one string: 'a scene'. Write \['a scene'\]"),
+    ],
+)
+def test_bad_prompts_are_refused_at_once(prompts, message):
+    with pytest.raises(aa.PromptError, match=message):
+        improve(
+            prompts,
+            synthesizer=SwatchSynthesizer(),
+            critic=FixedCritic(ADVICE),
+            planner=aa.GreedyPlanner(),
+            keep=FixedFilter(keep=True),
+            seed=0,
+        )
+
+
+def test_a_critic_that_raises_stops_the_run_and_is_named_with_the_prompt_and_the_way_out():
+    class Broken(aa.Critic):
+        def critique(self, image, prompt):
+            return {}["boxes"]
+
+    with pytest.raises(aa.CriticError, match=r"Broken raised KeyError: 'boxes'.*'a scene'.*Abstention") as caught:
+        attempts(["a scene"], critic=Broken())
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_running_out_of_memory_is_not_dressed_up_as_the_critics_fault():
+    class Hungry(aa.Critic):
+        def critique(self, image, prompt):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        attempts(["a scene"], critic=Hungry())
+
+
+def test_a_critic_that_returns_the_wrong_type_is_named_with_what_it_returned():
+    class Sloppy(aa.Critic):
+        def critique(self, image, prompt):
+            return "make it pop"
+
+    with pytest.raises(aa.SeamError, match=r"Sloppy returned str for 'a scene': 'make it pop'. Expected artaug"):
+        attempts(["a scene"], critic=Sloppy())
+
+
+def test_a_planner_that_returns_the_wrong_type_is_named():
+    class Sloppy(aa.RegionPlanner):
+        def plan(self, prompt, critique):
+            return prompt
+
+    with pytest.raises(aa.SeamError, match=r"Sloppy returned str for 'a scene'\. Expected artaug\.Plan"):
+        attempts(["a scene"], planner=Sloppy())
+
+
+def test_a_synthesizer_whose_second_picture_has_another_size_is_caught():
+    class Growing(aa.Synthesizer):
+        def synthesize(self, plan, *, seed):
+            return Image.new("RGB", (64, 64 + len(plan.regions)))
+
+    with pytest.raises(aa.InvalidValueError, match=r"before \(64, 64\), after \(64, 65\)"):
+        list(
+            improve(
+                ["a scene"],
+                synthesizer=Growing(),
+                critic=FixedCritic(ADVICE),
+                planner=aa.GreedyPlanner(),
+                keep=FixedFilter(keep=True),
+                seed=0,
+            )
+        )

@@ -1,0 +1,125 @@
+"""Several processes on one training: the same losses and the same LoRA as one, whole or sharded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from artaug.errors import InvalidValueError, ModelError
+from artaug.training import DifferentialLoRATrainer, sharded
+from artaug.training.distributed import ALONE, Processes
+from artaug.training.trainer import _sharing
+
+TWO = """
+import json, sys
+sys.path[:0] = {path!r}
+import torch
+from artaug.diffusion import DiffusersSynthesizer
+from artaug.training import Checkpoints, DirectPreference, sharded
+from support.tiny_flux import TINY_SIZE, tiny_flux
+from tests.training.test_processes import flux_pairs, training_of
+
+torch.set_num_threads(1)
+out = sys.argv[1]
+whole = training_of(cache=f"{{out}}/cache", checkpoints=Checkpoints(folder=f"{{out}}/checkpoints", every=2))
+pipeline = tiny_flux()
+sharded(pipeline.transformer)
+in_parts = training_of(pipeline)
+training_of(pipeline, flux_pairs(unchanged=True), echo=2, batch_size=2, objective=DirectPreference())
+rank = torch.distributed.get_rank()
+whole.lora.save(f"{{out}}/whole-{{rank}}.safetensors")
+in_parts.lora.save(f"{{out}}/sharded-{{rank}}.safetensors")
+with open(f"{{out}}/losses-{{rank}}.json", "w") as file:
+    json.dump([whole.losses, in_parts.losses], file)
+torch.distributed.destroy_process_group()
+"""
+
+
+def flux_pairs(*, unchanged=False):
+    """Two pairs, one of which may be a question that answers itself: before and after are the same."""
+    from PIL import Image  # noqa: PLC0415 - the script imports this file, too
+
+    from artaug.pairs import ImagePair  # noqa: PLC0415
+    from artaug.plan import Plan  # noqa: PLC0415
+    from support.tiny_flux import TINY_SIZE  # noqa: PLC0415
+
+    before = Image.linear_gradient("L").resize((TINY_SIZE, TINY_SIZE)).convert("RGB")
+    after = before.point(lambda one: 255 - one // 2)
+    return [
+        ImagePair(prompt=prompt, seed=0, before=one, after=other, plan=Plan(prompt))
+        for prompt, one, other in (
+            ("a red cone", before, after),
+            ("a blue cube", after, after if unchanged else before),
+        )
+    ]
+
+
+def training_of(pipeline=None, pairs=None, *, cache=None, checkpoints=None, **options):
+    from artaug.diffusion import DiffusersSynthesizer  # noqa: PLC0415
+    from support.tiny_flux import TINY_SIZE, tiny_flux  # noqa: PLC0415
+
+    synthesizer = DiffusersSynthesizer(pipeline=pipeline or tiny_flux(), width=TINY_SIZE, height=TINY_SIZE, steps=2)
+    trainer = DifferentialLoRATrainer(**{"rank": 4, "steps": 5, "batch_size": 4, "learning_rate": 1e-2, **options})
+    pairs = pairs or flux_pairs()
+    return trainer.train(pairs, synthesizer, seed=0, progress=False, cache=cache, checkpoints=checkpoints)
+
+
+def test_two_processes_learn_what_one_does_whole_and_sharded(tmp_path):
+    script = tmp_path / "script.py"
+    root = Path(__file__).parents[2]
+    script.write_text(TWO.format(path=[str(root), str(root / "tests"), *sys.path]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # as accelerate's
+    told = subprocess.run(
+        [*launch, script, tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr
+    from artaug.lora.lora import LoRA  # noqa: PLC0415
+
+    alone = training_of()
+    for rank in range(2):
+        whole, in_parts = json.loads((tmp_path / f"losses-{rank}.json").read_text())
+        assert whole == pytest.approx(alone.losses, rel=1e-5)
+        assert in_parts == pytest.approx(alone.losses, rel=1e-5)
+        for kind in ("whole", "sharded"):
+            lora = LoRA.load(tmp_path / f"{kind}-{rank}.safetensors")
+            for name, layer in alone.lora.layers.items():
+                apart = (lora.layers[name].delta() - layer.delta()).norm() / layer.delta().norm()
+                assert apart < 1e-3, f"{kind}, process {rank}: {name} is off by {apart:.1e} of its update"
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_this_process_is_alone_unless_others_were_started():
+    assert Processes.here() == ALONE
+    assert ALONE.first
+    assert list(ALONE.share(range(5))) == list(range(5))
+
+
+def test_every_thing_is_somebodys_share():
+    shares = [list(Processes(rank, 3).share(range(8))) for rank in range(3)]
+    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+def test_alone_sums_stay_as_they_are():
+    one = torch.ones(3)
+    ALONE.add_up([one])
+    assert one.tolist() == [1, 1, 1]
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch):
+    monkeypatch.setattr(Processes, "here", classmethod(lambda _: Processes(0, 3)))
+    with pytest.raises(InvalidValueError, match="batch_size=4 cannot be shared equally by 3 processes"):
+        _sharing(4)
+
+
+def test_one_process_has_nothing_to_shard_over(tiny_model):
+    with pytest.raises(ModelError, match=r"one process, so nothing to shard over.*accelerate launch"):
+        sharded(tiny_model.module)
