@@ -45,7 +45,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the test suite and the examples of the docstrings, and say which lines of the core they miss."""
-    install(session, "--editable", ".[openai,optimisers,report,vlm]", group="tests")
+    install(session, "--editable", ".[openai,optimizers,report,vlm]", group="tests")
     session.run("coverage", "run", "-m", "pytest", *session.posargs)
     if not session.posargs:
         session.run("coverage", "report")
@@ -54,7 +54,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device."""
-    install(session, "--editable", ".[openai,optimisers,report,vlm]", group="tests")
+    install(session, "--editable", ".[openai,optimizers,report,vlm]", group="tests")
     session.run("pytest", "-m", "gpu", *session.posargs)
 
 
@@ -76,7 +76,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run every benchmark; arguments after -- are handed to each, such as --quick."""
-    install(session, "--editable", ".[optimisers,report]")
+    install(session, "--editable", ".[optimizers,report]")
     for path in sorted(Path("benchmarks").glob("[!_]*.py")):
         session.run("python", "-m", f"benchmarks.{path.stem}", *session.posargs)
 
@@ -117,7 +117,7 @@ print(f"artaug {artaug.__version__}: py.typed and {sum(path.stat().st_size for p
 def constraints(session: nox.Session) -> None:
     """Resolve everything afresh, at the newest versions, and write constraints.txt."""
     session.install(
-        ".[openai,optimisers,report,vlm]", *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"])
+        ".[openai,optimizers,report,vlm]", *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"])
     )
     frozen = session.run("python", "-m", "pip", "freeze", "--exclude", "artaug", silent=True)
     pins = "\n".join(line.partition("+")[0] for line in str(frozen).splitlines())

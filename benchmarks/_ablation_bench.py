@@ -177,7 +177,7 @@ class Bench:
         self.rounds: dict[str, list[Learned]] = {}
 
     def row(self, cell: Cell) -> dict[str, Any]:
-        """Measure a cell."""
+        """SimilarityMetric a cell."""
         if cell.axis == "control":
             told = self.exam.results(CONTROLS[cell.arm](self.base))
             return asdict(cell) | told | asdict(Cost()) | {"drawing_passes": self._passes_to_draw(cell.arm)}
@@ -193,7 +193,7 @@ class Bench:
     def exam(self) -> exams.Exam:
         """What all cells are judged by; learning rates are chosen on other prompts than those of the results."""
         tuning = self.seed == TUNED_WITH
-        prompts = playground.prompts(self.settings.prompts, seed=TUNED_WITH + 1 if tuning else 1, held_out=not tuning)
+        prompts = playground.prompts(self.settings.prompts, seed=TUNED_WITH + 1 if tuning else 1, validation=not tuning)
         return exams.Exam(self.base, prompts, self.settings.again)
 
     @cached_property

@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 import artaug as aa
 from artaug.critics import PhotometricCritic
-from artaug.critique import criticise
+from artaug.critique import run_critic
 from artaug.evaluation.statistics import paired_bootstrap
 from artaug.images.similarity import diversity
 from artaug.scorers import Exposure, Photometric, Sharpness
@@ -121,7 +121,7 @@ def with_regions(synthesizer: aa.Synthesizer) -> Draw:
 
 def _redrawing(synthesizer: aa.Synthesizer, critic: aa.Critic, *, globally: bool) -> Draw:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-        answers = criticise(critic, plainly(synthesizer)(prompts, seeds), prompts)
+        answers = run_critic(critic, plainly(synthesizer)(prompts, seeds), prompts)
         plans = [
             PLANNER.plan(prompt, answer) if isinstance(answer, aa.Critique) else aa.Plan(prompt)
             for prompt, answer in zip(prompts, answers, strict=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import artaug as aa
 from artaug.diffusion.families.flux.family import FluxDenoiser
-from artaug.regional import EncodedRegion, Isolation, Span, Text
+from artaug.regional import EncodedPrompt, EncodedRegion, Isolation, Span
 from artaug.regional.attention_mask import Sight, joint_sight
 from artaug.regional.flex import TILE, FlexSight
 from artaug.regional.region_weights import divided
@@ -157,7 +157,7 @@ class Setting:
     def encoded(self) -> list[EncodedRegion]:
         """The regions with random prompts, padded as the plan's."""
         words = slice(0, self.geometry.region_tokens)
-        return [EncodedRegion(region, Text(self._prompt(), words)) for region in self.regions]
+        return [EncodedRegion(region, EncodedPrompt(self._prompt(), words)) for region in self.regions]
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -231,7 +231,7 @@ def work(setting: Setting, method: str) -> Work:
         times = 1 + len(setting.regions) if method == "output_mix" else 1
         attention = 4 * (image + base) ** 2 * channels * layers
         return Work(times * _linear(setting, base), times * attention, 0)
-    holding = [setting.isolation.holds_in(block, of=layers) for block in range(layers)]
+    holding = [setting.isolation.applies_to_block(block, of=layers) for block in range(layers)]
     sights = {holds: sight_of(setting, isolated=holds) for holds in set(holding)}
     costs = {holds: _cost(sight, method, setting.geometry.dtype) for holds, sight in sights.items()}
     text = base + len(setting.regions) * setting.geometry.region_tokens

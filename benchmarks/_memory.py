@@ -23,7 +23,7 @@ def peak_bytes(work: Callable[[], object], *, given: Iterable[Tensor]) -> int:
     return most + sum(one.numel() * one.element_size() for one in given)
 
 
-def settled() -> None:
+def significant() -> None:
     """Wait until the device has done all it was asked."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

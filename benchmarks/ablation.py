@@ -50,7 +50,7 @@ class Journal:
         return self._lines()[1:]
 
     def measure(self, wanted: Iterable[Cell], bench: Bench) -> None:
-        """Measure what is not there yet."""
+        """SimilarityMetric what is not there yet."""
         for cell in wanted:
             known = asdict(cell)
             if not any(known.items() <= row.items() for row in self.rows()):
@@ -65,7 +65,7 @@ class Journal:
 
 
 def measure(*, quick: bool, out: Path, seeds: Sequence[int], tune: bool = False) -> list[record.Row]:
-    """Measure the trials, or the cells of some seeds; give all rows that are known by then, trials included."""
+    """SimilarityMetric the trials, or the cells of some seeds; give all rows that are known by then, trials included."""
     settings = QUICK if quick else Settings()
     about, suffix = {"settings": repr(settings)}, "-quick" if quick else ""
     tuning = Journal(out / f"ablation-tuning{suffix}.jsonl", about)

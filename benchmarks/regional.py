@@ -166,10 +166,10 @@ def steps(setting: flux.Setting, one: Guide | None, *, count: int) -> list[float
     seconds = []
     with steering(setting, one):
         for _ in range(count):
-            memory.settled()
+            memory.significant()
             start = time.perf_counter()
             setting.step()
-            memory.settled()
+            memory.significant()
             seconds.append(time.perf_counter() - start)
     return seconds
 

@@ -24,7 +24,7 @@ import artaug as aa
 from artaug.training import ATTENTION_AND_MLP, FlowMatching, PairBatch
 from artaug.training.batches import Turn
 from artaug.training.distributed import ALONE
-from artaug.training.optimizer_loop import Optimisation
+from artaug.training.optimizer_loop import OptimizerLoop
 from artaug.training.student import adapted, left_as_found, targeted_layers
 from artaug.training.teacher_cache import Memory
 from benchmarks import _flux as flux
@@ -65,7 +65,7 @@ class RandomFlux:
     side: int
     """Image tokens on a side."""
 
-    noising = FlowMatching(shift=3.0)
+    noise_schedule = FlowMatching(shift=3.0)
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +105,7 @@ class RandomFlux:
                 "pooled_prompt_embeds": drawn(size, geometry.pooled_channels).to(geometry.dtype),
             },
             noise=drawn(*latents),
-            sigmas=self.noising.levels(size, generator).to(self.device),
+            sigmas=self.noise_schedule.sample_sigmas(size, generator).to(self.device),
         )
 
 
@@ -114,8 +114,8 @@ def ours(model: RandomFlux, objective: aa.Objective, echo: int, batch: PairBatch
     """As many steps of artaug's trainer as a batch comes."""
     generator, memory = torch.Generator().manual_seed(0), Memory() if echo > 1 else None
     with adapted(model, rank=RANK, targets=ATTENTION_AND_MLP, generator=generator, memory=memory) as student:
-        optimiser = aa.AdamW().over(student.parameters(), learning_rate=RATE)
-        optimisation = Optimisation(student, optimiser, ema=None)
+        optimizer = aa.AdamW().over(student.parameters(), learning_rate=RATE)
+        optimisation = OptimizerLoop(student, optimizer, ema=None)
 
         def steps() -> None:
             turn = Turn(model, [replace(batch, noise=torch.randn_like(batch.noise))])
@@ -139,7 +139,7 @@ def theirs(model: RandomFlux, batch: PairBatch) -> Iterator[Step]:
         )
         cast_training_params([module], dtype=torch.float32)
         factors = [one for one in module.parameters() if one.requires_grad]
-        optimiser = torch.optim.AdamW(factors, lr=RATE, weight_decay=1e-4)
+        optimizer = torch.optim.AdamW(factors, lr=RATE, weight_decay=1e-4)
         module.train()
 
         def step() -> object:
@@ -154,8 +154,8 @@ def theirs(model: RandomFlux, batch: PairBatch) -> Iterator[Step]:
             loss = errors.flatten(1).mean(1).mean()
             loss.backward()
             nn.utils.clip_grad_norm_(factors, 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             return loss.detach().item()
 
         yield step
@@ -241,10 +241,10 @@ def recomputed(model: RandomFlux, method: AbstractContextManager[Step], *, wante
 
 def timed(step: Step) -> float:
     """Seconds a step takes."""
-    memory.settled()
+    memory.significant()
     start = time.perf_counter()
     step()
-    memory.settled()
+    memory.significant()
     return time.perf_counter() - start
 
 

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 import artaug as aa
-from artaug.critique import criticise
+from artaug.critique import run_critic
 
 PICTURE = Image.new("RGB", (8, 8))
 
@@ -46,7 +46,7 @@ def test_a_critique_may_ask_for_nothing():
 
 def test_answers_come_back_in_order():
     answers = [aa.Critique(summary="fine"), aa.Abstention("too dark")]
-    assert criticise(Saying(*answers), [PICTURE] * 2, ["a", "b"]) == answers
+    assert run_critic(Saying(*answers), [PICTURE] * 2, ["a", "b"]) == answers
 
 
 def test_a_batch_is_a_loop_unless_overridden():
@@ -60,7 +60,7 @@ def test_a_batch_is_a_loop_unless_overridden():
 def test_a_critic_that_raises_stops_the_run_and_is_the_cause():
     fault = KeyError("label")
     with pytest.raises(aa.CriticError) as caught:
-        criticise(Raising(fault), [PICTURE], ["a pear"])
+        run_critic(Raising(fault), [PICTURE], ["a pear"])
     assert str(caught.value) == (
         "Raising raised KeyError: 'label', while criticising 1 picture(s), first prompt 'a pear'. "
         "A critic that cannot tell returns artaug.Abstention(reason)."
@@ -70,15 +70,15 @@ def test_a_critic_that_raises_stops_the_run_and_is_the_cause():
 
 def test_running_out_of_memory_is_not_a_critics_fault():
     with pytest.raises(MemoryError):
-        criticise(Raising(MemoryError()), [PICTURE], ["a pear"])
+        run_critic(Raising(MemoryError()), [PICTURE], ["a pear"])
 
 
 def test_too_few_answers_are_counted():
-    with pytest.raises(aa.SeamError, match=r"Saying.critique_batch returned 1 answers for 2 pictures\."):
-        criticise(Saying(aa.Critique()), [PICTURE] * 2, ["a", "b"])
+    with pytest.raises(aa.ContractError, match=r"Saying.critique_batch returned 1 answers for 2 pictures\."):
+        run_critic(Saying(aa.Critique()), [PICTURE] * 2, ["a", "b"])
 
 
 @pytest.mark.parametrize("answer", [None, "too dark", {"suggestions": []}, aa.Suggestion(aa.Box(0, 0, 1, 1), "a")])
 def test_an_answer_of_another_type_is_named_and_quoted(answer):
-    with pytest.raises(aa.SeamError, match=f"Saying returned {type(answer).__name__} for 'a pear'"):
-        criticise(Saying(answer), [PICTURE], ["a pear"])
+    with pytest.raises(aa.ContractError, match=f"Saying returned {type(answer).__name__} for 'a pear'"):
+        run_critic(Saying(answer), [PICTURE], ["a pear"])

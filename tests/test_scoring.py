@@ -37,13 +37,13 @@ def test_a_batch_is_a_loop_unless_overridden():
 
 
 def test_too_few_scores_are_counted():
-    with pytest.raises(aa.SeamError, match=r"Saying.score_batch returned 1 scores for 2 pictures\."):
+    with pytest.raises(aa.ContractError, match=r"Saying.score_batch returned 1 scores for 2 pictures\."):
         scored(Saying(1.0), [PICTURE] * 2, ["a", "b"])
 
 
 @pytest.mark.parametrize("answer", [None, "high", [1, 2]])
 def test_an_answer_that_is_no_number_is_quoted(answer):
-    with pytest.raises(aa.SeamError, match=r"for 'a pear'\. Expected a number\."):
+    with pytest.raises(aa.ContractError, match=r"for 'a pear'\. Expected a number\."):
         scored(Saying(answer), [PICTURE], ["a pear"])
 
 

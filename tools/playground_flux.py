@@ -95,7 +95,7 @@ class _Run:
 
     pipeline: FluxPipeline
     model: Velocity
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     average: Average
 
 
@@ -110,7 +110,7 @@ def train_flux(rank: int, job: Job) -> None:
         if step == first and rank > 0:
             distributed.barrier()  # the first worker compiles, the others find it in the cache
         loss = _loss(run, supply.batch(job.batch_size // job.workers), generator)
-        run.optimiser.zero_grad()
+        run.optimizer.zero_grad()
         loss.backward()
         if step == first and rank == 0:
             distributed.barrier()
@@ -138,16 +138,16 @@ def _start(job: Job) -> _Run:
     positions = list(word_positions(pipeline.text_encoder_2))
     others = [parameter for parameter in model.parameters() if parameter is not positions[0]]
     groups = [{"params": others, "haste": 1.0}, {"params": positions, "haste": 10.0, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=_PEAK, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    return _Run(pipeline, model, optimiser, Average(model.parameters(), decay=0.999))
+    optimizer = torch.optim.AdamW(groups, lr=_PEAK, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return _Run(pipeline, model, optimizer, Average(model.parameters(), decay=0.999))
 
 
 def _step(run: _Run, rate: float) -> None:
-    for group in run.optimiser.param_groups:
+    for group in run.optimizer.param_groups:
         group["lr"] = rate * group["haste"]
     share_gradients(run.model.parameters())
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimiser.step()
+    run.optimizer.step()
     run.average.follow(run.model.parameters())
 
 
@@ -187,7 +187,7 @@ def _save(job: Job, step: int, run: _Run) -> None:
     state = {
         "step": step,
         "model": [parameter.detach() for parameter in run.model.parameters()],
-        "optimiser": run.optimiser.state_dict(),
+        "optimiser": run.optimizer.state_dict(),
         "average": run.average.values,
     }
     torch.save(state, job.out / "checkpoint.new")
@@ -201,7 +201,7 @@ def _resume(job: Job, run: _Run) -> int:
     state: dict[str, Any] = torch.load(job.out / "checkpoint.pt", weights_only=True)
     for parameter, value in zip(run.model.parameters(), state["model"], strict=True):
         parameter.copy_(value)
-    run.optimiser.load_state_dict(state["optimiser"])
+    run.optimizer.load_state_dict(state["optimiser"])
     run.average.values = state["average"]
     run.average.count = state["step"]
     return int(state["step"])

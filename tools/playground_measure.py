@@ -18,7 +18,7 @@ _SCORERS = (Exposure(), Chroma(), Contrast(), Sharpness())
 
 
 def measured(pipeline: FluxPipeline, *, count: int, steps: int, seed: int) -> dict[str, list[float]]:
-    """Measure `count` held-out captions: alignment of plain ones, photometry of plain and praised ones.
+    """SimilarityMetric `count` held-out captions: alignment of plain ones, photometry of plain and praised ones.
 
     Alignment is colour, shape, place, and surplus things a picture. Photometry is exposure, chroma,
     contrast, sharpness; `rendered` rows are what the renderer makes of the same captions.

@@ -55,21 +55,21 @@ def _train(rank: int, job: Job, model: AutoencoderKL, *, peak: float) -> None:
     model.to(memory_format=torch.channels_last)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     average = Average(parameters, decay=0.995)
-    optimiser = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     chooser = random.Random(f"{job.seed} {rank}")
     generator = torch.Generator().manual_seed(job.seed * 1000 + rank)
     began = time.monotonic()
     for step in range(job.steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps=job.steps, peak=peak, warmup=100)
         scenes = [training_scene(chooser) for _ in range(job.batch_size // job.workers)]
         pictures = render_batch(scenes, generator=generator) * 2 - 1
         loss = _loss(model, pictures.contiguous(memory_format=torch.channels_last), generator)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         share_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+        optimizer.step()
         average.follow(parameters)
         if rank == 0 and step % 50 == 0:
             _logger.info("step %d, loss %.4f, %.0f s", step, float(loss.detach()), time.monotonic() - began)

@@ -33,12 +33,12 @@ def train_words(pipeline: FluxPipeline, *, steps: int, seed: int, anchored: bool
     encoder, reader = pipeline.text_encoder_2, nn.Linear(pipeline.text_encoder_2.config.d_model, sum(_PARTS))
     positions = list(word_positions(encoder))
     others = [p for p in (*encoder.parameters(), *reader.parameters()) if p is not positions[0]]
-    optimiser = torch.optim.AdamW([{"params": others, "haste": 1.0}, {"params": positions, "haste": 5.0}])
+    optimizer = torch.optim.AdamW([{"params": others, "haste": 1.0}, {"params": positions, "haste": 5.0}])
     chooser = random.Random(f"words {seed}")
     places = [pipeline.tokenizer_2.convert_tokens_to_ids(place.split()[-1]) for place in PLACES]
     before = copy.deepcopy(encoder)
     for step in range(steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = group["haste"] * learning_rate(step, steps=steps, peak=2e-3, warmup=50)
         scenes = [training_scene(chooser) for _ in range(64)]
         captions = [told(scene, chooser) for scene in scenes]
@@ -49,9 +49,9 @@ def train_words(pipeline: FluxPipeline, *, steps: int, seed: int, anchored: bool
             with torch.no_grad():
                 old = before(words)[0]
             loss = loss + (states - old).square().mean() / old.square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if step % 100 == 0 or step == steps - 1:
             _logger.info("step %d, loss %.3f, colours read right %.3f", step, float(loss.detach()), right)
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from artaug.critique import Abstention, Critic, Critique, Suggestion
 from artaug.errors import (
     ArtAugError,
+    ContractError,
     CriticError,
     GeometryError,
     GuideError,
@@ -24,7 +25,6 @@ from artaug.errors import (
     NothingToLearnError,
     PromptError,
     ScoringError,
-    SeamError,
     StorageError,
     TrainingDivergedError,
     UndecidedError,
@@ -43,7 +43,7 @@ from artaug.filtering import (
     calibrate,
 )
 from artaug.geometry import Box, Mask
-from artaug.images.similarity import EmbeddedLikeness, Likeness, StructuralSimilarity
+from artaug.images.similarity import EmbeddingSimilarity, ImageSimilarity, StructuralSimilarity
 from artaug.lora.baking import Baked, BakedFile, BakedLayer, bake
 from artaug.lora.formats import Format
 from artaug.lora.fusing import CompressedLayer, Compression, ConcatFuser, Fuser, SvdFuser
@@ -52,7 +52,7 @@ from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
 from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
 from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
 from artaug.report import write_report
-from artaug.review import HumanQueue, HumanVerdicts, Standing
+from artaug.review import HumanVerdicts, ManualReview, ReviewProgress
 from artaug.run.enhance import StopRule, enhance
 from artaug.run.funnel import Funnel, FunnelStep
 from artaug.run.improve import StageEvent, improve
@@ -68,11 +68,9 @@ from artaug.training import (
     DifferentialLoRATrainer,
     DirectPreference,
     DoRA,
-    HeldOut,
     LoKr,
-    Look,
     Objective,
-    Optimiser,
+    Optimizer,
     PairedDifference,
     PlainLoRA,
     Prodigy,
@@ -82,6 +80,8 @@ from artaug.training import (
     SupervisedFineTuning,
     Training,
     TwoStage,
+    Validation,
+    ValidationResult,
 )
 
 __version__ = version("artaug")
@@ -106,6 +106,7 @@ __all__ = [
     "CompressedLayer",
     "Compression",
     "ConcatFuser",
+    "ContractError",
     "Critic",
     "CriticError",
     "Critique",
@@ -113,7 +114,7 @@ __all__ = [
     "DirectPreference",
     "DoRA",
     "Dropped",
-    "EmbeddedLikeness",
+    "EmbeddingSimilarity",
     "Enhancement",
     "Fault",
     "Floor",
@@ -127,28 +128,26 @@ __all__ = [
     "Guardrail",
     "Guide",
     "GuideError",
-    "HeldOut",
     "HubError",
-    "HumanQueue",
     "HumanVerdicts",
     "ImagePair",
+    "ImageSimilarity",
     "InvalidValueError",
     "Isolation",
     "Kept",
-    "Likeness",
     "LoKr",
     "LoRA",
     "LoRAError",
     "LoRAMismatchError",
-    "Look",
     "LowRank",
+    "ManualReview",
     "Mask",
     "MissingExtraError",
     "ModelError",
     "NonFiniteError",
     "NothingToLearnError",
     "Objective",
-    "Optimiser",
+    "Optimizer",
     "OutputMix",
     "PairFilter",
     "PairedDifference",
@@ -161,17 +160,16 @@ __all__ = [
     "Region",
     "RegionPlanner",
     "RegionalAttention",
+    "ReviewProgress",
     "Round",
     "Schedule",
     "ScheduleFree",
     "ScoreRow",
     "Scorer",
     "ScoringError",
-    "SeamError",
     "Similarity",
     "Skipped",
     "StageEvent",
-    "Standing",
     "StepEvent",
     "StopRule",
     "StorageError",
@@ -185,6 +183,8 @@ __all__ = [
     "TrainingDivergedError",
     "TwoStage",
     "UndecidedError",
+    "Validation",
+    "ValidationResult",
     "Verdict",
     "bake",
     "calibrate",

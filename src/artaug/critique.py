@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from PIL.Image import Image
 
 from artaug._internal.values import value
-from artaug.errors import CriticError, InvalidValueError, SeamError
+from artaug.errors import ContractError, CriticError, InvalidValueError
 from artaug.geometry import Box
 
 
@@ -79,12 +79,12 @@ class Critic(ABC):
         return [self.critique(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
 
-def criticise(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
+def run_critic(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
     """Ask a critic about pictures and check that it answered as its seam promises.
 
     Raises:
         CriticError: if the critic raised; the original exception is its cause.
-        SeamError: if it returned too few answers, or something that is neither a `Critique` nor an `Abstention`.
+        ContractError: if it returned too few answers, or something that is neither a `Critique` nor an `Abstention`.
     """
     name = type(critic).__name__
     try:
@@ -97,10 +97,10 @@ def criticise(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) -
             f"first prompt {next(iter(prompts), None)!r}. A critic that cannot tell returns artaug.Abstention(reason)."
         ) from fault
     if len(answers) != len(prompts):
-        raise SeamError(f"{name}.critique_batch returned {len(answers)} answers for {len(prompts)} pictures.")
+        raise ContractError(f"{name}.critique_batch returned {len(answers)} answers for {len(prompts)} pictures.")
     for answer, prompt in zip(answers, prompts, strict=True):
         if not isinstance(answer, Critique | Abstention):
-            raise SeamError(
+            raise ContractError(
                 f"{name} returned {type(answer).__name__} for {prompt!r}: {answer!r:.120}. "
                 "Expected artaug.Critique or artaug.Abstention."
             )

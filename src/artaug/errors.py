@@ -8,7 +8,7 @@ ArtAugError
 ├── InvalidValueError (ValueError)       a value type was given something it cannot mean
 │   ├── GeometryError                    a box or a mask that is none
 │   └── PromptError                      no prompts, or one that cannot be used
-├── SeamError (TypeError)                a critic, planner, scorer or filter returned the wrong thing
+├── ContractError (TypeError)                a critic, planner, scorer or filter returned the wrong thing
 ├── CriticError (RuntimeError)           a critic raised instead of abstaining
 ├── ModelError (ValueError)              a folder, pipeline or size the adapter cannot work with
 ├── GuideError (RuntimeError)            a guide cannot be installed, or a region would go unread
@@ -46,7 +46,7 @@ class PromptError(InvalidValueError):
     """An empty list of prompts, or a prompt that cannot be used."""
 
 
-class SeamError(ArtAugError, TypeError):
+class ContractError(ArtAugError, TypeError):
     """A critic, planner, scorer, filter or synthesizer returned something its seam does not allow."""
 
 
@@ -122,7 +122,7 @@ class UndecidedError(ArtAugError, LookupError):
     def __init__(self, undecided: int, *, of: int, path: str) -> None:
         super().__init__(
             f"on {undecided} of {of} pairs nobody has decided yet, as {path!r} says. Show them with "
-            "artaug.HumanQueue(path).serve(pairs); what is decided stays decided."
+            "artaug.ManualReview(path).serve(pairs); what is decided stays decided."
         )
         self.undecided = undecided
 

@@ -90,7 +90,7 @@ class Skipped:
     seed: int
     reason: str
     stage: Literal["draw", "criticise", "plan"] = "criticise"
-    """The stage it did not get past: the critic abstained in ``criticise``; a plan that changes nothing is ``plan``."""
+    """The stage it did not get past: the critic abstained in ``run_critic``; a plan that changes nothing is ``plan``."""
 
 
 SKIPPING_STAGES: tuple[str, ...] = ("draw", "criticise", "plan")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL.Image import Image
 
-from artaug.errors import NonFiniteError, SeamError
+from artaug.errors import ContractError, NonFiniteError
 
 
 class Scorer(ABC):
@@ -28,7 +28,7 @@ class Scorer(ABC):
         return type(self).__name__
 
     @property
-    def rests_on(self) -> frozenset[str]:
+    def depends_on(self) -> frozenset[str]:
         """Names of the scorers whose numbers go into this one, its own included."""
         return frozenset({self.name})
 
@@ -53,18 +53,18 @@ def scored(scorer: Scorer, images: Sequence[Image], prompts: Sequence[str]) -> l
     """Score pictures and check that the scorer answered as its seam promises: one finite number a picture.
 
     Raises:
-        SeamError: if it returned too few numbers, or something that is no number.
+        ContractError: if it returned too few numbers, or something that is no number.
         NonFiniteError: if a score is NaN or infinite, naming the prompt.
     """
     answers = scorer.score_batch(images, prompts)
     if len(answers) != len(images):
-        raise SeamError(f"{scorer.name}.score_batch returned {len(answers)} scores for {len(images)} pictures.")
+        raise ContractError(f"{scorer.name}.score_batch returned {len(answers)} scores for {len(images)} pictures.")
     numbers: list[float] = []
     for answer, prompt in zip(answers, prompts, strict=True):
         try:
             number = float(answer)
         except (TypeError, ValueError):
-            raise SeamError(f"{scorer.name} returned {answer!r:.120} for {prompt!r}. Expected a number.") from None
+            raise ContractError(f"{scorer.name} returned {answer!r:.120} for {prompt!r}. Expected a number.") from None
         if not math.isfinite(number):
             raise NonFiniteError(f"{scorer.name} scored {number} for {prompt!r}. Expected a finite number.")
         numbers.append(number)

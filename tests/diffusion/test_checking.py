@@ -142,7 +142,7 @@ def broken(**methods):
 
 def leaking(self, call, texts, *, trimmed):
     """Tell the guide that the texts stand in another order than they do."""
-    call, spans = FluxDenoiser.with_texts(self, call, texts, trimmed=trimmed)
+    call, spans = FluxDenoiser.append_prompts(self, call, texts, trimmed=trimmed)
     shuffled = [
         tuple(dataclasses.replace(span, prompt=0) if span.kind == "text" else span for span in row) for row in spans
     ]
@@ -151,7 +151,7 @@ def leaking(self, call, texts, *, trimmed):
 
 def unread(self, call, rows, texts):
     """Forget the prompt."""
-    changed = FluxDenoiser.recondition(self, call, rows, texts)
+    changed = FluxDenoiser.with_prompt_embeds(self, call, rows, texts)
     return {
         **changed,
         "encoder_hidden_states": call["encoder_hidden_states"][list(rows)],
@@ -164,7 +164,7 @@ def unread(self, call, rows, texts):
     [
         ({"recondition": unread}, "OutputMix does not read a region's prompt"),
         ({"noise_level": lambda _self, call: -float(call["timestep"][0])}, "noise levels of a run"),
-        ({"with_texts": leaking}, "predictions differ"),
+        ({"append_prompts": leaking}, "predictions differ"),
     ],
 )
 def test_a_family_that_breaks_a_promise_is_told_which(methods, promise):

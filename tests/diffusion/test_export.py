@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from artaug.diffusion import DiffusersSynthesizer, verify_export
-from artaug.lora.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE, Format, Naming
+from artaug.lora.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE, Format, KeyMap
 from artaug.lora.lora import LoRA, LowRank
 from artaug.pairs import ImagePair
 from artaug.plan import Plan
@@ -51,7 +51,7 @@ EXPORTS = [(family, kind) for family, (naming, _) in FAMILIES.items() for kind i
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    naming: Naming
+    naming: KeyMap
     synthesizer: DiffusersSynthesizer
     lora: LoRA
 

@@ -434,7 +434,7 @@ import sys
 sys.path[:0] = {path!r}
 from artaug.diffusion import DiffusersSynthesizer
 from support.tiny_flux import TINY_SIZE, tiny_flux
-print(DiffusersSynthesizer(pipeline=tiny_flux(), width=TINY_SIZE, height=TINY_SIZE).known_as)
+print(DiffusersSynthesizer(pipeline=tiny_flux(), width=TINY_SIZE, height=TINY_SIZE).fingerprint)
 """
 
 
@@ -458,4 +458,4 @@ def test_a_synthesizer_is_known_as_the_same_in_every_process(synthesizer):
         synthesizer.with_lora(lora, scale=2),
         dataclasses.replace(synthesizer, max_sequence_length=8),
     ]
-    assert len({one.known_as for one in (synthesizer, *others)}) == 4
+    assert len({one.fingerprint for one in (synthesizer, *others)}) == 4

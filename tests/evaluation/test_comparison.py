@@ -237,7 +237,7 @@ def test_a_synthesizer_that_draws_too_little_is_named():
         def synthesize_batch(self, plans, *, seeds):
             return []
 
-    with pytest.raises(aa.SeamError, match=r"Lazy\.synthesize_batch returned 0 pictures for 8 plans"):
+    with pytest.raises(aa.ContractError, match=r"Lazy\.synthesize_batch returned 0 pictures for 8 plans"):
         compared(Lazy())
 
 
@@ -493,5 +493,5 @@ def test_a_scorer_that_returns_too_few_scores_is_named():
         def score_batch(self, images, prompts):
             return []
 
-    with pytest.raises(aa.SeamError, match=r"Short.score_batch returned 0 scores for 8 pictures"):
+    with pytest.raises(aa.ContractError, match=r"Short.score_batch returned 0 scores for 8 pictures"):
         compared(scorers=[Short()])

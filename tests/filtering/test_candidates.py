@@ -141,7 +141,7 @@ def test_a_prompt_of_which_no_candidate_became_a_pair_is_skipped_with_the_reason
 def test_counts_that_do_not_fit_are_refused():
     with pytest.raises(aa.InvalidValueError, match="need at least 1 candidate"):
         aa.BestOf(0, by=Listed())
-    with pytest.raises(aa.SeamError, match="received 1 outcomes for 2 prompts: need 2 each"):
+    with pytest.raises(aa.ContractError, match="received 1 outcomes for 2 prompts: need 2 each"):
         aa.BestOf(2, by=Listed()).choose([aa.Skipped("a", 0, "b")], prompts=2)
 
 

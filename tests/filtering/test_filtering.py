@@ -158,7 +158,7 @@ def test_filters_print_as_they_were_written():
 
 
 def test_and_or_not_are_refused_since_python_would_drop_a_part():
-    with pytest.raises(aa.SeamError, match=r"Combine filters with &, \| and ~, not and, or and not\."):
+    with pytest.raises(aa.ContractError, match=r"Combine filters with &, \| and ~, not and, or and not\."):
         aa.Gain(Listed()) and aa.Floor(Listed(), 0)
 
 
@@ -189,14 +189,14 @@ class Broken(aa.PairFilter):
 
 
 def test_too_few_verdicts_are_counted():
-    with pytest.raises(aa.SeamError, match=r"Broken\(\): judge_batch returned 0 verdicts for 1 pairs\."):
+    with pytest.raises(aa.ContractError, match=r"Broken\(\): judge_batch returned 0 verdicts for 1 pairs\."):
         judged(Broken(), [pair(0, 1)])
 
 
 def test_an_answer_that_is_no_verdict_is_quoted_inside_a_combination_too():
     for keep in (Broken(True), ~Broken(True), aa.Gain(Listed()) & Broken(True)):
         with pytest.raises(
-            aa.SeamError, match=r"Broken\(\) returned bool for 'a pear': True. Expected artaug.Verdict."
+            aa.ContractError, match=r"Broken\(\) returned bool for 'a pear': True. Expected artaug.Verdict."
         ):
             judged(keep, [pair(0, 1)])
 

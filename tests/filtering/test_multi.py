@@ -86,7 +86,7 @@ def test_a_similarity_takes_any_function_of_two_pictures():
 def test_a_similarity_keeps_exactly_what_it_says(pairs, at_least):
     measure = aa.StructuralSimilarity()
     kept = [verdict.keep for verdict in judged(aa.Similarity(measure, at_least), pairs)]
-    assert kept == [measure.likeness(each.before, each.after) >= at_least for each in pairs]
+    assert kept == [measure.compare(each.before, each.after) >= at_least for each in pairs]
 
 
 def test_a_similarity_asks_for_a_finite_number():
@@ -119,4 +119,4 @@ def test_every_filter_keeps_the_promises_of_its_seam(keep):
 
 def test_pictures_of_several_sizes_never_become_a_pair():
     with pytest.raises(aa.InvalidValueError, match="differ in size"):
-        aa.StructuralSimilarity().likeness(Image.new("L", (4, 4)), Image.new("L", (4, 5)))
+        aa.StructuralSimilarity().compare(Image.new("L", (4, 4)), Image.new("L", (4, 5)))

@@ -42,7 +42,7 @@ def test_a_worn_update_is_what_it_would_be_in_the_weight(made, scale):
     layer, pixels = made
     module, update = nn.Sequential(layer), update_of(layer)
     before = module(pixels)
-    with aa.LoRA({"0": update}).worn_by(module, scale=scale):
+    with aa.LoRA({"0": update}).applied_to(module, scale=scale):
         worn = module(pixels)
     assert torch.equal(module(pixels), before)
     layer.weight.data += scale * update.delta()
@@ -53,7 +53,7 @@ def test_an_update_of_another_kernel_is_refused_before_anything_is_worn():
     module = nn.Sequential(nn.Conv2d(4, 8, 3))
     for shape in ((2, 4), (2, 4, 1, 1)):
         lora = aa.LoRA({"0": aa.LowRank(torch.ones(shape), torch.ones(8, 2))})
-        with pytest.raises(LoRAMismatchError, match=r"in Sequential it has \(8, 4, 3, 3\)"), lora.worn_by(module):
+        with pytest.raises(LoRAMismatchError, match=r"in Sequential it has \(8, 4, 3, 3\)"), lora.applied_to(module):
             pytest.fail("the block ran")
 
 

@@ -311,23 +311,23 @@ INPUTS = torch.linspace(-1, 1, 20).reshape(5, 4)
 def test_wearing_adds_exactly_the_update(scale, seed):
     net, lora = Net(), net_lora(seed)
     wanted = with_weights(net, lora, scale=scale)(INPUTS)
-    with lora.worn_by(net, scale=scale):
+    with lora.applied_to(net, scale=scale):
         torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_loras_worn_together_add_up():
     net, inner, outer = Net(), net_lora(1), net_lora(7)
     wanted = with_weights(net, inner, outer)(INPUTS)
-    with inner.worn_by(net), outer.worn_by(net):
+    with inner.applied_to(net), outer.applied_to(net):
         torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
-    with summed([inner, outer]).worn_by(net):
+    with summed([inner, outer]).applied_to(net):
         torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_wearing_leaves_no_trace_even_after_an_exception():
     net = Net()
     plain, weights = net(INPUTS), copy.deepcopy(net.state_dict())
-    with pytest.raises(KeyboardInterrupt), net_lora().worn_by(net):
+    with pytest.raises(KeyboardInterrupt), net_lora().applied_to(net):
         raise KeyboardInterrupt
     assert torch.equal(net(INPUTS), plain)
     assert not any(hooks_of(net))
@@ -336,14 +336,14 @@ def test_wearing_leaves_no_trace_even_after_an_exception():
 
 def test_a_worn_lora_takes_the_precision_of_what_flows_through():
     net = Net(torch.bfloat16)
-    with net_lora().worn_by(net):
+    with net_lora().applied_to(net):
         assert net(INPUTS.bfloat16()).dtype == torch.bfloat16
 
 
 def test_gradients_flow_through_a_worn_lora_and_not_into_it():
     net, inputs = Net(), INPUTS.clone().requires_grad_()
     oracle = with_weights(net, net_lora())
-    with net_lora().worn_by(net):
+    with net_lora().applied_to(net):
         (gradient,) = torch.autograd.grad(net(inputs).sum(), inputs)
     (wanted,) = torch.autograd.grad(oracle(inputs).sum(), inputs)
     torch.testing.assert_close(gradient, wanted)
@@ -362,13 +362,13 @@ def test_gradients_flow_through_a_worn_lora_and_not_into_it():
 )
 def test_a_lora_for_another_model_is_refused_before_anything_changes(lora, said):
     net = Net()
-    with pytest.raises(LoRAMismatchError, match=said), lora.worn_by(net):
+    with pytest.raises(LoRAMismatchError, match=said), lora.applied_to(net):
         pytest.fail("the block ran")
     assert not any(hooks_of(net))
 
 
 def test_a_module_without_linear_layers_is_refused():
-    with pytest.raises(LoRAMismatchError, match="no linear layer"), LoRA({"a": LowRank(A, B)}).worn_by(nn.ReLU()):
+    with pytest.raises(LoRAMismatchError, match="no linear layer"), LoRA({"a": LowRank(A, B)}).applied_to(nn.ReLU()):
         pytest.fail("the block ran")
 
 

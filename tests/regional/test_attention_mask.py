@@ -67,7 +67,7 @@ def test_the_background_is_in_touch_with_all_where_it_may_be():
 
 
 def test_without_isolation_all_see_all_but_fillers():
-    spans = (*PROMPTS, Span("filler", 2), IMAGE, Span("other", 1))
+    spans = (*PROMPTS, Span("padding", 2), IMAGE, Span("reference", 1))
     told = seen(spans, divided([LEFT, RIGHT], (1, 4), base_weight=0), None)
     filler = torch.tensor([0, 0, 0, 1, 1, 0, 0, 0, 0, 0], dtype=torch.bool)
     assert (told[~filler][:, ~filler] == 1).all()
@@ -76,7 +76,7 @@ def test_without_isolation_all_see_all_but_fillers():
 
 
 def test_a_reference_is_seen_by_all_and_sees_all_but_the_regions_prompts():
-    spans = (*PROMPTS, IMAGE, Span("other", 1))
+    spans = (*PROMPTS, IMAGE, Span("reference", 1))
     told = seen(spans, divided([LEFT, RIGHT], (1, 4), base_weight=0), aa.Isolation(image_to_image="regions"))
     assert (told[:, -1] == 1).all()
     assert told[-1].tolist() == [1, 0, 0, 1, 1, 1, 1, 1]
@@ -122,12 +122,12 @@ def test_weights_that_are_no_weights_are_refused(bad):
 
 
 def test_presets_hold_where_they_say():
-    assert [INVOKEAI.holds_in(block, of=4) for block in range(4)] == [True, False, True, False]
+    assert [INVOKEAI.applies_to_block(block, of=4) for block in range(4)] == [True, False, True, False]
     middle = aa.Isolation(blocks=(1 / 3, 2 / 3))
-    assert [middle.holds_in(block, of=6) for block in range(6)] == [False, False, True, True, False, False]
-    early = aa.Isolation(levels=(0.6, 1.0))
-    assert early.holds_at(1.0)
-    assert not early.holds_at(0.5)
+    assert [middle.applies_to_block(block, of=6) for block in range(6)] == [False, False, True, True, False, False]
+    early = aa.Isolation(sigma_range=(0.6, 1.0))
+    assert early.applies_at_sigma(1.0)
+    assert not early.applies_at_sigma(0.5)
 
 
 @pytest.mark.parametrize("options", [{"blocks": (0.5, 0.5)}, {"levels": (1.0, 0.0)}, {"every": 0}, {"base_weight": 2}])

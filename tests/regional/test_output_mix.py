@@ -7,7 +7,7 @@ import torch
 
 import artaug as aa
 from artaug.diffusion import Flux
-from artaug.regional import EncodedRegion, OutputMix, Text, token_weights
+from artaug.regional import EncodedPrompt, EncodedRegion, OutputMix, token_weights
 from support.tiny_flux import TINY_SIZE, tiny_flux
 from support.traces import hooks_of
 
@@ -192,7 +192,7 @@ def test_a_prediction_that_is_not_finite_names_the_step_and_the_prompt(flux):
     run = Run(flux, [PLAIN])
     broken = EncodedRegion(
         aa.Region(FULL, "dusk"),
-        Text(
+        EncodedPrompt(
             {name: torch.full_like(tensor, math.nan) for name, tensor in flux.encode_prompts(["dusk"]).items()},
             slice(0, 1),
         ),

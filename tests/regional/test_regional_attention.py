@@ -159,7 +159,7 @@ def test_a_batch_draws_what_each_picture_draws_alone(pipeline):
 
 
 def test_above_the_window_of_noise_levels_only_the_plans_prompt_draws(pipeline):
-    late = aa.RegionalAttention(isolation=aa.Isolation(levels=(0.0, 0.5)))
+    late = aa.RegionalAttention(isolation=aa.Isolation(sigma_range=(0.0, 0.5)))
     run = Run(pipeline, [[aa.Region(LEFT, "a blue door")]], guide=late, level=0.7)
     assert torch.equal(run.prediction, run.predict())
 
@@ -229,7 +229,7 @@ def test_a_denoiser_that_hides_its_attention_is_refused():
     class Opaque(Denoiser):
         def branches(self, call): ...
 
-        def recondition(self, call, rows, texts): ...
+        def with_prompt_embeds(self, call, rows, texts): ...
 
     opaque = Opaque(module=torch.nn.Linear(1, 1), grid=(1, 1))
     with (
@@ -298,7 +298,7 @@ def test_a_model_with_quantised_layers_is_guided_as_it_is():
 
 def test_a_lora_worn_everywhere_and_regions_go_together(pipeline):
     regions = [[aa.Region(FULL, PLAIN)]]
-    with lora().worn_by(pipeline.transformer):
+    with lora().applied_to(pipeline.transformer):
         run = Run(pipeline, regions, guide=aa.RegionalAttention(isolation=APART, trimmed=False))
         wanted = run.predict()
     torch.testing.assert_close(run.prediction, wanted, atol=1e-4, rtol=1e-4)
@@ -321,7 +321,7 @@ def lora(seed=0, *, layers=("transformer_blocks.0.attn.to_q", "single_transforme
 def test_a_lora_of_a_region_of_everything_is_the_lora(pipeline):
     wearing = aa.RegionalAttention(isolation=APART, trimmed=False, loras={"anna": lora()})
     run = Run(pipeline, [[aa.Region(FULL, PLAIN, lora="anna")]], guide=wearing)
-    with lora().worn_by(pipeline.transformer):
+    with lora().applied_to(pipeline.transformer):
         wanted = run.predict()
     torch.testing.assert_close(run.prediction, wanted, atol=1e-4, rtol=1e-4)
 
@@ -358,7 +358,7 @@ def test_a_region_wears_its_lora_alone_in_the_layer_it_acts_on(pipeline):
 def test_output_mixing_wears_a_regions_lora_for_its_prediction(pipeline):
     guide = aa.OutputMix(loras={"anna": lora()})
     run = Run(pipeline, [[aa.Region(FULL, PLAIN, lora="anna")]], guide=guide)
-    with lora().worn_by(pipeline.transformer):
+    with lora().applied_to(pipeline.transformer):
         worn = run.predict()
     torch.testing.assert_close(run.prediction, (run.predict() + worn) / 2, atol=1e-5, rtol=1e-5)
 

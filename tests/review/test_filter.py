@@ -127,16 +127,16 @@ def test_a_queue_with_everything_decided_shows_nothing(tmp_path):
     def never(address):
         raise AssertionError(address)
 
-    queue = aa.HumanQueue(path, announce=never)
+    queue = aa.ManualReview(path, announce=never)
     assert [verdict.keep for verdict in queue.judge_batch(PAIRS)] == [False, False, True, True]
-    assert queue.serve(PAIRS) == aa.Standing(kept=2, dropped=2, undecided=0)
-    assert queue.serve([]) == aa.Standing(0, 0, 0)
+    assert queue.serve(PAIRS) == aa.ReviewProgress(kept=2, dropped=2, undecided=0)
+    assert queue.serve([]) == aa.ReviewProgress(0, 0, 0)
     assert queue.judge_batch([]) == []
 
 
 def test_a_port_that_is_none_is_refused(tmp_path):
     with pytest.raises(aa.InvalidValueError, match="need 0"):
-        aa.HumanQueue(tmp_path / "x").serve(PAIRS, port=70000)
+        aa.ManualReview(tmp_path / "x").serve(PAIRS, port=70000)
 
 
 # --- through the page ---------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def asking(path, pairs=PAIRS, **options):
         seen.append(address)
         ready.set()
 
-    queue = aa.HumanQueue(path, announce=announce, **options)
+    queue = aa.ManualReview(path, announce=announce, **options)
     found = []
     thread = threading.Thread(target=lambda: found.append(queue.serve(pairs, review=True)), daemon=True)
     thread.start()
@@ -204,7 +204,7 @@ def test_pairs_are_kept_and_dropped_on_the_page(tmp_path):
         state = json.loads(client.get("state")[1])
     assert [one["keep"] for one in state["pairs"]] == [True, False, None, None]
     assert state["history"] == [0, 1]
-    assert found == [aa.Standing(kept=1, dropped=1, undecided=2)]
+    assert found == [aa.ReviewProgress(kept=1, dropped=1, undecided=2)]
     assert aa.HumanVerdicts(path).judge_batch(PAIRS[:2])[0].keep
 
 
@@ -238,7 +238,7 @@ def test_the_first_run_is_continued_by_the_second(tmp_path):
         state = json.loads(client.get("state")[1])
         assert [one["keep"] for one in state["pairs"]] == [True, None, None, None]
         client.decide(1, keep=False)
-    assert aa.HumanQueue(path).standing(PAIRS) == aa.Standing(1, 1, 2)
+    assert aa.ManualReview(path).standing(PAIRS) == aa.ReviewProgress(1, 1, 2)
 
 
 @pytest.mark.loopback
@@ -247,7 +247,7 @@ def test_pairs_that_show_the_same_are_asked_about_once(tmp_path):
     with asking(path, [PAIRS[0], PAIRS[1], same(PAIRS[0], seed=7)]) as (client, found):
         assert len(json.loads(client.get("state")[1])["pairs"]) == 2
         client.decide(0, keep=True)
-    assert found == [aa.Standing(2, 0, 1)]
+    assert found == [aa.ReviewProgress(2, 0, 1)]
 
 
 def answering(keeps):
@@ -270,7 +270,7 @@ def test_a_queue_asks_when_it_judges_and_only_among_what_another_filter_keeps(tm
     gain = aa.Gain(Listed(), at_least=0.55)
     first = gain.judge_batch(PAIRS)
     assert [verdict.keep for verdict in first] == [False, True, True, True]
-    queue = aa.HumanQueue(tmp_path / "x.jsonl", among=gain, announce=answering([True, False, True]))
+    queue = aa.ManualReview(tmp_path / "x.jsonl", among=gain, announce=answering([True, False, True]))
 
     found = queue.judge_batch(PAIRS)
 
@@ -283,10 +283,10 @@ def test_a_queue_asks_when_it_judges_and_only_among_what_another_filter_keeps(tm
 @pytest.mark.loopback
 def test_to_finish_early_is_said_and_loses_nothing(tmp_path):
     path = tmp_path / "x.jsonl"
-    queue = aa.HumanQueue(path, announce=answering([True]))
+    queue = aa.ManualReview(path, announce=answering([True]))
     with pytest.raises(aa.UndecidedError, match="on 3 of 4 pairs"):
         queue.judge_batch(PAIRS)
-    again = aa.HumanQueue(path, announce=answering([True, False, False, False]))
+    again = aa.ManualReview(path, announce=answering([True, False, False, False]))
     assert [verdict.keep for verdict in again.judge_batch(PAIRS)] == [True, False, False, False]
 
 
@@ -315,7 +315,7 @@ def test_to_finish_early_is_said_and_loses_nothing(tmp_path):
             "POST", "decide", '{"pair": 0, "keep": true}', {"Origin": "http://evil.example"}, 403, id="origin"
         ),
         pytest.param("POST", "decide", '{"pair": 0, "keep": true}', {"Origin": "null"}, 403, id="origin-hidden"),
-        pytest.param("GET", "state", None, {"Sec-Fetch-Site": "cross-site"}, 403, id="from-another-site"),
+        pytest.param("GET", "state", None, {"Sec-Fetch-AttentionSite": "cross-site"}, 403, id="from-another-site"),
         pytest.param("GET", "state", None, {"Host": "evil.example"}, 403, id="by-another-name"),
         pytest.param(
             "GET", "state", None, {"Host": "127.0.0.1.evil.example:80"}, 403, id="by-a-name-that-begins-alike"
@@ -327,7 +327,7 @@ def test_a_bad_request_is_answered_and_decides_nothing(tmp_path, method, page, b
     with asking(tmp_path / "x.jsonl") as (client, found):
         assert client.ask(method, client.path + page, body, headers)[0] == status
         assert client.get("state")[0] == 200
-    assert found == [aa.Standing(0, 0, 4)]
+    assert found == [aa.ReviewProgress(0, 0, 4)]
 
 
 @pytest.mark.loopback
@@ -369,7 +369,7 @@ def test_a_full_disk_is_told_to_the_person(tmp_path):
         client.decide(2, keep=True)
     assert status == 507
     assert b"x.jsonl" in told
-    assert found == [aa.Standing(2, 0, 2)]
+    assert found == [aa.ReviewProgress(2, 0, 2)]
 
 
 @pytest.mark.loopback
@@ -380,14 +380,14 @@ def test_it_listens_on_this_machine_only(tmp_path):
 
 def test_a_taken_port_is_said(tmp_path):
     with closing(socket.create_server(("127.0.0.1", 0))) as taken, pytest.raises(OSError, match="in use"):
-        aa.HumanQueue(tmp_path / "x.jsonl").serve(PAIRS, port=taken.getsockname()[1])
+        aa.ManualReview(tmp_path / "x.jsonl").serve(PAIRS, port=taken.getsockname()[1])
 
 
 def test_a_broken_file_is_said_before_anybody_begins(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("{}\n")
     with pytest.raises(StorageError, match="line 1 is no decision"):
-        aa.HumanQueue(path).serve(PAIRS)
+        aa.ManualReview(path).serve(PAIRS)
 
 
 PROGRAM = """
@@ -397,7 +397,7 @@ from support.strategies import pair
 pairs = [pair(10 * number, 10 * number + 5 + number, seed=number) for number in range(4)]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have taken from us
 try:
-    aa.HumanQueue({path!r}, announce=lambda address: print(address, flush=True)).serve(pairs)
+    aa.ManualReview({path!r}, announce=lambda address: print(address, flush=True)).serve(pairs)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
@@ -421,4 +421,4 @@ def test_a_kill_at_any_time_loses_nothing_that_was_answered(tmp_path, end):
         finally:
             program.kill()
     assert rest == ("interrupted\n" if end is signal.SIGINT else "")
-    assert aa.HumanQueue(path).standing(PAIRS) == aa.Standing(1, 1, 2)
+    assert aa.ManualReview(path).standing(PAIRS) == aa.ReviewProgress(1, 1, 2)

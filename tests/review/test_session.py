@@ -46,7 +46,7 @@ def chromium():
 
 @pytest.fixture
 def queue(tmp_path):
-    return aa.HumanQueue(tmp_path / "by-hand.jsonl")
+    return aa.ManualReview(tmp_path / "by-hand.jsonl")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def opened(chromium, pairs, queue):
 
     def open_page(*, width=1280, height=800, scheme="light"):
         ready, address = threading.Event(), []
-        asking = aa.HumanQueue(queue.path, announce=lambda found: (address.append(found), ready.set()))
+        asking = aa.ManualReview(queue.path, announce=lambda found: (address.append(found), ready.set()))
         thread = threading.Thread(target=asking.serve, args=(pairs,), kwargs={"review": True}, daemon=True)
         thread.start()
         assert ready.wait(10)
@@ -108,13 +108,13 @@ def test_keys_keep_drop_and_undo(opened, queue, pairs):
     for number, key in enumerate(["k", "ArrowLeft", "ArrowRight", "d"], start=1):
         page.keyboard.press(key)
         standing(page, f"{number} of 5")
-    assert queue.standing(pairs) == aa.Standing(2, 2, 1)
+    assert queue.standing(pairs) == aa.ReviewProgress(2, 2, 1)
     page.keyboard.press("u")
     standing(page, "3 of 5")
     assert page.locator("#prompt").inner_text() == PROMPTS[3]
     page.keyboard.press("Backspace")
     standing(page, "2 of 5")
-    assert queue.standing(pairs) == aa.Standing(1, 1, 3)
+    assert queue.standing(pairs) == aa.ReviewProgress(1, 1, 3)
 
 
 def test_space_flips_between_before_and_after(opened):
@@ -150,7 +150,7 @@ def test_later_puts_a_pair_at_the_end(opened, queue, pairs):
     assert page.locator("#ending").inner_text() == "Every pair is decided"
     page.keyboard.press("Enter")
     page.locator("#ending", has_text="Finished").wait_for(timeout=10_000)
-    assert queue.standing(pairs) == aa.Standing(1, 4, 0)
+    assert queue.standing(pairs) == aa.ReviewProgress(1, 4, 0)
 
 
 def test_buttons_do_what_keys_do_on_a_phone_by_night(opened, queue, pairs):
@@ -164,7 +164,7 @@ def test_buttons_do_what_keys_do_on_a_phone_by_night(opened, queue, pairs):
     standing(page, "2 of 5")
     page.locator("#undo").click()
     standing(page, "1 of 5")
-    assert queue.standing(pairs) == aa.Standing(1, 0, 4)
+    assert queue.standing(pairs) == aa.ReviewProgress(1, 0, 4)
 
 
 def test_a_second_visit_begins_where_the_first_ended(opened, queue, pairs):
@@ -176,7 +176,7 @@ def test_a_second_visit_begins_where_the_first_ended(opened, queue, pairs):
     assert page.locator("#prompt").inner_text() == PROMPTS[1]
     page.keyboard.press("u")
     standing(page, "0 of 5")
-    assert queue.standing(pairs) == aa.Standing(0, 0, 5)
+    assert queue.standing(pairs) == aa.ReviewProgress(0, 0, 5)
 
 
 def test_a_decision_that_is_not_written_is_not_shown_as_made(opened, queue):

@@ -178,10 +178,10 @@ def test_no_rounds_is_no_wish():
 
 def test_held_out_pictures_choose_what_a_round_has_learned(flux):
     looks = []
-    held_out = aa.HeldOut(
+    held_out = aa.Validation(
         scorer=Ledger([0.0] * 2 + [1.0, 1.0] + [2.0, 2.0]), prompts=PROMPTS[:2], every=1, watch=looks.append
     )
-    (only,) = enhanced(flux, rounds=1, held_out=held_out).rounds
+    (only,) = enhanced(flux, rounds=1, validation=held_out).rounds
     assert [look.step for look in looks] == [1, 2]
     assert only.training.looks == tuple(looks)
     assert only.training.chosen.step == 2

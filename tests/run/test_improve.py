@@ -154,7 +154,7 @@ def test_a_critic_that_returns_the_wrong_type_is_named_with_what_it_returned():
         def critique(self, image, prompt):
             return "make it pop"
 
-    with pytest.raises(aa.SeamError, match=r"Sloppy returned str for 'a scene': 'make it pop'. Expected artaug"):
+    with pytest.raises(aa.ContractError, match=r"Sloppy returned str for 'a scene': 'make it pop'. Expected artaug"):
         attempts(["a scene"], critic=Sloppy())
 
 
@@ -163,7 +163,7 @@ def test_a_planner_that_returns_the_wrong_type_is_named():
         def plan(self, prompt, critique):
             return prompt
 
-    with pytest.raises(aa.SeamError, match=r"Sloppy returned str for 'a scene'\. Expected artaug\.Plan"):
+    with pytest.raises(aa.ContractError, match=r"Sloppy returned str for 'a scene'\. Expected artaug\.Plan"):
         attempts(["a scene"], planner=Sloppy())
 
 

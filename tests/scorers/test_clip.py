@@ -79,7 +79,7 @@ def test_a_saved_checkpoint_scores_as_the_model_did(make, kind, tmp_path):
     before = kind(encoder=encoder(make)).score_batch(pictures(), PROMPTS)
     assert loaded.score_batch(pictures(), PROMPTS) == pytest.approx(before, abs=1e-5)
     assert folder in loaded.name
-    assert loaded.rests_on == {loaded.name}
+    assert loaded.depends_on == {loaded.name}
 
 
 def test_vectors_of_half_precision_weights_are_float32_and_of_length_1(tmp_path):

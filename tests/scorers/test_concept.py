@@ -40,7 +40,7 @@ def test_a_saved_checkpoint_scores_as_the_model_did(tmp_path):
     loaded = ConceptProbability.from_pretrained(saved(tmp_path, *tiny_classifier()), classes=("normal",))
     assert loaded.score_batch(PICTURES, [""] * 3) == pytest.approx(published()[:, 0].tolist(), abs=1e-5)
     assert loaded.name == f"P(normal) ({tmp_path})"
-    assert loaded.rests_on == {loaded.name}
+    assert loaded.depends_on == {loaded.name}
 
 
 @pytest.mark.parametrize("classes", [(), ("nsfw",), ("normal", "normal")])

@@ -32,7 +32,7 @@ def test_a_saved_model_sees_what_the_model_saw(tmp_path):
 
 
 def test_the_same_picture_is_alike_by_1_and_another_by_less():
-    same, *other = aa.EmbeddedLikeness(dino()).likeness_batch(pictures(3), [pictures(3)[0], *pictures(2, seed=1)])
+    same, *other = aa.EmbeddingSimilarity(dino()).compare_batch(pictures(3), [pictures(3)[0], *pictures(2, seed=1)])
     assert same == pytest.approx(1, abs=1e-6)
     assert all(-1 <= one < 0.999 for one in other)
 
@@ -41,7 +41,7 @@ def test_likeness_is_the_cosine_of_the_vectors_of_a_clip():
     model, images, words = tiny_clip()
     clip = DualEncoder(model=model, image_processor=images, tokenizer=words)
     wanted = torch.cosine_similarity(clip.embed_images(pictures(3)), clip.embed_images(pictures(3, seed=1)))
-    found = aa.EmbeddedLikeness(clip).likeness_batch(pictures(3), pictures(3, seed=1))
+    found = aa.EmbeddingSimilarity(clip).compare_batch(pictures(3), pictures(3, seed=1))
     assert found == pytest.approx(wanted.tolist(), abs=1e-6)
 
 

@@ -22,8 +22,8 @@ def test_it_scores_what_the_function_says_of_picture_and_prompt():
 
 def test_it_rests_on_itself_and_on_what_it_says_it_uses():
     both = FunctionScorer(function=lambda *_: 0.0, name="both", uses=(Exposure(), MeanOf((Chroma(),))))
-    assert both.rests_on == {"both", "Exposure", "Chroma", "mean of Chroma"}
-    assert WIDE.rests_on == {"width"}
+    assert both.depends_on == {"both", "Exposure", "Chroma", "mean of Chroma"}
+    assert WIDE.depends_on == {"width"}
 
 
 def test_a_function_that_raises_on_one_picture_of_a_batch_says_on_which_and_keeps_its_error():
@@ -44,7 +44,7 @@ def test_a_number_that_is_none_is_caught_where_scores_are_read(number):
 
 
 def test_a_function_that_returns_no_number_is_caught_where_scores_are_read():
-    with pytest.raises(aa.SeamError, match=r"words returned 'good'"):
+    with pytest.raises(aa.ContractError, match=r"words returned 'good'"):
         scored(FunctionScorer(function=lambda *_: "good", name="words"), [Image.new("L", (1, 1))], ["a"])
 
 

@@ -37,4 +37,4 @@ def test_the_name_is_short_and_it_rests_on_itself():
     model, images, words = tiny_clip()
     score = PickScore(encoder=DualEncoder(model=model, image_processor=images, tokenizer=words))
     assert score.name == "PickScore"
-    assert score.rests_on == {"PickScore"}
+    assert score.depends_on == {"PickScore"}

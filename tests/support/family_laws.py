@@ -132,10 +132,10 @@ def spread(spans, kind=None):
 
 def in_stead(spans):
     """For each site attention in which the first region's prompt is seen in place of the plan's own."""
-    apart = {("text", 0): 1, ("filler", 0): 2}
+    apart = {("text", 0): 1, ("padding", 0): 2}
 
     def attend_at(site):
-        kinds = {"text", "filler"} if site.kind == "text" else {"image", "other", "text", "filler"}
+        kinds = {"text", "padding"} if site.kind == "text" else {"image", "other", "text", "padding"}
         worlds = [
             [
                 apart.get((span.kind, span.prompt), 0)
@@ -154,7 +154,7 @@ def in_stead(spans):
 
 def streams(denoiser, call, spans):
     """Of every linear layer that tokens go through in a call: what `stream` says, and how many tokens there were."""
-    kinds = {"image": {"image", "other"}, "text": {"text", "filler"}, "joint": {"image", "other", "text", "filler"}}
+    kinds = {"image": {"image", "other"}, "text": {"text", "padding"}, "joint": {"image", "other", "text", "padding"}}
     counts = {stream: sum(span.length for span in spans[0] if span.kind in held) for stream, held in kinds.items()}
     seen, hooks = {}, []
 
@@ -172,7 +172,7 @@ def streams(denoiser, call, spans):
     for hook in hooks:
         hook.remove()
     return {
-        name: (denoiser.stream(name), [stream for stream, count in counts.items() if shape[1:-1] == (count,)])
+        name: (denoiser.token_stream(name), [stream for stream, count in counts.items() if shape[1:-1] == (count,)])
         for name, shape in seen.items()
     }
 

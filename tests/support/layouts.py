@@ -60,7 +60,7 @@ def layouts(draw, *, hard=False, most=16):
         assume(isolation.base_weight != 0.2)
     texts = [Span("text", draw(st.integers(1, 5)), prompt) for prompt in range(len(regions) + 1)]
     image = [Span("image", grid[0] * grid[1])]
-    more = draw(st.lists(st.sampled_from([Span("filler", 2), Span("other", 3)]), max_size=2, unique=True))
+    more = draw(st.lists(st.sampled_from([Span("padding", 2), Span("reference", 3)]), max_size=2, unique=True))
     spans = draw(st.sampled_from([[*texts, *more, *image], [*image, *more, *texts]]))
     return Layout(grid, regions, tuple(spans), isolation, overlap)
 

@@ -46,11 +46,11 @@ class TinyDenoiser(nn.Module):
 class TinyModel:
     """Fulfils `artaug.training.DiffusionModel`, and lends itself as an `artaug.training.Trainable`."""
 
-    def __init__(self, *, noising=None, dtype=torch.float32, worn=()):
+    def __init__(self, *, noise_schedule=None, dtype=torch.float32, worn=()):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.module = TinyDenoiser().to(dtype)
-        self.noising = noising or FlowMatching()
+        self.noise_schedule = noise_schedule or FlowMatching()
         self.dtype = dtype
         self.worn = worn
         self.calls = SimpleNamespace(images=0, prompts=0)
@@ -86,7 +86,7 @@ class TinyModel:
         return nullcontext()
 
     @property
-    def known_as(self):
+    def fingerprint(self):
         return " ".join(lora.digest for lora in self.worn)
 
     @contextmanager
@@ -94,7 +94,7 @@ class TinyModel:
         if not self.worn:
             yield self
             return
-        with self.worn[0].worn_by(self.module):
+        with self.worn[0].applied_to(self.module):
             yield self
 
 

@@ -44,7 +44,7 @@ def test_the_exported_lora_does_what_the_model_in_training_did(tiny_model, adapt
     with student_of(tiny_model, adapter) as student:
         moved(student)
         learned, taught, lora = student.predict(*asked), student.teacher(*asked), student.lora()
-    with lora.worn_by(tiny_model.module):
+    with lora.applied_to(tiny_model.module):
         torch.testing.assert_close(tiny_model.predict(*asked), learned, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(tiny_model.predict(*asked), taught, rtol=0, atol=0)
     assert (learned - taught).abs().max() > 0.01
@@ -55,11 +55,11 @@ def test_an_earlier_lora_that_is_worn_is_no_part_of_what_is_exported(make_model,
     model = make_model()
     asked = asked_of(model)
     worn = aa.LoRA({"blocks.1.attn": LowRank(0.1 * torch.randn(3, 64), torch.randn(64, 3))})
-    with worn.worn_by(model.module):
+    with worn.applied_to(model.module):
         with student_of(model, adapter) as student:
             moved(student)
             learned, lora = student.predict(*asked), student.lora()
-        with lora.worn_by(model.module):
+        with lora.applied_to(model.module):
             torch.testing.assert_close(model.predict(*asked), learned, rtol=1e-4, atol=1e-4)
 
 
@@ -259,7 +259,7 @@ def test_an_adapter_whose_first_map_has_no_weight_is_told_what_is_missing(tiny_m
             return torch.nn.Sequential(first), last
 
     with pytest.raises(
-        aa.SeamError, match=r"Deep\.factors returned Sequential and Factor, and PEFT asks for their weight"
+        aa.ContractError, match=r"Deep\.factors returned Sequential and Factor, and PEFT asks for their weight"
     ):
         aa.DifferentialLoRATrainer(adapter=Deep(), steps=2).train(two_pairs, tiny_model, seed=0, progress=False)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from artaug.errors import ModelError
 from artaug.training import EpsilonPrediction, FlowMatching
 from artaug.training.batches import Bucket, EncodedPairs
-from artaug.training.config import Recipe
+from artaug.training.config import TrainingConfig
 from artaug.training.distributed import ALONE, Processes
 
 
@@ -16,7 +16,7 @@ class Sized:
     """What `EncodedPairs.turns` asks of a model."""
 
     device = torch.device("cpu")
-    noising = FlowMatching()
+    noise_schedule = FlowMatching()
 
     def at_size(self, width, height):
         sized = Sized()
@@ -35,9 +35,9 @@ def numbered(pairs):
 
 
 def drawn(encoded, members, *, size, count, seed=0, start=0, processes=ALONE, **options):
-    recipe = Recipe(batch_size=size, **options)
+    config = TrainingConfig(batch_size=size, **options)
     numbers = range(start, start + count)
-    return list(encoded.turns(Sized(), members, recipe, seed=seed, numbers=numbers, processes=processes))
+    return list(encoded.turns(Sized(), members, config, seed=seed, numbers=numbers, processes=processes))
 
 
 def numbers(turns):
@@ -145,10 +145,10 @@ def test_levels_of_flow_models_may_be_spread_as_they_were_in_training():
 
 def test_levels_of_a_schedule_cannot_be_spread():
     class Stepped(Sized):
-        noising = EpsilonPrediction()
+        noise_schedule = EpsilonPrediction()
 
         def at_size(self, *_):
             return self
 
     with pytest.raises(ModelError, match="logit_normal is for flow models, and this one has EpsilonPrediction"):
-        next(numbered(1).turns(Stepped(), [0], Recipe(logit_normal=True), seed=0, numbers=[0]))
+        next(numbered(1).turns(Stepped(), [0], TrainingConfig(logit_normal=True), seed=0, numbers=[0]))

@@ -37,7 +37,7 @@ def at_scale(student, scale, ask):
 
 @every_noising
 def test_paired_turns_are_what_the_formula_says(make_model, two_pairs, kind):
-    model = make_model(noising=NOISINGS[kind])
+    model = make_model(noise_schedule=NOISINGS[kind])
     batch = batch_of(model, two_pairs)
     model.module.eval()
     z_before, z_after = noised(kind, batch.before, batch), noised(kind, batch.after, batch)
@@ -53,7 +53,7 @@ def test_paired_turns_are_what_the_formula_says(make_model, two_pairs, kind):
 
 @every_noising
 def test_fine_tuning_turns_are_visual_sliders(make_model, two_pairs, kind):
-    model = make_model(noising=NOISINGS[kind])
+    model = make_model(noise_schedule=NOISINGS[kind])
     batch = batch_of(model, two_pairs)
     with student_of(model) as student:
         disturb(student)
@@ -69,7 +69,7 @@ def test_fine_tuning_turns_are_visual_sliders(make_model, two_pairs, kind):
 
 @every_noising
 def test_a_slider_of_nothing_is_nothing(make_model, pair_of, kind):
-    model = make_model(noising=NOISINGS[kind])
+    model = make_model(noise_schedule=NOISINGS[kind])
     with student_of(model) as student:
         loss = Bipolar().loss(student, batch_of(model, [pair_of(1, changed=False), pair_of(2, changed=False)]))
         loss.backward()
@@ -99,11 +99,13 @@ def test_the_gradient_is_the_sum_of_two_backward_passes(tiny_model, two_pairs, s
         together = gradients(student)
         for factor in student.parameters():
             factor.grad = None
-        noising = student.noising
+        noise_schedule = student.noise_schedule
         for one, worn in ((batch, scale), (mirrored, -scale)):
-            noisy = noising.mix(one.after, one.noise, one.sigmas)
-            teacher = student.teacher(noising.mix(one.before, one.noise, one.sigmas), one.sigmas, one.conditioning)
-            target = noising.paired_target(teacher, one.after - one.before, one.sigmas)
+            noisy = noise_schedule.add_noise(one.after, one.noise, one.sigmas)
+            teacher = student.teacher(
+                noise_schedule.add_noise(one.before, one.noise, one.sigmas), one.sigmas, one.conditioning
+            )
+            target = noise_schedule.paired_target(teacher, one.after - one.before, one.sigmas)
             learned = student.predict(noisy, one.sigmas, one.conditioning, scale=worn)
             ((learned - target).square().mean() / 2).backward()
         for one, other in zip(together, gradients(student), strict=True):

@@ -293,8 +293,8 @@ def first_factors(make_model, pairs, count):
     from artaug.training.student import adapted  # noqa: PLC0415
 
     if count == 0:
-        model, recipe = make_model(), trainer_of()
+        model, config = make_model(), trainer_of()
         generator = generator_for_start(picture_seeds(0, 2)[0], 0)
-        with adapted(model, rank=recipe.rank, targets=recipe.targets, generator=generator) as student:
+        with adapted(model, rank=config.rank, targets=config.targets, generator=generator) as student:
             return student.lora().layers
     return trainer_of(steps=count, warmup=0).train(pairs, make_model(), seed=0).lora.layers

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from artaug.errors import ModelError, NonFiniteError, SeamError, StorageError
+from artaug.errors import ContractError, ModelError, NonFiniteError, StorageError
 from artaug.geometry import Box
 from artaug.pairs import ImagePair
 from artaug.plan import Plan, Region
@@ -46,11 +46,11 @@ def test_a_model_that_loses_rows_breaks_its_seam(make_model, two_pairs):
     model = make_model()
     plain = model.encode_images
     model.encode_images = lambda images: plain(images)[:1]
-    with pytest.raises(SeamError, match=r"encode_images returned \{.*\} for 2 pictures"):
+    with pytest.raises(ContractError, match=r"encode_images returned \{.*\} for 2 pictures"):
         rows_of(model, two_pairs)
     model = make_model()
     model.encode_prompts = lambda _: {"embeds": torch.zeros(3, 8)}
-    with pytest.raises(SeamError, match=r"encode_prompts returned \{'embeds': \(3, 8\)\} for 2 prompts"):
+    with pytest.raises(ContractError, match=r"encode_prompts returned \{'embeds': \(3, 8\)\} for 2 prompts"):
         rows_of(model, two_pairs)
 
 

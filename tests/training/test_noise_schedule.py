@@ -35,28 +35,30 @@ def drawn(seed, *, rows=3):
 
 @every_noising
 @given(seed=st.integers(0, 2**32))
-def test_the_paired_target_moves_the_clean_estimate_by_exactly_the_difference(noising, seed):
+def test_the_paired_target_moves_the_clean_estimate_by_exactly_the_difference(noise_schedule, seed):
     before, after, noise, prediction, sigmas = drawn(seed)
-    target = noising.paired_target(prediction, after - before, sigmas)
-    moved = noising.clean(noising.mix(after, noise, sigmas), target, sigmas)
-    teacher = noising.clean(noising.mix(before, noise, sigmas), prediction, sigmas)
+    target = noise_schedule.paired_target(prediction, after - before, sigmas)
+    moved = noise_schedule.predict_x0(noise_schedule.add_noise(after, noise, sigmas), target, sigmas)
+    teacher = noise_schedule.predict_x0(noise_schedule.add_noise(before, noise, sigmas), prediction, sigmas)
     torch.testing.assert_close(moved, teacher + (after - before), rtol=1e-9, atol=1e-9)
 
 
 @every_noising
 @given(seed=st.integers(0, 2**32))
-def test_the_target_stands_for_the_clean_latents_it_was_made_from(noising, seed):
+def test_the_target_stands_for_the_clean_latents_it_was_made_from(noise_schedule, seed):
     clean, _, noise, _, sigmas = drawn(seed)
-    estimate = noising.clean(noising.mix(clean, noise, sigmas), noising.target(clean, noise, sigmas), sigmas)
+    estimate = noise_schedule.predict_x0(
+        noise_schedule.add_noise(clean, noise, sigmas), noise_schedule.target(clean, noise, sigmas), sigmas
+    )
     torch.testing.assert_close(estimate, clean, rtol=1e-9, atol=1e-9)
 
 
 @every_noising
 @given(seed=st.integers(0, 2**32))
-def test_a_perfect_teacher_is_asked_for_what_fine_tuning_asks_for(noising, seed):
+def test_a_perfect_teacher_is_asked_for_what_fine_tuning_asks_for(noise_schedule, seed):
     before, after, noise, _, sigmas = drawn(seed)
-    paired = noising.paired_target(noising.target(before, noise, sigmas), after - before, sigmas)
-    torch.testing.assert_close(paired, noising.target(after, noise, sigmas), rtol=1e-9, atol=1e-9)
+    paired = noise_schedule.paired_target(noise_schedule.target(before, noise, sigmas), after - before, sigmas)
+    torch.testing.assert_close(paired, noise_schedule.target(after, noise, sigmas), rtol=1e-9, atol=1e-9)
 
 
 @every_noising
@@ -64,8 +66,8 @@ def test_a_perfect_teacher_is_asked_for_what_fine_tuning_asks_for(noising, seed)
     seed=st.integers(0, 2**32),
     within=st.tuples(st.floats(0.0, 0.4), st.floats(0.6, 1.0)),
 )
-def test_levels_lie_in_the_range_asked_for_and_are_never_zero(noising, seed, within):
-    levels = noising.levels(50, torch.Generator().manual_seed(seed), within=within)
+def test_levels_lie_in_the_range_asked_for_and_are_never_zero(noise_schedule, seed, within):
+    levels = noise_schedule.sample_sigmas(50, torch.Generator().manual_seed(seed), within=within)
     low, high = (torch.tensor(bound, dtype=torch.float32) for bound in within)
     assert levels.shape == (50,)
     assert levels.dtype == torch.float32
@@ -74,21 +76,23 @@ def test_levels_lie_in_the_range_asked_for_and_are_never_zero(noising, seed, wit
 
 
 @every_noising
-def test_levels_come_from_the_generator_and_from_nowhere_else(noising):
+def test_levels_come_from_the_generator_and_from_nowhere_else(noise_schedule):
     state = torch.random.get_rng_state()
-    first, again = (noising.levels(8, torch.Generator().manual_seed(3)) for _ in range(2))
+    first, again = (noise_schedule.sample_sigmas(8, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, again)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_uniform_levels_have_the_shifted_median(shift):
-    levels = FlowMatching(shift=shift).levels(20_000, torch.Generator().manual_seed(0))
+    levels = FlowMatching(shift=shift).sample_sigmas(20_000, torch.Generator().manual_seed(0))
     assert levels.median().item() == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), abs=0.01)
 
 
 def test_logit_normal_levels_have_a_standard_normal_logit():
-    logits = torch.logit(FlowMatching(logit_normal=True).levels(20_000, torch.Generator().manual_seed(0)).double())
+    logits = torch.logit(
+        FlowMatching(logit_normal=True).sample_sigmas(20_000, torch.Generator().manual_seed(0)).double()
+    )
     assert logits.mean().item() == pytest.approx(0, abs=0.03)
     assert logits.std().item() == pytest.approx(1, abs=0.03)
 
@@ -96,7 +100,7 @@ def test_logit_normal_levels_have_a_standard_normal_logit():
 @given(shift=st.floats(0.2, 12.0), seed=st.integers(0, 2**32))
 def test_shifted_logit_normal_levels_have_a_normal_logit_around_the_shifts_logarithm(shift, seed):
     levels, plain = (
-        FlowMatching(shift=one, logit_normal=True).levels(64, torch.Generator().manual_seed(seed)).double()
+        FlowMatching(shift=one, logit_normal=True).sample_sigmas(64, torch.Generator().manual_seed(seed)).double()
         for one in (shift, 1.0)
     )
     torch.testing.assert_close(torch.logit(levels), torch.logit(plain) + math.log(shift), rtol=1e-3, atol=1e-3)
@@ -109,7 +113,7 @@ def test_uniform_levels_are_where_a_sampler_of_many_steps_looks(terminal, dynami
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic, shift_terminal=terminal)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1e-4, 10_000).numpy(), mu=math.log(3.0) if dynamic else None)
-    levels = FlowMatching(shift=3.0, terminal=terminal or 0.0).levels(20_000, torch.Generator().manual_seed(0))
+    levels = FlowMatching(shift=3.0, terminal=terminal or 0.0).sample_sigmas(20_000, torch.Generator().manual_seed(0))
     quantiles = torch.linspace(0, 1, 21)
     looked_at = scheduler.sigmas[:-1].quantile(quantiles)
     torch.testing.assert_close(levels.quantile(quantiles), looked_at, rtol=0, atol=0.015)
@@ -124,13 +128,13 @@ def test_the_schedule_is_the_one_diffusers_uses(schedule, rescaled):
     betas = {"beta_start": 0.0005, "beta_end": 0.015}
     scheduler = DDPMScheduler(50, beta_schedule=schedule, rescale_betas_zero_snr=rescaled, **betas)
     known = (1 - scheduler.alphas_cumprod).sqrt()
-    noising = VPrediction(timesteps=50, schedule=schedule, zero_terminal_snr=rescaled, **betas)
-    drawn = noising.levels(2000, torch.Generator().manual_seed(0)).unique()
+    noise_schedule = VPrediction(timesteps=50, schedule=schedule, zero_terminal_snr=rescaled, **betas)
+    drawn = noise_schedule.sample_sigmas(2000, torch.Generator().manual_seed(0)).unique()
     torch.testing.assert_close(drawn, known, rtol=1e-4, atol=1e-5)
     assert (drawn[-1] == 1) == rescaled
     if not rescaled:
         plain = EpsilonPrediction(timesteps=50, schedule=schedule, **betas)
-        assert torch.equal(plain.levels(2000, torch.Generator().manual_seed(0)).unique(), drawn)
+        assert torch.equal(plain.sample_sigmas(2000, torch.Generator().manual_seed(0)).unique(), drawn)
 
 
 @pytest.mark.parametrize("terminal", [-0.1, 1.0, math.nan])
@@ -141,17 +145,19 @@ def test_a_terminal_that_is_none_is_refused(terminal):
 
 def test_a_range_below_the_terminal_has_no_levels():
     with pytest.raises(InvalidValueError, match=r"no noise level .* they run from 0\.02 to 1"):
-        FlowMatching(terminal=0.02).levels(1, torch.Generator(), within=(0.0, 0.02))
+        FlowMatching(terminal=0.02).sample_sigmas(1, torch.Generator(), within=(0.0, 0.02))
 
 
 @pytest.mark.parametrize("kind", [EpsilonPrediction, VPrediction])
 def test_betas_that_grow_in_an_unknown_way_are_refused(kind):
-    noising = kind()
-    object.__setattr__(noising, "schedule", "sigmoid")  # the types checked in tests would not let it be constructed
+    noise_schedule = kind()
+    object.__setattr__(
+        noise_schedule, "schedule", "sigmoid"
+    )  # the types checked in tests would not let it be constructed
     with pytest.raises(
         InvalidValueError, match=r"need a schedule among \['scaled_linear', 'linear', 'squaredcos_cap_v2'\]"
     ):
-        noising.__post_init__()
+        noise_schedule.__post_init__()
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0, math.inf, math.nan])
@@ -168,12 +174,12 @@ def test_a_schedule_that_is_none_is_refused(kind):
 
 @every_noising
 @pytest.mark.parametrize("within", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)])
-def test_a_range_that_is_none_is_refused(noising, within):
+def test_a_range_that_is_none_is_refused(noise_schedule, within):
     with pytest.raises(InvalidValueError, match="need 0 <= lowest < highest <= 1"):
-        noising.levels(1, torch.Generator(), within=within)
+        noise_schedule.sample_sigmas(1, torch.Generator(), within=within)
 
 
 @pytest.mark.parametrize("noising", VARIANCE_PRESERVING[:2], ids=repr)
-def test_a_range_without_levels_names_the_range_there_is(noising):
+def test_a_range_without_levels_names_the_range_there_is(noise_schedule):
     with pytest.raises(InvalidValueError, match=r"no noise level .* they run from 0\.0292 to 0\.9977"):
-        noising.levels(1, torch.Generator(), within=(0.0, 0.01))
+        noise_schedule.sample_sigmas(1, torch.Generator(), within=(0.0, 0.01))

@@ -8,12 +8,12 @@ import torch
 
 from artaug.errors import InvalidValueError
 from artaug.training import (
-    Course,
     Objective,
     PairBatch,
     PairedDifference,
     Stage,
     SupervisedFineTuning,
+    TrainingPlan,
     TwoStage,
 )
 from support.training_steps import (
@@ -39,8 +39,8 @@ def mask_of(*columns):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("noising", NOISINGS.values(), ids=NOISINGS)
-def test_the_difference_of_nothing_is_nothing(make_model, pair_of, noising, dtype):
-    model = make_model(noising=noising, dtype=dtype)
+def test_the_difference_of_nothing_is_nothing(make_model, pair_of, noise_schedule, dtype):
+    model = make_model(noise_schedule=noise_schedule, dtype=dtype)
     batch = batch_of(model, [pair_of(1, changed=False), pair_of(2, changed=False)])
     with student_of(model) as student:
         loss = PairedDifference().loss(student, batch)
@@ -59,7 +59,7 @@ def test_a_changed_pair_has_a_loss_and_a_gradient(tiny_model, two_pairs):
 
 @every_noising
 def test_paired_difference_is_what_the_formula_says(make_model, two_pairs, kind):
-    model = make_model(noising=NOISINGS[kind])
+    model = make_model(noise_schedule=NOISINGS[kind])
     batch = batch_of(model, two_pairs)
     model.module.eval()
     teacher = asked_plainly(model, noised(kind, batch.before, batch), batch)
@@ -72,7 +72,7 @@ def test_paired_difference_is_what_the_formula_says(make_model, two_pairs, kind)
 
 @every_noising
 def test_paired_difference_counts_errors_outside_the_regions_as_told(make_model, two_pairs, kind):
-    model = make_model(noising=NOISINGS[kind])
+    model = make_model(noise_schedule=NOISINGS[kind])
     inside = mask_of(1.0, 0.5, 0.0, 0.0)
     batch = batch_of(model, two_pairs, inside=inside)
     model.module.eval()
@@ -98,7 +98,7 @@ def test_regions_that_broadcast_are_the_same_regions(tiny_model, two_pairs, obje
 
 @every_noising
 def test_compositing_takes_back_what_changed_outside_the_regions(make_model, two_pairs, kind):
-    model = make_model(noising=NOISINGS[kind])
+    model = make_model(noise_schedule=NOISINGS[kind])
     inside = mask_of(1.0, 0.5, 0.0, 0.0)
     batch = batch_of(model, two_pairs, inside=inside)
     pasted = dataclasses.replace(batch, after=batch.before + inside * (batch.after - batch.before), inside=None)
@@ -112,7 +112,7 @@ def test_compositing_takes_back_what_changed_outside_the_regions(make_model, two
 @every_noising
 @pytest.mark.parametrize("objective", [PairedDifference(outside=0.3), PairedDifference(composite=True)], ids=repr)
 def test_the_difference_of_nothing_is_nothing_in_regions_too(make_model, pair_of, kind, objective):
-    model = make_model(noising=NOISINGS[kind])
+    model = make_model(noise_schedule=NOISINGS[kind])
     pairs = [pair_of(1, changed=False), pair_of(2, changed=False)]
     with student_of(model) as student:
         loss = objective.loss(student, batch_of(model, pairs, inside=mask_of(1.0, 0.5, 0.0, 0.0)))
@@ -151,7 +151,7 @@ def test_a_weight_that_is_none_is_refused(kind, outside):
 @every_noising
 @pytest.mark.parametrize("objective", [SupervisedFineTuning(), SupervisedFineTuning(outside=0.2), TwoStage()], ids=repr)
 def test_fine_tuning_is_what_the_formula_says(make_model, two_pairs, objective, kind):
-    model = make_model(noising=NOISINGS[kind])
+    model = make_model(noise_schedule=NOISINGS[kind])
     batch = batch_of(model, two_pairs, inside=mask_of(1.0, 0.5, 0.0, 0.0))
     weights = torch.tensor([1.0, 0.6, 0.2, 0.2]) if objective == SupervisedFineTuning(outside=0.2) else 1.0
     with student_of(model) as student:
@@ -212,5 +212,5 @@ def test_two_stages_need_steps_for_both(copying):
 
 @pytest.mark.parametrize(("groups", "shares"), [((), (1.0,)), (((),), (1.0,)), (((0,),), ()), (((0,),), (0.0,))])
 def test_a_course_without_work_is_refused(groups, shares):
-    with pytest.raises(InvalidValueError, match="a Course needs at least one group"):
-        Course(groups, tuple(Stage(PairedDifference().loss, share) for share in shares))
+    with pytest.raises(InvalidValueError, match="a TrainingPlan needs at least one group"):
+        TrainingPlan(groups, tuple(Stage(PairedDifference().loss, share) for share in shares))

@@ -28,7 +28,7 @@ every_noising = pytest.mark.parametrize("kind", NOISINGS)
 @every_noising
 @pytest.mark.parametrize("outside", [1.0, 0.2])
 def test_direct_preference_is_what_the_formula_says(make_model, two_pairs, kind, outside):
-    model = make_model(noising=NOISINGS[kind])
+    model = make_model(noise_schedule=NOISINGS[kind])
     inside = torch.tensor([1.0, 0.5, 0.0, 0.0]).expand(2, 3, 4, 4)
     batch = batch_of(model, two_pairs, inside=inside)
     weights = outside + (1 - outside) * inside
@@ -53,7 +53,7 @@ def test_direct_preference_is_what_the_formula_says(make_model, two_pairs, kind,
 @every_noising
 @pytest.mark.parametrize("beta", [20.0, 5000.0])
 def test_training_starts_without_a_preference_and_with_a_gradient_towards_one(make_model, two_pairs, kind, beta):
-    model = make_model(noising=NOISINGS[kind])
+    model = make_model(noise_schedule=NOISINGS[kind])
     objective, batch = DirectPreference(beta=beta), batch_of(model, two_pairs)
     with student_of(model) as student:
         loss = objective.loss(student, batch)
@@ -80,7 +80,7 @@ def test_an_unchanged_pair_has_no_preference_and_is_held_to_the_teacher(tiny_mod
 class Mover:
     """A student that moves its clean estimate by ``x`` times the difference, and whose teacher sees no difference."""
 
-    noising = FlowMatching()
+    noise_schedule = FlowMatching()
 
     def __init__(self, difference, x):
         self.difference, self.x = difference, x

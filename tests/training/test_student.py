@@ -40,7 +40,7 @@ def test_a_worn_lora_counts_in_wrapped_layers_as_if_its_update_were_in_the_weigh
             for factor in student.parameters():
                 factor.data += 0.1 * torch.randn(factor.shape, generator=generator)
             if model is hooked:
-                with worn.worn_by(hooked_base(model)):
+                with worn.applied_to(hooked_base(model)):
                     predictions.append((student.predict(*asked), student.teacher(*asked)))
             else:
                 predictions.append((student.predict(*asked), student.teacher(*asked)))
@@ -72,7 +72,7 @@ def test_the_lora_does_what_the_model_in_training_did(tiny_model):
         for factor in student.parameters():
             factor.data += 0.1 * torch.randn(factor.shape, generator=generator)
         learned, lora = student.predict(*asked), student.lora()
-    with lora.worn_by(tiny_model.module.eval()):
+    with lora.applied_to(tiny_model.module.eval()):
         torch.testing.assert_close(tiny_model.predict(*asked), learned)
 
 

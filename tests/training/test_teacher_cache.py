@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import artaug as aa
-from artaug.training.phases import legs_of
+from artaug.training.phases import phases_of
 from artaug.training.teacher_cache import Memory
 
 
@@ -37,7 +37,7 @@ def test_a_question_is_asked_once_and_known_by_its_bits():
 
 @given(steps=st.integers(1, 40), echo=st.integers(1, 5))
 def test_every_batch_comes_about_as_often_and_none_before_all_others_have(steps, echo):
-    (leg,) = legs_of(aa.PairedDifference().course(3), steps, aa.PairedDifference())
+    (leg,) = phases_of(aa.PairedDifference().course(3), steps, aa.PairedDifference())
     seen = [leg.batch_at(step, echo=echo) for step in range(1, steps + 1)]
     distinct = -(-steps // echo)
     assert seen == [number % distinct for number in range(steps)]
@@ -46,7 +46,7 @@ def test_every_batch_comes_about_as_often_and_none_before_all_others_have(steps,
 
 def test_stages_have_batches_of_their_own():
     objective = aa.TwoStage(per_pair=False)
-    first, second = legs_of(objective.course(2), 10, objective)
+    first, second = phases_of(objective.course(2), 10, objective)
     seen = [leg.batch_at(step, echo=2) for leg in (first, second) for step in range(leg.begins + 1, leg.ends + 1)]
     assert seen == [0, 1, 2, 0, 1, 5, 6, 7, 5, 6]
 

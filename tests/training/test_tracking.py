@@ -4,13 +4,15 @@ import pytest
 from PIL import Image
 
 from artaug.errors import InvalidValueError, MissingExtraError
-from artaug.training import DifferentialLoRATrainer, Look, tracked
+from artaug.training import DifferentialLoRATrainer, ValidationResult, tracked
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own, on this numpy and protobuf
 def test_tensorboard_gets_every_step_and_the_held_out_pictures(tmp_path, tiny_model, two_pairs):
     trainer = DifferentialLoRATrainer(rank=2, steps=3)
-    seen = Look(step=3, strength=1.0, win_rate=0.75, gain=0.5, pictures=(Image.new("RGB", (8, 8), "red"),) * 2)
+    seen = ValidationResult(
+        step=3, strength=1.0, win_rate=0.75, gain=0.5, pictures=(Image.new("RGB", (8, 8), "red"),) * 2
+    )
     with tracked("tensorboard", "first", folder=tmp_path, about={"rank": 2}) as tracker:
         training = trainer.train(two_pairs, tiny_model, seed=0, on_step=tracker.step)
         tracker.look(seen)

@@ -7,9 +7,9 @@ import torch
 
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.errors import (
+    ContractError,
     InvalidValueError,
     NothingToLearnError,
-    SeamError,
     TrainingDivergedError,
 )
 from artaug.lora.lora import LoRA, LowRank
@@ -191,7 +191,7 @@ def test_an_objective_that_returns_no_loss_breaks_its_seam(tiny_model, two_pairs
         def loss(self, model, batch):
             return spoil(PairedDifference().loss(model, batch))
 
-    with pytest.raises(SeamError, match=said):
+    with pytest.raises(ContractError, match=said):
         trainer_of(objective=Spoilt()).train(two_pairs, tiny_model, seed=0)
 
 
@@ -236,15 +236,15 @@ def test_the_first_stage_makes_the_model_draw_the_pictures_before(tiny_model, pa
     clean, conditioning = tiny_model.encode_images([pair.before] * 32), tiny_model.encode_prompts([pair.prompt] * 32)
     generator = torch.Generator().manual_seed(9)
     noise, sigmas = torch.randn(clean.shape, generator=generator), torch.rand(32, generator=generator)
-    noisy = tiny_model.noising.mix(clean, noise, sigmas)
+    noisy = tiny_model.noise_schedule.add_noise(clean, noise, sigmas)
 
     def error():
         prediction = tiny_model.predict(noisy, sigmas, conditioning)
-        return (tiny_model.noising.clean(noisy, prediction, sigmas) - clean).square().mean()
+        return (tiny_model.noise_schedule.predict_x0(noisy, prediction, sigmas) - clean).square().mean()
 
     tiny_model.module.eval()
     plain = error()
-    with lora.worn_by(tiny_model.module):
+    with lora.applied_to(tiny_model.module):
         assert error() < 0.65 * plain
 
 

@@ -7,7 +7,7 @@ from artaug.errors import InvalidValueError, ModelError, StorageError
 from artaug.pairs import ImagePair
 from artaug.plan import Plan
 from artaug.scorers import FunctionScorer
-from artaug.training import Checkpoints, DifferentialLoRATrainer, HeldOut, Look, TwoStage
+from artaug.training import Checkpoints, DifferentialLoRATrainer, TwoStage, Validation, ValidationResult
 from artaug.training.validation import best
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
@@ -37,15 +37,15 @@ def trainer_of(**options):
 
 
 def held_out(**options):
-    return HeldOut(**{"scorer": BRIGHTNESS, "prompts": UNSEEN, "every": 2, "batch_size": 2, **options})
+    return Validation(**{"scorer": BRIGHTNESS, "prompts": UNSEEN, "every": 2, "batch_size": 2, **options})
 
 
 def look(step, win_rate, *, gain=0.0, strength=1.0):
-    return Look(step=step, strength=strength, win_rate=win_rate, gain=gain)
+    return ValidationResult(step=step, strength=strength, win_rate=win_rate, gain=gain)
 
 
 def test_looks_are_taken_at_their_steps_and_strengths_and_the_best_is_chosen(synthesizer, pairs):
-    training = trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out(strengths=(0.5, 2.0)))
+    training = trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(strengths=(0.5, 2.0)))
     assert [(one.step, one.strength) for one in training.looks] == [(s, f) for s in (2, 4, 6) for f in (0.5, 2.0)]
     assert training.chosen == max(training.looks, key=lambda one: (one.win_rate, one.gain))
     assert training.steps == 6
@@ -54,20 +54,21 @@ def test_looks_are_taken_at_their_steps_and_strengths_and_the_best_is_chosen(syn
 def test_what_was_looked_at_is_what_the_result_draws(synthesizer, pairs):
     seen = []
     training = trainer_of().train(
-        pairs, synthesizer, seed=0, held_out=held_out(strengths=(0.5, 2.0), watch=seen.append)
+        pairs, synthesizer, seed=0, validation=held_out(strengths=(0.5, 2.0), watch=seen.append)
     )
     chosen = next(one for one in seen if one == training.chosen)
     assert len(seen) == 6
     assert all(len(one.pictures) == len(UNSEEN) for one in seen)
     assert not any(one.pictures for one in training.looks)
     before, after = (
-        held_out().scores(one, seed=look_seed(0))[0] for one in (synthesizer, synthesizer.with_lora(training.lora))
+        held_out().scores(one, seed=validation_seed(0))[0]
+        for one in (synthesizer, synthesizer.with_lora(training.lora))
     )
     gains = [one - other for one, other in zip(after, before, strict=True)]
     assert sum(gains) / len(gains) == pytest.approx(chosen.gain, abs=2e-3)  # strength folded in, up to rounding
 
 
-def look_seed(seed):
+def validation_seed(seed):
     from artaug.synthesis import picture_seeds  # noqa: PLC0415
 
     return picture_seeds(seed, 2)[-1]
@@ -75,14 +76,14 @@ def look_seed(seed):
 
 def test_looking_does_not_change_what_is_learned(synthesizer, pairs):
     plain = trainer_of().train(pairs, synthesizer, seed=0)
-    watched = trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out(every=1))
+    watched = trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(every=1))
     assert watched.losses == plain.losses
 
 
 def test_it_stops_when_pictures_stop_getting_better(synthesizer, pairs):
     worse = FunctionScorer(function=lambda image, _: -image.convert("L").resize((1, 1)).getpixel((0, 0)), name="dark")
     training = trainer_of(steps=40).train(
-        pairs, synthesizer, seed=0, held_out=held_out(scorer=worse, every=1, patience=2)
+        pairs, synthesizer, seed=0, validation=held_out(scorer=worse, every=1, patience=2)
     )
     assert training.steps < 40
     assert len(training.looks) == training.steps == training.chosen.step + 2
@@ -90,17 +91,17 @@ def test_it_stops_when_pictures_stop_getting_better(synthesizer, pairs):
 
 def test_a_resumed_training_looks_no_second_time_and_chooses_the_same(tmp_path, synthesizer, pairs):
     checkpoints = Checkpoints(folder=tmp_path, every=2)
-    whole = trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out())
+    whole = trainer_of().train(pairs, synthesizer, seed=0, validation=held_out())
 
     def stop(event):
         if event.step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out(), checkpoints=checkpoints, on_step=stop)
+        trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(), checkpoints=checkpoints, on_step=stop)
     seen = []
     resumed = trainer_of().train(
-        pairs, synthesizer, seed=0, held_out=held_out(watch=seen.append), checkpoints=checkpoints
+        pairs, synthesizer, seed=0, validation=held_out(watch=seen.append), checkpoints=checkpoints
     )
     assert [one.step for one in seen] == [6]
     assert (resumed.looks, resumed.losses) == (whole.looks, whole.losses)
@@ -108,33 +109,33 @@ def test_a_resumed_training_looks_no_second_time_and_chooses_the_same(tmp_path, 
 
 def test_a_training_killed_while_it_looks_looks_again(tmp_path, synthesizer, pairs):
     checkpoints = Checkpoints(folder=tmp_path, every=2)
-    whole = trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out())
+    whole = trainer_of().train(pairs, synthesizer, seed=0, validation=held_out())
 
     def stop(look):
         if look.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out(watch=stop), checkpoints=checkpoints)
-    resumed = trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out(), checkpoints=checkpoints)
+        trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(watch=stop), checkpoints=checkpoints)
+    resumed = trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(), checkpoints=checkpoints)
     assert (resumed.looks, resumed.losses) == (whole.looks, whole.losses)
 
 
 def test_a_training_is_not_resumed_under_another_examination(tmp_path, synthesizer, pairs):
     checkpoints = Checkpoints(folder=tmp_path, every=2)
-    trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out(), checkpoints=checkpoints)
+    trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(), checkpoints=checkpoints)
     with pytest.raises(StorageError, match=r"another training \(held_out: bright on 3 prompts .* there, bright on 2"):
-        trainer_of().train(pairs, synthesizer, seed=0, held_out=held_out(prompts=UNSEEN[:2]), checkpoints=checkpoints)
+        trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(prompts=UNSEEN[:2]), checkpoints=checkpoints)
 
 
 def test_a_training_in_stages_is_looked_at_once_at_its_end(synthesizer, pairs):
-    training = trainer_of(objective=TwoStage()).train(pairs, synthesizer, seed=0, held_out=held_out(every=1))
+    training = trainer_of(objective=TwoStage()).train(pairs, synthesizer, seed=0, validation=held_out(every=1))
     assert [one.step for one in training.looks] == [6]
 
 
 def test_whoever_draws_nothing_cannot_be_looked_at(tiny_model, two_pairs):
     with pytest.raises(ModelError, match="held-out pictures were asked for, and TinyModel draws none"):
-        trainer_of().train(two_pairs, tiny_model, seed=0, held_out=held_out())
+        trainer_of().train(two_pairs, tiny_model, seed=0, validation=held_out())
 
 
 def test_the_best_look_wins_more_then_gains_more_then_came_first():

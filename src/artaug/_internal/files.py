@@ -13,7 +13,7 @@ from artaug.errors import StorageError
 
 
 @contextmanager
-def appearing(path: Path, *, what: str, remedy: str, durable: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, what: str, remedy: str, durable: bool = False) -> Iterator[Path]:
     """Lend the path to write to in a ``with`` block, whose end makes it ``path``; folders in between are made.
 
     Args:

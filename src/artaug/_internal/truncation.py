@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 
-def warn_of_cut(prompt: str, *, reader: str, tokenizer: Any, limit: int, remedy: str) -> None:  # noqa: ANN401
+def warn_if_truncated(prompt: str, *, reader: str, tokenizer: Any, limit: int, remedy: str) -> None:  # noqa: ANN401
     """Say what an encoder will not see: transformers cuts without a word, and diffusers logs it where few look.
 
     Args:

@@ -38,10 +38,10 @@ class SchemaDecoding:
                 f"{type(tokenizer).__name__} cannot be held to a schema: {fault}. Load a fast tokenizer, or pass "
                 "constrained=False and have the model's free replies read."
             ) from fault
-        spelt = [self.words.decode_bytes([token]) for token in range(self.words.vocab_size)]
+        to_state_dict = [self.words.decode_bytes([token]) for token in range(self.words.vocab_size)]
         self.ends = list(ends)
-        self.begins_with = {mark: np.array([text.startswith(mark) for text in spelt]) for mark in _CLOSERS}
-        self.is_letter = np.array([text == b"z" for text in spelt])
+        self.begins_with = {mark: np.array([text.startswith(mark) for text in to_state_dict]) for mark in _CLOSERS}
+        self.is_letter = np.array([text == b"z" for text in to_state_dict])
 
     def keeping(self, schemas: Sequence[dict[str, Any]], *, max_new_tokens: int) -> LogitsProcessor:
         """Hold the rows of one batch to a schema each, from here on.

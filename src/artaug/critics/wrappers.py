@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from artaug._internal.values import from_json, to_json, value
-from artaug.critique import Abstention, Critic, Critique, Suggestion, criticise
+from artaug.critique import Abstention, Critic, Critique, Suggestion, run_critic
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box
 
@@ -60,7 +60,7 @@ class Ensemble(Critic):
         return self.critique_batch([image], [prompt])[0]
 
     def critique_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
-        asked = [criticise(critic, images, prompts) for critic in self.critics]
+        asked = [run_critic(critic, images, prompts) for critic in self.critics]
         return [self._agreed(answers) for answers in zip(*asked, strict=True)]
 
     def _agreed(self, answers: Sequence[Critique | Abstention]) -> Critique | Abstention:
@@ -150,7 +150,7 @@ class Cached(Critic):
         missing = {file: number for number, file in enumerate(files) if answers[file] is None}
         if missing:
             asked = [images[number] for number in missing.values()], [prompts[number] for number in missing.values()]
-            for (file, number), new in zip(missing.items(), criticise(self.critic, *asked), strict=True):
+            for (file, number), new in zip(missing.items(), run_critic(self.critic, *asked), strict=True):
                 answers[file] = new
                 if self._keeps(new):
                     _keep(file, _Entry(prompts[number], new))
@@ -214,7 +214,7 @@ class Retried(Critic):
         return self.critique_batch([image], [prompt])[0]
 
     def critique_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
-        answers = criticise(self.critic, images, prompts)
+        answers = run_critic(self.critic, images, prompts)
         reasons: dict[int, list[str]] = {
             number: [answer.reason] for number, answer in enumerate(answers) if isinstance(answer, Abstention)
         }
@@ -222,7 +222,7 @@ class Retried(Critic):
             open_ = [number for number in reasons if isinstance(answers[number], Abstention)]
             if not open_:
                 break
-            again = criticise(self.critic, [images[number] for number in open_], [prompts[number] for number in open_])
+            again = run_critic(self.critic, [images[number] for number in open_], [prompts[number] for number in open_])
             for number, answer in zip(open_, again, strict=True):
                 answers[number] = answer
                 if isinstance(answer, Abstention):

@@ -12,10 +12,11 @@ from artaug.diffusion.families.sd3.family import StableDiffusion3
 from artaug.diffusion.families.unet.sd15 import StableDiffusion
 from artaug.diffusion.families.unet.sdxl import StableDiffusionXL
 from artaug.diffusion.families.z_image.family import ZImage
-from artaug.diffusion.synthesizer import DiffusersSynthesizer, WornLoRA
+from artaug.diffusion.synthesizer import ActiveLoRA, DiffusersSynthesizer
 from artaug.diffusion.verification import verify_export
 
 __all__ = [
+    "ActiveLoRA",
     "DiffusersSynthesizer",
     "Estimate",
     "Family",
@@ -26,7 +27,6 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
-    "WornLoRA",
     "ZImage",
     "check_family",
     "estimate",

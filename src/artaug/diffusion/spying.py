@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from artaug.regional.denoiser import Attend, AttentiveDenoiser, Branches, Call, Processor, Site, Span, Text
+from artaug.regional.denoiser import (
+    Attend,
+    AttentionSite,
+    AttentiveDenoiser,
+    Branches,
+    Call,
+    EncodedPrompt,
+    Processor,
+    Span,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,8 +54,8 @@ class Spy(AttentiveDenoiser):
         return installed
 
     @property
-    def sites(self) -> Sequence[Site]:
-        sites: Sequence[Site] = self.inner.sites
+    def sites(self) -> Sequence[AttentionSite]:
+        sites: Sequence[AttentionSite] = self.inner.sites
         return sites
 
     @property
@@ -58,22 +67,22 @@ class Spy(AttentiveDenoiser):
         branches: Branches = self.inner.branches(call)
         return branches
 
-    def recondition(self, call: Call, rows: Sequence[int], texts: Sequence[Text]) -> dict[str, Any]:
-        changed: dict[str, Any] = self.inner.recondition(call, rows, texts)
+    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+        changed: dict[str, Any] = self.inner.with_prompt_embeds(call, rows, texts)
         return changed
 
     def noise_level(self, call: Call) -> float:
         self.state["level"] = self.inner.noise_level(call)
         return self.level
 
-    def with_texts(
-        self, call: Call, texts: Sequence[Sequence[Text]], *, trimmed: bool
+    def append_prompts(
+        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
-        changed, spans = self.inner.with_texts(call, texts, trimmed=trimmed)
+        changed, spans = self.inner.append_prompts(call, texts, trimmed=trimmed)
         self.state["spans"] = spans[-1]
         return changed, spans
 
-    def processor(self, site: Site, attend: Attend) -> Processor:
+    def processor(self, site: AttentionSite, attend: Attend) -> Processor:
         def shown(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             answer = attend(query, key, value)
             if site.kind != "text":

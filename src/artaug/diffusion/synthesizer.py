@@ -27,7 +27,7 @@ from artaug.training.model import DiffusionModel
 
 
 @dataclass(frozen=True, eq=False)
-class WornLoRA:
+class ActiveLoRA:
     """A LoRA a synthesizer draws with, and how strongly."""
 
     lora: LoRA
@@ -67,7 +67,7 @@ class DiffusersSynthesizer(Synthesizer):
     """Strength of classifier-free guidance against ``negative_prompt``. Above 1 it doubles the time of a step."""
     max_sequence_length: int | None = None
     """Tokens of a prompt the model reads, None for what is usual in its family; what is cut is warned of."""
-    loras: tuple[WornLoRA, ...] = ()
+    loras: tuple[ActiveLoRA, ...] = ()
     """What `with_lora` has added, each on top of the others."""
     family: type[Family] | None = field(default=None, repr=False)
     """How to handle the pipeline; None to recognise it. Give your own for a pipeline artaug does not know."""
@@ -80,7 +80,7 @@ class DiffusersSynthesizer(Synthesizer):
         if training:
             raise ModelError(f"{training} of the pipeline are in training mode, where dropout is random. Call .eval().")
         for worn in self.loras:
-            with worn.lora.worn_by(module):
+            with worn.lora.applied_to(module):
                 pass
 
     @classmethod
@@ -171,7 +171,7 @@ class DiffusersSynthesizer(Synthesizer):
         Raises:
             LoRAMismatchError: if the LoRA names layers the model does not have.
         """
-        return dataclasses.replace(self, loras=(*self.loras, WornLoRA(lora, scale)))
+        return dataclasses.replace(self, loras=(*self.loras, ActiveLoRA(lora, scale)))
 
     @contextmanager
     def training(self) -> Iterator[DiffusionModel]:
@@ -186,7 +186,7 @@ class DiffusersSynthesizer(Synthesizer):
             yield family
 
     @property
-    def known_as(self) -> str:
+    def fingerprint(self) -> str:
         """What decides the model's predictions beside its weights: LoRAs worn, guidance, schedule, length of prompts."""
         worn = ", ".join(f"{one.lora.digest[:16]} x {one.scale!r}" for one in self.loras)
         # What begins with _ is diffusers' own, and in another order in every process.
@@ -213,7 +213,7 @@ class DiffusersSynthesizer(Synthesizer):
     def _wearing(self, module: nn.Module) -> Iterator[None]:
         with ExitStack() as wardrobe:
             for worn in self.loras:
-                wardrobe.enter_context(worn.lora.worn_by(module, scale=worn.scale))
+                wardrobe.enter_context(worn.lora.applied_to(module, scale=worn.scale))
             yield
 
     def _negative(self, family: Family, count: int) -> Conditioning | None:

@@ -23,14 +23,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from artaug.errors import LoRAError, ModelError
-from artaug.lora.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE, Naming
+from artaug.lora.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE, KeyMap
 from artaug.lora.formats.checking import DEFINITION, Verification, called, differences, reread
 from artaug.lora.formats.low_rank import LowRank
 from artaug.lora.formats.reading import Reading, read
 from artaug.lora.layers import weight_shape
 from artaug.lora.lora import LoRA
 
-_PIPELINES: Mapping[Naming, type] = {
+_PIPELINES: Mapping[KeyMap, type] = {
     FLUX1: FluxPipeline,
     FLUX2: Flux2Pipeline,
     SD3: StableDiffusion3Pipeline,
@@ -50,7 +50,7 @@ def verify_export(
     lora: LoRA | None = None,
     *,
     pipeline: DiffusionPipeline | None = None,
-    naming: Naming | None = None,
+    naming: KeyMap | None = None,
     tolerance: float = 1e-3,
 ) -> Verification:
     """Prove that a LoRA file, in any format, holds every layer's update and nothing else.
@@ -102,7 +102,7 @@ def _loader_of(pipeline: DiffusionPipeline) -> type:
     return type(pipeline)
 
 
-def _loader_for(path: Path, reading: Reading, naming: Naming | None) -> type | None:
+def _loader_for(path: Path, reading: Reading, naming: KeyMap | None) -> type | None:
     """The pipeline that reads files like this one: that of the first family whose spelling of the layers it has."""
     stems = called(path)
     for one in _PIPELINES if naming is None else (naming,):
@@ -123,7 +123,7 @@ def _part(loader: Any) -> str:  # noqa: ANN401 - a pipeline's class, which diffu
 
 def _shapes(denoiser: nn.Module, lora: LoRA) -> dict[str, tuple[int, ...]]:
     """The shapes of a denoiser's weights that a LoRA can update, if this one fits it."""
-    with lora.worn_by(denoiser):
+    with lora.applied_to(denoiser):
         pass
     return {name: shape for name, one in denoiser.named_modules() if (shape := weight_shape(one))}
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from artaug.errors import SeamError
+from artaug.errors import ContractError
 from artaug.pairs import ImagePair, Verdict
 
 
@@ -46,23 +46,25 @@ class PairFilter(ABC):
 
     def __bool__(self) -> bool:
         """Refuse ``a and b``, of which Python would quietly take only ``b``."""
-        raise SeamError(f"{self!r} is neither true nor false. Combine filters with &, | and ~, not and, or and not.")
+        raise ContractError(
+            f"{self!r} is neither true nor false. Combine filters with &, | and ~, not and, or and not."
+        )
 
 
 def judged(keep: PairFilter, pairs: Sequence[ImagePair]) -> list[Verdict]:
     """Judge pairs together and check that the filter answered as its seam promises: one `Verdict` a pair.
 
     Raises:
-        SeamError: if it returned too few or too many answers, or something that is no `Verdict`.
+        ContractError: if it returned too few or too many answers, or something that is no `Verdict`.
     """
     if not pairs:
         return []
     answers = keep.judge_batch(pairs)
     if len(answers) != len(pairs):
-        raise SeamError(f"{keep!r:.120}: judge_batch returned {len(answers)} verdicts for {len(pairs)} pairs.")
+        raise ContractError(f"{keep!r:.120}: judge_batch returned {len(answers)} verdicts for {len(pairs)} pairs.")
     for answer, pair in zip(answers, pairs, strict=True):
         if not isinstance(answer, Verdict):
-            raise SeamError(
+            raise ContractError(
                 f"{keep!r:.120} returned {type(answer).__name__} for {pair.prompt!r}: {answer!r:.120}. "
                 "Expected artaug.Verdict."
             )

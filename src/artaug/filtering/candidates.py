@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from artaug.errors import InvalidValueError, SeamError
+from artaug.errors import ContractError, InvalidValueError
 from artaug.filtering.deltas import changes
 from artaug.pairs import SKIPPING_STAGES, ImagePair, Skipped, Verdict
 from artaug.scoring import Scorer
@@ -41,7 +41,7 @@ class BestOf:
     @property
     def scorers(self) -> frozenset[str]:
         """Names of the scorers it rests on, by which what it chose looks better than it is; see `PairFilter.scorers`."""
-        return self.by.rests_on
+        return self.by.depends_on
 
     def choose(self, outcomes: Sequence[ImagePair | Skipped], *, prompts: int) -> list[ImagePair | Skipped]:
         """Choose one outcome a prompt.
@@ -51,10 +51,10 @@ class BestOf:
             prompts: how many prompts.
 
         Raises:
-            SeamError: if there are not ``count`` outcomes a prompt.
+            ContractError: if there are not ``count`` outcomes a prompt.
         """
         if len(outcomes) != self.count * prompts:
-            raise SeamError(
+            raise ContractError(
                 f"{self!r:.120} received {len(outcomes)} outcomes for {prompts} prompts: need {self.count} each."
             )
         pairs = [outcome for outcome in outcomes if isinstance(outcome, ImagePair)]

@@ -8,7 +8,7 @@ from typing import final
 from artaug.errors import InvalidValueError
 from artaug.filtering.algebra import PairFilter
 from artaug.filtering.deltas import Change, changes, check_finite
-from artaug.images.similarity import Measure, alike, measure_name
+from artaug.images.similarity import SimilarityMetric, compare_pairs, metric_name
 from artaug.pairs import ImagePair, Verdict
 from artaug.scoring import Scorer
 
@@ -52,7 +52,7 @@ class ParetoGain(PairFilter):
 
     @property
     def scorers(self) -> frozenset[str]:
-        return frozenset().union(*(scorer.rests_on for scorer in self.by))
+        return frozenset().union(*(scorer.depends_on for scorer in self.by))
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]
@@ -96,8 +96,8 @@ class Similarity(PairFilter):
     StructuralSimilarity is 0.976, asked 0.6
     """
 
-    measure: Measure
-    """A `Likeness`, such as `StructuralSimilarity` or `EmbeddedLikeness`, or any function of two pictures."""
+    measure: SimilarityMetric
+    """A `ImageSimilarity`, such as `StructuralSimilarity` or `EmbeddingSimilarity`, or any function of two pictures."""
     at_least: float
     """In the measure's own units; 1 is the same picture."""
 
@@ -108,8 +108,8 @@ class Similarity(PairFilter):
         return self.judge_batch([pair])[0]
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
-        name = measure_name(self.measure)
-        numbers = alike(self.measure, [pair.before for pair in pairs], [pair.after for pair in pairs])
+        name = metric_name(self.measure)
+        numbers = compare_pairs(self.measure, [pair.before for pair in pairs], [pair.after for pair in pairs])
         return [
             Verdict(number >= self.at_least, f"{name} is {number:.3g}, asked {self.at_least:.3g}", {name: number})
             for number in numbers

@@ -39,7 +39,7 @@ class Gain(PairFilter):
 
     @property
     def scorers(self) -> frozenset[str]:
-        return self.scorer.rests_on
+        return self.scorer.depends_on
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]
@@ -69,7 +69,7 @@ class Floor(PairFilter):
 
     @property
     def scorers(self) -> frozenset[str]:
-        return self.scorer.rests_on
+        return self.scorer.depends_on
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]
@@ -109,7 +109,7 @@ class TopFraction(PairFilter):
 
     @property
     def scorers(self) -> frozenset[str]:
-        return self.scorer.rests_on
+        return self.scorer.depends_on
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]

@@ -18,7 +18,7 @@ from artaug.hub.card import TAG
 from artaug.hub.contents import UNIVERSAL, Parcel, listed
 from artaug.hub.errors import checked_name, in_our_words
 from artaug.hub.values import Base, Push, PushedFile, Sample
-from artaug.lora.formats import Naming
+from artaug.lora.formats import KeyMap
 from artaug.lora.lora import LoRA
 from artaug.run.results import Enhancement
 
@@ -37,7 +37,7 @@ def push(  # noqa: PLR0913 - a card has many parts, and each may be left out
     comparison: Comparison | None = None,
     about: Mapping[str, object] = MappingProxyType({}),
     samples: Sequence[Sample] = (),
-    naming: Naming | None = None,
+    naming: KeyMap | None = None,
     private: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -113,7 +113,7 @@ def pull(
     *,
     file: str | None = None,
     revision: str | None = None,
-    naming: Naming | None = None,
+    naming: KeyMap | None = None,
     token: str | None = None,
     endpoint: str | None = None,
 ) -> LoRA:

@@ -10,7 +10,7 @@ from artaug.errors import LoRAError
 from artaug.evaluation.comparison import Comparison
 from artaug.hub.card import Contents, card
 from artaug.hub.values import Base, PushedFile, Sample
-from artaug.lora.formats import Format, Naming
+from artaug.lora.formats import Format, KeyMap
 from artaug.lora.lora import LoRA
 from artaug.run.results import Enhancement
 
@@ -29,7 +29,7 @@ class Parcel:
     result: Enhancement | LoRA
     base: Base | None
     multiplier: float
-    naming: Naming | None
+    naming: KeyMap | None
     comparison: Comparison | None
     about: Mapping[str, object]
     samples: Sequence[Sample]

@@ -10,21 +10,21 @@ from typing import Protocol, TypeAlias, final
 import numpy as np
 from PIL.Image import Image
 
-from artaug.errors import InvalidValueError, NonFiniteError, SeamError
+from artaug.errors import ContractError, InvalidValueError, NonFiniteError
 from artaug.images.photometry import luma, srgb
 
 _WINDOW_PX, _SIGMA_PX = 11, 1.5
 _STEADY = (0.01**2, 0.03**2)
 
 
-class Likeness(ABC):
+class ImageSimilarity(ABC):
     """Says how alike two pictures are; higher is more alike, and 1 means the same.
 
-    Subclass it and write `likeness`.
+    Subclass it and write `compare`.
 
     >>> import artaug as aa
-    >>> class SameWidth(aa.Likeness):
-    ...     def likeness(self, one, other):
+    >>> class SameWidth(aa.ImageSimilarity):
+    ...     def compare(self, one, other):
     ...         return float(one.width == other.width)
     >>> SameWidth().name
     'SameWidth'
@@ -36,41 +36,43 @@ class Likeness(ABC):
         return type(self).__name__
 
     @abstractmethod
-    def likeness(self, one: Image, other: Image) -> float:
+    def compare(self, one: Image, other: Image) -> float:
         """Compare two pictures."""
 
-    def likeness_batch(self, ones: Sequence[Image], others: Sequence[Image]) -> list[float]:
+    def compare_batch(self, ones: Sequence[Image], others: Sequence[Image]) -> list[float]:
         """Compare many, in pairs. Override it where a batch is faster than a loop."""
-        return [self.likeness(one, other) for one, other in zip(ones, others, strict=True)]
+        return [self.compare(one, other) for one, other in zip(ones, others, strict=True)]
 
 
-Measure: TypeAlias = Likeness | Callable[[Image, Image], float]
-"""A `Likeness`, or any function of two pictures that gives a number, higher for more alike."""
+SimilarityMetric: TypeAlias = ImageSimilarity | Callable[[Image, Image], float]
+"""A `ImageSimilarity`, or any function of two pictures that gives a number, higher for more alike."""
 
 
-def measure_name(measure: Measure) -> str:
-    """What to call a measure: the name of a `Likeness`, else of the function."""
-    return measure.name if isinstance(measure, Likeness) else getattr(measure, "__name__", type(measure).__name__)
+def metric_name(measure: SimilarityMetric) -> str:
+    """What to call a measure: the name of a `ImageSimilarity`, else of the function."""
+    return (
+        measure.name if isinstance(measure, ImageSimilarity) else getattr(measure, "__name__", type(measure).__name__)
+    )
 
 
-def alike(measure: Measure, ones: Sequence[Image], others: Sequence[Image]) -> list[float]:
+def compare_pairs(measure: SimilarityMetric, ones: Sequence[Image], others: Sequence[Image]) -> list[float]:
     """Compare pictures in pairs and check the answers: one finite number a pair.
 
     Raises:
-        SeamError: if there are too few numbers, or something that is no number.
+        ContractError: if there are too few numbers, or something that is no number.
         NonFiniteError: if a number is NaN or infinite.
     """
-    name = measure_name(measure)
-    if isinstance(measure, Likeness):
-        answers = measure.likeness_batch(ones, others)
+    name = metric_name(measure)
+    if isinstance(measure, ImageSimilarity):
+        answers = measure.compare_batch(ones, others)
     else:
         answers = [measure(one, other) for one, other in zip(ones, others, strict=True)]
     if len(answers) != len(ones):
-        raise SeamError(f"{name} returned {len(answers)} numbers for {len(ones)} pairs of pictures.")
+        raise ContractError(f"{name} returned {len(answers)} numbers for {len(ones)} pairs of pictures.")
     return [_number(answer, name, at) for at, answer in enumerate(answers)]
 
 
-def diversity(measure: Measure, images: Sequence[Image]) -> float:
+def diversity(measure: SimilarityMetric, images: Sequence[Image]) -> float:
     """How unlike pictures of one prompt are: 1 less the mean likeness of every two of them.
 
     Raises:
@@ -84,12 +86,12 @@ def diversity(measure: Measure, images: Sequence[Image]) -> float:
     if len(images) < 2:
         raise InvalidValueError(f"diversity of {len(images)} picture(s): need at least 2 pictures of one prompt.")
     pairs = list(combinations(images, 2))
-    likenesses = alike(measure, [one for one, _ in pairs], [other for _, other in pairs])
+    likenesses = compare_pairs(measure, [one for one, _ in pairs], [other for _, other in pairs])
     return 1 - math.fsum(likenesses) / len(likenesses)
 
 
 class Embedder(Protocol):
-    """What `EmbeddedLikeness` asks of a model; the encoders of ``artaug.scorers`` have it."""
+    """What `EmbeddingSimilarity` asks of a model; the encoders of ``artaug.scorers`` have it."""
 
     @property
     def name(self) -> str:
@@ -101,7 +103,7 @@ class Embedder(Protocol):
 
 @final
 @dataclass(frozen=True)
-class EmbeddedLikeness(Likeness):
+class EmbeddingSimilarity(ImageSimilarity):
     """Cosine of the two pictures' vectors, in [-1, 1]: alike in what the model sees, whatever the pixels are.
 
     Raises:
@@ -115,15 +117,15 @@ class EmbeddedLikeness(Likeness):
     def name(self) -> str:
         return self.embedder.name
 
-    def likeness(self, one: Image, other: Image) -> float:
-        return self.likeness_batch([one], [other])[0]
+    def compare(self, one: Image, other: Image) -> float:
+        return self.compare_batch([one], [other])[0]
 
-    def likeness_batch(self, ones: Sequence[Image], others: Sequence[Image]) -> list[float]:
+    def compare_batch(self, ones: Sequence[Image], others: Sequence[Image]) -> list[float]:
         if not ones:
             return []
         vectors = np.asarray(self.embedder.embed_images([*ones, *others]), dtype=np.float64)
         if vectors.ndim != 2 or len(vectors) != 2 * len(ones):
-            raise SeamError(
+            raise ContractError(
                 f"{self.name}.embed_images returned shape {vectors.shape} for {2 * len(ones)} pictures. "
                 "Expected a vector each."
             )
@@ -136,7 +138,7 @@ class EmbeddedLikeness(Likeness):
 
 @final
 @dataclass(frozen=True)
-class StructuralSimilarity(Likeness):
+class StructuralSimilarity(ImageSimilarity):
     """SSIM of the two pictures' brightness, in [-1, 1]: alike in where things are, with their light and contrast.
 
     Wang et al. 2004 (Image quality assessment: from error visibility to structural similarity), equation 13, with
@@ -146,7 +148,7 @@ class StructuralSimilarity(Likeness):
     >>> import artaug as aa
     >>> from PIL import Image
     >>> grey, lit = (Image.new("RGB", (32, 32), colour) for colour in ("#808080", "#a0a0a0"))
-    >>> round(aa.StructuralSimilarity().likeness(grey, lit), 3)
+    >>> round(aa.StructuralSimilarity().compare(grey, lit), 3)
     0.976
     """
 
@@ -157,7 +159,7 @@ class StructuralSimilarity(Likeness):
         if self.side_px is not None and self.side_px < 1:
             raise InvalidValueError(f"{self!r}: need side_px of at least 1, or None.")
 
-    def likeness(self, one: Image, other: Image) -> float:
+    def compare(self, one: Image, other: Image) -> float:
         if one.size != other.size:
             raise InvalidValueError(
                 f"the two pictures differ in size, {one.size} and {other.size}: SSIM compares pixel by pixel."
@@ -197,7 +199,7 @@ def _number(answer: object, name: str, at: int) -> float:
     try:
         number = float(answer)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise SeamError(f"{name} returned {answer!r:.120} for pair {at}. Expected a number.") from None
+        raise ContractError(f"{name} returned {answer!r:.120} for pair {at}. Expected a number.") from None
     if not math.isfinite(number):
         raise NonFiniteError(f"{name} returned {number} for pair {at}. Expected a finite number.")
     return number

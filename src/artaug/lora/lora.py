@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from artaug.errors import LoRAError, LoRAMismatchError
 from artaug.lora.formats.files import write_tensors
-from artaug.lora.formats.key_maps import Format, Naming
+from artaug.lora.formats.key_maps import Format, KeyMap
 from artaug.lora.formats.low_rank import LowRank
 from artaug.lora.formats.reading import read
-from artaug.lora.formats.writing import spelt
+from artaug.lora.formats.writing import to_state_dict
 from artaug.lora.layers import updated, weight_shape
 
 __all__ = ["LoRA", "LowRank", "summed"]
@@ -70,7 +70,7 @@ class LoRA:
         path: str | Path,
         *,
         format: Format | str = Format.PEFT,  # noqa: A002 - the field's word
-        naming: Naming | None = None,
+        naming: KeyMap | None = None,
         metadata: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Path:
@@ -98,14 +98,14 @@ class LoRA:
                 update in ``dtype``.
             StorageError: if the system cannot write the file; one that was there before stays.
         """
-        tensors, header = spelt(self.layers, format, naming=naming, dtype=dtype)
+        tensors, header = to_state_dict(self.layers, format, naming=naming, dtype=dtype)
         taken = {"format", "lora_adapter_metadata"} & set(metadata or {})
         if taken:
             raise LoRAError(f"metadata may not set {sorted(taken)}: readers of the file rely on it. Use another name.")
         return write_tensors(Path(path), tensors, {**header, **(metadata or {})})
 
     @classmethod
-    def load(cls, path: str | Path, *, naming: Naming | None = None) -> Self:
+    def load(cls, path: str | Path, *, naming: KeyMap | None = None) -> Self:
         """Read a file in any `Format`, recognised by its keys, folding alpha where the file states one.
 
         Args:
@@ -130,7 +130,7 @@ class LoRA:
         return told.hexdigest()
 
     @contextmanager
-    def worn_by(
+    def applied_to(
         self, module: nn.Module, *, scale: float = 1.0, along: Callable[[str, Tensor], Tensor | None] | None = None
     ) -> Iterator[None]:
         """Let ``module`` compute with this LoRA inside the ``with`` block, and exactly as before after it.

@@ -3,13 +3,13 @@
 from artaug.regional.coverage import token_weights
 from artaug.regional.denoiser import (
     AttentionLayer,
+    AttentionSite,
     AttentiveDenoiser,
     Branches,
     Conditioning,
     Denoiser,
-    Site,
+    EncodedPrompt,
     Span,
-    Text,
 )
 from artaug.regional.guide import EncodedRegion, Guide
 from artaug.regional.isolation import BALANCED, ELIGEN, INSTANTX, INVOKEAI, OPEN, Isolation
@@ -23,17 +23,17 @@ __all__ = [
     "INVOKEAI",
     "OPEN",
     "AttentionLayer",
+    "AttentionSite",
     "AttentiveDenoiser",
     "Branches",
     "Conditioning",
     "Denoiser",
+    "EncodedPrompt",
     "EncodedRegion",
     "Guide",
     "Isolation",
     "OutputMix",
     "RegionalAttention",
-    "Site",
     "Span",
-    "Text",
     "token_weights",
 ]

@@ -72,14 +72,14 @@ def joint_sight(spans: Sequence[Span], shares: Shares, isolation: Isolation | No
 
 def text_sight(spans: Sequence[Span], isolation: Isolation | None) -> Sight:
     """The sight of attention among prompts alone."""
-    texts = [span for span in spans if span.kind in {"text", "filler"}]
+    texts = [span for span in spans if span.kind in {"text", "padding"}]
     nothing = Shares(torch.ones(1 + max(span.prompt for span in texts), 1))
     return joint_sight(texts, nothing, isolation)
 
 
 def cross_sight(spans: Sequence[Span], shares: Shares, isolation: Isolation | None) -> Sight:
     """The sight of cross-attention, where image tokens look at prompts."""
-    texts = [span for span in spans if span.kind in {"text", "filler"}]
+    texts = [span for span in spans if span.kind in {"text", "padding"}]
     count = shares.weights.shape[0]
     groups = [torch.full((span.length,), span.prompt if span.kind == "text" else count) for span in texts]
     seen = shares.weights if isolation and isolation.image_to_text == "regions" else torch.ones_like(shares.weights)
@@ -102,7 +102,7 @@ class _Kinds:
     @classmethod
     def of(cls, spans: Sequence[Span], shares: Shares, isolation: Isolation | None) -> "_Kinds":
         texts, images = shares.weights.shape[0], _signatures(shares)
-        groups = {"other": texts + images, "filler": texts + images + 1}
+        groups = {"reference": texts + images, "padding": texts + images + 1}
         parts = []
         for span in spans:
             if span.kind == "image":
@@ -119,13 +119,13 @@ class _Kinds:
         """Weights of every group for the queries of a span: (queries, groups), or one row for all of them."""
         image = slice(self.texts, self.count - 2)
         weights = torch.zeros(span.length if span.kind == "image" else 1, self.count)
-        if span.kind == "filler":
+        if span.kind == "padding":
             weights[:, -1] = 1
             return weights
         weights[:, -2] = 1
         if self.isolation is None:
             weights[:, :-1] = 1
-        elif span.kind == "other":
+        elif span.kind == "reference":
             weights[:, image], weights[:, 0] = 1, 1
         elif span.kind == "text":
             weights[:, image] = self._image_seen_by(span.prompt)

@@ -26,12 +26,12 @@ Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Text:
+class EncodedPrompt:
     """One encoded prompt."""
 
     conditioning: Conditioning
     """One row of what `Conditioning` holds."""
-    words: slice
+    token_slice: slice
     """Where along the row its own tokens are; the rest is padding."""
 
 
@@ -42,15 +42,15 @@ class Branches:
     Rows follow the order of the pictures. A call of one branch alone has the other one empty.
     """
 
-    prompt: range
-    negative: range = range(0)
+    cond: range
+    uncond: range = range(0)
 
 
 @dataclass(frozen=True)
 class Span:
     """Neighbouring tokens of an attention sequence that are of one kind."""
 
-    kind: Literal["image", "text", "filler", "other"]
+    kind: Literal["image", "text", "padding", "reference"]
     """Image tokens in rows; a prompt; tokens that mean nothing and nobody may see; or tokens that all see and that see
     all but the regions' prompts, as those of a reference picture."""
     length: int
@@ -73,7 +73,7 @@ class AttentionLayer(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class AttentionSite:
     """One attention layer."""
 
     attention: AttentionLayer
@@ -106,7 +106,7 @@ class Denoiser(ABC):
         """Which rows of the batch belong to the plans' prompts, and which to the negative prompt."""
 
     @abstractmethod
-    def recondition(self, call: Call, rows: Sequence[int], texts: Sequence[Text]) -> dict[str, Any]:
+    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         """The same call for these rows of the batch, each with another prompt."""
 
     def prediction(self, output: Output) -> Tensor:
@@ -138,7 +138,7 @@ class AttentiveDenoiser(Denoiser):
 
     @property
     @abstractmethod
-    def sites(self) -> Sequence[Site]:
+    def sites(self) -> Sequence[AttentionSite]:
         """The layers where image tokens and prompts meet, in the order of computation."""
 
     @property
@@ -156,8 +156,8 @@ class AttentiveDenoiser(Denoiser):
         """How noisy the pictures of a call are, in [0, 1]: sigma of a flow model, else the timestep's fraction."""
 
     @abstractmethod
-    def with_texts(
-        self, call: Call, texts: Sequence[Sequence[Text]], *, trimmed: bool
+    def append_prompts(
+        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         """The same call with more prompts after the one each row has; asked inside `installed` only.
 
@@ -173,7 +173,7 @@ class AttentiveDenoiser(Denoiser):
             GuideError: if the texts are longer than the model has positions for.
         """
 
-    def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
+    def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         """What a layer works on, by its name: image tokens (of a convolution, pixels), all prompts' tokens, both, or none.
 
         A LoRA of a region is worn by its own tokens only, so a layer without tokens (a modulation) wears none of it.
@@ -181,7 +181,7 @@ class AttentiveDenoiser(Denoiser):
         return None
 
     @abstractmethod
-    def processor(self, site: Site, attend: Attend) -> Processor:
+    def processor(self, site: AttentionSite, attend: Attend) -> Processor:
         """The attention processor of a site, as it is but for one thing: it calls ``attend``.
 
         Raises:

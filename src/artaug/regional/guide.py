@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from artaug.plan import Region
-from artaug.regional.denoiser import Denoiser, Text
+from artaug.regional.denoiser import Denoiser, EncodedPrompt
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,9 @@ class EncodedRegion:
     """A region and its encoded prompts."""
 
     region: Region
-    text: Text
+    text: EncodedPrompt
     """Its prompt."""
-    negative: Text | None = None
+    negative: EncodedPrompt | None = None
     """Its negative prompt, where it has one."""
 
 

@@ -15,7 +15,7 @@ class Isolation:
     """What image tokens and prompts see of each other, in which layers, and while how much noise is left.
 
     A token that a region covers by half or more of its largest share is a *member* of it; a token of no region is
-    *background*. In layers outside ``blocks`` and ``every`` all see all. At noise levels outside ``levels`` the plan's
+    *background*. In layers outside ``blocks`` and ``every`` all see all. At noise levels outside ``sigma_range`` the plan's
     own prompt draws alone, as if there were no regions.
 
     Raises:
@@ -41,22 +41,22 @@ class Isolation:
     """The part of the model's depth where this holds, as fractions."""
     every: Annotated[int, Field(ge=1)] = 1
     """Of these layers, every n-th, beginning with the first."""
-    levels: tuple[_Share, _Share] = (0.0, 1.0)
+    sigma_range: tuple[_Share, _Share] = (0.0, 1.0)
     """The noise levels at which regions count: 1 is where a drawing begins, 0 where it ends."""
 
     def __post_init__(self) -> None:
-        for name, (low, high) in (("blocks", self.blocks), ("levels", self.levels)):
+        for name, (low, high) in (("blocks", self.blocks), ("sigma_range", self.sigma_range)):
             if low >= high:
                 raise InvalidValueError(f"Isolation({name}={(low, high)}) is an empty range: need low < high.")
 
-    def holds_in(self, block: int, *, of: int) -> bool:
+    def applies_to_block(self, block: int, *, of: int) -> bool:
         """Whether this holds in a layer: its place from 0, of so many."""
         first, last = (round(edge * of) for edge in self.blocks)
         return first <= block < max(last, first + 1) and (block - first) % self.every == 0
 
-    def holds_at(self, level: float) -> bool:
+    def applies_at_sigma(self, level: float) -> bool:
         """Whether regions count at a noise level."""
-        return self.levels[0] <= level <= self.levels[1]
+        return self.sigma_range[0] <= level <= self.sigma_range[1]
 
 
 BALANCED = Isolation(base_weight=0.3)
@@ -70,7 +70,7 @@ OPEN = Isolation(base_weight=1.0, text_to_image="open", text_to_text="open")
 ELIGEN = Isolation(base_weight=1.0)
 """EliGen (Zhang et al. 2025): image tokens see each other and the plan's prompt, a region's prompt its region."""
 
-INSTANTX = Isolation(image_to_image="regions", base_weight=0.2, levels=(0.6, 1.0))
+INSTANTX = Isolation(image_to_image="regions", base_weight=0.2, sigma_range=(0.6, 1.0))
 """After Regional-Prompting-FLUX (Chen et al. 2024): regions apart while the layout forms, the plan's prompt alone after.
 There the plan's prompt is blended in with a second stream; here it is a weaker prompt of the one stream."""
 

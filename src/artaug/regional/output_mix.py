@@ -13,7 +13,7 @@ from artaug.errors import GuideError, NonFiniteError
 from artaug.lora.lora import LoRA
 from artaug.regional.claim import claimed
 from artaug.regional.coverage import token_weights
-from artaug.regional.denoiser import Call, Denoiser, Output, Text, named
+from artaug.regional.denoiser import Call, Denoiser, EncodedPrompt, Output, named
 from artaug.regional.guide import EncodedRegion, Guide
 from artaug.regional.token_lora import lora_of
 
@@ -69,7 +69,7 @@ class _Part:
 
     branch: Literal["prompt", "negative"]
     picture: int
-    text: Text | None
+    text: EncodedPrompt | None
     """None for the one its row has: a LoRA counts in both branches, or guidance would multiply it."""
     weights: Tensor
     """Shape (rows, columns) of a prediction."""
@@ -106,13 +106,13 @@ class _Mixing:
             return None
         call = named(module, args, call)
         branches = self._denoiser.branches(call)
-        for rows in (branches.prompt, branches.negative):
+        for rows in (branches.cond, branches.uncond):
             if len(rows) not in (0, self._batch):
                 raise GuideError(f"regions of {self._batch} pictures cannot steer a batch of {len(rows)}.")
         placed = [(rows[part.picture], part) for part in self._parts if (rows := getattr(branches, part.branch))]
         if not placed:
             return None
-        self._steps += bool(branches.prompt)
+        self._steps += bool(branches.cond)
         prediction = self._denoiser.prediction(output)
         self._check(prediction, "the plan's prompt")
         self._asking = True
@@ -146,9 +146,9 @@ class _Mixing:
         """The denoiser's prediction for each row under each part's own prompt."""
         rows, texts = [row for row, _ in placed], [part.text for _, part in placed if part.text is not None]
         if texts:
-            call = self._denoiser.recondition(call, rows, texts)
+            call = self._denoiser.with_prompt_embeds(call, rows, texts)
         lora = placed[0][1].lora
-        with nullcontext() if lora is None else lora.worn_by(self._denoiser.module):
+        with nullcontext() if lora is None else lora.applied_to(self._denoiser.module):
             prediction = self._denoiser.prediction(self._denoiser.module(**call))
         if not texts:
             prediction = prediction[rows]

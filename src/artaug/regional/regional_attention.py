@@ -16,7 +16,7 @@ from artaug.plan import Region
 from artaug.regional.attention import attention_in_passes, can_merge, dense_attention
 from artaug.regional.attention_mask import Sight, cross_sight, joint_sight, text_sight
 from artaug.regional.claim import claimed
-from artaug.regional.denoiser import Attend, AttentiveDenoiser, Call, Denoiser, Site, Text, named
+from artaug.regional.denoiser import Attend, AttentionSite, AttentiveDenoiser, Call, Denoiser, EncodedPrompt, named
 from artaug.regional.guide import EncodedRegion, Guide
 from artaug.regional.isolation import Isolation
 from artaug.regional.region_weights import Shares, divided
@@ -120,23 +120,25 @@ class _Run:
     ) -> tuple[tuple[()], dict[str, Any]] | None:
         call = named(module, args, call)
         self._rows = ()
-        if not self._isolation.holds_at(self._denoiser.noise_level(call)):
+        if not self._isolation.applies_at_sigma(self._denoiser.noise_level(call)):
             return None
         texts, regions, dressed = self._texts(call)
         if not any(texts) and not any(one.lora for row in dressed for one in row):
             return None
-        call, spans = self._denoiser.with_texts(call, texts, trimmed=self._guide.trimmed)
+        call, spans = self._denoiser.append_prompts(call, texts, trimmed=self._guide.trimmed)
         self._rows = tuple(Row(*row) for row in zip(spans, regions, dressed, strict=True))
         return (), call
 
-    def _texts(self, call: Call) -> tuple[list[list[Text]], list[tuple[Region, ...]], list[tuple[Region, ...]]]:
+    def _texts(
+        self, call: Call
+    ) -> tuple[list[list[EncodedPrompt]], list[tuple[Region, ...]], list[tuple[Region, ...]]]:
         """The prompts to add to every row of a call, the regions they are of, and all regions of its picture."""
         branches = self._denoiser.branches(call)
-        count = len(branches.prompt) + len(branches.negative)
-        texts: list[list[Text]] = [[] for _ in range(count)]
+        count = len(branches.cond) + len(branches.uncond)
+        texts: list[list[EncodedPrompt]] = [[] for _ in range(count)]
         regions: list[tuple[Region, ...]] = [() for _ in range(count)]
         dressed: list[tuple[Region, ...]] = [() for _ in range(count)]
-        for rows, negative in ((branches.prompt, False), (branches.negative, True)):
+        for rows, negative in ((branches.cond, False), (branches.uncond, True)):
             if len(rows) not in (0, len(self._regions)):
                 raise GuideError(f"regions of {len(self._regions)} pictures cannot steer a batch of {len(rows)}.")
             for row, of_picture in zip(rows, self._regions, strict=False):
@@ -146,11 +148,11 @@ class _Run:
                 dressed[row] = tuple(region for region, _ in said)
         return texts, regions, dressed
 
-    def _attend_at(self, site: Site) -> Attend:
+    def _attend_at(self, site: AttentionSite) -> Attend:
         # Depth is counted where the image takes part. Among themselves prompts are kept apart throughout, since what
         # they take from each other there they would carry into every layer.
         depths = sorted({one.block for one in self._sites if one.kind != "text"})
-        holds = site.kind == "text" or self._isolation.holds_in(depths.index(site.block), of=len(depths))
+        holds = site.kind == "text" or self._isolation.applies_to_block(depths.index(site.block), of=len(depths))
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if not any(row.regions for row in self._rows):
@@ -168,7 +170,9 @@ class _Run:
         # compiled anything is spared loading the compiler.
         return torch.compiler.disable(attend) if "torch._dynamo" in sys.modules else attend
 
-    def _for(self, site: Site, row: Row, holds: bool, query: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def _for(
+        self, site: AttentionSite, row: Row, holds: bool, query: Tensor
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Attention for rows like this one at sites like this one, prepared once a layout."""
         grid = site.grid or self._denoiser.token_grid
         learns = torch.is_grad_enabled() and query.requires_grad

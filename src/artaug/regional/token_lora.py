@@ -65,7 +65,7 @@ def worn_in_regions(
         for name, lora in loras.items():
             _warn_of_layers_without_tokens(name, lora, denoiser)
             along = _Along(name, denoiser, rows, shares)
-            wardrobe.enter_context(lora.worn_by(denoiser.module, along=along))
+            wardrobe.enter_context(lora.applied_to(denoiser.module, along=along))
         yield
 
 
@@ -87,7 +87,7 @@ class _Along:
         self._known: dict[object, Tensor] = {}
 
     def __call__(self, layer: str, outputs: Tensor) -> Tensor | None:
-        rows, stream = tuple(self._rows()), self._denoiser.stream(layer)
+        rows, stream = tuple(self._rows()), self._denoiser.token_stream(layer)
         if not rows or stream is None:
             return None
         pixels = (outputs.shape[2], outputs.shape[3]) if outputs.ndim == 4 else None  # of a convolution
@@ -115,9 +115,9 @@ class _Along:
         for span in row.spans:
             if span.kind == "image" and stream != "text":
                 parts.append(shares[wearing].sum(dim=0).clamp(max=1))
-            elif span.kind == "other" and stream != "text":
+            elif span.kind == "reference" and stream != "text":
                 parts.append(torch.zeros(span.length))
-            elif span.kind in {"text", "filler"} and stream != "image":
+            elif span.kind in {"text", "padding"} and stream != "image":
                 parts.append(torch.full((span.length,), float(span.kind == "text" and span.prompt in spoken)))
         if stream == "image" and not parts:  # cross-attention: the sequence of a row holds its prompts only
             parts.append(shares[wearing].sum(dim=0).clamp(max=1))
@@ -125,7 +125,7 @@ class _Along:
 
 
 def _warn_of_layers_without_tokens(name: str, lora: LoRA, denoiser: AttentiveDenoiser) -> None:
-    left_out = [layer for layer in lora.layers if denoiser.stream(layer) is None]
+    left_out = [layer for layer in lora.layers if denoiser.token_stream(layer) is None]
     if len(left_out) == len(lora.layers):
         raise GuideError(
             f"no layer of the LoRA {name!r} works on tokens in a {type(denoiser.module).__name__} (its first is "

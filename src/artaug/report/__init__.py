@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from artaug._internal.files import appearing
+from artaug._internal.files import atomic_write
 from artaug.errors import InvalidValueError, MissingExtraError
 from artaug.evaluation.comparison import Comparison
 from artaug.pairs import Dropped, Kept
@@ -83,7 +83,7 @@ def write_report(
         picture_source=album.source,
         **_views(result, comparison, about, album=album, pairs=pairs),
     )
-    with appearing(path, what="the report", remedy=REMEDY) as partial:
+    with atomic_write(path, what="the report", remedy=REMEDY) as partial:
         partial.write_text(page, encoding="utf-8")
     album.sweep()
     return path

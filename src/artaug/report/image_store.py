@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from artaug._internal.files import appearing
+from artaug._internal.files import atomic_write
 from artaug.images.html import encoded
 
 INLINE_BYTES = 8_000_000
@@ -55,7 +55,7 @@ class Album:
             return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
         name = f"{sha256(data).hexdigest()[:32]}.{kind}"
         if name not in self._names and not (self.folder / name).exists():
-            with appearing(self.folder / name, what="the report's picture", remedy=REMEDY) as partial:
+            with atomic_write(self.folder / name, what="the report's picture", remedy=REMEDY) as partial:
                 partial.write_bytes(data)
         self._names.add(name)
         return f"{quote(self.folder.name)}/{name}"

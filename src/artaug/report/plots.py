@@ -50,7 +50,7 @@ def intervals(comparison: Comparison) -> "Figure":
             colour = COLOURS[at % len(COLOURS)]
             axes.plot([row.ci_low, row.ci_high], [at, at], color=colour, linewidth=2, solid_capstyle="round")
             axes.plot(
-                row.delta, at, "o", color=colour, markersize=6, markerfacecolor=colour if row.settled else "white"
+                row.delta, at, "o", color=colour, markersize=6, markerfacecolor=colour if row.significant else "white"
             )
         if name in guards:
             axes.axvline(-guards[name].margin(rows[0]), color=_SOFT, linewidth=1, linestyle=":")

@@ -24,6 +24,6 @@ def numbers(row: ScoreRow, decimals: int) -> dict[str, str]:
 
 def tone(row: ScoreRow) -> str:
     """Which way a row went: ``better``, ``worse``, or ``open`` as long as it is not settled."""
-    if not row.settled:
+    if not row.significant:
         return "open"
     return "better" if row.delta > 0 else "worse"

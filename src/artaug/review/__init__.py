@@ -1,6 +1,6 @@
 """A person decides which pairs are kept: a review page, its server, and the decisions on disk."""
 
 from artaug.review.decisions import pair_digest
-from artaug.review.filter import HumanQueue, HumanVerdicts, Standing
+from artaug.review.filter import HumanVerdicts, ManualReview, ReviewProgress
 
-__all__ = ["HumanQueue", "HumanVerdicts", "Standing", "pair_digest"]
+__all__ = ["HumanVerdicts", "ManualReview", "ReviewProgress", "pair_digest"]

@@ -21,7 +21,7 @@ def open_in_browser(address: str) -> None:
 
 @final
 @dataclass(frozen=True)
-class Standing:
+class ReviewProgress:
     """How far a person has got with some pairs."""
 
     kept: int
@@ -32,7 +32,7 @@ class Standing:
 @final
 @dataclass(frozen=True)
 class HumanVerdicts(PairFilter):
-    """Keeps the pairs that a person kept, as `HumanQueue` wrote it down; it never asks.
+    """Keeps the pairs that a person kept, as `ManualReview` wrote it down; it never asks.
 
     Raises:
         UndecidedError: when asked to judge a pair on which nobody has decided yet, rather than to drop it unseen.
@@ -55,7 +55,7 @@ class HumanVerdicts(PairFilter):
 
 @final
 @dataclass(frozen=True)
-class HumanQueue(PairFilter):
+class ManualReview(PairFilter):
     """Asks a person about pairs, on a page at 127.0.0.1: keys keep, drop, undo and flip between before and after.
 
     Every decision is on the disk before the page shows the next pair, by what the pair shows (its prompt and pixels): a
@@ -70,7 +70,7 @@ class HumanQueue(PairFilter):
         StorageError: for a file with a line that is no decision.
 
     >>> import artaug as aa
-    >>> keep = aa.HumanQueue("runs/first/by-hand.jsonl", among=aa.Gain(Taste(), at_least=0.2))  # doctest: +SKIP
+    >>> keep = aa.ManualReview("runs/first/by-hand.jsonl", among=aa.Gain(Taste(), at_least=0.2))  # doctest: +SKIP
     """
 
     path: str | Path
@@ -84,13 +84,13 @@ class HumanQueue(PairFilter):
     def scorers(self) -> frozenset[str]:
         return frozenset() if self.among is None else self.among.scorers
 
-    def standing(self, pairs: Sequence[ImagePair]) -> Standing:
+    def standing(self, pairs: Sequence[ImagePair]) -> ReviewProgress:
         """How many of these pairs are kept, dropped and undecided."""
         decided = read_decisions(Path(self.path))
         answers = [decided.get(pair_digest(pair)) for pair in pairs]
-        return Standing(answers.count(True), answers.count(False), answers.count(None))
+        return ReviewProgress(answers.count(True), answers.count(False), answers.count(None))
 
-    def serve(self, pairs: Sequence[ImagePair], *, review: bool = False, port: int = 0) -> Standing:
+    def serve(self, pairs: Sequence[ImagePair], *, review: bool = False, port: int = 0) -> ReviewProgress:
         """Show the page and wait until the person has finished. An interrupt ends it too, and loses nothing.
 
         Pairs that show the same are one. The first undecided one is shown first.
@@ -108,7 +108,7 @@ class HumanQueue(PairFilter):
             OSError: if the port is taken.
         """
         if not 0 <= port <= 65535:
-            raise InvalidValueError(f"HumanQueue.serve(port={port}): need 0 (any) to 65535.")
+            raise InvalidValueError(f"ManualReview.serve(port={port}): need 0 (any) to 65535.")
         if pairs and (review or self.standing(pairs).undecided):
             serve_pairs(pairs, Path(self.path), announce=self.announce, port=port)
         return self.standing(pairs)

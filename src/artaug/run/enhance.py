@@ -18,7 +18,7 @@ from artaug.run.improve import StageEvent, improve, stopwatch
 from artaug.run.results import Enhancement, Round
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer, picture_seeds
-from artaug.training import Checkpoints, DifferentialLoRATrainer, HeldOut, Trainable
+from artaug.training import Checkpoints, DifferentialLoRATrainer, Trainable, Validation
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     fuser: Fuser = ConcatFuser(),  # noqa: B008 - a frozen value
     rounds: int = 3,
     candidates: BestOf | None = None,
-    held_out: HeldOut | None = None,
+    validation: Validation | None = None,
     stop: StopRule | None = None,
     checkpoints: Checkpoints | None = None,
     seed: int = 0,
@@ -70,7 +70,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         fuser: combines the LoRAs of all rounds into one.
         rounds: at most this many, at least 1.
         candidates: see `improve`.
-        held_out: chooses each round's step and strength by pictures; without it the last step counts, at strength 1.
+        validation: chooses each round's step and strength by pictures; without it the last step counts, at strength 1.
         stop: ends the loop when a round has not helped on held-out prompts; without it all rounds run.
         checkpoints: where trainings write down where they stand, each round in a folder of its own. A run that was killed
             draws its pictures again, and its trainings go on or are over at once.
@@ -98,7 +98,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         candidates=candidates,
         trainer=trainer,
         fuser=fuser,
-        held_out=held_out,
+        validation=validation,
         stop=stop,
         checkpoints=checkpoints,
         batch_size=batch_size,
@@ -127,7 +127,7 @@ class _RoundCrew:
     candidates: BestOf | None
     trainer: DifferentialLoRATrainer
     fuser: Fuser
-    held_out: HeldOut | None
+    validation: Validation | None
     stop: StopRule | None
     checkpoints: Checkpoints | None
     batch_size: int
@@ -170,7 +170,7 @@ class _RoundCrew:
                 _lender(current),
                 seed=seed,
                 checkpoints=self._checkpoints_of(number),
-                held_out=self.held_out,
+                validation=self.validation,
                 progress=self.progress,
             )
         with timed("combine"):
@@ -229,5 +229,5 @@ def _nothing_kept(number: int, attempts: Sequence[Attempt]) -> str:
         f"most often because {reasons.most_common(1)[0][0]!r}"
     )
     if number == 1:
-        raise NothingToLearnError(f"{story}. Look at what the critic answers, or loosen the filter.")
+        raise NothingToLearnError(f"{story}. ValidationResult at what the critic answers, or loosen the filter.")
     return story

@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 from PIL.Image import Image
 
-from artaug.critique import Abstention, Critic, Critique, criticise
-from artaug.errors import InvalidValueError, PromptError, SeamError
+from artaug.critique import Abstention, Critic, Critique, run_critic
+from artaug.errors import ContractError, InvalidValueError, PromptError
 from artaug.filtering import BestOf, PairFilter, judged
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped
 from artaug.plan import Plan, RegionPlanner
@@ -21,7 +21,7 @@ class StageEvent:
     """One stage of the loop has ended, for one chunk of prompts or one round."""
 
     stage: str
-    """``draw``, ``criticise``, ``redraw``, ``judge``; in `enhance` also ``train``, ``combine`` and ``measure``."""
+    """``draw``, ``run_critic``, ``redraw``, ``judge``; in `enhance` also ``train``, ``combine`` and ``measure``."""
     seconds: float
     """Wall-clock time it took."""
 
@@ -64,7 +64,7 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     Raises:
         PromptError: at once, if there are no prompts or one is blank.
         CriticError: if the critic raises; a critic that cannot tell abstains.
-        SeamError: if the critic, planner or filter returns something its seam does not allow.
+        ContractError: if the critic, planner or filter returns something its seam does not allow.
     """
     _check_prompts(prompts, batch_size)
     asked, tries = len(prompts), 1 if candidates is None else candidates.count
@@ -113,7 +113,7 @@ class _Crew:
         with self.timed("draw"):
             before = self.synthesizer.synthesize_batch([Plan(prompt) for prompt in prompts], seeds=seeds)
         with self.timed("criticise"):
-            answers = criticise(self.critic, before, prompts)
+            answers = run_critic(self.critic, before, prompts)
         plans = [self._plan(*draft) for draft in zip(prompts, seeds, answers, strict=True)]
         with self.timed("redraw"):
             pairs = iter(self._redraw(prompts, seeds, before, plans))
@@ -125,7 +125,7 @@ class _Crew:
         plan = self.planner.plan(prompt, answer)
         if not isinstance(plan, Plan):
             planner = type(self.planner).__name__
-            raise SeamError(f"{planner} returned {type(plan).__name__} for {prompt!r}. Expected artaug.Plan.")
+            raise ContractError(f"{planner} returned {type(plan).__name__} for {prompt!r}. Expected artaug.Plan.")
         if plan == Plan(prompt):
             asked = len(answer.suggestions)
             why = "the planner kept no suggestion" if asked else "the critic asked for nothing"

@@ -148,7 +148,7 @@ class DualEncoder:
 class ImageEncoder:
     """A model that only sees, such as DINOv2: its vectors say how alike two pictures look, in subject and layout.
 
-    `artaug.EmbeddedLikeness` compares pictures by it, or by a `DualEncoder`.
+    `artaug.EmbeddingSimilarity` compares pictures by it, or by a `DualEncoder`.
 
     Raises:
         ModelError: for a model in training mode.

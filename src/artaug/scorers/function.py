@@ -41,8 +41,8 @@ class FunctionScorer(Scorer):
             raise InvalidValueError(f"{self.function!r} has no name to be told apart by in a table: give it one.")
 
     @property
-    def rests_on(self) -> frozenset[str]:
-        return frozenset({self.name}).union(*(scorer.rests_on for scorer in self.uses))
+    def depends_on(self) -> frozenset[str]:
+        return frozenset({self.name}).union(*(scorer.depends_on for scorer in self.uses))
 
     def score(self, image: Image, prompt: str) -> float:
         return self.function(image, prompt)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from artaug._internal.truncation import warn_of_cut
+from artaug._internal.truncation import warn_if_truncated
 from artaug.errors import InvalidValueError, ModelError
 from artaug.images.photometry import as_rgb
 
@@ -210,7 +210,7 @@ def pixels(image_processor: Processor, images: Sequence[Image.Image], *, like: M
 def tokens(tokenizer: Processor, prompts: Sequence[str], *, limit: int, reader: str) -> dict[str, Tensor]:
     """Prompts as ``input_ids`` and ``attention_mask``, (prompts, limit), padded, and cut with a warning."""
     for prompt in dict.fromkeys(prompts):
-        warn_of_cut(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy="It is not scored.")
+        warn_if_truncated(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy="It is not scored.")
     inputs = tokenizer(
         list(prompts),
         padding="max_length",

@@ -96,7 +96,7 @@ class Photometric(Scorer):
     """
 
     @property
-    def rests_on(self) -> frozenset[str]:
+    def depends_on(self) -> frozenset[str]:
         return frozenset({"Photometric", "Exposure", "Chroma", "Contrast", "Sharpness"})
 
     def score(self, image: Image, prompt: str) -> float:
@@ -128,8 +128,8 @@ class MeanOf(Scorer):
         return "mean of " + " and ".join(scorer.name for scorer in self.scorers)
 
     @property
-    def rests_on(self) -> frozenset[str]:
-        return frozenset({self.name}).union(*(scorer.rests_on for scorer in self.scorers))
+    def depends_on(self) -> frozenset[str]:
+        return frozenset({self.name}).union(*(scorer.depends_on for scorer in self.scorers))
 
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]

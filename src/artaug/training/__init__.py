@@ -2,27 +2,27 @@
 
 from artaug.training.adapters import Adapter, DoRA, LoKr, Parts, PlainLoRA, Weights
 from artaug.training.bipolar import Bipolar
-from artaug.training.config import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, Recipe
+from artaug.training.config import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, TrainingConfig
 from artaug.training.distributed import sharded
 from artaug.training.model import Conditioning, DiffusionModel, Predictor, Trainable
-from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, Noising, VPrediction
+from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, NoiseSchedule, VPrediction
 from artaug.training.objectives import (
-    Course,
     Objective,
     PairBatch,
     PairedDifference,
     Stage,
     Student,
     SupervisedFineTuning,
+    TrainingPlan,
     TwoStage,
 )
-from artaug.training.optimizers import AdamW, AdamW8bit, Optimiser, Prodigy, Schedule, ScheduleFree
+from artaug.training.optimizers import AdamW, AdamW8bit, Optimizer, Prodigy, Schedule, ScheduleFree
 from artaug.training.preference import DirectPreference
 from artaug.training.progress import StepEvent
 from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.tracking import Tracker, tracked
 from artaug.training.trainer import DifferentialLoRATrainer, Training
-from artaug.training.validation import HeldOut, Look
+from artaug.training.validation import Validation, ValidationResult
 
 __all__ = [
     "ATTENTION",
@@ -34,26 +34,22 @@ __all__ = [
     "Bipolar",
     "Checkpoints",
     "Conditioning",
-    "Course",
     "DifferentialLoRATrainer",
     "DiffusionModel",
     "DirectPreference",
     "DoRA",
     "EpsilonPrediction",
     "FlowMatching",
-    "HeldOut",
     "LoKr",
-    "Look",
-    "Noising",
+    "NoiseSchedule",
     "Objective",
-    "Optimiser",
+    "Optimizer",
     "PairBatch",
     "PairedDifference",
     "Parts",
     "PlainLoRA",
     "Predictor",
     "Prodigy",
-    "Recipe",
     "Schedule",
     "ScheduleFree",
     "Stage",
@@ -63,9 +59,13 @@ __all__ = [
     "Tracker",
     "Trainable",
     "Training",
+    "TrainingConfig",
+    "TrainingPlan",
     "TrainingState",
     "TwoStage",
     "VPrediction",
+    "Validation",
+    "ValidationResult",
     "Weights",
     "sharded",
     "tracked",

@@ -126,7 +126,7 @@ class DoRA(Adapter):
     """A LoRA for the direction of every row of a weight, and a number for its length (arXiv 2402.09353, eq. 5), by PEFT.
 
     ``W' = m (W + B A) / |W + B A|``, row by row. That is no low-rank update: with the lengths, all of ``W`` changes. So the
-    exported LoRA is the nearest of rank ``exported``, and what it leaves out is said in a warning; let `HeldOut` judge
+    exported LoRA is the nearest of rank ``exported``, and what it leaves out is said in a warning; let `Validation` judge
     what is left. Objectives that ask for minus the update (`Bipolar`) are refused, since this one has none.
 
     Raises:

@@ -17,11 +17,11 @@ from torch.nn.functional import pad
 
 from artaug.errors import ModelError
 from artaug.pairs import ImagePair
-from artaug.training.config import Recipe
+from artaug.training.config import TrainingConfig
 from artaug.training.distributed import ALONE, Processes
 from artaug.training.encoding import TEXT, Row, encoded_rows
 from artaug.training.model import DiffusionModel, Predictor
-from artaug.training.noise_schedule import FlowMatching, Noising
+from artaug.training.noise_schedule import FlowMatching, NoiseSchedule
 from artaug.training.objectives import PairBatch
 
 _ORDER, _NOISE, START = range(3)
@@ -78,7 +78,7 @@ class EncodedPairs:
         self,
         model: DiffusionModel,
         members: Sequence[int],
-        recipe: Recipe,
+        config: TrainingConfig,
         *,
         seed: int,
         numbers: Sequence[int],
@@ -96,7 +96,7 @@ class EncodedPairs:
             numbers: which to give. The same number is the same batch, noise included, whatever came before it.
             processes: who shares the batch.
         """
-        size, device = recipe.batch_size, model.device
+        size, device = config.batch_size, model.device
         queues = [(bucket, [one for one in members if one in bucket.rows]) for bucket in self.buckets]
         queues = [queue for queue in queues if queue[1]]
         places = list(islice(_taking_turns([len(mine) for _, mine in queues]), max(numbers, default=-1) + 1))
@@ -106,11 +106,11 @@ class EncodedPairs:
             sized = model.at_size(*bucket.size)
             order = (_nth(mine, at, seed=(seed, place)) for at in range(count * size, (count + 1) * size))
             noise_of = _generator(seed, _NOISE, number)
-            sigmas = _spread(sized.noising, recipe).levels(size, noise_of, within=recipe.sigmas)
+            sigmas = _spread(sized.noise_schedule, config).sample_sigmas(size, noise_of, within=config.sigmas)
             rows = [bucket.rows[one] for one in order]
             noise = torch.randn((size, *rows[0]["before"].shape), generator=noise_of)
             share = list(processes.share(range(size)))
-            at_once = recipe.at_once or size
+            at_once = config.at_once or size
             parts = [share[at : at + at_once] for at in range(0, len(share), at_once)]
             yield Turn(sized, [_batch([rows[at] for at in part], noise[part], sigmas[part], device) for part in parts])
 
@@ -146,15 +146,15 @@ def _generator(*words: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
-def _spread(noising: Noising, recipe: Recipe) -> Noising:
-    if not recipe.logit_normal:
-        return noising
-    if not isinstance(noising, FlowMatching):
+def _spread(noise_schedule: NoiseSchedule, config: TrainingConfig) -> NoiseSchedule:
+    if not config.logit_normal:
+        return noise_schedule
+    if not isinstance(noise_schedule, FlowMatching):
         raise ModelError(
-            f"logit_normal is for flow models, and this one has {type(noising).__name__}, whose noise levels are steps of "
+            f"logit_normal is for flow models, and this one has {type(noise_schedule).__name__}, whose noise levels are steps of "
             "a schedule. Leave it off."
         )
-    return replace(noising, logit_normal=True)
+    return replace(noise_schedule, logit_normal=True)
 
 
 def _batch(rows: Sequence[Row], noise: Tensor, sigmas: Tensor, device: torch.device) -> PairBatch:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from artaug.errors import InvalidValueError
 from artaug.training.model import Conditioning
-from artaug.training.noise_schedule import Latents, Levels, Noising
+from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 from artaug.training.objectives import Objective, PairBatch, PairedDifference, Student
 
 
@@ -72,11 +72,11 @@ class _Worn:
     scale: float
 
     @property
-    def noising(self) -> Noising:
-        return self.student.noising
+    def noise_schedule(self) -> NoiseSchedule:
+        return self.student.noise_schedule
 
-    def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
+    def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
         return self.student.predict(noisy, sigmas, conditioning, scale=scale * self.scale)
 
-    def teacher(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
+    def teacher(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         return self.student.teacher(noisy, sigmas, conditioning)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from artaug.errors import InvalidValueError
 from artaug.training.adapters import Adapter, PlainLoRA
 from artaug.training.objectives import Objective, PairedDifference
-from artaug.training.optimizers import AdamW, Optimiser, Schedule
+from artaug.training.optimizers import AdamW, Optimizer, Schedule
 
 ATTENTION = r"attn|attention"
 """Linear layers of attention, in every family."""
@@ -18,14 +18,14 @@ EVERY_LINEAR = r""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class TrainingConfig:
     """The settings of a `DifferentialLoRATrainer`."""
 
     rank: int = 16
     adapter: Adapter = field(default_factory=PlainLoRA)
     """What is trained beside each layer. Whatever it is, the result is an ordinary LoRA."""
     steps: int = 400
-    """Optimiser steps in all, over every stage and pair, so that objectives compare at equal cost."""
+    """Optimizer steps in all, over every stage and pair, so that objectives compare at equal cost."""
     batch_size: int = 4
     """Pairs a step, over all processes."""
     at_once: int | None = None
@@ -38,7 +38,7 @@ class Recipe:
     targets: str = ATTENTION_AND_MLP
     """Regular expression, searched for in the paths of linear layers, that says which of them learn."""
     objective: Objective = field(default_factory=PairedDifference)
-    optimiser: Optimiser = field(default_factory=AdamW)
+    optimizer: Optimizer = field(default_factory=AdamW)
     schedule: Schedule = Schedule.CONSTANT
     """How the learning rate goes on after the warmup."""
     warmup: float = 0.05
@@ -81,7 +81,7 @@ class Recipe:
             ) from None
 
     def _check_kinds(self) -> None:
-        kinds = {"adapter": Adapter, "objective": Objective, "optimiser": Optimiser, "schedule": Schedule}
+        kinds = {"adapter": Adapter, "objective": Objective, "optimiser": Optimizer, "schedule": Schedule}
         for name, kind in kinds.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise InvalidValueError(

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from artaug._internal.files import appearing, save_tensors
+from artaug._internal.files import atomic_write, save_tensors
 from artaug._internal.values import to_json
-from artaug.errors import NonFiniteError, SeamError, StorageError
+from artaug.errors import ContractError, NonFiniteError, StorageError
 from artaug.pairs import ImagePair
 from artaug.regional.coverage import coverage
 from artaug.training.distributed import Processes
@@ -37,7 +37,7 @@ def encoded_rows(
     Raises:
         ModelError: if the pictures are of a size the model does not take.
         NonFiniteError: if latents hold NaN or infinity, naming the prompt.
-        SeamError: if the model loses rows.
+        ContractError: if the model loses rows.
         StorageError: if the cache cannot be written.
     """
     if cache is None:
@@ -133,7 +133,7 @@ def _inside(pair: ImagePair) -> Tensor:
 def _check_rows(method: str, columns: Mapping[str, Tensor], count: int, what: str) -> None:
     wrong = {name: tuple(one.shape) for name, one in columns.items() if len(one) != count}
     if wrong:
-        raise SeamError(f"{method} returned {wrong} for {count} {what}. Expected one row each.")
+        raise ContractError(f"{method} returned {wrong} for {count} {what}. Expected one row each.")
 
 
 def _check_finite(row: Row, prompt: str) -> None:
@@ -147,5 +147,5 @@ def _check_finite(row: Row, prompt: str) -> None:
 
 def _write(path: Path, row: Row) -> None:
     remedy = "What the latent cache holds already is whole: make room and go on, or train without a cache."
-    with appearing(path, what="the encoded pair", remedy=remedy) as partial:
+    with atomic_write(path, what="the encoded pair", remedy=remedy) as partial:
         save_tensors(row, partial)

@@ -12,35 +12,35 @@ from artaug.errors import ModelError
 from artaug.pairs import ImagePair
 from artaug.synthesis import Synthesizer
 from artaug.training.batches import EncodedPairs, generator_for_start
-from artaug.training.config import Recipe
+from artaug.training.config import TrainingConfig
 from artaug.training.distributed import Processes
 from artaug.training.model import DiffusionModel, Trainable
-from artaug.training.optimizer_loop import Optimisation
-from artaug.training.phases import Leg
+from artaug.training.optimizer_loop import OptimizerLoop
+from artaug.training.phases import Phase
 from artaug.training.progress import Log
 from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.student import adapted
 from artaug.training.teacher_cache import Memory
-from artaug.training.validation import HeldOut, best
+from artaug.training.validation import Validation, best
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
     """One training: what it is made of, and who helps."""
 
-    recipe: Recipe
+    config: TrainingConfig
     pairs: Sequence[ImagePair]
     synthesizer: Trainable
-    legs: Sequence[Leg]
+    legs: Sequence[Phase]
     seeds: Sequence[int]
     """One a group."""
     processes: Processes
     log: Log
     checkpoints: Checkpoints | None
     made_of: dict[str, str]
-    held_out: HeldOut | None
+    validation: Validation | None
     cache: Path | None
-    look_seed: int
+    validation_seed: int
     """Of the held-out pictures."""
     _encoded: list[EncodedPairs] = field(default_factory=list)
     _memories: dict[int, Memory] = field(default_factory=dict)
@@ -48,8 +48,8 @@ class Run:
 
     def finished(self, state: TrainingState) -> TrainingState:
         """Go on from ``state`` to the end, or to where held-out pictures stop getting better."""
-        if self.held_out is not None and not state.base_scores:
-            scores, _ = self.held_out.scores(self._artist(), seed=self.look_seed)
+        if self.validation is not None and not state.base_scores:
+            scores, _ = self.validation.scores(self._artist(), seed=self.validation_seed)
             state = replace(state, base_scores=scores)
         while not self._done(state):
             stop = self._next_look(state.step)
@@ -58,26 +58,26 @@ class Run:
                     encoded = self._pairs_of(model)
                     learning.enter_context(model.without_encoders())  # which make room before the denoiser is back
                 state = self._walked(model, encoded, state, stop)
-            if self.held_out is not None:
-                state = self._looked(state, self.held_out)
+            if self.validation is not None:
+                state = self._looked(state, self.validation)
                 self._write(state)
         return state
 
     def _done(self, state: TrainingState) -> bool:
         if state.step < self.legs[-1].ends:
-            return self.held_out is not None and self.held_out.tired(state.looks)
-        return self.held_out is None or bool(state.looks and state.looks[-1].step == state.step)
+            return self.validation is not None and self.validation.tired(state.looks)
+        return self.validation is None or bool(state.looks and state.looks[-1].step == state.step)
 
     def _next_look(self, step: int) -> int:
         end = self.legs[-1].ends
-        if self.held_out is None or len(self.legs) > 1:
+        if self.validation is None or len(self.legs) > 1:
             return end
-        return min(end, step - step % self.held_out.every + self.held_out.every)
+        return min(end, step - step % self.validation.every + self.validation.every)
 
     def _pairs_of(self, model: DiffusionModel) -> EncodedPairs:
         """The pairs, encoded the first time they are asked for."""
         if not self._encoded:
-            at_once = self.recipe.at_once or self.recipe.batch_size
+            at_once = self.config.at_once or self.config.batch_size
             encoded = EncodedPairs.encode(
                 model, self.pairs, at_once=at_once, cache=self.cache, processes=self.processes
             )
@@ -94,43 +94,43 @@ class Run:
             self.log.rest()
             state = self._advanced(model, encoded, leg, state, stop, export=stop in {until, leg.ends})
             # A look that is due comes before the checkpoint: a kill in between would lose it, and what it chooses.
-            if stop < until or self.held_out is None:
+            if stop < until or self.validation is None:
                 self._write(state)
         return state
 
     def _advanced(
-        self, model: DiffusionModel, encoded: EncodedPairs, leg: Leg, state: TrainingState, stop: int, *, export: bool
+        self, model: DiffusionModel, encoded: EncodedPairs, leg: Phase, state: TrainingState, stop: int, *, export: bool
     ) -> TrainingState:
         """Take steps of one leg, on top of what the group's earlier legs have learned."""
-        recipe, seed = self.recipe, self.seeds[leg.group]
+        config, seed = self.config, self.seeds[leg.group]
         with ExitStack() as worn:
             for lora in state.under:
-                worn.enter_context(lora.worn_by(model.module))
+                worn.enter_context(lora.applied_to(model.module))
             student = worn.enter_context(
                 adapted(
                     model,
-                    rank=recipe.rank,
-                    targets=recipe.targets,
+                    rank=config.rank,
+                    targets=config.targets,
                     generator=generator_for_start(seed, leg.stage),
-                    adapter=recipe.adapter,
+                    adapter=config.adapter,
                     memory=self._memory_of(leg),
                 )
             )
-            worn.enter_context(_recomputing(model.module, wanted=recipe.gradient_checkpointing))
-            optimiser = recipe.optimiser.over(student.parameters(), learning_rate=recipe.learning_rate)
-            optimisation = Optimisation(student, optimiser, ema=recipe.ema)
+            worn.enter_context(_recomputing(model.module, wanted=config.gradient_checkpointing))
+            optimizer = config.optimizer.over(student.parameters(), learning_rate=config.learning_rate)
+            optimisation = OptimizerLoop(student, optimizer, ema=config.ema)
             if state.layers:
-                optimisation.resume(state.layers, state.average, state.optimiser)
+                optimisation.resume(state.layers, state.average, state.optimizer)
             losses = self._steps(optimisation, encoded, model, leg, range(state.step + 1, stop + 1))
             now = optimisation.captured(export=export)
         state = replace(state, step=stop, losses=(*state.losses, *losses))
         if stop == leg.ends and now.learned is not None:
             return state.past(now.learned, last=leg.last)
-        return replace(state, layers=now.layers, average=now.average, optimiser=now.optimiser, learned=now.learned)
+        return replace(state, layers=now.layers, average=now.average, optimizer=now.optimizer, learned=now.learned)
 
-    def _memory_of(self, leg: Leg) -> Memory | None:
+    def _memory_of(self, leg: Phase) -> Memory | None:
         """What the teacher has said in this leg, if batches come again: every leg has a teacher of its own."""
-        if self.recipe.echo == 1:
+        if self.config.echo == 1:
             return None
         if leg.begins not in self._memories:
             self._memories.clear()
@@ -138,27 +138,27 @@ class Run:
         return self._memories[leg.begins]
 
     def _steps(
-        self, optimisation: Optimisation, encoded: EncodedPairs, model: DiffusionModel, leg: Leg, steps: range
+        self, optimisation: OptimizerLoop, encoded: EncodedPairs, model: DiffusionModel, leg: Phase, steps: range
     ) -> list[float]:
-        recipe = self.recipe
+        config = self.config
         turns = encoded.turns(
             model,
             leg.members,
-            recipe,
+            config,
             seed=self.seeds[leg.group],
-            numbers=[leg.batch_at(step, echo=recipe.echo) for step in steps],
+            numbers=[leg.batch_at(step, echo=config.echo) for step in steps],
             processes=self.processes,
         )
         losses = []
         with torch.enable_grad():
             for step in steps:
-                rate = recipe.learning_rate_at(step - leg.begins, steps=leg.steps)
+                rate = config.learning_rate_at(step - leg.begins, steps=leg.steps)
                 done = optimisation.step(
                     next(turns),
                     leg.loss,
                     number=step,
                     learning_rate=rate,
-                    max_grad_norm=recipe.max_grad_norm,
+                    max_grad_norm=config.max_grad_norm,
                     processes=self.processes,
                 )
                 losses.append(done.loss)
@@ -167,14 +167,14 @@ class Run:
                     loss=done.loss,
                     gradient_norm=done.gradient_norm,
                     learning_rate=rate,
-                    pairs=recipe.batch_size,
+                    pairs=config.batch_size,
                 )
         return losses
 
-    def _looked(self, state: TrainingState, held_out: HeldOut) -> TrainingState:
-        """Look at what would be exported now, and keep it if nothing before was better."""
+    def _looked(self, state: TrainingState, validation: Validation) -> TrainingState:
+        """ValidationResult at what would be exported now, and keep it if nothing before was better."""
         lora, step = state.lora(), state.step
-        found = held_out.looks(lora, self._artist(), state.base_scores, step=step, seed=self.look_seed)
+        found = validation.looks(lora, self._artist(), state.base_scores, step=step, seed=self.validation_seed)
         looks = (*state.looks, *found)
         return replace(state, looks=looks, best=lora if best(looks).step == step else state.best)
 
@@ -182,7 +182,7 @@ class Run:
         if not isinstance(self.synthesizer, Synthesizer):
             raise ModelError(
                 f"held-out pictures were asked for, and {type(self.synthesizer).__name__} draws none. "
-                "Give train an artaug.Synthesizer, or leave held_out out."
+                "Give train an artaug.Synthesizer, or leave validation out."
             )
         return self.synthesizer
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug.training.noise_schedule import Latents, Levels, Noising
+from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
 """Encoded prompts, by the model's own names; the first axis of every tensor counts the prompts."""
@@ -26,14 +26,14 @@ class Predictor(Protocol):
         """The denoiser: it takes the adapters, and is frozen otherwise."""
 
     @property
-    def noising(self) -> Noising:
+    def noise_schedule(self) -> NoiseSchedule:
         """How the model's pictures are noised, and what the denoiser predicts."""
 
     @property
     def device(self) -> torch.device:
         """Where the denoiser computes."""
 
-    def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
+    def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         """The denoiser's output for noisy latents at noise levels ``sigmas`` (batch,) in [0, 1]."""
 
 
@@ -74,7 +74,7 @@ class Trainable(Protocol):
     """Something that lends its model to a trainer: a `DiffusersSynthesizer`, for instance."""
 
     @property
-    def known_as(self) -> str:
+    def fingerprint(self) -> str:
         """What decides its model's predictions beside its weights (LoRAs worn, guidance), the same in every process."""
 
     def training(self) -> AbstractContextManager[DiffusionModel]:

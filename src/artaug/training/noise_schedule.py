@@ -16,32 +16,34 @@ from artaug.errors import InvalidValueError
 
 Latents: TypeAlias = Float[Tensor, " batch *latent"]
 """Latents, noise or predictions: one row a picture."""
-Levels: TypeAlias = Float[Tensor, " batch"]
+Sigmas: TypeAlias = Float[Tensor, " batch"]
 """Noise levels in [0, 1]: one a picture."""
 
-EVERY_LEVEL = (0.0, 1.0)
+ALL_SIGMAS = (0.0, 1.0)
 
 
-class Noising(Protocol):
+class NoiseSchedule(Protocol):
     """The prediction type of a model: `FlowMatching`, `EpsilonPrediction` or `VPrediction`."""
 
-    def levels(self, count: int, generator: torch.Generator, *, within: tuple[float, float] = EVERY_LEVEL) -> Levels:
+    def sample_sigmas(
+        self, count: int, generator: torch.Generator, *, within: tuple[float, float] = ALL_SIGMAS
+    ) -> Sigmas:
         """Draw noise levels to train at: float32 on the CPU, shape (count,), in (0, 1] and in ``within``.
 
         Raises:
             InvalidValueError: if the model has no noise level in ``within``.
         """
 
-    def mix(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
+    def add_noise(self, clean: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
         """Noise clean latents."""
 
-    def target(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
-        """What the denoiser should predict for ``mix(clean, noise, sigmas)``."""
+    def target(self, clean: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
+        """What the denoiser should predict for ``add_noise(clean, noise, sigmas)``."""
 
-    def clean(self, noisy: Latents, prediction: Latents, sigmas: Levels) -> Latents:
+    def predict_x0(self, noisy: Latents, prediction: Latents, sigmas: Sigmas) -> Latents:
         """The clean latents a prediction stands for."""
 
-    def paired_target(self, prediction: Latents, difference: Latents, sigmas: Levels) -> Latents:
+    def paired_target(self, prediction: Latents, difference: Latents, sigmas: Sigmas) -> Latents:
         """What to predict at the noisy *after* latents, so that the clean estimate moves by exactly ``difference``.
 
         Args:
@@ -55,7 +57,7 @@ class Noising(Protocol):
 class FlowMatching:
     """Rectified flow, as in FLUX and SD3: ``z = (1 - sigma) x + sigma noise``, and the denoiser predicts ``noise - x``.
 
-    Levels are drawn uniformly or logit-normally (arXiv 2403.03206, section 3.1, with location 0 and scale 1), then shifted
+    Sigmas are drawn uniformly or logit-normally (arXiv 2403.03206, section 3.1, with location 0 and scale 1), then shifted
     as for pictures of this size (there, "resolution-dependent shifting"), then stretched to where the sampler ends. Drawn
     uniformly, they are where a sampler of many steps looks, each as often; a shifted logit-normal level has a normal
     logit with mean ``log(shift)``, which is how SD3 itself was trained.
@@ -66,7 +68,7 @@ class FlowMatching:
     >>> import torch
     >>> from artaug.training import FlowMatching
     >>> clean, noise, sigmas = torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([0.25])
-    >>> FlowMatching().mix(clean, noise, sigmas), FlowMatching().target(clean, noise, sigmas)
+    >>> FlowMatching().add_noise(clean, noise, sigmas), FlowMatching().target(clean, noise, sigmas)
     (tensor([[0.2500, 0.2500]]), tensor([[1., 1.]]))
     """
 
@@ -87,7 +89,9 @@ class FlowMatching:
                 f"FlowMatching(terminal={self.terminal}): need a noise level in [0, 1); 0 leaves levels be."
             )
 
-    def levels(self, count: int, generator: torch.Generator, *, within: tuple[float, float] = EVERY_LEVEL) -> Levels:
+    def sample_sigmas(
+        self, count: int, generator: torch.Generator, *, within: tuple[float, float] = ALL_SIGMAS
+    ) -> Sigmas:
         low, high = _checked(within)
         if high <= self.terminal:
             raise InvalidValueError(
@@ -103,17 +107,17 @@ class FlowMatching:
         shifted = self.shift * unshifted / (1 + (self.shift - 1) * unshifted)
         return (1 - (1 - self.terminal) * (1 - shifted)).clamp(low, high).float()
 
-    def mix(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
+    def add_noise(self, clean: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
         sigma = _rows(sigmas, clean)
         return (1 - sigma) * clean + sigma * noise
 
-    def target(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
+    def target(self, clean: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
         return noise - clean
 
-    def clean(self, noisy: Latents, prediction: Latents, sigmas: Levels) -> Latents:
+    def predict_x0(self, noisy: Latents, prediction: Latents, sigmas: Sigmas) -> Latents:
         return noisy - _rows(sigmas, noisy) * prediction
 
-    def paired_target(self, prediction: Latents, difference: Latents, sigmas: Levels) -> Latents:
+    def paired_target(self, prediction: Latents, difference: Latents, sigmas: Sigmas) -> Latents:
         return prediction - difference
 
 
@@ -138,7 +142,9 @@ class _VariancePreserving:
         if not (0 < self.beta_start <= self.beta_end < 1 and self.timesteps >= 1):
             raise InvalidValueError(f"{self}: need 0 < beta_start <= beta_end < 1 and at least one timestep.")
 
-    def levels(self, count: int, generator: torch.Generator, *, within: tuple[float, float] = EVERY_LEVEL) -> Levels:
+    def sample_sigmas(
+        self, count: int, generator: torch.Generator, *, within: tuple[float, float] = ALL_SIGMAS
+    ) -> Sigmas:
         low, high = _checked(within)
         known = (1 - self._alphas_of_timesteps() ** 2).sqrt()
         eligible = known[(known >= low) & (known <= high)]
@@ -148,7 +154,7 @@ class _VariancePreserving:
             )
         return eligible[torch.randint(len(eligible), (count,), generator=generator)].float()
 
-    def mix(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
+    def add_noise(self, clean: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
         return _alphas(sigmas, clean) * clean + _rows(sigmas, clean) * noise
 
     def _alphas_of_timesteps(self) -> Tensor:
@@ -171,13 +177,13 @@ class EpsilonPrediction(_VariancePreserving):
     tensor([[1., 1.]])
     """
 
-    def target(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
+    def target(self, clean: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
         return noise
 
-    def clean(self, noisy: Latents, prediction: Latents, sigmas: Levels) -> Latents:
+    def predict_x0(self, noisy: Latents, prediction: Latents, sigmas: Sigmas) -> Latents:
         return (noisy - _rows(sigmas, noisy) * prediction) / _alphas(sigmas, noisy)
 
-    def paired_target(self, prediction: Latents, difference: Latents, sigmas: Levels) -> Latents:
+    def paired_target(self, prediction: Latents, difference: Latents, sigmas: Sigmas) -> Latents:
         return prediction
 
 
@@ -200,13 +206,13 @@ class VPrediction(_VariancePreserving):
     """Whether the last timestep is noise and nothing else: alphas are rescaled to end at 0 (arXiv 2305.08891, algorithm
     1). No such thing for `EpsilonPrediction`: of pure noise, the noise says nothing about a picture."""
 
-    def target(self, clean: Latents, noise: Latents, sigmas: Levels) -> Latents:
+    def target(self, clean: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
         return _alphas(sigmas, clean) * noise - _rows(sigmas, clean) * clean
 
-    def clean(self, noisy: Latents, prediction: Latents, sigmas: Levels) -> Latents:
+    def predict_x0(self, noisy: Latents, prediction: Latents, sigmas: Sigmas) -> Latents:
         return _alphas(sigmas, noisy) * noisy - _rows(sigmas, noisy) * prediction
 
-    def paired_target(self, prediction: Latents, difference: Latents, sigmas: Levels) -> Latents:
+    def paired_target(self, prediction: Latents, difference: Latents, sigmas: Sigmas) -> Latents:
         return prediction - _rows(sigmas, prediction) * difference
 
     def _alphas_of_timesteps(self) -> Tensor:
@@ -225,13 +231,13 @@ def _alphas(sigmas: Tensor, like: Tensor) -> Tensor:
     return (1 - _rows(sigmas, like) ** 2).sqrt()
 
 
-def _betas(noising: _VariancePreserving) -> Tensor:
+def _betas(noise_schedule: _VariancePreserving) -> Tensor:
     """The variance of the noise that each timestep adds, as diffusers' schedulers make it."""
-    count = noising.timesteps
-    if noising.schedule == "linear":
-        return torch.linspace(noising.beta_start, noising.beta_end, count, dtype=torch.float64)
-    if noising.schedule == "scaled_linear":
-        ends = math.sqrt(noising.beta_start), math.sqrt(noising.beta_end)
+    count = noise_schedule.timesteps
+    if noise_schedule.schedule == "linear":
+        return torch.linspace(noise_schedule.beta_start, noise_schedule.beta_end, count, dtype=torch.float64)
+    if noise_schedule.schedule == "scaled_linear":
+        ends = math.sqrt(noise_schedule.beta_start), math.sqrt(noise_schedule.beta_end)
         return torch.linspace(*ends, count, dtype=torch.float64) ** 2
     times = torch.arange(count + 1, dtype=torch.float64) / count  # arXiv 2102.09672, eq. 17
     left = torch.cos((times + 0.008) / 1.008 * (math.pi / 2)) ** 2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from artaug.errors import InvalidValueError
 from artaug.training.model import Conditioning
-from artaug.training.noise_schedule import Latents, Levels, Noising
+from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 
 Weights: TypeAlias = Float[Tensor, "..."]
 """A number for every latent, of a shape that broadcasts to theirs."""
@@ -29,7 +29,7 @@ class PairBatch:
     """Their prompts, encoded."""
     noise: Latents
     """Standard normal, same shape as the latents: one draw a pair."""
-    sigmas: Levels
+    sigmas: Sigmas
     """Noise levels: shape (batch,), in (0, 1]."""
     inside: Weights | None = None
     """How much of every latent lies in the plan's regions, in [0, 1], broadcastable to the latents' shape; None:
@@ -44,17 +44,17 @@ class Student(Protocol):
     """The model in training, as an objective sees it."""
 
     @property
-    def noising(self) -> Noising:
+    def noise_schedule(self) -> NoiseSchedule:
         """How the model's pictures are noised, and what it predicts."""
 
-    def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
+    def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
         """The prediction with the LoRA that is being trained, ``scale`` times: float32, with gradient.
 
         The gradient is that of the LoRA at that scale, also where the forward pass is computed again in the backward
         pass (gradient checkpointing), and predictions at several scales may be parts of one loss.
         """
 
-    def teacher(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
+    def teacher(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         """The prediction without it, LoRAs of earlier rounds included: float32, without gradient."""
 
 
@@ -72,7 +72,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingPlan:
     """How a training proceeds: which pairs are learned together, and in which stages.
 
     Every group of pairs goes through all stages. What an earlier stage has learned is worn, frozen, while the later
@@ -87,7 +87,7 @@ class Course:
     def __post_init__(self) -> None:
         if not (self.groups and all(self.groups) and self.stages and all(stage.share > 0 for stage in self.stages)):
             raise InvalidValueError(
-                f"a Course needs at least one group, no empty group, and at least one stage with a share above 0, "
+                f"a TrainingPlan needs at least one group, no empty group, and at least one stage with a share above 0, "
                 f"received {len(self.groups)} group(s) and shares {[stage.share for stage in self.stages]}."
             )
 
@@ -99,8 +99,8 @@ class Objective(ABC):
     >>> from torch.nn.functional import l1_loss
     >>> class Imitation(aa.Objective):
     ...     def loss(self, model, batch):
-    ...         noisy = model.noising.mix(batch.after, batch.noise, batch.sigmas)
-    ...         target = model.noising.target(batch.after, batch.noise, batch.sigmas)
+    ...         noisy = model.noise_schedule.add_noise(batch.after, batch.noise, batch.sigmas)
+    ...         target = model.noise_schedule.target(batch.after, batch.noise, batch.sigmas)
     ...         return l1_loss(model.predict(noisy, batch.sigmas, batch.conditioning), target)
     """
 
@@ -108,9 +108,9 @@ class Objective(ABC):
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         """The loss of one step, a scalar."""
 
-    def course(self, pairs: int) -> Course:
+    def course(self, pairs: int) -> TrainingPlan:
         """How a training on this many pairs proceeds; unless overridden, all of them together in one stage."""
-        return Course((tuple(range(pairs)),), (Stage(self.loss),))
+        return TrainingPlan((tuple(range(pairs)),), (Stage(self.loss),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +151,10 @@ class PairedDifference(Objective):
         clean = batch.after
         if self.composite and batch.inside is not None:
             clean = batch.before + batch.inside * (batch.after - batch.before)
-        before = model.noising.mix(batch.before, batch.noise, batch.sigmas)
-        after = model.noising.mix(clean, batch.noise, batch.sigmas)
+        before = model.noise_schedule.add_noise(batch.before, batch.noise, batch.sigmas)
+        after = model.noise_schedule.add_noise(clean, batch.noise, batch.sigmas)
         teacher = model.teacher(before, batch.sigmas, batch.conditioning)
-        target = model.noising.paired_target(teacher, clean - batch.before, batch.sigmas)
+        target = model.noise_schedule.paired_target(teacher, clean - batch.before, batch.sigmas)
         learned = model.predict(after, batch.sigmas, batch.conditioning)
         return squared_errors(learned, target, weights=batch.weights(self.outside)).mean()
 
@@ -207,13 +207,13 @@ class TwoStage(Objective):
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         return _fine_tuning(model, batch, batch.after)
 
-    def course(self, pairs: int) -> Course:
+    def course(self, pairs: int) -> TrainingPlan:
         together = tuple(range(pairs))
         groups = tuple((number,) for number in together) if self.per_pair else (together,)
-        return Course(groups, (Stage(_copying, self.copying), Stage(self.loss, 1 - self.copying)))
+        return TrainingPlan(groups, (Stage(_copying, self.copying), Stage(self.loss, 1 - self.copying)))
 
 
-def squared_errors(prediction: Latents, target: Latents, *, weights: Weights | None = None) -> Levels:
+def squared_errors(prediction: Latents, target: Latents, *, weights: Weights | None = None) -> Sigmas:
     """Mean squared errors, one a row; each latent's error counts its weight, and the mean is over all latents."""
     errors = (prediction - target).square()
     return (errors if weights is None else weights * errors).flatten(1).mean(1)
@@ -237,7 +237,7 @@ def _copying(model: Student, batch: PairBatch) -> Tensor:
 
 
 def _fine_tuning(model: Student, batch: PairBatch, clean: Latents, *, outside: float = 1.0) -> Tensor:
-    noisy = model.noising.mix(clean, batch.noise, batch.sigmas)
-    target = model.noising.target(clean, batch.noise, batch.sigmas)
+    noisy = model.noise_schedule.add_noise(clean, batch.noise, batch.sigmas)
+    target = model.noise_schedule.target(clean, batch.noise, batch.sigmas)
     learned = model.predict(noisy, batch.sigmas, batch.conditioning)
     return squared_errors(learned, target, weights=batch.weights(outside)).mean()

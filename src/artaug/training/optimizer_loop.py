@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from artaug.errors import SeamError, TrainingDivergedError
+from artaug.errors import ContractError, TrainingDivergedError
 from artaug.lora.lora import LoRA
 from artaug.training.adapters import Parts
 from artaug.training.batches import Turn
@@ -32,27 +32,27 @@ class Captured:
     """What is learned."""
     average: Mapping[str, Parts]
     """Its moving average, if one is kept."""
-    optimiser: Nested
+    optimizer: Nested
     """The optimiser's ``state_dict``."""
     learned: LoRA | None
     """What would be exported now."""
 
 
-class Optimisation:
+class OptimizerLoop:
     """A student on its way, its optimiser, and the moving average of what it learns if one is kept."""
 
-    def __init__(self, student: AdaptedModel, optimiser: torch.optim.Optimizer, *, ema: float | None) -> None:
+    def __init__(self, student: AdaptedModel, optimizer: torch.optim.Optimizer, *, ema: float | None) -> None:
         self._student = student
         self._factors = student.parameters()
-        self._optimiser = optimiser
+        self._optimiser = optimizer
         self._decay = ema
         self._average = None if ema is None else [one.detach().clone() for one in self._factors]
         self._switch("train")
 
-    def resume(self, layers: Mapping[str, Parts], average: Mapping[str, Parts], optimiser: Nested) -> None:
+    def resume(self, layers: Mapping[str, Parts], average: Mapping[str, Parts], optimizer: Nested) -> None:
         """Stand where `captured` was taken."""
         self._student.put(layers)
-        self._optimiser.load_state_dict(optimiser)
+        self._optimiser.load_state_dict(optimizer)
         if self._average is not None:
             kept = (average[name][part] for name, parts in self._student.trained.items() for part in parts)
             for mine, one in zip(self._average, kept, strict=True):
@@ -71,7 +71,7 @@ class Optimisation:
         """Take one step on one batch.
 
         Raises:
-            SeamError: if the objective returned no loss.
+            ContractError: if the objective returned no loss.
             TrainingDivergedError: if the loss or its gradient is not finite; the step is not taken then.
         """
         for group in self._optimiser.param_groups:
@@ -126,7 +126,7 @@ class Optimisation:
 def _checked(loss: Tensor) -> Tensor:
     """The loss, if an optimiser can do something with it."""
     if loss.ndim != 0 or not loss.requires_grad:
-        raise SeamError(
+        raise ContractError(
             f"the objective returned a loss of shape {tuple(loss.shape)}, "
             f"{'with' if loss.requires_grad else 'without'} gradient. Expected a scalar made from model.predict."
         )

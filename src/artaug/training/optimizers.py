@@ -12,11 +12,11 @@ from torch import nn
 from artaug.errors import InvalidValueError, MissingExtraError
 
 
-class Optimiser(ABC):
+class Optimizer(ABC):
     """Makes the torch optimiser that trains a stage's factors. Subclass it for one that is not here.
 
     >>> import artaug as aa, torch
-    >>> class Momentum(aa.Optimiser):
+    >>> class Momentum(aa.Optimizer):
     ...     def over(self, factors, *, learning_rate):
     ...         return torch.optim.SGD(factors, lr=learning_rate, momentum=0.9)
     """
@@ -27,7 +27,7 @@ class Optimiser(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveMoments(Optimiser):
+class AdaptiveMoments(Optimizer):
     """What Adam and its kin have in common.
 
     Raises:
@@ -63,7 +63,7 @@ class AdamW8bit(AdaptiveMoments):
         try:
             from bitsandbytes import optim  # noqa: PLC0415 - an extra
         except ImportError:
-            raise MissingExtraError("AdamW8bit", package="bitsandbytes", extra="optimisers") from None
+            raise MissingExtraError("AdamW8bit", package="bitsandbytes", extra="optimizers") from None
         made: torch.optim.Optimizer = optim.AdamW8bit(
             factors, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas
         )
@@ -90,7 +90,7 @@ class Prodigy(AdaptiveMoments):
         try:
             from prodigyopt import Prodigy as Theirs  # noqa: PLC0415 - an extra
         except ImportError:
-            raise MissingExtraError("Prodigy", package="prodigyopt", extra="optimisers") from None
+            raise MissingExtraError("Prodigy", package="prodigyopt", extra="optimizers") from None
         made: torch.optim.Optimizer = Theirs(
             factors,
             lr=learning_rate,
@@ -113,7 +113,7 @@ class ScheduleFree(AdaptiveMoments):
         try:
             from schedulefree import AdamWScheduleFree  # noqa: PLC0415 - an extra
         except ImportError:
-            raise MissingExtraError("ScheduleFree", package="schedulefree", extra="optimisers") from None
+            raise MissingExtraError("ScheduleFree", package="schedulefree", extra="optimizers") from None
         made: torch.optim.Optimizer = AdamWScheduleFree(
             factors, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas, foreach=False
         )

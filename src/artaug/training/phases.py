@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from artaug.errors import InvalidValueError
-from artaug.training.objectives import Course, Loss, Objective
+from artaug.training.objectives import Loss, Objective, TrainingPlan
 
 
 @dataclass(frozen=True)
-class Leg:
+class Phase:
     """One stage of one group of pairs."""
 
     group: int
@@ -37,7 +37,7 @@ class Leg:
         return self.begins - self.group_begins + (step - 1 - self.begins) % distinct
 
 
-def legs_of(course: Course, steps: int, objective: Objective) -> Sequence[Leg]:
+def phases_of(course: TrainingPlan, steps: int, objective: Objective) -> Sequence[Phase]:
     """Share all steps among groups and their stages, whole steps each; they add up to ``steps``.
 
     Raises:
@@ -53,7 +53,7 @@ def legs_of(course: Course, steps: int, objective: Objective) -> Sequence[Leg]:
         )
     width = len(course.stages)
     return [
-        Leg(
+        Phase(
             group=place // width,
             members=course.groups[place // width],
             stage=place % width,

@@ -62,8 +62,8 @@ class DirectPreference(Objective):
 
     def _gain(self, model: Student, batch: PairBatch, clean: Latents) -> tuple[Tensor, Tensor]:
         """By how much the student's error is below the teacher's, and how far the two are apart: one number a row."""
-        noisy = model.noising.mix(clean, batch.noise, batch.sigmas)
-        target = model.noising.target(clean, batch.noise, batch.sigmas)
+        noisy = model.noise_schedule.add_noise(clean, batch.noise, batch.sigmas)
+        target = model.noise_schedule.target(clean, batch.noise, batch.sigmas)
         teacher = model.teacher(noisy, batch.sigmas, batch.conditioning)
         learned = model.predict(noisy, batch.sigmas, batch.conditioning)
         weights = batch.weights(self.outside)

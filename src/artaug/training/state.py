@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from artaug._internal.files import appearing, save_tensors
+from artaug._internal.files import atomic_write, save_tensors
 from artaug.errors import InvalidValueError, StorageError
 from artaug.lora.lora import LoRA, LowRank, summed
 from artaug.training.adapters import Parts
-from artaug.training.validation import Look, as_json
+from artaug.training.validation import ValidationResult, as_json
 
 _VERSION = "2"
 _HELD = "__tensor__"
@@ -32,7 +32,7 @@ class TrainingState:
     """A training after so many steps."""
 
     step: int = 0
-    """Optimiser steps behind it."""
+    """Optimizer steps behind it."""
     losses: tuple[float, ...] = ()
     """Of those steps."""
     finished: tuple[LoRA, ...] = ()
@@ -43,11 +43,11 @@ class TrainingState:
     """What the stage under way is learning, by layer; none where a stage is about to begin."""
     average: Mapping[str, Parts] = field(default_factory=dict)
     """Its moving average, if one is kept."""
-    optimiser: Nested = None
+    optimizer: Nested = None
     """The optimiser's ``state_dict``."""
     base_scores: tuple[float, ...] = ()
     """Of the held-out pictures drawn without what is learned, if they are looked at."""
-    looks: tuple[Look, ...] = ()
+    looks: tuple[ValidationResult, ...] = ()
     best: LoRA | None = None
     """The LoRA of the best look."""
     learned: LoRA | None = None
@@ -55,7 +55,7 @@ class TrainingState:
 
     def past(self, lora: LoRA, *, last: bool) -> "TrainingState":
         """The state after a leg that learned ``lora``, which was the last of its group or not."""
-        between = replace(self, layers={}, average={}, optimiser=None, learned=None)
+        between = replace(self, layers={}, average={}, optimizer=None, learned=None)
         if last:
             return replace(between, finished=(*self.finished, lora), under=())
         return replace(between, under=(*self.under, lora))
@@ -88,12 +88,12 @@ class TrainingState:
             "version": _VERSION,
             "step": str(self.step),
             "looks": json.dumps([as_json(look) for look in self.looks]),
-            "optimiser": json.dumps(_without_tensors(self.optimiser, "optimiser", tensors)),
+            "optimiser": json.dumps(_without_tensors(self.optimizer, "optimiser", tensors)),
         }
         remedy = (
             "Those before it are whole: make room and call train again with the same arguments to go on from the last."
         )
-        with appearing(path, what="the checkpoint", remedy=remedy, durable=True) as partial:
+        with atomic_write(path, what="the checkpoint", remedy=remedy, durable=True) as partial:
             save_tensors(tensors, partial, {**header, **made_of})
 
     @classmethod
@@ -128,9 +128,9 @@ class TrainingState:
             layers=_by_layer(tensors, "layers"),
             average=_by_layer(tensors, "average"),
             base_scores=tuple(tensors.pop("base_scores").tolist()),
-            looks=tuple(Look(**look) for look in json.loads(header["looks"])),
+            looks=tuple(ValidationResult(**look) for look in json.loads(header["looks"])),
             best=LoRA(layers) if (layers := _layers(tensors, "best")) else None,
-            optimiser=_with_tensors(json.loads(header["optimiser"]), tensors),
+            optimizer=_with_tensors(json.loads(header["optimiser"]), tensors),
         )
 
 

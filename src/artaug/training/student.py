@@ -13,11 +13,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from artaug.errors import LoRAMismatchError, ModelError, SeamError
+from artaug.errors import ContractError, LoRAMismatchError, ModelError
 from artaug.lora.lora import LoRA
 from artaug.training.adapters import Adapter, Parts, PlainLoRA, Weights
 from artaug.training.model import Conditioning, Predictor
-from artaug.training.noise_schedule import Latents, Levels, Noising
+from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 from artaug.training.quantized import check_gradients, check_readable, set_to_learn
 from artaug.training.scaling import scaled_in_backward
 from artaug.training.teacher_cache import Memory
@@ -58,11 +58,11 @@ class AdaptedModel:
     """What the teacher has said, if batches come again."""
 
     @property
-    def noising(self) -> Noising:
+    def noise_schedule(self) -> NoiseSchedule:
         """How the model's pictures are noised, and what it predicts."""
-        return self.model.noising
+        return self.model.noise_schedule
 
-    def predict(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
+    def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
         """The prediction with the update, ``scale`` times: float32, with gradient.
 
         Raises:
@@ -85,7 +85,7 @@ class AdaptedModel:
         for layer in self.wrapped.values():
             layer.set_scale(_NAME, scale)
 
-    def teacher(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
+    def teacher(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         """The prediction without it: float32, without gradient."""
         if self.memory is None:
             return self._taught(noisy, sigmas, conditioning).float()
@@ -93,7 +93,7 @@ class AdaptedModel:
         return self.memory.answer(asked, lambda: self._taught(noisy, sigmas, conditioning)).float()
 
     @torch.no_grad()
-    def _taught(self, noisy: Latents, sigmas: Levels, conditioning: Conditioning) -> Latents:
+    def _taught(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         for layer in self.wrapped.values():
             layer.enable_adapters(enabled=False)
         try:
@@ -255,7 +255,9 @@ def _begun(
     factors = adapter.factors(base.in_features, base.out_features, rank, generator)
     if not all(hasattr(one, "weight") for one in (factors if adapter.directional else factors[:1])):
         kinds = " and ".join(type(one).__name__ for one in factors)
-        raise SeamError(f"{type(adapter).__name__}.factors returned {kinds}, and PEFT asks for their weight: need one.")
+        raise ContractError(
+            f"{type(adapter).__name__}.factors returned {kinds}, and PEFT asks for their weight: need one."
+        )
     down, up = (one.to(device if waits else stored) for one in factors)
     layer.lora_A[_NAME], layer.lora_B[_NAME] = down, up
     layer.cast_input_dtype_enabled = adapter.directional  # lengths of rows are no numbers for sixteen bits

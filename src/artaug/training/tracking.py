@@ -11,7 +11,7 @@ import numpy as np
 
 from artaug.errors import InvalidValueError, MissingExtraError
 from artaug.training.progress import StepEvent
-from artaug.training.validation import Look
+from artaug.training.validation import ValidationResult
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Tracker:
         }
         self._theirs.log(told, step=event.step)
 
-    def look(self, look: Look) -> None:
-        """Log a look at held-out pictures, pictures included: give it to `HeldOut` as ``watch``."""
-        at = f"held_out/strength_{look.strength:g}"
+    def look(self, look: ValidationResult) -> None:
+        """Log a look at held-out pictures, pictures included: give it to `Validation` as ``watch``."""
+        at = f"validation/strength_{look.strength:g}"
         self._theirs.log({f"{at}/win_rate": look.win_rate, f"{at}/gain": look.gain}, step=look.step)
         if look.pictures and hasattr(self._theirs, "log_images"):
             pictures = np.stack([np.asarray(one.convert("RGB")) for one in look.pictures])

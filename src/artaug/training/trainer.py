@@ -15,17 +15,17 @@ from artaug.errors import InvalidValueError, NothingToLearnError
 from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair
 from artaug.synthesis import picture_seeds
-from artaug.training.config import Recipe
+from artaug.training.config import TrainingConfig
 from artaug.training.distributed import Processes
 from artaug.training.encoding import content_digest
 from artaug.training.loop import Run
 from artaug.training.model import Trainable
-from artaug.training.phases import Leg, legs_of
+from artaug.training.phases import Phase, phases_of
 from artaug.training.progress import Log, StepEvent
 from artaug.training.quantized import is_foreign
 from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.student import learning_layers
-from artaug.training.validation import HeldOut, Look, best
+from artaug.training.validation import Validation, ValidationResult, best
 
 _log = logging.getLogger(__name__)
 _SMALL = 4096
@@ -46,17 +46,17 @@ class Training:
     """How many were taken: all, unless held-out pictures stopped getting better before."""
     seconds: float
     """Wall-clock time, encoding included; of the last run only, if it was resumed."""
-    looks: tuple[Look, ...] = ()
+    looks: tuple[ValidationResult, ...] = ()
     """What held-out pictures said, if they were looked at."""
 
     @property
-    def chosen(self) -> Look | None:
+    def chosen(self) -> ValidationResult | None:
         """The look whose step and strength ``lora`` has, if held-out pictures chose it."""
         return best(self.looks) if self.looks else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class DifferentialLoRATrainer(Recipe):
+class DifferentialLoRATrainer(TrainingConfig):
     """Trains a LoRA on what separates the pictures of pairs.
 
     All pairs are learned jointly unless the objective says otherwise. Factors are float32, whatever the model's own
@@ -79,7 +79,7 @@ class DifferentialLoRATrainer(Recipe):
         *,
         seed: int,
         checkpoints: Checkpoints | None = None,
-        held_out: HeldOut | None = None,
+        validation: Validation | None = None,
         cache: str | Path | None = None,
         on_step: Callable[[StepEvent], None] | None = None,
         progress: bool = True,
@@ -91,7 +91,7 @@ class DifferentialLoRATrainer(Recipe):
             synthesizer: lends the model; LoRAs it draws with are part of the teacher and stay as they are.
             seed: decides the start, the order of the pairs, and the noise.
             checkpoints: where to write down where the training stands; if it was there before, it goes on from there.
-            held_out: chooses the step and strength by pictures; without it the last step counts, at strength 1.
+            validation: chooses the step and strength by pictures; without it the last step counts, at strength 1.
             cache: folder for latents and encoded prompts, named by content and shared by any trainings; without it they
                 are held in memory.
             on_step: called after every step; an exception it raises ends the training.
@@ -101,7 +101,7 @@ class DifferentialLoRATrainer(Recipe):
             NothingToLearnError: if there is no pair.
             InvalidValueError: if there are fewer steps than the objective needs for this many pairs, or a batch cannot
                 be shared equally by all processes.
-            ModelError: if the pictures are of a size the model does not take, ``held_out`` is given and the synthesizer
+            ModelError: if the pictures are of a size the model does not take, ``validation`` is given and the synthesizer
                 draws no pictures, or the model is loaded in a way that the adapter cannot learn on.
             LoRAMismatchError: if ``targets`` selects no layer.
             StorageError: if a checkpoint cannot be written or belongs to another training, or the cache cannot be written.
@@ -112,21 +112,21 @@ class DifferentialLoRATrainer(Recipe):
                 "received 0 pairs, and training needs at least one. Ask for more prompts, or loosen the filter."
             )
         course = self.objective.course(len(pairs))
-        legs = legs_of(course, self.steps, self.objective)
-        *seeds, look_seed = picture_seeds(seed, len(course.groups) + 1)
+        legs = phases_of(course, self.steps, self.objective)
+        *seeds, validation_seed = picture_seeds(seed, len(course.groups) + 1)
         processes = _sharing(self.batch_size)
         with synthesizer.training() as model:
             learning_layers(
                 model.module, self.targets, self.adapter, model.device
             )  # or say so before anything is encoded
-            named = f"{_known_as(model.module)} {synthesizer.known_as}".rstrip()
-            made_of = {**self._made_of(pairs, seed, held_out), "model": named}
+            named = f"{_known_as(model.module)} {synthesizer.fingerprint}".rstrip()
+            made_of = {**self._made_of(pairs, seed, validation), "model": named}
         _warn_of_unseen(legs, self)
         found = None if checkpoints is None else checkpoints.newest(made_of=made_of)
         state = TrainingState() if found is None else found
         with Log(self.steps, on_step, begun=state.step, shown=progress and processes.first) as log:
             state = Run(
-                recipe=self,
+                config=self,
                 pairs=pairs,
                 synthesizer=synthesizer,
                 legs=legs,
@@ -135,9 +135,9 @@ class DifferentialLoRATrainer(Recipe):
                 log=log,
                 checkpoints=checkpoints,
                 made_of=made_of,
-                held_out=held_out,
+                validation=validation,
                 cache=None if cache is None else Path(cache),
-                look_seed=look_seed,
+                validation_seed=validation_seed,
             ).finished(state)
         return Training(
             lora=state.lora() if state.best is None else state.best.scaled(best(state.looks).strength),
@@ -148,7 +148,7 @@ class DifferentialLoRATrainer(Recipe):
             looks=state.looks,
         )
 
-    def _made_of(self, pairs: Sequence[ImagePair], seed: int, held_out: HeldOut | None) -> dict[str, str]:
+    def _made_of(self, pairs: Sequence[ImagePair], seed: int, validation: Validation | None) -> dict[str, str]:
         """What decides the result, by name: a training is resumed only by one made of the same."""
         data = sha256("".join(content_digest(pair) for pair in pairs).encode()).hexdigest()
         told = replace(self, at_once=None, gradient_checkpointing=False)  # which change memory, and not the result
@@ -156,7 +156,7 @@ class DifferentialLoRATrainer(Recipe):
             "trainer": _said(told),
             "seed": str(seed),
             "pairs": data,
-            "held_out": "" if held_out is None else held_out.known_as,
+            "validation": "" if validation is None else validation.fingerprint,
         }
 
 
@@ -169,16 +169,16 @@ def _said(value: object) -> str:
     return f"{type(value).__qualname__}({', '.join(f'{name}={_said(one)}' for name, one in held)})"
 
 
-def _warn_of_unseen(legs: Sequence[Leg], recipe: Recipe) -> None:
+def _warn_of_unseen(legs: Sequence[Phase], config: TrainingConfig) -> None:
     """Say so where a group of pairs has fewer places in its batches than members."""
     for group in {leg.group for leg in legs}:
         mine = [leg for leg in legs if leg.group == group]
-        seen = recipe.batch_size * sum(math.ceil(leg.steps / recipe.echo) for leg in mine)
+        seen = config.batch_size * sum(math.ceil(leg.steps / config.echo) for leg in mine)
         if seen < len(mine[0].members):
             _log.warning(
                 "%d steps of %d pairs, each batch %d time(s), see %d of %d pairs: the others are not learned from. Give it "
                 "more steps, larger batches or less echo.",
-                *(sum(leg.steps for leg in mine), recipe.batch_size, recipe.echo, seen, len(mine[0].members)),
+                *(sum(leg.steps for leg in mine), config.batch_size, config.echo, seen, len(mine[0].members)),
             )
 
 

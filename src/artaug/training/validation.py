@@ -16,7 +16,7 @@ from artaug.synthesis import Synthesizer, picture_seeds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class ValidationResult:
     """What held-out pictures said of a LoRA at one step and strength."""
 
     step: int
@@ -35,7 +35,7 @@ class Look:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class Validation:
     """Chooses the step and the strength of a LoRA by pictures of held-out prompts.
 
     Pictures are drawn by the synthesizer itself, wearing the LoRA as it would be saved, so what is looked at is what a
@@ -46,7 +46,7 @@ class HeldOut:
 
     >>> import artaug as aa
     >>> from artaug.scorers import Exposure
-    >>> look = aa.HeldOut(scorer=Exposure(), prompts=["a red cone"], every=50, strengths=(0.75, 1.0), patience=3)
+    >>> look = aa.Validation(scorer=Exposure(), prompts=["a red cone"], every=50, strengths=(0.75, 1.0), patience=3)
     >>> look.every
     50
     """
@@ -63,7 +63,7 @@ class HeldOut:
     """Stop after so many looks in a row without a better one; None to go on to the end."""
     batch_size: int = 8
     """Pictures drawn at a time."""
-    watch: Callable[[Look], None] | None = field(default=None, repr=False)
+    watch: Callable[[ValidationResult], None] | None = field(default=None, repr=False)
     """Called after every look, with its pictures."""
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class HeldOut:
             )
 
     @property
-    def known_as(self) -> str:
+    def fingerprint(self) -> str:
         """What decides its choice, as one line: the same in every process."""
         asked = sha256("\0".join(self.prompts).encode()).hexdigest()[:16]
         how = f"every {self.every}, strengths {self.strengths}, patience {self.patience}"
@@ -97,14 +97,16 @@ class HeldOut:
             pictures += synthesizer.synthesize_batch(plans, seeds=seeds[some])
         return tuple(scored(self.scorer, pictures, self.prompts)), tuple(pictures)
 
-    def looks(self, lora: LoRA, synthesizer: Synthesizer, base: Sequence[float], *, step: int, seed: int) -> list[Look]:
-        """Look at a LoRA at every strength; ``base`` are the scores without it."""
+    def looks(
+        self, lora: LoRA, synthesizer: Synthesizer, base: Sequence[float], *, step: int, seed: int
+    ) -> list[ValidationResult]:
+        """ValidationResult at a LoRA at every strength; ``base`` are the scores without it."""
         found = []
         for strength in self.strengths:
             scores, pictures = self.scores(synthesizer.with_lora(lora, scale=strength), seed=seed)
             gains = [after - before for after, before in zip(scores, base, strict=True)]
             wins = sum(0.5 if gain == 0 else float(gain > 0) for gain in gains)
-            look = Look(
+            look = ValidationResult(
                 step=step,
                 strength=strength,
                 win_rate=wins / len(gains),
@@ -116,7 +118,7 @@ class HeldOut:
             found.append(replace(look, pictures=()))
         return found
 
-    def tired(self, looks: Sequence[Look]) -> bool:
+    def tired(self, looks: Sequence[ValidationResult]) -> bool:
         """Whether the last ``patience`` looks brought nothing better than those before them."""
         if self.patience is None:
             return False
@@ -124,11 +126,11 @@ class HeldOut:
         return len(looks) > recent and best(looks[:-recent]).rank >= best(looks[-recent:]).rank
 
 
-def best(looks: Sequence[Look]) -> Look:
+def best(looks: Sequence[ValidationResult]) -> ValidationResult:
     """The first of those that nobody beats."""
     return max(looks, key=lambda look: look.rank)
 
 
-def as_json(look: Look) -> dict[str, Any]:
+def as_json(look: ValidationResult) -> dict[str, Any]:
     """A look as JSON holds it."""
     return {"step": look.step, "strength": look.strength, "win_rate": look.win_rate, "gain": look.gain}

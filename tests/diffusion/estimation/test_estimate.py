@@ -95,8 +95,8 @@ def test_factors_and_files_take_what_was_said(tmp_path):
     [(aa.AdamW(), 8), (aa.AdamW8bit(), 2.03125), (aa.Prodigy(), 16), (aa.ScheduleFree(), 8)],
     ids=lambda one: type(one).__name__,
 )
-def test_every_optimiser_keeps_what_it_keeps(optimiser, each):
-    told = estimate(tiny_flux(), trainer=trainer_of(optimiser=optimiser, targets="to_q"), **CPU)
+def test_every_optimiser_keeps_what_it_keeps(optimizer, each):
+    told = estimate(tiny_flux(), trainer=trainer_of(optimizer=optimizer, targets="to_q"), **CPU)
     assert told.factors_bytes == pytest.approx((8 + each) * told.trained_parameters, abs=1)
 
 

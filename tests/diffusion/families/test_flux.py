@@ -95,10 +95,10 @@ def test_training_shifts_noise_levels_as_the_scheduler_does(dynamic_shift):
     flux = flux_of(tiny_flux(dynamic_shift=dynamic_shift), width=TINY_SIZE, height=TINY_SIZE)
     first_call(flux, "a")  # two steps, which the scheduler shifts from 1 and 1/2
     _, sampled, _ = flux.pipeline.scheduler.sigmas.tolist()
-    shift = flux.noising.shift
+    shift = flux.noise_schedule.shift
     assert sampled == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), rel=1e-6)
     if not dynamic_shift:
-        assert flux.noising == FlowMatching(shift=3.0)
+        assert flux.noise_schedule == FlowMatching(shift=3.0)
 
 
 def test_the_guidance_of_training_is_that_of_drawing():
@@ -114,9 +114,9 @@ def test_only_the_plans_own_branch_is_guided(flux):
     denoiser = flux.denoiser(conditioning)
     assert denoiser.grid == (8, 6)
     call = {"hidden_states": torch.zeros(1, 48, 16), "encoder_hidden_states": conditioning["prompt_embeds"]}
-    assert denoiser.branches(call) == Branches(prompt=range(1))
+    assert denoiser.branches(call) == Branches(cond=range(1))
     twin = {**call, "encoder_hidden_states": conditioning["prompt_embeds"].clone()}
-    assert denoiser.branches(twin) == Branches(prompt=range(0), negative=range(1))
+    assert denoiser.branches(twin) == Branches(cond=range(0), negative=range(1))
 
 
 def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(flux):
@@ -125,7 +125,7 @@ def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(flux):
     texts = flux.encode_texts(["x", "y"])
     other = flux.encode_prompts(["x", "y"])
     denoiser = flux.denoiser(flux.encode_prompts(["a"]))
-    changed = denoiser.recondition(call, [2, 0], texts)
+    changed = denoiser.with_prompt_embeds(call, [2, 0], texts)
     assert torch.equal(changed["hidden_states"], call["hidden_states"][[2, 0]])
     torch.testing.assert_close(changed["encoder_hidden_states"], other["prompt_embeds"])
     torch.testing.assert_close(changed["pooled_projections"], other["pooled_prompt_embeds"])
@@ -174,5 +174,5 @@ def test_a_pipeline_without_an_encoder_is_refused():
 
 def test_dynamic_shift_grows_with_the_picture():
     small, large = (flux_of(tiny_flux(dynamic_shift=True), width=side, height=side) for side in (32, 256))
-    assert math.log(small.noising.shift) == pytest.approx(0.5 + 0.65 * (64 - 256) / 3840)
-    assert math.log(large.noising.shift) == pytest.approx(1.15)
+    assert math.log(small.noise_schedule.shift) == pytest.approx(0.5 + 0.65 * (64 - 256) / 3840)
+    assert math.log(large.noise_schedule.shift) == pytest.approx(1.15)

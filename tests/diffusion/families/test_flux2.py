@@ -125,20 +125,20 @@ def test_training_shifts_noise_levels_as_the_scheduler_does_in_fifty_steps(dynam
     family = family_of(Flux2, tiny_flux2(dynamic_shift=dynamic_shift), width=32, height=32)
     calls_directly(family, ["a"], steps=50)
     sampled = family.pipeline.scheduler.sigmas[25].item()  # which the scheduler shifts from 1/2
-    shift = family.noising.shift
+    shift = family.noise_schedule.shift
     assert sampled == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), rel=1e-5)
     if not dynamic_shift:
-        assert family.noising == FlowMatching(shift=3.0)
+        assert family.noise_schedule == FlowMatching(shift=3.0)
 
 
 def test_dev_has_one_branch():
     denoiser, calls = run_of(dev(), PROMPTS)
-    assert [denoiser.branches(call) for call, _ in calls] == [Branches(prompt=range(2))] * 2
+    assert [denoiser.branches(call) for call, _ in calls] == [Branches(cond=range(2))] * 2
 
 
 def test_kleins_branches_come_in_turn():
     denoiser, calls = run_of(klein(negative_prompt="blurry"), PROMPTS)
-    both = [Branches(prompt=range(2)), Branches(prompt=range(0), negative=range(2))]
+    both = [Branches(cond=range(2)), Branches(cond=range(0), negative=range(2))]
     assert [denoiser.branches(call) for call, _ in calls] == both * 2
 
 
@@ -161,9 +161,9 @@ def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(family):
     denoiser, calls = run_of(family, ["a", "b", "c"])
     call, output = calls[0]
     kept = dict(call)
-    same = denoiser.recondition(call, [2, 0], family.encode_texts(["c", "a"]))
+    same = denoiser.with_prompt_embeds(call, [2, 0], family.encode_texts(["c", "a"]))
     torch.testing.assert_close(asked(denoiser, same), output[0][[2, 0]], atol=1e-5, rtol=1e-4)
-    other = denoiser.recondition(call, [2], family.encode_texts(["x"]))
+    other = denoiser.with_prompt_embeds(call, [2], family.encode_texts(["x"]))
     assert not torch.allclose(asked(denoiser, other), output[0][[2]], atol=1e-4)
     assert call == kept
 
@@ -189,7 +189,7 @@ def test_twins_work_on_fused_projections():
 def test_spans_name_every_token_attention_sees(family, trimmed):
     denoiser, calls = run_of(family, PROMPTS)
     texts = [family.encode_texts(["a door", "ivy"]), family.encode_texts(["a stormy sky"])]
-    changed, spans = denoiser.with_texts(calls[0][0], texts, trimmed=trimmed)
+    changed, spans = denoiser.append_prompts(calls[0][0], texts, trimmed=trimmed)
     with twins(denoiser) as seen:
         asked(denoiser, changed)
     assert all(query.shape[2] == sum(span.length for span in of_row) for _, query, _ in seen for of_row in spans)
@@ -197,7 +197,7 @@ def test_spans_name_every_token_attention_sees(family, trimmed):
     assert all(of_row[-1] == Span("image", 48) for of_row in spans)
     lengths = [[span.length for span in of_row if span.prompt] for of_row in spans]
     whole = family.max_sequence_length
-    words = [[text.words.stop - text.words.start for text in of_row] for of_row in texts]
+    words = [[text.token_slice.stop - text.token_slice.start for text in of_row] for of_row in texts]
     assert lengths == (words if trimmed else [[whole, whole], [whole]])
 
 
@@ -206,7 +206,7 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(family
     denoiser, calls = run_of(family, PROMPTS)
     texts = [family.encode_texts(["a door", "ivy"]), family.encode_texts(["a stormy sky"])]
     call = calls[0][0]
-    changed, spans = denoiser.with_texts(call, texts, trimmed=trimmed)
+    changed, spans = denoiser.append_prompts(call, texts, trimmed=trimmed)
     plain, joined = _first_keys(denoiser, call), _first_keys(denoiser, changed)
     for row, of_row in enumerate(texts):
         parts = {span.prompt: part for span, part in spread(spans[row], "text")}
@@ -215,8 +215,8 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(family
         torch.testing.assert_close(joined[row][:, image], plain[row][:, limit:], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(joined[row][:, parts[0]], plain[row][:, :limit], atol=1e-5, rtol=1e-5)
         for number, text in enumerate(of_row, start=1):
-            alone = _first_keys(denoiser, denoiser.recondition(call, [row], [text]))[0][:, :limit]
-            own = alone[:, text.words] if trimmed else alone
+            alone = _first_keys(denoiser, denoiser.with_prompt_embeds(call, [row], [text]))[0][:, :limit]
+            own = alone[:, text.token_slice] if trimmed else alone
             torch.testing.assert_close(joined[row][:, parts[number]], own, atol=1e-5, rtol=1e-5)
 
 
@@ -224,7 +224,7 @@ def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(family):
     denoiser, calls = run_of(family, PROMPTS)
     call, output = calls[0]
     texts = [family.encode_texts([PROMPTS[0]]), family.encode_texts([PROMPTS[1]])]
-    changed, spans = denoiser.with_texts(call, texts, trimmed=False)
+    changed, spans = denoiser.append_prompts(call, texts, trimmed=False)
     with twins(denoiser, in_stead(spans)):
         torch.testing.assert_close(asked(denoiser, changed), output[0], atol=1e-5, rtol=1e-4)
 
@@ -238,7 +238,7 @@ def _first_keys(denoiser, call):
 def test_no_added_texts_change_nothing_bit_for_bit(family):
     denoiser, calls = run_of(family, PROMPTS)
     call, output = calls[0]
-    changed, spans = denoiser.with_texts(call, [[], []], trimmed=True)
+    changed, spans = denoiser.append_prompts(call, [[], []], trimmed=True)
     assert torch.equal(asked(denoiser, changed), output[0])
     assert spans == [(Span("text", family.max_sequence_length), Span("image", 48))] * 2
 
@@ -247,10 +247,10 @@ def test_words_are_where_the_padding_is_not(family):
     (text,) = family.encode_texts(["a door"])
     padded = family.encode_prompts(["a door, open"])["prompt_embeds"]
     left = family.pipeline.tokenizer.padding_side == "left"
-    assert (text.words.stop == family.max_sequence_length) == left
-    assert (text.words.start == 0) != left
-    length = text.words.stop - text.words.start
-    assert family.words(["a door, open"])[0] != text.words
+    assert (text.token_slice.stop == family.max_sequence_length) == left
+    assert (text.token_slice.start == 0) != left
+    length = text.token_slice.stop - text.token_slice.start
+    assert family.token_slices(["a door, open"])[0] != text.token_slice
     assert 0 < length < family.max_sequence_length
     assert padded.shape == text.conditioning["prompt_embeds"].shape
 
@@ -292,7 +292,7 @@ def _encoded(family, area, prompt):
 def test_every_layer_that_takes_tokens_says_which(family):
     denoiser, calls = run_of(family, PROMPTS)
     texts = [family.encode_texts(["a door", "ivy"])] * len(PROMPTS)
-    changed, spans = denoiser.with_texts(calls[0][0], texts, trimmed=True)
+    changed, spans = denoiser.append_prompts(calls[0][0], texts, trimmed=True)
     said = streams(denoiser, changed, spans)
     assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()
     assert all(taken == [stream] for stream, taken in said.values() if stream is not None)
@@ -316,7 +316,7 @@ def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no
 def test_outside_the_levels_of_a_guide_the_plan_is_drawn_plainly(family):
     plain = [aa.Plan(prompt) for prompt in PROMPTS]
     regional = [aa.Plan(prompt, (aa.Region(LEFT, "ivy"),)) for prompt in PROMPTS]
-    never = Isolation(levels=(0.0, 0.001))
+    never = Isolation(sigma_range=(0.0, 0.001))
     assert guided(family, regional, isolation=never) == guided(family, plain)
 
 

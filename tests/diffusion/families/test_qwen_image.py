@@ -125,7 +125,7 @@ def test_training_ends_where_a_scheduler_that_ends_early_does():
     qwen = family_of(QwenImage, pipeline, width=32, height=32)
     calls_of(qwen, ["a"])
     assert pipeline.scheduler.sigmas[-2].item() == pytest.approx(0.02)
-    assert qwen.noising.terminal == 0.02
+    assert qwen.noise_schedule.terminal == 0.02
 
 
 @pytest.mark.parametrize("dynamic_shift", [False, True])
@@ -133,15 +133,15 @@ def test_training_shifts_noise_levels_as_the_scheduler_does(dynamic_shift):
     qwen = family_of(QwenImage, tiny_qwen_image(dynamic_shift=dynamic_shift), width=32, height=32)
     calls_of(qwen, ["a"])  # two steps, which the scheduler shifts from 1 and 1/2
     _, sampled, _ = qwen.pipeline.scheduler.sigmas.tolist()
-    shift = qwen.noising.shift
+    shift = qwen.noise_schedule.shift
     assert sampled == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), rel=1e-6)
     if not dynamic_shift:
-        assert qwen.noising == FlowMatching(shift=3.0)
+        assert qwen.noise_schedule == FlowMatching(shift=3.0)
 
 
 def test_branches_come_in_turn_where_there_is_a_negative_prompt(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
-    own, against = Branches(prompt=range(2)), Branches(prompt=range(0), negative=range(2))
+    own, against = Branches(cond=range(2)), Branches(cond=range(0), negative=range(2))
     turns = [own, own] if qwen.negative is None else [own, against, own, against]
     assert [denoiser.branches(call) for call, _ in calls] == turns
 
@@ -164,9 +164,9 @@ def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(qwen):
     denoiser, calls = run_of(qwen, ["a", "b", "something long"])
     call, output = calls[0]
     kept = dict(call)
-    same = denoiser.recondition(call, [2, 0], qwen.encode_texts(["something long", "a"]))
+    same = denoiser.with_prompt_embeds(call, [2, 0], qwen.encode_texts(["something long", "a"]))
     torch.testing.assert_close(asked(denoiser, same), output[0][[2, 0]], atol=1e-5, rtol=1e-4)
-    other = denoiser.recondition(call, [2], qwen.encode_texts(["x"]))
+    other = denoiser.with_prompt_embeds(call, [2], qwen.encode_texts(["x"]))
     assert not torch.allclose(asked(denoiser, other), output[0][[2]], atol=1e-4)
     assert call == kept
 
@@ -182,11 +182,11 @@ def test_twins_that_attend_plainly_predict_the_same_bit_for_bit(qwen):
 def test_padding_that_nobody_sees_is_what_the_mask_was(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
     call, output = calls[0]
-    changed, spans = denoiser.with_texts(call, [[], []], trimmed=True)
-    assert [[span.kind for span in of_row] for of_row in spans] == [["text", "image"], ["text", "filler", "image"]]
+    changed, spans = denoiser.append_prompts(call, [[], []], trimmed=True)
+    assert [[span.kind for span in of_row] for of_row in spans] == [["text", "image"], ["text", "padding", "image"]]
     hidden = torch.ones(2, 1, 1, sum(span.length for span in spans[0]), dtype=torch.bool)
     for row, of_row in enumerate(spans):
-        for _, part in spread(of_row, "filler"):
+        for _, part in spread(of_row, "padding"):
             hidden[row, ..., part] = False
 
     def unseen(_site):
@@ -199,7 +199,7 @@ def test_padding_that_nobody_sees_is_what_the_mask_was(qwen):
 def test_no_added_texts_change_nothing_bit_for_bit(qwen):
     denoiser, calls = run_of(qwen, PROMPTS[:1])
     call, output = calls[0]
-    changed, spans = denoiser.with_texts(call, [[]], trimmed=True)
+    changed, spans = denoiser.append_prompts(call, [[]], trimmed=True)
     with twins(denoiser):
         assert torch.equal(asked(denoiser, changed), output[0])
     assert spans == [(Span("text", call["encoder_hidden_states"].shape[1]), Span("image", 48))]
@@ -208,14 +208,14 @@ def test_no_added_texts_change_nothing_bit_for_bit(qwen):
 def added(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
     texts = [qwen.encode_texts(["a door", "ivy"]), qwen.encode_texts(["a stormy sky"])]
-    return denoiser, calls[0][0], texts, *denoiser.with_texts(calls[0][0], texts, trimmed=True)
+    return denoiser, calls[0][0], texts, *denoiser.append_prompts(calls[0][0], texts, trimmed=True)
 
 
 def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
     call, output = calls[0]
     texts = [qwen.encode_texts([PROMPTS[0]]), qwen.encode_texts([PROMPTS[1]])]
-    changed, spans = denoiser.with_texts(call, texts, trimmed=False)
+    changed, spans = denoiser.append_prompts(call, texts, trimmed=False)
     with twins(denoiser, in_stead(spans)):
         torch.testing.assert_close(asked(denoiser, changed), output[0], atol=1e-5, rtol=1e-4)
 
@@ -250,27 +250,27 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(qwen):
         (image,) = (part for _, part in spread(spans[row], "image"))
         *others, own = (part for _, part in spread(spans[row], "text"))
         length = own.stop - own.start
-        alone = denoiser.recondition(call, [row], qwen.encode_texts([PROMPTS[row]]))
+        alone = denoiser.with_prompt_embeds(call, [row], qwen.encode_texts([PROMPTS[row]]))
         plain = first_keys(denoiser, alone)[0]
         torch.testing.assert_close(joined[row][:, own], plain[:, :length], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(joined[row][:, image], plain[:, length:], atol=1e-5, rtol=1e-5)
         for text, part in zip(of_row, others, strict=True):
-            alone = first_keys(denoiser, denoiser.recondition(call, [row], [text]))[0]
-            torch.testing.assert_close(joined[row][:, part], alone[:, text.words], atol=1e-5, rtol=1e-5)
+            alone = first_keys(denoiser, denoiser.with_prompt_embeds(call, [row], [text]))[0]
+            torch.testing.assert_close(joined[row][:, part], alone[:, text.token_slice], atol=1e-5, rtol=1e-5)
 
 
 def test_many_texts_may_be_longer_together_than_the_positions_but_not_one():
     qwen = qwen_of()
     denoiser, calls = run_of(qwen, PROMPTS[:1], steps=1)
     texts = qwen.encode_texts(["a door"])
-    changed, _ = denoiser.with_texts(calls[0][0], [texts * 230], trimmed=True)
+    changed, _ = denoiser.append_prompts(calls[0][0], [texts * 230], trimmed=True)
     assert changed["encoder_hidden_states"].shape[1] > 4096
     with twins(denoiser):
         assert asked(denoiser, changed).isfinite().all()
     wide = {"prompt_embeds": torch.zeros(1, 4093, 16)}
     huge = [type(texts[0])(wide, slice(0, 4093))]
     with pytest.raises(aa.GuideError, match="a prompt of 4093 tokens is longer than the 4092 positions"):
-        denoiser.with_texts(calls[0][0], [huge], trimmed=True)
+        denoiser.append_prompts(calls[0][0], [huge], trimmed=True)
 
 
 def test_a_call_without_regions_keeps_its_mask_bit_for_bit(qwen):
@@ -312,7 +312,7 @@ def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_ow
 def test_every_layer_that_takes_tokens_says_which(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
     texts = [qwen.encode_texts(["a door", "ivy"])] * len(PROMPTS)
-    changed, spans = denoiser.with_texts(calls[0][0], texts, trimmed=True)
+    changed, spans = denoiser.append_prompts(calls[0][0], texts, trimmed=True)
     said = streams(denoiser, changed, spans)
     assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()
     assert all(taken == [stream] for stream, taken in said.values() if stream is not None)
@@ -336,7 +336,7 @@ def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no
 def test_outside_the_levels_of_a_guide_the_plan_is_drawn_plainly(qwen):
     plain = [aa.Plan(prompt) for prompt in PROMPTS]
     regional = [aa.Plan(prompt, (aa.Region(LEFT, "ivy"),)) for prompt in PROMPTS]
-    never = Isolation(levels=(0.0, 0.001))
+    never = Isolation(sigma_range=(0.0, 0.001))
     assert guided(qwen, regional, isolation=never) == guided(qwen, plain)
 
 

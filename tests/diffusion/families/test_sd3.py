@@ -143,10 +143,10 @@ def test_training_shifts_noise_levels_as_the_scheduler_does(dynamic_shift):
     calls_of(sd3, BARN, max_sequence_length=24)
     scheduler = sd3.pipeline.scheduler
     middle = (1 + scheduler.sigma_min) / 2  # three steps, which the scheduler shifts from even levels
-    shift = sd3.noising.shift
+    shift = sd3.noise_schedule.shift
     assert scheduler.sigmas[1].item() == pytest.approx(shift * middle / (1 + (shift - 1) * middle), rel=1e-6)
     if not dynamic_shift:
-        assert sd3.noising == FlowMatching(shift=3.0)
+        assert sd3.noise_schedule == FlowMatching(shift=3.0)
 
 
 # Guides
@@ -156,8 +156,8 @@ def test_both_branches_of_a_batched_call_are_told_apart(sd3):
     denoiser = sd3.denoiser(sd3.encode_prompts([BARN, LAKE]))
     plain, _ = first_call(sd3, [BARN, LAKE], guidance_scale=1.0)
     guided, _ = first_call(sd3, [BARN, LAKE], negative_prompt=["fog", "fog"])
-    assert denoiser.branches(plain) == Branches(prompt=range(2))
-    assert denoiser.branches(guided) == Branches(prompt=range(2, 4), negative=range(2))
+    assert denoiser.branches(plain) == Branches(cond=range(2))
+    assert denoiser.branches(guided) == Branches(cond=range(2, 4), negative=range(2))
     encoded = sd3.encode_prompts([BARN, LAKE])["prompt_embeds"]
     assert torch.equal(guided["encoder_hidden_states"][2:4], encoded)
 
@@ -171,7 +171,9 @@ def test_a_batch_of_more_branches_is_refused(sd3):
 def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(sd3):
     call, _ = first_call(sd3, [BARN, LAKE], negative_prompt=["fog", "fog"])
     kept = dict(call)
-    changed = sd3.denoiser(sd3.encode_prompts([BARN, LAKE])).recondition(call, [3, 2], sd3.encode_texts([DUSK, LAKE]))
+    changed = sd3.denoiser(sd3.encode_prompts([BARN, LAKE])).with_prompt_embeds(
+        call, [3, 2], sd3.encode_texts([DUSK, LAKE])
+    )
     other = sd3.encode_prompts([DUSK, LAKE])
     assert torch.equal(changed["hidden_states"], call["hidden_states"][[3, 2]])
     torch.testing.assert_close(changed["encoder_hidden_states"], other["prompt_embeds"])
@@ -207,7 +209,7 @@ def test_spans_name_the_sequence_that_attention_sees(sd3, trimmed):
     call, _ = first_call(sd3, [BARN, LAKE], guidance_scale=1.0)
     denoiser = sd3.denoiser(sd3.encode_prompts([BARN, LAKE]))
     texts = [sd3.encode_texts([DUSK, LAKE]), []]
-    longer, spans = denoiser.with_texts(call, texts, trimmed=trimmed)
+    longer, spans = denoiser.append_prompts(call, texts, trimmed=trimmed)
     lengths = []
 
     def seeing(_site):
@@ -220,13 +222,13 @@ def test_spans_name_the_sequence_that_attention_sees(sd3, trimmed):
     with attending(denoiser, seeing):
         predicted(denoiser, longer)
     whole = LONGEST + 24
-    of_texts = [text.words.stop if trimmed else whole for text in texts[0]]
+    of_texts = [text.token_slice.stop if trimmed else whole for text in texts[0]]
     assert spans[0] == (
         Span("image", 48),
         Span("text", whole),
         *(Span("text", n, i) for i, n in enumerate(of_texts, 1)),
     )
-    assert spans[1] == (Span("image", 48), Span("text", whole), Span("filler", sum(of_texts)))
+    assert spans[1] == (Span("image", 48), Span("text", whole), Span("padding", sum(of_texts)))
     assert lengths == [(48 + whole + sum(of_texts),) * 2] * 3
     for number, row in enumerate(longer["encoder_hidden_states"]):
         assert torch.equal(row[:whole], call["encoder_hidden_states"][number])
@@ -245,15 +247,15 @@ def test_the_image_alone_is_no_site(sd3):
 def test_layers_see_the_tokens_their_stream_says(sd3):
     call, _ = first_call(sd3, [BARN], guidance_scale=1.0)
     denoiser = sd3.denoiser(sd3.encode_prompts([BARN]))
-    longer, _ = denoiser.with_texts(call, [sd3.encode_texts([DUSK])], trimmed=True)
+    longer, _ = denoiser.append_prompts(call, [sd3.encode_texts([DUSK])], trimmed=True)
     counts = {"image": 48, "text": longer["encoder_hidden_states"].shape[1]}
     for name, shape in tokens_into_layers(denoiser, longer).items():
         if len(shape) == 4:  # the convolution that makes tokens of latent pixels
-            assert (name, denoiser.stream(name)) == ("pos_embed.proj", "image")
+            assert (name, denoiser.token_stream(name)) == ("pos_embed.proj", "image")
             continue
         of_tokens = len(shape) == 3
-        assert of_tokens == (denoiser.stream(name) is not None), name
-        assert not of_tokens or shape[1] == counts[denoiser.stream(name)], name
+        assert of_tokens == (denoiser.token_stream(name) is not None), name
+        assert not of_tokens or shape[1] == counts[denoiser.token_stream(name)], name
 
 
 @pytest.mark.parametrize("guide", [OutputMix(), aa.RegionalAttention(isolation=APART, trimmed=False)])

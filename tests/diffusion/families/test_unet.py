@@ -116,7 +116,7 @@ def test_a_unet_distilled_to_take_its_guidance_draws_and_predicts_without_a_seco
         guess = unet.predict(call["sample"], level.expand(2), unet.encode_prompts([BARN, LAKE]))
     assert torch.equal(guess, noise)
     denoiser = unet.denoiser(unet.encode_prompts([BARN, LAKE]))
-    assert denoiser.recondition(call, [1], unet.encode_texts([DUSK]))["timestep_cond"].shape == (1, 8)
+    assert denoiser.with_prompt_embeds(call, [1], unet.encode_texts([DUSK]))["timestep_cond"].shape == (1, 8)
 
 
 def test_the_recommended_guidance_is_the_pipelines_own(unet):
@@ -146,7 +146,7 @@ def test_training_predicts_what_drawing_predicts_bit_for_bit(name, kind):
 
 
 def test_every_level_that_training_draws_is_a_timestep_of_its_own(unet):
-    drawn = unet.noising.levels(500, torch.Generator().manual_seed(0))
+    drawn = unet.noise_schedule.sample_sigmas(500, torch.Generator().manual_seed(0))
     levels = (1 - unet.pipeline.scheduler.alphas_cumprod).sqrt()
     found = unet._timesteps_at(drawn)  # noqa: SLF001 - what predict asks the UNet for
     torch.testing.assert_close(levels[found], drawn)
@@ -158,8 +158,10 @@ def test_pictures_are_noised_as_the_scheduler_noises_them(unet):
     clean, noise = (torch.randn(3, 4, 7, 5, generator=generator) for _ in range(2))
     times = torch.tensor([0, 500, 999])
     levels = (1 - scheduler.alphas_cumprod[times]).sqrt()
-    torch.testing.assert_close(unet.noising.mix(clean, noise, levels), scheduler.add_noise(clean, noise, times))
-    assert unet.noising == EpsilonPrediction()
+    torch.testing.assert_close(
+        unet.noise_schedule.add_noise(clean, noise, levels), scheduler.add_noise(clean, noise, times)
+    )
+    assert unet.noise_schedule == EpsilonPrediction()
 
 
 def test_a_velocity_predicting_scheduler_is_trained_as_such():
@@ -167,9 +169,9 @@ def test_a_velocity_predicting_scheduler_is_trained_as_such():
     unet = unet_of("sd15", tiny_sd15(scheduler=scheduler))
     clean, noise = torch.randn(1, 4, 7, 5), torch.randn(1, 4, 7, 5)
     level = (1 - scheduler.alphas_cumprod[[300]]).sqrt()
-    assert unet.noising == VPrediction()
+    assert unet.noise_schedule == VPrediction()
     torch.testing.assert_close(
-        unet.noising.target(clean, noise, level), scheduler.get_velocity(clean, noise, torch.tensor([300]))
+        unet.noise_schedule.target(clean, noise, level), scheduler.get_velocity(clean, noise, torch.tensor([300]))
     )
 
 
@@ -180,7 +182,7 @@ def test_a_schedule_is_read_from_the_scheduler(schedule, rescaled):
     scheduler = ddim(**odd, beta_start=0.0001, beta_end=0.02)
     unet = unet_of("sd15", tiny_sd15(scheduler=scheduler))
     levels = (1 - scheduler.alphas_cumprod).sqrt()
-    drawn = unet.noising.levels(500, torch.Generator().manual_seed(0))
+    drawn = unet.noise_schedule.sample_sigmas(500, torch.Generator().manual_seed(0))
     times = unet._timesteps_at(drawn)  # noqa: SLF001 - what predict asks the UNet for
     torch.testing.assert_close(levels[times], drawn, rtol=1e-4, atol=1e-5)
 
@@ -199,13 +201,13 @@ def test_a_schedule_is_read_from_the_scheduler(schedule, rescaled):
 def test_a_schedule_that_training_does_not_know_is_refused_by_name(odd, said):
     unet = unet_of("sdxl", tiny_sdxl(scheduler=ddim(**odd)))
     with pytest.raises(aa.ModelError, match=said):
-        _ = unet.noising
+        _ = unet.noise_schedule
 
 
 def test_a_scheduler_that_counts_no_timesteps_neither_trains_nor_guides_attention():
     unet = unet_of("sdxl", tiny_sdxl(scheduler=EDMEulerScheduler()))
     with pytest.raises(aa.ModelError, match=r"EDMEulerScheduler has .*'beta_schedule': None"):
-        _ = unet.noising
+        _ = unet.noise_schedule
     with pytest.raises(aa.GuideError, match="scheduler does not count timesteps"):
         unet.denoiser(unet.encode_prompts([BARN])).noise_level({"timestep": torch.tensor(1.1)})
 
@@ -265,8 +267,8 @@ def test_both_branches_of_a_batched_call_are_told_apart(unet):
     denoiser = unet.denoiser(unet.encode_prompts([BARN, LAKE]))
     plain, _ = calls_of(unet, [BARN, LAKE], guidance_scale=1.0)[0]
     guided, _ = calls_of(unet, [BARN, LAKE])[0]
-    assert denoiser.branches(plain) == Branches(prompt=range(2))
-    assert denoiser.branches(guided) == Branches(prompt=range(2, 4), negative=range(2))
+    assert denoiser.branches(plain) == Branches(cond=range(2))
+    assert denoiser.branches(guided) == Branches(cond=range(2, 4), negative=range(2))
     assert torch.equal(guided["encoder_hidden_states"][2:4], unet.encode_prompts([BARN, LAKE])["prompt_embeds"])
 
 
@@ -279,7 +281,7 @@ def test_a_batch_of_more_branches_is_refused(unet):
 def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(unet):
     call, _ = calls_of(unet, [BARN, LAKE])[0]
     kept = dict(call)
-    changed = unet.denoiser(unet.encode_prompts([BARN, LAKE])).recondition(
+    changed = unet.denoiser(unet.encode_prompts([BARN, LAKE])).with_prompt_embeds(
         call, [3, 2], unet.encode_texts([DUSK, LAKE])
     )
     other = unet.encode_prompts([DUSK, LAKE])
@@ -295,7 +297,7 @@ def test_a_timestep_for_each_row_is_reconditioned_with_its_row(unet):
     denoiser = unet.denoiser(unet.encode_prompts([BARN, LAKE]))
     call, _ = calls_of(unet, [BARN, LAKE], guidance_scale=1.0)[0]
     call = {**call, "timestep": torch.tensor([900, 100])}
-    assert denoiser.recondition(call, [1], unet.encode_texts([DUSK]))["timestep"].tolist() == [100]
+    assert denoiser.with_prompt_embeds(call, [1], unet.encode_texts([DUSK]))["timestep"].tolist() == [100]
 
 
 def test_noise_levels_are_the_part_of_all_timesteps_and_fall(unet):
@@ -326,7 +328,7 @@ def test_sites_are_all_cross_attention_in_order_each_with_its_own_grid(name, siz
     call, _ = calls_of(unet, [BARN, LAKE], guidance_scale=1.0)[0]
     denoiser = unet.denoiser(unet.encode_prompts([BARN, LAKE]))
     texts = [unet.encode_texts([DUSK, LAKE]), []]
-    longer, spans = denoiser.with_texts(call, texts, trimmed=True)
+    longer, spans = denoiser.append_prompts(call, texts, trimmed=True)
     met = []
 
     def meeting(site):
@@ -345,7 +347,7 @@ def test_sites_are_all_cross_attention_in_order_each_with_its_own_grid(name, siz
     assert {site.attention for site in denoiser.sites} == set(crossing)
     assert {site.kind for site in denoiser.sites} == {"cross"}
     assert spans[0] == tuple(Span("text", LONGEST, prompt) for prompt in range(3))
-    assert spans[1] == (Span("text", LONGEST), Span("filler", 2 * LONGEST))
+    assert spans[1] == (Span("text", LONGEST), Span("padding", 2 * LONGEST))
     assert torch.equal(longer["encoder_hidden_states"][:, :LONGEST], call["encoder_hidden_states"])
     said = texts[0][1].conditioning["prompt_embeds"][0]
     assert torch.equal(longer["encoder_hidden_states"][0, 2 * LONGEST :], said)
@@ -360,10 +362,10 @@ def test_a_level_in_the_middle_has_the_rows_and_columns_its_tokens_are_in():
 def test_layers_see_the_tokens_their_stream_says(unet):
     call, _ = calls_of(unet, [BARN], guidance_scale=1.0)[0]
     denoiser = unet.denoiser(unet.encode_prompts([BARN]))
-    longer, _ = denoiser.with_texts(call, [unet.encode_texts([DUSK])], trimmed=True)
+    longer, _ = denoiser.append_prompts(call, [unet.encode_texts([DUSK])], trimmed=True)
     counts = {"image": {site.grid[0] * site.grid[1] for site in denoiser.sites}, "text": {2 * LONGEST}}
     for name, shape in tokens_into_layers(denoiser, longer).items():
-        stream = denoiser.stream(name)
+        stream = denoiser.token_stream(name)
         assert (len(shape) > 2) == (stream is not None), name  # two axes: of the noise level
         assert len(shape) != 4 or stream == "image", name  # pixels, of a convolution
         assert len(shape) != 3 or shape[1] in counts[stream], name

@@ -30,7 +30,7 @@ from support.traces import hooks_of
 LONG = "a red barn beside a long white fence"
 PROMPTS = [LONG, "a lake"]
 LEFT, RIGHT, FULL = aa.Box(0, 0, 0.5, 1), aa.Box(0.5, 0, 1, 1), aa.Box(0, 0, 1, 1)
-IMAGE = (Span("image", 48), Span("other", 16))
+IMAGE = (Span("image", 48), Span("reference", 16))
 
 
 def z_image_of(**options):
@@ -109,15 +109,15 @@ def test_training_shifts_noise_levels_as_the_scheduler_does(dynamic_shift):
     z_image = family_of(ZImage, tiny_z_image(dynamic_shift=dynamic_shift), width=32, height=32)
     calls_directly(z_image, ["a"])  # two steps, which the scheduler shifts from 1 and 1/2
     _, sampled, _ = z_image.pipeline.scheduler.sigmas.tolist()
-    shift = z_image.noising.shift
+    shift = z_image.noise_schedule.shift
     assert sampled == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), rel=1e-6)
     if not dynamic_shift:
-        assert z_image.noising == FlowMatching(shift=3.0)
+        assert z_image.noise_schedule == FlowMatching(shift=3.0)
 
 
 def test_both_branches_come_in_one_call(z_image):
     denoiser, calls = run_of(z_image, PROMPTS)
-    expected = Branches(prompt=range(2), negative=range(2, 2 if z_image.negative is None else 4))
+    expected = Branches(cond=range(2), negative=range(2, 2 if z_image.negative is None else 4))
     assert [denoiser.branches(call) for call, _ in calls] == [expected] * 2
 
 
@@ -133,10 +133,10 @@ def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(z_image):
     denoiser, calls = run_of(z_image, ["a", "b", LONG])
     call, output = calls[0]
     kept = dict(call)
-    same = denoiser.recondition(call, [2, 0], z_image.encode_texts([LONG, "a"]))
+    same = denoiser.with_prompt_embeds(call, [2, 0], z_image.encode_texts([LONG, "a"]))
     predicted = denoiser.prediction(output)
     torch.testing.assert_close(asked(denoiser, same), predicted[[2, 0]], atol=1e-5, rtol=1e-4)
-    other = denoiser.recondition(call, [2], z_image.encode_texts(["x"]))
+    other = denoiser.with_prompt_embeds(call, [2], z_image.encode_texts(["x"]))
     assert not torch.allclose(asked(denoiser, other), predicted[[2]], atol=1e-4)
     assert call == kept
 
@@ -164,7 +164,7 @@ def test_no_added_texts_change_nothing_bit_for_bit():
     z_image = z_image_of(guidance_scale=0.0)
     denoiser, calls = run_of(z_image, PROMPTS[:1])
     call, output = calls[0]
-    changed, spans = denoiser.with_texts(call, [[]], trimmed=True)
+    changed, spans = denoiser.append_prompts(call, [[]], trimmed=True)
     with twins(denoiser):
         assert torch.equal(asked(denoiser, changed), denoiser.prediction(output))
     assert spans == [(*IMAGE, Span("text", 64))]
@@ -175,7 +175,7 @@ def added(z_image, *, trimmed):
     denoiser, calls = run_of(z_image, PROMPTS)
     said = [["a door", "ivy"], ["a stormy sky"], ["dull"], []][: len(calls[0][0]["x"])]
     texts = [z_image.encode_texts(of_row) for of_row in said]
-    return denoiser, calls[0], texts, *denoiser.with_texts(calls[0][0], texts, trimmed=trimmed)
+    return denoiser, calls[0], texts, *denoiser.append_prompts(calls[0][0], texts, trimmed=trimmed)
 
 
 @pytest.mark.parametrize("trimmed", [False, True])
@@ -184,11 +184,11 @@ def test_spans_name_every_token_attention_sees(z_image, trimmed):
     with twins(denoiser) as seen:
         asked(denoiser, changed)
     for site, query, _ in seen:
-        kinds = {"text", "filler"} if site.kind == "text" else {"image", "other", "text", "filler"}
+        kinds = {"text", "padding"} if site.kind == "text" else {"image", "other", "text", "padding"}
         assert {sum(span.length for span in of_row if span.kind in kinds) for of_row in spans} == {query.shape[2]}
     for own, of_row, of_spans in zip(call["cap_feats"], texts, spans, strict=True):
         assert of_spans[:2] == IMAGE
-        words = [len(own), *(text.words.stop for text in of_row)]
+        words = [len(own), *(text.token_slice.stop for text in of_row)]
         whole = [-(-length // 32) * 32 for length in words]
         assert [span.length for span, _ in spread(of_spans, "text")] == ([whole[0], *words[1:]] if trimmed else whole)
         assert [span.prompt for span, _ in spread(of_spans, "text")] == list(range(len(words)))
@@ -200,12 +200,12 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(z_imag
     joined = keys(denoiser, changed)
     for row, of_row in enumerate(texts):
         (prompt,) = z_image.encode_texts([(*PROMPTS, "", "")[row]])
-        plain = [of_site[0] for of_site in keys(denoiser, denoiser.recondition(call, [row], [prompt]))]
+        plain = [of_site[0] for of_site in keys(denoiser, denoiser.with_prompt_embeds(call, [row], [prompt]))]
         torch.testing.assert_close(joined[1][row][:, :64], plain[1][:, :64], atol=1e-5, rtol=1e-5)
         own, *others = (part for _, part in spread(spans[row][2:], "text"))
         torch.testing.assert_close(joined[0][row][:, own], plain[0], atol=1e-5, rtol=1e-5)
         for text, part in zip(of_row, others, strict=True):
-            alone = keys(denoiser, denoiser.recondition(call, [row], [text]))[0][0]
+            alone = keys(denoiser, denoiser.with_prompt_embeds(call, [row], [text]))[0][0]
             length = part.stop - part.start
             torch.testing.assert_close(joined[0][row][:, part], alone[:, :length], atol=1e-5, rtol=1e-5)
 
@@ -222,7 +222,7 @@ def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(z_image):
     call, output = calls[0]
     said = [*PROMPTS, *([] if z_image.negative is None else ["", ""])]
     texts = [z_image.encode_texts([prompt]) for prompt in said]
-    changed, spans = denoiser.with_texts(call, texts, trimmed=False)
+    changed, spans = denoiser.append_prompts(call, texts, trimmed=False)
     with twins(denoiser, in_stead(spans)):
         torch.testing.assert_close(asked(denoiser, changed), denoiser.prediction(output), atol=1e-5, rtol=1e-4)
 
@@ -254,7 +254,7 @@ def test_a_text_longer_than_the_positions_is_refused():
     (text,) = z_image.encode_texts(["a door"])
     long = type(text)({"prompt_embeds": torch.zeros(1, 128, 16)}, slice(0, 128))
     with pytest.raises(aa.GuideError, match="a prompt of 128 tokens is longer than the 127 positions"):
-        denoiser.with_texts(calls[0][0], [[long], []], trimmed=True)
+        denoiser.append_prompts(calls[0][0], [[long], []], trimmed=True)
 
 
 def test_a_region_that_says_what_the_plan_says_changes_next_to_nothing(z_image):
@@ -298,7 +298,7 @@ def test_a_regions_own_negative_prompt_changes_the_negative_branch():
 def test_every_layer_that_takes_tokens_says_which(z_image):
     denoiser, calls = run_of(z_image, PROMPTS)
     texts = [z_image.encode_texts(["a door", "ivy"])] * len(calls[0][0]["x"])
-    changed, spans = denoiser.with_texts(calls[0][0], texts, trimmed=True)
+    changed, spans = denoiser.append_prompts(calls[0][0], texts, trimmed=True)
     said = streams(denoiser, changed, spans)
     assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()
     assert all(taken == [stream] for stream, taken in said.values() if stream is not None)
@@ -322,7 +322,7 @@ def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no
 def test_outside_the_levels_of_a_guide_the_plan_is_drawn_plainly(z_image):
     plain = [aa.Plan(prompt) for prompt in PROMPTS]
     regional = [aa.Plan(prompt, (aa.Region(LEFT, "ivy"),)) for prompt in PROMPTS]
-    never = Isolation(levels=(0.0, 0.001))
+    never = Isolation(sigma_range=(0.0, 0.001))
     assert guided(z_image, regional, isolation=never) == guided(z_image, plain)
 
 

@@ -156,14 +156,16 @@ def test_the_detector_is_asked_for_each_kind_once():
 
 
 def test_nobody_to_name_a_colour_is_an_error_and_not_a_wrong_picture():
-    with pytest.raises(aa.SeamError, match=r"are the colours of 1 dog: need one each. Give ObjectScore\(colours"):
+    with pytest.raises(aa.ContractError, match=r"are the colours of 1 dog: need one each. Give ObjectScore\(colours"):
         judged(ObjectCheck((Clause("dog", 1, "red"),)), thing())
-    with pytest.raises(aa.SeamError, match="need one each"):
+    with pytest.raises(aa.ContractError, match="need one each"):
         judged(ObjectCheck((Clause("dog", 1, "red"),)), thing(), colours=lambda *_: [])
 
 
 def test_what_is_no_detection_is_named():
-    with pytest.raises(aa.SeamError, match=r"Told returned str: 'dog'. Expected artaug.evaluation.suites.Detection"):
+    with pytest.raises(
+        aa.ContractError, match=r"Told returned str: 'dog'. Expected artaug.evaluation.suites.Detection"
+    ):
         judged(ObjectCheck((Clause("dog"),)), "dog")
     with pytest.raises(aa.InvalidValueError, match=r"need a confidence in \[0, 1\]"):
         thing(confidence=95)

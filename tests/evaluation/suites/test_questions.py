@@ -79,7 +79,7 @@ def test_all_pictures_and_questions_go_to_the_answerer_in_one_batch():
 
 def test_a_comparison_knows_what_it_rests_on():
     answers = FunctionScorer(function=lambda *_: 1.0, name="oracle")
-    assert judge(answers).rests_on == {"asked (oracle)", "oracle"}
+    assert judge(answers).depends_on == {"asked (oracle)", "oracle"}
     assert judge(answers).name == "asked (oracle)"
 
 

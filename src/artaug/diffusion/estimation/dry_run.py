@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from artaug.diffusion.families.base import Family
 from artaug.lora.lora import LoRA, LowRank
-from artaug.training.config import Recipe
+from artaug.training.config import TrainingConfig
 from artaug.training.objectives import PairBatch, Stage
 from artaug.training.student import adapted, targeted_layers
 from artaug.training.teacher_cache import Memory
@@ -137,7 +137,7 @@ class DryRun:
     """A family's model without weights, and how it is to be trained."""
 
     family: Family
-    recipe: Recipe
+    config: TrainingConfig
     text: Mapping[str, tuple[int, ...]]
     """Shapes of an encoded prompt."""
     dtype: torch.dtype
@@ -146,7 +146,7 @@ class DryRun:
     @property
     def pairs(self) -> int:
         """How many are worked on at a time."""
-        return min(self.recipe.at_once or self.recipe.batch_size, self.recipe.batch_size)
+        return min(self.config.at_once or self.config.batch_size, self.config.batch_size)
 
     def encoding(self) -> Work:
         """What encoding pictures takes, as many at a time as there are pairs in a step."""
@@ -154,8 +154,8 @@ class DryRun:
 
     def exported(self) -> int:
         """How many numbers the LoRA has that the training comes to."""
-        layers = targeted_layers(self.family.module, self.recipe.targets)
-        return sum(one.down.numel() + one.up.numel() for one in _of_zeros(layers, self.recipe).layers.values())
+        layers = targeted_layers(self.family.module, self.config.targets)
+        return sum(one.down.numel() + one.up.numel() for one in _of_zeros(layers, self.config).layers.values())
 
     def step(self, stage: Stage, *, under: int, remembered: bool = False) -> tuple[Work, int]:
         """What the forward and backward passes of some pairs take, and how many numbers are trained.
@@ -165,23 +165,23 @@ class DryRun:
             under: LoRAs of earlier stages that are worn.
             remembered: whether the batch was there before, and what the teacher said of it is known.
         """
-        family, recipe = self.family, self.recipe
+        family, config = self.family, self.config
         module: Any = family.module
-        layers = targeted_layers(module, recipe.targets)
+        layers = targeted_layers(module, config.targets)
         with ExitStack() as worn:
             for _ in range(under):
-                worn.enter_context(_of_zeros(layers, recipe).worn_by(module))
+                worn.enter_context(_of_zeros(layers, config).applied_to(module))
             student = worn.enter_context(
                 adapted(
                     family,
-                    rank=recipe.rank,
-                    targets=recipe.targets,
+                    rank=config.rank,
+                    targets=config.targets,
                     generator=torch.Generator(),
-                    adapter=recipe.adapter,
+                    adapter=config.adapter,
                     memory=_Remembered() if remembered else None,
                 )
             )
-            if recipe.gradient_checkpointing:
+            if config.gradient_checkpointing:
                 module.enable_gradient_checkpointing(gradient_checkpointing_func=self._recomputed)
             for factor in student.parameters():
                 factor.grad = torch.zeros_like(factor)
@@ -227,12 +227,12 @@ class _Remembered(Memory):
         return torch.empty_like(asked["noisy"])
 
 
-def _of_zeros(layers: Mapping[str, Any], recipe: Recipe) -> LoRA:
+def _of_zeros(layers: Mapping[str, Any], config: TrainingConfig) -> LoRA:
     """A LoRA that takes no memory here, and does on the device."""
     zero, found = torch.zeros(1), {}
     for name, one in layers.items():
         inputs, outputs = one.in_features, one.out_features
-        rank = recipe.adapter.exported_rank(inputs, outputs, recipe.rank)
+        rank = config.adapter.exported_rank(inputs, outputs, config.rank)
         found[name] = LowRank(zero.expand(rank, inputs), zero.expand(outputs, rank))
     return LoRA(found)
 

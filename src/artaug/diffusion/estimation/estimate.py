@@ -15,8 +15,8 @@ from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_of
 from artaug.diffusion.offload import quantised
 from artaug.errors import InvalidValueError
-from artaug.training.config import Recipe
-from artaug.training.optimizers import AdamW8bit, Optimiser
+from artaug.training.config import TrainingConfig
+from artaug.training.optimizers import AdamW8bit, Optimizer
 from artaug.training.trainer import DifferentialLoRATrainer
 
 _FLOAT32 = 4
@@ -28,7 +28,7 @@ _QUANTISED_MOMENTS = 2 * (1 + 4 / 256)
 def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with defaults
     source: str | os.PathLike[str] | DiffusionPipeline,
     *,
-    trainer: Recipe | None = None,
+    trainer: TrainingConfig | None = None,
     width: int = 1024,
     height: int = 1024,
     max_sequence_length: int | None = None,
@@ -77,7 +77,7 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     >>> told.fits(2**30)
     True
     """
-    recipe = DifferentialLoRATrainer() if trainer is None else trainer
+    config = DifferentialLoRATrainer() if trainer is None else trainer
     _check(storage_dtype, bits_per_weight, flops_per_second)
     _check_source(source, dtype, storage_dtype)
     if dtype is None:
@@ -87,7 +87,7 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     denoiser: Any = family.module
     if storage_dtype is not None:
         denoiser.enable_layerwise_casting(storage_dtype=storage_dtype, compute_dtype=dtype)
-    run = DryRun(family=family, recipe=recipe, text=text_shapes(family), dtype=dtype, fused_norms=fused_norms)
+    run = DryRun(family=family, config=config, text=text_shapes(family), dtype=dtype, fused_norms=fused_norms)
     encoding = run.encoding()
     held = source if isinstance(source, DiffusionPipeline) else pipeline
     sizes = {name: stored_bytes(part) for name, part in modules(held)}
@@ -97,9 +97,9 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     sizes[at], unpacked = _packed(denoiser, stored, bits_per_weight)
     encoders = sum(size for name, size in sizes.items() if name.startswith(("text_encoder", "vae")))
     activations, flops, trained = _stages(run)
-    optimiser = math.ceil(trained * _state_of(recipe.optimiser))
+    optimizer = math.ceil(trained * _state_of(config.optimizer))
     exported = _FLOAT32 * trained
-    average = exported if recipe.ema is not None else 0
+    average = exported if config.ema is not None else 0
     return Estimate(
         model=type(pipeline).__name__,
         width=width,
@@ -109,11 +109,11 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
         weights_bytes=sum(sizes.values()) - encoders,
         encoders_bytes=encoders,
         encoding_bytes=encoding.peak_bytes,
-        factors_bytes=2 * exported + optimiser + average,
+        factors_bytes=2 * exported + optimizer + average,
         activations_bytes=activations + unpacked,
         lora_bytes=_FLOAT32 * run.exported(),
-        checkpoint_bytes=exported + optimiser + average,
-        steps=recipe.steps,
+        checkpoint_bytes=exported + optimizer + average,
+        steps=config.steps,
         flops_per_step=flops,
         flops_per_second=flops_per_second,
         resting_bytes=0 if packed else sizes[at],
@@ -168,17 +168,17 @@ def _bound(pipeline: DiffusionPipeline, *, width: int, height: int, max_sequence
 
 def _stages(run: DryRun) -> tuple[int, int, int]:
     """The most any stage holds, what a step computes on average, and how many numbers are trained."""
-    stages = run.recipe.objective.course(1).stages
+    stages = run.config.objective.course(1).stages
     works: list[Work] = []
     trained = 0
     flops, whole = 0.0, math.fsum(stage.share for stage in stages)
-    echo = min(run.recipe.echo, run.recipe.steps)
+    echo = min(run.config.echo, run.config.steps)
     for number, stage in enumerate(stages):
         work, trained = run.step(stage, under=number)
         again = work if echo == 1 else run.step(stage, under=number, remembered=True)[0]
         works.append(work)
         flops += (work.flops + (echo - 1) * again.flops) / echo * stage.share / whole
-    return max(work.peak_bytes for work in works), round(flops * run.recipe.batch_size / run.pairs), trained
+    return max(work.peak_bytes for work in works), round(flops * run.config.batch_size / run.pairs), trained
 
 
 def _packed(module: nn.Module, stored: int, bits: float | None) -> tuple[int, int]:
@@ -191,13 +191,13 @@ def _packed(module: nn.Module, stored: int, bits: float | None) -> tuple[int, in
     return stored, max(one.numel() * one.element_size() for one in linear) if stored < whole else 0
 
 
-def _state_of(optimiser: Optimiser) -> float:
+def _state_of(optimizer: Optimizer) -> float:
     """Bytes an optimiser keeps for every number it trains at most, found out by letting it take one step."""
-    if isinstance(optimiser, AdamW8bit):
+    if isinstance(optimizer, AdamW8bit):
         return _QUANTISED_MOMENTS  # whose kernels may want a GPU
     probe = nn.Parameter(torch.ones(_PROBED))  # some keep less of zeros
     probe.grad = torch.ones(_PROBED)
-    made = optimiser.over([probe], learning_rate=1e-4)
+    made = optimizer.over([probe], learning_rate=1e-4)
     if hasattr(made, "train"):
         made.train()  # schedule-free ones ask for it
     made.step()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from artaug.diffusion.offload import encoders_of, resting
 from artaug.plan import Plan, Region
-from artaug.regional.denoiser import Conditioning, Denoiser, Text
+from artaug.regional.denoiser import Conditioning, Denoiser, EncodedPrompt
 from artaug.regional.guide import EncodedRegion
-from artaug.training.noise_schedule import Noising
+from artaug.training.noise_schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,12 +59,12 @@ class Family(ABC):
         """Encode prompts as the pipeline itself would, without gradient, warning of every word that is cut."""
 
     @abstractmethod
-    def words(self, prompts: Sequence[str]) -> list[slice]:
+    def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         """Where the tokens of each prompt are in a row of what `encode_prompts` gives; the rest is padding."""
 
-    def encode_texts(self, prompts: Sequence[str]) -> list[Text]:
+    def encode_texts(self, prompts: Sequence[str]) -> list[EncodedPrompt]:
         """Encode prompts one by one, for regions."""
-        return [Text(self.encode_prompts([prompt]), self.words([prompt])[0]) for prompt in prompts]
+        return [EncodedPrompt(self.encode_prompts([prompt]), self.token_slices([prompt])[0]) for prompt in prompts]
 
     def encode_regions(self, plans: Sequence[Plan]) -> list[list[EncodedRegion]]:
         """Every plan's regions with their prompts encoded, each prompt once."""
@@ -94,7 +94,7 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def noising(self) -> Noising:
+    def noise_schedule(self) -> NoiseSchedule:
         """How pictures are noised in training, and what the denoiser predicts."""
 
     @property

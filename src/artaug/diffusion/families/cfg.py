@@ -27,12 +27,12 @@ def batched_branches(rows: int, *, pictures: int) -> Branches:
 
     >>> from artaug.diffusion.families.cfg import batched_branches
     >>> batched_branches(4, pictures=2)
-    Branches(prompt=range(2, 4), negative=range(0, 2))
+    Branches(cond=range(2, 4), uncond=range(0, 2))
     """
     if rows == pictures:
-        return Branches(prompt=range(rows))
+        return Branches(cond=range(rows))
     if rows == 2 * pictures:
-        return Branches(prompt=range(pictures, rows), negative=range(pictures))
+        return Branches(cond=range(pictures, rows), uncond=range(pictures))
     raise GuideError(
         f"the denoiser was asked for {rows} rows in a run of {pictures} pictures. Expected {pictures}, or "
         f"{2 * pictures} with classifier-free guidance: more branches (as of perturbed attention) cannot be guided."

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from artaug.errors import GuideError, InvalidValueError, ModelError
-from artaug.regional.denoiser import AttentionLayer, Span, Text
+from artaug.regional.denoiser import AttentionLayer, EncodedPrompt, Span
 from artaug.training.noise_schedule import FlowMatching
 
 Pipeline: TypeAlias = Any
@@ -134,7 +134,7 @@ def shifted_flow(config: Mapping[str, Any], *, tokens: int) -> FlowMatching:
 
 
 def joined_texts(
-    base: Tensor, texts: Sequence[Sequence[Text]], *, name: str, trimmed: bool, ahead: bool
+    base: Tensor, texts: Sequence[Sequence[EncodedPrompt]], *, name: str, trimmed: bool, ahead: bool
 ) -> tuple[Tensor, list[tuple[Span, ...]]]:
     """Put region prompts beside the prompt each row of a batch has, rows filled up to one length with zeros.
 
@@ -150,7 +150,7 @@ def joined_texts(
         The longer prompts, and what each row holds.
     """
     added = [
-        [text.conditioning[name][0][text.words if trimmed else slice(None)].to(base) for text in of_row]
+        [text.conditioning[name][0][text.token_slice if trimmed else slice(None)].to(base) for text in of_row]
         for of_row in texts
     ]
     longest = max(sum(map(len, parts)) for parts in added)
@@ -159,7 +159,7 @@ def joined_texts(
         missing = longest - sum(map(len, parts))
         more = [*parts, own.new_zeros(missing, own.shape[-1])]
         told = [Span("text", len(part), number) for number, part in enumerate(parts, start=1)]
-        told += [Span("filler", missing)] if missing else []
+        told += [Span("padding", missing)] if missing else []
         rows.append(torch.cat([*more, own] if ahead else [own, *more]))
         spans.append((*told, Span("text", len(own))) if ahead else (Span("text", len(own)), *told))
     return torch.stack(rows), spans

@@ -12,10 +12,12 @@ from torch.nn.functional import pad
 
 from artaug.diffusion.families.common import Pipeline, Tokenizer
 from artaug.errors import GuideError, ModelError
-from artaug.regional.denoiser import Span, Text
+from artaug.regional.denoiser import EncodedPrompt, Span
 
 
-def warn_of_cut_chat(prompt: str, tokens: Sequence[int], *, reader: str, tokenizer: Tokenizer, limit: int) -> None:
+def warn_if_chat_truncated(
+    prompt: str, tokens: Sequence[int], *, reader: str, tokenizer: Tokenizer, limit: int
+) -> None:
     """Say what an encoder will not see of a prompt in its chat, the words of the chat around it counted.
 
     Args:
@@ -73,7 +75,12 @@ class Slotted:
 
 
 def slotted(
-    base: Tensor, texts: Sequence[Sequence[Text]], *, name: str, trimmed: bool, lengths: Sequence[int] | None = None
+    base: Tensor,
+    texts: Sequence[Sequence[EncodedPrompt]],
+    *,
+    name: str,
+    trimmed: bool,
+    lengths: Sequence[int] | None = None,
 ) -> Slotted:
     """Put region prompts ahead of the prompt each row has, the i-th prompts of all rows in one slot.
 
@@ -114,16 +121,16 @@ def slotted(
     )
 
 
-def _held(text: Text, name: str, *, trimmed: bool) -> slice:
-    return text.words if trimmed else slice(0, text.conditioning[name].shape[1])
+def _held(text: EncodedPrompt, name: str, *, trimmed: bool) -> slice:
+    return text.token_slice if trimmed else slice(0, text.conditioning[name].shape[1])
 
 
 def _framed(prompt: int, own: slice, slot: slice) -> Iterator[Span]:
     """A prompt in its slot, with the filler before and behind it."""
     for span in (
-        Span("filler", own.start - slot.start),
+        Span("padding", own.start - slot.start),
         Span("text", own.stop - own.start, prompt),
-        Span("filler", slot.stop - own.stop),
+        Span("padding", slot.stop - own.stop),
     ):
         if span.length:
             yield span

@@ -4,14 +4,14 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from artaug.evaluation.comparison.comparison import Arm, Comparison
-from artaug.evaluation.comparison.evaluator import Chooser, Studio, check, names_of, rows_of
+from artaug.evaluation.comparison.evaluator import HasScorers, Studio, check, names_of, rows_of
 from artaug.evaluation.comparison.rows import Fault, Guardrail, ScoreRow
 from artaug.evaluation.comparison.scoring_log import Ledger
-from artaug.images.similarity import Measure
+from artaug.images.similarity import SimilarityMetric
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer, picture_seeds
 
-__all__ = ["Arm", "Chooser", "Comparison", "Fault", "Guardrail", "ScoreRow", "compare"]
+__all__ = ["Arm", "Comparison", "Fault", "Guardrail", "HasScorers", "ScoreRow", "compare"]
 
 
 def compare(  # noqa: PLR0913 - one verb, and all of these have a default
@@ -22,10 +22,10 @@ def compare(  # noqa: PLR0913 - one verb, and all of these have a default
     scorers: Sequence[Scorer],
     seed: int = 0,
     draws: int = 1,
-    diversity: Measure | None = None,
+    diversity: SimilarityMetric | None = None,
     guardrails: Sequence[Guardrail] = (),
     batch_size: int = 8,
-    filtered_by: Collection[str | Chooser] = (),
+    filtered_by: Collection[str | HasScorers] = (),
     pictures: int = 12,
     progress: bool = True,
 ) -> Comparison:
@@ -41,7 +41,7 @@ def compare(  # noqa: PLR0913 - one verb, and all of these have a default
         seed: of the seeds and of the bootstrap; the same arguments give the same comparison.
         batch_size: pictures drawn and scored at a time.
         draws: pictures a prompt, each with a seed of its own; a prompt still counts once, by the mean of its pictures.
-        diversity: how alike two pictures are (`Likeness`, or a function of two pictures); adds a row ``diversity``, 1
+        diversity: how alike two pictures are (`ImageSimilarity`, or a function of two pictures); adds a row ``diversity``, 1
             less the mean likeness of the pictures of a prompt, which needs two draws.
         guardrails: how far which rows may fall, for `Comparison.verdict`.
         filtered_by: what chose the training pairs, ``[keep, candidates]``: filters, a `BestOf`, which chooses by its scorer
@@ -56,7 +56,7 @@ def compare(  # noqa: PLR0913 - one verb, and all of these have a default
         ScoringError: if a scorer raises, or gives no finite number, for some pictures. All others are drawn and scored
             first, and the comparison of those is in the error. A scorer that fails on all of the first pictures raises
             what it raises, at once.
-        SeamError: if a synthesizer or scorer returns something its seam does not allow.
+        ContractError: if a synthesizer or scorer returns something its seam does not allow.
         NonFiniteError: if a score is NaN or infinite, naming the prompt.
 
     >>> import artaug as aa

@@ -11,12 +11,12 @@ import numpy as np
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
-from artaug.errors import InvalidValueError, PromptError, SeamError
+from artaug.errors import ContractError, InvalidValueError, PromptError
 from artaug.evaluation.comparison.comparison import Arm
 from artaug.evaluation.comparison.rows import Guardrail, ScoreRow
 from artaug.evaluation.comparison.scoring_log import Ledger
 from artaug.evaluation.statistics import holm, sign_flip
-from artaug.images.similarity import Measure
+from artaug.images.similarity import SimilarityMetric
 from artaug.images.similarity import diversity as diversity_of
 from artaug.plan import Plan
 from artaug.scoring import Scorer
@@ -32,7 +32,7 @@ class Studio:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     scorers: tuple[Scorer, ...]
-    diversity: Measure | None
+    diversity: SimilarityMetric | None
     batch_size: int
     pictures: int
 
@@ -56,7 +56,7 @@ class Studio:
     @property
     def judges(self) -> dict[str, frozenset[str]]:
         """The rows there will be: names, and the names of the scorers each rests on."""
-        known = {scorer.name: scorer.rests_on for scorer in self.scorers}
+        known = {scorer.name: scorer.depends_on for scorer in self.scorers}
         return known if self.diversity is None else {**known, _DIVERSITY: frozenset()}
 
     def check_guardrails(self, guardrails: Sequence[Guardrail]) -> None:
@@ -164,11 +164,11 @@ def _drawn(synthesizer: Synthesizer, prompts: Sequence[str], seeds: Sequence[int
     images = synthesizer.synthesize_batch([Plan(prompt) for prompt in prompts], seeds=seeds)
     if len(images) != len(prompts):
         name = type(synthesizer).__name__
-        raise SeamError(f"{name}.synthesize_batch returned {len(images)} pictures for {len(prompts)} plans.")
+        raise ContractError(f"{name}.synthesize_batch returned {len(images)} pictures for {len(prompts)} plans.")
     return images
 
 
-class Chooser(Protocol):
+class HasScorers(Protocol):
     """What has chosen the training pairs by scorers: a `PairFilter`, or a `BestOf`."""
 
     @property
@@ -176,7 +176,7 @@ class Chooser(Protocol):
         """Names of the scorers it rests on."""
 
 
-def names_of(filtered_by: Collection[str | Chooser]) -> frozenset[str]:
+def names_of(filtered_by: Collection[str | HasScorers]) -> frozenset[str]:
     """The names of all scorers that have chosen.
 
     Raises:

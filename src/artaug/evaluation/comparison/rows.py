@@ -82,7 +82,7 @@ class ScoreRow:
         return int(self.ci_low > 0) - int(self.ci_high < 0)
 
     @property
-    def settled(self) -> bool:
+    def significant(self) -> bool:
         """Whether the whole interval lies on one side of zero and the p-value, corrected, is below 0.05."""
         return self.direction != 0 and self.p_value < _SURE
 
@@ -157,7 +157,7 @@ def in_words(row: ScoreRow, guardrail: Guardrail | None = None) -> str:
     to = max(row.decimals - 1, 2)
     interval = f"[{row.ci_low:.{to}f}, {row.ci_high:.{to}f}]"
     guarded = guardrail if guardrail is not None and guardrail.means_something(row) else None
-    if row.settled:
+    if row.significant:
         text = f"{row.scorer} {'up' if row.delta > 0 else 'down'} {_amount(row, guarded, to)} {interval}"
     elif guarded is not None and max(-row.ci_low, row.ci_high) <= guarded.margin(row):
         text = f"{row.scorer} unchanged {interval}"

@@ -8,7 +8,7 @@ from typing import TypeAlias, final
 import numpy as np
 from PIL.Image import Image
 
-from artaug.errors import InvalidValueError, SeamError
+from artaug.errors import ContractError, InvalidValueError
 from artaug.evaluation.suites.checks import Case, Clause, ObjectCheck, Outcome, Suite, SuiteScorer
 from artaug.geometry import Box
 
@@ -127,7 +127,7 @@ class ObjectScore(SuiteScorer):
         found = list(self.detector.detect(image, labels))
         for one in found:
             if not isinstance(one, Detection):
-                raise SeamError(
+                raise ContractError(
                     f"{self.detector.name} returned {type(one).__name__}: {one!r:.120}. Expected artaug.evaluation.suites.Detection."
                 )
         return found
@@ -159,7 +159,7 @@ class ObjectScore(SuiteScorer):
         named = [one.colour for one in group] if self.colours is None else list(self.colours(image, group))
         colours = [colour for colour in named if isinstance(colour, str)]
         if len(colours) != len(group):
-            raise SeamError(
+            raise ContractError(
                 f"{named!r} are the colours of {len(group)} {group[0].label}: need one each. Give ObjectScore(colours=...), "
                 "such as artaug.scorers.ClipColours, or a detector that tells colours."
             )

@@ -39,8 +39,8 @@ class QuestionScore(SuiteScorer):
         return f"{self.suite.name} ({self.answers.name})"
 
     @property
-    def rests_on(self) -> frozenset[str]:
-        return frozenset({self.name}) | self.answers.rests_on
+    def depends_on(self) -> frozenset[str]:
+        return frozenset({self.name}) | self.answers.depends_on
 
     def outcomes(self, images: Sequence[Image], cases: Sequence[Case]) -> list[Outcome]:
         checks = [_questions(case) for case in cases]

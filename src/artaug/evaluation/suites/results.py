@@ -10,7 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from artaug._internal.values import value
-from artaug.errors import InvalidValueError, SeamError
+from artaug.errors import ContractError, InvalidValueError
 from artaug.evaluation.comparison import Comparison, ScoreRow
 from artaug.evaluation.prompts import PromptSet
 from artaug.evaluation.statistics import holm, share_bootstrap, sign_flip
@@ -130,7 +130,7 @@ def evaluate(
 
     Raises:
         InvalidValueError: for ``draws`` or ``batch_size`` below 1.
-        SeamError: if the synthesizer draws too few pictures, or the judge's model breaks its promise.
+        ContractError: if the synthesizer draws too few pictures, or the judge's model breaks its promise.
     """
     if draws < 1 or batch_size < 1:
         raise InvalidValueError(f"evaluate(draws={draws}, batch_size={batch_size}): need at least 1 of each.")
@@ -145,7 +145,9 @@ def evaluate(
                 images = synthesizer.synthesize_batch(plans, seeds=seeds[first + start :][: len(part)])
                 if len(images) != len(part):
                     name = type(synthesizer).__name__
-                    raise SeamError(f"{name}.synthesize_batch returned {len(images)} pictures for {len(part)} plans.")
+                    raise ContractError(
+                        f"{name}.synthesize_batch returned {len(images)} pictures for {len(part)} plans."
+                    )
                 for at, outcome in enumerate(judge.outcomes(images, part), start=start):
                     found[at].append(outcome)
                 bar.update(len(part))

@@ -101,7 +101,7 @@ class Checkpoint:
 
     @classmethod
     def find(cls, path: Path) -> "Checkpoint":
-        """Look what is there.
+        """ValidationResult what is there.
 
         Raises:
             ModelError: if there are no weights, several sets of them, or some that are no safetensors files.

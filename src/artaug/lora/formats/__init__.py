@@ -5,22 +5,22 @@ some of the layers. What no reader but artaug's own could confirm is refused by 
 """
 
 from artaug.lora.formats.flux import FLUX1, FLUX2
-from artaug.lora.formats.key_maps import Format, Naming
-from artaug.lora.formats.known_maps import NAMINGS, QWEN_IMAGE, SD3, Z_IMAGE
+from artaug.lora.formats.key_maps import Format, KeyMap
+from artaug.lora.formats.known_maps import KEY_MAPS, QWEN_IMAGE, SD3, Z_IMAGE
 from artaug.lora.formats.reading import Reading, read
 from artaug.lora.formats.unets import SD15, SDXL
 
 __all__ = [
     "FLUX1",
     "FLUX2",
-    "NAMINGS",
+    "KEY_MAPS",
     "QWEN_IMAGE",
     "SD3",
     "SD15",
     "SDXL",
     "Z_IMAGE",
     "Format",
-    "Naming",
+    "KeyMap",
     "Reading",
     "read",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor
 from artaug.errors import LoRAError
 from artaug.lora.formats.files import read_tensors
 from artaug.lora.formats.key_maps import Format, Place
-from artaug.lora.formats.known_maps import NAMINGS
+from artaug.lora.formats.known_maps import KEY_MAPS
 from artaug.lora.formats.low_rank import LowRank, relative_error
 
 DEFINITION = "the format's definition"
@@ -145,7 +145,7 @@ def _stems(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Ten
 def _spellings(name: str) -> Iterator[tuple[str, Place | None]]:
     """Every way a file may call a layer, and what else is behind that name, if it is an original one."""
     called: list[tuple[str, Place | None]] = [(name, None)]
-    called += [(place.theirs, place) for naming in NAMINGS for place in naming.places(name)]
+    called += [(place.theirs, place) for naming in KEY_MAPS for place in naming.places(name)]
     for one, place in called:
         yield from ((prefix + one, place) for prefix in _DOTTED)
         yield from ((prefix + one.replace(".", "_"), place) for prefix in _FLAT)

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from artaug._internal.files import appearing, save_tensors
+from artaug._internal.files import atomic_write, save_tensors
 from artaug.errors import LoRAError
 
 _PICKLES = (b"PK\x03\x04", b"\x80")
@@ -39,7 +39,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     Raises:
         StorageError: if the system cannot write it; a file that was there before stays.
     """
-    with appearing(path, what="the LoRA file", remedy="Make room, or choose another place.") as partial:
+    with atomic_write(path, what="the LoRA file", remedy="Make room, or choose another place.") as partial:
         save_tensors(tensors, partial, header)
         _sort_header(partial)
     return path

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 from artaug.lora.formats.key_formats import QKV, in_kohya, in_peft, renamed
-from artaug.lora.formats.key_maps import Format, Naming, Row, Spelling
+from artaug.lora.formats.key_maps import Format, KeyFormat, KeyMap, Row
 
 
 def _double_attention() -> tuple[Row, ...]:
@@ -86,7 +86,7 @@ _FLUX1_OF_DIFFSYNTH = (
     Row("final_proj_out", ("proj_out",)),
 )
 
-FLUX1 = Naming(
+FLUX1 = KeyMap(
     name="FLUX.1",
     rows=(
         *_double_attention(),
@@ -105,7 +105,7 @@ FLUX1 = Naming(
         Format.PEFT: in_peft("transformer"),
         # diffusers converts the ends too, but leaves out the prefix its own loader asks for, and drops them
         Format.KOHYA: in_kohya(original=True, unread=tuple(_FLUX1_UNREAD)),
-        Format.COMFYUI: Spelling(
+        Format.COMFYUI: KeyFormat(
             "diffusion_model.",
             ".lora_down.weight",
             ".lora_up.weight",
@@ -121,7 +121,7 @@ FLUX1 = Naming(
 _FLUX2_STREAMS = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
 _FLUX2_SWAPPED = "final_layer.adaLN_modulation.1"
 
-FLUX2 = Naming(
+FLUX2 = KeyMap(
     name="FLUX.2",
     rows=(
         *_double_attention(),
@@ -143,7 +143,7 @@ FLUX2 = Naming(
             ),
         ),
         # diffusers swaps the halves of this layer in a checkpoint and not in a LoRA: they cannot both be right
-        Format.COMFYUI: Spelling(
+        Format.COMFYUI: KeyFormat(
             "diffusion_model.",
             ".lora_A.weight",
             ".lora_B.weight",

@@ -2,24 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 
-from artaug.lora.formats.key_maps import Row, Spelling
+from artaug.lora.formats.key_maps import KeyFormat, Row
 
 QKV = (1, 1, 1)
 """Queries, keys and values, fused."""
-BARE = Spelling("", ".lora_A.default.weight", ".lora_B.default.weight")
+BARE = KeyFormat("", ".lora_A.default.weight", ".lora_B.default.weight")
 """As DiffSynth-Studio writes files of models that it does not rebuild."""
-IN_COMFYUI = Spelling("diffusion_model.", ".lora_A.weight", ".lora_B.weight")
+IN_COMFYUI = KeyFormat("diffusion_model.", ".lora_A.weight", ".lora_B.weight")
 """As ComfyUI reads models whose layers diffusers did not rename."""
 
 
-def in_peft(module: str) -> Spelling:
+def in_peft(module: str) -> KeyFormat:
     """As diffusers writes the files of a pipeline whose denoiser is its part ``module``."""
-    return Spelling(f"{module}.", ".lora_A.weight", ".lora_B.weight")
+    return KeyFormat(f"{module}.", ".lora_A.weight", ".lora_B.weight")
 
 
-def in_kohya(*, original: bool = False, uniform: bool = False, unread: Sequence[str] = ()) -> Spelling:
+def in_kohya(*, original: bool = False, uniform: bool = False, unread: Sequence[str] = ()) -> KeyFormat:
     """As sd-scripts does, training the original model or diffusers' own."""
-    return Spelling(
+    return KeyFormat(
         "lora_unet_",
         ".lora_down.weight",
         ".lora_up.weight",

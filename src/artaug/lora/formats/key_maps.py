@@ -48,7 +48,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Spelling:
+class KeyFormat:
     """How a format spells the layers of one family."""
 
     prefix: str
@@ -89,7 +89,7 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Naming:
+class KeyMap:
     """The linear layers and convolutions of one model family, every one of them, and the formats they can be written in.
 
     The built-in ones stand in ``artaug.lora.formats``: ``FLUX1``, ``FLUX2``, ``SD3``, ``SD15``, ``SDXL``, ``QWEN_IMAGE``,
@@ -99,7 +99,7 @@ class Naming:
     name: str
     """What its users call it."""
     rows: tuple[Row, ...] = field(repr=False)
-    spellings: Mapping[Format, Spelling] = field(repr=False)
+    spellings: Mapping[Format, KeyFormat] = field(repr=False)
     """A format that is missing was not verified against a reader other than artaug's, and is refused."""
     aliases: tuple[Row, ...] = field(default=(), repr=False)
     """Names that other trainers give the layers: read, never written."""
@@ -110,7 +110,7 @@ class Naming:
     def __hash__(self) -> int:
         return hash(self.name)
 
-    def __reduce__(self) -> tuple[object, tuple[str, tuple[Row, ...], dict[Format, Spelling], tuple[Row, ...]]]:
+    def __reduce__(self) -> tuple[object, tuple[str, tuple[Row, ...], dict[Format, KeyFormat], tuple[Row, ...]]]:
         return _naming, (self.name, self.rows, dict(self.spellings), self.aliases)  # a mapping proxy cannot be sent
 
     def place(self, layer: str) -> Place | None:
@@ -147,8 +147,10 @@ class Naming:
         }
 
 
-def _naming(name: str, rows: tuple[Row, ...], spellings: Mapping[Format, Spelling], aliases: tuple[Row, ...]) -> Naming:
-    return Naming(name=name, rows=rows, spellings=spellings, aliases=aliases)
+def _naming(
+    name: str, rows: tuple[Row, ...], spellings: Mapping[Format, KeyFormat], aliases: tuple[Row, ...]
+) -> KeyMap:
+    return KeyMap(name=name, rows=rows, spellings=spellings, aliases=aliases)
 
 
 class _Names(NamedTuple):
@@ -165,9 +167,9 @@ _Patterns: TypeAlias = dict[str, list[tuple[Row, re.Pattern[str]]]]
 def _patterns(rows: Sequence[Row], *, original: bool, flat: bool) -> _Patterns:
     found: _Patterns = {}
     for row, name in _spelt(rows, original=original):
-        spelt = name.replace(".", "_") if flat else name
-        pattern = re.compile(re.escape(spelt).replace(r"\{\}", r"(\d+)"))
-        found.setdefault(_blanked(spelt.replace("{}", "0")), []).append((row, pattern))
+        to_state_dict = name.replace(".", "_") if flat else name
+        pattern = re.compile(re.escape(to_state_dict).replace(r"\{\}", r"(\d+)"))
+        found.setdefault(_blanked(to_state_dict.replace("{}", "0")), []).append((row, pattern))
     return found
 
 

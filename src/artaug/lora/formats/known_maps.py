@@ -7,13 +7,13 @@ published models, and every file artaug writes for them against those readers.
 
 from artaug.lora.formats.flux import FLUX1, FLUX2
 from artaug.lora.formats.key_formats import BARE, IN_COMFYUI, QKV, in_kohya, in_peft, same
-from artaug.lora.formats.key_maps import Format, Naming, Row
+from artaug.lora.formats.key_maps import Format, KeyMap, Row
 from artaug.lora.formats.unets import SD15, SDXL
 
 _JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _TIMES = tuple(f"time_text_embed.timestep_embedder.linear_{number}" for number in (1, 2))
 
-SD3 = Naming(
+SD3 = KeyMap(
     name="Stable Diffusion 3",
     rows=same(
         *(f"transformer_blocks.{{}}.attn.{name}" for name in _JOINT),
@@ -35,7 +35,7 @@ SD3 = Naming(
 )
 """Stable Diffusion 3 and 3.5."""
 
-QWEN_IMAGE = Naming(
+QWEN_IMAGE = KeyMap(
     name="Qwen-Image",
     rows=same(
         *(f"transformer_blocks.{{}}.attn.{name}" for name in _JOINT),
@@ -61,7 +61,7 @@ QWEN_IMAGE = Naming(
 
 _Z_BLOCKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
 
-Z_IMAGE = Naming(
+Z_IMAGE = KeyMap(
     name="Z-Image",
     rows=(
         *(
@@ -89,5 +89,5 @@ Z_IMAGE = Naming(
 )
 """Z-Image."""
 
-NAMINGS: tuple[Naming, ...] = (FLUX1, FLUX2, SD3, SDXL, SD15, QWEN_IMAGE, Z_IMAGE)
+KEY_MAPS: tuple[KeyMap, ...] = (FLUX1, FLUX2, SD3, SDXL, SD15, QWEN_IMAGE, Z_IMAGE)
 """The families whose files are known."""

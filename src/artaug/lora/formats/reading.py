@@ -15,8 +15,8 @@ from torch import Tensor
 from artaug.errors import LoRAError
 from artaug.lora.formats.convolutions import restored
 from artaug.lora.formats.files import read_tensors
-from artaug.lora.formats.key_maps import Format, Naming, Place
-from artaug.lora.formats.known_maps import NAMINGS
+from artaug.lora.formats.key_maps import Format, KeyMap, Place
+from artaug.lora.formats.known_maps import KEY_MAPS
 from artaug.lora.formats.low_rank import LowRank
 
 METADATA = "lora_adapter_metadata"
@@ -63,7 +63,7 @@ class Reading:
     """By module path of the denoiser, alpha folded in."""
 
 
-def read(path: Path, *, naming: Naming | None = None) -> Reading:
+def read(path: Path, *, naming: KeyMap | None = None) -> Reading:
     """Read a file in any known format, or raise; ``naming`` settles which family it is for where keys do not.
 
     Raises:
@@ -152,12 +152,12 @@ def _folded(name: str, part: Mapping[str, Tensor], adapter: Mapping[str, Any], p
 
 
 def _places(
-    layers: Mapping[str, LowRank], kind: Format, naming: Naming | None, path: Path
+    layers: Mapping[str, LowRank], kind: Format, naming: KeyMap | None, path: Path
 ) -> dict[str, tuple[Place, bool]]:
     """What every name in the file means, by the one family that has them all."""
     meanings: dict[tuple[str, ...], dict[str, tuple[Place, bool]]] = {}
     fitting, missing = [], ""
-    for one in NAMINGS if naming is None else (naming,):
+    for one in KEY_MAPS if naming is None else (naming,):
         read = {name: one.read(name, flat=kind in _FLAT) for name in layers}
         known = {name: place for name, place in read.items() if place is not None}
         if len(known) < len(layers):
@@ -172,7 +172,7 @@ def _places(
         raise LoRAError(
             f"{path} could be a LoRA of {' or '.join(fitting)}. Say which: naming=artaug.lora.formats.FLUX1, say."
         )
-    families = ", ".join(one.name for one in (NAMINGS if naming is None else (naming,)))
+    families = ", ".join(one.name for one in (KEY_MAPS if naming is None else (naming,)))
     raise LoRAError(
         f"{path} is a {kind} file of a model artaug does not know ({families}): first unknown is "
         f"{missing or next(iter(layers))!r}, or its shape is."

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from artaug.lora.formats.key_formats import in_kohya, in_peft
-from artaug.lora.formats.key_maps import Format, Naming, Row
+from artaug.lora.formats.key_maps import Format, KeyMap, Row
 
 _ATTENTION = tuple(f"attn{number}.{name}" for number in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0"))
 _IN_TRANSFORMER = (
@@ -59,7 +59,7 @@ def _resnet(ours: str, theirs: str) -> Iterator[Row]:
     return (Row(f"{theirs}.{original}", (f"{ours}.{name}",)) for original, name in _IN_RESNET.items())
 
 
-SDXL = Naming(
+SDXL = KeyMap(
     name="Stable Diffusion XL",
     rows=(
         *_unet(attention_at_the_bottom=True),
@@ -69,7 +69,7 @@ SDXL = Naming(
 )
 """Stable Diffusion XL."""
 
-SD15 = Naming(
+SD15 = KeyMap(
     name="Stable Diffusion 1.5",
     rows=_unet(attention_at_the_bottom=False),
     # sd-scripts trains SDXL on the original U-Net, and this one on diffusers'

@@ -9,8 +9,8 @@ from torch.nn.functional import pad
 
 from artaug.errors import LoRAError
 from artaug.lora.formats.convolutions import stored
-from artaug.lora.formats.key_maps import Format, Naming, Place, Spelling
-from artaug.lora.formats.known_maps import NAMINGS
+from artaug.lora.formats.key_maps import Format, KeyFormat, KeyMap, Place
+from artaug.lora.formats.known_maps import KEY_MAPS
 from artaug.lora.formats.low_rank import LowRank, relative_error
 from artaug.lora.formats.reading import METADATA
 
@@ -19,8 +19,8 @@ _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 _LOSS = 0.01
 
 
-def spelt(
-    layers: Mapping[str, LowRank], kind: Format | str, *, naming: Naming | None = None, dtype: torch.dtype | None = None
+def to_state_dict(
+    layers: Mapping[str, LowRank], kind: Format | str, *, naming: KeyMap | None = None, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header of a file.
 
@@ -47,7 +47,7 @@ def spelt(
     return tensors, {"format": "pt"}
 
 
-def _peft(layers: Mapping[str, LowRank], naming: Naming | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _peft(layers: Mapping[str, LowRank], naming: KeyMap | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """One rank for all, zeros behind the smaller ones, and alpha equal to it: no reader can get the strength wrong."""
     prefix = "unet." if any(name.startswith(_UNET) for name in layers) else "transformer."
     if naming is not None:
@@ -92,13 +92,13 @@ def _kept(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()  # layers may share a tensor, and safetensors refuses that
 
 
-def _written(layers: Mapping[str, LowRank], kind: Format, naming: Naming | None) -> Naming:
+def _written(layers: Mapping[str, LowRank], kind: Format, naming: KeyMap | None) -> KeyMap:
     """The one family that has all these layers, in a format it has."""
-    fitting = [one for one in NAMINGS if all(one.place(name) for name in layers)]
+    fitting = [one for one in KEY_MAPS if all(one.place(name) for name in layers)]
     if naming is not None:
         fitting = [naming] if all(naming.place(name) for name in layers) else []
     if not fitting:
-        families = ", ".join(one.name for one in ((naming,) if naming else NAMINGS))
+        families = ", ".join(one.name for one in ((naming,) if naming else KEY_MAPS))
         raise LoRAError(f"no family artaug has names for ({families}) has all these layers, as {next(iter(layers))!r}.")
     if len(fitting) > 1:
         names = ", ".join(one.name for one in fitting)
@@ -116,7 +116,7 @@ def _written(layers: Mapping[str, LowRank], kind: Format, naming: Naming | None)
     return found
 
 
-def _refuse_unread(layers: Mapping[str, LowRank], naming: Naming, spelling: Spelling, kind: Format) -> None:
+def _refuse_unread(layers: Mapping[str, LowRank], naming: KeyMap, spelling: KeyFormat, kind: Format) -> None:
     for name in layers:
         place = naming.place(name)
         if place is not None and place.row.theirs in spelling.unread:
@@ -126,7 +126,7 @@ def _refuse_unread(layers: Mapping[str, LowRank], naming: Naming, spelling: Spel
             )
 
 
-def _fused(layers: Mapping[str, LowRank], naming: Naming) -> dict[str, LowRank]:
+def _fused(layers: Mapping[str, LowRank], naming: KeyMap) -> dict[str, LowRank]:
     """The layers of the original: parts put side by side as blocks, with zeros for the parts that were not trained."""
     parts: dict[Place, dict[str, LowRank]] = {}
     for name, layer in layers.items():

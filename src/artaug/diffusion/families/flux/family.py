@@ -10,12 +10,22 @@ from diffusers import FluxPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug._internal.truncation import warn_of_cut
+from artaug._internal.truncation import warn_if_truncated
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.flux.attention import RegionalFluxProcessor
 from artaug.errors import GuideError, ModelError
-from artaug.regional.denoiser import Attend, AttentiveDenoiser, Branches, Call, Conditioning, Denoiser, Site, Span, Text
+from artaug.regional.denoiser import (
+    Attend,
+    AttentionSite,
+    AttentiveDenoiser,
+    Branches,
+    Call,
+    Conditioning,
+    Denoiser,
+    EncodedPrompt,
+    Span,
+)
 from artaug.training.noise_schedule import FlowMatching
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
@@ -60,7 +70,7 @@ class Flux(Family):
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def words(self, prompts: Sequence[str]) -> list[slice]:
+    def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         tokens = self.pipeline.tokenizer_2(list(prompts), truncation=True, max_length=self.max_sequence_length)
         return [slice(0, len(one)) for one in tokens.input_ids]
 
@@ -83,7 +93,7 @@ class Flux(Family):
         return transformer
 
     @property
-    def noising(self) -> FlowMatching:
+    def noise_schedule(self) -> FlowMatching:
         """Velocity at sigmas shifted as this scheduler shifts them at this size."""
         return common.shifted_flow(self.pipeline.scheduler.config, tokens=math.prod(self._grid))
 
@@ -141,7 +151,7 @@ class Flux(Family):
             ("CLIP", pipeline.tokenizer, pipeline.tokenizer_max_length, "Shorten it; T5 still reads it further."),
             ("T5", pipeline.tokenizer_2, self.max_sequence_length, "Shorten it, or raise max_sequence_length."),
         ):
-            warn_of_cut(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy=remedy)
+            warn_if_truncated(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,10 +164,10 @@ class FluxDenoiser(AttentiveDenoiser):
     def branches(self, call: Call) -> Branches:
         rows = range(len(call["hidden_states"]))
         if call["encoder_hidden_states"] is self.prompt_embeds:
-            return Branches(prompt=rows)
-        return Branches(prompt=range(0), negative=rows)
+            return Branches(cond=rows)
+        return Branches(cond=range(0), uncond=rows)
 
-    def recondition(self, call: Call, rows: Sequence[int], texts: Sequence[Text]) -> dict[str, Any]:
+    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         some = list(rows)
         of_rows = {
             name: call[name][some] for name in ("hidden_states", "timestep", "guidance") if call[name] is not None
@@ -171,16 +181,16 @@ class FluxDenoiser(AttentiveDenoiser):
         }
 
     @property
-    def sites(self) -> Sequence[Site]:
+    def sites(self) -> Sequence[AttentionSite]:
         model: Any = self.module
         layers = (*model.transformer_blocks, *model.single_transformer_blocks)
-        return [Site(layer.attn, block) for block, layer in enumerate(layers)]
+        return [AttentionSite(layer.attn, block) for block, layer in enumerate(layers)]
 
     def noise_level(self, call: Call) -> float:
         return float(call["timestep"][0])
 
-    def with_texts(
-        self, call: Call, texts: Sequence[Sequence[Text]], *, trimmed: bool
+    def append_prompts(
+        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         # Every FLUX prompt is at position 0 of the image's grid, so more of them need no positions of their own.
         base = call["encoder_hidden_states"]
@@ -192,7 +202,7 @@ class FluxDenoiser(AttentiveDenoiser):
             [(*of_row, image) for of_row in spans],
         )
 
-    def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
+    def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         if "norm" in layer or layer.startswith("time_"):
             return None
         if layer.startswith("single_transformer_blocks"):
@@ -200,5 +210,5 @@ class FluxDenoiser(AttentiveDenoiser):
         of_prompt = ("context_embedder", ".ff_context.", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
         return "text" if any(part in layer for part in of_prompt) else "image"
 
-    def processor(self, site: Site, attend: Attend) -> RegionalFluxProcessor:
+    def processor(self, site: AttentionSite, attend: Attend) -> RegionalFluxProcessor:
         return RegionalFluxProcessor.like(site.attention, attend)

@@ -20,7 +20,17 @@ from artaug.diffusion.families.flux2.attention import (
     regional_processor,
 )
 from artaug.errors import ModelError
-from artaug.regional.denoiser import Attend, AttentiveDenoiser, Branches, Call, Conditioning, Denoiser, Site, Span, Text
+from artaug.regional.denoiser import (
+    Attend,
+    AttentionSite,
+    AttentiveDenoiser,
+    Branches,
+    Call,
+    Conditioning,
+    Denoiser,
+    EncodedPrompt,
+    Span,
+)
 from artaug.training.noise_schedule import FlowMatching
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -54,13 +64,13 @@ class Flux2Family(Family):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         for prompt, chat in zip(prompts, self._chats(prompts), strict=True):
-            llm_encoders.warn_of_cut_chat(
+            llm_encoders.warn_if_chat_truncated(
                 prompt, chat, reader="FLUX.2", tokenizer=self._tokenizer, limit=self.max_sequence_length
             )
         embeds, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
         return {"prompt_embeds": embeds}
 
-    def words(self, prompts: Sequence[str]) -> list[slice]:
+    def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         longest = self.max_sequence_length
         lengths = [min(len(chat), longest) for chat in self._chats(prompts)]
         if self._tokenizer.padding_side == "left":
@@ -73,7 +83,7 @@ class Flux2Family(Family):
         return transformer
 
     @property
-    def noising(self) -> FlowMatching:
+    def noise_schedule(self) -> FlowMatching:
         """Velocity at sigmas shifted as the pipeline shifts them at this size.
 
         FLUX.2 shifts them by the number of steps, too, up to 4300 image tokens: this is the shift of 50 steps.
@@ -203,10 +213,10 @@ class Flux2Denoiser(AttentiveDenoiser):
     def branches(self, call: Call) -> Branches:
         rows = range(len(call["hidden_states"]))
         if self.prompt_embeds is None or torch.equal(call["encoder_hidden_states"], self.prompt_embeds):
-            return Branches(prompt=rows)
-        return Branches(prompt=range(0), negative=rows)
+            return Branches(cond=rows)
+        return Branches(cond=range(0), uncond=rows)
 
-    def recondition(self, call: Call, rows: Sequence[int], texts: Sequence[Text]) -> dict[str, Any]:
+    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         some = list(rows)
         by_row = ("hidden_states", "timestep", "guidance", "img_ids", "txt_ids")
         of_rows = {name: call[name][some] for name in by_row if call[name] is not None}
@@ -217,16 +227,16 @@ class Flux2Denoiser(AttentiveDenoiser):
         }
 
     @property
-    def sites(self) -> Sequence[Site]:
+    def sites(self) -> Sequence[AttentionSite]:
         transformer: Any = self.module
         layers = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-        return [Site(layer.attn, block) for block, layer in enumerate(layers)]
+        return [AttentionSite(layer.attn, block) for block, layer in enumerate(layers)]
 
     def noise_level(self, call: Call) -> float:
         return float(call["timestep"][0])
 
-    def with_texts(
-        self, call: Call, texts: Sequence[Sequence[Text]], *, trimmed: bool
+    def append_prompts(
+        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         # A token's place in its prompt is the last of four coordinates, and all rows of a batch share the first row's.
         slots = llm_encoders.slotted(call["encoder_hidden_states"], texts, name="prompt_embeds", trimmed=trimmed)
@@ -238,7 +248,7 @@ class Flux2Denoiser(AttentiveDenoiser):
             [(*of_row, image) for of_row in slots.spans],
         )
 
-    def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
+    def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         if "norm" in layer or "modulation" in layer or layer.startswith("time_"):
             return None
         if layer.startswith("single_transformer_blocks"):
@@ -246,5 +256,5 @@ class Flux2Denoiser(AttentiveDenoiser):
         of_prompt = ("context_embedder", ".ff_context.", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
         return "text" if any(part in layer for part in of_prompt) else "image"
 
-    def processor(self, site: Site, attend: Attend) -> RegionalFlux2Processor | RegionalFlux2ParallelProcessor:
+    def processor(self, site: AttentionSite, attend: Attend) -> RegionalFlux2Processor | RegionalFlux2ParallelProcessor:
         return regional_processor(site.attention, attend)

@@ -14,7 +14,17 @@ from artaug.diffusion.families import common, llm_encoders
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.qwen_image.attention import RegionalQwenImageProcessor, regional_processor
 from artaug.errors import GuideError, ModelError
-from artaug.regional.denoiser import Attend, AttentiveDenoiser, Branches, Call, Conditioning, Denoiser, Site, Span, Text
+from artaug.regional.denoiser import (
+    Attend,
+    AttentionSite,
+    AttentiveDenoiser,
+    Branches,
+    Call,
+    Conditioning,
+    Denoiser,
+    EncodedPrompt,
+    Span,
+)
 from artaug.training.noise_schedule import FlowMatching
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -57,7 +67,7 @@ class QwenImage(Family):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         start = self.pipeline.prompt_template_encode_start_idx
         for prompt, chat in zip(prompts, self._chats(prompts), strict=True):
-            llm_encoders.warn_of_cut_chat(
+            llm_encoders.warn_if_chat_truncated(
                 prompt,
                 chat[start:],
                 reader="Qwen-Image",
@@ -68,7 +78,7 @@ class QwenImage(Family):
         whole = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         return {"prompt_embeds": embeds, "prompt_embeds_mask": whole if mask is None else mask}
 
-    def words(self, prompts: Sequence[str]) -> list[slice]:
+    def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         start = self.pipeline.prompt_template_encode_start_idx
         return [slice(0, min(len(chat) - start, self.max_sequence_length)) for chat in self._chats(prompts)]
 
@@ -96,7 +106,7 @@ class QwenImage(Family):
         return transformer
 
     @property
-    def noising(self) -> FlowMatching:
+    def noise_schedule(self) -> FlowMatching:
         """Velocity at sigmas shifted, and stretched to end early, as this scheduler does at this size."""
         return common.shifted_flow(self.pipeline.scheduler.config, tokens=math.prod(self._grid))
 
@@ -154,12 +164,12 @@ class QwenImageDenoiser(AttentiveDenoiser):
     def branches(self, call: Call) -> Branches:
         rows = range(len(call["hidden_states"]))
         if self.prompt_embeds is None or torch.equal(call["encoder_hidden_states"], self.prompt_embeds):
-            return Branches(prompt=rows)
-        return Branches(prompt=range(0), negative=rows)
+            return Branches(cond=rows)
+        return Branches(cond=range(0), uncond=rows)
 
-    def recondition(self, call: Call, rows: Sequence[int], texts: Sequence[Text]) -> dict[str, Any]:
+    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         some = list(rows)
-        embeds, mask = llm_encoders.stacked([text.conditioning["prompt_embeds"][0][text.words] for text in texts])
+        embeds, mask = llm_encoders.stacked([text.conditioning["prompt_embeds"][0][text.token_slice] for text in texts])
         return {
             **call,
             "hidden_states": call["hidden_states"][some],
@@ -170,15 +180,15 @@ class QwenImageDenoiser(AttentiveDenoiser):
         }
 
     @property
-    def sites(self) -> Sequence[Site]:
+    def sites(self) -> Sequence[AttentionSite]:
         transformer: Any = self.module
-        return [Site(layer.attn, block) for block, layer in enumerate(transformer.transformer_blocks)]
+        return [AttentionSite(layer.attn, block) for block, layer in enumerate(transformer.transformer_blocks)]
 
     def noise_level(self, call: Call) -> float:
         return float(call["timestep"][0])
 
-    def with_texts(
-        self, call: Call, texts: Sequence[Sequence[Text]], *, trimmed: bool
+    def append_prompts(
+        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         mask = call["encoder_hidden_states_mask"]
         slots = llm_encoders.slotted(
@@ -198,13 +208,13 @@ class QwenImageDenoiser(AttentiveDenoiser):
         }
         return changed, [(*of_row, image) for of_row in slots.spans]
 
-    def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
+    def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         if "norm" in layer or "_mod." in layer or layer.startswith("time_"):
             return None
         of_prompt = ("txt_", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
         return "text" if any(part in layer for part in of_prompt) else "image"
 
-    def processor(self, site: Site, attend: Attend) -> RegionalQwenImageProcessor:
+    def processor(self, site: AttentionSite, attend: Attend) -> RegionalQwenImageProcessor:
         return regional_processor(site.attention, attend)
 
     def _check_positions(self, positions: Tensor) -> None:

@@ -10,13 +10,23 @@ from diffusers import StableDiffusion3Pipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug._internal.truncation import warn_of_cut
+from artaug._internal.truncation import warn_if_truncated
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.cfg import batched_branches, check_negative_is_read
 from artaug.diffusion.families.sd3.attention import RegionalSD3Processor
 from artaug.errors import ModelError
-from artaug.regional.denoiser import Attend, AttentiveDenoiser, Branches, Call, Conditioning, Denoiser, Site, Span, Text
+from artaug.regional.denoiser import (
+    Attend,
+    AttentionSite,
+    AttentiveDenoiser,
+    Branches,
+    Call,
+    Conditioning,
+    Denoiser,
+    EncodedPrompt,
+    Span,
+)
 from artaug.training.noise_schedule import FlowMatching
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
@@ -75,7 +85,7 @@ class StableDiffusion3(Family):
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def words(self, prompts: Sequence[str]) -> list[slice]:
+    def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         of_clip = self.pipeline.tokenizer_max_length
         if not self._has_t5:
             return [slice(0, of_clip)] * len(prompts)
@@ -103,7 +113,7 @@ class StableDiffusion3(Family):
         return transformer
 
     @property
-    def noising(self) -> FlowMatching:
+    def noise_schedule(self) -> FlowMatching:
         """Velocity at sigmas shifted as this scheduler shifts them at this size."""
         return common.shifted_flow(self.pipeline.scheduler.config, tokens=math.prod(self._token_grid))
 
@@ -149,12 +159,12 @@ class StableDiffusion3(Family):
         # Both CLIPs share one vocabulary and are cut at one length, so one warning serves for both.
         pipeline, limit = self.pipeline, self.max_sequence_length
         further = "Shorten it; T5 still reads it further." if self._has_t5 else "Shorten it."
-        warn_of_cut(
+        warn_if_truncated(
             prompt, reader="CLIP", tokenizer=pipeline.tokenizer, limit=pipeline.tokenizer_max_length, remedy=further
         )
         if self._has_t5:
             remedy = "Shorten it, or raise max_sequence_length."
-            warn_of_cut(prompt, reader="T5", tokenizer=pipeline.tokenizer_3, limit=limit, remedy=remedy)
+            warn_if_truncated(prompt, reader="T5", tokenizer=pipeline.tokenizer_3, limit=limit, remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,7 +181,7 @@ class StableDiffusion3Denoiser(AttentiveDenoiser):
     def branches(self, call: Call) -> Branches:
         return batched_branches(len(call["hidden_states"]), pictures=self.pictures)
 
-    def recondition(self, call: Call, rows: Sequence[int], texts: Sequence[Text]) -> dict[str, Any]:
+    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         some = list(rows)
         given = [text.conditioning for text in texts]
         return {
@@ -190,16 +200,16 @@ class StableDiffusion3Denoiser(AttentiveDenoiser):
         return rows // self.patch, columns // self.patch
 
     @property
-    def sites(self) -> Sequence[Site]:
+    def sites(self) -> Sequence[AttentionSite]:
         # SD3.5 has in some blocks a second attention, of the image alone: nothing to keep apart there but the image.
         transformer: Any = self.module
-        return [Site(layer.attn, block) for block, layer in enumerate(transformer.transformer_blocks)]
+        return [AttentionSite(layer.attn, block) for block, layer in enumerate(transformer.transformer_blocks)]
 
     def noise_level(self, call: Call) -> float:
         return float(call["timestep"][0]) / self.timesteps
 
-    def with_texts(
-        self, call: Call, texts: Sequence[Sequence[Text]], *, trimmed: bool
+    def append_prompts(
+        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         # SD3 gives positions to image tokens alone, so more prompts need none of their own.
         base = call["encoder_hidden_states"]
@@ -207,11 +217,11 @@ class StableDiffusion3Denoiser(AttentiveDenoiser):
         image = Span("image", math.prod(self.token_grid))
         return {**call, "encoder_hidden_states": joined}, [(image, *of_row) for of_row in spans]
 
-    def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
+    def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         if "norm" in layer or layer.startswith("time_"):
             return None
         of_prompt = ("context_embedder", ".ff_context.", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
         return "text" if any(part in layer for part in of_prompt) else "image"
 
-    def processor(self, site: Site, attend: Attend) -> RegionalSD3Processor:
+    def processor(self, site: AttentionSite, attend: Attend) -> RegionalSD3Processor:
         return RegionalSD3Processor.like(site.attention, attend)

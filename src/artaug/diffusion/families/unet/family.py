@@ -12,7 +12,7 @@ from diffusers import Transformer2DModel, UNet2DConditionModel
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug._internal.truncation import warn_of_cut
+from artaug._internal.truncation import warn_if_truncated
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.cfg import batched_branches, check_negative_is_read
@@ -21,14 +21,14 @@ from artaug.errors import GuideError, ModelError
 from artaug.regional.denoiser import (
     Attend,
     AttentionLayer,
+    AttentionSite,
     AttentiveDenoiser,
     Branches,
     Call,
     Conditioning,
     Denoiser,
-    Site,
+    EncodedPrompt,
     Span,
-    Text,
 )
 from artaug.training.noise_schedule import BetaSchedule, EpsilonPrediction, VPrediction
 
@@ -85,7 +85,7 @@ class UNetFamily(Family):
     def negative(self) -> str | None:
         return (self.negative_prompt or "") if self._is_guided else None
 
-    def words(self, prompts: Sequence[str]) -> list[slice]:
+    def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         return [slice(0, self._clip_reads)] * len(prompts)
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
@@ -103,7 +103,7 @@ class UNetFamily(Family):
         return unet
 
     @property
-    def noising(self) -> EpsilonPrediction | VPrediction:
+    def noise_schedule(self) -> EpsilonPrediction | VPrediction:
         """The prediction type and the noise levels the scheduler's config names.
 
         Raises:
@@ -174,8 +174,10 @@ class UNetFamily(Family):
     def _warn_of_cuts(self, prompt: str) -> None:
         # Where there are two CLIPs, they share one vocabulary and are cut at one length.
         tokenizer = self.pipeline.tokenizer
-        spelt = self.pipeline.maybe_convert_prompt(prompt, tokenizer)  # the words of a textual inversion
-        warn_of_cut(spelt, reader="CLIP", tokenizer=tokenizer, limit=self._clip_reads, remedy="Shorten it.")
+        to_state_dict = self.pipeline.maybe_convert_prompt(prompt, tokenizer)  # the words of a textual inversion
+        warn_if_truncated(
+            to_state_dict, reader="CLIP", tokenizer=tokenizer, limit=self._clip_reads, remedy="Shorten it."
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,7 +192,7 @@ class UNetDenoiser(AttentiveDenoiser):
     def branches(self, call: Call) -> Branches:
         return batched_branches(len(call["sample"]), pictures=self.pictures)
 
-    def recondition(self, call: Call, rows: Sequence[int], texts: Sequence[Text]) -> dict[str, Any]:
+    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         some = list(rows)
         changed = {**call, "sample": call["sample"][some]}
         changed["encoder_hidden_states"] = torch.cat([text.conditioning["prompt_embeds"] for text in texts])
@@ -212,9 +214,9 @@ class UNetDenoiser(AttentiveDenoiser):
         return min((grid for _, grid in _cross_attention(self.module, self.grid)), key=math.prod)
 
     @property
-    def sites(self) -> Sequence[Site]:
+    def sites(self) -> Sequence[AttentionSite]:
         return [
-            Site(attention, block, kind="cross", grid=grid)
+            AttentionSite(attention, block, kind="cross", grid=grid)
             for block, (attention, grid) in enumerate(_cross_attention(self.module, self.grid))
         ]
 
@@ -226,14 +228,14 @@ class UNetDenoiser(AttentiveDenoiser):
             )
         return float(torch.as_tensor(call["timestep"]).flatten()[0]) / self.timesteps
 
-    def with_texts(
-        self, call: Call, texts: Sequence[Sequence[Text]], *, trimmed: bool
+    def append_prompts(
+        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         base = call["encoder_hidden_states"]
         joined, spans = common.joined_texts(base, texts, name="prompt_embeds", trimmed=trimmed, ahead=False)
         return {**call, "encoder_hidden_states": joined}, spans
 
-    def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
+    def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         if ".transformer_blocks." in layer:
             return "text" if layer.endswith(("attn2.to_k", "attn2.to_v")) else "image"
         # Before and after those blocks there are linear layers of tokens or convolutions of pixels, by the model. All
@@ -244,7 +246,7 @@ class UNetDenoiser(AttentiveDenoiser):
     def _convolutions(self) -> frozenset[str]:
         return frozenset(name for name, one in self.module.named_modules() if isinstance(one, nn.Conv2d))
 
-    def processor(self, site: Site, attend: Attend) -> RegionalCrossProcessor:
+    def processor(self, site: AttentionSite, attend: Attend) -> RegionalCrossProcessor:
         return RegionalCrossProcessor.like(site.attention, attend)
 
 

@@ -24,15 +24,15 @@ from artaug.diffusion.families.z_image.attention import (
 from artaug.errors import GuideError, ModelError
 from artaug.regional.denoiser import (
     Attend,
+    AttentionSite,
     AttentiveDenoiser,
     Branches,
     Call,
     Conditioning,
     Denoiser,
+    EncodedPrompt,
     Output,
-    Site,
     Span,
-    Text,
 )
 from artaug.training.noise_schedule import FlowMatching
 
@@ -85,7 +85,7 @@ class ZImage(Family):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         for prompt, chat in zip(prompts, self._chats(prompts), strict=True):
-            llm_encoders.warn_of_cut_chat(
+            llm_encoders.warn_if_chat_truncated(
                 prompt, chat, reader="Z-Image", tokenizer=self.pipeline.tokenizer, limit=self.max_sequence_length
             )
         rows, _ = self.pipeline.encode_prompt(
@@ -94,7 +94,7 @@ class ZImage(Family):
         embeds, mask = llm_encoders.stacked(rows)
         return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
 
-    def words(self, prompts: Sequence[str]) -> list[slice]:
+    def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         return [slice(0, min(len(chat), self.max_sequence_length)) for chat in self._chats(prompts)]
 
     def arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
@@ -113,7 +113,7 @@ class ZImage(Family):
         return transformer
 
     @property
-    def noising(self) -> FlowMatching:
+    def noise_schedule(self) -> FlowMatching:
         """Velocity at sigmas shifted as this scheduler shifts them at this size."""
         return common.shifted_flow(self.pipeline.scheduler.config, tokens=math.prod(self._grid) // 4)
 
@@ -165,9 +165,9 @@ class ZImageDenoiser(AttentiveDenoiser):
     """Of the run: where a call has twice as many rows, the later half is for the negative prompt."""
 
     def branches(self, call: Call) -> Branches:
-        return Branches(prompt=range(self.pictures), negative=range(self.pictures, len(call["x"])))
+        return Branches(cond=range(self.pictures), uncond=range(self.pictures, len(call["x"])))
 
-    def recondition(self, call: Call, rows: Sequence[int], texts: Sequence[Text]) -> dict[str, Any]:
+    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         some = list(rows)
         return {
             **call,
@@ -194,10 +194,14 @@ class ZImageDenoiser(AttentiveDenoiser):
         return rows // 2, columns // 2
 
     @property
-    def sites(self) -> Sequence[Site]:
+    def sites(self) -> Sequence[AttentionSite]:
         transformer: Any = self.module
-        of_texts = [Site(layer.attention, block, "text") for block, layer in enumerate(transformer.context_refiner)]
-        of_both = [Site(layer.attention, len(of_texts) + block) for block, layer in enumerate(transformer.layers)]
+        of_texts = [
+            AttentionSite(layer.attention, block, "text") for block, layer in enumerate(transformer.context_refiner)
+        ]
+        of_both = [
+            AttentionSite(layer.attention, len(of_texts) + block) for block, layer in enumerate(transformer.layers)
+        ]
         return [*of_texts, *of_both]
 
     def noise_level(self, call: Call) -> float:
@@ -205,12 +209,12 @@ class ZImageDenoiser(AttentiveDenoiser):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Let the transformer take what `with_texts` makes of a call; needed wherever such a call is made."""
+        """Let the transformer take what `append_prompts` makes of a call; needed wherever such a call is made."""
         with captions_in_place(self.module):
             yield
 
-    def with_texts(
-        self, call: Call, texts: Sequence[Sequence[Text]], *, trimmed: bool
+    def append_prompts(
+        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         """As the seam says; what is not ``trimmed`` has the padding to whole 32 tokens that the model gives a prompt."""
         captions = [
@@ -222,7 +226,7 @@ class ZImageDenoiser(AttentiveDenoiser):
         captions = [dataclasses.replace(caption, filler=longest - sum(caption.lengths)) for caption in captions]
         return {**call, "cap_feats": captions}, [self._spans(caption) for caption in captions]
 
-    def stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
+    def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         # The layers before the refiners take all rows of a batch as one long sequence, which no row's spans describe.
         if "norm" in layer or "adaLN" in layer:
             return None
@@ -234,7 +238,7 @@ class ZImageDenoiser(AttentiveDenoiser):
         }
         return streams.get(layer.partition(".")[0])
 
-    def processor(self, site: Site, attend: Attend) -> RegionalZImageProcessor:
+    def processor(self, site: AttentionSite, attend: Attend) -> RegionalZImageProcessor:
         return regional_processor(site.attention, attend)
 
     def _spans(self, captions: Captions) -> tuple[Span, ...]:
@@ -242,9 +246,9 @@ class ZImageDenoiser(AttentiveDenoiser):
         beside = padded(count) - count
         return (
             Span("image", count),
-            *([Span("other", beside)] if beside else []),  # padding that the model sees as it sees the image
+            *([Span("reference", beside)] if beside else []),  # padding that the model sees as it sees the image
             *(Span("text", length, number) for number, length in enumerate(captions.lengths)),
-            *([Span("filler", captions.filler)] if captions.filler else []),
+            *([Span("padding", captions.filler)] if captions.filler else []),
         )
 
     def _check_positions(self, captions: Sequence[Captions]) -> None:
@@ -264,6 +268,6 @@ def _captions(conditioning: Conditioning) -> list[Tensor]:
     return [row[:length] for row, length in zip(conditioning["prompt_embeds"], lengths, strict=True)]
 
 
-def _words(text: Text) -> Tensor:
-    words: Tensor = text.conditioning["prompt_embeds"][0][text.words]
+def _words(text: EncodedPrompt) -> Tensor:
+    words: Tensor = text.conditioning["prompt_embeds"][0][text.token_slice]
     return words
