@@ -112,8 +112,8 @@ def _in_four_bits(layer: nn.Linear) -> nn.Module:
             layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4"
         )
     made.weight, made.bias = weight, layer.bias
-    quantised: nn.Module = made.eval().to(layer.weight.device)  # which is when it packs them
-    return quantised
+    quantized: nn.Module = made.eval().to(layer.weight.device)  # which is when it packs them
+    return quantized
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,4 +1,4 @@
-"""The training objectives side by side: the same pairs, more and more optimiser steps, three seeds each."""
+"""The training objectives side by side: the same pairs, more and more optimizer steps, three seeds each."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

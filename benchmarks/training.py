@@ -48,7 +48,7 @@ OBJECTIVES: dict[str, tuple[aa.Objective, int]] = {
 SETTING = ("dtype", "storage", "pixels", "batch", "recomputing")
 """What is the same for a group of methods."""
 SHORT = (PLAIN, "PairedDifference")
-"""What is taken on quantised bases: the rest stands to these as on a plain one."""
+"""What is taken on quantized bases: the rest stands to these as on a plain one."""
 LEASED = (*SHORT, "PairedDifference, echo=2", SCRIPT)
 """What is taken on a GPU, whose time is dear."""
 
@@ -115,12 +115,12 @@ def ours(model: RandomFlux, objective: aa.Objective, echo: int, batch: PairBatch
     generator, memory = torch.Generator().manual_seed(0), Memory() if echo > 1 else None
     with adapted(model, rank=RANK, targets=ATTENTION_AND_MLP, generator=generator, memory=memory) as student:
         optimizer = aa.AdamW().over(student.parameters(), learning_rate=RATE)
-        optimisation = OptimizerLoop(student, optimizer, ema=None)
+        optimization = OptimizerLoop(student, optimizer, ema=None)
 
         def steps() -> None:
             turn = Turn(model, [replace(batch, noise=torch.randn_like(batch.noise))])
             for number in range(echo):
-                optimisation.step(
+                optimization.step(
                     turn, objective.loss, number=number + 1, learning_rate=RATE, max_grad_norm=1.0, processes=ALONE
                 )
 
@@ -217,7 +217,7 @@ def described(geometry: flux.Geometry, module: FluxTransformer2DModel, case: Cas
     peaks, seconds = {}, {name: list[float]() for name in methods}
     for name, method in methods.items():
         with recomputed(model, method(), wanted=case.recomputing) as step:
-            step()  # makes the optimiser's moments
+            step()  # makes the optimizer's moments
             peaks[name] = memory.peak_bytes(step, given=model.module.parameters())
     names = list(methods)
     for number in range(rounds):

@@ -187,7 +187,7 @@ def _save(job: Job, step: int, run: _Run) -> None:
     state = {
         "step": step,
         "model": [parameter.detach() for parameter in run.model.parameters()],
-        "optimiser": run.optimizer.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
         "average": run.average.values,
     }
     torch.save(state, job.out / "checkpoint.new")
@@ -201,7 +201,7 @@ def _resume(job: Job, run: _Run) -> int:
     state: dict[str, Any] = torch.load(job.out / "checkpoint.pt", weights_only=True)
     for parameter, value in zip(run.model.parameters(), state["model"], strict=True):
         parameter.copy_(value)
-    run.optimizer.load_state_dict(state["optimiser"])
+    run.optimizer.load_state_dict(state["optimizer"])
     run.average.values = state["average"]
     run.average.count = state["step"]
     return int(state["step"])

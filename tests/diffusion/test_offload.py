@@ -11,9 +11,9 @@ import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.flux.family import Flux
-from artaug.diffusion.offload import encoders_of, quantised, resting, tied
-from support.quantised import fp8_stored
-from support.quantised import quantised as quantised_base
+from artaug.diffusion.offload import encoders_of, quantized, resting, tied
+from support.quantized import fp8_stored
+from support.quantized import quantized as quantized_base
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
 CARD = torch.device("cuda", 1)
@@ -60,8 +60,8 @@ def test_a_part_on_the_cpu_is_not_touched(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes nf4", "torchao int8"])
-def test_quantised_parts_are_tied_to_their_device(kind):
-    assert tied(quantised_base(tiny_flux(), kind).transformer)
+def test_quantized_parts_are_tied_to_their_device(kind):
+    assert tied(quantized_base(tiny_flux(), kind).transformer)
 
 
 def test_offloaded_parts_are_tied_and_those_stored_in_fp8_are_not():
@@ -70,7 +70,7 @@ def test_offloaded_parts_are_tied_and_those_stored_in_fp8_are_not():
         onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
     )
     assert (tied(offloaded), tied(stored)) == (True, False)
-    assert not quantised(offloaded)
+    assert not quantized(offloaded)
     part = Elsewhere()
     vars(part)["_hf_hook"] = "of accelerate"
     with resting([part]):

@@ -259,9 +259,9 @@ def test_a_layer_of_another_shape_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.float64], ids=str)
-def test_quantised_weights_are_refused(dtype, tmp_path):
+def test_quantized_weights_are_refused(dtype, tmp_path):
     save_file({"proj.weight": torch.zeros(4, 4).to(dtype)}, tmp_path / "in.safetensors")
-    with pytest.raises(ModelError, match=r"'proj\.weight' is stored as .*Bake first, then quantise"):
+    with pytest.raises(ModelError, match=r"'proj\.weight' is stored as .*Bake first, then quantize"):
         bake(tmp_path / "in.safetensors", layer_lora(low_rank((4, 4))), tmp_path / "out", progress=False)
 
 

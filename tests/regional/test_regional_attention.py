@@ -287,13 +287,13 @@ def test_an_offloaded_model_draws_the_same():
 
 
 @pytest.mark.filterwarnings("ignore")  # deprecated, but the one way of torch itself that needs no other package
-def test_a_model_with_quantised_layers_is_guided_as_it_is():
+def test_a_model_with_quantized_layers_is_guided_as_it_is():
     plan = aa.Plan(PLAIN, (aa.Region(SOFT, "a blue door"), aa.Region(RIGHT, "ivy")))
-    quantised = tiny_flux()
-    quantised.transformer = torch.ao.quantization.quantize_dynamic(quantised.transformer, {torch.nn.Linear})
-    told = [drawn(quantised, plan, aa.RegionalAttention(method=method)) for method in ("auto", "dense")]
+    quantized = tiny_flux()
+    quantized.transformer = torch.ao.quantization.quantize_dynamic(quantized.transformer, {torch.nn.Linear})
+    told = [drawn(quantized, plan, aa.RegionalAttention(method=method)) for method in ("auto", "dense")]
     assert np.abs(told[0] - told[1]).max() <= 1
-    assert np.abs(told[0] - drawn(quantised, aa.Plan(PLAIN), None)).max() > 2
+    assert np.abs(told[0] - drawn(quantized, aa.Plan(PLAIN), None)).max() > 2
 
 
 def test_a_lora_worn_everywhere_and_regions_go_together(pipeline):

@@ -216,7 +216,7 @@ from artaug.diffusion import estimate
 synthesizer = playground.synthesizer()
 for wrong, told in [
     (lambda: aa.DifferentialLoRATrainer(adapter=aa.LoKr), "need a value of artaug.training.Adapter, made with its paren"),
-    (lambda: aa.DifferentialLoRATrainer(optimiser="adamw"), "optimiser='adamw'): need a value of"),
+    (lambda: aa.DifferentialLoRATrainer(optimizer="adamw"), "optimizer='adamw'): need a value of"),
     (lambda: aa.DifferentialLoRATrainer(schedule="cosine"), "aa.Schedule.COSINE"),
     (lambda: aa.DifferentialLoRATrainer(objective=aa.TwoStage), "need a value of artaug.training.Objective"),
     (lambda: aa.DifferentialLoRATrainer(rank=2.0), "whole and of at least 1"),

@@ -1,4 +1,4 @@
-"""What large models need of a trainer, on a tiny real FLUX: sizes, recomputation, quantised and compiled bases."""
+"""What large models need of a trainer, on a tiny real FLUX: sizes, recomputation, quantized and compiled bases."""
 
 import pytest
 import torch

@@ -30,9 +30,9 @@ from artaug.training import (
 SETTINGS = {
     "plain": {},
     "moving average": {"ema": 0.9},
-    "eight bits": {"optimiser": AdamW8bit(), "rank": 128},
-    "prodigy": {"optimiser": Prodigy(), "learning_rate": 1.0},
-    "schedule-free": {"optimiser": ScheduleFree()},
+    "eight bits": {"optimizer": AdamW8bit(), "rank": 128},
+    "prodigy": {"optimizer": Prodigy(), "learning_rate": 1.0},
+    "schedule-free": {"optimizer": ScheduleFree()},
     "two stages": {"objective": TwoStage(per_pair=False)},
     "two stages a pair": {"objective": TwoStage()},
     "in parts, with a schedule": {"at_once": 1, "schedule": Schedule.COSINE},

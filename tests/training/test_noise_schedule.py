@@ -23,7 +23,7 @@ NOISINGS = [
     *VARIANCE_PRESERVING,
 ]
 
-every_noising = pytest.mark.parametrize("noising", NOISINGS, ids=repr)
+every_noising = pytest.mark.parametrize("noise_schedule", NOISINGS, ids=repr)
 
 
 def drawn(seed, *, rows=3):
@@ -179,7 +179,7 @@ def test_a_range_that_is_none_is_refused(noise_schedule, within):
         noise_schedule.sample_sigmas(1, torch.Generator(), within=within)
 
 
-@pytest.mark.parametrize("noising", VARIANCE_PRESERVING[:2], ids=repr)
+@pytest.mark.parametrize("noise_schedule", VARIANCE_PRESERVING[:2], ids=repr)
 def test_a_range_without_levels_names_the_range_there_is(noise_schedule):
     with pytest.raises(InvalidValueError, match=r"no noise level .* they run from 0\.0292 to 0\.9977"):
         noise_schedule.sample_sigmas(1, torch.Generator(), within=(0.0, 0.01))

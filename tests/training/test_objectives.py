@@ -38,7 +38,7 @@ def mask_of(*columns):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("noising", NOISINGS.values(), ids=NOISINGS)
+@pytest.mark.parametrize("noise_schedule", NOISINGS.values(), ids=NOISINGS)
 def test_the_difference_of_nothing_is_nothing(make_model, pair_of, noise_schedule, dtype):
     model = make_model(noise_schedule=noise_schedule, dtype=dtype)
     batch = batch_of(model, [pair_of(1, changed=False), pair_of(2, changed=False)])

@@ -10,7 +10,7 @@ from artaug.diffusion import DiffusersSynthesizer, estimate
 from artaug.geometry import Box
 from artaug.plan import Region
 from support.published_flux import published_flux
-from support.quantised import dequantised, quantised
+from support.quantized import dequantized, quantized
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
 pytestmark = pytest.mark.gpu
@@ -24,9 +24,9 @@ RECIPES = {
     "echo, recomputing, average": {"echo": 2, "gradient_checkpointing": True, "ema": 0.9},
     "LoKr": {"adapter": aa.LoKr(factor=4)},
     "DoRA": {"adapter": aa.DoRA(exported=32)},
-    "eight bits": {"optimiser": aa.AdamW8bit(), "rank": 16},
-    "prodigy": {"optimiser": aa.Prodigy(), "learning_rate": 1.0},
-    "schedule-free": {"optimiser": aa.ScheduleFree()},
+    "eight bits": {"optimizer": aa.AdamW8bit(), "rank": 16},
+    "prodigy": {"optimizer": aa.Prodigy(), "learning_rate": 1.0},
+    "schedule-free": {"optimizer": aa.ScheduleFree()},
 }
 
 
@@ -65,9 +65,9 @@ def test_a_gpu_learns_what_a_cpu_learns(options):
 @pytest.mark.parametrize(
     "kind", ["fp8 stored", "torchao int8", "torchao float8", "bitsandbytes nf4", "bitsandbytes fp4"]
 )
-def test_on_a_quantised_base_it_learns_what_the_same_numbers_teach(kind):
-    here = training_of(quantised(tiny_flux(), kind).to("cuda"), gradient_checkpointing=True)
-    there = training_of(dequantised(quantised(tiny_flux(), kind)).to("cuda"))
+def test_on_a_quantized_base_it_learns_what_the_same_numbers_teach(kind):
+    here = training_of(quantized(tiny_flux(), kind).to("cuda"), gradient_checkpointing=True)
+    there = training_of(dequantized(quantized(tiny_flux(), kind)).to("cuda"))
     assert gap(here.lora, there.lora) < 0.05
 
 
@@ -113,7 +113,7 @@ def test_an_offloaded_pipeline_draws_and_draws_with_what_was_learned(offloaded):
 
 
 @pytest.mark.parametrize("offloaded", [by_model, by_layer])
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "ema": 0.9, "optimiser": aa.ScheduleFree()}])
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "ema": 0.9, "optimizer": aa.ScheduleFree()}])
 def test_an_offloaded_pipeline_learns(offloaded, options):
     pipeline = tiny_flux()
     offloaded(pipeline)

@@ -1,4 +1,4 @@
-"""Quantised bases: a LoRA learned on one is the LoRA learned on the same numbers stored plainly."""
+"""Quantized bases: a LoRA learned on one is the LoRA learned on the same numbers stored plainly."""
 
 import accelerate
 import pytest
@@ -10,7 +10,7 @@ from artaug.diffusion import DiffusersSynthesizer
 from artaug.diffusion.families.flux.family import Flux
 from artaug.training.quantized import check_gradients
 from artaug.training.student import adapted
-from support.quantised import dequantised, fp8_stored, quantised, stored_digest
+from support.quantized import dequantized, fp8_stored, quantized, stored_digest
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
 EXACT = ("fp8 stored", "bitsandbytes nf4", "bitsandbytes fp4")
@@ -46,12 +46,12 @@ def gap(lora, other):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", [*EXACT, *ROUNDED])
-def test_the_lora_of_a_quantised_base_is_that_of_the_same_numbers_stored_plainly(kind, checkpointing):
-    pipeline = quantised(tiny_flux(), kind)
+def test_the_lora_of_a_quantized_base_is_that_of_the_same_numbers_stored_plainly(kind, checkpointing):
+    pipeline = quantized(tiny_flux(), kind)
     stored = stored_digest(pipeline.transformer)
     learned = training_of(synthesizer_of(pipeline), gradient_checkpointing=checkpointing)
     oracle = training_of(
-        synthesizer_of(dequantised(quantised(tiny_flux(), kind))), gradient_checkpointing=checkpointing
+        synthesizer_of(dequantized(quantized(tiny_flux(), kind))), gradient_checkpointing=checkpointing
     )
     assert gap(learned.lora, oracle.lora) <= (0 if kind in EXACT else 1e-3)
     assert stored_digest(pipeline.transformer) == stored
@@ -59,9 +59,9 @@ def test_the_lora_of_a_quantised_base_is_that_of_the_same_numbers_stored_plainly
 
 
 @pytest.mark.parametrize("kind", [*EXACT, *ROUNDED, "bitsandbytes int8"])
-def test_the_loss_falls_on_a_quantised_base(kind):
+def test_the_loss_falls_on_a_quantized_base(kind):
     losses = training_of(
-        synthesizer_of(quantised(tiny_flux(), kind)),
+        synthesizer_of(quantized(tiny_flux(), kind)),
         steps=24,
         batch_size=4,
         learning_rate=3e-3,
@@ -72,7 +72,7 @@ def test_the_loss_falls_on_a_quantised_base(kind):
 
 def test_int8_that_rounds_activations_gives_nearly_the_gradient_of_its_weights():
     """LLM.int8 rounds what goes in as well, and takes the gradient as if it had not."""
-    told, oracle = (gradient_of(make(quantised(tiny_flux(), "bitsandbytes int8"))) for make in (_as_it_is, dequantised))
+    told, oracle = (gradient_of(make(quantized(tiny_flux(), "bitsandbytes int8"))) for make in (_as_it_is, dequantized))
     assert torch.linalg.vector_norm(told - oracle) < 0.05 * torch.linalg.vector_norm(oracle)
 
 
@@ -94,8 +94,8 @@ def gradient_of(pipeline):
 
 
 @pytest.mark.parametrize("kind", ["fp8 stored", "torchao int8"])
-def test_a_quantised_base_draws_as_before_and_with_what_it_learned(kind):
-    synthesizer = synthesizer_of(quantised(tiny_flux(), kind))
+def test_a_quantized_base_draws_as_before_and_with_what_it_learned(kind):
+    synthesizer = synthesizer_of(quantized(tiny_flux(), kind))
     before = synthesizer.synthesize(aa.Plan("a"), seed=0)
     learned = training_of(synthesizer, learning_rate=1e-2)
     assert synthesizer.synthesize(aa.Plan("a"), seed=0).tobytes() == before.tobytes()
@@ -103,18 +103,18 @@ def test_a_quantised_base_draws_as_before_and_with_what_it_learned(kind):
     assert wearing.synthesize(aa.Plan("a"), seed=0).tobytes() != before.tobytes()
     on_top, oracle = (
         training_of(synthesizer_of(one).with_lora(learned.lora))
-        for one in (synthesizer.pipeline, dequantised_anew(kind))
+        for one in (synthesizer.pipeline, dequantized_anew(kind))
     )
     assert gap(on_top.lora, oracle.lora) < 1e-3
 
 
-def dequantised_anew(kind):
-    return dequantised(quantised(tiny_flux(), kind))
+def dequantized_anew(kind):
+    return dequantized(quantized(tiny_flux(), kind))
 
 
 @pytest.mark.parametrize("kind", ["fp8 stored", "torchao int8", "bitsandbytes nf4"])
-def test_a_training_on_a_quantised_base_goes_on_bit_for_bit_and_on_no_other(kind, tmp_path):
-    whole = training_of(synthesizer_of(quantised(tiny_flux(), kind)))
+def test_a_training_on_a_quantized_base_goes_on_bit_for_bit_and_on_no_other(kind, tmp_path):
+    whole = training_of(synthesizer_of(quantized(tiny_flux(), kind)))
 
     def killed(event):
         if event.step == 3:
@@ -122,22 +122,22 @@ def test_a_training_on_a_quantised_base_goes_on_bit_for_bit_and_on_no_other(kind
 
     checkpoints = aa.Checkpoints(folder=tmp_path, every=2)
     with pytest.raises(KeyboardInterrupt):
-        training_of(synthesizer_of(quantised(tiny_flux(), kind)), checkpoints=checkpoints, on_step=killed)
+        training_of(synthesizer_of(quantized(tiny_flux(), kind)), checkpoints=checkpoints, on_step=killed)
     with pytest.raises(aa.StorageError, match="model"):
         training_of(synthesizer_of(tiny_flux()), checkpoints=checkpoints)
-    resumed = training_of(synthesizer_of(quantised(tiny_flux(), kind)), checkpoints=checkpoints)
+    resumed = training_of(synthesizer_of(quantized(tiny_flux(), kind)), checkpoints=checkpoints)
     assert resumed.losses == whole.losses
     assert gap(resumed.lora, whole.lora) == 0
 
 
 def test_a_base_whose_activations_are_rounded_without_a_gradient_is_refused():
-    pipeline = quantised(tiny_flux(), "torchao int8 activations")
-    with pytest.raises(aa.ModelError, match=r"is quantised as Int8Tensor, and its gradient tells 0% of how"):
+    pipeline = quantized(tiny_flux(), "torchao int8 activations")
+    with pytest.raises(aa.ModelError, match=r"is quantized as Int8Tensor, and its gradient tells 0% of how"):
         training_of(synthesizer_of(pipeline))
 
 
 def test_a_base_that_was_packed_for_drawing_is_refused():
-    pipeline = quantised(tiny_flux(), "bitsandbytes nf4")
+    pipeline = quantized(tiny_flux(), "bitsandbytes nf4")
     layer = pipeline.transformer.transformer_blocks[0].attn.to_q
     layer.weight.quant_state.packing_format_for_cpu = True  # as drawing leaves it where the CPU has AVX512-BF16
     with pytest.raises(aa.ModelError, match=r"packed 'transformer_blocks\.0\.attn\.to_q' for drawing on this CPU"):
@@ -145,7 +145,7 @@ def test_a_base_that_was_packed_for_drawing_is_refused():
 
 
 def test_layers_are_in_the_mode_they_were_in():
-    pipeline = quantised(tiny_flux(), "bitsandbytes nf4")
+    pipeline = quantized(tiny_flux(), "bitsandbytes nf4")
     training_of(synthesizer_of(pipeline))
     assert not any(one.training for one in pipeline.transformer.modules())
 
@@ -163,7 +163,7 @@ def test_fp8_computes_in_the_type_it_was_told_and_keeps_its_hooks():
 
 @pytest.mark.parametrize(("kind", "told"), [("bitsandbytes int8", "bitsandbytes' int8"), ("fp8 stored", "float8")])
 def test_dora_refuses_weights_it_cannot_read_before_anything_is_encoded(kind, told, monkeypatch):
-    pipeline = quantised(tiny_flux(), kind)
+    pipeline = quantized(tiny_flux(), kind)
     synthesizer = synthesizer_of(pipeline)
     drawn = synthesizer.synthesize(aa.Plan("a"), seed=0).tobytes()
     encoded = []
@@ -176,8 +176,8 @@ def test_dora_refuses_weights_it_cannot_read_before_anything_is_encoded(kind, to
 
 @pytest.mark.parametrize("kind", ["bitsandbytes nf4", "torchao int8"])
 def test_dora_learns_on_the_others(kind):
-    learned = training_of(synthesizer_of(quantised(tiny_flux(), kind)), adapter=aa.DoRA(exported=32))
-    oracle = training_of(synthesizer_of(dequantised(quantised(tiny_flux(), kind))), adapter=aa.DoRA(exported=32))
+    learned = training_of(synthesizer_of(quantized(tiny_flux(), kind)), adapter=aa.DoRA(exported=32))
+    oracle = training_of(synthesizer_of(dequantized(quantized(tiny_flux(), kind))), adapter=aa.DoRA(exported=32))
     assert gap(learned.lora, oracle.lora) < 1e-2
 
 
@@ -188,8 +188,8 @@ def test_fp8_storage_and_offload_go_together():
     assert gap(learned.lora, plain.lora) == 0
 
 
-def test_running_out_of_memory_is_no_fault_of_the_quantisation(monkeypatch):
-    pipeline = quantised(tiny_flux(), "torchao int8")
+def test_running_out_of_memory_is_no_fault_of_the_quantization(monkeypatch):
+    pipeline = quantized(tiny_flux(), "torchao int8")
     kind = type(pipeline.transformer.transformer_blocks[0].attn.to_q)
 
     def full(*_):
@@ -201,6 +201,6 @@ def test_running_out_of_memory_is_no_fault_of_the_quantisation(monkeypatch):
 
 
 def test_a_layer_in_bfloat16_is_tried_in_its_own_precision():
-    pipeline = quantised(tiny_flux().to(torch.bfloat16), "torchao float8")
+    pipeline = quantized(tiny_flux().to(torch.bfloat16), "torchao float8")
     pipeline.transformer.x_embedder.float()  # the first plain weight is of another type
     check_gradients(pipeline.transformer, {"to_q": pipeline.transformer.transformer_blocks[0].attn.to_q})

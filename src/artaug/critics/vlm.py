@@ -104,7 +104,7 @@ class VLMCritic(Critic):
             dtype: of the weights; ``"auto"`` for the checkpoint's own, ``torch.bfloat16`` for most.
             device: where to put the model; None for the CPU.
             attn_implementation: such as ``"sdpa"`` or ``"flash_attention_2"``; None for transformers' choice.
-            quantization: a quantisation of transformers, such as ``BitsAndBytesConfig(load_in_4bit=True)``.
+            quantization: a quantization of transformers, such as ``BitsAndBytesConfig(load_in_4bit=True)``.
             constrained: the field.
             max_new_tokens: the field.
             batch_size: the field.

@@ -44,15 +44,15 @@ def resting(parts: Sequence[nn.Module]) -> Iterator[None]:
 def tied(part: nn.Module) -> bool:
     """Whether somebody else decides where a part is.
 
-    So it is with parts that diffusers or accelerate move by hooks of their own (offload), quantised ones, which their
+    So it is with parts that diffusers or accelerate move by hooks of their own (offload), quantized ones, which their
     libraries tie to their device, and those sharded over several.
     """
     hooked = any(hasattr(one, "_hf_hook") or _moves(one) for one in part.modules())
-    return hooked or quantised(part) or any(hasattr(one, "device_mesh") for one in part.parameters())
+    return hooked or quantized(part) or any(hasattr(one, "device_mesh") for one in part.parameters())
 
 
-def quantised(part: nn.Module) -> bool:
-    """Whether a part is stored by a quantising library."""
+def quantized(part: nn.Module) -> bool:
+    """Whether a part is stored by a quantizing library."""
     return getattr(part, "hf_quantizer", None) is not None or any(is_foreign(one) for one in part.parameters())
 
 

@@ -50,7 +50,7 @@ class DiffusersSynthesizer(Synthesizer):
     """
 
     pipeline: DiffusionPipeline = field(repr=False)
-    """The diffusers pipeline, loaded and placed as its owner likes (offloaded, quantised, compiled)."""
+    """The diffusers pipeline, loaded and placed as its owner likes (offloaded, quantized, compiled)."""
     guide: Guide | None = None
     """How regions steer. Without one, a plan with regions is an error."""
     width: int = 1024

@@ -136,7 +136,7 @@ class LoRA:
         """Let ``module`` compute with this LoRA inside the ``with`` block, and exactly as before after it.
 
         The update is added by forward hooks on the named layers, linear ones and convolutions, so the weights are
-        neither copied nor touched: quantised, offloaded and shared layers work, and several LoRAs can be worn at once.
+        neither copied nor touched: quantized, offloaded and shared layers work, and several LoRAs can be worn at once.
 
         Args:
             module: the denoiser.

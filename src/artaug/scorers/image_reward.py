@@ -163,7 +163,7 @@ def _seen_as(name: str) -> str:
 
 
 def _vision_config(tensors: dict[str, Tensor], source: str | Path) -> "BlipVisionConfig":
-    """Sizes, read off the weights, of a BLIP whose layers normalise as the authors', not as transformers' default."""
+    """Sizes, read off the weights, of a BLIP whose layers normalize as the authors', not as transformers' default."""
     from transformers import BlipVisionConfig  # noqa: PLC0415 - slow to load
 
     patches = _weight(tensors, "embeddings.patch_embedding.weight", source)

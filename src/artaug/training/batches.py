@@ -91,7 +91,7 @@ class EncodedPairs:
         Args:
             model: what they were encoded by.
             members: numbers of the pairs to draw from.
-            recipe: how large batches are, and which noise levels they have.
+            config: how large batches are, and which noise levels they have.
             seed: decides order and noise.
             numbers: which to give. The same number is the same batch, noise included, whatever came before it.
             processes: who shares the batch.

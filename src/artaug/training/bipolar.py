@@ -16,7 +16,7 @@ from artaug.training.objectives import Objective, PairBatch, PairedDifference, S
 class Bipolar(Objective):
     """A slider: worn at ``scale`` the LoRA learns after from before, worn at minus ``scale`` before from after.
 
-    Every step minimises the mean of both turns of another objective, on the same pairs, noise and levels::
+    Every step minimizes the mean of both turns of another objective, on the same pairs, noise and levels::
 
         loss = (of(student at +scale; before, after) + of(student at -scale; after, before)) / 2
 
@@ -45,7 +45,7 @@ class Bipolar(Objective):
     """
 
     of: Objective = field(default_factory=PairedDifference)
-    """What each turn minimises."""
+    """What each turn minimizes."""
     scale: float = 1.0
     """At 0.25 a quarter of the LoRA makes the whole difference, so at 1 it is a slider with four times its range."""
 

@@ -81,7 +81,7 @@ class TrainingConfig:
             ) from None
 
     def _check_kinds(self) -> None:
-        kinds = {"adapter": Adapter, "objective": Objective, "optimiser": Optimizer, "schedule": Schedule}
+        kinds = {"adapter": Adapter, "objective": Objective, "optimizer": Optimizer, "schedule": Schedule}
         for name, kind in kinds.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise InvalidValueError(

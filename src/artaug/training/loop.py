@@ -118,11 +118,11 @@ class Run:
             )
             worn.enter_context(_recomputing(model.module, wanted=config.gradient_checkpointing))
             optimizer = config.optimizer.over(student.parameters(), learning_rate=config.learning_rate)
-            optimisation = OptimizerLoop(student, optimizer, ema=config.ema)
+            optimization = OptimizerLoop(student, optimizer, ema=config.ema)
             if state.layers:
-                optimisation.resume(state.layers, state.average, state.optimizer)
-            losses = self._steps(optimisation, encoded, model, leg, range(state.step + 1, stop + 1))
-            now = optimisation.captured(export=export)
+                optimization.resume(state.layers, state.average, state.optimizer)
+            losses = self._steps(optimization, encoded, model, leg, range(state.step + 1, stop + 1))
+            now = optimization.captured(export=export)
         state = replace(state, step=stop, losses=(*state.losses, *losses))
         if stop == leg.ends and now.learned is not None:
             return state.past(now.learned, last=leg.last)
@@ -138,7 +138,7 @@ class Run:
         return self._memories[leg.begins]
 
     def _steps(
-        self, optimisation: OptimizerLoop, encoded: EncodedPairs, model: DiffusionModel, leg: Phase, steps: range
+        self, optimization: OptimizerLoop, encoded: EncodedPairs, model: DiffusionModel, leg: Phase, steps: range
     ) -> list[float]:
         config = self.config
         turns = encoded.turns(
@@ -153,7 +153,7 @@ class Run:
         with torch.enable_grad():
             for step in steps:
                 rate = config.learning_rate_at(step - leg.begins, steps=leg.steps)
-                done = optimisation.step(
+                done = optimization.step(
                     next(turns),
                     leg.loss,
                     number=step,

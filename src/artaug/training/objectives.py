@@ -1,4 +1,4 @@
-"""What a training step minimises, and how many steps of which kind make a training."""
+"""What a training step minimizes, and how many steps of which kind make a training."""
 
 import math
 from abc import ABC, abstractmethod
@@ -63,10 +63,10 @@ Loss: TypeAlias = Callable[[Student, PairBatch], Tensor]
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the optimiser over a fresh LoRA."""
+    """One run of the optimizer over a fresh LoRA."""
 
     loss: Loss
-    """What it minimises."""
+    """What it minimizes."""
     share: float = 1.0
     """How much of the steps it gets, relative to the other stages."""
 
@@ -93,7 +93,7 @@ class TrainingPlan:
 
 
 class Objective(ABC):
-    """What training minimises. Subclass it and write `loss`; override `course` for a training of several stages.
+    """What training minimizes. Subclass it and write `loss`; override `course` for a training of several stages.
 
     >>> import artaug as aa
     >>> from torch.nn.functional import l1_loss
@@ -187,7 +187,7 @@ class TwoStage(Objective):
     """The paper's recipe: one LoRA copies *before*, a second learns *after* on top of it, and the first is dropped.
 
     arXiv 2412.12888 (differential training); the averaging over pairs is DiffSynth-Studio's advice for it. Both stages
-    minimise what `SupervisedFineTuning` minimises. The first LoRA takes up what the model fails to predict of *before*,
+    minimize what `SupervisedFineTuning` minimizes. The first LoRA takes up what the model fails to predict of *before*,
     so the second finds little but the change left to learn. That subtraction happens in weights, though: the second is
     learned on top of the first and used without it, which is right to first order in the first.
 

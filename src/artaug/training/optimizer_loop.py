@@ -1,4 +1,4 @@
-"""One run of the optimiser over a student's factors: a step, and where it stands between two."""
+"""One run of the optimizer over a student's factors: a step, and where it stands between two."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,25 +26,25 @@ class Stepped:
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """Where an optimisation stands between two steps."""
+    """Where an optimization stands between two steps."""
 
     layers: Mapping[str, Parts]
     """What is learned."""
     average: Mapping[str, Parts]
     """Its moving average, if one is kept."""
     optimizer: Nested
-    """The optimiser's ``state_dict``."""
+    """The optimizer's ``state_dict``."""
     learned: LoRA | None
     """What would be exported now."""
 
 
 class OptimizerLoop:
-    """A student on its way, its optimiser, and the moving average of what it learns if one is kept."""
+    """A student on its way, its optimizer, and the moving average of what it learns if one is kept."""
 
     def __init__(self, student: AdaptedModel, optimizer: torch.optim.Optimizer, *, ema: float | None) -> None:
         self._student = student
         self._factors = student.parameters()
-        self._optimiser = optimizer
+        self._optimizer = optimizer
         self._decay = ema
         self._average = None if ema is None else [one.detach().clone() for one in self._factors]
         self._switch("train")
@@ -52,7 +52,7 @@ class OptimizerLoop:
     def resume(self, layers: Mapping[str, Parts], average: Mapping[str, Parts], optimizer: Nested) -> None:
         """Stand where `captured` was taken."""
         self._student.put(layers)
-        self._optimiser.load_state_dict(optimizer)
+        self._optimizer.load_state_dict(optimizer)
         if self._average is not None:
             kept = (average[name][part] for name, parts in self._student.trained.items() for part in parts)
             for mine, one in zip(self._average, kept, strict=True):
@@ -74,9 +74,9 @@ class OptimizerLoop:
             ContractError: if the objective returned no loss.
             TrainingDivergedError: if the loss or its gradient is not finite; the step is not taken then.
         """
-        for group in self._optimiser.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
         whole = processes.count * sum(len(batch.sigmas) for batch in turn.batches)
         student = self._student.on(turn.model)
         total = torch.zeros((), device=self._factors[0].device)
@@ -88,7 +88,7 @@ class OptimizerLoop:
         stepped = Stepped(total.item(), norm.item())
         if not (total.isfinite() and norm.isfinite()):
             raise TrainingDivergedError(number, stepped.loss, gradient_norm=stepped.gradient_norm)
-        self._optimiser.step()
+        self._optimizer.step()
         if self._average is not None and self._decay is not None:
             torch._foreach_lerp_(self._average, list(self._factors), 1 - self._decay)
         return stepped
@@ -106,10 +106,10 @@ class OptimizerLoop:
         layers = self._student.layers()
         average = {} if self._average is None else self._student.filled(self._average)
         learned = self._learned(layers, average) if export else None
-        return Captured(layers, average, self._optimiser.state_dict(), learned)
+        return Captured(layers, average, self._optimizer.state_dict(), learned)
 
     def _learned(self, layers: Mapping[str, Parts], average: Mapping[str, Parts]) -> LoRA:
-        if average or not hasattr(self._optimiser, "eval"):
+        if average or not hasattr(self._optimizer, "eval"):
             return self._student.lora(average or layers)
         self._switch("eval")
         learned = self._student.lora()
@@ -118,13 +118,13 @@ class OptimizerLoop:
         return learned
 
     def _switch(self, mode: str) -> None:
-        """Schedule-free optimisers keep other factors to train on than to use."""
-        if hasattr(self._optimiser, mode):
-            getattr(self._optimiser, mode)()
+        """Schedule-free optimizers keep other factors to train on than to use."""
+        if hasattr(self._optimizer, mode):
+            getattr(self._optimizer, mode)()
 
 
 def _checked(loss: Tensor) -> Tensor:
-    """The loss, if an optimiser can do something with it."""
+    """The loss, if an optimizer can do something with it."""
     if loss.ndim != 0 or not loss.requires_grad:
         raise ContractError(
             f"the objective returned a loss of shape {tuple(loss.shape)}, "

@@ -1,4 +1,4 @@
-"""What moves a LoRA's factors: optimisers as values, and how their learning rate changes over a stage."""
+"""What moves a LoRA's factors: optimizers as values, and how their learning rate changes over a stage."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from artaug.errors import InvalidValueError, MissingExtraError
 
 
 class Optimizer(ABC):
-    """Makes the torch optimiser that trains a stage's factors. Subclass it for one that is not here.
+    """Makes the torch optimizer that trains a stage's factors. Subclass it for one that is not here.
 
     >>> import artaug as aa, torch
     >>> class Momentum(aa.Optimizer):
@@ -23,7 +23,7 @@ class Optimizer(ABC):
 
     @abstractmethod
     def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
-        """An optimiser over these factors; the trainer sets its ``lr`` before every step."""
+        """An optimizer over these factors; the trainer sets its ``lr`` before every step."""
 
 
 @dataclass(frozen=True, kw_only=True)

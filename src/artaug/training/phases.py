@@ -1,4 +1,4 @@
-"""A course as a row of legs: each one run of the optimiser, over one group of pairs, for so many steps."""
+"""A course as a row of legs: each one run of the optimizer, over one group of pairs, for so many steps."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: of each pair, after is preferred to before."""
+"""Direct preference optimization: of each pair, after is preferred to before."""
 
 import math
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""Quantised bases: how their layers have to be set to learn, what they are stored in, and whether gradients pass them.
+"""Quantized bases: how their layers have to be set to learn, what they are stored in, and whether gradients pass them.
 
-No quantising library is imported: their layers are told by what torch itself shows of their weights.
+No quantizing library is imported: their layers are told by what torch itself shows of their weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ _TRUE = (0.5, 1.5)
 
 
 def is_foreign(weight: object) -> bool:
-    """Whether a weight is of a class that torch does not have, so a quantising library's."""
+    """Whether a weight is of a class that torch does not have, so a quantizing library's."""
     return isinstance(weight, Tensor) and type(weight).__module__.partition(".")[0] != "torch"
 
 
@@ -57,7 +57,7 @@ def set_to_learn(module: nn.Module) -> None:
 
 
 def check_gradients(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse quantised layers through which no gradient passes, or a wrong one; one layer of each kind is tried.
+    """Refuse quantized layers through which no gradient passes, or a wrong one; one layer of each kind is tried.
 
     A linear layer answers a change of its input as its gradient says, whatever its weights. Kernels that round
     activations often do not: rounding has no gradient.
@@ -74,9 +74,9 @@ def check_gradients(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         told = _told(layers[name], weight.device, weight.dtype if weight.is_floating_point() else dtype)
         if not _TRUE[0] <= told <= _TRUE[1]:
             raise ModelError(
-                f"the layer {name!r} of {type(module).__name__} is quantised as {kind.__name__}, and its gradient tells "
+                f"the layer {name!r} of {type(module).__name__} is quantized as {kind.__name__}, and its gradient tells "
                 f"{told:.0%} of how its output follows its input. Expected about 100%: nothing could be learned below "
-                "it. Quantise weights alone and leave activations as they are (torchao's Int8WeightOnlyConfig or "
+                "it. Quantize weights alone and leave activations as they are (torchao's Int8WeightOnlyConfig or "
                 "Float8WeightOnlyConfig, bitsandbytes), or store plain weights in fp8 (enable_layerwise_casting)."
             )
 

@@ -24,7 +24,7 @@ _VERSION = "2"
 _HELD = "__tensor__"
 
 Nested: TypeAlias = Any
-"""What an optimiser's ``state_dict`` is made of: dicts, lists, tensors, numbers, strings, None."""
+"""What an optimizer's ``state_dict`` is made of: dicts, lists, tensors, numbers, strings, None."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +44,7 @@ class TrainingState:
     average: Mapping[str, Parts] = field(default_factory=dict)
     """Its moving average, if one is kept."""
     optimizer: Nested = None
-    """The optimiser's ``state_dict``."""
+    """The optimizer's ``state_dict``."""
     base_scores: tuple[float, ...] = ()
     """Of the held-out pictures drawn without what is learned, if they are looked at."""
     looks: tuple[ValidationResult, ...] = ()
@@ -88,7 +88,7 @@ class TrainingState:
             "version": _VERSION,
             "step": str(self.step),
             "looks": json.dumps([as_json(look) for look in self.looks]),
-            "optimiser": json.dumps(_without_tensors(self.optimizer, "optimiser", tensors)),
+            "optimizer": json.dumps(_without_tensors(self.optimizer, "optimizer", tensors)),
         }
         remedy = (
             "Those before it are whole: make room and call train again with the same arguments to go on from the last."
@@ -130,7 +130,7 @@ class TrainingState:
             base_scores=tuple(tensors.pop("base_scores").tolist()),
             looks=tuple(ValidationResult(**look) for look in json.loads(header["looks"])),
             best=LoRA(layers) if (layers := _layers(tensors, "best")) else None,
-            optimizer=_with_tensors(json.loads(header["optimiser"]), tensors),
+            optimizer=_with_tensors(json.loads(header["optimizer"]), tensors),
         )
 
 
@@ -228,7 +228,7 @@ def _without_tensors(nested: Nested, name: str, tensors: dict[str, Tensor]) -> N
             return {_HELD: name}
         case Mapping():
             pairs = [[key, _without_tensors(one, f"{name}.{key}", tensors)] for key, one in nested.items()]
-            return {"pairs": pairs}  # an optimiser's keys are numbers, too, which JSON would make strings
+            return {"pairs": pairs}  # an optimizer's keys are numbers, too, which JSON would make strings
         case str() | int() | float() | None:
             return nested
         case Sequence():
@@ -237,8 +237,8 @@ def _without_tensors(nested: Nested, name: str, tensors: dict[str, Tensor]) -> N
         case _:
             pass
     raise StorageError(
-        f"the optimiser keeps a {type(nested).__name__} at {name!r}, which a checkpoint without pickle cannot hold. "
-        "Expected tensors, numbers, strings, lists and dicts: train without checkpoints, or with another optimiser."
+        f"the optimizer keeps a {type(nested).__name__} at {name!r}, which a checkpoint without pickle cannot hold. "
+        "Expected tensors, numbers, strings, lists and dicts: train without checkpoints, or with another optimizer."
     )
 
 

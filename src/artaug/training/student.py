@@ -1,6 +1,6 @@
 """A LoRA on a model while it is trained: put on, used as student and teacher, read off, and gone without trace.
 
-PEFT wraps the layers, so quantised ones work too; it is imported when training begins, and not before.
+PEFT wraps the layers, so quantized ones work too; it is imported when training begins, and not before.
 """
 
 import re
@@ -160,7 +160,7 @@ def adapted(
 
     Raises:
         LoRAMismatchError: if ``targets`` selects no linear layer.
-        ModelError: if the model carries PEFT adapters already, is quantised in a way that passes no true gradient, or has
+        ModelError: if the model carries PEFT adapters already, is quantized in a way that passes no true gradient, or has
             weights that the adapter cannot read.
     """
     module, device = model.module, model.device  # which a pipeline looks for through all its parts: once

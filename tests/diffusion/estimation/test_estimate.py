@@ -13,7 +13,7 @@ import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer, Estimate, estimate
 from artaug.training.objectives import PairBatch
 from artaug.training.student import adapted
-from support.quantised import quantised
+from support.quantized import quantized
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
 CPU = {"width": TINY_SIZE, "height": TINY_SIZE, "fused_norms": False}
@@ -91,11 +91,11 @@ def test_factors_and_files_take_what_was_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("optimiser", "each"),
+    ("optimizer", "each"),
     [(aa.AdamW(), 8), (aa.AdamW8bit(), 2.03125), (aa.Prodigy(), 16), (aa.ScheduleFree(), 8)],
     ids=lambda one: type(one).__name__,
 )
-def test_every_optimiser_keeps_what_it_keeps(optimizer, each):
+def test_every_optimizer_keeps_what_it_keeps(optimizer, each):
     told = estimate(tiny_flux(), trainer=trainer_of(optimizer=optimizer, targets="to_q"), **CPU)
     assert told.factors_bytes == pytest.approx((8 + each) * told.trained_parameters, abs=1)
 
@@ -113,7 +113,7 @@ def test_packed_weights_take_their_bits_and_one_layer_unpacked():
     assert packed.activations_bytes - plain.activations_bytes == 4 * max(linear)
 
 
-def test_the_denoiser_waits_while_pairs_are_encoded_unless_it_is_quantised():
+def test_the_denoiser_waits_while_pairs_are_encoded_unless_it_is_quantized():
     loose, packed = (estimate(tiny_flux(), trainer=trainer_of(), bits_per_weight=bits, **CPU) for bits in (None, 8))
     assert (loose.resting_bytes, packed.resting_bytes) == (loose.weights_bytes, 0)
     others = loose.encoders_bytes + loose.encoding_bytes
@@ -142,9 +142,9 @@ def heavy_flux():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["fp8 stored", "torchao int8", "bitsandbytes nf4"])
-def test_a_quantised_base_holds_what_was_said(kind, checkpointing):
+def test_a_quantized_base_holds_what_was_said(kind, checkpointing):
     """Layers that are unpacked in a call count as long as autograd keeps them."""
-    trainer, pipeline = trainer_of(gradient_checkpointing=checkpointing), quantised(heavy_flux(), kind)
+    trainer, pipeline = trainer_of(gradient_checkpointing=checkpointing), quantized(heavy_flux(), kind)
     told = estimate(pipeline, trainer=trainer, max_sequence_length=16, **CPU)
     peak, _ = real_step(pipeline, trainer, max_sequence_length=16)
     weights = sum(4 * one.numel() for one in heavy_flux().transformer.parameters())
@@ -156,7 +156,7 @@ def test_a_quantised_base_holds_what_was_said(kind, checkpointing):
 
 
 def test_fp8_said_beforehand_is_fp8_of_a_loaded_pipeline():
-    loaded = estimate(quantised(heavy_flux(), "fp8 stored"), trainer=trainer_of(), **CPU)
+    loaded = estimate(quantized(heavy_flux(), "fp8 stored"), trainer=trainer_of(), **CPU)
     assert estimate(heavy_flux(), trainer=trainer_of(), storage_dtype=torch.float8_e4m3fn, **CPU) == loaded
 
 

@@ -116,7 +116,7 @@ def test_only_the_plans_own_branch_is_guided(flux):
     call = {"hidden_states": torch.zeros(1, 48, 16), "encoder_hidden_states": conditioning["prompt_embeds"]}
     assert denoiser.branches(call) == Branches(cond=range(1))
     twin = {**call, "encoder_hidden_states": conditioning["prompt_embeds"].clone()}
-    assert denoiser.branches(twin) == Branches(cond=range(0), negative=range(1))
+    assert denoiser.branches(twin) == Branches(cond=range(0), uncond=range(1))
 
 
 def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(flux):

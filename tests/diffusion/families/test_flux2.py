@@ -97,7 +97,7 @@ def test_a_prediction_has_the_type_of_the_latents_and_carries_gradient():
     assert predicted.requires_grad
 
 
-def test_latents_are_packed_and_normalised_so_that_the_pipeline_decodes_them(family):
+def test_latents_are_packed_and_normalized_so_that_the_pipeline_decodes_them(family):
     images = [picture(1), picture(2)]
     latents = family.encode_images(images)
     vae = family.pipeline.vae
@@ -138,7 +138,7 @@ def test_dev_has_one_branch():
 
 def test_kleins_branches_come_in_turn():
     denoiser, calls = run_of(klein(negative_prompt="blurry"), PROMPTS)
-    both = [Branches(cond=range(2)), Branches(cond=range(0), negative=range(2))]
+    both = [Branches(cond=range(2)), Branches(cond=range(0), uncond=range(2))]
     assert [denoiser.branches(call) for call, _ in calls] == both * 2
 
 

@@ -98,7 +98,7 @@ def test_a_prediction_has_the_type_of_the_latents_and_carries_gradient():
     assert predicted.requires_grad
 
 
-def test_latents_are_packed_and_normalised_so_that_the_pipeline_decodes_them():
+def test_latents_are_packed_and_normalized_so_that_the_pipeline_decodes_them():
     qwen = qwen_of()
     images = [picture(1), picture(2)]
     latents = qwen.encode_images(images)
@@ -141,7 +141,7 @@ def test_training_shifts_noise_levels_as_the_scheduler_does(dynamic_shift):
 
 def test_branches_come_in_turn_where_there_is_a_negative_prompt(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
-    own, against = Branches(cond=range(2)), Branches(cond=range(0), negative=range(2))
+    own, against = Branches(cond=range(2)), Branches(cond=range(0), uncond=range(2))
     turns = [own, own] if qwen.negative is None else [own, against, own, against]
     assert [denoiser.branches(call) for call, _ in calls] == turns
 

@@ -157,7 +157,7 @@ def test_both_branches_of_a_batched_call_are_told_apart(sd3):
     plain, _ = first_call(sd3, [BARN, LAKE], guidance_scale=1.0)
     guided, _ = first_call(sd3, [BARN, LAKE], negative_prompt=["fog", "fog"])
     assert denoiser.branches(plain) == Branches(cond=range(2))
-    assert denoiser.branches(guided) == Branches(cond=range(2, 4), negative=range(2))
+    assert denoiser.branches(guided) == Branches(cond=range(2, 4), uncond=range(2))
     encoded = sd3.encode_prompts([BARN, LAKE])["prompt_embeds"]
     assert torch.equal(guided["encoder_hidden_states"][2:4], encoded)
 

@@ -238,11 +238,11 @@ def decoded(unet, latents):
     return pixels(unet.pipeline([BARN], **options).images)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-def test_sdxl_pictures_go_through_latents_as_through_the_vae_alone(normalised):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_sdxl_pictures_go_through_latents_as_through_the_vae_alone(normalized):
     unet = unet_of("sdxl")
     vae, processor = unet.pipeline.vae, unet.pipeline.image_processor
-    if normalised:
+    if normalized:
         vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 2.0, 1.0, 0.7])
     image = picture(3, width=WIDTH, height=HEIGHT)
     with torch.no_grad():
@@ -268,7 +268,7 @@ def test_both_branches_of_a_batched_call_are_told_apart(unet):
     plain, _ = calls_of(unet, [BARN, LAKE], guidance_scale=1.0)[0]
     guided, _ = calls_of(unet, [BARN, LAKE])[0]
     assert denoiser.branches(plain) == Branches(cond=range(2))
-    assert denoiser.branches(guided) == Branches(cond=range(2, 4), negative=range(2))
+    assert denoiser.branches(guided) == Branches(cond=range(2, 4), uncond=range(2))
     assert torch.equal(guided["encoder_hidden_states"][2:4], unet.encode_prompts([BARN, LAKE])["prompt_embeds"])
 
 

@@ -117,7 +117,7 @@ def test_training_shifts_noise_levels_as_the_scheduler_does(dynamic_shift):
 
 def test_both_branches_come_in_one_call(z_image):
     denoiser, calls = run_of(z_image, PROMPTS)
-    expected = Branches(cond=range(2), negative=range(2, 2 if z_image.negative is None else 4))
+    expected = Branches(cond=range(2), uncond=range(2, 2 if z_image.negative is None else 4))
     assert [denoiser.branches(call) for call, _ in calls] == [expected] * 2
 
 

@@ -161,7 +161,7 @@ class DryRun:
         """What the forward and backward passes of some pairs take, and how many numbers are trained.
 
         Args:
-            stage: says what is minimised.
+            stage: says what is minimized.
             under: LoRAs of earlier stages that are worn.
             remembered: whether the batch was there before, and what the teacher said of it is known.
         """

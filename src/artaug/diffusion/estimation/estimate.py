@@ -13,7 +13,7 @@ from artaug.diffusion.estimation.meta_pipeline import modules, stored_bytes, tex
 from artaug.diffusion.estimation.report import Estimate
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_of
-from artaug.diffusion.offload import quantised
+from artaug.diffusion.offload import quantized
 from artaug.errors import InvalidValueError
 from artaug.training.config import TrainingConfig
 from artaug.training.optimizers import AdamW8bit, Optimizer
@@ -68,7 +68,7 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
             take.
         LoRAMismatchError: if the trainer's ``targets`` select no layer.
         InvalidValueError: for bits, a speed or a type that are none, and for a source that is no pipeline.
-        MissingExtraError: if the trainer's optimiser is of a package that is not installed.
+        MissingExtraError: if the trainer's optimizer is of a package that is not installed.
 
     >>> import artaug as aa
     >>> from artaug import playground
@@ -92,7 +92,7 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     held = source if isinstance(source, DiffusionPipeline) else pipeline
     sizes = {name: stored_bytes(part) for name, part in modules(held)}
     (at,) = (name for name, part in modules(pipeline) if part is denoiser)
-    packed = bits_per_weight is not None or quantised(getattr(held, at))
+    packed = bits_per_weight is not None or quantized(getattr(held, at))
     stored = sizes[at] if storage_dtype is None else stored_bytes(denoiser)
     sizes[at], unpacked = _packed(denoiser, stored, bits_per_weight)
     encoders = sum(size for name, size in sizes.items() if name.startswith(("text_encoder", "vae")))
@@ -192,7 +192,7 @@ def _packed(module: nn.Module, stored: int, bits: float | None) -> tuple[int, in
 
 
 def _state_of(optimizer: Optimizer) -> float:
-    """Bytes an optimiser keeps for every number it trains at most, found out by letting it take one step."""
+    """Bytes an optimizer keeps for every number it trains at most, found out by letting it take one step."""
     if isinstance(optimizer, AdamW8bit):
         return _QUANTISED_MOMENTS  # whose kernels may want a GPU
     probe = nn.Parameter(torch.ones(_PROBED))  # some keep less of zeros

@@ -65,7 +65,7 @@ def modules(pipeline: DiffusionPipeline) -> Iterator[tuple[str, nn.Module]]:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """What a module's parameters and buffers take as they are stored: quantised ones as codes and scales."""
+    """What a module's parameters and buffers take as they are stored: quantized ones as codes and scales."""
     parts = (part for one in (*module.parameters(), *module.buffers()) for part in stored_in(one))
     return sum(part.numel() * part.element_size() for part in parts)
 

@@ -10,7 +10,7 @@ class Estimate:
     """What one process of a training takes, all sizes in bytes.
 
     Left out are the driver's own context (half a gigabyte or so), what an allocator loses between blocks, the text
-    encoders' activations (less than the VAE's), and an optimiser's temporaries (less than the activations, which are gone
+    encoders' activations (less than the VAE's), and an optimizer's temporaries (less than the activations, which are gone
     by then); and of weights stored in fp8 with gradient checkpointing, up to one block's unpacked ones. A training begins
     and ends with the pipeline as it was given: one that lies on the device whole takes `placed_bytes` there, also where
     that is more than `peak_bytes`; one with ``enable_model_cpu_offload`` does not.
@@ -29,20 +29,20 @@ class Estimate:
     encoding_bytes: int
     """What encoding pictures holds at most, beside all weights."""
     factors_bytes: int
-    """The LoRA's float32 factors, their gradients, the optimiser's state, and the moving average if one is kept."""
+    """The LoRA's float32 factors, their gradients, the optimizer's state, and the moving average if one is kept."""
     activations_bytes: int
     """What a forward and a backward pass hold at most, beside weights and factors."""
     lora_bytes: int
     """The file of the LoRA, as it is trained: float32."""
     checkpoint_bytes: int
-    """One checkpoint: factors, the optimiser's state, the moving average."""
+    """One checkpoint: factors, the optimizer's state, the moving average."""
     steps: int
     flops_per_step: int
     """Multiplications and additions of matrix products, convolutions and attention, on average over all stages."""
     flops_per_second: float | None = None
     """What the device really does, as the caller said."""
     resting_bytes: int = 0
-    """Of the denoiser, which waits on the CPU while pairs are encoded; none where it is tied to its device (quantised)."""
+    """Of the denoiser, which waits on the CPU while pairs are encoded; none where it is tied to its device (quantized)."""
 
     @property
     def training_bytes(self) -> int:
@@ -97,7 +97,7 @@ class Estimate:
             "weights": self.weights_bytes,
             "text encoders and VAE": self.encoders_bytes,
             "encoding": self.encoding_bytes,
-            "factors, gradients, optimiser": self.factors_bytes,
+            "factors, gradients, optimizer": self.factors_bytes,
             "activations": self.activations_bytes,
             "most while learning": self.training_bytes,
             "most at any time": self.peak_bytes,

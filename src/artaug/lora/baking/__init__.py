@@ -43,7 +43,7 @@ def bake(
 
     In bfloat16 a small update is lost in part: of one with 1% of the weights' norm about 17%, of one with 0.1% most.
     The report says how much. Rounded stochastically, single weights are further off, but the mean of many is right.
-    Fuse several rounds into one LoRA first, and quantise last: baking one round after the other rounds every time.
+    Fuse several rounds into one LoRA first, and quantize last: baking one round after the other rounds every time.
 
     Args:
         checkpoint: a folder of diffusers (a pipeline, or its ``transformer`` or ``unet`` alone) or one safetensors file
@@ -62,7 +62,7 @@ def bake(
     Raises:
         LoRAMismatchError: before anything is written, if the checkpoint lacks a layer or has it in another shape.
         ModelError: before anything is written, if there is no checkpoint, if it is damaged, or if a layer is stored in
-            anything but bfloat16, float16 and float32, quantised for instance.
+            anything but bfloat16, float16 and float32, quantized for instance.
         NonFiniteError: if a weight is, or becomes, NaN or infinite.
         StorageError: if ``out`` exists or cannot be written, for a full disk for instance; nothing is left behind.
     """
@@ -114,8 +114,8 @@ def _additions(found: Checkpoint, lora: LoRA, *, scale: float, seed: int | None)
 def _check_fits(name: str, stored: Stored, shape: tuple[int, ...]) -> None:
     if stored.dtype not in DTYPES:
         raise ModelError(
-            f"{name!r} is stored as {stored.dtype}, which artaug does not bake into: of a small update to quantised "
-            f"weights next to nothing would arrive. Expected one of {', '.join(DTYPES)}. Bake first, then quantise; or "
+            f"{name!r} is stored as {stored.dtype}, which artaug does not bake into: of a small update to quantized "
+            f"weights next to nothing would arrive. Expected one of {', '.join(DTYPES)}. Bake first, then quantize; or "
             "leave the LoRA unfused."
         )
     if stored.shape != shape:

@@ -1,4 +1,4 @@
-"""The FLUX.2 family: packed and normalised latents, layers of a language model as the prompt, velocity as the prediction."""
+"""The FLUX.2 family: packed and normalized latents, layers of a language model as the prompt, velocity as the prediction."""
 
 import math
 from abc import abstractmethod
@@ -101,8 +101,8 @@ class Flux2Family(Family):
             vae.encode(pixels).latent_dist.mode().float()
         )
         mean, variance = (one.float().view(1, -1, 1, 1) for one in (vae.bn.running_mean, vae.bn.running_var))
-        normalised = (latents - mean) / (variance + vae.config.batch_norm_eps).sqrt()
-        packed: Tensor = self.pipeline._pack_latents(normalised)  # noqa: SLF001 - likewise
+        normalized = (latents - mean) / (variance + vae.config.batch_norm_eps).sqrt()
+        packed: Tensor = self.pipeline._pack_latents(normalized)  # noqa: SLF001 - likewise
         return packed
 
     def encode_masks(self, masks: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Qwen-Image family: packed and normalised latents, prompts as long as they are, velocity as the prediction."""
+"""The Qwen-Image family: packed and normalized latents, prompts as long as they are, velocity as the prediction."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -118,8 +118,8 @@ class QwenImage(Family):
         mean, deviation = (
             latents.new_tensor(one).view(1, -1, 1, 1) for one in (vae.config.latents_mean, vae.config.latents_std)
         )
-        normalised = (latents - mean) / deviation
-        packed: Tensor = self.pipeline._pack_latents(normalised, *normalised.shape)  # noqa: SLF001 - diffusers' trainers do
+        normalized = (latents - mean) / deviation
+        packed: Tensor = self.pipeline._pack_latents(normalized, *normalized.shape)  # noqa: SLF001 - diffusers' trainers do
         return packed
 
     def encode_masks(self, masks: Tensor) -> Tensor:

@@ -57,5 +57,5 @@ class RegionalSD3Processor:
 
 
 def _normed(norm: nn.Module | None, heads: Tensor) -> Tensor:
-    """SD3.5 normalises queries and keys, SD3 does not."""
+    """SD3.5 normalizes queries and keys, SD3 does not."""
     return heads if norm is None else norm(heads)

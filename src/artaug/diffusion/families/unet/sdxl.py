@@ -49,8 +49,8 @@ class StableDiffusionXL(UNetFamily):
         if mean is None or spread is None:
             return latents
         mean, spread = (torch.tensor(one, device=latents.device).view(1, -1, 1, 1) for one in (mean, spread))
-        normalised: Tensor = (latents - mean * config.scaling_factor) / spread
-        return normalised
+        normalized: Tensor = (latents - mean * config.scaling_factor) / spread
+        return normalized
 
     @property
     def _parts(self) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Quantised bases of a pipeline, and the same numbers as plain weights: an oracle for what learns on them."""
+"""Quantized bases of a pipeline, and the same numbers as plain weights: an oracle for what learns on them."""
 
 from hashlib import sha256
 
@@ -29,8 +29,8 @@ def fp8_stored(pipeline, *, compute=torch.float32):
     return pipeline
 
 
-def quantised(pipeline, kind):
-    """The pipeline with the linear layers of its blocks quantised, as a library's loader leaves them."""
+def quantized(pipeline, kind):
+    """The pipeline with the linear layers of its blocks quantized, as a library's loader leaves them."""
     module = pipeline.transformer
     if kind == "fp8 stored":
         return fp8_stored(pipeline)
@@ -43,8 +43,8 @@ def quantised(pipeline, kind):
     return pipeline
 
 
-def dequantised(pipeline):
-    """The same pipeline with plain weights of the values that the quantised ones stand for."""
+def dequantized(pipeline):
+    """The same pipeline with plain weights of the values that the quantized ones stand for."""
     module = pipeline.transformer
     for name, one in list(module.named_modules()):
         if isinstance(one, nn.Linear):
