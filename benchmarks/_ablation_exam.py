@@ -111,7 +111,7 @@ def with_all_words(synthesizer: aa.Synthesizer) -> Draw:
 
 def with_asked_words(synthesizer: aa.Synthesizer) -> Draw:
     """Draw, ask a critic about the whole picture, and draw again with its words added to the prompt."""
-    return _redrawing(synthesizer, PhotometricCritic(max_parts=0), globally=True)
+    return _redrawing(synthesizer, PhotometricCritic(max_regions=0), globally=True)
 
 
 def with_regions(synthesizer: aa.Synthesizer) -> Draw:

@@ -52,7 +52,7 @@ from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
 from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
 from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
 from artaug.report import write_report
-from artaug.review import HumanVerdicts, ManualReview, ReviewProgress
+from artaug.review import ManualReview, RecordedDecisions, ReviewProgress
 from artaug.run.enhance import StopRule, enhance
 from artaug.run.funnel import Funnel, FunnelStep
 from artaug.run.improve import StageEvent, improve
@@ -129,7 +129,6 @@ __all__ = [
     "Guide",
     "GuideError",
     "HubError",
-    "HumanVerdicts",
     "ImagePair",
     "ImageSimilarity",
     "InvalidValueError",
@@ -157,6 +156,7 @@ __all__ = [
     "Prodigy",
     "PromptError",
     "PromptSet",
+    "RecordedDecisions",
     "Region",
     "RegionPlanner",
     "RegionalAttention",

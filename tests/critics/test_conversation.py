@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import artaug as aa
-from artaug.critics import FAMILIES, Conversation, Coordinates, coordinates_of, prompt_text
+from artaug.critics import FAMILIES, Conversation, Coordinates, coordinates_for, prompt_text
 from support.strategies import prompts
 
 PICTURE = Image.new("RGB", (640, 480))
@@ -51,7 +51,7 @@ def test_one_stage_shows_the_picture_and_asks_once():
 
 
 def test_two_stages_ask_for_an_analysis_and_show_the_picture_once():
-    asked = Conversation.in_two_stages(coordinates=coordinates_of("qwen2_5_vl"), max_suggestions=3)
+    asked = Conversation.in_two_stages(coordinates=coordinates_for("qwen2_5_vl"), max_suggestions=3)
 
     opening = asked.messages(PICTURE, "a pear")
     whole = asked.messages(PICTURE, "a pear", analysis="It is dark.")
@@ -91,7 +91,7 @@ def test_a_prompt_is_put_in_once_and_never_filled(prompt):
 
 @pytest.mark.parametrize("mark", ["<image>", "<|im_end|>", "<|image_pad|>", "<start_of_image>", "[INST]", "[/INST]"])
 def test_what_a_chat_template_would_read_as_its_own_is_only_words(mark):
-    asked = Conversation.in_two_stages(coordinates=coordinates_of("llava"))
+    asked = Conversation.in_two_stages(coordinates=coordinates_for("llava"))
     said = asked.messages(PICTURE, f"a pear {mark}", analysis=f"It is {mark} dark.")
     assert not any(mark in message.text for message in said)
 
@@ -202,7 +202,7 @@ def test_a_reply_off_the_schema_is_told(broken):
     ],
 )
 def test_numbers_off_the_convention_are_told(family, numbers):
-    asked = Conversation(coordinates=coordinates_of(family))
+    asked = Conversation(coordinates=coordinates_for(family))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(reply_of(asked, (640, 480), numbers=numbers), asked.schema((640, 480)))
 

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import artaug as aa
 from artaug._internal.values import from_json, to_json
-from artaug.critics import FAMILIES, Coordinates, SmartResize, coordinates_of
+from artaug.critics import FAMILIES, Coordinates, SmartResize, coordinates_for
 from support.strategies import boxes
 
 sides = st.integers(1, 4000)
@@ -57,22 +57,22 @@ def test_the_defaults_are_those_of_the_processor_itself(size):
 @pytest.mark.parametrize("size", [(256, 200), (1500, 1000)])
 def test_a_convention_is_fitted_to_the_processor_of_a_checkpoint(size):
     processor = Qwen2VLImageProcessorPil(min_pixels=200 * 28 * 28, max_pixels=400 * 28 * 28)
-    fitted = coordinates_of("qwen2_5_vl").fitted_to(processor)
+    fitted = coordinates_for("qwen2_5_vl").fitted_to(processor)
 
     (_, down, across), *_ = processor(Image.new("RGB", size), return_tensors="np")["image_grid_thw"]
 
     assert fitted.extent(size) == (across * processor.patch_size, down * processor.patch_size)
-    assert fitted.extent(size) != coordinates_of("qwen2_5_vl").extent(size)
+    assert fitted.extent(size) != coordinates_for("qwen2_5_vl").extent(size)
 
 
 def test_a_convention_that_does_not_depend_on_the_processor_stays():
     for family in ("qwen2_vl", "qwen3_vl", "internvl", "gemma3", "molmo"):
-        assert coordinates_of(family).fitted_to(Qwen2VLImageProcessorPil()) == coordinates_of(family)
+        assert coordinates_for(family).fitted_to(Qwen2VLImageProcessorPil()) == coordinates_for(family)
 
 
 def test_pixels_cannot_be_fitted_to_a_processor_that_resizes_otherwise():
     with pytest.raises(aa.InvalidValueError, match="CLIPImageProcessorPil does not resize as Qwen-VL processors do"):
-        coordinates_of("qwen2_5_vl").fitted_to(CLIPImageProcessorPil())
+        coordinates_for("qwen2_5_vl").fitted_to(CLIPImageProcessorPil())
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_pixels_cannot_be_fitted_to_a_processor_that_resizes_otherwise():
 )
 @pytest.mark.parametrize("size", [(600, 400), (400, 600), (500, 500)])
 def test_a_llava_box_lies_where_the_model_sees_it(processor, frame, size):
-    fitted = coordinates_of("llava").fitted_to(processor)
+    fitted = coordinates_for("llava").fitted_to(processor)
     box = aa.Box(0.4, 0.3, 0.6, 0.55)
     picture = Image.new("RGB", size)
     picture.paste("white", box.to_pixels(size))
@@ -141,7 +141,7 @@ def test_relative_boxes_are_read_bit_for_bit(box, size):
 
 @given(boxes(), sizes)
 def test_a_point_is_the_middle_of_a_box(box, size):
-    molmo = coordinates_of("molmo")
+    molmo = coordinates_for("molmo")
     left, top, right, bottom = molmo.edges(molmo.write(box, size=size), size=size)
     assert ((left + right) / 2, (top + bottom) / 2) == pytest.approx(box.centre)
     assert (right - left, bottom - top) == pytest.approx((0.25, 0.25))
@@ -189,4 +189,4 @@ def test_a_resize_that_leaves_no_size_is_refused():
 
 def test_an_unknown_family_is_not_guessed():
     with pytest.raises(aa.InvalidValueError, match=r"convention of 'molmo9' is not known; known families are qwen2_vl"):
-        coordinates_of("molmo9")
+        coordinates_for("molmo9")

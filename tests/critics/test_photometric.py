@@ -9,7 +9,7 @@ from hypothesis import given
 from PIL import Image, ImageDraw, ImageFilter
 
 import artaug as aa
-from artaug.critics import PhotometricCritic, Words
+from artaug.critics import PhotometricCritic, PromptVocabulary
 from artaug.images.photometry import MEASURES, srgb
 from artaug.playground import detect, parse, prompts
 from artaug.playground.render import render_batch
@@ -83,7 +83,7 @@ def test_each_shortfall_has_its_word_and_its_reason():
 
 @given(images(least=16, most=40))
 def test_every_request_is_below_its_threshold(image):
-    critic = PhotometricCritic(max_parts=2)
+    critic = PhotometricCritic(max_regions=2)
     answer = critic.critique(image, "a pear")
     if isinstance(answer, aa.Critique):
         assert len(answer.suggestions) <= 3
@@ -99,7 +99,7 @@ def test_thresholds_of_zero_ask_for_nothing():
 
 
 def test_words_can_be_the_models_own():
-    critic = PhotometricCritic(words=Words(chroma="in saturated Kodachrome"), max_parts=0)
+    critic = PhotometricCritic(words=PromptVocabulary(chroma="in saturated Kodachrome"), max_regions=0)
     (prompt,) = asked(critic.critique(still_life(), "a still life"))
     assert "in saturated Kodachrome" in prompt
     assert "vivid" not in prompt
@@ -123,7 +123,7 @@ def test_where_there_is_nothing_to_measure_it_abstains(image, reason):
 
 
 @pytest.mark.parametrize(
-    "options", [{"chroma": 1.5}, {"exposure": float("nan")}, {"padding": -0.1}, {"whole": False, "max_parts": 0}]
+    "options", [{"chroma": 1.5}, {"exposure": float("nan")}, {"padding": -0.1}, {"whole": False, "max_regions": 0}]
 )
 def test_a_critic_that_makes_no_sense_is_refused(options):
     with pytest.raises(aa.InvalidValueError, match=f"PhotometricCritic.{next(iter(options))}="):
@@ -132,7 +132,7 @@ def test_a_critic_that_makes_no_sense_is_refused(options):
 
 def test_blank_words_are_refused():
     with pytest.raises(aa.InvalidValueError, match="says nothing for contrast"):
-        Words(contrast=" ")
+        PromptVocabulary(contrast=" ")
 
 
 def test_it_keeps_the_promises_of_a_critic():

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import artaug as aa
 from artaug._internal.values import from_json, to_json
 from artaug.critics import FAMILIES, Coordinates, parse_reply
-from artaug.critics.replies import LONGEST_PROMPT, LONGEST_REMARK, LONGEST_REPLY, MOST_SUGGESTIONS
-from artaug.critics.replies.nodes import MOST_NESTED, Listing, Number, Record, Text
+from artaug.critics.replies import MAX_PROMPT_CHARS, MAX_REMARK_CHARS, MAX_REPLY_CHARS, MAX_SUGGESTIONS
+from artaug.critics.replies.nodes import MAX_NESTING, Listing, Number, Record, Text
 from artaug.critics.replies.reading import read
 from support.strategies import boxes, critiques, said
 
@@ -402,32 +402,32 @@ def test_ten_megabytes_are_read_up_to_a_stated_length():
     reply = '{"suggestions": [{"box": [100, 200, 300, 400], "prompt": "a lit window"}]} ' + "[ " * 5_000_000
     answer = parsed(reply)
     assert len(answer.suggestions) == 1
-    assert answer.repairs[0] == f"read the first {LONGEST_REPLY:,} of {len(reply):,} characters"
+    assert answer.repairs[0] == f"read the first {MAX_REPLY_CHARS:,} of {len(reply):,} characters"
 
 
 def test_what_comes_after_the_stated_length_is_not_read():
-    answer = parsed("." * LONGEST_REPLY + '[{"box": [100, 200, 300, 400], "prompt": "a lit window"}]')
+    answer = parsed("." * MAX_REPLY_CHARS + '[{"box": [100, 200, 300, 400], "prompt": "a lit window"}]')
     assert isinstance(answer, aa.Abstention)
 
 
-@pytest.mark.parametrize("depth", [MOST_NESTED - 4, MOST_NESTED, 100_000])
+@pytest.mark.parametrize("depth", [MAX_NESTING - 4, MAX_NESTING, 100_000])
 def test_nesting_of_any_depth_is_survived(depth):
     inner = '{"suggestions": [{"box": [100, 200, 300, 400], "prompt": "a lit window"}]}'
     answer = parsed("[" * depth + inner + "]" * depth)
-    assert isinstance(answer, aa.Critique) == (depth < MOST_NESTED - 2)
+    assert isinstance(answer, aa.Critique) == (depth < MAX_NESTING - 2)
 
 
 def test_thousands_of_suggestions_are_cut_to_a_stated_number():
     reply = json.dumps([{"box": [1, 2, 30 + number % 900, 400], "prompt": f"{number}"} for number in range(5000)])
     answer = parsed(reply)
-    assert [one.prompt for one in answer.suggestions] == [str(number) for number in range(MOST_SUGGESTIONS)]
+    assert [one.prompt for one in answer.suggestions] == [str(number) for number in range(MAX_SUGGESTIONS)]
     assert answer.repairs == ("read the first 32 of 5,000 suggestions",)
     assert len(parsed(reply, at_most=3).suggestions) == 3
 
 
 def test_thousands_of_boxes_for_one_prompt_are_cut_too():
     reply = json.dumps([{"box": [[1, 2, 30, 40]] * 5000, "prompt": "a"}])
-    assert len(parsed(reply).suggestions) == MOST_SUGGESTIONS
+    assert len(parsed(reply).suggestions) == MAX_SUGGESTIONS
 
 
 def test_thousands_of_bad_suggestions_make_a_short_reason():
@@ -441,8 +441,8 @@ def test_thousands_of_bad_suggestions_make_a_short_reason():
 def test_words_are_cut_to_a_stated_length():
     item = {"box": [100, 200, 300, 400], "prompt": "p" * 5000, "reason": "r" * 5000}
     answer = parsed(json.dumps({"summary": "s" * 5000, "suggestions": [item]}))
-    assert len(answer.suggestions[0].prompt) == LONGEST_PROMPT
-    assert len(answer.suggestions[0].reason) == len(answer.summary) == LONGEST_REMARK
+    assert len(answer.suggestions[0].prompt) == MAX_PROMPT_CHARS
+    assert len(answer.suggestions[0].reason) == len(answer.summary) == MAX_REMARK_CHARS
     assert answer.repairs == (
         "cut texts to 400 characters (suggestion 1)",
         "cut texts to 1000 characters (suggestion 1)",

@@ -10,7 +10,7 @@ import artaug as aa
 from artaug import playground
 from artaug._internal.values import to_json
 from artaug.critics import Conversation, Coordinates, PhotometricCritic
-from artaug.critics.dialogue import LONGEST_CAPTION, Reply, talk_over
+from artaug.critics.dialogue import MAX_CAPTION_CHARS, Reply, run_dialogue
 from artaug.testing import FixedFilter, check_critic
 
 UNITS = ["relative", "thousandths", "pixels", "percent"]
@@ -27,7 +27,7 @@ class ScriptedCritic(aa.Critic):
         return self.critique_batch([image], [prompt])[0]
 
     def critique_batch(self, images, prompts):
-        return talk_over(self.conversation, images, prompts, ask=lambda asked: [self._say(one) for one in asked])
+        return run_dialogue(self.conversation, images, prompts, ask=lambda asked: [self._say(one) for one in asked])
 
     def _say(self, question):
         if question.schema is None:
@@ -120,20 +120,22 @@ def test_the_scripted_critic_keeps_the_promises_of_its_seam():
 
 def test_a_long_prompt_is_cut_and_the_critique_says_so():
     told = []
-    answers = talk_over(
+    answers = run_dialogue(
         Conversation(),
         [RED],
         ["x" * 2001],
         ask=lambda asked: told.extend(asked) or [Reply('{"summary": "fine", "suggestions": []}', ("so it was",))],
     )
-    assert "x" * LONGEST_CAPTION in told[0].messages[-1].text
-    assert "x" * (LONGEST_CAPTION + 1) not in told[0].messages[-1].text
-    said = f"told the model the first {LONGEST_CAPTION:,} of 2,001 characters of the prompt"
+    assert "x" * MAX_CAPTION_CHARS in told[0].messages[-1].text
+    assert "x" * (MAX_CAPTION_CHARS + 1) not in told[0].messages[-1].text
+    said = f"told the model the first {MAX_CAPTION_CHARS:,} of 2,001 characters of the prompt"
     assert answers == [aa.Critique((), "fine", (said, "so it was"))]
 
 
 def test_remarks_on_a_reply_that_says_nothing_go_into_the_reason():
-    (answer,) = talk_over(Conversation(), [RED], ["a"], ask=lambda asked: [Reply("hm", ("it was cut",))] * len(asked))
+    (answer,) = run_dialogue(
+        Conversation(), [RED], ["a"], ask=lambda asked: [Reply("hm", ("it was cut",))] * len(asked)
+    )
     assert answer == aa.Abstention("the reply holds no suggestions: 'hm'; it was cut")
 
 
@@ -147,7 +149,7 @@ def test_a_fault_in_the_first_stage_ends_that_picture_and_no_other():
         return [Reply('{"summary": "", "suggestions": []}')]
 
     asked = Conversation.in_two_stages(coordinates=Coordinates("thousandths"))
-    answers = talk_over(asked, [RED, RED], ["a", "b"], ask=ask)
+    answers = run_dialogue(asked, [RED, RED], ["a", "b"], ask=ask)
     assert stages == [2, 1]
     assert answers == [aa.Abstention("gone"), aa.Critique()]
 
@@ -156,6 +158,6 @@ def test_pictures_that_cannot_be_shown_are_not_asked_about():
     def ask(_):
         raise AssertionError
 
-    (answer,) = talk_over(Conversation(), [Image.new("F", (8, 8))], ["a"], ask=ask)
+    (answer,) = run_dialogue(Conversation(), [Image.new("F", (8, 8))], ["a"], ask=ask)
     assert isinstance(answer, aa.Abstention)
     assert "mode 'F'" in answer.reason

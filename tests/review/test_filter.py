@@ -91,7 +91,7 @@ def test_a_line_that_is_no_decision_is_named(tmp_path, line):
     with path.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(StorageError, match=r"by-hand.jsonl', line 2 is no decision"):
-        aa.HumanVerdicts(path).judge(PAIRS[0])
+        aa.RecordedDecisions(path).judge(PAIRS[0])
 
 
 # --- as a filter --------------------------------------------------------------------------------------------------
@@ -101,10 +101,10 @@ def test_verdicts_are_what_was_decided(tmp_path):
     path = tmp_path / "by-hand.jsonl"
     append_decision(path, PAIRS[0], keep=True)
     append_decision(path, PAIRS[1], keep=False)
-    found = aa.HumanVerdicts(path).judge_batch(PAIRS[:2])
+    found = aa.RecordedDecisions(path).judge_batch(PAIRS[:2])
     assert found == [aa.Verdict(True, "kept by hand", {}), aa.Verdict(False, "dropped by hand", {})]
-    assert [verdict.keep for verdict in (~aa.HumanVerdicts(path)).judge_batch(PAIRS[:2])] == [False, True]
-    assert aa.HumanVerdicts(path).scorers == frozenset()
+    assert [verdict.keep for verdict in (~aa.RecordedDecisions(path)).judge_batch(PAIRS[:2])] == [False, True]
+    assert aa.RecordedDecisions(path).scorers == frozenset()
 
 
 def test_nobody_is_asked_by_verdicts_and_what_is_undecided_is_said(tmp_path):
@@ -113,10 +113,10 @@ def test_nobody_is_asked_by_verdicts_and_what_is_undecided_is_said(tmp_path):
     with pytest.raises(
         aa.UndecidedError, match=r"on 3 of 4 pairs nobody has decided yet, as '.*by-hand.jsonl'"
     ) as caught:
-        aa.HumanVerdicts(path).judge_batch(PAIRS)
+        aa.RecordedDecisions(path).judge_batch(PAIRS)
     assert caught.value.undecided == 3
     with pytest.raises(aa.UndecidedError):
-        (~aa.HumanVerdicts(path)).judge_batch(PAIRS)
+        (~aa.RecordedDecisions(path)).judge_batch(PAIRS)
 
 
 def test_a_queue_with_everything_decided_shows_nothing(tmp_path):
@@ -205,7 +205,7 @@ def test_pairs_are_kept_and_dropped_on_the_page(tmp_path):
     assert [one["keep"] for one in state["pairs"]] == [True, False, None, None]
     assert state["history"] == [0, 1]
     assert found == [aa.ReviewProgress(kept=1, dropped=1, undecided=2)]
-    assert aa.HumanVerdicts(path).judge_batch(PAIRS[:2])[0].keep
+    assert aa.RecordedDecisions(path).judge_batch(PAIRS[:2])[0].keep
 
 
 @pytest.mark.loopback
@@ -315,7 +315,7 @@ def test_to_finish_early_is_said_and_loses_nothing(tmp_path):
             "POST", "decide", '{"pair": 0, "keep": true}', {"Origin": "http://evil.example"}, 403, id="origin"
         ),
         pytest.param("POST", "decide", '{"pair": 0, "keep": true}', {"Origin": "null"}, 403, id="origin-hidden"),
-        pytest.param("GET", "state", None, {"Sec-Fetch-AttentionSite": "cross-site"}, 403, id="from-another-site"),
+        pytest.param("GET", "state", None, {"Sec-Fetch-Site": "cross-site"}, 403, id="from-another-site"),
         pytest.param("GET", "state", None, {"Host": "evil.example"}, 403, id="by-another-name"),
         pytest.param(
             "GET", "state", None, {"Host": "127.0.0.1.evil.example:80"}, 403, id="by-a-name-that-begins-alike"

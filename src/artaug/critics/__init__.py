@@ -1,8 +1,8 @@
 """Critics: what looks at a picture and says what to improve, and where."""
 
 from artaug.critics.conversation import Conversation, Message, prompt_text
-from artaug.critics.coordinates import FAMILIES, Coordinates, SmartResize, coordinates_of
-from artaug.critics.photometric import PhotometricCritic, Words
+from artaug.critics.coordinates import FAMILIES, Coordinates, SmartResize, coordinates_for
+from artaug.critics.photometric import PhotometricCritic, PromptVocabulary
 from artaug.critics.probing import Probe
 from artaug.critics.replies import parse_reply
 from artaug.critics.server.openai import OpenAICritic
@@ -20,12 +20,12 @@ __all__ = [
     "OpenAICritic",
     "PhotometricCritic",
     "Probe",
+    "PromptVocabulary",
     "Retried",
     "SmartResize",
     "Usage",
     "VLMCritic",
-    "Words",
-    "coordinates_of",
+    "coordinates_for",
     "parse_reply",
     "prompt_text",
 ]

@@ -14,11 +14,11 @@ from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from artaug.critics.coordinates import Coordinates, Size
-from artaug.critics.replies import LONGEST_PROMPT, parse_reply
+from artaug.critics.replies import MAX_PROMPT_CHARS, parse_reply
 from artaug.critique import Abstention, Critique
 from artaug.errors import InvalidValueError
 
-_LONGEST_REMARK = 300
+_MAX_REMARK_CHARS = 300
 _THOUSANDTHS = Coordinates("thousandths")
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _KNOWN = ("prompt", "max_suggestions", "coordinates", "schema")
@@ -68,9 +68,9 @@ class Conversation:
         InvalidValueError: if fewer than 1 suggestion is asked for, a text has a placeholder that is not one of these,
             or none of them has the prompt.
 
-    >>> from artaug.critics import Conversation, coordinates_of
+    >>> from artaug.critics import Conversation, coordinates_for
     >>> from PIL import Image
-    >>> asked = Conversation(coordinates=coordinates_of("qwen3_vl"), max_suggestions=2)
+    >>> asked = Conversation(coordinates=coordinates_for("qwen3_vl"), max_suggestions=2)
     >>> [message.role for message in asked.messages(Image.new("RGB", (64, 64)), "a pear")]
     ['system', 'user']
     >>> asked.schema((64, 64))["properties"]["suggestions"]["maxItems"]
@@ -191,8 +191,8 @@ def _reply_model(coordinates: Coordinates, at_most: int, size: Size) -> type[Bas
     numbers = 2 if coordinates.order == "points" else 4
     within = Annotated[kind, Field(ge=0, le=kind(furthest))]
     place = Annotated[list[within], Field(min_length=numbers, max_length=numbers, alias=coordinates.key)]
-    remark = Annotated[str, Field(max_length=_LONGEST_REMARK)]
-    said = Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)]
+    remark = Annotated[str, Field(max_length=_MAX_REMARK_CHARS)]
+    said = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
     suggestion: Any = create_model(
         "Suggestion", __config__=strict, reason=(remark, ...), place=(place, ...), prompt=(said, ...)
     )

@@ -226,14 +226,14 @@ no source of their authors was found for either, so probe them first.
 """
 
 
-def coordinates_of(family: str) -> Coordinates:
+def coordinates_for(family: str) -> Coordinates:
     """The convention of a model family.
 
     Raises:
         InvalidValueError: for a family that is not one of `FAMILIES`.
 
-    >>> from artaug.critics import coordinates_of
-    >>> coordinates_of("qwen3_vl").unit
+    >>> from artaug.critics import coordinates_for
+    >>> coordinates_for("qwen3_vl").unit
     'thousandths'
     """
     if family not in FAMILIES:

@@ -11,7 +11,7 @@ from artaug.critique import Abstention, Critique
 from artaug.errors import InvalidValueError
 from artaug.images.photometry import as_rgb
 
-LONGEST_CAPTION = 2000
+MAX_CAPTION_CHARS = 2000
 """Characters of a picture's prompt that a model is told; a longer one is cut, and the critique says so."""
 
 
@@ -38,7 +38,7 @@ Ask: TypeAlias = Callable[[Sequence[Question]], Sequence[Reply | Abstention]]
 """Puts questions to a model: a reply to each, or an abstention that names the fault that kept it from replying."""
 
 
-def talk_over(
+def run_dialogue(
     conversation: Conversation,
     images: Sequence[Image],
     prompts: Sequence[str],
@@ -81,10 +81,10 @@ class _Talk:
 
     @classmethod
     def begin(cls, image: Image, prompt: str, conversation: Conversation, prepare: Callable[[Image], Image]) -> "_Talk":
-        talk = cls(conversation, image, prompt[:LONGEST_CAPTION])
-        if len(prompt) > LONGEST_CAPTION:
+        talk = cls(conversation, image, prompt[:MAX_CAPTION_CHARS])
+        if len(prompt) > MAX_CAPTION_CHARS:
             talk.remarks.append(
-                f"told the model the first {LONGEST_CAPTION:,} of {len(prompt):,} characters of the prompt"
+                f"told the model the first {MAX_CAPTION_CHARS:,} of {len(prompt):,} characters of the prompt"
             )
         try:
             talk.image = prepare(image)

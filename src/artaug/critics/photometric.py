@@ -16,7 +16,7 @@ _EVEN = 1 / 255  # one level of 8 bits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
+class PromptVocabulary:
     """What `PhotometricCritic` asks for where a picture falls short of something, in words the model knows.
 
     Raises:
@@ -42,7 +42,7 @@ class PhotometricCritic(Critic):
 
     It measures exposure, chroma, contrast and sharpness (the numbers of the photometric scorers) in the whole picture
     and in the box of each part that stands out by its colour, and asks for what lies below the thresholds: the
-    picture's own prompt with `Words` added, in that box. It does not know what is shown, so it asks for no other
+    picture's own prompt with `PromptVocabulary` added, in that box. It does not know what is shown, so it asks for no other
     content, and a picture that is meant to be dark, pale or hazy is not to its taste. Where there is nothing to
     measure, below 16 x 16 pixels or in one even colour, it abstains.
 
@@ -68,11 +68,11 @@ class PhotometricCritic(Critic):
     """In the units of `Contrast`."""
     sharpness: float = 0.5
     """In the units of `Sharpness`."""
-    words: Words = Words()
+    words: PromptVocabulary = PromptVocabulary()
     """What to ask for, by what falls short. The defaults are words that the playground's model knows."""
     whole: bool = True
     """Judge the picture as a whole too; its suggestion comes first."""
-    max_parts: int = 3
+    max_regions: int = 3
     """At most this many parts, the most striking first."""
     padding: float = 1 / 64
     """How much wider than the part a box is on every side, as a fraction of the picture, in [0, 1]."""
@@ -81,10 +81,10 @@ class PhotometricCritic(Critic):
         for name in (*MEASURES, "padding"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidValueError(f"PhotometricCritic({name}={getattr(self, name)}): need a number in [0, 1].")
-        if self.max_parts < 0 or not (self.whole or self.max_parts):
+        if self.max_regions < 0 or not (self.whole or self.max_regions):
             raise InvalidValueError(
-                f"PhotometricCritic(whole={self.whole}, max_parts={self.max_parts}) could ask for nothing: "
-                "need whole=True or max_parts of at least 1."
+                f"PhotometricCritic(whole={self.whole}, max_regions={self.max_regions}) could ask for nothing: "
+                "need whole=True or max_regions of at least 1."
             )
 
     def critique(self, image: Image, prompt: str) -> Critique | Abstention:
@@ -97,7 +97,7 @@ class PhotometricCritic(Critic):
         pixels = srgb(image)
         if pixels.std(axis=(0, 1)).max() < _EVEN:
             return Abstention("the picture is one even colour, so there is nothing in it to measure")
-        boxes = [box.padded(self.padding) for box in salient_boxes(image, at_most=self.max_parts)]
+        boxes = [box.padded(self.padding) for box in salient_boxes(image, at_most=self.max_regions)]
         if self.whole:
             boxes.insert(0, Box(0, 0, 1, 1))
         asked = (self._suggestion(box, pixels, prompt) for box in boxes)

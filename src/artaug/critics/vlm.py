@@ -11,8 +11,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from artaug.critics.conversation import Conversation, Message
-from artaug.critics.coordinates import Coordinates, coordinates_of
-from artaug.critics.dialogue import Question, Reply, talk_over
+from artaug.critics.coordinates import Coordinates, coordinates_for
+from artaug.critics.dialogue import Question, Reply, run_dialogue
 from artaug.critics.probing import Probe, probe
 from artaug.critique import Abstention, Critic, Critique
 from artaug.errors import InvalidValueError, MissingExtraError, ModelError
@@ -121,7 +121,7 @@ class VLMCritic(Critic):
 
         try:
             config = AutoConfig.from_pretrained(source, revision=revision)
-            preset = coordinates_of(config.model_type) if coordinates is None else coordinates
+            preset = coordinates_for(config.model_type) if coordinates is None else coordinates
             processor = AutoProcessor.from_pretrained(source, revision=revision)
             model = AutoModelForImageTextToText.from_pretrained(
                 source,
@@ -162,7 +162,7 @@ class VLMCritic(Critic):
         It abstains from pictures that cannot be shown to the model: without pixels, in a mode that is no colour, or
         over 200 times as long as wide.
         """
-        return talk_over(self.conversation, images, prompts, ask=self._ask, prepare=_showable)
+        return run_dialogue(self.conversation, images, prompts, ask=self._ask, prepare=_showable)
 
     def probe(self) -> Probe:
         """Show the model a few rectangles and find out how it writes boxes."""

@@ -31,7 +31,7 @@ class ReviewProgress:
 
 @final
 @dataclass(frozen=True)
-class HumanVerdicts(PairFilter):
+class RecordedDecisions(PairFilter):
     """Keeps the pairs that a person kept, as `ManualReview` wrote it down; it never asks.
 
     Raises:
@@ -63,7 +63,7 @@ class ManualReview(PairFilter):
     guess, listens on this machine only and needs no network; from another machine, forward its port through ssh.
 
     Judging as a filter shows the page if there are undecided pairs and waits. Where that is not wanted, call `serve` when
-    it suits and judge by `HumanVerdicts`.
+    it suits and judge by `RecordedDecisions`.
 
     Raises:
         UndecidedError: by judging, if the person finished before all was decided. What is decided stays.
@@ -120,7 +120,7 @@ class ManualReview(PairFilter):
         first = [None] * len(pairs) if self.among is None else judged(self.among, pairs)
         asked = [pair for pair, verdict in zip(pairs, first, strict=True) if verdict is None or verdict.keep]
         self.serve(asked)
-        answers = iter(HumanVerdicts(self.path).judge_batch(asked))
+        answers = iter(RecordedDecisions(self.path).judge_batch(asked))
         return [
             verdict if verdict is not None and not verdict.keep else _after(verdict, next(answers)) for verdict in first
         ]

@@ -163,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if host.partition(":")[0] not in _HOSTS:  # another site's name that was pointed here
             raise _RefusedError(HTTPStatus.FORBIDDEN, "This page is for this machine only.")
-        if origin not in {None, f"http://{host}"} or self.headers.get("Sec-Fetch-AttentionSite") not in _OWN_SITE:
+        if origin not in {None, f"http://{host}"} or self.headers.get("Sec-Fetch-Site") not in _OWN_SITE:
             raise _RefusedError(HTTPStatus.FORBIDDEN, "Another page may not ask here.")
         token, *parts = self.path.partition("?")[0].removeprefix("/").split("/")
         if not secrets.compare_digest(token.encode(), self.server.desk.token.encode()):

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import artaug as aa
-from artaug.critics import Cached, Conversation, Coordinates, OpenAICritic, Usage, coordinates_of
+from artaug.critics import Cached, Conversation, Coordinates, OpenAICritic, Usage, coordinates_for
 from artaug.critics.server import backoff
 from artaug.testing import check_critic
 from support.faulty_server import (
@@ -402,7 +402,7 @@ def test_an_interruption_is_raised_at_once_and_the_critic_can_be_used_again(monk
 )
 def test_some_names_tell_how_the_model_writes_boxes(name, family):
     one = OpenAICritic(base_url="http://127.0.0.1:1/v1", model=name)
-    assert one.conversation.coordinates == coordinates_of(family)
+    assert one.conversation.coordinates == coordinates_for(family)
 
 
 @pytest.mark.parametrize("name", ["gpt-5", "Qwen/Qwen2.5-VL-7B-Instruct", "gemma-3n-e4b", "llava-v1.6", "default"])

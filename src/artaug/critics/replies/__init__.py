@@ -19,18 +19,18 @@ from artaug.critics.replies.wording import excerpt, fit
 from artaug.critique import Abstention, Critique, Suggestion
 from artaug.errors import GeometryError
 
-LONGEST_REPLY = 400_000
+MAX_REPLY_CHARS = 400_000
 """Characters of a reply that are read; what comes after them is not."""
-LONGEST_PROMPT = 400
+MAX_PROMPT_CHARS = 400
 """Characters of a suggestion's prompt; a longer one is cut."""
-LONGEST_REMARK = 1000
+MAX_REMARK_CHARS = 1000
 """Characters of a reason or a summary; a longer one is cut."""
-MOST_SUGGESTIONS = 32
+MAX_SUGGESTIONS = 32
 """Suggestions of a reply that are read, unless asked otherwise."""
 
 _THOUGHT = re.compile(r"<(?P<ends>/?)(?:think|thinking|reasoning)>|◁(?P<also_ends>/?)think▷")
 
-__all__ = ["LONGEST_PROMPT", "LONGEST_REMARK", "LONGEST_REPLY", "MOST_SUGGESTIONS", "parse_reply"]
+__all__ = ["MAX_PROMPT_CHARS", "MAX_REMARK_CHARS", "MAX_REPLY_CHARS", "MAX_SUGGESTIONS", "parse_reply"]
 
 
 def parse_reply(
@@ -38,7 +38,7 @@ def parse_reply(
     *,
     size: Size,
     coordinates: Literal["relative", "thousandths", "pixels"] | Coordinates,
-    at_most: int = MOST_SUGGESTIONS,
+    at_most: int = MAX_SUGGESTIONS,
 ) -> Critique | Abstention:
     """Read a model's reply as a critique.
 
@@ -49,7 +49,7 @@ def parse_reply(
     be used is left out with its reason, and where none remains the answer is an abstention that gives all of them.
 
     Args:
-        text: the reply, of which the first ``LONGEST_REPLY`` characters are read.
+        text: the reply, of which the first ``MAX_REPLY_CHARS`` characters are read.
         size: width and height in pixels of the picture the model was shown.
         coordinates: how the model writes boxes. It is never guessed from the numbers.
         at_most: so many suggestions are read, the first ones.
@@ -84,9 +84,9 @@ def parse_reply(
 
 def _answer_in(text: str, repairs: Repairs) -> str:
     """The part of a reply that is read: not endless, and without what was thought aloud before it."""
-    if len(text) > LONGEST_REPLY:
-        repairs.mend(f"read the first {LONGEST_REPLY:,} of {len(text):,} characters")
-        text = text[:LONGEST_REPLY]
+    if len(text) > MAX_REPLY_CHARS:
+        repairs.mend(f"read the first {MAX_REPLY_CHARS:,} of {len(text):,} characters")
+        text = text[:MAX_REPLY_CHARS]
     begins, ends = 0, len(text)
     for mark in _THOUGHT.finditer(text):
         if mark["ends"] or mark["also_ends"]:
@@ -127,9 +127,9 @@ def _unpacked(answer: str, repairs: Repairs) -> str:
 
 def _without_items(found: Found, answer: str, repairs: Repairs) -> Critique | Abstention:
     if found.asks_nothing:
-        summary = fit(found.summary, at_most=LONGEST_REMARK, repairs=repairs)
+        summary = fit(found.summary, at_most=MAX_REMARK_CHARS, repairs=repairs)
         return Critique((), summary, repairs.sentences())
-    if declined := fit(found.declined, at_most=LONGEST_REMARK, repairs=repairs):
+    if declined := fit(found.declined, at_most=MAX_REMARK_CHARS, repairs=repairs):
         return Abstention(f"the reply declines: {declined}")
     return Abstention(f"the reply holds no suggestions: {excerpt(answer)}")
 
@@ -147,7 +147,7 @@ def _critique(found: Found, surveyor: Surveyor, at_most: int) -> Critique | Abst
             repairs.drop(str(why), number)
     if not suggestions:
         return Abstention(f"none of the suggestions ({len(found.items):,}) can be used: {repairs.reasons()}")
-    summary = fit(found.summary, at_most=LONGEST_REMARK, repairs=repairs)
+    summary = fit(found.summary, at_most=MAX_REMARK_CHARS, repairs=repairs)
     return Critique(tuple(suggestions[:at_most]), summary, repairs.sentences())
 
 
@@ -158,8 +158,8 @@ def _suggestions(item: Node, number: int, surveyor: Surveyor) -> list[Suggestion
         note_repeats(item, repairs, number)
     boxes = surveyor.boxes(place_of(item, repairs, number), number)
     prompt, reason = words_of(item, repairs, number)
-    prompt = fit(prompt, at_most=LONGEST_PROMPT, repairs=repairs, number=number)
+    prompt = fit(prompt, at_most=MAX_PROMPT_CHARS, repairs=repairs, number=number)
     if not prompt:
         raise Unusable("it does not say what should be there")
-    reason = fit(reason, at_most=LONGEST_REMARK, repairs=repairs, number=number)
+    reason = fit(reason, at_most=MAX_REMARK_CHARS, repairs=repairs, number=number)
     return [Suggestion(box, prompt, reason) for box in boxes]

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeAlias
 
-MOST_NESTED = 32
+MAX_NESTING = 32
 """Nothing is read that is nested deeper than this, so whoever walks a reading may recurse."""
 
 
 @dataclass(slots=True)
 class Text:
-    """Words, quoted or bare (``true``, ``null`` and ``NaN`` are bare words)."""
+    """PromptVocabulary, quoted or bare (``true``, ``null`` and ``NaN`` are bare words)."""
 
     parts: list[str]
     bare: bool = False

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from artaug.critics.replies.nodes import MOST_NESTED, Listing, Node, Number, Record, Text
+from artaug.critics.replies.nodes import MAX_NESTING, Listing, Node, Number, Record, Text
 from artaug.critics.replies.strings import QUOTES, Quoted, Role, read_quoted
 
 _START = re.compile(
@@ -144,8 +144,8 @@ class _Reader:
                 self.mend(how)
 
     def opening(self, bracket: str) -> None:
-        if len(self.open) == MOST_NESTED:
-            self.mend(f"ignored what was nested deeper than {MOST_NESTED}")
+        if len(self.open) == MAX_NESTING:
+            self.mend(f"ignored what was nested deeper than {MAX_NESTING}")
             self.too_deep = 1
             return
         if bracket == "(":

@@ -25,7 +25,7 @@ class Gate:
     _opens: float = 0.0
     _closed_for_good: threading.Event = field(default_factory=threading.Event)
 
-    def shut_for(self, seconds: float) -> None:
+    def pause(self, seconds: float) -> None:
         """Let nobody through for so long."""
         self._opens = max(self._opens, time.monotonic() + seconds)
 

@@ -52,7 +52,7 @@ Send: TypeAlias = Callable[[Mapping[str, Any]], Answered | Fault]
 
 
 @dataclass(frozen=True)
-class Persistence:
+class RetryingClient:
     """Asks again where that may help, within measure."""
 
     send: Send
@@ -78,7 +78,7 @@ class Persistence:
                 asked = "" if outcome.wait_s is None else f", and it asks to wait {outcome.wait_s:g} s"
                 return replace(outcome, reason=f"{outcome.reason} (tried {attempt} times in {passed:.1f} s{asked})")
             if outcome.wait_s is not None:
-                self.gate.shut_for(wait)
+                self.gate.pause(wait)
             self.meter.add(Usage(retries=1))
 
     def _once(self, request: Mapping[str, Any]) -> Reply | Fault:
@@ -95,7 +95,7 @@ class Persistence:
         return _understood(answer, self.meter)
 
 
-def side_by_side(work: Callable[[Thing], Made], things: Sequence[Thing], *, at_once: int) -> list[Made]:
+def map_threads(work: Callable[[Thing], Made], things: Sequence[Thing], *, at_once: int) -> list[Made]:
     """Do work on many things in threads, and give what came of it in their order; the first exception is raised.
 
     The threads are daemons: one that waits for a server must not keep an interrupted program from ending.

@@ -17,10 +17,10 @@ from PIL.Image import Image, Resampling
 
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import FAMILIES, Coordinates
-from artaug.critics.dialogue import Question, Reply, talk_over
+from artaug.critics.dialogue import Question, Reply, run_dialogue
 from artaug.critics.probing import Probe, probe
 from artaug.critics.server.backoff import Gate
-from artaug.critics.server.client import Answered, Fault, Persistence, side_by_side
+from artaug.critics.server.client import Answered, Fault, RetryingClient, map_threads
 from artaug.critics.server.usage import Meter, Usage
 from artaug.critique import Abstention, Critic, Critique
 from artaug.errors import InvalidValueError, MissingExtraError
@@ -114,7 +114,7 @@ class OpenAICritic(Critic):
     def critique_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
         """Criticise many pictures, ``concurrency`` at a time."""
         encoded: dict[int, str] = {}
-        return talk_over(self._talk, images, prompts, ask=partial(self._ask, encoded), prepare=self._reduced)
+        return run_dialogue(self._talk, images, prompts, ask=partial(self._ask, encoded), prepare=self._reduced)
 
     def probe(self) -> Probe:
         """Show the model a few rectangles and find out how it writes boxes."""
@@ -127,11 +127,11 @@ class OpenAICritic(Critic):
     def _ask(self, encoded: dict[int, str], questions: Sequence[Question]) -> list[Reply | Abstention]:
         line = _Line(self, self._meter)
         try:
-            return side_by_side(
+            return map_threads(
                 lambda question: self._answer(line, question, encoded), questions, at_once=self.concurrency
             )
         finally:  # after an interruption, what has not been sent is not sent any more
-            line.hang_up()
+            line.close()
 
     def _answer(self, line: "_Line", question: Question, encoded: dict[int, str]) -> Reply | Abstention:
         request = self._request(question, encoded)
@@ -208,9 +208,9 @@ class _Line:
         self._client = openai.OpenAI(base_url=critic.base_url, api_key=self._key, max_retries=0)
         self._extra, self._timeout_s = dict(critic.extra_body), critic.timeout_s
         self._gate = Gate()
-        self.asking = Persistence(self._send, self._gate, meter, tries=critic.tries, patience_s=critic.patience_s)
+        self.asking = RetryingClient(self._send, self._gate, meter, tries=critic.tries, patience_s=critic.patience_s)
 
-    def hang_up(self) -> None:
+    def close(self) -> None:
         """Break off whatever is on its way."""
         self._gate.close()
         self._client.close()
@@ -261,5 +261,5 @@ def _coordinates_named(model: str) -> Coordinates:
             return FAMILIES[family]
     raise InvalidValueError(
         f"the name {model!r} does not tell how the model writes boxes. Pass conversation=Conversation(coordinates=...), "
-        "with coordinates_of(family) for a known family (fitted to its processor), or what OpenAICritic.probe finds."
+        "with coordinates_for(family) for a known family (fitted to its processor), or what OpenAICritic.probe finds."
     )
