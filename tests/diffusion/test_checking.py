@@ -140,9 +140,9 @@ def broken(**methods):
     return Wrong
 
 
-def leaking(self, call, texts, *, trimmed):
+def leaking(self, call, texts, *, trim_padding):
     """Tell the guide that the texts stand in another order than they do."""
-    call, spans = FluxDenoiser.append_prompts(self, call, texts, trimmed=trimmed)
+    call, spans = FluxDenoiser.append_prompts(self, call, texts, trim_padding=trim_padding)
     shuffled = [
         tuple(dataclasses.replace(span, prompt=0) if span.kind == "text" else span for span in row) for row in spans
     ]

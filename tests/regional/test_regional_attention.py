@@ -110,15 +110,17 @@ def test_beside_a_plan_with_regions_a_plan_without_stays_plain(pipeline):
 
 @pytest.mark.parametrize("isolation", [aa.Isolation(), APART])
 def test_a_region_of_everything_that_says_what_the_plan_says_changes_nothing(pipeline, isolation):
-    guide = aa.RegionalAttention(isolation=isolation, trimmed=False)
+    guide = aa.RegionalAttention(isolation=isolation, trim_padding=False)
     run = Run(pipeline, [[aa.Region(FULL, PLAIN)]], guide=guide)
     torch.testing.assert_close(run.prediction, run.predict(), atol=1e-5, rtol=1e-5)
 
 
 def test_padding_left_out_is_a_choice_that_shows(pipeline):
     kept, left_out = (
-        Run(pipeline, [[aa.Region(FULL, PLAIN)]], guide=aa.RegionalAttention(isolation=APART, trimmed=trimmed))
-        for trimmed in (False, True)
+        Run(
+            pipeline, [[aa.Region(FULL, PLAIN)]], guide=aa.RegionalAttention(isolation=APART, trim_padding=trim_padding)
+        )
+        for trim_padding in (False, True)
     )
     assert kept.answers[0][0].shape[1] == 24 + 24
     assert left_out.answers[0][0].shape[1] == 24 + 12
@@ -130,7 +132,7 @@ def test_in_the_first_layer_another_prompt_changes_its_own_region_only(pipeline)
         Run(
             pipeline,
             [[aa.Region(LEFT, "blue"), aa.Region(RIGHT, said)]],
-            guide=aa.RegionalAttention(isolation=APART, trimmed=False),
+            guide=aa.RegionalAttention(isolation=APART, trim_padding=False),
         )
         for said in ("ivy", "ice")
     )
@@ -299,7 +301,7 @@ def test_a_model_with_quantized_layers_is_guided_as_it_is():
 def test_a_lora_worn_everywhere_and_regions_go_together(pipeline):
     regions = [[aa.Region(FULL, PLAIN)]]
     with lora().applied_to(pipeline.transformer):
-        run = Run(pipeline, regions, guide=aa.RegionalAttention(isolation=APART, trimmed=False))
+        run = Run(pipeline, regions, guide=aa.RegionalAttention(isolation=APART, trim_padding=False))
         wanted = run.predict()
     torch.testing.assert_close(run.prediction, wanted, atol=1e-4, rtol=1e-4)
 
@@ -319,7 +321,7 @@ def lora(seed=0, *, layers=("transformer_blocks.0.attn.to_q", "single_transforme
 
 
 def test_a_lora_of_a_region_of_everything_is_the_lora(pipeline):
-    wearing = aa.RegionalAttention(isolation=APART, trimmed=False, loras={"anna": lora()})
+    wearing = aa.RegionalAttention(isolation=APART, trim_padding=False, loras={"anna": lora()})
     run = Run(pipeline, [[aa.Region(FULL, PLAIN, lora="anna")]], guide=wearing)
     with lora().applied_to(pipeline.transformer):
         wanted = run.predict()
@@ -330,7 +332,7 @@ def test_under_guidance_in_two_calls_a_lora_of_a_region_of_everything_is_the_lor
     """The call of the negative prompt has no region's prompt in it, and wears the LoRA all the same."""
     worn = lora(layers=("transformer_blocks.0.attn.to_out.0",))
     sides = {"width": TINY_SIZE, "height": TINY_SIZE, "steps": 1, "negative_prompt": "bad", "true_cfg_scale": 4.0}
-    guide = aa.RegionalAttention(isolation=APART, trimmed=False, loras={"anna": worn})
+    guide = aa.RegionalAttention(isolation=APART, trim_padding=False, loras={"anna": worn})
     plan = aa.Plan(PLAIN, (aa.Region(FULL, PLAIN, lora="anna"),))
     drawn, whole, plain = (
         np.asarray(one.synthesize(said, seed=0), dtype=int)

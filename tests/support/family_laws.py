@@ -7,7 +7,7 @@ from PIL import Image
 from torch.nn.functional import scaled_dot_product_attention
 
 from artaug.diffusion import DiffusersSynthesizer
-from artaug.regional.denoiser import named
+from artaug.regional.denoiser import bind_forward_args
 from artaug.regional.regional_attention import RegionalAttention
 
 WIDTH, HEIGHT = 24, 32
@@ -58,7 +58,8 @@ def recorded(module):
     """Every call of a denoiser, its arguments by name, and what came of it."""
     calls = []
     watch = module.register_forward_hook(
-        lambda _module, args, call, output: calls.append((named(module, args, call), output)), with_kwargs=True
+        lambda _module, args, call, output: calls.append((bind_forward_args(module, args, call), output)),
+        with_kwargs=True,
     )
     with watch:
         yield calls
@@ -103,12 +104,12 @@ def twins(denoiser, attend_at=lambda _site: scaled_dot_product_attention):
     kept = [(site.attention, site.attention.processor) for site in denoiser.sites]
     for site in denoiser.sites:
         site.attention.processor = denoiser.processor(site, watching(site))
-    installed = getattr(denoiser, "installed", None)
+    patched = getattr(denoiser, "patched", None)
     try:
-        if installed is None:
+        if patched is None:
             yield seen
         else:
-            with installed():
+            with patched():
                 yield seen
     finally:
         for attention, processor in kept:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from artaug.diffusion import DiffusersSynthesizer
-from artaug.regional.denoiser import named
+from artaug.regional.denoiser import bind_forward_args
 
 
 def picture(seed=0, *, width, height):
@@ -35,7 +35,8 @@ def calls_of(family, prompts, *, steps=3, **options):
     """The calls a pipeline makes of its denoiser in a run of its own, by name, and what each predicted."""
     seen = []
     watch = family.module.register_forward_hook(
-        lambda module, args, call, output: seen.append((named(module, args, call), output[0])), with_kwargs=True
+        lambda module, args, call, output: seen.append((bind_forward_args(module, args, call), output[0])),
+        with_kwargs=True,
     )
     with watch:
         family.pipeline(

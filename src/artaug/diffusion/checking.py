@@ -138,7 +138,7 @@ class _Runs:
     def check_repeating(self) -> None:
         plain = self._predictions([Plan(self.prompt)], None)
         for isolation in (Isolation(), self.apart):
-            guide = RegionalAttention(isolation=isolation, trimmed=False)
+            guide = RegionalAttention(isolation=isolation, trim_padding=False)
             told = self._predictions([self._plan(_ALL, self.prompt)], guide)
             self._same(plain, told, f"{guide!r} with a region of everything that repeats the plan's prompt")
         changed = self._predictions(

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from artaug.regional.denoiser import (
-    Attend,
+    AttentionFn,
     AttentionSite,
     AttentiveDenoiser,
     Branches,
-    Call,
     EncodedPrompt,
+    ForwardKwargs,
     Processor,
     Span,
 )
@@ -49,9 +49,9 @@ class Spy(AttentiveDenoiser):
             start += span.length
         return parts
 
-    def installed(self) -> AbstractContextManager[None]:
-        installed: AbstractContextManager[None] = self.inner.installed()
-        return installed
+    def patched(self) -> AbstractContextManager[None]:
+        patched: AbstractContextManager[None] = self.inner.patched()
+        return patched
 
     @property
     def sites(self) -> Sequence[AttentionSite]:
@@ -63,28 +63,30 @@ class Spy(AttentiveDenoiser):
         grid: tuple[int, int] = self.inner.token_grid
         return grid
 
-    def branches(self, call: Call) -> Branches:
-        branches: Branches = self.inner.branches(call)
+    def branches(self, kwargs: ForwardKwargs) -> Branches:
+        branches: Branches = self.inner.branches(kwargs)
         return branches
 
-    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
-        changed: dict[str, Any] = self.inner.with_prompt_embeds(call, rows, texts)
+    def with_prompt_embeds(
+        self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
+    ) -> dict[str, Any]:
+        changed: dict[str, Any] = self.inner.with_prompt_embeds(kwargs, rows, prompts)
         return changed
 
-    def noise_level(self, call: Call) -> float:
-        self.state["level"] = self.inner.noise_level(call)
+    def noise_level(self, kwargs: ForwardKwargs) -> float:
+        self.state["level"] = self.inner.noise_level(kwargs)
         return self.level
 
     def append_prompts(
-        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
+        self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
-        changed, spans = self.inner.append_prompts(call, texts, trimmed=trimmed)
+        changed, spans = self.inner.append_prompts(kwargs, prompts, trim_padding=trim_padding)
         self.state["spans"] = spans[-1]
         return changed, spans
 
-    def processor(self, site: AttentionSite, attend: Attend) -> Processor:
+    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> Processor:
         def shown(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            answer = attend(query, key, value)
+            answer = attention_fn(query, key, value)
             if site.kind != "text":
                 self.state.update(answer=answer.clone(), kind=site.kind, grid=site.grid)
                 self.watch(self)

@@ -13,7 +13,7 @@ _STEERED: WeakKeyDictionary[nn.Module, Guide] = WeakKeyDictionary()
 
 
 @contextmanager
-def claimed(module: nn.Module, guide: Guide) -> Iterator[None]:
+def exclusive(module: nn.Module, guide: Guide) -> Iterator[None]:
     """Hold a denoiser for one guide inside a ``with`` block; every guide's ``steering`` begins with it.
 
     Raises:

@@ -15,13 +15,13 @@ from artaug.regional.isolation import BALANCED, Isolation
 Conditioning: TypeAlias = Mapping[str, Any]
 """Encoded prompts, by the model's own names: tensors or lists, the first axis of each counting the prompts."""
 
-Call: TypeAlias = Mapping[str, Any]
+ForwardKwargs: TypeAlias = Mapping[str, Any]
 """The keyword arguments a pipeline calls its denoiser with."""
 
 Output: TypeAlias = Any
 """What a denoiser returns: its prediction, or a tuple or an object of diffusers that begins with it."""
 
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of queries to keys and values, all (batch, heads, tokens, channels of a head); so is the result."""
 
 
@@ -86,10 +86,10 @@ class AttentionSite:
     """Rows and columns of its image tokens; None for those of the denoiser."""
 
 
-def named(module: nn.Module, args: Sequence[Any], call: Call) -> dict[str, Any]:
+def bind_forward_args(module: nn.Module, args: Sequence[Any], kwargs: ForwardKwargs) -> dict[str, Any]:
     """A call with its positional arguments by name, since a few pipelines pass some of them so."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **call}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,11 +102,13 @@ class Denoiser(ABC):
     """Rows and columns of a prediction: of image tokens, or of latent pixels where that is what it predicts."""
 
     @abstractmethod
-    def branches(self, call: Call) -> Branches:
+    def branches(self, kwargs: ForwardKwargs) -> Branches:
         """Which rows of the batch belong to the plans' prompts, and which to the negative prompt."""
 
     @abstractmethod
-    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+    def with_prompt_embeds(
+        self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
+    ) -> dict[str, Any]:
         """The same call for these rows of the batch, each with another prompt."""
 
     def prediction(self, output: Output) -> Tensor:
@@ -123,7 +125,7 @@ class Denoiser(ABC):
         first = dataclasses.fields(output)[0].name
         return dataclasses.replace(output, **{first: prediction})
 
-    def over_prediction(self, weights: Tensor) -> Tensor:
+    def broadcast_weights(self, weights: Tensor) -> Tensor:
         """Weights of (rows, columns), shaped to multiply one row of a prediction: here (tokens, channels)."""
         return weights.reshape(-1, 1)
 
@@ -132,7 +134,7 @@ class Denoiser(ABC):
 class AttentiveDenoiser(Denoiser):
     """A denoiser whose attention can be guided, by `RegionalAttention`."""
 
-    def installed(self) -> AbstractContextManager[None]:
+    def patched(self) -> AbstractContextManager[None]:
         """Whatever else has to be in place during a run, and is gone after it; nothing unless a family says so."""
         return nullcontext()
 
@@ -152,19 +154,19 @@ class AttentiveDenoiser(Denoiser):
         return self.grid
 
     @abstractmethod
-    def noise_level(self, call: Call) -> float:
+    def noise_level(self, kwargs: ForwardKwargs) -> float:
         """How noisy the pictures of a call are, in [0, 1]: sigma of a flow model, else the timestep's fraction."""
 
     @abstractmethod
     def append_prompts(
-        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
+        self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
-        """The same call with more prompts after the one each row has; asked inside `installed` only.
+        """The same call with more prompts after the one each row has; asked inside `patched` only.
 
         Args:
             call: what the pipeline asks for.
             texts: for every row of the batch the region prompts to add, or none.
-            trimmed: take the words of each only, or its padding as well.
+            trim_padding: take the words of each only, or its padding as well.
 
         Returns:
             The call, and of every row what its joint sequence holds, in order. Rows with fewer texts are filled up.
@@ -181,8 +183,8 @@ class AttentiveDenoiser(Denoiser):
         return None
 
     @abstractmethod
-    def processor(self, site: AttentionSite, attend: Attend) -> Processor:
-        """The attention processor of a site, as it is but for one thing: it calls ``attend``.
+    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> Processor:
+        """The attention processor of a site, as it is but for one thing: it calls ``attention_fn``.
 
         Raises:
             GuideError: if the site has a processor that this would not be a twin of, naming it.

@@ -14,10 +14,10 @@ class EncodedRegion:
     """A region and its encoded prompts."""
 
     region: Region
-    text: EncodedPrompt
+    prompt: EncodedPrompt
     """Its prompt."""
-    negative: EncodedPrompt | None = None
-    """Its negative prompt, where it has one."""
+    negative_prompt: EncodedPrompt | None = None
+    """Its negative prompt, if it has one."""
 
 
 class Guide(ABC):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from artaug.errors import GuideError, NonFiniteError
 from artaug.lora.lora import LoRA
-from artaug.regional.claim import claimed
+from artaug.regional.claim import exclusive
 from artaug.regional.coverage import token_weights
-from artaug.regional.denoiser import Call, Denoiser, EncodedPrompt, Output, named
+from artaug.regional.denoiser import Denoiser, EncodedPrompt, ForwardKwargs, Output, bind_forward_args
 from artaug.regional.guide import EncodedRegion, Guide
 from artaug.regional.token_lora import lora_of
 
@@ -52,7 +52,7 @@ class OutputMix(Guide):
             for one in of_row
             for part in _parts(row, one, denoiser.grid, lora_of(one.region, self.loras))
         )
-        with claimed(denoiser.module, self):
+        with exclusive(denoiser.module, self):
             if not parts:
                 yield
                 return
@@ -80,10 +80,10 @@ class _Part:
 
 def _parts(picture: int, one: EncodedRegion, grid: tuple[int, int], lora: LoRA | None) -> Iterator[_Part]:
     weights = token_weights(one.region, grid)
-    yield _Part("prompt", picture, one.text, weights, one.region.prompt, one.region.lora, lora)
-    if one.negative is not None or lora is not None:
-        said = "the negative prompt" if one.negative is None else f"not {one.region.negative_prompt}"
-        yield _Part("negative", picture, one.negative, weights, said, one.region.lora, lora)
+    yield _Part("prompt", picture, one.prompt, weights, one.region.prompt, one.region.lora, lora)
+    if one.negative_prompt is not None or lora is not None:
+        said = "the negative prompt" if one.negative_prompt is None else f"not {one.region.negative_prompt}"
+        yield _Part("negative", picture, one.negative_prompt, weights, said, one.region.lora, lora)
 
 
 def _asked_alike(placed: tuple[int, _Part]) -> tuple[str, bool]:
@@ -100,12 +100,12 @@ class _Mixing:
         self._steps = 0
         self._asking = False
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], call: dict[str, Any], output: Output) -> Output:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> Output:
         # Asking for a region's prediction calls the denoiser again, so that every other hook on it has its say.
         if self._asking:
             return None
-        call = named(module, args, call)
-        branches = self._denoiser.branches(call)
+        kwargs = bind_forward_args(module, args, kwargs)
+        branches = self._denoiser.branches(kwargs)
         for rows in (branches.cond, branches.uncond):
             if len(rows) not in (0, self._batch):
                 raise GuideError(f"regions of {self._batch} pictures cannot steer a batch of {len(rows)}.")
@@ -117,18 +117,18 @@ class _Mixing:
         self._check(prediction, "the plan's prompt")
         self._asking = True
         try:
-            return self._denoiser.with_prediction(output, self._mixed(prediction, call, placed))
+            return self._denoiser.with_prediction(output, self._mixed(prediction, kwargs, placed))
         finally:
             self._asking = False
 
-    def _mixed(self, prediction: Tensor, call: Call, placed: Sequence[tuple[int, _Part]]) -> Tensor:
+    def _mixed(self, prediction: Tensor, kwargs: ForwardKwargs, placed: Sequence[tuple[int, _Part]]) -> Tensor:
         """The paper's equation; rows without a region stay the very numbers they were."""
         wide = torch.promote_types(prediction.dtype, torch.float32)
         sums = {row: prediction[row].to(wide) for row, _ in placed}
         totals = {row: torch.ones((), device=prediction.device, dtype=wide) for row in sums}
         for some in self._sub_batches(placed):
-            for (row, part), regional in zip(some, self._asked(some, call), strict=True):
-                weights = self._denoiser.over_prediction(part.weights).to(prediction.device, wide)
+            for (row, part), regional in zip(some, self._asked(some, kwargs), strict=True):
+                weights = self._denoiser.broadcast_weights(part.weights).to(prediction.device, wide)
                 sums[row] = sums[row] + weights * regional
                 totals[row] = totals[row] + weights
         mixed = prediction.clone()
@@ -142,14 +142,14 @@ class _Mixing:
             parts = list(alike)
             yield from (parts[start : start + self._batch] for start in range(0, len(parts), self._batch))
 
-    def _asked(self, placed: Sequence[tuple[int, _Part]], call: Call) -> Tensor:
+    def _asked(self, placed: Sequence[tuple[int, _Part]], kwargs: ForwardKwargs) -> Tensor:
         """The denoiser's prediction for each row under each part's own prompt."""
         rows, texts = [row for row, _ in placed], [part.text for _, part in placed if part.text is not None]
         if texts:
-            call = self._denoiser.with_prompt_embeds(call, rows, texts)
+            kwargs = self._denoiser.with_prompt_embeds(kwargs, rows, texts)
         lora = placed[0][1].lora
         with nullcontext() if lora is None else lora.applied_to(self._denoiser.module):
-            prediction = self._denoiser.prediction(self._denoiser.module(**call))
+            prediction = self._denoiser.prediction(self._denoiser.module(**kwargs))
         if not texts:
             prediction = prediction[rows]
         self._check(prediction, f"the region prompt(s) {[part.prompt for _, part in placed]}")

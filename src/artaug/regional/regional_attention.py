@@ -15,8 +15,16 @@ from artaug.lora.lora import LoRA
 from artaug.plan import Region
 from artaug.regional.attention import attention_in_passes, can_merge, dense_attention
 from artaug.regional.attention_mask import Sight, cross_sight, joint_sight, text_sight
-from artaug.regional.claim import claimed
-from artaug.regional.denoiser import Attend, AttentionSite, AttentiveDenoiser, Call, Denoiser, EncodedPrompt, named
+from artaug.regional.claim import exclusive
+from artaug.regional.denoiser import (
+    AttentionFn,
+    AttentionSite,
+    AttentiveDenoiser,
+    Denoiser,
+    EncodedPrompt,
+    ForwardKwargs,
+    bind_forward_args,
+)
 from artaug.regional.guide import EncodedRegion, Guide
 from artaug.regional.isolation import Isolation
 from artaug.regional.region_weights import Shares, divided
@@ -44,7 +52,7 @@ class RegionalAttention(Guide):
     - ``"dense"``: a mask of queries x keys. The definition, slow and large.
 
     >>> import artaug as aa
-    >>> aa.RegionalAttention(method="merged").trimmed
+    >>> aa.RegionalAttention(method="merged").trim_padding
     True
     """
 
@@ -52,7 +60,7 @@ class RegionalAttention(Guide):
     """Who may look at whom; None for what suits the model's family."""
     overlap: Literal["share", "over"] = "share"
     """Where regions overlap: all prompts share the place, or the later region lies over the earlier."""
-    trimmed: bool = True
+    trim_padding: bool = True
     """Leave the padding of region prompts out: faster. A model that was trained to see padding draws a little
     differently without it."""
     method: Method = "auto"
@@ -67,7 +75,7 @@ class RegionalAttention(Guide):
                 f"{type(denoiser).__name__} does not say where its model's attention is, so RegionalAttention cannot "
                 "guide it. Use OutputMix, or make it an AttentiveDenoiser."
             )
-        with claimed(denoiser.module, self):
+        with exclusive(denoiser.module, self):
             if not any(regions):
                 yield
                 return
@@ -102,9 +110,9 @@ class _Run:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Put the hook and the processors in place, and everything back afterwards."""
-        processors = [self._denoiser.processor(site, self._attend_at(site)) for site in self._sites]
+        processors = [self._denoiser.processor(site, self._attention_fn_at(site)) for site in self._sites]
         with ExitStack() as undo:
-            undo.enter_context(self._denoiser.installed())
+            undo.enter_context(self._denoiser.patched())
             for site, processor in zip(self._sites, processors, strict=True):
                 undo.callback(site.attention.set_processor, site.attention.processor)
                 site.attention.set_processor(processor)
@@ -116,24 +124,24 @@ class _Run:
             yield
 
     def _before(
-        self, module: nn.Module, args: tuple[Any, ...], call: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]] | None:
-        call = named(module, args, call)
+        kwargs = bind_forward_args(module, args, kwargs)
         self._rows = ()
-        if not self._isolation.applies_at_sigma(self._denoiser.noise_level(call)):
+        if not self._isolation.applies_at_sigma(self._denoiser.noise_level(kwargs)):
             return None
-        texts, regions, dressed = self._texts(call)
+        texts, regions, dressed = self._texts(kwargs)
         if not any(texts) and not any(one.lora for row in dressed for one in row):
             return None
-        call, spans = self._denoiser.append_prompts(call, texts, trimmed=self._guide.trimmed)
+        kwargs, spans = self._denoiser.append_prompts(kwargs, texts, trim_padding=self._guide.trim_padding)
         self._rows = tuple(Row(*row) for row in zip(spans, regions, dressed, strict=True))
-        return (), call
+        return (), kwargs
 
     def _texts(
-        self, call: Call
+        self, kwargs: ForwardKwargs
     ) -> tuple[list[list[EncodedPrompt]], list[tuple[Region, ...]], list[tuple[Region, ...]]]:
         """The prompts to add to every row of a call, the regions they are of, and all regions of its picture."""
-        branches = self._denoiser.branches(call)
+        branches = self._denoiser.branches(kwargs)
         count = len(branches.cond) + len(branches.uncond)
         texts: list[list[EncodedPrompt]] = [[] for _ in range(count)]
         regions: list[tuple[Region, ...]] = [() for _ in range(count)]
@@ -142,19 +150,19 @@ class _Run:
             if len(rows) not in (0, len(self._regions)):
                 raise GuideError(f"regions of {len(self._regions)} pictures cannot steer a batch of {len(rows)}.")
             for row, of_picture in zip(rows, self._regions, strict=False):
-                said = [(one.region, one.negative if negative else one.text) for one in of_picture]
+                said = [(one.region, one.negative_prompt if negative else one.prompt) for one in of_picture]
                 texts[row] = [text for _, text in said if text is not None]
                 regions[row] = tuple(region for region, text in said if text is not None)
                 dressed[row] = tuple(region for region, _ in said)
         return texts, regions, dressed
 
-    def _attend_at(self, site: AttentionSite) -> Attend:
+    def _attention_fn_at(self, site: AttentionSite) -> AttentionFn:
         # Depth is counted where the image takes part. Among themselves prompts are kept apart throughout, since what
         # they take from each other there they would carry into every layer.
         depths = sorted({one.block for one in self._sites if one.kind != "text"})
         holds = site.kind == "text" or self._isolation.applies_to_block(depths.index(site.block), of=len(depths))
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attention_fn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if not any(row.regions for row in self._rows):
                 return functional.scaled_dot_product_attention(query, key, value)
             if len(set(self._rows)) == 1:
@@ -168,7 +176,7 @@ class _Run:
 
         # Compiled blocks call it from outside their graphs: what it does depends on the layout, not on tensors. Who never
         # compiled anything is spared loading the compiler.
-        return torch.compiler.disable(attend) if "torch._dynamo" in sys.modules else attend
+        return torch.compiler.disable(attention_fn) if "torch._dynamo" in sys.modules else attention_fn
 
     def _for(
         self, site: AttentionSite, row: Row, holds: bool, query: Tensor
@@ -193,7 +201,7 @@ class _Run:
         return divided(regions, grid, base_weight=self._isolation.base_weight, overlap=self._guide.overlap)
 
 
-def prepared(sight: Sight, method: Method, device: torch.device, *, learns: bool) -> Attend:
+def prepared(sight: Sight, method: Method, device: torch.device, *, learns: bool) -> AttentionFn:
     """Attention under a sight, ready to be called many times.
 
     Args:

@@ -185,11 +185,11 @@ def test_twins_work_on_fused_projections():
         assert torch.equal(asked(denoiser, call), output[0])
 
 
-@pytest.mark.parametrize("trimmed", [False, True])
-def test_spans_name_every_token_attention_sees(family, trimmed):
+@pytest.mark.parametrize("trim_padding", [False, True])
+def test_spans_name_every_token_attention_sees(family, trim_padding):
     denoiser, calls = run_of(family, PROMPTS)
     texts = [family.encode_texts(["a door", "ivy"]), family.encode_texts(["a stormy sky"])]
-    changed, spans = denoiser.append_prompts(calls[0][0], texts, trimmed=trimmed)
+    changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=trim_padding)
     with twins(denoiser) as seen:
         asked(denoiser, changed)
     assert all(query.shape[2] == sum(span.length for span in of_row) for _, query, _ in seen for of_row in spans)
@@ -198,15 +198,15 @@ def test_spans_name_every_token_attention_sees(family, trimmed):
     lengths = [[span.length for span in of_row if span.prompt] for of_row in spans]
     whole = family.max_sequence_length
     words = [[text.token_slice.stop - text.token_slice.start for text in of_row] for of_row in texts]
-    assert lengths == (words if trimmed else [[whole, whole], [whole]])
+    assert lengths == (words if trim_padding else [[whole, whole], [whole]])
 
 
-@pytest.mark.parametrize("trimmed", [False, True])
-def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(family, trimmed):
+@pytest.mark.parametrize("trim_padding", [False, True])
+def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(family, trim_padding):
     denoiser, calls = run_of(family, PROMPTS)
     texts = [family.encode_texts(["a door", "ivy"]), family.encode_texts(["a stormy sky"])]
     call = calls[0][0]
-    changed, spans = denoiser.append_prompts(call, texts, trimmed=trimmed)
+    changed, spans = denoiser.append_prompts(call, texts, trim_padding=trim_padding)
     plain, joined = _first_keys(denoiser, call), _first_keys(denoiser, changed)
     for row, of_row in enumerate(texts):
         parts = {span.prompt: part for span, part in spread(spans[row], "text")}
@@ -216,7 +216,7 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(family
         torch.testing.assert_close(joined[row][:, parts[0]], plain[row][:, :limit], atol=1e-5, rtol=1e-5)
         for number, text in enumerate(of_row, start=1):
             alone = _first_keys(denoiser, denoiser.with_prompt_embeds(call, [row], [text]))[0][:, :limit]
-            own = alone[:, text.token_slice] if trimmed else alone
+            own = alone[:, text.token_slice] if trim_padding else alone
             torch.testing.assert_close(joined[row][:, parts[number]], own, atol=1e-5, rtol=1e-5)
 
 
@@ -224,7 +224,7 @@ def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(family):
     denoiser, calls = run_of(family, PROMPTS)
     call, output = calls[0]
     texts = [family.encode_texts([PROMPTS[0]]), family.encode_texts([PROMPTS[1]])]
-    changed, spans = denoiser.append_prompts(call, texts, trimmed=False)
+    changed, spans = denoiser.append_prompts(call, texts, trim_padding=False)
     with twins(denoiser, in_stead(spans)):
         torch.testing.assert_close(asked(denoiser, changed), output[0], atol=1e-5, rtol=1e-4)
 
@@ -238,7 +238,7 @@ def _first_keys(denoiser, call):
 def test_no_added_texts_change_nothing_bit_for_bit(family):
     denoiser, calls = run_of(family, PROMPTS)
     call, output = calls[0]
-    changed, spans = denoiser.append_prompts(call, [[], []], trimmed=True)
+    changed, spans = denoiser.append_prompts(call, [[], []], trim_padding=True)
     assert torch.equal(asked(denoiser, changed), output[0])
     assert spans == [(Span("text", family.max_sequence_length), Span("image", 48))] * 2
 
@@ -292,7 +292,7 @@ def _encoded(family, area, prompt):
 def test_every_layer_that_takes_tokens_says_which(family):
     denoiser, calls = run_of(family, PROMPTS)
     texts = [family.encode_texts(["a door", "ivy"])] * len(PROMPTS)
-    changed, spans = denoiser.append_prompts(calls[0][0], texts, trimmed=True)
+    changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
     said = streams(denoiser, changed, spans)
     assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()
     assert all(taken == [stream] for stream, taken in said.values() if stream is not None)

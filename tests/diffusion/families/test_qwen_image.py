@@ -182,7 +182,7 @@ def test_twins_that_attend_plainly_predict_the_same_bit_for_bit(qwen):
 def test_padding_that_nobody_sees_is_what_the_mask_was(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
     call, output = calls[0]
-    changed, spans = denoiser.append_prompts(call, [[], []], trimmed=True)
+    changed, spans = denoiser.append_prompts(call, [[], []], trim_padding=True)
     assert [[span.kind for span in of_row] for of_row in spans] == [["text", "image"], ["text", "padding", "image"]]
     hidden = torch.ones(2, 1, 1, sum(span.length for span in spans[0]), dtype=torch.bool)
     for row, of_row in enumerate(spans):
@@ -199,7 +199,7 @@ def test_padding_that_nobody_sees_is_what_the_mask_was(qwen):
 def test_no_added_texts_change_nothing_bit_for_bit(qwen):
     denoiser, calls = run_of(qwen, PROMPTS[:1])
     call, output = calls[0]
-    changed, spans = denoiser.append_prompts(call, [[]], trimmed=True)
+    changed, spans = denoiser.append_prompts(call, [[]], trim_padding=True)
     with twins(denoiser):
         assert torch.equal(asked(denoiser, changed), output[0])
     assert spans == [(Span("text", call["encoder_hidden_states"].shape[1]), Span("image", 48))]
@@ -208,14 +208,14 @@ def test_no_added_texts_change_nothing_bit_for_bit(qwen):
 def added(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
     texts = [qwen.encode_texts(["a door", "ivy"]), qwen.encode_texts(["a stormy sky"])]
-    return denoiser, calls[0][0], texts, *denoiser.append_prompts(calls[0][0], texts, trimmed=True)
+    return denoiser, calls[0][0], texts, *denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
 
 
 def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
     call, output = calls[0]
     texts = [qwen.encode_texts([PROMPTS[0]]), qwen.encode_texts([PROMPTS[1]])]
-    changed, spans = denoiser.append_prompts(call, texts, trimmed=False)
+    changed, spans = denoiser.append_prompts(call, texts, trim_padding=False)
     with twins(denoiser, in_stead(spans)):
         torch.testing.assert_close(asked(denoiser, changed), output[0], atol=1e-5, rtol=1e-4)
 
@@ -263,14 +263,14 @@ def test_many_texts_may_be_longer_together_than_the_positions_but_not_one():
     qwen = qwen_of()
     denoiser, calls = run_of(qwen, PROMPTS[:1], steps=1)
     texts = qwen.encode_texts(["a door"])
-    changed, _ = denoiser.append_prompts(calls[0][0], [texts * 230], trimmed=True)
+    changed, _ = denoiser.append_prompts(calls[0][0], [texts * 230], trim_padding=True)
     assert changed["encoder_hidden_states"].shape[1] > 4096
     with twins(denoiser):
         assert asked(denoiser, changed).isfinite().all()
     wide = {"prompt_embeds": torch.zeros(1, 4093, 16)}
     huge = [type(texts[0])(wide, slice(0, 4093))]
     with pytest.raises(aa.GuideError, match="a prompt of 4093 tokens is longer than the 4092 positions"):
-        denoiser.append_prompts(calls[0][0], [huge], trimmed=True)
+        denoiser.append_prompts(calls[0][0], [huge], trim_padding=True)
 
 
 def test_a_call_without_regions_keeps_its_mask_bit_for_bit(qwen):
@@ -312,7 +312,7 @@ def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_ow
 def test_every_layer_that_takes_tokens_says_which(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
     texts = [qwen.encode_texts(["a door", "ivy"])] * len(PROMPTS)
-    changed, spans = denoiser.append_prompts(calls[0][0], texts, trimmed=True)
+    changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
     said = streams(denoiser, changed, spans)
     assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()
     assert all(taken == [stream] for stream, taken in said.values() if stream is not None)

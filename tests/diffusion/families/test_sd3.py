@@ -194,7 +194,7 @@ def test_a_prediction_has_a_grid_of_latent_pixels_and_attention_one_of_patches(s
     _, velocity = first_call(sd3, [BARN])
     assert velocity.shape[2:] == denoiser.grid == (16, 12)
     assert denoiser.token_grid == GRID
-    assert denoiser.over_prediction(torch.ones(denoiser.grid)).expand_as(velocity[0]).shape == velocity[0].shape
+    assert denoiser.broadcast_weights(torch.ones(denoiser.grid)).expand_as(velocity[0]).shape == velocity[0].shape
 
 
 def test_the_twin_attending_plainly_is_the_original_bit_for_bit(sd3):
@@ -204,12 +204,12 @@ def test_the_twin_attending_plainly_is_the_original_bit_for_bit(sd3):
         assert torch.equal(predicted(denoiser, call), velocity)
 
 
-@pytest.mark.parametrize("trimmed", [True, False])
-def test_spans_name_the_sequence_that_attention_sees(sd3, trimmed):
+@pytest.mark.parametrize("trim_padding", [True, False])
+def test_spans_name_the_sequence_that_attention_sees(sd3, trim_padding):
     call, _ = first_call(sd3, [BARN, LAKE], guidance_scale=1.0)
     denoiser = sd3.denoiser(sd3.encode_prompts([BARN, LAKE]))
     texts = [sd3.encode_texts([DUSK, LAKE]), []]
-    longer, spans = denoiser.append_prompts(call, texts, trimmed=trimmed)
+    longer, spans = denoiser.append_prompts(call, texts, trim_padding=trim_padding)
     lengths = []
 
     def seeing(_site):
@@ -222,7 +222,7 @@ def test_spans_name_the_sequence_that_attention_sees(sd3, trimmed):
     with attending(denoiser, seeing):
         predicted(denoiser, longer)
     whole = LONGEST + 24
-    of_texts = [text.token_slice.stop if trimmed else whole for text in texts[0]]
+    of_texts = [text.token_slice.stop if trim_padding else whole for text in texts[0]]
     assert spans[0] == (
         Span("image", 48),
         Span("text", whole),
@@ -247,7 +247,7 @@ def test_the_image_alone_is_no_site(sd3):
 def test_layers_see_the_tokens_their_stream_says(sd3):
     call, _ = first_call(sd3, [BARN], guidance_scale=1.0)
     denoiser = sd3.denoiser(sd3.encode_prompts([BARN]))
-    longer, _ = denoiser.append_prompts(call, [sd3.encode_texts([DUSK])], trimmed=True)
+    longer, _ = denoiser.append_prompts(call, [sd3.encode_texts([DUSK])], trim_padding=True)
     counts = {"image": 48, "text": longer["encoder_hidden_states"].shape[1]}
     for name, shape in tokens_into_layers(denoiser, longer).items():
         if len(shape) == 4:  # the convolution that makes tokens of latent pixels
@@ -258,7 +258,7 @@ def test_layers_see_the_tokens_their_stream_says(sd3):
         assert not of_tokens or shape[1] == counts[denoiser.token_stream(name)], name
 
 
-@pytest.mark.parametrize("guide", [OutputMix(), aa.RegionalAttention(isolation=APART, trimmed=False)])
+@pytest.mark.parametrize("guide", [OutputMix(), aa.RegionalAttention(isolation=APART, trim_padding=False)])
 def test_a_region_everywhere_that_repeats_the_prompt_changes_nothing(sd3, guide):
     call, velocity = first_call(sd3, [BARN], negative_prompt=["fog"])
     mixed = steered(sd3, guide, call, [BARN], [aa.Region(FULL, BARN)])
@@ -267,7 +267,7 @@ def test_a_region_everywhere_that_repeats_the_prompt_changes_nothing(sd3, guide)
 
 def test_a_region_everywhere_is_read_as_if_it_were_the_only_prompt(sd3):
     call, _ = first_call(sd3, [BARN], guidance_scale=1.0)
-    guide = aa.RegionalAttention(isolation=APART, trimmed=False)
+    guide = aa.RegionalAttention(isolation=APART, trim_padding=False)
     mixed = steered(sd3, guide, call, [BARN], [aa.Region(FULL, LAKE)])
     alone = {**call, "encoder_hidden_states": sd3.encode_prompts([LAKE])["prompt_embeds"]}
     torch.testing.assert_close(mixed, predicted(sd3.denoiser(sd3.encode_prompts([BARN])), alone))

@@ -311,7 +311,7 @@ def test_a_prediction_has_a_grid_of_latent_pixels(unet):
     denoiser = unet.denoiser(unet.encode_prompts([BARN]))
     _, noise = calls_of(unet, [BARN], guidance_scale=1.0)[0]
     assert noise.shape[2:] == denoiser.grid == GRID
-    assert denoiser.over_prediction(torch.ones(GRID)).expand_as(noise[0]).shape == noise[0].shape
+    assert denoiser.broadcast_weights(torch.ones(GRID)).expand_as(noise[0]).shape == noise[0].shape
 
 
 def test_the_twin_attending_plainly_is_the_original_bit_for_bit(unet):
@@ -328,7 +328,7 @@ def test_sites_are_all_cross_attention_in_order_each_with_its_own_grid(name, siz
     call, _ = calls_of(unet, [BARN, LAKE], guidance_scale=1.0)[0]
     denoiser = unet.denoiser(unet.encode_prompts([BARN, LAKE]))
     texts = [unet.encode_texts([DUSK, LAKE]), []]
-    longer, spans = denoiser.append_prompts(call, texts, trimmed=True)
+    longer, spans = denoiser.append_prompts(call, texts, trim_padding=True)
     met = []
 
     def meeting(site):
@@ -362,7 +362,7 @@ def test_a_level_in_the_middle_has_the_rows_and_columns_its_tokens_are_in():
 def test_layers_see_the_tokens_their_stream_says(unet):
     call, _ = calls_of(unet, [BARN], guidance_scale=1.0)[0]
     denoiser = unet.denoiser(unet.encode_prompts([BARN]))
-    longer, _ = denoiser.append_prompts(call, [unet.encode_texts([DUSK])], trimmed=True)
+    longer, _ = denoiser.append_prompts(call, [unet.encode_texts([DUSK])], trim_padding=True)
     counts = {"image": {site.grid[0] * site.grid[1] for site in denoiser.sites}, "text": {2 * LONGEST}}
     for name, shape in tokens_into_layers(denoiser, longer).items():
         stream = denoiser.token_stream(name)

@@ -164,23 +164,23 @@ def test_no_added_texts_change_nothing_bit_for_bit():
     z_image = z_image_of(guidance_scale=0.0)
     denoiser, calls = run_of(z_image, PROMPTS[:1])
     call, output = calls[0]
-    changed, spans = denoiser.append_prompts(call, [[]], trimmed=True)
+    changed, spans = denoiser.append_prompts(call, [[]], trim_padding=True)
     with twins(denoiser):
         assert torch.equal(asked(denoiser, changed), denoiser.prediction(output))
     assert spans == [(*IMAGE, Span("text", 64))]
 
 
-def added(z_image, *, trimmed):
+def added(z_image, *, trim_padding):
     """A call with other texts for every row, those for the negative prompt included."""
     denoiser, calls = run_of(z_image, PROMPTS)
     said = [["a door", "ivy"], ["a stormy sky"], ["dull"], []][: len(calls[0][0]["x"])]
     texts = [z_image.encode_texts(of_row) for of_row in said]
-    return denoiser, calls[0], texts, *denoiser.append_prompts(calls[0][0], texts, trimmed=trimmed)
+    return denoiser, calls[0], texts, *denoiser.append_prompts(calls[0][0], texts, trim_padding=trim_padding)
 
 
-@pytest.mark.parametrize("trimmed", [False, True])
-def test_spans_name_every_token_attention_sees(z_image, trimmed):
-    denoiser, (call, _), texts, changed, spans = added(z_image, trimmed=trimmed)
+@pytest.mark.parametrize("trim_padding", [False, True])
+def test_spans_name_every_token_attention_sees(z_image, trim_padding):
+    denoiser, (call, _), texts, changed, spans = added(z_image, trim_padding=trim_padding)
     with twins(denoiser) as seen:
         asked(denoiser, changed)
     for site, query, _ in seen:
@@ -190,13 +190,15 @@ def test_spans_name_every_token_attention_sees(z_image, trimmed):
         assert of_spans[:2] == IMAGE
         words = [len(own), *(text.token_slice.stop for text in of_row)]
         whole = [-(-length // 32) * 32 for length in words]
-        assert [span.length for span, _ in spread(of_spans, "text")] == ([whole[0], *words[1:]] if trimmed else whole)
+        assert [span.length for span, _ in spread(of_spans, "text")] == (
+            [whole[0], *words[1:]] if trim_padding else whole
+        )
         assert [span.prompt for span, _ in spread(of_spans, "text")] == list(range(len(words)))
 
 
-@pytest.mark.parametrize("trimmed", [False, True])
-def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(z_image, trimmed):
-    denoiser, (call, _), texts, changed, spans = added(z_image, trimmed=trimmed)
+@pytest.mark.parametrize("trim_padding", [False, True])
+def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(z_image, trim_padding):
+    denoiser, (call, _), texts, changed, spans = added(z_image, trim_padding=trim_padding)
     joined = keys(denoiser, changed)
     for row, of_row in enumerate(texts):
         (prompt,) = z_image.encode_texts([(*PROMPTS, "", "")[row]])
@@ -222,7 +224,7 @@ def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(z_image):
     call, output = calls[0]
     said = [*PROMPTS, *([] if z_image.negative is None else ["", ""])]
     texts = [z_image.encode_texts([prompt]) for prompt in said]
-    changed, spans = denoiser.append_prompts(call, texts, trimmed=False)
+    changed, spans = denoiser.append_prompts(call, texts, trim_padding=False)
     with twins(denoiser, in_stead(spans)):
         torch.testing.assert_close(asked(denoiser, changed), denoiser.prediction(output), atol=1e-5, rtol=1e-4)
 
@@ -230,12 +232,12 @@ def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(z_image):
 def test_what_lets_the_model_take_more_texts_leaves_no_trace():
     denoiser, _ = run_of(z_image_of(), PROMPTS[:1], steps=1)
     with pytest.raises(RuntimeError, match="on purpose"):
-        _fail_while_installed(denoiser)
+        _fail_while_patched(denoiser)
     assert "patchify_and_embed" not in vars(denoiser.module)
 
 
-def _fail_while_installed(denoiser):
-    with denoiser.installed():
+def _fail_while_patched(denoiser):
+    with denoiser.patched():
         assert "patchify_and_embed" in vars(denoiser.module)
         raise RuntimeError("on purpose")
 
@@ -254,7 +256,7 @@ def test_a_text_longer_than_the_positions_is_refused():
     (text,) = z_image.encode_texts(["a door"])
     long = type(text)({"prompt_embeds": torch.zeros(1, 128, 16)}, slice(0, 128))
     with pytest.raises(aa.GuideError, match="a prompt of 128 tokens is longer than the 127 positions"):
-        denoiser.append_prompts(calls[0][0], [[long], []], trimmed=True)
+        denoiser.append_prompts(calls[0][0], [[long], []], trim_padding=True)
 
 
 def test_a_region_that_says_what_the_plan_says_changes_next_to_nothing(z_image):
@@ -298,7 +300,7 @@ def test_a_regions_own_negative_prompt_changes_the_negative_branch():
 def test_every_layer_that_takes_tokens_says_which(z_image):
     denoiser, calls = run_of(z_image, PROMPTS)
     texts = [z_image.encode_texts(["a door", "ivy"])] * len(calls[0][0]["x"])
-    changed, spans = denoiser.append_prompts(calls[0][0], texts, trimmed=True)
+    changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
     said = streams(denoiser, changed, spans)
     assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()
     assert all(taken == [stream] for stream, taken in said.values() if stream is not None)

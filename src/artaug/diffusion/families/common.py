@@ -134,7 +134,7 @@ def shifted_flow(config: Mapping[str, Any], *, tokens: int) -> FlowMatching:
 
 
 def joined_texts(
-    base: Tensor, texts: Sequence[Sequence[EncodedPrompt]], *, name: str, trimmed: bool, ahead: bool
+    base: Tensor, prompts: Sequence[Sequence[EncodedPrompt]], *, name: str, trim_padding: bool, ahead: bool
 ) -> tuple[Tensor, list[tuple[Span, ...]]]:
     """Put region prompts beside the prompt each row of a batch has, rows filled up to one length with zeros.
 
@@ -142,7 +142,7 @@ def joined_texts(
         base: the prompts of a call, (rows, tokens, channels).
         texts: for every row those to add.
         name: of the tokens in a text's conditioning.
-        trimmed: leave a text's padding out.
+        trim_padding: leave a text's padding out.
         ahead: put them ahead of the row's own prompt, not behind. What the image sees most of, itself and the row's own
             prompt, should be neighbours: then attention takes both without copying them together.
 
@@ -150,8 +150,8 @@ def joined_texts(
         The longer prompts, and what each row holds.
     """
     added = [
-        [text.conditioning[name][0][text.token_slice if trimmed else slice(None)].to(base) for text in of_row]
-        for of_row in texts
+        [text.conditioning[name][0][text.token_slice if trim_padding else slice(None)].to(base) for text in of_row]
+        for of_row in prompts
     ]
     longest = max(sum(map(len, parts)) for parts in added)
     rows, spans = [], []

@@ -76,10 +76,10 @@ class Slotted:
 
 def slotted(
     base: Tensor,
-    texts: Sequence[Sequence[EncodedPrompt]],
+    prompts: Sequence[Sequence[EncodedPrompt]],
     *,
     name: str,
-    trimmed: bool,
+    trim_padding: bool,
     lengths: Sequence[int] | None = None,
 ) -> Slotted:
     """Put region prompts ahead of the prompt each row has, the i-th prompts of all rows in one slot.
@@ -94,16 +94,16 @@ def slotted(
         base: the prompts of a call, (rows, tokens, channels).
         texts: for every row those to add.
         name: of the tokens in a text's conditioning.
-        trimmed: leave a text's padding out.
+        trim_padding: leave a text's padding out.
         lengths: tokens of each row of ``base`` that are its prompt's, the rest filler; None for all.
     """
     rows: list[list[Tensor]] = [[] for _ in base]
     ends = lengths or [base.shape[1]] * len(rows)
     spans: list[list[Span]] = [[] for _ in base]
     positions = []
-    for number in range(1, 1 + max(map(len, texts), default=0)):
-        there = {row: of_row[number - 1] for row, of_row in enumerate(texts) if len(of_row) >= number}
-        held = {row: _held(text, name, trimmed=trimmed) for row, text in there.items()}
+    for number in range(1, 1 + max(map(len, prompts), default=0)):
+        there = {row: of_row[number - 1] for row, of_row in enumerate(prompts) if len(of_row) >= number}
+        held = {row: _held(text, name, trim_padding=trim_padding) for row, text in there.items()}
         slot = slice(min(one.start for one in held.values()), max(one.stop for one in held.values()))
         positions.append(torch.arange(slot.start, slot.stop))
         for row, (parts, of_row) in enumerate(zip(rows, spans, strict=True)):
@@ -121,8 +121,8 @@ def slotted(
     )
 
 
-def _held(text: EncodedPrompt, name: str, *, trimmed: bool) -> slice:
-    return text.token_slice if trimmed else slice(0, text.conditioning[name].shape[1])
+def _held(text: EncodedPrompt, name: str, *, trim_padding: bool) -> slice:
+    return text.token_slice if trim_padding else slice(0, text.conditioning[name].shape[1])
 
 
 def _framed(prompt: int, own: slice, slot: slice) -> Iterator[Span]:

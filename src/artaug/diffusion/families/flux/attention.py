@@ -13,25 +13,25 @@ from torch import Tensor
 
 from artaug.diffusion.families.common import check_processor
 from artaug.errors import GuideError
-from artaug.regional.denoiser import Attend, AttentionLayer
+from artaug.regional.denoiser import AttentionFn, AttentionLayer
 
 
 class RegionalFluxProcessor:
     """Twin of `FluxAttnProcessor`, line by line, that attends as it is told."""
 
-    def __init__(self, attend: Attend) -> None:
-        """Attend with ``attend``, the prompts before the image."""
-        self._attend = attend
+    def __init__(self, attention_fn: AttentionFn) -> None:
+        """Attend with ``attention_fn``, the prompts before the image."""
+        self._attention_fn = attention_fn
 
     @classmethod
-    def like(cls, attention: AttentionLayer, attend: Attend) -> Self:
+    def like(cls, attention: AttentionLayer, attention_fn: AttentionFn) -> Self:
         """The twin of a layer's processor.
 
         Raises:
             GuideError: if the layer has another processor than FLUX's own.
         """
         check_processor(attention, FluxAttnProcessor)
-        return cls(attend)
+        return cls(attention_fn)
 
     def __call__(
         self,
@@ -54,7 +54,7 @@ class RegionalFluxProcessor:
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        mixed = self._attend(*(one.transpose(1, 2) for one in (query, key, value))).transpose(1, 2)
+        mixed = self._attention_fn(*(one.transpose(1, 2) for one in (query, key, value))).transpose(1, 2)
         mixed = mixed.flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return mixed

@@ -16,14 +16,14 @@ from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.flux.attention import RegionalFluxProcessor
 from artaug.errors import GuideError, ModelError
 from artaug.regional.denoiser import (
-    Attend,
+    AttentionFn,
     AttentionSite,
     AttentiveDenoiser,
     Branches,
-    Call,
     Conditioning,
     Denoiser,
     EncodedPrompt,
+    ForwardKwargs,
     Span,
 )
 from artaug.training.noise_schedule import FlowMatching
@@ -161,20 +161,22 @@ class FluxDenoiser(AttentiveDenoiser):
     prompt_embeds: Tensor
     """The very tensor the pipeline was given: that is how the plans' branch is told from the negative one."""
 
-    def branches(self, call: Call) -> Branches:
-        rows = range(len(call["hidden_states"]))
-        if call["encoder_hidden_states"] is self.prompt_embeds:
+    def branches(self, kwargs: ForwardKwargs) -> Branches:
+        rows = range(len(kwargs["hidden_states"]))
+        if kwargs["encoder_hidden_states"] is self.prompt_embeds:
             return Branches(cond=rows)
         return Branches(cond=range(0), uncond=rows)
 
-    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+    def with_prompt_embeds(
+        self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
+    ) -> dict[str, Any]:
         some = list(rows)
         of_rows = {
-            name: call[name][some] for name in ("hidden_states", "timestep", "guidance") if call[name] is not None
+            name: kwargs[name][some] for name in ("hidden_states", "timestep", "guidance") if kwargs[name] is not None
         }
-        given = [text.conditioning for text in texts]
+        given = [text.conditioning for text in prompts]
         return {
-            **call,
+            **kwargs,
             **of_rows,
             "encoder_hidden_states": torch.cat([one["prompt_embeds"] for one in given]),
             "pooled_projections": torch.cat([one["pooled_prompt_embeds"] for one in given]),
@@ -186,19 +188,19 @@ class FluxDenoiser(AttentiveDenoiser):
         layers = (*model.transformer_blocks, *model.single_transformer_blocks)
         return [AttentionSite(layer.attn, block) for block, layer in enumerate(layers)]
 
-    def noise_level(self, call: Call) -> float:
-        return float(call["timestep"][0])
+    def noise_level(self, kwargs: ForwardKwargs) -> float:
+        return float(kwargs["timestep"][0])
 
     def append_prompts(
-        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
+        self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         # Every FLUX prompt is at position 0 of the image's grid, so more of them need no positions of their own.
-        base = call["encoder_hidden_states"]
-        joined, spans = common.joined_texts(base, texts, name="prompt_embeds", trimmed=trimmed, ahead=True)
+        base = kwargs["encoder_hidden_states"]
+        joined, spans = common.joined_texts(base, prompts, name="prompt_embeds", trim_padding=trim_padding, ahead=True)
         image = Span("image", math.prod(self.grid))
-        more = call["txt_ids"].new_zeros(joined.shape[1], call["txt_ids"].shape[-1])
+        more = kwargs["txt_ids"].new_zeros(joined.shape[1], kwargs["txt_ids"].shape[-1])
         return (
-            {**call, "encoder_hidden_states": joined, "txt_ids": more},
+            {**kwargs, "encoder_hidden_states": joined, "txt_ids": more},
             [(*of_row, image) for of_row in spans],
         )
 
@@ -210,5 +212,5 @@ class FluxDenoiser(AttentiveDenoiser):
         of_prompt = ("context_embedder", ".ff_context.", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
         return "text" if any(part in layer for part in of_prompt) else "image"
 
-    def processor(self, site: AttentionSite, attend: Attend) -> RegionalFluxProcessor:
-        return RegionalFluxProcessor.like(site.attention, attend)
+    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> RegionalFluxProcessor:
+        return RegionalFluxProcessor.like(site.attention, attention_fn)

@@ -21,14 +21,14 @@ from artaug.diffusion.families.flux2.attention import (
 )
 from artaug.errors import ModelError
 from artaug.regional.denoiser import (
-    Attend,
+    AttentionFn,
     AttentionSite,
     AttentiveDenoiser,
     Branches,
-    Call,
     Conditioning,
     Denoiser,
     EncodedPrompt,
+    ForwardKwargs,
     Span,
 )
 from artaug.training.noise_schedule import FlowMatching
@@ -210,20 +210,22 @@ class Flux2Denoiser(AttentiveDenoiser):
     prompt_embeds: Tensor | None = None
     """The plans' prompts, where there is a negative prompt to tell them from: the pipeline copies both."""
 
-    def branches(self, call: Call) -> Branches:
-        rows = range(len(call["hidden_states"]))
-        if self.prompt_embeds is None or torch.equal(call["encoder_hidden_states"], self.prompt_embeds):
+    def branches(self, kwargs: ForwardKwargs) -> Branches:
+        rows = range(len(kwargs["hidden_states"]))
+        if self.prompt_embeds is None or torch.equal(kwargs["encoder_hidden_states"], self.prompt_embeds):
             return Branches(cond=rows)
         return Branches(cond=range(0), uncond=rows)
 
-    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+    def with_prompt_embeds(
+        self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
+    ) -> dict[str, Any]:
         some = list(rows)
         by_row = ("hidden_states", "timestep", "guidance", "img_ids", "txt_ids")
-        of_rows = {name: call[name][some] for name in by_row if call[name] is not None}
+        of_rows = {name: kwargs[name][some] for name in by_row if kwargs[name] is not None}
         return {
-            **call,
+            **kwargs,
             **of_rows,
-            "encoder_hidden_states": torch.cat([text.conditioning["prompt_embeds"] for text in texts]),
+            "encoder_hidden_states": torch.cat([text.conditioning["prompt_embeds"] for text in prompts]),
         }
 
     @property
@@ -232,19 +234,21 @@ class Flux2Denoiser(AttentiveDenoiser):
         layers = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
         return [AttentionSite(layer.attn, block) for block, layer in enumerate(layers)]
 
-    def noise_level(self, call: Call) -> float:
-        return float(call["timestep"][0])
+    def noise_level(self, kwargs: ForwardKwargs) -> float:
+        return float(kwargs["timestep"][0])
 
     def append_prompts(
-        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
+        self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         # A token's place in its prompt is the last of four coordinates, and all rows of a batch share the first row's.
-        slots = llm_encoders.slotted(call["encoder_hidden_states"], texts, name="prompt_embeds", trimmed=trimmed)
-        places = call["txt_ids"].new_zeros(*slots.tokens.shape[:2], call["txt_ids"].shape[-1])
+        slots = llm_encoders.slotted(
+            kwargs["encoder_hidden_states"], prompts, name="prompt_embeds", trim_padding=trim_padding
+        )
+        places = kwargs["txt_ids"].new_zeros(*slots.tokens.shape[:2], kwargs["txt_ids"].shape[-1])
         places[..., -1] = slots.positions
         image = Span("image", math.prod(self.grid))
         return (
-            {**call, "encoder_hidden_states": slots.tokens, "txt_ids": places},
+            {**kwargs, "encoder_hidden_states": slots.tokens, "txt_ids": places},
             [(*of_row, image) for of_row in slots.spans],
         )
 
@@ -256,5 +260,7 @@ class Flux2Denoiser(AttentiveDenoiser):
         of_prompt = ("context_embedder", ".ff_context.", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
         return "text" if any(part in layer for part in of_prompt) else "image"
 
-    def processor(self, site: AttentionSite, attend: Attend) -> RegionalFlux2Processor | RegionalFlux2ParallelProcessor:
-        return regional_processor(site.attention, attend)
+    def processor(
+        self, site: AttentionSite, attention_fn: AttentionFn
+    ) -> RegionalFlux2Processor | RegionalFlux2ParallelProcessor:
+        return regional_processor(site.attention, attention_fn)

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from artaug.diffusion.families.common import check_processor
 from artaug.errors import GuideError
-from artaug.regional.denoiser import Attend, AttentionLayer
+from artaug.regional.denoiser import AttentionFn, AttentionLayer
 
 
 class RegionalQwenImageProcessor:
     """Twin of `QwenDoubleStreamAttnProcessor2_0` that attends as it is told, to prompts that each begin anew."""
 
-    def __init__(self, attend: Attend) -> None:
-        """Attend with ``attend``, the prompts before the image."""
-        self._attend = attend
+    def __init__(self, attention_fn: AttentionFn) -> None:
+        """Attend with ``attention_fn``, the prompts before the image."""
+        self._attention_fn = attention_fn
 
     def __call__(
         self,
@@ -53,17 +53,17 @@ class RegionalQwenImageProcessor:
             query, key = (apply_rotary_emb_qwen(one, of_image, use_real=False) for one in (query, key))
             asked, seen = (apply_rotary_emb_qwen(one, of_text, use_real=False) for one in (asked, seen))
         joint = (torch.cat(pair, dim=1).transpose(1, 2) for pair in ((asked, query), (seen, key), (said, value)))
-        mixed = self._attend(*joint).transpose(1, 2).flatten(2, 3).to(query.dtype)
+        mixed = self._attention_fn(*joint).transpose(1, 2).flatten(2, 3).to(query.dtype)
         length = encoder_hidden_states.shape[1]
         told, drawn = mixed[:, :length], mixed[:, length:]
         return attn.to_out[1](attn.to_out[0](drawn.contiguous())), attn.to_add_out(told.contiguous())
 
 
-def regional_processor(attention: AttentionLayer, attend: Attend) -> RegionalQwenImageProcessor:
+def regional_processor(attention: AttentionLayer, attention_fn: AttentionFn) -> RegionalQwenImageProcessor:
     """The twin of a layer's processor.
 
     Raises:
         GuideError: if the layer has another processor than Qwen-Image's own.
     """
     check_processor(attention, QwenDoubleStreamAttnProcessor2_0)
-    return RegionalQwenImageProcessor(attend)
+    return RegionalQwenImageProcessor(attention_fn)

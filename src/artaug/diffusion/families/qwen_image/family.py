@@ -15,14 +15,14 @@ from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.qwen_image.attention import RegionalQwenImageProcessor, regional_processor
 from artaug.errors import GuideError, ModelError
 from artaug.regional.denoiser import (
-    Attend,
+    AttentionFn,
     AttentionSite,
     AttentiveDenoiser,
     Branches,
-    Call,
     Conditioning,
     Denoiser,
     EncodedPrompt,
+    ForwardKwargs,
     Span,
 )
 from artaug.training.noise_schedule import FlowMatching
@@ -161,22 +161,26 @@ class QwenImageDenoiser(AttentiveDenoiser):
     prompt_embeds: Tensor | None = None
     """The plans' prompts, where there is a negative prompt to tell them from: the pipeline copies both."""
 
-    def branches(self, call: Call) -> Branches:
-        rows = range(len(call["hidden_states"]))
-        if self.prompt_embeds is None or torch.equal(call["encoder_hidden_states"], self.prompt_embeds):
+    def branches(self, kwargs: ForwardKwargs) -> Branches:
+        rows = range(len(kwargs["hidden_states"]))
+        if self.prompt_embeds is None or torch.equal(kwargs["encoder_hidden_states"], self.prompt_embeds):
             return Branches(cond=rows)
         return Branches(cond=range(0), uncond=rows)
 
-    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+    def with_prompt_embeds(
+        self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
+    ) -> dict[str, Any]:
         some = list(rows)
-        embeds, mask = llm_encoders.stacked([text.conditioning["prompt_embeds"][0][text.token_slice] for text in texts])
+        embeds, mask = llm_encoders.stacked(
+            [text.conditioning["prompt_embeds"][0][text.token_slice] for text in prompts]
+        )
         return {
-            **call,
-            "hidden_states": call["hidden_states"][some],
-            "timestep": call["timestep"][some],
+            **kwargs,
+            "hidden_states": kwargs["hidden_states"][some],
+            "timestep": kwargs["timestep"][some],
             "encoder_hidden_states": embeds,
             "encoder_hidden_states_mask": _unless_whole(mask),
-            "img_shapes": [call["img_shapes"][row] for row in some],
+            "img_shapes": [kwargs["img_shapes"][row] for row in some],
         }
 
     @property
@@ -184,27 +188,27 @@ class QwenImageDenoiser(AttentiveDenoiser):
         transformer: Any = self.module
         return [AttentionSite(layer.attn, block) for block, layer in enumerate(transformer.transformer_blocks)]
 
-    def noise_level(self, call: Call) -> float:
-        return float(call["timestep"][0])
+    def noise_level(self, kwargs: ForwardKwargs) -> float:
+        return float(kwargs["timestep"][0])
 
     def append_prompts(
-        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
+        self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
-        mask = call["encoder_hidden_states_mask"]
+        mask = kwargs["encoder_hidden_states_mask"]
         slots = llm_encoders.slotted(
-            call["encoder_hidden_states"],
-            texts,
+            kwargs["encoder_hidden_states"],
+            prompts,
             name="prompt_embeds",
-            trimmed=trimmed,
+            trim_padding=trim_padding,
             lengths=None if mask is None else mask.sum(dim=1).tolist(),
         )
         self._check_positions(slots.positions)
         image = Span("image", math.prod(self.grid))
         changed = {
-            **call,
+            **kwargs,
             "encoder_hidden_states": slots.tokens,
             "encoder_hidden_states_mask": None,
-            "attention_kwargs": {**(call["attention_kwargs"] or {}), "text_positions": slots.positions},
+            "attention_kwargs": {**(kwargs["attention_kwargs"] or {}), "text_positions": slots.positions},
         }
         return changed, [(*of_row, image) for of_row in slots.spans]
 
@@ -214,8 +218,8 @@ class QwenImageDenoiser(AttentiveDenoiser):
         of_prompt = ("txt_", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
         return "text" if any(part in layer for part in of_prompt) else "image"
 
-    def processor(self, site: AttentionSite, attend: Attend) -> RegionalQwenImageProcessor:
-        return regional_processor(site.attention, attend)
+    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> RegionalQwenImageProcessor:
+        return regional_processor(site.attention, attention_fn)
 
     def _check_positions(self, positions: Tensor) -> None:
         """Texts begin where the image ends, half its larger side from its middle, and there are so many places."""

@@ -8,25 +8,25 @@ from torch import Tensor, nn
 
 from artaug.diffusion.families.common import check_processor
 from artaug.errors import GuideError
-from artaug.regional.denoiser import Attend, AttentionLayer
+from artaug.regional.denoiser import AttentionFn, AttentionLayer
 
 
 class RegionalSD3Processor:
     """Twin of `JointAttnProcessor2_0`, line by line, that attends as it is told."""
 
-    def __init__(self, attend: Attend) -> None:
-        """Attend with ``attend``, the image before the prompts."""
-        self._attend = attend
+    def __init__(self, attention_fn: AttentionFn) -> None:
+        """Attend with ``attention_fn``, the image before the prompts."""
+        self._attention_fn = attention_fn
 
     @classmethod
-    def like(cls, attention: AttentionLayer, attend: Attend) -> Self:
+    def like(cls, attention: AttentionLayer, attention_fn: AttentionFn) -> Self:
         """The twin of a layer's processor.
 
         Raises:
             GuideError: if the layer has another processor than SD3's own.
         """
         check_processor(attention, JointAttnProcessor2_0)
-        return cls(attend)
+        return cls(attention_fn)
 
     def __call__(
         self,
@@ -48,7 +48,7 @@ class RegionalSD3Processor:
         query, key = _normed(attn.norm_q, query), _normed(attn.norm_k, key)
         asked, seen = _normed(attn.norm_added_q, asked), _normed(attn.norm_added_k, seen)
         query, key, value = (torch.cat(pair, dim=2) for pair in ((query, asked), (key, seen), (value, said)))
-        mixed = self._attend(query, key, value).transpose(1, 2).flatten(2, 3).to(query.dtype)
+        mixed = self._attention_fn(query, key, value).transpose(1, 2).flatten(2, 3).to(query.dtype)
         length = hidden_states.shape[1]
         drawn, told = mixed[:, :length], mixed[:, length:]
         if not attn.context_pre_only:

@@ -17,14 +17,14 @@ from artaug.diffusion.families.cfg import batched_branches, check_negative_is_re
 from artaug.diffusion.families.sd3.attention import RegionalSD3Processor
 from artaug.errors import ModelError
 from artaug.regional.denoiser import (
-    Attend,
+    AttentionFn,
     AttentionSite,
     AttentiveDenoiser,
     Branches,
-    Call,
     Conditioning,
     Denoiser,
     EncodedPrompt,
+    ForwardKwargs,
     Span,
 )
 from artaug.training.noise_schedule import FlowMatching
@@ -178,20 +178,22 @@ class StableDiffusion3Denoiser(AttentiveDenoiser):
     timesteps: int
     """What a noise level of 1 is called."""
 
-    def branches(self, call: Call) -> Branches:
-        return batched_branches(len(call["hidden_states"]), pictures=self.pictures)
+    def branches(self, kwargs: ForwardKwargs) -> Branches:
+        return batched_branches(len(kwargs["hidden_states"]), pictures=self.pictures)
 
-    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+    def with_prompt_embeds(
+        self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
+    ) -> dict[str, Any]:
         some = list(rows)
-        given = [text.conditioning for text in texts]
+        given = [text.conditioning for text in prompts]
         return {
-            **call,
-            **{name: call[name][some] for name in ("hidden_states", "timestep")},
+            **kwargs,
+            **{name: kwargs[name][some] for name in ("hidden_states", "timestep")},
             "encoder_hidden_states": torch.cat([one["prompt_embeds"] for one in given]),
             "pooled_projections": torch.cat([one["pooled_prompt_embeds"] for one in given]),
         }
 
-    def over_prediction(self, weights: Tensor) -> Tensor:
+    def broadcast_weights(self, weights: Tensor) -> Tensor:
         return weights  # (channels, rows, columns) is what they multiply
 
     @property
@@ -205,17 +207,17 @@ class StableDiffusion3Denoiser(AttentiveDenoiser):
         transformer: Any = self.module
         return [AttentionSite(layer.attn, block) for block, layer in enumerate(transformer.transformer_blocks)]
 
-    def noise_level(self, call: Call) -> float:
-        return float(call["timestep"][0]) / self.timesteps
+    def noise_level(self, kwargs: ForwardKwargs) -> float:
+        return float(kwargs["timestep"][0]) / self.timesteps
 
     def append_prompts(
-        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
+        self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         # SD3 gives positions to image tokens alone, so more prompts need none of their own.
-        base = call["encoder_hidden_states"]
-        joined, spans = common.joined_texts(base, texts, name="prompt_embeds", trimmed=trimmed, ahead=False)
+        base = kwargs["encoder_hidden_states"]
+        joined, spans = common.joined_texts(base, prompts, name="prompt_embeds", trim_padding=trim_padding, ahead=False)
         image = Span("image", math.prod(self.token_grid))
-        return {**call, "encoder_hidden_states": joined}, [(image, *of_row) for of_row in spans]
+        return {**kwargs, "encoder_hidden_states": joined}, [(image, *of_row) for of_row in spans]
 
     def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         if "norm" in layer or layer.startswith("time_"):
@@ -223,5 +225,5 @@ class StableDiffusion3Denoiser(AttentiveDenoiser):
         of_prompt = ("context_embedder", ".ff_context.", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
         return "text" if any(part in layer for part in of_prompt) else "image"
 
-    def processor(self, site: AttentionSite, attend: Attend) -> RegionalSD3Processor:
-        return RegionalSD3Processor.like(site.attention, attend)
+    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> RegionalSD3Processor:
+        return RegionalSD3Processor.like(site.attention, attention_fn)

@@ -7,25 +7,25 @@ from torch import Tensor
 
 from artaug.diffusion.families.common import check_processor
 from artaug.errors import GuideError
-from artaug.regional.denoiser import Attend, AttentionLayer
+from artaug.regional.denoiser import AttentionFn, AttentionLayer
 
 
 class RegionalCrossProcessor:
     """Twin of `AttnProcessor2_0` in cross-attention, line by line, that attends as it is told."""
 
-    def __init__(self, attend: Attend) -> None:
-        """Attend with ``attend``, queries of the image and keys of the prompts."""
-        self._attend = attend
+    def __init__(self, attention_fn: AttentionFn) -> None:
+        """Attend with ``attention_fn``, queries of the image and keys of the prompts."""
+        self._attention_fn = attention_fn
 
     @classmethod
-    def like(cls, attention: AttentionLayer, attend: Attend) -> Self:
+    def like(cls, attention: AttentionLayer, attention_fn: AttentionFn) -> Self:
         """The twin of a layer's processor.
 
         Raises:
             GuideError: if the layer has another processor than a fresh UNet's.
         """
         check_processor(attention, AttnProcessor2_0)
-        return cls(attend)
+        return cls(attention_fn)
 
     def __call__(
         self,
@@ -49,7 +49,7 @@ class RegionalCrossProcessor:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        mixed = self._attend(query, key, value).transpose(1, 2).flatten(2, 3).to(query.dtype)
+        mixed = self._attention_fn(query, key, value).transpose(1, 2).flatten(2, 3).to(query.dtype)
         mixed = attn.to_out[1](attn.to_out[0](mixed))
         if attn.residual_connection:
             mixed = mixed + hidden_states

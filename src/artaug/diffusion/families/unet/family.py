@@ -19,15 +19,15 @@ from artaug.diffusion.families.cfg import batched_branches, check_negative_is_re
 from artaug.diffusion.families.unet.attention import RegionalCrossProcessor
 from artaug.errors import GuideError, ModelError
 from artaug.regional.denoiser import (
-    Attend,
+    AttentionFn,
     AttentionLayer,
     AttentionSite,
     AttentiveDenoiser,
     Branches,
-    Call,
     Conditioning,
     Denoiser,
     EncodedPrompt,
+    ForwardKwargs,
     Span,
 )
 from artaug.training.noise_schedule import BetaSchedule, EpsilonPrediction, VPrediction
@@ -189,23 +189,25 @@ class UNetDenoiser(AttentiveDenoiser):
     timesteps: int | None
     """What a noise level of 1 is called; None if the scheduler does not count timesteps."""
 
-    def branches(self, call: Call) -> Branches:
-        return batched_branches(len(call["sample"]), pictures=self.pictures)
+    def branches(self, kwargs: ForwardKwargs) -> Branches:
+        return batched_branches(len(kwargs["sample"]), pictures=self.pictures)
 
-    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+    def with_prompt_embeds(
+        self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
+    ) -> dict[str, Any]:
         some = list(rows)
-        changed = {**call, "sample": call["sample"][some]}
-        changed["encoder_hidden_states"] = torch.cat([text.conditioning["prompt_embeds"] for text in texts])
-        if torch.is_tensor(call["timestep"]) and call["timestep"].ndim:
-            changed["timestep"] = call["timestep"][some]
-        if call.get("timestep_cond") is not None:
-            changed["timestep_cond"] = call["timestep_cond"][some]
-        if (added := call.get("added_cond_kwargs")) is not None:
-            pooled = torch.cat([text.conditioning["pooled_prompt_embeds"] for text in texts])
+        changed = {**kwargs, "sample": kwargs["sample"][some]}
+        changed["encoder_hidden_states"] = torch.cat([text.conditioning["prompt_embeds"] for text in prompts])
+        if torch.is_tensor(kwargs["timestep"]) and kwargs["timestep"].ndim:
+            changed["timestep"] = kwargs["timestep"][some]
+        if kwargs.get("timestep_cond") is not None:
+            changed["timestep_cond"] = kwargs["timestep_cond"][some]
+        if (added := kwargs.get("added_cond_kwargs")) is not None:
+            pooled = torch.cat([text.conditioning["pooled_prompt_embeds"] for text in prompts])
             changed["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": added["time_ids"][some]}
         return changed
 
-    def over_prediction(self, weights: Tensor) -> Tensor:
+    def broadcast_weights(self, weights: Tensor) -> Tensor:
         return weights  # (channels, rows, columns) is what they multiply
 
     @property
@@ -220,20 +222,20 @@ class UNetDenoiser(AttentiveDenoiser):
             for block, (attention, grid) in enumerate(_cross_attention(self.module, self.grid))
         ]
 
-    def noise_level(self, call: Call) -> float:
+    def noise_level(self, kwargs: ForwardKwargs) -> float:
         if self.timesteps is None:
             raise GuideError(
                 "this pipeline's scheduler does not count timesteps (EDM's tell the logarithm of the noise instead), so "
                 "regions cannot follow the noise level. Use a scheduler with betas, as DDIM's, or OutputMix."
             )
-        return float(torch.as_tensor(call["timestep"]).flatten()[0]) / self.timesteps
+        return float(torch.as_tensor(kwargs["timestep"]).flatten()[0]) / self.timesteps
 
     def append_prompts(
-        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
+        self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
-        base = call["encoder_hidden_states"]
-        joined, spans = common.joined_texts(base, texts, name="prompt_embeds", trimmed=trimmed, ahead=False)
-        return {**call, "encoder_hidden_states": joined}, spans
+        base = kwargs["encoder_hidden_states"]
+        joined, spans = common.joined_texts(base, prompts, name="prompt_embeds", trim_padding=trim_padding, ahead=False)
+        return {**kwargs, "encoder_hidden_states": joined}, spans
 
     def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         if ".transformer_blocks." in layer:
@@ -246,8 +248,8 @@ class UNetDenoiser(AttentiveDenoiser):
     def _convolutions(self) -> frozenset[str]:
         return frozenset(name for name, one in self.module.named_modules() if isinstance(one, nn.Conv2d))
 
-    def processor(self, site: AttentionSite, attend: Attend) -> RegionalCrossProcessor:
-        return RegionalCrossProcessor.like(site.attention, attend)
+    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> RegionalCrossProcessor:
+        return RegionalCrossProcessor.like(site.attention, attention_fn)
 
 
 def _cross_attention(

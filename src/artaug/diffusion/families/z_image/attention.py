@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from artaug.diffusion.families.common import check_processor
-from artaug.regional.denoiser import Attend, AttentionLayer
+from artaug.regional.denoiser import AttentionFn, AttentionLayer
 
 
 def padded(length: int) -> int:
@@ -88,9 +88,9 @@ class RegionalZImageProcessor:
     diffusers would: `Captions` are all of one length, so that the model makes no mask of its own.
     """
 
-    def __init__(self, attend: Attend) -> None:
-        """Attend with ``attend``, the image before the prompts."""
-        self._attend = attend
+    def __init__(self, attention_fn: AttentionFn) -> None:
+        """Attend with ``attention_fn``, the image before the prompts."""
+        self._attention_fn = attention_fn
 
     def __call__(
         self,
@@ -114,19 +114,19 @@ class RegionalZImageProcessor:
             key = attn.norm_k(key)
         if freqs_cis is not None:
             query, key = _rotated(query, freqs_cis), _rotated(key, freqs_cis)
-        mixed = self._attend(*(one.transpose(1, 2) for one in (query, key, value))).transpose(1, 2)
+        mixed = self._attention_fn(*(one.transpose(1, 2) for one in (query, key, value))).transpose(1, 2)
         output: Tensor = attn.to_out[0](mixed.flatten(2, 3).to(query.dtype))
         return attn.to_out[1](output) if len(attn.to_out) > 1 else output
 
 
-def regional_processor(attention: AttentionLayer, attend: Attend) -> RegionalZImageProcessor:
+def regional_processor(attention: AttentionLayer, attention_fn: AttentionFn) -> RegionalZImageProcessor:
     """The twin of a layer's processor.
 
     Raises:
         GuideError: if the layer has another processor than Z-Image's own.
     """
     check_processor(attention, ZSingleStreamAttnProcessor)
-    return RegionalZImageProcessor(attend)
+    return RegionalZImageProcessor(attention_fn)
 
 
 def _rotated(tokens: Tensor, places: Tensor) -> Tensor:

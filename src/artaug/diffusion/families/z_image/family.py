@@ -23,14 +23,14 @@ from artaug.diffusion.families.z_image.attention import (
 )
 from artaug.errors import GuideError, ModelError
 from artaug.regional.denoiser import (
-    Attend,
+    AttentionFn,
     AttentionSite,
     AttentiveDenoiser,
     Branches,
-    Call,
     Conditioning,
     Denoiser,
     EncodedPrompt,
+    ForwardKwargs,
     Output,
     Span,
 )
@@ -65,9 +65,9 @@ class ZImage(Family):
                 f"negative_prompt={self.negative_prompt!r} would be ignored: guidance_scale={self.guidance_scale} is no "
                 "guidance. Leave it out, or set a guidance_scale above 0."
             )
-        texts, rows, columns = self.pipeline.transformer.config.axes_lens
+        text, rows, columns = self.pipeline.transformer.config.axes_lens
         # The image is at the place behind its prompt, and that has places from 1.
-        longest = (texts - 2) // padded(1) * padded(1)
+        longest = (text - 2) // padded(1) * padded(1)
         if not 1 <= self.max_sequence_length <= longest:
             raise ModelError(
                 f"max_sequence_length={self.max_sequence_length}: this Z-Image reads 1 to {longest} tokens of a chat."
@@ -164,16 +164,18 @@ class ZImageDenoiser(AttentiveDenoiser):
     pictures: int
     """Of the run: where a call has twice as many rows, the later half is for the negative prompt."""
 
-    def branches(self, call: Call) -> Branches:
-        return Branches(cond=range(self.pictures), uncond=range(self.pictures, len(call["x"])))
+    def branches(self, kwargs: ForwardKwargs) -> Branches:
+        return Branches(cond=range(self.pictures), uncond=range(self.pictures, len(kwargs["x"])))
 
-    def with_prompt_embeds(self, call: Call, rows: Sequence[int], texts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+    def with_prompt_embeds(
+        self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
+    ) -> dict[str, Any]:
         some = list(rows)
         return {
-            **call,
-            "x": [call["x"][row] for row in some],
-            "t": call["t"][some],
-            "cap_feats": [_words(text) for text in texts],
+            **kwargs,
+            "x": [kwargs["x"][row] for row in some],
+            "t": kwargs["t"][some],
+            "cap_feats": [_words(text) for text in prompts],
         }
 
     def prediction(self, output: Output) -> Tensor:
@@ -185,7 +187,7 @@ class ZImageDenoiser(AttentiveDenoiser):
             return (rows, *output[1:])
         return dataclasses.replace(output, sample=rows)
 
-    def over_prediction(self, weights: Tensor) -> Tensor:
+    def broadcast_weights(self, weights: Tensor) -> Tensor:
         return weights
 
     @property
@@ -204,27 +206,27 @@ class ZImageDenoiser(AttentiveDenoiser):
         ]
         return [*of_texts, *of_both]
 
-    def noise_level(self, call: Call) -> float:
-        return 1 - float(call["t"][0])
+    def noise_level(self, kwargs: ForwardKwargs) -> float:
+        return 1 - float(kwargs["t"][0])
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
+    def patched(self) -> Iterator[None]:
         """Let the transformer take what `append_prompts` makes of a call; needed wherever such a call is made."""
         with captions_in_place(self.module):
             yield
 
     def append_prompts(
-        self, call: Call, texts: Sequence[Sequence[EncodedPrompt]], *, trimmed: bool
+        self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
-        """As the seam says; what is not ``trimmed`` has the padding to whole 32 tokens that the model gives a prompt."""
+        """As the seam says; what is not ``trim_padding`` has the padding to whole 32 tokens that the model gives a prompt."""
         captions = [
-            Captions(own, tuple(_words(text).to(own) for text in of_row), whole=not trimmed)
-            for own, of_row in zip(call["cap_feats"], texts, strict=True)
+            Captions(own, tuple(_words(text).to(own) for text in of_row), whole=not trim_padding)
+            for own, of_row in zip(kwargs["cap_feats"], prompts, strict=True)
         ]
         self._check_positions(captions)
         longest = max(sum(caption.lengths) for caption in captions)
         captions = [dataclasses.replace(caption, filler=longest - sum(caption.lengths)) for caption in captions]
-        return {**call, "cap_feats": captions}, [self._spans(caption) for caption in captions]
+        return {**kwargs, "cap_feats": captions}, [self._spans(caption) for caption in captions]
 
     def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         # The layers before the refiners take all rows of a batch as one long sequence, which no row's spans describe.
@@ -238,8 +240,8 @@ class ZImageDenoiser(AttentiveDenoiser):
         }
         return streams.get(layer.partition(".")[0])
 
-    def processor(self, site: AttentionSite, attend: Attend) -> RegionalZImageProcessor:
-        return regional_processor(site.attention, attend)
+    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> RegionalZImageProcessor:
+        return regional_processor(site.attention, attention_fn)
 
     def _spans(self, captions: Captions) -> tuple[Span, ...]:
         count = math.prod(self.token_grid)
