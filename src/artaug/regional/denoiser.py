@@ -161,18 +161,19 @@ class AttentiveDenoiser(Denoiser):
     def append_prompts(
         self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
-        """The same call with more prompts after the one each row has; asked inside `patched` only.
+        """The same call with more prompts beside the one that each row has. Only called inside `patched`.
 
         Args:
-            call: what the pipeline asks for.
-            texts: for every row of the batch the region prompts to add, or none.
-            trim_padding: take the words of each only, or its padding as well.
+            kwargs: the arguments of the pipeline's call.
+            prompts: for every row of the batch the region prompts to add, possibly none.
+            trim_padding: add the tokens of each prompt only, without its padding.
 
         Returns:
-            The call, and of every row what its joint sequence holds, in order. Rows with fewer texts are filled up.
+            The call's arguments, and for every row the spans of its joint sequence, in order. Rows with fewer prompts are
+            padded.
 
         Raises:
-            GuideError: if the texts are longer than the model has positions for.
+            GuideError: if the prompts are longer than the model has positions for.
         """
 
     def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:

@@ -67,7 +67,7 @@ class OutputMix(Guide):
 class _Part:
     """One prompt of one region of one picture of the batch."""
 
-    branch: Literal["prompt", "negative"]
+    branch: Literal["cond", "uncond"]
     picture: int
     text: EncodedPrompt | None
     """None for the one its row has: a LoRA counts in both branches, or guidance would multiply it."""
@@ -80,10 +80,10 @@ class _Part:
 
 def _parts(picture: int, one: EncodedRegion, grid: tuple[int, int], lora: LoRA | None) -> Iterator[_Part]:
     weights = token_weights(one.region, grid)
-    yield _Part("prompt", picture, one.prompt, weights, one.region.prompt, one.region.lora, lora)
+    yield _Part("cond", picture, one.prompt, weights, one.region.prompt, one.region.lora, lora)
     if one.negative_prompt is not None or lora is not None:
         said = "the negative prompt" if one.negative_prompt is None else f"not {one.region.negative_prompt}"
-        yield _Part("negative", picture, one.negative_prompt, weights, said, one.region.lora, lora)
+        yield _Part("uncond", picture, one.negative_prompt, weights, said, one.region.lora, lora)
 
 
 def _asked_alike(placed: tuple[int, _Part]) -> tuple[str, bool]:

@@ -140,7 +140,7 @@ def joined_texts(
 
     Args:
         base: the prompts of a call, (rows, tokens, channels).
-        texts: for every row those to add.
+        prompts: for every row those to add.
         name: of the tokens in a text's conditioning.
         trim_padding: leave a text's padding out.
         ahead: put them ahead of the row's own prompt, not behind. What the image sees most of, itself and the row's own

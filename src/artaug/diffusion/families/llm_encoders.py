@@ -92,7 +92,7 @@ def slotted(
 
     Args:
         base: the prompts of a call, (rows, tokens, channels).
-        texts: for every row those to add.
+        prompts: for every row those to add.
         name: of the tokens in a text's conditioning.
         trim_padding: leave a text's padding out.
         lengths: tokens of each row of ``base`` that are its prompt's, the rest filler; None for all.
