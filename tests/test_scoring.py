@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import artaug as aa
-from artaug.scoring import scored
+from artaug.scoring import score_images
 
 PICTURE = Image.new("RGB", (8, 8))
 
@@ -22,7 +22,7 @@ class Saying(aa.Scorer):
 
 
 def test_numbers_of_any_make_become_plain_ones():
-    numbers = scored(Saying(np.float32(0.5), 1, True), [PICTURE] * 3, ["a"] * 3)
+    numbers = score_images(Saying(np.float32(0.5), 1, True), [PICTURE] * 3, ["a"] * 3)
     assert numbers == [0.5, 1.0, 1.0]
     assert {type(number) for number in numbers} == {float}
 
@@ -32,22 +32,22 @@ def test_a_batch_is_a_loop_unless_overridden():
         def score(self, image, prompt):
             return float(image.width)
 
-    assert scored(Width(), [PICTURE, Image.new("L", (3, 3))], ["a", "b"]) == [8.0, 3.0]
+    assert score_images(Width(), [PICTURE, Image.new("L", (3, 3))], ["a", "b"]) == [8.0, 3.0]
     assert Width().name == "Width"
 
 
 def test_too_few_scores_are_counted():
     with pytest.raises(aa.ContractError, match=r"Saying.score_batch returned 1 scores for 2 pictures\."):
-        scored(Saying(1.0), [PICTURE] * 2, ["a", "b"])
+        score_images(Saying(1.0), [PICTURE] * 2, ["a", "b"])
 
 
 @pytest.mark.parametrize("answer", [None, "high", [1, 2]])
 def test_an_answer_that_is_no_number_is_quoted(answer):
     with pytest.raises(aa.ContractError, match=r"for 'a pear'\. Expected a number\."):
-        scored(Saying(answer), [PICTURE], ["a pear"])
+        score_images(Saying(answer), [PICTURE], ["a pear"])
 
 
 @pytest.mark.parametrize("answer", [float("nan"), float("-inf")])
 def test_an_answer_that_is_not_finite_names_the_prompt(answer):
     with pytest.raises(aa.NonFiniteError, match=f"Saying scored {answer} for 'a pear'"):
-        scored(Saying(answer), [PICTURE], ["a pear"])
+        score_images(Saying(answer), [PICTURE], ["a pear"])

@@ -29,7 +29,7 @@ from artaug.errors import (
     TrainingDivergedError,
     UndecidedError,
 )
-from artaug.evaluation.comparison import Arm, Comparison, Fault, Guardrail, ScoreRow, compare
+from artaug.evaluation.comparison import Arm, Comparison, Guardrail, ScoreRow, ScoringFailure, compare
 from artaug.evaluation.prompts import PromptSet
 from artaug.filtering import (
     BestOf,
@@ -116,7 +116,6 @@ __all__ = [
     "Dropped",
     "EmbeddingSimilarity",
     "Enhancement",
-    "Fault",
     "Floor",
     "Format",
     "Funnel",
@@ -167,6 +166,7 @@ __all__ = [
     "ScoreRow",
     "Scorer",
     "ScoringError",
+    "ScoringFailure",
     "Similarity",
     "Skipped",
     "StageEvent",

@@ -102,7 +102,7 @@ class ScoringError(ArtAugError, RuntimeError):
     """A scorer raised on some pictures of a comparison, after others had been scored.
 
     Attributes:
-        comparison: the `Comparison` of all that was scored, ``faults`` included; None if that is too little for one.
+        comparison: the `Comparison` of all that was scored, ``failures`` included; None if that is too little for one.
         scores: by arm and scorer all numbers there are, NaN for those there are not.
     """
 

@@ -49,7 +49,7 @@ class Scorer(ABC):
             raise
 
 
-def scored(scorer: Scorer, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+def score_images(scorer: Scorer, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
     """Score pictures and check that the scorer answered as its seam promises: one finite number a picture.
 
     Raises:

@@ -104,12 +104,12 @@ def test_another_seed_draws_other_pictures():
 
 @pytest.mark.parametrize(("asked", "held"), [(0, 0), (5, 5), (100, 20)])
 def test_only_the_first_pictures_are_kept(asked, held):
-    comparison = compared(pictures=asked, batch_size=3)
+    comparison = compared(keep_images=asked, batch_size=3)
 
     drafts = zip(PROMPTS, comparison.seeds, strict=True)
     expected = [Grey().synthesize(aa.Plan(prompt), seed=seed) for prompt, seed in drafts]
-    assert list(comparison.base.pictures) == expected[:held]
-    assert [len(arm.pictures) for arm in comparison.candidates.values()] == [held, held]
+    assert list(comparison.base.images) == expected[:held]
+    assert [len(arm.images) for arm in comparison.candidates.values()] == [held, held]
 
 
 def test_the_table_is_aligned_and_marks_what_filtered_the_pairs():
@@ -143,7 +143,7 @@ def test_the_summary_is_plain_json_from_which_every_number_follows():
     row, scores = read["rows"][0], read["scores"]
     assert row["filtered_by"] is True
     assert np.subtract(scores["round 1"]["Light"], scores["base"]["Light"]).mean() == row["delta"]
-    assert read["drawn_by"] == {"base": "Grey(added=0)", "round 1": "Grey(added=40)", "round 2": "Grey(added=80)"}
+    assert read["synthesizer"] == {"base": "Grey(added=0)", "round 1": "Grey(added=40)", "round 2": "Grey(added=80)"}
     assert (read["prompts"], read["seeds"]) == (PROMPTS, list(comparison.seeds))
 
 
@@ -199,7 +199,7 @@ def test_a_missing_row_names_those_there_are():
         pytest.param({"filtered_by": aa.Gain(Light())}, aa.InvalidValueError, "received one Gain", id="one-filter"),
         pytest.param({"filtered_by": [3]}, aa.InvalidValueError, "and 3 is none", id="no-filter"),
         pytest.param({"batch_size": 0}, aa.InvalidValueError, "need batch_size >= 1", id="no-batch"),
-        pytest.param({"draws": 0}, aa.InvalidValueError, "draws >= 1", id="no-draw"),
+        pytest.param({"images_per_prompt": 0}, aa.InvalidValueError, "images_per_prompt >= 1", id="no-draw"),
         pytest.param(
             {"diversity": aa.StructuralSimilarity()},
             aa.InvalidValueError,
@@ -212,7 +212,7 @@ def test_a_missing_row_names_those_there_are():
             r"Expected different ones of",
             id="no-row",
         ),
-        pytest.param({"pictures": -1}, aa.InvalidValueError, "pictures >= 0", id="less-than-no-picture"),
+        pytest.param({"keep_images": -1}, aa.InvalidValueError, "keep_images >= 0", id="less-than-no-picture"),
         pytest.param(
             {"scorers": [Named("Broken", math.nan)]}, aa.NonFiniteError, "Broken scored nan for 'picture 0'", id="nan"
         ),
@@ -252,22 +252,22 @@ def test_the_pairs_may_be_filtered_by_a_scorer_the_comparison_does_without():
 
 
 def test_several_seeds_a_prompt_still_count_it_once():
-    base, comparison = Grey(drawn=[]), compared(draws=3, seed=2, batch_size=6)
-    compared(base, draws=3, seed=2, batch_size=6)
+    base, comparison = Grey(drawn=[]), compared(images_per_prompt=3, seed=2, batch_size=6)
+    compared(base, images_per_prompt=3, seed=2, batch_size=6)
 
     assert sorted(base.drawn) == sorted(zip(PROMPTS * 3, picture_seeds(2, 60), strict=True))
     row = comparison.row("Light", "round 2")
     differences = np.subtract(comparison.candidates["round 2"].scores["Light"], comparison.base.scores["Light"])
     per_prompt = differences.reshape(3, 20).mean(axis=0)
-    assert (row.n, comparison.draws) == (20, 3)
+    assert (row.n, comparison.images_per_prompt) == (20, 3)
     assert row.delta == pytest.approx(per_prompt.mean())
     assert (row.win_rate, row.tie_rate) == (win_rate(per_prompt), tie_rate(per_prompt))
     assert "20 prompts, each drawn with the same 3 seeds" in comparison.table()
 
 
 def test_the_first_seeds_are_those_of_a_comparison_with_one():
-    assert compared(draws=3).base.scores["Light"][:20] == compared().base.scores["Light"]
-    assert compared(draws=3).base.pictures == compared().base.pictures
+    assert compared(images_per_prompt=3).base.scores["Light"][:20] == compared().base.scores["Light"]
+    assert compared(images_per_prompt=3).base.images == compared().base.images
 
 
 def test_p_values_are_corrected_over_the_scorers_of_a_candidate():
@@ -285,7 +285,7 @@ def test_diversity_is_how_unlike_the_pictures_of_a_prompt_are():
     def nearness(one, other):
         return 1 - abs(one.getpixel((0, 0)) - other.getpixel((0, 0))) / 255
 
-    comparison = compared(candidates={"wider": Grey(50), "twin": Grey()}, draws=2, diversity=nearness)
+    comparison = compared(candidates={"wider": Grey(50), "twin": Grey()}, images_per_prompt=2, diversity=nearness)
 
     levels = np.array(comparison.base.scores["Light"]).reshape(2, 20)
     assert comparison.base.scores["diversity"] == pytest.approx(abs(levels[0] - levels[1]))
@@ -342,7 +342,7 @@ def a_row(scorer="taste", *, base=5.0, delta, low, high, p_value=0.001, filtered
     ],
 )
 def test_a_verdict_in_words(row, guardrail, said):
-    arm = aa.Arm(drawn_by="x", scores={row.scorer: (1.0, 2.0)}, pictures=())
+    arm = aa.Arm(synthesizer="x", scores={row.scorer: (1.0, 2.0)}, images=())
     comparison = aa.Comparison(
         rows=(row,),
         prompts=("a", "b"),
@@ -357,13 +357,13 @@ def test_a_verdict_in_words(row, guardrail, said):
 
 
 def test_guardrails_that_mean_nothing_are_refused_or_said_to():
-    with pytest.raises(aa.InvalidValueError, match="need a finite falls_at_most"):
+    with pytest.raises(aa.InvalidValueError, match="need a finite max_drop"):
         aa.Guardrail("taste", -0.1)
     row = a_row(base=-1.0, delta=0.1, low=0.05, high=0.2)
-    assert aa.Guardrail("taste", 0.1).judge(row) == "undefined"
+    assert aa.Guardrail("taste", 0.1).status(row) == "undefined"
     with pytest.raises(aa.InvalidValueError, match=r"means nothing\. Use relative=False"):
         aa.Guardrail("taste", 0.1).margin(row)
-    assert aa.Guardrail("taste", 0.1, relative=False).judge(row) == "inside"
+    assert aa.Guardrail("taste", 0.1, relative=False).status(row) == "inside"
 
 
 @pytest.mark.parametrize("base", [0.0, -0.5])
@@ -416,7 +416,7 @@ def test_a_scorer_that_raises_on_one_picture_loses_nothing_and_is_not_passed_ove
     comparison, fault = caught.value.comparison, caught.value.__cause__
     assert isinstance(fault, OSError)
     assert fault.__notes__ == ["Raised by the scorer 'Brittle', for the prompt 'picture 3'."]
-    assert [(one.arm, one.prompt, one.what) for one in comparison.faults] == [
+    assert [(one.arm, one.prompt, one.error) for one in comparison.failures] == [
         (arm, "picture 3", "OSError: no memory card") for arm in ("base", "round 1", "round 2")
     ]
     assert comparison.row("Light", "round 1").delta == whole.row("Light", "round 1").delta
@@ -429,14 +429,14 @@ def test_a_scorer_that_raises_on_one_picture_loses_nothing_and_is_not_passed_ove
     )
     read = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
     assert read["scores"]["base"]["Brittle"][3] is None
-    assert len(read["faults"]) == 3
+    assert len(read["failures"]) == 3
 
 
 def test_a_picture_that_only_one_arm_cannot_be_scored_on_leaves_its_prompt_out_of_that_arms_rows():
     lights = np.array(compared().candidates["round 2"].scores["Light"])
     brightest = PROMPTS[int(lights.argmax())]
     with pytest.raises(aa.ScoringError) as caught:
-        compared(scorers=[Brittle(prompts=(brightest,), above=lights.max())], draws=1)
+        compared(scorers=[Brittle(prompts=(brightest,), above=lights.max())], images_per_prompt=1)
     rows = caught.value.comparison.rows
     assert [(row.candidate, row.n) for row in rows] == [("round 1", 20), ("round 2", 19)]
 

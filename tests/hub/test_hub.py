@@ -59,7 +59,7 @@ def run(*, accepted=True, gain=None):
 
 def compared():
     row = aa.ScoreRow("Chroma|x", "round 1", 0.5, 0.6, 0.1, 0.05, 0.15, 0.8, 64, filtered_by=True, p_value=0.01)
-    arm = aa.Arm(drawn_by="DiffusersSynthesizer()", scores={}, pictures=())
+    arm = aa.Arm(synthesizer="DiffusersSynthesizer()", scores={}, images=())
     return aa.Comparison(
         rows=(row,), prompts=(SECRET,) * 64, seeds=tuple(range(64)), base=arm, candidates={"round 1": arm}
     )

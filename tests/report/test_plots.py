@@ -114,7 +114,7 @@ def test_a_gallery_shows_the_pictures_themselves():
 
     shown = [np.asarray(one.images[0].get_array()) for one in axes]
     arms = (comparison.base, *comparison.candidates.values())
-    for picture, held in zip(shown, [one for arm in arms for one in arm.pictures[:3]], strict=True):
+    for picture, held in zip(shown, [one for arm in arms for one in arm.images[:3]], strict=True):
         np.testing.assert_array_equal(picture, np.asarray(held))
     assert [axes[at].get_ylabel() for at in (0, 3, 6)] == ["base", "dim", "bright"]
 
@@ -150,7 +150,7 @@ def test_a_figure_renders_alike_twice_and_is_not_blank(draw):
 @pytest.mark.parametrize(
     ("draw", "said"),
     [
-        (lambda: plots.gallery(compared(pictures=0)), "holds 0 pictures"),
+        (lambda: plots.gallery(compared(keep_images=0)), "holds 0 pictures"),
         (lambda: plots.gallery(compared(), prompts=0), "prompts=0"),
         (lambda: plots.pairs([]), "received no pair"),
     ],

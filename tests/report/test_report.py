@@ -230,7 +230,7 @@ def test_a_round_that_did_not_help_is_marked(tmp_path):
 def test_a_run_in_which_nothing_helped_has_a_report_too(tmp_path):
     result = make_result(make_round(1, accepted=False), stopped="round 1 did not help")
 
-    page = read(write_report(tmp_path / "report.html", result=result, comparison=make_comparison(pictures=0)))
+    page = read(write_report(tmp_path / "report.html", result=result, comparison=make_comparison(keep_images=0)))
 
     assert "no LoRA: no round was accepted" in page.text
     assert "Side by side" not in page.text

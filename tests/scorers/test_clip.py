@@ -8,7 +8,7 @@ from PIL import Image
 
 import artaug as aa
 from artaug.scorers import ClipScore, DualEncoder, SiglipScore
-from artaug.scoring import scored
+from artaug.scoring import score_images
 from artaug.testing import check_scorer
 from support.tiny_clip import LONGEST
 from support.tiny_scorers import saved, tiny_clip, tiny_dino, tiny_siglip
@@ -147,7 +147,7 @@ def test_a_model_gone_wrong_is_caught_where_scores_are_read(make, kind):
     with torch.no_grad():
         next(one.model.text_model.parameters()).fill_(torch.nan)
     with pytest.raises(aa.NonFiniteError, match=r"scored nan for 'a red ball'"):
-        scored(kind(encoder=one), pictures(), PROMPTS)
+        score_images(kind(encoder=one), pictures(), PROMPTS)
 
 
 def test_siglip_scores_need_a_siglip():

@@ -4,7 +4,7 @@ from PIL import Image
 
 import artaug as aa
 from artaug.scorers import ClipIQA, DualEncoder
-from artaug.scoring import scored
+from artaug.scoring import score_images
 from artaug.testing import check_scorer
 from support.tiny_clip import LONGEST
 from support.tiny_scorers import saved, tiny_clip
@@ -59,7 +59,7 @@ def test_a_model_gone_wrong_is_caught():
     with torch.no_grad():
         next(one.encoder.model.vision_model.parameters()).fill_(torch.nan)
     with pytest.raises(aa.NonFiniteError, match="scored nan"):
-        scored(one, PICTURES, ["a"] * 3)
+        score_images(one, PICTURES, ["a"] * 3)
 
 
 @pytest.mark.parametrize("words", [("good", "good"), (" ", "bad"), ("good", "")])

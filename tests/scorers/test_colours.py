@@ -5,7 +5,7 @@ from PIL import Image
 
 import artaug as aa
 from artaug.evaluation.suites import Case, Clause, Detection, Detector, ObjectCheck, ObjectScore, Suite
-from artaug.scorers import ClipColours, DualEncoder
+from artaug.scorers import ClipColors, DualEncoder
 from support.tiny_scorers import tiny_clip
 
 GENERATOR = np.random.default_rng(0)
@@ -14,7 +14,7 @@ PICTURE = Image.fromarray(GENERATOR.integers(0, 256, (60, 80, 3), dtype=np.uint8
 
 def colours(seed=0, **options):
     model, images, words = tiny_clip(seed=seed)
-    return ClipColours(encoder=DualEncoder(model=model, image_processor=images, tokenizer=words), **options)
+    return ClipColors(encoder=DualEncoder(model=model, image_processor=images, tokenizer=words), **options)
 
 
 def mask():
@@ -66,7 +66,7 @@ def test_what_the_mask_leaves_out_is_grey():
             return torch.ones(len(texts), 1)
 
     noting = Noting()
-    ClipColours(encoder=noting)(PICTURE, FOUND[:2])
+    ClipColors(encoder=noting)(PICTURE, FOUND[:2])
     whole, cut = noting.shown
     assert whole.tobytes() == PICTURE.crop((0, 0, 40, 30)).tobytes()
     assert cut.size == (60, 45)

@@ -5,7 +5,7 @@ from PIL import Image
 
 import artaug as aa
 from artaug.scorers import Chroma, Exposure, FunctionScorer, MeanOf
-from artaug.scoring import scored
+from artaug.scoring import score_images
 from artaug.testing import check_scorer
 
 WIDE = FunctionScorer(function=lambda image, _: image.width / image.height, name="width")
@@ -40,12 +40,12 @@ def test_a_function_that_raises_on_one_picture_of_a_batch_says_on_which_and_keep
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_a_number_that_is_none_is_caught_where_scores_are_read(number):
     with pytest.raises(aa.NonFiniteError, match=r"odd scored"):
-        scored(FunctionScorer(function=lambda *_: number, name="odd"), [Image.new("L", (1, 1))], ["a"])
+        score_images(FunctionScorer(function=lambda *_: number, name="odd"), [Image.new("L", (1, 1))], ["a"])
 
 
 def test_a_function_that_returns_no_number_is_caught_where_scores_are_read():
     with pytest.raises(aa.ContractError, match=r"words returned 'good'"):
-        scored(FunctionScorer(function=lambda *_: "good", name="words"), [Image.new("L", (1, 1))], ["a"])
+        score_images(FunctionScorer(function=lambda *_: "good", name="words"), [Image.new("L", (1, 1))], ["a"])
 
 
 def test_it_is_called_after_its_function():

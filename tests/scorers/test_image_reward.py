@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 import artaug as aa
 from artaug.scorers import ImageReward
-from artaug.scoring import scored
+from artaug.scoring import score_images
 from artaug.testing import check_scorer
 from support.image_reward_reference import image_reward, image_reward_weights
 from support.tiny_scorers import clip_pictures, letters, saved
@@ -73,7 +73,7 @@ def test_a_model_gone_wrong_is_caught_where_scores_are_read(tmp_path):
     weights = image_reward_weights()
     weights["blip.visual_encoder.norm.bias"][:] = torch.nan
     with pytest.raises(aa.NonFiniteError, match=r"ImageReward scored nan"):
-        scored(scorer(tmp_path, weights), pictures(), PROMPTS)
+        score_images(scorer(tmp_path, weights), pictures(), PROMPTS)
 
 
 def test_a_pickled_file_is_refused(tmp_path):

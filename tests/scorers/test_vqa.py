@@ -6,7 +6,7 @@ from PIL import Image
 import artaug as aa
 from artaug.scorers import VQAScore
 from artaug.scorers.vqa import QUESTION
-from artaug.scoring import scored
+from artaug.scoring import score_images
 from artaug.testing import check_scorer
 from support.tiny_llava import tiny_idefics3, tiny_llava
 
@@ -109,7 +109,7 @@ def test_a_model_gone_wrong_is_caught_where_scores_are_read():
     with torch.no_grad():
         one.model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(aa.NonFiniteError, match=r"scored nan"):
-        scored(one, PICTURES, PROMPTS)
+        score_images(one, PICTURES, PROMPTS)
 
 
 def test_a_folder_without_a_processor_is_named(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from artaug.errors import InvalidValueError
 from artaug.filtering.algebra import PairFilter
 from artaug.pairs import ImagePair
-from artaug.scoring import Scorer, scored
+from artaug.scoring import Scorer, score_images
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Change:
 def changes(scorer: Scorer, pairs: Sequence[ImagePair]) -> list[Change]:
     """Score both pictures of every pair in one call, so that a model is loaded and batched once."""
     images = [pair.before for pair in pairs] + [pair.after for pair in pairs]
-    numbers = scored(scorer, images, [pair.prompt for pair in pairs] * 2)
+    numbers = score_images(scorer, images, [pair.prompt for pair in pairs] * 2)
     before, after = numbers[: len(pairs)], numbers[len(pairs) :]
     return [Change(scorer.name, one, other) for one, other in zip(before, after, strict=True)]
 

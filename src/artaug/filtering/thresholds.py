@@ -10,7 +10,7 @@ from artaug.errors import InvalidValueError
 from artaug.filtering.algebra import PairFilter
 from artaug.filtering.deltas import changes, check_finite
 from artaug.pairs import ImagePair, Verdict
-from artaug.scoring import Scorer, scored
+from artaug.scoring import Scorer, score_images
 
 
 @final
@@ -76,7 +76,7 @@ class Floor(PairFilter):
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
         name = self.scorer.name
-        after = scored(self.scorer, [pair.after for pair in pairs], [pair.prompt for pair in pairs])
+        after = score_images(self.scorer, [pair.after for pair in pairs], [pair.prompt for pair in pairs])
         return [
             Verdict(
                 score >= self.at_least, f"{name} is {score:.3g}, asked {self.at_least:.3g}", {f"{name} after": score}

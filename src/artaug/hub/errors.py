@@ -15,7 +15,7 @@ _ADVICE = {
     403: "This token may not do that: use one with write access to this account, or another account.",
     404: "Check the name and the revision; a private repository needs a token that may read it.",
     409: "Someone else is changing this repository. Wait a moment, and try again.",
-    412: "Someone else has committed meanwhile. ValidationResult at what is there now, and try again.",
+    412: "Someone else has committed meanwhile. Look at what is there now, and try again.",
     429: "The Hub asks for patience. Try again later.",
 }
 

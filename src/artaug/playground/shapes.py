@@ -32,7 +32,7 @@ class Surface:
 
 
 def surface(shape: Shape, x: Tensor, y: Tensor, light: Tensor) -> Surface:
-    """ValidationResult at a solid at the points (x, y); `light` broadcasts against them in its last dimension."""
+    """Look at a solid at the points (x, y); `light` broadcasts against them in its last dimension."""
     return {"ball": _ball, "cube": _cube, "cone": _cone, "ring": _ring}[shape](x, y, light)
 
 

@@ -103,7 +103,7 @@ def _shown(result: Enhancement | None, comparison: Comparison | None, pairs: int
     """Every picture that the page will show."""
     if comparison is not None:
         for arm in (comparison.base, *comparison.candidates.values()):
-            yield from arm.pictures
+            yield from arm.images
     for one in result.rounds if result else ():
         for kind in (Kept, Dropped):
             of_kind = [attempt.pair for attempt in one.attempts if isinstance(attempt, kind)]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from artaug.evaluation.comparison import Comparison, Guardrail, ScoreRow
-from artaug.evaluation.comparison.rows import in_words
+from artaug.evaluation.comparison.rows import describe_row
 from artaug.report.image_store import Album
 from artaug.report.text import View, number, numbers, tone
 
@@ -20,7 +20,9 @@ def headline_of(comparison: Comparison) -> View:
     row = told_by(comparison)
     verb = {"better": "rises from", "open": "does not clearly change, from", "worse": "falls from"}[tone(row)]
     outside = [
-        one.scorer for one in comparison.guardrails if one.judge(comparison.row(one.scorer, row.candidate)) == "outside"
+        one.scorer
+        for one in comparison.guardrails
+        if one.status(comparison.row(one.scorer, row.candidate)) == "outside"
     ]
     return {
         "row": row,
@@ -50,7 +52,9 @@ def verdicts_of(comparison: Comparison) -> list[View]:
         {
             "name": name,
             "parts": [
-                (tone(row), in_words(row, guards.get(row.scorer))) for row in comparison.rows if row.candidate == name
+                (tone(row), describe_row(row, guards.get(row.scorer)))
+                for row in comparison.rows
+                if row.candidate == name
             ],
         }
         for name in reversed(list(comparison.candidates))
@@ -72,14 +76,14 @@ def _lines(rows: Sequence[ScoreRow], guardrail: Guardrail | None) -> list[View]:
             "tone": tone(row),
             "numbers": numbers(row, decimals),
             "whisker": {"zero": at(0), "low": at(row.ci_low), "high": at(row.ci_high), "mean": at(row.delta)},
-            "guard": guardrail and {"place": guardrail.judge(row), "limit": _limit(guardrail)},
+            "guard": guardrail and {"place": guardrail.status(row), "limit": _limit(guardrail)},
         }
         for row in rows
     ]
 
 
 def _limit(guardrail: Guardrail) -> str:
-    limit = f"{100 * guardrail.falls_at_most:.3g}%" if guardrail.relative else f"{guardrail.falls_at_most:.3g}"
+    limit = f"{100 * guardrail.max_drop:.3g}%" if guardrail.relative else f"{guardrail.max_drop:.3g}"
     return f"\N{MINUS SIGN}{limit}"
 
 
@@ -88,15 +92,15 @@ def gallery_of(comparison: Comparison, album: Album) -> View:
     told = told_by(comparison)
     arms = {"base": comparison.base, **comparison.candidates}
     cards = []
-    for at, prompt in enumerate(comparison.prompts[: len(comparison.base.pictures)]):
+    for at, prompt in enumerate(comparison.prompts[: len(comparison.base.images)]):
         shots = [
             {
                 "name": name,
-                "src": album.address(arm.pictures[at]),
+                "src": album.address(arm.images[at]),
                 "score": number(arm.scores[told.scorer][at], min(told.decimals, 3)),
             }
             for name, arm in arms.items()
         ]
-        width, height = comparison.base.pictures[at].size
+        width, height = comparison.base.images[at].size
         cards.append({"prompt": prompt, "ratio": f"{width} / {height}", "before": shots[0], "afters": shots[1:]})
     return {"cards": cards, "arms": list(arms)[1:], "scorer": told.scorer, "of": len(comparison.prompts)}

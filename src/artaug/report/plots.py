@@ -126,13 +126,13 @@ def gallery(comparison: Comparison, *, prompts: int = 6) -> "Figure":
         MissingExtraError: if matplotlib is not installed.
     """
     arms = {"base": comparison.base, **comparison.candidates}
-    shown = min(prompts, len(comparison.base.pictures))
+    shown = min(prompts, len(comparison.base.images))
     if shown < 1:
         raise InvalidValueError(
-            f"gallery(prompts={prompts}) of a comparison that holds {len(comparison.base.pictures)} pictures an arm: "
-            "need at least one of both. compare(pictures=...) says how many are held."
+            f"gallery(prompts={prompts}) of a comparison that holds {len(comparison.base.images)} pictures an arm: "
+            "need at least one of both. compare(keep_images=...) says how many are held."
         )
-    return _contact_sheet([arm.pictures[:shown] for arm in arms.values()], list(arms), comparison.prompts[:shown])
+    return _contact_sheet([arm.images[:shown] for arm in arms.values()], list(arms), comparison.prompts[:shown])
 
 
 def pairs(of: Sequence[ImagePair]) -> "Figure":

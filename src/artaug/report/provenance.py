@@ -44,7 +44,7 @@ def origins(
     if comparison is not None:
         arms = {"base": comparison.base, **comparison.candidates}
         seeds = ", ".join(map(str, comparison.seeds[:4])) + ", …" * (len(comparison.seeds) > 4)
-        told += [(f"{name} drawn by", arm.drawn_by) for name, arm in arms.items()]
+        told += [(f"{name} drawn by", arm.synthesizer) for name, arm in arms.items()]
         told.append(("picture seeds", f"{seeds} ({len(comparison.seeds)} in all, the same for every arm)"))
     return [
         *told,

@@ -204,7 +204,7 @@ class _RoundCrew:
             filtered_by=[self.keep] if self.candidates is None else [self.keep, self.candidates],
             seed=seed,
             batch_size=self.batch_size,
-            pictures=0,
+            keep_images=0,
             progress=self.progress,
         )
         return comparison.rows[0]
@@ -229,5 +229,5 @@ def _nothing_kept(number: int, attempts: Sequence[Attempt]) -> str:
         f"most often because {reasons.most_common(1)[0][0]!r}"
     )
     if number == 1:
-        raise NothingToLearnError(f"{story}. ValidationResult at what the critic answers, or loosen the filter.")
+        raise NothingToLearnError(f"{story}. Look at what the critic answers, or loosen the filter.")
     return story

@@ -12,14 +12,14 @@ from artaug.errors import InvalidValueError
 from artaug.evaluation.suites import Detection
 from artaug.scorers.encoders import DualEncoder
 
-GENEVAL_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 _TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {label}", "a photo of a {colour} object")
 _BEHIND = "#999"
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ClipColours:
+class ClipColors:
     """Names colours for `artaug.evaluation.suites.ObjectScore`, by the rule of GenEval (Ghosh et al. 2023), which takes ViT-L/14.
 
     What a detection's mask leaves out is made grey, its box is cut out, and the colour is the one whose three sentences,
@@ -31,12 +31,12 @@ class ClipColours:
 
     encoder: DualEncoder
     """The CLIP, which scorers can share."""
-    colours: tuple[str, ...] = GENEVAL_COLOURS
+    colours: tuple[str, ...] = GENEVAL_COLORS
     """Those to choose from."""
 
     def __post_init__(self) -> None:
         if len(set(self.colours)) < max(len(self.colours), 2):
-            raise InvalidValueError(f"ClipColours(colours={self.colours!r}): need two or more, all different.")
+            raise InvalidValueError(f"ClipColors(colours={self.colours!r}): need two or more, all different.")
 
     def __call__(self, image: Image.Image, detections: Sequence[Detection]) -> list[str]:
         """One colour a detection."""

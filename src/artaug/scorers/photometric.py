@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from artaug.errors import InvalidValueError
 from artaug.images.photometry import MEASURES, chroma, contrast, exposure, sharpness, srgb
-from artaug.scoring import Scorer, scored
+from artaug.scoring import Scorer, score_images
 
 
 @final
@@ -135,5 +135,5 @@ class MeanOf(Scorer):
         return self.score_batch([image], [prompt])[0]
 
     def score_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        each = [scored(scorer, images, prompts) for scorer in self.scorers]
+        each = [score_images(scorer, images, prompts) for scorer in self.scorers]
         return [float(number) for number in np.mean(each, axis=0)]

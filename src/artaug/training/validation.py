@@ -11,7 +11,7 @@ from PIL.Image import Image
 from artaug.errors import InvalidValueError
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
-from artaug.scoring import Scorer, scored
+from artaug.scoring import Scorer, score_images
 from artaug.synthesis import Synthesizer, picture_seeds
 
 
@@ -95,7 +95,7 @@ class Validation:
             some = slice(start, start + self.batch_size)
             plans = [Plan(prompt) for prompt in self.prompts[some]]
             pictures += synthesizer.synthesize_batch(plans, seeds=seeds[some])
-        return tuple(scored(self.scorer, pictures, self.prompts)), tuple(pictures)
+        return tuple(score_images(self.scorer, pictures, self.prompts)), tuple(pictures)
 
     def looks(
         self, lora: LoRA, synthesizer: Synthesizer, base: Sequence[float], *, step: int, seed: int

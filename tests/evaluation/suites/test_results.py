@@ -68,7 +68,7 @@ def outcome(score, *parts):
 
 def test_the_playground_is_judged_from_drawing_to_table():
     judge = sharing(shapes())
-    good, poor = (evaluate(judge, Painter(fails), draws=2, seed=3, progress=False) for fails in (10, 6))
+    good, poor = (evaluate(judge, Painter(fails), images_per_prompt=2, seed=3, progress=False) for fails in (10, 6))
 
     assert good.overall.score > 0.9
     assert poor.overall.score < 0.7
@@ -89,9 +89,15 @@ def test_the_pictures_are_those_of_a_comparison():
             drawn.append((plan.prompt, seed))
             return super().synthesize(plan, seed=seed)
 
-    result = evaluate(sharing(suite), Noting(7), seed=5, draws=2, batch_size=3, progress=False)
+    result = evaluate(sharing(suite), Noting(7), seed=5, images_per_prompt=2, batch_size=3, progress=False)
     comparison = aa.compare(
-        Painter(7), {"x": Painter()}, suite.prompts, scorers=[sharing(suite)], seed=5, draws=2, progress=False
+        Painter(7),
+        {"x": Painter()},
+        suite.prompts,
+        scorers=[sharing(suite)],
+        seed=5,
+        images_per_prompt=2,
+        progress=False,
     )
 
     assert sorted(drawn) == sorted(zip([*suite.prompts] * 2, picture_seeds(5, 8), strict=True))
@@ -154,7 +160,7 @@ def test_every_case_needs_an_outcome():
         SuiteResult.of(questions(), [[outcome(1.0)], []])
 
 
-@pytest.mark.parametrize("wrong", [{"draws": 0}, {"batch_size": 0}], ids=str)
+@pytest.mark.parametrize("wrong", [{"images_per_prompt": 0}, {"batch_size": 0}], ids=str)
 def test_nothing_to_draw_is_refused(wrong):
     with pytest.raises(aa.InvalidValueError, match="need at least 1 of each"):
         evaluate(questions(), Painter(), progress=False, **wrong)

@@ -4,14 +4,14 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from artaug.evaluation.comparison.comparison import Arm, Comparison
-from artaug.evaluation.comparison.evaluator import HasScorers, Studio, check, names_of, rows_of
-from artaug.evaluation.comparison.rows import Fault, Guardrail, ScoreRow
-from artaug.evaluation.comparison.scoring_log import Ledger
+from artaug.evaluation.comparison.evaluator import Evaluator, HasScorers, check, names_of, rows_of
+from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailure
+from artaug.evaluation.comparison.scoring_log import ScoringLog
 from artaug.images.similarity import SimilarityMetric
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer, picture_seeds
 
-__all__ = ["Arm", "Comparison", "Fault", "Guardrail", "HasScorers", "ScoreRow", "compare"]
+__all__ = ["Arm", "Comparison", "Guardrail", "HasScorers", "ScoreRow", "ScoringFailure", "compare"]
 
 
 def compare(  # noqa: PLR0913 - one verb, and all of these have a default
@@ -21,12 +21,12 @@ def compare(  # noqa: PLR0913 - one verb, and all of these have a default
     *,
     scorers: Sequence[Scorer],
     seed: int = 0,
-    draws: int = 1,
+    images_per_prompt: int = 1,
     diversity: SimilarityMetric | None = None,
     guardrails: Sequence[Guardrail] = (),
     batch_size: int = 8,
     filtered_by: Collection[str | HasScorers] = (),
-    pictures: int = 12,
+    keep_images: int = 12,
     progress: bool = True,
 ) -> Comparison:
     """Draw the same prompts with the same seeds by a base and by candidates, and compare their scores in pairs.
@@ -40,13 +40,13 @@ def compare(  # noqa: PLR0913 - one verb, and all of these have a default
         scorers: judge the pictures; their names must differ.
         seed: of the seeds and of the bootstrap; the same arguments give the same comparison.
         batch_size: pictures drawn and scored at a time.
-        draws: pictures a prompt, each with a seed of its own; a prompt still counts once, by the mean of its pictures.
+        images_per_prompt: pictures a prompt, each with a seed of its own; a prompt still counts once, by the mean of its pictures.
         diversity: how alike two pictures are (`ImageSimilarity`, or a function of two pictures); adds a row ``diversity``, 1
             less the mean likeness of the pictures of a prompt, which needs two draws.
         guardrails: how far which rows may fall, for `Comparison.verdict`.
         filtered_by: what chose the training pairs, ``[keep, candidates]``: filters, a `BestOf`, which chooses by its scorer
             too, or names of scorers. Rows of scorers that rest on one of theirs are marked.
-        pictures: how many pictures of each arm to keep for looking at.
+        keep_images: how many pictures of each arm to keep for looking at.
         progress: show a progress bar an arm.
 
     Raises:
@@ -75,13 +75,13 @@ def compare(  # noqa: PLR0913 - one verb, and all of these have a default
     (0.2, 1.0, 2)
     """
     check(candidates, prompts, scorers)
-    chosen_by, ledger = names_of(filtered_by), Ledger()
-    seeds = tuple(picture_seeds(seed, len(prompts) * max(draws, 0)))
-    studio = Studio(tuple(prompts), seeds, tuple(scorers), diversity, batch_size, pictures)
+    chosen_by, ledger = names_of(filtered_by), ScoringLog()
+    seeds = tuple(picture_seeds(seed, len(prompts) * max(images_per_prompt, 0)))
+    studio = Evaluator(tuple(prompts), seeds, tuple(scorers), diversity, batch_size, keep_images)
     studio.check_guardrails(guardrails)
     before = studio.draw(base, "base", ledger=ledger, progress=progress)
     after = {name: studio.draw(each, name, ledger=ledger, progress=progress) for name, each in candidates.items()}
-    if ledger.faults and not studio.enough(before, after):
+    if ledger.failures and not studio.enough(before, after):
         raise ledger.error(None) from ledger.raised[0]
     comparison = Comparison(
         rows=rows_of(studio, before, after, seed=seed, filtered_by=chosen_by),
@@ -90,8 +90,8 @@ def compare(  # noqa: PLR0913 - one verb, and all of these have a default
         base=before,
         candidates=MappingProxyType(after),
         guardrails=tuple(guardrails),
-        faults=tuple(ledger.faults),
+        failures=tuple(ledger.failures),
     )
-    if ledger.faults:
+    if ledger.failures:
         raise ledger.error(comparison) from ledger.raised[0]
     return comparison

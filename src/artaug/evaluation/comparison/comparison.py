@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from artaug._internal.text import table_html
 from artaug.errors import InvalidValueError
-from artaug.evaluation.comparison.rows import Fault, Guardrail, ScoreRow, in_words
+from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailure, describe_row
 
 _HEADINGS = ("scorer", "candidate", "base", "enhanced", "difference", "95% interval", "wins")
 _LEFT = (0, 1)
@@ -21,14 +21,14 @@ _LEFT = (0, 1)
 class Arm:
     """What one synthesizer drew in a comparison."""
 
-    drawn_by: str
+    synthesizer: str
     """The synthesizer, as its ``repr``."""
     scores: Mapping[str, tuple[float, ...]]
     """By scorer, one number a picture: those of the first seed in the order of the prompts, then those of the second.
 
     Diversity has one number a prompt, whatever the seeds. NaN stands where the scorer raised.
     """
-    pictures: tuple[Image, ...]
+    images: tuple[Image, ...]
     """The pictures of the first prompts, drawn with their first seeds."""
 
     def by_prompt(self, scorer: str, prompts: int) -> np.ndarray:
@@ -51,11 +51,11 @@ class Comparison:
     """By name."""
     guardrails: tuple[Guardrail, ...] = ()
     """How far scorers may fall."""
-    faults: tuple[Fault, ...] = ()
+    failures: tuple[ScoringFailure, ...] = ()
     """Pictures that a scorer raised on; `compare` returns none, but raises a `ScoringError` that holds the comparison."""
 
     @property
-    def draws(self) -> int:
+    def images_per_prompt(self) -> int:
         """Pictures a prompt."""
         return len(self.seeds) // len(self.prompts)
 
@@ -73,7 +73,7 @@ class Comparison:
             raise InvalidValueError(f"this comparison has no candidate {candidate!r}. There are: {[*self.candidates]}.")
         guards = {guardrail.scorer: guardrail for guardrail in self.guardrails}
         rows = [row for row in self.rows if row.candidate == candidate]
-        return "; ".join(in_words(row, guards.get(row.scorer)) for row in rows)
+        return "; ".join(describe_row(row, guards.get(row.scorer)) for row in rows)
 
     def row(self, scorer: str, candidate: str) -> ScoreRow:
         """The row of one scorer and candidate.
@@ -101,15 +101,15 @@ class Comparison:
 
     def notes(self) -> list[str]:
         """What a reader of the rows has to know, one sentence an item."""
-        seeds = "seed" if self.draws == 1 else f"{self.draws} seeds"
+        seeds = "seed" if self.images_per_prompt == 1 else f"{self.images_per_prompt} seeds"
         drawn = f"{len(self.prompts)} prompts, each drawn with the same {seeds} by every candidate"
         notes = [f"{drawn}; interval: bootstrap over prompts; wins: ties count half."]
         if any(row.filtered_by for row in self.rows):
             notes.append("† The training pairs were filtered by this scorer, so it says less than the others.")
-        for scorer in dict.fromkeys(fault.scorer for fault in self.faults):
-            faults = [fault for fault in self.faults if fault.scorer == scorer]
-            first = f"first on {faults[0].arm}'s of {faults[0].prompt!r} ({faults[0].what:.120})"
-            notes.append(f"{scorer} raised on {len(faults)} pictures, {first}: its rows leave their prompts out.")
+        for scorer in dict.fromkeys(fault.scorer for fault in self.failures):
+            failures = [fault for fault in self.failures if fault.scorer == scorer]
+            first = f"first on {failures[0].arm}'s of {failures[0].prompt!r} ({failures[0].error:.120})"
+            notes.append(f"{scorer} raised on {len(failures)} pictures, {first}: its rows leave their prompts out.")
         return notes
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,9 +124,9 @@ class Comparison:
                 for name, arm in arms.items()
             },
             "guardrails": [asdict(guardrail) for guardrail in self.guardrails],
-            "faults": [asdict(fault) for fault in self.faults],
+            "failures": [asdict(fault) for fault in self.failures],
             "verdicts": {name: self.verdict(name) for name in self.candidates},
-            "drawn_by": {name: arm.drawn_by for name, arm in arms.items()},
+            "synthesizer": {name: arm.synthesizer for name, arm in arms.items()},
         }
 
     def _cells(self) -> Iterator[tuple[str, ...]]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from artaug.errors import ContractError, InvalidValueError, PromptError
 from artaug.evaluation.comparison.comparison import Arm
 from artaug.evaluation.comparison.rows import Guardrail, ScoreRow
-from artaug.evaluation.comparison.scoring_log import Ledger
+from artaug.evaluation.comparison.scoring_log import ScoringLog
 from artaug.evaluation.statistics import holm, sign_flip
 from artaug.images.similarity import SimilarityMetric
 from artaug.images.similarity import diversity as diversity_of
@@ -26,7 +26,7 @@ _DIVERSITY = "diversity"
 
 
 @dataclass(frozen=True)
-class Studio:
+class Evaluator:
     """What every arm is drawn and judged by."""
 
     prompts: tuple[str, ...]
@@ -34,22 +34,24 @@ class Studio:
     scorers: tuple[Scorer, ...]
     diversity: SimilarityMetric | None
     batch_size: int
-    pictures: int
+    keep_images: int
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.pictures < 0 or self.draws < 1:
+        if self.batch_size < 1 or self.keep_images < 0 or self.images_per_prompt < 1:
             raise InvalidValueError(
-                f"compare(batch_size={self.batch_size}, pictures={self.pictures}, draws={self.draws}): need "
-                "batch_size >= 1, pictures >= 0 and draws >= 1."
+                f"compare(batch_size={self.batch_size}, keep_images={self.keep_images}, images_per_prompt={self.images_per_prompt}): need "
+                "batch_size >= 1, keep_images >= 0 and images_per_prompt >= 1."
             )
-        if self.diversity is not None and (self.draws < 2 or _DIVERSITY in {scorer.name for scorer in self.scorers}):
+        if self.diversity is not None and (
+            self.images_per_prompt < 2 or _DIVERSITY in {scorer.name for scorer in self.scorers}
+        ):
             raise InvalidValueError(
-                f"compare(diversity=..., draws={self.draws}): need at least 2 pictures a prompt to tell how unlike they "
+                f"compare(diversity=..., images_per_prompt={self.images_per_prompt}): need at least 2 pictures a prompt to tell how unlike they "
                 f"are, and no scorer called {_DIVERSITY!r}."
             )
 
     @property
-    def draws(self) -> int:
+    def images_per_prompt(self) -> int:
         """Pictures a prompt."""
         return len(self.seeds) // len(self.prompts)
 
@@ -77,7 +79,7 @@ class Studio:
         )
         return all(len(base) >= 2 for base, _ in both)
 
-    def draw(self, synthesizer: Synthesizer, name: str, *, ledger: Ledger, progress: bool) -> Arm:
+    def draw(self, synthesizer: Synthesizer, name: str, *, ledger: ScoringLog, progress: bool) -> Arm:
         """Draw all prompts with all seeds and score them; only the first pictures are kept."""
         count, scores = len(self.prompts), {judge: [nan] * len(self.seeds) for judge in self.judges}
         ledger.scores[name] = scores
@@ -92,23 +94,23 @@ class Studio:
                     part = slice(first, first + len(prompts))
                     drawn.append(_drawn(synthesizer, prompts, self.seeds[part]))
                     for scorer in self.scorers:
-                        scores[scorer.name][part] = ledger.scored(
+                        scores[scorer.name][part] = ledger.score_images(
                             scorer, drawn[-1], prompts, seeds=self.seeds[part], arm=name
                         )
                     bar.update(len(prompts))
                 if self.diversity is not None:
                     unlike = [diversity_of(self.diversity, images) for images in zip(*drawn, strict=True)]
                     scores[_DIVERSITY][start : start + len(prompts)] = unlike
-                kept += drawn[0][: self.pictures - len(kept)]
+                kept += drawn[0][: self.keep_images - len(kept)]
         return Arm(
-            drawn_by=repr(synthesizer),
+            synthesizer=repr(synthesizer),
             scores=MappingProxyType({scorer: tuple(numbers) for scorer, numbers in scores.items()}),
-            pictures=tuple(kept),
+            images=tuple(kept),
         )
 
 
 def rows_of(
-    studio: Studio, before: Arm, after: Mapping[str, Arm], *, seed: int, filtered_by: Collection[str]
+    studio: Evaluator, before: Arm, after: Mapping[str, Arm], *, seed: int, filtered_by: Collection[str]
 ) -> tuple[ScoreRow, ...]:
     """One row a scorer and candidate, scorers first; p-values corrected over the scorers of each candidate."""
     count = len(studio.prompts)

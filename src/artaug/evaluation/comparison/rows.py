@@ -88,7 +88,7 @@ class ScoreRow:
 
 
 @value
-class Fault:
+class ScoringFailure:
     """A picture that a scorer raised on. The rows of that scorer rest on the other prompts."""
 
     scorer: str
@@ -96,32 +96,32 @@ class Fault:
     """Whose picture it is: ``base``, or the name of a candidate."""
     prompt: str
     seed: int
-    what: str
+    error: str
     """The exception, in words."""
 
 
 @value
 class Guardrail:
-    """How far one scorer may fall while others rise. It is a limit on the fall, not on chance: see `judge`.
+    """How far one scorer may fall while others rise. It is a limit on the fall, not on chance: see `status`.
 
     Raises:
         InvalidValueError: if the limit is negative or not finite.
 
     >>> import artaug as aa
     >>> row = aa.ScoreRow("diversity", "round 1", 0.50, 0.48, -0.02, -0.03, -0.015, 0.4, 64, p_value=0.01)
-    >>> aa.Guardrail("diversity", 0.02).judge(row)
+    >>> aa.Guardrail("diversity", 0.02).status(row)
     'outside'
     """
 
     scorer: str
     """The name of the row it watches."""
-    falls_at_most: float
+    max_drop: float
     """As a share of the base's mean (0.02 for 2%), or in the scorer's own units if not ``relative``."""
     relative: bool = True
 
     def __post_init__(self) -> None:
-        if not isfinite(self.falls_at_most) or self.falls_at_most < 0:
-            raise InvalidValueError(f"{self!r}: need a finite falls_at_most of at least 0.")
+        if not isfinite(self.max_drop) or self.max_drop < 0:
+            raise InvalidValueError(f"{self!r}: need a finite max_drop of at least 0.")
 
     def margin(self, row: ScoreRow) -> float:
         """The largest fall allowed, in the scorer's own units.
@@ -129,34 +129,34 @@ class Guardrail:
         Raises:
             InvalidValueError: for a share of a base that is not above zero, which means nothing.
         """
-        if not self.means_something(row):
+        if not self.applies_to(row):
             raise InvalidValueError(
                 f"{self!r}: a share of {row.scorer}'s base mean {row.base:.3g} means nothing. Use relative=False."
             )
-        return self.falls_at_most * (row.base if self.relative else 1.0)
+        return self.max_drop * (row.base if self.relative else 1.0)
 
-    def means_something(self, row: ScoreRow) -> bool:
+    def applies_to(self, row: ScoreRow) -> bool:
         """Whether there is a margin: a share of a base that is not above zero is none."""
         return not self.relative or row.base > 0
 
-    def judge(self, row: ScoreRow) -> Literal["inside", "outside", "open", "undefined"]:
-        """``outside`` if the mean fell by more than allowed, ``inside`` if the whole interval did not, else ``open``.
+    def status(self, row: ScoreRow) -> Literal["inside", "outside", "inconclusive", "undefined"]:
+        """``outside`` if the mean fell by more than allowed, ``inside`` if the whole interval did not, else ``inconclusive``.
 
         ``undefined`` if the limit is a share of a base mean that is not above zero.
         """
-        if not self.means_something(row):
+        if not self.applies_to(row):
             return "undefined"
         margin = self.margin(row)
         if row.delta < -margin:
             return "outside"
-        return "inside" if row.ci_low >= -margin else "open"
+        return "inside" if row.ci_low >= -margin else "inconclusive"
 
 
-def in_words(row: ScoreRow, guardrail: Guardrail | None = None) -> str:
+def describe_row(row: ScoreRow, guardrail: Guardrail | None = None) -> str:
     """One row in words: which way, how far, how sure, and all that speaks against calling it a gain."""
     to = max(row.decimals - 1, 2)
     interval = f"[{row.ci_low:.{to}f}, {row.ci_high:.{to}f}]"
-    guarded = guardrail if guardrail is not None and guardrail.means_something(row) else None
+    guarded = guardrail if guardrail is not None and guardrail.applies_to(row) else None
     if row.significant:
         text = f"{row.scorer} {'up' if row.delta > 0 else 'down'} {_amount(row, guarded, to)} {interval}"
     elif guarded is not None and max(-row.ci_low, row.ci_high) <= guarded.margin(row):
@@ -180,13 +180,13 @@ def _amount(row: ScoreRow, guardrail: Guardrail | None, to: int) -> str:
 
 
 def _place(row: ScoreRow, guardrail: Guardrail) -> str:
-    limit = f"{guardrail.falls_at_most:.3g}" if not guardrail.relative else f"{100 * guardrail.falls_at_most:.3g}%"
+    limit = f"{guardrail.max_drop:.3g}" if not guardrail.relative else f"{100 * guardrail.max_drop:.3g}%"
     said = {
         "inside": f"inside the guardrail of -{limit}",
         "outside": f"outside the guardrail of -{limit}",
-        "open": f"perhaps outside the guardrail of -{limit}: more prompts would tell",
+        "inconclusive": f"perhaps outside the guardrail of -{limit}: more prompts would tell",
         "undefined": (
             f"its guardrail of -{limit} means nothing, as the base's mean is {row.base:.3g}: set one with relative=False"
         ),
     }
-    return said[guardrail.judge(row)]
+    return said[guardrail.status(row)]

@@ -87,7 +87,7 @@ class ObjectScore(SuiteScorer):
     """Its cases have an `ObjectCheck`."""
     detector: Detector
     colours: Colours | None = None
-    """Names colours, such as ``artaug.scorers.ClipColours``; if None, the detector does."""
+    """Names colours, such as ``artaug.scorers.ClipColors``; if None, the detector does."""
 
     def __post_init__(self) -> None:
         if not all(isinstance(case.check, ObjectCheck) for case in self.suite.cases):
@@ -161,7 +161,7 @@ class ObjectScore(SuiteScorer):
         if len(colours) != len(group):
             raise ContractError(
                 f"{named!r} are the colours of {len(group)} {group[0].label}: need one each. Give ObjectScore(colours=...), "
-                "such as artaug.scorers.ClipColours, or a detector that tells colours."
+                "such as artaug.scorers.ClipColors, or a detector that tells colours."
             )
         return colours
 

@@ -8,7 +8,7 @@ from PIL.Image import Image
 
 from artaug.errors import InvalidValueError
 from artaug.evaluation.suites.checks import Case, Outcome, QuestionCheck, Suite, SuiteScorer
-from artaug.scoring import Scorer, scored
+from artaug.scoring import Scorer, score_images
 
 
 @final
@@ -46,7 +46,7 @@ class QuestionScore(SuiteScorer):
         checks = [_questions(case) for case in cases]
         pictures = [image for image, check in zip(images, checks, strict=True) for _ in check.questions]
         asked = [question.text for check in checks for question in check.questions]
-        said = iter(scored(self.answers, pictures, asked) if asked else ())
+        said = iter(score_images(self.answers, pictures, asked) if asked else ())
         return [self._outcome(check, [next(said) >= self.yes_from for _ in check.questions]) for check in checks]
 
     def _outcome(self, check: QuestionCheck, answers: Sequence[bool]) -> Outcome:

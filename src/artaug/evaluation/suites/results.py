@@ -112,30 +112,32 @@ def evaluate(
     synthesizer: Synthesizer,
     *,
     seed: int = 0,
-    draws: int = 1,
+    images_per_prompt: int = 1,
     batch_size: int = 8,
     progress: bool = True,
 ) -> SuiteResult:
     """Draw a suite's prompts and judge the pictures, which are let go as soon as they are judged.
 
-    The pictures are those that `artaug.evaluation.comparison` draws of ``suite.prompts`` with the same ``seed`` and ``draws``.
+    The pictures are those that `artaug.evaluation.comparison` draws of ``suite.prompts`` with the same ``seed`` and ``images_per_prompt``.
 
     Args:
         judge: an `ObjectScore` or `QuestionScore` of the suite.
         synthesizer: draws the prompts.
         seed: of the pictures and of the intervals.
-        draws: pictures a prompt; GenEval and DPG-Bench publish 4.
+        images_per_prompt: pictures a prompt; GenEval and DPG-Bench publish 4.
         batch_size: pictures drawn and judged at a time.
         progress: show a progress bar.
 
     Raises:
-        InvalidValueError: for ``draws`` or ``batch_size`` below 1.
+        InvalidValueError: for ``images_per_prompt`` or ``batch_size`` below 1.
         ContractError: if the synthesizer draws too few pictures, or the judge's model breaks its promise.
     """
-    if draws < 1 or batch_size < 1:
-        raise InvalidValueError(f"evaluate(draws={draws}, batch_size={batch_size}): need at least 1 of each.")
+    if images_per_prompt < 1 or batch_size < 1:
+        raise InvalidValueError(
+            f"evaluate(images_per_prompt={images_per_prompt}, batch_size={batch_size}): need at least 1 of each."
+        )
     cases = judge.suite.cases
-    seeds = picture_seeds(seed, len(cases) * draws)
+    seeds = picture_seeds(seed, len(cases) * images_per_prompt)
     found: list[list[Outcome]] = [[] for _ in cases]
     with tqdm(total=len(seeds), desc=judge.suite.name, unit="picture", disable=not progress) as bar:
         for first in range(0, len(seeds), len(cases)):
