@@ -11,7 +11,7 @@ import pytest
 
 import artaug
 
-PACKAGES = ["critics", "diffusion", "hub", "playground", "regional", "scorers", "suites", "training"]
+PACKAGES = ["critics", "diffusion", "evaluation.suites", "hub", "playground", "regional", "scorers", "training"]
 HEAVY = {"accelerate", "diffusers", "matplotlib", "openai", "peft", "ray", "transformers"}
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
 
