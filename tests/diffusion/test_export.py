@@ -46,12 +46,12 @@ FAMILIES = {
     "Qwen-Image": (QWEN_IMAGE, tiny_qwen_image),
     "Z-Image": (Z_IMAGE, tiny_z_image),
 }
-EXPORTS = [(family, kind) for family, (naming, _) in FAMILIES.items() for kind in naming.spellings]
+EXPORTS = [(family, kind) for family, (key_map, _) in FAMILIES.items() for kind in key_map.key_formats]
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    naming: KeyMap
+    key_map: KeyMap
     synthesizer: DiffusersSynthesizer
     lora: LoRA
 
@@ -71,8 +71,8 @@ def trained_of():
 
     def trained(family):
         if family not in made:
-            naming, build = FAMILIES[family]
-            length = None if naming in {SDXL, SD15} else LIMIT
+            key_map, build = FAMILIES[family]
+            length = None if key_map in {SDXL, SD15} else LIMIT
             synthesizer = DiffusersSynthesizer(
                 pipeline=build(), width=SIDE, height=SIDE, steps=2, max_sequence_length=length
             )
@@ -81,7 +81,9 @@ def trained_of():
                 prompt=PROMPT, seed=0, before=picture(0, **sides), after=picture(1, **sides), plan=Plan(PROMPT)
             )
             trainer = DifferentialLoRATrainer(rank=2, steps=2, batch_size=1, learning_rate=0.3)
-            made[family] = Trained(naming, synthesizer, trainer.train([pair], synthesizer, seed=0, progress=False).lora)
+            made[family] = Trained(
+                key_map, synthesizer, trainer.train([pair], synthesizer, seed=0, progress=False).lora
+            )
         return made[family]
 
     return trained
@@ -89,14 +91,14 @@ def trained_of():
 
 def carried(trained, kind):
     """What the format can carry of a tiny model: diffusers knows the width of FLUX.1's single blocks by heart."""
-    if trained.naming is not FLUX1 or kind is Format.PEFT:
+    if trained.key_map is not FLUX1 or kind is Format.PEFT:
         return trained.lora
     return LoRA({name: one for name, one in trained.lora.layers.items() if name.startswith("transformer_blocks.")})
 
 
 def assert_drawn_alike_by_diffusers(folder, trained, lora, kind):
-    path = lora.save(folder / "lora.safetensors", format=kind, naming=trained.naming)
-    assert verify_export(path, lora, pipeline=trained.pipeline, naming=trained.naming).worst[1] < 1e-6
+    path = lora.save(folder / "lora.safetensors", format=kind, key_map=trained.key_map)
+    assert verify_export(path, lora, pipeline=trained.pipeline, key_map=trained.key_map).worst[1] < 1e-6
     plain, wanted = trained.drawn(), trained.drawn(lora)
     trained.pipeline.load_lora_weights(path)
     try:
@@ -120,7 +122,7 @@ def test_convolutions_are_exported_proved_and_drawn_alike_by_diffusers(tmp_path,
     generator = torch.Generator().manual_seed(0)
     layers = {}
     for name, one in trained.pipeline.unet.named_modules():
-        if isinstance(one, torch.nn.Conv2d) and trained.naming.place(name):
+        if isinstance(one, torch.nn.Conv2d) and trained.key_map.match(name):
             outputs, *rest = one.weight.shape
             down = 0.2 * torch.randn(2, *rest, generator=generator)
             layers[name] = LowRank(down, 0.2 * torch.randn(outputs, 2, generator=generator))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from artaug.diffusion import verification, verify_export
 from artaug.errors import LoRAError, LoRAMismatchError, ModelError
 from artaug.lora.formats import FLUX1, SD15, SDXL, Format
-from artaug.lora.formats.reading import Reading
+from artaug.lora.formats.reading import ParsedLoRA
 from artaug.lora.lora import LoRA, LowRank
 from support.tiny_flux import tiny_flux
 
@@ -29,7 +29,7 @@ LORA = LoRA({TO_Q: low_rank(2, 32, 32), FF: low_rank(3, 32, 128, seed=1)})
 
 
 def saved(folder, *, lora=LORA, kind=Format.PEFT, dtype=None):
-    return lora.save(folder / "lora.safetensors", format=kind, naming=FLUX1, dtype=dtype)
+    return lora.save(folder / "lora.safetensors", format=kind, key_map=FLUX1, dtype=dtype)
 
 
 def changed(path, change):
@@ -37,10 +37,10 @@ def changed(path, change):
     return path
 
 
-@pytest.mark.parametrize("kind", FLUX1.spellings)
+@pytest.mark.parametrize("kind", FLUX1.key_formats)
 @pytest.mark.parametrize("with_pipeline", [False, True])
 def test_a_file_is_proved_by_three_readers(tmp_path, pipeline, kind, with_pipeline):
-    found = verify_export(saved(tmp_path, kind=kind), LORA, pipeline=pipeline if with_pipeline else None, naming=FLUX1)
+    found = verify_export(saved(tmp_path, kind=kind), LORA, pipeline=pipeline if with_pipeline else None, key_map=FLUX1)
     assert found.readers == ("LoRA.load", "the format's definition", "FluxPipeline")
     assert found.format is kind
     assert found.errors.keys() == LORA.layers.keys()
@@ -58,13 +58,13 @@ def test_proving_leaves_a_pipeline_alone(tmp_path, pipeline):
     assert not hasattr(pipeline.transformer, "peft_config")
 
 
-@pytest.mark.parametrize("kind", FLUX1.spellings)
+@pytest.mark.parametrize("kind", FLUX1.key_formats)
 def test_another_strength_is_found(tmp_path, kind):
     path = changed(
         saved(tmp_path, kind=kind), lambda key, one: one * 2 if ".up" in key or "_up" in key or "_B" in key else one
     )
     with pytest.raises(LoRAError, match="another update"):
-        verify_export(path, LORA, naming=FLUX1)
+        verify_export(path, LORA, key_map=FLUX1)
 
 
 def test_another_lora_is_found(tmp_path):
@@ -85,12 +85,12 @@ def test_rounding_passes_or_not_as_the_tolerance_says(tmp_path, dtype, passes):
     assert verify_export(path, LORA, tolerance=5e-3).worst[1] < 5e-3
 
 
-@pytest.mark.parametrize("naming", [None, FLUX1])
-def test_our_own_reader_is_not_believed(tmp_path, monkeypatch, naming):
-    halved = Reading(Format.PEFT, LORA.scaled(0.5).layers)
+@pytest.mark.parametrize("key_map", [None, FLUX1])
+def test_our_own_reader_is_not_believed(tmp_path, monkeypatch, key_map):
+    halved = ParsedLoRA(Format.PEFT, LORA.scaled(0.5).layers)
     monkeypatch.setattr(verification, "read", lambda *_, **__: halved)
     with pytest.raises(LoRAError, match="the format's definition finds another update"):
-        verify_export(saved(tmp_path), naming=naming)
+        verify_export(saved(tmp_path), key_map=key_map)
 
 
 def test_what_only_diffusers_misses_is_found(tmp_path, pipeline):
@@ -139,9 +139,9 @@ def test_a_unets_strengths_are_told_apart(tmp_path):
             "add_embedding.linear_2": low_rank(2, 8, 8, seed=2),
         }
     )
-    for kind in SDXL.spellings:
-        path = lora.save(tmp_path / "lora.safetensors", format=kind, naming=SDXL)
-        assert verify_export(path, lora, naming=SDXL).readers[2] == "StableDiffusionXLPipeline"
+    for kind in SDXL.key_formats:
+        path = lora.save(tmp_path / "lora.safetensors", format=kind, key_map=SDXL)
+        assert verify_export(path, lora, key_map=SDXL).readers[2] == "StableDiffusionXLPipeline"
 
 
 def test_alphas_that_differ_which_diffusers_loses_in_a_unets_kohya_file_are_found(tmp_path):
@@ -156,4 +156,4 @@ def test_alphas_that_differ_which_diffusers_loses_in_a_unets_kohya_file_are_foun
         wanted[name] = LowRank(pair.down, pair.up * alpha / 4)
     save_file(tensors, tmp_path / "lora.safetensors")
     with pytest.raises(LoRAError, match="StableDiffusionPipeline finds another update"):
-        verify_export(tmp_path / "lora.safetensors", LoRA(wanted), naming=SD15)
+        verify_export(tmp_path / "lora.safetensors", LoRA(wanted), key_map=SD15)

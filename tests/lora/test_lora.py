@@ -15,7 +15,7 @@ from torch import nn
 from artaug._internal import files
 from artaug.errors import LoRAError, LoRAMismatchError
 from artaug.lora.formats import Format
-from artaug.lora.lora import LoRA, LowRank, summed
+from artaug.lora.lora import LoRA, LowRank, sum_loras
 from support.tiny_flux import tiny_flux
 
 TO_Q = "transformer_blocks.0.attn.to_q"
@@ -99,7 +99,7 @@ def test_a_lora_can_be_copied_and_sent_to_another_process(travelled):
 
 def test_a_sum_has_the_summed_update():
     one, other = LoRA({"proj": LowRank(A, B)}), LoRA({"proj": low_rank(3, 4, 3), "out": low_rank(1, 5, 5)})
-    total = summed([one, other])
+    total = sum_loras([one, other])
     torch.testing.assert_close(total.layers["proj"].delta(), B @ A + other.layers["proj"].delta())
     assert torch.equal(total.layers["out"].delta(), other.layers["out"].delta())
 
@@ -320,7 +320,7 @@ def test_loras_worn_together_add_up():
     wanted = with_weights(net, inner, outer)(INPUTS)
     with inner.applied_to(net), outer.applied_to(net):
         torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
-    with summed([inner, outer]).applied_to(net):
+    with sum_loras([inner, outer]).applied_to(net):
         torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
 
 

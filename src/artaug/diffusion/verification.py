@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from artaug.errors import LoRAError, ModelError
 from artaug.lora.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE, KeyMap
-from artaug.lora.formats.checking import DEFINITION, Verification, called, differences, reread
+from artaug.lora.formats.checking import DEFINITION, Verification, key_stems, layer_errors, read_by_definition
 from artaug.lora.formats.low_rank import LowRank
-from artaug.lora.formats.reading import Reading, read
+from artaug.lora.formats.reading import ParsedLoRA, read
 from artaug.lora.layers import weight_shape
 from artaug.lora.lora import LoRA
 
@@ -50,7 +50,7 @@ def verify_export(
     lora: LoRA | None = None,
     *,
     pipeline: DiffusionPipeline | None = None,
-    naming: KeyMap | None = None,
+    key_map: KeyMap | None = None,
     tolerance: float = 1e-3,
 ) -> Verification:
     """Prove that a LoRA file, in any format, holds every layer's update and nothing else.
@@ -64,7 +64,7 @@ def verify_export(
         lora: what it should hold; without it, what ``LoRA.load`` makes of it.
         pipeline: whose loader and whose layers to use. Without it the loader is that of the family whose names the file
             has, and there is none for formats that only artaug reads: ``Verification.readers`` says who read it.
-        naming: the family, where the file's keys do not tell it.
+        key_map: the family, where the file's keys do not tell it.
         tolerance: largest relative error of a layer's update. Files in ``torch.bfloat16`` need 5e-3.
 
     Raises:
@@ -78,20 +78,20 @@ def verify_export(
     >>> lora = aa.LoRA({"transformer_blocks.0.ff.net.2": aa.LowRank(torch.ones(1, 16), torch.ones(4, 1))})
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = lora.save(f"{folder}/lora.safetensors", format=aa.Format.KOHYA, naming=aa.formats.FLUX1)
+    ...     path = lora.save(f"{folder}/lora.safetensors", format=aa.Format.KOHYA, key_map=aa.formats.FLUX1)
     ...     verify_export(path, lora).readers
     ('LoRA.load', "the format's definition", 'FluxPipeline')
     """
     path = Path(path)
-    reading = read(path, naming=naming)
+    reading = read(path, key_map=key_map)
     wanted = reading.layers if lora is None else lora.layers
-    found = {"LoRA.load": reading.layers, DEFINITION: reread(path, wanted)}
-    loader = _loader_of(pipeline) if pipeline is not None else _loader_for(path, reading, naming)
+    found = {"LoRA.load": reading.layers, DEFINITION: read_by_definition(path, wanted)}
+    loader = _loader_of(pipeline) if pipeline is not None else _loader_for(path, reading, key_map)
     if loader is not None:
         shapes = None if pipeline is None else _shapes(getattr(pipeline, _part(loader)), LoRA(wanted))
         config = getattr(getattr(pipeline, "unet", None), "config", _UNET)
         found[loader.__name__] = _loaded(path, loader, shapes, config)
-    errors = [differences(one, wanted, path=path, reader=who, tolerance=tolerance) for who, one in found.items()]
+    errors = [layer_errors(one, wanted, path=path, reader=who, tolerance=tolerance) for who, one in found.items()]
     worst = {name: max(one[name] for one in errors) for name in wanted}
     return Verification(path=path, format=reading.format, readers=tuple(found), errors=worst)
 
@@ -102,15 +102,15 @@ def _loader_of(pipeline: DiffusionPipeline) -> type:
     return type(pipeline)
 
 
-def _loader_for(path: Path, reading: Reading, naming: KeyMap | None) -> type | None:
+def _loader_for(path: Path, reading: ParsedLoRA, key_map: KeyMap | None) -> type | None:
     """The pipeline that reads files like this one: that of the first family whose spelling of the layers it has."""
-    stems = called(path)
-    for one in _PIPELINES if naming is None else (naming,):
-        spelling = one.spellings.get(reading.format)
-        if one in _PIPELINES and spelling is not None:
-            places = {name: one.place(name) for name in reading.layers}
-            names = {place.theirs if spelling.original else name for name, place in places.items() if place}
-            if all(places.values()) and all(spelling.base(name) in stems for name in names):
+    stems = key_stems(path)
+    for one in _PIPELINES if key_map is None else (key_map,):
+        key_format = one.key_formats.get(reading.format)
+        if one in _PIPELINES and key_format is not None:
+            matches = {name: one.match(name) for name in reading.layers}
+            names = {match.original if key_format.original_names else name for name, match in matches.items() if match}
+            if all(matches.values()) and all(key_format.stem(name) in stems for name in names):
                 return _PIPELINES[one]
     return None
 
@@ -193,12 +193,12 @@ def _loaded(
 
 def _shapes_in(tensors: Mapping[str, Tensor], part: str) -> dict[str, tuple[int, ...]]:
     """The shapes of the layers that a state dict of diffusers has updates for."""
-    ours = {key.removeprefix(f"{part}."): one for key, one in tensors.items() if key.startswith(f"{part}.")}
-    if not any("lora_A" in key for key in ours):
-        ours = convert_unet_state_dict_to_peft(ours)
+    layers = {key.removeprefix(f"{part}."): one for key, one in tensors.items() if key.startswith(f"{part}.")}
+    if not any("lora_A" in key for key in layers):
+        layers = convert_unet_state_dict_to_peft(layers)
     return {
-        key.removesuffix(".lora_A.weight"): (ours[key.replace(".lora_A.", ".lora_B.")].shape[0], *one.shape[1:])
-        for key, one in ours.items()
+        key.removesuffix(".lora_A.weight"): (layers[key.replace(".lora_A.", ".lora_B.")].shape[0], *one.shape[1:])
+        for key, one in layers.items()
         if key.endswith(".lora_A.weight")
     }
 

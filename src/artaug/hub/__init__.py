@@ -37,7 +37,7 @@ def push(  # noqa: PLR0913 - a card has many parts, and each may be left out
     comparison: Comparison | None = None,
     about: Mapping[str, object] = MappingProxyType({}),
     samples: Sequence[Sample] = (),
-    naming: KeyMap | None = None,
+    key_map: KeyMap | None = None,
     private: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -63,7 +63,7 @@ def push(  # noqa: PLR0913 - a card has many parts, and each may be left out
         comparison: the table on the card.
         about: objects of the run by name (critic, filter, trainer, ...), printed as their ``repr``; text as it is.
         samples: pictures with their prompts, for the gallery.
-        naming: the model family, where the layers alone do not tell it.
+        key_map: the model family, where the layers alone do not tell it.
         private: make the repository private; one that is public already is then refused.
         overwrite: replace files that artaug did not push.
         dry_run: write the files, describe them, and send nothing. The Hub is not asked for anything.
@@ -90,7 +90,7 @@ def push(  # noqa: PLR0913 - a card has many parts, and each may be left out
         result=result,
         base=base,
         multiplier=multiplier,
-        naming=naming,
+        key_map=key_map,
         comparison=comparison,
         about=about,
         samples=samples,
@@ -113,7 +113,7 @@ def pull(
     *,
     file: str | None = None,
     revision: str | None = None,
-    naming: KeyMap | None = None,
+    key_map: KeyMap | None = None,
     token: str | None = None,
     endpoint: str | None = None,
 ) -> LoRA:
@@ -123,7 +123,7 @@ def pull(
         repo: ``owner/name``.
         file: which file, where there are several; ``pytorch_lora_weights.safetensors`` goes first.
         revision: a branch, tag or commit.
-        naming: the model family, where the keys alone do not tell it.
+        key_map: the model family, where the keys alone do not tell it.
         token: of an account that may read; without it, the one that ``hf auth login`` has stored.
         endpoint: of another Hub than the public one.
 
@@ -147,7 +147,7 @@ def pull(
             raise HubError(
                 f"{chosen!r} of {repo!r} has the digest {found}, and the Hub says {lfs.sha256}. Remove {path} and pull again."
             )
-    return LoRA.load(path, naming=naming)
+    return LoRA.load(path, key_map=key_map)
 
 
 def base_of(repo: str, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Base:

@@ -29,7 +29,7 @@ class Parcel:
     result: Enhancement | LoRA
     base: Base | None
     multiplier: float
-    naming: KeyMap | None
+    key_map: KeyMap | None
     comparison: Comparison | None
     about: Mapping[str, object]
     samples: Sequence[Sample]
@@ -37,7 +37,7 @@ class Parcel:
     def pack(self, folder: Path) -> str:
         """Write every file; give the text of the card."""
         lora = self.result if isinstance(self.result, LoRA) else self.result.lora
-        lora.save(folder / UNIVERSAL, naming=self.naming, metadata=self._header())
+        lora.save(folder / UNIVERSAL, key_map=self.key_map, metadata=self._header())
         twin, written = self._twin(lora, folder), True
         if isinstance(twin, LoRAError):
             twin, written = str(twin), False
@@ -66,7 +66,7 @@ class Parcel:
         """The file for readers of kohya's names, or why this family has none."""
         name = f"{self.repo.partition('/')[2]}_comfyui_kohya.safetensors"
         try:
-            lora.save(folder / name, format=Format.KOHYA, naming=self.naming, metadata=self._header())
+            lora.save(folder / name, format=Format.KOHYA, key_map=self.key_map, metadata=self._header())
         except LoRAError as fault:
             return fault
         return name

@@ -14,7 +14,7 @@ from torch import Tensor
 from artaug._internal.text import table_html
 from artaug._internal.values import value
 from artaug.errors import InvalidValueError, LoRAError
-from artaug.lora.lora import LoRA, LowRank, summed
+from artaug.lora.lora import LoRA, LowRank, sum_loras
 
 
 class Fuser(ABC):
@@ -41,7 +41,7 @@ class ConcatFuser(Fuser):
     """Adds updates exactly by putting their ranks side by side; the rank of the result is the sum of theirs."""
 
     def fuse(self, loras: Sequence[LoRA]) -> LoRA:
-        return summed(loras)
+        return sum_loras(loras)
 
 
 @value
@@ -134,7 +134,7 @@ class SvdFuser(Fuser):
         Raises:
             LoRAError: as `fuse` does.
         """
-        cut = {name: self._cut(layer) for name, layer in summed(loras).layers.items()}
+        cut = {name: self._cut(layer) for name, layer in sum_loras(loras).layers.items()}
         whole = math.fsum(one.whole for one in cut.values())
         return Compression(
             lora=LoRA({name: one.layer for name, one in cut.items()}),
@@ -191,7 +191,7 @@ def retained_energy(full: LoRA, fused: LoRA) -> dict[str, float]:
     strange = [name for name in fused.layers if name not in full.layers]
     if strange:
         raise LoRAError(f"the fused LoRA updates {strange[0]!r}, which the full one does not. Are they related?")
-    rest = summed([full, fused.scaled(-1)]).layers
+    rest = sum_loras([full, fused.scaled(-1)]).layers
     return {name: _retained(rest[name].energy(), layer.energy()) for name, layer in full.layers.items()}
 
 

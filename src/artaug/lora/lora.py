@@ -25,7 +25,7 @@ from artaug.lora.formats.reading import read
 from artaug.lora.formats.writing import to_state_dict
 from artaug.lora.layers import updated, weight_shape
 
-__all__ = ["LoRA", "LowRank", "summed"]
+__all__ = ["LoRA", "LowRank", "sum_loras"]
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class LoRA:
         path: str | Path,
         *,
         format: Format | str = Format.PEFT,  # noqa: A002 - the field's word
-        naming: KeyMap | None = None,
+        key_map: KeyMap | None = None,
         metadata: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Path:
@@ -84,7 +84,7 @@ class LoRA:
         Args:
             path: where to write; folders in between are made.
             format: how layers are named: a `Format`, or its name.
-            naming: the model family, where the layers alone do not tell it.
+            key_map: the model family, where the layers alone do not tell it.
             metadata: strings to put beside the weights, provenance for instance.
             dtype: of the factors. Without it they are written as they are, so a trained LoRA in float32, exactly. Half
                 the bytes cost about 3e-4 of every update in ``torch.float16`` and 2e-3 in ``torch.bfloat16``.
@@ -98,24 +98,24 @@ class LoRA:
                 update in ``dtype``.
             StorageError: if the system cannot write the file; one that was there before stays.
         """
-        tensors, header = to_state_dict(self.layers, format, naming=naming, dtype=dtype)
+        tensors, header = to_state_dict(self.layers, format, key_map=key_map, dtype=dtype)
         taken = {"format", "lora_adapter_metadata"} & set(metadata or {})
         if taken:
             raise LoRAError(f"metadata may not set {sorted(taken)}: readers of the file rely on it. Use another name.")
         return write_tensors(Path(path), tensors, {**header, **(metadata or {})})
 
     @classmethod
-    def load(cls, path: str | Path, *, naming: KeyMap | None = None) -> Self:
+    def load(cls, path: str | Path, *, key_map: KeyMap | None = None) -> Self:
         """Read a file in any `Format`, recognised by its keys, folding alpha where the file states one.
 
         Args:
             path: the file.
-            naming: the model family, where the keys alone do not tell it.
+            key_map: the model family, where the keys alone do not tell it.
 
         Raises:
             LoRAError: if the file is missing, is no safetensors file, or holds anything this reader does not know.
         """
-        found = read(Path(path), naming=naming)
+        found = read(Path(path), key_map=key_map)
         _log.info("%s is a %s file of %d layers", path, found.format, len(found.layers))
         return cls(found.layers)
 
@@ -196,7 +196,7 @@ def _adding(
     return hook
 
 
-def summed(loras: Sequence[LoRA]) -> LoRA:
+def sum_loras(loras: Sequence[LoRA]) -> LoRA:
     """The LoRA whose update of every layer is the sum of theirs, exactly: ranks are put side by side.
 
     Averaging factors would not do: ``(B1 + B2)(A1 + A2)`` has cross terms that nobody trained.
@@ -205,9 +205,9 @@ def summed(loras: Sequence[LoRA]) -> LoRA:
         LoRAError: if there is none, or two of them give one layer different shapes.
 
     >>> import artaug as aa, torch
-    >>> from artaug.lora.lora import summed
+    >>> from artaug.lora.lora import sum_loras
     >>> lora = aa.LoRA({"proj": aa.LowRank(torch.ones(1, 4), torch.ones(4, 1))})
-    >>> both = summed([lora, lora.scaled(0.5)])
+    >>> both = sum_loras([lora, lora.scaled(0.5)])
     >>> both.rank, both.layers["proj"].delta()[0, 0].item()
     (2, 1.5)
     """

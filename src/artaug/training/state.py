@@ -16,7 +16,7 @@ from torch import Tensor
 
 from artaug._internal.files import atomic_write, save_tensors
 from artaug.errors import InvalidValueError, StorageError
-from artaug.lora.lora import LoRA, LowRank, summed
+from artaug.lora.lora import LoRA, LowRank, sum_loras
 from artaug.training.adapters import Parts
 from artaug.training.validation import ValidationResult, as_json
 
@@ -64,7 +64,7 @@ class TrainingState:
         """What has been learned: the mean over the groups of pairs that are done, or what a single one has so far."""
         if self.learned is not None:
             return self.learned
-        return summed([lora.scaled(1 / len(self.finished)) for lora in self.finished])
+        return sum_loras([lora.scaled(1 / len(self.finished)) for lora in self.finished])
 
     def save(self, path: Path, *, made_of: Mapping[str, str]) -> None:
         """Write the state to one file that appears whole or not at all, even if the machine dies on the way.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from artaug.errors import LoRAError
 from artaug.lora.formats import FLUX1, Format
-from artaug.lora.formats.checking import Verification, differences, reread
+from artaug.lora.formats.checking import Verification, layer_errors, read_by_definition
 from artaug.lora.formats.low_rank import LowRank, relative_error
 from artaug.lora.lora import LoRA
 
@@ -48,7 +48,7 @@ def test_an_update_where_none_was_meant_is_infinitely_wrong():
 
 
 def compared(found, wanted=LAYERS, tolerance=1e-3):
-    return differences(found, wanted, path=Path("a.safetensors"), reader="somebody", tolerance=tolerance)
+    return layer_errors(found, wanted, path=Path("a.safetensors"), reader="somebody", tolerance=tolerance)
 
 
 def test_a_layer_that_is_missing_is_named():
@@ -69,17 +69,17 @@ def test_another_strength_is_named_with_its_error():
     assert compared(half, tolerance=0.51)[TO_K] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("kind", FLUX1.spellings)
+@pytest.mark.parametrize("kind", FLUX1.key_formats)
 def test_the_second_reading_finds_what_was_written(tmp_path, kind):
-    path = LoRA(LAYERS).save(tmp_path / "a.safetensors", format=kind, naming=FLUX1)
-    assert max(compared(reread(path, LAYERS)).values()) < 1e-7
+    path = LoRA(LAYERS).save(tmp_path / "a.safetensors", format=kind, key_map=FLUX1)
+    assert max(compared(read_by_definition(path, LAYERS)).values()) < 1e-7
 
 
 def test_the_second_reading_swaps_halves_back(tmp_path):
     layer, key = low_rank(2), "lora_unet_final_layer_adaLN_modulation_1"
     tensors = {f"{key}.lora_down.weight": layer.down, f"{key}.lora_up.weight": layer.up.roll(3, 0)}
     save_file(tensors, tmp_path / "a.safetensors")
-    assert relative_error(reread(tmp_path / "a.safetensors", {PROJ_OUT: layer})[PROJ_OUT], layer) < 1e-7
+    assert relative_error(read_by_definition(tmp_path / "a.safetensors", {PROJ_OUT: layer})[PROJ_OUT], layer) < 1e-7
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_the_second_reading_takes_strength_from_the_header(tmp_path, adapter, st
     tensors = {f"transformer.{TO_Q}.lora_A.weight": layer.down, f"transformer.{TO_Q}.lora_B.weight": layer.up}
     header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": one for key, one in adapter.items()})}
     save_file(tensors, tmp_path / "a.safetensors", header)
-    found = reread(tmp_path / "a.safetensors", {TO_Q: layer})[TO_Q]
+    found = read_by_definition(tmp_path / "a.safetensors", {TO_Q: layer})[TO_Q]
     torch.testing.assert_close(found.delta(), layer.delta() * strength)
 
 
@@ -107,17 +107,17 @@ def with_more(path, more):
 def test_a_key_that_is_no_layer_of_the_lora_is_named(tmp_path):
     path = LoRA(LAYERS).save(tmp_path / "a.safetensors")
     with pytest.raises(LoRAError, match=r"'transformer\.transformer_blocks\.0\.attn\.to_k', which is no layer"):
-        reread(path, {TO_Q: LAYERS[TO_Q]})
+        read_by_definition(path, {TO_Q: LAYERS[TO_Q]})
     with pytest.raises(LoRAError, match="'unknown', which is no part of a LoRA"):
-        reread(with_more(path, {"unknown": torch.ones(1)}), LAYERS)
+        read_by_definition(with_more(path, {"unknown": torch.ones(1)}), LAYERS)
 
 
 def test_a_layer_that_is_there_under_two_names_is_named(tmp_path):
-    path = LoRA(LAYERS).save(tmp_path / "a.safetensors", format=Format.KOHYA, naming=FLUX1)
+    path = LoRA(LAYERS).save(tmp_path / "a.safetensors", format=Format.KOHYA, key_map=FLUX1)
     flat = f"lora_unet_{TO_Q}".replace(".", "_")
     again = {f"{flat}.lora_down.weight": LAYERS[TO_Q].down, f"{flat}.lora_up.weight": LAYERS[TO_Q].up}
     with pytest.raises(LoRAError, match="2 times"):
-        reread(with_more(path, again), LAYERS)
+        read_by_definition(with_more(path, again), LAYERS)
 
 
 def test_a_verification_shows_what_was_read_by_whom():

@@ -202,9 +202,9 @@ MAKERS = [
 
 
 def written(folder, maker):
-    tensors, header, wanted, naming = maker()
+    tensors, header, wanted, key_map = maker()
     save_file({key: one.clone() for key, one in tensors.items()}, folder / "lora.safetensors", header)
-    return folder / "lora.safetensors", LoRA(wanted), naming
+    return folder / "lora.safetensors", LoRA(wanted), key_map
 
 
 @pytest.mark.parametrize("maker", MAKERS, ids=lambda one: one.__name__)
@@ -218,16 +218,16 @@ def test_a_file_means_what_it_means_to_its_maker(tmp_path, maker):
 
 @pytest.mark.parametrize("maker", MAKERS, ids=lambda one: one.__name__)
 def test_every_other_reader_there_is_agrees(tmp_path, maker):
-    path, wanted, naming = written(tmp_path, maker)
-    found = verify_export(path, wanted, naming=naming)
-    assert len(found.readers) == (2 if naming is None else 3)
+    path, wanted, key_map = written(tmp_path, maker)
+    found = verify_export(path, wanted, key_map=key_map)
+    assert len(found.readers) == (2 if key_map is None else 3)
     assert found.worst[1] < 1e-6
 
 
 @pytest.mark.parametrize("maker", [sd_scripts_flux1, ai_toolkit_flux2], ids=lambda one: one.__name__)
 def test_what_was_read_is_written_again_without_loss(tmp_path, maker):
-    path, wanted, naming = written(tmp_path, maker)
+    path, wanted, key_map = written(tmp_path, maker)
     lora = LoRA.load(path)
-    for kind in naming.spellings:
-        again = lora.save(tmp_path / f"{kind}.safetensors", format=kind, naming=naming)
-        assert verify_export(again, wanted, naming=naming).worst[1] < 1e-6
+    for kind in key_map.key_formats:
+        again = lora.save(tmp_path / f"{kind}.safetensors", format=kind, key_map=key_map)
+        assert verify_export(again, wanted, key_map=key_map).worst[1] < 1e-6

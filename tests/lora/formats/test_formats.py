@@ -53,9 +53,9 @@ SHAPES = {
     },
 }
 PAIRS = [
-    pytest.param(naming, one, other, id=f"{naming.name}-{one}-{other}")
-    for naming in SHAPES
-    for one, other in itertools.product(naming.spellings, naming.spellings)
+    pytest.param(key_map, one, other, id=f"{key_map.name}-{one}-{other}")
+    for key_map in SHAPES
+    for one, other in itertools.product(key_map.key_formats, key_map.key_formats)
 ]
 KEY = "lora_unet_double_blocks_0_img_attn_proj"
 OURS = "transformer_blocks.0.attn.to_out.0"
@@ -81,25 +81,25 @@ def read(folder, tensors, header=None):
 
 
 @st.composite
-def loras(draw, naming):
+def loras(draw, key_map):
     """Some of a family's layers, with ranks, precisions and strengths of their own."""
-    names = draw(st.lists(st.sampled_from(sorted(SHAPES[naming])), min_size=1, unique=True))
+    names = draw(st.lists(st.sampled_from(sorted(SHAPES[key_map])), min_size=1, unique=True))
     dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
     strengths = st.sampled_from([1.0, 0.5, 1 / 3, -2.0])
     layers = {}
     for number, name in enumerate(names):
-        layer = low_rank(draw(st.integers(1, 5)), SHAPES[naming][name], seed=number, dtype=draw(dtypes))
+        layer = low_rank(draw(st.integers(1, 5)), SHAPES[key_map][name], seed=number, dtype=draw(dtypes))
         layers[name] = LowRank(layer.down, (layer.up * draw(strengths)).to(draw(dtypes)))
     return LoRA(layers)
 
 
-@pytest.mark.parametrize(("naming", "one", "other"), PAIRS)
+@pytest.mark.parametrize(("key_map", "one", "other"), PAIRS)
 @given(data=st.data())
 @settings(max_examples=6)
-def test_every_pair_of_formats_carries_the_same_updates(tmp_path_factory, naming, one, other, data):
-    lora, folder = data.draw(loras(naming)), tmp_path_factory.mktemp("formats")
-    first = LoRA.load(lora.save(folder / "one.safetensors", format=one, naming=naming), naming=naming)
-    again = LoRA.load(first.save(folder / "other.safetensors", format=other, naming=naming), naming=naming)
+def test_every_pair_of_formats_carries_the_same_updates(tmp_path_factory, key_map, one, other, data):
+    lora, folder = data.draw(loras(key_map)), tmp_path_factory.mktemp("formats")
+    first = LoRA.load(lora.save(folder / "one.safetensors", format=one, key_map=key_map), key_map=key_map)
+    again = LoRA.load(first.save(folder / "other.safetensors", format=other, key_map=key_map), key_map=key_map)
     assert again.layers.keys() == lora.layers.keys()
     for name, layer in lora.layers.items():
         torch.testing.assert_close(again.layers[name].delta(), layer.delta(), rtol=1e-6, atol=1e-6)
@@ -113,10 +113,10 @@ def test_alpha_is_folded_in_whatever_it_is(tmp_path_factory, alpha, rank):
     torch.testing.assert_close(found.delta(), layer.delta() * (alpha / rank), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("naming", [SDXL, SD15])
-def test_a_kohya_file_of_a_unet_has_one_rank(tmp_path, naming):
-    lora = LoRA({name: low_rank(rank, SHAPES[naming][name]) for rank, name in enumerate(SHAPES[naming], start=1)})
-    tensors = load_file(lora.save(tmp_path / "a.safetensors", format=Format.KOHYA, naming=naming))
+@pytest.mark.parametrize("key_map", [SDXL, SD15])
+def test_a_kohya_file_of_a_unet_has_one_rank(tmp_path, key_map):
+    lora = LoRA({name: low_rank(rank, SHAPES[key_map][name]) for rank, name in enumerate(SHAPES[key_map], start=1)})
+    tensors = load_file(lora.save(tmp_path / "a.safetensors", format=Format.KOHYA, key_map=key_map))
     assert {one.item() for key, one in tensors.items() if key.endswith(".alpha")} == {float(lora.rank)}
     assert {one.shape[0] for key, one in tensors.items() if "lora_down" in key} == {lora.rank}
 
@@ -127,10 +127,10 @@ def test_a_kohya_file_of_a_unet_has_one_rank(tmp_path, naming):
 @pytest.mark.parametrize(
     ("dtype", "least", "most"), [(torch.float32, 0, 1e-9), (torch.float16, 1e-5, 4e-4), (torch.bfloat16, 1e-4, 4e-3)]
 )
-@pytest.mark.parametrize("kind", FLUX1.spellings)
+@pytest.mark.parametrize("kind", FLUX1.key_formats)
 def test_a_file_takes_the_precision_asked_for_at_the_price_stated(tmp_path, kind, dtype, least, most):
     lora = LoRA({f"{DOUBLE}.to_q": low_rank(4, (64, 64)), f"{DOUBLE}.to_k": low_rank(2, (64, 64), seed=1)})
-    path = lora.save(tmp_path / "a.safetensors", format=kind, naming=FLUX1, dtype=dtype)
+    path = lora.save(tmp_path / "a.safetensors", format=kind, key_map=FLUX1, dtype=dtype)
     factors = {one.dtype for key, one in load_file(path).items() if not key.endswith(".alpha")}
     assert factors == {dtype}
     for name, layer in LoRA.load(path).layers.items():
@@ -287,14 +287,14 @@ def test_layers_of_several_families_need_the_family(tmp_path):
 def test_a_format_nobody_confirmed_is_refused_by_name(tmp_path):
     lora = LoRA({name: low_rank(1, shape) for name, shape in SHAPES[SDXL].items()})
     with pytest.raises(LoRAError, match="does not write comfyui files"):
-        lora.save(tmp_path / "a.safetensors", format=Format.COMFYUI, naming=SDXL)
+        lora.save(tmp_path / "a.safetensors", format=Format.COMFYUI, key_map=SDXL)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_layer_that_a_format_cannot_carry_is_refused_by_name(tmp_path):
     lora = LoRA({"norm_out.linear": low_rank(1, (8, 4))})
     with pytest.raises(LoRAError, match=r"cannot carry the update of 'norm_out\.linear'"):
-        lora.save(tmp_path / "a.safetensors", format=Format.KOHYA, naming=FLUX1)
+        lora.save(tmp_path / "a.safetensors", format=Format.KOHYA, key_map=FLUX1)
 
 
 def test_a_file_that_cannot_be_written_is_an_error_that_says_what_to_do(tmp_path):

@@ -7,7 +7,7 @@ some of the layers. What no reader but artaug's own could confirm is refused by 
 from artaug.lora.formats.flux import FLUX1, FLUX2
 from artaug.lora.formats.key_maps import Format, KeyMap
 from artaug.lora.formats.known_maps import KEY_MAPS, QWEN_IMAGE, SD3, Z_IMAGE
-from artaug.lora.formats.reading import Reading, read
+from artaug.lora.formats.reading import ParsedLoRA, read
 from artaug.lora.formats.unets import SD15, SDXL
 
 __all__ = [
@@ -21,6 +21,6 @@ __all__ = [
     "Z_IMAGE",
     "Format",
     "KeyMap",
-    "Reading",
+    "ParsedLoRA",
     "read",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from artaug.errors import LoRAError
 from artaug.lora.formats.files import read_tensors
-from artaug.lora.formats.key_maps import Format, Place
+from artaug.lora.formats.key_maps import Format, KeyMatch
 from artaug.lora.formats.known_maps import KEY_MAPS
 from artaug.lora.formats.low_rank import LowRank, relative_error
 
@@ -71,7 +71,7 @@ class Verification:
         return f"<table>{rows}</table>"
 
 
-def differences(
+def layer_errors(
     found: Mapping[str, LowRank], wanted: Mapping[str, LowRank], *, path: Path, reader: str, tolerance: float
 ) -> dict[str, float]:
     """The relative error of every layer, as one reader found them.
@@ -95,7 +95,7 @@ def differences(
     return errors
 
 
-def reread(path: Path, wanted: Mapping[str, LowRank]) -> dict[str, LowRank]:
+def read_by_definition(path: Path, wanted: Mapping[str, LowRank]) -> dict[str, LowRank]:
     """What a file holds for the layers ``wanted``, and anything beside them, by the definition of its format.
 
     Raises:
@@ -119,7 +119,7 @@ def reread(path: Path, wanted: Mapping[str, LowRank]) -> dict[str, LowRank]:
     return found
 
 
-def called(path: Path) -> set[str]:
+def key_stems(path: Path) -> set[str]:
     """What a file calls its layers, prefix included.
 
     Raises:
@@ -142,11 +142,11 @@ def _stems(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Ten
     return stems
 
 
-def _spellings(name: str) -> Iterator[tuple[str, Place | None]]:
+def _spellings(name: str) -> Iterator[tuple[str, KeyMatch | None]]:
     """Every way a file may call a layer, and what else is behind that name, if it is an original one."""
-    called: list[tuple[str, Place | None]] = [(name, None)]
-    called += [(place.theirs, place) for naming in KEY_MAPS for place in naming.places(name)]
-    for one, place in called:
+    key_stems: list[tuple[str, KeyMatch | None]] = [(name, None)]
+    key_stems += [(place.original, place) for key_map in KEY_MAPS for place in key_map.matches(name)]
+    for one, place in key_stems:
         yield from ((prefix + one, place) for prefix in _DOTTED)
         yield from ((prefix + one.replace(".", "_"), place) for prefix in _FLAT)
 
@@ -174,15 +174,15 @@ def _strong(name: str, part: Mapping[str, Tensor], adapter: Mapping[str, Any]) -
     return LowRank(down, up.double() * (alpha / (rank**0.5 if adapter.get("use_rslora") else rank)))
 
 
-def _parts(whole: LowRank, place: Place) -> dict[str, LowRank]:
+def _parts(whole: LowRank, place: KeyMatch) -> dict[str, LowRank]:
     """A fused layer cut into its parts by rows."""
     rows = whole.up
     if place.row.swapped:
         first, second = rows.chunk(2)
         rows = rows.new_empty(rows.shape)
         rows[: len(second)], rows[len(second) :] = second, first
-    unit, start, found = len(rows) // sum(place.row.shares), 0, {}
-    for name, share in zip(place.ours, place.row.shares, strict=True):
+    unit, start, found = len(rows) // sum(place.row.split_sizes), 0, {}
+    for name, share in zip(place.diffusers, place.row.split_sizes, strict=True):
         found[name] = LowRank(whole.down, rows[start : start + share * unit])
         start += share * unit
     return found

@@ -3,40 +3,40 @@
 from fractions import Fraction
 
 from artaug.lora.formats.key_formats import QKV, in_kohya, in_peft, renamed
-from artaug.lora.formats.key_maps import Format, KeyFormat, KeyMap, Row
+from artaug.lora.formats.key_maps import Format, KeyFormat, KeyMap, KeyRow
 
 
-def _double_attention() -> tuple[Row, ...]:
+def _double_attention() -> tuple[KeyRow, ...]:
     block, there = "transformer_blocks.{}.attn", "double_blocks.{}"
     return (
-        Row(f"{there}.img_attn.qkv", tuple(f"{block}.to_{one}" for one in "qkv"), QKV),
-        Row(f"{there}.txt_attn.qkv", tuple(f"{block}.add_{one}_proj" for one in "qkv"), QKV),
-        Row(f"{there}.img_attn.proj", (f"{block}.to_out.0",)),
-        Row(f"{there}.txt_attn.proj", (f"{block}.to_add_out",)),
+        KeyRow(f"{there}.img_attn.qkv", tuple(f"{block}.to_{one}" for one in "qkv"), QKV),
+        KeyRow(f"{there}.txt_attn.qkv", tuple(f"{block}.add_{one}_proj" for one in "qkv"), QKV),
+        KeyRow(f"{there}.img_attn.proj", (f"{block}.to_out.0",)),
+        KeyRow(f"{there}.txt_attn.proj", (f"{block}.to_add_out",)),
     )
 
 
-def _double_mlp(first: str, second: str, widened: tuple[Fraction, Fraction]) -> tuple[Row, ...]:
+def _double_mlp(first: str, second: str, widened: tuple[Fraction, Fraction]) -> tuple[KeyRow, ...]:
     block, there = "transformer_blocks.{}", "double_blocks.{}"
     return tuple(
-        Row(f"{there}.{stream}_mlp.{number}", (f"{block}.{ours}.{name}",), aspect=aspect)
-        for stream, ours in (("img", "ff"), ("txt", "ff_context"))
+        KeyRow(f"{there}.{stream}_mlp.{number}", (f"{block}.{diffusers}.{name}",), aspect=aspect)
+        for stream, diffusers in (("img", "ff"), ("txt", "ff_context"))
         for number, name, aspect in ((0, first, widened[0]), (2, second, widened[1]))
     )
 
 
-def _ends(embed: str, *parts: tuple[str, str]) -> tuple[Row, ...]:
+def _ends(embed: str, *parts: tuple[str, str]) -> tuple[KeyRow, ...]:
     """What stands before and after the blocks of FLUX."""
     return (
-        Row("img_in", ("x_embedder",)),
-        Row("txt_in", ("context_embedder",)),
+        KeyRow("img_in", ("x_embedder",)),
+        KeyRow("txt_in", ("context_embedder",)),
         *(
-            Row(f"{there}.{layer}_layer", (f"{embed}.{here}.linear_{number}",))
+            KeyRow(f"{there}.{layer}_layer", (f"{embed}.{here}.linear_{number}",))
             for there, here in parts
             for number, layer in ((1, "in"), (2, "out"))
         ),
-        Row("final_layer.linear", ("proj_out",)),
-        Row("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),  # (shift, scale) there
+        KeyRow("final_layer.linear", ("proj_out",)),
+        KeyRow("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),  # (shift, scale) there
     )
 
 
@@ -49,14 +49,14 @@ _FLUX1_ENDS = _ends(
     ("vector_in", "text_embedder"),
     ("guidance_in", "guidance_embedder"),
 )
-_FLUX1_UNREAD = frozenset(row.theirs for row in _FLUX1_ENDS)
+_FLUX1_UNREAD = frozenset(row.original for row in _FLUX1_ENDS)
 
 
 _DIFFSYNTH, _DOUBLE = "blocks.{}", "transformer_blocks.{}"
 
 _FLUX1_OF_DIFFSYNTH = (
-    Row(f"{_DIFFSYNTH}.attn.a_to_qkv", tuple(f"{_DOUBLE}.attn.to_{one}" for one in "qkv"), QKV),
-    Row(f"{_DIFFSYNTH}.attn.b_to_qkv", tuple(f"{_DOUBLE}.attn.add_{one}_proj" for one in "qkv"), QKV),
+    KeyRow(f"{_DIFFSYNTH}.attn.a_to_qkv", tuple(f"{_DOUBLE}.attn.to_{one}" for one in "qkv"), QKV),
+    KeyRow(f"{_DIFFSYNTH}.attn.b_to_qkv", tuple(f"{_DOUBLE}.attn.add_{one}_proj" for one in "qkv"), QKV),
     *renamed(
         _DIFFSYNTH,
         _DOUBLE,
@@ -71,10 +71,10 @@ _FLUX1_OF_DIFFSYNTH = (
             "norm1_b.linear": "norm1_context.linear",
         },
     ),
-    Row(f"{_SINGLE_THERE}.to_qkv_mlp", _LINEAR1, _LINEAR1_SHARES),
+    KeyRow(f"{_SINGLE_THERE}.to_qkv_mlp", _LINEAR1, _LINEAR1_SHARES),
     *renamed(_SINGLE_THERE, _SINGLE, {"proj_out": "proj_out", "norm.linear": "norm.linear"}),
     *(
-        Row(f"{there}.{2 * number}", (f"time_text_embed.{here}.linear_{number + 1}",))
+        KeyRow(f"{there}.{2 * number}", (f"time_text_embed.{here}.linear_{number + 1}",))
         for there, here in (
             ("time_embedder.timestep_embedder", "timestep_embedder"),
             ("guidance_embedder.timestep_embedder", "guidance_embedder"),
@@ -82,8 +82,8 @@ _FLUX1_OF_DIFFSYNTH = (
         )
         for number in range(2)
     ),
-    Row("final_norm_out.linear", ("norm_out.linear",)),  # (scale, shift), as in diffusers
-    Row("final_proj_out", ("proj_out",)),
+    KeyRow("final_norm_out.linear", ("norm_out.linear",)),  # (scale, shift), as in diffusers
+    KeyRow("final_proj_out", ("proj_out",)),
 )
 
 FLUX1 = KeyMap(
@@ -96,22 +96,22 @@ FLUX1 = KeyMap(
             "transformer_blocks.{}",
             {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"},
         ),
-        Row(f"{_SINGLE_THERE}.linear1", _LINEAR1, _LINEAR1_SHARES, Fraction(7)),
-        Row(f"{_SINGLE_THERE}.linear2", (f"{_SINGLE}.proj_out",), aspect=Fraction(1, 5)),
+        KeyRow(f"{_SINGLE_THERE}.linear1", _LINEAR1, _LINEAR1_SHARES, Fraction(7)),
+        KeyRow(f"{_SINGLE_THERE}.linear2", (f"{_SINGLE}.proj_out",), aspect=Fraction(1, 5)),
         *renamed(_SINGLE_THERE, _SINGLE, {"modulation.lin": "norm.linear"}),
         *_FLUX1_ENDS,
     ),
-    spellings={
+    key_formats={
         Format.PEFT: in_peft("transformer"),
         # diffusers converts the ends too, but leaves out the prefix its own loader asks for, and drops them
-        Format.KOHYA: in_kohya(original=True, unread=tuple(_FLUX1_UNREAD)),
+        Format.KOHYA: in_kohya(original_names=True, unsupported=tuple(_FLUX1_UNREAD)),
         Format.COMFYUI: KeyFormat(
             "diffusion_model.",
             ".lora_down.weight",
             ".lora_up.weight",
-            original=True,
+            original_names=True,
             alpha=True,
-            unread=_FLUX1_UNREAD,
+            unsupported=_FLUX1_UNREAD,
         ),
     },
     aliases=_FLUX1_OF_DIFFSYNTH,  # where ArtAug comes from
@@ -126,16 +126,16 @@ FLUX2 = KeyMap(
     rows=(
         *_double_attention(),
         *_double_mlp("linear_in", "linear_out", (Fraction(6), Fraction(1, 3))),
-        Row(f"{_SINGLE_THERE}.linear1", (f"{_SINGLE}.attn.to_qkv_mlp_proj",), aspect=Fraction(9)),
-        Row(f"{_SINGLE_THERE}.linear2", (f"{_SINGLE}.attn.to_out",), aspect=Fraction(1, 4)),
-        *(Row(f"{name}.lin", (f"{name}.linear",)) for name in _FLUX2_STREAMS),
+        KeyRow(f"{_SINGLE_THERE}.linear1", (f"{_SINGLE}.attn.to_qkv_mlp_proj",), aspect=Fraction(9)),
+        KeyRow(f"{_SINGLE_THERE}.linear2", (f"{_SINGLE}.attn.to_out",), aspect=Fraction(1, 4)),
+        *(KeyRow(f"{name}.lin", (f"{name}.linear",)) for name in _FLUX2_STREAMS),
         *_ends("time_guidance_embed", ("time_in", "timestep_embedder"), ("guidance_in", "guidance_embedder")),
     ),
-    spellings={
+    key_formats={
         Format.PEFT: in_peft("transformer"),
         Format.KOHYA: in_kohya(
-            original=True,
-            unread=(
+            original_names=True,
+            unsupported=(
                 *(f"{name}.lin" for name in _FLUX2_STREAMS),
                 "guidance_in.in_layer",
                 "guidance_in.out_layer",
@@ -147,8 +147,8 @@ FLUX2 = KeyMap(
             "diffusion_model.",
             ".lora_A.weight",
             ".lora_B.weight",
-            original=True,
-            unread=frozenset({_FLUX2_SWAPPED}),
+            original_names=True,
+            unsupported=frozenset({_FLUX2_SWAPPED}),
         ),
     },
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from artaug.lora.formats.key_maps import KeyFormat, Row
+from artaug.lora.formats.key_maps import KeyFormat, KeyRow
 
 QKV = (1, 1, 1)
 """Queries, keys and values, fused."""
@@ -17,25 +17,25 @@ def in_peft(module: str) -> KeyFormat:
     return KeyFormat(f"{module}.", ".lora_A.weight", ".lora_B.weight")
 
 
-def in_kohya(*, original: bool = False, uniform: bool = False, unread: Sequence[str] = ()) -> KeyFormat:
+def in_kohya(*, original_names: bool = False, uniform_rank: bool = False, unsupported: Sequence[str] = ()) -> KeyFormat:
     """As sd-scripts does, training the original model or diffusers' own."""
     return KeyFormat(
         "lora_unet_",
         ".lora_down.weight",
         ".lora_up.weight",
-        original,
+        original_names,
         flat=True,
         alpha=True,
-        uniform=uniform,
-        unread=frozenset(unread),
+        uniform_rank=uniform_rank,
+        unsupported=frozenset(unsupported),
     )
 
 
-def same(*names: str) -> tuple[Row, ...]:
+def same(*names: str) -> tuple[KeyRow, ...]:
     """Layers that keep their names."""
-    return tuple(Row(name, (name,)) for name in names)
+    return tuple(KeyRow(name, (name,)) for name in names)
 
 
-def renamed(theirs: str, ours: str, pairs: Mapping[str, str]) -> tuple[Row, ...]:
+def renamed(original: str, diffusers: str, pairs: Mapping[str, str]) -> tuple[KeyRow, ...]:
     """Layers that have one name there and one here, below a block."""
-    return tuple(Row(f"{theirs}.{one}", (f"{ours}.{other}",)) for one, other in pairs.items())
+    return tuple(KeyRow(f"{original}.{one}", (f"{diffusers}.{other}",)) for one, other in pairs.items())

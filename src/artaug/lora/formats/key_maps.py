@@ -32,14 +32,14 @@ class Format(StrEnum):
 
 
 @dataclass(frozen=True)
-class Row:
+class KeyRow:
     """One layer of the original model, and the layers diffusers makes of it."""
 
-    theirs: str
+    original: str
     """The original name, ``{}`` standing for a block's number."""
-    ours: tuple[str, ...]
+    diffusers: tuple[str, ...]
     """The denoiser's own module paths; several where the original fuses them, in the order of its output rows."""
-    shares: tuple[int, ...] = (1,)
+    split_sizes: tuple[int, ...] = (1,)
     """Relative heights of those layers in the fused one."""
     aspect: Fraction | None = None
     """Outputs over inputs of the original layer, where that tells families apart."""
@@ -54,38 +54,38 @@ class KeyFormat:
     prefix: str
     down: str
     up: str
-    original: bool = False
+    original_names: bool = False
     """Original names, fused layers included; else diffusers' names."""
     flat: bool = False
     """Underscores in place of dots."""
     alpha: bool = False
     """An alpha beside every layer, equal to its rank."""
-    uniform: bool = False
+    uniform_rank: bool = False
     """One rank for all layers, with zeros behind the smaller: where diffusers loses alphas that differ."""
-    unread: frozenset[str] = frozenset()
+    unsupported: frozenset[str] = frozenset()
     """Original names that no independent reader reads right in this format."""
 
-    def base(self, name: str) -> str:
+    def stem(self, name: str) -> str:
         """The key of a layer without its ending."""
         return self.prefix + (name.replace(".", "_") if self.flat else name)
 
 
 @dataclass(frozen=True)
-class Place:
+class KeyMatch:
     """A row of the table, with the numbers filled in."""
 
-    row: Row
+    row: KeyRow
     numbers: tuple[str, ...]
 
     @property
-    def theirs(self) -> str:
+    def original(self) -> str:
         """The layer's original name."""
-        return self.row.theirs.format(*self.numbers)
+        return self.row.original.format(*self.numbers)
 
     @property
-    def ours(self) -> tuple[str, ...]:
+    def diffusers(self) -> tuple[str, ...]:
         """The module paths of its parts."""
-        return tuple(one.format(*self.numbers) for one in self.row.ours)
+        return tuple(one.format(*self.numbers) for one in self.row.diffusers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,31 +98,31 @@ class KeyMap:
 
     name: str
     """What its users call it."""
-    rows: tuple[Row, ...] = field(repr=False)
-    spellings: Mapping[Format, KeyFormat] = field(repr=False)
+    rows: tuple[KeyRow, ...] = field(repr=False)
+    key_formats: Mapping[Format, KeyFormat] = field(repr=False)
     """A format that is missing was not verified against a reader other than artaug's, and is refused."""
-    aliases: tuple[Row, ...] = field(default=(), repr=False)
+    aliases: tuple[KeyRow, ...] = field(default=(), repr=False)
     """Names that other trainers give the layers: read, never written."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spellings", MappingProxyType(dict(self.spellings)))
+        object.__setattr__(self, "spellings", MappingProxyType(dict(self.key_formats)))
 
     def __hash__(self) -> int:
         return hash(self.name)
 
-    def __reduce__(self) -> tuple[object, tuple[str, tuple[Row, ...], dict[Format, KeyFormat], tuple[Row, ...]]]:
-        return _naming, (self.name, self.rows, dict(self.spellings), self.aliases)  # a mapping proxy cannot be sent
+    def __reduce__(self) -> tuple[object, tuple[str, tuple[KeyRow, ...], dict[Format, KeyFormat], tuple[KeyRow, ...]]]:
+        return _naming, (self.name, self.rows, dict(self.key_formats), self.aliases)  # a mapping proxy cannot be sent
 
-    def place(self, layer: str) -> Place | None:
+    def match(self, layer: str) -> KeyMatch | None:
         """Where a module path of the denoiser stands in the table."""
         return self._first(layer, _Names())
 
-    def places(self, layer: str) -> list[Place]:
+    def matches(self, layer: str) -> list[KeyMatch]:
         """All that stands in the table of a module path: the original name, and names of other trainers."""
         found = (self._first(layer, _Names(aliases=aliases)) for aliases in (False, True))
         return [place for place in found if place is not None]
 
-    def read(self, name: str, *, flat: bool) -> tuple[Place, bool] | None:
+    def resolve(self, name: str, *, flat: bool) -> tuple[KeyMatch, bool] | None:
         """What a file's name for a layer means, and whether it is another's name for it; None if nothing."""
         for original, aliases in ((True, False), (False, False), (True, True)):
             place = self._first(name, _Names(original=original, aliases=aliases, flat=flat))
@@ -130,11 +130,11 @@ class KeyMap:
                 return place, original
         return None
 
-    def _first(self, name: str, names: "_Names") -> Place | None:
+    def _first(self, name: str, names: "_Names") -> KeyMatch | None:
         for row, pattern in self._patterns[names].get(_blanked(name), ()):
             matched = pattern.fullmatch(name)
             if matched:
-                return Place(row, matched.groups())
+                return KeyMatch(row, matched.groups())
         return None
 
     @cached_property
@@ -148,9 +148,9 @@ class KeyMap:
 
 
 def _naming(
-    name: str, rows: tuple[Row, ...], spellings: Mapping[Format, KeyFormat], aliases: tuple[Row, ...]
+    name: str, rows: tuple[KeyRow, ...], key_formats: Mapping[Format, KeyFormat], aliases: tuple[KeyRow, ...]
 ) -> KeyMap:
-    return KeyMap(name=name, rows=rows, spellings=spellings, aliases=aliases)
+    return KeyMap(name=name, rows=rows, key_formats=key_formats, aliases=aliases)
 
 
 class _Names(NamedTuple):
@@ -161,10 +161,10 @@ class _Names(NamedTuple):
     flat: bool = False
 
 
-_Patterns: TypeAlias = dict[str, list[tuple[Row, re.Pattern[str]]]]
+_Patterns: TypeAlias = dict[str, list[tuple[KeyRow, re.Pattern[str]]]]
 
 
-def _patterns(rows: Sequence[Row], *, original: bool, flat: bool) -> _Patterns:
+def _patterns(rows: Sequence[KeyRow], *, original: bool, flat: bool) -> _Patterns:
     found: _Patterns = {}
     for row, name in _spelt(rows, original=original):
         to_state_dict = name.replace(".", "_") if flat else name
@@ -173,9 +173,9 @@ def _patterns(rows: Sequence[Row], *, original: bool, flat: bool) -> _Patterns:
     return found
 
 
-def _spelt(rows: Sequence[Row], *, original: bool) -> Iterator[tuple[Row, str]]:
+def _spelt(rows: Sequence[KeyRow], *, original: bool) -> Iterator[tuple[KeyRow, str]]:
     for row in rows:
-        for name in (row.theirs,) if original else row.ours:
+        for name in (row.original,) if original else row.diffusers:
             yield row, name
 
 

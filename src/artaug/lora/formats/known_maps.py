@@ -7,7 +7,7 @@ published models, and every file artaug writes for them against those readers.
 
 from artaug.lora.formats.flux import FLUX1, FLUX2
 from artaug.lora.formats.key_formats import BARE, IN_COMFYUI, QKV, in_kohya, in_peft, same
-from artaug.lora.formats.key_maps import Format, KeyMap, Row
+from artaug.lora.formats.key_maps import Format, KeyMap, KeyRow
 from artaug.lora.formats.unets import SD15, SDXL
 
 _JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -31,7 +31,7 @@ SD3 = KeyMap(
         "norm_out.linear",
         "proj_out",
     ),
-    spellings={Format.PEFT: in_peft("transformer")},
+    key_formats={Format.PEFT: in_peft("transformer")},
 )
 """Stable Diffusion 3 and 3.5."""
 
@@ -50,7 +50,7 @@ QWEN_IMAGE = KeyMap(
         "norm_out.linear",
         "proj_out",
     ),
-    spellings={
+    key_formats={
         Format.PEFT: in_peft("transformer"),
         Format.KOHYA: in_kohya(),
         Format.COMFYUI: IN_COMFYUI,
@@ -65,10 +65,10 @@ Z_IMAGE = KeyMap(
     name="Z-Image",
     rows=(
         *(
-            Row(f"{block}.attention.qkv", tuple(f"{block}.attention.to_{one}" for one in "qkv"), QKV)
+            KeyRow(f"{block}.attention.qkv", tuple(f"{block}.attention.to_{one}" for one in "qkv"), QKV)
             for block in _Z_BLOCKS
         ),
-        *(Row(f"{block}.attention.out", (f"{block}.attention.to_out.0",)) for block in _Z_BLOCKS),
+        *(KeyRow(f"{block}.attention.out", (f"{block}.attention.to_out.0",)) for block in _Z_BLOCKS),
         *same(
             *(f"{block}.feed_forward.w{number}" for block in _Z_BLOCKS for number in (1, 2, 3)),
             *(f"{block}.adaLN_modulation.0" for block in _Z_BLOCKS[:2]),
@@ -80,7 +80,7 @@ Z_IMAGE = KeyMap(
             "t_embedder.mlp.2",
         ),
     ),
-    spellings={
+    key_formats={
         Format.PEFT: in_peft("transformer"),
         Format.KOHYA: in_kohya(),
         Format.COMFYUI: IN_COMFYUI,

@@ -15,7 +15,7 @@ from torch import Tensor
 from artaug.errors import LoRAError
 from artaug.lora.formats.convolutions import restored
 from artaug.lora.formats.files import read_tensors
-from artaug.lora.formats.key_maps import Format, KeyMap, Place
+from artaug.lora.formats.key_maps import Format, KeyMap, KeyMatch
 from artaug.lora.formats.known_maps import KEY_MAPS
 from artaug.lora.formats.low_rank import LowRank
 
@@ -55,7 +55,7 @@ _OTHERS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class ParsedLoRA:
     """What a LoRA file turned out to be."""
 
     format: Format
@@ -63,8 +63,8 @@ class Reading:
     """By module path of the denoiser, alpha folded in."""
 
 
-def read(path: Path, *, naming: KeyMap | None = None) -> Reading:
-    """Read a file in any known format, or raise; ``naming`` settles which family it is for where keys do not.
+def read(path: Path, *, key_map: KeyMap | None = None) -> ParsedLoRA:
+    """Read a file in any known format, or raise; ``key_map`` settles which family it is for where keys do not.
 
     Raises:
         LoRAError: if the file is missing, is no safetensors file, or holds anything this reader does not know.
@@ -74,8 +74,8 @@ def read(path: Path, *, naming: KeyMap | None = None) -> Reading:
     adapter = _adapter(header, path)
     layers = {name: _folded(name, one, adapter, path) for name, one in parts.items()}
     if kind is Format.PEFT:
-        return Reading(kind, layers)
-    places = _places(layers, kind, naming, path)
+        return ParsedLoRA(kind, layers)
+    places = _places(layers, kind, key_map, path)
     found: dict[str, LowRank] = {}
     for name, layer in layers.items():
         place, original = places[name]
@@ -83,7 +83,7 @@ def read(path: Path, *, naming: KeyMap | None = None) -> Reading:
         if twice := found.keys() & split.keys():
             raise LoRAError(f"{path} updates {min(twice)!r} twice, the second time as {name!r}. Which is meant?")
         found |= split
-    return Reading(kind, found)
+    return ParsedLoRA(kind, found)
 
 
 def _parts(tensors: Mapping[str, Tensor], path: Path) -> tuple[Format, dict[str, dict[str, Tensor]]]:
@@ -152,57 +152,59 @@ def _folded(name: str, part: Mapping[str, Tensor], adapter: Mapping[str, Any], p
 
 
 def _places(
-    layers: Mapping[str, LowRank], kind: Format, naming: KeyMap | None, path: Path
-) -> dict[str, tuple[Place, bool]]:
+    layers: Mapping[str, LowRank], kind: Format, key_map: KeyMap | None, path: Path
+) -> dict[str, tuple[KeyMatch, bool]]:
     """What every name in the file means, by the one family that has them all."""
-    meanings: dict[tuple[str, ...], dict[str, tuple[Place, bool]]] = {}
+    meanings: dict[tuple[str, ...], dict[str, tuple[KeyMatch, bool]]] = {}
     fitting, missing = [], ""
-    for one in KEY_MAPS if naming is None else (naming,):
-        read = {name: one.read(name, flat=kind in _FLAT) for name in layers}
+    for one in KEY_MAPS if key_map is None else (key_map,):
+        read = {name: one.resolve(name, flat=kind in _FLAT) for name in layers}
         known = {name: place for name, place in read.items() if place is not None}
         if len(known) < len(layers):
             missing = missing or next(name for name in layers if name not in known)
-        elif naming is not None or all(_has_aspect(place, layers[name]) for name, place in known.items()):
+        elif key_map is not None or all(_has_aspect(place, layers[name]) for name, place in known.items()):
             fitting.append(one.name)
-            meant = [place.ours if another else (_ours(place, name, kind),) for name, (place, another) in known.items()]
+            meant = [
+                place.diffusers if another else (_ours(place, name, kind),) for name, (place, another) in known.items()
+            ]
             meanings[tuple(part for parts in meant for part in parts)] = known
     if len(meanings) == 1:
         return next(iter(meanings.values()))
     if meanings:
         raise LoRAError(
-            f"{path} could be a LoRA of {' or '.join(fitting)}. Say which: naming=artaug.lora.formats.FLUX1, say."
+            f"{path} could be a LoRA of {' or '.join(fitting)}. Say which: key_map=artaug.lora.formats.FLUX1, say."
         )
-    families = ", ".join(one.name for one in (KEY_MAPS if naming is None else (naming,)))
+    families = ", ".join(one.name for one in (KEY_MAPS if key_map is None else (key_map,)))
     raise LoRAError(
         f"{path} is a {kind} file of a model artaug does not know ({families}): first unknown is "
         f"{missing or next(iter(layers))!r}, or its shape is."
     )
 
 
-def _has_aspect(place: tuple[Place, bool], layer: LowRank) -> bool:
+def _has_aspect(place: tuple[KeyMatch, bool], layer: LowRank) -> bool:
     row, original = place[0].row, place[1]
     return not original or row.aspect is None or row.aspect == Fraction(layer.up.shape[0], layer.down.shape[1])
 
 
-def _ours(place: Place, name: str, kind: Format) -> str:
+def _ours(place: KeyMatch, name: str, kind: Format) -> str:
     """The one part of a place that a diffusers name means."""
-    return next(one for one in place.ours if (one.replace(".", "_") if kind in _FLAT else one) == name)
+    return next(one for one in place.diffusers if (one.replace(".", "_") if kind in _FLAT else one) == name)
 
 
-def _split(place: Place, layer: LowRank, path: Path) -> dict[str, LowRank]:
+def _split(place: KeyMatch, layer: LowRank, path: Path) -> dict[str, LowRank]:
     """A layer of the original as its parts, each with the columns of ``up`` that reach it, so blocks come apart."""
-    height, total = layer.up.shape[0], sum(place.row.shares)
+    height, total = layer.up.shape[0], sum(place.row.split_sizes)
     if height % total or (place.row.swapped and height % 2):
         raise LoRAError(
-            f"{path} updates {place.theirs!r} with {height} outputs, which do not divide into {total} shares."
+            f"{path} updates {place.original!r} with {height} outputs, which do not divide into {total} shares."
         )
     up = layer.up.roll(height // 2, 0) if place.row.swapped else layer.up
-    pieces = up.split([share * height // total for share in place.row.shares])
+    pieces = up.split([share * height // total for share in place.row.split_sizes])
     found = {}
-    for name, piece in zip(place.ours, pieces, strict=True):
+    for name, piece in zip(place.diffusers, pieces, strict=True):
         reached = piece.any(0) if len(pieces) > 1 else torch.ones(layer.rank, dtype=torch.bool)
         if reached.any():
             found[name] = LowRank(layer.down[reached], piece[:, reached])
     return found or {
-        name: LowRank(layer.down[:1], piece[:, :1]) for name, piece in zip(place.ours, pieces, strict=True)
+        name: LowRank(layer.down[:1], piece[:, :1]) for name, piece in zip(place.diffusers, pieces, strict=True)
     }

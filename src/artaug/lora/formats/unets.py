@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from artaug.lora.formats.key_formats import in_kohya, in_peft
-from artaug.lora.formats.key_maps import Format, KeyMap, Row
+from artaug.lora.formats.key_maps import Format, KeyMap, KeyRow
 
 _ATTENTION = tuple(f"attn{number}.{name}" for number in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0"))
 _IN_TRANSFORMER = (
@@ -25,7 +25,7 @@ _OUTSIDE = {
 }
 
 
-def _unet(*, attention_at_the_bottom: bool) -> tuple[Row, ...]:
+def _unet(*, attention_at_the_bottom: bool) -> tuple[KeyRow, ...]:
     """A U-Net of two layers a block: numbered through in the original, by block and layer in diffusers."""
     down = {
         f"down_blocks.{block}.{{kind}}.{layer}": f"input_blocks.{3 * block + layer + 1}"
@@ -37,35 +37,35 @@ def _unet(*, attention_at_the_bottom: bool) -> tuple[Row, ...]:
         for block in range(4)
         for layer in range(3)
     }
-    rows = [Row(theirs, (ours,)) for theirs, ours in _OUTSIDE.items()]
-    for ours, theirs in (down | up).items():
-        rows += _transformer(ours.format(kind="attentions"), f"{theirs}.1")
-        rows += _resnet(ours.format(kind="resnets"), f"{theirs}.0")
+    rows = [KeyRow(original, (diffusers,)) for original, diffusers in _OUTSIDE.items()]
+    for diffusers, original in (down | up).items():
+        rows += _transformer(diffusers.format(kind="attentions"), f"{original}.1")
+        rows += _resnet(diffusers.format(kind="resnets"), f"{original}.0")
     rows += _transformer("mid_block.attentions.0", "middle_block.1")
     for number in range(2):
         rows += _resnet(f"mid_block.resnets.{number}", f"middle_block.{2 * number}")
     for block in range(3):
         behind = 2 if block or attention_at_the_bottom else 1
-        rows.append(Row(f"input_blocks.{3 * block + 3}.0.op", (f"down_blocks.{block}.downsamplers.0.conv",)))
-        rows.append(Row(f"output_blocks.{3 * block + 2}.{behind}.conv", (f"up_blocks.{block}.upsamplers.0.conv",)))
+        rows.append(KeyRow(f"input_blocks.{3 * block + 3}.0.op", (f"down_blocks.{block}.downsamplers.0.conv",)))
+        rows.append(KeyRow(f"output_blocks.{3 * block + 2}.{behind}.conv", (f"up_blocks.{block}.upsamplers.0.conv",)))
     return tuple(rows)
 
 
-def _transformer(ours: str, theirs: str) -> Iterator[Row]:
-    return (Row(f"{theirs}.{name}", (f"{ours}.{name}",)) for name in _IN_TRANSFORMER)
+def _transformer(diffusers: str, original: str) -> Iterator[KeyRow]:
+    return (KeyRow(f"{original}.{name}", (f"{diffusers}.{name}",)) for name in _IN_TRANSFORMER)
 
 
-def _resnet(ours: str, theirs: str) -> Iterator[Row]:
-    return (Row(f"{theirs}.{original}", (f"{ours}.{name}",)) for original, name in _IN_RESNET.items())
+def _resnet(diffusers: str, original: str) -> Iterator[KeyRow]:
+    return (KeyRow(f"{original}.{key}", (f"{diffusers}.{name}",)) for key, name in _IN_RESNET.items())
 
 
 SDXL = KeyMap(
     name="Stable Diffusion XL",
     rows=(
         *_unet(attention_at_the_bottom=True),
-        *(Row(f"label_emb.0.{2 * number}", (f"add_embedding.linear_{number + 1}",)) for number in range(2)),
+        *(KeyRow(f"label_emb.0.{2 * number}", (f"add_embedding.linear_{number + 1}",)) for number in range(2)),
     ),
-    spellings={Format.PEFT: in_peft("unet"), Format.KOHYA: in_kohya(original=True, uniform=True)},
+    key_formats={Format.PEFT: in_peft("unet"), Format.KOHYA: in_kohya(original_names=True, uniform_rank=True)},
 )
 """Stable Diffusion XL."""
 
@@ -73,6 +73,6 @@ SD15 = KeyMap(
     name="Stable Diffusion 1.5",
     rows=_unet(attention_at_the_bottom=False),
     # sd-scripts trains SDXL on the original U-Net, and this one on diffusers'
-    spellings={Format.PEFT: in_peft("unet"), Format.KOHYA: in_kohya(uniform=True)},
+    key_formats={Format.PEFT: in_peft("unet"), Format.KOHYA: in_kohya(uniform_rank=True)},
 )
 """Stable Diffusion 1.x, and 2.x."""
