@@ -1,9 +1,12 @@
 """Pairs and verdicts."""
 
+import dataclasses
+
 import pytest
 from PIL import Image
 
 import artaug as aa
+from artaug.pairs import pair_digest
 from support.strategies import pair
 
 
@@ -38,3 +41,31 @@ def test_every_ending_is_an_attempt():
     verdict = aa.Verdict(keep=True, reason="it rose", scores={})
     for ending in (aa.Kept(pair(1, 2), verdict), aa.Dropped(pair(1, 2), verdict), aa.Skipped("a pear", 0, "why")):
         assert isinstance(ending, aa.Attempt)
+
+
+def test_the_digest_of_a_pair_counts_prompt_and_pictures_and_the_plan_only_if_asked():
+    one = pair(1, 2)
+    assert pair_digest(dataclasses.replace(one, seed=99, before=one.before.copy())) == pair_digest(one)
+    others = [
+        dataclasses.replace(one, prompt="another"),
+        dataclasses.replace(one, before=one.after),
+        dataclasses.replace(one, before=one.after, after=one.before),
+    ]
+    assert len({pair_digest(other) for other in (one, *others)}) == 4
+    planned = dataclasses.replace(one, plan=aa.Plan("brighter"))
+    assert pair_digest(planned) == pair_digest(one)
+    assert pair_digest(planned, include_plan=True) != pair_digest(one, include_plan=True)
+
+
+def test_the_digest_of_a_pair_sees_the_colours_of_a_palette():
+    def striped(first, second):
+        image = Image.new("P", (4, 4))
+        image.putdata([0, 1] * 8)
+        image.putpalette([*first, *second])
+        return image
+
+    warm, cold = striped((255, 0, 0), (250, 120, 0)), striped((0, 0, 255), (0, 120, 250))
+    assert warm.tobytes() == cold.tobytes()
+    one = dataclasses.replace(pair(1, 2), before=Image.new("RGB", (4, 4)), after=warm)
+    assert pair_digest(dataclasses.replace(one, after=cold)) != pair_digest(one)
+    assert pair_digest(dataclasses.replace(one, after=warm.convert("RGB"))) == pair_digest(one)

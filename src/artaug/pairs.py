@@ -6,7 +6,9 @@ from typing import Annotated, Literal, Self, TypeAlias
 from PIL.Image import Image
 from pydantic import Field
 
-from artaug._internal.values import value
+from artaug._internal.digests import digest
+from artaug._internal.images import as_rgb
+from artaug._internal.values import to_json, value
 from artaug.errors import InvalidValueError
 from artaug.plan import Plan
 
@@ -54,6 +56,24 @@ class ImagePair:
                 f"the two pictures of {self.prompt!r} differ in size: before {self.before.size}, "
                 f"after {self.after.size}. A pair needs two pictures of one size."
             )
+
+
+def pair_digest(pair: ImagePair, *, include_plan: bool = False) -> str:
+    """SHA-256 of what a pair shows, as 64 hexadecimal digits: its prompt and the RGB pixels of both pictures.
+
+    The same pictures of the same prompt have the same digest after a round trip through a PNG file, in another run, and
+    whatever the seed was.
+
+    Args:
+        pair: the pair.
+        include_plan: count the plan too, for uses that depend on its regions.
+
+    Raises:
+        InvalidValueError: for a picture that has no RGB pixels (32-bit modes ``I`` and ``F``).
+    """
+    images = [as_rgb(pair.before), as_rgb(pair.after)]
+    pixels = [part for image in images for part in (f"{image.width}x{image.height}", image.tobytes())]
+    return digest(pair.prompt, *pixels, *([to_json(pair.plan)] if include_plan else []))
 
 
 @value

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 import artaug as aa
-from artaug.images.photometry import MEASURES, as_rgb, chroma, contrast, exposure, luma, sharpness, srgb
+from artaug.images.photometry import MEASURES, chroma, contrast, exposure, luma, sharpness, srgb
 from support.strategies import images, pixels
 
 
@@ -122,15 +122,6 @@ def test_known_pictures_have_known_numbers():
 def test_a_mode_is_only_a_way_to_write_pixels(mode):
     picture = Image.new("RGB", (4, 4), "white")
     assert srgb(picture.convert(mode)).tolist() == srgb(picture).tolist()
-
-
-def test_what_is_transparent_lies_on_white():
-    assert as_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    assert as_rgb(Image.new("LA", (1, 1), (0, 255))).getpixel((0, 0)) == (0, 0, 0)
-
-
-def test_sixteen_bits_are_scaled():
-    assert as_rgb(Image.fromarray(np.array([[65535, 0]], dtype=np.uint16))).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])

@@ -372,7 +372,7 @@ def test_a_page_written_again_leaves_only_its_own_pictures_and_what_others_put_t
     path, folder = tmp_path / "report.html", tmp_path / "report_pictures"
     write_report(path, comparison=make_comparison(light=110), pictures="folder")
     (folder / "note.txt").write_text("mine", encoding="utf-8")
-    (folder / f"{'0' * 32}.png.partial").write_bytes(b"half")
+    (folder / f"{'0' * 32}.png.{'0' * 16}.partial").write_bytes(b"half")
 
     write_report(path, comparison=make_comparison(light=200), pictures="folder")
 

@@ -20,7 +20,8 @@ from PIL import Image
 
 import artaug as aa
 from artaug.errors import StorageError
-from artaug.review.decisions import append_decision, pair_digest, read_decisions
+from artaug.pairs import pair_digest
+from artaug.review.decisions import append_decision, read_decisions
 from support.strategies import Listed, pair
 
 PAIRS = [pair(10 * number, 10 * number + 5 + number, seed=number) for number in range(4)]

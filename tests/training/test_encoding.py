@@ -11,7 +11,7 @@ from artaug.geometry import Box
 from artaug.pairs import ImagePair
 from artaug.plan import Plan, Region
 from artaug.training.distributed import ALONE, Processes
-from artaug.training.encoding import content_digest, encoded_rows
+from artaug.training.encoding import encoded_rows
 
 
 def rows_of(model, pairs, *, at_once=4, cache=None, processes=ALONE):
@@ -110,19 +110,6 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path, make_model, two_pairs)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match=r"encoded pair .* could not be written.*latent cache"):
         rows_of(make_model(), two_pairs, cache=tmp_path / "file" / "folder")
-
-
-def test_a_pair_is_known_by_its_content_alone(pair_of):
-    pair = pair_of(1)
-    again = ImagePair(prompt=pair.prompt, seed=99, before=pair.before.copy(), after=pair.after, plan=pair.plan)
-    assert content_digest(pair) == content_digest(again)
-    others = [
-        ImagePair(prompt="other", seed=1, before=pair.before, after=pair.after, plan=pair.plan),
-        ImagePair(prompt=pair.prompt, seed=1, before=pair.after, after=pair.after, plan=pair.plan),
-        ImagePair(prompt=pair.prompt, seed=1, before=pair.before, after=pair.after, plan=Plan("brighter")),
-    ]
-    assert len({content_digest(one) for one in (pair, *others)}) == 4
-    assert content_digest(pair, "encoder") != content_digest(pair)
 
 
 def test_a_size_the_model_does_not_take_is_refused(tiny_model):

@@ -1,1 +1,1 @@
-"""What several rooms share and no user needs: atomic files, checked values, truncation warnings."""
+"""What several rooms share and no user needs: files, digests, images, texts, checked values."""

@@ -1,7 +1,17 @@
-"""Words for people: a duration, a table."""
+"""Texts that people read: shortened quotes, durations, HTML tables."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut a text to at most ``limit`` characters; what is cut ends in "...".
+
+    >>> from artaug._internal.text import shorten
+    >>> shorten("a red cone", 10), shorten("a red cone", 8)
+    ('a red cone', 'a red...')
+    """
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def duration(seconds: float) -> str:

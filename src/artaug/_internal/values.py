@@ -11,9 +11,13 @@ from typing import Any, TypeVar, dataclass_transform
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from artaug._internal.text import shorten
 from artaug.errors import ArtAugError, InvalidValueError
 
 T = TypeVar("T")
+
+_LONGEST_QUOTE = 120
+"""Characters of a value that an error quotes."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field, field))
@@ -82,7 +86,9 @@ def from_json(kind: type[T], text: str | bytes) -> T:
 def _check_writable(kind: str, name: str, thing: object) -> None:
     """Refuse halves of surrogate pairs, which some models' replies hold and no file can."""
     if isinstance(thing, str) and any("\ud800" <= letter <= "\udfff" for letter in thing):
-        raise InvalidValueError(f"{kind}: {name}: holds half a character; received {_short(thing)}")
+        raise InvalidValueError(
+            f"{kind}: {name}: holds half a character; received {shorten(repr(thing), _LONGEST_QUOTE)}"
+        )
 
 
 def _in_our_words(report: ValidationError, names: Sequence[str] = ()) -> ArtAugError:
@@ -95,7 +101,10 @@ def _in_our_words(report: ValidationError, names: Sequence[str] = ()) -> ArtAugE
         cause = fault.get("ctx", {}).get("error")
         if isinstance(cause, ArtAugError):
             return cause
-    lines = [f"{_path(fault['loc'], names)}: {fault['msg']}; received {_short(fault['input'])}" for fault in faults]
+    lines = [
+        f"{_path(fault['loc'], names)}: {fault['msg']}; received {shorten(repr(fault['input']), _LONGEST_QUOTE)}"
+        for fault in faults
+    ]
     return InvalidValueError(f"{report.title}: " + "; ".join(lines))
 
 
@@ -103,8 +112,3 @@ def _path(parts: Sequence[int | str], names: Sequence[str]) -> str:
     first, *rest = parts or ("value",)
     named = names[first] if isinstance(first, int) and first < len(names) else first
     return ".".join(str(part) for part in (named, *rest))
-
-
-def _short(thing: object, *, limit: int = 120) -> str:
-    text = repr(thing)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -6,10 +6,10 @@ from typing import Any, TypeAlias
 
 from PIL.Image import Image
 
+from artaug._internal.images import as_rgb
 from artaug.critics.conversation import Conversation, Message
 from artaug.critique import Abstention, Critique
 from artaug.errors import InvalidValueError
-from artaug.images.photometry import as_rgb
 
 MAX_CAPTION_CHARS = 2000
 """Characters of a picture's prompt that a model is told; a longer one is cut, and the critique says so."""

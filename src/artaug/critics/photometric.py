@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.images import as_rgb
 from artaug.critics.salience import salient_boxes
 from artaug.critique import Abstention, Critic, Critique, Suggestion
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box
-from artaug.images.photometry import MEASURES, as_rgb, srgb
+from artaug.images.photometry import MEASURES, srgb
 
 _LEAST_PX = 16
 _EVEN = 1 / 255  # one level of 8 bits

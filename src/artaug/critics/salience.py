@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from artaug._internal.images import as_rgb
 from artaug.geometry import Box
-from artaug.images.photometry import as_rgb, srgb
+from artaug.images.photometry import srgb
 
 WORKING_PX = 48
 """The longer side of the picture that is looked at: details smaller than a 48th of it are none of ours."""

@@ -10,13 +10,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from artaug._internal.images import as_rgb
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import Coordinates, coordinates_for
 from artaug.critics.dialogue import Question, Reply, run_dialogue
 from artaug.critics.probing import Probe, probe
 from artaug.critique import Abstention, Critic, Critique
 from artaug.errors import InvalidValueError, MissingExtraError, ModelError
-from artaug.images.photometry import as_rgb
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin

@@ -1,17 +1,16 @@
 """Critics made of critics: several that must agree, one whose answers are kept on disk, one that is asked again."""
 
-import hashlib
 import json
 import logging
-import os
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from PIL.Image import Image
 
+from artaug._internal.digests import digest
+from artaug._internal.files import atomic_write
 from artaug._internal.values import from_json, to_json, value
 from artaug.critique import Abstention, Critic, Critique, Suggestion, run_critic
 from artaug.errors import InvalidValueError
@@ -162,8 +161,8 @@ class Cached(Critic):
     def _file(self, image: Image, prompt: str) -> Path:
         look = [image.mode, image.size, image.getpalette() if image.mode in {"P", "PA"} else None]
         question = json.dumps([self.identity or repr(self.critic), prompt, *look])
-        digest = hashlib.sha256(question.encode() + b"\0" + image.tobytes()).hexdigest()
-        return self.folder / digest[:2] / f"{digest[2:]}.json"
+        name = digest(question, image.tobytes())
+        return self.folder / name[:2] / f"{name[2:]}.json"
 
 
 def _kept(file: Path) -> Critique | Abstention | None:
@@ -178,16 +177,9 @@ def _kept(file: Path) -> Critique | Abstention | None:
 
 
 def _keep(file: Path, entry: _Entry) -> None:
-    """Write an answer so that whoever reads the file sees all of it or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=file.parent, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-            out.write(to_json(entry))
-        Path(unfinished).replace(file)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+    remedy = "The answers written before are complete: make room and call again, or critique without a cache."
+    with atomic_write(file, what="the critic's answer", remedy=remedy) as partial:
+        partial.write_text(to_json(entry), encoding="utf-8")
 
 
 @dataclass(frozen=True)

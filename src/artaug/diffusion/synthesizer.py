@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Self
 
 import torch
@@ -14,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.digests import digest
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_at, family_of
 from artaug.diffusion.offload import check_learnable
@@ -191,7 +191,7 @@ class DiffusersSynthesizer(Synthesizer):
         worn = ", ".join(f"{one.lora.digest[:16]} x {one.scale!r}" for one in self.loras)
         # What begins with _ is diffusers' own, and in another order in every process.
         told = sorted((name, one) for name, one in self.pipeline.scheduler.config.items() if name[0] != "_")
-        schedule = sha256(repr(told).encode()).hexdigest()[:16]
+        schedule = digest(repr(told))[:16]
         return (
             f"wearing [{worn}], guidance {self.guidance_scale}, schedule {schedule}, length {self.max_sequence_length}"
         )

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import file_digest
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +11,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from artaug._internal.files import file_sha256
 from artaug.errors import HubError, InvalidValueError
 from artaug.evaluation.comparison import Comparison
 from artaug.hub.card import TAG
@@ -141,8 +141,7 @@ def pull(
         path = Path(api.hf_hub_download(repo, chosen, revision=info.sha))
     lfs = held[chosen].lfs
     if lfs is not None:
-        with path.open("rb") as stream:
-            found = file_digest(stream, "sha256").hexdigest()
+        found = file_sha256(path)
         if found != lfs.sha256:
             raise HubError(
                 f"{chosen!r} of {repo!r} has the digest {found}, and the Hub says {lfs.sha256}. Remove {path} and pull again."

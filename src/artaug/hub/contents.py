@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import file_digest
 from importlib.metadata import version
 from pathlib import Path
 
+from artaug._internal.files import file_sha256
 from artaug.errors import LoRAError
 from artaug.evaluation.comparison import Comparison
 from artaug.hub.card import Contents, card
@@ -97,6 +97,4 @@ def listed(folder: Path) -> tuple[PushedFile, ...]:
 
 
 def _described(path: Path, folder: Path) -> PushedFile:
-    with path.open("rb") as file:
-        digest = file_digest(file, "sha256").hexdigest()
-    return PushedFile(path.relative_to(folder).as_posix(), path.stat().st_size, digest)
+    return PushedFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path))

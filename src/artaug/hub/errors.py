@@ -8,6 +8,7 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTP
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined] # of the HTTP library it uses
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # public, but not re-exported
 
+from artaug._internal.text import shorten
 from artaug.errors import HubError, InvalidValueError
 
 _ADVICE = {
@@ -78,5 +79,5 @@ def _short(text: str, api: HfApi, *, limit: int = 400) -> str:
     """On one line, not too long, without the token should a server have sent it back."""
     token = api.token if isinstance(api.token, str) else get_token()
     text = " ".join((text.replace(token, "(token)") if token else text).split())
-    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    text = shorten(text, limit)
     return text if text.endswith((".", "!", "?")) else f"{text}."

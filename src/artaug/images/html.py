@@ -1,6 +1,5 @@
 """Pictures for people: boxes drawn on them, so that one sees where a critic looked, and their way into HTML."""
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from html import escape
 
 from PIL import Image, ImageDraw, ImageFont
 
+from artaug._internal.images import data_url
 from artaug.critique import Abstention, Critique
 from artaug.drawing import COLOURS, DARK, draw_boxes
 from artaug.errors import InvalidValueError
@@ -99,7 +99,7 @@ def data_address(image: Image.Image) -> str:
     'data:image/png;base64,'
     """
     data, kind = encoded(image)
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return data_url(data, kind)
 
 
 @dataclass(frozen=True)

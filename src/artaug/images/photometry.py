@@ -10,37 +10,13 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image
 
-from artaug.errors import InvalidValueError
+from artaug._internal.images import as_rgb
 
 _LUMA = np.array([0.2126, 0.7152, 0.0722])  # ITU-R BT.709, the primaries of sRGB
 _IDEAL, _TOLERANCE = 0.5, 0.2
 _EXTREMELY_COLOURFUL = 109 / 255
 _PROBE_PX = 11
 _NOTHING = 1e-9  # far below one level of 8 bits: what is left of a flat picture after floating-point arithmetic
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB, whatever its mode.
-
-    Greyscale, palette, CMYK and the other 8-bit modes are converted; what is transparent is laid over white, as a
-    page would show it; of 16-bit greyscale the upper 8 bits are kept.
-
-    Raises:
-        InvalidValueError: for an image without pixels, or of 32-bit numbers (modes ``I`` and ``F``), since nothing
-            says which of them is white.
-    """
-    if 0 in image.size:
-        raise InvalidValueError(f"an image of {image.width} x {image.height} pixels has nothing to measure.")
-    if image.mode in {"I", "F"}:
-        raise InvalidValueError(
-            f"an image of mode {image.mode!r} does not say which number is white. "
-            "Scale it to 0..255 and convert it to 'L' or 'RGB' first."
-        )
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
 
 
 def srgb(image: Image.Image) -> np.ndarray:

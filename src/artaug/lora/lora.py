@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -17,6 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from artaug._internal.digests import tensors_digest
 from artaug.errors import LoRAError, LoRAMismatchError
 from artaug.lora.formats.files import write_tensors
 from artaug.lora.formats.key_maps import Format, KeyMap
@@ -122,12 +122,10 @@ class LoRA:
     @property
     def digest(self) -> str:
         """SHA-256 of the names and factors, in hexadecimal: that of two LoRAs is the same if they are, bit for bit."""
-        told = sha256()
-        for name, layer in sorted(self.layers.items()):
-            for factor in (layer.down, layer.up):
-                told.update(f"{name}{factor.dtype}{tuple(factor.shape)}".encode())
-                told.update(factor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return told.hexdigest()
+        sides = ("down", "up")
+        return tensors_digest(
+            {f"{name}.{side}": getattr(layer, side) for name, layer in self.layers.items() for side in sides}
+        )
 
     @contextmanager
     def applied_to(

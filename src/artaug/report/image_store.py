@@ -1,24 +1,24 @@
 """Where the pictures of a page are: in it, or in a folder beside it."""
 
-import base64
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import quote
 
 from PIL import Image
 
+from artaug._internal.digests import digest
 from artaug._internal.files import atomic_write
+from artaug._internal.images import data_url
 from artaug.images.html import encoded
 
 INLINE_BYTES = 8_000_000
 """How much of pictures a page holds before they move to a folder."""
 REMEDY = "Write the report elsewhere, or make room; nothing else of the run is touched."
 
-_NAME = re.compile(r"[0-9a-f]{32}\.(?:png|webp)")
+_NAME = re.compile(r"[0-9a-f]{32}\.(?:png|webp)(?:\.[0-9a-f]{16}\.partial)?")
 
 
 @dataclass(kw_only=True)
@@ -52,8 +52,8 @@ class Album:
         """The address of a picture; in a folder, it is there when this returns."""
         data, kind = self._encoded.pop(id(image)) if id(image) in self._encoded else encoded(image)
         if self.inline:
-            return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        name = f"{sha256(data).hexdigest()[:32]}.{kind}"
+            return data_url(data, kind)
+        name = f"{digest(data)[:32]}.{kind}"
         if name not in self._names and not (self.folder / name).exists():
             with atomic_write(self.folder / name, what="the report's picture", remedy=REMEDY) as partial:
                 partial.write_bytes(data)
@@ -65,7 +65,7 @@ class Album:
         if not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
-            if _NAME.fullmatch(path.name.removesuffix(".partial")) and path.name not in self._names:
+            if _NAME.fullmatch(path.name) and path.name not in self._names:
                 path.unlink()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()

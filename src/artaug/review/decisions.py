@@ -1,6 +1,5 @@
 """What a person decided about pairs, on disk: a line a decision, never rewritten, so a kill at any time loses none."""
 
-import hashlib
 import json
 import os
 from datetime import UTC, datetime
@@ -8,22 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from artaug.errors import StorageError
-from artaug.images.photometry import as_rgb
-from artaug.pairs import ImagePair
-
-
-def pair_digest(pair: ImagePair) -> str:
-    """What a pair shows, as 64 hexadecimal digits: its prompt and the pixels of both pictures, and nothing else.
-
-    The same pictures of the same prompt have the same digest after a trip through a PNG file, in another run, and
-    whatever plan drew them.
-    """
-    digest = hashlib.sha256(pair.prompt.encode())
-    for image in (pair.before, pair.after):
-        pixels = as_rgb(image)
-        digest.update(f"\0{pixels.width}x{pixels.height}\0".encode())
-        digest.update(pixels.tobytes())
-    return digest.hexdigest()
+from artaug.pairs import ImagePair, pair_digest
 
 
 def read_decisions(path: Path) -> dict[str, bool]:

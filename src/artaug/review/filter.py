@@ -7,8 +7,8 @@ from typing import final
 
 from artaug.errors import InvalidValueError, UndecidedError
 from artaug.filtering.algebra import PairFilter, judged
-from artaug.pairs import ImagePair, Verdict
-from artaug.review.decisions import pair_digest, read_decisions
+from artaug.pairs import ImagePair, Verdict, pair_digest
+from artaug.review.decisions import read_decisions
 from artaug.review.session import serve_pairs
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
 
+from artaug._internal.images import as_rgb
 from artaug.geometry import Box
-from artaug.images.photometry import as_rgb
-from artaug.pairs import ImagePair
-from artaug.review.decisions import append_decision, pair_digest, read_decisions
+from artaug.pairs import ImagePair, pair_digest
+from artaug.review.decisions import append_decision, read_decisions
 
 _logger = logging.getLogger(__name__)
 _PAGE = Path(__file__).parent / "queue.html"

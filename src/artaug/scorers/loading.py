@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from artaug._internal.images import as_rgb
 from artaug._internal.truncation import warn_if_truncated
 from artaug.errors import InvalidValueError, ModelError
-from artaug.images.photometry import as_rgb
 
 Model: TypeAlias = Any
 """A model of transformers, which is untyped here."""
@@ -184,7 +184,7 @@ def slices(count: int, size: int) -> Iterator[slice]:
 
 
 def shown(images: Sequence[Image.Image]) -> list[Image.Image]:
-    """Pictures of any mode as 8-bit RGB; see `artaug.images.photometry.as_rgb`.
+    """Pictures of any mode as 8-bit RGB; see `artaug._internal.images.as_rgb`.
 
     Raises:
         InvalidValueError: for one that is no picture; a note on the error says which.

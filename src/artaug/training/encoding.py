@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,10 +10,10 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from artaug._internal.digests import digest, tensors_digest
 from artaug._internal.files import atomic_write, save_tensors
-from artaug._internal.values import to_json
 from artaug.errors import ContractError, NonFiniteError, StorageError
-from artaug.pairs import ImagePair
+from artaug.pairs import ImagePair, pair_digest
 from artaug.regional.coverage import coverage
 from artaug.training.distributed import Processes
 from artaug.training.model import DiffusionModel
@@ -43,7 +42,7 @@ def encoded_rows(
     if cache is None:
         return list(_encoded(model, pairs, at_once=at_once))
     encoder = _fingerprint(model, pairs[0].before.size)
-    files = [cache / f"{content_digest(pair, encoder)}.safetensors" for pair in pairs]
+    files = [cache / f"{digest(encoder, pair_digest(pair, include_plan=True))}.safetensors" for pair in pairs]
     mine = processes.share(range(len(pairs)))  # whatever the others have written by now
     missing = [at for at in mine if not files[at].exists()]
     for at, row in zip(missing, _encoded(model, [pairs[at] for at in missing], at_once=at_once), strict=True):
@@ -79,26 +78,11 @@ class StoredRow(Mapping[str, Tensor]):
             raise StorageError(f"{self.path} of the latent cache cannot be read: {fault}. Delete it.") from None
 
 
-def content_digest(pair: ImagePair, salt: str = "") -> str:
-    """What a pair is, as 64 hexadecimal digits: its pictures, prompt and plan; not its seed."""
-    told = sha256(f"{salt}\0{pair.prompt}\0{to_json(pair.plan)}".encode())
-    for picture in (pair.before, pair.after):
-        told.update(f"\0{picture.mode}{picture.size}".encode())
-        told.update(picture.tobytes())
-    return told.hexdigest()
-
-
 def _fingerprint(model: DiffusionModel, size: tuple[int, int]) -> str:
     """What the encoders are, told by what they make of a fixed picture and prompt: weights have no other name."""
     width, height = size
     picture = Image.linear_gradient("L").resize((width, height)).convert("RGB")
-    told = sha256()
-    answers = {"": model.encode_images([picture]), **model.encode_prompts([_PROBE])}
-    for name in sorted(answers):
-        answer = answers[name].detach().cpu().contiguous()
-        told.update(f"{name}{answer.dtype}{tuple(answer.shape)}".encode())
-        told.update(answer.view(torch.uint8).numpy().tobytes())
-    return told.hexdigest()
+    return tensors_digest({"": model.encode_images([picture]), **model.encode_prompts([_PROBE])})
 
 
 def _encoded(model: DiffusionModel, pairs: Sequence[ImagePair], *, at_once: int) -> Iterator[Row]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from artaug._internal.files import atomic_write, save_tensors
+from artaug._internal.files import atomic_write, load_tensors, save_tensors
 from artaug.errors import InvalidValueError, StorageError
 from artaug.lora.lora import LoRA, LowRank, sum_loras
 from artaug.training.adapters import Parts
@@ -93,7 +92,7 @@ class TrainingState:
         remedy = (
             "Those before it are whole: make room and call train again with the same arguments to go on from the last."
         )
-        with atomic_write(path, what="the checkpoint", remedy=remedy, durable=True) as partial:
+        with atomic_write(path, what="the checkpoint", remedy=remedy) as partial:
             save_tensors(tensors, partial, {**header, **made_of})
 
     @classmethod
@@ -104,11 +103,12 @@ class TrainingState:
             StorageError: if it is no checkpoint, or one of another training, naming what differs.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError) as fault:
+            stored, header = load_tensors(path)
+        except OSError as fault:
             raise StorageError(f"{path} is no checkpoint: {fault}. Delete it to go on from the one before.") from None
+        tensors = {
+            name: tensor.clone() for name, tensor in stored.items()
+        }  # not mapped to a file that is deleted later
         if header.get("version") != _VERSION:
             raise StorageError(
                 f"{path} is no checkpoint of this version of artaug (its version: {header.get('version')}, expected "
@@ -183,6 +183,8 @@ class Checkpoints:
         state.save(path, made_of=made_of)
         for old in self._files()[: -self.keep]:
             old.unlink()
+        for leftover in Path(self.folder).glob("step-*.partial"):  # of a training that was killed while it wrote
+            leftover.unlink()
 
     def _files(self) -> list[Path]:
         return sorted(Path(self.folder).glob("step-*.safetensors"))

@@ -1,11 +1,10 @@
 """What a frozen teacher said, remembered by what it was asked: batches that come again need not ask twice."""
 
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
 
-import torch
 from torch import Tensor
 
+from artaug._internal.digests import tensors_digest
 from artaug.training.distributed import ALONE, Processes
 
 
@@ -19,20 +18,11 @@ class Memory:
 
     def __init__(self, processes: Processes = ALONE) -> None:
         self._processes = processes
-        self._answers: dict[bytes, Tensor] = {}
+        self._answers: dict[str, Tensor] = {}
 
     def answer(self, asked: Mapping[str, Tensor], ask: Callable[[], Tensor]) -> Tensor:
         """The answer to a question, asked if it is not known."""
-        name, device = _digest(asked), next(iter(asked.values())).device
+        name, device = tensors_digest(asked), next(iter(asked.values())).device
         if not self._processes.agree(name in self._answers, device):
             self._answers[name] = ask().detach().cpu()
         return self._answers[name].to(device)
-
-
-def _digest(asked: Mapping[str, Tensor]) -> bytes:
-    told = blake2b(digest_size=16)
-    for name in sorted(asked):
-        one = asked[name].detach().cpu().contiguous()
-        told.update(f"{name}{one.dtype}{tuple(one.shape)}".encode())
-        told.update(one.reshape(-1).view(torch.uint8).numpy().data)
-    return told.digest()

@@ -5,19 +5,17 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from artaug._internal.digests import digest
 from artaug.errors import InvalidValueError, NothingToLearnError
 from artaug.lora.lora import LoRA
-from artaug.pairs import ImagePair
+from artaug.pairs import ImagePair, pair_digest
 from artaug.synthesis import picture_seeds
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import Processes
-from artaug.training.encoding import content_digest
 from artaug.training.loop import Run
 from artaug.training.model import Trainable
 from artaug.training.phases import Phase, phases_of
@@ -150,7 +148,7 @@ class DifferentialLoRATrainer(TrainingConfig):
 
     def _made_of(self, pairs: Sequence[ImagePair], seed: int, validation: Validation | None) -> dict[str, str]:
         """What decides the result, by name: a training is resumed only by one made of the same."""
-        data = sha256("".join(content_digest(pair) for pair in pairs).encode()).hexdigest()
+        data = digest(*(pair_digest(pair, include_plan=True) for pair in pairs))
         told = replace(self, at_once=None, gradient_checkpointing=False)  # which change memory, and not the result
         return {
             "trainer": _said(told),
@@ -184,16 +182,15 @@ def _warn_of_unseen(legs: Sequence[Phase], config: TrainingConfig) -> None:
 
 def _known_as(module: nn.Module) -> str:
     """A name for a model's weights: its class and a digest of the small ones, which every fine-tuning moves, too."""
-    told = sha256()
+    parts: list[str | Tensor] = []
     for name, one in module.named_parameters():
         if is_foreign(one):  # bitsandbytes lays its weights out anew when it draws on a CPU
-            told.update(f"{name}{type(one).__name__}".encode())
+            parts += [name, type(one).__name__]
             continue
-        told.update(f"{name}{tuple(one.shape)}".encode())
+        parts += [name, str(tuple(one.shape))]
         if one.numel() <= _SMALL and one.device.type != "meta":
-            whole = one.full_tensor() if hasattr(one, "full_tensor") else one  # sharded: a part is no weight
-            told.update(whole.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{type(module).__name__} {told.hexdigest()[:16]}"
+            parts.append(one.full_tensor() if hasattr(one, "full_tensor") else one)  # sharded: a part is no weight
+    return f"{type(module).__name__} {digest(*parts)[:16]}"
 
 
 def _sharing(batch_size: int) -> Processes:

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from typing import Any
 
 from PIL.Image import Image
 
+from artaug._internal.digests import digest
 from artaug.errors import InvalidValueError
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
@@ -83,7 +83,7 @@ class Validation:
     @property
     def fingerprint(self) -> str:
         """What decides its choice, as one line: the same in every process."""
-        asked = sha256("\0".join(self.prompts).encode()).hexdigest()[:16]
+        asked = digest(*self.prompts)[:16]
         how = f"every {self.every}, strengths {self.strengths}, patience {self.patience}"
         return f"{self.scorer.name} on {len(self.prompts)} prompts {asked}, {how}"
 

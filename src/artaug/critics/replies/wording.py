@@ -2,6 +2,7 @@
 
 import re
 
+from artaug._internal.text import shorten
 from artaug.critics.replies.repairs import Repairs
 
 _CHAT_TOKEN = re.compile(r"<\|[^<>|\s]{1,48}\|>|<\uff5c[^<>\uff5c\s]{1,48}\uff5c>|</?s>")
@@ -35,4 +36,4 @@ def fit(words: str, *, at_most: int, repairs: Repairs, number: int | None = None
 def excerpt(reply: str, *, at_most: int = 60) -> str:
     """The beginning of a reply, to be quoted in a reason."""
     words = fit(reply[: 8 * at_most], at_most=at_most + 1, repairs=Repairs())
-    return repr(words if len(words) <= at_most else words[: at_most - 3] + "...")
+    return repr(shorten(words, at_most))

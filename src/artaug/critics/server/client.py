@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from artaug._internal.text import shorten
 from artaug.critics.dialogue import Reply
 from artaug.critics.server.backoff import WORTH_ANOTHER_TRY, Gate, asked_wait, wait_before
 from artaug.critics.server.usage import Meter, Usage
@@ -172,4 +173,4 @@ def _understood(answer: Answered, meter: Meter) -> Reply | Fault:
 
 def _excerpt(body: bytes) -> str:
     text = " ".join(body[: 4 * _LONGEST_EXCERPT].decode("utf-8", errors="replace").split())
-    return repr(text if len(text) <= _LONGEST_EXCERPT else f"{text[:_LONGEST_EXCERPT]}...")
+    return repr(shorten(text, _LONGEST_EXCERPT))

@@ -1,6 +1,5 @@
 """A critic that asks any OpenAI-compatible server: vLLM, SGLang, llama.cpp, or a hosted one."""
 
-import base64
 import io
 import logging
 import os
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 
 from PIL.Image import Image, Resampling
 
+from artaug._internal.images import as_rgb, data_url
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import FAMILIES, Coordinates
 from artaug.critics.dialogue import Question, Reply, run_dialogue
@@ -24,7 +24,6 @@ from artaug.critics.server.client import Answered, Fault, RetryingClient, map_th
 from artaug.critics.server.usage import Meter, Usage
 from artaug.critique import Abstention, Critic, Critique
 from artaug.errors import InvalidValueError, MissingExtraError
-from artaug.images.photometry import as_rgb
 
 _LOG = logging.getLogger(__name__)
 
@@ -182,7 +181,7 @@ class OpenAICritic(Critic):
         else:
             image.save(file, "JPEG", quality=self.jpeg_quality, subsampling=0)
         kind = "png" if self.jpeg_quality is None else "jpeg"
-        return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+        return data_url(file.getvalue(), kind)
 
     @cached_property
     def _meter(self) -> Meter:

@@ -9,6 +9,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from artaug._internal.images import as_rgb
 from artaug.errors import GuideError, InvalidValueError, ModelError
 from artaug.regional.denoiser import AttentionLayer, EncodedPrompt, Span
 from artaug.training.noise_schedule import FlowMatching
@@ -85,7 +86,7 @@ def vae_latents(pipeline: Pipeline, images: Sequence[Image], *, width: int, heig
                 f"a picture of {image.width} x {image.height} pixels cannot be encoded at {width} x "
                 f"{height}. Resize it, or set the synthesizer's width and height."
             )
-    pixels = pipeline.image_processor.preprocess([image.convert("RGB") for image in images], height=height, width=width)
+    pixels = pipeline.image_processor.preprocess([as_rgb(image) for image in images], height=height, width=width)
     vae = pipeline.vae
     device = pipeline._execution_device  # noqa: SLF001 - .device is wrong under offload
     latents: Tensor = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode().float()

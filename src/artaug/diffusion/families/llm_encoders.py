@@ -10,6 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from artaug._internal.images import as_rgb
 from artaug.diffusion.families.common import Pipeline, Tokenizer
 from artaug.errors import GuideError, ModelError
 from artaug.regional.denoiser import EncodedPrompt, Span
@@ -49,7 +50,7 @@ def checked_pixels(pipeline: Pipeline, images: Sequence[Image], *, width: int, h
                 f"a picture of {image.width} x {image.height} pixels cannot be encoded at {width} x "
                 f"{height}. Resize it, or set the synthesizer's width and height."
             )
-    pixels = pipeline.image_processor.preprocess([image.convert("RGB") for image in images], height=height, width=width)
+    pixels = pipeline.image_processor.preprocess([as_rgb(image) for image in images], height=height, width=width)
     device = pipeline._execution_device  # noqa: SLF001 - .device is wrong under offload
     return pixels.to(device, pipeline.vae.dtype)  # type: ignore[no-any-return]
 

@@ -2,18 +2,15 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from artaug._internal.files import SafetensorsHeader
 from artaug.errors import ModelError
 
 _WEIGHTS = "diffusion_pytorch_model"
 _DENOISERS = ("transformer", "unet")
-_LONGEST_HEADER = 100_000_000
-"""Bytes, the limit of the safetensors library."""
 _EXPECTED = (
     "Expected a safetensors file, or a folder of diffusers with diffusion_pytorch_model*.safetensors in it, in its "
     "transformer/ or in its unet/."
@@ -54,29 +51,23 @@ class Shard:
             ModelError: if it is no safetensors file, or cut short.
         """
         try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                length = int.from_bytes(file.read(8), "little")
-                if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-                    raise ModelError(f"{path} is cut short, or no safetensors file. {_EXPECTED}")
-                header = json.loads(file.read(length))
+            header = SafetensorsHeader.read(path)
         except (OSError, ValueError) as fault:
-            if isinstance(fault, ModelError):
-                raise
-            raise ModelError(f"{path} is no safetensors file: {fault}. {_EXPECTED}") from None
-        tensors = _tensors(header, 8 + length)
-        if tensors is None or (max((one.end for one in tensors.values()), default=8 + length)) != size:
+            raise ModelError(f"{path} cannot be read as safetensors: {fault}. {_EXPECTED}") from None
+        size = header.file_size
+        tensors = _tensors(header)
+        if tensors is None or (max((one.end for one in tensors.values()), default=header.data_start)) != size:
             raise ModelError(f"{path} is cut short or damaged: {size} bytes are not what its header describes.")
         return cls(path, tensors, size)
 
 
-def _tensors(header: Any, start: int) -> dict[str, Stored] | None:  # noqa: ANN401 - whatever the JSON says
+def _tensors(header: SafetensorsHeader) -> dict[str, Stored] | None:
     """The tensors in order of place; None if they do not lie one behind the other."""
+    start = header.data_start
     try:
         found = {
             name: Stored(str(one["dtype"]), tuple(one["shape"]), *(start + int(at) for at in one["data_offsets"]))
-            for name, one in header.items()
-            if name != "__metadata__"
+            for name, one in header.tensors.items()
         }
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

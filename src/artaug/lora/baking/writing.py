@@ -16,6 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Protocol, Self
 
+from artaug._internal.files import sync_folder
 from artaug.errors import StorageError
 from artaug.lora.baking.report import BakedFile
 
@@ -153,7 +154,7 @@ def staged(out: Path, *, folder: bool) -> Iterator[Path]:
             raise
         if not folder:
             partial.rmdir()
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
 
 
 @contextmanager
@@ -207,8 +208,3 @@ def _sync(handle: int) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform != "win32":
-        _sync(os.open(folder, os.O_RDONLY))

@@ -1,0 +1,172 @@
+"""Atomic files under failure, power loss and competition; safetensors headers; digests of files."""
+
+import multiprocessing
+import os
+import stat
+import sys
+from hashlib import sha256
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from artaug._internal.files import SafetensorsHeader, atomic_write, file_sha256, load_tensors, save_tensors
+from artaug.errors import StorageError
+
+ROW = {"before": torch.zeros(64, 256), "after": torch.ones(64, 256)}
+
+
+def write(path, text, *, error=None):
+    with atomic_write(path, what="the note", remedy="Make room.") as partial:
+        partial.write_text(text, encoding="utf-8")
+        if error is not None:
+            raise error
+
+
+def test_a_file_is_written_with_the_folders_above_it(tmp_path):
+    path = tmp_path / "a" / "b" / "note.txt"
+    write(path, "first")
+    write(path, "second")
+    assert path.read_text(encoding="utf-8") == "second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path):
+    path = tmp_path / "note.txt"
+    write(path, "first")
+    with atomic_write(path, what="the note", remedy="Make room.") as partial:
+        partial.write_text("sec", encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == "first"
+        assert partial.parent == path.parent
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
+def test_an_exception_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "note.txt"
+    write(path, "first")
+    with pytest.raises(type(error)):
+        write(path, "sec", error=error)
+    assert path.read_text(encoding="utf-8") == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_system_error_names_the_file_and_the_remedy(tmp_path):
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    with pytest.raises(StorageError, match=r"the note .*note\.txt could not be written: .* Make room\."):
+        write(tmp_path / "file" / "note.txt", "text")
+
+
+def test_file_and_folder_are_flushed_to_the_disk_around_the_replacement(tmp_path, monkeypatch):
+    """Without the first flush a power failure can leave an empty file under the name, without the second no name."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        size = os.fstat(descriptor).st_size if kind == "file" else None
+        events.append((kind, size))
+        fsync(descriptor)
+
+    def noted_replace(source, target, **options):
+        events.append(("replace", None))
+        replace(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write(tmp_path / "note.txt", "four")
+
+    folder = [] if sys.platform == "win32" else [("folder", None)]
+    assert events == [("file", 4), ("replace", None), *folder]
+
+
+def write_rows(folder, count, queue, barrier):
+    errors = []
+    for number in range(count):
+        barrier.wait()
+        try:
+            with atomic_write(folder / f"{number}.safetensors", what="the row", remedy="Make room.") as partial:
+                save_tensors(ROW, partial)
+        except StorageError as error:
+            errors.append(str(error))
+    queue.put(errors)
+
+
+def test_two_processes_can_write_the_same_files_at_once(tmp_path):
+    context = multiprocessing.get_context("fork" if sys.platform != "win32" else "spawn")
+    queue, barrier = context.Queue(), context.Barrier(2)
+    writers = [context.Process(target=write_rows, args=(tmp_path, 100, queue, barrier)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    errors = queue.get(timeout=60) + queue.get(timeout=60)
+    for writer in writers:
+        writer.join()
+    assert errors == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{number}.safetensors" for number in range(100))
+    for path in tmp_path.iterdir():
+        assert torch.equal(load_tensors(path)[0]["after"], ROW["after"])
+
+
+def test_tensors_and_metadata_survive_a_file(tmp_path):
+    path = tmp_path / "row.safetensors"
+    metadata = {"zebra": "ä\n\x7f\x01", "antelope": '"'}
+    save_tensors({"strided": torch.arange(6.0).reshape(2, 3).T}, path, metadata)
+    tensors, read = load_tensors(path)
+    assert torch.equal(tensors["strided"], torch.arange(6.0).reshape(2, 3).T)
+    assert read == metadata
+
+
+def test_the_same_tensors_and_metadata_give_the_same_bytes(tmp_path):
+    metadata = {str(number): str(number) for number in range(20)}
+    for name in ("one", "other"):
+        save_tensors(ROW, tmp_path / name, metadata)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_what_cannot_be_written_or_read_is_a_system_error(tmp_path):
+    with pytest.raises(OSError, match="missing"):
+        save_tensors(ROW, tmp_path / "missing" / "row.safetensors")
+    (tmp_path / "noise").write_bytes(b"noise" * 10)
+    with pytest.raises(OSError, match="header"):
+        load_tensors(tmp_path / "noise")
+    with pytest.raises(FileNotFoundError):
+        load_tensors(tmp_path / "missing")
+
+
+def test_a_header_is_what_the_library_reads(tmp_path):
+    path = tmp_path / "row.safetensors"
+    save_file(ROW, path, {"made": "here"})
+    header = SafetensorsHeader.read(path)
+    with safe_open(path, framework="pt") as file:
+        assert set(header.tensors) == set(file.keys())
+        assert header.metadata == file.metadata()
+    assert header.file_size == path.stat().st_size
+    assert header.tensors["before"]["shape"] == [64, 256]
+    start, end = header.tensors["after"]["data_offsets"]
+    data = path.read_bytes()[header.data_start + start : header.data_start + end]
+    assert torch.equal(torch.frombuffer(bytearray(data), dtype=torch.float32), ROW["after"].flatten())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x02\0\0",
+        (50).to_bytes(8, "little") + b"{}",
+        (1).to_bytes(8, "little") + b"{",
+        (2).to_bytes(8, "little") + b"[]",
+        (2).to_bytes(8, "little") + b"{{",
+    ],
+    ids=["empty", "short", "cut", "too small", "a list", "no JSON"],
+)
+def test_a_file_without_a_header_is_refused(tmp_path, content):
+    path = tmp_path / "broken"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"."):
+        SafetensorsHeader.read(path)
+
+
+def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    assert file_sha256(path) == sha256(b"content").hexdigest()
