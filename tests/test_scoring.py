@@ -37,17 +37,19 @@ def test_a_batch_is_a_loop_unless_overridden():
 
 
 def test_too_few_scores_are_counted():
-    with pytest.raises(aa.ContractError, match=r"Saying.score_batch returned 1 scores for 2 pictures\."):
+    with pytest.raises(
+        aa.ContractError, match=r"Saying.score_batch returned 1 answer for 2 pictures\. Expected a list of 2"
+    ):
         score_images(Saying(1.0), [PICTURE] * 2, ["a", "b"])
 
 
 @pytest.mark.parametrize("answer", [None, "high", [1, 2]])
 def test_an_answer_that_is_no_number_is_quoted(answer):
-    with pytest.raises(aa.ContractError, match=r"for 'a pear'\. Expected a number\."):
+    with pytest.raises(aa.ContractError, match=r"for picture 0 \('a pear'\)\. Expected a number\."):
         score_images(Saying(answer), [PICTURE], ["a pear"])
 
 
 @pytest.mark.parametrize("answer", [float("nan"), float("-inf")])
 def test_an_answer_that_is_not_finite_names_the_prompt(answer):
-    with pytest.raises(aa.NonFiniteError, match=f"Saying scored {answer} for 'a pear'"):
+    with pytest.raises(aa.NonFiniteError, match=rf"Saying.score_batch returned {answer} for picture 0 \('a pear'\)"):
         score_images(Saying(answer), [PICTURE], ["a pear"])

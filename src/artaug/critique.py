@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from PIL.Image import Image
 
+from artaug._internal.contracts import check_batch
 from artaug._internal.values import value
-from artaug.errors import ContractError, CriticError, InvalidValueError
+from artaug.errors import CriticError, InvalidValueError
 from artaug.geometry import Box
 
 
@@ -96,12 +97,7 @@ def run_critic(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) 
             f"{name} raised {type(fault).__name__}: {fault}, while criticising {len(prompts)} picture(s), "
             f"first prompt {next(iter(prompts), None)!r}. A critic that cannot tell returns artaug.Abstention(reason)."
         ) from fault
-    if len(answers) != len(prompts):
-        raise ContractError(f"{name}.critique_batch returned {len(answers)} answers for {len(prompts)} pictures.")
-    for answer, prompt in zip(answers, prompts, strict=True):
-        if not isinstance(answer, Critique | Abstention):
-            raise ContractError(
-                f"{name} returned {type(answer).__name__} for {prompt!r}: {answer!r:.120}. "
-                "Expected artaug.Critique or artaug.Abstention."
-            )
-    return list(answers)
+    checked: list[Critique | Abstention] = check_batch(
+        name, "critique_batch", answers, of=(Critique, Abstention), count=len(prompts), per="picture", prompts=prompts
+    )
+    return checked

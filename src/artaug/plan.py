@@ -8,6 +8,7 @@ from typing import Annotated
 from PIL import Image
 from pydantic import Field
 
+from artaug._internal.contracts import check_result
 from artaug._internal.values import value
 from artaug.critique import Critique, Suggestion
 from artaug.drawing import Area, draw_areas
@@ -110,6 +111,16 @@ class RegionPlanner(ABC):
     @abstractmethod
     def plan(self, prompt: str, critique: Critique) -> Plan:
         """Make the plan for drawing ``prompt`` again. A plan that changes nothing means: leave this picture alone."""
+
+
+def run_planner(planner: RegionPlanner, prompt: str, critique: Critique) -> Plan:
+    """Make a plan and check that it is one.
+
+    Raises:
+        ContractError: if the planner returned something that is not a `Plan`.
+    """
+    plan = planner.plan(prompt, critique)
+    return check_result(type(planner).__name__, "plan", plan, of=Plan, given=repr(prompt))
 
 
 @dataclass(frozen=True, kw_only=True)

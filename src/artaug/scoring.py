@@ -1,12 +1,11 @@
 """Pictures to numbers: a metric, a reward, a filter threshold and a stop rule are all a `Scorer`."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from PIL.Image import Image
 
-from artaug.errors import ContractError, NonFiniteError
+from artaug._internal.contracts import check_numbers
 
 
 class Scorer(ABC):
@@ -57,15 +56,4 @@ def score_images(scorer: Scorer, images: Sequence[Image], prompts: Sequence[str]
         NonFiniteError: if a score is NaN or infinite, naming the prompt.
     """
     answers = scorer.score_batch(images, prompts)
-    if len(answers) != len(images):
-        raise ContractError(f"{scorer.name}.score_batch returned {len(answers)} scores for {len(images)} pictures.")
-    numbers: list[float] = []
-    for answer, prompt in zip(answers, prompts, strict=True):
-        try:
-            number = float(answer)
-        except (TypeError, ValueError):
-            raise ContractError(f"{scorer.name} returned {answer!r:.120} for {prompt!r}. Expected a number.") from None
-        if not math.isfinite(number):
-            raise NonFiniteError(f"{scorer.name} scored {number} for {prompt!r}. Expected a finite number.")
-        numbers.append(number)
-    return numbers
+    return check_numbers(scorer.name, "score_batch", answers, count=len(images), per="picture", prompts=prompts)

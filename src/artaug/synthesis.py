@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.contracts import check_batch
 from artaug.errors import ModelError
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
@@ -31,6 +32,23 @@ class Synthesizer(ABC):
             LoRAMismatchError: if the LoRA names layers the model does not have.
         """
         raise ModelError(f"{type(self).__name__} cannot draw with a LoRA: it does not override with_lora.")
+
+
+def draw(synthesizer: Synthesizer, plans: Sequence[Plan], *, seeds: Sequence[int]) -> list[Image]:
+    """Draw pictures and check that there is one for each plan.
+
+    Raises:
+        ContractError: if the synthesizer returned too few or too many pictures, or something that is not a PIL image.
+    """
+    return check_batch(
+        type(synthesizer).__name__,
+        "synthesize_batch",
+        synthesizer.synthesize_batch(plans, seeds=seeds),
+        of=Image,
+        count=len(plans),
+        per="plan",
+        prompts=[plan.prompt for plan in plans],
+    )
 
 
 def picture_seeds(seed: int, count: int) -> list[int]:

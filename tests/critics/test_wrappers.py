@@ -319,5 +319,5 @@ def test_a_member_that_breaks_its_promise_is_named(tmp_path):
         Cached(Wrong(), folder=tmp_path, identity="wrong"),
         Retried(Wrong()),
     ):
-        with pytest.raises(aa.ContractError, match="Wrong returned str for 'a pear'"):
+        with pytest.raises(aa.ContractError, match=r"Wrong.critique_batch returned str .* for picture 0 \('a pear'\)"):
             ask(critic)

@@ -214,7 +214,10 @@ def test_a_missing_row_names_those_there_are():
         ),
         pytest.param({"keep_images": -1}, aa.InvalidValueError, "keep_images >= 0", id="less-than-no-picture"),
         pytest.param(
-            {"scorers": [Named("Broken", math.nan)]}, aa.NonFiniteError, "Broken scored nan for 'picture 0'", id="nan"
+            {"scorers": [Named("Broken", math.nan)]},
+            aa.NonFiniteError,
+            r"Broken.score_batch returned nan for picture 0 \('picture 0'\)",
+            id="nan",
         ),
     ],
 )
@@ -237,7 +240,7 @@ def test_a_synthesizer_that_draws_too_little_is_named():
         def synthesize_batch(self, plans, *, seeds):
             return []
 
-    with pytest.raises(aa.ContractError, match=r"Lazy\.synthesize_batch returned 0 pictures for 8 plans"):
+    with pytest.raises(aa.ContractError, match=r"Lazy\.synthesize_batch returned 0 answers for 8 plans"):
         compared(Lazy())
 
 
@@ -446,7 +449,9 @@ def test_a_score_that_is_no_number_on_one_picture_is_such_a_fault_too():
         def score(self, image, prompt):
             return math.nan if prompt == "picture 3" else super().score(image, prompt)
 
-    with pytest.raises(aa.ScoringError, match=r"Lost scored nan for 'picture 3'") as caught:
+    with pytest.raises(
+        aa.ScoringError, match=r"Lost.score_batch returned nan for picture \d+ \('picture 3'\)"
+    ) as caught:
         compared(scorers=[Lost()])
     assert caught.value.comparison.rows[0].n == 19
 
@@ -493,5 +498,5 @@ def test_a_scorer_that_returns_too_few_scores_is_named():
         def score_batch(self, images, prompts):
             return []
 
-    with pytest.raises(aa.ContractError, match=r"Short.score_batch returned 0 scores for 8 pictures"):
+    with pytest.raises(aa.ContractError, match=r"Short.score_batch returned 0 answers for 8 pictures"):
         compared(scorers=[Short()])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import artaug as aa
 from artaug.evaluation.statistics import share_interval
-from artaug.filtering import judged
+from artaug.filtering import judge_pairs
 from support.strategies import Listed, pair, pairs
 
 
@@ -26,7 +26,7 @@ shares = st.sampled_from([0.1, 0.25, 0.5, 1.0])
 def test_the_proposed_filter_keeps_what_the_calibration_says(pairs, share):
     found = aa.calibrate(pairs, [Listed(), After()], yield_=share)
 
-    kept = sum(verdict.keep for verdict in judged(found.keep, pairs))
+    kept = sum(verdict.keep for verdict in judge_pairs(found.keep, pairs))
     assert kept == found.kept >= int(share * len(pairs)) >= 1
     assert found.expected == kept / len(pairs)
     assert found.interval == share_interval(kept, len(pairs))
@@ -39,7 +39,7 @@ def test_without_ties_it_keeps_exactly_the_share_asked_for_and_the_best(levels, 
 
     kept = [
         one.after.getpixel((0, 0))
-        for one, verdict in zip(pairs, judged(found.keep, pairs), strict=True)
+        for one, verdict in zip(pairs, judge_pairs(found.keep, pairs), strict=True)
         if verdict.keep
     ]
     assert sorted(kept) == list(range(60))[-int(share * 60) :]

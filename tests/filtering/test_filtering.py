@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import artaug as aa
-from artaug.filtering import judged
+from artaug.filtering import judge_pairs
 from artaug.scorers import Exposure
 from artaug.testing import check_filter
 from support.strategies import Listed, pair, pairs
@@ -34,7 +34,7 @@ several = st.lists(pairs, min_size=1, max_size=8)
 
 
 def kept(keep, pairs):
-    return [verdict.keep for verdict in judged(keep, pairs)]
+    return [verdict.keep for verdict in judge_pairs(keep, pairs)]
 
 
 @given(filters, filters, several)
@@ -65,8 +65,8 @@ def test_twice_not_is_nothing(keep, pairs):
 
 @given(filters, filters, several)
 def test_a_verdict_carries_every_number_and_a_reason(one, two, pairs):
-    parts = zip(judged(one, pairs), judged(two, pairs), strict=True)
-    for (first, second), both in zip(parts, judged(one & two, pairs), strict=True):
+    parts = zip(judge_pairs(one, pairs), judge_pairs(two, pairs), strict=True)
+    for (first, second), both in zip(parts, judge_pairs(one & two, pairs), strict=True):
         assert both.scores == first.scores | second.scores
         assert both.reason
         assert all(part.reason in both.reason for part in (first, second) if part.keep == both.keep)
@@ -145,7 +145,7 @@ def test_both_pictures_are_scored_in_one_call():
             calls.append(len(images))
             return [0.0] * len(images)
 
-    judged(aa.Gain(Counting()), [pair(0, 1)] * 5)
+    judge_pairs(aa.Gain(Counting()), [pair(0, 1)] * 5)
     assert calls == [10]
 
 
@@ -189,20 +189,23 @@ class Broken(aa.PairFilter):
 
 
 def test_too_few_verdicts_are_counted():
-    with pytest.raises(aa.ContractError, match=r"Broken\(\): judge_batch returned 0 verdicts for 1 pairs\."):
-        judged(Broken(), [pair(0, 1)])
+    with pytest.raises(
+        aa.ContractError, match=r"Broken\(\)\.judge_batch returned 0 answers for 1 pair\. Expected a list of 1"
+    ):
+        judge_pairs(Broken(), [pair(0, 1)])
 
 
 def test_an_answer_that_is_no_verdict_is_quoted_inside_a_combination_too():
     for keep in (Broken(True), ~Broken(True), aa.Gain(Listed()) & Broken(True)):
         with pytest.raises(
-            aa.ContractError, match=r"Broken\(\) returned bool for 'a pear': True. Expected artaug.Verdict."
+            aa.ContractError,
+            match=r"Broken\(\)\.judge_batch returned bool True for pair 0 \('a pear'\)\. Expected artaug\.Verdict",
         ):
-            judged(keep, [pair(0, 1)])
+            judge_pairs(keep, [pair(0, 1)])
 
 
 def test_no_pairs_no_verdicts():
-    assert judged(Broken(), []) == []
+    assert judge_pairs(Broken(), []) == []
     assert aa.TopFraction(Listed(), 0.5).judge_batch([]) == []
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import artaug as aa
-from artaug.filtering import judged
+from artaug.filtering import judge_pairs
 from artaug.scorers import Chroma, Exposure
 from artaug.testing import check_filter
 from support.strategies import Listed, pair, pairs
@@ -29,7 +29,7 @@ tolerances = st.floats(0, 30)
 
 @given(several, tolerances, tolerances)
 def test_nothing_fell_too_far_and_something_rose(pairs, one, other):
-    verdicts = judged(aa.ParetoGain([Listed(), Darkness()], tolerance=[one, other]), pairs)
+    verdicts = judge_pairs(aa.ParetoGain([Listed(), Darkness()], tolerance=[one, other]), pairs)
 
     gains = [Listed().score(each.after, "") - Listed().score(each.before, "") for each in pairs]
     assert [verdict.keep for verdict in verdicts] == [gain >= -one and -gain >= -other and gain != 0 for gain in gains]
@@ -38,7 +38,7 @@ def test_nothing_fell_too_far_and_something_rose(pairs, one, other):
 @given(several, tolerances)
 def test_more_tolerance_keeps_no_less(pairs, tolerance):
     strict, loose = (
-        judged(aa.ParetoGain([Listed(), Darkness()], tolerance=allowed), pairs)
+        judge_pairs(aa.ParetoGain([Listed(), Darkness()], tolerance=allowed), pairs)
         for allowed in (tolerance, 2 * tolerance)
     )
     assert all(after.keep or not before.keep for before, after in zip(strict, loose, strict=True))
@@ -85,7 +85,7 @@ def test_a_similarity_takes_any_function_of_two_pictures():
 @given(several, st.floats(-1, 1))
 def test_a_similarity_keeps_exactly_what_it_says(pairs, at_least):
     measure = aa.StructuralSimilarity()
-    kept = [verdict.keep for verdict in judged(aa.Similarity(measure, at_least), pairs)]
+    kept = [verdict.keep for verdict in judge_pairs(aa.Similarity(measure, at_least), pairs)]
     assert kept == [measure.compare(each.before, each.after) >= at_least for each in pairs]
 
 
@@ -100,7 +100,7 @@ def test_a_scorer_that_raises_on_one_picture_says_which_prompt_and_scorer():
             return 1 / image.getpixel((0, 0))
 
     with pytest.raises(ZeroDivisionError) as caught:
-        judged(aa.ParetoGain([Brittle()]), [pair(1, 2), pair(0, 2)])
+        judge_pairs(aa.ParetoGain([Brittle()]), [pair(1, 2), pair(0, 2)])
     assert caught.value.__notes__ == ["Raised by the scorer 'Brittle', for the prompt 'a pear'."]
 
 

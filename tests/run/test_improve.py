@@ -13,11 +13,11 @@ HALF = aa.Box(0, 0, 0.5, 1)
 ADVICE = aa.Critique((aa.Suggestion(HALF, "a bright window"),))
 
 
-def attempts(prompts, *, critic=None, planner=None, keep=None, seed=0, batch_size=3, on_stage=None):
+def attempts(prompts, *, synthesizer=None, critic=None, planner=None, keep=None, seed=0, batch_size=3, on_stage=None):
     return list(
         improve(
             prompts,
-            synthesizer=SwatchSynthesizer(),
+            synthesizer=synthesizer or SwatchSynthesizer(),
             critic=critic or FixedCritic(ADVICE),
             planner=planner or aa.GreedyPlanner(),
             keep=FixedFilter(keep=True) if keep is None else keep,
@@ -154,7 +154,10 @@ def test_a_critic_that_returns_the_wrong_type_is_named_with_what_it_returned():
         def critique(self, image, prompt):
             return "make it pop"
 
-    with pytest.raises(aa.ContractError, match=r"Sloppy returned str for 'a scene': 'make it pop'. Expected artaug"):
+    with pytest.raises(
+        aa.ContractError,
+        match=r"Sloppy.critique_batch returned str 'make it pop' for picture 0 \('a scene'\). Expected artaug",
+    ):
         attempts(["a scene"], critic=Sloppy())
 
 
@@ -163,8 +166,57 @@ def test_a_planner_that_returns_the_wrong_type_is_named():
         def plan(self, prompt, critique):
             return prompt
 
-    with pytest.raises(aa.ContractError, match=r"Sloppy returned str for 'a scene'\. Expected artaug\.Plan"):
+    with pytest.raises(
+        aa.ContractError, match=r"Sloppy.plan returned str 'a scene' for 'a scene'\. Expected artaug\.Plan"
+    ):
         attempts(["a scene"], planner=Sloppy())
+
+
+class LosesOne(aa.Synthesizer):
+    def synthesize(self, plan, *, seed):
+        return SwatchSynthesizer().synthesize(plan, seed=seed)
+
+    def synthesize_batch(self, plans, *, seeds):
+        return super().synthesize_batch(plans, seeds=seeds)[:-1]
+
+
+class ReturnsNone(aa.Synthesizer):
+    def synthesize(self, plan, *, seed):
+        return SwatchSynthesizer().synthesize(plan, seed=seed)
+
+    def synthesize_batch(self, plans, *, seeds):
+        return None
+
+
+class ReturnsPath(aa.Synthesizer):
+    def synthesize(self, plan, *, seed):
+        return "a path.png"
+
+
+class LosesRedrawn(LosesOne):
+    """Loses a picture only where a plan has regions."""
+
+    def synthesize_batch(self, plans, *, seeds):
+        pictures = [self.synthesize(plan, seed=seed) for plan, seed in zip(plans, seeds, strict=True)]
+        return pictures[1:] if plans[0].regions else pictures
+
+
+@pytest.mark.parametrize(
+    ("synthesizer", "message"),
+    [
+        (LosesOne(), "LosesOne.synthesize_batch returned 1 answer for 2 plans"),
+        (ReturnsNone(), "ReturnsNone.synthesize_batch returned None for 2 plans"),
+        (
+            ReturnsPath(),
+            r"ReturnsPath.synthesize_batch returned str 'a path.png' for plan 0 \('a'\). Expected PIL.Image",
+        ),
+        (LosesRedrawn(), "LosesRedrawn.synthesize_batch returned 1 answer for 2 plans"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, aa.Synthesizer) else "",
+)
+def test_a_synthesizer_that_breaks_its_contract_is_named_and_never_the_critic(synthesizer, message):
+    with pytest.raises(aa.ContractError, match=message):
+        attempts(["a", "b"], synthesizer=synthesizer)
 
 
 def test_a_synthesizer_whose_second_picture_has_another_size_is_caught():

@@ -146,7 +146,7 @@ def test_a_model_gone_wrong_is_caught_where_scores_are_read(make, kind):
     one = encoder(make)
     with torch.no_grad():
         next(one.model.text_model.parameters()).fill_(torch.nan)
-    with pytest.raises(aa.NonFiniteError, match=r"scored nan for 'a red ball'"):
+    with pytest.raises(aa.NonFiniteError, match=r"returned nan for picture \d+ \('a red ball'\)"):
         score_images(kind(encoder=one), pictures(), PROMPTS)
 
 

@@ -58,7 +58,7 @@ def test_a_model_gone_wrong_is_caught():
     one = scorer()
     with torch.no_grad():
         next(one.encoder.model.vision_model.parameters()).fill_(torch.nan)
-    with pytest.raises(aa.NonFiniteError, match="scored nan"):
+    with pytest.raises(aa.NonFiniteError, match="returned nan"):
         score_images(one, PICTURES, ["a"] * 3)
 
 

@@ -39,12 +39,12 @@ def test_a_function_that_raises_on_one_picture_of_a_batch_says_on_which_and_keep
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_a_number_that_is_none_is_caught_where_scores_are_read(number):
-    with pytest.raises(aa.NonFiniteError, match=r"odd scored"):
+    with pytest.raises(aa.NonFiniteError, match=r"odd.score_batch returned"):
         score_images(FunctionScorer(function=lambda *_: number, name="odd"), [Image.new("L", (1, 1))], ["a"])
 
 
 def test_a_function_that_returns_no_number_is_caught_where_scores_are_read():
-    with pytest.raises(aa.ContractError, match=r"words returned 'good'"):
+    with pytest.raises(aa.ContractError, match=r"words.score_batch returned str 'good'"):
         score_images(FunctionScorer(function=lambda *_: "good", name="words"), [Image.new("L", (1, 1))], ["a"])
 
 

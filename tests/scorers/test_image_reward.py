@@ -72,7 +72,7 @@ def test_half_precision_weights_stay_near(tmp_path):
 def test_a_model_gone_wrong_is_caught_where_scores_are_read(tmp_path):
     weights = image_reward_weights()
     weights["blip.visual_encoder.norm.bias"][:] = torch.nan
-    with pytest.raises(aa.NonFiniteError, match=r"ImageReward scored nan"):
+    with pytest.raises(aa.NonFiniteError, match=r"ImageReward.score_batch returned nan"):
         score_images(scorer(tmp_path, weights), pictures(), PROMPTS)
 
 

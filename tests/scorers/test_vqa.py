@@ -108,7 +108,7 @@ def test_a_model_gone_wrong_is_caught_where_scores_are_read():
     one = scorer()
     with torch.no_grad():
         one.model.lm_head.weight.fill_(torch.nan)
-    with pytest.raises(aa.NonFiniteError, match=r"scored nan"):
+    with pytest.raises(aa.NonFiniteError, match=r"returned nan"):
         score_images(one, PICTURES, PROMPTS)
 
 

@@ -1,6 +1,6 @@
 """Which pairs are worth learning from: filters, each explaining itself, combined with ``&``, ``|`` and ``~``."""
 
-from artaug.filtering.algebra import PairFilter, judged
+from artaug.filtering.algebra import PairFilter, judge_pairs
 from artaug.filtering.calibration import Calibration, calibrate
 from artaug.filtering.candidates import BestOf
 from artaug.filtering.multi import ParetoGain, Similarity
@@ -16,5 +16,5 @@ __all__ = [
     "Similarity",
     "TopFraction",
     "calibrate",
-    "judged",
+    "judge_pairs",
 ]

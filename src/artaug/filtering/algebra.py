@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from artaug._internal.contracts import check_batch
 from artaug.errors import ContractError
 from artaug.pairs import ImagePair, Verdict
 
@@ -51,7 +52,7 @@ class PairFilter(ABC):
         )
 
 
-def judged(keep: PairFilter, pairs: Sequence[ImagePair]) -> list[Verdict]:
+def judge_pairs(keep: PairFilter, pairs: Sequence[ImagePair]) -> list[Verdict]:
     """Judge pairs together and check that the filter answered as its seam promises: one `Verdict` a pair.
 
     Raises:
@@ -59,16 +60,15 @@ def judged(keep: PairFilter, pairs: Sequence[ImagePair]) -> list[Verdict]:
     """
     if not pairs:
         return []
-    answers = keep.judge_batch(pairs)
-    if len(answers) != len(pairs):
-        raise ContractError(f"{keep!r:.120}: judge_batch returned {len(answers)} verdicts for {len(pairs)} pairs.")
-    for answer, pair in zip(answers, pairs, strict=True):
-        if not isinstance(answer, Verdict):
-            raise ContractError(
-                f"{keep!r:.120} returned {type(answer).__name__} for {pair.prompt!r}: {answer!r:.120}. "
-                "Expected artaug.Verdict."
-            )
-    return list(answers)
+    return check_batch(
+        f"{keep!r:.120}",
+        "judge_batch",
+        keep.judge_batch(pairs),
+        of=Verdict,
+        count=len(pairs),
+        per="pair",
+        prompts=[pair.prompt for pair in pairs],
+    )
 
 
 @final
@@ -90,7 +90,7 @@ class _Combined(PairFilter):
         return self.judge_batch([pair])[0]
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
-        verdicts = zip(judged(self.first, pairs), judged(self.second, pairs), strict=True)
+        verdicts = zip(judge_pairs(self.first, pairs), judge_pairs(self.second, pairs), strict=True)
         return [self._merged(first, second) for first, second in verdicts]
 
     def _merged(self, first: Verdict, second: Verdict) -> Verdict:
@@ -122,5 +122,5 @@ class _Not(PairFilter):
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
         return [
             Verdict(not verdict.keep, f"not ({verdict.reason})", verdict.scores)
-            for verdict in judged(self.opposed, pairs)
+            for verdict in judge_pairs(self.opposed, pairs)
         ]

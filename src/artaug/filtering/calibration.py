@@ -11,7 +11,7 @@ import numpy as np
 
 from artaug.errors import InvalidValueError
 from artaug.evaluation.statistics import Interval, share_interval
-from artaug.filtering.algebra import PairFilter, judged
+from artaug.filtering.algebra import PairFilter, judge_pairs
 from artaug.filtering.deltas import changes
 from artaug.filtering.thresholds import Gain
 from artaug.pairs import ImagePair
@@ -88,7 +88,7 @@ def calibrate(
     gains = np.array([[change.gain for change in changes(scorer, pairs)] for scorer in scorers])
     agreed = np.ones(len(pairs), dtype=bool)
     if also is not None:
-        agreed = np.array([verdict.keep for verdict in judged(also, pairs)])
+        agreed = np.array([verdict.keep for verdict in judge_pairs(also, pairs)])
         if agreed.sum() < wanted:
             raise InvalidValueError(
                 f"{also!r:.120} alone keeps {agreed.sum()} of {len(pairs)} pairs, and {wanted} are asked for. "

@@ -10,6 +10,7 @@ from typing import Protocol, TypeAlias, final
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.contracts import check_numbers
 from artaug.errors import ContractError, InvalidValueError, NonFiniteError
 from artaug.images.photometry import luma, srgb
 
@@ -64,12 +65,9 @@ def compare_pairs(measure: SimilarityMetric, ones: Sequence[Image], others: Sequ
     """
     name = metric_name(measure)
     if isinstance(measure, ImageSimilarity):
-        answers = measure.compare_batch(ones, others)
-    else:
-        answers = [measure(one, other) for one, other in zip(ones, others, strict=True)]
-    if len(answers) != len(ones):
-        raise ContractError(f"{name} returned {len(answers)} numbers for {len(ones)} pairs of pictures.")
-    return [_number(answer, name, at) for at, answer in enumerate(answers)]
+        return check_numbers(name, "compare_batch", measure.compare_batch(ones, others), count=len(ones), per="pair")
+    answers = [measure(one, other) for one, other in zip(ones, others, strict=True)]
+    return check_numbers(name, "", answers, count=len(ones), per="pair")
 
 
 def diversity(measure: SimilarityMetric, images: Sequence[Image]) -> float:
@@ -193,13 +191,3 @@ def _blurred(pixels: np.ndarray, window: np.ndarray) -> np.ndarray:
     for axis in (0, 1):
         pixels = np.lib.stride_tricks.sliding_window_view(pixels, len(window), axis=axis) @ window
     return pixels
-
-
-def _number(answer: object, name: str, at: int) -> float:
-    try:
-        number = float(answer)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ContractError(f"{name} returned {answer!r:.120} for pair {at}. Expected a number.") from None
-    if not math.isfinite(number):
-        raise NonFiniteError(f"{name} returned {number} for pair {at}. Expected a finite number.")
-    return number

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import final
 
 from artaug.errors import InvalidValueError, UndecidedError
-from artaug.filtering.algebra import PairFilter, judged
+from artaug.filtering.algebra import PairFilter, judge_pairs
 from artaug.pairs import ImagePair, Verdict, pair_digest
 from artaug.review.decisions import read_decisions
 from artaug.review.session import serve_pairs
@@ -117,7 +117,7 @@ class ManualReview(PairFilter):
         return self.judge_batch([pair])[0]
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
-        first = [None] * len(pairs) if self.among is None else judged(self.among, pairs)
+        first = [None] * len(pairs) if self.among is None else judge_pairs(self.among, pairs)
         asked = [pair for pair, verdict in zip(pairs, first, strict=True) if verdict is None or verdict.keep]
         self.serve(asked)
         answers = iter(RecordedDecisions(self.path).judge_batch(asked))

@@ -9,11 +9,11 @@ from typing import TypeAlias
 from PIL.Image import Image
 
 from artaug.critique import Abstention, Critic, Critique, run_critic
-from artaug.errors import ContractError, InvalidValueError, PromptError
-from artaug.filtering import BestOf, PairFilter, judged
+from artaug.errors import InvalidValueError, PromptError
+from artaug.filtering import BestOf, PairFilter, judge_pairs
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped
-from artaug.plan import Plan, RegionPlanner
-from artaug.synthesis import Synthesizer, picture_seeds
+from artaug.plan import Plan, RegionPlanner, run_planner
+from artaug.synthesis import Synthesizer, draw, picture_seeds
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     Raises:
         PromptError: at once, if there are no prompts or one is blank.
         CriticError: if the critic raises; a critic that cannot tell abstains.
-        ContractError: if the critic, planner or filter returns something its seam does not allow.
+        ContractError: if the synthesizer, critic, planner or filter returns something its seam does not allow.
     """
     _check_prompts(prompts, batch_size)
     asked, tries = len(prompts), 1 if candidates is None else candidates.count
@@ -102,7 +102,7 @@ class _Crew:
             if self.candidates is not None:
                 outcomes = self.candidates.choose(outcomes, prompts=len(prompts))
             pairs = [outcome for outcome in outcomes if isinstance(outcome, ImagePair)]
-            verdicts = judged(self.keep, pairs)
+            verdicts = judge_pairs(self.keep, pairs)
         if self.candidates is not None:
             verdicts = [self.candidates.told(verdict) for verdict in verdicts]
         endings = (Kept(*end) if end[1].keep else Dropped(*end) for end in zip(pairs, verdicts, strict=True))
@@ -111,7 +111,7 @@ class _Crew:
     def _draft(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[ImagePair | Skipped]:
         """Go as far as a pair, where there is one to be had."""
         with self.timed("draw"):
-            before = self.synthesizer.synthesize_batch([Plan(prompt) for prompt in prompts], seeds=seeds)
+            before = draw(self.synthesizer, [Plan(prompt) for prompt in prompts], seeds=seeds)
         with self.timed("criticise"):
             answers = run_critic(self.critic, before, prompts)
         plans = [self._plan(*draft) for draft in zip(prompts, seeds, answers, strict=True)]
@@ -122,10 +122,7 @@ class _Crew:
     def _plan(self, prompt: str, seed: int, answer: Critique | Abstention) -> Plan | Skipped:
         if isinstance(answer, Abstention):
             return Skipped(prompt, seed, f"the critic abstained: {answer.reason}")
-        plan = self.planner.plan(prompt, answer)
-        if not isinstance(plan, Plan):
-            planner = type(self.planner).__name__
-            raise ContractError(f"{planner} returned {type(plan).__name__} for {prompt!r}. Expected artaug.Plan.")
+        plan = run_planner(self.planner, prompt, answer)
         if plan == Plan(prompt):
             asked = len(answer.suggestions)
             why = "the planner kept no suggestion" if asked else "the critic asked for nothing"
@@ -142,7 +139,7 @@ class _Crew:
         ]
         if not drafts:
             return []
-        after = self.synthesizer.synthesize_batch([draft[3] for draft in drafts], seeds=[draft[1] for draft in drafts])
+        after = draw(self.synthesizer, [draft[3] for draft in drafts], seeds=[draft[1] for draft in drafts])
         return [
             ImagePair(prompt=prompt, seed=seed, before=image, after=redrawn, plan=plan)
             for (prompt, seed, image, plan), redrawn in zip(drafts, after, strict=True)

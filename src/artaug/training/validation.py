@@ -12,7 +12,7 @@ from artaug.errors import InvalidValueError
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
 from artaug.scoring import Scorer, score_images
-from artaug.synthesis import Synthesizer, picture_seeds
+from artaug.synthesis import Synthesizer, draw, picture_seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Validation:
         for start in range(0, len(self.prompts), self.batch_size):
             some = slice(start, start + self.batch_size)
             plans = [Plan(prompt) for prompt in self.prompts[some]]
-            pictures += synthesizer.synthesize_batch(plans, seeds=seeds[some])
+            pictures += draw(synthesizer, plans, seeds=seeds[some])
         return tuple(score_images(self.scorer, pictures, self.prompts)), tuple(pictures)
 
     def looks(

@@ -84,7 +84,9 @@ def test_a_comparison_knows_what_it_rests_on():
 
 
 def test_an_answerer_gone_wrong_is_caught():
-    with pytest.raises(aa.NonFiniteError, match=r"oracle scored nan for 'Is there a dog\?'"):
+    with pytest.raises(
+        aa.NonFiniteError, match=r"oracle.score_batch returned nan for picture \d+ \('Is there a dog\?'\)"
+    ):
         only(FunctionScorer(function=lambda *_: float("nan"), name="oracle"))
 
 

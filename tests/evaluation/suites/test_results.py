@@ -171,7 +171,7 @@ def test_a_synthesizer_that_draws_too_little_is_named():
         def synthesize_batch(self, plans, *, seeds):
             return []
 
-    with pytest.raises(aa.ContractError, match=r"Lazy\.synthesize_batch returned 0 pictures for 8 plans"):
+    with pytest.raises(aa.ContractError, match=r"Lazy\.synthesize_batch returned 0 answers for 8 plans"):
         evaluate(sharing(shapes()), Lazy(), progress=False)
 
 

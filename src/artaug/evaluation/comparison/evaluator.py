@@ -11,7 +11,7 @@ import numpy as np
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
-from artaug.errors import ContractError, InvalidValueError, PromptError
+from artaug.errors import InvalidValueError, PromptError
 from artaug.evaluation.comparison.comparison import Arm
 from artaug.evaluation.comparison.rows import Guardrail, ScoreRow
 from artaug.evaluation.comparison.scoring_log import ScoringLog
@@ -20,7 +20,7 @@ from artaug.images.similarity import SimilarityMetric
 from artaug.images.similarity import diversity as diversity_of
 from artaug.plan import Plan
 from artaug.scoring import Scorer
-from artaug.synthesis import Synthesizer
+from artaug.synthesis import Synthesizer, draw
 
 _DIVERSITY = "diversity"
 
@@ -163,11 +163,7 @@ def check(
 
 
 def _drawn(synthesizer: Synthesizer, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-    images = synthesizer.synthesize_batch([Plan(prompt) for prompt in prompts], seeds=seeds)
-    if len(images) != len(prompts):
-        name = type(synthesizer).__name__
-        raise ContractError(f"{name}.synthesize_batch returned {len(images)} pictures for {len(prompts)} plans.")
-    return images
+    return draw(synthesizer, [Plan(prompt) for prompt in prompts], seeds=seeds)
 
 
 class HasScorers(Protocol):

@@ -10,13 +10,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from artaug._internal.values import value
-from artaug.errors import ContractError, InvalidValueError
+from artaug.errors import InvalidValueError
 from artaug.evaluation.comparison import Comparison, ScoreRow
 from artaug.evaluation.prompts import PromptSet
 from artaug.evaluation.statistics import holm, share_bootstrap, sign_flip
 from artaug.evaluation.suites.checks import Outcome, Suite, SuiteScorer
 from artaug.plan import Plan
-from artaug.synthesis import Synthesizer, picture_seeds
+from artaug.synthesis import Synthesizer, draw, picture_seeds
 
 _OVERALL = "overall"
 
@@ -144,12 +144,7 @@ def evaluate(
             for start in range(0, len(cases), batch_size):
                 part = cases[start : start + batch_size]
                 plans = [Plan(case.prompt) for case in part]
-                images = synthesizer.synthesize_batch(plans, seeds=seeds[first + start :][: len(part)])
-                if len(images) != len(part):
-                    name = type(synthesizer).__name__
-                    raise ContractError(
-                        f"{name}.synthesize_batch returned {len(images)} pictures for {len(part)} plans."
-                    )
+                images = draw(synthesizer, plans, seeds=seeds[first + start :][: len(part)])
                 for at, outcome in enumerate(judge.outcomes(images, part), start=start):
                     found[at].append(outcome)
                 bar.update(len(part))
