@@ -66,7 +66,7 @@ def _layout(chooser: random.Random, count: int) -> Layout:
     )
     things = []
     for box, colour in zip(boxes, chooser.sample(COLOURS, count), strict=True):
-        place = PLACES[sum(box.centre[0] > edge for edge in _EDGES)]
+        place = PLACES[sum(box.center[0] > edge for edge in _EDGES)]
         every = [Thing(colour=colour, shape=shape, place=place) for shape in SHAPES]
         things.append(chooser.choice([thing for thing in every if not is_held_out(thing)]))
     return Layout(setting=chooser.choice(SETTINGS), boxes=boxes, things=tuple(things))
@@ -88,7 +88,7 @@ def placed(image: Image, layout: Layout) -> Placed:
     """Which regions of a picture show what they ask for."""
     found = playground.detect(image)
     colours = {thing.colour for thing in layout.things}
-    seen = [[one for one in found if _holds(box, one.box.centre)] for box in layout.boxes]
+    seen = [[one for one in found if _holds(box, one.box.center)] for box in layout.boxes]
     pairs = list(zip(layout.things, seen, strict=True))
     return Placed(
         colour=fmean(any(one.colour == asked.colour for one in here) for asked, here in pairs),

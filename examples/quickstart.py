@@ -52,7 +52,7 @@ def main(folder: Path = Path("runs/quickstart")) -> None:
     }
     summary = result.summary() | {"comparison": final, "by_round": [asdict(row) for row in comparison.rows]}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-    print(f"\n{result.stopped}. Look at {folder / 'report.html'}; the LoRA is {folder / 'artaug.safetensors'}")
+    print(f"\n{result.stop_reason}. Look at {folder / 'report.html'}; the LoRA is {folder / 'artaug.safetensors'}")
 
 
 if __name__ == "__main__":

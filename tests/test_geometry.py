@@ -28,8 +28,8 @@ def test_a_box_is_itself_and_lies_in_the_whole(box):
     assert box.overlap(WHOLE) == box.area
     assert 0 <= box.area <= 1
     assert box.left < box.right
-    assert box.left <= box.centre[0] <= box.right
-    assert box.top <= box.centre[1] <= box.bottom
+    assert box.left <= box.center[0] <= box.right
+    assert box.top <= box.center[1] <= box.bottom
 
 
 @given(boxes(), st.floats(0, 2))

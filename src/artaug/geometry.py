@@ -24,7 +24,7 @@ class Box:
 
     >>> import artaug as aa
     >>> box = aa.Box(0.25, 0.0, 0.75, 0.5)
-    >>> box.width, box.area, box.centre
+    >>> box.width, box.area, box.center
     (0.5, 0.25, (0.5, 0.25))
     """
 
@@ -79,7 +79,7 @@ class Box:
         return self.width * self.height
 
     @property
-    def centre(self) -> tuple[float, float]:
+    def center(self) -> tuple[float, float]:
         """Horizontal and vertical position of the middle."""
         return (self.left + self.right) / 2, (self.top + self.bottom) / 2
 

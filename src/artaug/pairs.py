@@ -109,11 +109,11 @@ class Skipped:
     prompt: str
     seed: int
     reason: str
-    stage: Literal["draw", "criticise", "plan"] = "criticise"
-    """The stage it did not get past: the critic abstained in ``run_critic``; a plan that changes nothing is ``plan``."""
+    stage: Literal["draw", "critique", "plan"] = "critique"
+    """Where it ended: ``critique`` if the critic abstained, ``plan`` if the plan changes nothing."""
 
 
-SKIPPING_STAGES: tuple[str, ...] = ("draw", "criticise", "plan")
+SKIPPING_STAGES: tuple[str, ...] = ("draw", "critique", "plan")
 """The stages a prompt can be skipped at, in their order."""
 
 Attempt: TypeAlias = Kept | Dropped | Skipped

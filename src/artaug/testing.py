@@ -42,21 +42,21 @@ class SwatchSynthesizer(Synthesizer):
 
     width: int = 64
     height: int = 64
-    worn: float = 0.0
+    lora_scale: float = 0.0
     """Sum of the scales of the LoRAs it draws with."""
 
     def synthesize(self, plan: Plan, *, seed: int) -> Image.Image:
-        image = Image.new("RGB", (self.width, self.height), _colour(plan.prompt, self.worn))
+        image = Image.new("RGB", (self.width, self.height), _colour(plan.prompt, self.lora_scale))
         brush = ImageDraw.Draw(image)
         for region in plan.regions:
             if isinstance(region.area, Box):
                 left, top, right, bottom = region.area.to_pixels(image.size)
-                brush.rectangle((left, top, right - 1, bottom - 1), fill=_colour(region.prompt, self.worn))
+                brush.rectangle((left, top, right - 1, bottom - 1), fill=_colour(region.prompt, self.lora_scale))
         grain = np.random.default_rng(seed).integers(-8, 9, size=(self.height, self.width, 1))
         return Image.fromarray(np.clip(np.asarray(image, dtype=int) + grain, 0, 255).astype(np.uint8))
 
     def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
-        return replace(self, worn=self.worn + scale)
+        return replace(self, lora_scale=self.lora_scale + scale)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def test_a_reply_on_the_schema_is_read_without_a_repair(convention, size):
     (only,) = critique.suggestions
     assert (only.prompt, only.reason) == ("a lit window", "dark")
     tolerance = 0.13 if convention.order == "points" else 0.02
-    assert only.box.centre == pytest.approx((0.5, 0.5), abs=0.02)
+    assert only.box.center == pytest.approx((0.5, 0.5), abs=0.02)
     assert only.box.left == pytest.approx(0.25, abs=tolerance)
 
 

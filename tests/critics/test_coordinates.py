@@ -143,7 +143,7 @@ def test_relative_boxes_are_read_bit_for_bit(box, size):
 def test_a_point_is_the_middle_of_a_box(box, size):
     molmo = coordinates_for("molmo")
     left, top, right, bottom = molmo.edges(molmo.write(box, size=size), size=size)
-    assert ((left + right) / 2, (top + bottom) / 2) == pytest.approx(box.centre)
+    assert ((left + right) / 2, (top + bottom) / 2) == pytest.approx(box.center)
     assert (right - left, bottom - top) == pytest.approx((0.25, 0.25))
 
 

@@ -130,10 +130,10 @@ def test_a_prompt_of_which_no_candidate_became_a_pair_is_skipped_with_the_reason
     assert all(isinstance(end, aa.Skipped) for end in found)
     mixed = [end for end in found if end.reason.startswith("none of 3 candidates became a pair")]
     assert {(end.stage, end.reason.partition("furthest, ")[2]) for end in mixed} == {
-        ("plan", "the critic asked for nothing")
+        ("plan", "the critic suggested nothing")
     }
     assert {end.reason for end in found} - {end.reason for end in mixed} <= {
-        "the critic asked for nothing",
+        "the critic suggested nothing",
         "the critic abstained: an even picture",
     }
 

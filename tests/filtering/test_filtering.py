@@ -107,19 +107,19 @@ def test_a_verdict_says_the_numbers_it_rests_on():
     verdict = aa.Gain(Listed(), at_least=0.5).judge(pair(10, 22))
     assert verdict == aa.Verdict(
         keep=True,
-        reason="Listed rose by 1.2, asked 0.5",
+        reason="Listed rose by 1.2, threshold 0.5",
         scores={"Listed before": 1.0, "Listed after": 2.2, "Listed gain": 2.2 - 1.0},
     )
-    assert aa.Gain(Listed()).judge(pair(22, 10)).reason == "Listed fell by 1.2, asked 0"
-    assert aa.Floor(Listed(), 2).judge(pair(0, 10)).reason == "Listed is 1, asked 2"
-    assert aa.TopFraction(Listed(), 0.5).judge(pair(0, 10)).reason == "Listed rose by 1, rank 1 of 1, asked the best 1"
-    assert (~aa.Floor(Listed(), 2)).judge(pair(0, 10)).reason == "not (Listed is 1, asked 2)"
+    assert aa.Gain(Listed()).judge(pair(22, 10)).reason == "Listed fell by 1.2, threshold 0"
+    assert aa.Floor(Listed(), 2).judge(pair(0, 10)).reason == "Listed is 1, threshold 2"
+    assert aa.TopFraction(Listed(), 0.5).judge(pair(0, 10)).reason == "Listed rose by 1, rank 1 of 1, keeps the best 1"
+    assert (~aa.Floor(Listed(), 2)).judge(pair(0, 10)).reason == "not (Listed is 1, threshold 2)"
 
 
 def test_only_those_who_decided_give_the_reason():
     keep = aa.Gain(Listed("A"), at_least=0.5) & aa.Floor(Listed("B"), at_least=9)
-    assert keep.judge(pair(0, 10)).reason == "B is 1, asked 9"
-    assert keep.judge(pair(0, 100)).reason == "A rose by 10, asked 0.5 and B is 10, asked 9"
+    assert keep.judge(pair(0, 10)).reason == "B is 1, threshold 9"
+    assert keep.judge(pair(0, 100)).reason == "A rose by 10, threshold 0.5 and B is 10, threshold 9"
 
 
 def test_two_models_behind_one_name_both_keep_their_numbers():

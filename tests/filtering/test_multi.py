@@ -76,7 +76,7 @@ def test_a_similarity_takes_any_function_of_two_pictures():
     keep = aa.Similarity(nearness, at_least=0.9)
 
     verdict = keep.judge(pair(0, 51))
-    assert verdict == aa.Verdict(keep=False, reason="nearness is 0.8, asked 0.9", scores={"nearness": 0.8})
+    assert verdict == aa.Verdict(keep=False, reason="nearness is 0.8, threshold 0.9", scores={"nearness": 0.8})
     assert (~keep).judge(pair(0, 51)).keep
     assert keep.judge(pair(7, 7)).keep
     assert keep.scorers == frozenset()

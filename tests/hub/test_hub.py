@@ -54,7 +54,7 @@ def run(*, accepted=True, gain=None):
     one = aa.Round(
         number=1, attempts=skipped, training=training, lora=flux_lora(), seconds={}, gain=gain, accepted=accepted
     )
-    return aa.Enhancement(rounds=(one,), stopped="all 1 rounds ran")
+    return aa.Enhancement(rounds=(one,), stop_reason="all 1 rounds ran")
 
 
 def compared():

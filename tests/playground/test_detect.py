@@ -46,7 +46,7 @@ def test_things_come_from_left_to_right_with_boxes_around_them() -> None:
     left, right = detect(render("a blue ball on the right and a red cone on the left at noon, vivid", seed=0))
     assert (left.colour, left.shape, left.place) == ("red", "cone", "on the left")
     assert (right.colour, right.shape, right.place) == ("blue", "ball", "on the right")
-    assert 0.1 < left.box.centre[0] < 0.3
+    assert 0.1 < left.box.center[0] < 0.3
     assert 0.2 < left.box.width < 0.4
 
 

@@ -35,12 +35,12 @@ def test_a_round_shows_its_numbers_and_its_funnel():
     said = words(make_round(1, gain=GAIN))
 
     assert f"1 1,200 of 2 2 0.25 Light {EVIL} +0.1 [+0.05, +0.15] 1 min 05 s" in said
-    assert "asked 2 (100.0%)" in said
+    assert "prompts 2 (100.0%)" in said
     assert "kept 0 (0.0%)" in said
 
 
 def test_an_enhancement_shows_a_line_a_round_and_why_it_ended():
-    result = aa.Enhancement(rounds=(make_round(1), make_round(2, gain=GAIN, losses=())), stopped=f"so {EVIL}")
+    result = aa.Enhancement(rounds=(make_round(1), make_round(2, gain=GAIN, losses=())), stop_reason=f"so {EVIL}")
 
     said = words(result)
 
@@ -63,7 +63,7 @@ def test_a_comparison_shows_its_verdicts():
     assert f"{EVIL} : {comparison.verdict(EVIL)}" in words(comparison)
 
 
-@pytest.mark.parametrize("shown", [make_round(1, gain=GAIN), aa.Enhancement(rounds=(), stopped=EVIL)])
+@pytest.mark.parametrize("shown", [make_round(1, gain=GAIN), aa.Enhancement(rounds=(), stop_reason=EVIL)])
 def test_nothing_that_was_said_runs(shown):
     assert "<script" not in shown._repr_html_()
 

@@ -55,7 +55,7 @@ def make_round(number, *, losses=(0.5, 0.25, 0.125), seconds=None):
     )
 
 
-RESULT = aa.Enhancement(rounds=(make_round(1), make_round(2, seconds={"draw": 30.0, "measure": 6.0})), stopped="so")
+RESULT = aa.Enhancement(rounds=(make_round(1), make_round(2, seconds={"draw": 30.0, "measure": 6.0})), stop_reason="so")
 
 
 def rendered(figure):
@@ -137,7 +137,9 @@ def test_pairs_stand_above_each_other():
         pytest.param(lambda: plots.losses(RESULT), id="losses"),
         pytest.param(lambda: plots.times(RESULT), id="times"),
         pytest.param(lambda: plots.gallery(compared()), id="gallery"),
-        pytest.param(lambda: plots.losses(aa.Enhancement(rounds=(make_round(1, losses=()),), stopped="")), id="none"),
+        pytest.param(
+            lambda: plots.losses(aa.Enhancement(rounds=(make_round(1, losses=()),), stop_reason="")), id="none"
+        ),
     ],
 )
 def test_a_figure_renders_alike_twice_and_is_not_blank(draw):

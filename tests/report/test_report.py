@@ -64,7 +64,7 @@ ATTEMPTS = (
     aa.Kept(pair(f"a hill {EVIL}", LEFT, rewritten="a sunny hill"), aa.Verdict(True, "Light gained 0.20", {})),
     aa.Dropped(pair("a door", LEFT), aa.Verdict(False, "Light gained 0.01, need 0.1", {"Light gain": -0.01})),
     aa.Dropped(pair("a wall", LEFT), aa.Verdict(False, "Light gained 0.02, need 0.1", {"Light gain": 0.02})),
-    aa.Skipped("a moor", 4, "the critic asked for nothing"),
+    aa.Skipped("a moor", 4, "the critic suggested nothing"),
     aa.Skipped(f"a pond {EVIL}", 5, f"the critic abstained: {EVIL}"),
 )
 
@@ -76,7 +76,7 @@ def make_round(number=1, *, losses=(0.5, 0.3, 0.2), accepted=True, gain=None):
         attempts=ATTEMPTS,
         training=training,
         lora=LORA,
-        seconds={"draw": 3700.0, "criticise": 0.25, "train": 65.0},
+        seconds={"draw": 3700.0, "critique": 0.25, "train": 65.0},
         gain=gain,
         accepted=accepted,
     )
@@ -88,8 +88,8 @@ def make_comparison(*, light=120, prompts=PROMPTS, **options):
     return aa.compare(Swatch(), candidates, prompts, **options)
 
 
-def make_result(*rounds, stopped="all 2 rounds ran"):
-    return aa.Enhancement(rounds=rounds or (make_round(1), make_round(2)), stopped=stopped)
+def make_result(*rounds, stop_reason="all 2 rounds ran"):
+    return aa.Enhancement(rounds=rounds or (make_round(1), make_round(2)), stop_reason=stop_reason)
 
 
 VOID = {"meta", "link", "img", "input", "rect", "line", "circle", "path", "polyline", "image"}
@@ -140,7 +140,7 @@ def written(tmp_path):
 def test_the_page_shows_every_prompt_region_and_reason_as_text(written):
     said = ["a tree", f"a road {EVIL}", "a roof", "a harbour", f"a hill {EVIL}", f"a lamp {EVIL}", "a soft glow"]
     said += [f"Light gained 0.23 {EVIL}", "redrawn as “a sunny hill”", "Light gain 0.230"]
-    said += ["seed 3", "the critic asked for nothing", f"the critic abstained: {EVIL}", f"round 2 {EVIL}", EVIL]
+    said += ["seed 3", "the critic suggested nothing", f"the critic abstained: {EVIL}", f"round 2 {EVIL}", EVIL]
     missing = [text for text in said if re.sub(r"\s+", " ", text) not in written.text]
     assert missing == []
 
@@ -208,15 +208,15 @@ def test_a_headline_by_a_scorer_that_chose_the_pairs_says_so(tmp_path):
 
 
 def test_every_prompt_is_accounted_for_and_reasons_that_differ_in_numbers_are_one(written):
-    assert "asked 6 drawn 6 criticised 4" in written.text
-    assert "−1 the critic asked for nothing −1 the critic abstained" in written.text  # noqa: RUF001
-    assert "changed 4 kept 2 −2 Light gained …, need …" in written.text  # noqa: RUF001
+    assert "prompts 6 drawn 6 critiqued 4" in written.text
+    assert "−1 the critic suggested nothing −1 the critic abstained" in written.text  # noqa: RUF001
+    assert "redrawn 4 kept 2 −2 Light gained …, need …" in written.text  # noqa: RUF001
 
 
 def test_a_round_that_did_not_help_is_marked(tmp_path):
     gain = make_comparison(light=20).row("Light", f"round 2 {EVIL}")
     result = make_result(
-        make_round(1), make_round(2, accepted=False, gain=gain), stopped="round 2 did not help on held-out prompts"
+        make_round(1), make_round(2, accepted=False, gain=gain), stop_reason="round 2 did not help on held-out prompts"
     )
 
     page = read(write_report(tmp_path / "report.html", result=result, comparison=make_comparison()))
@@ -228,7 +228,7 @@ def test_a_round_that_did_not_help_is_marked(tmp_path):
 
 
 def test_a_run_in_which_nothing_helped_has_a_report_too(tmp_path):
-    result = make_result(make_round(1, accepted=False), stopped="round 1 did not help")
+    result = make_result(make_round(1, accepted=False), stop_reason="round 1 did not help")
 
     page = read(write_report(tmp_path / "report.html", result=result, comparison=make_comparison(keep_images=0)))
 

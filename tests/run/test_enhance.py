@@ -61,7 +61,7 @@ def test_the_result_is_the_sum_of_what_the_rounds_learned(flux):
     result = enhanced(flux)
 
     first, second = result.rounds
-    assert result.stopped == "all 2 rounds ran"
+    assert result.stop_reason == "all 2 rounds ran"
     assert result.lora is second.lora
     for name in result.lora.layers:
         both = delta(first.training.lora, name) + delta(second.training.lora, name)
@@ -106,9 +106,9 @@ def test_every_stage_is_timed_and_every_prompt_accounted_for(flux):
     keep = FixedFilter(keep=True)
     result = enhanced(flux, keep=keep, rounds=1, stop=aa.StopRule(Ledger([0.0] * 4), PROMPTS[:2]))
     (only,) = result.rounds
-    assert set(only.seconds) == {"draw", "criticise", "redraw", "judge", "train", "combine", "measure"}
+    assert set(only.seconds) == {"draw", "critique", "redraw", "judge", "train", "combine", "measure"}
     summary = result.summary()
-    assert summary["prompts"] == {"asked": 3, "kept": 3, "dropped": 0, "skipped": 0, "skipped_because": {}}
+    assert summary["prompts"] == {"total": 3, "kept": 3, "dropped": 0, "skipped": 0, "skipped_because": {}}
     assert summary["rounds"][0]["pairs"] == 3
     assert summary["rounds"][0]["steps"] == 2
 
@@ -128,7 +128,7 @@ def test_a_round_counts_only_if_its_whole_interval_lies_above_zero(flux, scores,
     result = enhanced(flux, rounds=1, stop=aa.StopRule(Ledger(list(scores)), PROMPTS[:2]))
     assert result.rounds[0].accepted is accepted
     if not accepted:
-        assert result.stopped == "round 1 did not help on held-out prompts"
+        assert result.stop_reason == "round 1 did not help on held-out prompts"
         with pytest.raises(aa.NothingToLearnError, match="no round helped"):
             _ = result.lora
 
@@ -137,7 +137,7 @@ def test_a_last_round_that_did_not_help_is_left_out_of_the_result(flux):
     result = enhanced(flux, rounds=3, stop=aa.StopRule(Ledger([0, 0, 1, 1, 0, 0, 0, 0]), PROMPTS[:2]))
     assert [one.accepted for one in result.rounds] == [True, False]
     assert result.lora is result.rounds[0].lora
-    assert result.stopped == "round 2 did not help on held-out prompts"
+    assert result.stop_reason == "round 2 did not help on held-out prompts"
 
 
 def test_a_first_round_that_keeps_nothing_says_what_became_of_the_prompts(flux):
@@ -162,7 +162,7 @@ def test_a_later_round_that_keeps_nothing_ends_the_loop_with_what_there_is(flux)
     critic = OnceCritic(frozenset(end.pair.before.tobytes() for end in first.rounds[0].attempts))
     result = enhanced(flux, critic=critic)
     assert len(result.rounds) == 1
-    assert result.stopped.startswith("round 2 kept none of 3 prompts: 0 dropped, 3 skipped")
+    assert result.stop_reason.startswith("round 2 kept none of 3 prompts: 0 dropped, 3 skipped")
     assert result.lora is result.rounds[0].lora
 
 

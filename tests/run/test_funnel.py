@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 import artaug as aa
 from support.strategies import pair
 
-VERDICT = aa.Verdict(keep=False, reason="Listed rose by 0.1, asked 0.5", scores={})
+VERDICT = aa.Verdict(keep=False, reason="Listed rose by 0.1, threshold 0.5", scores={})
 skips = st.builds(
     aa.Skipped,
     st.just("a moor"),
     st.just(0),
     st.sampled_from(["dark", "<b>", "nothing"]),
-    st.sampled_from(["draw", "criticise", "plan"]),
+    st.sampled_from(["draw", "critique", "plan"]),
 )
 kept = st.just(aa.Kept(pair(0, 1), aa.Verdict(keep=True, reason="it rose", scores={})))
 dropped = st.sampled_from(["Listed fell by 0.2", "Listed fell by 0.3"]).map(
@@ -28,7 +28,7 @@ runs = st.lists(skips | kept | dropped, max_size=20)
 def test_every_prompt_is_counted_once(attempts):
     steps = aa.Funnel.of(attempts).steps
     lost = sum(count for step in steps for _, count in step.lost)
-    assert [step.name for step in steps] == ["asked", "drawn", "criticised", "changed", "kept"]
+    assert [step.name for step in steps] == ["prompts", "drawn", "critiqued", "redrawn", "kept"]
     assert steps[0].count == len(attempts) == steps[-1].count + lost
     assert steps[-1].count == sum(isinstance(one, aa.Kept) for one in attempts)
     assert steps[3].count == sum(not isinstance(one, aa.Skipped) for one in attempts)
@@ -45,7 +45,7 @@ def test_it_is_told_in_text_and_in_a_notebook_with_reasons_escaped(attempts):
     funnel = aa.Funnel.of(attempts)
     assert str(funnel).count("█") >= 0
     assert "<b>" not in funnel._repr_html_()
-    assert 0 <= funnel.yield_ <= 1
+    assert 0 <= funnel.kept_fraction <= 1
 
 
 def test_reasons_that_differ_in_numbers_are_one_and_rare_ones_are_summed_up():
@@ -91,5 +91,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
 
 
 def test_prompts_that_vanish_are_refused():
-    with pytest.raises(aa.InvalidValueError, match="5 were asked and 3 drawn, with reasons for 1"):
-        aa.Funnel((aa.FunnelStep("asked", 5), aa.FunnelStep("drawn", 3, (("lost", 1),))))
+    with pytest.raises(
+        aa.InvalidValueError, match="has 5 prompts and 3 drawn, with reasons for 1 lost: need one for each of the 2"
+    ):
+        aa.Funnel((aa.FunnelStep("prompts", 5), aa.FunnelStep("drawn", 3, (("lost", 1),))))

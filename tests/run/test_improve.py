@@ -58,7 +58,7 @@ def test_every_prompt_ends_as_exactly_one_attempt_in_order_and_with_a_reason(pro
                 assert end.reason == "the critic abstained: too dark to tell"
             case "c":
                 assert isinstance(end, aa.Skipped)
-                assert end.reason == "the critic asked for nothing"
+                assert end.reason == "the critic suggested nothing"
 
 
 @given(st.integers(0, 2**32), st.integers(1, 7))
@@ -99,9 +99,9 @@ def test_it_is_lazy_chunk_by_chunk():
     )
     assert stages == []
     next(found)
-    assert stages == ["draw", "criticise", "redraw", "judge"]
+    assert stages == ["draw", "critique", "redraw", "judge"]
     list(found)
-    assert stages == ["draw", "criticise", "redraw", "judge"] * 3
+    assert stages == ["draw", "critique", "redraw", "judge"] * 3
 
 
 def test_suggestions_the_planner_refuses_are_a_reason_of_their_own():

@@ -149,7 +149,7 @@ class Coordinates:
     def write(self, box: Box, *, size: Size) -> tuple[float, ...]:
         """The numbers for a box in a picture of ``size`` (width, height); the inverse of `edges`, but for a point."""
         if self.order == "points":
-            return self._outwards(*box.centre, size)
+            return self._outwards(*box.center, size)
         corners = self._outwards(box.left, box.top, size) + self._outwards(box.right, box.bottom, size)
         left, top, right, bottom = corners
         if self.order == "yxyx":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 from artaug.errors import ContractError, InvalidValueError
-from artaug.filtering.deltas import changes
+from artaug.filtering.deltas import score_deltas
 from artaug.pairs import SKIPPING_STAGES, ImagePair, Skipped, Verdict
 from artaug.scoring import Scorer
 
@@ -58,11 +58,11 @@ class BestOf:
                 f"{self!r:.120} received {len(outcomes)} outcomes for {prompts} prompts: need {self.count} each."
             )
         pairs = [outcome for outcome in outcomes if isinstance(outcome, ImagePair)]
-        gains = iter(changes(self.by, pairs) if pairs else ())
+        gains = iter(score_deltas(self.by, pairs) if pairs else ())
         ranked = [(next(gains).gain if isinstance(outcome, ImagePair) else None, outcome) for outcome in outcomes]
         return [self._best(ranked[first::prompts]) for first in range(prompts)]
 
-    def told(self, verdict: Verdict) -> Verdict:
+    def annotate(self, verdict: Verdict) -> Verdict:
         """The verdict on a chosen pair, its reason saying what it was chosen from."""
         if self.count == 1:
             return verdict

@@ -11,7 +11,7 @@ from artaug.scoring import Scorer, score_images
 
 
 @dataclass(frozen=True)
-class Change:
+class ScoreDelta:
     """What a scorer says of one pair."""
 
     name: str
@@ -30,12 +30,12 @@ class Change:
         return f"{self.name} {'fell' if self.gain < 0 else 'rose'} by {abs(self.gain):.3g}"
 
 
-def changes(scorer: Scorer, pairs: Sequence[ImagePair]) -> list[Change]:
+def score_deltas(scorer: Scorer, pairs: Sequence[ImagePair]) -> list[ScoreDelta]:
     """Score both pictures of every pair in one call, so that a model is loaded and batched once."""
     images = [pair.before for pair in pairs] + [pair.after for pair in pairs]
     numbers = score_images(scorer, images, [pair.prompt for pair in pairs] * 2)
     before, after = numbers[: len(pairs)], numbers[len(pairs) :]
-    return [Change(scorer.name, one, other) for one, other in zip(before, after, strict=True)]
+    return [ScoreDelta(scorer.name, one, other) for one, other in zip(before, after, strict=True)]
 
 
 def check_finite(pair_filter: PairFilter, at_least: float) -> None:

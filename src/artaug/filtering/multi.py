@@ -7,7 +7,7 @@ from typing import final
 
 from artaug.errors import InvalidValueError
 from artaug.filtering.algebra import PairFilter
-from artaug.filtering.deltas import Change, changes, check_finite
+from artaug.filtering.deltas import ScoreDelta, check_finite, score_deltas
 from artaug.images.similarity import SimilarityMetric, compare_pairs, metric_name
 from artaug.pairs import ImagePair, Verdict
 from artaug.scoring import Scorer
@@ -58,13 +58,13 @@ class ParetoGain(PairFilter):
         return self.judge_batch([pair])[0]
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
-        return [self._verdict(row) for row in zip(*(changes(scorer, pairs) for scorer in self.by), strict=True)]
+        return [self._verdict(row) for row in zip(*(score_deltas(scorer, pairs) for scorer in self.by), strict=True)]
 
     def _allowed(self) -> tuple[float, ...]:
         one_for_all = isinstance(self.tolerance, int | float)
         return (self.tolerance,) * len(self.by) if one_for_all else tuple(self.tolerance)  # type: ignore[arg-type, return-value]
 
-    def _verdict(self, row: Sequence[Change]) -> Verdict:
+    def _verdict(self, row: Sequence[ScoreDelta]) -> Verdict:
         scores = {name: number for change in row for name, number in change.scores.items()}
         fell = [
             f"{change}, allowed {allowed:.3g}"
@@ -83,7 +83,7 @@ class ParetoGain(PairFilter):
 class Similarity(PairFilter):
     """Keeps a pair whose two pictures are alike enough: better, and still the same picture.
 
-    ``~Similarity(measure, 0.99)`` keeps those that differ.
+    ``~Similarity(metric, 0.99)`` keeps those that differ.
 
     Raises:
         InvalidValueError: if ``at_least`` is not finite.
@@ -93,13 +93,13 @@ class Similarity(PairFilter):
     >>> grey, lit = (Image.new("RGB", (32, 32), colour) for colour in ("#808080", "#a0a0a0"))
     >>> pair = aa.ImagePair(prompt="a wall", seed=0, before=grey, after=lit, plan=aa.Plan("a wall"))
     >>> print(aa.Similarity(aa.StructuralSimilarity(), at_least=0.6).judge(pair).reason)
-    StructuralSimilarity is 0.976, asked 0.6
+    StructuralSimilarity is 0.976, threshold 0.6
     """
 
-    measure: SimilarityMetric
+    metric: SimilarityMetric
     """A `ImageSimilarity`, such as `StructuralSimilarity` or `EmbeddingSimilarity`, or any function of two pictures."""
     at_least: float
-    """In the measure's own units; 1 is the same picture."""
+    """In the units of the metric; 1 is the same picture."""
 
     def __post_init__(self) -> None:
         check_finite(self, self.at_least)
@@ -108,9 +108,9 @@ class Similarity(PairFilter):
         return self.judge_batch([pair])[0]
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
-        name = metric_name(self.measure)
-        numbers = compare_pairs(self.measure, [pair.before for pair in pairs], [pair.after for pair in pairs])
+        name = metric_name(self.metric)
+        numbers = compare_pairs(self.metric, [pair.before for pair in pairs], [pair.after for pair in pairs])
         return [
-            Verdict(number >= self.at_least, f"{name} is {number:.3g}, asked {self.at_least:.3g}", {name: number})
+            Verdict(number >= self.at_least, f"{name} is {number:.3g}, threshold {self.at_least:.3g}", {name: number})
             for number in numbers
         ]

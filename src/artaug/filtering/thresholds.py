@@ -8,7 +8,7 @@ from typing import final
 
 from artaug.errors import InvalidValueError
 from artaug.filtering.algebra import PairFilter
-from artaug.filtering.deltas import changes, check_finite
+from artaug.filtering.deltas import check_finite, score_deltas
 from artaug.pairs import ImagePair, Verdict
 from artaug.scoring import Scorer, score_images
 
@@ -27,7 +27,7 @@ class Gain(PairFilter):
     >>> grey, red = Image.new("RGB", (8, 8), "grey"), Image.new("RGB", (8, 8), "red")
     >>> pair = aa.ImagePair(prompt="a rose", seed=0, before=grey, after=red, plan=aa.Plan("a rose"))
     >>> print(aa.Gain(Chroma(), at_least=0.1).judge(pair).reason)
-    Chroma rose by 0.785, asked 0.1
+    Chroma rose by 0.785, threshold 0.1
     """
 
     scorer: Scorer
@@ -46,8 +46,8 @@ class Gain(PairFilter):
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
         return [
-            Verdict(change.gain >= self.at_least, f"{change}, asked {self.at_least:.3g}", change.scores)
-            for change in changes(self.scorer, pairs)
+            Verdict(change.gain >= self.at_least, f"{change}, threshold {self.at_least:.3g}", change.scores)
+            for change in score_deltas(self.scorer, pairs)
         ]
 
 
@@ -79,7 +79,9 @@ class Floor(PairFilter):
         after = score_images(self.scorer, [pair.after for pair in pairs], [pair.prompt for pair in pairs])
         return [
             Verdict(
-                score >= self.at_least, f"{name} is {score:.3g}, asked {self.at_least:.3g}", {f"{name} after": score}
+                score >= self.at_least,
+                f"{name} is {score:.3g}, threshold {self.at_least:.3g}",
+                {f"{name} after": score},
             )
             for score in after
         ]
@@ -115,14 +117,14 @@ class TopFraction(PairFilter):
         return self.judge_batch([pair])[0]
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
-        seen = changes(self.scorer, pairs)
+        seen = score_deltas(self.scorer, pairs)
         wanted = math.ceil(Fraction(str(self.fraction)) * len(seen))  # 0.1 of 30 is 3; in floats it is above 3
         order = sorted(range(len(seen)), key=lambda index: -seen[index].gain)
         ranks = {index: rank for rank, index in enumerate(order, start=1)}
         return [
             Verdict(
                 ranks[index] <= wanted,
-                f"{change}, rank {ranks[index]} of {len(seen)}, asked the best {wanted}",
+                f"{change}, rank {ranks[index]} of {len(seen)}, keeps the best {wanted}",
                 change.scores,
             )
             for index, change in enumerate(seen)

@@ -121,7 +121,7 @@ def _making(contents: Contents) -> Iterator[str]:
     if contents.made is not None:
         heads = ("round", "prompts", "kept pairs", "steps", "held-out gain (95% interval, n)", "part of the result")
         yield _table(heads, _rounds(contents.made))
-        yield f"It ended because {_inline(contents.made.stopped)}."
+        yield f"It ended because {_inline(contents.made.stop_reason)}."
     if contents.about:
         yield "\n".join(f"- {_inline(name)}: {_code(thing)}" for name, thing in contents.about.items())
 

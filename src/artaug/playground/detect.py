@@ -63,7 +63,7 @@ def detect(image: Image.Image) -> list[Found]:
     seeds = _seeds(lab)
     hues = [_hue(lab, seed) for seed in seeds]
     things = [_described(lab, seed, hue, hues) for seed, hue in zip(seeds, hues, strict=True)]
-    return sorted(things, key=lambda found: found.box.centre)
+    return sorted(things, key=lambda found: found.box.center)
 
 
 def alignment(image: Image.Image, caption: str) -> Alignment:

@@ -134,7 +134,7 @@ def _views(
         "run": headline_of_run(result) if result else None,
         "facts": facts_of(result) if result else [],
         "rounds": [round_of(one, album=album, shown=pairs) for one in result.rounds] if result else [],
-        "stopped": result.stopped if result else "",
+        "stop_reason": result.stop_reason if result else "",
         "usages": usages(about),
         "provenance": origins(result, comparison, about),
     }

@@ -109,11 +109,11 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         current = synthesizer.with_lora(done[-1].lora) if done else synthesizer
         outcome = crew.go_round(prompts, current, done, seed=round_seed)
         if isinstance(outcome, str):
-            return Enhancement(rounds=tuple(done), stopped=outcome)
+            return Enhancement(rounds=tuple(done), stop_reason=outcome)
         done.append(outcome)
         if not outcome.accepted:
-            return Enhancement(rounds=tuple(done), stopped=f"round {number} did not help on held-out prompts")
-    return Enhancement(rounds=tuple(done), stopped=f"all {rounds} rounds ran")
+            return Enhancement(rounds=tuple(done), stop_reason=f"round {number} did not help on held-out prompts")
+    return Enhancement(rounds=tuple(done), stop_reason=f"all {rounds} rounds ran")
 
 
 @dataclass(frozen=True)

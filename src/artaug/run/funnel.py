@@ -20,11 +20,11 @@ _SHOWN_REASONS = 3
 _WIDTH = 40
 
 
-def alike_reasons(reasons: Iterable[str]) -> list[tuple[str, int]]:
+def group_reasons(reasons: Iterable[str]) -> list[tuple[str, int]]:
     """Reasons and how often each was given, most frequent first; those that differ only in numbers are one.
 
-    >>> from artaug.run.funnel import alike_reasons
-    >>> alike_reasons(["Chroma fell by 0.2", "too dark", "Chroma fell by 0.3"])
+    >>> from artaug.run.funnel import group_reasons
+    >>> group_reasons(["Chroma fell by 0.2", "too dark", "Chroma fell by 0.3"])
     [('Chroma fell by …', 2), ('too dark', 1)]
     """
     alike: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -40,7 +40,7 @@ class FunnelStep:
     """How many prompts got this far, and why the others of the step before did not."""
 
     name: str
-    """``asked``, ``drawn``, ``criticised``, ``changed`` or ``kept``."""
+    """``prompts``, ``drawn``, ``critiqued``, ``redrawn`` or ``kept``."""
     count: int
     lost: tuple[tuple[str, int], ...] = ()
     """Reasons and how often each was given, most frequent first; reasons that differ only in numbers are one."""
@@ -49,14 +49,14 @@ class FunnelStep:
 @final
 @dataclass(frozen=True)
 class Funnel:
-    """How far the prompts of a run got: asked, drawn, criticised, changed, kept. A notebook shows it as bars.
+    """How far the prompts of a run got: drawn, critiqued, redrawn, kept. A notebook shows it as bars.
 
-    ``changed`` are those that became a pair; of them the filter keeps some.
+    ``redrawn`` prompts became a pair; the filter keeps some of them.
 
     >>> import artaug as aa
     >>> funnel = aa.Funnel.of([aa.Skipped("a moor", 1, "too dark"), aa.Skipped("a pond", 2, "nothing to do", "plan")])
     >>> [(step.name, step.count) for step in funnel.steps]
-    [('asked', 2), ('drawn', 2), ('criticised', 1), ('changed', 0), ('kept', 0)]
+    [('prompts', 2), ('drawn', 2), ('critiqued', 1), ('redrawn', 0), ('kept', 0)]
     """
 
     steps: tuple[FunnelStep, ...]
@@ -66,28 +66,27 @@ class Funnel:
         for before, step in pairwise(self.steps):
             if before.count - step.count != sum(count for _, count in step.lost):
                 raise InvalidValueError(
-                    f"{before.count} were {before.name} and {step.count} {step.name}, with reasons for "
-                    f"{sum(count for _, count in step.lost)}: every prompt lost needs one."
+                    f"a Funnel has {before.count} {before.name} and {step.count} {step.name}, with reasons for "
+                    f"{sum(count for _, count in step.lost)} lost: need one for each of the {before.count - step.count}."
                 )
 
     @classmethod
     def of(cls, attempts: Iterable[Attempt]) -> "Funnel":
         """Count attempts: of a run, a round or several."""
         every = list(attempts)
-        steps, left = [FunnelStep("asked", len(every))], len(every)
+        steps, left = [FunnelStep("prompts", len(every))], len(every)
         skipped = [one for one in every if isinstance(one, Skipped)]
-        for stage, name in zip(SKIPPING_STAGES, ("drawn", "criticised", "changed"), strict=True):
+        for stage, name in zip(SKIPPING_STAGES, ("drawn", "critiqued", "redrawn"), strict=True):
             lost = [one.reason for one in skipped if one.stage == stage]
             left -= len(lost)
-            steps.append(FunnelStep(name, left, tuple(alike_reasons(lost))))
+            steps.append(FunnelStep(name, left, tuple(group_reasons(lost))))
         dropped = [one.verdict.reason for one in every if isinstance(one, Dropped)]
-        return cls((*steps, FunnelStep("kept", left - len(dropped), tuple(alike_reasons(dropped)))))
+        return cls((*steps, FunnelStep("kept", left - len(dropped), tuple(group_reasons(dropped)))))
 
     @property
-    def yield_(self) -> float:
-        """Share of the prompts asked that ended as kept pairs, in [0, 1]; 0 if none were asked."""
-        asked, kept = self.steps[0].count, self.steps[-1].count
-        return kept / asked if asked else 0.0
+    def kept_fraction(self) -> float:
+        """Fraction of the prompts that ended as kept pairs, in [0, 1]; 0 if there were none."""
+        return self._share(self.steps[-1])
 
     def figure(self) -> "Figure":
         """Draw it as a matplotlib figure, for a paper: ``funnel.figure().savefig("funnel.pdf")``.

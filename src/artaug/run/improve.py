@@ -21,7 +21,7 @@ class StageEvent:
     """One stage of the loop has ended, for one chunk of prompts or one round."""
 
     stage: str
-    """``draw``, ``run_critic``, ``redraw``, ``judge``; in `enhance` also ``train``, ``combine`` and ``measure``."""
+    """``draw``, ``critique``, ``redraw``, ``judge``; in `enhance` also ``train``, ``combine`` and ``measure``."""
     seconds: float
     """Wall-clock time it took."""
 
@@ -104,7 +104,7 @@ class _Crew:
             pairs = [outcome for outcome in outcomes if isinstance(outcome, ImagePair)]
             verdicts = judge_pairs(self.keep, pairs)
         if self.candidates is not None:
-            verdicts = [self.candidates.told(verdict) for verdict in verdicts]
+            verdicts = [self.candidates.annotate(verdict) for verdict in verdicts]
         endings = (Kept(*end) if end[1].keep else Dropped(*end) for end in zip(pairs, verdicts, strict=True))
         return [outcome if isinstance(outcome, Skipped) else next(endings) for outcome in outcomes]
 
@@ -112,7 +112,7 @@ class _Crew:
         """Go as far as a pair, where there is one to be had."""
         with self.timed("draw"):
             before = draw(self.synthesizer, [Plan(prompt) for prompt in prompts], seeds=seeds)
-        with self.timed("criticise"):
+        with self.timed("critique"):
             answers = run_critic(self.critic, before, prompts)
         plans = [self._plan(*draft) for draft in zip(prompts, seeds, answers, strict=True)]
         with self.timed("redraw"):
@@ -125,7 +125,7 @@ class _Crew:
         plan = run_planner(self.planner, prompt, answer)
         if plan == Plan(prompt):
             asked = len(answer.suggestions)
-            why = "the planner kept no suggestion" if asked else "the critic asked for nothing"
+            why = "the planner kept no suggestion" if asked else "the critic suggested nothing"
             return Skipped(prompt, seed, why, "plan")
         return plan
 

@@ -47,7 +47,7 @@ class Enhancement:
 
     rounds: tuple[Round, ...]
     """Every round that trained; the last one possibly not accepted."""
-    stopped: str
+    stop_reason: str
     """Why the loop ended, in words."""
 
     @property
@@ -59,7 +59,7 @@ class Enhancement:
         """
         accepted = [one for one in self.rounds if one.accepted]
         if not accepted:
-            raise NothingToLearnError(f"no round helped, so there is no result: {self.stopped}.")
+            raise NothingToLearnError(f"no round helped, so there is no result: {self.stop_reason}.")
         return accepted[-1].lora
 
     def summary(self) -> dict[str, Any]:
@@ -80,12 +80,12 @@ class Enhancement:
                 }
                 for one in self.rounds
             ],
-            "stopped": self.stopped,
+            "stop_reason": self.stop_reason,
         }
 
     def _repr_html_(self) -> str:
         """A line a round, for notebooks."""
-        return table_html(_HEADINGS, map(_line, self.rounds)) + f"<small>{escape(self.stopped)}</small>"
+        return table_html(_HEADINGS, map(_line, self.rounds)) + f"<small>{escape(self.stop_reason)}</small>"
 
 
 def _line(one: Round) -> tuple[str, ...]:
@@ -102,11 +102,11 @@ def _line(one: Round) -> tuple[str, ...]:
 
 
 def _endings(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """Count how prompts ended; asked = kept + dropped + skipped."""
+    """Count how prompts ended; total = kept + dropped + skipped."""
     counts = Counter(type(one).__name__.lower() for one in attempts)
     reasons = Counter(one.reason for one in attempts if isinstance(one, Skipped))
     return {
-        "asked": len(attempts),
+        "total": len(attempts),
         "kept": counts["kept"],
         "dropped": counts["dropped"],
         "skipped": counts["skipped"],

@@ -177,7 +177,7 @@ def relations(one: Box, other: Box, *, size_px: tuple[int, int]) -> frozenset[st
     ['left of']
     """
     size = np.array(size_px)
-    offset = (np.array(one.centre) - np.array(other.centre)) * size
+    offset = (np.array(one.center) - np.array(other.center)) * size
     extents = np.array([one.width + other.width, one.height + other.height]) * size
     clear = np.maximum(np.abs(offset) - _NEAR * extents, 0) * np.sign(offset)
     if (np.abs(clear) < _NOWHERE_PX).all():
