@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 import artaug as aa
 from artaug import playground
-from artaug.playground.world import COLOURS, PLACES, SETTINGS, SHAPES, Scene, Setting, Thing, is_held_out
+from artaug.playground.world import COLORS, PLACES, SETTINGS, SHAPES, Scene, Setting, Thing, is_held_out
 
 TOKEN = 1 / 8
 """An image token of the playground's model, as a fraction of the picture's side."""
@@ -65,9 +65,9 @@ def _layout(chooser: random.Random, count: int) -> Layout:
         for left, right in zip([0.0, *inner], [*inner, 1.0], strict=True)
     )
     things = []
-    for box, colour in zip(boxes, chooser.sample(COLOURS, count), strict=True):
+    for box, color in zip(boxes, chooser.sample(COLORS, count), strict=True):
         place = PLACES[sum(box.center[0] > edge for edge in _EDGES)]
-        every = [Thing(colour=colour, shape=shape, place=place) for shape in SHAPES]
+        every = [Thing(color=color, shape=shape, place=place) for shape in SHAPES]
         things.append(chooser.choice([thing for thing in every if not is_held_out(thing)]))
     return Layout(setting=chooser.choice(SETTINGS), boxes=boxes, things=tuple(things))
 
@@ -76,7 +76,7 @@ def _layout(chooser: random.Random, count: int) -> Layout:
 class Placed:
     """Shares of a picture's regions, in [0, 1]."""
 
-    colour: float
+    color: float
     """Those in which a thing of the asked colour has its centre."""
     thing: float
     """Those in which it has the asked shape, too."""
@@ -87,15 +87,13 @@ class Placed:
 def placed(image: Image, layout: Layout) -> Placed:
     """Which regions of a picture show what they ask for."""
     found = playground.detect(image)
-    colours = {thing.colour for thing in layout.things}
+    colors = {thing.color for thing in layout.things}
     seen = [[one for one in found if _holds(box, one.box.center)] for box in layout.boxes]
     pairs = list(zip(layout.things, seen, strict=True))
     return Placed(
-        colour=fmean(any(one.colour == asked.colour for one in here) for asked, here in pairs),
-        thing=fmean(
-            any((one.colour, one.shape) == (asked.colour, asked.shape) for one in here) for asked, here in pairs
-        ),
-        mixed=fmean(any(one.colour in colours - {asked.colour} for one in here) for asked, here in pairs),
+        color=fmean(any(one.color == asked.color for one in here) for asked, here in pairs),
+        thing=fmean(any((one.color, one.shape) == (asked.color, asked.shape) for one in here) for asked, here in pairs),
+        mixed=fmean(any(one.color in colors - {asked.color} for one in here) for asked, here in pairs),
     )
 
 

@@ -19,7 +19,7 @@ from artaug.diffusion import DiffusersSynthesizer
 from artaug.scorers import Chroma, Contrast, Photometric
 from benchmarks import _record as record
 
-FAITHFUL = [playground.Accuracy(of) for of in ("colour", "shape", "place")]
+FAITHFUL = [playground.Accuracy(of) for of in ("color", "shape", "place")]
 NEEDS_NOTHING = ", vivid, softly lit, sharp, glowing"
 GAIN = 0.05
 """Four fifths of what most of them settle at."""

@@ -13,7 +13,7 @@ from benchmarks import _record as record
 
 ADJECTIVES = ("vivid", "softly lit", "sharp", "glowing")
 PHOTOMETRIC = (Exposure(), Chroma(), Contrast(), Sharpness())
-FAITHFUL = tuple(playground.Accuracy(of) for of in ("colour", "shape", "place"))
+FAITHFUL = tuple(playground.Accuracy(of) for of in ("color", "shape", "place"))
 HALVES = {"left": aa.Box(0, 0, 0.5, 1), "right": aa.Box(0.5, 0, 1, 1)}
 
 

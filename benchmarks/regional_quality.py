@@ -17,7 +17,7 @@ from benchmarks import _layouts as world
 from benchmarks import _record as record
 from benchmarks.playground import drawn
 
-FAITHFUL = tuple(playground.Accuracy(of) for of in ("colour", "shape", "place"))
+FAITHFUL = tuple(playground.Accuracy(of) for of in ("color", "shape", "place"))
 JUDGES: Mapping[str, aa.Scorer] = {
     "vivid": Chroma(),
     "softly lit": Exposure(),
@@ -74,13 +74,13 @@ QUICK = ("long prompt", "OutputMix", "ELIGEN")
 def measure(*, quick: bool) -> list[record.Row]:
     """Draw random layouts, and an adjective in a box, in every way; report what appeared where, and what else changed.
 
-    Task ``things``: two to four regions, side by side in a plain scene, ask for a thing each. ``colour`` is the share of
+    Task ``things``: two to four regions, side by side in a plain scene, ask for a thing each. ``color`` is the share of
     regions in which a thing of the asked colour stands, ``thing`` of those where it has the asked shape too, ``mixed`` of
     those with another region's colour in them; ``scene`` the share of pictures whose sky is still the plan's.
 
     Task ``adjective``, which is ArtAug's: a region around one thing asks for the same caption and one adjective. ``gain``
     is the rise of what the adjective is about inside the box, over the rise where the whole picture gets the adjective;
-    ``colour``, ``shape`` and ``place`` are shares of what the caption asks for that the picture shows.
+    ``color``, ``shape`` and ``place`` are shares of what the caption asks for that the picture shows.
 
     In both, ``outside`` is the mean change of pixels in [0, 1] more than half a token away from all regions, against the
     plain picture of the plan's prompt and of the same seed, and ``seam`` the mean gradient across the regions' borders
@@ -111,8 +111,8 @@ def _things(arms: Mapping[str, Arm], layouts: Sequence[world.Layout]) -> list[re
         places = [(len(layout.boxes), world.placed(image, layout)) for image, layout in shown]
         rows.append(
             _described("things", name, arm)
-            | {key: fmean(getattr(one, key) for _, one in places) for key in ("colour", "thing", "mixed")}
-            | {f"colour of {of}": fmean(one.colour for count, one in places if count == of) for of in (2, 3, 4)}
+            | {key: fmean(getattr(one, key) for _, one in places) for key in ("color", "thing", "mixed")}
+            | {f"color of {of}": fmean(one.color for count, one in places if count == of) for of in (2, 3, 4)}
             | {"scene": fmean(world.setting_of(image, known) == layout.setting for image, layout in shown)}
             | _changed(before, after, boxes)
         )
@@ -195,15 +195,15 @@ def plot(rows: Sequence[record.Row]) -> Figure:
     """Success inside regions against change outside, for both tasks: up and to the left is better."""
     figure = Figure(figsize=(12, 4.5))
     ways = list(dict.fromkeys(row["way"] for row in rows))
-    colours = colormaps["tab20"].resampled(20)
-    for number, (task, inside) in enumerate((("things", "colour"), ("adjective", "gain"))):
+    colors = colormaps["tab20"].resampled(20)
+    for number, (task, inside) in enumerate((("things", "color"), ("adjective", "gain"))):
         axes = figure.add_subplot(1, 2, number + 1, title=task, xlabel="change outside", ylabel=f"{inside} inside")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.3g}")
         for row in rows:
             if row["task"] == task:
-                colour = colours(ways.index(row["way"]) % 20)
-                axes.scatter(row["outside"], row[inside], color=colour, edgecolor="black", label=row["way"])
+                color = colors(ways.index(row["way"]) % 20)
+                axes.scatter(row["outside"], row[inside], color=color, edgecolor="black", label=row["way"])
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.tight_layout()
     return figure

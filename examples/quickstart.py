@@ -13,7 +13,7 @@ from artaug.scorers import Chroma, Contrast, Exposure, MeanOf, Photometric, Shar
 def main(folder: Path = Path("runs/quickstart")) -> None:
     """Run two rounds, compare base and rounds on held-out prompts, and leave the LoRA and a report in ``folder``."""
     synthesizer = playground.synthesizer(guide=aa.RegionalAttention())
-    faithful = [playground.Accuracy(of) for of in ("colour", "shape", "place")]
+    faithful = [playground.Accuracy(of) for of in ("color", "shape", "place")]
     keep = aa.Gain(Chroma(), at_least=0.03) & aa.Gain(Contrast(), at_least=0.01)
     for accuracy in faithful:
         keep &= aa.Floor(accuracy, at_least=1.0)

@@ -11,7 +11,7 @@ import artaug as aa
 from artaug import playground
 from artaug.playground.world import SETTINGS
 
-BLACK, WHITE = (Image.new("RGB", (64, 64), colour) for colour in ("black", "white"))
+BLACK, WHITE = (Image.new("RGB", (64, 64), color) for color in ("black", "white"))
 
 
 def test_the_quality_benchmark_has_a_row_for_every_way_and_task():
@@ -23,7 +23,7 @@ def test_the_quality_benchmark_has_a_row_for_every_way_and_task():
         (task, way) for task in ("things", "adjective") for way in arms
     ]
     things, adjective = rows[1], rows[3]
-    assert all(0 <= things[share] <= 1 for share in ("colour", "thing", "mixed", "scene", "outside"))
+    assert all(0 <= things[share] <= 1 for share in ("color", "thing", "mixed", "scene", "outside"))
     assert rows[2]["gain"] == 1, "the whole picture's adjective is what the others are measured by"
     assert adjective["outside"] < rows[2]["outside"]
     assert len(regional_quality.plot(rows).axes) == 2
@@ -34,7 +34,7 @@ def test_a_layout_asks_for_things_of_many_colours_in_places_apart():
     for layout in layouts.layouts(30, seed=5):
         boxes = layout.boxes
         assert all(one.overlap(two) == 0 for number, one in enumerate(boxes) for two in boxes[:number])
-        assert len({thing.colour for thing in layout.things}) == len(boxes) == len(layout.plan(weight=2).regions)
+        assert len({thing.color for thing in layout.things}) == len(boxes) == len(layout.plan(weight=2).regions)
         assert all(playground.parse(region.prompt).things for region in layout.plan(weight=2).regions)
         assert playground.parse(layout.scene).setting == layout.setting
 
@@ -46,9 +46,9 @@ def test_a_rendered_layout_is_wholly_right_and_a_plain_scene_wholly_wrong():
     crossed = layouts.Layout(setting="at noon", boxes=halves, things=things[::-1])
     right = playground.render(layout.long_prompt, seed=0)
 
-    assert layouts.placed(right, layout) == layouts.Placed(colour=1, thing=1, mixed=0)
-    assert layouts.placed(right, crossed) == layouts.Placed(colour=0, thing=0, mixed=1)
-    assert layouts.placed(playground.render("at noon", seed=0), layout) == layouts.Placed(colour=0, thing=0, mixed=0)
+    assert layouts.placed(right, layout) == layouts.Placed(color=1, thing=1, mixed=0)
+    assert layouts.placed(right, crossed) == layouts.Placed(color=0, thing=0, mixed=1)
+    assert layouts.placed(playground.render("at noon", seed=0), layout) == layouts.Placed(color=0, thing=0, mixed=0)
 
 
 def test_the_sky_tells_the_setting():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
 import artaug as aa
-from artaug.drawing import COLOURS, Area, draw_areas, draw_boxes
+from artaug.drawing import BOX_COLORS, Area, draw_areas, draw_boxes
 from support.strategies import boxes as any_boxes
 from support.strategies import masks
 
@@ -16,8 +16,8 @@ EDGES = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted).filter(lambda ed
 BOXES = st.tuples(EDGES, EDGES).map(lambda edges: aa.Box(edges[0][0], edges[1][0], edges[0][1], edges[1][1]))
 
 
-def pixels_of(image, colour):
-    return (np.asarray(image) == ImageColor.getrgb(colour)).all(axis=-1)
+def pixels_of(image, color):
+    return (np.asarray(image) == ImageColor.getrgb(color)).all(axis=-1)
 
 
 @given(st.lists(BOXES, max_size=10), st.integers(1, 5))
@@ -32,7 +32,7 @@ def test_the_picture_grows_and_the_original_stays(boxes, scale):
 def test_an_outline_touches_all_edges_of_its_box_and_nothing_outside(box):
     drawn = draw_boxes(GREY, [box], labels=[""])
 
-    rows, columns = np.nonzero(pixels_of(drawn, COLOURS[0]))
+    rows, columns = np.nonzero(pixels_of(drawn, BOX_COLORS[0]))
     left, top, right, bottom = box.to_pixels(drawn.size)
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (left, top, right, bottom)
 
@@ -49,8 +49,8 @@ def test_boxes_are_told_apart_by_colour_and_numbered_by_default():
 
     assert numbered.tobytes() == named.tobytes()
     assert numbered.tobytes() != bare.tobytes()
-    assert pixels_of(bare, COLOURS[0]).any()
-    assert pixels_of(bare, COLOURS[1]).any()
+    assert pixels_of(bare, BOX_COLORS[0]).any()
+    assert pixels_of(bare, BOX_COLORS[1]).any()
 
 
 def test_a_label_in_the_last_corner_stays_in_the_picture():
@@ -58,7 +58,7 @@ def test_a_label_in_the_last_corner_stays_in_the_picture():
 
     drawn = draw_boxes(GREY, [corner], labels=["a window"])
 
-    plate = pixels_of(drawn, COLOURS[0])
+    plate = pixels_of(drawn, BOX_COLORS[0])
     assert plate.any(axis=0).sum() > 30
 
 
@@ -133,7 +133,7 @@ def test_the_number_of_a_mask_lies_on_it():
 
     drawn = np.asarray(picture_of(draw_areas(PAGE, [Area(where=mask, words="a ring")])))
 
-    rows, columns = np.nonzero((drawn == ImageColor.getrgb(COLOURS[0])).all(axis=-1))
+    rows, columns = np.nonzero((drawn == ImageColor.getrgb(BOX_COLORS[0])).all(axis=-1))
     assert ring[rows.min() * 9 // 64, columns.min() * 9 // 96] == 1
 
 
@@ -163,5 +163,5 @@ def test_every_area_has_its_colour_beside_its_words():
 
     below = draw_areas(PAGE, halves).crop((0, 64, 96, 200))
 
-    assert pixels_of(below, COLOURS[0]).any()
-    assert pixels_of(below, COLOURS[1]).any()
+    assert pixels_of(below, BOX_COLORS[0]).any()
+    assert pixels_of(below, BOX_COLORS[1]).any()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from artaug.playground.world import (
     ADJECTIVES,
-    COLOURS,
+    COLORS,
     PLACES,
     SETTINGS,
     SHAPES,
@@ -55,7 +55,7 @@ def _scene(chooser: random.Random) -> Scene:
     things = [_thing(chooser)]
     if chooser.random() < _PAIR:
         other = _thing(chooser)
-        while other.colour == things[0].colour or other.place == things[0].place:
+        while other.color == things[0].color or other.place == things[0].place:
             other = _thing(chooser)
         things.append(other)
         if chooser.random() < _OWN:
@@ -70,7 +70,7 @@ def _scene(chooser: random.Random) -> Scene:
 
 def _thing(chooser: random.Random) -> Thing:
     while True:
-        thing = Thing(colour=chooser.choice(COLOURS), shape=chooser.choice(SHAPES), place=chooser.choice(PLACES))
+        thing = Thing(color=chooser.choice(COLORS), shape=chooser.choice(SHAPES), place=chooser.choice(PLACES))
         if not is_held_out(thing):
             return thing
 

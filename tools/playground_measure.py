@@ -57,7 +57,7 @@ def drawn(pipeline: FluxPipeline, captions: Sequence[str], *, steps: int) -> lis
 
 def _alignment(pictures: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
     rows = [alignment(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
-    return _mean([[row.colour, row.shape, row.place, float(row.surplus)] for row in rows])
+    return _mean([[row.color, row.shape, row.place, float(row.surplus)] for row in rows])
 
 
 def _photometry(pictures: Sequence[Image.Image]) -> list[float]:

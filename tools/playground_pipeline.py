@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from artaug.playground.world import ADJECTIVES, COLOURS, PLACES, SETTINGS, SHAPES
+from artaug.playground.world import ADJECTIVES, COLORS, PLACES, SETTINGS, SHAPES
 
 MAX_SEQUENCE_LENGTH = 24
 """Tokens a caption has for `max_sequence_length`, the end token included."""
@@ -54,7 +54,7 @@ def _start_as_identity(transformer: FluxTransformer2DModel) -> None:
 
 def _tokenizer(*, starts: bool) -> PreTrainedTokenizerFast:
     """Split captions into words: lower case, no punctuation, anything unknown is one token."""
-    phrases = (*COLOURS, *SHAPES, *PLACES, *SETTINGS, *ADJECTIVES, "a", "an", "and")
+    phrases = (*COLORS, *SHAPES, *PLACES, *SETTINGS, *ADJECTIVES, "a", "an", "and")
     words = dict.fromkeys([_PAD, _END, _UNKNOWN, _START, *" ".join(phrases).split()])
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNKNOWN))
     backend.normalizer = normalizers.Sequence(

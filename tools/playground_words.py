@@ -12,13 +12,13 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
-from artaug.playground.world import ADJECTIVES, COLOURS, PLACES, SHAPES, Scene
+from artaug.playground.world import ADJECTIVES, COLORS, PLACES, SHAPES, Scene
 from playground_data import told, training_scene
 from playground_pipeline import tokens, word_positions
 from playground_workers import learning_rate
 
 _logger = logging.getLogger("playground.words")
-_PARTS = (len(COLOURS), len(SHAPES), len(ADJECTIVES))
+_PARTS = (len(COLORS), len(SHAPES), len(ADJECTIVES))
 
 
 def train_words(pipeline: FluxPipeline, *, steps: int, seed: int, anchored: bool = False) -> None:
@@ -59,18 +59,18 @@ def train_words(pipeline: FluxPipeline, *, steps: int, seed: int, anchored: bool
 def _reading(
     reader: nn.Linear, states: Tensor, words: Tensor, scenes: list[Scene], places: list[int]
 ) -> tuple[Tensor, float]:
-    found, colours, shapes, adjectives = [], [], [], []
+    found, colors, shapes, adjectives = [], [], [], []
     for row, scene in enumerate(scenes):
         for thing in scene.things:
             where = (words[row] == places[PLACES.index(thing.place)]).nonzero() if thing.place else words[:0]
             if len(where):
                 found.append(states[row, int(where[0, 0])])
-                colours.append(COLOURS.index(thing.colour))
+                colors.append(COLORS.index(thing.color))
                 shapes.append(SHAPES.index(thing.shape))
                 said = {*thing.adjectives, *scene.adjectives}
                 adjectives.append([float(adjective in said) for adjective in ADJECTIVES])
-    colour, shape, adjective = reader(torch.stack(found)).split(_PARTS, dim=1)
-    target = torch.tensor(colours)
-    loss = functional.cross_entropy(colour, target) + functional.cross_entropy(shape, torch.tensor(shapes))
+    color, shape, adjective = reader(torch.stack(found)).split(_PARTS, dim=1)
+    target = torch.tensor(colors)
+    loss = functional.cross_entropy(color, target) + functional.cross_entropy(shape, torch.tensor(shapes))
     loss = loss + functional.binary_cross_entropy_with_logits(adjective, torch.tensor(adjectives))
-    return loss, float((colour.argmax(dim=1) == target).float().mean())
+    return loss, float((color.argmax(dim=1) == target).float().mean())

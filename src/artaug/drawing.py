@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box, Mask
 
-COLOURS = ("#ffb000", "#3fc1ff", "#ff5c8a", "#5ee0a0", "#c79bff", "#f4f06a", "#ff8a4c", "#9fe8ff")
+BOX_COLORS = ("#ffb000", "#3fc1ff", "#ff5c8a", "#5ee0a0", "#c79bff", "#f4f06a", "#ff8a4c", "#9fe8ff")
 """Of the first box, the second, ...: bright, and told apart by most colour-blind eyes too. They repeat after eight."""
 
 DARK = "#14151a"
@@ -29,7 +29,7 @@ def draw_boxes(
 
     Args:
         image: stays as it is.
-        boxes: what to draw, the first in the first of `COLOURS`.
+        boxes: what to draw, the first in the first of `BOX_COLORS`.
         labels: a word a box; their numbers, from 1, if not given. A blank one is left out.
         scale: pixels of the copy a pixel of ``image``, at least 1.
 
@@ -53,23 +53,23 @@ def draw_boxes(
     large = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(large)
     for number, box in enumerate(boxes):
-        _outline(pen, box, colour=COLOURS[number % len(COLOURS)], size=large.size)
+        _outline(pen, box, color=BOX_COLORS[number % len(BOX_COLORS)], size=large.size)
     for number, (box, word) in enumerate(zip(boxes, words, strict=True)):
-        _label(pen, box, word, colour=COLOURS[number % len(COLOURS)], size=large.size)
+        _label(pen, box, word, color=BOX_COLORS[number % len(BOX_COLORS)], size=large.size)
     return large
 
 
-def _outline(pen: ImageDraw.ImageDraw, box: Box, *, colour: str, size: tuple[int, int]) -> None:
+def _outline(pen: ImageDraw.ImageDraw, box: Box, *, color: str, size: tuple[int, int]) -> None:
     """Draw a frame inside the box's edges, with a dark seam inside it, so that it is seen on any picture."""
     left, top, right, bottom = box.to_pixels(size)
     width = max(round(min(size) / 160), 1)
     for inset in range(2 * width):
         x0, y0, x1, y1 = left + inset, top + inset, right - 1 - inset, bottom - 1 - inset
         if x0 <= x1 and y0 <= y1:
-            pen.line([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)], fill=colour if inset < width else DARK)
+            pen.line([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)], fill=color if inset < width else DARK)
 
 
-def _label(pen: ImageDraw.ImageDraw, box: Box, word: str, *, colour: str, size: tuple[int, int]) -> None:
+def _label(pen: ImageDraw.ImageDraw, box: Box, word: str, *, color: str, size: tuple[int, int]) -> None:
     """Write a word on a plate of the box's colour in the box's corner, moved inwards where the picture ends."""
     if not word.strip():
         return
@@ -79,7 +79,7 @@ def _label(pen: ImageDraw.ImageDraw, box: Box, word: str, *, colour: str, size: 
     left, top, _, _ = box.to_pixels(size)
     left = max(min(left, size[0] - int(across) - 2 * pad), 0)
     top = max(min(top, size[1] - int(down) - 2 * pad), 0)
-    pen.rectangle((left, top, left + across + 2 * pad - 1, top + down + 2 * pad - 1), fill=colour)
+    pen.rectangle((left, top, left + across + 2 * pad - 1, top + down + 2 * pad - 1), fill=color)
     pen.text((left + pad, top + pad), word, fill=DARK, font=font, anchor="lt")
 
 
@@ -97,7 +97,7 @@ def draw_areas(image: Image.Image, areas: Sequence[Area], *, heading: str = "") 
     """Draw areas on a picture, each with a number, and write below it what each number says.
 
     A box gets a frame; a mask, and the soft edge of a feathered box, a tint as strong as its weight there. Frames and
-    tints have the first of `COLOURS`, the second, and so on.
+    tints have the first of `BOX_COLORS`, the second, and so on.
 
     Args:
         image: stays as it is.
@@ -110,15 +110,15 @@ def draw_areas(image: Image.Image, areas: Sequence[Area], *, heading: str = "") 
     drawn = image.convert("RGB")
     for number, area in enumerate(areas):
         if isinstance(area.where, Mask) or area.feather:
-            colour = Image.new("RGB", drawn.size, COLOURS[number % len(COLOURS)])
-            drawn = Image.composite(colour, drawn, _tint(area, drawn.size))
+            color = Image.new("RGB", drawn.size, BOX_COLORS[number % len(BOX_COLORS)])
+            drawn = Image.composite(color, drawn, _tint(area, drawn.size))
     pen = ImageDraw.Draw(drawn)
     for number, area in enumerate(areas):
         if isinstance(area.where, Box):
-            _outline(pen, area.where, colour=COLOURS[number % len(COLOURS)], size=drawn.size)
+            _outline(pen, area.where, color=BOX_COLORS[number % len(BOX_COLORS)], size=drawn.size)
     for number, area in enumerate(areas):
         place = area.where if isinstance(area.where, Box) else _middle(area.where)
-        _label(pen, place, str(number + 1), colour=COLOURS[number % len(COLOURS)], size=drawn.size)
+        _label(pen, place, str(number + 1), color=BOX_COLORS[number % len(BOX_COLORS)], size=drawn.size)
     return _with_lines(drawn, areas, heading=heading)
 
 
@@ -157,7 +157,7 @@ def _with_lines(picture: Image.Image, areas: Sequence[Area], *, heading: str) ->
         pen.text((_GAP_PX, top), line, fill=DARK, font=font)
         top += step
     for number, lines in enumerate(wrapped):
-        pen.rectangle((_GAP_PX, top, indent - _GAP_PX, top + _LINE_PX), fill=COLOURS[number % len(COLOURS)])
+        pen.rectangle((_GAP_PX, top, indent - _GAP_PX, top + _LINE_PX), fill=BOX_COLORS[number % len(BOX_COLORS)])
         pen.text((indent / 2, top + _LINE_PX / 2), str(number + 1), fill=DARK, font=font, anchor="mm")
         for line in lines:
             pen.text((indent, top), line, fill=DARK, font=font)

@@ -38,14 +38,14 @@ def test_rendered_scenes_of_every_style_are_read_right_99_times_in_100() -> None
         part = scenes[start : start + 64]
         for image, scene in zip(_images(part, seed=start), part, strict=True):
             result = aligned(detect(image), scene)
-            rows.append([result.colour, result.shape, result.place, result.surplus == 0])
+            rows.append([result.color, result.shape, result.place, result.surplus == 0])
     assert (np.mean(rows, axis=0) >= 0.99).all(), np.mean(rows, axis=0)
 
 
 def test_things_come_from_left_to_right_with_boxes_around_them() -> None:
     left, right = detect(render("a blue ball on the right and a red cone on the left at noon, vivid", seed=0))
-    assert (left.colour, left.shape, left.place) == ("red", "cone", "on the left")
-    assert (right.colour, right.shape, right.place) == ("blue", "ball", "on the right")
+    assert (left.color, left.shape, left.place) == ("red", "cone", "on the left")
+    assert (right.color, right.shape, right.place) == ("blue", "ball", "on the right")
     assert 0.1 < left.box.center[0] < 0.3
     assert 0.2 < left.box.width < 0.4
 
@@ -57,7 +57,7 @@ def test_a_little_blur_and_noise_do_no_harm(seed: int) -> None:
     noise = np.random.default_rng(seed).normal(0, 4, (64, 64, 3))
     noisy = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
     result = alignment(noisy, caption)
-    assert (result.colour, result.shape, result.place, result.surplus) == (1, 1, 1, 0)
+    assert (result.color, result.shape, result.place, result.surplus) == (1, 1, 1, 0)
 
 
 def test_larger_pictures_are_read_as_well() -> None:
@@ -81,34 +81,34 @@ def test_noise_is_read_without_complaint() -> None:
     assert len(detect(Image.fromarray(pixels))) <= 4
 
 
-def _found(colour, shape, place) -> Found:
-    return Found(colour=colour, shape=shape, place=place, box=Box(0, 0, 1, 1))
+def _found(color, shape, place) -> Found:
+    return Found(color=color, shape=shape, place=place, box=Box(0, 0, 1, 1))
 
 
 def test_a_missing_thing_is_wrong_in_all_three() -> None:
     result = aligned([], parse("a red cone on the left"))
-    assert (result.colour, result.shape, result.place, result.surplus) == (0, 0, 0, 0)
+    assert (result.color, result.shape, result.place, result.surplus) == (0, 0, 0, 0)
 
 
 def test_things_are_matched_to_the_best_of_both() -> None:
     found = [_found("red", "ball", "on the left"), _found("blue", "cone", "on the right")]
     result = aligned(found, parse("a blue cone on the left and a red ball on the right"))
-    assert (result.colour, result.shape, result.place) == (1, 1, 0)
+    assert (result.color, result.shape, result.place) == (1, 1, 0)
 
 
 def test_one_found_thing_answers_one_asked_thing() -> None:
     result = aligned(
         [_found("red", "ball", "on the left")], parse("a red ball on the left and a red ball on the right")
     )
-    assert (result.colour, result.shape, result.place) == (0.5, 0.5, 0.5)
+    assert (result.color, result.shape, result.place) == (0.5, 0.5, 0.5)
 
 
 def test_an_open_place_is_right_wherever_the_thing_is_and_surplus_is_counted() -> None:
     found = [_found("red", "ball", "on the left"), _found("blue", "cone", "on the right")]
     result = aligned(found, parse("a red ball"))
-    assert (result.colour, result.shape, result.place, result.surplus) == (1, 1, 1, 1)
+    assert (result.color, result.shape, result.place, result.surplus) == (1, 1, 1, 1)
 
 
 def test_a_caption_that_asks_for_nothing_is_met() -> None:
     result = aligned([], parse("at night"))
-    assert (result.colour, result.shape, result.place) == (1, 1, 1)
+    assert (result.color, result.shape, result.place) == (1, 1, 1)

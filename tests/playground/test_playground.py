@@ -39,7 +39,7 @@ def test_it_is_a_synthesizer_like_any_other(model):
     check_synthesizer(model)
 
 
-@pytest.mark.parametrize(("of", "at_least"), [("colour", 0.95), ("shape", 0.85), ("place", 0.95)])
+@pytest.mark.parametrize(("of", "at_least"), [("color", 0.95), ("shape", 0.85), ("place", 0.95)])
 def test_it_draws_combinations_that_it_was_never_trained_on(plain, prompts, of, at_least):
     assert mean(playground.Accuracy(of), plain, prompts) >= at_least
 

@@ -65,7 +65,7 @@ def test_a_thing_of_its_own_adjectives_leaves_the_far_side_alone() -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_batches_hold_pictures_of_every_kind_of_scene(setting) -> None:
-    thing = Thing(colour="green", shape="ring", place=PLACES[0])
+    thing = Thing(color="green", shape="ring", place=PLACES[0])
     scenes = [
         Scene(),
         Scene(setting=setting),

@@ -7,7 +7,7 @@ TWO = "a red cone on the left and a blue ball on the right at night"
 
 
 @pytest.mark.parametrize(
-    ("drawn", "asked", "colour", "shape", "place"),
+    ("drawn", "asked", "color", "shape", "place"),
     [
         (TWO, TWO, 1.0, 1.0, 1.0),
         (TWO, TWO + ", vivid, sharp", 1.0, 1.0, 1.0),
@@ -18,16 +18,16 @@ TWO = "a red cone on the left and a blue ball on the right at night"
         ("at night", TWO, 0.0, 0.0, 0.0),
     ],
 )
-def test_accuracy_is_the_share_of_asked_things_that_are_right(drawn, asked, colour, shape, place):
+def test_accuracy_is_the_share_of_asked_things_that_are_right(drawn, asked, color, shape, place):
     image = playground.render(drawn, seed=0)
-    found = [playground.Accuracy(of).score(image, asked) for of in ("colour", "shape", "place")]
-    assert found == [colour, shape, place]
+    found = [playground.Accuracy(of).score(image, asked) for of in ("color", "shape", "place")]
+    assert found == [color, shape, place]
 
 
 def test_its_name_in_tables_is_what_it_measures():
-    assert [playground.Accuracy(of).name for of in ("colour", "shape", "place")] == ["colour", "shape", "place"]
+    assert [playground.Accuracy(of).name for of in ("color", "shape", "place")] == ["color", "shape", "place"]
 
 
 def test_a_prompt_from_another_world_is_an_error():
     with pytest.raises(playground.CaptionError, match="lighthouse"):
-        check_scorer(playground.Accuracy("colour"))
+        check_scorer(playground.Accuracy("color"))

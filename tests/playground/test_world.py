@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from artaug.errors import ArtAugError
 from artaug.playground.world import (
     ADJECTIVES,
-    COLOURS,
+    COLORS,
     PLACES,
     SETTINGS,
     SHAPES,
@@ -27,7 +27,7 @@ def _scenes(draw: st.DrawFn) -> Scene:
     places = draw(st.lists(st.sampled_from((*PLACES, None)), max_size=2, unique=True))
     things = tuple(
         Thing(
-            colour=draw(st.sampled_from(COLOURS)),
+            color=draw(st.sampled_from(COLORS)),
             shape=draw(st.sampled_from(SHAPES)),
             place=place,
             adjectives=draw(_adjectives),
@@ -43,8 +43,8 @@ def test_a_caption_says_all_of_its_scene(scene: Scene) -> None:
 
 
 def test_captions_read_naturally() -> None:
-    ring = Thing(colour="orange", shape="ring", place="in the middle")
-    cone = Thing(colour="red", shape="cone", place="on the left", adjectives=("vivid", "softly lit"))
+    ring = Thing(color="orange", shape="ring", place="in the middle")
+    cone = Thing(color="red", shape="cone", place="on the left", adjectives=("vivid", "softly lit"))
     scene = Scene(things=(cone, ring), setting="at night", adjectives=("sharp",))
     expected = "a vivid softly lit red cone on the left and an orange ring in the middle at night, sharp"
     assert scene.caption == expected
@@ -77,10 +77,10 @@ def test_what_the_world_does_not_contain_is_refused_by_name(caption: str, compla
 
 
 def test_one_triple_in_six_is_held_out_evenly() -> None:
-    every = [Thing(colour=c, shape=s, place=p) for c in COLOURS for s in SHAPES for p in PLACES]
+    every = [Thing(color=c, shape=s, place=p) for c in COLORS for s in SHAPES for p in PLACES]
     kept = [thing for thing in every if is_held_out(thing)]
     assert len(kept) * 6 == len(every)
-    assert [sum(thing.colour == colour for thing in kept) for colour in COLOURS] == [2] * 6
+    assert [sum(thing.color == color for thing in kept) for color in COLORS] == [2] * 6
     assert [sum(thing.shape == shape for thing in kept) for shape in SHAPES] == [3] * 4
     assert [sum(thing.place == place for thing in kept) for place in PLACES] == [4] * 3
 

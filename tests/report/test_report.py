@@ -17,7 +17,7 @@ from PIL import Image
 
 import artaug as aa
 from artaug.critics import Usage
-from artaug.images.html import COLOURS
+from artaug.images.html import BOX_COLORS
 from artaug.report import write_report
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
@@ -181,8 +181,8 @@ def test_boxes_lie_where_the_critic_put_them(tmp_path):
     path = write_report(tmp_path / "report.html", result=make_result(), comparison=make_comparison())
 
     text = path.read_text(encoding="utf-8")
-    assert f'x="0.125" y="0.25" width="0.375" height="0.75" stroke="{COLOURS[0]}"' in text
-    assert f'style="left:12.5%;top:25.0%;background:{COLOURS[0]}">1</b>' in text
+    assert f'x="0.125" y="0.25" width="0.375" height="0.75" stroke="{BOX_COLORS[0]}"' in text
+    assert f'style="left:12.5%;top:25.0%;background:{BOX_COLORS[0]}">1</b>' in text
 
 
 @pytest.mark.parametrize(

@@ -6,4 +6,4 @@ from artaug.evaluation.suites import Detection, Detector
 
 class PlaygroundEyes(Detector):
     def detect(self, image, labels):
-        return [Detection(label=one.shape, box=one.box, colour=one.colour) for one in playground.detect(image)]
+        return [Detection(label=one.shape, box=one.box, colour=one.color) for one in playground.detect(image)]

@@ -9,11 +9,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from artaug._internal.images import data_url
 from artaug.critique import Abstention, Critique
-from artaug.drawing import COLOURS, DARK, draw_boxes
+from artaug.drawing import BOX_COLORS, DARK, draw_boxes
 from artaug.errors import InvalidValueError
 
 __all__ = [
-    "COLOURS",
+    "BOX_COLORS",
     "ShownCritique",
     "contact_sheet",
     "data_address",
@@ -126,7 +126,7 @@ class ShownCritique:
         scale = max(_SHOWN_PX // max(self.image.size), 1)
         drawn = draw_boxes(self.image, [one.box for one in suggestions], scale=scale)
         asked = "".join(
-            f"<li><b style='background:{COLOURS[number % len(COLOURS)]};color:{DARK};padding:0 .4em'>{number + 1}</b> "
+            f"<li><b style='background:{BOX_COLORS[number % len(BOX_COLORS)]};color:{DARK};padding:0 .4em'>{number + 1}</b> "
             f"{escape(one.prompt)}{_aside(one.reason)}</li>"
             for number, one in enumerate(suggestions)
         )

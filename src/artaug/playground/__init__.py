@@ -2,7 +2,7 @@
 
 >>> from artaug import playground
 >>> image = playground.render("a red cone on the left at night", seed=0)
->>> [(thing.colour, thing.shape, thing.place) for thing in playground.detect(image)]
+>>> [(thing.color, thing.shape, thing.place) for thing in playground.detect(image)]
 [('red', 'cone', 'on the left')]
 """
 

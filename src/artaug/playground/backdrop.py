@@ -75,8 +75,8 @@ def _blend(one: Tensor, other: Tensor, amount: Tensor) -> Tensor:
     return one[:, :, None, None] + (other - one)[:, :, None, None] * amount[:, None]
 
 
-def _covered(lab: Tensor, colour: Tensor, amount: Tensor) -> Tensor:
-    return lab + (colour[:, :, None, None] - lab) * amount[:, None]
+def _covered(lab: Tensor, color: Tensor, amount: Tensor) -> Tensor:
+    return lab + (color[:, :, None, None] - lab) * amount[:, None]
 
 
 def _dots(at: Tensor, x: Tensor, y: Tensor, width: Tensor, height: Tensor) -> Tensor:
@@ -105,8 +105,8 @@ def _lamps(lab: Tensor, setting: Tensor, at: Tensor, generator: torch.Generator)
     clouds = clouds.clamp(max=1) * noon * 0.7
     lightness = lab[:, 0] + glow + stars
     lightness = lightness + (0.94 - lightness) * torch.maximum(disc, clouds)
-    colour = lab[:, 1:] * (1 - torch.maximum(clouds * 0.8, disc * 0.5))[:, None]
-    return torch.cat([lightness[:, None], colour], dim=1)
+    color = lab[:, 1:] * (1 - torch.maximum(clouds * 0.8, disc * 0.5))[:, None]
+    return torch.cat([lightness[:, None], color], dim=1)
 
 
 def _snowing(lab: Tensor, setting: Tensor, at: Tensor, generator: torch.Generator) -> Tensor:

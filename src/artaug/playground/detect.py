@@ -15,7 +15,7 @@ from artaug.geometry import Box
 from artaug.playground import oklab
 from artaug.playground.render import HUES, SIZE_PX
 from artaug.playground.shapes import outline
-from artaug.playground.world import COLOURS, PLACES, SHAPES, Colour, Place, Scene, Shape, parse
+from artaug.playground.world import COLORS, PLACES, SHAPES, Color, Place, Scene, Shape, parse
 
 _Map = NDArray[np.float64]
 _Mask = NDArray[np.bool_]
@@ -34,7 +34,7 @@ _ROUNDING = 2.7
 class Found:
     """A thing seen in a picture."""
 
-    colour: Colour
+    color: Color
     shape: Shape
     place: Place
     box: Box
@@ -44,7 +44,7 @@ class Found:
 class Alignment:
     """How much of what a caption asks for a picture shows; each a share of the asked things in [0, 1]."""
 
-    colour: float
+    color: float
     shape: float
     place: float
     surplus: int
@@ -56,7 +56,7 @@ def detect(image: Image.Image) -> list[Found]:
 
     >>> from artaug import playground
     >>> image = playground.render("a red cone on the left", seed=0)
-    >>> [(found.colour, found.shape, found.place) for found in playground.detect(image)]
+    >>> [(found.color, found.shape, found.place) for found in playground.detect(image)]
     [('red', 'cone', 'on the left')]
     """
     lab = _lab(image)
@@ -84,21 +84,18 @@ def aligned(found: list[Found], scene: Scene) -> Alignment:
     asked = scene.things
     padded: list[Found | None] = [*found, *[None] * len(asked)]
     rights = [
-        [
-            (_same(thing.colour, other, 0), _same(thing.shape, other, 1), _same(thing.place, other, 2))
-            for other in padded
-        ]
+        [(_same(thing.color, other, 0), _same(thing.shape, other, 1), _same(thing.place, other, 2)) for other in padded]
         for thing in asked
     ]
     matchings = itertools.permutations(range(len(padded)), len(asked))
     best = max(matchings, key=lambda match: sum(sum(rights[row][column]) for row, column in enumerate(match)))
     matched = [rights[row][column] for row, column in enumerate(best)]
-    colour, shape, place = (sum(one[i] for one in matched) / len(asked) if asked else 1.0 for i in range(3))
-    return Alignment(colour=colour, shape=shape, place=place, surplus=max(0, len(found) - len(asked)))
+    color, shape, place = (sum(one[i] for one in matched) / len(asked) if asked else 1.0 for i in range(3))
+    return Alignment(color=color, shape=shape, place=place, surplus=max(0, len(found) - len(asked)))
 
 
 def _same(asked: str | None, found: Found | None, field: int) -> bool:
-    return found is not None and asked in {None, (found.colour, found.shape, found.place)[field]}
+    return found is not None and asked in {None, (found.color, found.shape, found.place)[field]}
 
 
 def _lab(image: Image.Image) -> _Map:
@@ -114,8 +111,8 @@ def _seeds(lab: _Map) -> list[_Mask]:
     hue = np.degrees(np.arctan2(lab[..., 2], lab[..., 1]))
     nearest = np.argmin([np.abs(_turn(hue - centre)) for centre in HUES], axis=0)
     patches: list[_Mask] = []
-    for colour in range(len(HUES)):
-        patches += _patches((nearest == colour) & (chroma > _CHROMA), smallest=_SMALLEST)
+    for color in range(len(HUES)):
+        patches += _patches((nearest == color) & (chroma > _CHROMA), smallest=_SMALLEST)
     patches.sort(key=lambda patch: -np.count_nonzero(patch))
     return patches[:_MOST]
 
@@ -174,7 +171,7 @@ def _described(lab: _Map, seed: _Mask, hue: float, hues: list[float]) -> Found:
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     centre = (left + right) / 2 / SIZE_PX
     return Found(
-        colour=COLOURS[int(np.argmin([abs(float(_turn(np.asarray(hue - other)))) for other in HUES]))],
+        color=COLORS[int(np.argmin([abs(float(_turn(np.asarray(hue - other)))) for other in HUES]))],
         shape=_shape(mask[top:bottom, left:right], cover[top:bottom, left:right]),
         place=PLACES[sum(centre > edge for edge in _EDGES)],
         box=Box.from_pixels(float(left), float(top), float(right), float(bottom), size=(SIZE_PX, SIZE_PX)),

@@ -17,7 +17,7 @@ from artaug.playground.backdrop import backdrop, daylight
 from artaug.playground.shapes import surface
 from artaug.playground.world import (
     ADJECTIVES,
-    COLOURS,
+    COLORS,
     PLACES,
     SETTINGS,
     SHAPES,
@@ -31,7 +31,7 @@ from artaug.playground.world import (
 SIZE_PX = 64
 
 HUES = (25.0, 62.0, 100.0, 145.0, 262.0, 315.0)
-"""Hue of each of `COLOURS` in OKLab, in degrees."""
+"""Hue of each of `COLORS` in OKLab, in degrees."""
 _CHROMAS = (0.20, 0.155, 0.16, 0.18, 0.18, 0.19)
 _LIGHTNESSES = (0.57, 0.71, 0.85, 0.66, 0.54, 0.52)
 _DULL_CHROMA = 0.105
@@ -167,9 +167,9 @@ def _bodies(
             seen = surface(shape, x[chosen], y[chosen], sun[chosen][:, None, None, :])
             light[chosen], shine[chosen] = seen.light, seen.highlight
             cover[chosen] = (0.5 - seen.distance * radius[chosen][:, None, None]).clamp(0, 1)
-    colours = [COLOURS.index(thing.colour) for thing in things]
+    colors = [COLORS.index(thing.color) for thing in things]
     base, chroma, hue = (
-        torch.tensor([table[colour] for colour in colours])[:, None, None] for table in (_LIGHTNESSES, _CHROMAS, HUES)
+        torch.tensor([table[color] for color in colors])[:, None, None] for table in (_LIGHTNESSES, _CHROMAS, HUES)
     )
     depth = 0.26 + 0.16 * style.glow + 0.04 * style.soft
     lightness = base * (1.02 + depth * (light - 0.62)) * (_DULL_LIGHT + (1 - _DULL_LIGHT) * style.soft)
@@ -218,8 +218,8 @@ def _toned(lab: Tensor, style: _Style) -> Tensor:
     mean = lab[:, 0].mean(dim=(1, 2), keepdim=True)
     lightness = mean + (lab[:, 0] - mean) * (0.75 + 0.05 * style.soft + 0.45 * style.glow)
     lightness = lightness * (_DULL_LIGHT + (1 - _DULL_LIGHT) * style.soft)
-    colour = lab[:, 1:] * (0.5 + 0.5 * style.vivid)[:, None]
-    return torch.cat([lightness.clamp(0.05, 0.97)[:, None], colour], dim=1)
+    color = lab[:, 1:] * (0.5 + 0.5 * style.vivid)[:, None]
+    return torch.cat([lightness.clamp(0.05, 0.97)[:, None], color], dim=1)
 
 
 def _focused(lab: Tensor, sharp: Tensor) -> Tensor:

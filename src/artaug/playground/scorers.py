@@ -17,11 +17,11 @@ class Accuracy(Scorer):
 
     >>> from artaug import playground
     >>> prompt = "a red cone on the left and a blue ball on the right at night"
-    >>> playground.Accuracy("colour").score(playground.render(prompt, seed=0), prompt)
+    >>> playground.Accuracy("color").score(playground.render(prompt, seed=0), prompt)
     1.0
     """
 
-    of: Literal["colour", "shape", "place"]
+    of: Literal["color", "shape", "place"]
 
     @property
     def name(self) -> str:

@@ -12,13 +12,13 @@ from typing import Literal, cast, get_args
 
 from artaug.errors import ArtAugError
 
-Colour = Literal["red", "orange", "yellow", "green", "blue", "purple"]
+Color = Literal["red", "orange", "yellow", "green", "blue", "purple"]
 Shape = Literal["ball", "cube", "cone", "ring"]
 Place = Literal["on the left", "in the middle", "on the right"]
 Setting = Literal["at noon", "at sunset", "at night", "in the snow"]
 Adjective = Literal["vivid", "softly lit", "sharp", "glowing"]
 
-COLOURS: tuple[Colour, ...] = get_args(Colour)
+COLORS: tuple[Color, ...] = get_args(Color)
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 PLACES: tuple[Place, ...] = get_args(Place)
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
@@ -30,7 +30,7 @@ _TRIES = 200
 
 _ADJECTIVE = "|".join(ADJECTIVES)
 _THING = re.compile(
-    rf"an? (?P<adjectives>(?:(?:{_ADJECTIVE}) )*)(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
+    rf"an? (?P<adjectives>(?:(?:{_ADJECTIVE}) )*)(?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)})"
     rf"(?: (?P<place>{'|'.join(PLACES)}))?",
 )
 _SETTING = re.compile(rf"(?:^|(?<= ))(?:{'|'.join(SETTINGS)})$")
@@ -53,7 +53,7 @@ class CaptionError(ArtAugError, ValueError):
 class Thing:
     """One object: what it is, where it stands, and how well it is photographed."""
 
-    colour: Colour
+    color: Color
     shape: Shape
     place: Place | None = None
     """Where it stands; None leaves the choice to whoever draws it."""
@@ -62,7 +62,7 @@ class Thing:
 
     def __str__(self) -> str:
         """Return the words for it: `a vivid red cone on the left`."""
-        words = [*self.adjectives, self.colour, self.shape, *([self.place] if self.place else [])]
+        words = [*self.adjectives, self.color, self.shape, *([self.place] if self.place else [])]
         article = "an" if words[0][0] in "aeiou" else "a"
         return " ".join([article, *words])
 
@@ -103,7 +103,7 @@ def parse(caption: str) -> Scene:
     """Read a caption; case, spacing and a final full stop do not matter.
 
     >>> from artaug import playground
-    >>> playground.parse("a red cone on the left at night, vivid").things[0].colour
+    >>> playground.parse("a red cone on the left at night, vivid").things[0].color
     'red'
 
     Raises:
@@ -131,8 +131,8 @@ def is_held_out(thing: Thing) -> bool:
     """
     if thing.place is None:
         return False
-    colour, shape, place = COLOURS.index(thing.colour), SHAPES.index(thing.shape), PLACES.index(thing.place)
-    return (shape, place) in {(colour % 4, colour % 3), ((colour + 2) % 4, (colour + 1) % 3)}
+    color, shape, place = COLORS.index(thing.color), SHAPES.index(thing.shape), PLACES.index(thing.place)
+    return (shape, place) in {(color % 4, color % 3), ((color + 2) % 4, (color + 1) % 3)}
 
 
 def prompts(n: int, *, seed: int, held_out: bool = False) -> list[str]:
@@ -169,13 +169,13 @@ def _draw(triples: tuple[Thing, ...], chooser: random.Random) -> Scene:
 
 
 def _differ(one: Thing, other: Thing) -> bool:
-    return one.colour != other.colour and one.place != other.place
+    return one.color != other.color and one.place != other.place
 
 
 def _triples(*, held_out: bool) -> tuple[Thing, ...]:
     every = (
-        Thing(colour=colour, shape=shape, place=place)
-        for colour, shape, place in itertools.product(COLOURS, SHAPES, PLACES)
+        Thing(color=color, shape=shape, place=place)
+        for color, shape, place in itertools.product(COLORS, SHAPES, PLACES)
     )
     return tuple(thing for thing in every if is_held_out(thing) == held_out)
 
@@ -186,7 +186,7 @@ def _thing(words: str, *, caption: str) -> Thing:
         raise _refusal(caption, f"has {words!r} where 'a <colour> <shape> [<place>]' was expected")
     said = re.findall(_ADJECTIVE, match["adjectives"])
     thing = Thing(
-        colour=cast("Colour", match["colour"]),
+        color=cast("Color", match["color"]),
         shape=cast("Shape", match["shape"]),
         adjectives=tuple(cast("Adjective", word) for word in said),
     )

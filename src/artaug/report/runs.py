@@ -7,7 +7,7 @@ from PIL import Image
 
 from artaug._internal.text import duration
 from artaug.geometry import Box, Mask
-from artaug.images.html import COLOURS, data_address
+from artaug.images.html import BOX_COLORS, data_address
 from artaug.pairs import Dropped, Kept
 from artaug.plan import Region
 from artaug.report.image_store import Album
@@ -91,7 +91,7 @@ def _pair(attempt: Kept | Dropped, album: Album) -> View:
 
 def _region(at: int, region: Region) -> View:
     """A region as the overlay draws it: a rectangle, or a tint where it is a mask; relative to the picture."""
-    colour = COLOURS[at % len(COLOURS)]
+    colour = BOX_COLORS[at % len(BOX_COLORS)]
     area, tint = region.area, ""
     if isinstance(area, Mask):
         weights = area.to_array()

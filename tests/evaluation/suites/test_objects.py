@@ -185,9 +185,9 @@ def test_questions_are_not_for_a_detector():
 )
 def test_the_playground_passes_its_own_check(prompt):
     scene = playground.parse(prompt)
-    clauses = [Clause(one.shape, 1, one.colour) for one in scene.things]
+    clauses = [Clause(one.shape, 1, one.color) for one in scene.things]
     if len(clauses) == 2:
-        clauses[1] = Clause(scene.things[1].shape, 1, scene.things[1].colour, ("right of", 0))
+        clauses[1] = Clause(scene.things[1].shape, 1, scene.things[1].color, ("right of", 0))
     judge = ObjectScore(
         suite=Suite("playground", (Case(prompt, ObjectCheck(tuple(clauses))),)), detector=PlaygroundEyes()
     )

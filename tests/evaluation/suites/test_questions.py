@@ -104,7 +104,7 @@ def test_the_playground_answers_questions_about_its_pictures():
     def sees(image, question):
         return float(
             all(
-                word in " ".join(f"{one.colour} {one.shape}" for one in playground.detect(image))
+                word in " ".join(f"{one.color} {one.shape}" for one in playground.detect(image))
                 for word in question.split()
             )
         )

@@ -47,7 +47,7 @@ class Detector(ABC):
     >>> from artaug.evaluation.suites import Detection, Detector
     >>> class Playground(Detector):
     ...     def detect(self, image, labels):
-    ...         return [Detection(label=one.shape, box=one.box, colour=one.colour) for one in playground.detect(image)]
+    ...         return [Detection(label=one.shape, box=one.box, colour=one.color) for one in playground.detect(image)]
     >>> [found.label for found in Playground().detect(playground.render("a red cone", seed=0), ["cone"])]
     ['cone']
     """
