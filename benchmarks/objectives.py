@@ -53,7 +53,7 @@ def measure(*, quick: bool) -> list[record.Row]:
         mine: list[record.Row] = []
         for name, (objective, echo) in METHODS.items():
             for steps in (4, 8) if quick else (8, 16, 32, 64):
-                if objective.course(len(pairs)).groups[1:] and steps < 2 * len(pairs):
+                if objective.training_plan(len(pairs)).groups[1:] and steps < 2 * len(pairs):
                     continue  # a step for every pair and stage is the least
                 trainer = aa.DifferentialLoRATrainer(
                     objective=objective, echo=echo, rank=8, steps=steps, batch_size=32, learning_rate=1e-3

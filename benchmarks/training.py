@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 import artaug as aa
 from artaug.training import ATTENTION_AND_MLP, FlowMatching, PairBatch
-from artaug.training.batches import Turn
-from artaug.training.distributed import ALONE
+from artaug.training.batches import StepBatch
+from artaug.training.distributed import SINGLE_PROCESS
 from artaug.training.optimizer_loop import OptimizerLoop
-from artaug.training.student import adapted, left_as_found, targeted_layers
-from artaug.training.teacher_cache import Memory
+from artaug.training.student import find_target_layers, inject_adapter, restored_on_exit
+from artaug.training.teacher_cache import TeacherCache
 from benchmarks import _flux as flux
 from benchmarks import _memory as memory
 from benchmarks import _record as record
@@ -112,16 +112,23 @@ class RandomFlux:
 @contextmanager
 def ours(model: RandomFlux, objective: aa.Objective, echo: int, batch: PairBatch) -> Iterator[Step]:
     """As many steps of artaug's trainer as a batch comes."""
-    generator, memory = torch.Generator().manual_seed(0), Memory() if echo > 1 else None
-    with adapted(model, rank=RANK, targets=ATTENTION_AND_MLP, generator=generator, memory=memory) as student:
-        optimizer = aa.AdamW().over(student.parameters(), learning_rate=RATE)
+    generator, teacher_cache = torch.Generator().manual_seed(0), TeacherCache() if echo > 1 else None
+    with inject_adapter(
+        model, rank=RANK, targets=ATTENTION_AND_MLP, generator=generator, teacher_cache=teacher_cache
+    ) as student:
+        optimizer = aa.AdamW().build(student.parameters(), learning_rate=RATE)
         optimization = OptimizerLoop(student, optimizer, ema=None)
 
         def steps() -> None:
-            turn = Turn(model, [replace(batch, noise=torch.randn_like(batch.noise))])
+            turn = StepBatch(model, [replace(batch, noise=torch.randn_like(batch.noise))])
             for number in range(echo):
                 optimization.step(
-                    turn, objective.loss, number=number + 1, learning_rate=RATE, max_grad_norm=1.0, processes=ALONE
+                    turn,
+                    objective.loss,
+                    number=number + 1,
+                    learning_rate=RATE,
+                    max_grad_norm=1.0,
+                    processes=SINGLE_PROCESS,
                 )
 
         yield steps
@@ -131,9 +138,9 @@ def ours(model: RandomFlux, objective: aa.Objective, echo: int, batch: PairBatch
 def theirs(model: RandomFlux, batch: PairBatch) -> Iterator[Step]:
     """One step as diffusers' FLUX LoRA script takes it, on the pictures after."""
     module, latents = model.module, batch.after
-    layers, mixed = targeted_layers(module, ATTENTION_AND_MLP), model.geometry.dtype == torch.bfloat16
+    layers, mixed = find_target_layers(module, ATTENTION_AND_MLP), model.geometry.dtype == torch.bfloat16
     schedule = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    with left_as_found(module, layers):
+    with restored_on_exit(module, layers):
         module.add_adapter(
             LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=list(layers))
         )

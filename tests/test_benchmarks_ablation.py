@@ -84,12 +84,12 @@ def test_a_distracted_critic_misplaces_as_many_boxes_as_asked_and_nothing_else()
         answers = critic.critique_batch(images, prompts)
         boxes = [
             one.box != other.box
-            for answer, asked in zip(answers, sober, strict=True)
-            for one, other in zip(answer.suggestions, asked.suggestions, strict=True)
+            for get_or_compute, asked in zip(answers, sober, strict=True)
+            for one, other in zip(get_or_compute.suggestions, asked.suggestions, strict=True)
         ]
         assert np.mean(boxes) == pytest.approx(wrong, abs=0.1)
-        assert [[one.prompt for one in answer.suggestions] for answer in answers] == [
-            [one.prompt for one in answer.suggestions] for answer in sober
+        assert [[one.prompt for one in get_or_compute.suggestions] for get_or_compute in answers] == [
+            [one.prompt for one in get_or_compute.suggestions] for get_or_compute in sober
         ]
 
 

@@ -50,7 +50,7 @@ def flux_lora(*, rank=2, seed=0):
 
 def run(*, accepted=True, gain=None):
     skipped = tuple(aa.Skipped(SECRET, seed, f"too dark: {SECRET}") for seed in range(5))
-    training = aa.Training(lora=flux_lora(), losses=(0.5, 0.25), pairs=3, steps=2, seconds=1.0)
+    training = aa.TrainingResult(lora=flux_lora(), losses=(0.5, 0.25), pairs=3, steps=2, seconds=1.0)
     one = aa.Round(
         number=1, attempts=skipped, training=training, lora=flux_lora(), seconds={}, gain=gain, accepted=accepted
     )

@@ -55,7 +55,7 @@ def run():
         )
     )
     losses = tuple(1 / (1 + step) for step in range(50))
-    training = aa.Training(lora=LORA, losses=losses, pairs=20, steps=50, seconds=2.5)
+    training = aa.TrainingResult(lora=LORA, losses=losses, pairs=20, steps=50, seconds=2.5)
     seconds = {"draw": 4.0, "critique": 1.0, "redraw": 8.0, "train": 30.0}
     rounds = (
         aa.Round(number=1, attempts=attempts, training=training, lora=LORA, seconds=seconds, gain=None, accepted=True),

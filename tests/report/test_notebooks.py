@@ -19,7 +19,7 @@ def make_round(number, *, gain=None, losses=(0.5, 0.25)):
     return aa.Round(
         number=number,
         attempts=(aa.Skipped("a moor", 1, f"too dark {EVIL}"), aa.Skipped("a pond", 2, "nothing to do", "plan")),
-        training=aa.Training(lora=LORA, losses=losses, pairs=1200, steps=len(losses), seconds=2.5),
+        training=aa.TrainingResult(lora=LORA, losses=losses, pairs=1200, steps=len(losses), seconds=2.5),
         lora=LORA,
         seconds={"draw": 60.0, "train": 5.0},
         gain=gain,

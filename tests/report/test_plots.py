@@ -43,7 +43,7 @@ def compared(**options):
 
 
 def make_round(number, *, losses=(0.5, 0.25, 0.125), seconds=None):
-    training = aa.Training(lora=LORA, losses=losses, pairs=2, steps=len(losses), seconds=2.5)
+    training = aa.TrainingResult(lora=LORA, losses=losses, pairs=2, steps=len(losses), seconds=2.5)
     return aa.Round(
         number=number,
         attempts=(),

@@ -70,7 +70,7 @@ ATTEMPTS = (
 
 
 def make_round(number=1, *, losses=(0.5, 0.3, 0.2), accepted=True, gain=None):
-    training = aa.Training(lora=LORA, losses=losses, pairs=2, steps=len(losses), seconds=2.5)
+    training = aa.TrainingResult(lora=LORA, losses=losses, pairs=2, steps=len(losses), seconds=2.5)
     return aa.Round(
         number=number,
         attempts=ATTEMPTS,

@@ -177,14 +177,14 @@ def test_no_rounds_is_no_wish():
 
 
 def test_held_out_pictures_choose_what_a_round_has_learned(flux):
-    looks = []
+    results = []
     held_out = aa.Validation(
-        scorer=Ledger([0.0] * 2 + [1.0, 1.0] + [2.0, 2.0]), prompts=PROMPTS[:2], every=1, watch=looks.append
+        scorer=Ledger([0.0] * 2 + [1.0, 1.0] + [2.0, 2.0]), prompts=PROMPTS[:2], every=1, on_validation=results.append
     )
     (only,) = enhanced(flux, rounds=1, validation=held_out).rounds
-    assert [look.step for look in looks] == [1, 2]
-    assert only.training.looks == tuple(looks)
-    assert only.training.chosen.step == 2
+    assert [result.step for result in results] == [1, 2]
+    assert only.training.validations == tuple(results)
+    assert only.training.best_validation.step == 2
 
 
 def test_a_killed_run_goes_on_where_its_trainings_stood(flux, tmp_path):

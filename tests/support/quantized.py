@@ -13,7 +13,7 @@ from torchao.quantization import (
     quantize_,
 )
 
-from artaug.training.quantized import stored_in
+from artaug.training.quantized import storage_tensors
 
 TORCHAO = {
     "torchao int8": Int8WeightOnlyConfig,
@@ -60,7 +60,7 @@ def stored_digest(module):
     """What the module is stored as, types included."""
     told = sha256()
     for name, one in module.named_parameters():
-        for part in stored_in(one):
+        for part in storage_tensors(one):
             told.update(f"{name}{part.dtype}{tuple(part.shape)}".encode())
             told.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return told.hexdigest()

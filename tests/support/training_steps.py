@@ -3,12 +3,12 @@
 import torch
 
 from artaug.training import EpsilonPrediction, FlowMatching, PairBatch, VPrediction
-from artaug.training.student import adapted
+from artaug.training.student import inject_adapter
 
 NOISINGS = {"flow": FlowMatching(), "epsilon": EpsilonPrediction(), "v": VPrediction()}
 
 
-def batch_of(model, pairs, seed=0, *, inside=None):
+def batch_of(model, pairs, seed=0, *, region_mask=None):
     generator = torch.Generator().manual_seed(seed)
     before = model.encode_images([pair.before for pair in pairs])
     return PairBatch(
@@ -17,12 +17,12 @@ def batch_of(model, pairs, seed=0, *, inside=None):
         conditioning=model.encode_prompts([pair.prompt for pair in pairs]),
         noise=torch.randn(before.shape, generator=generator),
         sigmas=torch.rand(len(pairs), generator=generator),
-        inside=inside,
+        region_mask=region_mask,
     )
 
 
 def student_of(model, *, targets="blocks"):
-    return adapted(model, rank=4, targets=targets, generator=torch.Generator().manual_seed(0))
+    return inject_adapter(model, rank=4, targets=targets, generator=torch.Generator().manual_seed(0))
 
 
 def disturb(student):

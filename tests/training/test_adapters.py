@@ -14,16 +14,18 @@ import artaug as aa
 from artaug.errors import InvalidValueError, ModelError
 from artaug.lora.lora import LoRA, LowRank
 from artaug.training.factors import Factor, Kronecker, Repeated
-from artaug.training.student import adapted
+from artaug.training.student import inject_adapter
 
 WHOLE = 10_000
 """A rank no layer has: DoRA's update in full."""
-ADAPTERS = [aa.PlainLoRA(), aa.LoKr(factor=4), aa.DoRA(exported=WHOLE)]
+ADAPTERS = [aa.PlainLoRA(), aa.LoKr(factor=4), aa.DoRA(export_rank=WHOLE)]
 each = pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda one: type(one).__name__)
 
 
 def student_of(model, adapter, *, rank=2):
-    return adapted(model, rank=rank, targets="blocks", generator=torch.Generator().manual_seed(0), adapter=adapter)
+    return inject_adapter(
+        model, rank=rank, targets="blocks", generator=torch.Generator().manual_seed(0), adapter=adapter
+    )
 
 
 def moved(student):
@@ -43,7 +45,7 @@ def test_the_exported_lora_does_what_the_model_in_training_did(tiny_model, adapt
     asked = asked_of(tiny_model)
     with student_of(tiny_model, adapter) as student:
         moved(student)
-        learned, taught, lora = student.predict(*asked), student.teacher(*asked), student.lora()
+        learned, taught, lora = student.predict(*asked), student.teacher_predict(*asked), student.lora()
     with lora.applied_to(tiny_model.module):
         torch.testing.assert_close(tiny_model.predict(*asked), learned, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(tiny_model.predict(*asked), taught, rtol=0, atol=0)
@@ -144,11 +146,11 @@ def test_lokr_takes_the_largest_size_that_divides_a_layer():
     down, up = aa.LoKr(factor=4).factors(9, 10, 2, torch.Generator())
     assert isinstance(down, Repeated)
     assert (down.weight.shape, up.outer.shape, up.inner.shape) == ((2, 3), (2, 3), (5, 2))
-    assert aa.LoKr(factor=4).exported_rank(9, 10, 2) == 6
+    assert aa.LoKr(factor=4).lora_rank(9, 10, 2) == 6
 
 
 def test_dora_is_what_its_paper_says(tiny_model):
-    with student_of(tiny_model, aa.DoRA(exported=WHOLE)) as student:
+    with student_of(tiny_model, aa.DoRA(export_rank=WHOLE)) as student:
         moved(student)
         lora, parts = student.lora(), student.layers()
     for name, layer in lora.layers.items():
@@ -159,11 +161,11 @@ def test_dora_is_what_its_paper_says(tiny_model):
 
 
 def test_what_a_lora_of_some_rank_loses_of_dora_is_said(tiny_model, caplog):
-    with student_of(tiny_model, aa.DoRA(exported=3)) as student:
+    with student_of(tiny_model, aa.DoRA(export_rank=3)) as student:
         moved(student)
         with caplog.at_level(logging.WARNING):
             lora = student.lora()
-        whole = aa.DoRA(exported=WHOLE).lora(student.layers(), student.weights)
+        whole = aa.DoRA(export_rank=WHOLE).lora(student.layers(), student.weights)
     assert lora.rank == 3
     kept = sum(one.energy() for one in lora.layers.values()) / sum(one.energy() for one in whole.layers.values())
     assert f"a LoRA of rank 3 keeps {100 * kept:.1f}% of the squared norm of what DoRA has learned" in caplog.text
@@ -184,7 +186,7 @@ def test_sizes_that_are_none_are_refused():
     with pytest.raises(InvalidValueError, match=r"factor=1\): need a factor of at least 2; at 1 it is a PlainLoRA"):
         aa.LoKr(factor=1)
     with pytest.raises(InvalidValueError, match=r"exported=0\): need an exported rank of at least 1"):
-        aa.DoRA(exported=0)
+        aa.DoRA(export_rank=0)
 
 
 def test_a_factor_computes_in_the_precision_of_its_input():
@@ -202,7 +204,7 @@ def test_lokr_of_more_ranks_than_a_layer_has_is_exported_with_as_many_as_it_has(
     parts = {f"down.{name}": one for name, one in first.named_parameters()}
     parts |= {f"up.{name}": one for name, one in last.named_parameters()}
     layer = kind.lora({"layer": {name: one.detach() for name, one in parts.items()}}, str).layers["layer"]
-    assert layer.rank == kind.exported_rank(inputs, outputs, 5) == 8
+    assert layer.rank == kind.lora_rank(inputs, outputs, 5) == 8
     given = torch.eye(inputs)
     torch.testing.assert_close(layer.delta(), last(first(given)).T.detach())
 

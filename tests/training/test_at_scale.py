@@ -78,11 +78,12 @@ def test_a_model_that_cannot_recompute_says_so(tiny_model, two_pairs):
         DifferentialLoRATrainer(gradient_checkpointing=True).train(two_pairs, tiny_model, seed=0)
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_a_batch_in_parts_is_the_batch(at_once):
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_a_batch_in_parts_is_the_batch(micro_batch_size):
     pairs = [pair_of(prompt="a red cone"), pair_of(prompt="a blue cube")]
     assert_close(
-        training_of(tiny_flux(), pairs, batch_size=4, at_once=at_once), training_of(tiny_flux(), pairs, batch_size=4)
+        training_of(tiny_flux(), pairs, batch_size=4, micro_batch_size=micro_batch_size),
+        training_of(tiny_flux(), pairs, batch_size=4),
     )
 
 
@@ -104,7 +105,7 @@ def test_only_what_was_asked_for_is_learned_if_wanted():
     right = Plan("a red cone", regions=(Region(Box(0.75, 0, 1, 1), "a red cone"),))
     pair = ImagePair(prompt=right.prompt, seed=0, before=before, after=after, plan=right)
     everywhere = training_of(tiny_flux(), [pair]).losses[0]
-    inside = training_of(tiny_flux(), [pair], objective=PairedDifference(outside=0.0, composite=True)).losses[0]
+    inside = training_of(tiny_flux(), [pair], objective=PairedDifference(outside_weight=0.0, composite=True)).losses[0]
     assert inside < 0.2 * everywhere
 
 

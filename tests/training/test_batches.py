@@ -9,7 +9,7 @@ from artaug.errors import ModelError
 from artaug.training import EpsilonPrediction, FlowMatching
 from artaug.training.batches import Bucket, EncodedPairs
 from artaug.training.config import TrainingConfig
-from artaug.training.distributed import ALONE, Processes
+from artaug.training.distributed import SINGLE_PROCESS, World
 
 
 class Sized:
@@ -34,7 +34,7 @@ def numbered(pairs):
     return EncodedPairs([Bucket((8, 8), {number: row(number) for number in range(pairs)})])
 
 
-def drawn(encoded, members, *, size, count, seed=0, start=0, processes=ALONE, **options):
+def drawn(encoded, members, *, size, count, seed=0, start=0, processes=SINGLE_PROCESS, **options):
     config = TrainingConfig(batch_size=size, **options)
     numbers = range(start, start + count)
     return list(encoded.turns(Sized(), members, config, seed=seed, numbers=numbers, processes=processes))
@@ -59,7 +59,7 @@ def test_rows_of_a_batch_belong_together():
         assert torch.equal(batch.conditioning["embeds"][:, 0, :1], batch.before)
         assert batch.noise.shape == batch.before.shape
         assert batch.sigmas.shape == (4,)
-        assert batch.inside is None
+        assert batch.region_mask is None
 
 
 def test_noise_is_new_every_time():
@@ -75,16 +75,18 @@ def test_a_batch_is_the_same_whatever_came_before_it(start, size, pairs):
         assert_same(expected.batches[0], turn.batches[0])
 
 
-@given(each=st.integers(1, 3), count=st.integers(1, 3), at_once=st.none() | st.integers(1, 4))
-def test_processes_share_the_batch_that_one_would_have(each, count, at_once):
+@given(each=st.integers(1, 3), count=st.integers(1, 3), micro_batch_size=st.none() | st.integers(1, 4))
+def test_processes_share_the_batch_that_one_would_have(each, count, micro_batch_size):
     size = each * count
     (whole,) = drawn(numbered(5), range(5), size=size, count=1)
     parts = [
-        drawn(numbered(5), range(5), size=size, count=1, at_once=at_once, processes=Processes(rank, count))[0].batches
+        drawn(
+            numbered(5), range(5), size=size, count=1, micro_batch_size=micro_batch_size, processes=World(rank, count)
+        )[0].batches
         for rank in range(count)
     ]
     for rank, batches in enumerate(parts):
-        assert all(len(batch.sigmas) <= (at_once or size) for batch in batches)
+        assert all(len(batch.sigmas) <= (micro_batch_size or size) for batch in batches)
         for name in ("before", "noise", "sigmas"):
             mine = torch.cat([getattr(batch, name) for batch in batches])
             assert torch.equal(mine, getattr(whole.batches[0], name)[rank::count])
@@ -131,7 +133,7 @@ def test_a_plan_without_regions_is_inside_everywhere(regional):
     (turn,) = drawn(EncodedPairs([Bucket((8, 8), rows)]), [0, 1], size=2, count=1)
     (batch,) = turn.batches
     for at, number in enumerate(batch.before[:, 0].int().tolist()):
-        assert batch.inside[at].tolist() == ([1.0, 0.5, 0.0] if number in regional else [1.0, 1.0, 1.0])
+        assert batch.region_mask[at].tolist() == ([1.0, 0.5, 0.0] if number in regional else [1.0, 1.0, 1.0])
 
 
 def test_levels_of_flow_models_may_be_spread_as_they_were_in_training():

@@ -62,7 +62,7 @@ def test_fine_tuning_turns_are_visual_sliders(make_model, two_pairs, kind):
         backwards = at_scale(student, -1.0, lambda: asked(model, z_before, batch))
         there, back = wanted(kind, batch.after, batch), wanted(kind, batch.before, batch)
         expected = ((forwards - there).square().mean() + (backwards - back).square().mean()) / 2
-        assert Bipolar(of=SupervisedFineTuning()).loss(student, batch).item() == pytest.approx(
+        assert Bipolar(objective=SupervisedFineTuning()).loss(student, batch).item() == pytest.approx(
             expected.item(), rel=1e-5
         )
 
@@ -83,10 +83,10 @@ def test_a_slider_turned_round_is_the_slider_of_the_pairs_turned_round(tiny_mode
     mirrored = dataclasses.replace(batch, before=batch.after, after=batch.before)
     with student_of(tiny_model) as student:
         disturb(student)
-        loss = Bipolar(of=of).loss(student, batch)
+        loss = Bipolar(objective=of).loss(student, batch)
         for up in student.parameters()[1::2]:
             up.data.neg_()
-        torch.testing.assert_close(Bipolar(of=of).loss(student, mirrored), loss)
+        torch.testing.assert_close(Bipolar(objective=of).loss(student, mirrored), loss)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
@@ -102,7 +102,7 @@ def test_the_gradient_is_the_sum_of_two_backward_passes(tiny_model, two_pairs, s
         noise_schedule = student.noise_schedule
         for one, worn in ((batch, scale), (mirrored, -scale)):
             noisy = noise_schedule.add_noise(one.after, one.noise, one.sigmas)
-            teacher = student.teacher(
+            teacher = student.teacher_predict(
                 noise_schedule.add_noise(one.before, one.noise, one.sigmas), one.sigmas, one.conditioning
             )
             target = noise_schedule.paired_target(teacher, one.after - one.before, one.sigmas)
@@ -120,4 +120,4 @@ def test_a_scale_that_is_none_is_refused(scale):
 
 def test_a_recipe_of_several_stages_cannot_be_turned():
     with pytest.raises(InvalidValueError, match="an objective with a course of its own has no turn"):
-        Bipolar(of=TwoStage())
+        Bipolar(objective=TwoStage())

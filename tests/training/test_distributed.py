@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from artaug.errors import InvalidValueError, ModelError
-from artaug.training import DifferentialLoRATrainer, sharded
-from artaug.training.distributed import ALONE, Processes
+from artaug.training import DifferentialLoRATrainer, shard
+from artaug.training.distributed import SINGLE_PROCESS, World
 from artaug.training.trainer import _sharing
 
 TWO = """
@@ -19,7 +19,7 @@ import json, sys
 sys.path[:0] = {path!r}
 import torch
 from artaug.diffusion import DiffusersSynthesizer
-from artaug.training import Checkpoints, DirectPreference, sharded
+from artaug.training import Checkpoints, DirectPreference, shard
 from support.tiny_flux import TINY_SIZE, tiny_flux
 from tests.training.test_processes import flux_pairs, training_of
 
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 out = sys.argv[1]
 whole = training_of(cache=f"{{out}}/cache", checkpoints=Checkpoints(folder=f"{{out}}/checkpoints", every=2))
 pipeline = tiny_flux()
-sharded(pipeline.transformer)
+shard(pipeline.transformer)
 in_parts = training_of(pipeline)
 training_of(pipeline, flux_pairs(unchanged=True), echo=2, batch_size=2, objective=DirectPreference())
 rank = torch.distributed.get_rank()
@@ -98,28 +98,28 @@ def test_two_processes_learn_what_one_does_whole_and_sharded(tmp_path):
 
 
 def test_this_process_is_alone_unless_others_were_started():
-    assert Processes.here() == ALONE
-    assert ALONE.first
-    assert list(ALONE.share(range(5))) == list(range(5))
+    assert World.current() == SINGLE_PROCESS
+    assert SINGLE_PROCESS.first
+    assert list(SINGLE_PROCESS.share(range(5))) == list(range(5))
 
 
 def test_every_thing_is_somebodys_share():
-    shares = [list(Processes(rank, 3).share(range(8))) for rank in range(3)]
+    shares = [list(World(rank, 3).share(range(8))) for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
 
 
 def test_alone_sums_stay_as_they_are():
     one = torch.ones(3)
-    ALONE.add_up([one])
+    SINGLE_PROCESS.all_reduce([one])
     assert one.tolist() == [1, 1, 1]
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch):
-    monkeypatch.setattr(Processes, "here", classmethod(lambda _: Processes(0, 3)))
+    monkeypatch.setattr(World, "current", classmethod(lambda _: World(0, 3)))
     with pytest.raises(InvalidValueError, match="batch_size=4 cannot be shared equally by 3 processes"):
         _sharing(4)
 
 
 def test_one_process_has_nothing_to_shard_over(tiny_model):
     with pytest.raises(ModelError, match=r"one process, so nothing to shard over.*accelerate launch"):
-        sharded(tiny_model.module)
+        shard(tiny_model.module)

@@ -35,7 +35,7 @@ SETTINGS = {
     "schedule-free": {"optimizer": ScheduleFree()},
     "two stages": {"objective": TwoStage(per_pair=False)},
     "two stages a pair": {"objective": TwoStage()},
-    "in parts, with a schedule": {"at_once": 1, "schedule": Schedule.COSINE},
+    "in parts, with a schedule": {"micro_batch_size": 1, "schedule": Schedule.COSINE},
 }
 
 
@@ -205,7 +205,7 @@ def test_what_only_saves_memory_may_change_between_two_runs(tmp_path, make_model
     checkpoints = Checkpoints(folder=tmp_path, every=1)
     with pytest.raises(KeyboardInterrupt):
         trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=stopping_at(4))
-    resumed = trainer_of(at_once=1).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    resumed = trainer_of(micro_batch_size=1).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
     whole = trainer_of().train(two_pairs, make_model(), seed=0)
     assert resumed.losses == pytest.approx(whole.losses, rel=1e-4)
 
@@ -289,12 +289,12 @@ def halfway(one, other):
 def first_factors(make_model, pairs, count):
     """The factors after so many steps of four, read from a checkpoint."""
     from artaug.synthesis import picture_seeds  # noqa: PLC0415
-    from artaug.training.batches import generator_for_start  # noqa: PLC0415
-    from artaug.training.student import adapted  # noqa: PLC0415
+    from artaug.training.batches import init_generator  # noqa: PLC0415
+    from artaug.training.student import inject_adapter  # noqa: PLC0415
 
     if count == 0:
         model, config = make_model(), trainer_of()
-        generator = generator_for_start(picture_seeds(0, 2)[0], 0)
-        with adapted(model, rank=config.rank, targets=config.targets, generator=generator) as student:
+        generator = init_generator(picture_seeds(0, 2)[0], 0)
+        with inject_adapter(model, rank=config.rank, targets=config.targets, generator=generator) as student:
             return student.lora().layers
     return trainer_of(steps=count, warmup=0).train(pairs, make_model(), seed=0).lora.layers

@@ -10,12 +10,12 @@ from artaug.errors import ContractError, ModelError, NonFiniteError, StorageErro
 from artaug.geometry import Box
 from artaug.pairs import ImagePair
 from artaug.plan import Plan, Region
-from artaug.training.distributed import ALONE, Processes
-from artaug.training.encoding import encoded_rows
+from artaug.training.distributed import SINGLE_PROCESS, World
+from artaug.training.encoding import encode_pairs
 
 
-def rows_of(model, pairs, *, at_once=4, cache=None, processes=ALONE):
-    return encoded_rows(model, pairs, at_once=at_once, cache=cache, processes=processes)
+def rows_of(model, pairs, *, micro_batch_size=4, cache=None, processes=SINGLE_PROCESS):
+    return encode_pairs(model, pairs, micro_batch_size=micro_batch_size, cache=cache, processes=processes)
 
 
 def assert_equal(rows, others):
@@ -28,7 +28,7 @@ def test_pictures_are_encoded_a_few_at_a_time(make_model, pair_of):
     model, sizes = make_model(), []
     plain = model.encode_images
     model.encode_images = lambda images: sizes.append(len(images)) or plain(images)
-    rows = rows_of(model, [pair_of(number) for number in range(5)], at_once=2)
+    rows = rows_of(model, [pair_of(number) for number in range(5)], micro_batch_size=2)
     assert sizes == [2, 2, 2, 2, 1, 1]
     assert [row["before"].shape for row in rows] == [(3, 4, 4)] * 5
 
@@ -83,7 +83,7 @@ def test_a_cache_of_another_encoder_is_not_used(tmp_path, make_model, two_pairs)
 
 
 def test_processes_share_the_work_of_a_cache(tmp_path, make_model, pair_of):
-    class Waitless(Processes):
+    class Waitless(World):
         def wait(self):
             pass
 
@@ -95,7 +95,7 @@ def test_processes_share_the_work_of_a_cache(tmp_path, make_model, pair_of):
         counts.append(model.calls.prompts - 1)  # without the probe
     assert counts == [3, 2]
     assert len(list(tmp_path.iterdir())) == 5
-    assert_equal(rows_of(make_model(), pairs, cache=tmp_path), rows_of(make_model(), pairs, at_once=1))
+    assert_equal(rows_of(make_model(), pairs, cache=tmp_path), rows_of(make_model(), pairs, micro_batch_size=1))
 
 
 def test_a_broken_file_of_a_cache_is_named(tmp_path, make_model, two_pairs):

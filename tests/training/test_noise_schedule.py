@@ -13,13 +13,13 @@ from artaug.training import EpsilonPrediction, FlowMatching, VPrediction
 VARIANCE_PRESERVING = [
     EpsilonPrediction(),
     VPrediction(),
-    EpsilonPrediction(schedule="linear", beta_start=0.0001, beta_end=0.02),
-    VPrediction(schedule="squaredcos_cap_v2", zero_terminal_snr=True),
+    EpsilonPrediction(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
+    VPrediction(beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True),
 ]
 NOISINGS = [
     FlowMatching(),
     FlowMatching(shift=3.0, logit_normal=True),
-    FlowMatching(shift=2.0, terminal=0.02),
+    FlowMatching(shift=2.0, shift_terminal=0.02),
     *VARIANCE_PRESERVING,
 ]
 
@@ -64,11 +64,11 @@ def test_a_perfect_teacher_is_asked_for_what_fine_tuning_asks_for(noise_schedule
 @every_noising
 @given(
     seed=st.integers(0, 2**32),
-    within=st.tuples(st.floats(0.0, 0.4), st.floats(0.6, 1.0)),
+    sigma_range=st.tuples(st.floats(0.0, 0.4), st.floats(0.6, 1.0)),
 )
-def test_levels_lie_in_the_range_asked_for_and_are_never_zero(noise_schedule, seed, within):
-    levels = noise_schedule.sample_sigmas(50, torch.Generator().manual_seed(seed), within=within)
-    low, high = (torch.tensor(bound, dtype=torch.float32) for bound in within)
+def test_levels_lie_in_the_range_asked_for_and_are_never_zero(noise_schedule, seed, sigma_range):
+    levels = noise_schedule.sample_sigmas(50, torch.Generator().manual_seed(seed), sigma_range=sigma_range)
+    low, high = (torch.tensor(bound, dtype=torch.float32) for bound in sigma_range)
     assert levels.shape == (50,)
     assert levels.dtype == torch.float32
     assert (levels > 0).all()
@@ -113,7 +113,9 @@ def test_uniform_levels_are_where_a_sampler_of_many_steps_looks(terminal, dynami
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic, shift_terminal=terminal)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1e-4, 10_000).numpy(), mu=math.log(3.0) if dynamic else None)
-    levels = FlowMatching(shift=3.0, terminal=terminal or 0.0).sample_sigmas(20_000, torch.Generator().manual_seed(0))
+    levels = FlowMatching(shift=3.0, shift_terminal=terminal or 0.0).sample_sigmas(
+        20_000, torch.Generator().manual_seed(0)
+    )
     quantiles = torch.linspace(0, 1, 21)
     looked_at = scheduler.sigmas[:-1].quantile(quantiles)
     torch.testing.assert_close(levels.quantile(quantiles), looked_at, rtol=0, atol=0.015)
@@ -128,31 +130,33 @@ def test_the_schedule_is_the_one_diffusers_uses(schedule, rescaled):
     betas = {"beta_start": 0.0005, "beta_end": 0.015}
     scheduler = DDPMScheduler(50, beta_schedule=schedule, rescale_betas_zero_snr=rescaled, **betas)
     known = (1 - scheduler.alphas_cumprod).sqrt()
-    noise_schedule = VPrediction(timesteps=50, schedule=schedule, zero_terminal_snr=rescaled, **betas)
+    noise_schedule = VPrediction(
+        num_train_timesteps=50, beta_schedule=schedule, rescale_betas_zero_snr=rescaled, **betas
+    )
     drawn = noise_schedule.sample_sigmas(2000, torch.Generator().manual_seed(0)).unique()
     torch.testing.assert_close(drawn, known, rtol=1e-4, atol=1e-5)
     assert (drawn[-1] == 1) == rescaled
     if not rescaled:
-        plain = EpsilonPrediction(timesteps=50, schedule=schedule, **betas)
+        plain = EpsilonPrediction(num_train_timesteps=50, beta_schedule=schedule, **betas)
         assert torch.equal(plain.sample_sigmas(2000, torch.Generator().manual_seed(0)).unique(), drawn)
 
 
 @pytest.mark.parametrize("terminal", [-0.1, 1.0, math.nan])
 def test_a_terminal_that_is_none_is_refused(terminal):
     with pytest.raises(InvalidValueError, match=r"need a noise level in \[0, 1\)"):
-        FlowMatching(terminal=terminal)
+        FlowMatching(shift_terminal=terminal)
 
 
 def test_a_range_below_the_terminal_has_no_levels():
     with pytest.raises(InvalidValueError, match=r"no noise level .* they run from 0\.02 to 1"):
-        FlowMatching(terminal=0.02).sample_sigmas(1, torch.Generator(), within=(0.0, 0.02))
+        FlowMatching(shift_terminal=0.02).sample_sigmas(1, torch.Generator(), sigma_range=(0.0, 0.02))
 
 
 @pytest.mark.parametrize("kind", [EpsilonPrediction, VPrediction])
 def test_betas_that_grow_in_an_unknown_way_are_refused(kind):
     noise_schedule = kind()
     object.__setattr__(
-        noise_schedule, "schedule", "sigmoid"
+        noise_schedule, "beta_schedule", "sigmoid"
     )  # the types checked in tests would not let it be constructed
     with pytest.raises(
         InvalidValueError, match=r"need a schedule among \['scaled_linear', 'linear', 'squaredcos_cap_v2'\]"
@@ -173,13 +177,13 @@ def test_a_schedule_that_is_none_is_refused(kind):
 
 
 @every_noising
-@pytest.mark.parametrize("within", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)])
-def test_a_range_that_is_none_is_refused(noise_schedule, within):
+@pytest.mark.parametrize("sigma_range", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)])
+def test_a_range_that_is_none_is_refused(noise_schedule, sigma_range):
     with pytest.raises(InvalidValueError, match="need 0 <= lowest < highest <= 1"):
-        noise_schedule.sample_sigmas(1, torch.Generator(), within=within)
+        noise_schedule.sample_sigmas(1, torch.Generator(), sigma_range=sigma_range)
 
 
 @pytest.mark.parametrize("noise_schedule", VARIANCE_PRESERVING[:2], ids=repr)
 def test_a_range_without_levels_names_the_range_there_is(noise_schedule):
     with pytest.raises(InvalidValueError, match=r"no noise level .* they run from 0\.0292 to 0\.9977"):
-        noise_schedule.sample_sigmas(1, torch.Generator(), within=(0.0, 0.01))
+        noise_schedule.sample_sigmas(1, torch.Generator(), sigma_range=(0.0, 0.01))

@@ -74,7 +74,7 @@ def test_paired_difference_is_what_the_formula_says(make_model, two_pairs, kind)
 def test_paired_difference_counts_errors_outside_the_regions_as_told(make_model, two_pairs, kind):
     model = make_model(noise_schedule=NOISINGS[kind])
     inside = mask_of(1.0, 0.5, 0.0, 0.0)
-    batch = batch_of(model, two_pairs, inside=inside)
+    batch = batch_of(model, two_pairs, region_mask=inside)
     model.module.eval()
     teacher = asked_plainly(model, noised(kind, batch.before, batch), batch)
     target = moved(kind, teacher, batch.after - batch.before, batch)
@@ -82,13 +82,17 @@ def test_paired_difference_counts_errors_outside_the_regions_as_told(make_model,
         disturb(student)
         errors = (asked(model, noised(kind, batch.after, batch), batch) - target).square()
         expected = (errors * torch.tensor([1.0, 0.6, 0.2, 0.2])).mean()
-        assert PairedDifference(outside=0.2).loss(student, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+        assert PairedDifference(outside_weight=0.2).loss(student, batch).item() == pytest.approx(
+            expected.item(), rel=1e-5
+        )
 
 
-@pytest.mark.parametrize("objective", [PairedDifference(outside=0.2), SupervisedFineTuning(outside=0.2)], ids=repr)
+@pytest.mark.parametrize(
+    "objective", [PairedDifference(outside_weight=0.2), SupervisedFineTuning(outside_weight=0.2)], ids=repr
+)
 def test_regions_that_broadcast_are_the_same_regions(tiny_model, two_pairs, objective):
     whole, slim = (
-        batch_of(tiny_model, two_pairs, inside=one)
+        batch_of(tiny_model, two_pairs, region_mask=one)
         for one in (mask_of(1.0, 0.5, 0.0, 0.0), torch.tensor([1.0, 0.5, 0.0, 0.0]).expand(2, 1, 1, 4))
     )
     with student_of(tiny_model) as student:
@@ -100,8 +104,8 @@ def test_regions_that_broadcast_are_the_same_regions(tiny_model, two_pairs, obje
 def test_compositing_takes_back_what_changed_outside_the_regions(make_model, two_pairs, kind):
     model = make_model(noise_schedule=NOISINGS[kind])
     inside = mask_of(1.0, 0.5, 0.0, 0.0)
-    batch = batch_of(model, two_pairs, inside=inside)
-    pasted = dataclasses.replace(batch, after=batch.before + inside * (batch.after - batch.before), inside=None)
+    batch = batch_of(model, two_pairs, region_mask=inside)
+    pasted = dataclasses.replace(batch, after=batch.before + inside * (batch.after - batch.before), region_mask=None)
     with student_of(model) as student:
         disturb(student)
         composed = PairedDifference(composite=True).loss(student, batch)
@@ -110,19 +114,21 @@ def test_compositing_takes_back_what_changed_outside_the_regions(make_model, two
 
 
 @every_noising
-@pytest.mark.parametrize("objective", [PairedDifference(outside=0.3), PairedDifference(composite=True)], ids=repr)
+@pytest.mark.parametrize(
+    "objective", [PairedDifference(outside_weight=0.3), PairedDifference(composite=True)], ids=repr
+)
 def test_the_difference_of_nothing_is_nothing_in_regions_too(make_model, pair_of, kind, objective):
     model = make_model(noise_schedule=NOISINGS[kind])
     pairs = [pair_of(1, changed=False), pair_of(2, changed=False)]
     with student_of(model) as student:
-        loss = objective.loss(student, batch_of(model, pairs, inside=mask_of(1.0, 0.5, 0.0, 0.0)))
+        loss = objective.loss(student, batch_of(model, pairs, region_mask=mask_of(1.0, 0.5, 0.0, 0.0)))
         loss.backward()
         assert loss.item() == 0.0
         assert all(gradient.count_nonzero() == 0 for gradient in gradients(student))
 
 
 def test_a_change_that_nobody_asked_for_is_not_learned(tiny_model, two_pairs):
-    batch = batch_of(tiny_model, two_pairs, inside=mask_of(0.0, 0.0, 0.0, 0.0))
+    batch = batch_of(tiny_model, two_pairs, region_mask=mask_of(0.0, 0.0, 0.0, 0.0))
     with student_of(tiny_model) as student:
         loss = PairedDifference(composite=True).loss(student, batch)
         loss.backward()
@@ -131,11 +137,11 @@ def test_a_change_that_nobody_asked_for_is_not_learned(tiny_model, two_pairs):
 
 
 @pytest.mark.parametrize(
-    "objective", [PairedDifference(outside=0.3, composite=True), SupervisedFineTuning(outside=0.3)]
+    "objective", [PairedDifference(outside_weight=0.3, composite=True), SupervisedFineTuning(outside_weight=0.3)]
 )
 def test_without_regions_everything_is_inside(tiny_model, two_pairs, objective):
     batch = batch_of(tiny_model, two_pairs)
-    plain = dataclasses.replace(objective, outside=1.0)
+    plain = dataclasses.replace(objective, outside_weight=1.0)
     with student_of(tiny_model) as student:
         disturb(student)
         assert torch.equal(objective.loss(student, batch), plain.loss(student, batch))
@@ -144,16 +150,20 @@ def test_without_regions_everything_is_inside(tiny_model, two_pairs, objective):
 @pytest.mark.parametrize("outside", [-0.1, math.inf, math.nan])
 @pytest.mark.parametrize("kind", [PairedDifference, SupervisedFineTuning])
 def test_a_weight_that_is_none_is_refused(kind, outside):
-    with pytest.raises(InvalidValueError, match=rf"{kind.__name__}\(outside=.*need a finite weight of at least 0"):
-        kind(outside=outside)
+    with pytest.raises(
+        InvalidValueError, match=rf"{kind.__name__}\(outside_weight=.*need a finite weight of at least 0"
+    ):
+        kind(outside_weight=outside)
 
 
 @every_noising
-@pytest.mark.parametrize("objective", [SupervisedFineTuning(), SupervisedFineTuning(outside=0.2), TwoStage()], ids=repr)
+@pytest.mark.parametrize(
+    "objective", [SupervisedFineTuning(), SupervisedFineTuning(outside_weight=0.2), TwoStage()], ids=repr
+)
 def test_fine_tuning_is_what_the_formula_says(make_model, two_pairs, objective, kind):
     model = make_model(noise_schedule=NOISINGS[kind])
-    batch = batch_of(model, two_pairs, inside=mask_of(1.0, 0.5, 0.0, 0.0))
-    weights = torch.tensor([1.0, 0.6, 0.2, 0.2]) if objective == SupervisedFineTuning(outside=0.2) else 1.0
+    batch = batch_of(model, two_pairs, region_mask=mask_of(1.0, 0.5, 0.0, 0.0))
+    weights = torch.tensor([1.0, 0.6, 0.2, 0.2]) if objective == SupervisedFineTuning(outside_weight=0.2) else 1.0
     with student_of(model) as student:
         disturb(student)
         learned = asked(model, noised(kind, batch.after, batch), batch)
@@ -166,7 +176,7 @@ def test_the_copying_stage_fine_tunes_on_the_pictures_before(tiny_model, two_pai
     mirrored = PairBatch(
         before=batch.after, after=batch.before, conditioning=batch.conditioning, noise=batch.noise, sigmas=batch.sigmas
     )
-    copying, _ = TwoStage().course(2).stages
+    copying, _ = TwoStage().training_plan(2).stages
     with student_of(tiny_model) as student:
         assert torch.equal(copying.loss(student, batch), SupervisedFineTuning().loss(student, mirrored))
 
@@ -177,8 +187,8 @@ def test_the_teacher_is_the_model_without_the_lora(tiny_model, two_pairs):
     with student_of(tiny_model) as student:
         disturb(student)
         asked = (batch.before, batch.sigmas, batch.conditioning)
-        assert torch.equal(student.teacher(*asked), plain)
-        assert not student.teacher(*asked).requires_grad
+        assert torch.equal(student.teacher_predict(*asked), plain)
+        assert not student.teacher_predict(*asked).requires_grad
         assert not torch.equal(student.predict(*asked), plain)
         assert student.predict(*asked).requires_grad
 
@@ -190,24 +200,24 @@ def test_an_objective_of_ones_own_is_one_method(tiny_model, two_pairs):
 
     with student_of(tiny_model) as student:
         assert Pull().loss(student, batch_of(tiny_model, two_pairs)).requires_grad
-    assert Pull().course(3).groups == ((0, 1, 2),)
+    assert Pull().training_plan(3).groups == ((0, 1, 2),)
 
 
 @pytest.mark.parametrize("objective", [PairedDifference(), SupervisedFineTuning(), TwoStage(per_pair=False)], ids=repr)
 def test_pairs_are_learned_together_unless_asked_otherwise(objective):
-    assert objective.course(3).groups == ((0, 1, 2),)
+    assert objective.training_plan(3).groups == ((0, 1, 2),)
 
 
 def test_the_papers_recipe_learns_every_pair_alone_in_two_stages():
-    course = TwoStage(copying=0.25).course(3)
-    assert course.groups == ((0,), (1,), (2,))
-    assert [stage.share for stage in course.stages] == [0.25, 0.75]
+    training_plan = TwoStage(copy_fraction=0.25).training_plan(3)
+    assert training_plan.groups == ((0,), (1,), (2,))
+    assert [stage.share for stage in training_plan.stages] == [0.25, 0.75]
 
 
 @pytest.mark.parametrize("copying", [0.0, 1.0, -1.0, float("nan")])
 def test_two_stages_need_steps_for_both(copying):
     with pytest.raises(InvalidValueError, match="above 0 and below 1"):
-        TwoStage(copying=copying)
+        TwoStage(copy_fraction=copying)
 
 
 @pytest.mark.parametrize(("groups", "shares"), [((), (1.0,)), (((),), (1.0,)), (((0,),), ()), (((0,),), (0.0,))])

@@ -23,7 +23,7 @@ RECIPES = {
     "slider": {"objective": aa.Bipolar()},
     "echo, recomputing, average": {"echo": 2, "gradient_checkpointing": True, "ema": 0.9},
     "LoKr": {"adapter": aa.LoKr(factor=4)},
-    "DoRA": {"adapter": aa.DoRA(exported=32)},
+    "DoRA": {"adapter": aa.DoRA(export_rank=32)},
     "eight bits": {"optimizer": aa.AdamW8bit(), "rank": 16},
     "prodigy": {"optimizer": aa.Prodigy(), "learning_rate": 1.0},
     "schedule-free": {"optimizer": aa.ScheduleFree()},

@@ -30,7 +30,7 @@ every_noising = pytest.mark.parametrize("kind", NOISINGS)
 def test_direct_preference_is_what_the_formula_says(make_model, two_pairs, kind, outside):
     model = make_model(noise_schedule=NOISINGS[kind])
     inside = torch.tensor([1.0, 0.5, 0.0, 0.0]).expand(2, 3, 4, 4)
-    batch = batch_of(model, two_pairs, inside=inside)
+    batch = batch_of(model, two_pairs, region_mask=inside)
     weights = outside + (1 - outside) * inside
     model.module.eval()
     z = {name: noised(kind, getattr(batch, name), batch) for name in ("after", "before")}
@@ -46,7 +46,7 @@ def test_direct_preference_is_what_the_formula_says(make_model, two_pairs, kind,
         better = of_reference["after"] - of_policy["after"] + of_policy["before"] - of_reference["before"]
         held = sum(((policy[name] - reference[name]) ** 2).mean(dim=(1, 2, 3)) for name in z)
         expected = (softplus(-3.0 / 2 * better) + 0.1 * 3.0 / 2 * held).mean()
-        loss = DirectPreference(beta=3.0, anchor=0.1, outside=outside).loss(student, batch)
+        loss = DirectPreference(beta=3.0, anchor=0.1, outside_weight=outside).loss(student, batch)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -88,7 +88,7 @@ class Mover:
     def predict(self, noisy, sigmas, conditioning, *, scale=1.0):
         return torch.ones_like(noisy) - scale * self.x * self.difference
 
-    def teacher(self, noisy, sigmas, conditioning):
+    def teacher_predict(self, noisy, sigmas, conditioning):
         return torch.ones_like(noisy)
 
 
@@ -131,5 +131,5 @@ def test_weights_that_are_none_are_refused(options):
 
 
 def test_a_weight_outside_that_is_none_is_refused():
-    with pytest.raises(InvalidValueError, match=r"DirectPreference\(outside=-1"):
-        DirectPreference(outside=-1.0)
+    with pytest.raises(InvalidValueError, match=r"DirectPreference\(outside_weight=-1"):
+        DirectPreference(outside_weight=-1.0)

@@ -9,7 +9,7 @@ import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.diffusion.families.flux.family import Flux
 from artaug.training.quantized import check_gradients
-from artaug.training.student import adapted
+from artaug.training.student import inject_adapter
 from support.quantized import dequantized, fp8_stored, quantized, stored_digest
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
@@ -84,7 +84,7 @@ def gradient_of(pipeline):
     generator = torch.Generator().manual_seed(0)
     with (
         synthesizer_of(pipeline).training() as model,
-        adapted(model, rank=4, targets="blocks", generator=generator) as student,
+        inject_adapter(model, rank=4, targets="blocks", generator=generator) as student,
     ):
         for factor in student.parameters():
             factor.data += 0.05 * torch.randn(factor.shape, generator=generator)
@@ -176,8 +176,8 @@ def test_dora_refuses_weights_it_cannot_read_before_anything_is_encoded(kind, to
 
 @pytest.mark.parametrize("kind", ["bitsandbytes nf4", "torchao int8"])
 def test_dora_learns_on_the_others(kind):
-    learned = training_of(synthesizer_of(quantized(tiny_flux(), kind)), adapter=aa.DoRA(exported=32))
-    oracle = training_of(synthesizer_of(dequantized(quantized(tiny_flux(), kind))), adapter=aa.DoRA(exported=32))
+    learned = training_of(synthesizer_of(quantized(tiny_flux(), kind)), adapter=aa.DoRA(export_rank=32))
+    oracle = training_of(synthesizer_of(dequantized(quantized(tiny_flux(), kind))), adapter=aa.DoRA(export_rank=32))
     assert gap(learned.lora, oracle.lora) < 1e-2
 
 

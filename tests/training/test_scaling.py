@@ -99,7 +99,7 @@ class Worn:
     """A student at a scale, with which one backward pass is done before the next prediction begins."""
 
     def __init__(self, student, scale):
-        self.noise_schedule, self.teacher = student.noise_schedule, student.teacher
+        self.noise_schedule, self.teacher_predict = student.noise_schedule, student.teacher_predict
         self.predict = partial(student.predict, scale=scale)
 
 

@@ -6,7 +6,7 @@ import torch
 from artaug.errors import LoRAMismatchError, ModelError
 from artaug.lora.lora import LoRA, LowRank
 from artaug.training import ATTENTION_AND_MLP
-from artaug.training.student import adapted, targeted_layers
+from artaug.training.student import find_target_layers, inject_adapter
 from support.tiny_flux import tiny_flux
 
 
@@ -18,7 +18,7 @@ def filled_lora(module, *, scale=0.1):
                 scale * torch.randn(2, one.in_features, generator=generator),
                 torch.randn(one.out_features, 2, generator=generator),
             )
-            for name, one in targeted_layers(module, "blocks").items()
+            for name, one in find_target_layers(module, "blocks").items()
         }
     )
 
@@ -36,14 +36,14 @@ def test_a_worn_lora_counts_in_wrapped_layers_as_if_its_update_were_in_the_weigh
     predictions = []
     for model in (hooked, added):
         generator = torch.Generator().manual_seed(0)
-        with adapted(model, rank=4, targets="blocks", generator=generator) as student:
+        with inject_adapter(model, rank=4, targets="blocks", generator=generator) as student:
             for factor in student.parameters():
                 factor.data += 0.1 * torch.randn(factor.shape, generator=generator)
             if model is hooked:
                 with worn.applied_to(hooked_base(model)):
-                    predictions.append((student.predict(*asked), student.teacher(*asked)))
+                    predictions.append((student.predict(*asked), student.teacher_predict(*asked)))
             else:
-                predictions.append((student.predict(*asked), student.teacher(*asked)))
+                predictions.append((student.predict(*asked), student.teacher_predict(*asked)))
     torch.testing.assert_close(predictions[0], predictions[1], rtol=1e-4, atol=1e-4)
 
 
@@ -68,7 +68,7 @@ def _place(root, path, leaf):
 def test_the_lora_does_what_the_model_in_training_did(tiny_model):
     asked = (torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.8]), tiny_model.encode_prompts(["a", "b"]))
     generator = torch.Generator().manual_seed(0)
-    with adapted(tiny_model, rank=4, targets="blocks", generator=generator) as student:
+    with inject_adapter(tiny_model, rank=4, targets="blocks", generator=generator) as student:
         for factor in student.parameters():
             factor.data += 0.1 * torch.randn(factor.shape, generator=generator)
         learned, lora = student.predict(*asked), student.lora()
@@ -80,20 +80,20 @@ def test_targets_that_select_nothing_name_what_there_is(tiny_model):
     with pytest.raises(
         LoRAMismatchError, match=r"'to_q' select none of the 11 linear layers of TinyDenoiser; .*'blocks\."
     ):
-        targeted_layers(tiny_model.module, "to_q")
+        find_target_layers(tiny_model.module, "to_q")
 
 
 def test_a_model_that_carries_peft_adapters_is_refused(tiny_model):
     with (
-        adapted(tiny_model, rank=2, targets="attn", generator=torch.Generator()),
+        inject_adapter(tiny_model, rank=2, targets="attn", generator=torch.Generator()),
         pytest.raises(ModelError, match=r"carries PEFT adapters already \(artaug\)"),
-        adapted(tiny_model, rank=2, targets="mlp", generator=torch.Generator()),
+        inject_adapter(tiny_model, rank=2, targets="mlp", generator=torch.Generator()),
     ):
         pytest.fail("the block ran")
 
 
 def test_attention_and_mlps_of_flux_learn_unless_asked_otherwise():
-    chosen = set(targeted_layers(tiny_flux().transformer, ATTENTION_AND_MLP))
+    chosen = set(find_target_layers(tiny_flux().transformer, ATTENTION_AND_MLP))
     assert {
         "transformer_blocks.0.attn.to_q",
         "transformer_blocks.0.attn.to_add_out",
@@ -124,7 +124,7 @@ def kept_by_autograd(student, asked):
 def test_a_factor_keeps_its_layers_own_input_and_no_copy_of_it(make_model):
     model, width, rows = make_model(dtype=torch.bfloat16), 64, 256
     asked = (torch.randn(rows, 3, 4, 4), torch.full((rows,), 0.5), model.encode_prompts(["a"] * rows))
-    with adapted(model, rank=2, targets="attn|mlp", generator=torch.Generator()) as student:
+    with inject_adapter(model, rank=2, targets="attn|mlp", generator=torch.Generator()) as student:
         _, kept = kept_by_autograd(student, asked)
     wide = [one for one in kept if one.numel() >= rows * width]
     assert {one.dtype for one in wide} == {torch.bfloat16}
@@ -139,7 +139,7 @@ def test_factors_on_a_bfloat16_model_learn_as_on_a_float32_one(make_model):
         model.module.to(dtype)
         model.dtype = dtype
         asked = (torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.8]), model.encode_prompts(["a", "b"]))
-        with adapted(model, rank=4, targets="blocks", generator=torch.Generator().manual_seed(0)) as student:
+        with inject_adapter(model, rank=4, targets="blocks", generator=torch.Generator().manual_seed(0)) as student:
             for factor in student.parameters():
                 factor.data += 0.1
                 assert factor.dtype == torch.float32

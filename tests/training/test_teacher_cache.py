@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import artaug as aa
-from artaug.training.phases import phases_of
-from artaug.training.teacher_cache import Memory
+from artaug.training.phases import split_into_phases
+from artaug.training.teacher_cache import TeacherCache
 
 
 def asked(number, *, words=0.0):
@@ -17,7 +17,7 @@ def asked(number, *, words=0.0):
 
 
 def test_a_question_is_asked_once_and_known_by_its_bits():
-    memory, calls = Memory(), []
+    teacher_cache, calls = TeacherCache(), []
 
     def ask(value):
         def answering():
@@ -26,18 +26,18 @@ def test_a_question_is_asked_once_and_known_by_its_bits():
 
         return answering
 
-    assert memory.answer(asked(1), ask(10)) == 10
-    assert memory.answer(asked(2), ask(20)) == 20
-    assert memory.answer(asked(1), ask(30)) == 10
-    assert memory.answer(asked(1, words=1.0), ask(40)) == 40  # another prompt
-    assert memory.answer(asked(0.0), ask(50)) == 50
-    assert memory.answer(asked(-0.0), ask(60)) == 60  # other bits
+    assert teacher_cache.get_or_compute(asked(1), ask(10)) == 10
+    assert teacher_cache.get_or_compute(asked(2), ask(20)) == 20
+    assert teacher_cache.get_or_compute(asked(1), ask(30)) == 10
+    assert teacher_cache.get_or_compute(asked(1, words=1.0), ask(40)) == 40  # another prompt
+    assert teacher_cache.get_or_compute(asked(0.0), ask(50)) == 50
+    assert teacher_cache.get_or_compute(asked(-0.0), ask(60)) == 60  # other bits
     assert calls == [10, 20, 40, 50, 60]
 
 
 @given(steps=st.integers(1, 40), echo=st.integers(1, 5))
 def test_every_batch_comes_about_as_often_and_none_before_all_others_have(steps, echo):
-    (leg,) = phases_of(aa.PairedDifference().course(3), steps, aa.PairedDifference())
+    (leg,) = split_into_phases(aa.PairedDifference().training_plan(3), steps, aa.PairedDifference())
     seen = [leg.batch_at(step, echo=echo) for step in range(1, steps + 1)]
     distinct = -(-steps // echo)
     assert seen == [number % distinct for number in range(steps)]
@@ -46,7 +46,7 @@ def test_every_batch_comes_about_as_often_and_none_before_all_others_have(steps,
 
 def test_stages_have_batches_of_their_own():
     objective = aa.TwoStage(per_pair=False)
-    first, second = phases_of(objective.course(2), 10, objective)
+    first, second = split_into_phases(objective.training_plan(2), 10, objective)
     seen = [leg.batch_at(step, echo=2) for leg in (first, second) for step in range(leg.begins + 1, leg.ends + 1)]
     assert seen == [0, 1, 2, 0, 1, 5, 6, 7, 5, 6]
 
@@ -81,7 +81,7 @@ def test_the_teacher_is_asked_about_a_batch_once(make_model, two_pairs, objectiv
 
 def test_what_is_remembered_is_what_would_have_been_said(monkeypatch, make_model, two_pairs):
     remembered = trainer_of(echo=3).train(two_pairs, make_model(), seed=0, progress=False)
-    monkeypatch.setattr(Memory, "answer", lambda _, __, ask: ask())
+    monkeypatch.setattr(TeacherCache, "get_or_compute", lambda _, __, ask: ask())
     asked_again = trainer_of(echo=3).train(two_pairs, make_model(), seed=0, progress=False)
     assert remembered.losses == asked_again.losses
     assert remembered.losses != trainer_of().train(two_pairs, make_model(), seed=0, progress=False).losses

@@ -23,7 +23,7 @@ from artaug.training import (
     SupervisedFineTuning,
     TwoStage,
 )
-from artaug.training.student import targeted_layers
+from artaug.training.student import find_target_layers
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
 OBJECTIVES = [PairedDifference(), SupervisedFineTuning(), TwoStage(), TwoStage(per_pair=False)]
@@ -65,7 +65,7 @@ def filled_lora(module, *, scale=0.1):
                 scale * torch.randn(2, one.in_features, generator=generator),
                 torch.randn(one.out_features, 2, generator=generator),
             )
-            for name, one in targeted_layers(module, "blocks").items()
+            for name, one in find_target_layers(module, "blocks").items()
         }
     )
 
@@ -85,7 +85,7 @@ class Broken(Objective):
 
 @pytest.mark.parametrize(("objective", "left"), [(PairedDifference(), 0.1), (SupervisedFineTuning(), 0.7)], ids=repr)
 def test_one_pair_is_learned_in_seconds(tiny_model, pair_of, objective, left):
-    trainer = trainer_of(rank=16, steps=60, batch_size=16, objective=objective, sigmas=(0.5, 1.0))
+    trainer = trainer_of(rank=16, steps=60, batch_size=16, objective=objective, sigma_range=(0.5, 1.0))
     losses = trainer.train([pair_of(1)], tiny_model, seed=0).losses
     assert sum(losses[-10:]) < left * sum(losses[:10])
 
@@ -226,7 +226,7 @@ def test_pictures_and_prompts_are_encoded_once(tiny_model, two_pairs):
 
 def test_the_first_stage_makes_the_model_draw_the_pictures_before(tiny_model, pair_of):
     pair = pair_of(1)
-    copying = TwoStage().course(1).stages[0].loss
+    copying = TwoStage().training_plan(1).stages[0].loss
 
     class Copying(Objective):
         def loss(self, model, batch):
@@ -286,11 +286,11 @@ def test_without_pairs_there_is_nothing_to_learn(tiny_model):
         {"batch_size": 0},
         {"learning_rate": 0.0},
         {"learning_rate": math.nan},
-        {"at_once": 0},
+        {"micro_batch_size": 0},
         {"ema": 1.0},
         {"max_grad_norm": 0.0},
         {"warmup": 1.5},
-        {"sigmas": (0.5, 0.5)},
+        {"sigma_range": (0.5, 0.5)},
         {"targets": "("},
     ],
     ids=repr,

@@ -46,20 +46,20 @@ def look(step, win_rate, *, gain=0.0, strength=1.0):
 
 def test_looks_are_taken_at_their_steps_and_strengths_and_the_best_is_chosen(synthesizer, pairs):
     training = trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(strengths=(0.5, 2.0)))
-    assert [(one.step, one.strength) for one in training.looks] == [(s, f) for s in (2, 4, 6) for f in (0.5, 2.0)]
-    assert training.chosen == max(training.looks, key=lambda one: (one.win_rate, one.gain))
+    assert [(one.step, one.strength) for one in training.validations] == [(s, f) for s in (2, 4, 6) for f in (0.5, 2.0)]
+    assert training.best_validation == max(training.validations, key=lambda one: (one.win_rate, one.gain))
     assert training.steps == 6
 
 
 def test_what_was_looked_at_is_what_the_result_draws(synthesizer, pairs):
     seen = []
     training = trainer_of().train(
-        pairs, synthesizer, seed=0, validation=held_out(strengths=(0.5, 2.0), watch=seen.append)
+        pairs, synthesizer, seed=0, validation=held_out(strengths=(0.5, 2.0), on_validation=seen.append)
     )
-    chosen = next(one for one in seen if one == training.chosen)
+    chosen = next(one for one in seen if one == training.best_validation)
     assert len(seen) == 6
     assert all(len(one.pictures) == len(UNSEEN) for one in seen)
-    assert not any(one.pictures for one in training.looks)
+    assert not any(one.pictures for one in training.validations)
     before, after = (
         held_out().scores(one, seed=validation_seed(0))[0]
         for one in (synthesizer, synthesizer.with_lora(training.lora))
@@ -86,7 +86,7 @@ def test_it_stops_when_pictures_stop_getting_better(synthesizer, pairs):
         pairs, synthesizer, seed=0, validation=held_out(scorer=worse, every=1, patience=2)
     )
     assert training.steps < 40
-    assert len(training.looks) == training.steps == training.chosen.step + 2
+    assert len(training.validations) == training.steps == training.best_validation.step + 2
 
 
 def test_a_resumed_training_looks_no_second_time_and_chooses_the_same(tmp_path, synthesizer, pairs):
@@ -101,10 +101,10 @@ def test_a_resumed_training_looks_no_second_time_and_chooses_the_same(tmp_path, 
         trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(), checkpoints=checkpoints, on_step=stop)
     seen = []
     resumed = trainer_of().train(
-        pairs, synthesizer, seed=0, validation=held_out(watch=seen.append), checkpoints=checkpoints
+        pairs, synthesizer, seed=0, validation=held_out(on_validation=seen.append), checkpoints=checkpoints
     )
     assert [one.step for one in seen] == [6]
-    assert (resumed.looks, resumed.losses) == (whole.looks, whole.losses)
+    assert (resumed.validations, resumed.losses) == (whole.validations, whole.losses)
 
 
 def test_a_training_killed_while_it_looks_looks_again(tmp_path, synthesizer, pairs):
@@ -116,9 +116,9 @@ def test_a_training_killed_while_it_looks_looks_again(tmp_path, synthesizer, pai
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(watch=stop), checkpoints=checkpoints)
+        trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(on_validation=stop), checkpoints=checkpoints)
     resumed = trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(), checkpoints=checkpoints)
-    assert (resumed.looks, resumed.losses) == (whole.looks, whole.losses)
+    assert (resumed.validations, resumed.losses) == (whole.validations, whole.losses)
 
 
 def test_a_training_is_not_resumed_under_another_examination(tmp_path, synthesizer, pairs):
@@ -130,7 +130,7 @@ def test_a_training_is_not_resumed_under_another_examination(tmp_path, synthesiz
 
 def test_a_training_in_stages_is_looked_at_once_at_its_end(synthesizer, pairs):
     training = trainer_of(objective=TwoStage()).train(pairs, synthesizer, seed=0, validation=held_out(every=1))
-    assert [one.step for one in training.looks] == [6]
+    assert [one.step for one in training.validations] == [6]
 
 
 def test_whoever_draws_nothing_cannot_be_looked_at(tiny_model, two_pairs):
@@ -147,8 +147,8 @@ def test_the_best_look_wins_more_then_gains_more_then_came_first():
 def test_patience_counts_looks_since_the_best():
     rates = [0.5, 0.6, 0.6, 0.55]
     looks = [look(step, rate) for step, rate in enumerate(rates, start=1)]
-    assert [held_out(patience=2).tired(looks[:count]) for count in range(5)] == [False, False, False, False, True]
-    assert not held_out().tired(looks)
+    assert [held_out(patience=2).should_stop(looks[:count]) for count in range(5)] == [False, False, False, False, True]
+    assert not held_out().should_stop(looks)
 
 
 @pytest.mark.parametrize(

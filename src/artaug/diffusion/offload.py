@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from artaug.errors import ModelError
-from artaug.training.quantized import is_foreign
+from artaug.training.quantized import is_quantized
 
 _ENCODERS = ("text_encoder", "vae")
 _IN_PLACE = {"layerwise_casting", "peft_autocast_disable"}
@@ -53,7 +53,7 @@ def tied(part: nn.Module) -> bool:
 
 def quantized(part: nn.Module) -> bool:
     """Whether a part is stored by a quantizing library."""
-    return getattr(part, "hf_quantizer", None) is not None or any(is_foreign(one) for one in part.parameters())
+    return getattr(part, "hf_quantizer", None) is not None or any(is_quantized(one) for one in part.parameters())
 
 
 def check_learnable(denoiser: nn.Module) -> None:

@@ -12,7 +12,7 @@ from artaug.evaluation.comparison import ScoreRow
 from artaug.lora.lora import LoRA
 from artaug.pairs import Attempt, Skipped
 from artaug.run.funnel import Funnel
-from artaug.training import Training
+from artaug.training import TrainingResult
 
 _HEADINGS = ("round", "pairs", "steps", "final loss", "held-out gain", "time")
 
@@ -25,7 +25,7 @@ class Round:
     """Counted from 1."""
     attempts: tuple[Attempt, ...]
     """How every prompt ended."""
-    training: Training
+    training: TrainingResult
     """What was learned in this round alone."""
     lora: LoRA
     """All rounds up to this one, combined."""

@@ -1,9 +1,9 @@
 """Differential training: what separates the pictures of pairs, as a LoRA."""
 
-from artaug.training.adapters import Adapter, DoRA, LoKr, Parts, PlainLoRA, Weights
+from artaug.training.adapters import Adapter, AdapterTensors, DoRA, LayerWeights, LoKr, PlainLoRA
 from artaug.training.bipolar import Bipolar
 from artaug.training.config import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, TrainingConfig
-from artaug.training.distributed import sharded
+from artaug.training.distributed import shard
 from artaug.training.model import Conditioning, DiffusionModel, Predictor, Trainable
 from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, NoiseSchedule, VPrediction
 from artaug.training.objectives import (
@@ -20,8 +20,8 @@ from artaug.training.optimizers import AdamW, AdamW8bit, Optimizer, Prodigy, Sch
 from artaug.training.preference import DirectPreference
 from artaug.training.progress import StepEvent
 from artaug.training.state import Checkpoints, TrainingState
-from artaug.training.tracking import Tracker, tracked
-from artaug.training.trainer import DifferentialLoRATrainer, Training
+from artaug.training.tracking import Tracker, open_tracker
+from artaug.training.trainer import DifferentialLoRATrainer, TrainingResult
 from artaug.training.validation import Validation, ValidationResult
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "Adapter",
+    "AdapterTensors",
     "Bipolar",
     "Checkpoints",
     "Conditioning",
@@ -40,13 +41,13 @@ __all__ = [
     "DoRA",
     "EpsilonPrediction",
     "FlowMatching",
+    "LayerWeights",
     "LoKr",
     "NoiseSchedule",
     "Objective",
     "Optimizer",
     "PairBatch",
     "PairedDifference",
-    "Parts",
     "PlainLoRA",
     "Predictor",
     "Prodigy",
@@ -58,15 +59,14 @@ __all__ = [
     "SupervisedFineTuning",
     "Tracker",
     "Trainable",
-    "Training",
     "TrainingConfig",
     "TrainingPlan",
+    "TrainingResult",
     "TrainingState",
     "TwoStage",
     "VPrediction",
     "Validation",
     "ValidationResult",
-    "Weights",
-    "sharded",
-    "tracked",
+    "open_tracker",
+    "shard",
 ]

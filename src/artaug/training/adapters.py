@@ -13,7 +13,7 @@ from artaug.errors import InvalidValueError
 from artaug.lora.lora import LoRA, LowRank
 from artaug.training.factors import Factor, Kronecker, Repeated, kaiming
 
-Parts: TypeAlias = Mapping[str, Tensor]
+AdapterTensors: TypeAlias = Mapping[str, Tensor]
 """What is trained of one layer, by name: of the factor that comes first (``down.``), of the second (``up.``), and more."""
 
 _log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ _MUCH = 0.99
 
 
 @dataclass(frozen=True, eq=False)
-class Weights:
+class LayerWeights:
     """What a frozen layer multiplies with: float32, (outputs, inputs)."""
 
     stored: Tensor
@@ -34,7 +34,7 @@ class Weights:
 class Adapter(ABC):
     """What is trained beside each frozen layer. Whatever it is, the training's result is an ordinary LoRA."""
 
-    directional: ClassVar[bool] = False
+    use_dora: ClassVar[bool] = False
     """Whether PEFT is to learn the length of every row of a weight as well: DoRA."""
 
     @abstractmethod
@@ -45,11 +45,11 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def exported_rank(self, inputs: int, outputs: int, rank: int) -> int:
+    def lora_rank(self, inputs: int, outputs: int, rank: int) -> int:
         """The rank of a layer of the exported LoRA."""
 
     @abstractmethod
-    def lora(self, layers: Mapping[str, Parts], weights: Callable[[str], Weights]) -> LoRA:
+    def lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
         """What has been learned, as a LoRA.
 
         Args:
@@ -65,10 +65,10 @@ class PlainLoRA(Adapter):
     def factors(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
         return Factor(kaiming((rank, inputs), generator)), Factor(torch.zeros(outputs, rank))
 
-    def exported_rank(self, inputs: int, outputs: int, rank: int) -> int:
+    def lora_rank(self, inputs: int, outputs: int, rank: int) -> int:
         return rank
 
-    def lora(self, layers: Mapping[str, Parts], weights: Callable[[str], Weights]) -> LoRA:
+    def lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
         return LoRA({name: LowRank(parts["down.weight"], parts["up.weight"]) for name, parts in layers.items()})
 
 
@@ -102,13 +102,13 @@ class LoKr(Adapter):
         outer = kaiming((down, across), generator)
         return Repeated(small, times=across), Kronecker(outer, torch.zeros(outputs // down, rank))
 
-    def exported_rank(self, inputs: int, outputs: int, rank: int) -> int:
+    def lora_rank(self, inputs: int, outputs: int, rank: int) -> int:
         return min(rank * self._divisor(inputs), inputs, outputs)
 
-    def lora(self, layers: Mapping[str, Parts], weights: Callable[[str], Weights]) -> LoRA:
+    def lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
         return LoRA({name: self._layer(parts) for name, parts in layers.items()})
 
-    def _layer(self, parts: Parts) -> LowRank:
+    def _layer(self, parts: AdapterTensors) -> LowRank:
         outer = parts["up.outer"]
         once = torch.eye(outer.shape[1], dtype=outer.dtype, device=outer.device)
         down, up = torch.kron(once, parts["down.weight"]), torch.kron(outer, parts["up.inner"])
@@ -126,44 +126,44 @@ class DoRA(Adapter):
     """A LoRA for the direction of every row of a weight, and a number for its length (arXiv 2402.09353, eq. 5), by PEFT.
 
     ``W' = m (W + B A) / |W + B A|``, row by row. That is no low-rank update: with the lengths, all of ``W`` changes. So the
-    exported LoRA is the nearest of rank ``exported``, and what it leaves out is said in a warning; let `Validation` judge
+    exported LoRA is the nearest of rank ``export_rank``, and what it leaves out is said in a warning; let `Validation` judge
     what is left. Objectives that ask for minus the update (`Bipolar`) are refused, since this one has none.
 
     Raises:
         InvalidValueError: unless the exported rank is at least 1.
     """
 
-    directional: ClassVar[bool] = True
+    use_dora: ClassVar[bool] = True
 
-    exported: int = 64
+    export_rank: int = 64
     """Rank of the LoRA it comes to."""
 
     def __post_init__(self) -> None:
-        if self.exported < 1:
+        if self.export_rank < 1:
             raise InvalidValueError(f"{self}: need an exported rank of at least 1.")
 
     def factors(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
         return PlainLoRA().factors(inputs, outputs, rank, generator)
 
-    def exported_rank(self, inputs: int, outputs: int, rank: int) -> int:
-        return min(self.exported, inputs, outputs)
+    def lora_rank(self, inputs: int, outputs: int, rank: int) -> int:
+        return min(self.export_rank, inputs, outputs)
 
-    def lora(self, layers: Mapping[str, Parts], weights: Callable[[str], Weights]) -> LoRA:
+    def lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
         nearest, whole = {}, 0.0
         for name, parts in layers.items():
             update = _turned(weights(name), parts)
-            nearest[name] = _nearest(update, self.exported)
+            nearest[name] = _nearest(update, self.export_rank)
             whole += float(update.double().square().sum())
         kept = sum(one.energy() for one in nearest.values()) / whole if whole else 1.0
         if kept < _MUCH:
             _log.warning(
                 "a LoRA of rank %d keeps %.1f%% of the squared norm of what DoRA has learned: raise DoRA(exported=%d).",
-                *(self.exported, 100 * kept, self.exported),
+                *(self.export_rank, 100 * kept, self.export_rank),
             )
         return LoRA(nearest)
 
 
-def _turned(weights: Weights, parts: Parts) -> Tensor:
+def _turned(weights: LayerWeights, parts: AdapterTensors) -> Tensor:
     """What DoRA has done to a weight. Rows are as long as PEFT says: by the stored weight, whatever is worn on top."""
     learned = (parts["up.weight"] @ parts["down.weight"]).to(weights.stored)
     length: Tensor = torch.linalg.norm(weights.stored + learned, dim=1)

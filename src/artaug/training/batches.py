@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 from artaug.errors import ModelError
 from artaug.pairs import ImagePair
 from artaug.training.config import TrainingConfig
-from artaug.training.distributed import ALONE, Processes
-from artaug.training.encoding import TEXT, Row, encoded_rows
+from artaug.training.distributed import SINGLE_PROCESS, World
+from artaug.training.encoding import TEXT, Row, encode_pairs
 from artaug.training.model import DiffusionModel, Predictor
 from artaug.training.noise_schedule import FlowMatching, NoiseSchedule
 from artaug.training.objectives import PairBatch
@@ -39,7 +39,7 @@ class Bucket:
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class StepBatch:
     """One step's work for one process."""
 
     model: Predictor
@@ -60,17 +60,17 @@ class EncodedPairs:
         model: DiffusionModel,
         pairs: Sequence[ImagePair],
         *,
-        at_once: int,
+        micro_batch_size: int,
         cache: Path | None = None,
-        processes: Processes = ALONE,
+        processes: World = SINGLE_PROCESS,
     ) -> "EncodedPairs":
-        """Encode pairs, at most ``at_once`` at a time; see `encoded_rows`."""
+        """Encode pairs, at most ``micro_batch_size`` at a time; see `encoded_rows`."""
         buckets = []
         for width, height in sorted({pair.before.size for pair in pairs}):
             sized = model.at_size(width, height)
             members = [number for number, pair in enumerate(pairs) if pair.before.size == (width, height)]
             some = [pairs[number] for number in members]
-            rows = encoded_rows(sized, some, at_once=at_once, cache=cache, processes=processes)
+            rows = encode_pairs(sized, some, micro_batch_size=micro_batch_size, cache=cache, processes=processes)
             buckets.append(Bucket((width, height), dict(zip(members, rows, strict=True))))
         return cls(buckets)
 
@@ -82,8 +82,8 @@ class EncodedPairs:
         *,
         seed: int,
         numbers: Sequence[int],
-        processes: Processes = ALONE,
-    ) -> Iterator[Turn]:
+        processes: World = SINGLE_PROCESS,
+    ) -> Iterator[StepBatch]:
         """Draw batches: by their numbers, every member once before any of its size comes again, always with new noise.
 
         Each batch has pairs of one size; sizes take turns as often as they have members.
@@ -106,16 +106,18 @@ class EncodedPairs:
             sized = model.at_size(*bucket.size)
             order = (_nth(mine, at, seed=(seed, place)) for at in range(count * size, (count + 1) * size))
             noise_of = _generator(seed, _NOISE, number)
-            sigmas = _spread(sized.noise_schedule, config).sample_sigmas(size, noise_of, within=config.sigmas)
+            sigmas = _spread(sized.noise_schedule, config).sample_sigmas(size, noise_of, sigma_range=config.sigma_range)
             rows = [bucket.rows[one] for one in order]
             noise = torch.randn((size, *rows[0]["before"].shape), generator=noise_of)
             share = list(processes.share(range(size)))
-            at_once = config.at_once or size
-            parts = [share[at : at + at_once] for at in range(0, len(share), at_once)]
-            yield Turn(sized, [_batch([rows[at] for at in part], noise[part], sigmas[part], device) for part in parts])
+            micro_batch_size = config.micro_batch_size or size
+            parts = [share[at : at + micro_batch_size] for at in range(0, len(share), micro_batch_size)]
+            yield StepBatch(
+                sized, [_batch([rows[at] for at in part], noise[part], sigmas[part], device) for part in parts]
+            )
 
 
-def generator_for_start(seed: int, stage: int) -> torch.Generator:
+def init_generator(seed: int, stage: int) -> torch.Generator:
     """What draws the factors a stage begins with."""
     return _generator(seed, START, stage)
 
@@ -163,7 +165,7 @@ def _batch(rows: Sequence[Row], noise: Tensor, sigmas: Tensor, device: torch.dev
     return PairBatch(
         before=torch.stack([row["before"] for row in rows]).to(device).float(),
         after=torch.stack([row["after"] for row in rows]).to(device).float(),
-        inside=_inside(rows).to(device) if regional else None,
+        region_mask=_inside(rows).to(device) if regional else None,
         conditioning={name.removeprefix(TEXT): _filled_up([row[name] for row in rows]).to(device) for name in texts},
         noise=noise.to(device),
         sigmas=sigmas.to(device),

@@ -40,11 +40,11 @@ class Bipolar(Objective):
         InvalidValueError: if ``of`` is an objective of several stages, or ``scale`` is not above 0 and finite.
 
     >>> import artaug as aa
-    >>> aa.Bipolar(of=aa.SupervisedFineTuning()).scale
+    >>> aa.Bipolar(objective=aa.SupervisedFineTuning()).scale
     1.0
     """
 
-    of: Objective = field(default_factory=PairedDifference)
+    objective: Objective = field(default_factory=PairedDifference)
     """What each turn minimizes."""
     scale: float = 1.0
     """At 0.25 a quarter of the LoRA makes the whole difference, so at 1 it is a slider with four times its range."""
@@ -52,16 +52,16 @@ class Bipolar(Objective):
     def __post_init__(self) -> None:
         if not 0 < self.scale < math.inf:
             raise InvalidValueError(f"Bipolar(scale={self.scale}): need a finite scale above 0.")
-        if type(self.of).course is not Objective.course:
+        if type(self.objective).training_plan is not Objective.training_plan:
             raise InvalidValueError(
-                f"Bipolar(of={self.of}): an objective with a course of its own has no turn that could be reversed. "
+                f"Bipolar(objective={self.objective}): an objective with a course of its own has no turn that could be reversed. "
                 "Expected one with a loss alone, as PairedDifference or SupervisedFineTuning."
             )
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
-        there = self.of.loss(_Worn(model, self.scale), batch)
+        there = self.objective.loss(_Worn(model, self.scale), batch)
         reversed_batch = dataclasses.replace(batch, before=batch.after, after=batch.before)
-        return (there + self.of.loss(_Worn(model, -self.scale), reversed_batch)) / 2
+        return (there + self.objective.loss(_Worn(model, -self.scale), reversed_batch)) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,5 +78,5 @@ class _Worn:
     def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
         return self.student.predict(noisy, sigmas, conditioning, scale=scale * self.scale)
 
-    def teacher(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
-        return self.student.teacher(noisy, sigmas, conditioning)
+    def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
+        return self.student.teacher_predict(noisy, sigmas, conditioning)

@@ -28,7 +28,7 @@ class TrainingConfig:
     """Optimizer steps in all, over every stage and pair, so that objectives compare at equal cost."""
     batch_size: int = 4
     """Pairs a step, over all processes."""
-    at_once: int | None = None
+    micro_batch_size: int | None = None
     """Pairs a process works on at a time; less than its share of ``batch_size`` saves memory, and changes nothing else."""
     echo: int = 1
     """How often each batch is learned from, noise included (data echoing, arXiv 1907.05550). The teacher is asked about it
@@ -47,7 +47,7 @@ class TrainingConfig:
     """Gradients longer than this are shortened to it."""
     ema: float | None = None
     """Decay of a moving average of the factors, in (0, 1), that is exported in their place; None for none."""
-    sigmas: tuple[float, float] = (0.0, 1.0)
+    sigma_range: tuple[float, float] = (0.0, 1.0)
     """Lowest and highest noise level to train at: high levels decide composition, low ones texture."""
     logit_normal: bool = False
     """Spread the noise levels of flow models as SD3 and FLUX were trained, logit-normally before they are shifted for the
@@ -59,18 +59,18 @@ class TrainingConfig:
         self._check_kinds()
         faults = {
             **{name: _counts(getattr(self, name)) for name in ("rank", "steps", "batch_size", "echo")},
-            "at_once": self.at_once is None or _counts(self.at_once),
+            "micro_batch_size": self.micro_batch_size is None or _counts(self.micro_batch_size),
             "learning_rate": 0 < self.learning_rate < math.inf,
             "max_grad_norm": self.max_grad_norm > 0,
             "warmup": 0 <= self.warmup <= 1,
             "ema": self.ema is None or 0 < self.ema < 1,
-            "sigmas": 0 <= self.sigmas[0] < self.sigmas[1] <= 1,
+            "sigma_range": 0 <= self.sigma_range[0] < self.sigma_range[1] <= 1,
         }
         wrong = [f"{name}={getattr(self, name)!r}" for name, legal in faults.items() if not legal]
         if wrong:
             raise InvalidValueError(
-                f"{type(self).__name__}({', '.join(wrong)}): need rank, steps, batch_size, echo and at_once whole and of at least 1, "
-                "learning_rate and max_grad_norm above 0, warmup in [0, 1], ema above 0 and below 1, and sigmas as "
+                f"{type(self).__name__}({', '.join(wrong)}): need rank, steps, batch_size, echo and micro_batch_size whole and of at least 1, "
+                "learning_rate and max_grad_norm above 0, warmup in [0, 1], ema above 0 and below 1, and sigma_range as "
                 "(lowest, highest) in [0, 1]."
             )
         try:

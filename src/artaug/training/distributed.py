@@ -1,7 +1,7 @@
 """Several processes training one LoRA: each takes its share of every batch, and their gradients are added up.
 
 A LoRA's factors are small, so every process holds all of them and sums gradients itself, in one exchange a step. The
-frozen model may be whole in every process, or sharded over them by FSDP2 (`sharded`): training does not see the
+frozen model may be whole in every process, or sharded over them by FSDP2 (`shard`): training does not see the
 difference.
 """
 
@@ -19,20 +19,20 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Processes:
+class World:
     """How many processes work on one training, and which of them this one is."""
 
     rank: int = 0
     count: int = 1
 
     @classmethod
-    def here(cls) -> "Processes":
+    def current(cls) -> "World":
         """Those that ``accelerate launch`` or ``torchrun`` has started; this one alone otherwise."""
         if not distributed.is_available():
-            return ALONE
+            return SINGLE_PROCESS
         if not distributed.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-                return ALONE
+                return SINGLE_PROCESS
             from accelerate import PartialState  # noqa: PLC0415 - knows backends and devices; loads transformers
 
             PartialState()
@@ -47,7 +47,7 @@ class Processes:
         """What of these is this process's to do."""
         return things[self.rank :: self.count]
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in one exchange."""
         if self.count == 1:
             return
@@ -56,7 +56,7 @@ class Processes:
         for one, summed in zip(tensors, together.split([one.numel() for one in tensors]), strict=True):
             one.copy_(summed.view_as(one))
 
-    def agree(self, said: bool, device: torch.device) -> bool:
+    def all_agree(self, said: bool, device: torch.device) -> bool:
         """Whether all of them say so; every process has to ask."""
         if self.count == 1:
             return said
@@ -70,10 +70,10 @@ class Processes:
             distributed.barrier()
 
 
-ALONE = Processes()
+SINGLE_PROCESS = World()
 
 
-def sharded(module: nn.Module) -> None:
+def shard(module: nn.Module) -> None:
     """Spread a denoiser's weights over all processes (FSDP2), block by block: each holds a part and gathers as it computes.
 
     Call it once in every process, before drawing or training; `DifferentialLoRATrainer` needs nothing else. It cannot be
@@ -82,7 +82,7 @@ def sharded(module: nn.Module) -> None:
     Raises:
         ModelError: if this process is alone, or the module names no repeated blocks.
     """
-    if Processes.here().count == 1:
+    if World.current().count == 1:
         raise ModelError("there is one process, so nothing to shard over. Start several: accelerate launch script.py.")
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - not in every build of torch
 

@@ -15,7 +15,7 @@ from artaug._internal.files import atomic_write, save_tensors
 from artaug.errors import ContractError, NonFiniteError, StorageError
 from artaug.pairs import ImagePair, pair_digest
 from artaug.regional.coverage import coverage
-from artaug.training.distributed import Processes
+from artaug.training.distributed import World
 from artaug.training.model import DiffusionModel
 
 Row: TypeAlias = Mapping[str, Tensor]
@@ -25,10 +25,10 @@ TEXT = "text."
 _PROBE = "a picture of a red cone"
 
 
-def encoded_rows(
-    model: DiffusionModel, pairs: Sequence[ImagePair], *, at_once: int, cache: Path | None, processes: Processes
+def encode_pairs(
+    model: DiffusionModel, pairs: Sequence[ImagePair], *, micro_batch_size: int, cache: Path | None, processes: World
 ) -> list[Row]:
-    """Encode pairs of one size, at most ``at_once`` at a time.
+    """Encode pairs of one size, at most ``micro_batch_size`` at a time.
 
     With a ``cache``, pairs that are in that folder are not encoded again, the others are added to it, several processes
     share the work, and rows are read from disk whenever they are looked at.
@@ -40,19 +40,21 @@ def encoded_rows(
         StorageError: if the cache cannot be written.
     """
     if cache is None:
-        return list(_encoded(model, pairs, at_once=at_once))
+        return list(_encoded(model, pairs, micro_batch_size=micro_batch_size))
     encoder = _fingerprint(model, pairs[0].before.size)
     files = [cache / f"{digest(encoder, pair_digest(pair, include_plan=True))}.safetensors" for pair in pairs]
     mine = processes.share(range(len(pairs)))  # whatever the others have written by now
     missing = [at for at in mine if not files[at].exists()]
-    for at, row in zip(missing, _encoded(model, [pairs[at] for at in missing], at_once=at_once), strict=True):
+    for at, row in zip(
+        missing, _encoded(model, [pairs[at] for at in missing], micro_batch_size=micro_batch_size), strict=True
+    ):
         _write(files[at], row)
     processes.wait()
-    return [StoredRow(file) for file in files]
+    return [CachedPair(file) for file in files]
 
 
 @dataclass(frozen=True)
-class StoredRow(Mapping[str, Tensor]):
+class CachedPair(Mapping[str, Tensor]):
     """A row on disk, read when it is looked at."""
 
     path: Path
@@ -85,9 +87,9 @@ def _fingerprint(model: DiffusionModel, size: tuple[int, int]) -> str:
     return tensors_digest({"": model.encode_images([picture]), **model.encode_prompts([_PROBE])})
 
 
-def _encoded(model: DiffusionModel, pairs: Sequence[ImagePair], *, at_once: int) -> Iterator[Row]:
-    for start in range(0, len(pairs), at_once):
-        some = pairs[start : start + at_once]
+def _encoded(model: DiffusionModel, pairs: Sequence[ImagePair], *, micro_batch_size: int) -> Iterator[Row]:
+    for start in range(0, len(pairs), micro_batch_size):
+        some = pairs[start : start + micro_batch_size]
         prompts = [pair.prompt for pair in some]
         latents = {
             "before": model.encode_images([pair.before for pair in some]),

@@ -11,16 +11,16 @@ import torch
 from artaug.errors import ModelError
 from artaug.pairs import ImagePair
 from artaug.synthesis import Synthesizer
-from artaug.training.batches import EncodedPairs, generator_for_start
+from artaug.training.batches import EncodedPairs, init_generator
 from artaug.training.config import TrainingConfig
-from artaug.training.distributed import Processes
+from artaug.training.distributed import World
 from artaug.training.model import DiffusionModel, Trainable
 from artaug.training.optimizer_loop import OptimizerLoop
 from artaug.training.phases import Phase
 from artaug.training.progress import Log
 from artaug.training.state import Checkpoints, TrainingState
-from artaug.training.student import adapted
-from artaug.training.teacher_cache import Memory
+from artaug.training.student import inject_adapter
+from artaug.training.teacher_cache import TeacherCache
 from artaug.training.validation import Validation, best
 
 
@@ -34,16 +34,16 @@ class Run:
     legs: Sequence[Phase]
     seeds: Sequence[int]
     """One a group."""
-    processes: Processes
+    processes: World
     log: Log
     checkpoints: Checkpoints | None
-    made_of: dict[str, str]
+    run_fingerprint: dict[str, str]
     validation: Validation | None
     cache: Path | None
     validation_seed: int
     """Of the held-out pictures."""
     _encoded: list[EncodedPairs] = field(default_factory=list)
-    _memories: dict[int, Memory] = field(default_factory=dict)
+    _memories: dict[int, TeacherCache] = field(default_factory=dict)
     """Of the leg under way, by where it begins."""
 
     def finished(self, state: TrainingState) -> TrainingState:
@@ -65,8 +65,8 @@ class Run:
 
     def _done(self, state: TrainingState) -> bool:
         if state.step < self.legs[-1].ends:
-            return self.validation is not None and self.validation.tired(state.looks)
-        return self.validation is None or bool(state.looks and state.looks[-1].step == state.step)
+            return self.validation is not None and self.validation.should_stop(state.validations)
+        return self.validation is None or bool(state.validations and state.validations[-1].step == state.step)
 
     def _next_look(self, step: int) -> int:
         end = self.legs[-1].ends
@@ -77,9 +77,9 @@ class Run:
     def _pairs_of(self, model: DiffusionModel) -> EncodedPairs:
         """The pairs, encoded the first time they are asked for."""
         if not self._encoded:
-            at_once = self.config.at_once or self.config.batch_size
+            micro_batch_size = self.config.micro_batch_size or self.config.batch_size
             encoded = EncodedPairs.encode(
-                model, self.pairs, at_once=at_once, cache=self.cache, processes=self.processes
+                model, self.pairs, micro_batch_size=micro_batch_size, cache=self.cache, processes=self.processes
             )
             self._encoded.append(encoded)
         return self._encoded[0]
@@ -107,17 +107,17 @@ class Run:
             for lora in state.under:
                 worn.enter_context(lora.applied_to(model.module))
             student = worn.enter_context(
-                adapted(
+                inject_adapter(
                     model,
                     rank=config.rank,
                     targets=config.targets,
-                    generator=generator_for_start(seed, leg.stage),
+                    generator=init_generator(seed, leg.stage),
                     adapter=config.adapter,
-                    memory=self._memory_of(leg),
+                    teacher_cache=self._memory_of(leg),
                 )
             )
             worn.enter_context(_recomputing(model.module, wanted=config.gradient_checkpointing))
-            optimizer = config.optimizer.over(student.parameters(), learning_rate=config.learning_rate)
+            optimizer = config.optimizer.build(student.parameters(), learning_rate=config.learning_rate)
             optimization = OptimizerLoop(student, optimizer, ema=config.ema)
             if state.layers:
                 optimization.resume(state.layers, state.average, state.optimizer)
@@ -128,13 +128,13 @@ class Run:
             return state.past(now.learned, last=leg.last)
         return replace(state, layers=now.layers, average=now.average, optimizer=now.optimizer, learned=now.learned)
 
-    def _memory_of(self, leg: Phase) -> Memory | None:
+    def _memory_of(self, leg: Phase) -> TeacherCache | None:
         """What the teacher has said in this leg, if batches come again: every leg has a teacher of its own."""
         if self.config.echo == 1:
             return None
         if leg.begins not in self._memories:
             self._memories.clear()
-            self._memories[leg.begins] = Memory(self.processes)
+            self._memories[leg.begins] = TeacherCache(self.processes)
         return self._memories[leg.begins]
 
     def _steps(
@@ -174,9 +174,9 @@ class Run:
     def _looked(self, state: TrainingState, validation: Validation) -> TrainingState:
         """ValidationResult at what would be exported now, and keep it if nothing before was better."""
         lora, step = state.lora(), state.step
-        found = validation.looks(lora, self._artist(), state.base_scores, step=step, seed=self.validation_seed)
-        looks = (*state.looks, *found)
-        return replace(state, looks=looks, best=lora if best(looks).step == step else state.best)
+        found = validation.evaluate(lora, self._artist(), state.base_scores, step=step, seed=self.validation_seed)
+        looks = (*state.validations, *found)
+        return replace(state, validations=looks, best=lora if best(looks).step == step else state.best)
 
     def _artist(self) -> Synthesizer:
         if not isinstance(self.synthesizer, Synthesizer):
@@ -191,7 +191,7 @@ class Run:
         if self.checkpoints is None:
             return
         if self.processes.first and (state.step % self.checkpoints.every == 0 or state.step == self.legs[-1].ends):
-            self.checkpoints.write(state, made_of=self.made_of)
+            self.checkpoints.write(state, run_fingerprint=self.run_fingerprint)
         self.processes.wait()
 
 

@@ -26,12 +26,12 @@ class NoiseSchedule(Protocol):
     """The prediction type of a model: `FlowMatching`, `EpsilonPrediction` or `VPrediction`."""
 
     def sample_sigmas(
-        self, count: int, generator: torch.Generator, *, within: tuple[float, float] = ALL_SIGMAS
+        self, count: int, generator: torch.Generator, *, sigma_range: tuple[float, float] = ALL_SIGMAS
     ) -> Sigmas:
-        """Draw noise levels to train at: float32 on the CPU, shape (count,), in (0, 1] and in ``within``.
+        """Draw noise levels to train at: float32 on the CPU, shape (count,), in (0, 1] and in ``sigma_range``.
 
         Raises:
-            InvalidValueError: if the model has no noise level in ``within``.
+            InvalidValueError: if the model has no noise level in ``sigma_range``.
         """
 
     def add_noise(self, clean: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
@@ -76,7 +76,7 @@ class FlowMatching:
     """Pushes levels towards noise: ``sigma' = shift sigma / (1 + (shift - 1) sigma)``; the model's sampler names it."""
     logit_normal: bool = False
     """Draw levels as the sigmoid of a standard normal before the shift, favouring the middle; else uniformly."""
-    terminal: float = 0.0
+    shift_terminal: float = 0.0
     """Where a sampler's levels end before they fall to zero: ``sigma'' = 1 - (1 - terminal) (1 - sigma')``."""
 
     def __post_init__(self) -> None:
@@ -84,20 +84,20 @@ class FlowMatching:
             raise InvalidValueError(
                 f"FlowMatching(shift={self.shift}): need a finite shift above 0; 1 leaves levels be."
             )
-        if not 0 <= self.terminal < 1:
+        if not 0 <= self.shift_terminal < 1:
             raise InvalidValueError(
-                f"FlowMatching(terminal={self.terminal}): need a noise level in [0, 1); 0 leaves levels be."
+                f"FlowMatching(shift_terminal={self.shift_terminal}): need a noise level in [0, 1); 0 leaves levels be."
             )
 
     def sample_sigmas(
-        self, count: int, generator: torch.Generator, *, within: tuple[float, float] = ALL_SIGMAS
+        self, count: int, generator: torch.Generator, *, sigma_range: tuple[float, float] = ALL_SIGMAS
     ) -> Sigmas:
-        low, high = _checked(within)
-        if high <= self.terminal:
+        low, high = _checked(sigma_range)
+        if high <= self.shift_terminal:
             raise InvalidValueError(
-                f"no noise level of this model lies in [{low}, {high}]: they run from {self.terminal} to 1."
+                f"no noise level of this model lies in [{low}, {high}]: they run from {self.shift_terminal} to 1."
             )
-        bounds = (1 - (1 - torch.tensor([low, high], dtype=torch.float64)) / (1 - self.terminal)).clamp(min=0)
+        bounds = (1 - (1 - torch.tensor([low, high], dtype=torch.float64)) / (1 - self.shift_terminal)).clamp(min=0)
         bounds = bounds / (self.shift - (self.shift - 1) * bounds)
         if self.logit_normal:
             bounds = torch.special.ndtr(torch.logit(bounds))
@@ -105,7 +105,7 @@ class FlowMatching:
         quantiles = bounds[0] + (bounds[1] - bounds[0]) * share
         unshifted = torch.sigmoid(torch.special.ndtri(quantiles)) if self.logit_normal else quantiles
         shifted = self.shift * unshifted / (1 + (self.shift - 1) * unshifted)
-        return (1 - (1 - self.terminal) * (1 - shifted)).clamp(low, high).float()
+        return (1 - (1 - self.shift_terminal) * (1 - shifted)).clamp(low, high).float()
 
     def add_noise(self, clean: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
         sigma = _rows(sigmas, clean)
@@ -133,19 +133,19 @@ class _VariancePreserving:
     """The first timestep's beta; the cosine schedule, ``squaredcos_cap_v2``, has none."""
     beta_end: float = 0.012
     """The last one's, likewise."""
-    timesteps: int = 1000
-    schedule: BetaSchedule = "scaled_linear"
+    num_train_timesteps: int = 1000
+    beta_schedule: BetaSchedule = "scaled_linear"
 
     def __post_init__(self) -> None:
-        if self.schedule not in get_args(BetaSchedule):
+        if self.beta_schedule not in get_args(BetaSchedule):
             raise InvalidValueError(f"{self}: need a schedule among {list(get_args(BetaSchedule))}.")
-        if not (0 < self.beta_start <= self.beta_end < 1 and self.timesteps >= 1):
+        if not (0 < self.beta_start <= self.beta_end < 1 and self.num_train_timesteps >= 1):
             raise InvalidValueError(f"{self}: need 0 < beta_start <= beta_end < 1 and at least one timestep.")
 
     def sample_sigmas(
-        self, count: int, generator: torch.Generator, *, within: tuple[float, float] = ALL_SIGMAS
+        self, count: int, generator: torch.Generator, *, sigma_range: tuple[float, float] = ALL_SIGMAS
     ) -> Sigmas:
-        low, high = _checked(within)
+        low, high = _checked(sigma_range)
         known = (1 - self._alphas_of_timesteps() ** 2).sqrt()
         eligible = known[(known >= low) & (known <= high)]
         if len(eligible) == 0:
@@ -202,7 +202,7 @@ class VPrediction(_VariancePreserving):
     tensor([[0.5000, 0.5000]])
     """
 
-    zero_terminal_snr: bool = False
+    rescale_betas_zero_snr: bool = False
     """Whether the last timestep is noise and nothing else: alphas are rescaled to end at 0 (arXiv 2305.08891, algorithm
     1). No such thing for `EpsilonPrediction`: of pure noise, the noise says nothing about a picture."""
 
@@ -217,7 +217,7 @@ class VPrediction(_VariancePreserving):
 
     def _alphas_of_timesteps(self) -> Tensor:
         alphas = super()._alphas_of_timesteps()
-        if not self.zero_terminal_snr:
+        if not self.rescale_betas_zero_snr:
             return alphas
         return (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
 
@@ -233,10 +233,10 @@ def _alphas(sigmas: Tensor, like: Tensor) -> Tensor:
 
 def _betas(noise_schedule: _VariancePreserving) -> Tensor:
     """The variance of the noise that each timestep adds, as diffusers' schedulers make it."""
-    count = noise_schedule.timesteps
-    if noise_schedule.schedule == "linear":
+    count = noise_schedule.num_train_timesteps
+    if noise_schedule.beta_schedule == "linear":
         return torch.linspace(noise_schedule.beta_start, noise_schedule.beta_end, count, dtype=torch.float64)
-    if noise_schedule.schedule == "scaled_linear":
+    if noise_schedule.beta_schedule == "scaled_linear":
         ends = math.sqrt(noise_schedule.beta_start), math.sqrt(noise_schedule.beta_end)
         return torch.linspace(*ends, count, dtype=torch.float64) ** 2
     times = torch.arange(count + 1, dtype=torch.float64) / count  # arXiv 2102.09672, eq. 17
@@ -244,8 +244,8 @@ def _betas(noise_schedule: _VariancePreserving) -> Tensor:
     return (1 - left[1:] / left[:-1]).clamp(max=0.999)
 
 
-def _checked(within: tuple[float, float]) -> tuple[float, float]:
-    low, high = within
+def _checked(sigma_range: tuple[float, float]) -> tuple[float, float]:
+    low, high = sigma_range
     if not 0 <= low < high <= 1:
-        raise InvalidValueError(f"noise levels within {within} are none: need 0 <= lowest < highest <= 1.")
-    return within
+        raise InvalidValueError(f"noise levels within {sigma_range} are none: need 0 <= lowest < highest <= 1.")
+    return sigma_range

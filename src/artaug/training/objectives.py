@@ -13,7 +13,7 @@ from artaug.errors import InvalidValueError
 from artaug.training.model import Conditioning
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 
-Weights: TypeAlias = Float[Tensor, "..."]
+LatentWeights: TypeAlias = Float[Tensor, "..."]
 """A number for every latent, of a shape that broadcasts to theirs."""
 
 
@@ -31,13 +31,13 @@ class PairBatch:
     """Standard normal, same shape as the latents: one draw a pair."""
     sigmas: Sigmas
     """Noise levels: shape (batch,), in (0, 1]."""
-    inside: Weights | None = None
+    region_mask: LatentWeights | None = None
     """How much of every latent lies in the plan's regions, in [0, 1], broadcastable to the latents' shape; None:
     everywhere."""
 
-    def weights(self, outside: float) -> Weights | None:
+    def weights(self, outside: float) -> LatentWeights | None:
         """What a latent's error counts: 1 in the plan's regions, ``outside`` elsewhere, between them on an edge."""
-        return None if self.inside is None or outside == 1 else outside + (1 - outside) * self.inside
+        return None if self.region_mask is None or outside == 1 else outside + (1 - outside) * self.region_mask
 
 
 class Student(Protocol):
@@ -54,7 +54,7 @@ class Student(Protocol):
         pass (gradient checkpointing), and predictions at several scales may be parts of one loss.
         """
 
-    def teacher(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
+    def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         """The prediction without it, LoRAs of earlier rounds included: float32, without gradient."""
 
 
@@ -93,7 +93,7 @@ class TrainingPlan:
 
 
 class Objective(ABC):
-    """What training minimizes. Subclass it and write `loss`; override `course` for a training of several stages.
+    """What training minimizes. Subclass it and write `loss`; override `training_plan` for a training of several stages.
 
     >>> import artaug as aa
     >>> from torch.nn.functional import l1_loss
@@ -108,7 +108,7 @@ class Objective(ABC):
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         """The loss of one step, a scalar."""
 
-    def course(self, pairs: int) -> TrainingPlan:
+    def training_plan(self, pairs: int) -> TrainingPlan:
         """How a training on this many pairs proceeds; unless overridden, all of them together in one stage."""
         return TrainingPlan((tuple(range(pairs)),), (Stage(self.loss),))
 
@@ -132,31 +132,31 @@ class PairedDifference(Objective):
     has that as variance, and a LoRA of few pairs memorises it; here it cancels. Equal pictures give a loss and a gradient
     of exactly zero at the start, so guidance or step distillation is the reference and never un-learned.
 
-    Where a pair knows the plan's regions (``PairBatch.inside``), errors outside them can count less, and what changed
+    Where a pair knows the plan's regions (``PairBatch.region_mask``), errors outside them can count less, and what changed
     outside them can be taken back, so that only what was asked for is learned.
 
     Raises:
         InvalidValueError: unless ``outside`` is finite and at least 0.
     """
 
-    outside: float = 1.0
+    outside_weight: float = 1.0
     """What an error outside the plan's regions counts, where one inside counts 1. At 0 the LoRA is free there."""
     composite: bool = False
     """Learn from ``before + inside * (after - before)``: outside the regions the picture is to stay as it was."""
 
     def __post_init__(self) -> None:
-        check_outside(self, self.outside)
+        check_outside_weight(self, self.outside_weight)
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         clean = batch.after
-        if self.composite and batch.inside is not None:
-            clean = batch.before + batch.inside * (batch.after - batch.before)
+        if self.composite and batch.region_mask is not None:
+            clean = batch.before + batch.region_mask * (batch.after - batch.before)
         before = model.noise_schedule.add_noise(batch.before, batch.noise, batch.sigmas)
         after = model.noise_schedule.add_noise(clean, batch.noise, batch.sigmas)
-        teacher = model.teacher(before, batch.sigmas, batch.conditioning)
+        teacher = model.teacher_predict(before, batch.sigmas, batch.conditioning)
         target = model.noise_schedule.paired_target(teacher, clean - batch.before, batch.sigmas)
         learned = model.predict(after, batch.sigmas, batch.conditioning)
-        return squared_errors(learned, target, weights=batch.weights(self.outside)).mean()
+        return mean_squared_errors(learned, target, weights=batch.weights(self.outside_weight)).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,14 +172,14 @@ class SupervisedFineTuning(Objective):
         InvalidValueError: unless ``outside`` is finite and at least 0.
     """
 
-    outside: float = 1.0
+    outside_weight: float = 1.0
     """What an error outside the plan's regions counts, where one inside counts 1."""
 
     def __post_init__(self) -> None:
-        check_outside(self, self.outside)
+        check_outside_weight(self, self.outside_weight)
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
-        return _fine_tuning(model, batch, batch.after, outside=self.outside)
+        return _fine_tuning(model, batch, batch.after, outside_weight=self.outside_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,29 +197,31 @@ class TwoStage(Objective):
 
     per_pair: bool = True
     """Train every pair alone and average the second LoRAs exactly (rank: pairs x rank); else pool all pairs."""
-    copying: float = 0.5
+    copy_fraction: float = 0.5
     """Part of the steps that goes into the first LoRA, in (0, 1)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.copying < 1:
-            raise InvalidValueError(f"TwoStage(copying={self.copying}): need a part of the steps, above 0 and below 1.")
+        if not 0 < self.copy_fraction < 1:
+            raise InvalidValueError(
+                f"TwoStage(copy_fraction={self.copy_fraction}): need a part of the steps, above 0 and below 1."
+            )
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         return _fine_tuning(model, batch, batch.after)
 
-    def course(self, pairs: int) -> TrainingPlan:
+    def training_plan(self, pairs: int) -> TrainingPlan:
         together = tuple(range(pairs))
         groups = tuple((number,) for number in together) if self.per_pair else (together,)
-        return TrainingPlan(groups, (Stage(_copying, self.copying), Stage(self.loss, 1 - self.copying)))
+        return TrainingPlan(groups, (Stage(_copying, self.copy_fraction), Stage(self.loss, 1 - self.copy_fraction)))
 
 
-def squared_errors(prediction: Latents, target: Latents, *, weights: Weights | None = None) -> Sigmas:
+def mean_squared_errors(prediction: Latents, target: Latents, *, weights: LatentWeights | None = None) -> Sigmas:
     """Mean squared errors, one a row; each latent's error counts its weight, and the mean is over all latents."""
     errors = (prediction - target).square()
     return (errors if weights is None else weights * errors).flatten(1).mean(1)
 
 
-def check_outside(objective: Objective, outside: float) -> None:
+def check_outside_weight(objective: Objective, outside: float) -> None:
     """Refuse a weight that is none.
 
     Raises:
@@ -227,7 +229,7 @@ def check_outside(objective: Objective, outside: float) -> None:
     """
     if not 0 <= outside < math.inf:
         raise InvalidValueError(
-            f"{type(objective).__name__}(outside={outside}): need a finite weight of at least 0; 1 counts all alike."
+            f"{type(objective).__name__}(outside_weight={outside}): need a finite weight of at least 0; 1 counts all alike."
         )
 
 
@@ -236,8 +238,8 @@ def _copying(model: Student, batch: PairBatch) -> Tensor:
     return _fine_tuning(model, batch, batch.before)
 
 
-def _fine_tuning(model: Student, batch: PairBatch, clean: Latents, *, outside: float = 1.0) -> Tensor:
+def _fine_tuning(model: Student, batch: PairBatch, clean: Latents, *, outside_weight: float = 1.0) -> Tensor:
     noisy = model.noise_schedule.add_noise(clean, batch.noise, batch.sigmas)
     target = model.noise_schedule.target(clean, batch.noise, batch.sigmas)
     learned = model.predict(noisy, batch.sigmas, batch.conditioning)
-    return squared_errors(learned, target, weights=batch.weights(outside)).mean()
+    return mean_squared_errors(learned, target, weights=batch.weights(outside_weight)).mean()

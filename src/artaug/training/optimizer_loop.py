@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from artaug.errors import ContractError, TrainingDivergedError
 from artaug.lora.lora import LoRA
-from artaug.training.adapters import Parts
-from artaug.training.batches import Turn
-from artaug.training.distributed import Processes
+from artaug.training.adapters import AdapterTensors
+from artaug.training.batches import StepBatch
+from artaug.training.distributed import World
 from artaug.training.objectives import Loss
 from artaug.training.state import Nested
-from artaug.training.student import AdaptedModel
+from artaug.training.student import AdapterStudent
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Stepped:
 class Captured:
     """Where an optimization stands between two steps."""
 
-    layers: Mapping[str, Parts]
+    layers: Mapping[str, AdapterTensors]
     """What is learned."""
-    average: Mapping[str, Parts]
+    average: Mapping[str, AdapterTensors]
     """Its moving average, if one is kept."""
     optimizer: Nested
     """The optimizer's ``state_dict``."""
@@ -41,7 +41,7 @@ class Captured:
 class OptimizerLoop:
     """A student on its way, its optimizer, and the moving average of what it learns if one is kept."""
 
-    def __init__(self, student: AdaptedModel, optimizer: torch.optim.Optimizer, *, ema: float | None) -> None:
+    def __init__(self, student: AdapterStudent, optimizer: torch.optim.Optimizer, *, ema: float | None) -> None:
         self._student = student
         self._factors = student.parameters()
         self._optimizer = optimizer
@@ -49,7 +49,9 @@ class OptimizerLoop:
         self._average = None if ema is None else [one.detach().clone() for one in self._factors]
         self._switch("train")
 
-    def resume(self, layers: Mapping[str, Parts], average: Mapping[str, Parts], optimizer: Nested) -> None:
+    def resume(
+        self, layers: Mapping[str, AdapterTensors], average: Mapping[str, AdapterTensors], optimizer: Nested
+    ) -> None:
         """Stand where `captured` was taken."""
         self._student.put(layers)
         self._optimizer.load_state_dict(optimizer)
@@ -60,13 +62,13 @@ class OptimizerLoop:
 
     def step(
         self,
-        turn: Turn,
+        turn: StepBatch,
         loss: Loss,
         *,
         number: int,
         learning_rate: float,
         max_grad_norm: float,
-        processes: Processes,
+        processes: World,
     ) -> Stepped:
         """Take one step on one batch.
 
@@ -93,12 +95,12 @@ class OptimizerLoop:
             torch._foreach_lerp_(self._average, list(self._factors), 1 - self._decay)
         return stepped
 
-    def _gathered(self, total: Tensor, max_grad_norm: float, processes: Processes) -> Tensor:
+    def _gathered(self, total: Tensor, max_grad_norm: float, processes: World) -> Tensor:
         """Add gradients up over all processes, shorten them, and say how long they were."""
         if processes.count > 1:
             for one in self._factors:
                 one.grad = torch.zeros_like(one) if one.grad is None else one.grad
-            processes.add_up([total, *(one.grad for one in self._factors if one.grad is not None)])
+            processes.all_reduce([total, *(one.grad for one in self._factors if one.grad is not None)])
         return nn.utils.clip_grad_norm_(self._factors, max_grad_norm)
 
     def captured(self, *, export: bool) -> "Captured":
@@ -108,7 +110,7 @@ class OptimizerLoop:
         learned = self._learned(layers, average) if export else None
         return Captured(layers, average, self._optimizer.state_dict(), learned)
 
-    def _learned(self, layers: Mapping[str, Parts], average: Mapping[str, Parts]) -> LoRA:
+    def _learned(self, layers: Mapping[str, AdapterTensors], average: Mapping[str, AdapterTensors]) -> LoRA:
         if average or not hasattr(self._optimizer, "eval"):
             return self._student.lora(average or layers)
         self._switch("eval")

@@ -17,12 +17,12 @@ class Optimizer(ABC):
 
     >>> import artaug as aa, torch
     >>> class Momentum(aa.Optimizer):
-    ...     def over(self, factors, *, learning_rate):
+    ...     def build(self, factors, *, learning_rate):
     ...         return torch.optim.SGD(factors, lr=learning_rate, momentum=0.9)
     """
 
     @abstractmethod
-    def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+    def build(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
         """An optimizer over these factors; the trainer sets its ``lr`` before every step."""
 
 
@@ -48,7 +48,7 @@ class AdaptiveMoments(Optimizer):
 class AdamW(AdaptiveMoments):
     """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101)."""
 
-    def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+    def build(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(factors, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas)
 
 
@@ -59,7 +59,7 @@ class AdamW8bit(AdaptiveMoments):
     A LoRA's moments are small beside the frozen model; below rank 64 or so plain `AdamW` costs little more.
     """
 
-    def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+    def build(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
         try:
             from bitsandbytes import optim  # noqa: PLC0415 - an extra
         except ImportError:
@@ -78,15 +78,15 @@ class Prodigy(AdaptiveMoments):
         InvalidValueError: also for a growth of at most 1.
     """
 
-    growth: float = math.inf
+    growth_rate: float = math.inf
     """By how much the estimate of the step length may grow in one step; above 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.growth > 1:
+        if not self.growth_rate > 1:
             raise InvalidValueError(f"{self}: need a growth above 1, or the step length could never be found.")
 
-    def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+    def build(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
         try:
             from prodigyopt import Prodigy as Theirs  # noqa: PLC0415 - an extra
         except ImportError:
@@ -96,7 +96,7 @@ class Prodigy(AdaptiveMoments):
             lr=learning_rate,
             weight_decay=self.weight_decay,
             betas=self.betas,
-            growth_rate=self.growth,
+            growth_rate=self.growth_rate,
             decouple=True,
         )
         return made
@@ -109,7 +109,7 @@ class ScheduleFree(AdaptiveMoments):
     Leave the trainer's ``schedule`` constant.
     """
 
-    def over(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+    def build(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
         try:
             from schedulefree import AdamWScheduleFree  # noqa: PLC0415 - an extra
         except ImportError:

@@ -37,28 +37,28 @@ class Phase:
         return self.begins - self.group_begins + (step - 1 - self.begins) % distinct
 
 
-def phases_of(course: TrainingPlan, steps: int, objective: Objective) -> Sequence[Phase]:
+def split_into_phases(training_plan: TrainingPlan, steps: int, objective: Objective) -> Sequence[Phase]:
     """Share all steps among groups and their stages, whole steps each; they add up to ``steps``.
 
     Raises:
         InvalidValueError: if someone would get none.
     """
-    shares = [stage.share for _ in course.groups for stage in course.stages]
+    shares = [stage.share for _ in training_plan.groups for stage in training_plan.stages]
     whole = math.fsum(shares)
     marks = [0, *(round(steps * end / whole) for end in accumulate(shares))]
     if any(begin == end for begin, end in pairwise(marks)):
         raise InvalidValueError(
-            f"steps={steps} are too few for {objective}: {len(course.groups)} group(s) of pairs with "
-            f"{len(course.stages)} stage(s) each need at least one step a stage. Give it more steps, or fewer pairs."
+            f"steps={steps} are too few for {objective}: {len(training_plan.groups)} group(s) of pairs with "
+            f"{len(training_plan.stages)} stage(s) each need at least one step a stage. Give it more steps, or fewer pairs."
         )
-    width = len(course.stages)
+    width = len(training_plan.stages)
     return [
         Phase(
             group=place // width,
-            members=course.groups[place // width],
+            members=training_plan.groups[place // width],
             stage=place % width,
             last=place % width == width - 1,
-            loss=course.stages[place % width].loss,
+            loss=training_plan.stages[place % width].loss,
             begins=begin,
             ends=end,
             group_begins=marks[place - place % width],

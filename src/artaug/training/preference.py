@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from artaug.errors import InvalidValueError
 from artaug.training.noise_schedule import Latents
-from artaug.training.objectives import Objective, PairBatch, Student, check_outside, squared_errors
+from artaug.training.objectives import Objective, PairBatch, Student, check_outside_weight, mean_squared_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,11 @@ class DirectPreference(Objective):
     """How much a difference of mean squared errors counts: the smaller, the further the LoRA may go."""
     anchor: float = 0.01
     """How strongly both predictions are held to the teacher's, in units of ``beta / 2``; everywhere in the picture."""
-    outside: float = 1.0
+    outside_weight: float = 1.0
     """What an error outside the plan's regions counts for the preference, where one inside counts 1."""
 
     def __post_init__(self) -> None:
-        check_outside(self, self.outside)
+        check_outside_weight(self, self.outside_weight)
         if not (0 < self.beta < math.inf and 0 <= self.anchor < math.inf):
             raise InvalidValueError(
                 f"DirectPreference(beta={self.beta}, anchor={self.anchor}): need a finite beta above 0 and a finite "
@@ -64,8 +64,10 @@ class DirectPreference(Objective):
         """By how much the student's error is below the teacher's, and how far the two are apart: one number a row."""
         noisy = model.noise_schedule.add_noise(clean, batch.noise, batch.sigmas)
         target = model.noise_schedule.target(clean, batch.noise, batch.sigmas)
-        teacher = model.teacher(noisy, batch.sigmas, batch.conditioning)
+        teacher = model.teacher_predict(noisy, batch.sigmas, batch.conditioning)
         learned = model.predict(noisy, batch.sigmas, batch.conditioning)
-        weights = batch.weights(self.outside)
-        gain = squared_errors(teacher, target, weights=weights) - squared_errors(learned, target, weights=weights)
-        return gain, squared_errors(learned, teacher)
+        weights = batch.weights(self.outside_weight)
+        gain = mean_squared_errors(teacher, target, weights=weights) - mean_squared_errors(
+            learned, target, weights=weights
+        )
+        return gain, mean_squared_errors(learned, teacher)

@@ -16,17 +16,17 @@ _TRUE = (0.5, 1.5)
 """How much of a change a gradient may tell: right ones tell 1, up to what int8 activations round off."""
 
 
-def is_foreign(weight: object) -> bool:
+def is_quantized(weight: object) -> bool:
     """Whether a weight is of a class that torch does not have, so a quantizing library's."""
     return isinstance(weight, Tensor) and type(weight).__module__.partition(".")[0] != "torch"
 
 
-def stored_in(weight: Tensor) -> Iterator[Tensor]:
+def storage_tensors(weight: Tensor) -> Iterator[Tensor]:
     """The plain tensors a weight is stored in: itself, or codes and scales."""
-    made_of: Any = weight
-    if hasattr(weight, "__tensor_flatten__") and is_foreign(weight):  # torchao, quanto
-        for name in made_of.__tensor_flatten__()[0]:
-            yield from stored_in(getattr(weight, name))
+    run_fingerprint: Any = weight
+    if hasattr(weight, "__tensor_flatten__") and is_quantized(weight):  # torchao, quanto
+        for name in run_fingerprint.__tensor_flatten__()[0]:
+            yield from storage_tensors(getattr(weight, name))
         return
     yield weight
     state = getattr(weight, "quant_state", None)  # bitsandbytes: 4 bits, and 8
@@ -35,7 +35,7 @@ def stored_in(weight: Tensor) -> Iterator[Tensor]:
     yield from (one for one in scales if one is not None)
 
 
-def set_to_learn(module: nn.Module) -> None:
+def prepare_for_training(module: nn.Module) -> None:
     """Have layers that draw by a shortcut without gradient take the way that has one.
 
     On a CPU bitsandbytes packs a 4-bit layer anew when it first draws in evaluation mode, and nothing learns through a
@@ -66,8 +66,8 @@ def check_gradients(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         ModelError: naming a layer and how much of a change its gradient tells.
     """
     weights: dict[str, Any] = {name: getattr(layer, "weight", None) for name, layer in layers.items()}
-    kinds = {type(one): name for name, one in weights.items() if is_foreign(one) and one.device.type != "meta"}
-    plain = (one.dtype for one in module.parameters() if one.is_floating_point() and not is_foreign(one))
+    kinds = {type(one): name for name, one in weights.items() if is_quantized(one) and one.device.type != "meta"}
+    plain = (one.dtype for one in module.parameters() if one.is_floating_point() and not is_quantized(one))
     dtype = next(plain, torch.get_default_dtype())
     for kind, name in kinds.items():
         weight = weights[name]
@@ -81,7 +81,7 @@ def check_gradients(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             )
 
 
-def check_readable(layers: Mapping[str, nn.Module], device: torch.device) -> None:
+def check_dequantizable(layers: Mapping[str, nn.Module], device: torch.device) -> None:
     """Refuse layers whose weights PEFT cannot read and give back as they were, as DoRA has to.
 
     Raises:
@@ -96,7 +96,7 @@ def check_readable(layers: Mapping[str, nn.Module], device: torch.device) -> Non
             stored = "is spread over processes (sharded)"
         elif type(weight).__name__ == "Int8Params":  # bitsandbytes loses its scales when PEFT unpacks one
             stored = "is stored as bitsandbytes' int8"
-        elif not is_foreign(weight) and weight.itemsize == 1 and weight.is_floating_point():
+        elif not is_quantized(weight) and weight.itemsize == 1 and weight.is_floating_point():
             stored = f"is stored as {weight.dtype}"
         if stored is not None:
             raise ModelError(

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from artaug.training.noise_schedule import Latents
 
 
-def scaled_in_backward(prediction: Latents, wear: Callable[[float], None], scale: float) -> Latents:
+def backward_at_scale(prediction: Latents, wear: Callable[[float], None], scale: float) -> Latents:
     """The same prediction, whose backward pass is computed with the LoRA at ``scale``.
 
     Gradient checkpointing throws activations away and runs the layers again in the backward pass, long after the

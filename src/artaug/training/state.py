@@ -16,7 +16,7 @@ from torch import Tensor
 from artaug._internal.files import atomic_write, load_tensors, save_tensors
 from artaug.errors import InvalidValueError, StorageError
 from artaug.lora.lora import LoRA, LowRank, sum_loras
-from artaug.training.adapters import Parts
+from artaug.training.adapters import AdapterTensors
 from artaug.training.validation import ValidationResult, as_json
 
 _VERSION = "2"
@@ -38,15 +38,15 @@ class TrainingState:
     """What the groups of pairs behind it have learned."""
     under: tuple[LoRA, ...] = ()
     """What the earlier stages of this group have learned."""
-    layers: Mapping[str, Parts] = field(default_factory=dict)
+    layers: Mapping[str, AdapterTensors] = field(default_factory=dict)
     """What the stage under way is learning, by layer; none where a stage is about to begin."""
-    average: Mapping[str, Parts] = field(default_factory=dict)
+    average: Mapping[str, AdapterTensors] = field(default_factory=dict)
     """Its moving average, if one is kept."""
     optimizer: Nested = None
     """The optimizer's ``state_dict``."""
     base_scores: tuple[float, ...] = ()
     """Of the held-out pictures drawn without what is learned, if they are looked at."""
-    looks: tuple[ValidationResult, ...] = ()
+    validations: tuple[ValidationResult, ...] = ()
     best: LoRA | None = None
     """The LoRA of the best look."""
     learned: LoRA | None = None
@@ -65,12 +65,12 @@ class TrainingState:
             return self.learned
         return sum_loras([lora.scaled(1 / len(self.finished)) for lora in self.finished])
 
-    def save(self, path: Path, *, made_of: Mapping[str, str]) -> None:
+    def save(self, path: Path, *, run_fingerprint: Mapping[str, str]) -> None:
         """Write the state to one file that appears whole or not at all, even if the machine dies on the way.
 
         Args:
             path: where to write; folders in between are made.
-            made_of: what the training is made of, by name; `load` refuses a file of another one.
+            run_fingerprint: what the training is made of, by name; `load` refuses a file of another one.
 
         Raises:
             StorageError: if it cannot be written; whatever was at ``path`` is as before.
@@ -86,17 +86,17 @@ class TrainingState:
         header = {
             "version": _VERSION,
             "step": str(self.step),
-            "looks": json.dumps([as_json(look) for look in self.looks]),
+            "looks": json.dumps([as_json(look) for look in self.validations]),
             "optimizer": json.dumps(_without_tensors(self.optimizer, "optimizer", tensors)),
         }
         remedy = (
             "Those before it are whole: make room and call train again with the same arguments to go on from the last."
         )
         with atomic_write(path, what="the checkpoint", remedy=remedy) as partial:
-            save_tensors(tensors, partial, {**header, **made_of})
+            save_tensors(tensors, partial, {**header, **run_fingerprint})
 
     @classmethod
-    def load(cls, path: Path, *, made_of: Mapping[str, str]) -> "TrainingState":
+    def load(cls, path: Path, *, run_fingerprint: Mapping[str, str]) -> "TrainingState":
         """Read what `save` wrote.
 
         Raises:
@@ -114,9 +114,9 @@ class TrainingState:
                 f"{path} is no checkpoint of this version of artaug (its version: {header.get('version')}, expected "
                 f"{_VERSION}). Give the training another folder."
             )
-        unlike = [name for name in made_of if header.get(name) != made_of[name]]
+        unlike = [name for name in run_fingerprint if header.get(name) != run_fingerprint[name]]
         if unlike:
-            told = "; ".join(f"{name}: {header.get(name)} there, {made_of[name]} here" for name in unlike)
+            told = "; ".join(f"{name}: {header.get(name)} there, {run_fingerprint[name]} here" for name in unlike)
             raise StorageError(
                 f"{path} belongs to another training ({told}). Give this one another folder, or the arguments of that one."
             )
@@ -128,7 +128,7 @@ class TrainingState:
             layers=_by_layer(tensors, "layers"),
             average=_by_layer(tensors, "average"),
             base_scores=tuple(tensors.pop("base_scores").tolist()),
-            looks=tuple(ValidationResult(**look) for look in json.loads(header["looks"])),
+            validations=tuple(ValidationResult(**look) for look in json.loads(header["looks"])),
             best=LoRA(layers) if (layers := _layers(tensors, "best")) else None,
             optimizer=_with_tensors(json.loads(header["optimizer"]), tensors),
         )
@@ -164,23 +164,23 @@ class Checkpoints:
                 "two files and files that stay."
             )
 
-    def newest(self, *, made_of: Mapping[str, str]) -> TrainingState | None:
+    def newest(self, *, run_fingerprint: Mapping[str, str]) -> TrainingState | None:
         """The state in the newest file; None if there is none yet.
 
         Raises:
             StorageError: if the file is broken, or belongs to another training.
         """
         files = self._files()
-        return TrainingState.load(files[-1], made_of=made_of) if files else None
+        return TrainingState.load(files[-1], run_fingerprint=run_fingerprint) if files else None
 
-    def write(self, state: TrainingState, *, made_of: Mapping[str, str]) -> None:
+    def write(self, state: TrainingState, *, run_fingerprint: Mapping[str, str]) -> None:
         """Add a file, then delete the oldest beyond ``keep``.
 
         Raises:
             StorageError: if it cannot be written; the files before it are all there then.
         """
         path = Path(self.folder) / f"step-{state.step:08}.safetensors"
-        state.save(path, made_of=made_of)
+        state.save(path, run_fingerprint=run_fingerprint)
         for old in self._files()[: -self.keep]:
             old.unlink()
         for leftover in Path(self.folder).glob("step-*.partial"):  # of a training that was killed while it wrote
@@ -190,7 +190,7 @@ class Checkpoints:
         return sorted(Path(self.folder).glob("step-*.safetensors"))
 
 
-def _parts(prefix: str, layers: Mapping[str, Parts]) -> dict[str, Tensor]:
+def _parts(prefix: str, layers: Mapping[str, AdapterTensors]) -> dict[str, Tensor]:
     return {f"{prefix}|{name}|{part}": one for name, parts in layers.items() for part, one in parts.items()}
 
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from artaug.errors import ContractError, LoRAMismatchError, ModelError
 from artaug.lora.lora import LoRA
-from artaug.training.adapters import Adapter, Parts, PlainLoRA, Weights
+from artaug.training.adapters import Adapter, AdapterTensors, LayerWeights, PlainLoRA
 from artaug.training.model import Conditioning, Predictor
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
-from artaug.training.quantized import check_gradients, check_readable, set_to_learn
-from artaug.training.scaling import scaled_in_backward
-from artaug.training.teacher_cache import Memory
+from artaug.training.quantized import check_dequantizable, check_gradients, prepare_for_training
+from artaug.training.scaling import backward_at_scale
+from artaug.training.teacher_cache import TeacherCache
 
 _NAME = "artaug"
 _PLAIN = PlainLoRA()
@@ -45,7 +45,7 @@ class LoRALayer(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class AdaptedModel:
+class AdapterStudent:
     """A frozen model with one adapter in training: the `Student` of every objective."""
 
     model: Predictor
@@ -54,7 +54,7 @@ class AdaptedModel:
     """PEFT's LoRA layers by the path of the layer they wrap."""
     trained: Mapping[str, Mapping[str, nn.Parameter]]
     """What is learned, by layer and part: float32."""
-    memory: Memory | None = None
+    teacher_cache: TeacherCache | None = None
     """What the teacher has said, if batches come again."""
 
     @property
@@ -68,7 +68,7 @@ class AdaptedModel:
         Raises:
             ModelError: for a scale that the adapter has no meaning for.
         """
-        if scale != 1 and self.adapter.directional:
+        if scale != 1 and self.adapter.use_dora:
             raise ModelError(
                 f"the objective asks for {scale:g} times the update, and {type(self.adapter).__name__} turns weights "
                 "instead of adding to them: there is no such thing. Train a PlainLoRA or a LoKr."
@@ -78,19 +78,19 @@ class AdaptedModel:
             prediction = self.model.predict(noisy, sigmas, conditioning).float()
         finally:
             self.wear(1.0)
-        return scaled_in_backward(prediction, self.wear, scale)
+        return backward_at_scale(prediction, self.wear, scale)
 
     def wear(self, scale: float) -> None:
         """Let the update count ``scale`` times until told otherwise."""
         for layer in self.wrapped.values():
             layer.set_scale(_NAME, scale)
 
-    def teacher(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
+    def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         """The prediction without it: float32, without gradient."""
-        if self.memory is None:
+        if self.teacher_cache is None:
             return self._taught(noisy, sigmas, conditioning).float()
         asked = {"noisy": noisy, "sigmas": sigmas, **{f"text.{name}": one for name, one in conditioning.items()}}
-        return self.memory.answer(asked, lambda: self._taught(noisy, sigmas, conditioning)).float()
+        return self.teacher_cache.get_or_compute(asked, lambda: self._taught(noisy, sigmas, conditioning)).float()
 
     @torch.no_grad()
     def _taught(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
@@ -106,34 +106,34 @@ class AdaptedModel:
         """All that is learned, in the order of the model's layers."""
         return [part for parts in self.trained.values() for part in parts.values()]
 
-    def layers(self) -> dict[str, Parts]:
+    def layers(self) -> dict[str, AdapterTensors]:
         """What is learned as it is now, by layer: float32 copies on the CPU."""
         return self.filled(self.parameters())
 
-    def filled(self, values: Iterable[Tensor]) -> dict[str, Parts]:
+    def filled(self, values: Iterable[Tensor]) -> dict[str, AdapterTensors]:
         """Copies of tensors in the order of `parameters`, by layer, on the CPU."""
         given = iter(values)
         return {
             name: {part: next(given).detach().cpu().clone() for part in parts} for name, parts in self.trained.items()
         }
 
-    def lora(self, layers: Mapping[str, Parts] | None = None) -> LoRA:
+    def lora(self, layers: Mapping[str, AdapterTensors] | None = None) -> LoRA:
         """What has been learned, or what `layers` gave, as a LoRA."""
         return self.adapter.lora(self.layers() if layers is None else layers, self.weights)
 
     @torch.no_grad()
-    def put(self, layers: Mapping[str, Parts]) -> None:
+    def put(self, layers: Mapping[str, AdapterTensors]) -> None:
         """Set all that is learned to what `layers` gave."""
         for name, parts in self.trained.items():
             for part, parameter in parts.items():
                 parameter.copy_(layers[name][part])
 
-    def on(self, model: Predictor) -> "AdaptedModel":
+    def on(self, model: Predictor) -> "AdapterStudent":
         """The same student, for pictures of another size: ``model`` has the same denoiser."""
         return self if model is self.model else replace(self, model=model)
 
     @torch.no_grad()
-    def weights(self, name: str) -> Weights:
+    def weights(self, name: str) -> LayerWeights:
         """What a frozen layer multiplies with. LoRAs it wears are hooks: they are found by asking the layer."""
         from peft.utils.integrations import dequantize_module_weight  # noqa: PLC0415 - loads transformers
 
@@ -141,19 +141,19 @@ class AdaptedModel:
         stored: Tensor = dequantize_module_weight(layer)
         asked = torch.eye(layer.in_features, device=stored.device, dtype=stored.dtype)
         used: Tensor = layer(asked) - layer(torch.zeros_like(asked[:1]))
-        return Weights(stored.float(), used.float().T)
+        return LayerWeights(stored.float(), used.float().T)
 
 
 @contextmanager
-def adapted(
+def inject_adapter(
     model: Predictor,
     *,
     rank: int,
     targets: str,
     generator: torch.Generator,
     adapter: Adapter = _PLAIN,
-    memory: Memory | None = None,
-) -> Iterator[AdaptedModel]:
+    teacher_cache: TeacherCache | None = None,
+) -> Iterator[AdapterStudent]:
     """Give ``model`` a fresh adapter inside the ``with`` block, and leave it exactly as it was after it.
 
     Its update starts at zero.
@@ -164,18 +164,18 @@ def adapted(
             weights that the adapter cannot read.
     """
     module, device = model.module, model.device  # which a pipeline looks for through all its parts: once
-    layers = learning_layers(module, targets, adapter, device)
-    with left_as_found(module, layers):
+    layers = trainable_layers(module, targets, adapter, device)
+    with restored_on_exit(module, layers):
         module.eval()  # dropout would tell student and teacher apart
-        set_to_learn(module)
+        prepare_for_training(module)
         check_gradients(module, layers)
-        _wrap(module, layers, rank, directional=adapter.directional)
+        _wrap(module, layers, rank, use_dora=adapter.use_dora)
         wrapped = {name: cast("LoRALayer", module.get_submodule(name)) for name in layers}
         trained = {name: _begun(layer, adapter, rank, generator, device) for name, layer in wrapped.items()}
-        yield AdaptedModel(model, adapter, wrapped, trained, memory)
+        yield AdapterStudent(model, adapter, wrapped, trained, teacher_cache)
 
 
-def learning_layers(module: nn.Module, targets: str, adapter: Adapter, device: torch.device) -> dict[str, nn.Module]:
+def trainable_layers(module: nn.Module, targets: str, adapter: Adapter, device: torch.device) -> dict[str, nn.Module]:
     """The layers that are to learn, if they can.
 
     Raises:
@@ -187,13 +187,13 @@ def learning_layers(module: nn.Module, targets: str, adapter: Adapter, device: t
             f"{type(module).__name__} carries PEFT adapters already ({', '.join(present)}). "
             "Unload them, and give LoRAs to the synthesizer with with_lora."
         )
-    layers = targeted_layers(module, targets)
-    if adapter.directional:
-        check_readable(layers, device)
+    layers = find_target_layers(module, targets)
+    if adapter.use_dora:
+        check_dequantizable(layers, device)
     return layers
 
 
-def targeted_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:
+def find_target_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:
     """The linear layers of ``module`` in whose path the regular expression ``targets`` is found.
 
     Raises:
@@ -211,7 +211,7 @@ def targeted_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def left_as_found(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+def restored_on_exit(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put back the very layers, flags and attributes that were there, whatever happens in between."""
     training = [(one, one.training) for one in module.modules()]
     trainable = [(one, one.requires_grad) for one in module.parameters()]
@@ -228,7 +228,7 @@ def left_as_found(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterato
             parameter.requires_grad_(flag)
 
 
-def _wrap(module: nn.Module, layers: Mapping[str, nn.Module], rank: int, *, directional: bool) -> None:
+def _wrap(module: nn.Module, layers: Mapping[str, nn.Module], rank: int, *, use_dora: bool) -> None:
     from peft import LoraConfig  # noqa: PLC0415 - loads transformers
     from peft.tuners.lora import LoraModel  # noqa: PLC0415
 
@@ -237,7 +237,7 @@ def _wrap(module: nn.Module, layers: Mapping[str, nn.Module], rank: int, *, dire
         lora_alpha=rank,
         target_modules="|".join(re.escape(name) for name in layers),  # a string is matched against the whole path
         init_lora_weights=False,
-        use_dora=directional,
+        use_dora=use_dora,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT draws from the global generator, and we replace what it drew; it warns of merging, which we never do.
@@ -253,17 +253,17 @@ def _begun(
     stored: torch.device = base.weight.device
     waits = stored.type in {"cpu", "meta"}  # offloaded, unless the model computes there, too
     factors = adapter.factors(base.in_features, base.out_features, rank, generator)
-    if not all(hasattr(one, "weight") for one in (factors if adapter.directional else factors[:1])):
+    if not all(hasattr(one, "weight") for one in (factors if adapter.use_dora else factors[:1])):
         kinds = " and ".join(type(one).__name__ for one in factors)
         raise ContractError(
             f"{type(adapter).__name__}.factors returned {kinds}, and PEFT asks for their weight: need one."
         )
     down, up = (one.to(device if waits else stored) for one in factors)
     layer.lora_A[_NAME], layer.lora_B[_NAME] = down, up
-    layer.cast_input_dtype_enabled = adapter.directional  # lengths of rows are no numbers for sixteen bits
+    layer.cast_input_dtype_enabled = adapter.use_dora  # lengths of rows are no numbers for sixteen bits
     parts = {f"down.{name}": one for name, one in down.named_parameters()}
     parts |= {f"up.{name}": one for name, one in up.named_parameters()}
-    if adapter.directional:
+    if adapter.use_dora:
         lengths: Any = layer.lora_magnitude_vector[_NAME]
         first, last = (one.weight.to(stored) for one in (down, up))
         lengths.update_layer(base_layer=base, lora_A=first, lora_B=last, scaling=1.0)

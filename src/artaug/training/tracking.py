@@ -20,7 +20,7 @@ class Tracker:
 
     _theirs: Any
 
-    def step(self, event: StepEvent) -> None:
+    def log_step(self, event: StepEvent) -> None:
         """Log a step: give it to ``train`` as ``on_step``."""
         told = {
             "train/loss": event.loss,
@@ -31,8 +31,8 @@ class Tracker:
         }
         self._theirs.log(told, step=event.step)
 
-    def look(self, look: ValidationResult) -> None:
-        """Log a look at held-out pictures, pictures included: give it to `Validation` as ``watch``."""
+    def log_validation(self, look: ValidationResult) -> None:
+        """Log a look at held-out pictures, pictures included: give it to `Validation` as ``on_validation``."""
         at = f"validation/strength_{look.strength:g}"
         self._theirs.log({f"{at}/win_rate": look.win_rate, f"{at}/gain": look.gain}, step=look.step)
         if look.pictures and hasattr(self._theirs, "log_images"):
@@ -42,7 +42,7 @@ class Tracker:
 
 
 @contextmanager
-def tracked(
+def open_tracker(
     tracker: str,
     run: str,
     *,
@@ -67,7 +67,7 @@ def tracked(
     if tracker not in kinds:
         raise InvalidValueError(f"there is no tracker {tracker!r}. Choose of: {', '.join(sorted(kinds))}.")
     if tracker not in {str(getattr(kind, "value", kind)) for kind in get_available_trackers()}:
-        raise MissingExtraError(f"tracked({tracker!r})", package=tracker)
+        raise MissingExtraError(f"open_tracker({tracker!r})", package=tracker)
     kind = kinds[tracker]
     theirs = kind(run, logging_dir=str(folder)) if kind.requires_logging_directory else kind(run)
     theirs.start()

@@ -15,14 +15,14 @@ from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair, pair_digest
 from artaug.synthesis import picture_seeds
 from artaug.training.config import TrainingConfig
-from artaug.training.distributed import Processes
+from artaug.training.distributed import World
 from artaug.training.loop import Run
 from artaug.training.model import Trainable
-from artaug.training.phases import Phase, phases_of
+from artaug.training.phases import Phase, split_into_phases
 from artaug.training.progress import Log, StepEvent
-from artaug.training.quantized import is_foreign
+from artaug.training.quantized import is_quantized
 from artaug.training.state import Checkpoints, TrainingState
-from artaug.training.student import learning_layers
+from artaug.training.student import trainable_layers
 from artaug.training.validation import Validation, ValidationResult, best
 
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingResult:
     """What a training gave."""
 
     lora: LoRA
@@ -44,13 +44,13 @@ class Training:
     """How many were taken: all, unless held-out pictures stopped getting better before."""
     seconds: float
     """Wall-clock time, encoding included; of the last run only, if it was resumed."""
-    looks: tuple[ValidationResult, ...] = ()
+    validations: tuple[ValidationResult, ...] = ()
     """What held-out pictures said, if they were looked at."""
 
     @property
-    def chosen(self) -> ValidationResult | None:
+    def best_validation(self) -> ValidationResult | None:
         """The look whose step and strength ``lora`` has, if held-out pictures chose it."""
-        return best(self.looks) if self.looks else None
+        return best(self.validations) if self.validations else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class DifferentialLoRATrainer(TrainingConfig):
     >>> import artaug as aa
     >>> trainer = aa.DifferentialLoRATrainer(rank=8, steps=100, learning_rate=1e-3)
     >>> trainer.objective
-    PairedDifference(outside=1.0, composite=False)
+    PairedDifference(outside_weight=1.0, composite=False)
     """
 
     def train(
@@ -81,7 +81,7 @@ class DifferentialLoRATrainer(TrainingConfig):
         cache: str | Path | None = None,
         on_step: Callable[[StepEvent], None] | None = None,
         progress: bool = True,
-    ) -> Training:
+    ) -> TrainingResult:
         """Learn from pairs. The synthesizer's model is as before afterwards, also after an exception.
 
         Args:
@@ -109,18 +109,18 @@ class DifferentialLoRATrainer(TrainingConfig):
             raise NothingToLearnError(
                 "received 0 pairs, and training needs at least one. Ask for more prompts, or loosen the filter."
             )
-        course = self.objective.course(len(pairs))
-        legs = phases_of(course, self.steps, self.objective)
-        *seeds, validation_seed = picture_seeds(seed, len(course.groups) + 1)
+        training_plan = self.objective.training_plan(len(pairs))
+        legs = split_into_phases(training_plan, self.steps, self.objective)
+        *seeds, validation_seed = picture_seeds(seed, len(training_plan.groups) + 1)
         processes = _sharing(self.batch_size)
         with synthesizer.training() as model:
-            learning_layers(
+            trainable_layers(
                 model.module, self.targets, self.adapter, model.device
             )  # or say so before anything is encoded
             named = f"{_known_as(model.module)} {synthesizer.fingerprint}".rstrip()
-            made_of = {**self._made_of(pairs, seed, validation), "model": named}
+            run_fingerprint = {**self._made_of(pairs, seed, validation), "model": named}
         _warn_of_unseen(legs, self)
-        found = None if checkpoints is None else checkpoints.newest(made_of=made_of)
+        found = None if checkpoints is None else checkpoints.newest(run_fingerprint=run_fingerprint)
         state = TrainingState() if found is None else found
         with Log(self.steps, on_step, begun=state.step, shown=progress and processes.first) as log:
             state = Run(
@@ -132,24 +132,26 @@ class DifferentialLoRATrainer(TrainingConfig):
                 processes=processes,
                 log=log,
                 checkpoints=checkpoints,
-                made_of=made_of,
+                run_fingerprint=run_fingerprint,
                 validation=validation,
                 cache=None if cache is None else Path(cache),
                 validation_seed=validation_seed,
             ).finished(state)
-        return Training(
-            lora=state.lora() if state.best is None else state.best.scaled(best(state.looks).strength),
+        return TrainingResult(
+            lora=state.lora() if state.best is None else state.best.scaled(best(state.validations).strength),
             losses=state.losses,
             pairs=len(pairs),
             steps=state.step,
             seconds=log.seconds,
-            looks=state.looks,
+            validations=state.validations,
         )
 
     def _made_of(self, pairs: Sequence[ImagePair], seed: int, validation: Validation | None) -> dict[str, str]:
         """What decides the result, by name: a training is resumed only by one made of the same."""
         data = digest(*(pair_digest(pair, include_plan=True) for pair in pairs))
-        told = replace(self, at_once=None, gradient_checkpointing=False)  # which change memory, and not the result
+        told = replace(
+            self, micro_batch_size=None, gradient_checkpointing=False
+        )  # which change memory, and not the result
         return {
             "trainer": _said(told),
             "seed": str(seed),
@@ -184,7 +186,7 @@ def _known_as(module: nn.Module) -> str:
     """A name for a model's weights: its class and a digest of the small ones, which every fine-tuning moves, too."""
     parts: list[str | Tensor] = []
     for name, one in module.named_parameters():
-        if is_foreign(one):  # bitsandbytes lays its weights out anew when it draws on a CPU
+        if is_quantized(one):  # bitsandbytes lays its weights out anew when it draws on a CPU
             parts += [name, type(one).__name__]
             continue
         parts += [name, str(tuple(one.shape))]
@@ -193,9 +195,9 @@ def _known_as(module: nn.Module) -> str:
     return f"{type(module).__name__} {digest(*parts)[:16]}"
 
 
-def _sharing(batch_size: int) -> Processes:
+def _sharing(batch_size: int) -> World:
     """The processes of this training, each with the same share of a batch: sharded models compute in step."""
-    processes = Processes.here()
+    processes = World.current()
     if batch_size % processes.count:
         raise InvalidValueError(
             f"batch_size={batch_size} cannot be shared equally by {processes.count} processes: make it a multiple."

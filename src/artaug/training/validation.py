@@ -26,7 +26,7 @@ class ValidationResult:
     gain: float
     """Mean score over the base's, in the scorer's units."""
     pictures: tuple[Image, ...] = field(default=(), repr=False, compare=False)
-    """One a prompt, for whoever watches; not kept in a `Training`."""
+    """One a prompt, for whoever watches; not kept in a `TrainingResult`."""
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -63,7 +63,7 @@ class Validation:
     """Stop after so many looks in a row without a better one; None to go on to the end."""
     batch_size: int = 8
     """Pictures drawn at a time."""
-    watch: Callable[[ValidationResult], None] | None = field(default=None, repr=False)
+    on_validation: Callable[[ValidationResult], None] | None = field(default=None, repr=False)
     """Called after every look, with its pictures."""
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class Validation:
             pictures += draw(synthesizer, plans, seeds=seeds[some])
         return tuple(score_images(self.scorer, pictures, self.prompts)), tuple(pictures)
 
-    def looks(
+    def evaluate(
         self, lora: LoRA, synthesizer: Synthesizer, base: Sequence[float], *, step: int, seed: int
     ) -> list[ValidationResult]:
         """ValidationResult at a LoRA at every strength; ``base`` are the scores without it."""
@@ -113,12 +113,12 @@ class Validation:
                 gain=math.fsum(gains) / len(gains),
                 pictures=pictures,
             )
-            if self.watch is not None:
-                self.watch(look)
+            if self.on_validation is not None:
+                self.on_validation(look)
             found.append(replace(look, pictures=()))
         return found
 
-    def tired(self, looks: Sequence[ValidationResult]) -> bool:
+    def should_stop(self, looks: Sequence[ValidationResult]) -> bool:
         """Whether the last ``patience`` looks brought nothing better than those before them."""
         if self.patience is None:
             return False

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, T5Config
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer, Estimate, estimate
 from artaug.training.objectives import PairBatch
-from artaug.training.student import adapted
+from artaug.training.student import inject_adapter
 from support.quantized import quantized
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
@@ -29,7 +29,7 @@ def real_step(pipeline, trainer, **options):
     generator = torch.Generator().manual_seed(0)
     with (
         synthesizer.training() as model,
-        adapted(model, rank=trainer.rank, targets=trainer.targets, generator=generator) as student,
+        inject_adapter(model, rank=trainer.rank, targets=trainer.targets, generator=generator) as student,
     ):
         if trainer.gradient_checkpointing:
             model.module.enable_gradient_checkpointing()
@@ -101,7 +101,7 @@ def test_every_optimizer_keeps_what_it_keeps(optimizer, each):
 
 
 def test_fewer_pairs_at_once_hold_less_and_compute_as_much():
-    whole, parts = (estimate(tiny_flux(), trainer=trainer_of(batch_size=4, at_once=n), **CPU) for n in (4, 1))
+    whole, parts = (estimate(tiny_flux(), trainer=trainer_of(batch_size=4, micro_batch_size=n), **CPU) for n in (4, 1))
     assert parts.activations_bytes < 0.5 * whole.activations_bytes
     assert parts.flops_per_step == whole.flops_per_step
 

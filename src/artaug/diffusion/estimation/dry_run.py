@@ -21,8 +21,8 @@ from artaug.diffusion.families.base import Family
 from artaug.lora.lora import LoRA, LowRank
 from artaug.training.config import TrainingConfig
 from artaug.training.objectives import PairBatch, Stage
-from artaug.training.student import adapted, targeted_layers
-from artaug.training.teacher_cache import Memory
+from artaug.training.student import find_target_layers, inject_adapter
+from artaug.training.teacher_cache import TeacherCache
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - the one flash kernel meta knows
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001 - likewise
@@ -146,7 +146,7 @@ class DryRun:
     @property
     def pairs(self) -> int:
         """How many are worked on at a time."""
-        return min(self.config.at_once or self.config.batch_size, self.config.batch_size)
+        return min(self.config.micro_batch_size or self.config.batch_size, self.config.batch_size)
 
     def encoding(self) -> Work:
         """What encoding pictures takes, as many at a time as there are pairs in a step."""
@@ -154,7 +154,7 @@ class DryRun:
 
     def exported(self) -> int:
         """How many numbers the LoRA has that the training comes to."""
-        layers = targeted_layers(self.family.module, self.config.targets)
+        layers = find_target_layers(self.family.module, self.config.targets)
         return sum(one.down.numel() + one.up.numel() for one in _of_zeros(layers, self.config).layers.values())
 
     def step(self, stage: Stage, *, under: int, remembered: bool = False) -> tuple[Work, int]:
@@ -167,18 +167,18 @@ class DryRun:
         """
         family, config = self.family, self.config
         module: Any = family.module
-        layers = targeted_layers(module, config.targets)
+        layers = find_target_layers(module, config.targets)
         with ExitStack() as worn:
             for _ in range(under):
                 worn.enter_context(_of_zeros(layers, config).applied_to(module))
             student = worn.enter_context(
-                adapted(
+                inject_adapter(
                     family,
                     rank=config.rank,
                     targets=config.targets,
                     generator=torch.Generator(),
                     adapter=config.adapter,
-                    memory=_Remembered() if remembered else None,
+                    teacher_cache=_Remembered() if remembered else None,
                 )
             )
             if config.gradient_checkpointing:
@@ -220,10 +220,10 @@ class DryRun:
         )
 
 
-class _Remembered(Memory):
+class _Remembered(TeacherCache):
     """Knows every answer, so nothing is asked."""
 
-    def answer(self, asked: Mapping[str, Tensor], ask: Callable[[], Tensor]) -> Tensor:
+    def get_or_compute(self, asked: Mapping[str, Tensor], ask: Callable[[], Tensor]) -> Tensor:
         return torch.empty_like(asked["noisy"])
 
 
@@ -232,7 +232,7 @@ def _of_zeros(layers: Mapping[str, Any], config: TrainingConfig) -> LoRA:
     zero, found = torch.zeros(1), {}
     for name, one in layers.items():
         inputs, outputs = one.in_features, one.out_features
-        rank = config.adapter.exported_rank(inputs, outputs, config.rank)
+        rank = config.adapter.lora_rank(inputs, outputs, config.rank)
         found[name] = LowRank(zero.expand(rank, inputs), zero.expand(outputs, rank))
     return LoRA(found)
 

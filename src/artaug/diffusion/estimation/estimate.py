@@ -168,7 +168,7 @@ def _bound(pipeline: DiffusionPipeline, *, width: int, height: int, max_sequence
 
 def _stages(run: DryRun) -> tuple[int, int, int]:
     """The most any stage holds, what a step computes on average, and how many numbers are trained."""
-    stages = run.config.objective.course(1).stages
+    stages = run.config.objective.training_plan(1).stages
     works: list[Work] = []
     trained = 0
     flops, whole = 0.0, math.fsum(stage.share for stage in stages)
@@ -197,7 +197,7 @@ def _state_of(optimizer: Optimizer) -> float:
         return _QUANTISED_MOMENTS  # whose kernels may want a GPU
     probe = nn.Parameter(torch.ones(_PROBED))  # some keep less of zeros
     probe.grad = torch.ones(_PROBED)
-    made = optimizer.over([probe], learning_rate=1e-4)
+    made = optimizer.build([probe], learning_rate=1e-4)
     if hasattr(made, "train"):
         made.train()  # schedule-free ones ask for it
     made.step()

@@ -23,7 +23,7 @@ from artaug.diffusion.families.unet.sd15 import StableDiffusion
 from artaug.diffusion.families.unet.sdxl import StableDiffusionXL
 from artaug.diffusion.families.z_image.family import ZImage
 from artaug.errors import ModelError
-from artaug.training.quantized import is_foreign, stored_in
+from artaug.training.quantized import is_quantized, storage_tensors
 
 _CLIP_READS = 77
 
@@ -66,7 +66,7 @@ def modules(pipeline: DiffusionPipeline) -> Iterator[tuple[str, nn.Module]]:
 
 def stored_bytes(module: nn.Module) -> int:
     """What a module's parameters and buffers take as they are stored: quantized ones as codes and scales."""
-    parts = (part for one in (*module.parameters(), *module.buffers()) for part in stored_in(one))
+    parts = (part for one in (*module.parameters(), *module.buffers()) for part in storage_tensors(one))
     return sum(part.numel() * part.element_size() for part in parts)
 
 
@@ -127,7 +127,7 @@ def _unpack_alike(part: nn.Module, twin: nn.Module, dtype: torch.dtype) -> None:
         hook: Any = getattr(getattr(one, "_diffusers_hook", None), "hooks", {}).get("layerwise_casting")
         weight = getattr(one, "weight", None)
         stored = None if hook is None else hook.storage_dtype
-        if is_foreign(weight) and type(weight).__module__.startswith("torchao."):
+        if is_quantized(weight) and type(weight).__module__.startswith("torchao."):
             stored = torch.float8_e4m3fn  # a byte, and one torch can cast
         if stored is not None:
             apply_layerwise_casting(twin.get_submodule(name), stored, dtype, skip_modules_pattern=None)

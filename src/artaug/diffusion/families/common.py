@@ -126,12 +126,12 @@ def shifted_flow(config: Mapping[str, Any], *, tokens: int) -> FlowMatching:
     """
     terminal = float(config.get("shift_terminal") or 0.0)
     if not config.get("use_dynamic_shifting"):
-        return FlowMatching(shift=float(config.get("shift", 1.0)), terminal=terminal)
+        return FlowMatching(shift=float(config.get("shift", 1.0)), shift_terminal=terminal)
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     mu = low + (high - low) * (tokens - few) / (many - few)
     shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-    return FlowMatching(shift=shift, terminal=terminal)
+    return FlowMatching(shift=shift, shift_terminal=terminal)
 
 
 def joined_texts(

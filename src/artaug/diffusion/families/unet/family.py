@@ -119,13 +119,13 @@ class UNetFamily(Family):
         steps, schedule = config["num_train_timesteps"], config["beta_schedule"]
         if config["prediction_type"] == "v_prediction":
             zero = config["rescale_betas_zero_snr"]
-            return VPrediction(**betas, timesteps=steps, schedule=schedule, zero_terminal_snr=zero)
+            return VPrediction(**betas, num_train_timesteps=steps, beta_schedule=schedule, rescale_betas_zero_snr=zero)
         if config["rescale_betas_zero_snr"]:
             raise ModelError(
                 f"{scheduler} has rescale_betas_zero_snr=True with prediction_type='epsilon': of pure noise, a model that "
                 "predicts noise learns nothing. Expected prediction_type='v_prediction', or betas that are not rescaled."
             )
-        return EpsilonPrediction(**betas, timesteps=steps, schedule=schedule)
+        return EpsilonPrediction(**betas, num_train_timesteps=steps, beta_schedule=schedule)
 
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         return common.vae_latents(self.pipeline, images, width=self.width, height=self.height)
