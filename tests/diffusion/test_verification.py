@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from artaug.diffusion import verification, verify_export
 from artaug.errors import LoRAError, LoRAMismatchError, ModelError
 from artaug.lora.formats import FLUX1, SD15, SDXL, Format
-from artaug.lora.formats.reading import ParsedLoRA
+from artaug.lora.formats.load import ParsedLoRA
 from artaug.lora.lora import LoRA, LowRank
 from support.tiny_flux import tiny_flux
 
@@ -88,7 +88,7 @@ def test_rounding_passes_or_not_as_the_tolerance_says(tmp_path, dtype, passes):
 @pytest.mark.parametrize("key_map", [None, FLUX1])
 def test_our_own_reader_is_not_believed(tmp_path, monkeypatch, key_map):
     halved = ParsedLoRA(Format.PEFT, LORA.scaled(0.5).layers)
-    monkeypatch.setattr(verification, "read", lambda *_, **__: halved)
+    monkeypatch.setattr(verification, "load_lora", lambda *_, **__: halved)
     with pytest.raises(LoRAError, match="the format's definition finds another update"):
         verify_export(saved(tmp_path), key_map=key_map)
 

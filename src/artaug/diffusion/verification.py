@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from artaug.errors import LoRAError, ModelError
 from artaug.lora.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE, KeyMap
-from artaug.lora.formats.checking import DEFINITION, Verification, key_stems, layer_errors, read_by_definition
+from artaug.lora.formats.load import ParsedLoRA, load_lora
 from artaug.lora.formats.low_rank import LowRank
-from artaug.lora.formats.reading import ParsedLoRA, read
+from artaug.lora.formats.verification import DEFINITION, Verification, key_stems, layer_errors, read_by_definition
 from artaug.lora.layers import weight_shape
 from artaug.lora.lora import LoRA
 
@@ -64,7 +64,7 @@ def verify_export(
         lora: what it should hold; without it, what ``LoRA.load`` makes of it.
         pipeline: whose loader and whose layers to use. Without it the loader is that of the family whose names the file
             has, and there is none for formats that only artaug reads: ``Verification.readers`` says who read it.
-        key_map: the family, where the file's keys do not tell it.
+        key_map: the family, if the file's keys fit several.
         tolerance: largest relative error of a layer's update. Files in ``torch.bfloat16`` need 5e-3.
 
     Raises:
@@ -83,17 +83,17 @@ def verify_export(
     ('LoRA.load', "the format's definition", 'FluxPipeline')
     """
     path = Path(path)
-    reading = read(path, key_map=key_map)
-    wanted = reading.layers if lora is None else lora.layers
-    found = {"LoRA.load": reading.layers, DEFINITION: read_by_definition(path, wanted)}
-    loader = _loader_of(pipeline) if pipeline is not None else _loader_for(path, reading, key_map)
+    parsed = load_lora(path, key_map=key_map)
+    wanted = parsed.layers if lora is None else lora.layers
+    found = {"LoRA.load": parsed.layers, DEFINITION: read_by_definition(path, wanted)}
+    loader = _loader_of(pipeline) if pipeline is not None else _loader_for(path, parsed, key_map)
     if loader is not None:
         shapes = None if pipeline is None else _shapes(getattr(pipeline, _part(loader)), LoRA(wanted))
         config = getattr(getattr(pipeline, "unet", None), "config", _UNET)
         found[loader.__name__] = _loaded(path, loader, shapes, config)
     errors = [layer_errors(one, wanted, path=path, reader=who, tolerance=tolerance) for who, one in found.items()]
     worst = {name: max(one[name] for one in errors) for name in wanted}
-    return Verification(path=path, format=reading.format, readers=tuple(found), errors=worst)
+    return Verification(path=path, format=parsed.format, readers=tuple(found), errors=worst)
 
 
 def _loader_of(pipeline: DiffusionPipeline) -> type:
@@ -102,13 +102,13 @@ def _loader_of(pipeline: DiffusionPipeline) -> type:
     return type(pipeline)
 
 
-def _loader_for(path: Path, reading: ParsedLoRA, key_map: KeyMap | None) -> type | None:
+def _loader_for(path: Path, parsed: ParsedLoRA, key_map: KeyMap | None) -> type | None:
     """The pipeline that reads files like this one: that of the first family whose spelling of the layers it has."""
     stems = key_stems(path)
     for one in _PIPELINES if key_map is None else (key_map,):
-        key_format = one.key_formats.get(reading.format)
+        key_format = one.key_formats.get(parsed.format)
         if one in _PIPELINES and key_format is not None:
-            matches = {name: one.match(name) for name in reading.layers}
+            matches = {name: one.match(name) for name in parsed.layers}
             names = {match.original if key_format.original_names else name for name, match in matches.items() if match}
             if all(matches.values()) and all(key_format.stem(name) in stems for name in names):
                 return _PIPELINES[one]

@@ -1,7 +1,6 @@
-"""LoRA as a value: low-rank updates by layer name, what they add up to, the file they live in, and wearing them.
+"""LoRA as a value: low-rank updates by layer name; load, save, scale and add them, and apply them to a module.
 
-Strength is never hidden here: alpha is folded into the factors, so the update of a layer is ``up @ down`` and
-nothing else.
+There is no separate strength: alpha is folded into the factors, so the update of a layer is ``up @ down``.
 """
 
 import functools
@@ -18,12 +17,11 @@ from torch import Tensor, nn
 
 from artaug._internal.digests import tensors_digest
 from artaug.errors import LoRAError, LoRAMismatchError
-from artaug.lora.formats.files import write_tensors
 from artaug.lora.formats.key_maps import Format, KeyMap
+from artaug.lora.formats.load import load_lora
 from artaug.lora.formats.low_rank import LowRank
-from artaug.lora.formats.reading import read
-from artaug.lora.formats.writing import to_state_dict
-from artaug.lora.layers import updated, weight_shape
+from artaug.lora.formats.save import to_state_dict
+from artaug.lora.layers import low_rank_forward, weight_shape
 
 __all__ = ["LoRA", "LowRank", "sum_loras"]
 
@@ -32,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LoRA:
-    """Low-rank updates by layer name, the names being the denoiser's own module paths.
+    """Low-rank updates by layer name. The names are the denoiser's own module paths.
 
     Raises:
         LoRAError: if there is no layer.
@@ -51,7 +49,7 @@ class LoRA:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
 
     def __reduce__(self) -> tuple[type["LoRA"], tuple[dict[str, LowRank]]]:
-        return LoRA, (dict(self.layers),)  # a mapping proxy cannot be copied or sent to another process
+        return LoRA, (dict(self.layers),)  # a mapping proxy cannot be copied or pickled
 
     def __repr__(self) -> str:
         return f"LoRA({len(self.layers)} layers, rank {self.rank})"
@@ -74,18 +72,18 @@ class LoRA:
         metadata: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Path:
-        """Write one safetensors file. The file appears whole or not at all.
+        """Write one safetensors file, atomically.
 
-        In PEFT format, the universal one, all layers are padded with zeros to one rank, and alpha equals it, so
-        readers that know alpha and readers that ignore it see the same update. In the others each layer keeps its
-        rank (but for U-Nets, where diffusers loses alphas that differ), and parts of a layer that the original model
-        fuses stand there as blocks. ``artaug.diffusion.verify_export`` proves the file.
+        In PEFT format, the universal one, all layers are padded with zeros to one rank, and alpha equals it, so that
+        readers that know alpha and readers that ignore it see the same update. In the other formats each layer keeps its
+        rank, except for U-Nets, where diffusers loses alphas that differ. Layers that the original model fuses are
+        written as blocks of one layer. ``artaug.diffusion.verify_export`` verifies the file.
 
         Args:
-            path: where to write; folders in between are made.
-            format: how layers are named: a `Format`, or its name.
-            key_map: the model family, where the layers alone do not tell it.
-            metadata: strings to put beside the weights, provenance for instance.
+            path: where to write; missing folders are created.
+            format: the convention of the keys: a `Format`, or its name.
+            key_map: the model family, if several families have these layers.
+            metadata: strings for the file's header, provenance for instance.
             dtype: of the factors. Without it they are written as they are, so a trained LoRA in float32, exactly. Half
                 the bytes cost about 3e-4 of every update in ``torch.float16`` and 2e-3 in ``torch.bfloat16``.
 
@@ -93,77 +91,89 @@ class LoRA:
             The path written.
 
         Raises:
-            LoRAError: if ``metadata`` uses a name that the file format needs, if the family cannot be told, if artaug
-                could not prove that its layers arrive in this format, or if a layer would lose more than 1 % of its
-                update in ``dtype``.
-            StorageError: if the system cannot write the file; one that was there before stays.
+            LoRAError: if ``metadata`` uses a name that the file format needs, if the layers fit no family or several, if
+                no reader other than artaug's reads these layers in this format, or if a layer would lose more than 1 %
+                of its update in ``dtype``.
+            StorageError: if the system cannot write the file; an existing file is kept.
         """
         tensors, header = to_state_dict(self.layers, format, key_map=key_map, dtype=dtype)
-        taken = {"format", "lora_adapter_metadata"} & set(metadata or {})
-        if taken:
-            raise LoRAError(f"metadata may not set {sorted(taken)}: readers of the file rely on it. Use another name.")
-        return write_tensors(Path(path), tensors, {**header, **(metadata or {})})
+        reserved = {"format", "lora_adapter_metadata"} & set(metadata or {})
+        if reserved:
+            raise LoRAError(
+                f"metadata may not set {sorted(reserved)}: readers of the file rely on it. Use another name."
+            )
+        path = Path(path)
+        with atomic_write(path, what="the LoRA file", remedy="Make room, or choose another place.") as temporary:
+            save_tensors(tensors, temporary, {**header, **(metadata or {})})
+        return path
 
     @classmethod
     def load(cls, path: str | Path, *, key_map: KeyMap | None = None) -> Self:
-        """Read a file in any `Format`, recognised by its keys, folding alpha where the file states one.
+        """Read a file in any `Format`, recognised by its keys, and fold alpha into the factors.
 
         Args:
             path: the file.
-            key_map: the model family, where the keys alone do not tell it.
+            key_map: the model family, if the keys fit several.
 
         Raises:
             LoRAError: if the file is missing, is no safetensors file, or holds anything this reader does not know.
         """
-        found = read(Path(path), key_map=key_map)
-        _log.info("%s is a %s file of %d layers", path, found.format, len(found.layers))
-        return cls(found.layers)
+        parsed = load_lora(Path(path), key_map=key_map)
+        _log.info("%s is a %s file of %d layers", path, parsed.format, len(parsed.layers))
+        return cls(parsed.layers)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the names and factors, in hexadecimal: that of two LoRAs is the same if they are, bit for bit."""
-        sides = ("down", "up")
+        """SHA-256 of the names and factors, in hexadecimal: equal if and only if two LoRAs are bitwise equal."""
         return tensors_digest(
-            {f"{name}.{side}": getattr(layer, side) for name, layer in self.layers.items() for side in sides}
+            {
+                f"{name}.{factor}": tensor
+                for name, layer in self.layers.items()
+                for factor, tensor in (("down", layer.down), ("up", layer.up))
+            }
         )
 
     @contextmanager
     def applied_to(
-        self, module: nn.Module, *, scale: float = 1.0, along: Callable[[str, Tensor], Tensor | None] | None = None
+        self,
+        module: nn.Module,
+        *,
+        scale: float = 1.0,
+        output_weights: Callable[[str, Tensor], Tensor | None] | None = None,
     ) -> Iterator[None]:
-        """Let ``module`` compute with this LoRA inside the ``with`` block, and exactly as before after it.
+        """Add this LoRA to ``module`` inside the ``with`` block; after it the module computes exactly as before.
 
         The update is added by forward hooks on the named layers, linear ones and convolutions, so the weights are
-        neither copied nor touched: quantized, offloaded and shared layers work, and several LoRAs can be worn at once.
+        neither copied nor changed: quantized, offloaded and shared layers work, and several LoRAs can be applied at once.
 
         Args:
             module: the denoiser.
             scale: of every update.
-            along: for the name of a layer and what comes out of it, how much of the update each token or pixel takes,
-                shaped to multiply that, or None for nothing at all; without it all take the whole.
+            output_weights: called with a layer's name and output, returns the weight of the update for each token or
+                pixel, of a shape that multiplies the output, or None to skip the update. Without it the weight is 1.
 
         Raises:
             LoRAMismatchError: before anything changes, if a layer is missing or has another shape.
         """
-        targets = self._targets(module)
-        with ExitStack() as worn:
-            for name, target in targets.items():
-                along_here = None if along is None else functools.partial(along, name)
-                handle = target.register_forward_hook(_adding(self.layers[name], scale, along_here))
-                worn.callback(handle.remove)
+        layers = self._find_layers(module)
+        with ExitStack() as hooks:
+            for name, layer in layers.items():
+                weights = None if output_weights is None else functools.partial(output_weights, name)
+                handle = layer.register_forward_hook(_update_hook(self.layers[name], scale, weights))
+                hooks.callback(handle.remove)
             yield
 
-    def _targets(self, module: nn.Module) -> dict[str, nn.Module]:
-        """The layers this LoRA names, all of them or none."""
+    def _find_layers(self, module: nn.Module) -> dict[str, nn.Module]:
+        """The submodules that this LoRA names; all of them must be there and fit."""
         modules = dict(module.named_modules())
-        shapes = {name: shape for name, one in modules.items() if (shape := weight_shape(one))}
+        shapes = {name: shape for name, submodule in modules.items() if (shape := weight_shape(submodule))}
         missing = [name for name in self.layers if name not in shapes]
         if missing:
-            known = next(iter(shapes), "(no linear layer)")
-            found = "none" if len(missing) == len(self.layers) else f"only {len(self.layers) - len(missing)}"
+            example = next(iter(shapes), "(no linear layer)")
+            present = "none" if len(missing) == len(self.layers) else f"only {len(self.layers) - len(missing)}"
             raise LoRAMismatchError(
-                f"this LoRA names {len(self.layers)} layers and {type(module).__name__} has {found} of them; "
-                f"first missing is {missing[0]!r}, names there look like {known!r}."
+                f"this LoRA names {len(self.layers)} layers and {type(module).__name__} has {present} of them; "
+                f"first missing is {missing[0]!r}, names there look like {example!r}."
             )
         for name, layer in self.layers.items():
             if layer.shape != shapes[name]:
@@ -174,8 +184,8 @@ class LoRA:
         return {name: modules[name] for name in self.layers}
 
 
-def _adding(
-    layer: LowRank, scale: float, along: Callable[[Tensor], Tensor | None] | None
+def _update_hook(
+    layer: LowRank, scale: float, output_weights: Callable[[Tensor], Tensor | None] | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """A forward hook that adds a low-rank update to a layer's output."""
     down, up = layer.down, layer.up * scale
@@ -183,21 +193,22 @@ def _adding(
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         nonlocal down, up
         inputs = args[0]
-        taken = None if along is None else along(output)
-        if along is not None and taken is None:
+        weights = None if output_weights is None else output_weights(output)
+        if output_weights is not None and weights is None:
             return output
         if down.device != inputs.device or down.dtype != inputs.dtype:
             down, up = down.to(inputs), up.to(inputs)
-        update = updated(module, inputs, down, up)
-        return output + (update if taken is None else taken.to(update) * update)
+        update = low_rank_forward(module, inputs, down, up)
+        return output + (update if weights is None else weights.to(update) * update)
 
     return hook
 
 
 def sum_loras(loras: Sequence[LoRA]) -> LoRA:
-    """The LoRA whose update of every layer is the sum of theirs, exactly: ranks are put side by side.
+    """The LoRA whose update of every layer is the sum of theirs, exactly, by concatenation of the ranks.
 
-    Averaging factors would not do: ``(B1 + B2)(A1 + A2)`` has cross terms that nobody trained.
+    ``B1 A1 + B2 A2 = [B1, B2] @ [A1; A2]``. Adding or averaging the factors would be wrong: ``(B1 + B2)(A1 + A2)`` has
+    the cross terms ``B1 A2 + B2 A1``.
 
     Raises:
         LoRAError: if there is none, or two of them give one layer different shapes.
@@ -205,17 +216,17 @@ def sum_loras(loras: Sequence[LoRA]) -> LoRA:
     >>> import artaug as aa, torch
     >>> from artaug.lora.lora import sum_loras
     >>> lora = aa.LoRA({"proj": aa.LowRank(torch.ones(1, 4), torch.ones(4, 1))})
-    >>> both = sum_loras([lora, lora.scaled(0.5)])
-    >>> both.rank, both.layers["proj"].delta()[0, 0].item()
+    >>> total = sum_loras([lora, lora.scaled(0.5)])
+    >>> total.rank, total.layers["proj"].delta()[0, 0].item()
     (2, 1.5)
     """
     if not loras:
         raise LoRAError("received 0 LoRAs to add up, and a sum needs at least one.")
-    parts: dict[str, list[LowRank]] = {}
+    addends: dict[str, list[LowRank]] = {}
     for lora in loras:
         for name, layer in lora.layers.items():
-            parts.setdefault(name, []).append(layer)
-    for name, layers in parts.items():
+            addends.setdefault(name, []).append(layer)
+    for name, layers in addends.items():
         shapes = {layer.shape for layer in layers}
         if len(shapes) > 1:
             raise LoRAError(
@@ -223,7 +234,7 @@ def sum_loras(loras: Sequence[LoRA]) -> LoRA:
             )
     return LoRA(
         {
-            name: LowRank(torch.cat([one.down for one in layers]), torch.cat([one.up for one in layers], dim=1))
-            for name, layers in parts.items()
+            name: LowRank(torch.cat([layer.down for layer in layers]), torch.cat([layer.up for layer in layers], dim=1))
+            for name, layers in addends.items()
         }
     )

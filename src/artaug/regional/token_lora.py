@@ -65,7 +65,7 @@ def worn_in_regions(
         for name, lora in loras.items():
             _warn_of_layers_without_tokens(name, lora, denoiser)
             along = _Along(name, denoiser, rows, shares)
-            wardrobe.enter_context(lora.applied_to(denoiser.module, along=along))
+            wardrobe.enter_context(lora.applied_to(denoiser.module, output_weights=along))
         yield
 
 

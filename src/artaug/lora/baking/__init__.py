@@ -15,7 +15,7 @@ from artaug.errors import LoRAMismatchError, ModelError, StorageError
 from artaug.lora.baking.checkpoint import Checkpoint, Shard, Stored
 from artaug.lora.baking.report import Baked, BakedFile, BakedLayer
 from artaug.lora.baking.rounding import DTYPES, Addition
-from artaug.lora.baking.writing import Scribe, Stretch, staged
+from artaug.lora.baking.stream import Scribe, Stretch, staged
 from artaug.lora.lora import LoRA
 
 __all__ = ["Baked", "BakedFile", "BakedLayer", "bake"]

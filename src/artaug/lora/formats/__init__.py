@@ -1,13 +1,13 @@
-"""The formats LoRA files come in: one table of names, read and written by one converter.
+"""The formats of LoRA files: one table of layer names per model family, used for reading and for writing.
 
-A LoRA is a mapping from the denoiser's own module paths; a file spells those paths in one of several ways, and fuses
-some of the layers. What no reader but artaug's own could confirm is refused by name, not guessed.
+A LoRA maps the denoiser's own module paths to updates. A file names those layers in one of several ways, and fuses some of
+them. A format that only artaug's own reader could verify is refused with an error.
 """
 
 from artaug.lora.formats.flux import FLUX1, FLUX2
-from artaug.lora.formats.key_maps import Format, KeyMap
+from artaug.lora.formats.key_maps import Format, KeyFormat, KeyMap, KeyRow
 from artaug.lora.formats.known_maps import KEY_MAPS, QWEN_IMAGE, SD3, Z_IMAGE
-from artaug.lora.formats.reading import ParsedLoRA, read
+from artaug.lora.formats.load import ParsedLoRA, load_lora
 from artaug.lora.formats.unets import SD15, SDXL
 
 __all__ = [
@@ -20,7 +20,9 @@ __all__ = [
     "SDXL",
     "Z_IMAGE",
     "Format",
+    "KeyFormat",
     "KeyMap",
+    "KeyRow",
     "ParsedLoRA",
-    "read",
+    "load_lora",
 ]

@@ -1,18 +1,18 @@
-"""How one family's layers are called, by diffusers and by the model's own authors. Rows of a table, no code."""
+"""How one model family names its layers: the table of diffusers' names and of the original names, and its file formats."""
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
 from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 
 class Format(StrEnum):
-    """A way of spelling LoRA files.
+    """A convention for the keys of LoRA files.
 
     >>> import artaug as aa
     >>> aa.Format.KOHYA
@@ -22,38 +22,54 @@ class Format(StrEnum):
     PEFT = "peft"
     """``transformer.*.lora_A.weight``, or ``unet.*``: what diffusers writes, read by most."""
     KOHYA = "kohya"
-    """``lora_unet_*.lora_down.weight`` with an alpha a layer: sd-scripts and every web UI."""
+    """``lora_unet_*.lora_down.weight`` with an alpha for each layer: sd-scripts and every web UI."""
     COMFYUI = "comfyui"
     """``diffusion_model.*``: the model's own names with dots."""
     DIFFSYNTH = "diffsynth"
-    """``*.lora_A.default.weight``: bare names, as DiffSynth-Studio trains them."""
+    """``*.lora_A.default.weight``: names without a prefix, as DiffSynth-Studio writes them."""
     ONETRAINER = "onetrainer"
     """``lora_transformer_*``: diffusers' names with underscores. Read, never written."""
 
 
+QKV = (1, 1, 1)
+"""`KeyRow.split_sizes` of queries, keys and values in one layer."""
+
+
 @dataclass(frozen=True)
 class KeyRow:
-    """One layer of the original model, and the layers diffusers makes of it."""
+    """One layer of the original model, and the layers that diffusers splits it into."""
 
     original: str
-    """The original name, ``{}`` standing for a block's number."""
+    """The original name. ``{}`` stands for the number of a block."""
     diffusers: tuple[str, ...]
     """The denoiser's own module paths; several where the original fuses them, in the order of its output rows."""
     split_sizes: tuple[int, ...] = (1,)
-    """Relative heights of those layers in the fused one."""
+    """Relative numbers of output rows of those layers in the fused one."""
     aspect: Fraction | None = None
-    """Outputs over inputs of the original layer, where that tells families apart."""
+    """Outputs over inputs of the original layer, if that distinguishes families with equal names."""
     swapped: bool = False
-    """The two halves of the output rows change places."""
+    """The first and the second half of the output rows are exchanged."""
+
+    @classmethod
+    def unchanged(cls, *names: str) -> tuple[Self, ...]:
+        """Layers that have the same name in the original model and in diffusers."""
+        return tuple(cls(name, (name,)) for name in names)
+
+    @classmethod
+    def renamed(cls, original: str, diffusers: str, suffixes: Mapping[str, str]) -> tuple[Self, ...]:
+        """Layers of one block: its name in the original and in diffusers, and below it original to diffusers' names."""
+        return tuple(cls(f"{original}.{there}", (f"{diffusers}.{here}",)) for there, here in suffixes.items())
 
 
 @dataclass(frozen=True)
 class KeyFormat:
-    """How a format spells the layers of one family."""
+    """How the keys of one format are built for one family."""
 
     prefix: str
     down: str
+    """Ending of the key of `LowRank.down`."""
     up: str
+    """Ending of the key of `LowRank.up`."""
     original_names: bool = False
     """Original names, fused layers included; else diffusers' names."""
     flat: bool = False
@@ -61,9 +77,46 @@ class KeyFormat:
     alpha: bool = False
     """An alpha beside every layer, equal to its rank."""
     uniform_rank: bool = False
-    """One rank for all layers, with zeros behind the smaller: where diffusers loses alphas that differ."""
+    """One rank for all layers, smaller ones padded with zeros: for families where diffusers loses alphas that differ."""
     unsupported: frozenset[str] = frozenset()
-    """Original names that no independent reader reads right in this format."""
+    """Original names that no reader other than artaug's reads correctly in this format."""
+
+    @classmethod
+    def peft(cls, component: str) -> Self:
+        """The format of diffusers, for a denoiser that is the pipeline's ``component``: ``transformer`` or ``unet``."""
+        return cls(f"{component}.", ".lora_A.weight", ".lora_B.weight")
+
+    @classmethod
+    def kohya(
+        cls, *, original_names: bool = False, uniform_rank: bool = False, unsupported: Iterable[str] = ()
+    ) -> Self:
+        """The format of sd-scripts, which trains the original model (``original_names``) or diffusers' one."""
+        return cls(
+            "lora_unet_",
+            ".lora_down.weight",
+            ".lora_up.weight",
+            original_names,
+            flat=True,
+            alpha=True,
+            uniform_rank=uniform_rank,
+            unsupported=frozenset(unsupported),
+        )
+
+    @classmethod
+    def comfyui(cls, *, original_names: bool = False, unsupported: Iterable[str] = ()) -> Self:
+        """The format of ComfyUI with PEFT's names of the factors."""
+        return cls(
+            "diffusion_model.",
+            ".lora_A.weight",
+            ".lora_B.weight",
+            original_names,
+            unsupported=frozenset(unsupported),
+        )
+
+    @classmethod
+    def diffsynth(cls) -> Self:
+        """The format of DiffSynth-Studio, for models whose layers it does not rename."""
+        return cls("", ".lora_A.default.weight", ".lora_B.default.weight")
 
     def stem(self, name: str) -> str:
         """The key of a layer without its ending."""
@@ -72,7 +125,7 @@ class KeyFormat:
 
 @dataclass(frozen=True)
 class KeyMatch:
-    """A row of the table, with the numbers filled in."""
+    """A row of the table with the block numbers of one layer."""
 
     row: KeyRow
     numbers: tuple[str, ...]
@@ -85,19 +138,19 @@ class KeyMatch:
     @property
     def diffusers(self) -> tuple[str, ...]:
         """The module paths of its parts."""
-        return tuple(one.format(*self.numbers) for one in self.row.diffusers)
+        return tuple(name.format(*self.numbers) for name in self.row.diffusers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyMap:
-    """The linear layers and convolutions of one model family, every one of them, and the formats they can be written in.
+    """Names of all linear layers and convolutions of one model family, and the formats it can be written in.
 
-    The built-in ones stand in ``artaug.lora.formats``: ``FLUX1``, ``FLUX2``, ``SD3``, ``SD15``, ``SDXL``, ``QWEN_IMAGE``,
+    The built-in ones are in ``artaug.lora.formats``: ``FLUX1``, ``FLUX2``, ``SD3``, ``SD15``, ``SDXL``, ``QWEN_IMAGE``,
     ``Z_IMAGE``.
     """
 
     name: str
-    """What its users call it."""
+    """The name of the family in error texts."""
     rows: tuple[KeyRow, ...] = field(repr=False)
     key_formats: Mapping[Format, KeyFormat] = field(repr=False)
     """A format that is missing was not verified against a reader other than artaug's, and is refused."""
@@ -105,56 +158,61 @@ class KeyMap:
     """Names that other trainers give the layers: read, never written."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spellings", MappingProxyType(dict(self.key_formats)))
+        object.__setattr__(self, "key_formats", MappingProxyType(dict(self.key_formats)))
 
     def __hash__(self) -> int:
         return hash(self.name)
 
     def __reduce__(self) -> tuple[object, tuple[str, tuple[KeyRow, ...], dict[Format, KeyFormat], tuple[KeyRow, ...]]]:
-        return _naming, (self.name, self.rows, dict(self.key_formats), self.aliases)  # a mapping proxy cannot be sent
+        # a mapping proxy cannot be pickled, and a constructor with keyword-only fields cannot be called by pickle
+        return _key_map, (self.name, self.rows, dict(self.key_formats), self.aliases)
 
     def match(self, layer: str) -> KeyMatch | None:
-        """Where a module path of the denoiser stands in the table."""
-        return self._first(layer, _Names())
+        """The row of a layer, given the denoiser's module path; None if it has none."""
+        return self._find(layer, _NameKind())
 
     def matches(self, layer: str) -> list[KeyMatch]:
-        """All that stands in the table of a module path: the original name, and names of other trainers."""
-        found = (self._first(layer, _Names(aliases=aliases)) for aliases in (False, True))
-        return [place for place in found if place is not None]
+        """All rows of a layer, given the denoiser's module path: with the original name, and with aliases."""
+        found = (self._find(layer, _NameKind(aliases=aliases)) for aliases in (False, True))
+        return [match for match in found if match is not None]
 
     def resolve(self, name: str, *, flat: bool) -> tuple[KeyMatch, bool] | None:
-        """What a file's name for a layer means, and whether it is another's name for it; None if nothing."""
+        """The row of a layer, given its name in a file, and whether that is an original name or an alias.
+
+        Returns:
+            None if no row has this name.
+        """
         for original, aliases in ((True, False), (False, False), (True, True)):
-            place = self._first(name, _Names(original=original, aliases=aliases, flat=flat))
-            if place is not None:
-                return place, original
+            match = self._find(name, _NameKind(original=original, aliases=aliases, flat=flat))
+            if match is not None:
+                return match, original
         return None
 
-    def _first(self, name: str, names: "_Names") -> KeyMatch | None:
-        for row, pattern in self._patterns[names].get(_blanked(name), ()):
+    def _find(self, name: str, kind: "_NameKind") -> KeyMatch | None:
+        for row, pattern in self._patterns[kind].get(_mask_numbers(name), ()):
             matched = pattern.fullmatch(name)
             if matched:
                 return KeyMatch(row, matched.groups())
         return None
 
     @cached_property
-    def _patterns(self) -> dict["_Names", "_Patterns"]:
-        """The rows by their names with all numbers blanked, so that a file of a thousand keys is read at once."""
-        chosen = [_Names(*one) for one in itertools.product((False, True), repeat=3)]
+    def _patterns(self) -> "dict[_NameKind, _Patterns]":
+        """The rows by their names with all numbers masked: a file of a thousand keys takes a thousand look-ups."""
+        kinds = itertools.starmap(_NameKind, itertools.product((False, True), repeat=3))
         return {
-            one: _patterns(self.aliases if one.aliases else self.rows, original=one.original, flat=one.flat)
-            for one in chosen
+            kind: _compile(self.aliases if kind.aliases else self.rows, original=kind.original, flat=kind.flat)
+            for kind in kinds
         }
 
 
-def _naming(
+def _key_map(
     name: str, rows: tuple[KeyRow, ...], key_formats: Mapping[Format, KeyFormat], aliases: tuple[KeyRow, ...]
 ) -> KeyMap:
     return KeyMap(name=name, rows=rows, key_formats=key_formats, aliases=aliases)
 
 
-class _Names(NamedTuple):
-    """Which of a table's names."""
+class _NameKind(NamedTuple):
+    """Which of a table's names are searched."""
 
     original: bool = False
     aliases: bool = False
@@ -164,20 +222,16 @@ class _Names(NamedTuple):
 _Patterns: TypeAlias = dict[str, list[tuple[KeyRow, re.Pattern[str]]]]
 
 
-def _patterns(rows: Sequence[KeyRow], *, original: bool, flat: bool) -> _Patterns:
-    found: _Patterns = {}
-    for row, name in _spelt(rows, original=original):
-        to_state_dict = name.replace(".", "_") if flat else name
-        pattern = re.compile(re.escape(to_state_dict).replace(r"\{\}", r"(\d+)"))
-        found.setdefault(_blanked(to_state_dict.replace("{}", "0")), []).append((row, pattern))
-    return found
-
-
-def _spelt(rows: Sequence[KeyRow], *, original: bool) -> Iterator[tuple[KeyRow, str]]:
+def _compile(rows: Sequence[KeyRow], *, original: bool, flat: bool) -> _Patterns:
+    patterns: _Patterns = {}
     for row in rows:
-        for name in (row.original,) if original else row.diffusers:
-            yield row, name
+        for dotted in (row.original,) if original else row.diffusers:
+            name = dotted.replace(".", "_") if flat else dotted
+            # each {} becomes a group, so that the numbers of a match fill the row's other names
+            pattern = re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
+            patterns.setdefault(_mask_numbers(name.replace("{}", "0")), []).append((row, pattern))
+    return patterns
 
 
-def _blanked(name: str) -> str:
+def _mask_numbers(name: str) -> str:
     return re.sub(r"\d+", "#", name)

@@ -1,21 +1,20 @@
-"""The tables: every linear layer and every convolution of every family, by both its names.
+"""The key maps of all families: every linear layer and every convolution by diffusers' and by the original name.
 
 Sources: the original checkpoints as diffusers converts them (``diffusers.loaders.single_file_utils``), and its readers
-of LoRA files (``diffusers.loaders.lora_conversion_utils``). The tests hold every table against the layers of the
-published models, and every file artaug writes for them against those readers.
+of LoRA files (``diffusers.loaders.lora_conversion_utils``). The tests compare every table with the layers of the
+published models, and every file that artaug writes for them with those readers.
 """
 
 from artaug.lora.formats.flux import FLUX1, FLUX2
-from artaug.lora.formats.key_formats import BARE, IN_COMFYUI, QKV, in_kohya, in_peft, same
-from artaug.lora.formats.key_maps import Format, KeyMap, KeyRow
+from artaug.lora.formats.key_maps import QKV, Format, KeyFormat, KeyMap, KeyRow
 from artaug.lora.formats.unets import SD15, SDXL
 
 _JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-_TIMES = tuple(f"time_text_embed.timestep_embedder.linear_{number}" for number in (1, 2))
+_TIMESTEP_EMBEDDER = tuple(f"time_text_embed.timestep_embedder.linear_{number}" for number in (1, 2))
 
 SD3 = KeyMap(
     name="Stable Diffusion 3",
-    rows=same(
+    rows=KeyRow.unchanged(
         *(f"transformer_blocks.{{}}.attn.{name}" for name in _JOINT),
         *(f"transformer_blocks.{{}}.attn2.{name}" for name in _JOINT[:4]),
         *(
@@ -24,37 +23,37 @@ SD3 = KeyMap(
             for name in ("net.0.proj", "net.2")
         ),
         *(f"transformer_blocks.{{}}.{name}.linear" for name in ("norm1", "norm1_context")),
-        *_TIMES,
+        *_TIMESTEP_EMBEDDER,
         *(f"time_text_embed.text_embedder.linear_{number}" for number in (1, 2)),
         "context_embedder",
         "pos_embed.proj",
         "norm_out.linear",
         "proj_out",
     ),
-    key_formats={Format.PEFT: in_peft("transformer")},
+    key_formats={Format.PEFT: KeyFormat.peft("transformer")},
 )
 """Stable Diffusion 3 and 3.5."""
 
 QWEN_IMAGE = KeyMap(
     name="Qwen-Image",
-    rows=same(
+    rows=KeyRow.unchanged(
         *(f"transformer_blocks.{{}}.attn.{name}" for name in _JOINT),
         *(
             f"transformer_blocks.{{}}.{stream}_{name}"
             for stream in ("img", "txt")
             for name in ("mlp.net.0.proj", "mlp.net.2", "mod.1")
         ),
-        *_TIMES,
+        *_TIMESTEP_EMBEDDER,
         "img_in",
         "txt_in",
         "norm_out.linear",
         "proj_out",
     ),
     key_formats={
-        Format.PEFT: in_peft("transformer"),
-        Format.KOHYA: in_kohya(),
-        Format.COMFYUI: IN_COMFYUI,
-        Format.DIFFSYNTH: BARE,
+        Format.PEFT: KeyFormat.peft("transformer"),
+        Format.KOHYA: KeyFormat.kohya(),
+        Format.COMFYUI: KeyFormat.comfyui(),
+        Format.DIFFSYNTH: KeyFormat.diffsynth(),
     },
 )
 """Qwen-Image."""
@@ -65,11 +64,11 @@ Z_IMAGE = KeyMap(
     name="Z-Image",
     rows=(
         *(
-            KeyRow(f"{block}.attention.qkv", tuple(f"{block}.attention.to_{one}" for one in "qkv"), QKV)
+            KeyRow(f"{block}.attention.qkv", tuple(f"{block}.attention.to_{part}" for part in "qkv"), QKV)
             for block in _Z_BLOCKS
         ),
         *(KeyRow(f"{block}.attention.out", (f"{block}.attention.to_out.0",)) for block in _Z_BLOCKS),
-        *same(
+        *KeyRow.unchanged(
             *(f"{block}.feed_forward.w{number}" for block in _Z_BLOCKS for number in (1, 2, 3)),
             *(f"{block}.adaLN_modulation.0" for block in _Z_BLOCKS[:2]),
             "all_x_embedder.2-1",
@@ -81,13 +80,13 @@ Z_IMAGE = KeyMap(
         ),
     ),
     key_formats={
-        Format.PEFT: in_peft("transformer"),
-        Format.KOHYA: in_kohya(),
-        Format.COMFYUI: IN_COMFYUI,
-        Format.DIFFSYNTH: BARE,
+        Format.PEFT: KeyFormat.peft("transformer"),
+        Format.KOHYA: KeyFormat.kohya(),
+        Format.COMFYUI: KeyFormat.comfyui(),
+        Format.DIFFSYNTH: KeyFormat.diffsynth(),
     },
 )
 """Z-Image."""
 
 KEY_MAPS: tuple[KeyMap, ...] = (FLUX1, FLUX2, SD3, SDXL, SD15, QWEN_IMAGE, Z_IMAGE)
-"""The families whose files are known."""
+"""The families whose files can be read and written."""

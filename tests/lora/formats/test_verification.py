@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from artaug.errors import LoRAError
 from artaug.lora.formats import FLUX1, Format
-from artaug.lora.formats.checking import Verification, layer_errors, read_by_definition
 from artaug.lora.formats.low_rank import LowRank, relative_error
+from artaug.lora.formats.verification import Verification, layer_errors, read_by_definition
 from artaug.lora.lora import LoRA
 
 TO_Q, TO_K = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"

@@ -1,0 +1,191 @@
+"""Verification of a LoRA file by a second reader, which knows only the definition of the formats.
+
+It shares with the first reader (``load.py``) the tables of names and the opening of the file, and nothing else. The definition: a layer adds
+``alpha / rank * up @ down``, where alpha is the layer's own, else the header's, else the rank. A layer that the original
+model fuses holds the updates of its parts as blocks of rows. The factors of a convolution are two convolutions in sequence.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from artaug.errors import LoRAError
+from artaug.lora.formats.key_maps import Format, KeyMatch
+from artaug.lora.formats.known_maps import KEY_MAPS
+from artaug.lora.formats.load import read_tensors
+from artaug.lora.formats.low_rank import LowRank, relative_error
+
+DEFINITION = "the format's definition"
+"""The name of the second reader in `Verification.readers`."""
+
+_FACTOR = re.compile(r"(?P<stem>.+)\.lora[_.](?P<role>A|B|down|up|mid)(\.default)?\.weight")
+_DOTTED_PREFIXES = ("transformer.", "unet.", "base_model.model.", "diffusion_model.", "")
+_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Verification:
+    """The result of reading one LoRA file with several independent readers: all found the wanted layers within a tolerance."""
+
+    path: Path
+    """The file."""
+    format: Format
+    """The convention of its keys."""
+    readers: tuple[str, ...]
+    """Names of the readers."""
+    errors: Mapping[str, float]
+    """By layer the largest relative error of any reader: ``|found - wanted| / |wanted|`` in Frobenius norms of updates."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "errors", MappingProxyType(dict(self.errors)))
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The layer with the largest error, and that error."""
+        return max(self.errors.items(), key=lambda item: item[1])
+
+    def __repr__(self) -> str:
+        name, error = self.worst
+        return (
+            f"Verification({str(self.path)!r}: {self.format} file of {len(self.errors)} layers, largest relative error "
+            f"{error:.1e} in {name!r}, read by {', '.join(self.readers)})"
+        )
+
+    def _repr_html_(self) -> str:
+        name, error = self.worst
+        facts = {
+            "file": f"{self.path} ({self.format})",
+            "layers": len(self.errors),
+            "largest relative error": f"{error:.1e} in {name}",
+            "read by": ", ".join(self.readers),
+        }
+        rows = "".join(f"<tr><th>{label}</th><td>{escape(str(fact))}</td></tr>" for label, fact in facts.items())
+        return f"<table>{rows}</table>"
+
+
+def layer_errors(
+    found: Mapping[str, LowRank], wanted: Mapping[str, LowRank], *, path: Path, reader: str, tolerance: float
+) -> dict[str, float]:
+    """The relative error of every layer that a reader found.
+
+    Raises:
+        LoRAError: if a layer is missing, if there is one too many and it is not zero, or if an error is above
+            ``tolerance``.
+    """
+    if extra := [name for name, layer in found.items() if name not in wanted and layer.energy()]:
+        raise LoRAError(f"{path}: {reader} finds an update of {extra[0]!r}, which the LoRA does not have.")
+    if missing := [name for name in wanted if name not in found]:
+        raise LoRAError(
+            f"{path}: {reader} finds {len(wanted) - len(missing)} of {len(wanted)} layers; missing is {missing[0]!r}."
+        )
+    errors = {name: relative_error(found[name], layer) for name, layer in wanted.items()}
+    name, error = max(errors.items(), key=lambda item: item[1])
+    if not error <= tolerance:  # NaN is refused, too
+        raise LoRAError(
+            f"{path}: {reader} finds another update of {name!r} than the LoRA has: relative error {error:.1e}, and "
+            f"{tolerance:.0e} is allowed. Rounding to bfloat16 alone makes up to 4e-3; more is a wrong strength."
+        )
+    return errors
+
+
+def read_by_definition(path: Path, wanted: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The updates that a file holds for the layers ``wanted``, by the definition of its format.
+
+    A layer that the file fuses with a wanted one is returned, too.
+
+    Raises:
+        LoRAError: if a key of the file belongs to none of those layers, or a layer is there twice.
+    """
+    tensors, header = read_tensors(path)
+    layers, adapter = _group_by_stem(tensors, path), _header_config(header)
+    found: dict[str, LowRank] = {}
+    used: set[str] = set()
+    for name in wanted:
+        present = {stem: match for stem, match in _possible_stems(name) if stem in layers}
+        if len(present) > 1:
+            raise LoRAError(f"{path} holds {name!r} {len(present)} times: as {' and as '.join(present)}.")
+        for stem, match in present.items():
+            if stem not in used:
+                layer = _scaled_layer(name, layers[stem], adapter)
+                found |= {name: layer} if match is None else _cut_rows(layer, match)
+            used.add(stem)
+    if unused := layers.keys() - used:
+        raise LoRAError(f"{path} holds {min(unused)!r}, which is no layer of the LoRA.")
+    return found
+
+
+def key_stems(path: Path) -> set[str]:
+    """The keys of a file's layers, with the prefix and without the ending.
+
+    Raises:
+        LoRAError: if it holds a key that is no part of a LoRA.
+    """
+    return set(_group_by_stem(read_tensors(path)[0], path))
+
+
+def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
+    """The file's tensors by stem, then by role: down, up, mid, alpha."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.endswith(".alpha"):
+            layers.setdefault(key.removesuffix(".alpha"), {})["alpha"] = tensor
+        elif matched := _FACTOR.fullmatch(key):
+            role = {"A": "down", "B": "up"}.get(matched["role"], matched["role"])
+            layers.setdefault(matched["stem"], {})[role] = tensor
+        else:
+            raise LoRAError(f"{path} holds {key!r}, which is no part of a LoRA.")
+    return layers
+
+
+def _possible_stems(name: str) -> Iterator[tuple[str, KeyMatch | None]]:
+    """Every key that a file may use for a layer, with the row of the key map if it is an original name."""
+    names: list[tuple[str, KeyMatch | None]] = [(name, None)]
+    names += [(match.original, match) for key_map in KEY_MAPS for match in key_map.matches(name)]
+    for key, match in names:
+        yield from ((prefix + key, match) for prefix in _DOTTED_PREFIXES)
+        yield from ((prefix + key.replace(".", "_"), match) for prefix in _FLAT_PREFIXES)
+
+
+def _header_config(header: Mapping[str, str]) -> dict[str, Any]:
+    config = json.loads(header.get("lora_adapter_metadata", "{}"))
+    return {key.removeprefix("transformer.").removeprefix("unet."): value for key, value in config.items()}
+
+
+def _scaled_layer(name: str, factors: Mapping[str, Tensor], adapter: Mapping[str, Any]) -> LowRank:
+    """A layer in float64, with ``alpha / rank`` in its factor ``up``."""
+    down, up = factors["down"], factors["up"]
+    rank = down.shape[0]
+    up = up.squeeze(tuple(range(2, up.ndim)))
+    if "mid" in factors:
+        # down is 1 x 1, mid has the kernel: mid[r, s, k] down[s, i] summed over s gives a kernel of shape (r, i, k)
+        inputs = down.double().reshape(rank, -1)
+        down = (factors["mid"].double().movedim(1, -1) @ inputs).movedim(-1, 1)
+    alpha = adapter.get("lora_alpha", rank)
+    for pattern, pattern_alpha in adapter.get("alpha_pattern", {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            alpha = pattern_alpha
+            break
+    if "alpha" in factors:
+        alpha = float(factors["alpha"])
+    return LowRank(down, up.double() * (alpha / (rank**0.5 if adapter.get("use_rslora") else rank)))
+
+
+def _cut_rows(layer: LowRank, match: KeyMatch) -> dict[str, LowRank]:
+    """The parts of a fused layer, by rows."""
+    rows = layer.up
+    if match.row.swapped:
+        first, second = rows.chunk(2)
+        rows = rows.new_empty(rows.shape)
+        rows[: len(second)], rows[len(second) :] = second, first
+    unit, start, parts = len(rows) // sum(match.row.split_sizes), 0, {}
+    for name, size in zip(match.diffusers, match.row.split_sizes, strict=True):
+        parts[name] = LowRank(layer.down, rows[start : start + size * unit])
+        start += size * unit
+    return parts
