@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from artaug.errors import LoRAMismatchError, ModelError, NonFiniteError, StorageError
-from artaug.lora.baking import bake, writing
+from artaug.lora.baking import bake, stream
 from artaug.lora.baking.rounding import carry, stochastically
 from artaug.lora.lora import LoRA, LowRank
 from support.tiny_flux import tiny_flux
@@ -160,7 +160,7 @@ def test_pieces_do_not_show_in_the_result(tmp_path, monkeypatch):
     one_file(tmp_path / "in.safetensors", shape=(700, 300))
     lora = layer_lora(low_rank((700, 300)))
     at_once = bake(tmp_path / "in.safetensors", lora, tmp_path / "one", stochastic_seed=3, progress=False)
-    monkeypatch.setattr(writing, "_PIECE", 1000)
+    monkeypatch.setattr(stream, "_PIECE", 1000)
 
     in_pieces = bake(tmp_path / "in.safetensors", lora, tmp_path / "two", stochastic_seed=3, progress=False)
 
@@ -381,7 +381,7 @@ def test_a_checkpoint_is_not_written_into(pipeline_folder):
 
 def test_another_process_that_writes_there_is_left_alone(tmp_path):
     one_file(tmp_path / "in.safetensors")
-    with writing.staged(tmp_path / "out", folder=False) as place:
+    with stream.staged(tmp_path / "out", folder=False) as place:
         place.write_text("half")
         with pytest.raises(StorageError, match="another process is writing"):
             bake(tmp_path / "in.safetensors", layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
@@ -390,7 +390,7 @@ def test_another_process_that_writes_there_is_left_alone(tmp_path):
 
 def killed_at(write, source, out):
     """Bake in a process of its own that kills itself in the middle of its n-th write."""
-    done, real = 0, vars(writing)["_write"]
+    done, real = 0, vars(stream)["_write"]
 
     def dying(file, piece):
         nonlocal done
@@ -400,7 +400,7 @@ def killed_at(write, source, out):
             os.kill(os.getpid(), signal.SIGKILL)
         real(file, piece)
 
-    vars(writing)["_write"] = dying
+    vars(stream)["_write"] = dying
     bake(source, tiny_lora(FluxTransformer2DModel.from_pretrained(source)), out, progress=False)
 
 
@@ -466,13 +466,13 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(known, small_disk, tmp_path
 
 def test_a_source_that_shrinks_under_way_is_an_error(tmp_path, monkeypatch):
     one_file(tmp_path / "in.safetensors")
-    real = writing.Scribe.reserve
+    real = stream.Scribe.reserve
 
     def shrinking(self, target, size):
         os.truncate(tmp_path / "in.safetensors", 900)
         real(self, target, size)
 
-    monkeypatch.setattr(writing.Scribe, "reserve", shrinking)
+    monkeypatch.setattr(stream.Scribe, "reserve", shrinking)
     with pytest.raises(StorageError, match="has become shorter while it was read"):
         bake(tmp_path / "in.safetensors", layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
     assert [one.name for one in tmp_path.iterdir()] == ["in.safetensors"]

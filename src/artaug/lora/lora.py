@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from artaug._internal.digests import tensors_digest
+from artaug._internal.files import atomic_write, save_tensors
 from artaug.errors import LoRAError, LoRAMismatchError
 from artaug.lora.formats.key_maps import Format, KeyMap
 from artaug.lora.formats.load import load_lora

@@ -279,7 +279,7 @@ def test_keys_of_a_model_nobody_knows_are_refused(tmp_path):
 
 def test_layers_of_several_families_need_the_family(tmp_path):
     lora = LoRA({f"{DOUBLE}.to_q": low_rank(1, (4, 4))})
-    with pytest.raises(LoRAError, match=r"could be those of FLUX.*Say which"):
+    with pytest.raises(LoRAError, match=r"could be those of FLUX.*Choose one"):
         lora.save(tmp_path / "a.safetensors", format=Format.KOHYA)
     assert not list(tmp_path.iterdir())
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from artaug.errors import LoRAMismatchError, ModelError, StorageError
-from artaug.lora.baking.checkpoint import Checkpoint, Shard, Stored
+from artaug.lora.baking.checkpoint import Checkpoint, Shard, TensorInfo
 from artaug.lora.baking.report import Baked, BakedFile, BakedLayer
 from artaug.lora.baking.rounding import DTYPES, Addition
 from artaug.lora.baking.stream import Scribe, Stretch, staged
@@ -111,7 +111,7 @@ def _additions(found: Checkpoint, lora: LoRA, *, scale: float, seed: int | None)
     return additions
 
 
-def _check_fits(name: str, stored: Stored, shape: tuple[int, ...]) -> None:
+def _check_fits(name: str, stored: TensorInfo, shape: tuple[int, ...]) -> None:
     if stored.dtype not in DTYPES:
         raise ModelError(
             f"{name!r} is stored as {stored.dtype}, which artaug does not bake into: of a small update to quantized "
@@ -123,7 +123,7 @@ def _check_fits(name: str, stored: Stored, shape: tuple[int, ...]) -> None:
             f"this LoRA updates {name!r} with shape {shape}, and in the checkpoint it has {stored.shape}. It was "
             "trained for a model of another size."
         )
-    if not stored.holds(DTYPES[stored.dtype].itemsize):
+    if not stored.has_size(DTYPES[stored.dtype].itemsize):
         raise ModelError(f"{name!r} is {stored.dtype} of shape {stored.shape}, and not as long. The file is damaged.")
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint on disk consists of: safetensors files with the place of every tensor, and all the rest."""
+"""The files of a checkpoint: safetensors files with the position of every tensor in them, and all other files."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 from artaug._internal.files import SafetensorsHeader
 from artaug.errors import ModelError
 
-_WEIGHTS = "diffusion_pytorch_model"
+_WEIGHTS_STEM = "diffusion_pytorch_model"
 _DENOISERS = ("transformer", "unet")
 _EXPECTED = (
     "Expected a safetensors file, or a folder of diffusers with diffusion_pytorch_model*.safetensors in it, in its "
@@ -18,19 +18,19 @@ _EXPECTED = (
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor in a file."""
+class TensorInfo:
+    """Type, shape and position of one tensor in a file."""
 
     dtype: str
-    """As safetensors calls it, ``BF16`` say."""
+    """As safetensors calls it, for example ``BF16``."""
     shape: tuple[int, ...]
     start: int
     """In bytes from the beginning of the file."""
     end: int
 
-    def holds(self, width: int) -> bool:
-        """Whether it is as long as its shape says, at ``width`` bytes a number."""
-        return self.end - self.start == math.prod(self.shape) * width
+    def has_size(self, itemsize: int) -> bool:
+        """Whether its length is that of its shape, at ``itemsize`` bytes for each element."""
+        return self.end - self.start == math.prod(self.shape) * itemsize
 
 
 @dataclass(frozen=True)
@@ -38,71 +38,77 @@ class Shard:
     """One safetensors file."""
 
     path: Path
-    tensors: Mapping[str, Stored]
-    """In the order in which their bytes lie in the file, one behind the other to its end."""
+    tensors: Mapping[str, TensorInfo]
+    """In the order of their bytes, which follow each other without gaps to the end of the file."""
     size: int
     """Of the file, in bytes."""
 
     @classmethod
     def read(cls, path: Path) -> "Shard":
-        """Read the header, and make sure that the file is as long as it says.
+        """Read the header and check it against the length of the file.
 
         Raises:
             ModelError: if it is no safetensors file, or cut short.
         """
         try:
             header = SafetensorsHeader.read(path)
-        except (OSError, ValueError) as fault:
-            raise ModelError(f"{path} cannot be read as safetensors: {fault}. {_EXPECTED}") from None
-        size = header.file_size
-        tensors = _tensors(header)
-        if tensors is None or (max((one.end for one in tensors.values()), default=header.data_start)) != size:
-            raise ModelError(f"{path} is cut short or damaged: {size} bytes are not what its header describes.")
-        return cls(path, tensors, size)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} cannot be read as safetensors: {error}. {_EXPECTED}") from None
+        try:
+            tensors = _tensor_infos(header)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            tensors = None
+        if tensors is None:
+            raise ModelError(
+                f"{path} is cut short or damaged: {header.file_size} bytes are not what its header describes."
+            )
+        return cls(path, tensors, header.file_size)
 
 
-def _tensors(header: SafetensorsHeader) -> dict[str, Stored] | None:
-    """The tensors in order of place; None if they do not lie one behind the other."""
-    start = header.data_start
-    try:
-        found = {
-            name: Stored(str(one["dtype"]), tuple(one["shape"]), *(start + int(at) for at in one["data_offsets"]))
-            for name, one in header.tensors.items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None
-    ordered = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
-    at = start
-    for one in ordered.values():
-        if one.start != at or one.end < at or any(not isinstance(side, int) or side < 0 for side in one.shape):
+def _tensor_infos(header: SafetensorsHeader) -> dict[str, TensorInfo] | None:
+    """The tensors by position; None if they have gaps, overlap, or do not end where the file ends.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: if the header describes something else than tensors.
+    """
+    infos = {}
+    for name, entry in header.tensors.items():
+        if any(not isinstance(size, int) or size < 0 for size in entry["shape"]):
             return None
-        at = one.end
-    return ordered
+        start, end = (header.data_start + int(offset) for offset in entry["data_offsets"])
+        infos[name] = TensorInfo(str(entry["dtype"]), tuple(entry["shape"]), start, end)
+    ordered = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)))
+    position = header.data_start
+    for info in ordered.values():
+        if info.start != position or info.end < position:
+            return None
+        position = info.end
+    return ordered if position == header.file_size else None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk."""
+    """The files of a model."""
 
     root: Path
     """The folder, or the folder that the one file is in."""
     shards: tuple[Shard, ...]
     others: tuple[Path, ...] = ()
-    """All other files of the folder, however deep, but for hidden ones."""
+    """All other files of the folder and its subfolders, except hidden ones."""
 
     @classmethod
     def find(cls, path: Path) -> "Checkpoint":
-        """ValidationResult what is there.
+        """Find the weights of the denoiser in a folder, or take one file.
 
         Raises:
-            ModelError: if there are no weights, several sets of them, or some that are no safetensors files.
+            ModelError: if there are no weights, several sets of them, or weights that are no safetensors files.
         """
         if path.is_file():
             return cls(path.parent, (Shard.read(path),))
         if not path.is_dir():
             raise ModelError(f"{str(path)!r} does not exist. {_EXPECTED}")
-        weights = _weights(_denoiser(path))
-        others = (file for file in _files(path) if file not in weights)
+        weights = _weight_files(_denoiser_folder(path))
+        others = (file for file in _visible_files(path) if file not in weights)
         return cls(path, tuple(map(Shard.read, weights)), tuple(others))
 
     @property
@@ -110,65 +116,69 @@ class Checkpoint:
         """In bytes, all files."""
         return sum(shard.size for shard in self.shards) + sum(file.stat().st_size for file in self.others)
 
-    def tensors(self) -> dict[str, Stored]:
-        """All tensors of all shards.
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensors of all shards by name.
 
         Raises:
             ModelError: if two shards hold one tensor.
         """
-        found: dict[str, Stored] = {}
+        tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
-            if twice := found.keys() & shard.tensors.keys():
-                raise ModelError(f"{shard.path} holds {min(twice)!r}, which another shard holds too. Which is meant?")
-            found |= shard.tensors
-        return found
+            if duplicates := tensors.keys() & shard.tensors.keys():
+                raise ModelError(
+                    f"{shard.path} holds {min(duplicates)!r}, which another shard holds too. Fetch the model again."
+                )
+            tensors |= shard.tensors
+        return tensors
 
 
-def _denoiser(folder: Path) -> Path:
-    """The folder with the denoiser's weights: this one or one in it."""
-    found = [one for one in (folder, *map(folder.joinpath, _DENOISERS)) if any(one.glob(f"{_WEIGHTS}*.safetensors"))]
+def _denoiser_folder(folder: Path) -> Path:
+    """The folder with the denoiser's weights: this one, or ``transformer`` or ``unet`` in it."""
+    candidates = (folder, *map(folder.joinpath, _DENOISERS))
+    found = [candidate for candidate in candidates if any(candidate.glob(f"{_WEIGHTS_STEM}*.safetensors"))]
     if len(found) != 1:
-        held = ", ".join(str(one.relative_to(folder)) for one in found) or sorted(one.name for one in folder.iterdir())
-        raise ModelError(f"{str(folder)!r} does not hold the weights of one denoiser; there is {held}. {_EXPECTED}")
+        holders = ", ".join(str(candidate.relative_to(folder)) for candidate in found)
+        present = holders or sorted(entry.name for entry in folder.iterdir())
+        raise ModelError(f"{str(folder)!r} does not hold the weights of one denoiser; there is {present}. {_EXPECTED}")
     return found[0]
 
 
-def _weights(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the one set of weights in a folder.
 
-    Left alone, any other set would be without the LoRA, and someone might load it.
+    A second set, another variant for instance, would be copied without the LoRA, and could be loaded by mistake.
     """
-    indices = sorted(folder.glob(f"{_WEIGHTS}*.safetensors.index*.json"))
-    files = set(folder.glob(f"{_WEIGHTS}*.safetensors"))
-    sets = [_indexed(index) for index in indices]
+    indices = sorted(folder.glob(f"{_WEIGHTS_STEM}*.safetensors.index*.json"))
+    files = set(folder.glob(f"{_WEIGHTS_STEM}*.safetensors"))
+    sets = [_indexed_files(index) for index in indices]
     sets += [{file} for file in sorted(files.difference(*sets)) if "-of-" not in file.name]
-    strange = {file for file in folder.glob(f"{_WEIGHTS}*") if file not in files and file not in indices}
-    if len(sets) != 1 or strange or files != sets[0]:
-        held = sorted(file.name for file in files | strange | set(indices))
+    unknown = {file for file in folder.glob(f"{_WEIGHTS_STEM}*") if file not in files and file not in indices}
+    if len(sets) != 1 or unknown or files != sets[0]:
+        names = sorted(file.name for file in files | unknown | set(indices))
         raise ModelError(
-            f"{str(folder)!r} holds {held}: not exactly one whole set of weights. Expected one safetensors file, or "
+            f"{str(folder)!r} holds {names}: not exactly one whole set of weights. Expected one safetensors file, or "
             "shards with their index. Move the others away."
         )
     return sorted(files)
 
 
-def _indexed(index: Path) -> set[Path]:
+def _indexed_files(index: Path) -> set[Path]:
     try:
         names = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise ModelError(f"{index} is no index of shards: {fault!r}. Expected JSON with a 'weight_map'.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is no index of shards: {error!r}. Expected JSON with a 'weight_map'.") from None
     missing = sorted(name for name in names if not (index.parent / name).is_file())
     if missing:
         raise ModelError(f"{index} names {missing[0]!r}, which is not there. Fetch the model again.")
     return {index.parent / name for name in names}
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files in a folder, links to files included, hidden ones left out."""
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """All files in a folder and its subfolders: links to files are included, hidden entries are not."""
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _files(entry)
+            yield from _visible_files(entry)
         else:
             yield entry
