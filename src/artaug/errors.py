@@ -1,24 +1,24 @@
 """Every error artaug raises on purpose.
 
-Each is an `ArtAugError` and also the builtin that fits, so both ``except ArtAugError`` and
-``except ValueError`` do what they say. Bugs, and running out of memory, are never wrapped.
+Each is an `ArtAugError` and also the builtin that fits, so that both ``except ArtAugError`` and
+``except ValueError`` catch it. Bugs and out-of-memory errors are never wrapped.
 
 ```
 ArtAugError
-├── InvalidValueError (ValueError)       a value type was given something it cannot mean
-│   ├── GeometryError                    a box or a mask that is none
+├── InvalidValueError (ValueError)       an argument or a field has a value that is not allowed
+│   ├── GeometryError                    a box or a mask that does not describe a part of an image
 │   └── PromptError                      no prompts, or one that cannot be used
-├── ContractError (TypeError)                a critic, planner, scorer or filter returned the wrong thing
+├── ContractError (TypeError)            a user's object returned something its seam does not allow
 ├── CriticError (RuntimeError)           a critic raised instead of abstaining
 ├── ModelError (ValueError)              a folder, pipeline or size the adapter cannot work with
-├── GuideError (RuntimeError)            a guide cannot be installed, or a region would go unread
-├── LoRAError (ValueError)               a LoRA file or value that is none
+├── GuideError (RuntimeError)            a guide cannot be installed, or a region would have no effect
+├── LoRAError (ValueError)               a malformed LoRA file or value
 │   └── LoRAMismatchError                a LoRA that names layers the model does not have
 ├── NonFiniteError (ArithmeticError)     NaN or infinity where numbers were expected
-│   └── TrainingDivergedError            the loss or its gradient stopped being a number
+│   └── TrainingDivergedError            the loss or its gradient is not finite
 ├── StorageError (OSError)               a file of artaug's own could not be written, or is not what it should be
-├── ScoringError (RuntimeError)          a scorer raised on some pictures of a comparison, which is finished without them
-├── UndecidedError (LookupError)         a pair on which a person has not decided yet
+├── ScoringError (RuntimeError)          a scorer raised on some pictures; the comparison was finished without them
+├── UndecidedError (LookupError)         a pair that no person has decided on yet
 ├── HubError (RuntimeError)               the Hub refused something, or could not be reached
 ├── NothingToLearnError (RuntimeError)   no pair was kept, so there is nothing to train on
 └── MissingExtraError (ImportError)      an optional package is not installed
@@ -35,7 +35,7 @@ class ArtAugError(Exception):
 
 
 class InvalidValueError(ArtAugError, ValueError):
-    """A value type was given something it cannot mean."""
+    """An argument or a field has a value that is not allowed."""
 
 
 class GeometryError(InvalidValueError):
@@ -47,7 +47,7 @@ class PromptError(InvalidValueError):
 
 
 class ContractError(ArtAugError, TypeError):
-    """A critic, planner, scorer, filter or synthesizer returned something its seam does not allow."""
+    """An object of the user's (a critic, planner, synthesizer, scorer, filter, ...) broke the contract of its seam."""
 
 
 class CriticError(ArtAugError, RuntimeError):
@@ -59,7 +59,7 @@ class ModelError(ArtAugError, ValueError):
 
 
 class GuideError(ArtAugError, RuntimeError):
-    """A guide cannot be installed, or would leave a region unread."""
+    """A guide cannot be installed, or a region would have no effect."""
 
 
 class LoRAError(ArtAugError, ValueError):
@@ -75,19 +75,19 @@ class NonFiniteError(ArtAugError, ArithmeticError):
 
 
 class TrainingDivergedError(NonFiniteError):
-    """The training loss, or its gradient, stopped being a finite number.
+    """The training loss, or its gradient, is not finite.
 
     Attributes:
         step: the step, counted from 1, that was not taken.
         loss: its loss.
-        gradient_norm: the length of its gradient.
+        gradient_norm: the norm of its gradient.
     """
 
     def __init__(self, step: int, loss: float, *, gradient_norm: float = math.nan) -> None:
-        what = f"the gradient's length was {gradient_norm}" if math.isfinite(loss) else f"the loss was {loss}"
+        what = f"the gradient norm was {gradient_norm}" if math.isfinite(loss) else f"the loss was {loss}"
         super().__init__(
             f"{what} at step {step}. Lower the learning rate (or check the pairs for broken images); the step was not "
-            "taken, and a checkpoint of the steps before it is sound."
+            "taken, and a checkpoint of the steps before it can be used."
         )
         self.step = step
         self.loss = loss
@@ -113,16 +113,16 @@ class ScoringError(ArtAugError, RuntimeError):
 
 
 class UndecidedError(ArtAugError, LookupError):
-    """A filter rests on what a person decided, and of some pairs nobody has decided yet.
+    """A filter needs a person's decisions, and some pairs have none yet.
 
     Attributes:
         undecided: how many pairs.
     """
 
-    def __init__(self, undecided: int, *, of: int, path: str) -> None:
+    def __init__(self, undecided: int, *, total: int, path: str) -> None:
         super().__init__(
-            f"on {undecided} of {of} pairs nobody has decided yet, as {path!r} says. Show them with "
-            "artaug.ManualReview(path).serve(pairs); what is decided stays decided."
+            f"{path!r} has no decision on {undecided} of {total} pairs yet. Show them with "
+            "artaug.ManualReview(path).serve(pairs); decisions made so far are kept."
         )
         self.undecided = undecided
 
@@ -151,8 +151,8 @@ class MissingExtraError(ArtAugError, ImportError):
         extra: the name of the extra of artaug that brings it, or None if none does.
     """
 
-    def __init__(self, wanted_by: str, *, package: str, extra: str | None = None) -> None:
-        wanted = package if extra is None else f'"artaug[{extra}]"'
-        super().__init__(f"{wanted_by} needs the {package} package. Run: pip install {wanted}")
+    def __init__(self, required_by: str, *, package: str, extra: str | None = None) -> None:
+        requirement = package if extra is None else f'"artaug[{extra}]"'
+        super().__init__(f"{required_by} needs the {package} package. Run: pip install {requirement}")
         self.package = package
         self.extra = extra

@@ -1,6 +1,6 @@
 """Where things are in an image: boxes and masks, relative to its width and height.
 
-Nothing here knows how many pixels an image has unless it is told: the origin is top left, both axes run from 0 to 1.
+The origin is top left, both axes run from 0 to 1. Methods that need pixels take the image's size.
 """
 
 import base64
@@ -53,7 +53,7 @@ class Box:
         """
         width, height = size
         if width < 1 or height < 1:
-            raise GeometryError(f"a pixel box needs an image to lie in, received one of {width} x {height}.")
+            raise GeometryError(f"a pixel box needs an image with pixels, received one of {width} x {height}.")
         edges = (left / width, top / height, right / width, bottom / height)
         clipped = [min(max(edge, 0.0), 1.0) if math.isfinite(edge) else math.nan for edge in edges]
         if not (clipped[0] < clipped[2] and clipped[1] < clipped[3]):
@@ -80,7 +80,7 @@ class Box:
 
     @property
     def center(self) -> tuple[float, float]:
-        """Horizontal and vertical position of the middle."""
+        """Horizontal and vertical position of the center."""
         return (self.left + self.right) / 2, (self.top + self.bottom) / 2
 
     def to_pixels(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -89,8 +89,8 @@ class Box:
         The edges are rounded outwards, so ``image.crop(box.to_pixels(image.size))`` always holds the whole box. Edges
         that came from whole pixels come back as they were.
         """
-        left, right = _outwards(self.left, self.right, length=size[0])
-        top, bottom = _outwards(self.top, self.bottom, length=size[1])
+        left, right = _pixel_span(self.left, self.right, length=size[0])
+        top, bottom = _pixel_span(self.top, self.bottom, length=size[1])
         return left, top, right, bottom
 
     def overlap(self, other: "Box") -> float:
@@ -108,7 +108,8 @@ class Box:
         """
         shared = self.overlap(other)
         union = self.area + other.area - shared
-        return shared / union if union > 0 else float(self == other)  # the area of the tiniest boxes rounds to 0
+        # The area of the tiniest boxes underflows to 0; then only the same box overlaps.
+        return shared / union if union > 0 else float(self == other)
 
     def padded(self, margin: float) -> "Box":
         """The box grown by ``margin`` (a fraction of the image, >= 0) on every side, clipped to the image."""
@@ -120,20 +121,21 @@ class Box:
         )
 
 
-def _outwards(low: float, high: float, *, length: int) -> tuple[int, int]:
-    """The pixels from ``low`` to ``high``: at least one, and no further one for what only rounding put beyond it."""
+def _pixel_span(low: float, high: float, *, length: int) -> tuple[int, int]:
+    """First pixel and the one after the last that hold ``low`` to ``high`` of an axis: at least one pixel."""
+    # 160 / 640 * 640 may come out as 160.00000000000003, whose ceiling is a pixel too far: round off float noise first.
     first = min(math.floor(round(low * length, 6)), length - 1)
     return first, max(math.ceil(round(high * length, 6)), first + 1)
 
 
 @value
 class Mask:
-    """A soft part of an image: a grid of weights in [0, 1], stretched over the whole picture.
+    """A soft part of an image: a grid of weights in [0, 1], stretched over the whole image.
 
-    Make one with `Mask.from_array`; ``data`` is the compressed form that travels through JSON.
+    Make one with `Mask.from_array`; ``data`` is the compressed form for JSON.
 
     Raises:
-        GeometryError: for a grid without cells, without any weight, with values outside [0, 1] or not numbers.
+        GeometryError: for a grid without cells, with no weight above 0, or with weights outside [0, 1] or not finite.
 
     >>> import artaug as aa, numpy as np
     >>> mask = aa.Mask.from_array(np.eye(2))
@@ -149,9 +151,9 @@ class Mask:
     def __post_init__(self) -> None:
         try:
             weights = self.to_array()
-        except (ValueError, zlib.error) as fault:
+        except (ValueError, zlib.error) as error:
             raise GeometryError(
-                f"a Mask of {self.height} x {self.width} holds data that does not decode to it ({fault}). "
+                f"a Mask of {self.height} x {self.width} holds data that does not decode to it ({error}). "
                 "Make one with Mask.from_array."
             ) from None
         if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.max() <= 1):
@@ -166,7 +168,7 @@ class Mask:
     def from_array(cls, weights: np.ndarray) -> Self:
         """Make a mask from an array (height, width) of weights in [0, 1]; booleans are taken as 0 and 1."""
         grid = np.asarray(weights)
-        if grid.ndim != 2 or grid.size == 0:  # a grid has two axes
+        if grid.ndim != 2 or grid.size == 0:
             raise GeometryError(f"a Mask needs an array (height, width), received shape {grid.shape}.")
         raw = np.ascontiguousarray(grid, dtype="<f4").tobytes()
         return cls(grid.shape[0], grid.shape[1], base64.b64encode(zlib.compress(raw)).decode())

@@ -1,4 +1,4 @@
-"""One prompt drawn twice, what was decided about it, and how every prompt of a run ends."""
+"""Pairs of pictures, verdicts on them, and the three ways in which a prompt of a run ends."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self, TypeAlias
@@ -15,10 +15,10 @@ from artaug.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePair:
-    """One prompt and seed, drawn before and after a critique.
+    """The pictures of one prompt and seed, before and after a critique.
 
     Raises:
-        InvalidValueError: if the two pictures differ in size, since then nothing in them corresponds.
+        InvalidValueError: if the two pictures differ in size, since their pixels then do not correspond.
     """
 
     prompt: str
@@ -28,17 +28,18 @@ class ImagePair:
     after: Image
     """Drawn from the plan, with the same seed."""
     plan: Plan
-    """What made the difference."""
+    """What ``after`` was drawn from."""
 
     @classmethod
     def unchanged(cls, image: Image, *, prompt: str, seed: int) -> Self:
-        """A pair in which nothing changed: trained on among others, it holds the model where it is.
+        """A pair in which nothing changed: among others, it keeps the model's predictions for the prompt as they are.
 
-        To `PairedDifference` such a pair is exactly a prior-preservation term: the student is to predict what the frozen
-        model predicts, and does so at the start, without a loss. The more of them among the pairs, the more that counts.
+        In `PairedDifference` such a pair is exactly a prior-preservation term: its target is the prediction of the frozen
+        model, which the student already makes at the start, where the loss of the pair is 0. The more of these pairs,
+        the stronger the term.
 
         Args:
-            image: what the model draws of the prompt, and should go on drawing.
+            image: what the model draws of the prompt, and should continue to draw.
             prompt: the prompt.
             seed: the seed it was drawn with.
 
@@ -78,17 +79,17 @@ def pair_digest(pair: ImagePair, *, include_plan: bool = False) -> str:
 
 @value
 class Verdict:
-    """Whether a pair is kept, why, and the numbers that rests on."""
+    """Whether a pair is kept, why, and the numbers behind the decision."""
 
     keep: bool
     reason: str
     scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
-    """By name, every number that was looked at: ``{"Exposure gain": 0.21, ...}``."""
+    """By name, every number that was considered: ``{"Exposure gain": 0.21, ...}``."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A pair that got better and will be learned from."""
+    """A pair that got better, to train on."""
 
     pair: ImagePair
     verdict: Verdict
@@ -96,7 +97,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A pair that the filter refused."""
+    """A pair that the filter did not keep."""
 
     pair: ImagePair
     verdict: Verdict
@@ -104,7 +105,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A prompt that never became a pair: the critic abstained, or nothing was to be changed."""
+    """A prompt without a pair: the critic abstained, or the plan changed nothing."""
 
     prompt: str
     seed: int

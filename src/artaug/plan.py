@@ -1,4 +1,4 @@
-"""What to draw: a prompt, the regions that have prompts of their own, and how critiques become plans."""
+"""What to draw: a prompt and regions with prompts of their own; and planners, which make plans of critiques."""
 
 import io
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from artaug.drawing import Area, draw_areas
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box, Mask
 
-_SHOWN_PX = 512
+_PREVIEW_PX = 512
 _GREY = "#808080"
 
 
@@ -34,15 +34,15 @@ class Region:
     area: Box | Mask
     """The part of the picture."""
     prompt: str
-    """What is to be seen in it."""
+    """What is in it."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """How strongly the region's prompt counts against the plan's own, which has weight 1."""
     feather: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Softness of the edge: standard deviation of a Gaussian, as a fraction of the picture's shorter side."""
     negative_prompt: str | None = None
-    """What is not to be seen in it; needs a synthesizer that draws with classifier-free guidance."""
+    """What is not to be in it; needs a synthesizer that draws with classifier-free guidance."""
     lora: str | None = None
-    """A LoRA to wear in it alone, by the name the guide knows it by (``loras`` of `OutputMix` or `RegionalAttention`)."""
+    """A LoRA that applies in it alone, by its name in ``loras`` of `OutputMix` or `RegionalAttention`."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -59,18 +59,18 @@ class Plan:
     """
 
     prompt: str
-    """Governs the whole picture."""
+    """Of the whole picture."""
     regions: tuple[Region, ...] = ()
     """Parts with prompts of their own."""
 
     def preview(self, image: Image.Image | None = None, *, size: tuple[int, int] | None = None) -> Image.Image:
-        """Draw the regions, numbered, over a picture, and below it the prompts.
+        """Draw the regions, numbered, over a copy of a picture, and their prompts below it.
 
-        A box has a frame. A mask, or a box's feathered edge, has a tint, the denser the more weight it has there.
+        A box has a frame. A mask, or a box's feathered edge, has a tint whose opacity follows the weight there.
 
         Args:
-            image: stays as it is; None for grey.
-            size: width and height in pixels to show it at; None for its own, a small one enlarged by a whole number.
+            image: what to draw over; None for grey.
+            size: width and height in pixels of the result; None for the picture's own, times a whole number if small.
 
         Raises:
             InvalidValueError: if the size is not positive.
@@ -81,36 +81,38 @@ class Plan:
         320
         """
         if size is not None and min(size) < 1:
-            raise InvalidValueError(f"Plan.preview(size={size}) leaves nothing to see: need at least one pixel a side.")
-        shown = image or Image.new("RGB", size or (_SHOWN_PX, _SHOWN_PX), _GREY)
-        times = max(_SHOWN_PX // max(shown.size), 1)
-        enlarged = shown.resize(size or (shown.width * times, shown.height * times), Image.Resampling.BICUBIC)
-        areas = [Area(where=one.area, words=_told(one), feather=one.feather) for one in self.regions]
+            raise InvalidValueError(
+                f"Plan.preview(size={size}) leaves nothing to see: need at least 1 pixel in width and height."
+            )
+        canvas = image or Image.new("RGB", size or (_PREVIEW_PX, _PREVIEW_PX), _GREY)
+        scale = max(_PREVIEW_PX // max(canvas.size), 1)
+        enlarged = canvas.resize(size or (canvas.width * scale, canvas.height * scale), Image.Resampling.BICUBIC)
+        areas = [Area(where=region.area, words=_caption(region), feather=region.feather) for region in self.regions]
         return draw_areas(enlarged, areas, heading=self.prompt)
 
     def _repr_png_(self) -> bytes | None:
         """What a notebook shows; a plan without regions is shown as text."""
         if not self.regions:
             return None
-        held = io.BytesIO()
-        self.preview().save(held, "png")
-        return held.getvalue()
+        png = io.BytesIO()
+        self.preview().save(png, "png")
+        return png.getvalue()
 
 
-def _told(region: Region) -> str:
-    """All of a region but where it is, in words."""
+def _caption(region: Region) -> str:
+    """Everything about a region but its area."""
     weight = "" if region.weight == 1 else f" (weight {region.weight:g})"
     negative = "" if region.negative_prompt is None else f"; not {region.negative_prompt}"
-    lora = "" if region.lora is None else f"; wears {region.lora}"
+    lora = "" if region.lora is None else f"; LoRA {region.lora}"
     return f"{region.prompt}{weight}{negative}{lora}"
 
 
 class RegionPlanner(ABC):
-    """Turns a critique into a plan. A prompt rewriter is a planner whose plans have no regions."""
+    """Turns a critique into a plan. A prompt rewriter is a planner whose plans have another prompt and no regions."""
 
     @abstractmethod
     def plan(self, prompt: str, critique: Critique) -> Plan:
-        """Make the plan for drawing ``prompt`` again. A plan that changes nothing means: leave this picture alone."""
+        """Make the plan for drawing ``prompt`` again. For a plan that changes nothing, the prompt is skipped."""
 
 
 def run_planner(planner: RegionPlanner, prompt: str, critique: Critique) -> Plan:
@@ -125,7 +127,7 @@ def run_planner(planner: RegionPlanner, prompt: str, critique: Critique) -> Plan
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyPlanner(RegionPlanner):
-    """Takes suggestions in the critic's order, leaving out those that repeat a place already taken.
+    """Takes suggestions in the critic's order and leaves out those that overlap one already taken.
 
     >>> import artaug as aa
     >>> left, right = aa.Box(0, 0, 0.5, 1), aa.Box(0.5, 0, 1, 1)
@@ -137,9 +139,9 @@ class GreedyPlanner(RegionPlanner):
     max_regions: int = 4
     """At most this many regions, since each costs time (with `OutputMix` a whole forward pass a step)."""
     max_iou: float = 0.5
-    """A suggestion is left out if its box overlaps one already taken by more than this, in [0, 1]."""
+    """A suggestion is left out if the IoU of its box with one already taken is above this, in [0, 1]."""
     min_area: float = 0.01
-    """A suggestion is left out if its box is a smaller fraction of the picture than this."""
+    """A suggestion is left out if its box is less than this fraction of the picture; a box of exactly this is taken."""
     weight: float = 1.0
     """Weight of every region."""
     feather: float = 0.0
@@ -150,7 +152,7 @@ class GreedyPlanner(RegionPlanner):
             raise InvalidValueError(
                 f"GreedyPlanner(max_regions={self.max_regions}) could plan nothing: need at least 1."
             )
-        if self.weight <= 0 or not all(0 <= share <= 1 for share in (self.max_iou, self.min_area, self.feather)):
+        if self.weight <= 0 or not all(0 <= fraction <= 1 for fraction in (self.max_iou, self.min_area, self.feather)):
             raise InvalidValueError(
                 f"{self!r} could plan no region: need weight > 0, and max_iou, min_area and feather in [0, 1]."
             )
@@ -158,8 +160,11 @@ class GreedyPlanner(RegionPlanner):
     def plan(self, prompt: str, critique: Critique) -> Plan:
         taken: list[Suggestion] = []
         for suggestion in critique.suggestions:
-            fresh = all(suggestion.box.iou(earlier.box) <= self.max_iou for earlier in taken)
-            if fresh and suggestion.box.area >= self.min_area and len(taken) < self.max_regions:
+            # Both limits are inclusive: a box of exactly min_area is taken, and so is one at exactly max_iou.
+            overlaps = any(suggestion.box.iou(earlier.box) > self.max_iou for earlier in taken)
+            if not overlaps and suggestion.box.area >= self.min_area and len(taken) < self.max_regions:
                 taken.append(suggestion)
-        regions = (Region(one.box, one.prompt, weight=self.weight, feather=self.feather) for one in taken)
+        regions = (
+            Region(suggestion.box, suggestion.prompt, weight=self.weight, feather=self.feather) for suggestion in taken
+        )
         return Plan(prompt, tuple(regions))

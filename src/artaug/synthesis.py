@@ -1,4 +1,4 @@
-"""Drawing pictures from plans, whatever draws them."""
+"""The seam that draws pictures from plans, and the seeds of a run's pictures."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ class Synthesizer(ABC):
         """Draw one picture."""
 
     def synthesize_batch(self, plans: Sequence[Plan], *, seeds: Sequence[int]) -> list[Image]:
-        """Draw many pictures, one a plan and seed. Override it where a batch is faster than a loop."""
+        """Draw many pictures, one for each plan and seed. Override it where a batch is faster than a loop."""
         return [self.synthesize(plan, seed=seed) for plan, seed in zip(plans, seeds, strict=True)]
 
     def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
-        """A synthesizer that draws with ``lora`` on top, sharing this one's weights; this one stays as it is.
+        """A synthesizer that draws with ``lora`` on top, with the same weights in memory; this one is not changed.
 
         Raises:
             ModelError: if this synthesizer cannot take a LoRA.
@@ -35,11 +35,13 @@ class Synthesizer(ABC):
 
 
 def draw(synthesizer: Synthesizer, plans: Sequence[Plan], *, seeds: Sequence[int]) -> list[Image]:
-    """Draw pictures and check that there is one for each plan.
+    """Draw pictures and check that there is one for each plan; without plans, the synthesizer is not called.
 
     Raises:
         ContractError: if the synthesizer returned too few or too many pictures, or something that is not a PIL image.
     """
+    if not plans:
+        return []
     return check_batch(
         type(synthesizer).__name__,
         "synthesize_batch",

@@ -56,7 +56,7 @@ def test_a_filter_that_has_to_agree_counts_into_the_yield():
 
     assert found.kept == 10
     assert found.thresholds == {"Listed": 8.1}
-    with pytest.raises(aa.InvalidValueError, match="alone keeps 50 of 100 pairs, and 60 are asked for"):
+    with pytest.raises(aa.InvalidValueError, match="alone keeps 50 of 100 pairs, and 60 are wanted"):
         aa.calibrate(pairs, [Listed()], fraction=0.6, also=Odd())
 
 
@@ -85,7 +85,7 @@ def test_equal_pairs_are_kept_together_and_counted():
     [
         ({"scorers": []}, "Expected at least one, and different names"),
         ({"scorers": [Listed(), Listed()]}, "Expected at least one, and different names"),
-        ({"fraction": 0.0}, r"need a share in \(0, 1\]"),
+        ({"fraction": 0.0}, r"need a fraction in \(0, 1\]"),
         ({"fraction": 0.02}, "2.0% of 20 pairs is less than one pair: need at least 50 pairs"),
     ],
 )

@@ -167,7 +167,7 @@ def test_a_later_round_that_keeps_nothing_ends_the_loop_with_what_there_is(flux)
 
 
 def test_a_synthesizer_without_a_model_to_lend_is_refused_before_anything_is_drawn():
-    with pytest.raises(aa.ModelError, match="SwatchSynthesizer lends no model to train"):
+    with pytest.raises(aa.ModelError, match="SwatchSynthesizer has no model to train"):
         enhanced(SwatchSynthesizer())
 
 

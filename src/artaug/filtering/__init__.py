@@ -1,4 +1,4 @@
-"""Which pairs are worth learning from: filters, each explaining itself, combined with ``&``, ``|`` and ``~``."""
+"""Filters that decide which pairs to train on, each with a reason; combined with ``&``, ``|`` and ``~``."""
 
 from artaug.filtering.algebra import PairFilter, judge_pairs
 from artaug.filtering.calibration import Calibration, calibrate

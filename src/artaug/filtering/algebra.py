@@ -1,4 +1,4 @@
-"""The seam of filters and its algebra: ``&``, ``|`` and ``~`` of filters are filters."""
+"""The base class of filters and its algebra: ``&``, ``|`` and ``~`` of filters are filters."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -22,38 +22,36 @@ class PairFilter(ABC):
 
     @abstractmethod
     def judge(self, pair: ImagePair) -> Verdict:
-        """Keep the pair or not, with the reason and the numbers that rests on."""
+        """Keep the pair or not, with the reason and the numbers behind it."""
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
-        """Judge many pairs. Override it where a batch is faster, or where pairs are judged against each other."""
+        """Judge many pairs. Override it where a batch is faster, or where pairs are compared with each other."""
         return [self.judge(pair) for pair in pairs]
 
     @property
     def scorers(self) -> frozenset[str]:
-        """Names of the scorers this filter rests on: by them, what it kept looks better than it is."""
+        """Names of the scorers this filter decides by; they overrate the pairs that it kept."""
         return frozenset()
 
     def __and__(self, other: "PairFilter") -> "PairFilter":
         """Keep what both keep."""
-        return _Combined(self, other, both=True)
+        return _Combined(self, other, require_both=True)
 
     def __or__(self, other: "PairFilter") -> "PairFilter":
         """Keep what either keeps."""
-        return _Combined(self, other, both=False)
+        return _Combined(self, other, require_both=False)
 
     def __invert__(self) -> "PairFilter":
         """Keep what this one drops."""
         return _Not(self)
 
     def __bool__(self) -> bool:
-        """Refuse ``a and b``, of which Python would quietly take only ``b``."""
-        raise ContractError(
-            f"{self!r} is neither true nor false. Combine filters with &, | and ~, not and, or and not."
-        )
+        """Refuse ``a and b``, of which Python would silently use only ``b``."""
+        raise ContractError(f"{self!r} has no truth value. Combine filters with &, | and ~, not and, or and not.")
 
 
 def judge_pairs(keep: PairFilter, pairs: Sequence[ImagePair]) -> list[Verdict]:
-    """Judge pairs together and check that the filter answered as its seam promises: one `Verdict` a pair.
+    """Judge pairs together and check that there is one `Verdict` for each; without pairs, the filter is not called.
 
     Raises:
         ContractError: if it returned too few or too many answers, or something that is no `Verdict`.
@@ -76,11 +74,11 @@ def judge_pairs(keep: PairFilter, pairs: Sequence[ImagePair]) -> list[Verdict]:
 class _Combined(PairFilter):
     first: PairFilter
     second: PairFilter
-    both: bool
-    """Whether both must agree to keep, or one is enough."""
+    require_both: bool
+    """True for ``&``, False for ``|``."""
 
     def __repr__(self) -> str:
-        return f"({self.first!r} {'&' if self.both else '|'} {self.second!r})"
+        return f"({self.first!r} {'&' if self.require_both else '|'} {self.second!r})"
 
     @property
     def scorers(self) -> frozenset[str]:
@@ -91,15 +89,15 @@ class _Combined(PairFilter):
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
         verdicts = zip(judge_pairs(self.first, pairs), judge_pairs(self.second, pairs), strict=True)
-        return [self._merged(first, second) for first, second in verdicts]
+        return [self._merge(first, second) for first, second in verdicts]
 
-    def _merged(self, first: Verdict, second: Verdict) -> Verdict:
-        """One verdict of two: all their scores, and the reasons of those who decided."""
-        keep = first.keep and second.keep if self.both else first.keep or second.keep
+    def _merge(self, first: Verdict, second: Verdict) -> Verdict:
+        """One verdict of two: all scores, and the reasons of those that agree with the result."""
+        keep = first.keep and second.keep if self.require_both else first.keep or second.keep
         deciding = dict.fromkeys(verdict.reason for verdict in (first, second) if verdict.keep == keep)
         scores = dict(first.scores)
         for name, number in second.scores.items():
-            # Two models behind one name: both numbers were looked at, so both are kept.
+            # Two scorers of one name with different numbers: both were used, so both are kept.
             scores[name if scores.get(name, number) == number else f"{name} (2)"] = number
         return Verdict(keep, " and ".join(deciding), scores)
 
@@ -107,14 +105,14 @@ class _Combined(PairFilter):
 @final
 @dataclass(frozen=True, repr=False)
 class _Not(PairFilter):
-    opposed: PairFilter
+    inverted: PairFilter
 
     def __repr__(self) -> str:
-        return f"~{self.opposed!r}"
+        return f"~{self.inverted!r}"
 
     @property
     def scorers(self) -> frozenset[str]:
-        return self.opposed.scorers
+        return self.inverted.scorers
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]
@@ -122,5 +120,5 @@ class _Not(PairFilter):
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
         return [
             Verdict(not verdict.keep, f"not ({verdict.reason})", verdict.scores)
-            for verdict in judge_pairs(self.opposed, pairs)
+            for verdict in judge_pairs(self.inverted, pairs)
         ]

@@ -1,4 +1,4 @@
-"""What a scorer says of the two pictures of a pair."""
+"""The scores of the two pictures of a pair, and their difference."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from artaug.scoring import Scorer, score_images
 
 @dataclass(frozen=True)
 class ScoreDelta:
-    """What a scorer says of one pair."""
+    """A scorer's numbers for one pair."""
 
     name: str
     before: float
@@ -31,14 +31,18 @@ class ScoreDelta:
 
 
 def score_deltas(scorer: Scorer, pairs: Sequence[ImagePair]) -> list[ScoreDelta]:
-    """Score both pictures of every pair in one call, so that a model is loaded and batched once."""
+    """Score both pictures of every pair, in one call of the scorer."""
     images = [pair.before for pair in pairs] + [pair.after for pair in pairs]
     numbers = score_images(scorer, images, [pair.prompt for pair in pairs] * 2)
     before, after = numbers[: len(pairs)], numbers[len(pairs) :]
-    return [ScoreDelta(scorer.name, one, other) for one, other in zip(before, after, strict=True)]
+    return [ScoreDelta(scorer.name, *scores) for scores in zip(before, after, strict=True)]
 
 
 def check_finite(pair_filter: PairFilter, at_least: float) -> None:
-    """Refuse a threshold that no number can reach or miss."""
+    """Refuse a threshold that every number reaches, or none.
+
+    Raises:
+        InvalidValueError: if it is NaN or infinite.
+    """
     if not math.isfinite(at_least):
-        raise InvalidValueError(f"{pair_filter!r} can never change its mind: need a finite at_least.")
+        raise InvalidValueError(f"{pair_filter!r} would give the same answer for every pair: need a finite at_least.")

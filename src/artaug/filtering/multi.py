@@ -1,4 +1,4 @@
-"""Filters by more than one number: nothing may get worse, and the two pictures must still show the same."""
+"""Filters by several scorers, and by the similarity of the two pictures."""
 
 import math
 from collections.abc import Sequence
@@ -16,11 +16,14 @@ from artaug.scoring import Scorer
 @final
 @dataclass(frozen=True)
 class ParetoGain(PairFilter):
-    """Keeps a pair if no scorer fell by more than its tolerance and at least one rose.
+    """Keeps a pair if no score fell by more than its tolerance and at least one rose: a Pareto improvement.
+
+    The tolerance is inclusive: a fall of exactly the tolerance is allowed. It does not apply to the rise: any positive
+    gain counts, and a pair in which nothing rose is dropped however large the tolerance is.
 
     Raises:
-        InvalidValueError: without scorers, for scorers of one name, or for tolerances that are negative, not finite
-            or not one a scorer.
+        InvalidValueError: without scorers, for scorers of one name, or for tolerances that are negative, not finite,
+            or not one for each scorer.
 
     >>> import artaug as aa
     >>> from artaug.scorers import Chroma, Exposure
@@ -34,20 +37,22 @@ class ParetoGain(PairFilter):
     by: Sequence[Scorer]
     """None of them may fall."""
     tolerance: float | Sequence[float] = 0.0
-    """How far a score may fall, in the scorer's own units: one number for all, or one a scorer."""
+    """How far a score may fall, in the scorer's own units: one number for all scorers, or one for each."""
 
     def __post_init__(self) -> None:
         names = [scorer.name for scorer in self.by]
         if not names or len(set(names)) < len(names):
-            raise InvalidValueError(f"ParetoGain received scorers named {names}. Expected at least one, all different.")
+            raise InvalidValueError(
+                f"ParetoGain received scorers named {names}. Expected at least one, and different names."
+            )
         object.__setattr__(self, "by", tuple(self.by))
         if not isinstance(self.tolerance, int | float):
             object.__setattr__(self, "tolerance", tuple(self.tolerance))
-        allowed = self._allowed()
-        if len(allowed) != len(names) or not all(math.isfinite(one) and one >= 0 for one in allowed):
+        tolerances = self._tolerances()
+        if len(tolerances) != len(names) or not all(math.isfinite(limit) and limit >= 0 for limit in tolerances):
             raise InvalidValueError(
                 f"ParetoGain(tolerance={self.tolerance!r}) of scorers {names}: need a finite number of at least 0, or "
-                "one such number a scorer."
+                "one such number for each scorer."
             )
 
     @property
@@ -58,46 +63,49 @@ class ParetoGain(PairFilter):
         return self.judge_batch([pair])[0]
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
-        return [self._verdict(row) for row in zip(*(score_deltas(scorer, pairs) for scorer in self.by), strict=True)]
+        by_scorer = [score_deltas(scorer, pairs) for scorer in self.by]
+        return [self._verdict(deltas) for deltas in zip(*by_scorer, strict=True)]
 
-    def _allowed(self) -> tuple[float, ...]:
-        one_for_all = isinstance(self.tolerance, int | float)
-        return (self.tolerance,) * len(self.by) if one_for_all else tuple(self.tolerance)  # type: ignore[arg-type, return-value]
+    def _tolerances(self) -> tuple[float, ...]:
+        if isinstance(self.tolerance, int | float):
+            return (self.tolerance,) * len(self.by)
+        return tuple(self.tolerance)
 
-    def _verdict(self, row: Sequence[ScoreDelta]) -> Verdict:
-        scores = {name: number for change in row for name, number in change.scores.items()}
+    def _verdict(self, deltas: Sequence[ScoreDelta]) -> Verdict:
+        """Judge one pair by the deltas of all scorers."""
+        scores = {name: number for delta in deltas for name, number in delta.scores.items()}
         fell = [
-            f"{change}, allowed {allowed:.3g}"
-            for change, allowed in zip(row, self._allowed(), strict=True)
-            if change.gain < -allowed
+            f"{delta}, allowed {tolerance:.3g}"
+            for delta, tolerance in zip(deltas, self._tolerances(), strict=True)
+            if delta.gain < -tolerance
         ]
         if fell:
             return Verdict(keep=False, reason=" and ".join(fell), scores=scores)
-        keep = any(change.gain > 0 for change in row)
-        said = ", ".join(map(str, row))
-        return Verdict(keep, said if keep else f"nothing rose: {said}", scores)
+        keep = any(delta.gain > 0 for delta in deltas)
+        summary = ", ".join(map(str, deltas))
+        return Verdict(keep, summary if keep else f"nothing rose: {summary}", scores)
 
 
 @final
 @dataclass(frozen=True)
 class Similarity(PairFilter):
-    """Keeps a pair whose two pictures are alike enough: better, and still the same picture.
+    """Keeps a pair if the similarity of its two pictures is at least ``at_least``: better, and still the same picture.
 
-    ``~Similarity(metric, 0.99)`` keeps those that differ.
+    The threshold is inclusive. ``~Similarity(metric, 0.99)`` keeps the pairs below it.
 
     Raises:
         InvalidValueError: if ``at_least`` is not finite.
 
     >>> import artaug as aa
     >>> from PIL import Image
-    >>> grey, lit = (Image.new("RGB", (32, 32), colour) for colour in ("#808080", "#a0a0a0"))
+    >>> grey, lit = (Image.new("RGB", (32, 32), color) for color in ("#808080", "#a0a0a0"))
     >>> pair = aa.ImagePair(prompt="a wall", seed=0, before=grey, after=lit, plan=aa.Plan("a wall"))
     >>> print(aa.Similarity(aa.StructuralSimilarity(), at_least=0.6).judge(pair).reason)
     StructuralSimilarity is 0.976, threshold 0.6
     """
 
     metric: SimilarityMetric
-    """A `ImageSimilarity`, such as `StructuralSimilarity` or `EmbeddingSimilarity`, or any function of two pictures."""
+    """An `ImageSimilarity`, such as `StructuralSimilarity` or `EmbeddingSimilarity`, or any function of two pictures."""
     at_least: float
     """In the units of the metric; 1 is the same picture."""
 

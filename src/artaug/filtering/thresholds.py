@@ -1,4 +1,4 @@
-"""Filters by one scorer: what it gained, what it reached, and who gained most."""
+"""Filters by one scorer: by the gain, by the level reached, and by rank."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,10 @@ from artaug.scoring import Scorer, score_images
 @final
 @dataclass(frozen=True)
 class Gain(PairFilter):
-    """Keeps a pair whose score rose by at least ``at_least``; a negative number allows a loss.
+    """Keeps a pair if ``score(after) - score(before) >= at_least``; a negative number allows a loss.
+
+    The threshold is inclusive: with the default of 0, a pair whose score did not change is kept. To keep only what rose,
+    ask for a gain that matters in the scorer's units, such as 0.01.
 
     Raises:
         InvalidValueError: if ``at_least`` is not finite.
@@ -46,15 +49,15 @@ class Gain(PairFilter):
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
         return [
-            Verdict(change.gain >= self.at_least, f"{change}, threshold {self.at_least:.3g}", change.scores)
-            for change in score_deltas(self.scorer, pairs)
+            Verdict(delta.gain >= self.at_least, f"{delta}, threshold {self.at_least:.3g}", delta.scores)
+            for delta in score_deltas(self.scorer, pairs)
         ]
 
 
 @final
 @dataclass(frozen=True)
 class Floor(PairFilter):
-    """Keeps a pair whose second picture scores at least ``at_least``, whatever the first one scored.
+    """Keeps a pair if ``score(after) >= at_least``, whatever ``before`` scored. The threshold is inclusive.
 
     Raises:
         InvalidValueError: if ``at_least`` is not finite.
@@ -90,12 +93,12 @@ class Floor(PairFilter):
 @final
 @dataclass(frozen=True)
 class TopFraction(PairFilter):
-    """Keeps the pairs that gained most: the best ``ceil(fraction * n)`` of n judged together, the first of equals.
+    """Keeps the pairs that gained most: the best ``ceil(fraction * n)`` of n judged together; of equals, the first.
 
-    Together means: in one call of `judge_batch`. `improve` judges a chunk of ``batch_size`` prompts at a time, so a
-    larger batch compares more widely. A pair judged alone is the best there is, and is kept, even if it lost; to keep
-    only gains, write ``TopFraction(scorer, 0.5) & Gain(scorer)``. Parts of ``&`` and ``|`` see the same pairs, those
-    the other part drops included.
+    Together means: in one call of `judge_batch`. `improve` judges a chunk of ``batch_size`` prompts at a time, so that
+    a larger batch compares more pairs. A pair judged alone ranks first and is kept even if its score fell; to keep only
+    gains, write ``TopFraction(scorer, 0.5) & Gain(scorer)``. Both sides of ``&`` and ``|`` see the same pairs, also
+    those that the other side drops.
 
     Raises:
         InvalidValueError: unless ``0 < fraction <= 1``.
@@ -107,7 +110,7 @@ class TopFraction(PairFilter):
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
-            raise InvalidValueError(f"{self!r} keeps no sensible share: need a fraction in (0, 1], such as 0.5.")
+            raise InvalidValueError(f"{self!r} cannot rank pairs: need a fraction in (0, 1], such as 0.5.")
 
     @property
     def scorers(self) -> frozenset[str]:
@@ -117,15 +120,16 @@ class TopFraction(PairFilter):
         return self.judge_batch([pair])[0]
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
-        seen = score_deltas(self.scorer, pairs)
-        wanted = math.ceil(Fraction(str(self.fraction)) * len(seen))  # 0.1 of 30 is 3; in floats it is above 3
-        order = sorted(range(len(seen)), key=lambda index: -seen[index].gain)
+        deltas = score_deltas(self.scorer, pairs)
+        # Rounded up, so that at least one pair is kept. As a fraction, since 0.1 * 30 is 3.0000000000000004 in floats.
+        wanted = math.ceil(Fraction(str(self.fraction)) * len(deltas))
+        order = sorted(range(len(deltas)), key=lambda index: -deltas[index].gain)  # stable: of equals, the first
         ranks = {index: rank for rank, index in enumerate(order, start=1)}
         return [
             Verdict(
                 ranks[index] <= wanted,
-                f"{change}, rank {ranks[index]} of {len(seen)}, keeps the best {wanted}",
-                change.scores,
+                f"{delta}, rank {ranks[index]} of {len(deltas)}, keeps the best {wanted}",
+                delta.scores,
             )
-            for index, change in enumerate(seen)
+            for index, delta in enumerate(deltas)
         ]

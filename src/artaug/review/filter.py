@@ -49,7 +49,7 @@ class RecordedDecisions(PairFilter):
         decided = read_decisions(Path(self.path))
         answers = [decided.get(pair_digest(pair)) for pair in pairs]
         if undecided := answers.count(None):
-            raise UndecidedError(undecided, of=len(answers), path=str(self.path))
+            raise UndecidedError(undecided, total=len(answers), path=str(self.path))
         return [Verdict(bool(keep), f"{'kept' if keep else 'dropped'} by hand", {}) for keep in answers]
 
 

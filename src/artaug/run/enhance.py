@@ -1,7 +1,7 @@
-"""Round after round: improve, train, combine, until it stops helping."""
+"""Rounds of the loop: improve, train, combine, until a round does not help."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from artaug.filtering import BestOf, PairFilter
 from artaug.lora.fusing import ConcatFuser, Fuser
 from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.plan import RegionPlanner
-from artaug.run.improve import StageEvent, improve, stopwatch
+from artaug.run.improve import StageEvent, improve, stage_timer
 from artaug.run.results import Enhancement, Round
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer, picture_seeds
@@ -23,18 +23,18 @@ from artaug.training import Checkpoints, DifferentialLoRATrainer, Trainable, Val
 
 @dataclass(frozen=True)
 class StopRule:
-    """When a round has not helped: its pictures of held-out prompts score no higher than those of the round before.
+    """Ends the loop when a round does not raise the scores of pictures of held-out prompts.
 
-    A round is accepted only if the whole 95% interval of the paired difference lies above ``at_least``; otherwise
-    the loop ends there and the round is left out of the result.
+    A round is accepted only if the whole 95% interval of the paired difference to the round before lies above
+    ``at_least``; otherwise the loop ends there and the round is left out of the result.
     """
 
     scorer: Scorer
-    """Judges progress. For an honest stop, not one that the pairs are filtered by."""
+    """Measures progress. It should not be one that the pairs are filtered by."""
     prompts: Sequence[str]
-    """Drawn before and after each round; best held out from the prompts learned from."""
+    """Drawn before and after each round; best held out from the training prompts."""
     at_least: float = 0.0
-    """The gain, in the scorer's units, that the interval has to clear."""
+    """The gain, in the scorer's units, that the whole interval has to exceed."""
 
 
 def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good default or none possible
@@ -55,14 +55,14 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     batch_size: int = 8,
     progress: bool = True,
 ) -> Enhancement:
-    """Improve, train and combine, round after round, until it stops helping.
+    """Improve, train and combine, round after round, until a round does not help.
 
-    Every round draws all prompts with new seeds, wearing what was learned so far, and learns only what the critic
-    still finds to improve. The base model is never changed.
+    Every round draws all prompts with new seeds and with the LoRA of the rounds before, and learns only what the
+    critic still finds to improve. The base model is never changed.
 
     Args:
         prompts: what to draw and learn from.
-        synthesizer: draws, and lends its model to the trainer.
+        synthesizer: draws, and gives its model to the trainer.
         critic: see `improve`.
         planner: see `improve`.
         keep: see `improve`.
@@ -72,10 +72,10 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         candidates: see `improve`.
         validation: chooses each round's step and strength by pictures; without it the last step counts, at strength 1.
         stop: ends the loop when a round has not helped on held-out prompts; without it all rounds run.
-        checkpoints: where trainings write down where they stand, each round in a folder of its own. A run that was killed
-            draws its pictures again, and its trainings go on or are over at once.
+        checkpoints: where trainings save their state, each round in a folder of its own. A run that was killed draws
+            its pictures again; its trainings resume, or return at once if they had finished.
         seed: of the run; the same arguments give the same LoRA.
-        batch_size: prompts a chunk, see `improve`.
+        batch_size: prompts in a chunk, see `improve`.
         progress: show progress bars.
 
     Returns:
@@ -84,13 +84,13 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     Raises:
         NothingToLearnError: if the first round keeps no pair; the message counts what happened to the prompts.
         PromptError: if there are no prompts.
-        ModelError: if the synthesizer lends no model to train.
+        ModelError: if the synthesizer has no model to train.
         StorageError: if a checkpoint cannot be written, or belongs to a run with other arguments or other pictures.
     """
     if rounds < 1:
         raise InvalidValueError(f"enhance(rounds={rounds}) would do nothing: need at least 1.")
-    _lender(synthesizer)
-    crew = _RoundCrew(
+    _as_trainable(synthesizer)
+    stages = _RoundStages(
         synthesizer=synthesizer,
         critic=critic,
         planner=planner,
@@ -104,23 +104,24 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         batch_size=batch_size,
         progress=progress,
     )
-    done: list[Round] = []
+    finished: list[Round] = []
     for number, round_seed in enumerate(picture_seeds(seed, rounds), start=1):
-        current = synthesizer.with_lora(done[-1].lora) if done else synthesizer
-        outcome = crew.go_round(prompts, current, done, seed=round_seed)
+        outcome = stages.run_round(prompts, finished, seed=round_seed)
         if isinstance(outcome, str):
-            return Enhancement(rounds=tuple(done), stop_reason=outcome)
-        done.append(outcome)
+            return Enhancement(rounds=tuple(finished), stop_reason=outcome)
+        finished.append(outcome)
         if not outcome.accepted:
-            return Enhancement(rounds=tuple(done), stop_reason=f"round {number} did not help on held-out prompts")
-    return Enhancement(rounds=tuple(done), stop_reason=f"all {rounds} rounds ran")
+            reason = f"round {number} did not help on held-out prompts"
+            return Enhancement(rounds=tuple(finished), stop_reason=reason)
+    return Enhancement(rounds=tuple(finished), stop_reason=f"all {rounds} rounds ran")
 
 
 @dataclass(frozen=True)
-class _RoundCrew:
-    """Who works on a round: the same from round to round."""
+class _RoundStages:
+    """The stages of a round, the same in every round: improve, train, combine, measure."""
 
     synthesizer: Synthesizer
+    """The base, without a LoRA."""
     critic: Critic
     planner: RegionPlanner
     keep: PairFilter
@@ -133,50 +134,38 @@ class _RoundCrew:
     batch_size: int
     progress: bool
 
-    def go_round(
-        self, prompts: Sequence[str], current: Synthesizer, done: Sequence[Round], *, seed: int
-    ) -> Round | str:
-        """Go one round beyond those ``done``; or say in words why there is nothing to learn in it."""
+    def run_round(self, prompts: Sequence[str], finished: Sequence[Round], *, seed: int) -> Round | str:
+        """Run the round after those ``finished``; the answer is a reason, in words, where no pair was kept."""
+        number = len(finished) + 1
+        current = self.synthesizer.with_lora(finished[-1].lora) if finished else self.synthesizer
         seconds: defaultdict[str, float] = defaultdict(float)
 
         def add(event: StageEvent) -> None:
             seconds[event.stage] += event.seconds
 
-        number, timed = len(done) + 1, stopwatch(add)
-        attempts = tuple(
-            tqdm(
-                improve(
-                    prompts,
-                    synthesizer=current,
-                    critic=self.critic,
-                    planner=self.planner,
-                    keep=self.keep,
-                    seed=seed,
-                    candidates=self.candidates,
-                    batch_size=self.batch_size,
-                    on_stage=add,
-                ),
-                total=len(prompts),
-                desc=f"round {number}: improve",
-                disable=not self.progress,
-            )
-        )
+        timed = stage_timer(add)
+        attempts = self._improve(prompts, current, number=number, seed=seed, on_stage=add)
         pairs = [attempt.pair for attempt in attempts if isinstance(attempt, Kept)]
         if not pairs:
-            return _nothing_kept(number, attempts)
+            reason = _why_no_pair_was_kept(number, attempts)
+            if number == 1:
+                raise NothingToLearnError(f"{reason}. Look at what the critic answers, or loosen the filter.")
+            return reason
         with timed("train"):
             training = self.trainer.train(
                 pairs,
-                _lender(current),
+                _as_trainable(current),
                 seed=seed,
-                checkpoints=self._checkpoints_of(number),
+                checkpoints=self._round_checkpoints(number),
                 validation=self.validation,
                 progress=self.progress,
             )
         with timed("combine"):
-            lora = self.fuser.fuse([*(one.training.lora for one in done), training.lora])
+            # Each training starts from the base plus all rounds before, so its update comes on top of theirs: the
+            # LoRA after this round is the sum of all updates, as in the paper.
+            lora = self.fuser.fuse([*(before.training.lora for before in finished), training.lora])
         with timed("measure"):
-            gain = self._gain(current, self.synthesizer.with_lora(lora), seed=seed)
+            gain = self._measure_gain(current, self.synthesizer.with_lora(lora), seed=seed)
         return Round(
             number=number,
             attempts=attempts,
@@ -187,13 +176,34 @@ class _RoundCrew:
             accepted=gain is None or self.stop is None or gain.ci_low > self.stop.at_least,
         )
 
-    def _checkpoints_of(self, number: int) -> Checkpoints | None:
-        """Those of a round, in a folder of its own."""
+    def _improve(
+        self,
+        prompts: Sequence[str],
+        synthesizer: Synthesizer,
+        *,
+        number: int,
+        seed: int,
+        on_stage: Callable[[StageEvent], None],
+    ) -> tuple[Attempt, ...]:
+        attempts = improve(
+            prompts,
+            synthesizer=synthesizer,
+            critic=self.critic,
+            planner=self.planner,
+            keep=self.keep,
+            seed=seed,
+            candidates=self.candidates,
+            batch_size=self.batch_size,
+            on_stage=on_stage,
+        )
+        return tuple(tqdm(attempts, total=len(prompts), desc=f"round {number}: improve", disable=not self.progress))
+
+    def _round_checkpoints(self, number: int) -> Checkpoints | None:
         if self.checkpoints is None:
             return None
         return replace(self.checkpoints, folder=Path(self.checkpoints.folder) / f"round-{number}")
 
-    def _gain(self, before: Synthesizer, after: Synthesizer, *, seed: int) -> ScoreRow | None:
+    def _measure_gain(self, before: Synthesizer, after: Synthesizer, *, seed: int) -> ScoreRow | None:
         if self.stop is None:
             return None
         comparison = compare(
@@ -210,24 +220,27 @@ class _RoundCrew:
         return comparison.rows[0]
 
 
-def _lender(synthesizer: Synthesizer) -> Trainable:
-    """The synthesizer, if it has a model to train."""
+def _as_trainable(synthesizer: Synthesizer) -> Trainable:
+    """Return the synthesizer if it has a model to train.
+
+    Raises:
+        ModelError: if it has none.
+    """
     if not isinstance(synthesizer, Trainable):
         raise ModelError(
-            f"{type(synthesizer).__name__} lends no model to train: it has no method training(). "
+            f"{type(synthesizer).__name__} has no model to train: it has no method training(). "
             "Use a DiffusersSynthesizer, or implement artaug.training.Trainable."
         )
     return synthesizer
 
 
-def _nothing_kept(number: int, attempts: Sequence[Attempt]) -> str:
-    """Say what became of the prompts of a round that kept no pair; in the first round that is an error."""
-    reasons = Counter(one.reason if isinstance(one, Skipped) else one.verdict.reason for one in attempts)
-    dropped = sum(isinstance(one, Dropped) for one in attempts)
-    story = (
+def _why_no_pair_was_kept(number: int, attempts: Sequence[Attempt]) -> str:
+    """Say how the prompts of a round without a kept pair ended, with the most frequent reason."""
+    reasons = Counter(
+        attempt.reason if isinstance(attempt, Skipped) else attempt.verdict.reason for attempt in attempts
+    )
+    dropped = sum(isinstance(attempt, Dropped) for attempt in attempts)
+    return (
         f"round {number} kept none of {len(attempts)} prompts: {dropped} dropped, {len(attempts) - dropped} skipped; "
         f"most often because {reasons.most_common(1)[0][0]!r}"
     )
-    if number == 1:
-        raise NothingToLearnError(f"{story}. Look at what the critic answers, or loosen the filter.")
-    return story

@@ -1,4 +1,4 @@
-"""Where the prompts of a run went: how many got how far, and why the others did not."""
+"""How far the prompts of a run got, stage by stage, and why the others did not."""
 
 import re
 from collections import Counter, defaultdict
@@ -16,34 +16,36 @@ if TYPE_CHECKING:
 
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 _BAR, _REST, _TEXT = "#0072b2", "#d9dee5", "#555"
-_SHOWN_REASONS = 3
+_MAX_REASONS = 3
 _WIDTH = 40
 
 
 def group_reasons(reasons: Iterable[str]) -> list[tuple[str, int]]:
-    """Reasons and how often each was given, most frequent first; those that differ only in numbers are one.
+    """Count reasons, most frequent first; those that differ only in numbers are counted as one.
 
     >>> from artaug.run.funnel import group_reasons
     >>> group_reasons(["Chroma fell by 0.2", "too dark", "Chroma fell by 0.3"])
     [('Chroma fell by …', 2), ('too dark', 1)]
     """
-    alike: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    by_pattern: defaultdict[str, Counter[str]] = defaultdict(Counter)  # the reason without numbers, then as given
     for reason in reasons:
-        alike[_NUMBER.sub("…", reason)][reason] += 1
-    groups = ((next(iter(exact)) if len(exact) == 1 else text, exact.total()) for text, exact in alike.items())
+        by_pattern[_NUMBER.sub("…", reason)][reason] += 1
+    groups = (
+        (next(iter(exact)) if len(exact) == 1 else pattern, exact.total()) for pattern, exact in by_pattern.items()
+    )
     return sorted(groups, key=lambda group: -group[1])
 
 
 @final
 @dataclass(frozen=True)
 class FunnelStep:
-    """How many prompts got this far, and why the others of the step before did not."""
+    """How many prompts reached a step, and why the others of the step before did not."""
 
     name: str
     """``prompts``, ``drawn``, ``critiqued``, ``redrawn`` or ``kept``."""
     count: int
     lost: tuple[tuple[str, int], ...] = ()
-    """Reasons and how often each was given, most frequent first; reasons that differ only in numbers are one."""
+    """Reasons and their counts, most frequent first; reasons that differ only in numbers are counted as one."""
 
 
 @final
@@ -60,7 +62,7 @@ class Funnel:
     """
 
     steps: tuple[FunnelStep, ...]
-    """In order; no count is above the one before, and what is lost has reasons for every prompt."""
+    """In order; no count is above the one before, and every prompt that was lost has a reason."""
 
     def __post_init__(self) -> None:
         for before, step in pairwise(self.steps):
@@ -72,21 +74,21 @@ class Funnel:
 
     @classmethod
     def of(cls, attempts: Iterable[Attempt]) -> "Funnel":
-        """Count attempts: of a run, a round or several."""
-        every = list(attempts)
-        steps, left = [FunnelStep("prompts", len(every))], len(every)
-        skipped = [one for one in every if isinstance(one, Skipped)]
+        """Count the attempts of a run, of a round, or of several."""
+        counted = list(attempts)
+        steps, left = [FunnelStep("prompts", len(counted))], len(counted)
+        skipped = [attempt for attempt in counted if isinstance(attempt, Skipped)]
         for stage, name in zip(SKIPPING_STAGES, ("drawn", "critiqued", "redrawn"), strict=True):
-            lost = [one.reason for one in skipped if one.stage == stage]
+            lost = [attempt.reason for attempt in skipped if attempt.stage == stage]
             left -= len(lost)
             steps.append(FunnelStep(name, left, tuple(group_reasons(lost))))
-        dropped = [one.verdict.reason for one in every if isinstance(one, Dropped)]
+        dropped = [attempt.verdict.reason for attempt in counted if isinstance(attempt, Dropped)]
         return cls((*steps, FunnelStep("kept", left - len(dropped), tuple(group_reasons(dropped)))))
 
     @property
     def kept_fraction(self) -> float:
         """Fraction of the prompts that ended as kept pairs, in [0, 1]; 0 if there were none."""
-        return self._share(self.steps[-1])
+        return self._fraction(self.steps[-1])
 
     def figure(self) -> "Figure":
         """Draw it as a matplotlib figure, for a paper: ``funnel.figure().savefig("funnel.pdf")``.
@@ -103,8 +105,8 @@ class Funnel:
         names, counts = [step.name for step in self.steps], [step.count for step in self.steps]
         axes.barh(names, [self.steps[0].count] * len(names), color=_REST, height=0.66)
         axes.barh(names, counts, color=_BAR, height=0.66)
-        for at, step in enumerate(self.steps):
-            axes.text(1.02, at, self._label(step), va="center", fontsize=9, transform=axes.get_yaxis_transform())
+        for row, step in enumerate(self.steps):
+            axes.text(1.02, row, self._label(step), va="center", fontsize=9, transform=axes.get_yaxis_transform())
         axes.invert_yaxis()
         axes.set_xlim(0, max(self.steps[0].count, 1))
         axes.set_xlabel("prompts", fontsize=9)
@@ -116,32 +118,34 @@ class Funnel:
     def __str__(self) -> str:
         lines = []
         for step in self.steps:
-            lines.append(f"{step.name:>10}  {'█' * round(_WIDTH * self._share(step)):<{_WIDTH}}  {self._label(step)}")
-            lines += [f"{'':>10}  - {count:,} {reason}" for reason, count in _shortened(step.lost)]
+            lines.append(
+                f"{step.name:>10}  {'█' * round(_WIDTH * self._fraction(step)):<{_WIDTH}}  {self._label(step)}"
+            )
+            lines += [f"{'':>10}  - {count:,} {reason}" for reason, count in _most_frequent(step.lost)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         """Bars and reasons for notebooks; no script, no other file."""
-        return f'<table style="border-collapse:collapse">{"".join(map(self._row, self.steps))}</table>'
+        return f'<table style="border-collapse:collapse">{"".join(map(self._html_row, self.steps))}</table>'
 
-    def _row(self, step: FunnelStep) -> str:
-        bar = f'<div style="width:{100 * self._share(step):.2f}%;height:1em;background:{_BAR}"></div>'
-        lost = "".join(f"<br>−{count:,} {escape(reason)}" for reason, count in _shortened(step.lost))  # noqa: RUF001
+    def _html_row(self, step: FunnelStep) -> str:
+        bar = f'<div style="width:{100 * self._fraction(step):.2f}%;height:1em;background:{_BAR}"></div>'
+        lost = "".join(f"<br>−{count:,} {escape(reason)}" for reason, count in _most_frequent(step.lost))  # noqa: RUF001
         return (
             f'<tr><th style="text-align:right">{step.name}</th>'
             f'<td style="width:16em"><div style="background:{_REST}">{bar}</div></td>'
             f'<td style="text-align:left">{self._label(step)}<small style="color:{_TEXT}">{lost}</small></td></tr>'
         )
 
-    def _share(self, step: FunnelStep) -> float:
+    def _fraction(self, step: FunnelStep) -> float:
         return step.count / self.steps[0].count if self.steps[0].count else 0.0
 
     def _label(self, step: FunnelStep) -> str:
-        return f"{step.count:,} ({self._share(step):.1%})"
+        return f"{step.count:,} ({self._fraction(step):.1%})"
 
 
-def _shortened(lost: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    """The most frequent reasons, and the others as one."""
-    yield from lost[:_SHOWN_REASONS]
-    if rest := lost[_SHOWN_REASONS:]:
+def _most_frequent(lost: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """The most frequent reasons, and the sum of the others."""
+    yield from lost[:_MAX_REASONS]
+    if rest := lost[_MAX_REASONS:]:
         yield f"for {len(rest)} other reasons", sum(count for _, count in rest)

@@ -1,4 +1,4 @@
-"""What a run ends with: its rounds, what became of every prompt, and the LoRA of those that helped."""
+"""The result of a run: its rounds, how every prompt ended, and the LoRA of the rounds that helped."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,18 +19,18 @@ _HEADINGS = ("round", "pairs", "steps", "final loss", "held-out gain", "time")
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One pass: pairs made, a LoRA trained on them, combined with the rounds before."""
+    """One round: pairs made, a LoRA trained on them, combined with the rounds before."""
 
     number: int
     """Counted from 1."""
     attempts: tuple[Attempt, ...]
     """How every prompt ended."""
     training: TrainingResult
-    """What was learned in this round alone."""
+    """The training of this round alone."""
     lora: LoRA
     """All rounds up to this one, combined."""
     seconds: Mapping[str, float]
-    """Wall-clock time by stage."""
+    """Wall-clock seconds by stage, see `StageEvent`."""
     gain: ScoreRow | None
     """Held-out gain over the round before, if a stop rule measured it."""
     accepted: bool
@@ -38,12 +38,12 @@ class Round:
 
     def _repr_html_(self) -> str:
         """Numbers and funnel for notebooks."""
-        return table_html(_HEADINGS, [_line(self)]) + Funnel.of(self.attempts)._repr_html_()
+        return table_html(_HEADINGS, [_table_row(self)]) + Funnel.of(self.attempts)._repr_html_()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Enhancement:
-    """What a run ends with."""
+    """The result of `enhance`."""
 
     rounds: tuple[Round, ...]
     """Every round that trained; the last one possibly not accepted."""
@@ -57,54 +57,53 @@ class Enhancement:
         Raises:
             NothingToLearnError: if no round was accepted; the LoRAs that did not help are in ``rounds``.
         """
-        accepted = [one for one in self.rounds if one.accepted]
+        accepted = [finished for finished in self.rounds if finished.accepted]
         if not accepted:
             raise NothingToLearnError(f"no round helped, so there is no result: {self.stop_reason}.")
         return accepted[-1].lora
 
     def summary(self) -> dict[str, Any]:
-        """What happened, in plain types that JSON takes: prompts by how they ended, and every round with its times."""
-        every = [attempt for one in self.rounds for attempt in one.attempts]
+        """The run in plain types that JSON takes: prompts by how they ended, and every round with its times."""
         return {
-            "prompts": _endings(every),
+            "prompts": _count_attempts([attempt for finished in self.rounds for attempt in finished.attempts]),
             "rounds": [
                 {
-                    "round": one.number,
-                    "prompts": _endings(one.attempts),
-                    "pairs": one.training.pairs,
-                    "steps": one.training.steps,
-                    "final_loss": one.training.losses[-1],
-                    "seconds": dict(one.seconds),
-                    "held_out_gain": None if one.gain is None else asdict(one.gain),
-                    "accepted": one.accepted,
+                    "round": finished.number,
+                    "prompts": _count_attempts(finished.attempts),
+                    "pairs": finished.training.pairs,
+                    "steps": finished.training.steps,
+                    "final_loss": finished.training.losses[-1],
+                    "seconds": dict(finished.seconds),
+                    "held_out_gain": None if finished.gain is None else asdict(finished.gain),
+                    "accepted": finished.accepted,
                 }
-                for one in self.rounds
+                for finished in self.rounds
             ],
             "stop_reason": self.stop_reason,
         }
 
     def _repr_html_(self) -> str:
-        """A line a round, for notebooks."""
-        return table_html(_HEADINGS, map(_line, self.rounds)) + f"<small>{escape(self.stop_reason)}</small>"
+        """One row for each round, for notebooks."""
+        return table_html(_HEADINGS, map(_table_row, self.rounds)) + f"<small>{escape(self.stop_reason)}</small>"
 
 
-def _line(one: Round) -> tuple[str, ...]:
-    """A round in a few words, as `_HEADINGS` calls them."""
-    losses, gain = one.training.losses, one.gain
+def _table_row(finished: Round) -> tuple[str, ...]:
+    """The cells of a round, under `_HEADINGS`."""
+    losses, gain = finished.training.losses, finished.gain
     return (
-        str(one.number) + " (left out)" * (not one.accepted),
-        f"{one.training.pairs:,} of {len(one.attempts):,}",
-        f"{one.training.steps:,}",
+        str(finished.number) + " (left out)" * (not finished.accepted),
+        f"{finished.training.pairs:,} of {len(finished.attempts):,}",
+        f"{finished.training.steps:,}",
         f"{losses[-1]:.3g}" if losses else "none",
         f"{gain.scorer} {gain.delta:+.3g} [{gain.ci_low:+.3g}, {gain.ci_high:+.3g}]" if gain else "not measured",
-        duration(sum(one.seconds.values())),
+        duration(sum(finished.seconds.values())),
     )
 
 
-def _endings(attempts: Sequence[Attempt]) -> dict[str, Any]:
+def _count_attempts(attempts: Sequence[Attempt]) -> dict[str, Any]:
     """Count how prompts ended; total = kept + dropped + skipped."""
-    counts = Counter(type(one).__name__.lower() for one in attempts)
-    reasons = Counter(one.reason for one in attempts if isinstance(one, Skipped))
+    counts = Counter(type(attempt).__name__.lower() for attempt in attempts)
+    reasons = Counter(attempt.reason for attempt in attempts if isinstance(attempt, Skipped))
     return {
         "total": len(attempts),
         "kept": counts["kept"],
