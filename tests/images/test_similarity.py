@@ -1,4 +1,4 @@
-"""How alike two pictures are: SSIM against its published equation, cosines against theirs."""
+"""Image similarity: SSIM against its published equation, cosine similarity, and the check of metrics of other people."""
 
 import math
 from dataclasses import dataclass
@@ -17,64 +17,66 @@ from support.strategies import images, pixels
 def test_ssim_is_wangs_equation_with_his_window():
     signal = pytest.importorskip("scipy.signal")
     generator = np.random.default_rng(0)
-    one, other = (Image.fromarray(generator.integers(0, 256, (40, 30, 3), dtype=np.uint8)) for _ in range(2))
-    other = Image.blend(one, other, 0.4)
+    first, noise = (Image.fromarray(generator.integers(0, 256, (40, 30, 3), dtype=np.uint8)) for _ in range(2))
+    second = Image.blend(first, noise, 0.4)
 
-    x, y = luma(srgb(one)), luma(srgb(other))
+    x, y = luma(srgb(first)), luma(srgb(second))
     line = np.exp(-((np.arange(11) - 5) ** 2) / 4.5)
     window = np.outer(line, line) / line.sum() ** 2
-    mx, my, xx, yy, xy = (signal.convolve2d(each, window, mode="valid") for each in (x, y, x * x, y * y, x * y))
+    mx, my, xx, yy, xy = (
+        signal.convolve2d(signal_2d, window, mode="valid") for signal_2d in (x, y, x * x, y * y, x * y)
+    )
     top = (2 * mx * my + 1e-4) * (2 * (xy - mx * my) + 9e-4)
     bottom = (mx**2 + my**2 + 1e-4) * (xx - mx**2 + yy - my**2 + 9e-4)
-    assert aa.StructuralSimilarity().compare(one, other) == pytest.approx((top / bottom).mean(), abs=1e-10)
+    assert aa.StructuralSimilarity().compare(first, second) == pytest.approx((top / bottom).mean(), abs=1e-10)
 
 
 @given(images())
-def test_a_picture_is_like_itself(image):
+def test_an_image_equals_itself(image):
     assert aa.StructuralSimilarity().compare(image, image.copy()) == 1
     assert diversity(aa.StructuralSimilarity(), [image] * 3) == 0
 
 
 @given(pixels(least=2), pixels(least=2))
-def test_likeness_is_symmetric_and_at_most_one(one, other):
-    first = Image.fromarray(one)
-    second = Image.fromarray(other).resize(first.size)
-    there, back = (aa.StructuralSimilarity().compare(*both) for both in ((first, second), (second, first)))
-    assert there == pytest.approx(back, abs=1e-12)
-    assert -1 - 1e-9 <= there <= 1 + 1e-9
+def test_similarity_is_symmetric_and_at_most_one(first_pixels, second_pixels):
+    first = Image.fromarray(first_pixels)
+    second = Image.fromarray(second_pixels).resize(first.size)
+    similarity = aa.StructuralSimilarity().compare(first, second)
+    assert similarity == pytest.approx(aa.StructuralSimilarity().compare(second, first), abs=1e-12)
+    assert -1 - 1e-9 <= similarity <= 1 + 1e-9
 
 
-def test_grain_counts_less_on_a_smaller_picture():
+def test_grain_counts_less_on_a_downscaled_image():
     grain = np.random.default_rng(0).integers(-60, 60, (64, 64, 1))
     flat = np.full((64, 64, 3), 120)
-    one, other = (Image.fromarray((flat + sign * grain).clip(0, 255).astype(np.uint8)) for sign in (1, -1))
-    assert aa.StructuralSimilarity(side_px=8).compare(one, other) > aa.StructuralSimilarity().compare(one, other)
+    first, second = (Image.fromarray((flat + sign * grain).clip(0, 255).astype(np.uint8)) for sign in (1, -1))
+    assert aa.StructuralSimilarity(side_px=8).compare(first, second) > aa.StructuralSimilarity().compare(first, second)
 
 
 @dataclass(frozen=True)
-class Colour:
-    """Embeds a picture as the colour of its corner."""
+class CornerColor:
+    """Embeds an image as the color of its corner."""
 
-    name: str = "colour"
+    name: str = "color"
 
     def embed_images(self, images):
         return [image.convert("RGB").getpixel((0, 0)) for image in images]
 
 
-def test_an_embedded_likeness_is_the_cosine():
-    one, other = Image.new("RGB", (2, 2), (30, 40, 0)), Image.new("RGB", (2, 2), (0, 40, 30))
-    measure = aa.EmbeddingSimilarity(Colour())
-    assert measure.compare(one, other) == pytest.approx(1600 / 2500)
-    assert measure.compare(one, Image.new("RGB", (2, 2), (60, 80, 0))) == pytest.approx(1)
-    assert (measure.name, measure.compare_batch([], [])) == ("colour", [])
+def test_the_similarity_of_embeddings_is_their_cosine():
+    first, second = Image.new("RGB", (2, 2), (30, 40, 0)), Image.new("RGB", (2, 2), (0, 40, 30))
+    metric = aa.EmbeddingSimilarity(CornerColor())
+    assert metric.compare(first, second) == pytest.approx(1600 / 2500)
+    assert metric.compare(first, Image.new("RGB", (2, 2), (60, 80, 0))) == pytest.approx(1)
+    assert (metric.name, metric.compare_batch([], [])) == ("color", [])
 
 
-def test_a_vector_without_direction_and_too_few_vectors_are_named():
+def test_zero_vectors_and_too_few_vectors_are_errors():
     black = Image.new("RGB", (2, 2))
-    with pytest.raises(aa.NonFiniteError, match=r"colour\.embed_images returned a vector without direction"):
-        aa.EmbeddingSimilarity(Colour()).compare(black, black)
+    with pytest.raises(aa.NonFiniteError, match=r"color\.embed_images returned a vector without direction"):
+        aa.EmbeddingSimilarity(CornerColor()).compare(black, black)
 
-    class Short(Colour):
+    class Short(CornerColor):
         def embed_images(self, images):
             return [[1.0]]
 
@@ -89,29 +91,29 @@ def test_a_vector_without_direction_and_too_few_vectors_are_named():
         ("much", aa.ContractError, "returned str 'much' for pair 0"),
     ],
 )
-def test_answers_that_are_no_numbers_are_refused(answer, error, text):
-    picture = Image.new("L", (2, 2))
+def test_results_that_are_not_numbers_are_refused(answer, error, text):
+    image = Image.new("L", (2, 2))
     with pytest.raises(error, match=text):
-        compare_pairs(lambda *_: answer, [picture], [picture])
+        compare_pairs(lambda *_: answer, [image], [image])
 
 
-def test_too_few_answers_are_counted_and_one_picture_has_no_diversity():
+def test_too_few_results_are_counted_and_one_image_has_no_diversity():
     class Short(aa.ImageSimilarity):
-        def compare(self, one, other):
+        def compare(self, first, second):
             return 1.0
 
-        def compare_batch(self, ones, others):
+        def compare_batch(self, first, second):
             return []
 
-    picture = Image.new("L", (2, 2))
+    image = Image.new("L", (2, 2))
     with pytest.raises(aa.ContractError, match=r"Short.compare_batch returned 0 answers for 1 pair"):
-        compare_pairs(Short(), [picture], [picture])
+        compare_pairs(Short(), [image], [image])
     with pytest.raises(aa.InvalidValueError, match="need at least 2 pictures of one prompt"):
-        diversity(Short(), [picture])
+        diversity(Short(), [image])
     with pytest.raises(aa.InvalidValueError, match="need side_px of at least 1"):
         aa.StructuralSimilarity(side_px=0)
 
 
-def test_a_measure_goes_by_its_name():
+def test_the_name_of_a_metric_is_that_of_its_class_or_function():
     assert metric_name(aa.StructuralSimilarity()) == "StructuralSimilarity"
     assert metric_name(math.dist) == "dist"

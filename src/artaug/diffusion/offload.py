@@ -1,4 +1,4 @@
-"""Where the parts of a pipeline are: those with nothing to do rest on the CPU, and what is swapped cannot learn."""
+"""Placement of a pipeline's parts: moving idle ones to the CPU for a while, and which ones must not be moved."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,60 +11,66 @@ from artaug.errors import ModelError
 from artaug.training.quantized import is_quantized
 
 _ENCODERS = ("text_encoder", "vae")
-_IN_PLACE = {"layerwise_casting", "peft_autocast_disable"}
-"""Hooks of diffusers that leave a part where it is."""
+_HOOKS_IN_PLACE = {"layerwise_casting", "peft_autocast_disable"}
+"""Hooks of diffusers that do not move a part."""
 
 
 def encoders_of(pipeline: Any) -> list[nn.Module]:  # noqa: ANN401 - any diffusers pipeline
-    """A pipeline's VAE and text encoders, as far as it has them."""
+    """The VAE and the text encoders that a pipeline has."""
     return [
         part for name, part in pipeline.components.items() if name.startswith(_ENCODERS) and isinstance(part, nn.Module)
     ]
 
 
 @contextmanager
-def resting(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep parts on the CPU for a ``with`` block, and put them back where they were.
+def on_cpu(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep parts on the CPU for a ``with`` block, then move each back to its device.
 
-    Left alone are parts that are on the CPU, and those that are `tied`.
+    Parts that are on the CPU already (or on the meta device) and those that are pinned (`is_pinned`) are left alone.
     """
-    loose: list[Any] = [part for part in parts if not (_waits(part) or tied(part))]
-    moved = [(part, torch.device(part.device)) for part in loose]
+    movable: list[Any] = [part for part in parts if not (_is_off_device(part) or is_pinned(part))]
+    devices = [torch.device(part.device) for part in movable]
     try:
-        for part, _ in moved:
+        for part in movable:
             part.to("cpu")
-        if moved and torch.cuda.is_available():
+        if movable and torch.cuda.is_available():
             torch.cuda.empty_cache()
         yield
     finally:
-        for part, device in moved:
+        for part, device in zip(movable, devices, strict=True):
             part.to(device)
 
 
-def tied(part: nn.Module) -> bool:
-    """Whether somebody else decides where a part is.
+def is_pinned(part: nn.Module) -> bool:
+    """Whether a part must not be moved.
 
-    So it is with parts that diffusers or accelerate move by hooks of their own (offload), quantized ones, which their
-    libraries tie to their device, and those sharded over several.
+    So it is with parts that hooks of diffusers or accelerate move (offload), with quantized ones, which their libraries
+    bind to a device, and with those sharded over several.
     """
-    hooked = any(hasattr(one, "_hf_hook") or _moves(one) for one in part.modules())
-    return hooked or quantized(part) or any(hasattr(one, "device_mesh") for one in part.parameters())
+    hooked = any(hasattr(module, "_hf_hook") or _has_moving_hook(module) for module in part.modules())
+    return (
+        hooked
+        or has_quantized_weights(part)
+        or any(hasattr(parameter, "device_mesh") for parameter in part.parameters())
+    )
 
 
-def quantized(part: nn.Module) -> bool:
+def has_quantized_weights(part: nn.Module) -> bool:
     """Whether a part is stored by a quantizing library."""
-    return getattr(part, "hf_quantizer", None) is not None or any(is_quantized(one) for one in part.parameters())
+    return getattr(part, "hf_quantizer", None) is not None or any(map(is_quantized, part.parameters()))
 
 
-def check_learnable(denoiser: nn.Module) -> None:
-    """Refuse a denoiser whose weights diffusers' group offload swaps for every call.
+def check_trainable(denoiser: nn.Module) -> None:
+    """Refuse a denoiser whose weights are moved for every call by the group offload of diffusers.
 
     Raises:
-        ModelError: if it does; a backward pass would not find them.
+        ModelError: if they are: a backward pass would not find them.
     """
-    registries = [registry for one in denoiser.modules() if (registry := getattr(one, "_diffusers_hook", None))]
-    groups = [one.hooks["group_offloading"].group for one in registries if "group_offloading" in one.hooks]
-    if any(one.offload_to_disk_path or one.onload_device.type != one.offload_device.type for one in groups):
+    registries = [
+        registry for module in denoiser.modules() if (registry := getattr(module, "_diffusers_hook", None)) is not None
+    ]
+    groups = [reg.hooks["group_offloading"].group for reg in registries if "group_offloading" in reg.hooks]
+    if any(group.offload_to_disk_path or group.onload_device.type != group.offload_device.type for group in groups):
         raise ModelError(
             f"{type(denoiser).__name__} draws under enable_group_offload, which takes weights away before a backward pass "
             "needs them. Load it again without, and to save memory train with gradient_checkpointing=True on weights "
@@ -72,10 +78,10 @@ def check_learnable(denoiser: nn.Module) -> None:
         )
 
 
-def _moves(module: nn.Module) -> bool:
+def _has_moving_hook(module: nn.Module) -> bool:
     registry: Any = getattr(module, "_diffusers_hook", None)
-    return registry is not None and bool(set(registry.hooks) - _IN_PLACE)
+    return registry is not None and bool(set(registry.hooks) - _HOOKS_IN_PLACE)
 
 
-def _waits(part: nn.Module) -> bool:
-    return any(one.device.type in {"cpu", "meta"} for one in part.parameters())
+def _is_off_device(part: nn.Module) -> bool:
+    return any(parameter.device.type in {"cpu", "meta"} for parameter in part.parameters())

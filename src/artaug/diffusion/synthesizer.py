@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from artaug._internal.digests import digest
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_at, family_of
-from artaug.diffusion.offload import check_learnable
+from artaug.diffusion.offload import check_trainable
 from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
@@ -181,7 +181,7 @@ class DiffusersSynthesizer(Synthesizer):
             ModelError: if the denoiser is offloaded in a way that no gradient passes.
         """
         family = self._bound_family
-        check_learnable(family.module)
+        check_trainable(family.module)
         with self._wearing(family.module), _frozen(family.module):
             yield family
 

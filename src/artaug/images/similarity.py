@@ -1,4 +1,4 @@
-"""How alike two pictures are: what a filter may ask of before and after, and what diversity is measured with."""
+"""Similarity of two images, by structure (SSIM) or by embedding, and the diversity of several images."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,66 +15,66 @@ from artaug.errors import ContractError, InvalidValueError, NonFiniteError
 from artaug.images.photometry import luma, srgb
 
 _WINDOW_PX, _SIGMA_PX = 11, 1.5
-_STEADY = (0.01**2, 0.03**2)
+_C1, _C2 = 0.01**2, 0.03**2
+"""The paper's constants for pixels in [0, 1]: they keep the quotients finite where an image is black or flat."""
 
 
 class ImageSimilarity(ABC):
-    """Says how alike two pictures are; higher is more alike, and 1 means the same.
+    """Similarity of two images; higher is more similar, and 1 means the same.
 
     Subclass it and write `compare`.
 
     >>> import artaug as aa
     >>> class SameWidth(aa.ImageSimilarity):
-    ...     def compare(self, one, other):
-    ...         return float(one.width == other.width)
+    ...     def compare(self, first, second):
+    ...         return float(first.width == second.width)
     >>> SameWidth().name
     'SameWidth'
     """
 
     @property
     def name(self) -> str:
-        """What verdicts call this measure."""
+        """Name of this metric in verdicts."""
         return type(self).__name__
 
     @abstractmethod
-    def compare(self, one: Image, other: Image) -> float:
-        """Compare two pictures."""
+    def compare(self, first: Image, second: Image) -> float:
+        """Compare two images."""
 
-    def compare_batch(self, ones: Sequence[Image], others: Sequence[Image]) -> list[float]:
-        """Compare many, in pairs. Override it where a batch is faster than a loop."""
-        return [self.compare(one, other) for one, other in zip(ones, others, strict=True)]
+    def compare_batch(self, first: Sequence[Image], second: Sequence[Image]) -> list[float]:
+        """Compare images in pairs. Override it where a batch is faster than a loop."""
+        return [self.compare(*pair) for pair in zip(first, second, strict=True)]
 
 
 SimilarityMetric: TypeAlias = ImageSimilarity | Callable[[Image, Image], float]
-"""A `ImageSimilarity`, or any function of two pictures that gives a number, higher for more alike."""
+"""An `ImageSimilarity`, or any function of two images that returns a number, higher for more similar."""
 
 
-def metric_name(measure: SimilarityMetric) -> str:
-    """What to call a measure: the name of a `ImageSimilarity`, else of the function."""
-    return (
-        measure.name if isinstance(measure, ImageSimilarity) else getattr(measure, "__name__", type(measure).__name__)
-    )
+def metric_name(metric: SimilarityMetric) -> str:
+    """Name of a metric: that of the `ImageSimilarity`, else of the function."""
+    return metric.name if isinstance(metric, ImageSimilarity) else getattr(metric, "__name__", type(metric).__name__)
 
 
-def compare_pairs(measure: SimilarityMetric, ones: Sequence[Image], others: Sequence[Image]) -> list[float]:
-    """Compare pictures in pairs and check the answers: one finite number a pair.
+def compare_pairs(metric: SimilarityMetric, first: Sequence[Image], second: Sequence[Image]) -> list[float]:
+    """Compare images in pairs and check what the metric returned: one finite number a pair.
 
     Raises:
-        ContractError: if there are too few numbers, or something that is no number.
+        ContractError: if there are too few numbers, or something that is not a number.
         NonFiniteError: if a number is NaN or infinite.
     """
-    name = metric_name(measure)
-    if isinstance(measure, ImageSimilarity):
-        return check_numbers(name, "compare_batch", measure.compare_batch(ones, others), count=len(ones), per="pair")
-    answers = [measure(one, other) for one, other in zip(ones, others, strict=True)]
-    return check_numbers(name, "", answers, count=len(ones), per="pair")
+    name = metric_name(metric)
+    if isinstance(metric, ImageSimilarity):
+        numbers, method = metric.compare_batch(first, second), "compare_batch"
+    else:
+        numbers, method = [metric(*pair) for pair in zip(first, second, strict=True)], ""
+    return check_numbers(name, method, numbers, count=len(first), per="pair")
 
 
-def diversity(measure: SimilarityMetric, images: Sequence[Image]) -> float:
-    """How unlike pictures of one prompt are: 1 less the mean likeness of every two of them.
+def diversity(metric: SimilarityMetric, images: Sequence[Image]) -> float:
+    """Diversity of images of one prompt: 1 minus the mean similarity of all pairs of them.
 
     Raises:
-        InvalidValueError: for fewer than two pictures, which have nothing to differ from.
+        InvalidValueError: for fewer than two images.
 
     >>> from artaug.images.similarity import StructuralSimilarity, diversity
     >>> from PIL import Image
@@ -83,29 +83,29 @@ def diversity(measure: SimilarityMetric, images: Sequence[Image]) -> float:
     """
     if len(images) < 2:
         raise InvalidValueError(f"diversity of {len(images)} picture(s): need at least 2 pictures of one prompt.")
-    pairs = list(combinations(images, 2))
-    likenesses = compare_pairs(measure, [one for one, _ in pairs], [other for _, other in pairs])
-    return 1 - math.fsum(likenesses) / len(likenesses)
+    first, second = zip(*combinations(images, 2), strict=True)
+    similarities = compare_pairs(metric, first, second)
+    return 1 - math.fsum(similarities) / len(similarities)
 
 
 class Embedder(Protocol):
-    """What `EmbeddingSimilarity` asks of a model; the encoders of ``artaug.scorers`` have it."""
+    """What `EmbeddingSimilarity` needs of a model; the encoders of ``artaug.scorers`` have it."""
 
     @property
     def name(self) -> str:
-        """What to call it."""
+        """Name of the model."""
 
     def embed_images(self, images: Sequence[Image]) -> "np.typing.ArrayLike":
-        """A vector for each picture: (pictures, features)."""
+        """Embed images: (images, features)."""
 
 
 @final
 @dataclass(frozen=True)
 class EmbeddingSimilarity(ImageSimilarity):
-    """Cosine of the two pictures' vectors, in [-1, 1]: alike in what the model sees, whatever the pixels are.
+    """Cosine similarity of the two images' embeddings, in [-1, 1]: it compares content, not pixels.
 
     Raises:
-        NonFiniteError: when a vector has no direction.
+        NonFiniteError: when an embedding is zero or not finite, so that it has no direction.
     """
 
     embedder: Embedder
@@ -115,79 +115,80 @@ class EmbeddingSimilarity(ImageSimilarity):
     def name(self) -> str:
         return self.embedder.name
 
-    def compare(self, one: Image, other: Image) -> float:
-        return self.compare_batch([one], [other])[0]
+    def compare(self, first: Image, second: Image) -> float:
+        return self.compare_batch([first], [second])[0]
 
-    def compare_batch(self, ones: Sequence[Image], others: Sequence[Image]) -> list[float]:
-        if not ones:
+    def compare_batch(self, first: Sequence[Image], second: Sequence[Image]) -> list[float]:
+        if not first:
             return []
-        vectors = np.asarray(self.embedder.embed_images([*ones, *others]), dtype=np.float64)
-        if vectors.ndim != 2 or len(vectors) != 2 * len(ones):
+        embeddings = np.asarray(self.embedder.embed_images([*first, *second]), dtype=np.float64)
+        if embeddings.ndim != 2 or len(embeddings) != 2 * len(first):
             raise ContractError(
-                f"{self.name}.embed_images returned shape {vectors.shape} for {2 * len(ones)} pictures. "
+                f"{self.name}.embed_images returned shape {embeddings.shape} for {2 * len(first)} pictures. "
                 "Expected a vector each."
             )
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        if not (np.isfinite(lengths) & (lengths > 0)).all():
+        norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+        if not (np.isfinite(norms) & (norms > 0)).all():
             raise NonFiniteError(f"{self.name}.embed_images returned a vector without direction: zero, or not finite.")
-        unit = vectors / lengths
-        return [float(cosine) for cosine in (unit[: len(ones)] * unit[len(ones) :]).sum(axis=1)]
+        unit = embeddings / norms
+        return [float(cosine) for cosine in (unit[: len(first)] * unit[len(first) :]).sum(axis=1)]
 
 
 @final
 @dataclass(frozen=True)
 class StructuralSimilarity(ImageSimilarity):
-    """SSIM of the two pictures' brightness, in [-1, 1]: alike in where things are, with their light and contrast.
+    """SSIM of the two images' luma, in [-1, 1]: it compares structure, light and contrast pixel by pixel.
 
     Wang et al. 2004 (Image quality assessment: from error visibility to structural similarity), equation 13, with
-    their Gaussian window of 11 pixels and deviation 1.5, averaged where the window fits whole. It needs no model;
-    it is blind to colour, and to a thing that moved by more than a few pixels everything changed.
+    their Gaussian window of 11 pixels and standard deviation 1.5, averaged over the places where the window lies inside
+    the image. It needs no model. It ignores colour, and an object that moved by a few pixels counts as a full change.
 
     >>> import artaug as aa
     >>> from PIL import Image
-    >>> grey, lit = (Image.new("RGB", (32, 32), colour) for colour in ("#808080", "#a0a0a0"))
+    >>> grey, lit = (Image.new("RGB", (32, 32), color) for color in ("#808080", "#a0a0a0"))
     >>> round(aa.StructuralSimilarity().compare(grey, lit), 3)
     0.976
     """
 
     side_px: int | None = field(default=None, kw_only=True)
-    """Make pictures at most this wide and high first, so that grain does not count; None to take them as they are."""
+    """Downscale images to at most this width and height first, so that grain does not count; None to keep their size."""
 
     def __post_init__(self) -> None:
         if self.side_px is not None and self.side_px < 1:
             raise InvalidValueError(f"{self!r}: need side_px of at least 1, or None.")
 
-    def compare(self, one: Image, other: Image) -> float:
-        if one.size != other.size:
+    def compare(self, first: Image, second: Image) -> float:
+        if first.size != second.size:
             raise InvalidValueError(
-                f"the two pictures differ in size, {one.size} and {other.size}: SSIM compares pixel by pixel."
+                f"the two pictures differ in size, {first.size} and {second.size}: SSIM compares pixel by pixel."
             )
-        first, second = (self._brightness(image) for image in (one, other))
-        window = _window(min(_WINDOW_PX, *first.shape))
-        mean, other_mean = _blurred(first, window), _blurred(second, window)
-        spread = _blurred(first**2, window) - mean**2
-        other_spread = _blurred(second**2, window) - other_mean**2
-        shared = _blurred(first * second, window) - mean * other_mean
-        light, contrast = _STEADY
-        ratio = (2 * mean * other_mean + light) / (mean**2 + other_mean**2 + light)
-        return float((ratio * (2 * shared + contrast) / (spread + other_spread + contrast)).mean())
+        x, y = self._luma(first), self._luma(second)
+        window = _gaussian_window(min(_WINDOW_PX, *x.shape))
+        mean_x, mean_y = _filter(x, window), _filter(y, window)
+        # Var(x) = E[x^2] - E[x]^2 and Cov(x, y) = E[xy] - E[x] E[y], each expectation weighted by the window.
+        variance_x = _filter(x**2, window) - mean_x**2
+        variance_y = _filter(y**2, window) - mean_y**2
+        covariance = _filter(x * y, window) - mean_x * mean_y
+        luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
+        return float((luminance * (2 * covariance + _C2) / (variance_x + variance_y + _C2)).mean())
 
-    def _brightness(self, image: Image) -> np.ndarray:
+    def _luma(self, image: Image) -> np.ndarray:
         if self.side_px is not None:
             image = image.copy()
             image.thumbnail((self.side_px, self.side_px))
         return luma(srgb(image))
 
 
-def _window(width: int) -> np.ndarray:
+def _gaussian_window(width: int) -> np.ndarray:
+    """A Gaussian of ``width`` samples that sum to 1: (width,)."""
     offsets = np.arange(width) - (width - 1) / 2
     weights = np.exp(-(offsets**2) / (2 * _SIGMA_PX**2))
-    shares: np.ndarray = weights / weights.sum()
-    return shares
+    window: np.ndarray = weights / weights.sum()
+    return window
 
 
-def _blurred(pixels: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """Weighted means of every place where the window fits whole."""
-    for axis in (0, 1):
+def _filter(pixels: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Weighted means where the window lies inside: (height, width) to (height - len + 1, width - len + 1)."""
+    for axis in (0, 1):  # a Gaussian is separable
         pixels = np.lib.stride_tricks.sliding_window_view(pixels, len(window), axis=axis) @ window
     return pixels

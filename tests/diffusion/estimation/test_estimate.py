@@ -84,8 +84,8 @@ def test_factors_and_files_take_what_was_said(tmp_path):
     checkpoints = aa.Checkpoints(folder=tmp_path / "checkpoints")
     training = trainer.train([pair], synthesizer, seed=0, checkpoints=checkpoints, progress=False)
     numbers = sum(one.down.numel() + one.up.numel() for one in training.lora.layers.values())
-    assert told.trained_parameters == numbers
-    assert told.factors_bytes == 4 * numbers * (1 + 1 + 2 + 1)  # factors, gradients, two moments, the average
+    assert told.trainable_parameters == numbers
+    assert told.adapter_bytes == 4 * numbers * (1 + 1 + 2 + 1)  # factors, gradients, two moments, the average
     assert training.lora.save(tmp_path / "lora.safetensors").stat().st_size == pytest.approx(told.lora_bytes, rel=0.2)
     assert told.weights_bytes == sum(4 * one.numel() for one in pipeline.transformer.parameters())
 
@@ -97,7 +97,7 @@ def test_factors_and_files_take_what_was_said(tmp_path):
 )
 def test_every_optimizer_keeps_what_it_keeps(optimizer, each):
     told = estimate(tiny_flux(), trainer=trainer_of(optimizer=optimizer, targets="to_q"), **CPU)
-    assert told.factors_bytes == pytest.approx((8 + each) * told.trained_parameters, abs=1)
+    assert told.adapter_bytes == pytest.approx((8 + each) * told.trainable_parameters, abs=1)
 
 
 def test_fewer_pairs_at_once_hold_less_and_compute_as_much():
@@ -115,11 +115,11 @@ def test_packed_weights_take_their_bits_and_one_layer_unpacked():
 
 def test_the_denoiser_waits_while_pairs_are_encoded_unless_it_is_quantized():
     loose, packed = (estimate(tiny_flux(), trainer=trainer_of(), bits_per_weight=bits, **CPU) for bits in (None, 8))
-    assert (loose.resting_bytes, packed.resting_bytes) == (loose.weights_bytes, 0)
+    assert (loose.offloaded_bytes, packed.offloaded_bytes) == (loose.weights_bytes, 0)
     others = loose.encoders_bytes + loose.encoding_bytes
     assert loose.peak_bytes == max(loose.training_bytes, others)
     assert packed.peak_bytes == max(packed.training_bytes, packed.weights_bytes + others)
-    assert loose.placed_bytes == loose.weights_bytes + loose.encoders_bytes
+    assert loose.pipeline_bytes == loose.weights_bytes + loose.encoders_bytes
 
 
 def heavy_flux():
@@ -246,7 +246,7 @@ def test_flux_dev_is_estimated_from_its_configs_and_agrees_with_pencil_and_paper
     told = estimate(flux_dev, trainer=trainer)
     assert told.weights_bytes == pytest.approx(23.80e9, rel=0.001)
     assert told.encoders_bytes == pytest.approx(9.94e9, rel=0.01)  # T5-XXL's encoder, CLIP-L and the VAE
-    assert told.trained_parameters == pytest.approx(65.4e6, rel=0.01)
+    assert told.trainable_parameters == pytest.approx(65.4e6, rel=0.01)
     # 57 blocks of 12 width² weights a token; forward, again, and gradients of inputs, but none of frozen weights.
     tokens, width, blocks = 4096 + 512, 3072, 57
     linear, product = 2 * 12 * width**2 * tokens * blocks, 2 * tokens**2 * width * blocks
@@ -265,7 +265,7 @@ def test_flux_dev_stored_in_fp8_learns_at_1024_pixels_within_24_gigabytes(flux_d
     # Layers that modulate have "norm" in their names, and stay in 16 bits: 6 width² a stream of 19 blocks, 3 of 38.
     modulating = (19 * 2 * 6 + 38 * 3) * 3072**2
     assert told.weights_bytes == pytest.approx(plain.weights_bytes / 2 + modulating, rel=0.002)  # and embeddings
-    assert told.placed_bytes == told.weights_bytes + told.encoders_bytes
+    assert told.pipeline_bytes == told.weights_bytes + told.encoders_bytes
 
 
 def test_a_compiled_pipeline_is_estimated_as_it_is_and_stays_as_it_was():

@@ -29,7 +29,7 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """What a piece of work takes."""
 
     peak_bytes: int
@@ -38,7 +38,7 @@ class Work:
     """Multiplications and additions of matrix products, convolutions and attention."""
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Notes what operations make, until nothing holds it any more, and what they compute.
 
     Storages are counted, not tensors: a view costs nothing, and what autograd saves is held as long as it saves it.
@@ -148,7 +148,7 @@ class DryRun:
         """How many are worked on at a time."""
         return min(self.config.micro_batch_size or self.config.batch_size, self.config.batch_size)
 
-    def encoding(self) -> Work:
+    def encoding(self) -> Cost:
         """What encoding pictures takes, as many at a time as there are pairs in a step."""
         return self._watched(self._latents)
 
@@ -157,7 +157,7 @@ class DryRun:
         layers = find_target_layers(self.family.module, self.config.targets)
         return sum(one.down.numel() + one.up.numel() for one in _of_zeros(layers, self.config).layers.values())
 
-    def step(self, stage: Stage, *, under: int, remembered: bool = False) -> tuple[Work, int]:
+    def step(self, stage: Stage, *, under: int, remembered: bool = False) -> tuple[Cost, int]:
         """What the forward and backward passes of some pairs take, and how many numbers are trained.
 
         Args:
@@ -195,10 +195,10 @@ class DryRun:
         again = DeviceKernels(fused_norms=self.fused_norms)
         return checkpoint(layer, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
-    def _watched(self, work: Callable[[], object]) -> Work:
-        with Ledger(self.family.module.parameters()) as ledger, DeviceKernels(fused_norms=self.fused_norms):
+    def _watched(self, work: Callable[[], object]) -> Cost:
+        with MemoryTracker(self.family.module.parameters()) as ledger, DeviceKernels(fused_norms=self.fused_norms):
             work()
-        return Work(ledger.peak, ledger.flops)
+        return Cost(ledger.peak, ledger.flops)
 
     def _latents(self) -> Tensor:
         picture = Image.new("RGB", (self.family.width, self.family.height))

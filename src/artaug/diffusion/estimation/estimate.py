@@ -8,12 +8,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from artaug.diffusion.estimation.dry_run import DryRun, Work
+from artaug.diffusion.estimation.dry_run import Cost, DryRun
 from artaug.diffusion.estimation.meta_pipeline import modules, stored_bytes, text_shapes, weightless
 from artaug.diffusion.estimation.report import Estimate
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_of
-from artaug.diffusion.offload import quantized
+from artaug.diffusion.offload import has_quantized_weights
 from artaug.errors import InvalidValueError
 from artaug.training.config import TrainingConfig
 from artaug.training.optimizers import AdamW8bit, Optimizer
@@ -92,7 +92,7 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     held = source if isinstance(source, DiffusionPipeline) else pipeline
     sizes = {name: stored_bytes(part) for name, part in modules(held)}
     (at,) = (name for name, part in modules(pipeline) if part is denoiser)
-    packed = bits_per_weight is not None or quantized(getattr(held, at))
+    packed = bits_per_weight is not None or has_quantized_weights(getattr(held, at))
     stored = sizes[at] if storage_dtype is None else stored_bytes(denoiser)
     sizes[at], unpacked = _packed(denoiser, stored, bits_per_weight)
     encoders = sum(size for name, size in sizes.items() if name.startswith(("text_encoder", "vae")))
@@ -104,19 +104,19 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
         model=type(pipeline).__name__,
         width=width,
         height=height,
-        pairs_at_once=run.pairs,
-        trained_parameters=trained,
+        micro_batch_size=run.pairs,
+        trainable_parameters=trained,
         weights_bytes=sum(sizes.values()) - encoders,
         encoders_bytes=encoders,
         encoding_bytes=encoding.peak_bytes,
-        factors_bytes=2 * exported + optimizer + average,
+        adapter_bytes=2 * exported + optimizer + average,
         activations_bytes=activations + unpacked,
         lora_bytes=_FLOAT32 * run.exported(),
         checkpoint_bytes=exported + optimizer + average,
         steps=config.steps,
         flops_per_step=flops,
         flops_per_second=flops_per_second,
-        resting_bytes=0 if packed else sizes[at],
+        offloaded_bytes=0 if packed else sizes[at],
     )
 
 
@@ -169,7 +169,7 @@ def _bound(pipeline: DiffusionPipeline, *, width: int, height: int, max_sequence
 def _stages(run: DryRun) -> tuple[int, int, int]:
     """The most any stage holds, what a step computes on average, and how many numbers are trained."""
     stages = run.config.objective.training_plan(1).stages
-    works: list[Work] = []
+    works: list[Cost] = []
     trained = 0
     flops, whole = 0.0, math.fsum(stage.share for stage in stages)
     echo = min(run.config.echo, run.config.steps)

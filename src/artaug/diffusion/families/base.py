@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug.diffusion.offload import encoders_of, resting
+from artaug.diffusion.offload import encoders_of, on_cpu
 from artaug.plan import Plan, Region
 from artaug.regional.denoiser import Conditioning, Denoiser, EncodedPrompt
 from artaug.regional.guide import EncodedRegion
@@ -109,11 +109,11 @@ class Family(ABC):
 
     def without_encoders(self) -> AbstractContextManager[None]:
         """A ``with`` block in which VAE and text encoders wait on the CPU, if the pipeline's owner put them elsewhere."""
-        return resting(encoders_of(self.pipeline))
+        return on_cpu(encoders_of(self.pipeline))
 
     def without_denoiser(self) -> AbstractContextManager[None]:
         """A ``with`` block in which the denoiser waits on the CPU, if it was elsewhere and its libraries let it move."""
-        return resting([self.module])
+        return on_cpu([self.module])
 
     @abstractmethod
     def encode_images(self, images: Sequence[Image]) -> Tensor:
