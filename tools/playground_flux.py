@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor, distributed, nn
 
-from artaug.playground.render import render_batch
+from artaug.playground.rendering import render_batch
 from artaug.playground.world import Scene
 from playground_data import gist, told, training_scene
 from playground_measure import measured

@@ -7,8 +7,8 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from artaug.playground.detect import alignment
-from artaug.playground.render import render
+from artaug.playground.detection import alignment
+from artaug.playground.rendering import render
 from artaug.playground.world import ADJECTIVES, prompts
 from artaug.scorers import Chroma, Contrast, Exposure, Sharpness
 from playground_pipeline import MAX_SEQUENCE_LENGTH

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from artaug.playground.render import render_batch
+from artaug.playground.rendering import render_batch
 from playground_data import training_scene
 from playground_workers import Average, Job, learning_rate, share_gradients
 

@@ -12,7 +12,7 @@ import artaug as aa
 from artaug.critics import PhotometricCritic, PromptVocabulary
 from artaug.images.photometry import MEASURES, srgb
 from artaug.playground import detect, parse, prompts
-from artaug.playground.render import render_batch
+from artaug.playground.rendering import render_batch
 from artaug.testing import check_critic
 from support.strategies import images
 

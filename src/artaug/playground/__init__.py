@@ -9,8 +9,8 @@
 from pathlib import Path
 
 from artaug.diffusion import DiffusersSynthesizer
-from artaug.playground.detect import Alignment, Found, alignment, detect
-from artaug.playground.render import render
+from artaug.playground.detection import Alignment, Found, alignment, detect
+from artaug.playground.rendering import render
 from artaug.playground.scorers import Accuracy
 from artaug.playground.world import CaptionError, Scene, Thing, parse, prompts
 from artaug.regional import Guide

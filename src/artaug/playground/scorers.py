@@ -5,7 +5,7 @@ from typing import Literal
 
 from PIL.Image import Image
 
-from artaug.playground.detect import alignment
+from artaug.playground.detection import alignment
 from artaug.scoring import Scorer
 
 

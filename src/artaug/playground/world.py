@@ -1,6 +1,6 @@
 """A tiny world of captioned scenes: coloured things standing somewhere, in a setting.
 
-It knows nothing of pictures: `artaug.playground.render` draws a scene, `artaug.playground.detect`
+It knows nothing of pictures: `artaug.playground.rendering` draws a scene, `artaug.playground.detection`
 reads one back.
 """
 

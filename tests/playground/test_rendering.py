@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from artaug.playground.render import SIZE_PX, render, render_batch
+from artaug.playground.rendering import SIZE_PX, render, render_batch
 from artaug.playground.world import ADJECTIVES, PLACES, SETTINGS, CaptionError, Scene, Thing, parse, prompts
 
 

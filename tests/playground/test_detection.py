@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from artaug.geometry import Box
-from artaug.playground.detect import Found, aligned, alignment, detect
-from artaug.playground.render import render, render_batch
+from artaug.playground.detection import Found, aligned, alignment, detect
+from artaug.playground.rendering import render, render_batch
 from artaug.playground.world import ADJECTIVES, Scene, parse, prompts
 
 _SCENES = 2048

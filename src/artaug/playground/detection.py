@@ -13,7 +13,7 @@ from torch import Tensor
 
 from artaug.geometry import Box
 from artaug.playground import oklab
-from artaug.playground.render import HUES, SIZE_PX
+from artaug.playground.rendering import HUES, SIZE_PX
 from artaug.playground.shapes import outline
 from artaug.playground.world import COLORS, PLACES, SHAPES, Color, Place, Scene, Shape, parse
 
