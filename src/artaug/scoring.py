@@ -1,4 +1,4 @@
-"""Pictures to numbers: a metric, a reward, a filter threshold and a stop rule are all a `Scorer`."""
+"""Scores of pictures: a `Scorer` gives a picture a number, as a metric, a reward, a filter threshold or a stop rule."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ class Scorer(ABC):
 
     @property
     def name(self) -> str:
-        """What tables and verdicts call this scorer."""
+        """The scorer's name in tables and verdicts."""
         return type(self).__name__
 
     @property
     def depends_on(self) -> frozenset[str]:
-        """Names of the scorers whose numbers go into this one, its own included."""
+        """Names of the scorers that this one is computed from, its own included."""
         return frozenset({self.name})
 
     @abstractmethod
@@ -36,23 +36,25 @@ class Scorer(ABC):
         """Score ``image``, which was drawn from ``prompt``."""
 
     def score_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        """Score many pictures. Override it where a batch is faster than a loop."""
-        return [self._told(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        """Score many pictures. Override it where a batch is faster than a loop.
 
-    def _told(self, image: Image, prompt: str) -> float:
-        """Score one of many; an exception gets a note saying for which prompt it was raised."""
-        try:
-            return self.score(image, prompt)
-        except Exception as fault:
-            fault.add_note(f"Raised by the scorer {self.name!r}, for the prompt {prompt!r}.")
-            raise
+        An exception raised by `score` gets a note that names the scorer and the prompt.
+        """
+        scores = []
+        for image, prompt in zip(images, prompts, strict=True):
+            try:
+                scores.append(self.score(image, prompt))
+            except Exception as error:
+                error.add_note(f"Raised by the scorer {self.name!r}, for the prompt {prompt!r}.")
+                raise
+        return scores
 
 
 def score_images(scorer: Scorer, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-    """Score pictures and check that the scorer answered as its seam promises: one finite number a picture.
+    """Call a scorer and check what it returned: one finite number for each picture.
 
     Raises:
-        ContractError: if it returned too few numbers, or something that is no number.
+        ContractError: if it returned another number of scores, or something that is not a number.
         NonFiniteError: if a score is NaN or infinite, naming the prompt.
     """
     answers = scorer.score_batch(images, prompts)

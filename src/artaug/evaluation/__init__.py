@@ -1,1 +1,1 @@
-"""Did it get better, and how sure is that: comparisons, suites of prompts, statistics."""
+"""Evaluation: paired comparisons of synthesizers, benchmark suites, prompt sets and their statistics."""

@@ -1,4 +1,8 @@
-"""Where a comparison is drawn and scored: every arm by the same prompts, seeds and scorers."""
+"""Draws and scores a base and its candidates on the same prompts and seeds, and turns their scores into rows.
+
+Every arm draws the same (prompt, seed) pairs, so what remains in the difference of two scores is the synthesizer. The
+scores of a prompt are averaged over its seeds before they are paired: the prompt is the unit of every statistic.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,30 +11,126 @@ from math import nan
 from types import MappingProxyType
 from typing import Protocol
 
-import numpy as np
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from artaug.errors import InvalidValueError, PromptError
-from artaug.evaluation.comparison.comparison import Arm
-from artaug.evaluation.comparison.rows import Guardrail, ScoreRow
+from artaug.evaluation.comparison.comparison import Arm, Comparison
+from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, finite_pairs
 from artaug.evaluation.comparison.scoring_log import ScoringLog
 from artaug.evaluation.statistics import holm, sign_flip
 from artaug.images.similarity import SimilarityMetric
 from artaug.images.similarity import diversity as diversity_of
 from artaug.plan import Plan
 from artaug.scoring import Scorer
-from artaug.synthesis import Synthesizer, draw
+from artaug.synthesis import Synthesizer, draw, picture_seeds
 
 _DIVERSITY = "diversity"
 
 
+class HasScorers(Protocol):
+    """What selects training pairs by scorers: a `PairFilter`, or a `BestOf`."""
+
+    @property
+    def scorers(self) -> frozenset[str]:
+        """Names of the scorers that it uses."""
+
+
+def compare(  # noqa: PLR0913 - the one entry point, and everything after scorers has a default
+    base: Synthesizer,
+    candidates: Mapping[str, Synthesizer],
+    prompts: Sequence[str],
+    *,
+    scorers: Sequence[Scorer],
+    seed: int = 0,
+    images_per_prompt: int = 1,
+    diversity: SimilarityMetric | None = None,
+    guardrails: Sequence[Guardrail] = (),
+    batch_size: int = 8,
+    filtered_by: Collection[str | HasScorers] = (),
+    keep_images: int = 12,
+    progress: bool = True,
+) -> Comparison:
+    """Draw the same prompts with the same seeds by a base and by candidates, and compare their scores in pairs.
+
+    The base is drawn once. Only the first pictures are held in memory; the others are scored and released.
+
+    Args:
+        base: what the candidates are measured against.
+        candidates: by their names in tables.
+        prompts: what to draw, at least 2; best held out from training.
+        scorers: score the pictures; their names must differ.
+        seed: of the pictures and of the bootstrap; the same arguments give the same comparison.
+        images_per_prompt: pictures of a prompt, each with a seed of its own; a prompt still counts once, by the mean
+            of its pictures.
+        diversity: how alike two pictures are (`ImageSimilarity`, or a function of two pictures); adds a row
+            ``diversity``, 1 less the mean similarity of the pictures of a prompt. It needs ``images_per_prompt`` of at
+            least 2.
+        guardrails: how far which rows may fall, for `Comparison.verdict`.
+        batch_size: pictures drawn and scored at a time.
+        filtered_by: what selected the training pairs, ``[keep, candidates]``: filters, a `BestOf`, or names of
+            scorers. Rows of scorers that depend on one of theirs are marked.
+        keep_images: how many pictures of each arm to keep, those of the first prompts with their first seeds.
+        progress: show a progress bar for each arm.
+
+    Raises:
+        PromptError: for fewer than two prompts, or one string in place of a list.
+        InvalidValueError: without scorers or candidates, for scorers of one name, for diversity of a single picture a
+            prompt, or for a guardrail on a row that does not exist.
+        ScoringError: if a scorer raises, or gives no finite number, for some pictures. All others are drawn and scored
+            first, and the comparison of those is in the error. A scorer that fails on all of the first pictures raises
+            its own exception at once.
+        ContractError: if a synthesizer or scorer returns something its interface does not allow.
+        NonFiniteError: if all scores of the first pictures are NaN or infinite, naming the prompt.
+
+    >>> import artaug as aa
+    >>> from PIL import Image
+    >>> class Grey(aa.Synthesizer):
+    ...     def __init__(self, light):
+    ...         self.light = light
+    ...     def synthesize(self, plan, *, seed):
+    ...         return Image.new("L", (8, 8), self.light + seed % 16)
+    >>> class Light(aa.Scorer):
+    ...     def score(self, image, prompt):
+    ...         return image.getpixel((0, 0)) / 255
+    >>> comparison = aa.compare(Grey(51), {"lit": Grey(102)}, ["a harbour", "a hill"], scorers=[Light()], progress=False)
+    >>> row = comparison.row("Light", "lit")
+    >>> round(row.delta, 3), row.win_rate, row.n
+    (0.2, 1.0, 2)
+    """
+    _check_arguments(candidates, prompts, scorers)
+    filter_scorers = scorer_names(filtered_by)
+    seeds = tuple(picture_seeds(seed, len(prompts) * max(images_per_prompt, 0)))
+    evaluator = Evaluator(tuple(prompts), seeds, tuple(scorers), diversity, batch_size, keep_images)
+    evaluator.check_guardrails(guardrails)
+    log = ScoringLog()
+    base_arm = evaluator.evaluate(base, "base", log=log, progress=progress)
+    candidate_arms = {
+        name: evaluator.evaluate(candidate, name, log=log, progress=progress) for name, candidate in candidates.items()
+    }
+    if log.failures and not evaluator.has_enough_scores(base_arm, candidate_arms):
+        raise log.error(None) from log.exceptions[0]
+    comparison = Comparison(
+        rows=evaluator.score_rows(base_arm, candidate_arms, seed=seed, filtered_by=filter_scorers),
+        prompts=evaluator.prompts,
+        seeds=seeds,
+        base=base_arm,
+        candidates=MappingProxyType(candidate_arms),
+        guardrails=tuple(guardrails),
+        failures=tuple(log.failures),
+    )
+    if log.failures:
+        raise log.error(comparison) from log.exceptions[0]
+    return comparison
+
+
 @dataclass(frozen=True)
 class Evaluator:
-    """What every arm is drawn and judged by."""
+    """Evaluates every arm of a comparison on the same prompts, with the same seeds and scorers."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
+    """One a picture: the first of every prompt, then the second of every prompt."""
     scorers: tuple[Scorer, ...]
     diversity: SimilarityMetric | None
     batch_size: int
@@ -39,118 +139,135 @@ class Evaluator:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.keep_images < 0 or self.images_per_prompt < 1:
             raise InvalidValueError(
-                f"compare(batch_size={self.batch_size}, keep_images={self.keep_images}, images_per_prompt={self.images_per_prompt}): need "
-                "batch_size >= 1, keep_images >= 0 and images_per_prompt >= 1."
+                f"compare(batch_size={self.batch_size}, keep_images={self.keep_images}, "
+                f"images_per_prompt={self.images_per_prompt}): need batch_size >= 1, keep_images >= 0 and "
+                "images_per_prompt >= 1."
             )
         if self.diversity is not None and (
             self.images_per_prompt < 2 or _DIVERSITY in {scorer.name for scorer in self.scorers}
         ):
             raise InvalidValueError(
-                f"compare(diversity=..., images_per_prompt={self.images_per_prompt}): need at least 2 pictures a prompt to tell how unlike they "
-                f"are, and no scorer called {_DIVERSITY!r}."
+                f"compare(diversity=..., images_per_prompt={self.images_per_prompt}): need at least 2 pictures a prompt "
+                f"to measure how they differ, and no scorer called {_DIVERSITY!r}."
             )
 
     @property
     def images_per_prompt(self) -> int:
-        """Pictures a prompt."""
         return len(self.seeds) // len(self.prompts)
 
     @property
-    def judges(self) -> dict[str, frozenset[str]]:
-        """The rows there will be: names, and the names of the scorers each rests on."""
-        known = {scorer.name: scorer.depends_on for scorer in self.scorers}
-        return known if self.diversity is None else {**known, _DIVERSITY: frozenset()}
+    def row_dependencies(self) -> dict[str, frozenset[str]]:
+        """The names of the rows, each with the names of the scorers that it depends on."""
+        dependencies = {scorer.name: scorer.depends_on for scorer in self.scorers}
+        return dependencies if self.diversity is None else {**dependencies, _DIVERSITY: frozenset()}
 
     def check_guardrails(self, guardrails: Sequence[Guardrail]) -> None:
-        """Refuse guardrails that watch no row, or the same one."""
-        watched = [guardrail.scorer for guardrail in guardrails]
-        if not set(watched) <= set(self.judges) or len(set(watched)) < len(watched):
+        """Refuse guardrails on a row that does not exist, and two on the same row."""
+        guarded = [guardrail.scorer for guardrail in guardrails]
+        if not set(guarded) <= set(self.row_dependencies) or len(set(guarded)) < len(guarded):
             raise InvalidValueError(
-                f"compare received guardrails on {watched}. Expected different ones of {[*self.judges]}."
+                f"compare received guardrails on {guarded}. Expected different ones of {[*self.row_dependencies]}."
             )
 
-    def enough(self, before: Arm, after: Mapping[str, Arm]) -> bool:
-        """Whether every row has two prompts to rest on."""
-        count = len(self.prompts)
-        both = (
-            _both(before.by_prompt(one, count), arm.by_prompt(one, count))
-            for one in self.judges
-            for arm in after.values()
-        )
-        return all(len(base) >= 2 for base, _ in both)
-
-    def draw(self, synthesizer: Synthesizer, name: str, *, ledger: ScoringLog, progress: bool) -> Arm:
-        """Draw all prompts with all seeds and score them; only the first pictures are kept."""
-        count, scores = len(self.prompts), {judge: [nan] * len(self.seeds) for judge in self.judges}
-        ledger.scores[name] = scores
+    def evaluate(self, synthesizer: Synthesizer, name: str, *, log: ScoringLog, progress: bool) -> Arm:
+        """Draw all prompts with all seeds and score the pictures; only the first ``keep_images`` are kept."""
+        prompt_count = len(self.prompts)
+        scores = {scorer.name: [nan] * len(self.seeds) for scorer in self.scorers}
         if self.diversity is not None:
-            scores[_DIVERSITY] = [nan] * count
+            scores[_DIVERSITY] = [nan] * prompt_count
+        log.scores[name] = scores
         kept: list[Image] = []
         with tqdm(total=len(self.seeds), desc=f"compare: {name}", unit="picture", disable=not progress) as bar:
-            for start in range(0, count, self.batch_size):
+            for start in range(0, prompt_count, self.batch_size):
                 prompts = self.prompts[start : start + self.batch_size]
-                drawn = []
-                for first in range(start, len(self.seeds), count):
-                    part = slice(first, first + len(prompts))
-                    drawn.append(_drawn(synthesizer, prompts, self.seeds[part]))
+                images_by_seed = []
+                # Picture i is of prompt i % prompt_count: steps of prompt_count stay on these prompts, a seed further.
+                for first in range(start, len(self.seeds), prompt_count):
+                    batch = slice(first, first + len(prompts))
+                    seeds = self.seeds[batch]
+                    images = draw(synthesizer, [Plan(prompt) for prompt in prompts], seeds=seeds)
                     for scorer in self.scorers:
-                        scores[scorer.name][part] = ledger.score_images(
-                            scorer, drawn[-1], prompts, seeds=self.seeds[part], arm=name
-                        )
+                        scores[scorer.name][batch] = log.score(scorer, images, prompts, seeds=seeds, arm=name)
+                    images_by_seed.append(images)
                     bar.update(len(prompts))
                 if self.diversity is not None:
-                    unlike = [diversity_of(self.diversity, images) for images in zip(*drawn, strict=True)]
-                    scores[_DIVERSITY][start : start + len(prompts)] = unlike
-                kept += drawn[0][: self.keep_images - len(kept)]
+                    scores[_DIVERSITY][start : start + len(prompts)] = [
+                        diversity_of(self.diversity, images) for images in zip(*images_by_seed, strict=True)
+                    ]
+                kept += images_by_seed[0][: self.keep_images - len(kept)]
         return Arm(
             synthesizer=repr(synthesizer),
-            scores=MappingProxyType({scorer: tuple(numbers) for scorer, numbers in scores.items()}),
+            scores=MappingProxyType({row: tuple(row_scores) for row, row_scores in scores.items()}),
             images=tuple(kept),
         )
 
-
-def rows_of(
-    studio: Evaluator, before: Arm, after: Mapping[str, Arm], *, seed: int, filtered_by: Collection[str]
-) -> tuple[ScoreRow, ...]:
-    """One row a scorer and candidate, scorers first; p-values corrected over the scorers of each candidate."""
-    count = len(studio.prompts)
-    pairs = {
-        (judge, name): _both(before.by_prompt(judge, count), arm.by_prompt(judge, count))
-        for judge, (name, arm) in product(studio.judges, after.items())
-    }
-    corrected: dict[tuple[str, str], float] = {}
-    for name in after:
-        raw = [sign_flip(np.subtract(*pairs[judge, name][::-1]), seed=seed) for judge in studio.judges]
-        corrected |= {(judge, name): p_value for judge, p_value in zip(studio.judges, holm(raw), strict=True)}
-    return tuple(
-        ScoreRow.of(
-            judge,
-            name,
-            base=base,
-            enhanced=enhanced,
-            p_value=corrected[judge, name],
-            filtered_by=not studio.judges[judge].isdisjoint(filtered_by),
-            seed=seed,
+    def has_enough_scores(self, base: Arm, candidates: Mapping[str, Arm]) -> bool:
+        """Whether every row has at least two prompts, without which it has no interval."""
+        count = len(self.prompts)
+        return all(
+            len(finite_pairs(base.by_prompt(row, count), arm.by_prompt(row, count))[0]) >= 2
+            for row, arm in product(self.row_dependencies, candidates.values())
         )
-        for (judge, name), (base, enhanced) in pairs.items()
-    )
+
+    def score_rows(
+        self, base: Arm, candidates: Mapping[str, Arm], *, seed: int, filtered_by: Collection[str]
+    ) -> tuple[ScoreRow, ...]:
+        """One row for each scorer and candidate, scorers first.
+
+        The p-values of one candidate are Holm-corrected over its rows: the family is all the questions asked of it.
+        """
+        count = len(self.prompts)
+        pairs = {
+            (row, name): finite_pairs(base.by_prompt(row, count), arm.by_prompt(row, count))
+            for row, (name, arm) in product(self.row_dependencies, candidates.items())
+        }
+        p_values: dict[tuple[str, str], float] = {}
+        for name in candidates:
+            family = [(row, name) for row in self.row_dependencies]
+            raw = [sign_flip(pairs[key][1] - pairs[key][0], seed=seed) for key in family]
+            p_values |= dict(zip(family, holm(raw), strict=True))
+        return tuple(
+            ScoreRow.of(
+                row,
+                name,
+                base=base_scores,
+                enhanced=candidate_scores,
+                p_value=p_values[row, name],
+                filtered_by=not self.row_dependencies[row].isdisjoint(filtered_by),
+                seed=seed,
+            )
+            for (row, name), (base_scores, candidate_scores) in pairs.items()
+        )
 
 
-def _both(base: np.ndarray, enhanced: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts that both have a score of."""
-    there = np.isfinite(base) & np.isfinite(enhanced)
-    return base[there], enhanced[there]
+def scorer_names(filtered_by: Collection[str | HasScorers]) -> frozenset[str]:
+    """The names of all scorers in ``filtered_by``.
+
+    Raises:
+        InvalidValueError: for one string or one filter in place of a list, or for an item without scorers.
+    """
+    expected = "expected a list of names, filters and BestOf"
+    if isinstance(filtered_by, str) or not isinstance(filtered_by, Collection):
+        raise InvalidValueError(
+            f"compare(filtered_by={filtered_by!r}): {expected}, received one {type(filtered_by).__name__}."
+        )
+    names: set[str] = set()
+    for selector in filtered_by:
+        if not isinstance(selector, str) and not isinstance(getattr(selector, "scorers", None), frozenset):
+            raise InvalidValueError(f"compare(filtered_by=...): {expected}, received {selector!r:.120} among them.")
+        names |= {selector} if isinstance(selector, str) else selector.scorers
+    return frozenset(names)
 
 
-def check(
-    candidates: Mapping[str, Synthesizer],
-    prompts: Sequence[str],
-    scorers: Sequence[Scorer],
+def _check_arguments(
+    candidates: Mapping[str, Synthesizer], prompts: Sequence[str], scorers: Sequence[Scorer]
 ) -> None:
-    """Refuse what cannot be compared, before anything is drawn."""
+    """Refuse arguments that cannot be compared, before anything is drawn."""
     if isinstance(prompts, str) or len(prompts) < 2:
         received = repr(prompts) if isinstance(prompts, str) else f"{len(prompts)}"
-        raise PromptError(f"compare needs a list of at least 2 prompts, received {received}. More make it surer.")
+        raise PromptError(
+            f"compare needs a list of at least 2 prompts, received {received}. More prompts narrow the interval."
+        )
     if not candidates or "base" in candidates:
         raise InvalidValueError(
             f"compare received candidates {list(candidates)}. Expected at least one, by name, and none called 'base'."
@@ -160,34 +277,3 @@ def check(
         raise InvalidValueError(
             f"compare received scorers named {names}. Expected at least one, and different names: override Scorer.name."
         )
-
-
-def _drawn(synthesizer: Synthesizer, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-    return draw(synthesizer, [Plan(prompt) for prompt in prompts], seeds=seeds)
-
-
-class HasScorers(Protocol):
-    """What has chosen the training pairs by scorers: a `PairFilter`, or a `BestOf`."""
-
-    @property
-    def scorers(self) -> frozenset[str]:
-        """Names of the scorers it rests on."""
-
-
-def names_of(filtered_by: Collection[str | HasScorers]) -> frozenset[str]:
-    """The names of all scorers that have chosen.
-
-    Raises:
-        InvalidValueError: for one string or one filter in place of several, or something that rests on no scorers.
-    """
-    wanted = "expected a list of names, filters and BestOf"
-    if isinstance(filtered_by, str) or not isinstance(filtered_by, Collection):
-        raise InvalidValueError(
-            f"compare(filtered_by={filtered_by!r}): {wanted}, received one {type(filtered_by).__name__}."
-        )
-    names: set[str] = set()
-    for one in filtered_by:
-        if not isinstance(one, str) and not isinstance(getattr(one, "scorers", None), frozenset):
-            raise InvalidValueError(f"compare(filtered_by=...): {wanted}, and {one!r:.120} is none.")
-        names |= {one} if isinstance(one, str) else one.scorers
-    return frozenset(names)

@@ -1,4 +1,4 @@
-"""What a comparison finds: a row a scorer and candidate, the guardrails beside it, and what both mean in words."""
+"""The rows of a comparison, its guardrails, and what both say in words."""
 
 from math import floor, isfinite, log10
 from typing import Annotated, Literal, Self
@@ -10,7 +10,7 @@ from artaug._internal.values import value
 from artaug.errors import InvalidValueError
 from artaug.evaluation.statistics import paired_bootstrap, tie_rate, win_rate
 
-_SURE = 0.05
+_ALPHA = 0.05
 
 
 @value
@@ -52,44 +52,50 @@ class ScoreRow:
         filtered_by: bool,
         seed: int,
     ) -> Self:
-        """Sum up the scores of the same prompts, base and candidate; ``seed`` is the bootstrap's."""
-        gains = enhanced - base
-        interval = paired_bootstrap(gains, seed=seed)
+        """The row of two arms' scores of the same prompts, (prompts,) each; ``seed`` is the bootstrap's."""
+        deltas = enhanced - base
+        interval = paired_bootstrap(deltas, seed=seed)
         return cls(
             scorer=scorer,
             candidate=candidate,
             base=base.mean(),
             enhanced=enhanced.mean(),
-            delta=gains.mean(),
+            delta=deltas.mean(),
             ci_low=interval.low,
             ci_high=interval.high,
-            win_rate=win_rate(gains),
-            n=len(gains),
+            win_rate=win_rate(deltas),
+            n=len(deltas),
             filtered_by=filtered_by,
-            tie_rate=tie_rate(gains),
+            tie_rate=tie_rate(deltas),
             p_value=p_value,
         )
 
     @property
     def decimals(self) -> int:
-        """Decimals worth printing: enough to show the interval's half width, from 3 to 8."""
-        half = (self.ci_high - self.ci_low) / 2
-        return min(max(-floor(log10(half)), 3), 8) if half > 0 else 3
+        """Decimals worth printing: those that show the first digit of the interval's half width, from 3 to 8."""
+        half_width = (self.ci_high - self.ci_low) / 2
+        return min(max(-floor(log10(half_width)), 3), 8) if half_width > 0 else 3
 
     @property
     def direction(self) -> int:
-        """1 if the whole interval lies above zero, -1 if it lies below, else 0: not settled."""
+        """1 if the whole interval lies above zero, -1 if it lies below, else 0."""
         return int(self.ci_low > 0) - int(self.ci_high < 0)
 
     @property
     def significant(self) -> bool:
         """Whether the whole interval lies on one side of zero and the p-value, corrected, is below 0.05."""
-        return self.direction != 0 and self.p_value < _SURE
+        return self.direction != 0 and self.p_value < _ALPHA
+
+
+def finite_pairs(base: np.ndarray, enhanced: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The scores of the prompts that both arms have a score for, without the prompts on which a scorer failed (NaN)."""
+    both = np.isfinite(base) & np.isfinite(enhanced)
+    return base[both], enhanced[both]
 
 
 @value
 class ScoringFailure:
-    """A picture that a scorer raised on. The rows of that scorer rest on the other prompts."""
+    """A picture on which a scorer raised. The rows of that scorer are computed from the other prompts."""
 
     scorer: str
     arm: str
@@ -97,12 +103,12 @@ class ScoringFailure:
     prompt: str
     seed: int
     error: str
-    """The exception, in words."""
+    """Type and message of the exception."""
 
 
 @value
 class Guardrail:
-    """How far one scorer may fall while others rise. It is a limit on the fall, not on chance: see `status`.
+    """How far one scorer may fall while others rise. It limits the fall, not the chance of one: see `status`.
 
     Raises:
         InvalidValueError: if the limit is negative or not finite.
@@ -114,7 +120,7 @@ class Guardrail:
     """
 
     scorer: str
-    """The name of the row it watches."""
+    """The name of the row it limits."""
     max_drop: float
     """As a share of the base's mean (0.02 for 2%), or in the scorer's own units if not ``relative``."""
     relative: bool = True
@@ -123,21 +129,21 @@ class Guardrail:
         if not isfinite(self.max_drop) or self.max_drop < 0:
             raise InvalidValueError(f"{self!r}: need a finite max_drop of at least 0.")
 
+    def applies_to(self, row: ScoreRow) -> bool:
+        """Whether the limit is defined: a share of a base mean that is not above zero is not."""
+        return not self.relative or row.base > 0
+
     def margin(self, row: ScoreRow) -> float:
         """The largest fall allowed, in the scorer's own units.
 
         Raises:
-            InvalidValueError: for a share of a base that is not above zero, which means nothing.
+            InvalidValueError: if the limit is a share of a base mean that is not above zero.
         """
         if not self.applies_to(row):
             raise InvalidValueError(
-                f"{self!r}: a share of {row.scorer}'s base mean {row.base:.3g} means nothing. Use relative=False."
+                f"{self!r}: a share of {row.scorer}'s base mean {row.base:.3g} is undefined. Use relative=False."
             )
         return self.max_drop * (row.base if self.relative else 1.0)
-
-    def applies_to(self, row: ScoreRow) -> bool:
-        """Whether there is a margin: a share of a base that is not above zero is none."""
-        return not self.relative or row.base > 0
 
     def status(self, row: ScoreRow) -> Literal["inside", "outside", "inconclusive", "undefined"]:
         """``outside`` if the mean fell by more than allowed, ``inside`` if the whole interval did not, else ``inconclusive``.
@@ -153,40 +159,34 @@ class Guardrail:
 
 
 def describe_row(row: ScoreRow, guardrail: Guardrail | None = None) -> str:
-    """One row in words: which way, how far, how sure, and all that speaks against calling it a gain."""
-    to = max(row.decimals - 1, 2)
-    interval = f"[{row.ci_low:.{to}f}, {row.ci_high:.{to}f}]"
-    guarded = guardrail if guardrail is not None and guardrail.applies_to(row) else None
+    """One row in words: which way it went, how far, how sure that is, and what speaks against calling it a gain."""
+    decimals = max(row.decimals - 1, 2)
+    interval = f"[{row.ci_low:.{decimals}f}, {row.ci_high:.{decimals}f}]"
+    limit = guardrail if guardrail is not None and guardrail.applies_to(row) else None
     if row.significant:
-        text = f"{row.scorer} {'up' if row.delta > 0 else 'down'} {_amount(row, guarded, to)} {interval}"
-    elif guarded is not None and max(-row.ci_low, row.ci_high) <= guarded.margin(row):
+        amount = f"{abs(row.delta):.{decimals}f}"
+        if limit is not None and limit.relative:
+            amount = f"{100 * abs(row.delta) / row.base:.2g}% ({amount})"
+        text = f"{row.scorer} {'up' if row.delta > 0 else 'down'} {amount} {interval}"
+    elif limit is not None and max(-row.ci_low, row.ci_high) <= limit.margin(row):
+        # An equivalence test: the whole interval lies within the margin, on both sides of zero.
         text = f"{row.scorer} unchanged {interval}"
     elif row.direction:
-        text = f"{row.scorer} not settled: {row.delta:+.{to}f} {interval}, but p = {row.p_value:.2g} after Holm"
+        text = f"{row.scorer} not significant: {row.delta:+.{decimals}f} {interval}, but p = {row.p_value:.2g} after Holm"
     else:
-        text = f"{row.scorer} not clearly changed: {row.delta:+.{to}f} {interval}"
+        text = f"{row.scorer} not clearly changed: {row.delta:+.{decimals}f} {interval}"
     if row.filtered_by and row.delta > 0:
         text += " (no evidence of a gain: the training pairs were filtered by it)"
-    return text if guardrail is None else f"{text}, {_place(row, guardrail)}"
+    return text if guardrail is None else f"{text}, {_describe_status(row, guardrail)}"
 
 
-def _amount(row: ScoreRow, guardrail: Guardrail | None, to: int) -> str:
-    absolute = f"{abs(row.delta):.{to}f}"
-    return (
-        absolute
-        if guardrail is None or not guardrail.relative
-        else f"{100 * abs(row.delta) / row.base:.2g}% ({absolute})"
-    )
-
-
-def _place(row: ScoreRow, guardrail: Guardrail) -> str:
-    limit = f"{guardrail.max_drop:.3g}" if not guardrail.relative else f"{100 * guardrail.max_drop:.3g}%"
-    said = {
+def _describe_status(row: ScoreRow, guardrail: Guardrail) -> str:
+    limit = f"{100 * guardrail.max_drop:.3g}%" if guardrail.relative else f"{guardrail.max_drop:.3g}"
+    return {
         "inside": f"inside the guardrail of -{limit}",
         "outside": f"outside the guardrail of -{limit}",
-        "inconclusive": f"perhaps outside the guardrail of -{limit}: more prompts would tell",
+        "inconclusive": f"perhaps outside the guardrail of -{limit}: more prompts would narrow the interval",
         "undefined": (
-            f"its guardrail of -{limit} means nothing, as the base's mean is {row.base:.3g}: set one with relative=False"
+            f"its guardrail of -{limit} is undefined, as the base's mean is {row.base:.3g}: set one with relative=False"
         ),
-    }
-    return said[guardrail.status(row)]
+    }[guardrail.status(row)]

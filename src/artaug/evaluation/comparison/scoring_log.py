@@ -1,4 +1,4 @@
-"""What was scored and what was not: a scorer that raises on one picture does not take the others with it."""
+"""The scores of a comparison as they come in, and the pictures that a scorer failed on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,57 +13,60 @@ from artaug.scoring import Scorer, score_images
 
 @dataclass(frozen=True)
 class ScoringLog:
-    """Every score of a comparison, and every fault."""
+    """Every score of a comparison and every failure, so that one failing picture does not discard the others."""
 
     scores: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """By arm and scorer, NaN for what is not there, or not yet."""
+    """By arm and scorer, one score a picture; NaN where it failed or was not scored yet."""
     failures: list[ScoringFailure] = field(default_factory=list)
-    raised: list[Exception] = field(default_factory=list)
-    """What the faults came from."""
+    exceptions: list[Exception] = field(default_factory=list)
+    """The exception behind each failure, in the same order."""
 
-    def score_images(
+    def score(
         self, scorer: Scorer, images: Sequence[Image], prompts: Sequence[str], *, seeds: Sequence[int], arm: str
     ) -> list[float]:
-        """Score a batch; if that raises, picture by picture, with NaN for those that raise alone too.
+        """Score a batch. If that raises, score its pictures one by one and give NaN to those that fail alone too.
 
         Raises:
-            ScoringError: if none can be scored after others were; it holds those.
-            Exception: the scorer's own, if none can be scored and none was.
+            ScoringError: if no picture of the batch can be scored, but earlier ones were; it holds their scores.
+            Exception: the scorer's own, if nothing was scored yet.
         """
         try:
             return score_images(scorer, images, prompts)
-        except Exception as fault:  # noqa: BLE001 - whatever it is, it is raised in the end
-            together = fault
-        numbers = []
+        except Exception as error:  # noqa: BLE001 - a user's scorer may raise anything; compare raises it at the end
+            batch_error = error
+        scores = []
         for image, prompt, seed in zip(images, prompts, seeds, strict=True):
             try:
-                numbers += score_images(scorer, [image], [prompt])
-            except Exception as fault:  # noqa: BLE001 - likewise
-                numbers.append(nan)
-                self._note(fault, ScoringFailure(scorer.name, arm, prompt, seed, _told(fault)))
-        if all(map(isfinite, numbers)):
-            error = f"{_told(together)}, though each picture alone is scored: lower batch_size"
-            self._note(together, ScoringFailure(scorer.name, arm, prompts[0], seeds[0], error))
-        elif not any(map(isfinite, numbers)):
-            if not any(isfinite(one) for judges in self.scores.values() for many in judges.values() for one in many):
-                raise together
-            raise self.error(None) from together
-        return numbers
+                scores += score_images(scorer, [image], [prompt])
+            except Exception as error:  # noqa: BLE001 - likewise
+                scores.append(nan)
+                self._add(error, ScoringFailure(scorer.name, arm, prompt, seed, _describe(error)))
+        if all(map(isfinite, scores)):
+            message = f"{_describe(batch_error)}, though each picture alone is scored: lower batch_size"
+            self._add(batch_error, ScoringFailure(scorer.name, arm, prompts[0], seeds[0], message))
+        elif not any(map(isfinite, scores)):
+            if not self._has_scores():
+                raise batch_error
+            raise self.error(None) from batch_error
+        return scores
 
     def error(self, comparison: object) -> ScoringError:
-        """The error that holds what was scored."""
+        """The error that tells the user of the failures and holds what was scored."""
         first = self.failures[0]
         return ScoringError(
             f"{first.scorer} raised on {len(self.failures)} pictures, first on {first.arm}'s of {first.prompt!r}, seed "
-            f"{first.seed}: {first.error}. Nothing that was scored is lost: see .comparison and .scores of this error.",
+            f"{first.seed}: {first.error}. All other scores are kept: see .comparison and .scores of this error.",
             comparison=comparison,
             scores=self.scores,
         )
 
-    def _note(self, fault: Exception, where: ScoringFailure) -> None:
-        self.raised.append(fault)
-        self.failures.append(where)
+    def _has_scores(self) -> bool:
+        return any(isfinite(score) for arm in self.scores.values() for scores in arm.values() for score in scores)
+
+    def _add(self, exception: Exception, failure: ScoringFailure) -> None:
+        self.exceptions.append(exception)
+        self.failures.append(failure)
 
 
-def _told(fault: Exception) -> str:
-    return f"{type(fault).__name__}: {fault}"
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

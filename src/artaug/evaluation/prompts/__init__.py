@@ -1,4 +1,4 @@
-"""Prompts to compare by: published sets read from the user's own file, and a small set of our own."""
+"""Prompt sets: prompts with categories, from published files on the user's disk or from a small built-in set."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from artaug.errors import InvalidValueError, PromptError
 
 __all__ = ["PromptSet"]
 
-_OWN = Path(__file__).parent / "everyday.tsv"
+_EVERYDAY = Path(__file__).parent / "everyday.tsv"
 _PROMPT_COLUMNS = ("Prompt", "Prompts")
 _FORMATS = (
     "PartiPrompts (.tsv with columns Prompt, Category, ...), DrawBench (.csv with columns Prompts, Category), "
@@ -25,7 +25,7 @@ _FORMATS = (
 @final
 @dataclass(frozen=True)
 class PromptSet(Sequence[str]):
-    """Prompts with their categories, in order. It is a sequence of the prompts, so `compare` and `improve` take it.
+    """Prompts with their categories, in order. It is a sequence of its prompts, so `compare` and `improve` take it.
 
     Raises:
         PromptError: for a blank prompt, or if there is not one category a prompt.
@@ -38,7 +38,7 @@ class PromptSet(Sequence[str]):
 
     prompts: tuple[str, ...]
     categories: tuple[str, ...]
-    """One a prompt; empty where the file names none."""
+    """One a prompt; the empty string where the file names none."""
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.categories) or not self.prompts:
@@ -58,16 +58,16 @@ class PromptSet(Sequence[str]):
 
         PartiPrompts is a ``.tsv`` with the columns ``Prompt`` and ``Category``; DrawBench a ``.csv`` with ``Prompts`` and
         ``Category``; HPD (v2) a ``.json``: a list of texts, whose category is the name of the file (``anime.json``), or
-        of objects with ``prompt``; a ``.txt`` has one prompt a line. The format is told by the name of the file.
+        of objects with ``prompt``; a ``.txt`` has one prompt a line. The ending of the file's name decides the format.
 
         Raises:
             PromptError: for another format, or a file that is not what its name says, naming line and column.
             FileNotFoundError: if there is no such file.
         """
         path = Path(path)
-        readers = {".tsv": _table, ".csv": _table, ".json": _listed, ".txt": _lines}
+        readers = {".tsv": _read_table, ".csv": _read_table, ".json": _read_json, ".txt": _read_lines}
         if path.suffix.lower() not in readers:
-            raise PromptError(f"{path.name!r} is in no format known here. Expected {_FORMATS}.")
+            raise PromptError(f"{path.name!r} has an unknown format. Expected {_FORMATS}.")
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
@@ -79,34 +79,34 @@ class PromptSet(Sequence[str]):
 
     @classmethod
     def everyday(cls) -> "PromptSet":
-        """Our own 48 prompts of plain scenes in eight categories: a quick look, not a published benchmark."""
-        return cls.read(_OWN)
+        """Our own 48 prompts of plain scenes in eight categories: for a quick check, not a published benchmark."""
+        return cls.read(_EVERYDAY)
 
-    def only(self, category: str) -> "PromptSet":
+    def in_category(self, category: str) -> "PromptSet":
         """The prompts of one category.
 
         Raises:
             InvalidValueError: if there is none, naming those there are.
         """
-        chosen = [at for at, one in enumerate(self.categories) if one == category]
-        if not chosen:
+        indices = [index for index, name in enumerate(self.categories) if name == category]
+        if not indices:
             raise InvalidValueError(
                 f"no prompt is of category {category!r}. There are: {sorted(set(self.categories))}."
             )
-        return self._at(chosen)
+        return self._select(indices)
 
     def sample(self, count: int, *, seed: int = 0) -> "PromptSet":
-        """Some of the prompts, drawn without replacement and kept in their order; the same for the same seed.
+        """``count`` prompts, drawn without replacement and kept in their order; the same for the same seed.
 
         Raises:
             InvalidValueError: if there are not as many.
         """
         if not 1 <= count <= len(self):
             raise InvalidValueError(f"cannot sample {count} of {len(self)} prompts: need 1 to {len(self)}.")
-        return self._at(sorted(np.random.default_rng(seed).choice(len(self), size=count, replace=False)))
+        return self._select(sorted(np.random.default_rng(seed).choice(len(self), size=count, replace=False)))
 
-    def _at(self, places: Sequence[int]) -> "PromptSet":
-        return PromptSet(tuple(self.prompts[at] for at in places), tuple(self.categories[at] for at in places))
+    def _select(self, indices: Sequence[int]) -> "PromptSet":
+        return PromptSet(tuple(self.prompts[i] for i in indices), tuple(self.categories[i] for i in indices))
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -121,8 +121,8 @@ class PromptSet(Sequence[str]):
         return self.prompts[index]
 
 
-def _table(text: str, path: Path) -> Iterator[tuple[str, str]]:
-    """Rows of a table with headings; PartiPrompts quotes nothing, so in a .tsv a quote is a quote."""
+def _read_table(text: str, path: Path) -> Iterator[tuple[str, str]]:
+    """Prompts and categories of a table with headings. PartiPrompts quotes no field, so in a .tsv a quote is a quote."""
     tabbed = path.suffix.lower() == ".tsv"
     reader = csv.DictReader(
         io.StringIO(text), delimiter="\t" if tabbed else ",", quoting=csv.QUOTE_NONE if tabbed else csv.QUOTE_MINIMAL
@@ -130,7 +130,7 @@ def _table(text: str, path: Path) -> Iterator[tuple[str, str]]:
     headings = list(reader.fieldnames or ())
     column = next((name for name in _PROMPT_COLUMNS if name in headings), None)
     if column is None:
-        raise PromptError(f"{path.name!r} has the columns {headings}, none of them {' or '.join(_PROMPT_COLUMNS)}.")
+        raise PromptError(f"{path.name!r} has the columns {headings}. Expected {' or '.join(_PROMPT_COLUMNS)} among them.")
     for row in reader:
         prompt = row[column]
         if prompt is None or not prompt.strip():
@@ -138,14 +138,14 @@ def _table(text: str, path: Path) -> Iterator[tuple[str, str]]:
         yield prompt, row.get("Category") or ""
 
 
-def _listed(text: str, path: Path) -> Iterator[tuple[str, str]]:
+def _read_json(text: str, path: Path) -> Iterator[tuple[str, str]]:
     try:
-        listed = json.loads(text)
-    except json.JSONDecodeError as fault:
-        raise PromptError(f"{path.name!r} is no JSON: {fault}.") from None
-    if not isinstance(listed, list):
-        raise PromptError(f"{path.name!r} holds a JSON {type(listed).__name__}. Expected a list, as HPD has.")
-    for index, item in enumerate(listed):
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{path.name!r} is not JSON: {error}.") from None
+    if not isinstance(items, list):
+        raise PromptError(f"{path.name!r} holds a JSON {type(items).__name__}. Expected a list, as HPD has.")
+    for index, item in enumerate(items):
         prompt = item.get("prompt") if isinstance(item, dict) else item
         if not isinstance(prompt, str) or not prompt.strip():
             raise PromptError(
@@ -154,5 +154,5 @@ def _listed(text: str, path: Path) -> Iterator[tuple[str, str]]:
         yield prompt, path.stem if isinstance(item, str) else str(item.get("category", ""))
 
 
-def _lines(text: str, _path: Path) -> Iterator[tuple[str, str]]:
+def _read_lines(text: str, _path: Path) -> Iterator[tuple[str, str]]:
     return ((line, "") for line in text.split("\n") if line.strip())

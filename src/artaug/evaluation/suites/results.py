@@ -14,7 +14,7 @@ from artaug.errors import InvalidValueError
 from artaug.evaluation.comparison import Comparison, ScoreRow
 from artaug.evaluation.prompts import PromptSet
 from artaug.evaluation.statistics import holm, share_bootstrap, sign_flip
-from artaug.evaluation.suites.checks import Outcome, Suite, SuiteScorer
+from artaug.evaluation.suites.suite import Outcome, Suite, SuiteScorer
 from artaug.plan import Plan
 from artaug.synthesis import Synthesizer, draw, picture_seeds
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from artaug.errors import ArtAugError, PromptError
-from artaug.evaluation.suites.checks import Case, Clause, ObjectCheck, Question, QuestionCheck, Suite
+from artaug.evaluation.suites.suite import Case, Clause, ObjectCheck, Question, QuestionCheck, Suite
 
 _COUNTING, _SURE = "counting", 0.9
 _DPG = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")

@@ -9,7 +9,7 @@ import numpy as np
 from PIL.Image import Image
 
 from artaug.errors import ContractError, InvalidValueError
-from artaug.evaluation.suites.checks import Case, Clause, ObjectCheck, Outcome, Suite, SuiteScorer
+from artaug.evaluation.suites.suite import Case, Clause, ObjectCheck, Outcome, Suite, SuiteScorer
 from artaug.geometry import Box
 
 _NEAR = 0.1
@@ -172,7 +172,7 @@ def relations(one: Box, other: Box, *, size_px: tuple[int, int]) -> frozenset[st
     The offset of the centres, less a tenth of both extents, has to make up more than half of their distance.
 
     >>> import artaug as aa
-    >>> from artaug.evaluation.suites.objects import relations
+    >>> from artaug.evaluation.suites.object_score import relations
     >>> sorted(relations(aa.Box(0, 0, 0.2, 0.2), aa.Box(0.7, 0, 0.9, 0.2), size_px=(100, 100)))
     ['left of']
     """

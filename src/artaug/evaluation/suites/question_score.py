@@ -7,7 +7,7 @@ from typing import final
 from PIL.Image import Image
 
 from artaug.errors import InvalidValueError
-from artaug.evaluation.suites.checks import Case, Outcome, QuestionCheck, Suite, SuiteScorer
+from artaug.evaluation.suites.suite import Case, Outcome, QuestionCheck, Suite, SuiteScorer
 from artaug.scoring import Scorer, score_images
 
 

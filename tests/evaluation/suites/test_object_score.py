@@ -21,7 +21,7 @@ from artaug.evaluation.suites import (
     QuestionCheck,
     Suite,
 )
-from artaug.evaluation.suites.objects import relations
+from artaug.evaluation.suites.object_score import relations
 from artaug.testing import check_scorer
 from support.playground_eyes import PlaygroundEyes
 from support.strategies import boxes
