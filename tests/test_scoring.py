@@ -1,4 +1,4 @@
-"""What a scorer may answer, and what happens when it does not."""
+"""What a scorer may return, and how a wrong answer is reported."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Comparisons on small synthesizers whose pictures, and so whose scores, are known by heart."""
+"""Comparisons of small synthesizers whose pictures, and so whose scores, are known."""
 
 import json
 import math
@@ -19,15 +19,15 @@ PROMPTS = [f"picture {number}" for number in range(20)]
 
 @dataclass(frozen=True)
 class Grey(aa.Synthesizer):
-    """A flat picture whose light depends on prompt and seed, and on what is added."""
+    """A flat picture whose brightness depends on prompt, seed and ``offset``."""
 
-    added: int = 0
+    offset: int = 0
     drawn: list[tuple[str, int]] = field(default_factory=list, repr=False)
 
     def synthesize(self, plan, *, seed):
         self.drawn.append((plan.prompt, seed))
         light = 50 + zlib.crc32(f"{plan.prompt} {seed}".encode()) % 100
-        return Image.new("L", (4, 4), light + self.added * (seed % 3))
+        return Image.new("L", (4, 4), light + self.offset * (seed % 3))
 
 
 class Light(aa.Scorer):
@@ -36,26 +36,26 @@ class Light(aa.Scorer):
 
 
 @dataclass(frozen=True)
-class Named(aa.Scorer):
-    called: str
-    number: float = 0.0
+class Constant(aa.Scorer):
+    label: str
+    value: float = 0.0
 
     @property
     def name(self):
-        return self.called
+        return self.label
 
     def score(self, image, prompt):
-        return self.number
+        return self.value
 
 
-def compared(base=Grey(), candidates=None, prompts=PROMPTS, **options):
-    given = {"round 1": Grey(40), "round 2": Grey(80)} if candidates is None else candidates
+def make_comparison(base=Grey(), candidates=None, prompts=PROMPTS, **options):
+    candidates = {"round 1": Grey(40), "round 2": Grey(80)} if candidates is None else candidates
     options = {"scorers": [Light()], "progress": False, **options}
-    return aa.compare(base, given, prompts, **options)
+    return aa.compare(base, candidates, prompts, **options)
 
 
-def test_a_row_says_what_the_scores_say():
-    comparison = compared(seed=5)
+def test_a_row_is_computed_from_the_scores_of_both_arms():
+    comparison = make_comparison(seed=5)
 
     row = comparison.row("Light", "round 2")
     base, enhanced = comparison.base.scores["Light"], comparison.candidates["round 2"].scores["Light"]
@@ -67,10 +67,10 @@ def test_a_row_says_what_the_scores_say():
     assert row.ci_low <= row.delta <= row.ci_high
 
 
-def test_everyone_draws_the_same_prompts_with_the_same_seeds_and_the_base_draws_once():
+def test_every_arm_draws_the_same_prompts_with_the_same_seeds_and_the_base_draws_once():
     arms = [Grey(drawn=[]), Grey(1, []), Grey(2, [])]
 
-    comparison = compared(arms[0], {"one": arms[1], "two": arms[2]}, seed=7, batch_size=3)
+    comparison = make_comparison(arms[0], {"one": arms[1], "two": arms[2]}, seed=7, batch_size=3)
 
     expected = list(zip(PROMPTS, picture_seeds(7, len(PROMPTS)), strict=True))
     assert [arm.drawn for arm in arms] == [expected] * 3
@@ -78,42 +78,42 @@ def test_everyone_draws_the_same_prompts_with_the_same_seeds_and_the_base_draws_
 
 
 def test_the_same_synthesizer_is_no_better_than_itself():
-    row = compared(candidates={"twin": Grey()}).rows[0]
+    row = make_comparison(candidates={"twin": Grey()}).rows[0]
 
     assert (row.delta, row.ci_low, row.ci_high, row.win_rate) == (0, 0, 0, 0.5)
     assert row.direction == 0
 
 
-def test_swapping_base_and_candidate_turns_the_sign():
-    there = compared(Grey(), {"other": Grey(40)}).rows[0]
-    back = compared(Grey(40), {"other": Grey()}).rows[0]
+def test_swapping_base_and_candidate_flips_the_sign():
+    forward = make_comparison(Grey(), {"other": Grey(40)}).rows[0]
+    backward = make_comparison(Grey(40), {"other": Grey()}).rows[0]
 
-    assert back.delta == pytest.approx(-there.delta)
-    assert back.win_rate == pytest.approx(1 - there.win_rate)
-    assert (there.direction, back.direction) == (1, -1)
+    assert backward.delta == pytest.approx(-forward.delta)
+    assert backward.win_rate == pytest.approx(1 - forward.win_rate)
+    assert (forward.direction, backward.direction) == (1, -1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 def test_the_batch_size_changes_nothing(batch_size):
-    assert compared(batch_size=batch_size).to_dict() == compared().to_dict()
+    assert make_comparison(batch_size=batch_size).to_dict() == make_comparison().to_dict()
 
 
 def test_another_seed_draws_other_pictures():
-    assert compared(seed=1).base.scores != compared(seed=2).base.scores
+    assert make_comparison(seed=1).base.scores != make_comparison(seed=2).base.scores
 
 
-@pytest.mark.parametrize(("asked", "held"), [(0, 0), (5, 5), (100, 20)])
-def test_only_the_first_pictures_are_kept(asked, held):
-    comparison = compared(keep_images=asked, batch_size=3)
+@pytest.mark.parametrize(("keep_images", "kept"), [(0, 0), (5, 5), (100, 20)])
+def test_only_the_first_pictures_are_kept(keep_images, kept):
+    comparison = make_comparison(keep_images=keep_images, batch_size=3)
 
-    drafts = zip(PROMPTS, comparison.seeds, strict=True)
-    expected = [Grey().synthesize(aa.Plan(prompt), seed=seed) for prompt, seed in drafts]
-    assert list(comparison.base.images) == expected[:held]
-    assert [len(arm.images) for arm in comparison.candidates.values()] == [held, held]
+    inputs = zip(PROMPTS, comparison.seeds, strict=True)
+    expected = [Grey().synthesize(aa.Plan(prompt), seed=seed) for prompt, seed in inputs]
+    assert list(comparison.base.images) == expected[:kept]
+    assert [len(arm.images) for arm in comparison.candidates.values()] == [kept, kept]
 
 
 def test_the_table_is_aligned_and_marks_what_filtered_the_pairs():
-    table = compared(scorers=[Light(), Named("Chroma", 0.25)], filtered_by=["Chroma"], seed=3).table()
+    table = make_comparison(scorers=[Light(), Constant("Chroma", 0.25)], filtered_by=["Chroma"], seed=3).table()
 
     heading, rule, *lines = table.splitlines()[:6]
     assert heading.split() == ["scorer", "candidate", "base", "enhanced", "difference", "95%", "interval", "wins"]
@@ -125,7 +125,7 @@ def test_the_table_is_aligned_and_marks_what_filtered_the_pairs():
 
 
 def test_a_table_without_filtering_scorers_has_no_dagger():
-    assert "†" not in compared().table()
+    assert "†" not in make_comparison().table()
 
 
 @pytest.mark.parametrize(("half", "decimals"), [(0.0, 3), (2.5, 3), (0.03, 3), (0.0004, 4), (1e-12, 8)])
@@ -136,27 +136,27 @@ def test_numbers_are_printed_as_finely_as_the_interval_needs(half, decimals):
 
 
 def test_the_summary_is_plain_json_from_which_every_number_follows():
-    comparison = compared(filtered_by=["Light"])
+    comparison = make_comparison(filtered_by=["Light"])
 
-    read = json.loads(json.dumps(comparison.to_dict()))
+    summary = json.loads(json.dumps(comparison.to_dict()))
 
-    row, scores = read["rows"][0], read["scores"]
+    row, scores = summary["rows"][0], summary["scores"]
     assert row["filtered_by"] is True
     assert np.subtract(scores["round 1"]["Light"], scores["base"]["Light"]).mean() == row["delta"]
-    assert read["synthesizer"] == {"base": "Grey(added=0)", "round 1": "Grey(added=40)", "round 2": "Grey(added=80)"}
-    assert (read["prompts"], read["seeds"]) == (PROMPTS, list(comparison.seeds))
+    assert summary["synthesizers"] == {"base": "Grey(offset=0)", "round 1": "Grey(offset=40)", "round 2": "Grey(offset=80)"}
+    assert (summary["prompts"], summary["seeds"]) == (PROMPTS, list(comparison.seeds))
 
 
 def test_a_notebook_shows_the_table_with_names_escaped():
-    shown = compared(scorers=[Named("<i>bold</i>")])._repr_html_()
+    page = make_comparison(scorers=[Constant("<i>bold</i>")])._repr_html_()
 
-    assert "&lt;i&gt;bold&lt;/i&gt;" in shown
-    assert "<i>" not in shown
-    assert shown.count("<tr>") == 3
+    assert "&lt;i&gt;bold&lt;/i&gt;" in page
+    assert "<i>" not in page
+    assert page.count("<tr>") == 3
 
 
 def test_a_comparison_cannot_be_changed():
-    comparison = compared()
+    comparison = make_comparison()
 
     with pytest.raises(TypeError):
         comparison.candidates["round 3"] = comparison.base
@@ -165,7 +165,7 @@ def test_a_comparison_cannot_be_changed():
 
 
 def test_a_bar_an_arm_shows_the_progress(capsys):
-    compared(progress=True)
+    make_comparison(progress=True)
 
     bars = capsys.readouterr().err
     assert all(f"compare: {name}" in bars for name in ("base", "round 1", "round 2"))
@@ -175,11 +175,11 @@ def test_a_missing_row_names_those_there_are():
     with pytest.raises(
         aa.InvalidValueError, match=r"no row \('Light', 'round 9'\). There are: \('Light', 'round 1'\), "
     ):
-        compared().row("Light", "round 9")
+        make_comparison().row("Light", "round 9")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "error", "text"),
+    ("options", "error", "text"),
     [
         pytest.param({"prompts": []}, aa.PromptError, "at least 2 prompts, received 0", id="no-prompts"),
         pytest.param({"prompts": ["a hill"]}, aa.PromptError, "at least 2 prompts, received 1", id="one-prompt"),
@@ -193,11 +193,13 @@ def test_a_missing_row_names_those_there_are():
             "different names: override Scorer.name",
             id="one-name",
         ),
-        pytest.param({"candidates": {}}, aa.InvalidValueError, r"candidates \[\]. Expected at least one", id="no-one"),
+        pytest.param(
+            {"candidates": {}}, aa.InvalidValueError, r"candidates \[\]. Expected at least one", id="no-candidate"
+        ),
         pytest.param({"candidates": {"base": Grey()}}, aa.InvalidValueError, "none called 'base'", id="base-twice"),
         pytest.param({"filtered_by": "Light"}, aa.InvalidValueError, "received one str", id="no-list"),
         pytest.param({"filtered_by": aa.Gain(Light())}, aa.InvalidValueError, "received one Gain", id="one-filter"),
-        pytest.param({"filtered_by": [3]}, aa.InvalidValueError, "and 3 is none", id="no-filter"),
+        pytest.param({"filtered_by": [3]}, aa.InvalidValueError, "received 3 among them", id="no-filter"),
         pytest.param({"batch_size": 0}, aa.InvalidValueError, "need batch_size >= 1", id="no-batch"),
         pytest.param({"images_per_prompt": 0}, aa.InvalidValueError, "images_per_prompt >= 1", id="no-draw"),
         pytest.param(
@@ -214,49 +216,49 @@ def test_a_missing_row_names_those_there_are():
         ),
         pytest.param({"keep_images": -1}, aa.InvalidValueError, "keep_images >= 0", id="less-than-no-picture"),
         pytest.param(
-            {"scorers": [Named("Broken", math.nan)]},
+            {"scorers": [Constant("Broken", math.nan)]},
             aa.NonFiniteError,
             r"Broken.score_batch returned nan for picture 0 \('picture 0'\)",
             id="nan",
         ),
     ],
 )
-def test_what_cannot_be_compared_is_refused(wrong, error, text):
+def test_what_cannot_be_compared_is_refused(options, error, text):
     with pytest.raises(error, match=text):
-        compared(**wrong)
+        make_comparison(**options)
 
 
 def test_nothing_is_drawn_before_the_arguments_are_sound():
     base = Grey(drawn=[])
 
     with pytest.raises(aa.InvalidValueError):
-        compared(base, filtered_by="Light")
+        make_comparison(base, filtered_by="Light")
 
     assert base.drawn == []
 
 
 def test_a_synthesizer_that_draws_too_little_is_named():
-    class Lazy(Grey):
+    class Empty(Grey):
         def synthesize_batch(self, plans, *, seeds):
             return []
 
-    with pytest.raises(aa.ContractError, match=r"Lazy\.synthesize_batch returned 0 answers for 8 plans"):
-        compared(Lazy())
+    with pytest.raises(aa.ContractError, match=r"Empty\.synthesize_batch returned 0 answers for 8 plans"):
+        make_comparison(Empty())
 
 
 def test_a_mean_is_marked_if_the_pairs_were_filtered_by_a_part_of_it():
-    comparison = compared(scorers=[Photometric(), Chroma(), Sharpness()], filtered_by=aa.Gain(Chroma()).scorers)
+    comparison = make_comparison(scorers=[Photometric(), Chroma(), Sharpness()], filtered_by=aa.Gain(Chroma()).scorers)
     marked = {row.scorer: row.filtered_by for row in comparison.rows}
     assert marked == {"Photometric": True, "Chroma": True, "Sharpness": False}
 
 
 def test_the_pairs_may_be_filtered_by_a_scorer_the_comparison_does_without():
-    assert not compared(scorers=[Sharpness()], filtered_by=aa.Gain(Chroma()).scorers).rows[0].filtered_by
+    assert not make_comparison(scorers=[Sharpness()], filtered_by=aa.Gain(Chroma()).scorers).rows[0].filtered_by
 
 
 def test_several_seeds_a_prompt_still_count_it_once():
-    base, comparison = Grey(drawn=[]), compared(images_per_prompt=3, seed=2, batch_size=6)
-    compared(base, images_per_prompt=3, seed=2, batch_size=6)
+    base, comparison = Grey(drawn=[]), make_comparison(images_per_prompt=3, seed=2, batch_size=6)
+    make_comparison(base, images_per_prompt=3, seed=2, batch_size=6)
 
     assert sorted(base.drawn) == sorted(zip(PROMPTS * 3, picture_seeds(2, 60), strict=True))
     row = comparison.row("Light", "round 2")
@@ -269,26 +271,27 @@ def test_several_seeds_a_prompt_still_count_it_once():
 
 
 def test_the_first_seeds_are_those_of_a_comparison_with_one():
-    assert compared(images_per_prompt=3).base.scores["Light"][:20] == compared().base.scores["Light"]
-    assert compared(images_per_prompt=3).base.images == compared().base.images
+    assert make_comparison(images_per_prompt=3).base.scores["Light"][:20] == make_comparison().base.scores["Light"]
+    assert make_comparison(images_per_prompt=3).base.images == make_comparison().base.images
 
 
 def test_p_values_are_corrected_over_the_scorers_of_a_candidate():
-    scorers = [Light(), Sharpness(), Named("still", 1.0)]
-    comparison = compared(scorers=scorers, seed=3)
+    scorers = [Light(), Sharpness(), Constant("still", 1.0)]
+    comparison = make_comparison(scorers=scorers, seed=3)
 
     for name, arm in comparison.candidates.items():
-        raw = [
-            sign_flip(np.subtract(arm.scores[one.name], comparison.base.scores[one.name]), seed=3) for one in scorers
-        ]
-        assert [comparison.row(one.name, name).p_value for one in scorers] == holm(raw)
+        deltas = [np.subtract(arm.scores[scorer.name], comparison.base.scores[scorer.name]) for scorer in scorers]
+        raw = [sign_flip(differences, seed=3) for differences in deltas]
+        assert [comparison.row(scorer.name, name).p_value for scorer in scorers] == holm(raw)
 
 
-def test_diversity_is_how_unlike_the_pictures_of_a_prompt_are():
-    def nearness(one, other):
-        return 1 - abs(one.getpixel((0, 0)) - other.getpixel((0, 0))) / 255
+def test_diversity_is_one_less_the_similarity_of_the_pictures_of_a_prompt():
+    def similarity(first, second):
+        return 1 - abs(first.getpixel((0, 0)) - second.getpixel((0, 0))) / 255
 
-    comparison = compared(candidates={"wider": Grey(50), "twin": Grey()}, images_per_prompt=2, diversity=nearness)
+    comparison = make_comparison(
+        candidates={"wider": Grey(50), "twin": Grey()}, images_per_prompt=2, diversity=similarity
+    )
 
     levels = np.array(comparison.base.scores["Light"]).reshape(2, 20)
     assert comparison.base.scores["diversity"] == pytest.approx(abs(levels[0] - levels[1]))
@@ -297,7 +300,7 @@ def test_diversity_is_how_unlike_the_pictures_of_a_prompt_are():
 
 
 def test_identical_pictures_are_ties_and_nothing_is_called_a_gain():
-    comparison = compared(candidates={"twin": Grey()}, guardrails=[aa.Guardrail("Light", 0.02)])
+    comparison = make_comparison(candidates={"twin": Grey()}, guardrails=[aa.Guardrail("Light", 0.02)])
 
     row = comparison.rows[0]
     assert (row.tie_rate, row.win_rate, row.p_value) == (1, 0.5, 1)
@@ -312,7 +315,7 @@ def a_row(scorer="taste", *, base=5.0, delta, low, high, p_value=0.001, filtered
 
 
 @pytest.mark.parametrize(
-    ("row", "guardrail", "said"),
+    ("row", "guardrail", "verdict"),
     [
         (a_row(delta=0.31, low=0.24, high=0.38), None, "taste up 0.31 [0.24, 0.38]"),
         (a_row(delta=-0.31, low=-0.38, high=-0.24), None, "taste down 0.31 [-0.38, -0.24]"),
@@ -320,7 +323,7 @@ def a_row(scorer="taste", *, base=5.0, delta, low, high, p_value=0.001, filtered
         (
             a_row(delta=0.3, low=0.1, high=0.5, p_value=0.08),
             None,
-            "taste not settled: +0.30 [0.10, 0.50], but p = 0.08 after Holm",
+            "taste not significant: +0.30 [0.10, 0.50], but p = 0.08 after Holm",
         ),
         (
             a_row(delta=0.3, low=0.1, high=0.5, filtered_by=True),
@@ -340,11 +343,11 @@ def a_row(scorer="taste", *, base=5.0, delta, low, high, p_value=0.001, filtered
         (
             a_row(delta=0.0, low=-0.5, high=0.5, p_value=1.0),
             aa.Guardrail("taste", 0.1, relative=False),
-            "taste not clearly changed: +0.00 [-0.50, 0.50], perhaps outside the guardrail of -0.1: more prompts would tell",
+            "taste not clearly changed: +0.00 [-0.50, 0.50], perhaps outside the guardrail of -0.1: more prompts would narrow the interval",
         ),
     ],
 )
-def test_a_verdict_in_words(row, guardrail, said):
+def test_a_verdict_in_words(row, guardrail, verdict):
     arm = aa.Arm(synthesizer="x", scores={row.scorer: (1.0, 2.0)}, images=())
     comparison = aa.Comparison(
         rows=(row,),
@@ -354,39 +357,39 @@ def test_a_verdict_in_words(row, guardrail, said):
         candidates={"round 1": arm},
         guardrails=() if guardrail is None else (guardrail,),
     )
-    assert comparison.verdict("round 1") == said
+    assert comparison.verdict("round 1") == verdict
     with pytest.raises(aa.InvalidValueError, match="no candidate 'round 2'"):
         comparison.verdict("round 2")
 
 
-def test_guardrails_that_mean_nothing_are_refused_or_said_to():
+def test_undefined_guardrails_are_refused_or_reported():
     with pytest.raises(aa.InvalidValueError, match="need a finite max_drop"):
         aa.Guardrail("taste", -0.1)
     row = a_row(base=-1.0, delta=0.1, low=0.05, high=0.2)
     assert aa.Guardrail("taste", 0.1).status(row) == "undefined"
-    with pytest.raises(aa.InvalidValueError, match=r"means nothing\. Use relative=False"):
+    with pytest.raises(aa.InvalidValueError, match=r"is undefined\. Use relative=False"):
         aa.Guardrail("taste", 0.1).margin(row)
     assert aa.Guardrail("taste", 0.1, relative=False).status(row) == "inside"
 
 
 @pytest.mark.parametrize("base", [0.0, -0.5])
-def test_a_share_of_nothing_costs_no_comparison(base):
-    still = Named("taste", base)
-    comparison = compared(scorers=[still, Light()], guardrails=[aa.Guardrail("taste", 0.02)])
+def test_an_undefined_guardrail_does_not_end_the_comparison(base):
+    still = Constant("taste", base)
+    comparison = make_comparison(scorers=[still, Light()], guardrails=[aa.Guardrail("taste", 0.02)])
     assert comparison.verdict("round 1").startswith(
-        f"taste not clearly changed: +0.00 [0.00, 0.00], its guardrail of -2% means nothing, as the base's mean is {base:.3g}: "
+        f"taste not clearly changed: +0.00 [0.00, 0.00], its guardrail of -2% is undefined, as the base's mean is {base:.3g}: "
         "set one with relative=False; Light up"
     )
     json.dumps(comparison.to_dict())
 
 
-def test_what_chose_the_pairs_may_be_given_as_it_is():
+def test_filters_and_candidates_may_be_given_as_filtered_by():
     keep, candidates = aa.Gain(Chroma()) & aa.Floor(Light(), 0.1), aa.BestOf(4, by=Sharpness())
-    scorers = [Light(), Chroma(), Sharpness(), Named("free")]
-    rows = compared(scorers=scorers, filtered_by=[keep, candidates, "Named"], candidates={"a": Grey(1)}).rows
+    scorers = [Light(), Chroma(), Sharpness(), Constant("free")]
+    rows = make_comparison(scorers=scorers, filtered_by=[keep, candidates, "Constant"], candidates={"a": Grey(1)}).rows
     assert [row.filtered_by for row in rows] == [True, True, True, False]
     assert [
-        row.filtered_by for row in compared(scorers=scorers, filtered_by=[keep], candidates={"a": Grey(1)}).rows
+        row.filtered_by for row in make_comparison(scorers=scorers, filtered_by=[keep], candidates={"a": Grey(1)}).rows
     ] == [
         True,
         True,
@@ -401,85 +404,85 @@ class Brittle(Light):
 
     prompts: tuple = ("picture 3",)
     above: float = 0.0
-    fault: type = OSError
+    error: type = OSError
 
     def score(self, image, prompt):
         if prompt in self.prompts and super().score(image, prompt) >= self.above:
-            raise self.fault("no memory card")
+            raise self.error("no memory card")
         return super().score(image, prompt)
 
 
-def test_a_scorer_that_raises_on_one_picture_loses_nothing_and_is_not_passed_over():
-    whole = compared(seed=2)
+def test_a_scorer_that_raises_on_one_picture_loses_no_other_score_and_is_reported():
+    complete = make_comparison(seed=2)
     with pytest.raises(
         aa.ScoringError, match=r"Brittle raised on 3 pictures, first on base's of 'picture 3'"
     ) as caught:
-        compared(scorers=[Brittle(), Light()], seed=2)
+        make_comparison(scorers=[Brittle(), Light()], seed=2)
 
-    comparison, fault = caught.value.comparison, caught.value.__cause__
-    assert isinstance(fault, OSError)
-    assert fault.__notes__ == ["Raised by the scorer 'Brittle', for the prompt 'picture 3'."]
-    assert [(one.arm, one.prompt, one.error) for one in comparison.failures] == [
+    comparison, cause = caught.value.comparison, caught.value.__cause__
+    assert isinstance(cause, OSError)
+    assert cause.__notes__ == ["Raised by the scorer 'Brittle', for the prompt 'picture 3'."]
+    assert [(failure.arm, failure.prompt, failure.error) for failure in comparison.failures] == [
         (arm, "picture 3", "OSError: no memory card") for arm in ("base", "round 1", "round 2")
     ]
-    assert comparison.row("Light", "round 1").delta == whole.row("Light", "round 1").delta
-    left = np.delete(np.subtract(whole.candidates["round 1"].scores["Light"], whole.base.scores["Light"]), 3)
+    assert comparison.row("Light", "round 1").delta == complete.row("Light", "round 1").delta
+    remaining = np.delete(np.subtract(complete.candidates["round 1"].scores["Light"], complete.base.scores["Light"]), 3)
     row = comparison.row("Brittle", "round 1")
-    interval = paired_bootstrap(left, seed=2)
-    assert (row.n, row.delta, row.ci_low, row.ci_high) == (19, left.mean(), interval.low, interval.high)
+    interval = paired_bootstrap(remaining, seed=2)
+    assert (row.n, row.delta, row.ci_low, row.ci_high) == (19, remaining.mean(), interval.low, interval.high)
     assert (
         "Brittle raised on 3 pictures, first on base's of 'picture 3' (OSError: no memory card)" in comparison.table()
     )
-    read = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
-    assert read["scores"]["base"]["Brittle"][3] is None
-    assert len(read["failures"]) == 3
+    summary = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
+    assert summary["scores"]["base"]["Brittle"][3] is None
+    assert len(summary["failures"]) == 3
 
 
 def test_a_picture_that_only_one_arm_cannot_be_scored_on_leaves_its_prompt_out_of_that_arms_rows():
-    lights = np.array(compared().candidates["round 2"].scores["Light"])
+    lights = np.array(make_comparison().candidates["round 2"].scores["Light"])
     brightest = PROMPTS[int(lights.argmax())]
     with pytest.raises(aa.ScoringError) as caught:
-        compared(scorers=[Brittle(prompts=(brightest,), above=lights.max())], images_per_prompt=1)
+        make_comparison(scorers=[Brittle(prompts=(brightest,), above=lights.max())], images_per_prompt=1)
     rows = caught.value.comparison.rows
     assert [(row.candidate, row.n) for row in rows] == [("round 1", 20), ("round 2", 19)]
 
 
-def test_a_score_that_is_no_number_on_one_picture_is_such_a_fault_too():
-    class Lost(Light):
+def test_a_nan_on_one_picture_is_a_scoring_failure_too():
+    class Undefined(Light):
         def score(self, image, prompt):
             return math.nan if prompt == "picture 3" else super().score(image, prompt)
 
     with pytest.raises(
-        aa.ScoringError, match=r"Lost.score_batch returned nan for picture \d+ \('picture 3'\)"
+        aa.ScoringError, match=r"Undefined.score_batch returned nan for picture \d+ \('picture 3'\)"
     ) as caught:
-        compared(scorers=[Lost()])
+        make_comparison(scorers=[Undefined()])
     assert caught.value.comparison.rows[0].n == 19
 
 
 def test_a_scorer_that_fails_on_everything_raises_its_own_error_at_once():
     base = Grey(drawn=[])
     with pytest.raises(KeyError, match="no memory card"):
-        compared(base, scorers=[Brittle(prompts=tuple(PROMPTS), fault=KeyError)])
+        make_comparison(base, scorers=[Brittle(prompts=tuple(PROMPTS), error=KeyError)])
     assert len(base.drawn) == 8
 
 
-def test_a_scorer_that_breaks_down_later_gives_back_what_it_had_scored():
+def test_a_scorer_that_fails_later_gives_back_what_it_had_scored():
     with pytest.raises(aa.ScoringError, match=r"first on base's of 'picture 8'") as caught:
-        compared(scorers=[Brittle(prompts=tuple(PROMPTS[8:]))])
+        make_comparison(scorers=[Brittle(prompts=tuple(PROMPTS[8:]))])
     assert caught.value.comparison is None
-    known = np.array(caught.value.scores["base"]["Brittle"])
-    assert known[:8].tolist() == list(compared().base.scores["Light"][:8])
-    assert np.isnan(known[8:]).all()
+    scores = np.array(caught.value.scores["base"]["Brittle"])
+    assert scores[:8].tolist() == list(make_comparison().base.scores["Light"][:8])
+    assert np.isnan(scores[8:]).all()
 
 
 def test_too_few_scores_for_a_row_are_no_comparison():
     with pytest.raises(aa.ScoringError) as caught:
-        compared(scorers=[Brittle(prompts=tuple(PROMPTS[1:]))], batch_size=20)
+        make_comparison(scorers=[Brittle(prompts=tuple(PROMPTS[1:]))], batch_size=20)
     assert caught.value.comparison is None
     assert len(caught.value.scores) == 3
 
 
-def test_a_batch_that_fails_though_its_pictures_do_not_is_said():
+def test_a_batch_that_fails_though_its_pictures_do_not_is_reported():
     class Crowded(Light):
         def score_batch(self, images, prompts):
             if len(images) > 1:
@@ -489,7 +492,7 @@ def test_a_batch_that_fails_though_its_pictures_do_not_is_said():
     with pytest.raises(
         aa.ScoringError, match=r"too much at once, though each picture alone is scored: lower batch_size"
     ) as caught:
-        compared(scorers=[Crowded()])
+        make_comparison(scorers=[Crowded()])
     assert caught.value.comparison.rows[0].n == 20
 
 
@@ -499,4 +502,4 @@ def test_a_scorer_that_returns_too_few_scores_is_named():
             return []
 
     with pytest.raises(aa.ContractError, match=r"Short.score_batch returned 0 answers for 8 pictures"):
-        compared(scorers=[Short()])
+        make_comparison(scorers=[Short()])

@@ -1,4 +1,4 @@
-"""Prompt sets as their publishers write them, and what is no prompt set."""
+"""Prompt sets as published, and files of other formats."""
 
 import json
 
@@ -45,49 +45,49 @@ def test_plain_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("prompts.parquet", "x", "'prompts.parquet' is in no format known here. Expected PartiPrompts"),
-        ("a.csv", "text,kind\na,b\n", r"has the columns \['text', 'kind'\], none of them Prompt or Prompts"),
+        ("prompts.parquet", "x", "'prompts.parquet' has an unknown format. Expected PartiPrompts"),
+        ("a.csv", "text,kind\na,b\n", r"has the columns \['text', 'kind'\]. Expected Prompt or Prompts among them"),
         ("a.csv", "", r"has the columns \[\]"),
         ("a.tsv", "Prompt\tCategory\n\tAbstract\n", "'a.tsv', line 2: the column Prompt is empty"),
         ("a.tsv", "Prompt\tCategory\n", "holds no prompts"),
-        ("a.json", "[1", "'a.json' is no JSON"),
+        ("a.json", "[1", "'a.json' is not JSON"),
         ("a.json", '{"a": 1}', "holds a JSON dict. Expected a list"),
         ("a.json", '["a", {"text": "b"}]', r"item 1 is \{'text': 'b'\}"),
         ("a.json", "[]", "holds no prompts"),
         ("a.txt", "\n \n", "holds no prompts"),
     ],
 )
-def test_what_is_no_prompt_set_is_said_clearly(tmp_path, name, text, message):
+def test_a_file_that_is_not_a_prompt_set_is_refused(tmp_path, name, text, message):
     with pytest.raises(aa.PromptError, match=message):
         aa.PromptSet.read(written(tmp_path, name, text))
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_bytes_that_are_not_text_are_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(aa.PromptError, match="is not UTF-8 text"):
         aa.PromptSet.read(tmp_path / "a.txt")
 
 
-def test_the_own_set_is_whole():
-    own = aa.PromptSet.everyday()
-    assert len(set(own)) == len(own) == 48
-    assert {len(own.only(category)) for category in own.categories} == {6}
+def test_the_everyday_set_has_six_prompts_of_each_category():
+    everyday = aa.PromptSet.everyday()
+    assert len(set(everyday)) == len(everyday) == 48
+    assert {len(everyday.in_category(category)) for category in everyday.categories} == {6}
 
 
 def test_a_sample_is_a_part_in_order_and_repeatable():
-    own = aa.PromptSet.everyday()
-    some = own.sample(10, seed=3)
-    assert some == own.sample(10, seed=3) != own.sample(10, seed=4)
-    assert [prompt for prompt in own if prompt in set(some)] == list(some)
-    assert own[2:4] == (own[2], own[3])
+    everyday = aa.PromptSet.everyday()
+    sample = everyday.sample(10, seed=3)
+    assert sample == everyday.sample(10, seed=3) != everyday.sample(10, seed=4)
+    assert [prompt for prompt in everyday if prompt in set(sample)] == list(sample)
+    assert everyday[2:4] == (everyday[2], everyday[3])
 
 
-def test_what_a_set_does_not_have_is_named():
-    own = aa.PromptSet.everyday()
+def test_unknown_categories_and_wrong_sizes_are_refused():
+    everyday = aa.PromptSet.everyday()
     with pytest.raises(aa.InvalidValueError, match=r"no prompt is of category 'Cars'\. There are: \['Animals'"):
-        own.only("Cars")
+        everyday.in_category("Cars")
     with pytest.raises(aa.InvalidValueError, match="cannot sample 49 of 48"):
-        own.sample(49)
+        everyday.sample(49)
     with pytest.raises(aa.PromptError, match="received 1 prompts and 0 categories"):
         aa.PromptSet(("a",), ())
     with pytest.raises(aa.PromptError, match="prompt number 0 of the set is ' '"):

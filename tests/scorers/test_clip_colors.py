@@ -12,90 +12,92 @@ GENERATOR = np.random.default_rng(0)
 PICTURE = Image.fromarray(GENERATOR.integers(0, 256, (60, 80, 3), dtype=np.uint8))
 
 
-def colours(seed=0, **options):
+def clip_colors(seed=0, **options):
     model, images, words = tiny_clip(seed=seed)
     return ClipColors(encoder=DualEncoder(model=model, image_processor=images, tokenizer=words), **options)
 
 
 def mask():
-    there = np.zeros((60, 80), dtype=np.uint8)
-    there[10:30, 20:60] = 255
-    return Image.fromarray(there)
+    inside = np.zeros((60, 80), dtype=np.uint8)
+    inside[10:30, 20:60] = 255
+    return Image.fromarray(inside)
 
 
-FOUND = [
+DETECTIONS = [
     Detection(label="cup", box=aa.Box(0, 0, 0.5, 0.5)),
     Detection(label="bus", box=aa.Box(0.25, 0.25, 1, 1), mask=mask()),
     Detection(label="car", box=aa.Box(0.1, 0.3, 0.6, 0.9)),
 ]
 
 
-def published(namer, image, one):
+def published(classifier, image, detection):
     """Zero-shot classification as in GenEval: text vectors averaged over templates, the crop on grey."""
-    picture = image if one.mask is None else Image.composite(image, Image.new("RGB", image.size, "#999"), one.mask)
-    left, top, right, bottom = (
-        round(part) for part in (one.box.left * 80, one.box.top * 60, one.box.right * 80, one.box.bottom * 60)
-    )
-    seen = namer.encoder.embed_images([picture.crop((left, top, right, bottom))])[0]
+    grey = Image.new("RGB", image.size, "#999")
+    picture = image if detection.mask is None else Image.composite(image, grey, detection.mask)
+    box = detection.box
+    left, top, right, bottom = (round(side) for side in (box.left * 80, box.top * 60, box.right * 80, box.bottom * 60))
+    crop = classifier.encoder.embed_images([picture.crop((left, top, right, bottom))])[0]
     scores = {}
-    for colour in namer.colours:
+    for color in classifier.colors:
         texts = [
-            f"a photo of a {colour} {one.label}",
-            f"a photo of a {colour}-colored {one.label}",
-            f"a photo of a {colour} object",
+            f"a photo of a {color} {detection.label}",
+            f"a photo of a {color}-colored {detection.label}",
+            f"a photo of a {color} object",
         ]
-        mean = sum(namer.encoder.embed_texts([text])[0] for text in texts) / 3
-        scores[colour] = float(mean / mean.norm() @ seen)
+        mean = sum(classifier.encoder.embed_texts([text])[0] for text in texts) / 3
+        scores[color] = float(mean / mean.norm() @ crop)
     return max(scores, key=scores.get)
 
 
 @pytest.mark.filterwarnings("ignore: reads 32 tokens")
 @pytest.mark.parametrize("seed", range(5))
-def test_colours_are_those_of_the_published_rule(seed):
-    namer = colours(seed)
-    assert namer(PICTURE, FOUND) == [published(namer, PICTURE, one) for one in FOUND]
+def test_colors_are_those_of_the_published_rule(seed):
+    classifier = clip_colors(seed)
+    assert classifier(PICTURE, DETECTIONS) == [published(classifier, PICTURE, detection) for detection in DETECTIONS]
 
 
-def test_what_the_mask_leaves_out_is_grey():
-    class Noting:
+def test_pixels_outside_the_mask_are_grey():
+    class RecordingEncoder:
         def embed_images(self, images):
-            self.shown = images
+            self.images = images
             return torch.ones(len(images), 1)
 
         def embed_texts(self, texts):
             return torch.ones(len(texts), 1)
 
-    noting = Noting()
-    ClipColors(encoder=noting)(PICTURE, FOUND[:2])
-    whole, cut = noting.shown
-    assert whole.tobytes() == PICTURE.crop((0, 0, 40, 30)).tobytes()
-    assert cut.size == (60, 45)
-    assert cut.getpixel((59, 44)) == (0x99, 0x99, 0x99)
-    assert cut.getpixel((0, 0)) == PICTURE.getpixel((20, 15))
+    encoder = RecordingEncoder()
+    ClipColors(encoder=encoder)(PICTURE, DETECTIONS[:2])
+    unmasked, masked = encoder.images
+    assert unmasked.tobytes() == PICTURE.crop((0, 0, 40, 30)).tobytes()
+    assert masked.size == (60, 45)
+    assert masked.getpixel((59, 44)) == (0x99, 0x99, 0x99)
+    assert masked.getpixel((0, 0)) == PICTURE.getpixel((20, 15))
 
 
-def test_nothing_has_no_colour():
-    assert colours()(PICTURE, []) == []
+def test_no_detections_have_no_colors():
+    assert clip_colors()(PICTURE, []) == []
 
 
 @pytest.mark.filterwarnings("ignore: reads 32 tokens")
-def test_it_serves_an_object_score():
-    class Sure(Detector):
+def test_it_names_the_colors_of_an_object_score():
+    class Fixed(Detector):
         def detect(self, image, labels):
-            return FOUND
+            return DETECTIONS
 
-    namer = colours()
-    colour = namer(PICTURE, FOUND[:1])[0]
-    other = next(one for one in namer.colours if one != colour)
-    suite = Suite("mine", tuple(Case(f"a {one} cup", ObjectCheck((Clause("cup", 1, one),))) for one in (colour, other)))
-    judge = ObjectScore(suite=suite, detector=Sure(), colours=namer)
-    assert judge.score_batch([PICTURE] * 2, [*suite.prompts]) == [1.0, 0.0]
+    classifier = clip_colors()
+    color = classifier(PICTURE, DETECTIONS[:1])[0]
+    other = next(name for name in classifier.colors if name != color)
+    suite = Suite(
+        "mine", tuple(Case(f"a {name} cup", ObjectCheck((Clause("cup", 1, name),))) for name in (color, other))
+    )
+    scorer = ObjectScore(suite=suite, detector=Fixed(), colors=classifier)
+    assert scorer.score_batch([PICTURE] * 2, [*suite.prompts]) == [1.0, 0.0]
 
 
-def test_what_cannot_be_named_is_refused():
+def test_too_few_colors_and_a_mask_of_another_size_are_refused():
     with pytest.raises(aa.InvalidValueError, match="need two or more, all different"):
-        colours(colours=("red",))
+        clip_colors(colors=("red",))
     with pytest.raises(aa.InvalidValueError, match="need two or more, all different"):
-        colours(colours=("red", "red"))
+        clip_colors(colors=("red", "red"))
     with pytest.raises(aa.InvalidValueError, match=r"the mask of cup is \(8, 8\), in a picture of \(80, 60\)"):
-        colours()(PICTURE, [Detection(label="cup", box=aa.Box(0, 0, 1, 1), mask=Image.new("L", (8, 8)))])
+        clip_colors()(PICTURE, [Detection(label="cup", box=aa.Box(0, 0, 1, 1), mask=Image.new("L", (8, 8)))])

@@ -1,4 +1,4 @@
-"""The playground's own detector as a detector of suites: shapes with colours."""
+"""The playground's own detector as a `Detector` of suites: shapes with colours."""
 
 from artaug import playground
 from artaug.evaluation.suites import Detection, Detector
@@ -6,4 +6,4 @@ from artaug.evaluation.suites import Detection, Detector
 
 class PlaygroundEyes(Detector):
     def detect(self, image, labels):
-        return [Detection(label=one.shape, box=one.box, colour=one.color) for one in playground.detect(image)]
+        return [Detection(label=thing.shape, box=thing.box, color=thing.color) for thing in playground.detect(image)]

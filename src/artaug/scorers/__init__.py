@@ -2,8 +2,8 @@
 
 from artaug.scorers.aesthetic import AestheticScore
 from artaug.scorers.clip import ClipScore, SiglipScore
-from artaug.scorers.clip_iqa import ClipIQA
 from artaug.scorers.clip_colors import ClipColors
+from artaug.scorers.clip_iqa import ClipIQA
 from artaug.scorers.concept import ConceptProbability
 from artaug.scorers.encoders import DualEncoder, ImageEncoder
 from artaug.scorers.function import FunctionScorer

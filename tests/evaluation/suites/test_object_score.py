@@ -1,4 +1,4 @@
-"""Objects found or not, on detections known by heart and on the playground's own eyes."""
+"""Object checks, on fixed detections and on the playground's own detector."""
 
 from dataclasses import dataclass
 
@@ -30,37 +30,37 @@ PICTURE = Image.new("RGB", (200, 100))
 
 
 @dataclass(frozen=True)
-class Told(Detector):
-    """Finds what it was told, and remembers what it was asked for."""
+class FixedDetections(Detector):
+    """Finds always the same, and records the labels it was asked for."""
 
-    found: tuple
-    asked: list | None = None
+    detections: tuple
+    requests: list | None = None
 
     def detect(self, image, labels):
-        if self.asked is not None:
-            self.asked.append(list(labels))
-        return self.found
+        if self.requests is not None:
+            self.requests.append(list(labels))
+        return self.detections
 
 
 def box(x, y, size=0.1):
     return aa.Box(x - size / 2, y - size / 2, x + size / 2, y + size / 2)
 
 
-def thing(label="dog", x=0.5, y=0.5, *, confidence=0.95, colour=None, size=0.1):
-    return Detection(label=label, box=box(x, y, size), confidence=confidence, colour=colour)
+def detected(label="dog", x=0.5, y=0.5, *, confidence=0.95, color=None, size=0.1):
+    return Detection(label=label, box=box(x, y, size), confidence=confidence, color=color)
 
 
-def judged(check, *found, colours=None, tag="a tag"):
+def outcome_of(check, *detections, colors=None, tag="a tag"):
     case = Case("a picture", check, tag)
-    judge = ObjectScore(suite=Suite("mine", (case,)), detector=Told(found), colours=colours)
-    outcome = judge.outcomes([PICTURE], [case])[0]
-    assert outcome.parts == ((tag, outcome.score == 1),)
+    scorer = ObjectScore(suite=Suite("mine", (case,)), detector=FixedDetections(detections), colors=colors)
+    outcome = scorer.check_images([PICTURE], [case])[0]
+    assert outcome.category_results == ((tag, outcome.score == 1),)
     return outcome
 
 
-def reference_relations(one, other, size):
+def reference_relations(box, other, size):
     """GenEval's rule on pixel corners, as its paper gives it (appendix): offset of centres less 0.1 of both extents."""
-    a, b = (np.array([[o.left, o.top], [o.right, o.bottom]]) * np.array(size) for o in (one, other))
+    a, b = (np.array([[b.left, b.top], [b.right, b.bottom]]) * np.array(size) for b in (box, other))
     offset = a.mean(axis=0) - b.mean(axis=0)
     revised = np.maximum(np.abs(offset) - 0.1 * (np.ptp(a, axis=0) + np.ptp(b, axis=0)), 0) * np.sign(offset)
     x, y = revised / np.linalg.norm(offset) if np.abs(revised).max() >= 1e-3 else (0, 0)
@@ -70,114 +70,119 @@ def reference_relations(one, other, size):
 
 
 @given(boxes(), boxes(), st.tuples(st.integers(16, 2000), st.integers(16, 2000)))
-def test_sides_are_those_of_the_published_rule(one, other, size):
-    assert relations(one, other, size_px=size) == reference_relations(one, other, size)
+def test_sides_are_those_of_the_published_rule(first, second, size):
+    assert relations(first, second, size_px=size) == reference_relations(first, second, size)
 
 
 @given(boxes(), boxes())
-def test_what_is_left_of_another_has_it_to_the_right(one, other):
+def test_what_is_left_of_another_has_it_to_the_right(first, second):
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-    there, back = relations(one, other, size_px=(64, 64)), relations(other, one, size_px=(64, 64))
-    assert {opposite[side] for side in there} == back
+    forward, backward = relations(first, second, size_px=(64, 64)), relations(second, first, size_px=(64, 64))
+    assert {opposite[side] for side in forward} == backward
 
 
-def test_a_corner_lies_on_two_sides_and_a_thing_on_none_of_its_own():
+def test_a_corner_lies_on_two_sides_and_a_box_on_none_of_its_own():
     assert relations(box(0.1, 0.1), box(0.8, 0.8), size_px=(100, 100)) == {"left of", "above"}
     assert relations(box(0.1, 0.1), box(0.1, 0.1), size_px=(100, 100)) == set()
 
 
 def test_the_shape_of_the_picture_counts():
-    one, other = box(0.3, 0.2), box(0.6, 0.8)
-    assert relations(one, other, size_px=(100, 100)) == {"above"}
-    assert relations(one, other, size_px=(400, 100)) == {"left of"}
+    first, second = box(0.3, 0.2), box(0.6, 0.8)
+    assert relations(first, second, size_px=(100, 100)) == {"above"}
+    assert relations(first, second, size_px=(400, 100)) == {"left of"}
 
 
 def test_enough_of_a_kind_is_enough():
     two = ObjectCheck((Clause("dog", 2),))
-    assert judged(two, thing(), thing(x=0.2)).score == 1
-    assert judged(two, thing(), thing(x=0.2), thing(x=0.8), thing("cat")).score == 1
-    assert judged(two, thing(), thing("cat")).reasons == ("expected 2 dog, found 1",)
+    assert outcome_of(two, detected(), detected(x=0.2)).score == 1
+    assert outcome_of(two, detected(), detected(x=0.2), detected(x=0.8), detected("cat")).score == 1
+    assert outcome_of(two, detected(), detected("cat")).reasons == ("expected 2 dog, found 1",)
 
 
 def test_too_many_of_a_kind_are_wrong_where_they_are_counted():
     counted = ObjectCheck((Clause("dog", 2),), (Clause("dog", 3),), confidence=0.9)
-    assert judged(counted, thing(), thing()).score == 1
-    assert judged(counted, thing(), thing(), thing()).reasons == ("expected fewer than 3 dog, found 3",)
-    assert judged(counted, thing(), thing(), thing(confidence=0.9)).score == 1
-    assert judged(counted, thing(), thing(confidence=0.5)).reasons == ("expected 2 dog, found 1",)
+    assert outcome_of(counted, detected(), detected()).score == 1
+    assert outcome_of(counted, detected(), detected(), detected()).reasons == ("expected fewer than 3 dog, found 3",)
+    assert outcome_of(counted, detected(), detected(), detected(confidence=0.9)).score == 1
+    assert outcome_of(counted, detected(), detected(confidence=0.5)).reasons == ("expected 2 dog, found 1",)
 
 
-def test_the_surest_are_looked_at():
+def test_the_most_confident_detections_count():
     red = ObjectCheck((Clause("dog", 1, "red"),))
-    sure, unsure = thing(confidence=0.8, colour="blue"), thing(confidence=0.5, colour="red")
-    assert judged(red, unsure, sure).reasons == ("expected 1 red dog, found blue",)
-    assert judged(red, thing(confidence=0.9, colour="red"), sure, unsure).score == 1
+    sure, unsure = detected(confidence=0.8, color="blue"), detected(confidence=0.5, color="red")
+    assert outcome_of(red, unsure, sure).reasons == ("expected 1 red dog, found blue",)
+    assert outcome_of(red, detected(confidence=0.9, color="red"), sure, unsure).score == 1
 
 
-def test_every_thing_has_to_have_the_colour():
+def test_every_object_has_to_have_the_color():
     both = ObjectCheck((Clause("dog", 2, "red"),))
-    assert judged(both, thing(colour="red"), thing(colour="red")).score == 1
-    assert judged(both, thing(colour="red"), thing(colour="white")).reasons == ("expected 2 red dog, found red, white",)
-
-
-def test_colours_may_be_named_by_another():
-    seen = []
-
-    def black(image, found):
-        seen.append((image, tuple(found)))
-        return ["black"] * len(found)
-
-    dog = thing(colour="red")
-    assert judged(ObjectCheck((Clause("dog", 1, "black"),)), dog, colours=black).score == 1
-    assert seen == [(PICTURE, (dog,))]
-
-
-def test_a_position_is_seen_from_every_thing_of_an_earlier_clause():
-    check = ObjectCheck((Clause("couch", 2), Clause("dog", 1, None, ("left of", 0))))
-    couches = (thing("couch", 0.5), thing("couch", 0.8))
-    assert judged(check, *couches, thing(x=0.1)).score == 1
-    assert judged(check, *couches, thing(x=0.65)).reasons == ("expected dog left of couch, found right of",)
-    assert judged(check, *couches, thing(x=0.5)).reasons == ("expected dog left of couch, found neither side clearly",)
-
-
-def test_a_position_is_not_met_if_what_it_is_seen_from_is_missing():
-    check = ObjectCheck((Clause("couch"), Clause("dog", 1, None, ("left of", 0))))
-    assert judged(check, thing()).reasons == (
-        "expected 1 couch, found 0",
-        "nothing for dog to be left of, since clause 0 is not met",
+    assert outcome_of(both, detected(color="red"), detected(color="red")).score == 1
+    assert outcome_of(both, detected(color="red"), detected(color="white")).reasons == (
+        "expected 2 red dog, found red, white",
     )
 
 
-def test_the_detector_is_asked_for_each_kind_once():
-    asked = []
+def test_colors_may_be_named_by_a_classifier():
+    calls = []
+
+    def black(image, detections):
+        calls.append((image, tuple(detections)))
+        return ["black"] * len(detections)
+
+    dog = detected(color="red")
+    assert outcome_of(ObjectCheck((Clause("dog", 1, "black"),)), dog, colors=black).score == 1
+    assert calls == [(PICTURE, (dog,))]
+
+
+def test_a_position_is_relative_to_every_object_of_an_earlier_clause():
+    check = ObjectCheck((Clause("couch", 2), Clause("dog", 1, None, ("left of", 0))))
+    couches = (detected("couch", 0.5), detected("couch", 0.8))
+    assert outcome_of(check, *couches, detected(x=0.1)).score == 1
+    assert outcome_of(check, *couches, detected(x=0.65)).reasons == ("expected dog left of couch, found right of",)
+    assert outcome_of(check, *couches, detected(x=0.5)).reasons == (
+        "expected dog left of couch, found neither side clearly",
+    )
+
+
+def test_a_position_is_not_met_if_its_target_is_missing():
+    check = ObjectCheck((Clause("couch"), Clause("dog", 1, None, ("left of", 0))))
+    assert outcome_of(check, detected()).reasons == (
+        "expected 1 couch, found 0",
+        "dog cannot be left of clause 0, which is not met",
+    )
+
+
+def test_the_detector_gets_each_label_once():
+    requests = []
     case = Case("x", ObjectCheck((Clause("dog"), Clause("cat")), (Clause("dog", 2),)))
-    ObjectScore(suite=Suite("mine", (case,)), detector=Told((), asked)).outcomes([PICTURE], [case])
-    assert asked == [["dog", "cat"]]
+    ObjectScore(suite=Suite("mine", (case,)), detector=FixedDetections((), requests)).check_images([PICTURE], [case])
+    assert requests == [["dog", "cat"]]
 
 
-def test_nobody_to_name_a_colour_is_an_error_and_not_a_wrong_picture():
-    with pytest.raises(aa.ContractError, match=r"are the colours of 1 dog: need one each. Give ObjectScore\(colours"):
-        judged(ObjectCheck((Clause("dog", 1, "red"),)), thing())
+def test_a_missing_color_name_is_an_error_and_not_a_wrong_picture():
+    with pytest.raises(aa.ContractError, match=r"are the colors of 1 dog: need one each. Give ObjectScore\(colors"):
+        outcome_of(ObjectCheck((Clause("dog", 1, "red"),)), detected())
     with pytest.raises(aa.ContractError, match="need one each"):
-        judged(ObjectCheck((Clause("dog", 1, "red"),)), thing(), colours=lambda *_: [])
+        outcome_of(ObjectCheck((Clause("dog", 1, "red"),)), detected(), colors=lambda *_: [])
 
 
 def test_what_is_no_detection_is_named():
     with pytest.raises(
-        aa.ContractError, match=r"Told returned str: 'dog'. Expected artaug.evaluation.suites.Detection"
+        aa.ContractError,
+        match=r"FixedDetections.detect returned str 'dog' for the labels \['dog'\]. Expected artaug.*Detection",
     ):
-        judged(ObjectCheck((Clause("dog"),)), "dog")
+        outcome_of(ObjectCheck((Clause("dog"),)), "dog")
     with pytest.raises(aa.InvalidValueError, match=r"need a confidence in \[0, 1\]"):
-        thing(confidence=95)
+        detected(confidence=95)
 
 
 def test_questions_are_not_for_a_detector():
-    asking = Case("x", QuestionCheck((Question(1, "?"),)))
+    question_case = Case("x", QuestionCheck((Question(1, "?"),)))
     with pytest.raises(aa.InvalidValueError, match="Use QuestionScore"):
-        ObjectScore(suite=Suite("mine", (asking,)), detector=Told(()))
-    judge = ObjectScore(suite=Suite("mine", (Case("x", ObjectCheck((Clause("dog"),))),)), detector=Told(()))
+        ObjectScore(suite=Suite("mine", (question_case,)), detector=FixedDetections(()))
+    scorer = ObjectScore(suite=Suite("mine", (Case("x", ObjectCheck((Clause("dog"),))),)), detector=FixedDetections(()))
     with pytest.raises(aa.InvalidValueError, match="need a case of mine"):
-        judge.outcomes([PICTURE], [asking])
+        scorer.check_images([PICTURE], [question_case])
 
 
 @pytest.mark.parametrize(
@@ -185,23 +190,23 @@ def test_questions_are_not_for_a_detector():
 )
 def test_the_playground_passes_its_own_check(prompt):
     scene = playground.parse(prompt)
-    clauses = [Clause(one.shape, 1, one.color) for one in scene.things]
+    clauses = [Clause(thing.shape, 1, thing.color) for thing in scene.things]
     if len(clauses) == 2:
         clauses[1] = Clause(scene.things[1].shape, 1, scene.things[1].color, ("right of", 0))
-    judge = ObjectScore(
+    scorer = ObjectScore(
         suite=Suite("playground", (Case(prompt, ObjectCheck(tuple(clauses))),)), detector=PlaygroundEyes()
     )
-    assert judge.name == "playground (PlaygroundEyes)"
-    assert judge.score(playground.render(prompt, seed=1), prompt) == 1
-    assert judge.score(playground.render("a purple cube at noon", seed=1), prompt) == 0
+    assert scorer.name == "playground (PlaygroundEyes)"
+    assert scorer.score(playground.render(prompt, seed=1), prompt) == 1
+    assert scorer.score(playground.render("a purple cube at noon", seed=1), prompt) == 0
     with pytest.raises(aa.PromptError, match="does not have it"):
-        judge.score(PICTURE, "a dog")
+        scorer.score(PICTURE, "a dog")
 
 
 def test_the_scorer_keeps_the_promises_of_its_seam():
-    class Anything(Detector):
+    class Anydetected(Detector):
         def detect(self, image, labels):
             return [Detection(label=label, box=aa.Box(0, 0, 1, 1)) for label in labels]
 
     suite = Suite("any", (Case("a lighthouse above the sea, 海の上の灯台", ObjectCheck((Clause("thing"),))),))
-    check_scorer(ObjectScore(suite=suite, detector=Anything()))
+    check_scorer(ObjectScore(suite=suite, detector=Anydetected()))

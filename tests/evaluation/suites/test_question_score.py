@@ -1,4 +1,4 @@
-"""Questions to pictures, by an answerer that knows what it says, and by a real vision-language model."""
+"""Questions about pictures, answered by fixed answers and by a real vision-language model."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from artaug.evaluation.suites import Case, Clause, ObjectCheck, Question, Questi
 from artaug.scorers import FunctionScorer, VQAScore
 from support.tiny_llava import tiny_llava
 
-ASKED = (
+QUESTIONS = (
     Question(1, "Is there a dog?", (), "entity"),
     Question(2, "Is the dog red?", (1,), "attribute"),
     Question(3, "Does the red dog sleep?", (2,), "attribute"),
@@ -20,8 +20,8 @@ ASKED = (
 
 
 @dataclass(frozen=True)
-class Knowing(aa.Scorer):
-    """Says yes to some questions, and remembers all."""
+class FixedAnswers(aa.Scorer):
+    """Says yes to some questions, and records all."""
 
     yes: tuple = ()
     asked: list | None = None
@@ -32,85 +32,88 @@ class Knowing(aa.Scorer):
         return 0.9 if prompt in self.yes else 0.2
 
 
-def judge(answers, *, cascade=False, **options):
-    case = Case("a red dog sleeps", QuestionCheck(ASKED, cascade=cascade), "animals")
-    return QuestionScore(suite=Suite("asked", (case,)), answers=answers, **options)
+def question_score(vqa, *, cascade=False, **options):
+    case = Case("a red dog sleeps", QuestionCheck(QUESTIONS, cascade=cascade), "animals")
+    return QuestionScore(suite=Suite("asked", (case,)), vqa=vqa, **options)
 
 
-def only(answers, **options):
-    one = judge(answers, **options)
-    return one.outcomes([Image.new("RGB", (8, 8))], one.suite.cases)[0]
+def outcome_of(vqa, **options):
+    scorer = question_score(vqa, **options)
+    return scorer.check_images([Image.new("RGB", (8, 8))], scorer.suite.cases)[0]
 
 
 def test_the_score_is_the_share_that_counts_as_right():
-    outcome = only(Knowing(("Is there a dog?", "Is it night?", "Is the dog red?")))
+    outcome = outcome_of(FixedAnswers(("Is there a dog?", "Is it night?", "Is the dog red?")))
     assert outcome.score == 0.75
     assert outcome.reasons == ("no to 'Does the red dog sleep?'",)
 
 
 def test_yes_to_a_child_of_a_no_counts_for_nothing_in_the_score_and_as_answered_in_the_categories():
-    outcome = only(Knowing(("Is the dog red?", "Does the red dog sleep?", "Is it night?")))
+    outcome = outcome_of(FixedAnswers(("Is the dog red?", "Does the red dog sleep?", "Is it night?")))
     assert outcome.score == 0.5
-    assert outcome.reasons == ("no to 'Is there a dog?'", "no use in yes to 'Is the dog red?'")
-    assert outcome.parts == (("entity", False), ("attribute", True), ("attribute", True), ("global", True))
+    assert outcome.reasons == ("no to 'Is there a dog?'", "yes to 'Is the dog red?' does not count: a parent is no")
+    assert outcome.category_results == (("entity", False), ("attribute", True), ("attribute", True), ("global", True))
 
 
 def test_with_cascade_it_takes_the_grandchildren_too():
-    assert only(Knowing(("Is the dog red?", "Does the red dog sleep?", "Is it night?")), cascade=True).score == 0.25
+    assert (
+        outcome_of(FixedAnswers(("Is the dog red?", "Does the red dog sleep?", "Is it night?")), cascade=True).score
+        == 0.25
+    )
 
 
-@pytest.mark.parametrize(("yes_from", "score"), [(0.5, 0.0), (0.2, 1.0), (0.9, 0.0)])
-def test_yes_begins_where_it_is_said_to(yes_from, score):
-    assert only(Knowing(), yes_from=yes_from).score == score
+@pytest.mark.parametrize(("threshold", "score"), [(0.5, 0.0), (0.2, 1.0), (0.9, 0.0)])
+def test_an_answer_is_yes_from_the_threshold_on(threshold, score):
+    assert outcome_of(FixedAnswers(), threshold=threshold).score == score
 
 
 def test_all_pictures_and_questions_go_to_the_answerer_in_one_batch():
-    class Batched(Knowing):
+    class Batched(FixedAnswers):
         def score_batch(self, images, prompts):
             self.asked.append(len(prompts))
             return [1.0] * len(prompts)
 
     asked = []
-    one = judge(Batched((), asked))
-    assert one.score_batch([Image.new("RGB", (8, 8))] * 3, ["a red dog sleeps"] * 3) == [1.0] * 3
+    scorer = question_score(Batched((), asked))
+    assert scorer.score_batch([Image.new("RGB", (8, 8))] * 3, ["a red dog sleeps"] * 3) == [1.0] * 3
     assert asked == [12]
-    assert one.score_batch([], []) == []
+    assert scorer.score_batch([], []) == []
 
 
-def test_a_comparison_knows_what_it_rests_on():
-    answers = FunctionScorer(function=lambda *_: 1.0, name="oracle")
-    assert judge(answers).depends_on == {"asked (oracle)", "oracle"}
-    assert judge(answers).name == "asked (oracle)"
+def test_a_comparison_knows_what_it_depends_on():
+    vqa = FunctionScorer(function=lambda *_: 1.0, name="oracle")
+    assert question_score(vqa).depends_on == {"asked (oracle)", "oracle"}
+    assert question_score(vqa).name == "asked (oracle)"
 
 
-def test_an_answerer_gone_wrong_is_caught():
+def test_an_answer_that_is_not_finite_is_caught():
     with pytest.raises(
         aa.NonFiniteError, match=r"oracle.score_batch returned nan for picture \d+ \('Is there a dog\?'\)"
     ):
-        only(FunctionScorer(function=lambda *_: float("nan"), name="oracle"))
+        outcome_of(FunctionScorer(function=lambda *_: float("nan"), name="oracle"))
 
 
-def test_what_cannot_be_asked_is_refused():
+def test_object_checks_and_thresholds_out_of_range_are_refused():
     objects = Case("x", ObjectCheck((Clause("dog"),)))
     with pytest.raises(aa.InvalidValueError, match="Use ObjectScore"):
-        QuestionScore(suite=Suite("mine", (objects,)), answers=Knowing())
+        QuestionScore(suite=Suite("mine", (objects,)), vqa=FixedAnswers())
     with pytest.raises(aa.InvalidValueError, match="Use ObjectScore"):
-        judge(Knowing()).outcomes([Image.new("RGB", (8, 8))], [objects])
+        question_score(FixedAnswers()).check_images([Image.new("RGB", (8, 8))], [objects])
     with pytest.raises(aa.InvalidValueError, match=r"need a probability in \(0, 1\]"):
-        judge(Knowing(), yes_from=0)
+        question_score(FixedAnswers(), threshold=0)
 
 
 def test_the_playground_answers_questions_about_its_pictures():
     def sees(image, question):
         return float(
             all(
-                word in " ".join(f"{one.color} {one.shape}" for one in playground.detect(image))
+                word in " ".join(f"{thing.color} {thing.shape}" for thing in playground.detect(image))
                 for word in question.split()
             )
         )
 
     case = Case("a red cone at noon", QuestionCheck((Question(1, "cone"), Question(2, "red cone", (1,)))))
-    score = QuestionScore(suite=Suite("asked", (case,)), answers=FunctionScorer(function=sees))
+    score = QuestionScore(suite=Suite("asked", (case,)), vqa=FunctionScorer(function=sees))
     assert score.score(playground.render("a red cone at noon", seed=0), case.prompt) == 1
     assert score.score(playground.render("a blue cone at noon", seed=0), case.prompt) == 0.5
     assert score.score(playground.render("a red ball at noon", seed=0), case.prompt) == 0
@@ -120,8 +123,8 @@ def test_a_vision_language_model_answers_with_its_own_probability_of_yes():
     model, processor = tiny_llava()
     vqa = VQAScore(model=model, processor=processor, question="{prompt}", answer="Y", name="tiny")
     picture = playground.render("a red cone at noon", seed=0)
-    said = vqa.score_batch([picture] * 4, [question.text for question in ASKED])
-    border = sorted(said)[2]
-    one = judge(vqa, yes_from=border)
-    wanted = QuestionCheck(ASKED).counted([chance >= border for chance in said])
-    assert one.score(picture, "a red dog sleeps") == sum(wanted) / 4
+    probabilities = vqa.score_batch([picture] * 4, [question.text for question in QUESTIONS])
+    threshold = sorted(probabilities)[2]
+    scorer = question_score(vqa, threshold=threshold)
+    expected = QuestionCheck(QUESTIONS).apply_dependencies([p >= threshold for p in probabilities])
+    assert scorer.score(picture, "a red dog sleeps") == sum(expected) / 4

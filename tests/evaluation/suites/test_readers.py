@@ -1,4 +1,4 @@
-"""Suites as their authors write them, and files that are none."""
+"""Suites as their authors publish them, and files of other formats."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_geneval(tmp_path):
         ObjectCheck((Clause("bench"),)),
         ObjectCheck((Clause("clock", 2),), (Clause("clock", 3),), confidence=0.9),
         ObjectCheck((Clause("couch"), Clause("dog", position=("left of", 0)))),
-        ObjectCheck((Clause("cup", colour="red"),)),
+        ObjectCheck((Clause("cup", color="red"),)),
     ]
 
 
@@ -72,15 +72,15 @@ def test_dpg_bench(tmp_path):
     assert suite.mean_over == "prompts"
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["json", "json-in-text"])
-def test_oneig(tmp_path, packed):
+@pytest.mark.parametrize("as_text", [False, True], ids=["json", "json-in-text"])
+def test_oneig(tmp_path, as_text):
     table = written(
         tmp_path,
         "OneIG-Bench.csv",
         "category,id,prompt_en,type\nPortrait,000,a tall man,NP\nPortrait,001,a boy,NP\nGeneral_Object,000,a cup,NP\n",
     )
     item = {"question": {"1": "Is there a man?", "2": "Is he tall?"}, "dependency": {"1": [0], "2": [1]}}
-    people = {"000": {key: json.dumps(part) if packed else part for key, part in item.items()}}
+    people = {"000": {key: json.dumps(part) if as_text else part for key, part in item.items()}}
     cups = {"000": {"question": {"1": "Is there a cup?"}, "dependency": {"1": [0]}}}
     suite = read_oneig(
         table,
@@ -97,16 +97,16 @@ def test_oneig(tmp_path, packed):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param("[1", "line 1 is no line of GenEval", id="no-json"),
+        pytest.param("[1", "line 1 is not a line of GenEval", id="no-json"),
         pytest.param(json.dumps(GENEVAL[0]) + "\n\n{}\n", "line 3 .*there is no 'tag'", id="no-tag"),
         pytest.param('{"tag": "x", "prompt": "y", "include": [{"class": "dog"}]}', "no 'count'", id="no-count"),
         pytest.param('{"tag": "x", "prompt": "y", "include": []}', "passed by every picture", id="no-clause"),
         pytest.param('{"tag": "x", "include": [{"class": "dog", "count": 1}]}', "no 'prompt'", id="no-prompt"),
-        pytest.param('["a dog"]', "is no line of GenEval", id="a-list"),
+        pytest.param('["a dog"]', "is not a line of GenEval", id="a-list"),
         pytest.param("", "need at least one case", id="empty"),
     ],
 )
-def test_what_is_no_geneval_is_said_clearly(tmp_path, text, message):
+def test_a_file_that_is_not_geneval_is_refused(tmp_path, text, message):
     with pytest.raises(aa.PromptError, match=message):
         read_geneval(written(tmp_path, "a.jsonl", text))
 
@@ -115,34 +115,36 @@ def test_what_is_no_geneval_is_said_clearly(tmp_path, text, message):
     ("text", "message"),
     [
         pytest.param("item_id,text\n", r"DPG-Bench has \['proposition_id'", id="no-column"),
-        pytest.param(DPG.replace('3,"1, 2"', "3,one"), "line 4 is no question", id="no-number"),
-        pytest.param(DPG.replace('3,"1, 2"', "3,9"), "rests on questions that are not among", id="no-parent"),
+        pytest.param(DPG.replace('3,"1, 2"', "3,one"), "line 4 is not a question", id="no-number"),
+        pytest.param(
+            DPG.replace('3,"1, 2"', "3,9"), "has parents that are not among the other questions", id="no-parent"
+        ),
         pytest.param(DPG.splitlines()[0], "need at least one case", id="no-row"),
     ],
 )
-def test_what_is_no_dpg_bench_is_said_clearly(tmp_path, text, message):
+def test_a_file_that_is_not_dpg_bench_is_refused(tmp_path, text, message):
     with pytest.raises(aa.PromptError, match=message):
         read_dpg(written(tmp_path, "a.csv", text))
 
 
 @pytest.mark.parametrize(
-    ("table", "asked", "message"),
+    ("table", "questions", "message"),
     [
         pytest.param("category,prompt_en\n", "{}", "Expected category, id and prompt_en", id="no-id"),
         pytest.param("category,id,text\n", "{}", "Expected category, id and prompt_en", id="no-prompt"),
         pytest.param("category,id,prompt_en\n", '{"7": {}}', "no prompt '7' of 'Portrait'", id="another-prompt"),
         pytest.param("category,id,prompt_en\n", "{}", "need at least one case", id="nothing"),
-        pytest.param("category,id,prompt_en\n", "[]", "no list of questions of OneIG", id="a-list"),
-        pytest.param("category,id,prompt_en\n", "{", "no list of questions of OneIG", id="no-json"),
+        pytest.param("category,id,prompt_en\n", "[]", "is not a list of questions of OneIG", id="a-list"),
+        pytest.param("category,id,prompt_en\n", "{", "is not a list of questions of OneIG", id="no-json"),
         pytest.param("category,id,prompt_en\nPortrait,7,x\n", '{"7": {"question": {}}}', "no 'dependency'", id="half"),
     ],
 )
-def test_what_is_no_oneig_is_said_clearly(tmp_path, table, asked, message):
+def test_a_file_that_is_not_oneig_is_refused(tmp_path, table, questions, message):
     with pytest.raises(aa.PromptError, match=message):
-        read_oneig(written(tmp_path, "a.csv", table), [written(tmp_path, "human.json", asked)])
+        read_oneig(written(tmp_path, "a.csv", table), [written(tmp_path, "human.json", questions)])
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_bytes_that_are_not_text_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(aa.PromptError, match="is not UTF-8 text"):
         read_geneval(tmp_path / "a.jsonl")

@@ -1,4 +1,4 @@
-"""What checks come to, from the playground's drawings to a table, and against a base."""
+"""Results of suites: from the playground's drawings to scores by category, and against a base."""
 
 import json
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from artaug.evaluation.suites import (
     QuestionScore,
     Suite,
     SuiteResult,
+    SuiteScorer,
     by_category,
     evaluate,
 )
@@ -30,7 +31,7 @@ from support.playground_eyes import PlaygroundEyes
 
 @dataclass(frozen=True)
 class Painter(aa.Synthesizer):
-    """Draws what is asked, or, of some seeds, something else."""
+    """Draws the prompt, or, for some seeds, another one."""
 
     fails_from: int = 10
 
@@ -40,61 +41,61 @@ class Painter(aa.Synthesizer):
 
 
 def shapes(count=12):
-    """A suite of the playground: things in the middle, and things to the left of others."""
+    """A suite of the playground: objects in the middle, and objects to the left of others."""
     single = [
-        Case(f"a {colour} {shape} in the middle at noon", ObjectCheck((Clause(shape, 1, colour),)), "single")
+        Case(f"a {color} {shape} in the middle at noon", ObjectCheck((Clause(shape, 1, color),)), "single")
         for shape in ("ball", "cube", "cone")
-        for colour in ("red", "blue")
+        for color in ("red", "blue")
     ]
     double = [
         Case(
-            f"a {one} ball on the left and a {other} cone on the right at noon",
-            ObjectCheck((Clause("cone", 1, other), Clause("ball", 1, one, ("left of", 0)))),
+            f"a {ball} ball on the left and a {cone} cone on the right at noon",
+            ObjectCheck((Clause("cone", 1, cone), Clause("ball", 1, ball, ("left of", 0)))),
             "position",
         )
-        for one in ("red", "green")
-        for other in ("blue", "orange", "yellow")
+        for ball in ("red", "green")
+        for cone in ("blue", "orange", "yellow")
     ]
     return Suite("shapes", tuple([*single, *double][:count]), mean_over="categories")
 
 
-def sharing(suite):
+def object_score(suite):
     return ObjectScore(suite=suite, detector=PlaygroundEyes())
 
 
-def outcome(score, *parts):
-    return Outcome(score, (), parts)
+def outcome(score, *category_results):
+    return Outcome(score, (), category_results)
 
 
-def test_the_playground_is_judged_from_drawing_to_table():
-    judge = sharing(shapes())
-    good, poor = (evaluate(judge, Painter(fails), images_per_prompt=2, seed=3, progress=False) for fails in (10, 6))
+def test_the_playground_is_scored_from_drawing_to_categories():
+    scorer = object_score(shapes())
+    good, poor = (evaluate(scorer, Painter(fails), images_per_prompt=2, seed=3, progress=False) for fails in (10, 6))
 
     assert good.overall.score > 0.9
     assert poor.overall.score < 0.7
     assert [(row.category, row.n) for row in good.categories] == [("single", 6), ("position", 6)]
-    assert [len(many) for many in good.outcomes] == [2] * 12
-    assert poor.overall.low < poor.overall.score < poor.overall.high
-    right = [np.mean([one.score for one in many]) for many in poor.outcomes]
-    assert poor.overall.score == pytest.approx((np.mean(right[:6]) + np.mean(right[6:])) / 2)
-    wrong = next(one for many in poor.outcomes for one in many if not one.score)
+    assert [len(outcomes) for outcomes in good.outcomes] == [2] * 12
+    assert poor.overall.ci_low < poor.overall.score < poor.overall.ci_high
+    means = [np.mean([outcome.score for outcome in outcomes]) for outcomes in poor.outcomes]
+    assert poor.overall.score == pytest.approx((np.mean(means[:6]) + np.mean(means[6:])) / 2)
+    wrong = next(outcome for outcomes in poor.outcomes for outcome in outcomes if not outcome.score)
     assert wrong.reasons[0].startswith("expected 1 ")
 
 
 def test_the_pictures_are_those_of_a_comparison():
     suite, drawn = shapes(4), []
 
-    class Noting(Painter):
+    class Recording(Painter):
         def synthesize(self, plan, *, seed):
             drawn.append((plan.prompt, seed))
             return super().synthesize(plan, seed=seed)
 
-    result = evaluate(sharing(suite), Noting(7), seed=5, images_per_prompt=2, batch_size=3, progress=False)
+    result = evaluate(object_score(suite), Recording(7), seed=5, images_per_prompt=2, batch_size=3, progress=False)
     comparison = aa.compare(
         Painter(7),
         {"x": Painter()},
         suite.prompts,
-        scorers=[sharing(suite)],
+        scorers=[object_score(suite)],
         seed=5,
         images_per_prompt=2,
         progress=False,
@@ -102,28 +103,29 @@ def test_the_pictures_are_those_of_a_comparison():
 
     assert sorted(drawn) == sorted(zip([*suite.prompts] * 2, picture_seeds(5, 8), strict=True))
     scores = comparison.base.scores["shapes (PlaygroundEyes)"]
-    assert [[one.score for one in many] for many in result.outcomes] == np.reshape(scores, (2, 4)).T.tolist()
+    assert [[outcome.score for outcome in outcomes] for outcomes in result.outcomes] == np.reshape(
+        scores, (2, 4)
+    ).T.tolist()
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_the_batch_size_changes_nothing(batch_size):
-    judge = sharing(shapes(6))
-    assert evaluate(judge, Painter(7), batch_size=batch_size, progress=False) == evaluate(
-        judge, Painter(7), progress=False
-    )
+    scorer = object_score(shapes(6))
+    batched = evaluate(scorer, Painter(7), batch_size=batch_size, progress=False)
+    assert batched == evaluate(scorer, Painter(7), progress=False)
 
 
-def questions(mean_over="prompts"):
-    asked = (Question(1, "a?", (), "entity"), Question(2, "b?", (1,), "attribute"), Question(3, "c?", (), "entity"))
-    cases = (Case("x", QuestionCheck(asked)), Case("y", QuestionCheck(asked[:1])))
-    answers = FunctionScorer(function=lambda *_: 1.0, name="yes")
-    return QuestionScore(suite=Suite("asked", cases, mean_over=mean_over), answers=answers)
+def question_score(mean_over="prompts"):
+    questions = (Question(1, "a?", (), "entity"), Question(2, "b?", (1,), "attribute"), Question(3, "c?", (), "entity"))
+    cases = (Case("x", QuestionCheck(questions)), Case("y", QuestionCheck(questions[:1])))
+    vqa = FunctionScorer(function=lambda *_: 1.0, name="yes")
+    return QuestionScore(suite=Suite("asked", cases, mean_over=mean_over), vqa=vqa)
 
 
 def test_questions_are_counted_by_their_own_categories_and_the_suite_by_prompts():
     x = [outcome(1 / 3, ("entity", True), ("attribute", False), ("entity", False))]
     y = [outcome(1.0, ("entity", True))]
-    result = SuiteResult.of(questions(), [x, y])
+    result = SuiteResult.of(question_score(), [x, y])
 
     assert result.overall.score == pytest.approx((1 / 3 + 1) / 2)
     assert [(row.category, row.score, row.n) for row in result.categories] == [
@@ -131,12 +133,12 @@ def test_questions_are_counted_by_their_own_categories_and_the_suite_by_prompts(
         ("attribute", 0.0, 1),
     ]
     interval = share_bootstrap([np.array([[1, 1], [2, 1]])])
-    assert (result.categories[0].low, result.categories[0].high) == (interval.low, interval.high)
+    assert (result.categories[0].ci_low, result.categories[0].ci_high) == (interval.low, interval.high)
 
 
-def test_the_text_and_the_dict_say_what_was_found():
+def test_the_text_and_the_dict_hold_scores_and_reasons():
     result = SuiteResult.of(
-        questions(), [[outcome(0.5, ("entity", True))], [Outcome(0.0, ("no to 'a?'",), (("entity", False),))]]
+        question_score(), [[outcome(0.5, ("entity", True))], [Outcome(0.0, ("no to 'a?'",), (("entity", False),))]]
     )
     lines = str(result).splitlines()
     assert lines[0] == "asked (yes): share right, 95% interval, 1 picture a prompt"
@@ -149,30 +151,42 @@ def test_the_text_and_the_dict_say_what_was_found():
 
 def test_a_suite_without_categories_has_one_line():
     suite = Suite("plain", (Case("x", ObjectCheck((Clause("dog"),))),) * 2)
-    result = SuiteResult.of(sharing(suite), [[outcome(1.0, ("", True))], [outcome(0.0, ("", False))]])
+    result = SuiteResult.of(object_score(suite), [[outcome(1.0, ("", True))], [outcome(0.0, ("", False))]])
     assert len(str(result).splitlines()) == 2
 
 
 def test_every_case_needs_an_outcome():
     with pytest.raises(aa.InvalidValueError, match="1 lists of outcomes for 2 cases"):
-        SuiteResult.of(questions(), [[outcome(1.0)]])
+        SuiteResult.of(question_score(), [[outcome(1.0)]])
     with pytest.raises(aa.InvalidValueError, match="need one each, not empty"):
-        SuiteResult.of(questions(), [[outcome(1.0)], []])
+        SuiteResult.of(question_score(), [[outcome(1.0)], []])
 
 
 @pytest.mark.parametrize("wrong", [{"images_per_prompt": 0}, {"batch_size": 0}], ids=str)
 def test_nothing_to_draw_is_refused(wrong):
     with pytest.raises(aa.InvalidValueError, match="need at least 1 of each"):
-        evaluate(questions(), Painter(), progress=False, **wrong)
+        evaluate(question_score(), Painter(), progress=False, **wrong)
 
 
 def test_a_synthesizer_that_draws_too_little_is_named():
-    class Lazy(Painter):
+    class Empty(Painter):
         def synthesize_batch(self, plans, *, seeds):
             return []
 
-    with pytest.raises(aa.ContractError, match=r"Lazy\.synthesize_batch returned 0 answers for 8 plans"):
-        evaluate(sharing(shapes()), Lazy(), progress=False)
+    with pytest.raises(aa.ContractError, match=r"Empty\.synthesize_batch returned 0 answers for 8 plans"):
+        evaluate(object_score(shapes()), Empty(), progress=False)
+
+
+def test_a_scorer_that_checks_too_few_pictures_is_named():
+    @dataclass(frozen=True)
+    class Empty(SuiteScorer):
+        suite: Suite
+
+        def check_images(self, images, cases):
+            return []
+
+    with pytest.raises(aa.ContractError, match=r"Empty\.check_images returned 0 answers for 8 pictures"):
+        evaluate(Empty(shapes()), Painter(), progress=False)
 
 
 def test_a_comparison_is_taken_apart_by_category():
@@ -181,7 +195,7 @@ def test_a_comparison_is_taken_apart_by_category():
         Painter(5),
         {"better": Painter()},
         suite.prompts,
-        scorers=[sharing(suite)],
+        scorers=[object_score(suite)],
         seed=1,
         filtered_by=(),
         progress=False,
@@ -192,17 +206,19 @@ def test_a_comparison_is_taken_apart_by_category():
         arm.by_prompt("shapes (PlaygroundEyes)", 12) for arm in (comparison.base, comparison.candidates["better"])
     )
     assert [row.scorer for row in rows] == ["shapes (PlaygroundEyes): single", "shapes (PlaygroundEyes): position"]
-    raw = [sign_flip((better - base)[part], seed=1) for part in (slice(6), slice(6, 12))]
+    raw = [sign_flip((better - base)[members], seed=1) for members in (slice(6), slice(6, 12))]
     assert [row.p_value for row in rows] == holm(raw)
-    for row, part in zip(rows, (slice(6), slice(6, 12)), strict=True):
-        interval = paired_bootstrap((better - base)[part], seed=1)
-        assert (row.delta, row.ci_low, row.ci_high) == ((better - base)[part].mean(), interval.low, interval.high)
+    for row, members in zip(rows, (slice(6), slice(6, 12)), strict=True):
+        interval = paired_bootstrap((better - base)[members], seed=1)
+        assert (row.delta, row.ci_low, row.ci_high) == ((better - base)[members].mean(), interval.low, interval.high)
         assert row.n == 6
 
 
 def test_a_category_of_one_prompt_has_no_spread():
     suite = shapes(7)
-    comparison = aa.compare(Painter(), {"same": Painter()}, suite.prompts, scorers=[sharing(suite)], progress=False)
+    comparison = aa.compare(
+        Painter(), {"same": Painter()}, suite.prompts, scorers=[object_score(suite)], progress=False
+    )
     with pytest.raises(aa.InvalidValueError, match=r"\['position'\] have a single prompt"):
         by_category(comparison, suite.prompts)
     with pytest.raises(aa.InvalidValueError, match="drew other prompts"):

@@ -1,4 +1,4 @@
-"""What a suite asks, as values, and the rule of dependent questions."""
+"""Suites as values, and the rule of dependent questions."""
 
 from copy import deepcopy
 
@@ -12,56 +12,67 @@ from artaug.evaluation.suites import Case, Clause, ObjectCheck, Question, Questi
 
 
 @st.composite
-def asked(draw):
+def answered_questions(draw):
     """Questions whose parents come before them, and answers to them."""
     count = draw(st.integers(1, 7))
-    parents = [draw(st.sets(st.integers(1, max(at, 1)), max_size=at)) for at in range(count)]
-    questions = tuple(Question(at + 1, f"q{at}", tuple(sorted(parents[at]))) for at in range(count))
+    parents = [draw(st.sets(st.integers(1, max(index, 1)), max_size=index)) for index in range(count)]
+    questions = tuple(Question(index + 1, f"q{index}", tuple(sorted(parents[index]))) for index in range(count))
     return questions, draw(st.lists(st.booleans(), min_size=count, max_size=count))
 
 
-@given(asked())
+@given(answered_questions())
 def test_a_question_without_its_parents_yes_counts_as_wrong(questions_and_answers):
     questions, answers = questions_and_answers
-    scores = dict(zip([one.number for one in questions], answers, strict=True))
+    scores = dict(zip([question.number for question in questions], answers, strict=True))
     after = deepcopy(scores)
     for question in questions:  # the reference of DSG: parents as they were answered
         if any(not scores[parent] for parent in question.parents):
             after[question.number] = False
-    assert QuestionCheck(questions).counted(answers) == tuple(after.values())
+    assert QuestionCheck(questions).apply_dependencies(answers) == tuple(after.values())
 
 
-@given(asked())
+@given(answered_questions())
 def test_with_cascade_a_question_counts_as_wrong_down_to_its_grandchildren(questions_and_answers):
     questions, answers = questions_and_answers
-    scores = dict(zip([one.number for one in questions], answers, strict=True))
-    for question in questions:  # the reference of DPG-Bench: the same, written into what is read
+    scores = dict(zip([question.number for question in questions], answers, strict=True))
+    for question in questions:  # the reference of DPG-Bench: as DSG, but written into the dict it reads
         if any(not scores[parent] for parent in question.parents):
             scores[question.number] = False
-    assert QuestionCheck(questions, cascade=True).counted(answers) == tuple(scores.values())
+    assert QuestionCheck(questions, cascade=True).apply_dependencies(answers) == tuple(scores.values())
 
 
-@given(asked())
-def test_dependence_only_ever_takes_away(questions_and_answers):
+@given(answered_questions())
+def test_dependencies_only_ever_lower_the_score(questions_and_answers):
     questions, answers = questions_and_answers
-    apart, down = (sum(QuestionCheck(questions, cascade=cascade).counted(answers)) for cascade in (False, True))
-    assert down <= apart <= sum(answers)
+    plain, cascaded = (
+        sum(QuestionCheck(questions, cascade=cascade).apply_dependencies(answers)) for cascade in (False, True)
+    )
+    assert cascaded <= plain <= sum(answers)
 
 
 WRONG = {
     "nothing": (lambda: ObjectCheck(()), "passed by every picture"),
-    "seen-from-nowhere": (lambda: ObjectCheck((Clause("dog", position=("above", 0)),)), "seen from an earlier one"),
-    "seen-from-itself": (
-        lambda: ObjectCheck((Clause("cat"), Clause("dog", position=("above", 1)))),
-        "seen from an earlier one",
+    "relative-to-nothing": (
+        lambda: ObjectCheck((Clause("dog", position=("above", 0)),)),
+        "relative to an earlier clause",
     ),
-    "colour-of-nothing": (lambda: ObjectCheck((), (Clause("dog", colour="red"),)), "only a count"),
+    "relative-to-itself": (
+        lambda: ObjectCheck((Clause("cat"), Clause("dog", position=("above", 1)))),
+        "relative to an earlier clause",
+    ),
+    "color-of-nothing": (lambda: ObjectCheck((), (Clause("dog", color="red"),)), "only a count"),
     "none-of-it": (lambda: Clause("dog", 0), "greater than 0"),
     "no-side": (lambda: Clause("dog", position=("beside", 0)), "Input should be 'left of'"),
     "no-question": (lambda: QuestionCheck(()), r"numbered \[\]"),
     "one-number-twice": (lambda: QuestionCheck((Question(1, "a"), Question(1, "b"))), r"numbered \[1, 1\]"),
-    "no-parent": (lambda: QuestionCheck((Question(1, "a", (2,)),)), "rests on questions that are not among"),
-    "its-own-parent": (lambda: QuestionCheck((Question(1, "a", (1,)),)), "rests on questions that are not among"),
+    "no-parent": (
+        lambda: QuestionCheck((Question(1, "a", (2,)),)),
+        "has parents that are not among the other questions",
+    ),
+    "its-own-parent": (
+        lambda: QuestionCheck((Question(1, "a", (1,)),)),
+        "has parents that are not among the other questions",
+    ),
 }
 
 
@@ -76,18 +87,18 @@ def test_a_suite_knows_its_prompts_and_their_checks():
     assert (tuple(suite.prompts), suite.prompts.categories) == (("a dog", "a cat"), ("one", "two"))
     assert suite.case("a cat").check == CAT
     assert repr(suite) == "Suite('mine', 2 prompts)"
-    with pytest.raises(aa.PromptError, match="of 'a cow' and does not have it"):
+    with pytest.raises(aa.PromptError, match="of 'a cow': it does not have it"):
         suite.case("a cow")
 
 
-def test_a_prompt_may_come_twice_unless_it_is_judged_in_two_ways():
+def test_a_prompt_may_come_twice_unless_its_checks_differ():
     twice = Suite("mine", (Case("a cat", CAT, "one"), Case("a cat", CAT, "two")))
     assert twice.case("a cat").check == CAT
     with pytest.raises(aa.PromptError, match="has 2 cases of it, with different checks"):
         Suite("mine", (Case("a cat", CAT), Case("a cat", ObjectCheck((Clause("cat", 2),))))).case("a cat")
 
 
-def test_what_is_no_suite_is_refused():
+def test_a_suite_without_cases_and_a_blank_prompt_are_refused():
     with pytest.raises(aa.PromptError, match="need at least one case"):
         Suite("mine", ())
     with pytest.raises(aa.PromptError, match="need a text"):

@@ -259,9 +259,7 @@ def scorer_names(filtered_by: Collection[str | HasScorers]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _check_arguments(
-    candidates: Mapping[str, Synthesizer], prompts: Sequence[str], scorers: Sequence[Scorer]
-) -> None:
+def _check_arguments(candidates: Mapping[str, Synthesizer], prompts: Sequence[str], scorers: Sequence[Scorer]) -> None:
     """Refuse arguments that cannot be compared, before anything is drawn."""
     if isinstance(prompts, str) or len(prompts) < 2:
         received = repr(prompts) if isinstance(prompts, str) else f"{len(prompts)}"

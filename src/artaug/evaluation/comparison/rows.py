@@ -172,7 +172,9 @@ def describe_row(row: ScoreRow, guardrail: Guardrail | None = None) -> str:
         # An equivalence test: the whole interval lies within the margin, on both sides of zero.
         text = f"{row.scorer} unchanged {interval}"
     elif row.direction:
-        text = f"{row.scorer} not significant: {row.delta:+.{decimals}f} {interval}, but p = {row.p_value:.2g} after Holm"
+        text = (
+            f"{row.scorer} not significant: {row.delta:+.{decimals}f} {interval}, but p = {row.p_value:.2g} after Holm"
+        )
     else:
         text = f"{row.scorer} not clearly changed: {row.delta:+.{decimals}f} {interval}"
     if row.filtered_by and row.delta > 0:

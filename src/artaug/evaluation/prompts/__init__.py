@@ -130,7 +130,9 @@ def _read_table(text: str, path: Path) -> Iterator[tuple[str, str]]:
     headings = list(reader.fieldnames or ())
     column = next((name for name in _PROMPT_COLUMNS if name in headings), None)
     if column is None:
-        raise PromptError(f"{path.name!r} has the columns {headings}. Expected {' or '.join(_PROMPT_COLUMNS)} among them.")
+        raise PromptError(
+            f"{path.name!r} has the columns {headings}. Expected {' or '.join(_PROMPT_COLUMNS)} among them."
+        )
     for row in reader:
         prompt = row[column]
         if prompt is None or not prompt.strip():

@@ -1,5 +1,9 @@
 """Published suites of prompts with checks: what has to be in a picture, or which questions it has to answer with yes."""
 
+from artaug.evaluation.suites.object_score import Detection, Detector, ObjectScore
+from artaug.evaluation.suites.question_score import QuestionScore
+from artaug.evaluation.suites.readers import read_dpg, read_geneval, read_oneig
+from artaug.evaluation.suites.results import CategoryScore, SuiteResult, by_category, evaluate
 from artaug.evaluation.suites.suite import (
     Case,
     Clause,
@@ -10,10 +14,6 @@ from artaug.evaluation.suites.suite import (
     Suite,
     SuiteScorer,
 )
-from artaug.evaluation.suites.object_score import Detection, Detector, ObjectScore
-from artaug.evaluation.suites.question_score import QuestionScore
-from artaug.evaluation.suites.readers import read_dpg, read_geneval, read_oneig
-from artaug.evaluation.suites.results import CategoryScore, SuiteResult, by_category, evaluate
 
 __all__ = [
     "Case",

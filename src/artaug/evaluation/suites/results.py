@@ -1,4 +1,4 @@
-"""What a suite's checks come to: scores by category with intervals, alone or against a base."""
+"""Results of suites: drawing and checking a suite, and scores by category with intervals, alone or against a base."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +9,11 @@ from typing import Any, final
 import numpy as np
 from tqdm.auto import tqdm
 
+from artaug._internal.contracts import check_batch
 from artaug._internal.values import value
 from artaug.errors import InvalidValueError
 from artaug.evaluation.comparison import Comparison, ScoreRow
+from artaug.evaluation.comparison.rows import finite_pairs
 from artaug.evaluation.prompts import PromptSet
 from artaug.evaluation.statistics import holm, share_bootstrap, sign_flip
 from artaug.evaluation.suites.suite import Outcome, Suite, SuiteScorer
@@ -23,92 +25,92 @@ _OVERALL = "overall"
 
 @value
 class CategoryScore:
-    """The score of one category, or of the whole suite, with how sure it is."""
+    """The score of one category, or of the whole suite, with its interval."""
 
     category: str
     score: float
     """In [0, 1]; some tables print it times 100."""
-    low: float
+    ci_low: float
     """Lower end of the 95% interval."""
-    high: float
+    ci_high: float
     """Upper end of it."""
     n: int
-    """Number of prompts it rests on."""
+    """Number of prompts."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
-    """How the pictures of a suite's prompts were judged. ``print`` it to read it."""
+    """The scores of a suite, overall and by category. ``print`` it to read it."""
 
     suite: Suite
-    judge: str
-    """The name of what judged them."""
+    scorer: str
+    """The name of the scorer that checked the pictures."""
     overall: CategoryScore
     categories: tuple[CategoryScore, ...]
     """In the order of their first prompts."""
     outcomes: tuple[tuple[Outcome, ...], ...]
-    """For each case one outcome a picture, with the reasons."""
+    """For each case, the outcomes of its pictures."""
 
     @classmethod
-    def of(cls, judge: SuiteScorer, outcomes: Sequence[Sequence[Outcome]], *, seed: int = 0) -> "SuiteResult":
-        """Sum up outcomes: of each case of the judge's suite, one a picture.
+    def of(cls, scorer: SuiteScorer, outcomes: Sequence[Sequence[Outcome]], *, seed: int = 0) -> "SuiteResult":
+        """Sum up outcomes: for each case of the scorer's suite, one a picture; ``seed`` is the bootstrap's.
 
         Raises:
-            InvalidValueError: if there are not as many as cases, or a case has none.
+            InvalidValueError: if there is not one list for each case, or a list is empty.
         """
-        cases = judge.suite.cases
+        cases = scorer.suite.cases
         if len(outcomes) != len(cases) or not all(outcomes):
             raise InvalidValueError(
                 f"{len(outcomes)} lists of outcomes for {len(cases)} cases: need one each, not empty."
             )
-        tallies = _tallies(outcomes)
+        tallies = _category_tallies(outcomes)
         categories = tuple(
             CategoryScore(name, *_share([tally], seed=seed), n=tally.shape[1]) for name, tally in tallies.items()
         )
-        if judge.suite.mean_over == "categories":
+        if scorer.suite.mean_over == "categories":
             groups = list(tallies.values())
         else:
-            means = [np.mean([outcome.score for outcome in many]) for many in outcomes]
+            means = [np.mean([outcome.score for outcome in case_outcomes]) for case_outcomes in outcomes]
             groups = [np.array([means, np.ones(len(means))])]
         return cls(
-            suite=judge.suite,
-            judge=judge.name,
+            suite=scorer.suite,
+            scorer=scorer.name,
             overall=CategoryScore(_OVERALL, *_share(groups, seed=seed), n=len(cases)),
             categories=categories,
-            outcomes=tuple(tuple(many) for many in outcomes),
+            outcomes=tuple(tuple(case_outcomes) for case_outcomes in outcomes),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in plain types that JSON takes."""
+        """Everything in plain types for JSON."""
         return {
             "suite": self.suite.name,
-            "judge": self.judge,
+            "scorer": self.scorer,
             "overall": asdict(self.overall),
             "categories": [asdict(row) for row in self.categories],
             "prompts": [
                 {
                     "prompt": case.prompt,
-                    "pictures": [{"score": one.score, "reasons": list(one.reasons)} for one in many],
+                    "pictures": [{"score": outcome.score, "reasons": list(outcome.reasons)} for outcome in outcomes],
                 }
-                for case, many in zip(self.suite.cases, self.outcomes, strict=True)
+                for case, outcomes in zip(self.suite.cases, self.outcomes, strict=True)
             ],
         }
 
     def __str__(self) -> str:
         rows = [row for row in self.categories if row.category] + [self.overall]
-        wide = max(len(row.category) for row in rows)
+        width = max(len(row.category) for row in rows)
         lines = [
-            f"{row.category:<{wide}}  {row.score:6.1%}  {row.low:6.1%} … {row.high:6.1%}  {row.n:4d} prompts"
+            f"{row.category:<{width}}  {row.score:6.1%}  {row.ci_low:6.1%} … {row.ci_high:6.1%}  {row.n:4d} prompts"
             for row in rows
         ]
         pictures = len(self.outcomes[0])
-        drawn = f"{self.judge}: share right, 95% interval, {pictures} picture{'s' * (pictures > 1)} a prompt"
-        return "\n".join([drawn, *lines])
+        heading = f"{self.scorer}: share right, 95% interval, {pictures} picture{'s' * (pictures > 1)} a prompt"
+        return "\n".join([heading, *lines])
 
 
 def evaluate(
-    judge: SuiteScorer,
+    scorer: SuiteScorer,
     synthesizer: Synthesizer,
     *,
     seed: int = 0,
@@ -116,45 +118,56 @@ def evaluate(
     batch_size: int = 8,
     progress: bool = True,
 ) -> SuiteResult:
-    """Draw a suite's prompts and judge the pictures, which are let go as soon as they are judged.
+    """Draw a suite's prompts and check the pictures, which are released as soon as they are checked.
 
-    The pictures are those that `artaug.evaluation.comparison` draws of ``suite.prompts`` with the same ``seed`` and ``images_per_prompt``.
+    The pictures are those that `artaug.compare` draws of ``suite.prompts`` with the same ``seed`` and
+    ``images_per_prompt``.
 
     Args:
-        judge: an `ObjectScore` or `QuestionScore` of the suite.
+        scorer: an `ObjectScore` or `QuestionScore` of the suite.
         synthesizer: draws the prompts.
         seed: of the pictures and of the intervals.
-        images_per_prompt: pictures a prompt; GenEval and DPG-Bench publish 4.
-        batch_size: pictures drawn and judged at a time.
+        images_per_prompt: pictures of a prompt; GenEval and DPG-Bench publish 4.
+        batch_size: pictures drawn and checked at a time.
         progress: show a progress bar.
 
     Raises:
         InvalidValueError: for ``images_per_prompt`` or ``batch_size`` below 1.
-        ContractError: if the synthesizer draws too few pictures, or the judge's model breaks its promise.
+        ContractError: if the synthesizer, the scorer or the scorer's model returns something its interface does not
+            allow.
     """
     if images_per_prompt < 1 or batch_size < 1:
         raise InvalidValueError(
             f"evaluate(images_per_prompt={images_per_prompt}, batch_size={batch_size}): need at least 1 of each."
         )
-    cases = judge.suite.cases
+    cases = scorer.suite.cases
     seeds = picture_seeds(seed, len(cases) * images_per_prompt)
-    found: list[list[Outcome]] = [[] for _ in cases]
-    with tqdm(total=len(seeds), desc=judge.suite.name, unit="picture", disable=not progress) as bar:
+    outcomes: list[list[Outcome]] = [[] for _ in cases]
+    with tqdm(total=len(seeds), desc=scorer.suite.name, unit="picture", disable=not progress) as bar:
         for first in range(0, len(seeds), len(cases)):
             for start in range(0, len(cases), batch_size):
-                part = cases[start : start + batch_size]
-                plans = [Plan(case.prompt) for case in part]
-                images = draw(synthesizer, plans, seeds=seeds[first + start :][: len(part)])
-                for at, outcome in enumerate(judge.outcomes(images, part), start=start):
-                    found[at].append(outcome)
-                bar.update(len(part))
-    return SuiteResult.of(judge, found, seed=seed)
+                batch = cases[start : start + batch_size]
+                plans = [Plan(case.prompt) for case in batch]
+                images = draw(synthesizer, plans, seeds=seeds[first + start :][: len(batch)])
+                checked = check_batch(
+                    scorer.name,
+                    "check_images",
+                    scorer.check_images(images, batch),
+                    of=Outcome,
+                    count=len(batch),
+                    per="picture",
+                    prompts=[case.prompt for case in batch],
+                )
+                for case_outcomes, outcome in zip(outcomes[start : start + len(batch)], checked, strict=True):
+                    case_outcomes.append(outcome)
+                bar.update(len(batch))
+    return SuiteResult.of(scorer, outcomes, seed=seed)
 
 
 def by_category(comparison: Comparison, prompts: PromptSet, *, seed: int = 0) -> tuple[ScoreRow, ...]:
     """The rows of a comparison, category by category: where did it get better, and where worse?
 
-    p-values are corrected over all rows of a candidate, since so many questions are asked at once.
+    The p-values of a candidate are Holm-corrected over all rows returned for it.
 
     Args:
         comparison: of these prompts.
@@ -165,34 +178,31 @@ def by_category(comparison: Comparison, prompts: PromptSet, *, seed: int = 0) ->
         Rows whose ``scorer`` is the scorer's name, a colon and the category.
 
     Raises:
-        InvalidValueError: if the comparison is of other prompts, or a category has a single one that was scored.
+        InvalidValueError: if the comparison is of other prompts, or a category has fewer than two prompts with scores.
     """
     if comparison.prompts != tuple(prompts):
         raise InvalidValueError("by_category: the comparison drew other prompts than these, or in another order.")
-    places: defaultdict[str, list[int]] = defaultdict(list)
-    for at, category in enumerate(prompts.categories):
-        places[category].append(at)
-    if alone := [category for category, of in places.items() if len(of) < 2]:
-        raise InvalidValueError(
-            f"by_category: {alone} have a single prompt, which says nothing about the spread: need 2."
-        )
-    return tuple(row for name in comparison.candidates for row in _rows(comparison, name, places, seed=seed))
+    indices: defaultdict[str, list[int]] = defaultdict(list)
+    for index, category in enumerate(prompts.categories):
+        indices[category].append(index)
+    if single := [category for category, members in indices.items() if len(members) < 2]:
+        raise InvalidValueError(f"by_category: {single} have a single prompt, which has no spread: need at least 2.")
+    return tuple(row for name in comparison.candidates for row in _category_rows(comparison, name, indices, seed=seed))
 
 
-def _rows(
-    comparison: Comparison, candidate: str, places: Mapping[str, Sequence[int]], *, seed: int
+def _category_rows(
+    comparison: Comparison, candidate: str, indices: Mapping[str, Sequence[int]], *, seed: int
 ) -> Iterator[ScoreRow]:
     count, arm = len(comparison.prompts), comparison.candidates[candidate]
-    whole = [row for row in comparison.rows if row.candidate == candidate]
+    rows = [row for row in comparison.rows if row.candidate == candidate]
     cells = []
-    for row, (category, of) in product(whole, places.items()):
-        base, enhanced = (one.by_prompt(row.scorer, count)[of] for one in (comparison.base, arm))
-        there = np.isfinite(base) & np.isfinite(enhanced)
-        if there.sum() < 2:
-            raise InvalidValueError(
-                f"by_category: {row.scorer} raised on all but {there.sum()} prompts of {category!r}."
-            )
-        cells.append((row, category, base[there], enhanced[there]))
+    for row, (category, members) in product(rows, indices.items()):
+        base, enhanced = finite_pairs(
+            comparison.base.by_prompt(row.scorer, count)[members], arm.by_prompt(row.scorer, count)[members]
+        )
+        if len(base) < 2:
+            raise InvalidValueError(f"by_category: {row.scorer} raised on all but {len(base)} prompts of {category!r}.")
+        cells.append((row, category, base, enhanced))
     p_values = holm([sign_flip(enhanced - base, seed=seed) for _, _, base, enhanced in cells])
     for (row, category, base, enhanced), p_value in zip(cells, p_values, strict=True):
         yield ScoreRow.of(
@@ -206,20 +216,21 @@ def _rows(
         )
 
 
-def _tallies(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, np.ndarray]:
-    """By category, for each prompt that has something in it, how much was right and how much there was: (2, prompts)."""
+def _category_tallies(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, np.ndarray]:
+    """For each category the number of right and of all results of each prompt that has any: (2, prompts)."""
     columns: defaultdict[str, list[list[float]]] = defaultdict(list)
-    for many in outcomes:
-        within: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for category, right in (part for outcome in many for part in outcome.parts):
-            within[category][0] += right
-            within[category][1] += 1
-        for category, tally in within.items():
+    for case_outcomes in outcomes:
+        tallies: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for category, right in (result for outcome in case_outcomes for result in outcome.category_results):
+            tallies[category][0] += right
+            tallies[category][1] += 1
+        for category, tally in tallies.items():
             columns[category].append(tally)
     return {category: np.array(tallies).T for category, tallies in columns.items()}
 
 
 def _share(groups: Sequence[np.ndarray], *, seed: int) -> tuple[float, float, float]:
-    score = float(np.mean([parts.sum() / wholes.sum() for parts, wholes in groups]))
+    """The mean of the groups' shares, and its interval."""
+    share = float(np.mean([numerators.sum() / denominators.sum() for numerators, denominators in groups]))
     interval = share_bootstrap(groups, seed=seed)
-    return score, interval.low, interval.high
+    return share, interval.low, interval.high

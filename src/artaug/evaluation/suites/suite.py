@@ -1,4 +1,4 @@
-"""Prompts and what their pictures have to show, as values; nothing here looks at a picture."""
+"""Suites as values: prompts, the checks that their pictures have to pass, and the outcomes of those checks."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ Relation: TypeAlias = Literal["left of", "right of", "above", "below"]
 
 @value
 class Clause:
-    """So many things of one kind, perhaps of one colour, perhaps at one side of the things of an earlier clause."""
+    """A number of objects of one class, optionally of one color, optionally on one side of an earlier clause's objects."""
 
     label: str
-    """The kind, as the detector calls it."""
+    """The class, as the detector names it."""
     count: Annotated[int, Field(gt=0)] = 1
-    colour: str | None = None
+    color: str | None = None
     """The colour of each of them."""
     position: tuple[Relation, int] | None = None
-    """Where each of them is, seen from each thing of the clause of that number, counted from 0."""
+    """Where each of them is, relative to each object of the clause of that index, counted from 0."""
 
 
 @value
@@ -34,8 +34,8 @@ class ObjectCheck:
     """What has to be found in a picture (Ghosh et al. 2023, GenEval): all of ``include``, and none of ``exclude``.
 
     Raises:
-        InvalidValueError: for a check of nothing, a position seen from a clause that does not come before, or a colour
-            or position in ``exclude``, where the protocol counts only.
+        InvalidValueError: for a check without clauses, a position relative to a clause that does not come before, or a
+            colour or position in ``exclude``, where the protocol only counts.
 
     >>> from artaug.evaluation.suites import Clause, ObjectCheck
     >>> two_dogs = ObjectCheck((Clause("dog", 2),), (Clause("dog", 3),), confidence=0.9)
@@ -43,53 +43,54 @@ class ObjectCheck:
 
     include: tuple[Clause, ...]
     exclude: tuple[Clause, ...] = ()
-    """Each with the number from which on there are too many."""
+    """Each with the smallest number that is too many."""
     confidence: Annotated[float, Field(ge=0, le=1)] = 0.3
-    """A detection has to be surer than that; 0.9 where GenEval counts."""
+    """A detection counts if its confidence is above this; 0.9 where GenEval counts objects."""
 
     def __post_init__(self) -> None:
         if not self.include and not self.exclude:
-            raise InvalidValueError("an ObjectCheck of nothing is passed by every picture: need a clause.")
-        for place, clause in enumerate(self.include):
-            if clause.position is not None and not 0 <= clause.position[1] < place:
-                raise InvalidValueError(f"{clause!r} is clause {place}: need a position seen from an earlier one.")
-        if any(clause.colour or clause.position for clause in self.exclude):
-            raise InvalidValueError(f"{self.exclude!r}: what is excluded has no colour and no position, only a count.")
+            raise InvalidValueError(
+                "an ObjectCheck without clauses is passed by every picture: need at least one clause."
+            )
+        for index, clause in enumerate(self.include):
+            if clause.position is not None and not 0 <= clause.position[1] < index:
+                raise InvalidValueError(f"{clause!r} is clause {index}: need a position relative to an earlier clause.")
+        if any(clause.color or clause.position for clause in self.exclude):
+            raise InvalidValueError(f"{self.exclude!r}: an excluded clause has no color and no position, only a count.")
 
 
 @value
 class Question:
-    """One question about a picture, to which yes is right."""
+    """One yes-or-no question about a picture; yes is the right answer."""
 
     number: int
     text: str
     parents: tuple[int, ...] = ()
-    """Numbers of the questions without whose yes this one makes no sense."""
+    """Numbers of the questions that have to be answered with yes for this one to make sense."""
     category: str = ""
 
 
 @value
 class QuestionCheck:
-    """What a picture is asked (Cho et al. 2024, Davidsonian scene graph): its score is the share that counts as right.
+    """Questions about a picture (Cho et al. 2024, Davidsonian scene graph); the score is the share that counts as right.
 
-    A question counts as wrong if one of its parents is answered with no, since there is no red collar where there is
-    no dog.
+    A question counts as wrong if one of its parents is answered with no: without a dog there is no red collar.
 
     Raises:
         InvalidValueError: without questions, for two of one number, or for a parent that is not among them.
 
     >>> from artaug.evaluation.suites import Question, QuestionCheck
-    >>> asked = (Question(1, "Is there a dog?"), Question(2, "Is it red?", (1,)), Question(3, "Is red bright?", (2,)))
-    >>> QuestionCheck(asked).counted([False, True, True])
+    >>> questions = (Question(1, "A dog?"), Question(2, "Is the dog red?", (1,)), Question(3, "A bright red?", (2,)))
+    >>> QuestionCheck(questions).apply_dependencies([False, True, True])
     (False, False, True)
-    >>> QuestionCheck(asked, cascade=True).counted([False, True, True])
+    >>> QuestionCheck(questions, cascade=True).apply_dependencies([False, True, True])
     (False, False, False)
     """
 
     questions: tuple[Question, ...]
     cascade: bool = False
-    """Whether a question that counts as wrong for its parents' sake makes its own children wrong too, as the program
-    of DPG-Bench has it; those of DSG and OneIG look at the answers to the parents alone."""
+    """Whether a question that counts as wrong because of its parents makes its own children wrong too, as in the program
+    of DPG-Bench; those of DSG and OneIG use the answers to the parents as given."""
 
     def __post_init__(self) -> None:
         numbers = [question.number for question in self.questions]
@@ -97,26 +98,27 @@ class QuestionCheck:
             raise InvalidValueError(f"a QuestionCheck received questions numbered {numbers}: need different ones.")
         for question in self.questions:
             if not set(question.parents) <= set(numbers) - {question.number}:
-                raise InvalidValueError(f"{question!r} rests on questions that are not among {numbers}.")
+                raise InvalidValueError(f"{question!r} has parents that are not among the other questions, {numbers}.")
 
-    def counted(self, answers: Sequence[bool]) -> tuple[bool, ...]:
-        """Which questions count as right, of answers in the order of the questions."""
-        given = dict(zip((question.number for question in self.questions), answers, strict=True))
-        right = dict(given)
+    def apply_dependencies(self, answers: Sequence[bool]) -> tuple[bool, ...]:
+        """Which questions count as right, given the answers in the order of the questions."""
+        answered = dict(zip((question.number for question in self.questions), answers, strict=True))
+        right = dict(answered)
         for question in self.questions:
-            if not all((right if self.cascade else given)[parent] for parent in question.parents):
+            # As published, with cascade a parent passes its own failure on only if it precedes the child in the list.
+            if not all((right if self.cascade else answered)[parent] for parent in question.parents):
                 right[question.number] = False
         return tuple(right.values())
 
 
 @value
 class Case:
-    """One prompt of a suite, and what its pictures have to show."""
+    """One prompt of a suite, and the check that its pictures have to pass."""
 
     prompt: str
     check: ObjectCheck | QuestionCheck
     category: str = ""
-    """What the prompt tests, where the suite says so."""
+    """What the prompt tests; empty if the suite does not say."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -126,7 +128,7 @@ class Case:
 @final
 @dataclass(frozen=True)
 class Suite:
-    """Prompts with checks, as published, and how their scores become one number.
+    """Prompts with checks, as published, and the rule that makes one overall score of them.
 
     Raises:
         PromptError: without cases.
@@ -146,43 +148,43 @@ class Suite:
 
     @property
     def prompts(self) -> PromptSet:
-        """The prompts with their categories, for `artaug.evaluation.comparison`."""
+        """The prompts with their categories, for `artaug.compare`."""
         return PromptSet(tuple(case.prompt for case in self.cases), tuple(case.category for case in self.cases))
 
     def case(self, prompt: str) -> Case:
         """The case of a prompt.
 
         Raises:
-            PromptError: if the suite has no such prompt, or asks different things of it in two places.
+            PromptError: if the suite has no such prompt, or has it twice with different checks.
         """
-        found = {case.check: case for case in self.cases if case.prompt == prompt}
-        if len(found) != 1:
-            told = "does not have it" if not found else f"has {len(found)} cases of it, with different checks"
-            raise PromptError(f"{self.name} was asked to judge a picture of {prompt!r} and {told}.")
-        return next(iter(found.values()))
+        by_check = {case.check: case for case in self.cases if case.prompt == prompt}
+        if len(by_check) != 1:
+            problem = f"has {len(by_check)} cases of it, with different checks" if by_check else "does not have it"
+            raise PromptError(f"{self.name} cannot score a picture of {prompt!r}: it {problem}.")
+        return next(iter(by_check.values()))
 
 
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found in one picture."""
+    """The outcome of one case's check on one picture."""
 
     score: float
-    """In [0, 1]; 0 or 1 where a check is passed as a whole or not."""
+    """In [0, 1]; 0 or 1 for an `ObjectCheck`, the share of questions for a `QuestionCheck`."""
     reasons: tuple[str, ...] = ()
     """What was wrong, in words."""
-    parts: tuple[tuple[str, bool], ...] = ()
-    """Category by category what is counted there: the picture as a whole, or each of its questions as answered."""
+    category_results: tuple[tuple[str, bool], ...] = ()
+    """Pairs of a category and whether it was right: one for the whole picture, or one for each question as answered."""
 
 
 class SuiteScorer(Scorer):
-    """Judges pictures of a suite's prompts. It is a `Scorer` of these prompts, so `artaug.evaluation.comparison` takes it."""
+    """Checks pictures of a suite's prompts. It is a `Scorer` of these prompts, so `artaug.compare` takes it."""
 
     suite: Suite
 
     @abstractmethod
-    def outcomes(self, images: Sequence[Image], cases: Sequence[Case]) -> list[Outcome]:
-        """Judge pictures, each by its case."""
+    def check_images(self, images: Sequence[Image], cases: Sequence[Case]) -> list[Outcome]:
+        """Check pictures, each by its case."""
 
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]
@@ -193,4 +195,5 @@ class SuiteScorer(Scorer):
         Raises:
             PromptError: for a prompt that is not of this suite.
         """
-        return [outcome.score for outcome in self.outcomes(images, [self.suite.case(prompt) for prompt in prompts])]
+        cases = [self.suite.case(prompt) for prompt in prompts]
+        return [outcome.score for outcome in self.check_images(images, cases)]
