@@ -14,6 +14,15 @@ import artaug
 PACKAGES = ["critics", "diffusion", "evaluation.suites", "hub", "playground", "regional", "scorers", "training"]
 HEAVY = {"accelerate", "diffusers", "matplotlib", "openai", "peft", "ray", "transformers"}
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
+IMPORT_EVERYTHING = """
+import importlib, pkgutil, sys
+root = importlib.import_module(sys.argv[1])
+for module in [root.__name__, *(found.name for found in pkgutil.walk_packages(root.__path__, f"{root.__name__}."))]:
+    scope = {}
+    exec(f"import {module} as imported", scope)
+    if scope["imported"] is not sys.modules[module]:
+        print(f"{module} is hidden by {scope['imported']!r}")
+"""
 
 
 def loaded_by(statement):
@@ -37,8 +46,27 @@ def test_a_public_name_exists_and_says_it_comes_from_artaug(name):
 @pytest.mark.parametrize("package", ["artaug", *(f"artaug.{name}" for name in PACKAGES)])
 def test_every_public_name_stands_in_the_reference(package):
     written = set(re.findall(r"^\.\. auto\w+:: (\S+)$", REFERENCE.read_text(encoding="utf-8"), re.MULTILINE))
-    asked = {f"{'artaug' if name in artaug.__all__ else package}.{name}" for name in import_module(package).__all__}
-    assert asked <= written
+    public = {f"{'artaug' if name in artaug.__all__ else package}.{name}" for name in import_module(package).__all__}
+    assert public <= written
+
+
+def hidden_modules(package, *, folder):
+    """The modules of a package that ``import package.module as name`` does not give, in a fresh interpreter."""
+    command = [sys.executable, "-c", IMPORT_EVERYTHING, package]
+    done = subprocess.run(command, capture_output=True, check=True, text=True, cwd=folder)
+    return done.stdout.splitlines()
+
+
+def test_every_package_and_module_imports_by_its_dotted_name(tmp_path):
+    assert hidden_modules("artaug", folder=tmp_path) == []
+
+
+def test_the_guard_against_hidden_modules_can_fail(tmp_path):
+    (tmp_path / "shadowed").mkdir()
+    (tmp_path / "shadowed" / "inner.py").write_text("def inner(): ...")
+    (tmp_path / "shadowed" / "__init__.py").write_text("from shadowed.inner import inner")
+    (found,) = hidden_modules("shadowed", folder=tmp_path)
+    assert found.startswith("shadowed.inner is hidden by <function inner at")
 
 
 def test_importing_artaug_loads_nothing_heavy():
