@@ -44,7 +44,7 @@ from artaug.filtering import (
 )
 from artaug.geometry import Box, Mask
 from artaug.images.similarity import EmbeddingSimilarity, ImageSimilarity, StructuralSimilarity
-from artaug.lora.baking import Baked, BakedFile, BakedLayer, bake
+from artaug.lora.baking import BakedCheckpoint, BakedFile, BakedLayer, bake
 from artaug.lora.formats import Format
 from artaug.lora.fusing import CompressedLayer, Compression, ConcatFuser, Fuser, SvdFuser
 from artaug.lora.lora import LoRA, LowRank
@@ -94,7 +94,7 @@ __all__ = [
     "Arm",
     "ArtAugError",
     "Attempt",
-    "Baked",
+    "BakedCheckpoint",
     "BakedFile",
     "BakedLayer",
     "BestOf",

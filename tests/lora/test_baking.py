@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from artaug.errors import LoRAMismatchError, ModelError, NonFiniteError, StorageError
 from artaug.lora.baking import bake, stream
-from artaug.lora.baking.rounding import carry, stochastically
+from artaug.lora.baking.rounding import stochastic_round, stochastic_round_bf16
 from artaug.lora.lora import LoRA, LowRank
 from support.tiny_flux import tiny_flux
 
@@ -135,11 +135,11 @@ def test_a_weight_is_the_float32_sum_cast_once(tmp_path_factory, dtype, outputs,
     after, wanted = load_file(folder / "out.safetensors")["proj.weight"], before.float() + scale * layer.delta()
     assert torch.equal(after, wanted.to(dtype))
     report = baked.layers["proj"]
-    assert report.error == pytest.approx((after.double() - wanted.double()).norm().item(), rel=1e-4)
-    assert report.update == pytest.approx(abs(scale) * layer.delta().double().norm().item(), rel=1e-5)
-    assert (report.unchanged, report.weights) == (int((after == before).sum()), before.numel())
+    assert report.error_norm == pytest.approx((after.double() - wanted.double()).norm().item(), rel=1e-4)
+    assert report.update_norm == pytest.approx(abs(scale) * layer.delta().double().norm().item(), rel=1e-5)
+    assert (report.unchanged, report.numel) == (int((after == before).sum()), before.numel())
     if dtype == torch.float32 or scale == 0:
-        assert baked.lost == 0
+        assert baked.relative_error == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,7 +160,7 @@ def test_pieces_do_not_show_in_the_result(tmp_path, monkeypatch):
     one_file(tmp_path / "in.safetensors", shape=(700, 300))
     lora = layer_lora(low_rank((700, 300)))
     at_once = bake(tmp_path / "in.safetensors", lora, tmp_path / "one", stochastic_seed=3, progress=False)
-    monkeypatch.setattr(stream, "_PIECE", 1000)
+    monkeypatch.setattr(stream, "_CHUNK_BYTES", 1000)
 
     in_pieces = bake(tmp_path / "in.safetensors", lora, tmp_path / "two", stochastic_seed=3, progress=False)
 
@@ -197,7 +197,7 @@ def test_the_share_lost_to_bfloat16_is_what_the_field_has_measured(part, lost, t
     with caplog.at_level(logging.WARNING):
         baked = bake(tmp_path / "in.safetensors", layer_lora(layer), tmp_path / "out.safetensors", progress=False)
 
-    assert baked.lost == pytest.approx(lost, rel=0.1)
+    assert baked.relative_error == pytest.approx(lost, rel=0.1)
     assert ("of the update to rounding" in caplog.text) == (lost > 0.5)
 
 
@@ -217,10 +217,10 @@ def test_chance_rounds_to_a_neighbour_and_is_right_on_average(dtype, number):
 
     wanted, step = torch.full((draws,), number), (1 << 16) // draws
 
-    ways = [stochastically(wanted, dtype, (torch.arange(draws) + 0.5) / draws)]
+    ways = [stochastic_round(wanted, dtype, (torch.arange(draws) + 0.5) / draws)]
     if dtype == torch.bfloat16:
         ways.append(torch.empty(draws, dtype=dtype))
-        carry(wanted, ways[-1], (np.arange(draws) * step + step // 2).astype(np.uint16))
+        stochastic_round_bf16(wanted, ways[-1], (np.arange(draws) * step + step // 2).astype(np.uint16))
 
     for rounded in ways:
         assert rounded.dtype == dtype
@@ -237,7 +237,7 @@ def test_stochastic_rounding_brings_what_rounding_to_the_nearest_loses(tmp_path)
     again = bake(tmp_path / "in.safetensors", tiny, tmp_path / "again", stochastic_seed=0, progress=False)
     other = bake(tmp_path / "in.safetensors", tiny, tmp_path / "other", stochastic_seed=1, progress=False)
 
-    assert (nearest.unchanged, nearest.lost) == (1, 1)
+    assert (nearest.unchanged, nearest.relative_error) == (1, 1)
     mean = load_file(tmp_path / "chance")["proj.weight"].double().mean() - 1
     assert mean.item() == pytest.approx(2**-12, rel=0.05)
     assert chance.files["chance"].sha256 == again.files["again"].sha256 != other.files["other"].sha256
@@ -381,7 +381,7 @@ def test_a_checkpoint_is_not_written_into(pipeline_folder):
 
 def test_another_process_that_writes_there_is_left_alone(tmp_path):
     one_file(tmp_path / "in.safetensors")
-    with stream.staged(tmp_path / "out", folder=False) as place:
+    with stream.atomic_output(tmp_path / "out", folder=False) as place:
         place.write_text("half")
         with pytest.raises(StorageError, match="another process is writing"):
             bake(tmp_path / "in.safetensors", layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
@@ -466,14 +466,14 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(known, small_disk, tmp_path
 
 def test_a_source_that_shrinks_under_way_is_an_error(tmp_path, monkeypatch):
     one_file(tmp_path / "in.safetensors")
-    real = stream.Scribe.reserve
+    real = stream.StreamWriter.reserve
 
     def shrinking(self, target, size):
         os.truncate(tmp_path / "in.safetensors", 900)
         real(self, target, size)
 
-    monkeypatch.setattr(stream.Scribe, "reserve", shrinking)
-    with pytest.raises(StorageError, match="has become shorter while it was read"):
+    monkeypatch.setattr(stream.StreamWriter, "reserve", shrinking)
+    with pytest.raises(StorageError, match="became shorter while it was read"):
         bake(tmp_path / "in.safetensors", layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
     assert [one.name for one in tmp_path.iterdir()] == ["in.safetensors"]
 

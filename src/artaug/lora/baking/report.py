@@ -1,4 +1,4 @@
-"""What baking has made, file by file, and what it has cost, layer by layer."""
+"""The report of a bake: every file written, and the rounding error of every layer."""
 
 from collections.abc import Iterator
 from html import escape
@@ -16,23 +16,23 @@ _MIB = 2**20
 
 @value
 class BakedLayer:
-    """What became of one layer's weight."""
+    """The rounding error of one layer's weight."""
 
     dtype: str
-    """What it is stored in, as safetensors calls it: ``BF16``, ``F16``, ``F32``."""
-    weights: Annotated[int, Field(ge=1)]
-    """How many numbers it has."""
+    """The stored type, as safetensors calls it: ``BF16``, ``F16``, ``F32``."""
+    numel: Annotated[int, Field(ge=1)]
+    """Number of elements."""
     unchanged: Annotated[int, Field(ge=0)]
-    """How many of them are, after rounding, what they were before."""
-    update: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Number of elements that are the same as before, after rounding."""
+    update_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Frobenius norm of the LoRA's update."""
-    error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """Frobenius norm of what is stored less what was wanted."""
+    error_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Frobenius norm of the stored weight minus the exact sum."""
 
     @property
-    def lost(self) -> float:
-        """Rounding error as a share of the update: 0 for nothing, around 1 where no more arrives than noise."""
-        return self.error / self.update if self.update else 0.0
+    def relative_error(self) -> float:
+        """Rounding error over the update, in norms: 0 is exact; around 1 nothing but rounding noise was added."""
+        return self.error_norm / self.update_norm if self.update_norm else 0.0
 
 
 @value
@@ -45,13 +45,13 @@ class BakedFile:
 
 
 @value
-class Baked:
+class BakedCheckpoint:
     """A checkpoint with a LoRA added to its weights. ``print`` it, or look at it in a notebook."""
 
     path: Path
     """The folder or file written."""
     layers: dict[str, BakedLayer]
-    """By layer name, those the LoRA updates."""
+    """By layer name, those that the LoRA updates."""
     files: dict[str, BakedFile]
     """By path in the folder, all of them."""
     seconds: float
@@ -62,49 +62,51 @@ class Baked:
         return sum(file.size for file in self.files.values())
 
     @property
-    def lost(self) -> float:
-        """Rounding error over all layers, as a share of the whole update."""
-        update = sqrt(fsum(layer.update**2 for layer in self.layers.values()))
-        return sqrt(fsum(layer.error**2 for layer in self.layers.values())) / update if update else 0.0
+    def relative_error(self) -> float:
+        """Rounding error over the update, in norms over all layers."""
+        update_norm = sqrt(fsum(layer.update_norm**2 for layer in self.layers.values()))
+        return sqrt(fsum(layer.error_norm**2 for layer in self.layers.values())) / update_norm if update_norm else 0.0
 
     @property
     def unchanged(self) -> float:
-        """Share of the weights, in the layers the LoRA updates, that are what they were before."""
+        """Share of the elements, in the layers that the LoRA updates, that are the same as before."""
         layers = self.layers.values()
-        return sum(layer.unchanged for layer in layers) / sum(layer.weights for layer in layers)
+        return sum(layer.unchanged for layer in layers) / sum(layer.numel for layer in layers)
 
     def __str__(self) -> str:
-        worst = ", ".join(f"{name} ({layer.lost:.1%})" for name, layer in self._worst()[:3])
+        worst = ", ".join(f"{name} ({layer.relative_error:.1%})" for name, layer in self._worst_first()[:3])
         return "\n".join(
-            [*self._told(), f"most lost in {worst}", *(f"{sha}  {name}" for name, _, sha in self._listed())]
+            [*self._summary(), f"most lost in {worst}", *(f"{digest}  {name}" for name, _, digest in self._file_rows())]
         )
 
     def _repr_html_(self) -> str:
         """The totals, then every file, then every layer, those that lost most first."""
         layers = (
-            (name, one.dtype, f"{one.lost:.2%}", f"{one.unchanged / one.weights:.2%}") for name, one in self._worst()
+            (name, layer.dtype, f"{layer.relative_error:.2%}", f"{layer.unchanged / layer.numel:.2%}")
+            for name, layer in self._worst_first()
         )
         return (
-            f"<p>{'<br>'.join(map(escape, self._told()))}</p>"
-            + _folded("files", table_html(("file", "MiB", "sha256"), self._listed()))
-            + _folded("layers", table_html(("layer", "stored as", "lost to rounding", "weights unchanged"), layers))
+            f"<p>{'<br>'.join(map(escape, self._summary()))}</p>"
+            + _details("files", table_html(("file", "MiB", "sha256"), self._file_rows()))
+            + _details("layers", table_html(("layer", "stored as", "lost to rounding", "weights unchanged"), layers))
         )
 
-    def _told(self) -> list[str]:
+    def _summary(self) -> list[str]:
         dtypes = ", ".join(sorted({layer.dtype for layer in self.layers.values()}))
-        made = f"{len(self.files)} files, {self.size / _MIB:,.1f} MiB, {self.seconds:.1f} s"
+        totals = f"{len(self.files)} files, {self.size / _MIB:,.1f} MiB, {self.seconds:.1f} s"
+        lost, unchanged = f"{self.relative_error:.2%}", f"{self.unchanged:.2%}"
         return [
-            f"baked {len(self.layers)} layers into {self.path}: {made}",
-            f"{self.lost:.2%} of the update lost to rounding ({dtypes}), {self.unchanged:.2%} of the weights unchanged",
+            f"baked {len(self.layers)} layers into {self.path}: {totals}",
+            f"{lost} of the update lost to rounding ({dtypes}), {unchanged} of the weights unchanged",
         ]
 
-    def _worst(self) -> list[tuple[str, BakedLayer]]:
-        return sorted(self.layers.items(), key=lambda item: -item[1].lost)
+    def _worst_first(self) -> list[tuple[str, BakedLayer]]:
+        return sorted(self.layers.items(), key=lambda item: -item[1].relative_error)
 
-    def _listed(self) -> Iterator[tuple[str, str, str]]:
+    def _file_rows(self) -> Iterator[tuple[str, str, str]]:
         for name, file in self.files.items():
             yield name, f"{file.size / _MIB:,.1f}", file.sha256
 
 
-def _folded(title: str, table: str) -> str:
+def _details(title: str, table: str) -> str:
     return f"<details><summary>{title}</summary><div style='max-height:20em;overflow:auto'>{table}</div></details>"

@@ -1,4 +1,4 @@
-"""Adding an update to stored weights: one sum in float32, one cast, and a count of what the cast has cost."""
+"""Add a low-rank update to a stored weight: sum in float32, cast once, and measure the rounding error."""
 
 import math
 from collections.abc import Mapping
@@ -17,149 +17,158 @@ from artaug.lora.formats.low_rank import LowRank
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 )
-"""What can be baked into, as safetensors calls it. Of an update to 8-bit weights next to nothing would arrive."""
-_AT_ONCE = 1 << 17
-"""Numbers worked on at a time, few enough for a processor's cache."""
-_BITS = {2: torch.int16, 4: torch.int32}
+"""Types that can be baked into, by their names in safetensors. In 8 bits most of a small update would be rounded away."""
+_BLOCK_ELEMENTS = 1 << 17
+"""Elements of a weight that are processed at a time: few enough for a processor's cache."""
+_INTEGER_TYPES = {2: torch.int16, 4: torch.int32}
+"""Integer types by item size, to look at the bits of floats."""
 
 
-class Addition:
-    """Adds one layer's update to its stored weight, row after row, in place.
+class WeightUpdate:
+    """Adds one layer's update to its stored weight, block after block of rows, in place.
 
-    The same weight, update and seed give the same bits, wherever in a file the weight lies and in whatever pieces it
-    comes, as long as all pieces but the last are multiples of ``unit`` bytes.
+    Weight and update are summed in float32 and cast once. A sum in bfloat16, with its 8 bits of precision, would round
+    the update before it is added, and every further addition would round the sum again.
+
+    The same weight, update and seed give the same bits, wherever the weight is in a file and in whatever chunks it
+    comes, if all chunks but the last are multiples of ``unit`` bytes.
     """
 
     def __init__(self, update: LowRank, *, scale: float, dtype: str, seed: int | None, name: str) -> None:
         self._update, self._scale = update, scale
-        self._name, self._kind, self._dtype = name, dtype, DTYPES[dtype]
+        self._name, self._dtype_name, self._dtype = name, dtype, DTYPES[dtype]
         self._outputs, self._inputs = update.up.shape[0], update.down.shape[1]
-        self._rows = min(max(_AT_ONCE // self._inputs, 1), self._outputs)
-        self._noise = None if seed is None else np.random.default_rng(_seed_for(seed, name))
-        self._room: _Room | None = None
-        self._row = self._unchanged = 0
-        self._lost = 0.0
+        self._block_rows = min(max(_BLOCK_ELEMENTS // self._inputs, 1), self._outputs)
+        self._rng = None if seed is None else np.random.default_rng(_layer_seed(seed, name))
+        self._scratch: _Scratch | None = None
+        self._next_row = self._unchanged = 0
+        self._squared_error = 0.0
 
     @property
     def unit(self) -> int:
-        """Bytes worked on at a time."""
-        return self._rows * self._inputs * self._dtype.itemsize
+        """Bytes of one block of rows."""
+        return self._block_rows * self._inputs * self._dtype.itemsize
 
-    def __call__(self, piece: memoryview) -> None:
-        """Add the update of the next rows to them.
+    def __call__(self, chunk: memoryview) -> None:
+        """Add the update to the next rows of the weight.
 
         Raises:
             NonFiniteError: if a weight is, or becomes, NaN or infinite.
         """
-        if self._room is None:
-            self._room = _Room.of(self._factors(), rows=self._rows, dtype=self._dtype)
-        for block in torch.frombuffer(piece, dtype=self._dtype).view(-1, self._inputs).split(self._rows):
-            self._add(block, self._room)
-        if not math.isfinite(self._lost):
+        if self._scratch is None:
+            shape = (self._block_rows, self._inputs)
+            self._scratch = _Scratch(self._factors(), torch.empty(shape), torch.empty(shape, dtype=self._dtype))
+        for block in torch.frombuffer(chunk, dtype=self._dtype).view(-1, self._inputs).split(self._block_rows):
+            self._add(block, self._scratch)
+        if not math.isfinite(self._squared_error):  # NaN and infinity reach this sum from any weight
             raise NonFiniteError(
-                f"{self._name!r} holds NaN or infinity, or does once the LoRA is added ({self._kind} reaches "
+                f"{self._name!r} holds NaN or infinity, or does once the LoRA is added ({self._dtype_name} reaches "
                 f"{torch.finfo(self._dtype).max:.3g}). Check the checkpoint, or use a smaller scale."
             )
-        if self._row == self._outputs:
-            self._room = None
+        if self._next_row == self._outputs:
+            self._scratch = None
 
     def report(self) -> BakedLayer:
-        """What has become of the weight, once all rows are through."""
+        """The rounding error of the layer, after all rows were processed."""
         return BakedLayer(
-            dtype=self._kind,
-            weights=self._outputs * self._inputs,
+            dtype=self._dtype_name,
+            numel=self._outputs * self._inputs,
             unchanged=self._unchanged,
-            update=self._factors().energy() ** 0.5,
-            error=self._lost**0.5,
+            update_norm=self._factors().energy() ** 0.5,
+            error_norm=self._squared_error**0.5,
         )
 
     def _factors(self) -> LowRank:
         return LowRank(self._update.down.float().cpu(), self._update.up.float().cpu() * self._scale)
 
-    def _add(self, block: Tensor, room: "_Room") -> None:
-        count = len(block)
-        wanted, stored = room.wanted[:count], room.stored[:count]
-        wanted.copy_(block)
-        wanted.addmm_(room.update.up[self._row : self._row + count], room.update.down)
-        if self._noise is None:
-            stored.copy_(wanted)
+    def _add(self, block: Tensor, scratch: "_Scratch") -> None:
+        rows = len(block)
+        exact, rounded = scratch.exact[:rows], scratch.rounded[:rows]
+        exact.copy_(block)
+        exact.addmm_(scratch.update.up[self._next_row : self._next_row + rows], scratch.update.down)
+        if self._rng is None:
+            rounded.copy_(exact)
         elif self._dtype == torch.bfloat16:
-            words = self._noise.integers(1 << 64, size=-(-wanted.numel() // 4), dtype=np.uint64)
-            carry(wanted, stored, words.view(np.uint16)[: wanted.numel()])
+            # one draw of 64 bits is four of 16, which is all that bfloat16 needs
+            words = self._rng.integers(1 << 64, size=-(-exact.numel() // 4), dtype=np.uint64)
+            stochastic_round_bf16(exact, rounded, words.view(np.uint16)[: exact.numel()])
         else:
-            drawn = self._noise.random(tuple(wanted.shape), dtype=np.float32)
-            stored.copy_(stochastically(wanted, self._dtype, torch.from_numpy(drawn)))
-        self._unchanged += _alike(stored, block)
-        block.copy_(stored)
-        missed = wanted.sub_(stored).view(-1)
-        self._lost += float(missed @ missed)
-        self._row += count
+            draws = self._rng.random(tuple(exact.shape), dtype=np.float32)
+            rounded.copy_(stochastic_round(exact, self._dtype, torch.from_numpy(draws)))
+        self._unchanged += _count_equal_bits(rounded, block)
+        block.copy_(rounded)
+        error = exact.sub_(rounded).view(-1)
+        self._squared_error += float(error @ error)
+        self._next_row += rows
 
 
 @dataclass(frozen=True, eq=False)
-class _Room:
-    """What is needed while a layer is worked on, and not before or after."""
+class _Scratch:
+    """Buffers of a layer, held only while it is processed."""
 
     update: LowRank
-    """In float32."""
-    wanted: Tensor
-    stored: Tensor
-
-    @classmethod
-    def of(cls, update: LowRank, *, rows: int, dtype: torch.dtype) -> "_Room":
-        shape = (rows, update.down.shape[1])
-        return cls(update, torch.empty(shape), torch.empty(shape, dtype=dtype))
+    """In float32, scale included."""
+    exact: Tensor
+    """A block of the sum in float32: shape (rows, inputs)."""
+    rounded: Tensor
+    """The same block in the type of the weight."""
 
 
-def carry(wanted: Tensor, stored: Tensor, drawn: np.ndarray) -> None:
-    """Round float32 to one of its two neighbours in bfloat16, so that the mean over many draws is the number itself.
+def stochastic_round_bf16(exact: Tensor, rounded: Tensor, draws: np.ndarray) -> None:
+    """Round float32 to one of its two neighbours in bfloat16, with the exact number as the mean over many draws.
 
-    A bfloat16 is the upper half of a float32. The lower half, as a part of 65,536, is how far it is on the way to the next:
-    so a random number is added there, and what is carried decides. A few operations on whole numbers are all it takes.
+    A bfloat16 is the upper 16 bits of a float32. Of the lower 16 bits ``low``, ``low / 2^16`` is the distance to the
+    neighbour away from zero, in units of the gap. ``low + draw`` carries into the upper half if ``draw >= 2^16 - low``,
+    that is with probability ``low / 2^16``; the lower half is then cut off. Sign and magnitude are stored apart, so this
+    holds for negative numbers, too, and a carry into the exponent gives the next power of two.
 
     Args:
-        wanted: what to round.
-        stored: where it goes: bfloat16, of the same shape.
-        drawn: uniform in [0, 65536), a number of 16 bits for each.
+        exact: the numbers to round.
+        rounded: receives the result: bfloat16, of the same shape.
+        draws: uniform integers in [0, 65536), one of 16 bits for each number.
     """
-    carried = wanted.numpy().reshape(-1).view(np.uint32) + drawn
-    np.right_shift(carried, 16, out=stored.view(torch.int16).numpy().reshape(-1).view(np.uint16), casting="unsafe")
+    sums = exact.numpy().reshape(-1).view(np.uint32) + draws
+    np.right_shift(sums, 16, out=rounded.view(torch.int16).numpy().reshape(-1).view(np.uint16), casting="unsafe")
 
 
-def stochastically(wanted: Tensor, dtype: torch.dtype, drawn: Tensor) -> Tensor:
-    """Round float32 to one of its two neighbours in ``dtype``, so that the mean over many draws is the number itself.
+def stochastic_round(exact: Tensor, dtype: torch.dtype, draws: Tensor) -> Tensor:
+    """Round float32 to one of its two neighbours in ``dtype``, with the exact number as the mean over many draws.
 
-    ``w`` between ``a`` and ``b`` goes to ``b`` with probability ``(w - a) / (b - a)``. What ``dtype`` can hold stays.
+    ``w`` between the neighbours ``a`` and ``b`` becomes ``b`` with probability ``(w - a) / (b - a)``, so its mean is
+    ``a + (b - a) (w - a) / (b - a) = w``. What ``dtype`` can hold stays.
 
     Args:
-        wanted: what to round.
-        dtype: bfloat16 (`carry` is quicker), float16 or float32.
-        drawn: uniform in [0, 1), of the same shape.
+        exact: the numbers to round.
+        dtype: bfloat16 (`stochastic_round_bf16` is faster), float16 or float32.
+        draws: uniform in [0, 1), of the same shape.
 
     >>> import torch
-    >>> from artaug.lora.baking.rounding import stochastically
+    >>> from artaug.lora.baking.rounding import stochastic_round
     >>> quarter = torch.full((4,), 1 + 2**-9)  # of the way from 1 to the next number bfloat16 has
-    >>> stochastically(quarter, torch.bfloat16, torch.tensor([0.1, 0.3, 0.5, 0.9])).tolist()
+    >>> stochastic_round(quarter, torch.bfloat16, torch.tensor([0.1, 0.3, 0.5, 0.9])).tolist()
     [1.0078125, 1.0, 1.0, 1.0]
     """
-    nearest = wanted.to(dtype)
+    nearest = exact.to(dtype)
     if dtype == torch.float32:
         return nearest
-    off = wanted - nearest.float()
-    bits = nearest.view(_BITS[nearest.itemsize])
-    other = torch.where((off > 0) == (nearest > 0), bits + 1, bits - 1).view(dtype)
+    # a is the nearest number, b its neighbour on the other side of `exact`: floats of one sign are ordered as their bits,
+    # so b is one integer further from zero, or nearer to it
+    offset = exact - nearest.float()
+    bits = nearest.view(_INTEGER_TYPES[nearest.itemsize])
+    neighbor = torch.where((offset > 0) == (nearest > 0), bits + 1, bits - 1).view(dtype)
     smallest = torch.ones((), dtype=bits.dtype).view(dtype)
-    other = torch.where(nearest == 0, torch.where(off > 0, smallest, -smallest), other)
-    gap = other.float() - nearest.float()
-    return torch.where((off != 0) & (drawn < off / gap), other, nearest)
+    # next to zero is the smallest number with the sign of the offset
+    neighbor = torch.where(nearest == 0, torch.where(offset > 0, smallest, -smallest), neighbor)
+    gap = neighbor.float() - nearest.float()
+    return torch.where((offset != 0) & (draws < offset / gap), neighbor, nearest)
 
 
-def _seed_for(seed: int, name: str) -> int:
-    """A seed of every layer's own, so that the order of layers and shards does not matter."""
+def _layer_seed(seed: int, name: str) -> int:
+    """A seed for each layer, so that the order of layers and shards does not matter."""
     return int.from_bytes(sha256(f"{seed} {name}".encode()).digest()[:8], "big")
 
 
-def _alike(one: Tensor, other: Tensor) -> int:
+def _count_equal_bits(first: Tensor, second: Tensor) -> int:
     """How many numbers of two tensors have the same bits."""
-    bits = _BITS[one.itemsize]
-    return int(np.count_nonzero(one.view(bits).numpy() == other.view(bits).numpy()))
+    integers = _INTEGER_TYPES[first.itemsize]
+    return int(np.count_nonzero(first.view(integers).numpy() == second.view(integers).numpy()))

@@ -1,7 +1,4 @@
-"""One pass over a file: read in pieces and changed where it must be, while threads beside hash and write.
-
-And the folder it all goes to, which takes its name only when it is whole.
-"""
+"""Copy and transform files in one pass: read in chunks while threads hash and write. And an output that appears atomically."""
 
 import os
 import shutil
@@ -23,47 +20,55 @@ from artaug.lora.baking.report import BakedFile
 if sys.platform != "win32":
     import fcntl
 
-_PIECE = 4 << 20
+_CHUNK_BYTES = 4 << 20
 _BUFFERS = 4
 
 
-class Change(Protocol):
-    """What is done to a stretch of bytes, piece by piece and in place."""
+class Transform(Protocol):
+    """A function of the bytes of a range, called chunk by chunk and in place."""
 
     @property
     def unit(self) -> int:
-        """All pieces but the last are a multiple of this many bytes."""
+        """All chunks but the last are a multiple of this many bytes."""
 
-    def __call__(self, piece: memoryview) -> None:
-        """Change the next piece."""
+    def __call__(self, chunk: memoryview) -> None:
+        """Transform the next chunk."""
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Bytes of a file that go the same way."""
+class ByteRange:
+    """Consecutive bytes of a file that are copied, or transformed together."""
 
     size: int
-    change: Change | None = None
-    """None for bytes that stay as they are."""
+    transform: Transform | None = None
+    """None for bytes that are copied."""
 
     @property
-    def piece(self) -> int:
-        """How many bytes to take at a time."""
-        unit = self.change.unit if self.change else 1
-        return max(_PIECE // unit, 1) * unit
+    def chunk_size(self) -> int:
+        """Bytes to read at a time: about 4 MiB, in whole units."""
+        unit = self.transform.unit if self.transform else 1
+        return max(_CHUNK_BYTES // unit, 1) * unit
 
 
-class Scribe:
-    """Writes files from files: of what is ready, one thread hashes, one writes, and one brings whole files to disk."""
+@dataclass(frozen=True)
+class _PendingChunk:
+    """A chunk that is hashed and written at this moment, and its buffer."""
+
+    futures: tuple[Future[None], Future[None]]
+    buffer: bytearray
+
+
+class StreamWriter:
+    """Writes files from files. One thread hashes the chunks, one writes them, and one flushes finished files to the disk."""
 
     def __init__(self, *, on_bytes: Callable[[int], object]) -> None:
         self._on_bytes = on_bytes
         self._hasher = ThreadPoolExecutor(1, "artaug-hash")
         self._writer = ThreadPoolExecutor(1, "artaug-write")
         self._syncer = ThreadPoolExecutor(1, "artaug-sync")
-        self._buffers = deque(bytearray(_PIECE) for _ in range(_BUFFERS))
-        self._in_use: deque[tuple[tuple[Future[None], Future[None]], bytearray]] = deque()
-        self._synced: list[Future[None]] = []
+        self._free_buffers = deque(bytearray(_CHUNK_BYTES) for _ in range(_BUFFERS))
+        self._pending: deque[_PendingChunk] = deque()
+        self._syncs: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -74,67 +79,68 @@ class Scribe:
         self._syncer.shutdown()
 
     def reserve(self, target: Path, size: int) -> None:
-        """Make the file and take its room now: a full disk is noticed before the work is done."""
+        """Create the file and allocate its bytes: a full disk is noticed before the work is done."""
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:
             if size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
 
-    def copy(self, source: Path, target: Path, stretches: Sequence[Stretch]) -> BakedFile:
-        """Write a reserved file from ``source``; the stretches are all its bytes from first to last."""
+    def copy(self, source: Path, target: Path, ranges: Sequence[ByteRange]) -> BakedFile:
+        """Write a reserved file from ``source``; the ranges are all its bytes from first to last."""
         digest = sha256()
-        with source.open("rb", buffering=0) as read, target.open("r+b", buffering=0) as written, self._emptied():
-            for stretch in stretches:
-                for start in range(0, stretch.size, stretch.piece):
-                    held = self._free(stretch.piece)
-                    piece = memoryview(held)[: min(stretch.piece, stretch.size - start)]
-                    _read(read, piece)
-                    if stretch.change is not None:
-                        stretch.change(piece)
-                    kept = self._hasher.submit(digest.update, piece), self._writer.submit(_write, written, piece)
-                    self._in_use.append((kept, held))
-                    self._on_bytes(len(piece))
-            while self._in_use:
-                self._release()
-            self._synced.append(self._syncer.submit(_sync, os.dup(written.fileno())))
-        return BakedFile(size=sum(stretch.size for stretch in stretches), sha256=digest.hexdigest())
+        with source.open("rb", buffering=0) as reader, target.open("r+b", buffering=0) as writer, self._drained():
+            for byte_range in ranges:
+                for start in range(0, byte_range.size, byte_range.chunk_size):
+                    buffer = self._take_buffer(byte_range.chunk_size)
+                    chunk = memoryview(buffer)[: min(byte_range.chunk_size, byte_range.size - start)]
+                    _read(reader, chunk)
+                    if byte_range.transform is not None:
+                        byte_range.transform(chunk)
+                    futures = self._hasher.submit(digest.update, chunk), self._writer.submit(_write, writer, chunk)
+                    self._pending.append(_PendingChunk(futures, buffer))
+                    self._on_bytes(len(chunk))
+            while self._pending:
+                self._finish_oldest()
+            # the thread gets a descriptor of its own, because this one is closed at the end of the block
+            self._syncs.append(self._syncer.submit(_sync_and_close, os.dup(writer.fileno())))
+        return BakedFile(size=sum(byte_range.size for byte_range in ranges), sha256=digest.hexdigest())
 
     @contextmanager
-    def _emptied(self) -> Iterator[None]:
-        """Let nothing be written any more once the block is left, whatever happened in it."""
+    def _drained(self) -> Iterator[None]:
+        """Make sure that no thread writes after the block, also if it ends in an exception."""
         try:
             yield
         finally:
-            wait([one for kept, _ in self._in_use for one in kept if not one.cancel()])
-            self._buffers.extend(held for _, held in self._in_use)
-            self._in_use.clear()
+            wait([future for chunk in self._pending for future in chunk.futures if not future.cancel()])
+            self._free_buffers.extend(chunk.buffer for chunk in self._pending)
+            self._pending.clear()
 
-    def finish(self) -> None:
-        """Wait until the disk holds everything."""
-        for one in self._synced:
-            one.result()
+    def wait_synced(self) -> None:
+        """Wait until all files are on the disk."""
+        for future in self._syncs:
+            future.result()
 
-    def _free(self, size: int) -> bytearray:
-        """A buffer that has been written, of at least that size."""
-        if not self._buffers:
-            self._release()
-        held = self._buffers.popleft()
-        return held if len(held) >= size else bytearray(size)
+    def _take_buffer(self, size: int) -> bytearray:
+        """A buffer that is no longer in use, of at least ``size`` bytes."""
+        if not self._free_buffers:
+            self._finish_oldest()
+        buffer = self._free_buffers.popleft()
+        return buffer if len(buffer) >= size else bytearray(size)
 
-    def _release(self) -> None:
-        kept, held = self._in_use[0]
-        for one in kept:
-            one.result()  # an interruption here leaves the piece among those that `_emptied` waits for
-        self._in_use.popleft()
-        self._buffers.append(held)
+    def _finish_oldest(self) -> None:
+        oldest = self._pending[0]
+        for future in oldest.futures:
+            future.result()  # after an interruption here, `_drained` still waits for the chunk
+        self._pending.popleft()
+        self._free_buffers.append(oldest.buffer)
 
 
 @contextmanager
-def staged(out: Path, *, folder: bool) -> Iterator[Path]:
-    """A place to write to, whose content appears as ``out`` at the end of the block, or not at all.
+def atomic_output(out: Path, *, folder: bool) -> Iterator[Path]:
+    """Yield a path to write to. At the end of the block its content appears as ``out``; after an exception it is removed.
 
-    It is in a folder called ``out`` with ``.partial`` behind, or is that folder. What a killed run has left there is
-    cleared away first; a run that is still alive is left alone.
+    The path is the folder ``out`` with ``.partial`` appended, or a file in that folder. What a killed run has left there
+    is removed first. A run that is still active is an error.
 
     Raises:
         StorageError: if ``out`` exists, or another process is writing it.
@@ -143,12 +149,12 @@ def staged(out: Path, *, folder: bool) -> Iterator[Path]:
         raise StorageError(f"{str(out)!r} exists already, and is left as it is. Choose another place, or remove it.")
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with _alone(partial):
-        place = partial if folder else partial / out.name
+    with _locked(partial):
+        output = partial if folder else partial / out.name
         try:
             _clear(partial)
-            yield place
-            place.replace(out)
+            yield output
+            output.replace(out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -158,26 +164,27 @@ def staged(out: Path, *, folder: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the system lets go of it when the process ends, however it ends.
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock the folder for this process. The system releases the lock when the process ends, also if it is killed.
 
-    On Windows nothing has to be held: a file that another process has open cannot be cleared away there.
+    On Windows no lock is needed: a file that another process has open cannot be removed there.
     """
     if sys.platform == "win32":
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the other process may have moved the folder to its final place before this one got the lock
+            acquired = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
         except BlockingIOError:
-            mine = False
-        if not mine:  # taken, or gone to its final place in between
+            acquired = False
+        if not acquired:
             raise StorageError(f"another process is writing to {str(folder)!r}. Wait for it, or choose another place.")
         yield
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def _clear(folder: Path) -> None:
@@ -188,23 +195,23 @@ def _clear(folder: Path) -> None:
             entry.unlink()
 
 
-def _write(file: FileIO, piece: memoryview) -> None:
-    at = 0
-    while at < len(piece):
-        at += file.write(piece[at:]) or 0
+def _write(file: FileIO, chunk: memoryview) -> None:
+    written = 0
+    while written < len(chunk):
+        written += file.write(chunk[written:]) or 0
 
 
-def _read(file: FileIO, piece: memoryview) -> None:
-    at = 0
-    while at < len(piece):
-        count = file.readinto(piece[at:])
+def _read(file: FileIO, chunk: memoryview) -> None:
+    filled = 0
+    while filled < len(chunk):
+        count = file.readinto(chunk[filled:])
         if not count:
-            raise StorageError(f"{file.name!r} has become shorter while it was read. Is another program writing it?")
-        at += count
+            raise StorageError(f"{file.name!r} became shorter while it was read. Is another program writing it?")
+        filled += count
 
 
-def _sync(handle: int) -> None:
+def _sync_and_close(descriptor: int) -> None:
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
