@@ -1,7 +1,7 @@
-"""How a model writes places down: in which unit, of which part of the picture, and in which order.
+"""How a model writes boxes as numbers: the unit, the part of the picture they refer to, and the order.
 
-A wrong convention is the commonest fault in this field, and no reply shows it: numbers between 1 and 1000 may be pixels
-or thousandths. So a critic carries its convention as a value, decided once for a model and never from a reply.
+A wrong convention is the most common error in this field, and a reply does not show it: numbers between 1 and 1000 may
+be pixels or thousandths. So a critic holds its convention as a value, set once for a model and never from a reply.
 """
 
 import math
@@ -23,22 +23,22 @@ Size: TypeAlias = tuple[int, int]
 """Width and height in pixels."""
 
 _EXTENT = {"relative": 1.0, "percent": 100.0, "thousandths": 1000.0}
-_DIGITS = 9  # few enough that n / 1000 * 1000 is written as n
-_MOST_SLENDER = 200
+_DIGITS = 9  # few enough that n / 1000 * 1000 rounds to n
+_MAX_ASPECT_RATIO = 200
 
 
 @value
 class SmartResize:
-    """How the processors of the Qwen-VL family resize a picture: sides that are multiples, pixels within a range.
+    """How the processors of the Qwen-VL family resize a picture: both sides a multiple, the pixel count in a range.
 
-    The size that comes out is the frame in which Qwen2.5-VL counts pixels. The defaults are those of transformers'
-    processor; a checkpoint may have others, which `Coordinates.fitted_to` reads from its processor.
+    Qwen2.5-VL counts pixels in the resized picture. The defaults are those of transformers' processor; a checkpoint may
+    have others, which `Coordinates.fitted_to` reads from its processor.
 
     Raises:
         InvalidValueError: unless 0 < min_pixels <= max_pixels.
 
     >>> from artaug.critics.coordinates import SmartResize
-    >>> SmartResize().size_of((1000, 700))
+    >>> SmartResize().output_size((1000, 700))
     (1008, 700)
     """
 
@@ -51,28 +51,30 @@ class SmartResize:
 
     def __post_init__(self) -> None:
         if self.min_pixels > self.max_pixels:
-            raise InvalidValueError(f"{self} leaves no size: need min_pixels <= max_pixels.")
+            raise InvalidValueError(f"no size fits {self}: need min_pixels <= max_pixels.")
 
-    def size_of(self, size: Size) -> Size:
+    def output_size(self, size: Size) -> Size:
         """The size (width, height) in pixels that a picture of ``size`` is resized to.
 
         Raises:
-            GeometryError: for a picture without pixels, or more than 200 times as long as wide, which the processors
-                refuse too.
+            GeometryError: for a picture without pixels or with an aspect ratio above 200; the processors refuse these
+                too.
         """
-        if min(size) < 1 or max(size) > _MOST_SLENDER * min(size):
+        if min(size) < 1 or max(size) > _MAX_ASPECT_RATIO * min(size):
             raise GeometryError(
-                f"a picture of {size[0]} x {size[1]} cannot be resized for the model: need at least one pixel a side, "
-                f"and the longer side at most {_MOST_SLENDER} times the shorter."
+                f"a picture of {size[0]} x {size[1]} cannot be resized for the model: need at least one pixel per side, "
+                f"and the longer side at most {_MAX_ASPECT_RATIO} times the shorter."
             )
+        # transformers' smart_resize, line by line: round to the multiple; if that leaves the range, scale by the root
+        # of the ratio of areas, and round down (or up) so that the result is inside.
         pixels = size[0] * size[1]
         width, height = (round(side / self.multiple) * self.multiple for side in size)
         if width * height > self.max_pixels:
-            shrink = math.sqrt(pixels / self.max_pixels)
-            width, height = (max(math.floor(side / shrink / self.multiple), 1) * self.multiple for side in size)
+            beta = math.sqrt(pixels / self.max_pixels)
+            width, height = (max(math.floor(side / beta / self.multiple), 1) * self.multiple for side in size)
         elif width * height < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / pixels)
-            width, height = (math.ceil(side * grow / self.multiple) * self.multiple for side in size)
+            beta = math.sqrt(self.min_pixels / pixels)
+            width, height = (math.ceil(side * beta / self.multiple) * self.multiple for side in size)
         return width, height
 
 
@@ -81,45 +83,45 @@ class Coordinates:
     """A convention for writing a box as numbers.
 
     Raises:
-        InvalidValueError: for a resize without pixels to count, or a reach outside (0, 0.5].
+        InvalidValueError: for a ``resize`` with a unit other than pixels, or a ``point_radius`` outside (0, 0.5].
 
     >>> import artaug as aa
     >>> from artaug.critics import Coordinates
     >>> gemini = Coordinates("thousandths", order="yxyx", key="box_2d")
-    >>> gemini.write(aa.Box(0.1, 0.2, 0.5, 1), size=(640, 480))
+    >>> gemini.encode(aa.Box(0.1, 0.2, 0.5, 1), size=(640, 480))
     (200.0, 100.0, 1000.0, 500.0)
-    >>> gemini.edges((200, 100, 1000, 500), size=(640, 480))
+    >>> gemini.decode((200, 100, 1000, 500), size=(640, 480))
     (0.1, 0.2, 0.5, 1.0)
     """
 
     unit: Literal["relative", "percent", "thousandths", "pixels"]
-    """What the far edge of the frame is called: 1, 100, 1000, or its length in pixels."""
+    """The coordinate of the right or bottom edge of the frame: 1, 100, 1000, or its length in pixels."""
     order: Literal["xyxy", "yxyx", "xywh", "points"] = "xyxy"
-    """Two corners with x or with y first, a corner and a size, or the middle alone."""
+    """Two corners with x or y first, a corner and a size, or only the center."""
     frame: Literal["whole", "padded", "cropped"] = "whole"
-    """What the model sees: the whole picture (however stretched), the picture padded to a square, or its middle square."""
+    """What the model sees: the whole picture (stretched or not), the picture padded to a square, or its center square."""
     resize: SmartResize | None = None
-    """For pixels: how the processor resized the picture before they were counted; None if it did not."""
+    """For pixels: how the processor resizes the picture before the model counts them; None if it does not."""
     key: Literal["box", "bbox", "box_2d", "bbox_2d", "point", "point_2d"] = "box"
-    """What the model is used to calling a box in JSON; replies are read whatever they call it."""
-    reach: float = 0.125
-    """Where only a point is given, the box around it extends this far on every side, as a fraction of the picture."""
+    """The key of a box in the JSON that the model is asked for; replies may use another."""
+    point_radius: float = 0.125
+    """The box around a point extends this far on every side, as a fraction of the picture, in (0, 0.5]."""
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.unit != "pixels":
-            raise InvalidValueError(f"{self} would ignore its resize: only pixels depend on it.")
-        if not 0 < self.reach <= 0.5:
-            raise InvalidValueError(f"{self} has no box around a point: need a reach in (0, 0.5].")
+            raise InvalidValueError(f"{self} has a resize, which only the unit 'pixels' uses: remove it.")
+        if not 0 < self.point_radius <= 0.5:
+            raise InvalidValueError(f"{self} cannot make a box around a point: need a point_radius in (0, 0.5].")
 
     def extent(self, size: Size) -> tuple[float, float]:
-        """What the right and the bottom edge of the frame are called, for a picture of ``size`` (width, height)."""
+        """The coordinates of the right and the bottom edge of the frame, for a picture of ``size`` (width, height)."""
         if self.unit != "pixels":
             return _EXTENT[self.unit], _EXTENT[self.unit]
         frame = _square(size, self.frame) or size
         return self.resize.size_of(frame) if self.resize else frame
 
-    def edges(self, numbers: Sequence[float], *, size: Size) -> Edges:
-        """Read a box (four numbers) or a point (two numbers) in a picture of ``size`` (width, height).
+    def decode(self, numbers: Sequence[float], *, size: Size) -> Edges:
+        """Turn a box (four numbers) or a point (two numbers) into edges in a picture of ``size`` (width, height).
 
         Corners are not sorted and nothing is clipped. Where the order is ``points``, four numbers are two corners.
 
@@ -129,41 +131,46 @@ class Coordinates:
         if len(numbers) not in {2, 4}:
             raise GeometryError(f"received {len(numbers)} numbers, {list(numbers)}: need 4 for a box or 2 for a point.")
         if self.order == "yxyx":
-            numbers = [numbers[place ^ 1] for place in range(len(numbers))]
+            numbers = [numbers[index ^ 1] for index in range(len(numbers))]  # swap y and x of each point
         if len(numbers) == 2:
-            x, y = self.corner(*numbers, size=size)
-            return x - self.reach, y - self.reach, x + self.reach, y + self.reach
+            x, y = self.decode_point(*numbers, size=size)
+            return x - self.point_radius, y - self.point_radius, x + self.point_radius, y + self.point_radius
         left, top, right, bottom = numbers
         if self.order == "xywh":
             right, bottom = left + right, top + bottom
-        return self.corner(left, top, size=size) + self.corner(right, bottom, size=size)
+        return self.decode_point(left, top, size=size) + self.decode_point(right, bottom, size=size)
 
-    def corner(self, x: float, y: float, *, size: Size) -> tuple[float, float]:
-        """Where a point lies (x, then y, whatever the order), as fractions of a picture of ``size`` (width, height)."""
-        across, down = self.extent(size)
-        x, y = x / across, y / down
+    def decode_point(self, x: float, y: float, *, size: Size) -> tuple[float, float]:
+        """A point (x before y in every order) as fractions of a picture of ``size`` (width, height)."""
+        right, bottom = self.extent(size)
+        x, y = x / right, y / bottom
         if square := _square(size, self.frame):
-            x, y = ((at * side - (side - own) // 2) / own for at, side, own in zip((x, y), square, size, strict=True))
+            # Fraction of the square -> pixels of the square -> pixels of the picture (offset by half the padding,
+            # which is negative for a crop) -> fraction of the picture.
+            x, y = (
+                (fraction * side - (side - length) // 2) / length
+                for fraction, side, length in zip((x, y), square, size, strict=True)
+            )
         return x, y
 
-    def write(self, box: Box, *, size: Size) -> tuple[float, ...]:
-        """The numbers for a box in a picture of ``size`` (width, height); the inverse of `edges`, but for a point."""
+    def encode(self, box: Box, *, size: Size) -> tuple[float, ...]:
+        """The numbers for a box in a picture of ``size`` (width, height); the inverse of `decode`, except for points."""
         if self.order == "points":
-            return self._outwards(*box.center, size)
-        corners = self._outwards(box.left, box.top, size) + self._outwards(box.right, box.bottom, size)
+            return self._encode_point(*box.center, size)
+        corners = self._encode_point(box.left, box.top, size) + self._encode_point(box.right, box.bottom, size)
         left, top, right, bottom = corners
         if self.order == "yxyx":
             return top, left, bottom, right
-        return (left, top, self._neat(right - left), self._neat(bottom - top)) if self.order == "xywh" else corners
+        return (left, top, self._round(right - left), self._round(bottom - top)) if self.order == "xywh" else corners
 
     def fitted_to(self, image_processor: object) -> Self:
-        """This convention with the resizing or the frame of a transformers image processor, where they matter.
+        """This convention with the resizing or the frame of a transformers image processor, if it depends on them.
 
-        Pixels of a resized picture take ``patch_size * merge_size`` and the allowed numbers of pixels from it; a
-        padded or cropped frame becomes the one it makes (``do_center_crop``, ``do_pad``).
+        A ``resize`` takes ``patch_size * merge_size`` and the allowed pixel counts from the processor; a padded or
+        cropped frame becomes the one that the processor makes (``do_center_crop``, ``do_pad``).
 
         Raises:
-            InvalidValueError: if pixels are counted in a resized picture and the processor does not resize so.
+            InvalidValueError: if this convention has a ``resize`` and the processor does not resize that way.
         """
         if self.resize is not None:
             return replace(self, resize=_resize_of(image_processor))
@@ -172,19 +179,22 @@ class Coordinates:
         crops, pads = (bool(getattr(image_processor, name, False)) for name in ("do_center_crop", "do_pad"))
         return replace(self, frame="cropped" if crops else "padded" if pads else "whole")
 
-    def _outwards(self, x: float, y: float, size: Size) -> tuple[float, float]:
+    def _encode_point(self, x: float, y: float, size: Size) -> tuple[float, float]:
         if square := _square(size, self.frame):
-            x, y = ((at * own + (side - own) // 2) / side for at, side, own in zip((x, y), square, size, strict=True))
-        across, down = self.extent(size)
-        return self._neat(x * across), self._neat(y * down)
+            x, y = (
+                (fraction * length + (side - length) // 2) / side
+                for fraction, side, length in zip((x, y), square, size, strict=True)
+            )
+        right, bottom = self.extent(size)
+        return self._round(x * right), self._round(y * bottom)
 
-    def _neat(self, number: float) -> float:
-        """A number as one writes it: 200 and not 200.00000000000003."""
+    def _round(self, number: float) -> float:
+        """Remove floating-point noise: 200 and not 200.00000000000003."""
         return number if self.unit == "relative" else round(number, _DIGITS)
 
 
 def _square(size: Size, frame: str) -> Size | None:
-    """The square that the model sees; None if it sees the whole picture."""
+    """The size of the square that the model sees; None if it sees the whole picture."""
     if frame == "whole":
         return None
     side = max(size) if frame == "padded" else min(size)
@@ -195,10 +205,10 @@ def _resize_of(processor: Any) -> SmartResize:  # noqa: ANN401  # any of transfo
     try:
         limits, multiple = processor.size, processor.patch_size * processor.merge_size
         return SmartResize(multiple, limits["shortest_edge"], limits["longest_edge"])
-    except (AttributeError, KeyError, TypeError) as fault:
+    except (AttributeError, KeyError, TypeError) as error:
         raise InvalidValueError(
-            f"{type(processor).__name__} does not resize as Qwen-VL processors do ({fault}): need patch_size, merge_size "
-            "and a size with shortest_edge and longest_edge. Give the resize of its convention yourself."
+            f"{type(processor).__name__} does not resize as Qwen-VL processors do ({error}): need patch_size, merge_size "
+            "and a size with shortest_edge and longest_edge. Pass coordinates with a resize of your own."
         ) from None
 
 
@@ -217,12 +227,12 @@ FAMILIES: Mapping[str, Coordinates] = MappingProxyType(
         "molmo": Coordinates("percent", order="points", key="point"),
     }
 )
-"""Conventions by model family, by the ``model_type`` of transformers' configurations.
+"""Conventions by model family, the ``model_type`` of transformers' configurations.
 
 Qwen2-VL and Qwen3-VL: QwenLM/Qwen3-VL#866 and modelscope/ms-swift#6180. Qwen3.5: QwenLM/Qwen3.8-Flash-Next#4.
-Qwen2.5-VL: QwenLM/Qwen3-VL#676 and #830. InternVL: OpenGVLab/InternVL#844. LLaVA-1.5: haotian-liu/LLaVA#606; its checkpoints for transformers crop where the
-original pads, so fit it to the processor. Gemma 3 is taken to write as Gemini does, and Molmo as its model card shows:
-no source of their authors was found for either, so probe them first.
+Qwen2.5-VL: QwenLM/Qwen3-VL#676 and #830. InternVL: OpenGVLab/InternVL#844. LLaVA-1.5: haotian-liu/LLaVA#606; its
+checkpoints for transformers crop where the original pads, so fit it to the processor. Gemma 3 is assumed to write as
+Gemini does, and Molmo as its model card shows: no source by their authors was found for either, so probe them first.
 """
 
 

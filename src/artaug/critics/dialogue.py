@@ -1,4 +1,4 @@
-"""How a picture is talked over with a model, whoever runs the model: what it is asked next, and what came of it."""
+"""Running a `Conversation` about many pictures with any model: which requests to send, and what the replies give."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,30 +12,30 @@ from artaug.critique import Abstention, Critique
 from artaug.errors import InvalidValueError
 
 MAX_CAPTION_CHARS = 2000
-"""Characters of a picture's prompt that a model is told; a longer one is cut, and the critique says so."""
+"""Characters of a picture's prompt that are sent to the model; a longer one is truncated, and the critique notes it."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a model is asked next about one picture."""
+class ChatRequest:
+    """The next request to a model about one picture."""
 
     messages: tuple[Message, ...]
-    """All that has been said so far; the first picture in it is the one."""
+    """The whole chat so far; one of the messages has the picture."""
     schema: dict[str, Any] | None = None
-    """The JSON schema that the reply has to keep; None where the model may say what it likes."""
+    """The JSON schema of the reply; None for free text."""
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What a model said, as it came."""
+class ChatReply:
+    """A model's reply, unchanged."""
 
     text: str
-    remarks: tuple[str, ...] = ()
-    """What went otherwise than asked for, a sentence each; they become repairs of the critique."""
+    notes: tuple[str, ...] = ()
+    """What differed from the request, such as a reply cut at the token limit; they become repairs of the critique."""
 
 
-Ask: TypeAlias = Callable[[Sequence[Question]], Sequence[Reply | Abstention]]
-"""Puts questions to a model: a reply to each, or an abstention that names the fault that kept it from replying."""
+Generate: TypeAlias = Callable[[Sequence[ChatRequest]], Sequence[ChatReply | Abstention]]
+"""Sends requests to a model: a reply to each, or an abstention with the reason why there is none."""
 
 
 def run_dialogue(
@@ -43,71 +43,75 @@ def run_dialogue(
     images: Sequence[Image],
     prompts: Sequence[str],
     *,
-    ask: Ask,
+    generate: Generate,
     prepare: Callable[[Image], Image] = as_rgb,
 ) -> list[Critique | Abstention]:
-    """Hold a conversation about each picture and read the last replies.
+    """Hold a conversation about each picture and parse the last replies.
 
     Args:
-        conversation: what is said, in one stage or two.
+        conversation: the prompts, in one stage or two.
         images: the pictures.
         prompts: what they were drawn from.
-        ask: puts the questions of a stage, all at once.
-        prepare: makes of a picture what the model is shown. Where it raises an `InvalidValueError`, the critic abstains.
+        generate: called once a stage with the requests of all pictures.
+        prepare: turns a picture into the one that the model sees. If it raises an `InvalidValueError`, the critic
+            abstains from that picture.
 
     Returns:
         A critique or an abstention for each picture, in their order.
     """
-    talks = [_Talk.begin(image, prompt, conversation, prepare) for image, prompt in zip(images, prompts, strict=True)]
+    dialogues = [
+        _Dialogue.start(image, prompt, conversation, prepare) for image, prompt in zip(images, prompts, strict=True)
+    ]
     for stage in range(1, conversation.stages + 1):
         last = stage == conversation.stages
-        waiting = [talk for talk in talks if talk.answer is None]
-        replies = ask([talk.question(last=last) for talk in waiting]) if waiting else []
-        for talk, reply in zip(waiting, replies, strict=True):
-            talk.hear(reply, last=last)
-    return [talk.answer for talk in talks if talk.answer is not None]
+        pending = [dialogue for dialogue in dialogues if dialogue.answer is None]
+        replies = generate([dialogue.next_request(last=last) for dialogue in pending]) if pending else []
+        for dialogue, reply in zip(pending, replies, strict=True):
+            dialogue.receive(reply, last=last)
+    return [dialogue.answer for dialogue in dialogues if dialogue.answer is not None]
 
 
 @dataclass(slots=True)
-class _Talk:
-    """One picture, and how far the talk about it has come."""
+class _Dialogue:
+    """The state of the conversation about one picture."""
 
     conversation: Conversation
     image: Image
     prompt: str
-    remarks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     analysis: str | None = None
     answer: Critique | Abstention | None = None
 
     @classmethod
-    def begin(cls, image: Image, prompt: str, conversation: Conversation, prepare: Callable[[Image], Image]) -> "_Talk":
-        talk = cls(conversation, image, prompt[:MAX_CAPTION_CHARS])
+    def start(
+        cls, image: Image, prompt: str, conversation: Conversation, prepare: Callable[[Image], Image]
+    ) -> "_Dialogue":
+        dialogue = cls(conversation, image, prompt[:MAX_CAPTION_CHARS])
         if len(prompt) > MAX_CAPTION_CHARS:
-            talk.remarks.append(
-                f"told the model the first {MAX_CAPTION_CHARS:,} of {len(prompt):,} characters of the prompt"
+            dialogue.notes.append(
+                f"sent the model the first {MAX_CAPTION_CHARS:,} of {len(prompt):,} characters of the prompt"
             )
         try:
-            talk.image = prepare(image)
-            conversation.coordinates.extent(talk.image.size)
-        except InvalidValueError as fault:
-            talk.answer = Abstention(str(fault))
-        return talk
+            dialogue.image = prepare(image)
+            conversation.coordinates.extent(dialogue.image.size)
+        except InvalidValueError as error:
+            dialogue.answer = Abstention(str(error))
+        return dialogue
 
-    def question(self, *, last: bool) -> Question:
+    def next_request(self, *, last: bool) -> ChatRequest:
         messages = self.conversation.messages(self.image, self.prompt, analysis=self.analysis)
-        return Question(messages, self.conversation.schema(self.image.size) if last else None)
+        return ChatRequest(messages, self.conversation.schema(self.image.size) if last else None)
 
-    def hear(self, reply: Reply | Abstention, *, last: bool) -> None:
+    def receive(self, reply: ChatReply | Abstention, *, last: bool) -> None:
         if isinstance(reply, Abstention):
             self.answer = reply
             return
-        self.remarks += reply.remarks
-        if last:
-            self.answer = self.remarked(self.conversation.read(reply.text, size=self.image.size))
-        else:
+        self.notes += reply.notes
+        if not last:
             self.analysis = reply.text
-
-    def remarked(self, answer: Critique | Abstention) -> Critique | Abstention:
+            return
+        answer = self.conversation.parse(reply.text, size=self.image.size)
         if isinstance(answer, Critique):
-            return replace(answer, repairs=(*self.remarks, *answer.repairs))
-        return Abstention("; ".join((answer.reason, *self.remarks)))
+            self.answer = replace(answer, repairs=(*self.notes, *answer.repairs))
+        else:
+            self.answer = Abstention("; ".join((answer.reason, *self.notes)))

@@ -1,4 +1,4 @@
-"""A critic that measures: it finds what stands out in a picture and asks for what a photographer would miss in it."""
+"""A critic that measures light, color, contrast and focus in the regions of a picture that stand out. It needs no model."""
 
 from dataclasses import asdict, dataclass
 
@@ -12,16 +12,16 @@ from artaug.errors import InvalidValueError
 from artaug.geometry import Box
 from artaug.images.photometry import MEASURES, srgb
 
-_LEAST_PX = 16
-_EVEN = 1 / 255  # one level of 8 bits
+_MIN_SIDE_PX = 16
+_UNIFORM_STD = 1 / 255  # one level of 8 bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptVocabulary:
-    """What `PhotometricCritic` asks for where a picture falls short of something, in words the model knows.
+    """The words that `PhotometricCritic` adds to a prompt for each measure that is too low.
 
     Raises:
-        InvalidValueError: if one is blank.
+        InvalidValueError: if one of them is blank.
     """
 
     exposure: str = "softly lit"
@@ -32,23 +32,23 @@ class PromptVocabulary:
     def __post_init__(self) -> None:
         if blank := [measure for measure, words in asdict(self).items() if not words.strip()]:
             raise InvalidValueError(
-                f"{self} says nothing for {', '.join(blank)}: need a word or two. "
-                "To leave a measure out, set the critic's threshold for it to 0."
+                f"{self} has no words for {', '.join(blank)}: need at least one word for each measure. "
+                "To turn a measure off, set the critic's threshold for it to 0."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhotometricCritic(Critic):
-    """Asks for better light, colour, modelling or focus where a picture measurably lacks them.
+    """Asks for better light, color, contrast or focus where a measurement is low.
 
     It measures exposure, chroma, contrast and sharpness (the numbers of the photometric scorers) in the whole picture
-    and in the box of each part that stands out by its colour, and asks for what lies below the thresholds: the
-    picture's own prompt with `PromptVocabulary` added, in that box. It does not know what is shown, so it asks for no other
-    content, and a picture that is meant to be dark, pale or hazy is not to its taste. Where there is nothing to
-    measure, below 16 x 16 pixels or in one even colour, it abstains.
+    and in the box of each region whose color stands out. Where a number is below its threshold, it suggests for that box
+    the picture's own prompt with words of `PromptVocabulary` added. It does not know what is shown, so it never asks for
+    other content, and it asks for changes in a picture that is dark, pale or hazy on purpose. It abstains where there is
+    nothing to measure: below 16 x 16 pixels, or in a picture of one uniform color.
 
     Raises:
-        InvalidValueError: for a threshold or padding outside [0, 1], or if there is nothing it may ask for.
+        InvalidValueError: for a threshold or padding outside [0, 1], or if neither the picture nor regions are judged.
 
     >>> from artaug.critics import PhotometricCritic
     >>> from PIL import Image
@@ -62,56 +62,56 @@ class PhotometricCritic(Critic):
     """
 
     exposure: float = 0.45
-    """Asks for better light below this, in the units of `Exposure`, [0, 1]; 0 never asks. So for the other three."""
+    """The threshold, in the units of `Exposure`, [0, 1]; 0 turns the measure off. The same holds for the next three."""
     chroma: float = 0.3
     """In the units of `Chroma`; 0.3 is what Hasler and Suesstrunk call moderately colourful."""
     contrast: float = 0.15
     """In the units of `Contrast`."""
     sharpness: float = 0.5
     """In the units of `Sharpness`."""
-    words: PromptVocabulary = PromptVocabulary()
-    """What to ask for, by what falls short. The defaults are words that the playground's model knows."""
-    whole: bool = True
-    """Judge the picture as a whole too; its suggestion comes first."""
+    vocabulary: PromptVocabulary = PromptVocabulary()
+    """The words to add. The defaults are words that the playground's model knows."""
+    whole_image: bool = True
+    """Whether to judge the picture as a whole too; its suggestion comes first."""
     max_regions: int = 3
-    """At most this many parts, the most striking first."""
+    """The largest number of regions, the most salient first."""
     padding: float = 1 / 64
-    """How much wider than the part a box is on every side, as a fraction of the picture, in [0, 1]."""
+    """How far a box extends beyond its region on every side, as a fraction of the picture, in [0, 1]."""
 
     def __post_init__(self) -> None:
         for name in (*MEASURES, "padding"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidValueError(f"PhotometricCritic({name}={getattr(self, name)}): need a number in [0, 1].")
-        if self.max_regions < 0 or not (self.whole or self.max_regions):
+        if self.max_regions < 0 or not (self.whole_image or self.max_regions):
             raise InvalidValueError(
-                f"PhotometricCritic(whole={self.whole}, max_regions={self.max_regions}) could ask for nothing: "
-                "need whole=True or max_regions of at least 1."
+                f"PhotometricCritic(whole_image={self.whole_image}, max_regions={self.max_regions}) would judge nothing: "
+                "need whole_image=True or max_regions of at least 1."
             )
 
     def critique(self, image: Image, prompt: str) -> Critique | Abstention:
-        if min(image.size) < _LEAST_PX:
+        if min(image.size) < _MIN_SIDE_PX:
             return Abstention(
-                f"the picture has {image.width} x {image.height} pixels, and below {_LEAST_PX} x {_LEAST_PX} "
+                f"the picture has {image.width} x {image.height} pixels, and below {_MIN_SIDE_PX} x {_MIN_SIDE_PX} "
                 "there is nothing to measure"
             )
         image = as_rgb(image)
         pixels = srgb(image)
-        if pixels.std(axis=(0, 1)).max() < _EVEN:
+        if pixels.std(axis=(0, 1)).max() < _UNIFORM_STD:
             return Abstention("the picture is one even colour, so there is nothing in it to measure")
-        boxes = [box.padded(self.padding) for box in salient_boxes(image, at_most=self.max_regions)]
-        if self.whole:
+        boxes = [box.padded(self.padding) for box in salient_boxes(image, max_boxes=self.max_regions)]
+        if self.whole_image:
             boxes.insert(0, Box(0, 0, 1, 1))
-        asked = (self._suggestion(box, pixels, prompt) for box in boxes)
-        measured = ", ".join(f"{name} {measure(pixels):.2f}" for name, measure in MEASURES.items())
-        return Critique(tuple(one for one in asked if one), summary=measured)
+        suggestions = (self._suggestion(box, pixels, prompt) for box in boxes)
+        summary = ", ".join(f"{name} {measure(pixels):.2f}" for name, measure in MEASURES.items())
+        return Critique(tuple(suggestion for suggestion in suggestions if suggestion), summary=summary)
 
     def _suggestion(self, box: Box, pixels: np.ndarray, prompt: str) -> Suggestion | None:
-        """What a part of the picture lacks; None if nothing."""
+        """The suggestion for one box; None if every measure reaches its threshold."""
         left, top, right, bottom = box.to_pixels((pixels.shape[1], pixels.shape[0]))
-        found = {name: measure(pixels[top:bottom, left:right]) for name, measure in MEASURES.items()}
-        short = [name for name, number in found.items() if number < getattr(self, name)]
-        if not short:
+        values = {name: measure(pixels[top:bottom, left:right]) for name, measure in MEASURES.items()}
+        low = [name for name, value in values.items() if value < getattr(self, name)]
+        if not low:
             return None
-        reasons = (f"{name} {found[name]:.2f}, below {getattr(self, name):.2f}" for name in short)
-        asked = [getattr(self.words, name) for name in short]
-        return Suggestion(box, ", ".join([prompt, *asked] if prompt.strip() else asked), "; ".join(reasons))
+        reasons = (f"{name} {values[name]:.2f}, below {getattr(self, name):.2f}" for name in low)
+        words = [getattr(self.vocabulary, name) for name in low]
+        return Suggestion(box, ", ".join([prompt, *words] if prompt.strip() else words), "; ".join(reasons))

@@ -1,4 +1,4 @@
-"""Finding out how a model writes boxes: it is shown rectangles whose places are known, and asked where they are."""
+"""Finding out how a model writes boxes: it is asked for the boxes of rectangles whose positions are known."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,16 +6,16 @@ from typing import Literal, TypeAlias
 
 from PIL import Image, ImageDraw
 
-from artaug.critics.conversation import Message, in_words
+from artaug.critics.conversation import Message, coordinates_instruction
 from artaug.critics.coordinates import FAMILIES, Coordinates, Size, SmartResize
-from artaug.critics.dialogue import Ask, Question, Reply
+from artaug.critics.dialogue import ChatReply, ChatRequest, Generate
 from artaug.critics.replies import parse_reply
-from artaug.critique import Abstention, Critique
+from artaug.critique import Abstention
 from artaug.geometry import Box
 
 _Order: TypeAlias = Literal["xyxy", "yxyx", "xywh", "points"]
 _GREY = (150, 150, 150)
-_SHOWN: tuple[tuple[Size, str, tuple[float, float]], ...] = (  # a colour, and where its middle is
+_PROBES: tuple[tuple[Size, str, tuple[float, float]], ...] = (  # picture size, color and center of the rectangle
     ((640, 448), "red", (0.75, 0.25)),
     ((448, 640), "blue", (0.2, 0.7)),
     ((1536, 1024), "green", (0.8, 0.5)),
@@ -23,105 +23,118 @@ _SHOWN: tuple[tuple[Size, str, tuple[float, float]], ...] = (  # a colour, and w
     ((800, 320), "purple", (0.55, 0.2)),
     ((320, 800), "orange", (0.65, 0.8)),
 )
-_WIDEST = 0.25
-_FITS = 0.5
-_BEATS = 0.05
+_DEFAULT_SIDE = 0.25
+_MIN_IOU = 0.5
+_IOU_MARGIN = 0.05  # a convention this much worse than the best still counts as right
+_ROWS = 5
 
 
 @dataclass(frozen=True)
-class Target:
+class ProbeTarget:
     """A grey picture with one rectangle in it."""
 
     image: Image.Image
-    colour: str
+    color: str
     box: Box
 
 
 @dataclass(frozen=True)
-class Probe:
-    """How well each convention explains where a model said some rectangles are.
+class ProbeResult:
+    """How well each convention explains the boxes that a model gave for known rectangles.
 
-    Its text is a table with a verdict.
+    Printed, it is a table with a conclusion.
     """
 
-    asked: Coordinates
-    """The convention that the critic has, and that the model was asked to use."""
-    overlaps: Mapping[Coordinates, float]
-    """The mean intersection over union of the boxes as read by each convention with the true ones, the best first."""
+    requested: Coordinates
+    """The convention of the critic, which the model was asked to use."""
+    mean_iou: Mapping[Coordinates, float]
+    """The mean intersection over union of the decoded boxes with the true ones, by convention, the best first."""
     replies: tuple[str, ...]
-    """What the model said, or why it said nothing, a text for each rectangle."""
+    """For each rectangle the model's reply, or the reason why there is none."""
 
     @property
     def best(self) -> Coordinates:
-        """The convention that explains the replies best; the critic's own where it does so too."""
-        return next(iter(self.overlaps))
+        """The convention that explains the replies best; the critic's own if it is as good as any other."""
+        return next(iter(self.mean_iou))
 
     @property
-    def found(self) -> bool:
-        """Whether some convention explains them at all: an overlap of at least 0.5."""
-        return self.overlaps[self.best] >= _FITS
+    def conclusive(self) -> bool:
+        """Whether any convention explains the replies: a mean IoU of at least 0.5."""
+        return self.mean_iou[self.best] >= _MIN_IOU
 
     @property
     def fits(self) -> bool:
-        """Whether the critic's own convention is the right one, as far as this can tell."""
-        return self.found and self.overlaps[self.asked] >= self.overlaps[self.best] - _BEATS
+        """Whether the critic's own convention explains them, at most 0.05 worse than the best."""
+        return self.conclusive and self.mean_iou[self.requested] >= self.mean_iou[self.best] - _IOU_MARGIN
 
     def __str__(self) -> str:
-        rows = [f"{overlap:5.2f}  {told(convention)}" for convention, overlap in list(self.overlaps.items())[:5]]
-        if self.asked not in list(self.overlaps)[:5]:
-            rows.append(f"{self.overlaps[self.asked]:5.2f}  {told(self.asked)}")
-        return "\n".join(("IoU    convention", *rows, self._verdict()))
+        rows = [f"{iou:5.2f}  {describe(convention)}" for convention, iou in list(self.mean_iou.items())[:_ROWS]]
+        if self.requested not in list(self.mean_iou)[:_ROWS]:
+            rows.append(f"{self.mean_iou[self.requested]:5.2f}  {describe(self.requested)}")
+        if not self.conclusive:
+            conclusion = (
+                "No convention fits: the model does not find the rectangles, or writes no boxes. Its first reply is "
+                f"{self.replies[0]!r:.120}."
+            )
+        elif self.fits:
+            conclusion = f"The critic's own convention fits: {describe(self.requested)}."
+        else:
+            conclusion = (
+                f"The critic expects {describe(self.requested)}, but the model writes {describe(self.best)}. "
+                f"Use {self.best!r}."
+            )
+        return "\n".join(("IoU    convention", *rows, conclusion))
 
-    def _verdict(self) -> str:
-        if not self.found:
-            return f"No convention fits: the model does not find rectangles, or writes none. It said {self.replies[0]!r:.120}."
-        if self.fits:
-            return f"The critic's own convention fits: {told(self.asked)}."
-        return f"The critic reads {told(self.asked)}, and the model writes {told(self.best)}. Use {self.best!r}."
 
-
-def probe(ask: Ask, asked: Coordinates) -> Probe:
-    """Show a model rectangles and compare what it says by every convention.
+def probe_coordinates(generate: Generate, requested: Coordinates) -> ProbeResult:
+    """Show rectangles to a model and compare the boxes it gives with the true ones, by every convention.
 
     Args:
-        ask: puts questions to the model.
-        asked: the convention it is asked to use, which it may not keep to.
+        generate: sends requests to the model.
+        requested: the convention that the model is asked to use; it may write another.
     """
-    shown = targets(side=2 * asked.reach if asked.order == "points" else _WIDEST)
-    heard = ask([_question(target, asked) for target in shown])
-    replies = [reply.text if isinstance(reply, Reply) else reply.reason for reply in heard]
-    overlaps = {
-        convention: sum(_overlap(reply, target, convention) for reply, target in zip(heard, shown, strict=True))
-        / len(shown)
-        for convention in candidates(asked)
+    targets = probe_targets(side=2 * requested.point_radius if requested.order == "points" else _DEFAULT_SIDE)
+    replies = generate([_request(target, requested) for target in targets])
+    mean_iou = {
+        convention: sum(_iou(reply, target, convention) for reply, target in zip(replies, targets, strict=True))
+        / len(targets)
+        for convention in candidate_conventions(requested)
     }
-    ranked = sorted(overlaps.items(), key=lambda one: -round(one[1], 3))
-    return Probe(asked, dict(ranked), tuple(replies))
+    ranked = sorted(mean_iou.items(), key=lambda item: -round(item[1], 3))
+    texts = tuple(reply.text if isinstance(reply, ChatReply) else reply.reason for reply in replies)
+    return ProbeResult(requested, dict(ranked), texts)
 
 
-def targets(*, side: float) -> list[Target]:
-    """The pictures of a probe, with rectangles that are ``side`` of the picture wide and high (at most a half)."""
-    return [_target(size, colour, middle, min(side, 0.5)) for size, colour, middle in _SHOWN]
+def probe_targets(*, side: float) -> list[ProbeTarget]:
+    """The pictures of a probe; each side of a rectangle is ``side`` of the picture's (at most a half)."""
+    return [_target(size, color, center, min(side, 0.5)) for size, color, center in _PROBES]
 
 
-def candidates(asked: Coordinates) -> list[Coordinates]:
-    """The conventions that are compared: the critic's own first, then every sensible one."""
-    orders: tuple[_Order, ...] = ("points",) if asked.order == "points" else ("xyxy", "yxyx", "xywh")
-    known: list[Coordinates] = [asked, *FAMILIES.values()]
+def candidate_conventions(requested: Coordinates) -> list[Coordinates]:
+    """The conventions that are compared: the requested one first, then every plausible one."""
+    orders: tuple[_Order, ...] = ("points",) if requested.order == "points" else ("xyxy", "yxyx", "xywh")
+    conventions: list[Coordinates] = [requested, *FAMILIES.values()]
     for order in orders:
-        known += (Coordinates(unit, order=order) for unit in ("thousandths", "relative", "percent", "pixels"))
-        known += (Coordinates(unit, order=order, frame="padded") for unit in ("thousandths", "relative", "pixels"))
-        known.append(Coordinates("pixels", order=order, resize=SmartResize()))
-    alike = (replace(one, key=asked.key, reach=asked.reach) for one in known if one.order in orders)
-    return list(dict.fromkeys(alike))
+        conventions += (Coordinates(unit, order=order) for unit in ("thousandths", "relative", "percent", "pixels"))
+        conventions += (
+            Coordinates(unit, order=order, frame="padded") for unit in ("thousandths", "relative", "pixels")
+        )
+        conventions.append(Coordinates("pixels", order=order, resize=SmartResize()))
+    # The key and the radius do not matter for the comparison: make them equal, so that duplicates are seen.
+    comparable = (
+        replace(convention, key=requested.key, point_radius=requested.point_radius)
+        for convention in conventions
+        if convention.order in orders
+    )
+    return list(dict.fromkeys(comparable))
 
 
-def told(coordinates: Coordinates) -> str:
+def describe(coordinates: Coordinates) -> str:
     """A convention in a few words.
 
     >>> from artaug.critics import Coordinates
-    >>> from artaug.critics.probing import told
-    >>> told(Coordinates("relative", order="yxyx", frame="padded"))
+    >>> from artaug.critics.probing import describe
+    >>> describe(Coordinates("relative", order="yxyx", frame="padded"))
     'relative, yxyx, of the padded picture'
     """
     resized = ", of the resized picture" if coordinates.resize else ""
@@ -129,29 +142,30 @@ def told(coordinates: Coordinates) -> str:
     return f"{coordinates.unit}, {coordinates.order}{framed}{resized}"
 
 
-def _target(size: Size, colour: str, middle: tuple[float, float], side: float) -> Target:
-    edges = [
-        round((min(max(at, side / 2), 1 - side / 2) + sign * side / 2) * length)
+def _target(size: Size, color: str, center: tuple[float, float], side: float) -> ProbeTarget:
+    left, top, right, bottom = (
+        round((min(max(middle, side / 2), 1 - side / 2) + sign * side / 2) * length)
         for sign in (-1, 1)
-        for at, length in zip(middle, size, strict=True)
-    ]
-    left, top, right, bottom = edges
-    image = Image.new("RGB", size, _GREY)
-    ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), fill=colour)
-    return Target(image, colour, Box.from_pixels(left, top, right, bottom, size=size))
-
-
-def _question(target: Target, asked: Coordinates) -> Question:
-    text = (
-        f"There is one {target.colour} rectangle in this picture. Say where it is, with JSON only, as "
-        f'{{"prompt": "the {target.colour} rectangle", "{asked.key}": [...]}}, with '
-        f"{in_words(asked, target.image.size)}."
+        for middle, length in zip(center, size, strict=True)
     )
-    return Question((Message("user", text, target.image),))
+    image = Image.new("RGB", size, _GREY)
+    ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), fill=color)
+    return ProbeTarget(image, color, Box.from_pixels(left, top, right, bottom, size=size))
 
 
-def _overlap(reply: Reply | Abstention, target: Target, convention: Coordinates) -> float:
+def _request(target: ProbeTarget, requested: Coordinates) -> ChatRequest:
+    text = (
+        f"There is one {target.color} rectangle in this picture. Say where it is, with JSON only, as "
+        f'{{"prompt": "the {target.color} rectangle", "{requested.key}": [...]}}, with '
+        f"{coordinates_instruction(requested, target.image.size)}."
+    )
+    return ChatRequest((Message("user", text, target.image),))
+
+
+def _iou(reply: ChatReply | Abstention, target: ProbeTarget, convention: Coordinates) -> float:
     if isinstance(reply, Abstention):
         return 0.0
-    read = parse_reply(reply.text, size=target.image.size, coordinates=convention)
-    return read.suggestions[0].box.iou(target.box) if isinstance(read, Critique) and read.suggestions else 0.0
+    answer = parse_reply(reply.text, size=target.image.size, coordinates=convention)
+    if isinstance(answer, Abstention) or not answer.suggestions:
+        return 0.0
+    return answer.suggestions[0].box.iou(target.box)

@@ -1,7 +1,7 @@
-"""Where something stands out in a picture, without knowing what it is.
+"""Boxes of the regions that stand out in a picture by their color, without knowing what they show.
 
-The picture is made small, cut into even-coloured parts (Felzenszwalb and Huttenlocher, "Efficient Graph-Based Image
-Segmentation", 2004), and the parts that differ in colour from what surrounds them are the ones that stand out.
+The picture is reduced, cut into regions of even color (Felzenszwalb and Huttenlocher, "Efficient Graph-Based Image
+Segmentation", 2004), and regions whose color differs from what surrounds them are salient.
 """
 
 from collections.abc import Iterator
@@ -15,16 +15,17 @@ from artaug.geometry import Box
 from artaug.images.photometry import srgb
 
 WORKING_PX = 48
-"""The longer side of the picture that is looked at: details smaller than a 48th of it are none of ours."""
+"""The longer side of the reduced picture: details smaller than a 48th of it are ignored."""
 
-# Chosen on other rendered scenes of the playground than those docs/critics.md has numbers of; colours are OKLab.
-_LIGHTNESS = 0.22  # a shadow or a highlight must not cut an object in two
-_COARSENESS = 0.15
-_LEAST_PX = 17
-_SMALLEST, _LARGEST = 0.01, 0.4
-_SURROUND = 0.25
-_AGAINST_BEST = 0.4
-_REPEATED, _INSIDE = 0.4, 0.7
+# Chosen on rendered scenes of the playground other than those docs/critics.md reports on. Colors are OKLab, whose
+# distances are roughly perceptual.
+_LIGHTNESS_WEIGHT = 0.22  # low, so that a shadow or a highlight does not cut an object in two
+_SCALE = 0.15  # k of the paper: larger values give larger segments
+_MIN_SEGMENT_PX = 17
+_MIN_AREA, _MAX_AREA = 0.01, 0.4  # of a salient region's box, as a fraction of the picture
+_SURROUND = 0.25  # width of the ring that a region is compared with, as a fraction of the longer side of its box
+_MIN_RELATIVE_SALIENCE = 0.4  # of the most salient region's
+_MAX_IOU, _MAX_INSIDE = 0.4, 0.7  # of a box with an earlier one, and of its area inside an earlier one
 
 _LMS_FROM_RGB = np.array(
     [
@@ -43,111 +44,114 @@ _LAB_FROM_LMS = np.array(
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A part that may stand out: where, and by how much."""
+class _SalientRegion:
+    """A region that may stand out: where, and by how much."""
 
     box: Box
     salience: float
 
 
-def salient_boxes(image: Image.Image, *, at_most: int) -> list[Box]:
-    """Boxes of what stands out, the most striking first; none in an even picture.
+def salient_boxes(image: Image.Image, *, max_boxes: int) -> list[Box]:
+    """Boxes of the regions that stand out, the most salient first; none in an even picture.
 
-    Parts that cover much of the picture or lie along two of its sides are background, and a part inside another one
-    belongs to it.
+    A region that touches two or more sides of the picture, or covers much of it, is background; a region inside another
+    belongs to that one.
 
     >>> import numpy as np
     >>> from PIL import Image
     >>> from artaug.critics.salience import salient_boxes
     >>> pixels = np.full((64, 64, 3), 90, dtype=np.uint8)
     >>> pixels[16:48, 32:56] = (200, 40, 40)
-    >>> salient_boxes(Image.fromarray(pixels), at_most=4)
+    >>> salient_boxes(Image.fromarray(pixels), max_boxes=4)
     [Box(left=0.5, top=0.25, right=0.875, bottom=0.75)]
     """
     small = as_rgb(image)
     if max(small.size) > WORKING_PX:
-        shrunk = [max(1, round(side * WORKING_PX / max(small.size))) for side in small.size]
-        small = small.resize((shrunk[0], shrunk[1]), Image.Resampling.BOX)
-    colours = _oklab(srgb(small)) * (_LIGHTNESS, 1, 1)
-    found = sorted(_parts(colours, segments(colours)), key=lambda part: -part.salience)
-    taken: list[Box] = []
-    for part in found:
-        striking = part.salience >= _AGAINST_BEST * found[0].salience
-        if striking and not any(_repeats(part.box, earlier) for earlier in taken):
-            taken.append(part.box)
-    return taken[:at_most]
+        width, height = (max(1, round(side * WORKING_PX / max(small.size))) for side in small.size)
+        small = small.resize((width, height), Image.Resampling.BOX)
+    colors = _oklab(srgb(small)) * (_LIGHTNESS_WEIGHT, 1, 1)
+    regions = sorted(_regions(colors, segment(colors)), key=lambda region: -region.salience)
+    boxes: list[Box] = []
+    for region in regions:
+        salient = region.salience >= _MIN_RELATIVE_SALIENCE * regions[0].salience
+        if salient and not any(_repeats(region.box, box) for box in boxes):
+            boxes.append(region.box)
+    return boxes[:max_boxes]
 
 
-def segments(colours: np.ndarray) -> np.ndarray:
-    """Number the even-coloured parts of a picture.
+def segment(colors: np.ndarray) -> np.ndarray:
+    """Label the regions of even color.
 
-    Neighbouring pixels are joined from the most alike to the least, two parts only as long as the step between them
-    is no larger than the largest step inside either plus an allowance that shrinks as the part grows.
+    The pixels are the nodes of a graph, and neighbors have an edge weighted by the distance ``d`` of their colors. In
+    the order of ``d``, an edge joins two segments A and B if ``d <= min(Int(A) + k / |A|, Int(B) + k / |B|)``, where
+    ``Int`` is the largest edge that joined a segment and ``|A|`` its number of pixels: large segments must be
+    homogeneous, small ones join easily. Then segments of fewer than 17 pixels join a neighbor.
 
     Args:
-        colours: (height, width, channels), in units in which differences are perceived alike.
+        colors: (height, width, channels), in units in which distances are perceptual.
 
     Returns:
-        The number of each pixel's part: (height, width), counted from 0.
+        The label of each pixel's segment: (height, width), counted from 0.
     """
-    height, width, _ = colours.shape
-    flat, index = colours.reshape(height * width, -1), np.arange(height * width).reshape(height, width)
-    beside = np.stack([index[:, :-1].ravel(), index[:, 1:].ravel()])
-    below = np.stack([index[:-1].ravel(), index[1:].ravel()])
-    ones, others = np.concatenate([beside, below], axis=1)
-    steps = np.linalg.norm(flat[ones] - flat[others], axis=1)
-    order = np.argsort(steps, kind="stable")
-    neighbours = list(zip(ones[order].tolist(), others[order].tolist(), steps[order].tolist(), strict=True))
-    part_of = list(range(height * width))
-    members = [[pixel] for pixel in part_of]
-    tolerated = [_COARSENESS] * len(part_of)
-    for one, other, step in neighbours:
-        first, second = part_of[one], part_of[other]
-        if first != second and step <= min(tolerated[first], tolerated[second]):
-            joined = _join(first, second, part_of, members)
-            tolerated[joined] = step + _COARSENESS / len(members[joined])
-    for one, other, _step in neighbours:
-        first, second = part_of[one], part_of[other]
-        if first != second and min(len(members[first]), len(members[second])) < _LEAST_PX:
-            _join(first, second, part_of, members)
-    numbers: np.ndarray = np.unique(part_of, return_inverse=True)[1].reshape(height, width)
-    return numbers
+    height, width, _ = colors.shape
+    flat, index = colors.reshape(height * width, -1), np.arange(height * width).reshape(height, width)
+    horizontal = np.stack([index[:, :-1].ravel(), index[:, 1:].ravel()])
+    vertical = np.stack([index[:-1].ravel(), index[1:].ravel()])
+    sources, targets = np.concatenate([horizontal, vertical], axis=1)  # (edges,) each
+    distances = np.linalg.norm(flat[sources] - flat[targets], axis=1)
+    order = np.argsort(distances, kind="stable")
+    edges = list(zip(sources[order].tolist(), targets[order].tolist(), distances[order].tolist(), strict=True))
+    segment_of = list(range(height * width))
+    members = [[pixel] for pixel in segment_of]
+    threshold = [_SCALE] * len(segment_of)  # Int(A) + k / |A|; a single pixel has Int = 0 and |A| = 1
+    for source, target, distance in edges:
+        first, second = segment_of[source], segment_of[target]
+        if first != second and distance <= min(threshold[first], threshold[second]):
+            merged = _merge(first, second, segment_of, members)
+            threshold[merged] = distance + _SCALE / len(members[merged])  # edges come sorted, so Int is this distance
+    for source, target, _distance in edges:
+        first, second = segment_of[source], segment_of[target]
+        if first != second and min(len(members[first]), len(members[second])) < _MIN_SEGMENT_PX:
+            _merge(first, second, segment_of, members)
+    labels: np.ndarray = np.unique(segment_of, return_inverse=True)[1].reshape(height, width)
+    return labels
 
 
-def _join(first: int, second: int, part_of: list[int], members: list[list[int]]) -> int:
-    """Let the smaller part become one with the larger, whose number stays."""
-    small, large = sorted((first, second), key=lambda part: len(members[part]))
+def _merge(first: int, second: int, segment_of: list[int], members: list[list[int]]) -> int:
+    """Move the pixels of the smaller segment to the larger one, whose number is returned."""
+    small, large = sorted((first, second), key=lambda number: len(members[number]))
     for pixel in members[small]:
-        part_of[pixel] = large
+        segment_of[pixel] = large
     members[large] += members[small]
     members[small] = []
     return large
 
 
-def _parts(colours: np.ndarray, numbers: np.ndarray) -> Iterator[_Part]:
-    """The parts that could be something: neither specks nor background."""
-    height, width = numbers.shape
-    for number in range(numbers.max() + 1):
-        inside = numbers == number
+def _regions(colors: np.ndarray, labels: np.ndarray) -> Iterator[_SalientRegion]:
+    """The segments that may be an object: neither too small nor background."""
+    height, width = labels.shape
+    for label in range(labels.max() + 1):
+        inside = labels == label
         rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
         left, top, right, bottom = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
         box = Box.from_pixels(left, top, right, bottom, size=(width, height))
         sides = sum((left == 0, top == 0, right == width, bottom == height))
-        if sides > 1 or not _SMALLEST <= box.area <= _LARGEST:
+        if sides > 1 or not _MIN_AREA <= box.area <= _MAX_AREA:
             continue
-        reach = max(2, int(_SURROUND * max(right - left, bottom - top)))
+        ring = max(2, int(_SURROUND * max(right - left, bottom - top)))
         around = np.zeros_like(inside)
-        around[max(top - reach, 0) : bottom + reach, max(left - reach, 0) : right + reach] = True
-        away = np.linalg.norm(colours[inside].mean(axis=0) - colours[around & ~inside].mean(axis=0))
-        yield _Part(box, float(away * np.sqrt(inside.mean())))
+        around[max(top - ring, 0) : bottom + ring, max(left - ring, 0) : right + ring] = True
+        contrast = np.linalg.norm(colors[inside].mean(axis=0) - colors[around & ~inside].mean(axis=0))
+        # Of two regions with the same contrast the larger is more salient: its length scale is the root of its area.
+        yield _SalientRegion(box, float(contrast * np.sqrt(inside.mean())))
 
 
 def _repeats(box: Box, earlier: Box) -> bool:
-    return box.iou(earlier) > _REPEATED or box.overlap(earlier) > _INSIDE * box.area
+    return box.iou(earlier) > _MAX_IOU or box.overlap(earlier) > _MAX_INSIDE * box.area
 
 
 def _oklab(pixels: np.ndarray) -> np.ndarray:
-    """Turn sRGB in [0, 1] into OKLab (Ottosson 2020), channels last."""
+    """Convert sRGB in [0, 1] to OKLab (Ottosson 2020), channels last."""
     linear = np.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
     lab: np.ndarray = np.cbrt(linear @ _LMS_FROM_RGB.T) @ _LAB_FROM_LMS.T
     return lab
