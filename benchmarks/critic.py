@@ -22,7 +22,7 @@ def measure(*, quick: bool) -> list[record.Row]:
     counts what the critic asks for a scene as it comes.
     """
     prompts = playground.prompts(30 if quick else 300, seed=21)
-    eager = PhotometricCritic(exposure=1, chroma=1, contrast=1, sharpness=1, whole=False)
+    eager = PhotometricCritic(exposure=1, chroma=1, contrast=1, sharpness=1, whole_image=False)
     rows: list[record.Row] = []
     for style, words in STYLES.items():
         images = [playground.render(prompt + words, seed=seed) for seed, prompt in enumerate(prompts)]

@@ -1,4 +1,4 @@
-"""What a critic says about a picture, and the class to subclass for a critic of one's own."""
+"""`Critique` and `Abstention`, the answers of a critic; `Critic`, the class to subclass; and the call that checks it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from artaug.geometry import Box
 
 @value
 class Suggestion:
-    """One change a critic asks for: where, what should be there, and why.
+    """One change that a critic suggests: where, what should be there, and why.
 
     Raises:
         InvalidValueError: if the prompt is blank.
@@ -26,9 +26,9 @@ class Suggestion:
     box: Box
     """Where the change belongs."""
     prompt: str
-    """What should be seen there: a description, not an order."""
+    """A description of what should be seen there, not an instruction."""
     reason: str = ""
-    """Why, in the critic's words."""
+    """Why, in free text."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -37,31 +37,31 @@ class Suggestion:
 
 @value
 class Critique:
-    """A critic's answer: the changes it asks for, none if the picture needs nothing."""
+    """A critic's answer: the changes it suggests, none if the picture needs none."""
 
     suggestions: tuple[Suggestion, ...] = ()
     summary: str = ""
-    """The picture as a whole, in the critic's words."""
+    """A remark on the whole picture, in free text."""
     repairs: tuple[str, ...] = ()
-    """What had to be mended or left out to read the critic's reply, a sentence each; none where it was read as it was."""
+    """What was repaired or dropped to parse the reply of the critic's model, one sentence each."""
 
 
 @value
 class Abstention:
-    """A critic's answer when it could not tell, with the reason. It is a result, never a score of zero."""
+    """A critic's answer if it cannot judge the picture, with the reason. It is a result of its own, not a score of zero."""
 
     reason: str
 
     def __post_init__(self) -> None:
         if not self.reason.strip():
-            raise InvalidValueError("an Abstention needs a reason: it is what a person will read to understand a skip.")
+            raise InvalidValueError("an Abstention needs a reason: reports show it as the reason why a prompt was skipped.")
 
 
 class Critic(ABC):
-    """Looks at a picture and its prompt and says what to improve, and where.
+    """Suggests what to improve in a picture, and where, given its prompt.
 
-    Subclass it and write `critique`. When the critic cannot tell, return an `Abstention` with the reason; an
-    exception stops the run, since it means a bug.
+    Subclass it and write `critique`. If the critic cannot judge a picture, return an `Abstention` with the reason. An
+    exception is a bug and stops the run.
 
     >>> import artaug as aa
     >>> class LeftCritic(aa.Critic):
@@ -73,30 +73,38 @@ class Critic(ABC):
 
     @abstractmethod
     def critique(self, image: Image, prompt: str) -> Critique | Abstention:
-        """Say what would improve ``image``, which was drawn from ``prompt``."""
+        """Suggest what would improve ``image``, which was drawn from ``prompt``."""
 
     def critique_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
-        """Criticise many pictures. Override it where a batch is faster than a loop."""
+        """Criticise many pictures. Override it if a batch is faster than a loop."""
         return [self.critique(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
 
 def run_critic(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
-    """Ask a critic about pictures and check that it answered as its seam promises.
+    """Call a critic and check that it answered as its seam promises.
+
+    Every call of a critic goes through this function.
 
     Raises:
+        InvalidValueError: if there is not one picture for each prompt; then the critic is not called.
         CriticError: if the critic raised; the original exception is its cause.
         ContractError: if it returned too few answers, or something that is neither a `Critique` nor an `Abstention`.
     """
     name = type(critic).__name__
+    if len(images) != len(prompts):
+        raise InvalidValueError(
+            f"received {len(images)} picture(s) for {len(prompts)} prompt(s), so {name} was not called: "
+            "need one picture for each prompt."
+        )
     try:
         answers = critic.critique_batch(images, prompts)
     except MemoryError:
         raise
-    except Exception as fault:
+    except Exception as error:
         raise CriticError(
-            f"{name} raised {type(fault).__name__}: {fault}, while criticising {len(prompts)} picture(s), "
+            f"{name} raised {type(error).__name__}: {error}, while criticising {len(prompts)} picture(s), "
             f"first prompt {next(iter(prompts), None)!r}. A critic that cannot tell returns artaug.Abstention(reason)."
-        ) from fault
+        ) from error
     checked: list[Critique | Abstention] = check_batch(
         name, "critique_batch", answers, of=(Critique, Abstention), count=len(prompts), per="picture", prompts=prompts
     )

@@ -1,4 +1,4 @@
-"""What a model is asked, in which words, and the schema its reply has to meet."""
+"""The messages that are sent to a model, and the schema of its reply."""
 
 import json
 
@@ -28,7 +28,7 @@ def all_objects(schema):
 
 def reply_of(conversation, size, *, numbers=None, **changes):
     box = aa.Box(0.25, 0.25, 0.75, 0.75)
-    written = [round(one) if one > 1 else one for one in conversation.coordinates.write(box, size=size)]
+    written = [round(edge) if edge > 1 else edge for edge in conversation.coordinates.encode(box, size=size)]
     suggestion = {"reason": "dark", conversation.coordinates.key: numbers or written, "prompt": "a lit window"}
     return {"summary": "fine", "suggestions": [suggestion], **changes}
 
@@ -37,89 +37,91 @@ def reply_of(conversation, size, *, numbers=None, **changes):
 
 
 def test_one_stage_shows_the_picture_and_asks_once():
-    asked = Conversation()
+    conversation = Conversation()
 
-    system, user = asked.messages(PICTURE, "a pear")
+    system, user = conversation.messages(PICTURE, "a pear")
 
     assert (system.role, system.image, user.role, user.image) == ("system", None, "user", PICTURE)
     assert system.text == prompt_text("art-director-1-system")
     assert "----\na pear\n----" in user.text
-    assert json.dumps(asked.schema(PICTURE.size)) in user.text
+    assert json.dumps(conversation.schema(PICTURE.size)) in user.text
     assert '"box": [left, top, right, bottom], tight around what should change' in user.text
     assert "at most 4 regions" in user.text
-    assert asked.stages == 1
+    assert conversation.stages == 1
 
 
 def test_two_stages_ask_for_an_analysis_and_show_the_picture_once():
-    asked = Conversation.in_two_stages(coordinates=coordinates_for("qwen2_5_vl"), max_suggestions=3)
+    conversation = Conversation.in_two_stages(coordinates=coordinates_for("qwen2_5_vl"), max_suggestions=3)
 
-    opening = asked.messages(PICTURE, "a pear")
-    whole = asked.messages(PICTURE, "a pear", analysis="It is dark.")
+    opening = conversation.messages(PICTURE, "a pear")
+    second = conversation.messages(PICTURE, "a pear", analysis="It is dark.")
 
-    assert asked.stages == 2
-    assert whole[: len(opening)] == opening
-    assert [message.role for message in whole] == ["system", "user", "assistant", "user"]
+    assert conversation.stages == 2
+    assert second[: len(opening)] == opening
+    assert [message.role for message in second] == ["system", "user", "assistant", "user"]
     assert "think aloud" in opening[1].text
     assert "JSON" not in opening[1].text
-    assert whole[2].text == "It is dark."
-    assert "644 wide and 476 high" in whole[3].text
-    assert [message.image is not None for message in whole] == [False, True, False, False]
+    assert second[2].text == "It is dark."
+    assert "644 wide and 476 high" in second[3].text
+    assert [message.image is not None for message in second] == [False, True, False, False]
 
 
-def test_a_template_without_a_system_role_hears_it_from_the_user():
+def test_without_a_system_role_the_first_user_message_begins_with_the_system_prompt():
     (user,) = Conversation(system_role=False).messages(PICTURE, "a pear")
     assert user.role == "user"
     assert user.text.startswith(prompt_text("art-director-1-system"))
 
 
-def test_the_system_text_may_be_left_out():
-    (user,) = Conversation(system="").messages(PICTURE, "a pear")
+def test_the_system_prompt_may_be_empty():
+    (user,) = Conversation(system_prompt="").messages(PICTURE, "a pear")
     assert not user.text.startswith("You are")
 
 
-def test_texts_of_ones_own_take_the_places_of_the_packages():
-    asked = Conversation(system="", answer="Improve {prompt} in {max_suggestions} places: {coordinates}. {schema}")
-    (user,) = asked.messages(PICTURE, "a pear")
+def test_custom_prompts_replace_those_of_the_package():
+    conversation = Conversation(
+        system_prompt="", answer_prompt="Improve {prompt} in {max_suggestions} places: {coordinates}. {schema}"
+    )
+    (user,) = conversation.messages(PICTURE, "a pear")
     assert user.text.startswith('Improve a pear in 4 places: "box": [left')
 
 
 @given(prompts)
-def test_a_prompt_is_put_in_once_and_never_filled(prompt):
-    (user,) = Conversation(system="", answer="<{prompt}>").messages(PICTURE, prompt + "{schema} {prompt}")
+def test_placeholders_inside_a_picture_prompt_are_not_filled(prompt):
+    (user,) = Conversation(system_prompt="", answer_prompt="<{prompt}>").messages(PICTURE, prompt + "{schema} {prompt}")
     assert user.text == f"<{prompt.replace('<', chr(0x2039)).replace('>', chr(0x203A))}{{schema}} {{prompt}}>"
 
 
 @pytest.mark.parametrize("mark", ["<image>", "<|im_end|>", "<|image_pad|>", "<start_of_image>", "[INST]", "[/INST]"])
-def test_what_a_chat_template_would_read_as_its_own_is_only_words(mark):
-    asked = Conversation.in_two_stages(coordinates=coordinates_for("llava"))
-    said = asked.messages(PICTURE, f"a pear {mark}", analysis=f"It is {mark} dark.")
-    assert not any(mark in message.text for message in said)
+def test_tokens_of_a_chat_template_are_escaped(mark):
+    conversation = Conversation.in_two_stages(coordinates=coordinates_for("llava"))
+    messages = conversation.messages(PICTURE, f"a pear {mark}", analysis=f"It is {mark} dark.")
+    assert not any(mark in message.text for message in messages)
 
 
-def test_an_analysis_nobody_asked_for_is_refused():
+def test_an_analysis_in_a_conversation_of_one_stage_is_refused():
     with pytest.raises(aa.InvalidValueError, match="has one stage and takes no analysis"):
         Conversation().messages(PICTURE, "a pear", analysis="It is dark.")
 
 
 @pytest.mark.parametrize(
-    ("options", "fault"),
+    ("options", "message"),
     [
         ({"max_suggestions": 0}, "need at least 1"),
-        ({"answer": "{prompt} {schemas}"}, r"placeholders \{schemas\}, which nothing fills: known are \{prompt\}"),
-        ({"answer": "Be an art director."}, r"never say \{prompt\}"),
+        ({"answer_prompt": "{prompt} {schemas}"}, r"unknown placeholders \{schemas\}: need some of \{prompt\}"),
+        ({"answer_prompt": "Be an art director."}, r"no prompt of a Conversation has the placeholder \{prompt\}"),
     ],
 )
-def test_a_conversation_that_cannot_work_is_refused(options, fault):
-    with pytest.raises(aa.InvalidValueError, match=fault):
+def test_a_conversation_that_cannot_work_is_refused(options, message):
+    with pytest.raises(aa.InvalidValueError, match=message):
         Conversation(**options)
 
 
-def test_braces_of_json_are_no_placeholders():
-    asked = Conversation(system="", answer='{prompt}: answer like {"suggestions": []}')
-    assert asked.messages(PICTURE, "a pear")[0].text == 'a pear: answer like {"suggestions": []}'
+def test_braces_of_json_are_not_placeholders():
+    conversation = Conversation(system_prompt="", answer_prompt='{prompt}: answer like {"suggestions": []}')
+    assert conversation.messages(PICTURE, "a pear")[0].text == 'a pear: answer like {"suggestions": []}'
 
 
-def test_an_unknown_text_is_named():
+def test_an_unknown_prompt_name_is_refused():
     with pytest.raises(
         aa.InvalidValueError, match="no prompt called 'art-director-9'; there are art-director-1-analyse"
     ):
@@ -127,49 +129,49 @@ def test_an_unknown_text_is_named():
 
 
 @pytest.mark.parametrize("name", ["system", "answer", "analyse", "conclude"])
-def test_the_texts_of_the_package_are_whole(name):
+def test_the_prompts_of_the_package_are_complete(name):
     text = prompt_text(f"art-director-1-{name}")
     assert text == text.strip()
     assert len(text) > 200
 
 
-def test_conversations_are_told_apart_by_their_repr():
+def test_different_conversations_have_different_reprs():
     assert repr(Conversation()) == repr(Conversation())
-    assert repr(Conversation()) != repr(Conversation(answer="{prompt}?"))
+    assert repr(Conversation()) != repr(Conversation(answer_prompt="{prompt}?"))
 
 
 # --- the schema ------------------------------------------------------------------------------------------------------
 
 
 @given(conventions, sizes, st.integers(1, 9))
-def test_the_schema_is_strict(convention, size, at_most):
-    schema = Conversation(coordinates=convention, max_suggestions=at_most).schema(size)
+def test_the_schema_is_strict(convention, size, max_suggestions):
+    schema = Conversation(coordinates=convention, max_suggestions=max_suggestions).schema(size)
 
     jsonschema.Draft202012Validator.check_schema(schema)
     objects = list(all_objects(schema))
     assert len(objects) == 2
-    for one in objects:
-        assert one["additionalProperties"] is False
-        assert one["required"] == list(one["properties"])
-    assert schema["properties"]["suggestions"]["maxItems"] == at_most
+    for schema_object in objects:
+        assert schema_object["additionalProperties"] is False
+        assert schema_object["required"] == list(schema_object["properties"])
+    assert schema["properties"]["suggestions"]["maxItems"] == max_suggestions
     assert "$ref" not in json.dumps(schema)
 
 
 @given(conventions, sizes)
-def test_a_reply_on_the_schema_is_read_without_a_repair(convention, size):
-    asked = Conversation(coordinates=convention)
-    reply = reply_of(asked, size)
+def test_a_reply_on_the_schema_is_parsed_without_a_repair(convention, size):
+    conversation = Conversation(coordinates=convention)
+    reply = reply_of(conversation, size)
 
-    jsonschema.validate(reply, asked.schema(size))
-    critique = asked.read(json.dumps(reply), size=size)
+    jsonschema.validate(reply, conversation.schema(size))
+    critique = conversation.parse(json.dumps(reply), size=size)
 
     assert critique.repairs == ()
     assert critique.summary == "fine"
-    (only,) = critique.suggestions
-    assert (only.prompt, only.reason) == ("a lit window", "dark")
+    (suggestion,) = critique.suggestions
+    assert (suggestion.prompt, suggestion.reason) == ("a lit window", "dark")
     tolerance = 0.13 if convention.order == "points" else 0.02
-    assert only.box.center == pytest.approx((0.5, 0.5), abs=0.02)
-    assert only.box.left == pytest.approx(0.25, abs=tolerance)
+    assert suggestion.box.center == pytest.approx((0.5, 0.5), abs=0.02)
+    assert suggestion.box.left == pytest.approx(0.25, abs=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -181,12 +183,12 @@ def test_a_reply_on_the_schema_is_read_without_a_repair(convention, size):
         {"suggestions": None},
         {"summary": 7},
     ],
-    ids=["more", "an empty suggestion", "an empty prompt", "no listing", "a number for words"],
+    ids=["extra key", "empty suggestion", "empty prompt", "null for a list", "number for a string"],
 )
-def test_a_reply_off_the_schema_is_told(broken):
-    asked = Conversation()
+def test_the_schema_rejects_another_structure(broken):
+    conversation = Conversation()
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(reply_of(asked, (640, 480), **broken), asked.schema((640, 480)))
+        jsonschema.validate(reply_of(conversation, (640, 480), **broken), conversation.schema((640, 480)))
 
 
 @pytest.mark.parametrize(
@@ -201,16 +203,16 @@ def test_a_reply_off_the_schema_is_told(broken):
         ("gemma3", [-1, 0, 10, 10]),
     ],
 )
-def test_numbers_off_the_convention_are_told(family, numbers):
-    asked = Conversation(coordinates=coordinates_for(family))
+def test_the_schema_rejects_numbers_outside_the_convention(family, numbers):
+    conversation = Conversation(coordinates=coordinates_for(family))
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(reply_of(asked, (640, 480), numbers=numbers), asked.schema((640, 480)))
+        jsonschema.validate(reply_of(conversation, (640, 480), numbers=numbers), conversation.schema((640, 480)))
 
 
-def test_no_more_is_read_than_was_asked_for():
-    asked = Conversation(coordinates=Coordinates("thousandths"), max_suggestions=2)
-    reply = reply_of(asked, (640, 480))
+def test_more_suggestions_than_requested_are_ignored():
+    conversation = Conversation(coordinates=Coordinates("thousandths"), max_suggestions=2)
+    reply = reply_of(conversation, (640, 480))
     reply["suggestions"] *= 5
-    critique = asked.read(json.dumps(reply), size=(640, 480))
+    critique = conversation.parse(json.dumps(reply), size=(640, 480))
     assert len(critique.suggestions) == 2
     assert critique.repairs == ("read the first 2 of 5 suggestions",)

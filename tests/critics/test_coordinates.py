@@ -1,4 +1,4 @@
-"""A convention means the same to us as to the processors that make the picture the model counts in."""
+"""Conventions agree with the image processors that make the picture in which a model counts."""
 
 import math
 
@@ -35,23 +35,23 @@ squares = conventions.filter(lambda convention: convention.order != "points")
 def test_the_size_is_the_one_that_qwen_processors_resize_to(size, resize):
     width, height = size
     expected = smart_resize(height, width, resize.multiple, resize.min_pixels, resize.max_pixels)
-    assert resize.size_of(size) == expected[::-1]
+    assert resize.output_size(size) == expected[::-1]
 
 
 @given(st.integers(1, 300), st.integers(201, 9000))
-def test_a_picture_the_processor_refuses_is_refused(short, factor):
+def test_a_picture_that_the_processor_refuses_is_refused(short, factor):
     with pytest.raises(ValueError, match="aspect ratio"):
         smart_resize(short, short * factor)
     for size in ((short, short * factor), (short * factor, short), (0, 5)):
         with pytest.raises(aa.GeometryError, match="cannot be resized for the model"):
-            SmartResize().size_of(size)
+            SmartResize().output_size(size)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (31, 500), (1024, 1024), (2000, 30)])
 def test_the_defaults_are_those_of_the_processor_itself(size):
     processor = Qwen2VLImageProcessorPil()
     (_, down, across), *_ = processor(Image.new("RGB", size), return_tensors="np")["image_grid_thw"]
-    assert SmartResize().size_of(size) == (across * processor.patch_size, down * processor.patch_size)
+    assert SmartResize().output_size(size) == (across * processor.patch_size, down * processor.patch_size)
 
 
 @pytest.mark.parametrize("size", [(256, 200), (1500, 1000)])
@@ -65,12 +65,12 @@ def test_a_convention_is_fitted_to_the_processor_of_a_checkpoint(size):
     assert fitted.extent(size) != coordinates_for("qwen2_5_vl").extent(size)
 
 
-def test_a_convention_that_does_not_depend_on_the_processor_stays():
+def test_a_convention_that_does_not_depend_on_the_processor_is_unchanged():
     for family in ("qwen2_vl", "qwen3_vl", "internvl", "gemma3", "molmo"):
         assert coordinates_for(family).fitted_to(Qwen2VLImageProcessorPil()) == coordinates_for(family)
 
 
-def test_pixels_cannot_be_fitted_to_a_processor_that_resizes_otherwise():
+def test_pixels_cannot_be_fitted_to_a_processor_that_resizes_in_another_way():
     with pytest.raises(aa.InvalidValueError, match="CLIPImageProcessorPil does not resize as Qwen-VL processors do"):
         coordinates_for("qwen2_5_vl").fitted_to(CLIPImageProcessorPil())
 
@@ -85,75 +85,75 @@ def test_pixels_cannot_be_fitted_to_a_processor_that_resizes_otherwise():
     ids=["cropped", "padded", "whole"],
 )
 @pytest.mark.parametrize("size", [(600, 400), (400, 600), (500, 500)])
-def test_a_llava_box_lies_where_the_model_sees_it(processor, frame, size):
+def test_a_llava_box_lies_where_the_model_sees_the_content(processor, frame, size):
     fitted = coordinates_for("llava").fitted_to(processor)
     box = aa.Box(0.4, 0.3, 0.6, 0.55)
     picture = Image.new("RGB", size)
     picture.paste("white", box.to_pixels(size))
 
-    seen = _seen(processor, picture, frame)
+    model_input = _model_input(processor, picture, frame)
 
-    rows, columns = np.nonzero(seen > 0.5)
+    rows, columns = np.nonzero(model_input > 0.5)
     measured = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-    written = fitted.write(box, size=size)
-    scale = seen.shape[1], seen.shape[0]
+    written = fitted.encode(box, size=size)
+    scale = model_input.shape[1], model_input.shape[0]
     assert fitted.frame == frame
-    assert measured == pytest.approx([at * scale[place % 2] for place, at in enumerate(written)], abs=1.5)
+    assert measured == pytest.approx([edge * scale[index % 2] for index, edge in enumerate(written)], abs=1.5)
 
 
-def _seen(processor, picture, frame):
-    """The picture as the model is given it, (height, width) from 0 to 1."""
+def _model_input(processor, picture, frame):
+    """The picture that the model receives, (height, width) from 0 to 1."""
     if frame == "padded":
         pixels = processor.pad_to_square(np.asarray(picture).transpose(2, 0, 1), background_color=(0, 0, 0))
         return np.asarray(pixels)[0] / 255
     if frame == "whole":
         return np.asarray(picture)[:, :, 0] / 255
-    made = processor(picture, do_normalize=False, return_tensors="np")["pixel_values"][0]
-    return made[0]
+    return processor(picture, do_normalize=False, return_tensors="np")["pixel_values"][0][0]
 
 
 @given(squares, boxes(), sizes)
-def test_what_is_written_is_read_as_the_same_box(convention, box, size):
-    edges = convention.edges(convention.write(box, size=size), size=size)
+def test_decoding_inverts_encoding(convention, box, size):
+    edges = convention.decode(convention.encode(box, size=size), size=size)
     assert edges == pytest.approx((box.left, box.top, box.right, box.bottom), abs=1e-8)
 
 
 @given(st.data(), sizes, st.sampled_from(["thousandths", "percent", "pixels"]), st.sampled_from(["xyxy", "yxyx"]))
-def test_whole_numbers_are_written_exactly_as_they_were_read(data, size, unit, order):
+def test_whole_numbers_survive_decoding_and_encoding_exactly(data, size, unit, order):
     convention = Coordinates(unit, order=order, resize=SmartResize() if unit == "pixels" else None)
     corners = [
-        sorted(data.draw(st.sets(st.integers(0, int(far)), min_size=2, max_size=2))) for far in _far(convention, size)
+        sorted(data.draw(st.sets(st.integers(0, int(limit)), min_size=2, max_size=2)))
+        for limit in _limits(convention, size)
     ]
     numbers = (corners[0][0], corners[1][0], corners[0][1], corners[1][1])
-    assert convention.write(aa.Box(*convention.edges(numbers, size=size)), size=size) == numbers
+    assert convention.encode(aa.Box(*convention.decode(numbers, size=size)), size=size) == numbers
 
 
-def _far(convention, size):
-    across, down = convention.extent(size)
-    return (down, across) if convention.order == "yxyx" else (across, down)
+def _limits(convention, size):
+    right, bottom = convention.extent(size)
+    return (bottom, right) if convention.order == "yxyx" else (right, bottom)
 
 
 @given(boxes(), sizes)
-def test_relative_boxes_are_read_bit_for_bit(box, size):
+def test_relative_boxes_are_decoded_bit_for_bit(box, size):
     relative = Coordinates("relative")
-    assert aa.Box(*relative.edges(relative.write(box, size=size), size=size)) == box
+    assert aa.Box(*relative.decode(relative.encode(box, size=size), size=size)) == box
 
 
 @given(boxes(), sizes)
-def test_a_point_is_the_middle_of_a_box(box, size):
+def test_a_point_is_the_center_of_a_box(box, size):
     molmo = coordinates_for("molmo")
-    left, top, right, bottom = molmo.edges(molmo.write(box, size=size), size=size)
-    assert ((left + right) / 2, (top + bottom) / 2) == pytest.approx(box.center)
+    left, top, right, bottom = molmo.decode(molmo.encode(box, size=size), size=size)
+    assert ((left + right) / 2, (top + bottom) / 2) == pytest.approx(box.center, abs=1e-9)
     assert (right - left, bottom - top) == pytest.approx((0.25, 0.25))
 
 
-def test_the_same_numbers_mean_other_places_in_other_conventions():
+def test_the_same_numbers_are_different_boxes_in_different_conventions():
     numbers, size = (200, 100, 400, 300), (1000, 500)
-    read = {family: convention.edges(numbers, size=size) for family, convention in FAMILIES.items()}
-    assert read["qwen3_vl"] == (0.2, 0.1, 0.4, 0.3)
-    assert read["gemma3"] == (0.1, 0.2, 0.3, 0.4)
-    assert read["qwen2_5_vl"] == pytest.approx((200 / 1008, 100 / 504, 400 / 1008, 300 / 504))
-    assert len(set(read.values())) >= 5
+    decoded = {family: convention.decode(numbers, size=size) for family, convention in FAMILIES.items()}
+    assert decoded["qwen3_vl"] == (0.2, 0.1, 0.4, 0.3)
+    assert decoded["gemma3"] == (0.1, 0.2, 0.3, 0.4)
+    assert decoded["qwen2_5_vl"] == pytest.approx((200 / 1008, 100 / 504, 400 / 1008, 300 / 504))
+    assert len(set(decoded.values())) >= 5
 
 
 @given(conventions)
@@ -162,31 +162,31 @@ def test_a_convention_survives_json(convention):
 
 
 @pytest.mark.parametrize("numbers", [(), (1,), (1, 2, 3), (1, 2, 3, 4, 5)])
-def test_a_box_is_four_numbers_and_a_point_two(numbers):
+def test_a_box_has_four_numbers_and_a_point_two(numbers):
     with pytest.raises(aa.GeometryError, match=f"received {len(numbers)} numbers"):
-        Coordinates("relative").edges(numbers, size=(8, 8))
+        Coordinates("relative").decode(numbers, size=(8, 8))
 
 
 @pytest.mark.parametrize(
-    ("options", "fault"),
+    ("options", "message"),
     [
-        ({"unit": "thousandths", "resize": SmartResize()}, "would ignore its resize"),
-        ({"unit": "relative", "reach": 0}, "need a reach in"),
-        ({"unit": "relative", "reach": math.nan}, "need a reach in"),
+        ({"unit": "thousandths", "resize": SmartResize()}, "has a resize, which only the unit 'pixels' uses"),
+        ({"unit": "relative", "point_radius": 0}, "need a point_radius in"),
+        ({"unit": "relative", "point_radius": math.nan}, "need a point_radius in"),
         ({"unit": "inches"}, "Coordinates: unit"),
         ({"unit": "relative", "key": "place"}, "Coordinates: key"),
     ],
 )
-def test_a_convention_that_means_nothing_is_refused(options, fault):
-    with pytest.raises(aa.InvalidValueError, match=fault):
+def test_an_invalid_convention_is_refused(options, message):
+    with pytest.raises(aa.InvalidValueError, match=message):
         Coordinates(**options)
 
 
-def test_a_resize_that_leaves_no_size_is_refused():
+def test_a_resize_with_min_above_max_is_refused():
     with pytest.raises(aa.InvalidValueError, match="need min_pixels <= max_pixels"):
         SmartResize(28, 1000, 999)
 
 
-def test_an_unknown_family_is_not_guessed():
+def test_an_unknown_family_is_refused():
     with pytest.raises(aa.InvalidValueError, match=r"convention of 'molmo9' is not known; known families are qwen2_vl"):
         coordinates_for("molmo9")

@@ -1,4 +1,4 @@
-"""What a measuring critic finds, asks for, and leaves alone."""
+"""PhotometricCritic: the regions it finds, the suggestions it makes, and when it makes none."""
 
 import re
 
@@ -30,25 +30,25 @@ def still_life(*, scale=1):
     return image.filter(ImageFilter.GaussianBlur(scale))
 
 
-def drawn(captions):
+def rendered(captions):
     pictures = render_batch([parse(caption) for caption in captions], generator=torch.Generator().manual_seed(0))
     return [Image.fromarray(picture) for picture in (pictures.permute(0, 2, 3, 1) * 255).numpy().astype(np.uint8)]
 
 
-def asked(critique):
+def suggested_prompts(critique):
     return [suggestion.prompt for suggestion in critique.suggestions]
 
 
 @pytest.mark.parametrize("scale", [1, 4, 11])
-def test_things_are_found_at_any_resolution(scale):
-    found = PhotometricCritic().critique(still_life(scale=scale), "a still life")
+def test_objects_are_found_at_any_resolution(scale):
+    critique = PhotometricCritic().critique(still_life(scale=scale), "a still life")
     for thing in (aa.Box(16 / 96, 28 / 64, 36 / 96, 48 / 64), aa.Box(60 / 96, 28 / 64, 80 / 96, 50 / 64)):
-        assert max(thing.iou(suggestion.box) for suggestion in found.suggestions[1:]) > 0.7
+        assert max(thing.iou(suggestion.box) for suggestion in critique.suggestions[1:]) > 0.7
 
 
 def test_the_things_of_dull_scenes_are_found():
-    critic, hits, things = PhotometricCritic(whole=False), 0, 0
-    for caption, image in zip(CAPTIONS, drawn(CAPTIONS), strict=True):
+    critic, hits, things = PhotometricCritic(whole_image=False), 0, 0
+    for caption, image in zip(CAPTIONS, rendered(CAPTIONS), strict=True):
         boxes = [suggestion.box for suggestion in critic.critique(image, caption).suggestions]
         for thing in detect(image):
             things += 1
@@ -57,18 +57,18 @@ def test_the_things_of_dull_scenes_are_found():
     assert hits / things >= 0.9, f"found {hits} of {things}"
 
 
-def test_better_pictures_are_asked_less():
+def test_better_pictures_get_fewer_suggestions():
     def requests(words):
-        pictures = drawn([caption + words for caption in CAPTIONS[:12]])
+        pictures = rendered([caption + words for caption in CAPTIONS[:12]])
         answers = [PhotometricCritic().critique(picture, "it") for picture in pictures]
-        return sum(prompt.count(",") for answer in answers for prompt in asked(answer))
+        return sum(prompt.count(",") for answer in answers for prompt in suggested_prompts(answer))
 
     dull, vivid, best = requests(""), requests(", vivid"), requests(", vivid, softly lit, sharp, glowing")
     assert best < 0.5 * dull
     assert vivid < dull
 
 
-def test_each_shortfall_has_its_word_and_its_reason():
+def test_each_low_measure_adds_its_words_and_its_reason():
     critique = PhotometricCritic().critique(still_life(), "a still life")
     whole = critique.suggestions[0]
     assert whole.box == WHOLE
@@ -82,7 +82,7 @@ def test_each_shortfall_has_its_word_and_its_reason():
 
 
 @given(images(least=16, most=40))
-def test_every_request_is_below_its_threshold(image):
+def test_every_reason_names_a_number_below_its_threshold(image):
     critic = PhotometricCritic(max_regions=2)
     answer = critic.critique(image, "a pear")
     if isinstance(answer, aa.Critique):
@@ -93,27 +93,27 @@ def test_every_request_is_below_its_threshold(image):
             assert suggestion.prompt.startswith("a pear, ")
 
 
-def test_thresholds_of_zero_ask_for_nothing():
+def test_thresholds_of_zero_give_no_suggestions():
     critic = PhotometricCritic(exposure=0, chroma=0, contrast=0, sharpness=0)
-    assert asked(critic.critique(still_life(), "a still life")) == []
+    assert suggested_prompts(critic.critique(still_life(), "a still life")) == []
 
 
-def test_words_can_be_the_models_own():
-    critic = PhotometricCritic(words=PromptVocabulary(chroma="in saturated Kodachrome"), max_regions=0)
-    (prompt,) = asked(critic.critique(still_life(), "a still life"))
+def test_the_vocabulary_can_be_that_of_another_model():
+    critic = PhotometricCritic(vocabulary=PromptVocabulary(chroma="in saturated Kodachrome"), max_regions=0)
+    (prompt,) = suggested_prompts(critic.critique(still_life(), "a still life"))
     assert "in saturated Kodachrome" in prompt
     assert "vivid" not in prompt
 
 
-def test_an_empty_prompt_gets_the_words_alone():
-    assert not asked(PhotometricCritic().critique(still_life(), " "))[0].startswith((" ", ","))
+def test_an_empty_prompt_gives_only_the_words():
+    assert not suggested_prompts(PhotometricCritic().critique(still_life(), " "))[0].startswith((" ", ","))
 
 
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
         (Image.new("RGB", (15, 200), "red"), "15 x 200 pixels"),
-        (Image.new("RGB", (64, 64), "red"), "one even colour"),
+        (Image.new("RGB", (64, 64), "red"), "one uniform color"),
     ],
 )
 def test_where_there_is_nothing_to_measure_it_abstains(image, reason):
@@ -123,17 +123,18 @@ def test_where_there_is_nothing_to_measure_it_abstains(image, reason):
 
 
 @pytest.mark.parametrize(
-    "options", [{"chroma": 1.5}, {"exposure": float("nan")}, {"padding": -0.1}, {"whole": False, "max_regions": 0}]
+    "options",
+    [{"chroma": 1.5}, {"exposure": float("nan")}, {"padding": -0.1}, {"whole_image": False, "max_regions": 0}],
 )
-def test_a_critic_that_makes_no_sense_is_refused(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(aa.InvalidValueError, match=f"PhotometricCritic.{next(iter(options))}="):
         PhotometricCritic(**options)
 
 
 def test_blank_words_are_refused():
-    with pytest.raises(aa.InvalidValueError, match="says nothing for contrast"):
+    with pytest.raises(aa.InvalidValueError, match="has no words for contrast"):
         PromptVocabulary(contrast=" ")
 
 
-def test_it_keeps_the_promises_of_a_critic():
+def test_it_passes_check_critic():
     check_critic(PhotometricCritic())

@@ -1,3 +1,5 @@
+"""Probing: which convention explains the boxes that a model gives for known rectangles."""
+
 import json
 
 import numpy as np
@@ -5,72 +7,78 @@ import pytest
 
 import artaug as aa
 from artaug.critics import FAMILIES, Coordinates
-from artaug.critics.dialogue import Reply
-from artaug.critics.probing import candidates, probe, targets
+from artaug.critics.dialogue import ChatReply
+from artaug.critics.probing import candidate_conventions, probe_coordinates, probe_targets
 
 GREY = 150
 
 
-def seeing(writes):
-    """A model that finds whatever is not grey and writes it down in a convention of its own."""
+def detecting_model(convention):
+    """A model that finds whatever is not grey and writes its box in a convention of its own."""
 
-    def ask(questions):
-        return [Reply(_found(question.messages[-1].image, writes)) for question in questions]
+    def generate(requests):
+        return [ChatReply(_detection(request.messages[-1].image, convention)) for request in requests]
 
-    return ask
+    return generate
 
 
-def _found(image, writes):
+def _detection(image, convention):
     rows, columns = np.nonzero((np.asarray(image) != GREY).any(axis=2))
     box = aa.Box.from_pixels(columns.min(), rows.min(), columns.max() + 1, rows.max() + 1, size=image.size)
-    numbers = writes.write(box, size=image.size)
-    whole = writes.unit in {"thousandths", "pixels"}
-    return json.dumps({"prompt": "it", "bbox_2d": [round(one) if whole else round(one, 3) for one in numbers]})
+    numbers = convention.encode(box, size=image.size)
+    whole_numbers = convention.unit in {"thousandths", "pixels"}
+    return json.dumps(
+        {"prompt": "it", "bbox_2d": [round(number) if whole_numbers else round(number, 3) for number in numbers]}
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_writes_as_its_family_does_fits(family):
-    found = probe(seeing(FAMILIES[family]), FAMILIES[family])
-    assert found.fits
-    assert found.overlaps[FAMILIES[family]] > 0.9
-    assert "own convention fits" in str(found)
+    result = probe_coordinates(detecting_model(FAMILIES[family]), FAMILIES[family])
+    assert result.fits
+    assert result.mean_iou[FAMILIES[family]] > 0.9
+    assert "own convention fits" in str(result)
 
 
-BOXES = [one for one in candidates(Coordinates("thousandths")) if one.frame != "cropped"]
+CONVENTIONS = [
+    convention for convention in candidate_conventions(Coordinates("thousandths")) if convention.frame != "cropped"
+]
 
 
-@pytest.mark.parametrize("writes", BOXES)
-def test_a_wrong_convention_is_noticed_and_the_right_one_named(writes):
-    found = probe(seeing(writes), Coordinates("thousandths", order="yxyx"))
-    assert found.found
-    assert found.overlaps[writes] >= found.overlaps[found.best] - 0.02
-    if writes != Coordinates("thousandths", order="yxyx"):
-        assert not found.fits
-        assert f"Use {found.best!r}." in str(found)
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_a_wrong_convention_is_noticed_and_the_right_one_named(convention):
+    result = probe_coordinates(detecting_model(convention), Coordinates("thousandths", order="yxyx"))
+    assert result.conclusive
+    assert result.mean_iou[convention] >= result.mean_iou[result.best] - 0.02
+    if convention != Coordinates("thousandths", order="yxyx"):
+        assert not result.fits
+        assert f"Use {result.best!r}." in str(result)
 
 
-def test_a_model_that_says_nothing_fits_nothing():
-    found = probe(lambda questions: [aa.Abstention("the server is gone") for _ in questions], Coordinates("relative"))
-    assert not found.found
-    assert found.replies == ("the server is gone",) * 6
-    assert "No convention fits" in str(found)
-
-
-def test_the_model_is_asked_in_the_words_of_its_convention():
-    asked = []
-    probe(
-        lambda questions: asked.extend(questions) or [Reply("")] * len(questions), Coordinates("percent", key="box_2d")
+def test_without_replies_no_convention_fits():
+    result = probe_coordinates(
+        lambda requests: [aa.Abstention("the server is gone") for _ in requests], Coordinates("relative")
     )
-    (message,) = asked[0].messages
+    assert not result.conclusive
+    assert result.replies == ("the server is gone",) * 6
+    assert "No convention fits" in str(result)
+
+
+def test_the_model_is_asked_for_boxes_in_the_critics_convention():
+    sent = []
+    probe_coordinates(
+        lambda requests: sent.extend(requests) or [ChatReply("")] * len(requests), Coordinates("percent", key="box_2d")
+    )
+    (message,) = sent[0].messages
     assert "from 0 to 100" in message.text
     assert '"box_2d": [...]' in message.text
     assert "red rectangle" in message.text
-    assert asked[0].schema is None
+    assert sent[0].schema is None
 
 
 @pytest.mark.parametrize("side", [0.05, 0.25, 0.5, 0.9])
-def test_the_rectangles_lie_in_their_pictures_and_look_alike_in_none(side):
-    shown = targets(side=side)
-    assert len({target.image.size for target in shown}) == len({target.colour for target in shown}) == len(shown)
-    for target in shown:
+def test_the_rectangles_have_the_given_side_and_no_two_pictures_are_alike(side):
+    targets = probe_targets(side=side)
+    assert len({target.image.size for target in targets}) == len({target.color for target in targets}) == len(targets)
+    for target in targets:
         assert target.box.width == pytest.approx(min(side, 0.5), abs=0.01)

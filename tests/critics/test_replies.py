@@ -1,4 +1,4 @@
-"""Whatever a model replies is a critique or an abstention, and what was done to read it is said."""
+"""Every reply of a model is parsed as a critique or an abstention, and every repair is listed."""
 
 import inspect
 import json
@@ -18,8 +18,14 @@ import artaug as aa
 from artaug._internal.values import from_json, to_json
 from artaug.critics import FAMILIES, Coordinates, parse_reply
 from artaug.critics.replies import MAX_PROMPT_CHARS, MAX_REMARK_CHARS, MAX_REPLY_CHARS, MAX_SUGGESTIONS
-from artaug.critics.replies.nodes import MAX_NESTING, Listing, Number, Record, Text
-from artaug.critics.replies.reading import read
+from artaug.critics.replies.json_parser import (
+    MAX_NESTING,
+    ArrayNode,
+    NumberNode,
+    ObjectNode,
+    StringNode,
+    parse_json,
+)
 from support.strategies import boxes, critiques, said
 
 SIZE = (640, 480)
@@ -51,7 +57,7 @@ def test_the_corpus_is_large():
 
 
 @pytest.mark.parametrize("case", CORPUS.values(), ids=CORPUS)
-def test_a_reply_of_the_corpus_is_read_as_it_says(case):
+def test_a_reply_of_the_corpus_is_parsed_as_expected(case):
     named = case.get("coordinates", "thousandths")
 
     answer = parsed(case["text"], CONVENTIONS.get(named, named))
@@ -88,24 +94,24 @@ json_documents = st.lists(json_values) | st.dictionaries(json_texts, json_values
 
 def as_python(node):
     match node:
-        case Record():
-            return {name: as_python(thing) for name, thing in node.fields}
-        case Listing():
-            return [as_python(thing) for thing in node.things]
-        case Number():
-            return node.amount
-        case Text(bare=True):
-            return {"true": True, "false": False, "null": None}[node.words]
-    return node.words
+        case ObjectNode():
+            return {key: as_python(value) for key, value in node.members}
+        case ArrayNode():
+            return [as_python(item) for item in node.items]
+        case NumberNode():
+            return node.value
+        case StringNode(unquoted=True):
+            return {"true": True, "false": False, "null": None}[node.text]
+    return node.text
 
 
 def in_floats(document):
-    """The document as a reading gives it: there is one kind of number."""
+    """The document as the parser gives it, where every number is a float."""
     match document:
         case dict():
-            return {name: in_floats(thing) for name, thing in document.items()}
+            return {key: in_floats(value) for key, value in document.items()}
         case list():
-            return [in_floats(thing) for thing in document]
+            return [in_floats(item) for item in document]
         case bool() | None | str():
             return document
     return float(document)
@@ -115,73 +121,77 @@ def in_floats(document):
 @example({"": {"": {}}}, True, None)
 @example({"a": 'x", "b": "y'}, False, None)
 @example([1e-320, -0.0, 10**300, 2**70], False, None)
-def test_json_is_read_as_json_and_nothing_is_mended(document, ensure_ascii, indent):
+def test_valid_json_is_parsed_without_a_repair(document, ensure_ascii, indent):
     text = json.dumps(document, ensure_ascii=ensure_ascii, indent=indent)
 
-    reading = read(text)
+    parsed_json = parse_json(text)
 
-    assert [as_python(node) for node in reading.nodes] == [in_floats(document)]
-    assert reading.mended == ()
+    assert [as_python(node) for node in parsed_json.nodes] == [in_floats(document)]
+    assert parsed_json.repairs == ()
 
 
 @st.composite
 def written(draw):
-    """A convention, a picture's size, and suggestions with whole numbers in it as one would write them."""
+    """A convention, a picture's size, and suggestions with whole numbers in that convention."""
     unit = draw(st.sampled_from(["relative", "percent", "thousandths", "pixels"]))
     order = draw(st.sampled_from(["xyxy", "yxyx", "xywh"]))
     convention = Coordinates(unit, order=order)
     size = draw(st.tuples(st.integers(20, 900), st.integers(20, 900)))
     fractions = st.sets(st.integers(0, 20), min_size=2, max_size=2).map(sorted)
-    made = []
+    suggestions = []
     for _ in range(draw(st.integers(1, 6))):
         (left, right), (top, bottom) = draw(fractions), draw(fractions)
         box = aa.Box(left / 20, top / 20, right / 20, bottom / 20)
-        made.append((convention.write(box, size=size), draw(said_plainly), draw(remarks)))
-    return convention, size, made
+        suggestions.append((convention.encode(box, size=size), draw(plain_prompts), draw(remarks)))
+    return convention, size, suggestions
 
 
 plain_texts = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"], exclude_characters="<|"), max_size=60)
 remarks = plain_texts.map(lambda text: " ".join(text.split()))
 remarks = remarks.filter(lambda text: text.lower() not in {"null", "none", "nan", "undefined", "n/a"})
-said_plainly = remarks.filter(bool)
+plain_prompts = remarks.filter(bool)
 
 
 @given(written(), st.sampled_from(["box", "bbox_2d", "box_2d"]))
 def test_a_valid_reply_gives_exactly_its_boxes_in_every_convention(reply, key):
-    convention, size, made = reply
-    suggestions = [{key: list(numbers), "prompt": prompt, "reason": reason} for numbers, prompt, reason in made]
+    convention, size, suggestions = reply
+    items = [{key: list(numbers), "prompt": prompt, "reason": reason} for numbers, prompt, reason in suggestions]
 
-    answer = parse_reply(json.dumps({"suggestions": suggestions}), size=size, coordinates=convention)
+    answer = parse_reply(json.dumps({"suggestions": items}), size=size, coordinates=convention)
 
-    edges = [convention.edges(numbers, size=size) for numbers, _, _ in made]
-    expected = [aa.Box(*(min(max(edge, 0), 1) for edge in one)) for one in edges]
-    assert [one.box for one in answer.suggestions] == expected
-    assert [(one.prompt, one.reason) for one in answer.suggestions] == [(prompt, reason) for _, prompt, reason in made]
+    boxes_of_edges = [convention.decode(numbers, size=size) for numbers, _, _ in suggestions]
+    expected = [
+        (aa.Box(*(min(max(edge, 0), 1) for edge in edges)), prompt, reason)
+        for edges, (_, prompt, reason) in zip(boxes_of_edges, suggestions, strict=True)
+    ]
+    assert [(item.box, item.prompt, item.reason) for item in answer.suggestions] == expected
     assert answer.repairs == ()
 
 
 large_boxes = boxes().filter(lambda box: box.width >= 0.01 and box.height >= 0.01)
 clean = st.builds(
-    aa.Critique, st.lists(st.builds(aa.Suggestion, large_boxes, said_plainly, remarks), min_size=1, max_size=5), remarks
+    aa.Critique,
+    st.lists(st.builds(aa.Suggestion, large_boxes, plain_prompts, remarks), min_size=1, max_size=5),
+    remarks,
 )
 
 
 @given(clean)
-def test_a_critique_written_as_json_is_read_as_the_same_critique(critique):
+def test_a_critique_written_as_json_is_parsed_as_the_same_critique(critique):
     assert parsed(to_json(critique), "relative") == critique
 
 
 @given(said)
-def test_an_abstention_written_as_json_is_read_as_an_abstention(reason):
+def test_an_abstention_written_as_json_is_parsed_as_an_abstention(reason):
     assert isinstance(parsed(to_json(aa.Abstention(reason))), aa.Abstention)
 
 
 @given(critiques, st.text(), st.text())
-def test_prose_around_a_critique_costs_at_most_the_critique(critique, before, after):
+def test_prose_around_a_critique_never_raises(critique, before, after):
     parsed(before + to_json(critique) + after, "relative")
 
 
-def test_halves_of_a_character_that_stand_side_by_side_are_joined():
+def test_adjacent_surrogates_are_joined_to_a_character():
     answer = parsed('{"suggestions": [{"box": [100, 200, 300, 400], "prompt": "a \ud83d\ude00 face"}]}')
     assert answer.suggestions[0].prompt == "a \U0001f600 face"
     assert answer.repairs == ()
@@ -209,39 +219,39 @@ FRAGMENTS = [
     ),
     *('{"x1": 1, "y1": 2, "x2": 3, "y2": 4}', "[[1, 2], [3, 4]]", '"suggestions": "', "{{", "}}", '\\"', "\u202e"),
 ]
-soups = st.lists(st.sampled_from(FRAGMENTS), max_size=60).map("".join)
+mixtures = st.lists(st.sampled_from(FRAGMENTS), max_size=60).map("".join)
 any_convention = st.sampled_from(["relative", "thousandths", "pixels", *FAMILIES.values()])
 
 
 @given(st.text(), any_convention)
-def test_any_text_is_read(text, convention):
+def test_any_text_is_parsed(text, convention):
     parsed(text, convention)
 
 
-@given(soups, any_convention)
-def test_any_mixture_of_what_replies_are_made_of_is_read(text, convention):
+@given(mixtures, any_convention)
+def test_any_mixture_of_typical_fragments_is_parsed(text, convention):
     parsed(text, convention)
 
 
 @given(st.binary(max_size=300), st.sampled_from(["latin-1", "utf-16-le", "utf-8"]))
-def test_bytes_that_were_no_text_are_read(data, encoding):
+def test_bytes_that_are_not_text_are_parsed(data, encoding):
     parsed(data.decode(encoding, errors="replace" if encoding != "utf-8" else "surrogateescape"))
 
 
 @st.composite
 def mutated(draw):
-    """Good JSON with a few places cut out, doubled or overwritten."""
+    """Valid JSON with a few parts removed, doubled or overwritten."""
     text = draw(clean.map(to_json) | st.sampled_from([case["text"] for case in CORPUS.values()]))
     for _ in range(draw(st.integers(1, 6))):
         start, end = sorted(draw(st.tuples(*[st.integers(0, len(text))] * 2)))
-        what = draw(st.sampled_from(["cut", "double", "overwrite", "end"]))
-        middle = {"cut": "", "double": 2 * text[start:end], "overwrite": draw(soups), "end": text[start:end]}[what]
-        text = text[:start] + middle + ("" if what == "end" else text[end:])
+        change = draw(st.sampled_from(["cut", "double", "overwrite", "end"]))
+        middle = {"cut": "", "double": 2 * text[start:end], "overwrite": draw(mixtures), "end": text[start:end]}[change]
+        text = text[:start] + middle + ("" if change == "end" else text[end:])
     return text
 
 
 @given(mutated(), any_convention)
-def test_good_replies_gone_wrong_are_read(text, convention):
+def test_damaged_replies_are_parsed(text, convention):
     parsed(text, convention)
 
 
@@ -249,9 +259,9 @@ NAMES = [
     *("suggestions", "regions", "boxes", "box", "bbox_2d", "points", "polygon", "prompt", "label", "text", "reason"),
     *("summary", "left", "top", "right", "bottom", "x1", "y1", "x2", "y2", "x", "y", "width", "height", "w", "h", ""),
 ]
-worths = st.sampled_from(["", " ", "null", "a lit window", "1, 2, 30, 40", "10%", "5px", "<|im_end|>", None, True])
+leaves = st.sampled_from(["", " ", "null", "a lit window", "1, 2, 30, 40", "10%", "5px", "<|im_end|>", None, True])
 near_replies = st.recursive(
-    worths | st.sampled_from([-5, 0, 0.2, 10, 300, 700, 1e308]),
+    leaves | st.sampled_from([-5, 0, 0.2, 10, 300, 700, 1e308]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=5),
     max_leaves=14,
 )
@@ -259,27 +269,27 @@ near_replies = st.recursive(
 
 @given(near_replies, any_convention)
 @example({"reason": ""}, "relative")
-def test_any_arrangement_of_the_names_of_replies_is_read(document, convention):
+def test_any_arrangement_of_the_known_keys_is_parsed(document, convention):
     parsed(json.dumps([document]), convention)
     parsed(json.dumps(document), convention)
 
 
 @given(json_documents, any_convention)
-def test_json_about_something_else_is_read(document, convention):
+def test_json_about_something_else_is_parsed(document, convention):
     parsed(json.dumps(document), convention)
 
 
 @given(st.lists(st.floats() | st.integers(), max_size=9), any_convention)
 @example([1e308, 1e308, 1e308, 1e308], Coordinates("pixels", order="xywh"))
 @example([-1e308, -1e308, 1e308, 1e308], Coordinates("relative", order="xywh"))
-def test_any_numbers_make_a_box_or_none(numbers, convention):
+def test_any_numbers_give_a_box_or_an_abstention(numbers, convention):
     answer = parsed(json.dumps([{"box": numbers, "prompt": "a"}]), convention)
     if not all(map(math.isfinite, numbers)):
         assert isinstance(answer, aa.Abstention)
 
 
 @pytest.mark.parametrize("size", [(0, 0), (-1, 5), (1, 900)])
-def test_a_picture_no_model_was_shown_is_an_abstention(size):
+def test_a_picture_size_that_no_processor_accepts_is_an_abstention(size):
     answer = parse_reply("[]", size=size, coordinates=FAMILIES["qwen2_5_vl"])
     assert answer.reason.startswith(f"a picture of {size[0]} x {size[1]} cannot be resized")
 
@@ -328,7 +338,7 @@ HOSTILE = {
 
 
 def work(text):
-    """How many calls it takes to read a text, of Python's own functions too."""
+    """The number of function calls while a text is parsed, those of built-in functions included."""
     calls = 0
 
     def count(*_):
@@ -350,7 +360,7 @@ def test_work_grows_no_faster_than_the_reply(piece):
     assert longer <= 4.5 * shorter + 200
 
 
-def test_the_measure_of_work_can_fail():
+def test_the_count_of_calls_can_grow_faster():
     def quadratic(length):
         return [index.bit_length() for index in range(length**2)]
 
@@ -363,30 +373,30 @@ def test_the_measure_of_work_can_fail():
     assert calls[1] > 4.5 * calls[0] + 200
 
 
-MODULES = ["nodes", "strings", "reading", "finding", "places", "repairs", "tags", "wording"]
+MODULES = ["json_parser", "json_strings", "suggestions", "boxes", "repairs", "markup"]
 
 
 @pytest.mark.parametrize("module", ["artaug.critics.replies", *(f"artaug.critics.replies.{name}" for name in MODULES)])
-def test_no_pattern_can_backtrack_without_end(module):
+def test_no_pattern_can_backtrack_without_bound(module):
     loaded = import_module(module)
-    held = [thing for thing in vars(loaded).values() if isinstance(thing, re.Pattern | dict)]
-    flat = [one for thing in held for one in (thing.values() if isinstance(thing, dict) else [thing])]
-    for pattern in flat:
+    values = [value for value in vars(loaded).values() if isinstance(value, re.Pattern | dict)]
+    candidates = [item for value in values for item in (value.values() if isinstance(value, dict) else [value])]
+    for pattern in candidates:
         if isinstance(pattern, re.Pattern):
             assert not unbounded(pattern.pattern, pattern.flags), pattern.pattern
-    assert "re.sub(" not in inspect.getsource(loaded) or module.endswith("tags")
+    assert "re.sub(" not in inspect.getsource(loaded) or module.endswith("markup")
 
 
 def unbounded(pattern, flags=0):
-    """The repeats without an upper bound that may give back what they took."""
+    """The patterns with a repeat that has no upper bound and may backtrack."""
 
     def walk(part):
         if isinstance(part, patterns.SubPattern | list | tuple):
             parts = list(part)
             if len(parts) == 2 and (parts[0] is patterns.MAX_REPEAT or parts[0] is patterns.MIN_REPEAT):
                 found.extend([pattern] if parts[1][1] == patterns.MAXREPEAT else [])
-            for one in parts:
-                walk(one)
+            for child in parts:
+                walk(child)
 
     found = []
     walk(patterns.parse(pattern, flags & ~re.DEBUG))
@@ -398,34 +408,36 @@ def test_the_guard_against_backtracking_can_fail():
     assert not unbounded(r"a++b")
 
 
-def test_ten_megabytes_are_read_up_to_a_stated_length():
+def test_ten_megabytes_are_parsed_up_to_the_limit():
     reply = '{"suggestions": [{"box": [100, 200, 300, 400], "prompt": "a lit window"}]} ' + "[ " * 5_000_000
     answer = parsed(reply)
     assert len(answer.suggestions) == 1
     assert answer.repairs[0] == f"read the first {MAX_REPLY_CHARS:,} of {len(reply):,} characters"
 
 
-def test_what_comes_after_the_stated_length_is_not_read():
+def test_text_beyond_the_limit_is_ignored():
     answer = parsed("." * MAX_REPLY_CHARS + '[{"box": [100, 200, 300, 400], "prompt": "a lit window"}]')
     assert isinstance(answer, aa.Abstention)
 
 
 @pytest.mark.parametrize("depth", [MAX_NESTING - 4, MAX_NESTING, 100_000])
-def test_nesting_of_any_depth_is_survived(depth):
+def test_nesting_of_any_depth_does_not_raise(depth):
     inner = '{"suggestions": [{"box": [100, 200, 300, 400], "prompt": "a lit window"}]}'
     answer = parsed("[" * depth + inner + "]" * depth)
     assert isinstance(answer, aa.Critique) == (depth < MAX_NESTING - 2)
 
 
-def test_thousands_of_suggestions_are_cut_to_a_stated_number():
+def test_thousands_of_suggestions_are_truncated_to_the_limit():
     reply = json.dumps([{"box": [1, 2, 30 + number % 900, 400], "prompt": f"{number}"} for number in range(5000)])
     answer = parsed(reply)
-    assert [one.prompt for one in answer.suggestions] == [str(number) for number in range(MAX_SUGGESTIONS)]
+    assert [suggestion.prompt for suggestion in answer.suggestions] == [
+        str(number) for number in range(MAX_SUGGESTIONS)
+    ]
     assert answer.repairs == ("read the first 32 of 5,000 suggestions",)
-    assert len(parsed(reply, at_most=3).suggestions) == 3
+    assert len(parsed(reply, max_suggestions=3).suggestions) == 3
 
 
-def test_thousands_of_boxes_for_one_prompt_are_cut_too():
+def test_thousands_of_boxes_for_one_prompt_are_truncated_too():
     reply = json.dumps([{"box": [[1, 2, 30, 40]] * 5000, "prompt": "a"}])
     assert len(parsed(reply).suggestions) == MAX_SUGGESTIONS
 
@@ -438,12 +450,12 @@ def test_thousands_of_bad_suggestions_make_a_short_reason():
     )
 
 
-def test_words_are_cut_to_a_stated_length():
+def test_texts_are_truncated_to_the_limits():
     item = {"box": [100, 200, 300, 400], "prompt": "p" * 5000, "reason": "r" * 5000}
     answer = parsed(json.dumps({"summary": "s" * 5000, "suggestions": [item]}))
     assert len(answer.suggestions[0].prompt) == MAX_PROMPT_CHARS
     assert len(answer.suggestions[0].reason) == len(answer.summary) == MAX_REMARK_CHARS
     assert answer.repairs == (
-        "cut texts to 400 characters (suggestion 1)",
-        "cut texts to 1000 characters (suggestion 1)",
+        "truncated texts to 400 characters (suggestion 1)",
+        "truncated texts to 1000 characters (suggestion 1)",
     )

@@ -1,4 +1,4 @@
-"""Cutting pictures into parts, and telling which stand out."""
+"""Segmentation of pictures by color, and the choice of the segments that stand out."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given
 from PIL import Image
 
 import artaug as aa
-from artaug.critics.salience import salient_boxes, segments
+from artaug.critics.salience import salient_boxes, segment
 from support.strategies import images, pixels
 
 GREY, RED, BLUE = (90, 90, 90), (180, 50, 40), (40, 60, 180)
@@ -14,42 +14,42 @@ GREY, RED, BLUE = (90, 90, 90), (180, 50, 40), (40, 60, 180)
 
 def scene(*patches, size=(64, 64)):
     image = Image.new("RGB", size, GREY)
-    for colour, box in patches:
-        image.paste(colour, box)
+    for color, box in patches:
+        image.paste(color, box)
     return image
 
 
 @given(pixels())
-def test_every_pixel_belongs_to_one_connected_part(picture):
-    numbers = segments(picture / 255)
-    assert numbers.shape == picture.shape[:2]
-    assert set(np.unique(numbers)) == set(range(numbers.max() + 1))
-    for number in range(numbers.max() + 1):
-        inside = numbers == number
-        reached = np.zeros_like(inside)
-        reached[tuple(np.argwhere(inside)[0])] = True
+def test_every_segment_is_connected(picture):
+    labels = segment(picture / 255)
+    assert labels.shape == picture.shape[:2]
+    assert set(np.unique(labels)) == set(range(labels.max() + 1))
+    for label in range(labels.max() + 1):
+        inside = labels == label
+        connected = np.zeros_like(inside)
+        connected[tuple(np.argwhere(inside)[0])] = True
         while True:
-            grown = reached.copy()
-            grown[1:] |= reached[:-1]
-            grown[:-1] |= reached[1:]
-            grown[:, 1:] |= reached[:, :-1]
-            grown[:, :-1] |= reached[:, 1:]
+            grown = connected.copy()
+            grown[1:] |= connected[:-1]
+            grown[:-1] |= connected[1:]
+            grown[:, 1:] |= connected[:, :-1]
+            grown[:, :-1] |= connected[:, 1:]
             grown &= inside
-            if (grown == reached).all():
+            if (grown == connected).all():
                 break
-            reached = grown
-        assert (reached == inside).all()
+            connected = grown
+        assert (connected == inside).all()
 
 
 @given(images())
 def test_boxes_are_few_and_do_not_repeat_each_other(image):
-    boxes = salient_boxes(image, at_most=3)
+    boxes = salient_boxes(image, max_boxes=3)
     assert len(boxes) <= 3
-    assert all(one.iou(two) <= 0.4 for index, one in enumerate(boxes) for two in boxes[:index])
+    assert all(box.iou(earlier) <= 0.4 for index, box in enumerate(boxes) for earlier in boxes[:index])
 
 
-def test_neighbours_of_different_colours_are_two_things():
-    boxes = salient_boxes(scene((RED, (12, 20, 28, 44)), (BLUE, (28, 20, 48, 44))), at_most=4)
+def test_neighbors_of_different_colors_are_two_regions():
+    boxes = salient_boxes(scene((RED, (12, 20, 28, 44)), (BLUE, (28, 20, 48, 44))), max_boxes=4)
     assert sorted(boxes, key=lambda box: box.left) == [
         aa.Box.from_pixels(12, 20, 28, 44, size=(64, 64)),
         aa.Box.from_pixels(28, 20, 48, 44, size=(64, 64)),
@@ -58,13 +58,13 @@ def test_neighbours_of_different_colours_are_two_things():
 
 def test_background_does_not_stand_out():
     stripes = scene((RED, (0, 0, 64, 20)), (BLUE, (0, 40, 64, 64)))
-    assert salient_boxes(stripes, at_most=4) == []
+    assert salient_boxes(stripes, max_boxes=4) == []
 
 
-def test_a_thing_inside_a_thing_is_one_thing():
-    assert len(salient_boxes(scene((RED, (16, 16, 48, 48)), (BLUE, (26, 26, 38, 38))), at_most=4)) == 1
+def test_a_region_inside_another_is_part_of_it():
+    assert len(salient_boxes(scene((RED, (16, 16, 48, 48)), (BLUE, (26, 26, 38, 38))), max_boxes=4)) == 1
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (300, 2), (2, 2)])
-def test_odd_shapes_are_no_trouble(size):
-    assert isinstance(salient_boxes(scene(size=size), at_most=2), list)
+def test_pictures_of_any_shape_are_accepted(size):
+    assert isinstance(salient_boxes(scene(size=size), max_boxes=2), list)

@@ -55,7 +55,7 @@ def test_the_scorer_keeps_the_promises_of_its_seam():
 
 
 def test_a_model_that_says_yes_scores_1():
-    model, processor = tiny_llava(saying="Yes")
+    model, processor = tiny_llava(fixed_reply="Yes")
     sure = VQAScore(model=model, processor=processor)
     assert sure.score(PICTURES[0], "a wall") > 0.999
 

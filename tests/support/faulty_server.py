@@ -1,4 +1,4 @@
-"""A server on this machine that speaks OpenAI's protocol, and breaks it where it is told to."""
+"""A local server with OpenAI's protocol that fails in scripted ways."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ JSON = "application/json"
 
 @dataclass
 class FaultyServer:
-    """Where it is, what it does with each request in turn (the last for ever), and what it was asked."""
+    """Its address, its reaction to each request in turn (the last repeats), and the requests it received."""
 
     url: str
     script: list[Callable[["Exchange"], None]]
@@ -23,61 +23,61 @@ class FaultyServer:
     headers: list[dict] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    gone: threading.Event = field(default_factory=threading.Event)
-    busy: int = 0
-    busiest: int = 0
+    stopped: threading.Event = field(default_factory=threading.Event)
+    active: int = 0
+    max_active: int = 0
 
 
 @dataclass
 class Exchange:
-    """One request on its connection."""
+    """One request, with the connection to answer on."""
 
     server: FaultyServer
     handler: BaseHTTPRequestHandler
     request: dict
 
-    def send(self, body: bytes, *, status=200, kind=JSON, length=None, **headers):
+    def send(self, body: bytes, *, status=200, content_type=JSON, length=None, **headers):
         self.handler.send_response(status)
-        self.handler.send_header("Content-Type", kind)
+        self.handler.send_header("Content-Type", content_type)
         self.handler.send_header("Content-Length", str(len(body) if length is None else length))
-        for name, text in headers.items():
-            self.handler.send_header(name.replace("_", "-"), text)
+        for name, value in headers.items():
+            self.handler.send_header(name.replace("_", "-"), value)
         self.handler.end_headers()
         self.handler.wfile.write(body)
 
 
 def completion(text, *, finish="stop", usage=True, **message) -> bytes:
-    said = {
+    body = {
         "object": "chat.completion",
         "choices": [
             {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
         ],
     }
     if usage:
-        said["usage"] = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-    return json.dumps(said).encode()
+        body["usage"] = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+    return json.dumps(body).encode()
 
 
-def says(text, **how):
-    return lambda exchange: exchange.send(completion(text, **how))
+def says(text, **options):
+    return lambda exchange: exchange.send(completion(text, **options))
 
 
 def slow(seconds, text):
-    def behave(exchange):
-        exchange.server.gone.wait(seconds)
+    def respond(exchange):
+        exchange.server.stopped.wait(seconds)
         exchange.send(completion(text))
 
-    return behave
+    return respond
 
 
 def hangs(exchange):
-    exchange.server.gone.wait(60)
+    exchange.server.stopped.wait(60)
 
 
 def drips(exchange):
     exchange.handler.send_response(200)
     exchange.handler.end_headers()
-    while not exchange.server.gone.wait(0.05):
+    while not exchange.server.stopped.wait(0.05):
         exchange.handler.wfile.write(b" ")
 
 
@@ -85,8 +85,8 @@ def refuses(status, body=b'{"error": {"message": "no"}}', **headers):
     return lambda exchange: exchange.send(body, status=status, **headers)
 
 
-def sends(body, *, kind=JSON):
-    return lambda exchange: exchange.send(body, kind=kind)
+def sends(body, *, content_type=JSON):
+    return lambda exchange: exchange.send(body, content_type=content_type)
 
 
 def half(text):
@@ -109,20 +109,20 @@ def faulty_server(*script) -> Iterator[FaultyServer]:
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with server.lock:
-                turn = len(server.requests)
+                index = len(server.requests)
                 server.requests.append(request)
-                server.headers.append({name.lower(): text for name, text in self.headers.items()})
+                server.headers.append({name.lower(): value for name, value in self.headers.items()})
                 server.times.append(time.monotonic())
-                server.busy += 1
-                server.busiest = max(server.busiest, server.busy)
+                server.active += 1
+                server.max_active = max(server.max_active, server.active)
             try:
-                server.script[min(turn, len(server.script) - 1)](Exchange(server, self, request))
+                server.script[min(index, len(server.script) - 1)](Exchange(server, self, request))
             except OSError:
-                pass  # the client has hung up
+                pass  # the client has closed the connection
             finally:
                 self.close_connection = True
                 with server.lock:
-                    server.busy -= 1
+                    server.active -= 1
 
         def finish(self):
             with contextlib.suppress(OSError, ValueError):
@@ -135,13 +135,13 @@ def faulty_server(*script) -> Iterator[FaultyServer]:
         def handle_error(self, request, client_address):
             pass
 
-    with Quiet(("127.0.0.1", 0), Handler) as listening:
-        server.url = f"http://127.0.0.1:{listening.server_address[1]}/v1"
-        thread = threading.Thread(target=listening.serve_forever, args=(0.05,))
+    with Quiet(("127.0.0.1", 0), Handler) as http_server:
+        server.url = f"http://127.0.0.1:{http_server.server_address[1]}/v1"
+        thread = threading.Thread(target=http_server.serve_forever, args=(0.05,))
         thread.start()
         try:
             yield server
         finally:
-            server.gone.set()
-            listening.shutdown()
+            server.stopped.set()
+            http_server.shutdown()
             thread.join()

@@ -1,10 +1,10 @@
-"""What the language models of tiny pipelines read with: a tokenizer that spells, and speaks in chats."""
+"""Qwen's tokenizer for the text encoders of tiny pipelines: one token per byte, with a chat template."""
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-VOCABULARY = {piece: number for number, piece in enumerate([*SPECIAL, *sorted(ByteLevel.alphabet())])}
+VOCABULARY = {piece: index for index, piece in enumerate([*SPECIAL, *sorted(ByteLevel.alphabet())])}
 
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -14,7 +14,7 @@ _CHAT = (
 
 
 def qwen_tokenizer():
-    """Qwen's tokenizer, one token a byte."""
+    """Qwen's tokenizer with one token per byte."""
     return Qwen2Tokenizer(
         vocab=VOCABULARY,
         merges=[],

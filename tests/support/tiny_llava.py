@@ -1,4 +1,4 @@
-"""Real vision-language models, small enough to answer in milliseconds: random weights from configs, no torchvision."""
+"""Real vision-language models that reply in milliseconds: random weights from configs, no torchvision."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ from transformers import (
 )
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
-_WORDS = 700
+_VOCAB_SIZE = 700
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
@@ -30,9 +30,9 @@ CHAT = (
 )
 
 
-def tiny_llava(*, saying: str | None = None, seed: int = 0):
-    """A LLaVA and its processor; with ``saying``, one that replies with that text whatever it is shown."""
-    tokenizer = _tokenizer(special=_SPECIAL, saying=saying)
+def tiny_llava(*, fixed_reply: str | None = None, seed: int = 0):
+    """A LLaVA and its processor; with ``fixed_reply``, every reply is that text, whatever the picture."""
+    tokenizer = _tokenizer(special_tokens=_SPECIAL, fixed_reply=fixed_reply)
     images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor = LlavaProcessor(
         images,
@@ -52,20 +52,22 @@ def tiny_llava(*, saying: str | None = None, seed: int = 0):
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=_language(tokenizer),
+        text_config=_text_config(tokenizer),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=4,
         vision_feature_layer=-1,
     )
-    model = _built(LlavaForConditionalGeneration, config, seed)
-    if saying is not None:
-        _teach(model, tokenizer, saying)
+    model = _build(LlavaForConditionalGeneration, config, seed)
+    if fixed_reply is not None:
+        _set_reply(model, tokenizer, fixed_reply)
     return model, processor
 
 
 def tiny_idefics3(*, seed: int = 0):
     """An Idefics3 (as SmolVLM is one) and its processor."""
-    tokenizer = _tokenizer(special=[*_SPECIAL, "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"])
+    tokenizer = _tokenizer(
+        special_tokens=[*_SPECIAL, "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+    )
     images = Idefics3ImageProcessorPil(
         size={"longest_edge": 56}, max_image_size={"longest_edge": 28}, do_image_splitting=False
     )
@@ -80,29 +82,29 @@ def tiny_idefics3(*, seed: int = 0):
     }
     config = Idefics3Config(
         vision_config=vision,
-        text_config=_language(tokenizer).to_dict(),
+        text_config=_text_config(tokenizer).to_dict(),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=tokenizer.pad_token_id,
         scale_factor=2,
     )
-    return _built(Idefics3ForConditionalGeneration, config, seed), processor
+    return _build(Idefics3ForConditionalGeneration, config, seed), processor
 
 
-def reply(*, box=(0, 0, 500, 1000), prompt="a sunlit window", key="box"):
+def suggestion_json(*, box=(0, 0, 500, 1000), prompt="a sunlit window", key="box"):
     """JSON on the schema of a conversation, with one suggestion."""
     suggestion = {"reason": "dark", key: list(box), "prompt": prompt}
     return json.dumps({"summary": "dull", "suggestions": [suggestion]}, separators=(",", ":"))
 
 
-def _built(kind, config, seed):
+def _build(model_class, config, seed):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = kind(config).eval()
+        model = model_class(config).eval()
     model.generation_config.eos_token_id = config.text_config.eos_token_id
     return model
 
 
-def _language(tokenizer) -> LlamaConfig:
+def _text_config(tokenizer) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -117,48 +119,48 @@ def _language(tokenizer) -> LlamaConfig:
     )
 
 
-def _tokenizer(*, special, saying=None) -> Qwen2Tokenizer:
-    vocabulary, merges = _learnt()
-    shifted = {piece: number + len(special) for piece, number in vocabulary.items()}
+def _tokenizer(*, special_tokens, fixed_reply=None) -> Qwen2Tokenizer:
+    vocabulary, merges = _trained_bpe()
+    shifted = {piece: index + len(special_tokens) for piece, index in vocabulary.items()}
     tokenizer = Qwen2Tokenizer(
-        vocab={**{piece: number for number, piece in enumerate(special)}, **shifted},
+        vocab={**{piece: index for index, piece in enumerate(special_tokens)}, **shifted},
         merges=merges,
         eos_token="<|im_end|>",
-        extra_special_tokens=special[1:],
+        extra_special_tokens=special_tokens[1:],
     )
-    if saying is not None:
-        tokenizer.add_tokens([saying])
+    if fixed_reply is not None:
+        tokenizer.add_tokens([fixed_reply])
     return tokenizer
 
 
 @functools.cache
-def _learnt():
-    """Byte pairs learnt from the package's own prompts."""
+def _trained_bpe():
+    """The vocabulary and merges of a BPE tokenizer trained on the package's own prompts."""
     folder = resources.files("artaug.critics") / "prompts"
     texts = [file.read_text(encoding="utf-8") for file in sorted(folder.iterdir(), key=lambda file: file.name)]
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=_WORDS, initial_alphabet=alphabet, show_progress=False)
-    learner.train_from_iterator(texts, trainer)
-    model = json.loads(learner.to_str())["model"]
+    trainer = trainers.BpeTrainer(vocab_size=_VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
-def _teach(model, tokenizer, saying) -> None:
-    """Set the weights so that one token leads to the next: after a line break the text, after the text the end.
+def _set_reply(model, tokenizer, fixed_reply) -> None:
+    """Set the weights so that the reply, which is one token, follows a line break, and the end of text follows the reply.
 
-    The layers add nothing to what comes in, and the head asks only which token that was.
+    The layers add nothing to the residual stream, so the head sees only the embedding of the last token.
     """
-    (said,) = tokenizer.encode(saying)
-    (break_,) = tokenizer.encode("\n")
+    (reply_token,) = tokenizer.encode(fixed_reply)
+    (line_break,) = tokenizer.encode("\n")
     language = model.model.language_model
     with torch.no_grad():
         for layer in language.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-        words = language.embed_tokens.weight
-        words[[break_, said]] = torch.eye(words.shape[1])[:2] * 10
+        embeddings = language.embed_tokens.weight
+        embeddings[[line_break, reply_token]] = torch.eye(embeddings.shape[1])[:2] * 10
         model.lm_head.weight.zero_()
-        model.lm_head.weight[said] = words[break_]
-        model.lm_head.weight[tokenizer.eos_token_id] = words[said]
+        model.lm_head.weight[reply_token] = embeddings[line_break]
+        model.lm_head.weight[tokenizer.eos_token_id] = embeddings[reply_token]

@@ -1,9 +1,9 @@
-"""Critics: what looks at a picture and says what to improve, and where."""
+"""Critics: they suggest what to improve in a picture, and where."""
 
 from artaug.critics.conversation import Conversation, Message, prompt_text
 from artaug.critics.coordinates import FAMILIES, Coordinates, SmartResize, coordinates_for
 from artaug.critics.photometric import PhotometricCritic, PromptVocabulary
-from artaug.critics.probing import Probe
+from artaug.critics.probing import ProbeResult
 from artaug.critics.replies import parse_reply
 from artaug.critics.server.openai import OpenAICritic
 from artaug.critics.server.usage import Usage
@@ -19,7 +19,7 @@ __all__ = [
     "Message",
     "OpenAICritic",
     "PhotometricCritic",
-    "Probe",
+    "ProbeResult",
     "PromptVocabulary",
     "Retried",
     "SmartResize",

@@ -159,9 +159,7 @@ class Conversation:
 
     def parse(self, reply: str, *, size: Size) -> Critique | Abstention:
         """Parse the model's reply about a picture of ``size``; see `parse_reply`."""
-        return parse_reply(
-            reply, size=size, coordinates=self.coordinates, max_suggestions=self.max_suggestions
-        )
+        return parse_reply(reply, size=size, coordinates=self.coordinates, max_suggestions=self.max_suggestions)
 
 
 def coordinates_instruction(coordinates: Coordinates, size: Size) -> str:

@@ -118,7 +118,7 @@ class Coordinates:
         if self.unit != "pixels":
             return _EXTENT[self.unit], _EXTENT[self.unit]
         frame = _square(size, self.frame) or size
-        return self.resize.size_of(frame) if self.resize else frame
+        return self.resize.output_size(frame) if self.resize else frame
 
     def decode(self, numbers: Sequence[float], *, size: Size) -> Edges:
         """Turn a box (four numbers) or a point (two numbers) into edges in a picture of ``size`` (width, height).

@@ -97,7 +97,7 @@ class PhotometricCritic(Critic):
         image = as_rgb(image)
         pixels = srgb(image)
         if pixels.std(axis=(0, 1)).max() < _UNIFORM_STD:
-            return Abstention("the picture is one even colour, so there is nothing in it to measure")
+            return Abstention("the picture has one uniform color, so there is nothing in it to measure")
         boxes = [box.padded(self.padding) for box in salient_boxes(image, max_boxes=self.max_regions)]
         if self.whole_image:
             boxes.insert(0, Box(0, 0, 1, 1))

@@ -1,3 +1,5 @@
+"""OpenAICritic against a real server and one that misbehaves: retries, failures, requests, usage and the key."""
+
 import base64
 import builtins
 import dataclasses
@@ -32,27 +34,27 @@ from support.faulty_server import (
     sends,
     slow,
 )
-from support.tiny_llava import reply, tiny_llava
+from support.tiny_llava import suggestion_json, tiny_llava
 
 pytestmark = pytest.mark.loopback
 
 RED = Image.new("RGB", (64, 48), "red")
 ADVICE = aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.5, 1), "a sunlit window", "dark"),), "dull")
-GOOD = says(reply())
+GOOD = says(suggestion_json())
 KEY = "sk-very-secret"
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
-    monkeypatch.setattr(backoff, "_FIRST_WAIT_S", 0.01)
+def _short_delays(monkeypatch):
+    monkeypatch.setattr(backoff, "_FIRST_DELAY_S", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for proxy in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(proxy, raising=False)
 
 
-def critic(server, **choices):
-    defaults = {"conversation": Conversation(), "timeout_s": 5.0, "tries": 3}
-    return OpenAICritic(base_url=server.url, model="tiny", **{**defaults, **choices})
+def critic(server, **options):
+    defaults = {"conversation": Conversation(), "timeout_s": 5.0, "max_attempts": 3}
+    return OpenAICritic(base_url=server.url, model="tiny", **{**defaults, **options})
 
 
 # --- a real server ---------------------------------------------------------------------------------------------------
@@ -60,9 +62,9 @@ def critic(server, **choices):
 
 @pytest.fixture(scope="module")
 def real_server(tmp_path_factory):
-    """``transformers serve`` with a tiny LLaVA that has learnt one reply."""
+    """``transformers serve`` with a tiny LLaVA that always gives the same reply."""
     folder = tmp_path_factory.mktemp("served")
-    for part in tiny_llava(saying=reply()):
+    for part in tiny_llava(fixed_reply=suggestion_json()):
         part.save_pretrained(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,13 +76,13 @@ def real_server(tmp_path_factory):
         subprocess.Popen([*command, "--port", str(port)], env=offline, stdout=log, stderr=log) as process,
     ):
         try:
-            _until_it_answers(f"http://127.0.0.1:{port}/health", process, folder / "log")
+            _wait_until_healthy(f"http://127.0.0.1:{port}/health", process, folder / "log")
             yield f"http://127.0.0.1:{port}/v1", str(folder)
         finally:
             process.kill()
 
 
-def _until_it_answers(url, process, log):
+def _wait_until_healthy(url, process, log):
     for _ in range(600):
         assert process.poll() is None, log.read_text()
         try:
@@ -94,130 +96,132 @@ def _until_it_answers(url, process, log):
 
 def test_a_real_server_with_a_real_model_gives_critiques(real_server):
     url, model = real_server
-    one = OpenAICritic(base_url=url, model=model, conversation=Conversation(), max_new_tokens=16, concurrency=2)
-    assert one.critique_batch([RED] * 3, ["a wall"] * 3) == [ADVICE] * 3
-    assert one.usage.replies == 3
-    assert one.usage.input_tokens > 3 * 300
-    assert one.usage.output_tokens == 3 * 2
-    assert one.usage.uncounted == one.usage.faults == one.usage.retries == 0
+    openai_critic = OpenAICritic(
+        base_url=url, model=model, conversation=Conversation(), max_new_tokens=16, concurrency=2
+    )
+    assert openai_critic.critique_batch([RED] * 3, ["a wall"] * 3) == [ADVICE] * 3
+    assert openai_critic.usage.replies == 3
+    assert openai_critic.usage.input_tokens > 3 * 300
+    assert openai_critic.usage.output_tokens == 3 * 2
+    assert openai_critic.usage.uncounted == openai_critic.usage.failures == openai_critic.usage.retries == 0
 
 
 def test_a_real_server_answers_in_two_stages(real_server):
     url, model = real_server
-    asked = Conversation.in_two_stages(coordinates=Coordinates("thousandths"))
-    one = OpenAICritic(base_url=url, model=model, conversation=asked, max_new_tokens=16)
-    assert one.critique(RED, "a wall") == ADVICE
-    assert one.usage.replies == 2
+    conversation = Conversation.in_two_stages(coordinates=Coordinates("thousandths"))
+    openai_critic = OpenAICritic(base_url=url, model=model, conversation=conversation, max_new_tokens=16)
+    assert openai_critic.critique(RED, "a wall") == ADVICE
+    assert openai_critic.usage.replies == 2
 
 
 def test_a_real_servers_refusal_is_an_abstention_that_quotes_it(real_server):
     url, _ = real_server
-    one = OpenAICritic(base_url=url, model="another", conversation=Conversation())
-    said = one.critique(RED, "a wall")
-    assert isinstance(said, aa.Abstention)
-    assert said.reason.startswith("the server answered 400:")
-    assert "requested" in said.reason
+    openai_critic = OpenAICritic(base_url=url, model="another", conversation=Conversation())
+    answer = openai_critic.critique(RED, "a wall")
+    assert isinstance(answer, aa.Abstention)
+    assert answer.reason.startswith("the server answered 400:")
+    assert "requested" in answer.reason
 
 
 def test_a_real_server_can_be_probed(real_server):
     url, model = real_server
-    found = OpenAICritic(base_url=url, model=model, conversation=Conversation(), max_new_tokens=16).probe()
-    assert not found.found
-    assert found.replies == (reply(),) * 6
+    result = OpenAICritic(base_url=url, model=model, conversation=Conversation(), max_new_tokens=16).probe()
+    assert not result.conclusive
+    assert result.replies == (suggestion_json(),) * 6
 
 
-# --- faults ----------------------------------------------------------------------------------------------------------
+# --- failures --------------------------------------------------------------------------------------------------------
 
-PASSING = {
+TEMPORARY = {
     "429 with a time to wait": (refuses(429, Retry_After="0"), "429"),
     "500": (refuses(500), "500"),
     "503": (refuses(503), "503"),
     "hanging": (hangs, "no whole answer within 0.3 s"),
     "dripping": (drips, "no whole answer within 0.3 s"),
-    "slow": (slow(2, reply()), "no whole answer within 0.3 s"),
-    "half a body": (half(reply()), "the connection failed"),
-    "broken JSON": (sends(completion(reply())[:-9]), "is no JSON"),
+    "slow": (slow(2, suggestion_json()), "no whole answer within 0.3 s"),
+    "half a body": (half(suggestion_json()), "the connection failed"),
+    "broken JSON": (sends(completion(suggestion_json())[:-9]), "is no JSON"),
     "connection reset": (resets, "the connection failed"),
 }
-LASTING = {
+PERMANENT = {
     "400": (refuses(400), "the server answered 400"),
     "401": (refuses(401), "the server answered 401"),
-    "wrong content type": (sends(b"<html>hello", kind="text/html"), "text/html, is no JSON: '<html>hello'"),
+    "wrong content type": (sends(b"<html>hello", content_type="text/html"), "text/html, is no JSON: '<html>hello'"),
     "JSON of something else": (sends(b'{"choices": "none"}'), "no chat completion (choices:"),
     "no choices": (sends(b'{"choices": []}'), "has no choices"),
     "a list": (sends(b"[1]"), "no chat completion (the whole:"),
-    "nothing": (sends(b"", kind="text/plain"), "is no JSON: ''"),
-    "nested too deep": (sends(b"[" * 100_000, kind="text/plain"), "is no JSON"),
+    "nothing": (sends(b"", content_type="text/plain"), "is no JSON: ''"),
+    "nested too deep": (sends(b"[" * 100_000, content_type="text/plain"), "is no JSON"),
     "a refusal": (says(None, refusal="I must not"), "the model refused: I must not"),
     "no critique": (says("Lovely."), "holds no suggestions: 'Lovely.'"),
 }
 
 
-@pytest.mark.parametrize("fault", PASSING)
-def test_a_fault_that_passes_is_tried_again(fault):
-    behaviour, _ = PASSING[fault]
-    with faulty_server(behaviour, GOOD) as server:
-        one = critic(server, timeout_s=0.3)
-        assert one.critique(RED, "a wall") == ADVICE
-        assert one.usage.retries == 1
-        assert one.usage.faults == 0
+@pytest.mark.parametrize("failure", TEMPORARY)
+def test_a_temporary_failure_is_retried(failure):
+    behavior, _ = TEMPORARY[failure]
+    with faulty_server(behavior, GOOD) as server:
+        openai_critic = critic(server, timeout_s=0.3)
+        assert openai_critic.critique(RED, "a wall") == ADVICE
+        assert openai_critic.usage.retries == 1
+        assert openai_critic.usage.failures == 0
 
 
-@pytest.mark.parametrize("fault", PASSING)
-def test_a_fault_that_stays_is_an_abstention_that_names_it(fault):
-    behaviour, named = PASSING[fault]
-    with faulty_server(behaviour) as server:
-        one = critic(server, timeout_s=0.3, tries=2)
-        said = one.critique(RED, "a wall")
-        assert isinstance(said, aa.Abstention)
-        assert named in said.reason
-        assert "tried 2 times" in said.reason
-        assert one.usage == Usage(retries=1, faults=1)
+@pytest.mark.parametrize("failure", TEMPORARY)
+def test_a_failure_that_lasts_is_an_abstention_that_names_it(failure):
+    behavior, named = TEMPORARY[failure]
+    with faulty_server(behavior) as server:
+        openai_critic = critic(server, timeout_s=0.3, max_attempts=2)
+        answer = openai_critic.critique(RED, "a wall")
+        assert isinstance(answer, aa.Abstention)
+        assert named in answer.reason
+        assert "tried 2 times" in answer.reason
+        assert openai_critic.usage == Usage(retries=1, failures=1)
 
 
-@pytest.mark.parametrize("fault", LASTING)
-def test_a_fault_that_will_not_pass_is_not_tried_again(fault):
-    behaviour, named = LASTING[fault]
-    with faulty_server(behaviour) as server:
-        said = critic(server, structured=False).critique(RED, "a wall")
-        assert isinstance(said, aa.Abstention)
-        assert named in said.reason
+@pytest.mark.parametrize("failure", PERMANENT)
+def test_a_permanent_failure_is_not_retried(failure):
+    behavior, named = PERMANENT[failure]
+    with faulty_server(behavior) as server:
+        answer = critic(server, structured=False).critique(RED, "a wall")
+        assert isinstance(answer, aa.Abstention)
+        assert named in answer.reason
         assert len(server.requests) == 1
 
 
-def test_nobody_at_the_address_is_an_abstention():
+def test_an_address_without_a_server_is_an_abstention():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    said = OpenAICritic(base_url=url, model="m", conversation=Conversation(), tries=2).critique(RED, "a wall")
-    assert isinstance(said, aa.Abstention)
-    assert "the connection failed: ConnectError" in said.reason
+    answer = OpenAICritic(base_url=url, model="m", conversation=Conversation(), max_attempts=2).critique(RED, "a wall")
+    assert isinstance(answer, aa.Abstention)
+    assert "the connection failed: ConnectError" in answer.reason
 
 
-def test_nothing_is_lost_when_everything_goes_wrong_at_once():
-    faults = [behaviour for behaviour, _ in [*PASSING.values(), *LASTING.values()]]
-    with faulty_server(*faults, *faults, GOOD) as server:
-        one = critic(server, timeout_s=0.3, tries=2)
-        said = one.critique_batch([RED] * 40, ["a wall"] * 40)
-    assert len(said) == 40
-    assert all(isinstance(answer, aa.Critique | aa.Abstention) for answer in said)
-    assert said[-1].suggestions == ADVICE.suggestions
-    counted = sum(isinstance(answer, aa.Abstention) and "holds no" not in answer.reason for answer in said)
-    assert one.usage.faults == counted > 0
+def test_every_picture_gets_an_answer_when_all_kinds_of_failures_mix():
+    failures = [behavior for behavior, _ in [*TEMPORARY.values(), *PERMANENT.values()]]
+    with faulty_server(*failures, *failures, GOOD) as server:
+        openai_critic = critic(server, timeout_s=0.3, max_attempts=2)
+        answers = openai_critic.critique_batch([RED] * 40, ["a wall"] * 40)
+    assert len(answers) == 40
+    assert all(isinstance(answer, aa.Critique | aa.Abstention) for answer in answers)
+    assert answers[-1].suggestions == ADVICE.suggestions
+    counted = sum(isinstance(answer, aa.Abstention) and "holds no" not in answer.reason for answer in answers)
+    assert openai_critic.usage.failures == counted > 0
 
 
-def test_the_wait_that_a_server_asks_for_is_kept_by_all():
+def test_all_requests_wait_as_long_as_the_server_asks_for():
     with faulty_server(refuses(429, Retry_After="0.6"), GOOD) as server:
-        one = critic(server, concurrency=1)
-        assert one.critique_batch([RED] * 3, ["a wall"] * 3) == [ADVICE] * 3
+        openai_critic = critic(server, concurrency=1)
+        assert openai_critic.critique_batch([RED] * 3, ["a wall"] * 3) == [ADVICE] * 3
         assert server.times[1] - server.times[0] >= 0.6
 
 
-def test_a_wait_beyond_patience_is_an_abstention_that_says_how_long():
+def test_a_wait_beyond_the_retry_deadline_is_an_abstention_that_says_how_long():
     with faulty_server(refuses(429, Retry_After="3600")) as server:
-        said = critic(server, patience_s=5).critique(RED, "a wall")
-        assert isinstance(said, aa.Abstention)
-        assert "it asks to wait 3600 s" in said.reason
+        answer = critic(server, retry_deadline_s=5).critique(RED, "a wall")
+        assert isinstance(answer, aa.Abstention)
+        assert "it asks to wait 3600 s" in answer.reason
         assert len(server.requests) == 1
 
 
@@ -233,14 +237,14 @@ def test_a_wait_beyond_patience_is_an_abstention_that_says_how_long():
         ({}, None),
     ],
 )
-def test_the_ways_to_ask_for_a_wait(headers, seconds):
-    assert backoff.asked_wait(headers) == seconds
+def test_retry_after_headers_are_parsed(headers, seconds):
+    assert backoff.parse_retry_after(headers) == seconds
 
 
-def test_waits_grow_and_end():
-    waits = [backoff.wait_before(attempt) for attempt in range(1, 30)]
-    assert all(0 < wait <= 30 for wait in waits)
-    assert max(waits[:2]) < 0.03 < min(waits[8:])
+def test_backoff_delays_grow_to_a_maximum():
+    delays = [backoff.backoff_delay_s(attempt) for attempt in range(1, 30)]
+    assert all(0 < delay <= 30 for delay in delays)
+    assert max(delays[:2]) < 0.03 < min(delays[8:])
 
 
 # --- what is sent ----------------------------------------------------------------------------------------------------
@@ -256,21 +260,21 @@ def test_the_request_holds_the_picture_the_schema_and_the_limits():
     assert request["top_k"] == 1
     assert request["response_format"]["type"] == "json_schema"
     assert request["response_format"]["json_schema"]["schema"] == Conversation().schema((32, 24))
-    shown, said = request["messages"][-1]["content"]
-    assert "a wall" in said["text"]
-    head, data = shown["image_url"]["url"].split(",")
+    image_part, text_part = request["messages"][-1]["content"]
+    assert "a wall" in text_part["text"]
+    head, data = image_part["image_url"]["url"].split(",")
     assert head == "data:image/png;base64"
     picture = Image.open(io.BytesIO(base64.b64decode(data)))
     assert picture.size == (32, 24)
     assert picture.getpixel((5, 5)) == (255, 0, 0)
 
 
-def test_a_picture_is_encoded_once_for_two_stages_and_all_tries(monkeypatch):
-    calls, plain = [], OpenAICritic._encoded  # noqa: SLF001 - how often it runs shows nowhere else
-    monkeypatch.setattr(OpenAICritic, "_encoded", lambda self, image: calls.append(image) or plain(self, image))
-    asked = Conversation.in_two_stages(coordinates=Coordinates("thousandths"))
+def test_a_picture_is_encoded_once_for_two_stages_and_all_attempts(monkeypatch):
+    calls, original = [], OpenAICritic._data_url  # noqa: SLF001 - how often it runs shows nowhere else
+    monkeypatch.setattr(OpenAICritic, "_data_url", lambda self, image: calls.append(image) or original(self, image))
+    conversation = Conversation.in_two_stages(coordinates=Coordinates("thousandths"))
     with faulty_server(refuses(500), says("dark"), refuses(500), GOOD) as server:
-        assert critic(server, conversation=asked).critique(RED, "a wall") == ADVICE
+        assert critic(server, conversation=conversation).critique(RED, "a wall") == ADVICE
         assert len(server.requests) == 4
         assert [message["role"] for message in server.requests[-1]["messages"]] == [
             "system", "user", "assistant", "user",
@@ -278,80 +282,82 @@ def test_a_picture_is_encoded_once_for_two_stages_and_all_tries(monkeypatch):
     assert len(calls) == 1
 
 
-def test_jpeg_and_the_other_limit_and_no_temperature():
+def test_jpeg_the_other_limit_parameter_and_no_temperature():
     with faulty_server(GOOD) as server:
-        critic(server, jpeg_quality=90, limit="max_completion_tokens", temperature=None).critique(RED, "a wall")
+        critic(server, jpeg_quality=90, limit_parameter="max_completion_tokens", temperature=None).critique(
+            RED, "a wall"
+        )
     (request,) = server.requests
     assert request["max_completion_tokens"] == 1024
     assert not {"max_tokens", "temperature"} & set(request)
     assert request["messages"][-1]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
 
 
-def test_no_more_than_the_agreed_requests_are_on_their_way():
-    with faulty_server(slow(0.1, reply())) as server:
-        one = critic(server, concurrency=3)
-        assert one.critique_batch([RED] * 12, ["a wall"] * 12) == [ADVICE] * 12
-        assert server.busiest == 3
+def test_no_more_requests_than_the_concurrency_run_at_once():
+    with faulty_server(slow(0.1, suggestion_json())) as server:
+        openai_critic = critic(server, concurrency=3)
+        assert openai_critic.critique_batch([RED] * 12, ["a wall"] * 12) == [ADVICE] * 12
+        assert server.max_active == 3
 
 
-def test_answers_come_in_the_order_of_the_pictures():
+def test_answers_are_in_the_order_of_the_pictures():
     def echo(exchange):
         prompt = exchange.request["messages"][-1]["content"][1]["text"].split("----\n")[1].strip()
         time.sleep(0.1 if prompt == "number 0" else 0)
-        exchange.send(completion(reply(prompt=prompt)))
+        exchange.send(completion(suggestion_json(prompt=prompt)))
 
     prompts = [f"number {number}" for number in range(10)]
     with faulty_server(echo) as server:
-        said = critic(server).critique_batch([RED] * 10, prompts)
-    assert [answer.suggestions[0].prompt for answer in said] == prompts
+        answers = critic(server).critique_batch([RED] * 10, prompts)
+    assert [answer.suggestions[0].prompt for answer in answers] == prompts
 
 
-def test_a_server_that_refuses_schemas_is_asked_freely_with_one_warning(caplog):
+def test_after_a_refused_schema_the_model_is_asked_for_free_text_with_one_warning(caplog):
     def picky(exchange):
         (refuses(400, b"response_format is not supported") if "response_format" in exchange.request else GOOD)(exchange)
 
     with faulty_server(picky) as server, caplog.at_level(logging.WARNING, "artaug"):
-        one = critic(server, concurrency=1)
-        said = one.critique_batch([RED] * 3, ["a wall"] * 3)
-        assert len(server.requests) == 4  # refused once, remembered then
-    told = "the server refused the JSON schema, so the model was asked freely"
-    assert said == [dataclasses.replace(ADVICE, repairs=(told,))] * 3
+        openai_critic = critic(server, concurrency=1)
+        answers = openai_critic.critique_batch([RED] * 3, ["a wall"] * 3)
+        assert len(server.requests) == 4  # one request with the schema, three without
+    note = "the server refused the JSON schema, so the model was asked for free text"
+    assert answers == [dataclasses.replace(ADVICE, repairs=(note,))] * 3
     (record,) = caplog.records
     assert "refused the JSON schema" in record.getMessage()
     assert "response_format is not supported" in record.getMessage()
 
 
-def test_a_reply_cut_at_the_limit_of_tokens_says_so():
-    with faulty_server(says(reply()[:90], finish="length")) as server:
-        said = critic(server).critique(RED, "a wall")
+def test_a_reply_cut_at_the_token_limit_is_noted():
+    with faulty_server(says(suggestion_json()[:90], finish="length")) as server:
+        answer = critic(server).critique(RED, "a wall")
     assert "the reply was cut at the limit of tokens" in (
-        said.repairs if isinstance(said, aa.Critique) else said.reason
+        answer.repairs if isinstance(answer, aa.Critique) else answer.reason
     )
 
 
-def test_usage_adds_up_and_is_priced():
-    with faulty_server(GOOD, says(reply(), usage=False)) as server:
-        one = critic(server, concurrency=1)
-        one.critique_batch([RED] * 2, ["a wall"] * 2)
-    assert one.usage == Usage(replies=2, input_tokens=100, output_tokens=10, uncounted=1)
-    assert one.usage.cost(input_per_million=2, output_per_million=5) == pytest.approx(0.00025)
+def test_usage_adds_up_and_has_a_price():
+    with faulty_server(GOOD, says(suggestion_json(), usage=False)) as server:
+        openai_critic = critic(server, concurrency=1)
+        openai_critic.critique_batch([RED] * 2, ["a wall"] * 2)
+    assert openai_critic.usage == Usage(replies=2, input_tokens=100, output_tokens=10, uncounted=1)
+    assert openai_critic.usage.cost(input_per_million=2, output_per_million=5) == pytest.approx(0.00025)
     with pytest.raises(aa.InvalidValueError, match="prices of -1 and 0"):
-        one.usage.cost(input_per_million=-1, output_per_million=0)
+        openai_critic.usage.cost(input_per_million=-1, output_per_million=0)
 
 
 # --- the key ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_key_is_sent_and_shown_nowhere(caplog, tmp_path):
-    tells = refuses(401, f'{{"error": "bad key {KEY}"}}'.encode())
-    with faulty_server(tells) as server, caplog.at_level(logging.DEBUG):
-        one = critic(server, api_key=KEY, structured=False)
-        said = Cached(one, folder=tmp_path, abstentions=True).critique(RED, "a wall")
+def test_the_key_is_sent_and_appears_in_no_output(caplog, tmp_path):
+    quoting_key = refuses(401, f'{{"error": "bad key {KEY}"}}'.encode())
+    with faulty_server(quoting_key) as server, caplog.at_level(logging.DEBUG):
+        openai_critic = critic(server, api_key=KEY, structured=False)
+        answer = Cached(openai_critic, folder=tmp_path, abstentions=True).critique(RED, "a wall")
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
-    shown = [repr(one), str(said), caplog.text, *(file.read_text() for file in tmp_path.rglob("*.json"))]
-    assert len(shown) == 4
-    assert not any(KEY in text for text in shown)
-    assert "***" in said.reason
+    outputs = [repr(openai_critic), str(answer), caplog.text, *(file.read_text() for file in tmp_path.rglob("*.json"))]
+    assert len(outputs) == 4
+    assert not any(KEY in text for text in outputs)
+    assert "***" in answer.reason
 
 
 def test_the_key_comes_from_the_environment_where_none_is_given(monkeypatch):
@@ -364,8 +370,8 @@ def test_the_key_comes_from_the_environment_where_none_is_given(monkeypatch):
 # --- bugs and interruptions ------------------------------------------------------------------------------------------
 
 
-def test_a_bug_is_raised_not_abstained_from(monkeypatch):
-    monkeypatch.setattr(OpenAICritic, "_encoded", lambda *_: 1 / 0)
+def test_a_bug_is_raised_and_is_no_abstention(monkeypatch):
+    monkeypatch.setattr(OpenAICritic, "_data_url", lambda *_: 1 / 0)
     with faulty_server(GOOD) as server, pytest.raises(ZeroDivisionError):
         critic(server).critique_batch([RED] * 3, ["a wall"] * 3)
 
@@ -375,17 +381,17 @@ def test_an_interruption_is_raised_at_once_and_the_critic_can_be_used_again(monk
         if threading.active_count() > 1 and image.getpixel((0, 0)) == (0, 0, 0):
             time.sleep(0.3)
             raise KeyboardInterrupt
-        return plain(self, image)
+        return original(self, image)
 
-    plain = OpenAICritic._encoded  # noqa: SLF001 - the first step in a thread
-    monkeypatch.setattr(OpenAICritic, "_encoded", interrupt)
+    original = OpenAICritic._data_url  # noqa: SLF001 - the first step in a thread
+    monkeypatch.setattr(OpenAICritic, "_data_url", interrupt)
     black = Image.new("RGB", (8, 8))
     with faulty_server(hangs, GOOD) as server:
-        one, begun = critic(server, timeout_s=30, concurrency=2), time.monotonic()
+        openai_critic, start = critic(server, timeout_s=30, concurrency=2), time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            one.critique_batch([black, RED], ["a wall"] * 2)
-        assert time.monotonic() - begun < 10
-        assert one.critique(RED, "a wall") == ADVICE
+            openai_critic.critique_batch([black, RED], ["a wall"] * 2)
+        assert time.monotonic() - start < 10
+        assert openai_critic.critique(RED, "a wall") == ADVICE
 
 
 # --- construction ----------------------------------------------------------------------------------------------------
@@ -400,14 +406,14 @@ def test_an_interruption_is_raised_at_once_and_the_critic_can_be_used_again(monk
         ("google/gemma-3-27b-it", "gemma3"),
     ],
 )
-def test_some_names_tell_how_the_model_writes_boxes(name, family):
-    one = OpenAICritic(base_url="http://127.0.0.1:1/v1", model=name)
-    assert one.conversation.coordinates == coordinates_for(family)
+def test_the_convention_follows_from_some_model_names(name, family):
+    openai_critic = OpenAICritic(base_url="http://127.0.0.1:1/v1", model=name)
+    assert openai_critic.conversation.coordinates == coordinates_for(family)
 
 
 @pytest.mark.parametrize("name", ["gpt-5", "Qwen/Qwen2.5-VL-7B-Instruct", "gemma-3n-e4b", "llava-v1.6", "default"])
-def test_other_names_do_not_and_the_error_says_what_to_pass(name):
-    with pytest.raises(aa.InvalidValueError, match=r"does not tell how the model writes boxes\. Pass conversation="):
+def test_for_other_model_names_the_error_says_what_to_pass(name):
+    with pytest.raises(aa.InvalidValueError, match=r"does not say how the model writes boxes\. Pass conversation="):
         OpenAICritic(base_url="http://127.0.0.1:1/v1", model=name)
 
 
@@ -421,32 +427,32 @@ def test_other_names_do_not_and_the_error_says_what_to_pass(name):
         ({"jpeg_quality": 100}, "need 1 to 95"),
     ],
 )
-def test_what_cannot_work_is_refused_at_construction(wrong, message):
+def test_invalid_options_are_refused_at_construction(wrong, message):
     with pytest.raises(aa.InvalidValueError, match=message) as caught:
         OpenAICritic(**{"base_url": "http://127.0.0.1:1/v1", "model": "m", "conversation": Conversation(), **wrong})
     assert "secret" not in str(caught.value)
 
 
 def test_without_openai_the_extra_is_named(monkeypatch):
-    plain = builtins.__import__
+    original = builtins.__import__
 
     def without(name, *rest):
         if name == "openai":
             raise ImportError(name)
-        return plain(name, *rest)
+        return original(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(aa.MissingExtraError, match=r'OpenAICritic needs the openai package.*"artaug\[openai\]"'):
         OpenAICritic(base_url="http://127.0.0.1:1/v1", model="m", conversation=Conversation())
 
 
-def test_the_critic_keeps_the_promises_of_its_seam():
+def test_it_passes_check_critic():
     with faulty_server(GOOD) as server:
         check_critic(critic(server))
 
 
 def test_a_request_is_the_same_for_the_same_arguments():
     with faulty_server(GOOD) as server:
-        one = critic(server)
-        assert one.critique(RED, "a wall") == one.critique(RED, "a wall")
+        openai_critic = critic(server)
+        assert openai_critic.critique(RED, "a wall") == openai_critic.critique(RED, "a wall")
     assert json.dumps(server.requests[0]) == json.dumps(server.requests[1])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeAlias
 
-from artaug.critics.replies.json_strings import QUOTES, QuotedString, StringRole, read_quoted
+from artaug.critics.replies.json_strings import QUOTES, StringRole, read_quoted
 
 MAX_NESTING = 32
 """Deeper values are ignored, so that code that visits the tree may recurse."""
@@ -266,14 +266,14 @@ class _Parser:
         top.may_continue = top.after_comma = True
         self.unquoted = None
 
-    def colon(self, token: str) -> None:
+    def colon(self, separator: str) -> None:
         top = self.stack[-1]
         if isinstance(top.node, ArrayNode) and self.move_key_out(top.node):
             top = self.stack[-1]
         if top.key is None or top.has_colon:
             self.note("ignored colons without a key")
             return
-        if token != ":":
+        if separator != ":":
             self.note("read equals signs as colons")
         top.has_colon, self.unquoted = True, None
 

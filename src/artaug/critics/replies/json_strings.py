@@ -89,9 +89,7 @@ def read_quoted(reply: str, start: int, *, role: StringRole) -> QuotedString:
             value = "".join(parts[:count]).rstrip().removesuffix(",").rstrip().removesuffix(opener)
             return QuotedString([value], end, repaired=True, has_control_characters=has_control)
         if terminator:
-            return QuotedString(
-                parts, after, repaired=last_inner is not None, has_control_characters=has_control
-            )
+            return QuotedString(parts, after, repaired=last_inner is not None, has_control_characters=has_control)
         last_inner = (len(parts), position)
         parts.append(reply[mark])
         position = after
@@ -105,11 +103,7 @@ def _terminator(reply: str, position: int, *, is_key: bool) -> str:
     position = _skip_space(reply, position)
     if position == len(reply):
         return "end"
-    if (
-        reply[position] in "]}):"
-        or reply.startswith("=>", position)
-        or (is_key and reply[position] in _AFTER_KEY)
-    ):
+    if reply[position] in "]}):" or reply.startswith("=>", position) or (is_key and reply[position] in _AFTER_KEY):
         return reply[position]
     if reply[position] != ",":
         return ""

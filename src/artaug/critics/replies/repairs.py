@@ -39,7 +39,9 @@ class Repairs:
 
     def sentences(self) -> tuple[str, ...]:
         """One sentence for each repair, then one for each reason to drop suggestions."""
-        repaired = (f"{repair} ({_listed(numbers)})" if numbers else repair for repair, numbers in self.repaired.items())
+        repaired = (
+            f"{repair} ({_listed(numbers)})" if numbers else repair for repair, numbers in self.repaired.items()
+        )
         dropped = (f"dropped {_listed(numbers)}: {reason}" for reason, numbers in self.dropped.items())
         return *repaired, *dropped
 

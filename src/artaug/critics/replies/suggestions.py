@@ -140,7 +140,9 @@ def box_node(item: JsonNode, repairs: Repairs, number: int) -> JsonNode:
         if len(numeric) == 1:
             repairs.note("used the only numbers as the box", number)
             return numeric[0]
-    raise UnusableSuggestion("it has no box" + (", and the reply ends in it" if getattr(item, "truncated", False) else ""))
+    raise UnusableSuggestion(
+        "it has no box" + (", and the reply ends in it" if getattr(item, "truncated", False) else "")
+    )
 
 
 def prompt_and_reason(item: JsonNode, repairs: Repairs, number: int) -> tuple[str, str]:

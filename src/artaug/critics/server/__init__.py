@@ -1,1 +1,1 @@
-"""Critics behind a server: the OpenAI-compatible client, its retries and its token counts."""
+"""Critics whose model runs behind an OpenAI-compatible server: the critic, its HTTP client, retries and token counts."""

@@ -1,4 +1,4 @@
-"""Manners towards a server: how often to ask again, how long to wait before, and when everybody waits."""
+"""When to retry a request: retryable status codes, exponential backoff, ``Retry-After``, and a pause for all threads."""
 
 import email.utils
 import math
@@ -8,54 +8,57 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-WORTH_ANOTHER_TRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-"""Status codes after which the same request may succeed. 409 is a lock, 529 is what overloaded hosts send."""
+RETRYABLE_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+"""Status codes after which the same request may succeed. 409 is a lock, 529 is sent by overloaded hosts."""
 
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_FIRST_DELAY_S, _MAX_DELAY_S = 0.5, 30.0
 
 
-class Interrupted(Exception):  # noqa: N818  # no error: the run was told to stop
-    """Waiting was cut short because the run is over."""
+class RequestCancelled(Exception):  # noqa: N818  # control flow between threads; no caller sees it
+    """A request was not sent because its batch has ended."""
 
 
 @dataclass(eq=False)
-class Gate:
-    """Where the threads of a critic wait: what a server asks of one, all of them heed."""
+class RetryGate:
+    """Every request of a critic passes it, so that all threads wait when the server asks one of them to."""
 
-    _opens: float = 0.0
-    _closed_for_good: threading.Event = field(default_factory=threading.Event)
+    _open_at: float = 0.0
+    _closed: threading.Event = field(default_factory=threading.Event)
 
     def pause(self, seconds: float) -> None:
-        """Let nobody through for so long."""
-        self._opens = max(self._opens, time.monotonic() + seconds)
+        """Let no request pass for ``seconds`` from now."""
+        self._open_at = max(self._open_at, time.monotonic() + seconds)
 
     def close(self) -> None:
-        """Send away all who wait or come."""
-        self._closed_for_good.set()
+        """Cancel the requests that wait, and all later ones."""
+        self._closed.set()
 
-    def pass_through(self, *, after: float = 0.0) -> None:
-        """Wait ``after`` seconds, and until the gate is open.
+    def wait(self, *, delay_s: float = 0.0) -> None:
+        """Wait for ``delay_s`` seconds and until the gate is open.
 
         Raises:
-            Interrupted: if the gate was closed for good.
+            RequestCancelled: if the gate is closed, or gets closed meanwhile.
         """
-        due = time.monotonic() + after
-        while (left := max(due, self._opens) - time.monotonic()) > 0 or self._closed_for_good.is_set():
-            if self._closed_for_good.wait(max(left, 0)):
-                raise Interrupted
+        due = time.monotonic() + delay_s
+        while (remaining := max(due, self._open_at) - time.monotonic()) > 0 or self._closed.is_set():
+            if self._closed.wait(max(remaining, 0)):
+                raise RequestCancelled
 
 
-def wait_before(attempt: int) -> float:
-    """How many seconds to wait before an attempt, counted from 1: about twice as long each time, by chance."""
-    longest = min(_FIRST_WAIT_S * 2.0 ** (attempt - 1), _LONGEST_WAIT_S)
+def backoff_delay_s(attempt: int) -> float:
+    """Seconds to wait after attempt ``attempt``, counted from 1: exponential with jitter, at most 30.
+
+    ``min(0.5 * 2 ** (attempt - 1), 30)`` times a random factor in [0.5, 1].
+    """
+    longest = min(_FIRST_DELAY_S * 2.0 ** (attempt - 1), _MAX_DELAY_S)
     return longest * random.uniform(0.5, 1)
 
 
-def asked_wait(headers: Mapping[str, str]) -> float | None:
-    """How many seconds a server asks to wait (``retry-after-ms``, ``retry-after`` in seconds or as a date), or None.
+def parse_retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server asks to wait (``retry-after-ms``, ``retry-after`` in seconds or as a date), or None.
 
-    >>> from artaug.critics.server.backoff import asked_wait
-    >>> asked_wait({"retry-after": "2"}), asked_wait({"retry-after": "soon"})
+    >>> from artaug.critics.server.backoff import parse_retry_after
+    >>> parse_retry_after({"retry-after": "2"}), parse_retry_after({"retry-after": "soon"})
     (2.0, None)
     """
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):

@@ -1,6 +1,6 @@
-"""Getting one reply out of a server that may be slow, busy, broken or gone: what is tried again, when, and how often.
+"""One chat completion from a server that may be slow, busy or broken: parsing of the response, and retries.
 
-It does not know how a request is sent: whoever sends it says what came back.
+How a request is sent is not known here: a function sends it and returns the response.
 """
 
 import contextlib
@@ -16,19 +16,19 @@ from typing import Any, TypeAlias, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from artaug._internal.text import shorten
-from artaug.critics.dialogue import Reply
-from artaug.critics.server.backoff import WORTH_ANOTHER_TRY, Gate, asked_wait, wait_before
-from artaug.critics.server.usage import Meter, Usage
+from artaug.critics.dialogue import ChatReply
+from artaug.critics.server.backoff import RETRYABLE_STATUS, RetryGate, backoff_delay_s, parse_retry_after
+from artaug.critics.server.usage import Usage, UsageCounter
 
-_LONGEST_EXCERPT = 200
+_MAX_EXCERPT_CHARS = 200
 
-Thing = TypeVar("Thing")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What a server sent back."""
+class HttpResponse:
+    """The response of a server."""
 
     status: int
     headers: Mapping[str, str]
@@ -36,125 +36,129 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Fault:
+class RequestFailure:
     """Why there is no reply."""
 
     reason: str
-    again: bool = False
+    retryable: bool = False
     """Whether the same request may succeed later."""
-    wait_s: float | None = None
+    retry_after_s: float | None = None
     """How long the server asks to wait; None if it does not say."""
     status: int | None = None
-    """The status code, where an answer came."""
+    """The HTTP status, if there was a response."""
 
 
-Send: TypeAlias = Callable[[Mapping[str, Any]], Answered | Fault]
-"""Sends a request, once."""
+SendRequest: TypeAlias = Callable[[Mapping[str, Any]], HttpResponse | RequestFailure]
+"""Sends a request once."""
 
 
 @dataclass(frozen=True)
 class RetryingClient:
-    """Asks again where that may help, within measure."""
+    """Sends a request again while that may help."""
 
-    send: Send
-    gate: Gate
-    meter: Meter
-    tries: int
-    """Requests a question, at most."""
-    patience_s: float
-    """No further request is made for a question after so many seconds."""
+    send: SendRequest
+    gate: RetryGate
+    usage: UsageCounter
+    max_attempts: int
+    retry_deadline_s: float
+    """No further attempt starts this many seconds after the first."""
 
-    def reply(self, request: Mapping[str, Any]) -> Reply | Fault:
-        """Get a reply to a request, or the last fault."""
-        begun, wait, attempt = time.monotonic(), 0.0, 0
+    def complete(self, request: Mapping[str, Any]) -> ChatReply | RequestFailure:
+        """The reply to a request, or the last failure."""
+        start, delay_s, attempt = time.monotonic(), 0.0, 0
         while True:
             attempt += 1
-            self.gate.pass_through(after=wait)
-            outcome = self._once(request)
-            if isinstance(outcome, Reply) or not outcome.again:
+            self.gate.wait(delay_s=delay_s)
+            outcome = self._attempt(request)
+            if isinstance(outcome, ChatReply) or not outcome.retryable:
                 return outcome
-            wait = wait_before(attempt) if outcome.wait_s is None else outcome.wait_s
-            passed = time.monotonic() - begun
-            if attempt == self.tries or passed + wait > self.patience_s:
-                asked = "" if outcome.wait_s is None else f", and it asks to wait {outcome.wait_s:g} s"
-                return replace(outcome, reason=f"{outcome.reason} (tried {attempt} times in {passed:.1f} s{asked})")
-            if outcome.wait_s is not None:
-                self.gate.pause(wait)
-            self.meter.add(Usage(retries=1))
+            delay_s = backoff_delay_s(attempt) if outcome.retry_after_s is None else outcome.retry_after_s
+            elapsed_s = time.monotonic() - start
+            if attempt == self.max_attempts or elapsed_s + delay_s > self.retry_deadline_s:
+                server = "" if outcome.retry_after_s is None else f", and it asks to wait {outcome.retry_after_s:g} s"
+                return replace(outcome, reason=f"{outcome.reason} (tried {attempt} times in {elapsed_s:.1f} s{server})")
+            if outcome.retry_after_s is not None:
+                self.gate.pause(delay_s)  # the server asked one request to wait: all of them do
+            self.usage.add(Usage(retries=1))
 
-    def _once(self, request: Mapping[str, Any]) -> Reply | Fault:
-        answer = self.send(request)
-        if isinstance(answer, Fault):
-            return answer
-        if answer.status != 200:
-            return Fault(
-                f"the server answered {answer.status}: {_excerpt(answer.body)}",
-                again=answer.status in WORTH_ANOTHER_TRY,
-                wait_s=asked_wait(answer.headers) if answer.status in WORTH_ANOTHER_TRY else None,
-                status=answer.status,
+    def _attempt(self, request: Mapping[str, Any]) -> ChatReply | RequestFailure:
+        response = self.send(request)
+        if isinstance(response, RequestFailure):
+            return response
+        if response.status != 200:
+            retryable = response.status in RETRYABLE_STATUS
+            return RequestFailure(
+                f"the server answered {response.status}: {_excerpt(response.body)}",
+                retryable=retryable,
+                retry_after_s=parse_retry_after(response.headers) if retryable else None,
+                status=response.status,
             )
-        return _understood(answer, self.meter)
+        return _parse_completion(response, self.usage)
 
 
-def map_threads(work: Callable[[Thing], Made], things: Sequence[Thing], *, at_once: int) -> list[Made]:
-    """Do work on many things in threads, and give what came of it in their order; the first exception is raised.
+def map_threads(function: Callable[[Item], Result], items: Sequence[Item], *, max_workers: int) -> list[Result]:
+    """Apply ``function`` to the items in threads; return the results in order, or raise the first exception.
 
-    The threads are daemons: one that waits for a server must not keep an interrupted program from ending.
+    Unlike those of ``ThreadPoolExecutor`` the threads are daemons: one that waits for a server must not keep an
+    interrupted program alive.
     """
-    todo: queue.SimpleQueue[tuple[Thing, Future[Made]]] = queue.SimpleQueue()
-    made: list[Future[Made]] = [Future() for _ in things]
-    for pair in zip(things, made, strict=True):
-        todo.put(pair)
+    tasks: queue.SimpleQueue[tuple[Item, Future[Result]]] = queue.SimpleQueue()
+    futures: list[Future[Result]] = [Future() for _ in items]
+    for task in zip(items, futures, strict=True):
+        tasks.put(task)
 
     def worker() -> None:
-        while not todo.empty():
+        while not tasks.empty():
             with contextlib.suppress(queue.Empty):
-                thing, result = todo.get_nowait()
+                item, future = tasks.get_nowait()
                 try:
-                    result.set_result(work(thing))
-                except BaseException as fault:  # noqa: BLE001 - raised where the result is asked for
-                    result.set_exception(fault)
+                    future.set_result(function(item))
+                except BaseException as error:  # noqa: BLE001 - raised again by future.result()
+                    future.set_exception(error)
 
-    for number in range(min(at_once, len(things))):
-        threading.Thread(target=worker, name=f"artaug-critic-{number}", daemon=True).start()
-    return [result.result() for result in made]
+    for index in range(min(max_workers, len(items))):
+        threading.Thread(target=worker, name=f"artaug-critic-{index}", daemon=True).start()
+    return [future.result() for future in futures]
 
 
-class _Message(BaseModel):
+class _CompletionMessage(BaseModel):
     content: str | None = None
     refusal: str | None = None
 
 
 class _Choice(BaseModel):
-    message: _Message
+    message: _CompletionMessage
     finish_reason: str | None = None
 
 
-class _Counts(BaseModel):
+class _TokenCounts(BaseModel):
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
 
-class _Completion(BaseModel):
+class _ChatCompletion(BaseModel):
     choices: list[_Choice]
-    usage: _Counts | None = None
+    usage: _TokenCounts | None = None
 
 
-def _understood(answer: Answered, meter: Meter) -> Reply | Fault:
-    kind = answer.headers.get("content-type", "of no type")
+def _parse_completion(response: HttpResponse, usage: UsageCounter) -> ChatReply | RequestFailure:
+    content_type = response.headers.get("content-type", "of no type")
     try:
-        said = json.loads(answer.body)
+        document = json.loads(response.body)
     except (ValueError, RecursionError):
-        is_json = "json" in kind  # then it was meant to be whole
-        return Fault(f"the server's answer, {kind}, is no JSON: {_excerpt(answer.body)}", again=is_json, status=200)
+        truncated = "json" in content_type  # meant to be JSON, so a second attempt may get all of it
+        reason = f"the server's answer, {content_type}, is no JSON: {_excerpt(response.body)}"
+        return RequestFailure(reason, retryable=truncated, status=200)
     try:
-        completion = _Completion.model_validate(said)
+        completion = _ChatCompletion.model_validate(document)
     except ValidationError as report:
-        fault = report.errors()[0]
-        where = ".".join(map(str, fault["loc"])) or "the whole"
-        return Fault(f"the server's answer is no chat completion ({where}: {fault['msg']}): {_excerpt(answer.body)}")
-    counts = completion.usage or _Counts()
-    meter.add(
+        error = report.errors()[0]
+        where = ".".join(map(str, error["loc"])) or "the whole"
+        return RequestFailure(
+            f"the server's answer is no chat completion ({where}: {error['msg']}): {_excerpt(response.body)}"
+        )
+    counts = completion.usage or _TokenCounts()
+    usage.add(
         Usage(
             replies=1,
             input_tokens=counts.prompt_tokens,
@@ -163,14 +167,15 @@ def _understood(answer: Answered, meter: Meter) -> Reply | Fault:
         )
     )
     if not completion.choices:
-        return Fault("the server's chat completion has no choices")
+        return RequestFailure("the server's chat completion has no choices")
     choice = completion.choices[0]
     if choice.message.content is None:
-        return Fault(f"the model refused: {choice.message.refusal or choice.finish_reason or 'it gave no reason'}")
+        reason = choice.message.refusal or choice.finish_reason or "it gave no reason"
+        return RequestFailure(f"the model refused: {reason}")
     cut = ("the reply was cut at the limit of tokens",) if choice.finish_reason == "length" else ()
-    return Reply(choice.message.content, cut)
+    return ChatReply(choice.message.content, cut)
 
 
 def _excerpt(body: bytes) -> str:
-    text = " ".join(body[: 4 * _LONGEST_EXCERPT].decode("utf-8", errors="replace").split())
-    return repr(shorten(text, _LONGEST_EXCERPT))
+    text = " ".join(body[: 4 * _MAX_EXCERPT_CHARS].decode("utf-8", errors="replace").split())
+    return repr(shorten(text, _MAX_EXCERPT_CHARS))

@@ -1,4 +1,4 @@
-"""What a critic behind a server has used so far, as numbers to add up and to price."""
+"""Token and request counts of a critic whose model runs behind a server."""
 
 import threading
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from artaug.errors import InvalidValueError
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What was asked of a server, and what it counted. Usages add up.
+    """Requests to a server and the tokens it counted. Usages can be added.
 
     >>> from artaug.critics import Usage
     >>> morning = Usage(replies=2, input_tokens=3000, output_tokens=400)
@@ -18,47 +18,47 @@ class Usage:
     """
 
     replies: int = 0
-    """Requests that brought a reply."""
+    """Requests that got a reply."""
     retries: int = 0
-    """Requests that were made again."""
-    faults: int = 0
-    """Questions that got no reply in the end."""
+    """Requests that were repeated."""
+    failures: int = 0
+    """Requests without a reply after all retries."""
     input_tokens: int = 0
-    """Tokens read, pictures included, as the server counts them."""
+    """Input tokens, images included, as the server counts them."""
     output_tokens: int = 0
-    """Tokens written."""
+    """Output tokens."""
     uncounted: int = 0
-    """Replies whose tokens the server did not count: with any, the tokens and the cost are lower bounds."""
+    """Replies without token counts: if there are any, the tokens and the cost are lower bounds."""
 
     def __add__(self, other: Self) -> Self:
-        return replace(self, **{name: number + getattr(other, name) for name, number in vars(self).items()})
+        return replace(self, **{name: count + getattr(other, name) for name, count in vars(self).items()})
 
     def cost(self, *, input_per_million: float, output_per_million: float) -> float:
-        """The price of the tokens, in the currency of the prices, each for a million tokens.
+        """The price of the tokens, in the currency of the prices, which are for a million tokens.
 
         Raises:
             InvalidValueError: for a negative price.
         """
         if min(input_per_million, output_per_million) < 0:
             raise InvalidValueError(
-                f"prices of {input_per_million} and {output_per_million} a million tokens: need numbers from 0 up."
+                f"prices of {input_per_million} and {output_per_million} per million tokens: need numbers from 0 up."
             )
         return (self.input_tokens * input_per_million + self.output_tokens * output_per_million) / 1e6
 
 
 @dataclass(eq=False)
-class Meter:
-    """Adds up what many threads use."""
+class UsageCounter:
+    """Adds up usages from many threads."""
 
     _total: Usage = Usage()
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def total(self) -> Usage:
-        """All that was used until now."""
+        """The sum of everything added so far."""
         return self._total
 
-    def add(self, more: Usage) -> None:
-        """Count some more."""
+    def add(self, usage: Usage) -> None:
+        """Add a usage."""
         with self._lock:
-            self._total += more
+            self._total += usage
