@@ -224,7 +224,7 @@ def test_a_template_without_system_role_is_noticed(tmp_path):
     ("wrong", "message"),
     [
         ({"batch_size": 0}, "need at least 1 of each"),
-        ({"max_new_tokens": 20}, r"max_new_tokens=20 cannot hold a reply with vlm suggestion: need at least \d+"),
+        ({"max_new_tokens": 20}, r"max_new_tokens=20 cannot hold a reply with one suggestion: need at least \d+"),
     ],
 )
 def test_invalid_options_are_refused_at_construction(wrong, message):

@@ -352,7 +352,7 @@ def test_the_key_is_sent_and_appears_in_no_output(caplog, tmp_path):
     quoting_key = refuses(401, f'{{"error": "bad key {KEY}"}}'.encode())
     with faulty_server(quoting_key) as server, caplog.at_level(logging.DEBUG):
         openai_critic = critic(server, api_key=KEY, structured=False)
-        answer = Cached(openai_critic, folder=tmp_path, abstentions=True).critique(RED, "a wall")
+        answer = Cached(openai_critic, folder=tmp_path, cache_abstentions=True).critique(RED, "a wall")
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     outputs = [repr(openai_critic), str(answer), caplog.text, *(file.read_text() for file in tmp_path.rglob("*.json"))]
     assert len(outputs) == 4
