@@ -44,11 +44,18 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the test suite and the examples of the docstrings, and say which lines of the core they miss."""
+    """Run the test suite on every core, with the examples of the docstrings, and say which lines no test runs.
+
+    What follows ``--`` goes to pytest, which then runs alone: one process, no coverage.
+    """
     install(session, "--editable", ".[openai,optimizers,report,vlm]", group="tests")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs)
-    if not session.posargs:
-        session.run("coverage", "report")
+    if session.posargs:
+        session.run("pytest", *session.posargs)
+        return
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", "--numprocesses", "auto", "--dist", "worksteal")
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report")
 
 
 @nox.session
