@@ -143,7 +143,11 @@ def test_the_summary_is_plain_json_from_which_every_number_follows():
     row, scores = summary["rows"][0], summary["scores"]
     assert row["filtered_by"] is True
     assert np.subtract(scores["round 1"]["Light"], scores["base"]["Light"]).mean() == row["delta"]
-    assert summary["synthesizers"] == {"base": "Grey(offset=0)", "round 1": "Grey(offset=40)", "round 2": "Grey(offset=80)"}
+    assert summary["synthesizers"] == {
+        "base": "Grey(offset=0)",
+        "round 1": "Grey(offset=40)",
+        "round 2": "Grey(offset=80)",
+    }
     assert (summary["prompts"], summary["seeds"]) == (PROMPTS, list(comparison.seeds))
 
 

@@ -65,7 +65,9 @@ def test_a_pareto_verdict_says_who_fell_or_that_nothing_rose():
     ],
 )
 def test_a_pareto_filter_that_means_nothing_is_refused(scorers, tolerance):
-    with pytest.raises(aa.InvalidValueError, match=r"Expected at least one, and different names|one such number for each scorer"):
+    with pytest.raises(
+        aa.InvalidValueError, match=r"Expected at least one, and different names|one such number for each scorer"
+    ):
         aa.ParetoGain(scorers, tolerance=tolerance)
 
 

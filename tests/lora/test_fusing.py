@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from artaug._internal.values import from_json, to_json
-from artaug.errors import InvalidValueError, LoRAError
-from artaug.lora.fusing import CompressedLayer, ConcatFuser, SvdFuser, retained_energy
+from artaug.errors import ContractError, InvalidValueError, LoRAError
+from artaug.lora.fusing import CompressedLayer, ConcatFuser, Fuser, SvdFuser, fuse_loras, retained_energy
 from artaug.lora.lora import LoRA, LowRank
 
 SHAPES = {"attn.to_q": (5, 7), "ff.net.0": (12, 3), "proj_out": (4, 4)}
@@ -205,3 +205,61 @@ def test_a_fuser_that_would_leave_out_nothing_is_refused():
 def test_a_fuser_that_would_keep_nothing_is_refused(options):
     with pytest.raises(InvalidValueError, match="need a rank of at least 1 and an energy above 0"):
         SvdFuser(**options)
+
+
+class BrokenFuser(Fuser):
+    """Returns whatever it is made of."""
+
+    def __init__(self, result):
+        self.result = result
+
+    def fuse(self, loras):
+        del loras
+        return self.result
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (None, r"BrokenFuser\.fuse returned None for 2 LoRAs\. Expected artaug.*\.LoRA\."),
+        (lora_of(name="attn.to_q"), r"returned a LoRA without 'proj_out' for 2 LoRAs\. Expected shape \(4, 4\)\."),
+        (
+            LoRA({"proj_out": LowRank(torch.ones(1, 9), torch.ones(4, 1))}),
+            r"a LoRA in which 'proj_out' has shape \(4, 9\) for 2 LoRAs\. Expected shape \(4, 4\)\.",
+        ),
+        (
+            LoRA({**lora_of().layers, **lora_of(name="attn.to_q").layers}),
+            r"'attn\.to_q' has shape \(5, 7\) for 2 LoRAs\. Expected only layers of the LoRAs that it fuses\.",
+        ),
+    ],
+    ids=["no LoRA", "missing layer", "other shape", "unknown layer"],
+)
+def test_a_fuser_that_breaks_its_contract_is_named(result, message):
+    with pytest.raises(ContractError, match=message):
+        fuse_loras(BrokenFuser(result), [lora_of(), lora_of(3)])
+
+
+@pytest.mark.parametrize("fuser", [ConcatFuser(), SvdFuser(rank=2)], ids=repr)
+def test_the_built_in_fusers_keep_their_contract(fuser):
+    several = [lora_of(), lora_of(3, name="attn.to_q")]
+    assert fuse_loras(fuser, several).layers.keys() == {"proj_out", "attn.to_q"}
+
+
+# Energies of the singular values 4, 2, 2, 1: 16, 20, 24 and 25 of 25
+
+
+@pytest.mark.parametrize(
+    ("energy", "rank"),
+    [(0.05, 1), (0.64, 1), (0.65, 2), (0.80, 2), (0.81, 3), (0.96, 3), (0.97, 4)],
+)
+def test_the_rank_is_the_smallest_that_holds_the_energy(energy, rank):
+    lora = LoRA({"proj": LowRank(torch.eye(4), torch.diag(torch.tensor([4.0, 2.0, 2.0, 1.0])))})
+    compression = SvdFuser(energy=energy).compress([lora])
+    assert compression.layers["proj"].rank_after == rank
+    assert compression.energy == [16, 20, 24, 25][rank - 1] / 25
+
+
+def test_an_energy_of_one_keeps_every_singular_value_also_those_that_are_zero():
+    lora = LoRA({"proj": LowRank(torch.eye(4), torch.diag(torch.tensor([4.0, 2.0, 0.0, 0.0])))})
+    assert SvdFuser(rank=4).fuse([lora]).rank == 4
+    assert SvdFuser(rank=1).fuse([lora]).rank == 1

@@ -111,9 +111,7 @@ def test_verdicts_are_what_was_decided(tmp_path):
 def test_nobody_is_asked_by_verdicts_and_what_is_undecided_is_said(tmp_path):
     path = tmp_path / "by-hand.jsonl"
     append_decision(path, PAIRS[0], keep=True)
-    with pytest.raises(
-        aa.UndecidedError, match=r"'.*by-hand.jsonl' has no decision on 3 of 4 pairs yet"
-    ) as caught:
+    with pytest.raises(aa.UndecidedError, match=r"'.*by-hand.jsonl' has no decision on 3 of 4 pairs yet") as caught:
         aa.RecordedDecisions(path).judge_batch(PAIRS)
     assert caught.value.undecided == 3
     with pytest.raises(aa.UndecidedError):

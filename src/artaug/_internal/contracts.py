@@ -13,6 +13,7 @@ calls that function, so that a wrong answer is named at its source::
 | `Scorer` | `artaug.scoring` |
 | `PairFilter` | `artaug.filtering.judge_pairs` |
 | `ImageSimilarity` | `artaug.images.similarity.compare_pairs` |
+| `Fuser` | `artaug.lora.fusing.fuse_loras` |
 """
 
 import math

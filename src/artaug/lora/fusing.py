@@ -1,4 +1,4 @@
-"""Several LoRAs to one: exactly, or as well as a given rank allows. Dense updates are never formed."""
+"""Fuse several LoRAs into one: exactly by concatenation, or to a given rank by SVD. Dense updates are never computed."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from artaug._internal.contracts import check_result, contract_error
 from artaug._internal.text import table_html
 from artaug._internal.values import value
 from artaug.errors import InvalidValueError, LoRAError
@@ -18,7 +19,7 @@ from artaug.lora.lora import LoRA, LowRank, sum_loras
 
 
 class Fuser(ABC):
-    """Makes one LoRA of several, whose update is their sum. For a weighted mean, scale them first.
+    """Fuses several LoRAs into one whose update is their sum. For a weighted mean, scale them first.
 
     >>> import artaug as aa, torch
     >>> rounds = [aa.LoRA({"proj": aa.LowRank(torch.ones(1, 4), torch.full((4, 1), k))}) for k in (1.0, 3.0)]
@@ -29,16 +30,42 @@ class Fuser(ABC):
 
     @abstractmethod
     def fuse(self, loras: Sequence[LoRA]) -> LoRA:
-        """Add LoRAs up, over all layers that any of them names.
+        """Add LoRAs up. The result has every layer that any of them names, with the same shape.
 
         Raises:
             LoRAError: if there is none, or two of them give one layer different shapes.
         """
 
 
+def fuse_loras(fuser: Fuser, loras: Sequence[LoRA]) -> LoRA:
+    """Fuse LoRAs and check the result.
+
+    Raises:
+        ContractError: if the fuser returned something that is not a `LoRA`, or a LoRA that lacks a layer, has one that
+            none of ``loras`` has, or has one with another shape.
+    """
+    owner, given = type(fuser).__name__, f"{len(loras)} LoRA{'s' * (len(loras) != 1)}"
+    fused = check_result(owner, "fuse", fuser.fuse(loras), of=LoRA, given=given)
+    expected = {name: layer.shape for lora in loras for name, layer in lora.layers.items()}
+    found = {name: layer.shape for name, layer in fused.layers.items()}
+    # that the factors are finite, LowRank has checked
+    for name in expected | found:
+        if found.get(name) != expected.get(name):
+            raise contract_error(
+                owner,
+                "fuse",
+                came=f"a LoRA in which {name!r} has shape {found[name]}"
+                if name in found
+                else f"a LoRA without {name!r}",
+                given=given,
+                expected=f"shape {expected[name]}" if name in expected else "only layers of the LoRAs that it fuses",
+            )
+    return fused
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConcatFuser(Fuser):
-    """Adds updates exactly by putting their ranks side by side; the rank of the result is the sum of theirs."""
+    """Adds updates exactly by concatenating their factors; the rank of the result is the sum of their ranks."""
 
     def fuse(self, loras: Sequence[LoRA]) -> LoRA:
         return sum_loras(loras)
@@ -46,62 +73,62 @@ class ConcatFuser(Fuser):
 
 @value
 class CompressedLayer:
-    """What became of one layer when its rank was cut down."""
+    """The rank and the energy of one layer before and after compression."""
 
     rank_before: Annotated[int, Field(ge=1)]
-    """Directions that came in, over all LoRAs."""
+    """Sum of the ranks of all LoRAs."""
     rank_after: Annotated[int, Field(ge=1)]
-    """Directions kept."""
+    """Singular values kept."""
     energy: Annotated[float, Field(ge=0, le=1)]
-    """Part of the update's squared Frobenius norm that was kept; 1 for an update of nothing."""
+    """Share of the update's squared Frobenius norm that was kept; 1 for an update of zero."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """LoRAs added up and cut down, and what that cost, layer by layer. ``print`` it, or look at it in a notebook."""
+    """A sum of LoRAs at a lower rank, and the energy lost in every layer. ``print`` it, or look at it in a notebook."""
 
     lora: LoRA
     """The result."""
     layers: Mapping[str, CompressedLayer]
     """By layer name."""
     energy: float
-    """Part of the squared Frobenius norm of the whole update, over all layers, that was kept."""
+    """Share of the squared Frobenius norm of the whole update, over all layers, that was kept."""
 
     def __str__(self) -> str:
         before = max(layer.rank_before for layer in self.layers.values())
         text = f"{len(self.layers)} layers, rank {before} to {self.lora.rank}, {self.energy:.4%} of the energy kept"
-        lines = [f"{name}: rank {_ranks(layer)}, {layer.energy:.4%} kept" for name, layer in self._worst()]
+        lines = [f"{name}: rank {_rank_change(layer)}, {layer.energy:.4%} kept" for name, layer in self._worst_first()]
         return "\n".join([f"{text}; least of it in", *(f"  {line}" for line in lines)])
 
     def _repr_html_(self) -> str:
         """Every layer, those that lost most first."""
-        rows = ((name, _ranks(layer), f"{layer.energy:.4%}") for name, layer in self._worst(len(self.layers)))
+        rows = (
+            (name, _rank_change(layer), f"{layer.energy:.4%}") for name, layer in self._worst_first(len(self.layers))
+        )
         return (
             f"<details open><summary>{escape(str(self).partition(';')[0])}</summary>"
             f"<div style='max-height:20em;overflow:auto'>{table_html(('layer', 'rank', 'energy kept'), rows)}</div>"
             "</details>"
         )
 
-    def _worst(self, count: int = 3) -> list[tuple[str, CompressedLayer]]:
+    def _worst_first(self, count: int = 3) -> list[tuple[str, CompressedLayer]]:
         return sorted(self.layers.items(), key=lambda item: item[1].energy)[:count]
 
 
-def _ranks(layer: CompressedLayer) -> str:
+def _rank_change(layer: CompressedLayer) -> str:
     return f"{layer.rank_before} to {layer.rank_after}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SvdFuser(Fuser):
-    """Adds updates up and keeps, in every layer, the strongest directions: no LoRA of that rank comes closer.
+    """Adds updates up and keeps the largest singular values of every layer: no LoRA of that rank is closer to the sum.
 
-    The error of a layer is the Eckart-Young bound, the root of the sum of squares of the singular values left out.
-    Computed in float32 from the factors (QR, then the SVD of a matrix no larger than the ranks); the square roots of
-    the singular values go to both factors, which suits the range of 16-bit files.
+    The error of a layer, in Frobenius norm, is the root of the sum of squares of the singular values left out
+    (Eckart and Young). The square roots of the singular values go to both factors, which suits the range of 16-bit files.
 
     Raises:
-        InvalidValueError: unless the rank is at least 1, the energy lies in (0, 1], and one of them leaves out
-            anything.
+        InvalidValueError: if the rank is below 1, if the energy is not in (0, 1], or if neither of them limits the rank.
 
     >>> import artaug as aa, torch
     >>> lora = aa.LoRA({"proj": aa.LowRank(torch.eye(3, 4), torch.diag(torch.tensor([3.0, 2.0, 1.0])))})
@@ -113,9 +140,9 @@ class SvdFuser(Fuser):
     """
 
     rank: int | None = None
-    """At most this many directions a layer; None for as many as the energy takes."""
+    """Largest rank of a layer; None for as many singular values as the energy needs."""
     energy: float = 1.0
-    """Stop earlier in a layer once this part of its squared Frobenius norm is kept, in (0, 1]."""
+    """Keep only as many singular values as hold this share of a layer's squared Frobenius norm, in (0, 1]."""
 
     def __post_init__(self) -> None:
         if (self.rank is not None and self.rank < 1) or not 0 < self.energy <= 1:
@@ -129,73 +156,87 @@ class SvdFuser(Fuser):
         return self.compress(loras).lora
 
     def compress(self, loras: Sequence[LoRA]) -> Compression:
-        """Add LoRAs up as `fuse` does, and say what every layer lost. Nothing is computed twice.
+        """Fuse as `fuse` does, and report the energy lost in every layer.
 
         Raises:
             LoRAError: as `fuse` does.
         """
-        cut = {name: self._cut(layer) for name, layer in sum_loras(loras).layers.items()}
-        whole = math.fsum(one.whole for one in cut.values())
+        truncated = {name: self._truncate(layer) for name, layer in sum_loras(loras).layers.items()}
+        total = math.fsum(layer.total_energy for layer in truncated.values())
         return Compression(
-            lora=LoRA({name: one.layer for name, one in cut.items()}),
-            layers={name: one.report() for name, one in cut.items()},
-            energy=_share(math.fsum(one.kept for one in cut.values()), whole),
+            lora=LoRA({name: layer.factors for name, layer in truncated.items()}),
+            layers={name: layer.report() for name, layer in truncated.items()},
+            energy=_share(math.fsum(layer.kept_energy for layer in truncated.values()), total),
         )
 
-    def _cut(self, layer: LowRank) -> "_Cut":
-        left, left_core = torch.linalg.qr(layer.up.float())
-        right, right_core = torch.linalg.qr(layer.down.float().flatten(1).T)
-        outputs, strengths, inputs = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
-        energies = strengths.double().square().cumsum(0)
-        enough = min(self._sufficient(energies), self.rank or len(strengths))
-        roots = strengths[:enough].sqrt()
-        down = (roots[:, None] * (inputs[:enough] @ right.T)).reshape(-1, *layer.down.shape[1:])
-        compressed = LowRank(down, (left @ outputs[:, :enough]) * roots)
-        return _Cut(compressed, layer.rank, kept=float(energies[enough - 1]), whole=float(energies[-1]))
+    def _truncate(self, layer: LowRank) -> "_TruncatedLayer":
+        """The truncated SVD of ``up @ down`` from the factors, in float32.
 
-    def _sufficient(self, energies: Tensor) -> int:
-        """How many of the strongest directions hold the wanted part of ``energies[-1]``; at least one."""
+        With QR of both factors, ``U = Q_u R_u`` and ``D^T = Q_d R_d``, the update is ``U D = Q_u (R_u R_d^T) Q_d^T``.
+        ``Q_u`` and ``Q_d`` have orthonormal columns, so the singular values of the update are those of the core
+        ``R_u R_d^T``, of shape (rank, rank) at most. For a weight of shape (m, n) and a summed rank r this takes
+        O((m + n) r^2 + r^3) operations, where the SVD of the dense update takes O(m n min(m, n)).
+        """
+        q_up, r_up = torch.linalg.qr(layer.up.float())  # (outputs, k), (k, r) with k = min(outputs, r)
+        q_down, r_down = torch.linalg.qr(layer.down.float().flatten(1).T)  # the same with inputs
+        left, singular_values, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+        energies = singular_values.double().square().cumsum(0)
+        rank = min(self._sufficient_rank(energies), self.rank or len(singular_values))
+        roots = singular_values[:rank].sqrt()
+        down = (roots[:, None] * (right[:rank] @ q_down.T)).reshape(-1, *layer.down.shape[1:])
+        up = (q_up @ left[:, :rank]) * roots
+        return _TruncatedLayer(
+            LowRank(down, up), layer.rank, kept_energy=float(energies[rank - 1]), total_energy=float(energies[-1])
+        )
+
+    def _sufficient_rank(self, energies: Tensor) -> int:
+        """The smallest rank whose energy is the wanted share of ``energies[-1]``, given cumulative energies; at least 1."""
         if self.energy == 1:
             return len(energies)
         return 1 + int((energies[:-1] < self.energy * energies[-1]).sum())
 
 
 @dataclass(frozen=True)
-class _Cut:
+class _TruncatedLayer:
     """A layer after compression, with the squared norms of what was kept and of the whole."""
 
-    layer: LowRank
+    factors: LowRank
     rank_before: int
-    kept: float
-    whole: float
+    kept_energy: float
+    total_energy: float
 
     def report(self) -> CompressedLayer:
         return CompressedLayer(
-            rank_before=self.rank_before, rank_after=self.layer.rank, energy=_share(self.kept, self.whole)
+            rank_before=self.rank_before,
+            rank_after=self.factors.rank,
+            energy=_share(self.kept_energy, self.total_energy),
         )
 
 
-def _share(kept: float, whole: float) -> float:
-    return min(kept / whole, 1.0) if whole > 0 else 1.0
+def _share(kept: float, total: float) -> float:
+    return min(kept / total, 1.0) if total > 0 else 1.0
 
 
 def retained_energy(full: LoRA, fused: LoRA) -> dict[str, float]:
-    """How much of every layer's update ``fused`` keeps: ``1 - |full - fused|^2 / |full|^2`` in Frobenius norm.
+    """The share of every layer's update that ``fused`` keeps: ``1 - |full - fused|^2 / |full|^2`` in Frobenius norm.
 
-    1 means the same update; a layer that ``fused`` leaves out has 0, and one that ``full`` does not change has 1 if
-    ``fused`` does not either, else minus infinity.
+    1 means the same update. A layer that ``fused`` leaves out has 0. A layer that ``full`` does not change has 1 if
+    ``fused`` does not change it either, else minus infinity.
 
     Raises:
-        LoRAError: if ``fused`` names a layer ``full`` does not have, or gives it another shape.
+        LoRAError: if ``fused`` names a layer that ``full`` does not have, or gives it another shape.
     """
-    strange = [name for name in fused.layers if name not in full.layers]
-    if strange:
-        raise LoRAError(f"the fused LoRA updates {strange[0]!r}, which the full one does not. Are they related?")
-    rest = sum_loras([full, fused.scaled(-1)]).layers
-    return {name: _retained(rest[name].energy(), layer.energy()) for name, layer in full.layers.items()}
-
-
-def _retained(lost: float, whole: float) -> float:
-    if whole == 0:
-        return 1.0 if lost == 0 else -torch.inf
-    return 1 - lost / whole
+    unknown = [name for name in fused.layers if name not in full.layers]
+    if unknown:
+        raise LoRAError(
+            f"the fused LoRA updates {unknown[0]!r}, which the full one does not. Pass the LoRA that it was fused from."
+        )
+    difference = sum_loras([full, fused.scaled(-1)]).layers
+    retained = {}
+    for name, layer in full.layers.items():
+        lost, total = difference[name].energy(), layer.energy()
+        if total == 0:
+            retained[name] = 1.0 if lost == 0 else -torch.inf
+        else:
+            retained[name] = 1 - lost / total
+    return retained

@@ -11,7 +11,7 @@ from artaug.critique import Critic
 from artaug.errors import InvalidValueError, ModelError, NothingToLearnError
 from artaug.evaluation.comparison import ScoreRow, compare
 from artaug.filtering import BestOf, PairFilter
-from artaug.lora.fusing import ConcatFuser, Fuser
+from artaug.lora.fusing import ConcatFuser, Fuser, fuse_loras
 from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.plan import RegionPlanner
 from artaug.run.improve import StageEvent, improve, stage_timer
@@ -163,7 +163,7 @@ class _RoundStages:
         with timed("combine"):
             # Each training starts from the base plus all rounds before, so its update comes on top of theirs: the
             # LoRA after this round is the sum of all updates, as in the paper.
-            lora = self.fuser.fuse([*(before.training.lora for before in finished), training.lora])
+            lora = fuse_loras(self.fuser, [*(before.training.lora for before in finished), training.lora])
         with timed("measure"):
             gain = self._measure_gain(current, self.synthesizer.with_lora(lora), seed=seed)
         return Round(
