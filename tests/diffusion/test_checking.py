@@ -1,4 +1,4 @@
-"""Every family keeps what guides promise; and the check says so when one does not."""
+"""`check_family` passes for every family, and fails for families with a fault."""
 
 import dataclasses
 
@@ -44,12 +44,12 @@ def synthesizer(pipeline, *, family=None, **options):
 
 
 @pytest.mark.parametrize(("build", "options"), FAMILIES.values(), ids=FAMILIES)
-def test_every_family_keeps_what_guides_promise(build, options):
+def test_every_family_passes_the_check(build, options):
     check_family(synthesizer(build(), **options))
 
 
-class MeanOfCells:
-    """In place of a VAE's encoder, whose every latent depends on the whole picture: the mean of the pixels it stands for."""
+class CellMeanEncoder:
+    """Stands in for a VAE's encoder, where each latent depends on all pixels: here a latent is the mean of its own pixels."""
 
     def __init__(self, channels, factor):
         self.channels, self.factor, self.latent_dist = channels, factor, self
@@ -59,10 +59,10 @@ class MeanOfCells:
         return self
 
     def mode(self):
-        brightness = self.pixels.mean(dim=1, keepdim=True)
-        cells = avg_pool3d if brightness.ndim == 5 else avg_pool2d
-        size = (1,) * (brightness.ndim - 4) + (self.factor, self.factor)
-        return cells(brightness, size).repeat(1, self.channels, *(1,) * (brightness.ndim - 2))
+        luma = self.pixels.mean(dim=1, keepdim=True)
+        cells = avg_pool3d if luma.ndim == 5 else avg_pool2d
+        size = (1,) * (luma.ndim - 4) + (self.factor, self.factor)
+        return cells(luma, size).repeat(1, self.channels, *(1,) * (luma.ndim - 2))
 
 
 HALVES = {"left": aa.Box(0, 0, 0.5, 1), "top": aa.Box(0, 0, 1, 0.5), "right": aa.Box(0.5, 0, 1, 1)}
@@ -70,7 +70,7 @@ HALVES = {"left": aa.Box(0, 0, 0.5, 1), "top": aa.Box(0, 0, 1, 0.5), "right": aa
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize(("build", "options"), FAMILIES.values(), ids=FAMILIES)
-def test_a_mask_of_half_a_picture_is_one_on_exactly_the_latents_that_repainting_it_changes(
+def test_a_mask_of_half_a_picture_is_one_exactly_where_repainting_that_half_changes_latents(
     build, options, half, monkeypatch
 ):
     pipeline = build()
@@ -78,7 +78,7 @@ def test_a_mask_of_half_a_picture_is_one_on_exactly_the_latents_that_repainting_
     side = 8 * factor
     drawing = synthesizer(pipeline, **{**options, "width": side, "height": side})
     config = pipeline.vae.config
-    monkeypatch.setattr(pipeline.vae, "encode", MeanOfCells(config.get("latent_channels") or config.z_dim, factor))
+    monkeypatch.setattr(pipeline.vae, "encode", CellMeanEncoder(config.get("latent_channels") or config.z_dim, factor))
     mask = np.zeros((side, side), dtype=np.float32)
     left, top, right, bottom = half.to_pixels((side, side))
     mask[top:bottom, left:right] = 1
@@ -98,12 +98,12 @@ def test_a_mask_of_half_a_picture_is_one_on_exactly_the_latents_that_repainting_
         (torch.full((1, 32, 24), torch.nan), aa.InvalidValueError, "masks run from nan"),
     ],
 )
-def test_masks_that_are_none_are_refused(mask, error, message):
+def test_masks_of_another_size_or_range_are_refused(mask, error, message):
     with synthesizer(tiny_sd15(), **PLAIN).training() as family, pytest.raises(error, match=message):
         family.encode_masks(mask)
 
 
-def test_a_mask_that_ends_inside_a_cell_counts_by_its_share():
+def test_a_mask_that_ends_inside_a_cell_counts_by_its_area():
     mask = torch.zeros(1, 32, 24)
     mask[:, :, :2] = 1
     with synthesizer(tiny_sd15(), **PLAIN).training() as family:
@@ -120,59 +120,59 @@ def halved(self, masks):
 
 
 @pytest.mark.parametrize(
-    ("encode_masks", "promise"), [(transposed, "rows of shape"), (halved, "other than ones for a mask of ones")]
+    ("encode_masks", "message"), [(transposed, "rows of shape"), (halved, "other than ones for a mask of ones")]
 )
-def test_a_family_whose_masks_do_not_fit_is_told_so(encode_masks, promise):
+def test_a_family_with_wrong_masks_fails(encode_masks, message):
     family = type("Wrong", (Flux,), {"encode_masks": encode_masks})
-    with pytest.raises(AssertionError, match=promise):
+    with pytest.raises(AssertionError, match=message):
         check_family(synthesizer(tiny_flux(), family=family))
 
 
 def broken(**methods):
-    """A FLUX family whose denoiser does something wrong."""
+    """A FLUX family whose denoiser has a fault."""
     denoiser = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(type("Wrong", (FluxDenoiser,), methods))
 
     class Wrong(Flux):
         def denoiser(self, conditioning):
-            right = super().denoiser(conditioning)
-            return denoiser(module=right.module, grid=right.grid, prompt_embeds=right.prompt_embeds)
+            correct = super().denoiser(conditioning)
+            return denoiser(module=correct.module, grid=correct.grid, prompt_embeds=correct.prompt_embeds)
 
     return Wrong
 
 
-def leaking(self, call, texts, *, trim_padding):
-    """Tell the guide that the texts stand in another order than they do."""
-    call, spans = FluxDenoiser.append_prompts(self, call, texts, trim_padding=trim_padding)
+def leaking(self, kwargs, prompts, *, trim_padding):
+    """Give the guide spans in which every prompt is the plan's."""
+    kwargs, spans = FluxDenoiser.append_prompts(self, kwargs, prompts, trim_padding=trim_padding)
     shuffled = [
         tuple(dataclasses.replace(span, prompt=0) if span.kind == "text" else span for span in row) for row in spans
     ]
-    return call, shuffled
+    return kwargs, shuffled
 
 
-def unread(self, call, rows, texts):
-    """Forget the prompt."""
-    changed = FluxDenoiser.with_prompt_embeds(self, call, rows, texts)
+def ignoring(self, kwargs, rows, prompts):
+    """Keep the prompt of the call."""
+    changed = FluxDenoiser.with_prompt_embeds(self, kwargs, rows, prompts)
     return {
         **changed,
-        "encoder_hidden_states": call["encoder_hidden_states"][list(rows)],
-        "pooled_projections": call["pooled_projections"][list(rows)],
+        "encoder_hidden_states": kwargs["encoder_hidden_states"][list(rows)],
+        "pooled_projections": kwargs["pooled_projections"][list(rows)],
     }
 
 
 @pytest.mark.parametrize(
-    ("methods", "promise"),
+    ("methods", "message"),
     [
-        ({"recondition": unread}, "OutputMix does not read a region's prompt"),
-        ({"noise_level": lambda _self, call: -float(call["timestep"][0])}, "noise levels of a run"),
+        ({"with_prompt_embeds": ignoring}, "OutputMix does not read a region's prompt"),
+        ({"noise_level": lambda _self, kwargs: -float(kwargs["timestep"][0])}, "noise levels of a run"),
         ({"append_prompts": leaking}, "predictions differ"),
     ],
 )
-def test_a_family_that_breaks_a_promise_is_told_which(methods, promise):
-    with pytest.raises(AssertionError, match=promise):
+def test_a_family_with_a_faulty_denoiser_fails(methods, message):
+    with pytest.raises(AssertionError, match=message):
         check_family(synthesizer(tiny_flux(), family=broken(**methods)))
 
 
-def test_the_check_leaves_the_synthesizer_as_it_was():
+def test_the_check_does_not_change_the_synthesizer():
     drawing = synthesizer(tiny_flux())
     before = drawing.family, drawing.synthesize(aa.Plan("a red barn"), seed=0).tobytes()
     check_family(drawing)
@@ -180,8 +180,8 @@ def test_the_check_leaves_the_synthesizer_as_it_was():
     assert "step" not in vars(drawing.pipeline.scheduler)
 
 
-def test_isolation_of_image_tokens_that_no_layer_would_heed_is_refused():
-    apart = aa.RegionalAttention(isolation=aa.Isolation(image_to_image="regions"))
-    drawing = synthesizer(tiny_sd15(), guide=apart, guidance_scale=1.0)
+def test_isolation_of_image_tokens_without_effect_is_refused():
+    strict = aa.RegionalAttention(isolation=aa.Isolation(image_to_image="regions"))
+    drawing = synthesizer(tiny_sd15(), guide=strict, guidance_scale=1.0)
     with pytest.raises(aa.GuideError, match="cross-attention only"):
         drawing.synthesize(aa.Plan("a barn", (aa.Region(aa.Box(0, 0, 0.5, 1), "ivy"),)), seed=0)

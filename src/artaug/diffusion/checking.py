@@ -1,32 +1,43 @@
-"""For people who write a `Family`: one call that checks what guides promise of every model.
+"""`check_family`: a conformance check for people who write a `Family`.
 
-The check raises `AssertionError` with a sentence that says what was promised and what came.
+It raises `AssertionError` with a sentence that says what was expected and what came.
 """
 
-# ruff: noqa: S101 - asserting is what a check is for, as in artaug.testing
+# ruff: noqa: S101 - a check asserts, as in artaug.testing
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from artaug.diffusion.families.base import Family
-from artaug.diffusion.spying import First, Spy
-from artaug.diffusion.synthesizer import DiffusersSynthesizer, _without_progress_bar
+from artaug.diffusion.synthesizer import DiffusersSynthesizer, without_progress_bar
 from artaug.geometry import Box
 from artaug.plan import Plan, Region
-from artaug.regional.denoiser import AttentiveDenoiser, Conditioning, Denoiser
+from artaug.regional.denoiser import (
+    AttentionFn,
+    AttentionSite,
+    AttentiveDenoiser,
+    Branches,
+    Conditioning,
+    Denoiser,
+    EncodedPrompt,
+    ForwardKwargs,
+    Processor,
+    Span,
+)
 from artaug.regional.guide import Guide
 from artaug.regional.isolation import Isolation
 from artaug.regional.output_mix import OutputMix
 from artaug.regional.regional_attention import RegionalAttention
 
-_LEFT, _RIGHT, _ALL = Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1), Box(0, 0, 1, 1)
+_LEFT, _RIGHT, _FULL = Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1), Box(0, 0, 1, 1)
 _TOLERANCE = 2e-4
 _ROUNDING = 1e-5
 
@@ -34,36 +45,123 @@ _ROUNDING = 1e-5
 def check_family(
     synthesizer: DiffusersSynthesizer, *, prompt: str = "a red barn", tolerance: float = _TOLERANCE
 ) -> None:
-    """Check that a family draws, and is guided, as guides promise, on a synthesizer of its pipeline.
+    """Check that a family draws and can be guided, with a synthesizer of its pipeline.
 
-    Checked are: masks become masks of latents; a plan without regions draws what no guide draws, bit for bit; a region of everything that repeats the
-    plan's prompt changes nothing; every way of computing attention agrees with the dense mask; another prompt in one
-    half changes nothing that the other half sees in the first layer; a batch draws what each picture draws alone; noise
-    levels fall; nothing is left behind on the model. A small model with random weights in float32 and two steps will do.
+    Checked are: masks of pixels become masks of latents; a plan without regions draws what the pipeline draws, bit for
+    bit, with any guide; a region over the full picture that repeats the plan's prompt changes nothing; every method of
+    `RegionalAttention` agrees with the dense mask; another prompt in one half changes nothing that the tokens of the
+    other half see in the first layer; a batch draws what each picture draws alone; noise levels fall; hooks and
+    processors of the model are as before. A small model with random weights in float32 and two steps are enough.
 
     Args:
         synthesizer: set to draw small pictures; its guide is not used.
-        prompt: one the model's encoders read.
+        prompt: one that the model's encoders read.
         tolerance: of predictions, relative to their largest magnitude.
 
     Raises:
-        AssertionError: with a sentence naming the promise that was broken.
+        AssertionError: with a sentence that names the failed check.
     """
-    runs = _Runs(dataclasses.replace(synthesizer, steps=max(2, synthesizer.steps)), prompt, tolerance)
-    runs.check_masks()
-    runs.check_plain()
-    runs.check_output_mix()
-    if runs.attentive:
-        runs.check_levels()
-        runs.check_repeating()
-        runs.check_methods()
-        runs.check_leakage()
-        runs.check_batch()
+    checks = _FamilyChecks(dataclasses.replace(synthesizer, steps=max(2, synthesizer.steps)), prompt, tolerance)
+    checks.check_masks()
+    checks.check_plain()
+    checks.check_output_mix()
+    if checks.is_attentive:
+        checks.check_noise_levels()
+        checks.check_repeated_prompt()
+        checks.check_methods()
+        checks.check_leakage()
+        checks.check_batch()
+
+
+@dataclass(eq=False)
+class Recording:
+    """What a `RecordingDenoiser` has recorded of one run."""
+
+    noise_levels: list[float] = field(default_factory=list)
+    """One for each call of the denoiser under a guide."""
+    spans: tuple[Span, ...] = ()
+    """Of the last row of the last call."""
+    first_output: list[Tensor] = field(default_factory=list)
+    """Output of the first attention layer with image tokens: at the tokens of the left half, and of the first region's
+    prompt where prompts are in the same sequence."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RecordingDenoiser(AttentiveDenoiser):
+    """A denoiser that computes as the one it wraps, and records what a guide sees of it."""
+
+    wrapped: Any
+    recording: Recording
+
+    def patched(self) -> AbstractContextManager[None]:
+        patched: AbstractContextManager[None] = self.wrapped.patched()
+        return patched
+
+    @property
+    def sites(self) -> Sequence[AttentionSite]:
+        sites: Sequence[AttentionSite] = self.wrapped.sites
+        return sites
+
+    @property
+    def isolation(self) -> Isolation:
+        isolation: Isolation = self.wrapped.isolation
+        return isolation
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        grid: tuple[int, int] = self.wrapped.token_grid
+        return grid
+
+    def branches(self, kwargs: ForwardKwargs) -> Branches:
+        branches: Branches = self.wrapped.branches(kwargs)
+        return branches
+
+    def with_prompt_embeds(
+        self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
+    ) -> dict[str, Any]:
+        changed: dict[str, Any] = self.wrapped.with_prompt_embeds(kwargs, rows, prompts)
+        return changed
+
+    def noise_level(self, kwargs: ForwardKwargs) -> float:
+        level = float(self.wrapped.noise_level(kwargs))
+        self.recording.noise_levels.append(level)
+        return level
+
+    def append_prompts(
+        self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
+    ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
+        changed, spans = self.wrapped.append_prompts(kwargs, prompts, trim_padding=trim_padding)
+        self.recording.spans = spans[-1]
+        return changed, spans
+
+    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> Processor:
+        def recorded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            output = attention_fn(query, key, value)
+            if site.kind != "text" and not self.recording.first_output:
+                self.recording.first_output = self._left_tokens(site, output[-1:].clone())
+            return output
+
+        return self.wrapped.processor(site, recorded)
+
+    def _left_tokens(self, site: AttentionSite, output: Tensor) -> list[Tensor]:
+        """Of (1, heads, tokens, channels), the image tokens of the left half and the tokens of region 1's prompt."""
+        rows, columns = site.grid or self.token_grid
+        left = (torch.arange(rows)[:, None] * columns + torch.arange(columns // 2)).flatten()
+        if site.kind == "cross":
+            return [output[:, :, left]]
+        selected, start = [], 0
+        for span in self.recording.spans:
+            if span.kind == "image":
+                selected.append(output[:, :, left + start])
+            elif span.kind == "text" and span.prompt == 1:
+                selected.append(output[:, :, start : start + span.length])
+            start += span.length
+        return selected
 
 
 @dataclass(frozen=True, eq=False)
-class _Runs:
-    """Runs of one synthesizer under several guides, and what its denoiser predicted in them."""
+class _FamilyChecks:
+    """The checks, on the predictions of one synthesizer under several guides."""
 
     synthesizer: DiffusersSynthesizer
     prompt: str
@@ -78,160 +176,158 @@ class _Runs:
         return self.synthesizer._bound_family  # noqa: SLF001 - of the same package
 
     @property
-    def attentive(self) -> bool:
-        return isinstance(self.family.denoiser(self.family.encode_prompts([self.prompt])), AttentiveDenoiser)
+    def denoiser(self) -> Denoiser:
+        return self.family.denoiser(self.family.encode_prompts([self.prompt]))
 
     @property
-    def apart(self) -> Isolation:
+    def is_attentive(self) -> bool:
+        return isinstance(self.denoiser, AttentiveDenoiser)
+
+    @property
+    def strict_isolation(self) -> Isolation:
         """The strictest isolation that has an effect on the model."""
-        denoiser = self.family.denoiser(self.family.encode_prompts([self.prompt]))
+        denoiser = self.denoiser
         joint = isinstance(denoiser, AttentiveDenoiser) and any(site.kind == "joint" for site in denoiser.sites)
         return Isolation(image_to_image="regions" if joint else "open")
 
     def check_masks(self) -> None:
         width, height = self.synthesizer.width, self.synthesizer.height
         latents = self.family.encode_images([Image.new("RGB", (width, height))])
-        across = (torch.arange(width) < width // 2).float().expand(height, width)
-        down = (torch.arange(height) < height // 2).float()[:, None].expand(height, width)
-        said = f"{self.name}: encode_masks gives"
-        for half in (across, down):
-            everything, inside, outside = self.family.encode_masks(torch.stack([torch.ones_like(half), half, 1 - half]))
-            assert everything.shape == latents.shape[1:], (
-                f"{said} rows of shape {tuple(everything.shape)} for latents of shape {tuple(latents.shape)}"
+        left_half = (torch.arange(width) < width // 2).float().expand(height, width)
+        top_half = (torch.arange(height) < height // 2).float()[:, None].expand(height, width)
+        subject = f"{self.name}: encode_masks gives"
+        for half in (left_half, top_half):
+            full, inside, outside = self.family.encode_masks(torch.stack([torch.ones_like(half), half, 1 - half]))
+            assert full.shape == latents.shape[1:], (
+                f"{subject} rows of shape {tuple(full.shape)} for latents of shape {tuple(latents.shape)}"
             )
-            assert (everything == 1).all(), f"{said} other than ones for a mask of ones"
-            share, wanted = inside.mean().item(), half.mean().item()
-            assert abs(share - wanted) < _ROUNDING, f"{said} a mean of {share} for a mask with a mean of {wanted}"
-            assert torch.equal(inside, 1 - outside), f"{said} masks that do not add up for two that do"
+            assert (full == 1).all(), f"{subject} other than ones for a mask of ones"
+            mean, expected = inside.mean().item(), half.mean().item()
+            assert abs(mean - expected) < _ROUNDING, f"{subject} a mean of {mean} for a mask with a mean of {expected}"
+            assert torch.equal(inside, 1 - outside), f"{subject} masks that do not add up for two that do"
 
     def check_plain(self) -> None:
-        with torch.no_grad(), _without_progress_bar(self.synthesizer.pipeline):
-            bare = self.synthesizer.pipeline(
-                **self.family.arguments(self.family.encode_prompts([self.prompt]), self._negative()),
+        negative = self.family.negative
+        with torch.no_grad(), without_progress_bar(self.synthesizer.pipeline):
+            reference = self.synthesizer.pipeline(
+                **self.family.arguments(
+                    self.family.encode_prompts([self.prompt]),
+                    None if negative is None else self.family.encode_prompts([negative]),
+                ),
                 width=self.synthesizer.width,
                 height=self.synthesizer.height,
                 num_inference_steps=self.synthesizer.steps,
                 generator=[torch.Generator().manual_seed(0)],
             ).images[0]
-        for guide in (None, OutputMix(), *([RegionalAttention()] if self.attentive else [])):
-            drawn = dataclasses.replace(self.synthesizer, guide=guide).synthesize(Plan(self.prompt), seed=0)
-            assert drawn.tobytes() == bare.tobytes(), (
+        for guide in (None, OutputMix(), *([RegionalAttention()] if self.is_attentive else [])):
+            image = dataclasses.replace(self.synthesizer, guide=guide).synthesize(Plan(self.prompt), seed=0)
+            assert image.tobytes() == reference.tobytes(), (
                 f"{self.name} with guide {guide!r} draws a plan without regions otherwise than its pipeline"
             )
 
     def check_output_mix(self) -> None:
         plain = self._predictions([Plan(self.prompt)], None)
-        mixed = self._predictions([self._plan(_ALL, self.prompt)], OutputMix())
-        self._same(plain, mixed, "OutputMix with a region of everything that repeats the plan's prompt")
-        changed = self._predictions([self._plan(_ALL, f"{self.prompt} at night")], OutputMix())
+        mixed = self._predictions([self._plan(_FULL, self.prompt)], OutputMix())
+        self._assert_close(mixed, plain, "OutputMix with a region over everything that repeats the plan's prompt")
+        changed = self._predictions([self._plan(_FULL, f"{self.prompt} at night")], OutputMix())
         assert not torch.equal(plain[0], changed[0]), f"{self.name}: OutputMix does not read a region's prompt"
 
-    def check_levels(self) -> None:
-        levels: list[float] = []
-        with self._spied(lambda spy: levels.append(spy.level)):
-            self._predictions([self._plan(_LEFT, self.prompt)], RegionalAttention())
-        said = f"{self.name}: noise levels of a run are {levels}: expected them to fall, in [0, 1]"
-        assert levels, f"{self.name}: no layer of denoiser.sites was computed in a run"
-        assert all(later <= earlier for earlier, later in pairwise(levels)), said
-        assert all(0 <= level <= 1 for level in levels), said
+    def check_noise_levels(self) -> None:
+        recording = self._record(self._plan(_LEFT, self.prompt), RegionalAttention())
+        levels = recording.noise_levels
+        message = f"{self.name}: noise levels of a run are {levels}: expected them to fall, in [0, 1]"
+        assert all(later <= earlier for earlier, later in pairwise(levels)), message
+        assert all(0 <= level <= 1 for level in levels), message
+        assert recording.first_output, f"{self.name}: no layer of denoiser.sites was computed in a run"
 
-    def check_repeating(self) -> None:
+    def check_repeated_prompt(self) -> None:
         plain = self._predictions([Plan(self.prompt)], None)
-        for isolation in (Isolation(), self.apart):
+        for isolation in (Isolation(), self.strict_isolation):
             guide = RegionalAttention(isolation=isolation, trim_padding=False)
-            told = self._predictions([self._plan(_ALL, self.prompt)], guide)
-            self._same(plain, told, f"{guide!r} with a region of everything that repeats the plan's prompt")
+            guided = self._predictions([self._plan(_FULL, self.prompt)], guide)
+            self._assert_close(guided, plain, f"{guide!r} with a region over everything that repeats the plan's prompt")
         changed = self._predictions(
-            [self._plan(_ALL, f"{self.prompt} at night")], RegionalAttention(isolation=self.apart)
+            [self._plan(_FULL, f"{self.prompt} at night")], RegionalAttention(isolation=self.strict_isolation)
         )
         assert not torch.equal(plain[0], changed[0]), f"{self.name}: RegionalAttention does not read a region's prompt"
 
     def check_methods(self) -> None:
         soft = Region(Box(0.1, 0.2, 0.6, 0.9), "a blue door", weight=2.0, feather=0.05)
         plan = Plan(self.prompt, (soft, Region(_LEFT, "ivy")))
-        for isolation in (None, self.apart):
+        for isolation in (None, self.strict_isolation):
             dense = self._predictions([plan], RegionalAttention(isolation=isolation, method="dense"))
             for method in ("auto", "merged"):
-                told = self._predictions([plan], RegionalAttention(isolation=isolation, method=method))
-                self._same(dense, told, f"RegionalAttention(method={method!r}) against the dense mask")
+                guided = self._predictions([plan], RegionalAttention(isolation=isolation, method=method))
+                self._assert_close(guided, dense, f"RegionalAttention(method={method!r}) against the dense mask")
 
     def check_leakage(self) -> None:
-        told = []
-        for said in ("ivy", "a very old and crooked oak"):
-            first = First()
-            with self._spied(first):
-                plan = Plan(self.prompt, (Region(_LEFT, "a blue door"), Region(_RIGHT, said)))
-                self._predictions([plan], RegionalAttention(isolation=self.apart))
-            told.append(first.tokens)
-        assert all(map(torch.equal, *told)), (
+        outputs = []
+        for prompt in ("ivy", "a very old and crooked oak"):
+            plan = Plan(self.prompt, (Region(_LEFT, "a blue door"), Region(_RIGHT, prompt)))
+            outputs.append(self._record(plan, RegionalAttention(isolation=self.strict_isolation)).first_output)
+        assert all(map(torch.equal, *outputs)), (
             f"{self.name}: another prompt in the right half changes what the left half sees in the first layer"
         )
 
     def check_batch(self) -> None:
         plans = [self._plan(_LEFT, "a blue door"), Plan(self.prompt), self._plan(_RIGHT, "ivy on a wall")]
         together = self._predictions(plans, RegionalAttention())[0]
-        for number, plan in enumerate(plans):
-            alone = self._predictions([plan], RegionalAttention(), seeds=[number])[0]
-            self._same([alone[0]], [together[number]], f"picture {number} of a batch against the same picture alone")
+        for index, plan in enumerate(plans):
+            alone = self._predictions([plan], RegionalAttention(), seeds=[index])[0]
+            what = f"picture {index} of a batch against the same picture alone"
+            self._assert_close([together[index]], [alone[0]], what)
 
-    @contextmanager
-    def _spied(self, watch: Callable[[Spy], None]) -> Iterator[None]:
-        """Let ``watch`` see what guides see, for a while."""
-        family = type(self.family)
+    def _record(self, plan: Plan, guide: Guide) -> Recording:
+        """Draw one plan, and record what the guide sees of the denoiser."""
+        recording = Recording()
 
-        class Spied(family):  # type: ignore[misc, valid-type]
+        class RecordingFamily(type(self.family)):  # type: ignore[misc]
             def denoiser(self, conditioning: Conditioning) -> Denoiser:
-                inner = super().denoiser(conditioning)
-                return Spy(module=inner.module, grid=inner.grid, inner=inner, watch=watch)
+                wrapped = super().denoiser(conditioning)
+                return RecordingDenoiser(module=wrapped.module, grid=wrapped.grid, wrapped=wrapped, recording=recording)
 
-        kept = self.synthesizer.family
-        object.__setattr__(self.synthesizer, "family", Spied)
-        try:
-            yield
-        finally:
-            object.__setattr__(self.synthesizer, "family", kept)
+        dataclasses.replace(self.synthesizer, guide=guide, family=RecordingFamily).synthesize(plan, seed=0)
+        return recording
 
     def _predictions(
         self, plans: Sequence[Plan], guide: Guide | None, *, seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """What a run predicted, step by step, guidance included; and check that it left nothing behind."""
+        """Predictions of a run, step by step, after guidance; fails if the run left something on the model."""
         module, scheduler = self.family.module, self.synthesizer.pipeline.scheduler
-        before, told, step = _traces(module), [], scheduler.step
+        before, predictions, step = _hooks_and_processors(module), [], scheduler.step
         synthesizer = dataclasses.replace(self.synthesizer, guide=guide)
 
-        def watched(prediction: Tensor, *args: object, **options: object) -> object:
-            told.append(prediction.clone())
-            return step(prediction, *args, **options)
+        def recording_step(prediction: Tensor, *args: object, **kwargs: object) -> object:
+            predictions.append(prediction.clone())
+            return step(prediction, *args, **kwargs)
 
-        scheduler.step = watched
+        scheduler.step = recording_step
         try:
             synthesizer.synthesize_batch(plans, seeds=seeds or range(len(plans)))
         finally:
             del scheduler.step
-        assert _traces(module) == before, f"{self.name}: {guide!r} left something behind on the model"
-        return told
+        assert _hooks_and_processors(module) == before, f"{self.name}: {guide!r} left something behind on the model"
+        return predictions
 
-    def _plan(self, box: Box, said: str) -> Plan:
-        return Plan(self.prompt, (Region(box, said),))
+    def _plan(self, box: Box, prompt: str) -> Plan:
+        return Plan(self.prompt, (Region(box, prompt),))
 
-    def _negative(self) -> Conditioning | None:
-        return None if self.family.negative is None else self.family.encode_prompts([self.family.negative])
-
-    def _same(self, wanted: Sequence[Tensor], told: Sequence[Tensor], what: str) -> None:
-        assert len(wanted) == len(told), f"{self.name}: {what}: {len(told)} predictions instead of {len(wanted)}"
-        for step, (one, other) in enumerate(zip(wanted, told, strict=True)):
-            gap = float((one - other).abs().max() / one.abs().max())
+    def _assert_close(self, predictions: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+        counts = f"{len(predictions)} predictions instead of {len(expected)}"
+        assert len(predictions) == len(expected), f"{self.name}: {what}: {counts}"
+        for step, (prediction, reference) in enumerate(zip(predictions, expected, strict=True)):
+            gap = float((reference - prediction).abs().max() / reference.abs().max())
             assert gap <= self.tolerance, f"{self.name}: {what}: predictions differ by {gap:.1e} at step {step + 1}"
 
 
-def _traces(module: torch.nn.Module) -> list[object]:
-    """What a run could leave behind."""
+def _hooks_and_processors(root: torch.nn.Module) -> list[object]:
+    """What a guide could leave on a model."""
     return [
         (
-            list(one._forward_hooks.values()),  # noqa: SLF001 - torch lists them nowhere else
-            list(one._forward_pre_hooks.values()),  # noqa: SLF001 - likewise
-            "forward" in vars(one),
-            getattr(one, "processor", None),
+            list(module._forward_hooks.values()),  # noqa: SLF001 - torch has no public list of them
+            list(module._forward_pre_hooks.values()),  # noqa: SLF001 - likewise
+            "forward" in vars(module),
+            getattr(module, "processor", None),
         )
-        for one in module.modules()
+        for module in root.modules()
     ]

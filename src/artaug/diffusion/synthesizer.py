@@ -1,4 +1,4 @@
-"""Drawing with diffusers: any pipeline of a known family, plain, guided by regions, wearing LoRAs."""
+"""The synthesizer for diffusers pipelines: it draws plans, with guidance by regions and with active LoRAs."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ from artaug.training.model import DiffusionModel
 
 @dataclass(frozen=True, eq=False)
 class ActiveLoRA:
-    """A LoRA a synthesizer draws with, and how strongly."""
+    """A LoRA that a synthesizer draws with, and its scale."""
 
     lora: LoRA
     scale: float = 1.0
@@ -36,23 +36,23 @@ class ActiveLoRA:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DiffusersSynthesizer(Synthesizer):
-    """Draws with a diffusers pipeline, adding regions and LoRAs without changing it.
+    """Draws with a diffusers pipeline, which it does not change.
 
     A plan without regions draws bit for bit what ``pipeline(...)`` draws with the same options and
-    ``generator=torch.Generator().manual_seed(seed)``. The pipeline is shared, never copied and never altered: guides and
-    LoRAs are installed for one run and leave no trace. One synthesizer draws one batch at a time.
+    ``generator=torch.Generator().manual_seed(seed)``. The pipeline is shared and never copied: guides and LoRAs are
+    installed for one call and removed after it. One synthesizer draws one batch at a time.
 
     Raises:
-        ModelError: for a pipeline of an unknown family or with a part in training mode, or a size or option its family
-            cannot work with.
+        ModelError: for a pipeline of an unknown family or with a part in training mode, or a size or option that its
+            family does not support.
         InvalidValueError: for fewer than one step, or a negative prompt and ``true_cfg_scale`` that would be ignored.
         LoRAMismatchError: for a LoRA that names layers the model does not have.
     """
 
     pipeline: DiffusionPipeline = field(repr=False)
-    """The diffusers pipeline, loaded and placed as its owner likes (offloaded, quantized, compiled)."""
+    """The diffusers pipeline, loaded and placed by its owner (offloaded, quantized, compiled)."""
     guide: Guide | None = None
-    """How regions steer. Without one, a plan with regions is an error."""
+    """How regions take effect. Without a guide, a plan with regions is an error."""
     width: int = 1024
     """In pixels, a multiple of the model's image token."""
     height: int = 1024
@@ -60,17 +60,17 @@ class DiffusersSynthesizer(Synthesizer):
     steps: int = 28
     """Denoising steps."""
     guidance_scale: float | None = None
-    """Strength of guidance; None for what the family recommends (FLUX.1: 3.5 where the model takes it)."""
+    """Guidance scale; None for what the family recommends (FLUX.1: 3.5 where the model takes it)."""
     negative_prompt: str | None = None
-    """What not to draw, for every picture; needs ``true_cfg_scale`` above 1."""
+    """Negative prompt of every picture; needs ``true_cfg_scale`` above 1."""
     true_cfg_scale: float = 1.0
-    """Strength of classifier-free guidance against ``negative_prompt``. Above 1 it doubles the time of a step."""
+    """Scale of classifier-free guidance against ``negative_prompt``. Above 1 it doubles the time of a step."""
     max_sequence_length: int | None = None
-    """Tokens of a prompt the model reads, None for what is usual in its family; what is cut is warned of."""
+    """Tokens of a prompt that the model reads, None for the family's default; a longer prompt is cut with a warning."""
     loras: tuple[ActiveLoRA, ...] = ()
-    """What `with_lora` has added, each on top of the others."""
+    """What `with_lora` has added; their updates add up."""
     family: type[Family] | None = field(default=None, repr=False)
-    """How to handle the pipeline; None to recognise it. Give your own for a pipeline artaug does not know."""
+    """Adapter for the pipeline; None to recognise it. Give your own for a pipeline that artaug does not know."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -79,8 +79,8 @@ class DiffusersSynthesizer(Synthesizer):
         training = [name for name, part in self.pipeline.components.items() if getattr(part, "training", False)]
         if training:
             raise ModelError(f"{training} of the pipeline are in training mode, where dropout is random. Call .eval().")
-        for worn in self.loras:
-            with worn.lora.applied_to(module):
+        for active in self.loras:
+            with active.lora.applied_to(module):  # it raises where layers are missing
                 pass
 
     @classmethod
@@ -103,8 +103,8 @@ class DiffusersSynthesizer(Synthesizer):
 
         Args:
             source: a folder that ``save_pretrained`` wrote, or a Hub name like ``"black-forest-labs/FLUX.1-dev"``.
-            guide: how regions steer.
-            dtype: of the weights; None for float32. FLUX.1 is meant for ``torch.bfloat16``.
+            guide: how regions take effect.
+            dtype: of the weights; None for float32. FLUX.1 is made for ``torch.bfloat16``.
             device: where to put the pipeline; None for the CPU. To offload, load it yourself and use the constructor.
             width, height, steps, guidance_scale, negative_prompt, true_cfg_scale, max_sequence_length: the fields.
 
@@ -129,30 +129,30 @@ class DiffusersSynthesizer(Synthesizer):
 
         Raises:
             GuideError: if the plan has regions and this synthesizer no guide.
-            NonFiniteError: if NaN or infinity appeared on the way.
+            NonFiniteError: if latents or pixels hold NaN or infinity.
         """
         return self.synthesize_batch([plan], seeds=[seed])[0]
 
     def synthesize_batch(self, plans: Sequence[Plan], *, seeds: Sequence[int]) -> list[Image]:
-        """Draw many pictures in one call of the pipeline; each plan has regions of its own, or none.
+        """Draw several pictures in one call of the pipeline; each plan has its own regions, or none.
 
-        A picture of a batch equals the same picture drawn alone up to rounding: how a matrix product rounds depends on
-        its size.
+        A picture of a batch equals the same picture drawn alone up to rounding, because how a matrix product rounds
+        depends on its size.
 
         Raises:
             GuideError: if a plan has regions and this synthesizer no guide.
-            NonFiniteError: if NaN or infinity appeared on the way.
+            NonFiniteError: if latents or pixels hold NaN or infinity.
         """
         if len(plans) != len(seeds):
             raise InvalidValueError(f"each plan needs its seed: received {len(plans)} plans and {len(seeds)} seeds.")
         if not plans:
             return []
         family = self._bound_family
-        with torch.no_grad(), self._wearing(family.module), _without_progress_bar(self.pipeline):
+        with torch.no_grad(), self._active_loras(family.module), without_progress_bar(self.pipeline):
             conditioning = family.encode_prompts([plan.prompt for plan in plans])
-            with self._steering(family, conditioning, plans):
+            with self._guidance(family, conditioning, plans):
                 output = self.pipeline(
-                    **family.arguments(conditioning, self._negative(family, len(plans))),
+                    **family.arguments(conditioning, self._encode_negative(family, len(plans))),
                     width=self.width,
                     height=self.height,
                     num_inference_steps=self.steps,
@@ -160,11 +160,11 @@ class DiffusersSynthesizer(Synthesizer):
                     callback_on_step_end=_check_latents,
                     output_type="pt",
                 )
-        _warn_of_blackened(output, plans)
-        return self._finished(output.images)
+        _warn_of_black_images(output, plans)
+        return self._to_pil(output.images)
 
     def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
-        """A synthesizer that draws with ``lora`` on top of those worn already; this one stays as it is.
+        """A synthesizer that draws with ``lora`` in addition to those active already; this one is not changed.
 
         Both share the pipeline: nothing is copied, loaded or fused, and they can draw in turn.
 
@@ -175,54 +175,54 @@ class DiffusersSynthesizer(Synthesizer):
 
     @contextmanager
     def training(self) -> Iterator[DiffusionModel]:
-        """Lend the model to a trainer for a ``with`` block: frozen, and wearing the LoRAs this synthesizer draws with.
+        """Yield the model to a trainer for a ``with`` block: frozen, with the LoRAs of this synthesizer active.
 
         Raises:
-            ModelError: if the denoiser is offloaded in a way that no gradient passes.
+            ModelError: if the denoiser is offloaded in a way that does not allow a backward pass.
         """
         family = self._bound_family
         check_trainable(family.module)
-        with self._wearing(family.module), _frozen(family.module):
+        with self._active_loras(family.module), _frozen(family.module):
             yield family
 
     @property
     def fingerprint(self) -> str:
-        """What decides the model's predictions beside its weights: LoRAs worn, guidance, schedule, length of prompts."""
-        worn = ", ".join(f"{one.lora.digest[:16]} x {one.scale!r}" for one in self.loras)
-        # What begins with _ is diffusers' own, and in another order in every process.
-        told = sorted((name, one) for name, one in self.pipeline.scheduler.config.items() if name[0] != "_")
-        schedule = digest(repr(told))[:16]
+        """What the model's predictions depend on beside its weights: LoRAs, guidance, schedule, length of prompts."""
+        loras = ", ".join(f"{active.lora.digest[:16]} x {active.scale!r}" for active in self.loras)
+        # Names that begin with _ are private to diffusers, and their order differs from process to process.
+        settings = sorted(item for item in self.pipeline.scheduler.config.items() if item[0][0] != "_")
+        schedule = digest(repr(settings))[:16]
         return (
-            f"wearing [{worn}], guidance {self.guidance_scale}, schedule {schedule}, length {self.max_sequence_length}"
+            f"LoRAs [{loras}], guidance {self.guidance_scale}, schedule {schedule}, length {self.max_sequence_length}"
         )
 
     @property
     def _bound_family(self) -> Family:
-        kind = self.family or family_of(self.pipeline)
-        return kind(
+        family = self.family or family_of(self.pipeline)
+        return family(
             pipeline=self.pipeline,
             width=self.width,
             height=self.height,
             guidance_scale=self.guidance_scale,
             negative_prompt=self.negative_prompt,
             true_cfg_scale=self.true_cfg_scale,
-            max_sequence_length=kind.usual_length if self.max_sequence_length is None else self.max_sequence_length,
+            max_sequence_length=family.usual_length if self.max_sequence_length is None else self.max_sequence_length,
         )
 
     @contextmanager
-    def _wearing(self, module: nn.Module) -> Iterator[None]:
-        with ExitStack() as wardrobe:
-            for worn in self.loras:
-                wardrobe.enter_context(worn.lora.applied_to(module, scale=worn.scale))
+    def _active_loras(self, module: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            for active in self.loras:
+                stack.enter_context(active.lora.applied_to(module, scale=active.scale))
             yield
 
-    def _negative(self, family: Family, count: int) -> Conditioning | None:
+    def _encode_negative(self, family: Family, count: int) -> Conditioning | None:
         return None if family.negative is None else family.encode_prompts([family.negative] * count)
 
-    def _steering(
+    def _guidance(
         self, family: Family, conditioning: Conditioning, plans: Sequence[Plan]
     ) -> AbstractContextManager[None]:
-        """The guide at work where a plan has regions; a batch without any is drawn by the bare pipeline."""
+        """The guide, installed where a plan has regions; a batch without regions is drawn by the plain pipeline."""
         regional = [plan for plan in plans if plan.regions]
         if not regional:
             return nullcontext()
@@ -232,33 +232,33 @@ class DiffusersSynthesizer(Synthesizer):
                 f"{len(regional[0].regions)} of them) and this synthesizer has no guide to read them. "
                 "Give it one: DiffusersSynthesizer(..., guide=artaug.OutputMix())."
             )
-        unread = [region for plan in regional for region in plan.regions if region.negative_prompt is not None]
-        if unread and family.negative is None:
+        negative = [region for plan in regional for region in plan.regions if region.negative_prompt is not None]
+        if negative and family.negative is None:
             raise GuideError(
-                f"{unread[0]!r} has a negative prompt, and this synthesizer draws without classifier-free guidance, "
-                "so nobody would read it. Set a negative prompt and a guidance scale for the whole picture, too."
+                f"{negative[0]!r} has a negative prompt, and this synthesizer draws without classifier-free guidance, "
+                "so it would have no effect. Set a negative prompt and a guidance scale for the whole picture, too."
             )
         return self.guide.steering(family.denoiser(conditioning), family.encode_regions(plans))
 
-    def _finished(self, pictures: Tensor) -> list[Image]:
-        """Pictures as Pillow has them: diffusers would turn NaN into black without a word."""
-        if not pictures.isfinite().all():
+    def _to_pil(self, pixels: Tensor) -> list[Image]:
+        """Convert (batch, channels, height, width) to images; diffusers alone would turn NaN into black silently."""
+        if not pixels.isfinite().all():
             raise NonFiniteError(
                 "the VAE decoded finite latents to NaN. In float16 some overflow: load it in bfloat16 or float32."
             )
         processor = self.pipeline.image_processor
-        images: list[Image] = processor.numpy_to_pil(processor.pt_to_numpy(pictures))
+        images: list[Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
         return images
 
 
-def _warn_of_blackened(output: object, plans: Sequence[Plan]) -> None:
-    """Say which pictures a safety checker painted black, since nothing else would."""
-    flagged = getattr(output, "nsfw_content_detected", None) or []
-    blackened = [plan.prompt for plan, black in zip(plans, flagged, strict=False) if black]
-    if blackened:
+def _warn_of_black_images(output: object, plans: Sequence[Plan]) -> None:
+    """Warn of pictures that the pipeline's safety checker replaced by black ones."""
+    flags = getattr(output, "nsfw_content_detected", None) or []
+    flagged = [plan.prompt for plan, flag in zip(plans, flags, strict=False) if flag]
+    if flagged:
         warnings.warn(
-            f"the pipeline's safety checker painted {len(blackened)} of {len(plans)} pictures black "
-            f"(first prompt: {blackened[0]!r}). They are of no use to learn from.",
+            f"the pipeline's safety checker painted {len(flagged)} of {len(plans)} pictures black "
+            f"(first prompt: {flagged[0]!r}). They are of no use for training.",
             stacklevel=3,
         )
 
@@ -269,14 +269,14 @@ def _check_latents(
     if not tensors["latents"].isfinite().all():
         raise NonFiniteError(
             f"the latents hold NaN or infinity after step {step + 1}. "
-            "Check the weights and the LoRA worn; a float16 model may need bfloat16."
+            "Check the weights and the active LoRAs; a float16 model may need bfloat16."
         )
     return {}
 
 
 @contextmanager
-def _without_progress_bar(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Keep a pipeline silent for one run: progress is shown by the loop, one bar for all pictures."""
+def without_progress_bar(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Hide a pipeline's progress bar for a ``with`` block: the loop shows one bar for all pictures."""
     config = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(**{**config, "disable": True})
     try:
@@ -287,11 +287,11 @@ def _without_progress_bar(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Let no parameter a module has now ask for a gradient, and restore what each asked for."""
-    asked = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    """Set ``requires_grad`` of a module's parameters to False for a ``with`` block, then restore it for each of them."""
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     module.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter, wanted in asked:
-            parameter.requires_grad_(wanted)
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
