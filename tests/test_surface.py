@@ -11,7 +11,17 @@ import pytest
 
 import artaug
 
-PACKAGES = ["critics", "diffusion", "evaluation.suites", "hub", "playground", "regional", "scorers", "training"]
+PACKAGES = [
+    "critics",
+    "diffusion",
+    "evaluation.suites",
+    "hub",
+    "playground",
+    "regional",
+    "scorers",
+    "testing",
+    "training",
+]
 HEAVY = {"accelerate", "diffusers", "matplotlib", "openai", "peft", "ray", "transformers"}
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
 IMPORT_EVERYTHING = """

@@ -1,8 +1,13 @@
+"""Each check passes what keeps the contract, and fails on what breaks it."""
+
 import math
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional
 
 import artaug as aa
 from artaug.testing import (
@@ -12,12 +17,17 @@ from artaug.testing import (
     SwatchSynthesizer,
     check_critic,
     check_filter,
+    check_fuser,
+    check_guide,
+    check_objective,
+    check_planner,
     check_scorer,
     check_synthesizer,
 )
+from artaug.training import Stage, TrainingPlan
 
 
-def test_the_doubles_keep_the_promises_of_their_seams():
+def test_the_doubles_keep_their_contracts():
     check_critic(FixedCritic(aa.Critique()))
     check_critic(FixedCritic(aa.Abstention("it is only a double")))
     check_synthesizer(SwatchSynthesizer())
@@ -26,18 +36,21 @@ def test_the_doubles_keep_the_promises_of_their_seams():
     check_filter(FixedFilter(keep=False))
 
 
-class Sloppy(aa.Critic):
+# --- critics, planners, synthesizers, scorers, filters -----------------------------------------------------------
+
+
+class ReturnsNone(aa.Critic):
     def critique(self, image, prompt):
         return None
 
 
-class Painter(aa.Critic):
+class PaintsOver(aa.Critic):
     def critique(self, image, prompt):
         image.paste(0 if image.mode == "L" else "red", (0, 0, 1, 1))
         return aa.Critique()
 
 
-class Shortener(aa.Critic):
+class AnswersOnce(aa.Critic):
     def critique(self, image, prompt):
         return aa.Critique()
 
@@ -48,9 +61,9 @@ class Shortener(aa.Critic):
 @pytest.mark.parametrize(
     ("critic", "message"),
     [
-        (Sloppy(), "returned NoneType: expected artaug.Critique or artaug.Abstention"),
-        (Painter(), "changed the picture"),
-        (Shortener(), "gave 1 answers for 6 pictures"),
+        (ReturnsNone(), "returned NoneType: expected artaug.Critique or artaug.Abstention"),
+        (PaintsOver(), "changed the picture"),
+        (AnswersOnce(), "returned 1 answers for 6 pictures"),
     ],
 )
 def test_check_critic_catches(critic, message):
@@ -58,7 +71,54 @@ def test_check_critic_catches(critic, message):
         check_critic(critic)
 
 
-class Forgetful(aa.Synthesizer):
+class PlansText(aa.RegionPlanner):
+    def plan(self, prompt, critique):
+        return prompt
+
+
+class PlansBlank(aa.RegionPlanner):
+    def plan(self, prompt, critique):
+        return aa.Plan(" ")
+
+
+class PlansDifferently(aa.RegionPlanner):
+    calls = 0
+
+    def plan(self, prompt, critique):
+        self.calls += 1
+        return aa.Plan(f"{prompt} {self.calls}")
+
+
+class NeedsASuggestion(aa.RegionPlanner):
+    def plan(self, prompt, critique):
+        return aa.Plan(critique.suggestions[0].prompt)
+
+
+def test_check_planner_passes_the_greedy_planner():
+    check_planner(aa.GreedyPlanner())
+    check_planner(aa.GreedyPlanner(max_regions=1, min_area=0.5, feather=0.1))
+
+
+@pytest.mark.parametrize(
+    ("planner", "message"),
+    [
+        (PlansText(), "returned str: expected artaug.Plan"),
+        (PlansBlank(), "a plan without a prompt"),
+        (PlansDifferently(), "two plans for the same arguments"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_check_planner_catches(planner, message):
+    with pytest.raises(AssertionError, match=message):
+        check_planner(planner)
+
+
+def test_check_planner_calls_with_a_critique_without_suggestions():
+    with pytest.raises(IndexError):
+        check_planner(NeedsASuggestion())
+
+
+class NeverTheSame(aa.Synthesizer):
     def __init__(self):
         self.drawn = 0
 
@@ -67,12 +127,12 @@ class Forgetful(aa.Synthesizer):
         return Image.new("RGB", (8, 8), (self.drawn, 0, 0))
 
 
-class Deaf(aa.Synthesizer):
+class IgnoresRegions(aa.Synthesizer):
     def synthesize(self, plan, *, seed):
         return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8))
 
 
-class Stubborn(aa.Synthesizer):
+class IgnoresSeeds(aa.Synthesizer):
     def synthesize(self, plan, *, seed):
         return Image.new("RGB", (8, 8), (len(plan.regions), 0, 0))
 
@@ -80,9 +140,9 @@ class Stubborn(aa.Synthesizer):
 @pytest.mark.parametrize(
     ("synthesizer", "message"),
     [
-        (Forgetful(), "two pictures for the same plan and seed"),
-        (Deaf(), "read no region"),
-        (Stubborn(), "the same picture for two seeds"),
+        (NeverTheSame(), "different pictures for the same plan and seed"),
+        (IgnoresRegions(), "ignores regions"),
+        (IgnoresSeeds(), "the same picture for two seeds"),
     ],
 )
 def test_check_synthesizer_catches(synthesizer, message):
@@ -107,19 +167,239 @@ def test_check_scorer_catches(scorer, message):
         check_scorer(scorer)
 
 
-class Mute(aa.PairFilter):
+class GivesNoReason(aa.PairFilter):
     def judge(self, pair):
         return aa.Verdict(keep=True, reason="", scores={})
 
 
-class Bare(aa.PairFilter):
+class ReturnsBool(aa.PairFilter):
     def judge(self, pair):
         return True
 
 
 @pytest.mark.parametrize(
-    ("keep", "message"), [(Mute(), "gave no reason"), (Bare(), "returned bool: expected artaug.Verdict")]
+    ("keep", "message"),
+    [(GivesNoReason(), "a verdict without a reason"), (ReturnsBool(), "returned bool: expected artaug.Verdict")],
 )
 def test_check_filter_catches(keep, message):
     with pytest.raises(AssertionError, match=message):
         check_filter(keep)
+
+
+# --- objectives --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        aa.PairedDifference(),
+        aa.TwoStage(),
+        aa.Bipolar(),
+        aa.DirectPreference(),
+        aa.SupervisedFineTuning(),
+    ],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_check_objective_passes_every_objective(objective):
+    check_objective(objective)
+
+
+def error(model, batch):
+    """The squared error of a plain fine-tuning step, not yet averaged."""
+    noisy = model.noise_schedule.add_noise(batch.after, batch.noise, batch.sigmas)
+    target = model.noise_schedule.target(batch.after, batch.noise, batch.sigmas)
+    return (model.predict(noisy, batch.sigmas, batch.conditioning) - target).square()
+
+
+class NoTensor(aa.Objective):
+    def loss(self, model, batch):
+        return error(model, batch).mean().item()
+
+
+class NotScalar(aa.Objective):
+    def loss(self, model, batch):
+        return error(model, batch).flatten(1).mean(dim=1)
+
+
+class NotFinite(aa.Objective):
+    def loss(self, model, batch):
+        return error(model, batch).mean() / 0
+
+
+class Detached(aa.Objective):
+    def loss(self, model, batch):
+        return error(model, batch).mean().detach()
+
+
+class OfTheTeacher(aa.Objective):
+    """Has a gradient, but none that reaches the LoRA."""
+
+    def loss(self, model, batch):
+        return 0 * error(model, batch).mean()
+
+
+class ScalesTheBatch(aa.Objective):
+    def loss(self, model, batch):
+        loss = error(model, batch).mean()
+        batch.noise.mul_(2)
+        return loss
+
+
+class DrawsNoise(aa.Objective):
+    def loss(self, model, batch):
+        noisy = model.noise_schedule.add_noise(batch.after, torch.randn_like(batch.noise), batch.sigmas)
+        return functional.mse_loss(model.predict(noisy, batch.sigmas, batch.conditioning), batch.after)
+
+
+class NamesUnknownPairs(aa.Objective):
+    def loss(self, model, batch):
+        return error(model, batch).mean()
+
+    def training_plan(self, pairs):
+        return TrainingPlan((tuple(range(pairs + 1)),), (Stage(self.loss),))
+
+
+class FailsInItsSecondStage(NamesUnknownPairs):
+    def training_plan(self, pairs):
+        stages = (Stage(self.loss), Stage(Detached().loss))
+        return TrainingPlan((tuple(range(pairs)),), stages)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (NoTensor(), "is float: expected a torch.Tensor"),
+        (NotScalar(), r"has shape \(3,\): expected a scalar"),
+        (NotFinite(), "is inf: expected a finite number"),
+        (Detached(), "has no gradient"),
+        (OfTheTeacher(), "has a gradient of 0 for the LoRA"),
+        (ScalesTheBatch(), "changed the batch's noise in place"),
+        (DrawsNoise(), "for the same batch: draw no random numbers"),
+        (NamesUnknownPairs(), r"names the pairs \[4\]: expected numbers below 4"),
+        (FailsInItsSecondStage(), "has no gradient"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_check_objective_catches(objective, message):
+    with pytest.raises(AssertionError, match=message):
+        check_objective(objective)
+
+
+# --- fusers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fuser", [aa.ConcatFuser(), aa.SvdFuser(rank=1), aa.SvdFuser(energy=0.5)], ids=repr)
+def test_check_fuser_passes_every_fuser(fuser):
+    check_fuser(fuser)
+
+
+class FuserFrom(aa.Fuser):
+    """A fuser that is a function."""
+
+    def __init__(self, fuse):
+        self._fuse = fuse
+
+    def fuse(self, loras):
+        return self._fuse(aa.ConcatFuser(), loras)
+
+
+def scale_in_place(exact, loras):
+    for lora in loras:
+        for update in lora.layers.values():
+            update.up.mul_(2)
+    return exact.fuse(loras)
+
+
+def add_noise(exact, loras):
+    fused = exact.fuse(loras)
+    return fused.scaled(1 + torch.rand(()).item() / 100)
+
+
+def of_nothing_nothing(exact, loras):
+    return exact.fuse(loras) if loras else None
+
+
+@pytest.mark.parametrize(
+    ("fuse", "message"),
+    [
+        (lambda exact, loras: dict(exact.fuse(loras).layers), "returned dict: expected artaug.LoRA"),
+        (
+            lambda exact, loras: exact.fuse(loras[1:]) if loras else exact.fuse(loras),
+            r"returned the layers \['first'\]",
+        ),
+        (lambda exact, loras: exact.fuse(loras).scaled(1 / max(len(loras), 1)), "is not three times it"),
+        (scale_in_place, "changed the LoRAs it was given"),
+        (add_noise, "returned two LoRAs for the same arguments"),
+        (of_nothing_nothing, r"fuse\(\[\]\) returned None: expected artaug.LoRAError"),
+    ],
+    ids=["a dict", "one lost", "the mean", "in place", "noise", "nothing"],
+)
+def test_check_fuser_catches(fuse, message):
+    with pytest.raises(AssertionError, match=message):
+        check_fuser(FuserFrom(fuse))
+
+
+# --- guides ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [aa.OutputMix(), *(aa.RegionalAttention(method=method) for method in ("auto", "merged", "dense"))],
+    ids=lambda guide: getattr(guide, "method", "mix"),
+)
+def test_check_guide_passes_every_guide(guide):
+    check_guide(guide)
+
+
+class Nudge(aa.Guide):
+    """Adds a number to the predictions of pictures with regions; its flags break one rule each."""
+
+    def __init__(self, *flaws):
+        self.flaws = flaws
+
+    @contextmanager
+    def steering(self, denoiser, regions):
+        rows = [row for row, row_regions in enumerate(regions) if row_regions or "everywhere" in self.flaws]
+        if "first only" in self.flaws:
+            rows = rows[:1]
+
+        def hook(_module, _args, output):
+            nudged = output.clone()
+            nudged[rows] += torch.rand(()) if "random" in self.flaws else 1 + ("batch" in self.flaws) * len(output)
+            return nudged
+
+        handle = denoiser.module.register_forward_hook(hook)
+        if "after an exception" in self.flaws:
+            yield
+            handle.remove()
+            return
+        with suppress(Exception) if "swallows" in self.flaws else nullcontext():
+            try:
+                yield
+            finally:
+                if "weights" in self.flaws:
+                    denoiser.module.proj_out.bias.data += 1
+                if "stays" not in self.flaws:
+                    handle.remove()
+
+
+def test_check_guide_passes_a_guide_that_keeps_the_rules():
+    check_guide(Nudge())
+
+
+@pytest.mark.parametrize(
+    ("flaw", "message"),
+    [
+        ("everywhere", "changes the prediction of pictures without regions"),
+        ("first only", "ignores the regions of picture 1"),
+        ("random", "predicts differently for the same call"),
+        ("batch", "predicts picture 0 of a batch differently than alone"),
+        ("stays", "leaves a trace on the model: a forward hook"),
+        ("weights", "leaves a trace on the model: other weights"),
+        ("after an exception", "after an exception, leaves a trace on the model: a forward hook"),
+        ("swallows", "swallows an exception"),
+    ],
+)
+def test_check_guide_catches(flaw, message):
+    with pytest.raises(AssertionError, match=message):
+        check_guide(Nudge(flaw))

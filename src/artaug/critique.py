@@ -54,7 +54,9 @@ class Abstention:
 
     def __post_init__(self) -> None:
         if not self.reason.strip():
-            raise InvalidValueError("an Abstention needs a reason: reports show it as the reason why a prompt was skipped.")
+            raise InvalidValueError(
+                "an Abstention needs a reason: reports show it as the reason why a prompt was skipped."
+            )
 
 
 class Critic(ABC):

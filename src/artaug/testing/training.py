@@ -1,0 +1,155 @@
+"""Checks of what training is made of: objectives, on a tiny student, and fusers, on tiny LoRAs."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from artaug.errors import LoRAError
+from artaug.lora.fusing import Fuser
+from artaug.lora.lora import LoRA, LowRank
+from artaug.training import (
+    EpsilonPrediction,
+    FlowMatching,
+    NoiseSchedule,
+    Objective,
+    PairBatch,
+    TrainingPlan,
+    VPrediction,
+)
+
+_BATCH, _CHANNELS, _SIDE, _FEATURES = 3, 2, 4, 5
+_LATENTS = _CHANNELS * _SIDE * _SIDE
+
+
+def check_objective(objective: Objective) -> None:
+    """Check that an objective's losses can be trained on: finite scalars with a gradient that follow from the batch.
+
+    Every stage of the objective's training plan is called with models of all three noise schedules, with and without a
+    region mask.
+
+    Raises:
+        AssertionError: if they cannot; the message says which rule was broken.
+    """
+    name = type(objective).__name__
+    pairs = 4
+    plan = objective.training_plan(pairs)
+    assert isinstance(plan, TrainingPlan), f"{name}.training_plan returned {type(plan).__name__}: expected TrainingPlan"
+    unknown = sorted({index for group in plan.groups for index in group} - set(range(pairs)))
+    assert not unknown, f"{name}.training_plan({pairs}) names the pairs {unknown}: expected numbers below {pairs}"
+    for schedule in (FlowMatching(), EpsilonPrediction(), VPrediction()):
+        for stage, masked in ((stage, masked) for stage in plan.stages for masked in (False, True)):
+            student, batch = _TinyStudent(schedule), _batch(masked=masked)
+            before = {field: tensor.clone() for field, tensor in _tensors(batch).items()}
+            call = f"{name}: the loss of a batch {'with' if masked else 'without'} a region mask ({schedule})"
+            loss = stage.loss(student, batch)
+            assert isinstance(loss, Tensor), f"{call} is {type(loss).__name__}: expected a torch.Tensor"
+            assert loss.ndim == 0, f"{call} has shape {tuple(loss.shape)}: expected a scalar"
+            assert loss.isfinite(), f"{call} is {loss.item()}: expected a finite number"
+            assert loss.requires_grad, f"{call} has no gradient: make it of model.predict, and do not detach that"
+            loss.backward()
+            gradients = [parameter.grad for parameter in student.parameters if parameter.grad is not None]
+            assert any(gradient.any() for gradient in gradients), f"{call} has a gradient of 0 for the LoRA"
+            assert all(gradient.isfinite().all() for gradient in gradients), f"{call} has a gradient that is not finite"
+            changed = [field for field, tensor in _tensors(batch).items() if not torch.equal(tensor, before[field])]
+            assert not changed, f"{call} changed the batch's {', '.join(changed)} in place"
+            again = stage.loss(student, batch)
+            assert torch.equal(again, loss), (
+                f"{call} is {loss.item()} and then {again.item()} for the same batch: draw no random numbers in a loss, "
+                "use batch.noise"
+            )
+
+
+class _TinyStudent:
+    """A `Student`: a frozen linear denoiser, and a LoRA of rank 2 on it that is not zero."""
+
+    def __init__(self, noise_schedule: NoiseSchedule) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.noise_schedule = noise_schedule
+        self._weight = torch.randn(_LATENTS, _LATENTS, generator=generator) / _LATENTS**0.5
+        self._text_weight = torch.randn(_LATENTS, _FEATURES, generator=generator)
+        self._down = torch.nn.Parameter(torch.randn(2, _LATENTS, generator=generator) / _LATENTS**0.5)
+        self._up = torch.nn.Parameter(torch.randn(_LATENTS, 2, generator=generator) / 10)
+        self.parameters = (self._down, self._up)
+
+    def predict(
+        self, noisy: Tensor, sigmas: Tensor, conditioning: Mapping[str, Tensor], *, scale: float = 1.0
+    ) -> Tensor:
+        return self._predict(noisy, sigmas, conditioning, self._weight + scale * self._up @ self._down)
+
+    @torch.no_grad()
+    def teacher_predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        return self._predict(noisy, sigmas, conditioning, self._weight)
+
+    def _predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        text = conditioning["embeds"] @ self._text_weight.T
+        return (noisy.flatten(1) @ weight.T + text + sigmas[:, None]).reshape(noisy.shape)
+
+
+def _batch(*, masked: bool) -> PairBatch:
+    generator = torch.Generator().manual_seed(1)
+    before, after, noise = torch.randn(3, _BATCH, _CHANNELS, _SIDE, _SIDE, generator=generator)
+    mask = torch.zeros(_BATCH, 1, _SIDE, _SIDE)
+    mask[..., : _SIDE // 2] = 1
+    return PairBatch(
+        before=before,
+        after=after,
+        conditioning={"embeds": torch.randn(_BATCH, _FEATURES, generator=generator)},
+        noise=noise,
+        sigmas=torch.tensor([0.2, 0.5, 0.9]),
+        region_mask=mask if masked else None,
+    )
+
+
+def _tensors(batch: PairBatch) -> dict[str, Tensor]:
+    tensors = {"before": batch.before, "after": batch.after, "noise": batch.noise, "sigmas": batch.sigmas}
+    tensors |= {f"conditioning[{name!r}]": tensor for name, tensor in batch.conditioning.items()}
+    return tensors if batch.region_mask is None else {**tensors, "region_mask": batch.region_mask}
+
+
+def check_fuser(fuser: Fuser) -> None:
+    """Check that a fuser makes one LoRA of several whose update is their sum, and does not change them.
+
+    A fuser may approximate. Exact is what it has to be where the updates of a layer all lie along one direction, since
+    a LoRA of rank 1 holds their sum.
+
+    Raises:
+        AssertionError: if it does not; the message says which rule was broken.
+    """
+    name = type(fuser).__name__
+    loras = [_lora({"first": (4, 6, 2), "second": (5, 3, 1)}, seed=0), _lora({"first": (4, 6, 1)}, seed=1)]
+    before = [lora.digest for lora in loras]
+    fused = fuser.fuse(loras)
+    assert isinstance(fused, LoRA), f"{name}.fuse returned {type(fused).__name__}: expected artaug.LoRA"
+    assert set(fused.layers) == {"first", "second"}, (
+        f"{name}.fuse of LoRAs of the layers 'first' and 'second' returned the layers {sorted(fused.layers)}"
+    )
+    shapes = {layer: tuple(update.delta().shape) for layer, update in fused.layers.items()}
+    assert shapes == {"first": (4, 6), "second": (5, 3)}, f"{name}.fuse changed the shapes of updates: {shapes}"
+    assert all(update.delta().isfinite().all() for update in fused.layers.values()), f"{name}.fuse made NaN or infinity"
+    assert [lora.digest for lora in loras] == before, f"{name}.fuse changed the LoRAs it was given"
+    assert fuser.fuse(loras).digest == fused.digest, f"{name}.fuse returned two LoRAs for the same arguments"
+    along_one = _lora({"first": (4, 6, 1)}, seed=2)
+    tripled = fuser.fuse([along_one, along_one.scaled(2)]).layers["first"].delta()
+    expected = 3 * along_one.layers["first"].delta()
+    assert torch.allclose(tripled, expected, rtol=1e-3, atol=1e-5), (
+        f"{name}.fuse of a LoRA and twice that LoRA is not three times it: expected the sum of their updates"
+    )
+    try:
+        nothing = fuser.fuse([])
+    except LoRAError:
+        return
+    raise AssertionError(f"{name}.fuse([]) returned {nothing!r}: expected artaug.LoRAError, there is nothing to fuse")
+
+
+def _lora(layers: Mapping[str, tuple[int, int, int]], *, seed: int) -> LoRA:
+    """A random LoRA of layers by name, each of (outputs, inputs, rank)."""
+    generator = torch.Generator().manual_seed(seed)
+    return LoRA(
+        {
+            name: LowRank(
+                torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
+            )
+            for name, (outputs, inputs, rank) in layers.items()
+        }
+    )
