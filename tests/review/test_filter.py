@@ -1,4 +1,4 @@
-"""A person's decisions: on disk, as a filter, and through the page itself with a real client."""
+"""ManualReview and RecordedDecisions as filters, and the review page through HTTP."""
 
 import http.client
 import json
@@ -10,105 +10,35 @@ import sys
 import textwrap
 import threading
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import artaug as aa
 from artaug.errors import StorageError
-from artaug.pairs import pair_digest
-from artaug.review.decisions import append_decision, read_decisions
+from artaug.review.decisions import append_decision
 from support.strategies import Listed, pair
 
-PAIRS = [pair(10 * number, 10 * number + 5 + number, seed=number) for number in range(4)]
-
-
-def same(one, *, image=lambda picture: picture, **changed):
-    return aa.ImagePair(
-        **{
-            "prompt": one.prompt,
-            "seed": one.seed,
-            "before": image(one.before),
-            "after": image(one.after),
-            "plan": one.plan,
-            **changed,
-        }
-    )
-
-
-# --- the file -----------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([True, False, None])), max_size=12))
-def test_the_last_word_on_a_pair_counts(tmp_path_factory, said):
-    path = tmp_path_factory.mktemp("queue") / "deep" / "by-hand.jsonl"
-    wanted = {}
-    for number, keep in said:
-        append_decision(path, PAIRS[number], keep)
-        wanted.pop(number, None)
-        wanted |= {} if keep is None else {number: keep}
-    assert list(read_decisions(path).items()) == [(pair_digest(PAIRS[at]), keep) for at, keep in wanted.items()]
-    if said:
-        assert len(path.read_text(encoding="utf-8").splitlines()) == len(said)
-
-
-def test_a_pair_is_known_by_what_it_shows(tmp_path):
-    one = PAIRS[1]
-    stored = tmp_path / "one.png"
-
-    def reread(picture):
-        picture.save(stored)
-        return Image.open(stored).convert("RGB")
-
-    assert pair_digest(same(one, image=reread)) == pair_digest(one)
-    assert pair_digest(same(one, seed=99, plan=aa.Plan("another"))) == pair_digest(one)
-    others = [same(one, prompt="x"), same(one, before=one.after), same(one, before=one.after, after=one.before)]
-    assert len({pair_digest(other) for other in (one, *others)}) == 4
-
-
-@pytest.mark.parametrize("kept", range(1, 60, 7))
-def test_a_line_torn_by_a_kill_is_as_if_it_was_never_begun(tmp_path, kept):
-    path = tmp_path / "by-hand.jsonl"
-    append_decision(path, PAIRS[0], keep=True)
-    whole = path.read_bytes()
-    append_decision(path, PAIRS[1], keep=False)
-    path.write_bytes(path.read_bytes()[: len(whole) + kept])
-
-    assert read_decisions(path) == {pair_digest(PAIRS[0]): True}
-    append_decision(path, PAIRS[2], keep=True)
-    assert read_decisions(path) == {pair_digest(PAIRS[0]): True, pair_digest(PAIRS[2]): True}
-
-
-@pytest.mark.parametrize(
-    "line", ["not JSON", "[]", '{"pair": "a"}', '{"pair": 3, "keep": true}', '{"pair": "a", "keep": 1}', ""]
-)
-def test_a_line_that_is_no_decision_is_named(tmp_path, line):
-    path = tmp_path / "by-hand.jsonl"
-    append_decision(path, PAIRS[0], keep=True)
-    with path.open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(StorageError, match=r"by-hand.jsonl', line 2 is no decision"):
-        aa.RecordedDecisions(path).judge(PAIRS[0])
+PAIRS = [pair(10 * index, 10 * index + 5 + index, seed=index) for index in range(4)]
 
 
 # --- as a filter --------------------------------------------------------------------------------------------------
 
 
-def test_verdicts_are_what_was_decided(tmp_path):
+def test_recorded_decisions_become_verdicts(tmp_path):
     path = tmp_path / "by-hand.jsonl"
     append_decision(path, PAIRS[0], keep=True)
     append_decision(path, PAIRS[1], keep=False)
-    found = aa.RecordedDecisions(path).judge_batch(PAIRS[:2])
-    assert found == [aa.Verdict(True, "kept by hand", {}), aa.Verdict(False, "dropped by hand", {})]
+    verdicts = aa.RecordedDecisions(path).judge_batch(PAIRS[:2])
+    assert verdicts == [aa.Verdict(True, "kept by hand", {}), aa.Verdict(False, "dropped by hand", {})]
     assert [verdict.keep for verdict in (~aa.RecordedDecisions(path)).judge_batch(PAIRS[:2])] == [False, True]
     assert aa.RecordedDecisions(path).scorers == frozenset()
 
 
-def test_nobody_is_asked_by_verdicts_and_what_is_undecided_is_said(tmp_path):
+def test_recorded_decisions_never_show_the_page_and_raise_for_undecided_pairs(tmp_path):
     path = tmp_path / "by-hand.jsonl"
     append_decision(path, PAIRS[0], keep=True)
     with pytest.raises(aa.UndecidedError, match=r"'.*by-hand.jsonl' has no decision on 3 of 4 pairs yet") as caught:
@@ -118,73 +48,74 @@ def test_nobody_is_asked_by_verdicts_and_what_is_undecided_is_said(tmp_path):
         (~aa.RecordedDecisions(path)).judge_batch(PAIRS)
 
 
-def test_a_queue_with_everything_decided_shows_nothing(tmp_path):
+def test_the_page_is_not_shown_if_every_pair_is_decided(tmp_path):
     path = tmp_path / "by-hand.jsonl"
-    for number, one in enumerate(PAIRS):
-        append_decision(path, one, keep=number > 1)
+    for index, pair_ in enumerate(PAIRS):
+        append_decision(path, pair_, keep=index > 1)
 
-    def never(address):
+    def fail(address):
         raise AssertionError(address)
 
-    queue = aa.ManualReview(path, announce=never)
-    assert [verdict.keep for verdict in queue.judge_batch(PAIRS)] == [False, False, True, True]
-    assert queue.serve(PAIRS) == aa.ReviewProgress(kept=2, dropped=2, undecided=0)
-    assert queue.serve([]) == aa.ReviewProgress(0, 0, 0)
-    assert queue.judge_batch([]) == []
+    review = aa.ManualReview(path, announce=fail)
+    assert [verdict.keep for verdict in review.judge_batch(PAIRS)] == [False, False, True, True]
+    assert review.serve(PAIRS) == aa.ReviewProgress(kept=2, dropped=2, undecided=0)
+    assert review.serve([]) == aa.ReviewProgress(0, 0, 0)
+    assert review.judge_batch([]) == []
 
 
-def test_a_port_that_is_none_is_refused(tmp_path):
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_out_of_range_is_refused(tmp_path, port):
     with pytest.raises(aa.InvalidValueError, match="need 0"):
-        aa.ManualReview(tmp_path / "x").serve(PAIRS, port=70000)
+        aa.ManualReview(tmp_path / "x").serve(PAIRS, port=port)
 
 
 # --- through the page ---------------------------------------------------------------------------------------------
 
 
 class Client:
-    """Talks to the page as a browser does."""
+    """Sends the requests that a browser would send."""
 
     def __init__(self, address):
         parts = urlsplit(address)
-        self.place, self.path = parts.netloc, parts.path
+        self.host, self.path = parts.netloc, parts.path
 
-    def ask(self, method, path, body=None, headers=None):
-        with closing(http.client.HTTPConnection(self.place, timeout=10)) as link:
-            sent = {"Content-Type": "application/json"} if method == "POST" else {}
-            link.request(method, path, body=body, headers={**sent, **(headers or {})})
-            reply = link.getresponse()
-            return reply.status, reply.read(), dict(reply.getheaders())
+    def request(self, method, path, body=None, headers=None):
+        with closing(http.client.HTTPConnection(self.host, timeout=10)) as connection:
+            content_type = {"Content-Type": "application/json"} if method == "POST" else {}
+            connection.request(method, path, body=body, headers={**content_type, **(headers or {})})
+            response = connection.getresponse()
+            return response.status, response.read(), dict(response.getheaders())
 
     def get(self, page, **headers):
-        return self.ask("GET", self.path + page, headers=headers)
+        return self.request("GET", self.path + page, headers=headers)
 
-    def post(self, page, said):
-        return self.ask("POST", self.path + page, json.dumps(said))
+    def post(self, page, body):
+        return self.request("POST", self.path + page, json.dumps(body))
 
-    def decide(self, number, keep):
-        assert self.post("decide", {"pair": number, "keep": keep})[0] == 200
+    def decide(self, index, keep):
+        assert self.post("decide", {"pair": index, "keep": keep})[0] == 200
 
     def finish(self):
         assert self.post("finish", {})[0] == 200
 
 
 @contextmanager
-def asking(path, pairs=PAIRS, **options):
-    """Show the page in a thread, as a notebook would wait for it, and end it in any case."""
-    ready, seen = threading.Event(), []
+def serving(path, pairs=PAIRS, **options):
+    """Serve the page in a thread, and finish it at the end of the block."""
+    ready, addresses = threading.Event(), []
 
     def announce(address):
-        seen.append(address)
+        addresses.append(address)
         ready.set()
 
-    queue = aa.ManualReview(path, announce=announce, **options)
-    found = []
-    thread = threading.Thread(target=lambda: found.append(queue.serve(pairs, review=True)), daemon=True)
+    review = aa.ManualReview(path, announce=announce, **options)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(review.serve(pairs, revisit=True)), daemon=True)
     thread.start()
     assert ready.wait(10)
-    client = Client(seen[0])
+    client = Client(addresses[0])
     try:
-        yield client, found
+        yield client, results
     finally:
         if thread.is_alive():
             client.finish()
@@ -195,23 +126,23 @@ def asking(path, pairs=PAIRS, **options):
 @pytest.mark.loopback
 def test_pairs_are_kept_and_dropped_on_the_page(tmp_path):
     path = tmp_path / "runs" / "by-hand.jsonl"
-    with asking(path) as (client, found):
+    with serving(path) as (client, results):
         client.decide(0, keep=True)
         client.decide(1, keep=False)
         client.decide(2, keep=True)
         client.decide(2, keep=None)
         state = json.loads(client.get("state")[1])
-    assert [one["keep"] for one in state["pairs"]] == [True, False, None, None]
+    assert [shown["keep"] for shown in state["pairs"]] == [True, False, None, None]
     assert state["history"] == [0, 1]
-    assert found == [aa.ReviewProgress(kept=1, dropped=1, undecided=2)]
+    assert results == [aa.ReviewProgress(kept=1, dropped=1, undecided=2)]
     assert aa.RecordedDecisions(path).judge_batch(PAIRS[:2])[0].keep
 
 
 @pytest.mark.loopback
 def test_the_page_holds_the_prompts_the_regions_and_the_pictures(tmp_path):
     plan = aa.Plan("a", (aa.Region(aa.Box(0, 0, 0.5, 1), "brighter"), aa.Region(aa.Mask.from_array(np.eye(2)), "soft")))
-    one = same(PAIRS[0], plan=plan, prompt="</script><b>bold")
-    with asking(tmp_path / "x.jsonl", [one, PAIRS[1]]) as (client, _):
+    edited = replace(PAIRS[0], plan=plan, prompt="</script><b>bold")
+    with serving(tmp_path / "x.jsonl", [edited, PAIRS[1]]) as (client, _):
         status, page, headers = client.get("")
         shown = json.loads(client.get("state")[1])["pairs"][0]
         pictures = {side: client.get(f"{side}/0.png")[1] for side in ("before", "after")}
@@ -225,68 +156,68 @@ def test_the_page_holds_the_prompts_the_regions_and_the_pictures(tmp_path):
     assert shown["regions"] == [{"prompt": "brighter", "box": [0, 0, 0.5, 1]}, {"prompt": "soft", "box": None}]
     for side, data in pictures.items():
         (tmp_path / side).write_bytes(data)
-        assert Image.open(tmp_path / side).tobytes() == getattr(one, side).convert("RGB").tobytes()
+        assert Image.open(tmp_path / side).tobytes() == getattr(edited, side).convert("RGB").tobytes()
 
 
 @pytest.mark.loopback
-def test_the_first_run_is_continued_by_the_second(tmp_path):
+def test_a_second_session_continues_the_first(tmp_path):
     path = tmp_path / "x.jsonl"
-    with asking(path) as (client, _):
+    with serving(path) as (client, _):
         client.decide(3, keep=True)
-    with asking(path, PAIRS[::-1]) as (client, _):
+    with serving(path, PAIRS[::-1]) as (client, _):
         state = json.loads(client.get("state")[1])
-        assert [one["keep"] for one in state["pairs"]] == [True, None, None, None]
+        assert [shown["keep"] for shown in state["pairs"]] == [True, None, None, None]
         client.decide(1, keep=False)
-    assert aa.ManualReview(path).standing(PAIRS) == aa.ReviewProgress(1, 1, 2)
+    assert aa.ManualReview(path).progress(PAIRS) == aa.ReviewProgress(1, 1, 2)
 
 
 @pytest.mark.loopback
-def test_pairs_that_show_the_same_are_asked_about_once(tmp_path):
+def test_pairs_that_show_the_same_appear_once(tmp_path):
     path = tmp_path / "x.jsonl"
-    with asking(path, [PAIRS[0], PAIRS[1], same(PAIRS[0], seed=7)]) as (client, found):
+    with serving(path, [PAIRS[0], PAIRS[1], replace(PAIRS[0], seed=7)]) as (client, results):
         assert len(json.loads(client.get("state")[1])["pairs"]) == 2
         client.decide(0, keep=True)
-    assert found == [aa.ReviewProgress(2, 0, 1)]
+    assert results == [aa.ReviewProgress(2, 0, 1)]
 
 
-def answering(keeps):
-    """What to announce to, so that a person decides at once: of each pair shown whether to keep it."""
+def deciding(keeps):
+    """An ``announce`` that decides on the pairs in order and then finishes."""
 
     def announce(address):
-        def act():
+        def run():
             client = Client(address)
-            for number, keep in enumerate(keeps):
-                client.decide(number, keep)
+            for index, keep in enumerate(keeps):
+                client.decide(index, keep)
             client.finish()
 
-        threading.Thread(target=act, daemon=True).start()
+        threading.Thread(target=run, daemon=True).start()
 
     return announce
 
 
 @pytest.mark.loopback
-def test_a_queue_asks_when_it_judges_and_only_among_what_another_filter_keeps(tmp_path):
+def test_judging_shows_the_page_with_only_the_pairs_that_the_prefilter_keeps(tmp_path):
     gain = aa.Gain(Listed(), at_least=0.55)
-    first = gain.judge_batch(PAIRS)
-    assert [verdict.keep for verdict in first] == [False, True, True, True]
-    queue = aa.ManualReview(tmp_path / "x.jsonl", among=gain, announce=answering([True, False, True]))
+    prior = gain.judge_batch(PAIRS)
+    assert [verdict.keep for verdict in prior] == [False, True, True, True]
+    review = aa.ManualReview(tmp_path / "x.jsonl", prefilter=gain, announce=deciding([True, False, True]))
 
-    found = queue.judge_batch(PAIRS)
+    verdicts = review.judge_batch(PAIRS)
 
-    assert [verdict.keep for verdict in found] == [False, True, False, True]
-    assert found[0] == first[0]
-    assert found[2] == aa.Verdict(False, f"{first[2].reason}; dropped by hand", first[2].scores)
-    assert queue.scorers == gain.scorers
+    assert [verdict.keep for verdict in verdicts] == [False, True, False, True]
+    assert verdicts[0] == prior[0]
+    assert verdicts[2] == aa.Verdict(False, f"{prior[2].reason}; dropped by hand", prior[2].scores)
+    assert review.scorers == gain.scorers
 
 
 @pytest.mark.loopback
-def test_to_finish_early_is_said_and_loses_nothing(tmp_path):
+def test_finishing_early_raises_and_keeps_the_decisions(tmp_path):
     path = tmp_path / "x.jsonl"
-    queue = aa.ManualReview(path, announce=answering([True]))
+    review = aa.ManualReview(path, announce=deciding([True]))
     with pytest.raises(aa.UndecidedError, match="on 3 of 4 pairs"):
-        queue.judge_batch(PAIRS)
-    again = aa.ManualReview(path, announce=answering([True, False, False, False]))
-    assert [verdict.keep for verdict in again.judge_batch(PAIRS)] == [True, False, False, False]
+        review.judge_batch(PAIRS)
+    second = aa.ManualReview(path, announce=deciding([True, False, False, False]))
+    assert [verdict.keep for verdict in second.judge_batch(PAIRS)] == [True, False, False, False]
 
 
 @pytest.mark.loopback
@@ -322,70 +253,70 @@ def test_to_finish_early_is_said_and_loses_nothing(tmp_path):
         pytest.param("PUT", "state", None, {}, 501, id="another-method"),
     ],
 )
-def test_a_bad_request_is_answered_and_decides_nothing(tmp_path, method, page, body, headers, status):
-    with asking(tmp_path / "x.jsonl") as (client, found):
-        assert client.ask(method, client.path + page, body, headers)[0] == status
+def test_an_invalid_request_gets_an_error_and_records_no_decision(tmp_path, method, page, body, headers, status):
+    with serving(tmp_path / "x.jsonl") as (client, results):
+        assert client.request(method, client.path + page, body, headers)[0] == status
         assert client.get("state")[0] == 200
-    assert found == [aa.ReviewProgress(0, 0, 4)]
+    assert results == [aa.ReviewProgress(0, 0, 4)]
 
 
 @pytest.mark.loopback
-def test_without_the_secret_nothing_is_told(tmp_path):
-    with asking(tmp_path / "x.jsonl") as (client, found):
+def test_without_the_secret_every_request_is_refused(tmp_path):
+    with serving(tmp_path / "x.jsonl") as (client, results):
         for path in ("/", "/state", f"/{'x' * 32}/state", client.path[:-2] + "/state"):
-            status, body, _ = client.ask("GET", path)
+            status, body, _ = client.request("GET", path)
             assert status == 404
             assert client.path.strip("/").encode() not in body
-        assert client.ask("POST", "/finish", "{}")[0] == 404
-        assert not found
+        assert client.request("POST", "/finish", "{}")[0] == 404
+        assert not results
 
 
 @pytest.mark.loopback
-def test_what_is_no_http_does_not_end_the_page(tmp_path):
-    with asking(tmp_path / "x.jsonl") as (client, _):
-        host, _, port = client.place.partition(":")
-        for sent in (
+def test_bytes_that_are_not_http_do_not_end_the_server(tmp_path):
+    with serving(tmp_path / "x.jsonl") as (client, _):
+        host, _, port = client.host.partition(":")
+        for data in (
             b"\x16\x03\x01\x02",
             b"GET\r\n\r\n",
             "GET /é HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(),
             b"POST " + client.path.encode() + b"decide HTTP/1.1\r\n",
         ):
-            with closing(socket.create_connection((host, int(port)))) as link:
-                link.sendall(sent)
+            with closing(socket.create_connection((host, int(port)))) as connection:
+                connection.sendall(data)
         assert client.get("")[0] == 200
 
 
 @pytest.mark.loopback
-def test_a_full_disk_is_told_to_the_person(tmp_path):
+def test_a_failed_write_is_reported_on_the_page(tmp_path):
     path = tmp_path / "x.jsonl"
-    with asking(path) as (client, found):
+    with serving(path) as (client, results):
         client.decide(0, keep=True)
         path.rename(tmp_path / "aside")
         path.mkdir()
-        status, told, _ = client.post("decide", {"pair": 1, "keep": True})
+        status, message, _ = client.post("decide", {"pair": 1, "keep": True})
         path.rmdir()
         (tmp_path / "aside").rename(path)
         client.decide(2, keep=True)
     assert status == 507
-    assert b"x.jsonl" in told
-    assert found == [aa.ReviewProgress(2, 0, 2)]
+    assert b"x.jsonl" in message
+    assert results == [aa.ReviewProgress(2, 0, 2)]
 
 
 @pytest.mark.loopback
-def test_it_listens_on_this_machine_only(tmp_path):
-    with asking(tmp_path / "x.jsonl") as (client, _):
-        assert client.place.startswith("127.0.0.1:")
+def test_the_server_listens_on_the_loopback_interface_only(tmp_path):
+    with serving(tmp_path / "x.jsonl") as (client, _):
+        assert client.host.startswith("127.0.0.1:")
 
 
-def test_a_taken_port_is_said(tmp_path):
+def test_a_port_in_use_raises(tmp_path):
     with closing(socket.create_server(("127.0.0.1", 0))) as taken, pytest.raises(OSError, match="in use"):
         aa.ManualReview(tmp_path / "x.jsonl").serve(PAIRS, port=taken.getsockname()[1])
 
 
-def test_a_broken_file_is_said_before_anybody_begins(tmp_path):
+def test_an_invalid_file_raises_before_the_page_is_shown(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("{}\n")
-    with pytest.raises(StorageError, match="line 1 is no decision"):
+    with pytest.raises(StorageError, match="line 1 is not a decision"):
         aa.ManualReview(path).serve(PAIRS)
 
 
@@ -393,8 +324,8 @@ PROGRAM = """
 import signal
 import artaug as aa
 from support.strategies import pair
-pairs = [pair(10 * number, 10 * number + 5 + number, seed=number) for number in range(4)]
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have taken from us
+pairs = [pair(10 * index, 10 * index + 5 + index, seed=index) for index in range(4)]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore SIGINT for background processes
 try:
     aa.ManualReview({path!r}, announce=lambda address: print(address, flush=True)).serve(pairs)
 except KeyboardInterrupt:
@@ -403,8 +334,8 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.loopback
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_a_kill_at_any_time_loses_nothing_that_was_answered(tmp_path, end):
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_kill_loses_no_confirmed_decision(tmp_path, signal_number):
     path = tmp_path / "x.jsonl"
     code = textwrap.dedent(PROGRAM).format(path=str(path))
     search = os.pathsep.join(entry for entry in sys.path if entry)
@@ -414,10 +345,10 @@ def test_a_kill_at_any_time_loses_nothing_that_was_answered(tmp_path, end):
         client = Client(program.stdout.readline().strip())
         client.decide(0, keep=True)
         client.decide(1, keep=False)
-        program.send_signal(end)
+        program.send_signal(signal_number)
         try:
-            rest, _ = program.communicate(timeout=30)
+            output, _ = program.communicate(timeout=30)
         finally:
             program.kill()
-    assert rest == ("interrupted\n" if end is signal.SIGINT else "")
-    assert aa.ManualReview(path).standing(PAIRS) == aa.ReviewProgress(1, 1, 2)
+    assert output == ("interrupted\n" if signal_number is signal.SIGINT else "")
+    assert aa.ManualReview(path).progress(PAIRS) == aa.ReviewProgress(1, 1, 2)

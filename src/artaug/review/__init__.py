@@ -1,4 +1,4 @@
-"""A person decides which pairs are kept: a review page, its server, and the decisions on disk."""
+"""Manual review: a person keeps or drops pairs on a local page; the decisions are kept in a file."""
 
 from artaug.pairs import pair_digest
 from artaug.review.filter import ManualReview, RecordedDecisions, ReviewProgress

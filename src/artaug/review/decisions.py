@@ -1,4 +1,4 @@
-"""What a person decided about pairs, on disk: a line a decision, never rewritten, so a kill at any time loses none."""
+"""The file of decisions: one JSON line for each decision, only ever appended, so that a kill loses none."""
 
 import json
 import os
@@ -11,33 +11,33 @@ from artaug.pairs import ImagePair, pair_digest
 
 
 def read_decisions(path: Path) -> dict[str, bool]:
-    """The last word on each pair, by its digest, the latest decision last.
+    """The last decision on each pair, by the pair's digest, ordered by the time of that decision.
 
-    A last line without an end was being written when its writer was killed; nobody was told that it was safe, and it is
-    left out.
+    A last line without a line break was being written when the program was killed. It is ignored: the page had not
+    confirmed it.
 
     Raises:
-        StorageError: for a line that is no decision, naming it.
+        StorageError: for a line that is not a decision, with its number.
     """
     if not path.exists():
         return {}
-    decided: dict[str, bool] = {}
-    *lines, _torn = path.read_bytes().split(b"\n")
+    decisions: dict[str, bool] = {}
+    *lines, _incomplete = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
-        digest, keep = _decision(line, number, path)
-        decided.pop(digest, None)
+        digest, keep = _parse_decision(line, number, path)
+        decisions.pop(digest, None)  # so that the pair moves to the end of the dict
         if keep is not None:
-            decided[digest] = keep
-    return decided
+            decisions[digest] = keep
+    return decisions
 
 
 def append_decision(path: Path, pair: ImagePair, keep: bool | None) -> None:
-    """Write one decision, or take one back (None), and have it on the disk before returning.
+    """Append a decision, or the withdrawal of one (None), and flush it to the disk.
 
     Raises:
-        OSError: if the disk does not take it; then the file is as it was, but perhaps for a torn last line.
+        OSError: if it cannot be written; then the file is unchanged, except perhaps for an incomplete last line.
     """
-    line = {
+    decision = {
         "pair": pair_digest(pair),
         "keep": keep,
         "prompt": pair.prompt,
@@ -46,28 +46,28 @@ def append_decision(path: Path, pair: ImagePair, keep: bool | None) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
-        _drop_torn_end(file)
-        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        _truncate_incomplete_line(file)
+        file.write(json.dumps(decision, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def _decision(line: bytes, number: int, path: Path) -> tuple[str, bool | None]:
+def _parse_decision(line: bytes, number: int, path: Path) -> tuple[str, bool | None]:
     try:
-        read = json.loads(line)
-        digest, keep = read["pair"], read["keep"]
+        decision = json.loads(line)
+        digest, keep = decision["pair"], decision["keep"]
     except (ValueError, TypeError, KeyError):
         digest = keep = None
     if not isinstance(digest, str) or not (keep is None or isinstance(keep, bool)):
         raise StorageError(
-            f"{str(path)!r}, line {number} is no decision: {line!r:.120}. Expected JSON with pair (a digest) and keep (true, "
-            "false or null). Mend or remove that line; the others stay good."
+            f"{str(path)!r}, line {number} is not a decision: {line!r:.120}. Expected JSON with pair (a digest) and keep "
+            "(true, false or null). Correct or remove that line; the other lines are valid without it."
         )
     return digest, keep
 
 
-def _drop_torn_end(file: BinaryIO) -> None:
-    """Drop a last line that its writer did not finish."""
+def _truncate_incomplete_line(file: BinaryIO) -> None:
+    """Remove a last line without a line break."""
     size = file.seek(0, os.SEEK_END)
     if not size:
         return

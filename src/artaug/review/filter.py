@@ -1,4 +1,4 @@
-"""A person as a filter: pairs are kept or dropped by hand, on a small local page, once and for all."""
+"""`ManualReview`, a filter whose verdicts a person gives on a local page, and `RecordedDecisions`, which reads them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +11,12 @@ from artaug.pairs import ImagePair, Verdict, pair_digest
 from artaug.review.decisions import read_decisions
 from artaug.review.session import serve_pairs
 
+_MAX_PORT = 65535
+
 
 def open_in_browser(address: str) -> None:
-    """Open the page in this machine's browser."""
-    import webbrowser  # noqa: PLC0415 - not everybody has a person at hand
+    """Open an address in this machine's browser."""
+    import webbrowser  # noqa: PLC0415 - only needed when a page is shown
 
     webbrowser.open(address)
 
@@ -22,7 +24,7 @@ def open_in_browser(address: str) -> None:
 @final
 @dataclass(frozen=True)
 class ReviewProgress:
-    """How far a person has got with some pairs."""
+    """The number of pairs that are kept, dropped and undecided."""
 
     kept: int
     dropped: int
@@ -32,11 +34,12 @@ class ReviewProgress:
 @final
 @dataclass(frozen=True)
 class RecordedDecisions(PairFilter):
-    """Keeps the pairs that a person kept, as `ManualReview` wrote it down; it never asks.
+    """Keeps the pairs that a person kept in a `ManualReview`, as its file says. It never shows the page.
 
     Raises:
-        UndecidedError: when asked to judge a pair on which nobody has decided yet, rather than to drop it unseen.
-        StorageError: for a file with a line that is no decision.
+        UndecidedError: by judging, for pairs without a decision: to drop them, or with ``~`` to keep them, would be a
+            guess.
+        StorageError: for a file with a line that is not a decision.
     """
 
     path: str | Path
@@ -46,85 +49,91 @@ class RecordedDecisions(PairFilter):
         return self.judge_batch([pair])[0]
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
-        decided = read_decisions(Path(self.path))
-        answers = [decided.get(pair_digest(pair)) for pair in pairs]
-        if undecided := answers.count(None):
-            raise UndecidedError(undecided, total=len(answers), path=str(self.path))
-        return [Verdict(bool(keep), f"{'kept' if keep else 'dropped'} by hand", {}) for keep in answers]
+        decisions = _decisions_on(pairs, self.path)
+        if undecided := decisions.count(None):
+            raise UndecidedError(undecided, total=len(decisions), path=str(self.path))
+        return [Verdict(bool(keep), f"{'kept' if keep else 'dropped'} by hand", {}) for keep in decisions]
 
 
 @final
 @dataclass(frozen=True)
 class ManualReview(PairFilter):
-    """Asks a person about pairs, on a page at 127.0.0.1: keys keep, drop, undo and flip between before and after.
+    """Lets a person keep or drop pairs on a page at 127.0.0.1, with keys to keep, drop, undo and flip before and after.
 
-    Every decision is on the disk before the page shows the next pair, by what the pair shows (its prompt and pixels): a
-    kill loses none, and a pair is asked about once, whatever run it comes up in. The page has an address nobody can
-    guess, listens on this machine only and needs no network; from another machine, forward its port through ssh.
+    A decision belongs to what the pair shows (its prompt and pixels), and is flushed to the disk before the page shows
+    the next pair. So a kill loses none, and a pair is shown once even if several runs produce it. The page has a secret
+    address, listens on this machine only and needs no network; from another machine, forward its port with ssh.
 
-    Judging as a filter shows the page if there are undecided pairs and waits. Where that is not wanted, call `serve` when
-    it suits and judge by `RecordedDecisions`.
+    Judging shows the page if there are undecided pairs, and waits. To choose the time yourself, call `serve` and judge
+    with `RecordedDecisions`.
 
     Raises:
-        UndecidedError: by judging, if the person finished before all was decided. What is decided stays.
-        StorageError: for a file with a line that is no decision.
+        UndecidedError: by judging, if the person finished before all pairs were decided. The decisions are kept.
+        StorageError: for a file with a line that is not a decision.
 
     >>> import artaug as aa
-    >>> keep = aa.ManualReview("runs/first/by-hand.jsonl", among=aa.Gain(Taste(), at_least=0.2))  # doctest: +SKIP
+    >>> keep = aa.ManualReview("runs/first/by-hand.jsonl", prefilter=aa.Gain(Taste(), at_least=0.2))  # doctest: +SKIP
     """
 
     path: str | Path
-    """The file of decisions, a line each, to which is only ever added."""
-    among: PairFilter | None = field(default=None, kw_only=True)
-    """Asks only about pairs that this filter keeps; the others are dropped for its reasons."""
+    """The file of decisions, one line each, which is only ever appended to."""
+    prefilter: PairFilter | None = field(default=None, kw_only=True)
+    """Only pairs that this filter keeps are shown; the others are dropped with its verdicts."""
     announce: Callable[[str], object] = field(default=open_in_browser, kw_only=True, repr=False)
-    """Called with the address of the page when it is there; ``print`` where there is no browser."""
+    """Called with the address of the page when it is ready; ``print`` on a machine without a browser."""
 
     @property
     def scorers(self) -> frozenset[str]:
-        return frozenset() if self.among is None else self.among.scorers
+        return frozenset() if self.prefilter is None else self.prefilter.scorers
 
-    def standing(self, pairs: Sequence[ImagePair]) -> ReviewProgress:
+    def progress(self, pairs: Sequence[ImagePair]) -> ReviewProgress:
         """How many of these pairs are kept, dropped and undecided."""
-        decided = read_decisions(Path(self.path))
-        answers = [decided.get(pair_digest(pair)) for pair in pairs]
-        return ReviewProgress(answers.count(True), answers.count(False), answers.count(None))
+        decisions = _decisions_on(pairs, self.path)
+        return ReviewProgress(decisions.count(True), decisions.count(False), decisions.count(None))
 
-    def serve(self, pairs: Sequence[ImagePair], *, review: bool = False, port: int = 0) -> ReviewProgress:
-        """Show the page and wait until the person has finished. An interrupt ends it too, and loses nothing.
+    def serve(self, pairs: Sequence[ImagePair], *, revisit: bool = False, port: int = 0) -> ReviewProgress:
+        """Show the page and wait until the person has finished. An interrupt ends it too; no decision is lost.
 
-        Pairs that show the same are one. The first undecided one is shown first.
+        Pairs that show the same appear once. The page begins with the first undecided pair.
 
         Args:
-            pairs: what to ask about.
-            review: show the page even if all is decided, to look again.
-            port: of the page; 0 for any that is free.
+            pairs: the pairs to decide on.
+            revisit: show the page even if all pairs are decided, to change decisions.
+            port: the port of the page; 0 for a free one.
 
         Returns:
-            How the pairs stand then.
+            The progress at the end.
 
         Raises:
-            InvalidValueError: for a port that is none.
-            OSError: if the port is taken.
+            InvalidValueError: for a port outside 0 to 65535.
+            OSError: if the port is in use.
         """
-        if not 0 <= port <= 65535:
-            raise InvalidValueError(f"ManualReview.serve(port={port}): need 0 (any) to 65535.")
-        if pairs and (review or self.standing(pairs).undecided):
+        if not 0 <= port <= _MAX_PORT:
+            raise InvalidValueError(f"ManualReview.serve(port={port}): need 0 (a free port) to {_MAX_PORT}.")
+        if pairs and (revisit or self.progress(pairs).undecided):
             serve_pairs(pairs, Path(self.path), announce=self.announce, port=port)
-        return self.standing(pairs)
+        return self.progress(pairs)
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
-        first = [None] * len(pairs) if self.among is None else judge_pairs(self.among, pairs)
-        asked = [pair for pair, verdict in zip(pairs, first, strict=True) if verdict is None or verdict.keep]
-        self.serve(asked)
-        answers = iter(RecordedDecisions(self.path).judge_batch(asked))
-        return [
-            verdict if verdict is not None and not verdict.keep else _after(verdict, next(answers)) for verdict in first
-        ]
+        if self.prefilter is None:
+            self.serve(pairs)
+            return RecordedDecisions(self.path).judge_batch(pairs)
+        prior = judge_pairs(self.prefilter, pairs)
+        shown = [pair for pair, verdict in zip(pairs, prior, strict=True) if verdict.keep]
+        self.serve(shown)
+        manual = iter(RecordedDecisions(self.path).judge_batch(shown))
+        return [_combine(verdict, next(manual)) if verdict.keep else verdict for verdict in prior]
 
 
-def _after(first: Verdict | None, answer: Verdict) -> Verdict:
-    return answer if first is None else Verdict(answer.keep, f"{first.reason}; {answer.reason}", first.scores)
+def _decisions_on(pairs: Sequence[ImagePair], path: str | Path) -> list[bool | None]:
+    """The decision on each pair; None for an undecided one."""
+    decisions = read_decisions(Path(path))
+    return [decisions.get(pair_digest(pair)) for pair in pairs]
+
+
+def _combine(prior: Verdict, manual: Verdict) -> Verdict:
+    """The verdict on a pair that the prefilter kept: the person's, with the reasons and the scores of both."""
+    return Verdict(manual.keep, f"{prior.reason}; {manual.reason}", prior.scores)

@@ -1,4 +1,4 @@
-"""The page on which a person keeps and drops pairs, and the server of this one page: loopback only, stdlib only."""
+"""The review page and its server: a session over some pairs, on the loopback interface, with the standard library only."""
 
 import io
 import json
@@ -19,38 +19,38 @@ from artaug.geometry import Box
 from artaug.pairs import ImagePair, pair_digest
 from artaug.review.decisions import append_decision, read_decisions
 
-_logger = logging.getLogger(__name__)
-_PAGE = Path(__file__).parent / "queue.html"
+_LOG = logging.getLogger(__name__)
+_PAGE = Path(__file__).parent / "page.html"
 _HOSTS = {"127.0.0.1", "localhost"}
-_OWN_SITE = {None, "none", "same-origin"}
-_NUMBER, _NUMBERED = re.compile(r"[0-9]{1,9}"), re.compile(r"[0-9]{1,9}\.png")
+_OWN_SITE = {None, "none", "same-origin"}  # Sec-Fetch-Site of this page, of the address bar, and of older browsers
+_CONTENT_LENGTH, _PNG_NAME = re.compile(r"[0-9]{1,9}"), re.compile(r"[0-9]{1,9}\.png")
 _TEXT = "text/plain; charset=utf-8"
-_MOST_BYTES = 4096
-_PATIENCE_S, _LOOK_S = 0.5, 0.05
-_IDLE_S = 30
+_MAX_BODY_BYTES = 4096
+_WAIT_S, _POLL_S = 0.5, 0.05
+_IDLE_TIMEOUT_S = 30
 
 
 def serve_pairs(pairs: Sequence[ImagePair], path: Path, *, announce: Callable[[str], object], port: int = 0) -> None:
-    """Serve the page until the person has finished; the last word on each pair is in the file at ``path``.
+    """Serve the page until the person has finished. The decisions are in the file at ``path``.
 
     Raises:
-        OSError: if the port is taken.
-        StorageError: for a file with a line that is no decision.
+        OSError: if the port is in use.
+        StorageError: for a file with a line that is not a decision.
     """
-    desk = Desk.of(pairs, path)
-    with _Server(desk, port=port) as server:
-        Thread(target=server.serve_forever, args=(_LOOK_S,), daemon=True, name="artaug queue").start()
+    session = ReviewSession.of(pairs, path)
+    with _ReviewServer(session, port=port) as server:
+        Thread(target=server.serve_forever, args=(_POLL_S,), daemon=True, name="artaug review").start()
         try:
-            announce(f"http://127.0.0.1:{server.server_port}/{desk.token}/")
-            while not desk.finished.wait(_PATIENCE_S):  # a wait without end hears no interrupt on Windows
+            announce(f"http://127.0.0.1:{server.server_port}/{session.token}/")
+            while not session.finished.wait(_WAIT_S):  # a wait without timeout cannot be interrupted on Windows
                 pass
         finally:
             server.shutdown()
 
 
 @dataclass(frozen=True)
-class Desk:
-    """The pairs on the table, and what has been decided about them."""
+class ReviewSession:
+    """The pairs of one page, the file of decisions, and the secret of the page's address."""
 
     path: Path
     pairs: tuple[ImagePair, ...]
@@ -60,185 +60,187 @@ class Desk:
     lock: Lock = field(default_factory=Lock, repr=False)
 
     @classmethod
-    def of(cls, pairs: Sequence[ImagePair], path: Path) -> "Desk":
-        """Lay out pairs, those that show the same once."""
-        distinct = {pair_digest(pair): pair for pair in reversed(pairs)}
-        order = list(dict.fromkeys(pair_digest(pair) for pair in pairs))
-        read_decisions(path)  # a file that is none is said before anyone begins
-        return cls(path, tuple(distinct[digest] for digest in order), tuple(order))
+    def of(cls, pairs: Sequence[ImagePair], path: Path) -> "ReviewSession":
+        """A session over pairs; pairs that show the same appear once, at the place of the first."""
+        distinct: dict[str, ImagePair] = {}
+        for pair in pairs:
+            distinct.setdefault(pair_digest(pair), pair)
+        read_decisions(path)  # an invalid file is an error before the page is shown
+        return cls(path, tuple(distinct.values()), tuple(distinct))
 
     def state(self) -> dict[str, Any]:
-        """The pairs, without their pictures, and the numbers of those decided, the latest last."""
+        """The pairs without their images, and the indices of the decided ones, the latest last."""
         with self.lock:
-            decided = read_decisions(self.path)
-        places = {digest: place for place, digest in enumerate(self.digests)}
+            decisions = read_decisions(self.path)
+        indices = {digest: index for index, digest in enumerate(self.digests)}
         return {
             "pairs": [
                 {
                     "prompt": pair.prompt,
-                    "keep": decided.get(digest),
-                    "regions": [_region(region.area, region.prompt) for region in pair.plan.regions],
+                    "keep": decisions.get(digest),
+                    "regions": [_region_json(region.area, region.prompt) for region in pair.plan.regions],
                 }
                 for pair, digest in zip(self.pairs, self.digests, strict=True)
             ],
-            "history": [places[digest] for digest in decided if digest in places],
+            "history": [indices[digest] for digest in decisions if digest in indices],
         }
 
-    def decide(self, place: int, keep: bool | None) -> None:
-        """Write down one decision."""
+    def decide(self, index: int, keep: bool | None) -> None:
+        """Write a decision to the file."""
         with self.lock:
-            append_decision(self.path, self.pairs[place], keep)
+            append_decision(self.path, self.pairs[index], keep)
 
-    def picture(self, side: str, place: int) -> bytes:
-        """One picture of a pair, as PNG."""
+    def image_png(self, side: str, index: int) -> bytes:
+        """The ``before`` or ``after`` image of a pair, as PNG."""
         data = io.BytesIO()
-        as_rgb(getattr(self.pairs[place], side)).save(data, "png", compress_level=1)
+        as_rgb(getattr(self.pairs[index], side)).save(data, "png", compress_level=1)
         return data.getvalue()
 
 
 @dataclass(frozen=True)
-class _Reply:
-    """What is answered to a request."""
+class _Response:
+    """The response to a request."""
 
     body: bytes = b"{}"
-    kind: str = "application/json"
+    content_type: str = "application/json"
     status: HTTPStatus = HTTPStatus.OK
     nonce: str = ""
-    """Of the scripts and styles that may run on a page."""
-    last: bool = False
-    """Whether nothing is asked after this."""
+    """Of the scripts and styles that may run on the page."""
+    ends_session: bool = False
 
 
-class _RefusedError(Exception):
-    """A request that is answered with a refusal."""
+class _RequestError(Exception):
+    """A request that is refused, with the status of the response."""
 
-    def __init__(self, status: HTTPStatus, why: str) -> None:
-        super().__init__(why)
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
         self.status = status
 
 
-class _Server(ThreadingHTTPServer):
-    """Answers for one desk."""
+class _ReviewServer(ThreadingHTTPServer):
+    """Serves one session."""
 
-    daemon_threads = True  # a browser keeps connections open for later, and nobody waits for those
+    daemon_threads = True  # a browser keeps idle connections open, which must not keep the program alive
 
-    def __init__(self, desk: Desk, *, port: int) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
-        self.desk = desk
+    def __init__(self, session: ReviewSession, *, port: int) -> None:
+        super().__init__(("127.0.0.1", port), _RequestHandler)
+        self.session = session
 
     def handle_error(self, request: object, client_address: object) -> None:
-        _logger.debug("artaug queue: a request ended early: %r", sys.exception())  # such as a tab closed while it loads
+        # Such as a tab that is closed while it loads.
+        _LOG.debug("artaug review: a request ended early: %r", sys.exception())
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """One request: who asks, and what is answered."""
+class _RequestHandler(BaseHTTPRequestHandler):
+    """Checks where a request comes from, and answers it."""
 
-    server: _Server
-    timeout = _IDLE_S
+    server: _ReviewServer
+    timeout = _IDLE_TIMEOUT_S
     server_version, sys_version = "artaug", ""
 
     def do_GET(self) -> None:
-        self._answer(self._got)
+        self._answer(self._handle_get)
 
     def do_POST(self) -> None:
-        self._answer(self._told)
+        self._answer(self._handle_post)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as the standard library names it
-        _logger.debug("artaug queue: %s", (format % args).replace(self.server.desk.token, "..."))
+        _LOG.debug("artaug review: %s", (format % args).replace(self.server.session.token, "..."))
 
-    def _answer(self, act: Callable[[list[str]], _Reply]) -> None:
+    def _answer(self, handle: Callable[[list[str]], _Response]) -> None:
         try:
-            reply = act(self._parts())
-        except _RefusedError as refusal:
-            reply = _Reply(str(refusal).encode(), _TEXT, refusal.status)
-        except OSError as fault:
-            _logger.exception("artaug queue: the file of decisions could not be used")
-            reply = _Reply(str(fault).encode(), _TEXT, HTTPStatus.INSUFFICIENT_STORAGE)
-        self._send(reply)
-        if reply.last:
-            self.server.desk.finished.set()
+            response = handle(self._authorized_path())
+        except _RequestError as error:
+            response = _Response(str(error).encode(), _TEXT, error.status)
+        except OSError as error:
+            _LOG.exception("artaug review: the file of decisions could not be used")
+            response = _Response(str(error).encode(), _TEXT, HTTPStatus.INSUFFICIENT_STORAGE)
+        self._send(response)
+        if response.ends_session:
+            self.server.session.finished.set()
 
-    def _parts(self) -> list[str]:
-        """The path below the secret, for those who know it and come from this page or the address bar."""
+    def _authorized_path(self) -> list[str]:
+        """The path after the secret, of a request from this page or the address bar."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        if host.partition(":")[0] not in _HOSTS:  # another site's name that was pointed here
-            raise _RefusedError(HTTPStatus.FORBIDDEN, "This page is for this machine only.")
+        if host.partition(":")[0] not in _HOSTS:  # DNS rebinding: the name of another site that resolves to 127.0.0.1
+            raise _RequestError(HTTPStatus.FORBIDDEN, "This page is for this machine only.")
         if origin not in {None, f"http://{host}"} or self.headers.get("Sec-Fetch-Site") not in _OWN_SITE:
-            raise _RefusedError(HTTPStatus.FORBIDDEN, "Another page may not ask here.")
+            raise _RequestError(HTTPStatus.FORBIDDEN, "Requests from other pages are refused.")
         token, *parts = self.path.partition("?")[0].removeprefix("/").split("/")
-        if not secrets.compare_digest(token.encode(), self.server.desk.token.encode()):
-            raise _RefusedError(HTTPStatus.NOT_FOUND, "Nothing here. The address of the page was announced whole.")
+        if not secrets.compare_digest(token.encode(), self.server.session.token.encode()):
+            raise _RequestError(HTTPStatus.NOT_FOUND, "There is no such page: use the whole address, with its secret.")
         return parts
 
-    def _got(self, parts: list[str]) -> _Reply:
-        desk = self.server.desk
+    def _handle_get(self, parts: list[str]) -> _Response:
+        session = self.server.session
         match parts:
             case [""]:
                 nonce = secrets.token_urlsafe(16)
                 page = _PAGE.read_text(encoding="utf-8").replace("{{nonce}}", nonce)
-                return _Reply(page.encode(), "text/html; charset=utf-8", nonce=nonce)
+                return _Response(page.encode(), "text/html; charset=utf-8", nonce=nonce)
             case ["state"]:
-                return _Reply(json.dumps(desk.state()).encode())
-            case ["before" | "after" as side, name] if _NUMBERED.fullmatch(name):
-                return _Reply(desk.picture(side, _place(int(name.removesuffix(".png")), desk)), "image/png")
+                return _Response(json.dumps(session.state()).encode())
+            case ["before" | "after" as side, name] if _PNG_NAME.fullmatch(name):
+                index = _checked_index(int(name.removesuffix(".png")), session)
+                return _Response(session.image_png(side, index), "image/png")
             case _:
-                raise _RefusedError(HTTPStatus.NOT_FOUND, "No such page.")
+                raise _RequestError(HTTPStatus.NOT_FOUND, "There is no such page.")
 
-    def _told(self, parts: list[str]) -> _Reply:
-        said = self._said()
+    def _handle_post(self, parts: list[str]) -> _Response:
+        body = self._json_body()
         match parts:
             case ["decide"]:
-                place, keep = said.get("pair"), said.get("keep", "missing")
-                if type(place) is not int or not (keep is None or isinstance(keep, bool)):
-                    raise _RefusedError(
+                index, keep = body.get("pair"), body.get("keep", "missing")
+                if type(index) is not int or not (keep is None or isinstance(keep, bool)):
+                    raise _RequestError(
                         HTTPStatus.BAD_REQUEST, "Expected pair (a number) and keep (true, false, null)."
                     )
-                self.server.desk.decide(_place(place, self.server.desk), keep)
-                return _Reply()
+                self.server.session.decide(_checked_index(index, self.server.session), keep)
+                return _Response()
             case ["finish"]:
-                return _Reply(last=True)
+                return _Response(ends_session=True)
             case _:
-                raise _RefusedError(HTTPStatus.NOT_FOUND, "No such page.")
+                raise _RequestError(HTTPStatus.NOT_FOUND, "There is no such page.")
 
-    def _said(self) -> dict[str, Any]:
+    def _json_body(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
-        if self.headers.get_content_type() != "application/json" or not _NUMBER.fullmatch(length):
-            raise _RefusedError(HTTPStatus.BAD_REQUEST, "Expected JSON of known length.")
-        if int(length) > _MOST_BYTES:
-            raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"Expected at most {_MOST_BYTES} bytes.")
+        if self.headers.get_content_type() != "application/json" or not _CONTENT_LENGTH.fullmatch(length):
+            raise _RequestError(HTTPStatus.BAD_REQUEST, "Expected JSON of known length.")
+        if int(length) > _MAX_BODY_BYTES:
+            raise _RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"Expected at most {_MAX_BODY_BYTES} bytes.")
         try:
-            said = json.loads(self.rfile.read(int(length)))
+            body = json.loads(self.rfile.read(int(length)))
         except ValueError:
-            said = None
-        if not isinstance(said, dict):
-            raise _RefusedError(HTTPStatus.BAD_REQUEST, "Expected a JSON object.")
-        return said
+            body = None
+        if not isinstance(body, dict):
+            raise _RequestError(HTTPStatus.BAD_REQUEST, "Expected a JSON object.")
+        return body
 
-    def _send(self, reply: _Reply) -> None:
-        allowed = f"'nonce-{reply.nonce}'" if reply.nonce else "'none'"
+    def _send(self, response: _Response) -> None:
+        allowed = f"'nonce-{response.nonce}'" if response.nonce else "'none'"
         policy = (
             f"default-src 'none'; img-src 'self' data:; connect-src 'self'; script-src {allowed}; style-src {allowed}; "
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
-        self.send_response(reply.status)
-        self.send_header("Content-Type", reply.kind)
-        self.send_header("Content-Length", str(len(reply.body)))
+        self.send_response(response.status)
+        self.send_header("Content-Type", response.content_type)
+        self.send_header("Content-Length", str(len(response.body)))
         self.send_header("Cache-Control", "no-store")
         self.send_header("Referrer-Policy", "no-referrer")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.send_header("Content-Security-Policy", policy)
         self.end_headers()
-        self.wfile.write(reply.body)
+        self.wfile.write(response.body)
 
 
-def _place(place: int, desk: Desk) -> int:
-    if not 0 <= place < len(desk.pairs):
-        raise _RefusedError(HTTPStatus.NOT_FOUND, f"There are {len(desk.pairs)} pairs.")
-    return place
+def _checked_index(index: int, session: ReviewSession) -> int:
+    if not 0 <= index < len(session.pairs):
+        raise _RequestError(HTTPStatus.NOT_FOUND, f"There are {len(session.pairs)} pairs.")
+    return index
 
 
-def _region(area: object, prompt: str) -> dict[str, Any]:
-    """What a region asked for, and where, if that is a box."""
+def _region_json(area: object, prompt: str) -> dict[str, Any]:
+    """The prompt of a region, and its box if its area is one."""
     box = [area.left, area.top, area.right, area.bottom] if isinstance(area, Box) else None
     return {"prompt": prompt, "box": box}
