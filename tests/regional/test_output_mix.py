@@ -39,7 +39,7 @@ class Run:
         self.latents = torch.randn(len(prompts), 64, 16, generator=torch.Generator().manual_seed(seed))
 
     def regions(self, *of_rows):
-        return [[EncodedRegion(one, *self.flux.encode_texts([one.prompt])) for one in row] for row in of_rows]
+        return [[EncodedRegion(one, *self.flux.encode_separately([one.prompt])) for one in row] for row in of_rows]
 
     @torch.no_grad()
     def predict(self, conditioning=None, *, rows=None, return_dict=False):

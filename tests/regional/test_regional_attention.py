@@ -53,7 +53,7 @@ class Run:
         self.conditioning = self.flux.encode_prompts(list(prompts))
         self.latents = torch.randn(len(prompts), 64, 16, generator=torch.Generator().manual_seed(0))
         self.level = level
-        encoded = [[EncodedRegion(one, *self.flux.encode_texts([one.prompt])) for one in row] for row in regions]
+        encoded = [[EncodedRegion(one, *self.flux.encode_separately([one.prompt])) for one in row] for row in regions]
         self.answers = []
         watches = [
             block.register_forward_hook(lambda _block, _args, output: self.answers.append(output))
@@ -251,7 +251,7 @@ def test_regions_are_followed_in_training_too_and_under_checkpointing(pipeline):
         run = Run.__new__(Run)
         Run.__init__(run, pipeline, [[aa.Region(LEFT, "a blue door")]], guide=aa.RegionalAttention())
         weight = transformer.single_transformer_blocks[0].attn.to_q.weight
-        flux, regions = run.flux, [[EncodedRegion(aa.Region(SOFT, "ivy"), *run.flux.encode_texts(["ivy"]))]]
+        flux, regions = run.flux, [[EncodedRegion(aa.Region(SOFT, "ivy"), *run.flux.encode_separately(["ivy"]))]]
         with aa.RegionalAttention().steering(flux.denoiser(run.conditioning), regions):
             (slope,) = torch.autograd.grad(run.predict().square().sum(), [weight])
         slopes.append(slope)

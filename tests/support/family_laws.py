@@ -77,7 +77,7 @@ def run_of(family, prompts, *, steps=2):
     negative = None if family.negative is None else family.encode_prompts([family.negative] * len(prompts))
     with recorded(family.module) as calls:
         family.pipeline(
-            **family.arguments(conditioning, negative),
+            **family.pipeline_kwargs(conditioning, negative),
             width=family.width,
             height=family.height,
             num_inference_steps=steps,
@@ -136,7 +136,7 @@ def in_stead(spans):
     apart = {("text", 0): 1, ("padding", 0): 2}
 
     def attend_at(site):
-        kinds = {"text", "padding"} if site.kind == "text" else {"image", "other", "text", "padding"}
+        kinds = {"text", "padding"} if site.kind == "text" else {"image", "reference", "text", "padding"}
         worlds = [
             [
                 apart.get((span.kind, span.prompt), 0)
@@ -155,7 +155,11 @@ def in_stead(spans):
 
 def streams(denoiser, call, spans):
     """Of every linear layer that tokens go through in a call: what `stream` says, and how many tokens there were."""
-    kinds = {"image": {"image", "other"}, "text": {"text", "padding"}, "joint": {"image", "other", "text", "padding"}}
+    kinds = {
+        "image": {"image", "reference"},
+        "text": {"text", "padding"},
+        "joint": {"image", "reference", "text", "padding"},
+    }
     counts = {stream: sum(span.length for span in spans[0] if span.kind in held) for stream, held in kinds.items()}
     seen, hooks = {}, []
 

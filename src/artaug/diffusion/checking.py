@@ -210,7 +210,7 @@ class _FamilyChecks:
         negative = self.family.negative
         with torch.no_grad(), without_progress_bar(self.synthesizer.pipeline):
             reference = self.synthesizer.pipeline(
-                **self.family.arguments(
+                **self.family.pipeline_kwargs(
                     self.family.encode_prompts([self.prompt]),
                     None if negative is None else self.family.encode_prompts([negative]),
                 ),

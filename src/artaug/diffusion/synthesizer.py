@@ -152,7 +152,7 @@ class DiffusersSynthesizer(Synthesizer):
             conditioning = family.encode_prompts([plan.prompt for plan in plans])
             with self._guidance(family, conditioning, plans):
                 output = self.pipeline(
-                    **family.arguments(conditioning, self._encode_negative(family, len(plans))),
+                    **family.pipeline_kwargs(conditioning, self._encode_negative(family, len(plans))),
                     width=self.width,
                     height=self.height,
                     num_inference_steps=self.steps,
@@ -206,7 +206,7 @@ class DiffusersSynthesizer(Synthesizer):
             guidance_scale=self.guidance_scale,
             negative_prompt=self.negative_prompt,
             true_cfg_scale=self.true_cfg_scale,
-            max_sequence_length=family.usual_length if self.max_sequence_length is None else self.max_sequence_length,
+            max_sequence_length=family.default_max_sequence_length if self.max_sequence_length is None else self.max_sequence_length,
         )
 
     @contextmanager

@@ -134,6 +134,9 @@ class Denoiser(ABC):
 class AttentiveDenoiser(Denoiser):
     """A denoiser whose attention can be guided, by `RegionalAttention`."""
 
+    isolation: Isolation = BALANCED
+    """What regions and prompts see of each other, where the guide has no isolation of its own."""
+
     def patched(self) -> AbstractContextManager[None]:
         """Whatever else has to be in place during a run, and is gone after it; nothing unless a family says so."""
         return nullcontext()
@@ -142,11 +145,6 @@ class AttentiveDenoiser(Denoiser):
     @abstractmethod
     def sites(self) -> Sequence[AttentionSite]:
         """The layers where image tokens and prompts meet, in the order of computation."""
-
-    @property
-    def isolation(self) -> Isolation:
-        """Who may look at whom in this family, unless the guide is told otherwise."""
-        return BALANCED
 
     @property
     def token_grid(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import artaug as aa
-from artaug.diffusion.estimation.meta_pipeline import modules, stored_bytes, text_shapes, weightless
+from artaug.diffusion.estimation.meta_pipeline import meta_pipeline, modules, stored_bytes, text_shapes
 from artaug.diffusion.families.registry import family_of
 from artaug.diffusion.families.unet.family import UNetFamily
 from support.tiny_flux import tiny_flux
@@ -46,7 +46,7 @@ def only_configs(pipeline, folder):
 
 
 def test_a_pipeline_built_from_configs_alone_would_weigh_what_the_real_one_weighs(pipeline, tmp_path):
-    found = weightless(only_configs(pipeline, tmp_path), dtype=torch.float32)
+    found = meta_pipeline(only_configs(pipeline, tmp_path), dtype=torch.float32)
     assert type(found) is type(pipeline)
     assert {name: stored_bytes(part) for name, part in modules(found)} == {
         name: stored_bytes(part) for name, part in modules(pipeline)
@@ -56,7 +56,7 @@ def test_a_pipeline_built_from_configs_alone_would_weigh_what_the_real_one_weigh
 
 def test_a_loaded_pipeline_stays_as_it_is(pipeline):
     weights = {name: [*part.parameters()] for name, part in modules(pipeline)}
-    twin = weightless(pipeline, dtype=torch.bfloat16)
+    twin = meta_pipeline(pipeline, dtype=torch.bfloat16)
     assert all(
         one is other
         for name, part in modules(pipeline)
@@ -81,13 +81,13 @@ def test_sd3_without_t5_has_as_many_tokens():
 class Stranger(UNetFamily):
     """A family of somebody else's."""
 
-    _parts = ("unet",)
-    _recommended_guidance = 1.0
+    _components = ("unet",)
+    _default_guidance_scale = 1.0
 
     def _added_conditions(self, conditioning):
         return None
 
-    def arguments(self, conditioning, negative):
+    def pipeline_kwargs(self, conditioning, negative):
         return {}
 
     def encode_prompts(self, prompts):
@@ -103,4 +103,4 @@ def test_a_part_without_a_config_is_named(tmp_path):
     tiny_flux().save_pretrained(tmp_path)
     (tmp_path / "vae" / "config.json").unlink()
     with pytest.raises(aa.ModelError, match=r"the config of 'vae' of .* cannot be read"):
-        weightless(tmp_path, dtype=torch.float32)
+        meta_pipeline(tmp_path, dtype=torch.float32)

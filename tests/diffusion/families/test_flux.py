@@ -106,7 +106,7 @@ def test_the_guidance_of_training_is_that_of_drawing():
     weak, strong = flux_of(pipeline, guidance_scale=1.0), flux_of(pipeline, guidance_scale=8.0)
     noisy, sigmas, prompt = torch.ones(1, 48, 16), torch.tensor([0.5]), weak.encode_prompts(["a red barn"])
     assert not torch.equal(weak.predict(noisy, sigmas, prompt), strong.predict(noisy, sigmas, prompt))
-    assert weak.arguments(prompt, None)["guidance_scale"] == 1.0
+    assert weak.pipeline_kwargs(prompt, None)["guidance_scale"] == 1.0
 
 
 def test_only_the_plans_own_branch_is_guided(flux):
@@ -122,7 +122,7 @@ def test_only_the_plans_own_branch_is_guided(flux):
 def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(flux):
     call, _ = first_call(flux, ["a", "b", "c"])
     kept = dict(call)
-    texts = flux.encode_texts(["x", "y"])
+    texts = flux.encode_separately(["x", "y"])
     other = flux.encode_prompts(["x", "y"])
     denoiser = flux.denoiser(flux.encode_prompts(["a"]))
     changed = denoiser.with_prompt_embeds(call, [2, 0], texts)

@@ -151,7 +151,7 @@ def test_a_plan_that_is_the_negative_prompt_cannot_be_guided():
 
 def test_noise_falls_from_one_towards_zero(family):
     denoiser, calls = run_of(family, PROMPTS, steps=4)
-    levels = [denoiser.noise_level(call) for call, _ in calls if denoiser.branches(call).prompt]
+    levels = [denoiser.noise_level(call) for call, _ in calls if denoiser.branches(call).cond]
     assert levels[0] == 1
     assert levels == sorted(set(levels), reverse=True)
     assert all(0 <= level <= 1 for level in levels)
@@ -161,9 +161,9 @@ def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(family):
     denoiser, calls = run_of(family, ["a", "b", "c"])
     call, output = calls[0]
     kept = dict(call)
-    same = denoiser.with_prompt_embeds(call, [2, 0], family.encode_texts(["c", "a"]))
+    same = denoiser.with_prompt_embeds(call, [2, 0], family.encode_separately(["c", "a"]))
     torch.testing.assert_close(asked(denoiser, same), output[0][[2, 0]], atol=1e-5, rtol=1e-4)
-    other = denoiser.with_prompt_embeds(call, [2], family.encode_texts(["x"]))
+    other = denoiser.with_prompt_embeds(call, [2], family.encode_separately(["x"]))
     assert not torch.allclose(asked(denoiser, other), output[0][[2]], atol=1e-4)
     assert call == kept
 
@@ -188,7 +188,7 @@ def test_twins_work_on_fused_projections():
 @pytest.mark.parametrize("trim_padding", [False, True])
 def test_spans_name_every_token_attention_sees(family, trim_padding):
     denoiser, calls = run_of(family, PROMPTS)
-    texts = [family.encode_texts(["a door", "ivy"]), family.encode_texts(["a stormy sky"])]
+    texts = [family.encode_separately(["a door", "ivy"]), family.encode_separately(["a stormy sky"])]
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=trim_padding)
     with twins(denoiser) as seen:
         asked(denoiser, changed)
@@ -204,7 +204,7 @@ def test_spans_name_every_token_attention_sees(family, trim_padding):
 @pytest.mark.parametrize("trim_padding", [False, True])
 def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(family, trim_padding):
     denoiser, calls = run_of(family, PROMPTS)
-    texts = [family.encode_texts(["a door", "ivy"]), family.encode_texts(["a stormy sky"])]
+    texts = [family.encode_separately(["a door", "ivy"]), family.encode_separately(["a stormy sky"])]
     call = calls[0][0]
     changed, spans = denoiser.append_prompts(call, texts, trim_padding=trim_padding)
     plain, joined = _first_keys(denoiser, call), _first_keys(denoiser, changed)
@@ -223,7 +223,7 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(family
 def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(family):
     denoiser, calls = run_of(family, PROMPTS)
     call, output = calls[0]
-    texts = [family.encode_texts([PROMPTS[0]]), family.encode_texts([PROMPTS[1]])]
+    texts = [family.encode_separately([PROMPTS[0]]), family.encode_separately([PROMPTS[1]])]
     changed, spans = denoiser.append_prompts(call, texts, trim_padding=False)
     with twins(denoiser, in_stead(spans)):
         torch.testing.assert_close(asked(denoiser, changed), output[0], atol=1e-5, rtol=1e-4)
@@ -244,7 +244,7 @@ def test_no_added_texts_change_nothing_bit_for_bit(family):
 
 
 def test_words_are_where_the_padding_is_not(family):
-    (text,) = family.encode_texts(["a door"])
+    (text,) = family.encode_separately(["a door"])
     padded = family.encode_prompts(["a door, open"])["prompt_embeds"]
     left = family.pipeline.tokenizer.padding_side == "left"
     assert (text.token_slice.stop == family.max_sequence_length) == left
@@ -286,12 +286,12 @@ def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_ow
 
 
 def _encoded(family, area, prompt):
-    return [EncodedRegion(aa.Region(area, prompt), *family.encode_texts([prompt]))]
+    return [EncodedRegion(aa.Region(area, prompt), *family.encode_separately([prompt]))]
 
 
 def test_every_layer_that_takes_tokens_says_which(family):
     denoiser, calls = run_of(family, PROMPTS)
-    texts = [family.encode_texts(["a door", "ivy"])] * len(PROMPTS)
+    texts = [family.encode_separately(["a door", "ivy"])] * len(PROMPTS)
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
     said = streams(denoiser, changed, spans)
     assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()

@@ -57,7 +57,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(qwen):
     encoded = qwen.encode_prompts(PROMPTS)
     assert torch.equal(encoded["prompt_embeds"], call["encoder_hidden_states"])
     assert torch.equal(encoded["prompt_embeds_mask"], call["encoder_hidden_states_mask"])
-    assert encoded["prompt_embeds_mask"].sum(dim=1).tolist() == [words.stop for words in qwen.words(PROMPTS)]
+    assert encoded["prompt_embeds_mask"].sum(dim=1).tolist() == [words.stop for words in qwen.token_slices(PROMPTS)]
     assert not encoded["prompt_embeds"].requires_grad
 
 
@@ -125,7 +125,7 @@ def test_training_ends_where_a_scheduler_that_ends_early_does():
     qwen = family_of(QwenImage, pipeline, width=32, height=32)
     calls_of(qwen, ["a"])
     assert pipeline.scheduler.sigmas[-2].item() == pytest.approx(0.02)
-    assert qwen.noise_schedule.terminal == 0.02
+    assert qwen.noise_schedule.shift_terminal == 0.02
 
 
 @pytest.mark.parametrize("dynamic_shift", [False, True])
@@ -154,7 +154,7 @@ def test_a_plan_that_is_the_negative_prompt_cannot_be_guided():
 
 def test_noise_falls_from_one_towards_zero(qwen):
     denoiser, calls = run_of(qwen, PROMPTS, steps=4)
-    levels = [denoiser.noise_level(call) for call, _ in calls if denoiser.branches(call).prompt]
+    levels = [denoiser.noise_level(call) for call, _ in calls if denoiser.branches(call).cond]
     assert levels[0] == 1
     assert levels == sorted(set(levels), reverse=True)
     assert all(0 <= level <= 1 for level in levels)
@@ -164,9 +164,9 @@ def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(qwen):
     denoiser, calls = run_of(qwen, ["a", "b", "something long"])
     call, output = calls[0]
     kept = dict(call)
-    same = denoiser.with_prompt_embeds(call, [2, 0], qwen.encode_texts(["something long", "a"]))
+    same = denoiser.with_prompt_embeds(call, [2, 0], qwen.encode_separately(["something long", "a"]))
     torch.testing.assert_close(asked(denoiser, same), output[0][[2, 0]], atol=1e-5, rtol=1e-4)
-    other = denoiser.with_prompt_embeds(call, [2], qwen.encode_texts(["x"]))
+    other = denoiser.with_prompt_embeds(call, [2], qwen.encode_separately(["x"]))
     assert not torch.allclose(asked(denoiser, other), output[0][[2]], atol=1e-4)
     assert call == kept
 
@@ -207,14 +207,14 @@ def test_no_added_texts_change_nothing_bit_for_bit(qwen):
 
 def added(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
-    texts = [qwen.encode_texts(["a door", "ivy"]), qwen.encode_texts(["a stormy sky"])]
+    texts = [qwen.encode_separately(["a door", "ivy"]), qwen.encode_separately(["a stormy sky"])]
     return denoiser, calls[0][0], texts, *denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
 
 
 def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
     call, output = calls[0]
-    texts = [qwen.encode_texts([PROMPTS[0]]), qwen.encode_texts([PROMPTS[1]])]
+    texts = [qwen.encode_separately([PROMPTS[0]]), qwen.encode_separately([PROMPTS[1]])]
     changed, spans = denoiser.append_prompts(call, texts, trim_padding=False)
     with twins(denoiser, in_stead(spans)):
         torch.testing.assert_close(asked(denoiser, changed), output[0], atol=1e-5, rtol=1e-4)
@@ -231,7 +231,7 @@ def test_spans_name_every_token_attention_sees(qwen):
     with twins(denoiser) as seen:
         asked(denoiser, changed)
     assert all(query.shape[2] == sum(span.length for span in of_row) for _, query, _ in seen for of_row in spans)
-    words = [[words.stop for words in qwen.words([*of_row, prompt])] for prompt, of_row in _said()]
+    words = [[words.stop for words in qwen.token_slices([*of_row, prompt])] for prompt, of_row in _said()]
     assert [[span.length for span, _ in spread(of_row, "text")] for of_row in spans] == words
     assert [[span.prompt for span, _ in spread(of_row, "text")] for of_row in spans] == [[1, 2, 0], [1, 0]]
     assert all(of_row[-1] == Span("image", 48) for of_row in spans)
@@ -250,7 +250,7 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(qwen):
         (image,) = (part for _, part in spread(spans[row], "image"))
         *others, own = (part for _, part in spread(spans[row], "text"))
         length = own.stop - own.start
-        alone = denoiser.with_prompt_embeds(call, [row], qwen.encode_texts([PROMPTS[row]]))
+        alone = denoiser.with_prompt_embeds(call, [row], qwen.encode_separately([PROMPTS[row]]))
         plain = first_keys(denoiser, alone)[0]
         torch.testing.assert_close(joined[row][:, own], plain[:, :length], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(joined[row][:, image], plain[:, length:], atol=1e-5, rtol=1e-5)
@@ -262,7 +262,7 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(qwen):
 def test_many_texts_may_be_longer_together_than_the_positions_but_not_one():
     qwen = qwen_of()
     denoiser, calls = run_of(qwen, PROMPTS[:1], steps=1)
-    texts = qwen.encode_texts(["a door"])
+    texts = qwen.encode_separately(["a door"])
     changed, _ = denoiser.append_prompts(calls[0][0], [texts * 230], trim_padding=True)
     assert changed["encoder_hidden_states"].shape[1] > 4096
     with twins(denoiser):
@@ -294,7 +294,7 @@ def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_ow
     denoiser, calls = run_of(qwen, PROMPTS)
     call, output = calls[0]
     regions = [
-        [EncodedRegion(aa.Region(area, prompt), *qwen.encode_texts([prompt]))]
+        [EncodedRegion(aa.Region(area, prompt), *qwen.encode_separately([prompt]))]
         for area, prompt in ((LEFT, "a stormy sky"), (RIGHT, "ivy"))
     ]
     before = hooks_of(qwen.module)
@@ -311,7 +311,7 @@ def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_ow
 
 def test_every_layer_that_takes_tokens_says_which(qwen):
     denoiser, calls = run_of(qwen, PROMPTS)
-    texts = [qwen.encode_texts(["a door", "ivy"])] * len(PROMPTS)
+    texts = [qwen.encode_separately(["a door", "ivy"])] * len(PROMPTS)
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
     said = streams(denoiser, changed, spans)
     assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()

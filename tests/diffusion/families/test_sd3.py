@@ -55,7 +55,7 @@ def first_call(sd3, prompts, **options):
 
 
 def regions_of(sd3, *of_pictures):
-    return [[EncodedRegion(one, *sd3.encode_texts([one.prompt])) for one in regions] for regions in of_pictures]
+    return [[EncodedRegion(one, *sd3.encode_separately([one.prompt])) for one in regions] for regions in of_pictures]
 
 
 def steered(sd3, guide, call, prompts, *of_pictures):
@@ -90,15 +90,15 @@ def test_artaug_draws_what_the_pipeline_draws_bit_for_bit(pipeline, prompts, sca
     assert np.array_equal(drawn, wanted)
 
 
-def test_the_recommended_guidance_is_the_pipelines_own():
+def test_the_default_guidance_scale_is_the_pipelines_own():
     recommended = inspect.signature(StableDiffusion3Pipeline.__call__).parameters["guidance_scale"].default
     sd3 = sd3_of(tiny_sd3())
-    assert sd3.arguments({}, None)["guidance_scale"] == recommended
+    assert sd3.pipeline_kwargs({}, None)["guidance_scale"] == recommended
     assert sd3.negative == ""
 
 
 def test_words_are_all_of_clips_and_the_words_of_t5(sd3):
-    (words,) = sd3.words([BARN])
+    (words,) = sd3.token_slices([BARN])
     assert words == slice(0, LONGEST + len("_a_red_barn") + 1 if sd3.pipeline.text_encoder_3 else LONGEST)
 
 
@@ -164,7 +164,7 @@ def test_both_branches_of_a_batched_call_are_told_apart(sd3):
 
 def test_a_batch_of_more_branches_is_refused(sd3):
     denoiser = sd3.denoiser(sd3.encode_prompts([BARN, LAKE]))
-    with pytest.raises(aa.GuideError, match="asked for 6 rows in a run of 2 pictures"):
+    with pytest.raises(aa.GuideError, match="called with 6 rows in a run of 2 pictures"):
         denoiser.branches({"hidden_states": torch.zeros(6, 4, 16, 12)})
 
 
@@ -172,7 +172,7 @@ def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(sd3):
     call, _ = first_call(sd3, [BARN, LAKE], negative_prompt=["fog", "fog"])
     kept = dict(call)
     changed = sd3.denoiser(sd3.encode_prompts([BARN, LAKE])).with_prompt_embeds(
-        call, [3, 2], sd3.encode_texts([DUSK, LAKE])
+        call, [3, 2], sd3.encode_separately([DUSK, LAKE])
     )
     other = sd3.encode_prompts([DUSK, LAKE])
     assert torch.equal(changed["hidden_states"], call["hidden_states"][[3, 2]])
@@ -208,7 +208,7 @@ def test_the_twin_attending_plainly_is_the_original_bit_for_bit(sd3):
 def test_spans_name_the_sequence_that_attention_sees(sd3, trim_padding):
     call, _ = first_call(sd3, [BARN, LAKE], guidance_scale=1.0)
     denoiser = sd3.denoiser(sd3.encode_prompts([BARN, LAKE]))
-    texts = [sd3.encode_texts([DUSK, LAKE]), []]
+    texts = [sd3.encode_separately([DUSK, LAKE]), []]
     longer, spans = denoiser.append_prompts(call, texts, trim_padding=trim_padding)
     lengths = []
 
@@ -247,7 +247,7 @@ def test_the_image_alone_is_no_site(sd3):
 def test_layers_see_the_tokens_their_stream_says(sd3):
     call, _ = first_call(sd3, [BARN], guidance_scale=1.0)
     denoiser = sd3.denoiser(sd3.encode_prompts([BARN]))
-    longer, _ = denoiser.append_prompts(call, [sd3.encode_texts([DUSK])], trim_padding=True)
+    longer, _ = denoiser.append_prompts(call, [sd3.encode_separately([DUSK])], trim_padding=True)
     counts = {"image": 48, "text": longer["encoder_hidden_states"].shape[1]}
     for name, shape in tokens_into_layers(denoiser, longer).items():
         if len(shape) == 4:  # the convolution that makes tokens of latent pixels

@@ -50,7 +50,7 @@ def unet(request):
 
 
 def regions_of(unet, *of_pictures):
-    return [[EncodedRegion(one, *unet.encode_texts([one.prompt])) for one in regions] for regions in of_pictures]
+    return [[EncodedRegion(one, *unet.encode_separately([one.prompt])) for one in regions] for regions in of_pictures]
 
 
 def steered(unet, guide, call, prompts, *of_pictures):
@@ -116,17 +116,17 @@ def test_a_unet_distilled_to_take_its_guidance_draws_and_predicts_without_a_seco
         guess = unet.predict(call["sample"], level.expand(2), unet.encode_prompts([BARN, LAKE]))
     assert torch.equal(guess, noise)
     denoiser = unet.denoiser(unet.encode_prompts([BARN, LAKE]))
-    assert denoiser.with_prompt_embeds(call, [1], unet.encode_texts([DUSK]))["timestep_cond"].shape == (1, 8)
+    assert denoiser.with_prompt_embeds(call, [1], unet.encode_separately([DUSK]))["timestep_cond"].shape == (1, 8)
 
 
-def test_the_recommended_guidance_is_the_pipelines_own(unet):
+def test_the_default_guidance_scale_is_the_pipelines_own(unet):
     recommended = inspect.signature(type(unet.pipeline).__call__).parameters["guidance_scale"].default
-    assert unet.arguments(unet.encode_prompts([BARN]), None)["guidance_scale"] == recommended
+    assert unet.pipeline_kwargs(unet.encode_prompts([BARN]), None)["guidance_scale"] == recommended
     assert unet.negative == ""
 
 
 def test_the_words_of_a_prompt_are_all_tokens_of_clip(unet):
-    assert unet.words([BARN, LAKE]) == [slice(0, LONGEST)] * 2
+    assert unet.token_slices([BARN, LAKE]) == [slice(0, LONGEST)] * 2
 
 
 # Training
@@ -148,9 +148,9 @@ def test_training_predicts_what_drawing_predicts_bit_for_bit(name, kind):
 def test_every_level_that_training_draws_is_a_timestep_of_its_own(unet):
     drawn = unet.noise_schedule.sample_sigmas(500, torch.Generator().manual_seed(0))
     levels = (1 - unet.pipeline.scheduler.alphas_cumprod).sqrt()
-    found = unet._timesteps_at(drawn)  # noqa: SLF001 - what predict asks the UNet for
+    found = unet._nearest_timesteps(drawn)  # noqa: SLF001 - what predict asks the UNet for
     torch.testing.assert_close(levels[found], drawn)
-    assert torch.equal(unet._timesteps_at(levels), torch.arange(1000))  # noqa: SLF001 - likewise
+    assert torch.equal(unet._nearest_timesteps(levels), torch.arange(1000))  # noqa: SLF001 - likewise
 
 
 def test_pictures_are_noised_as_the_scheduler_noises_them(unet):
@@ -183,7 +183,7 @@ def test_a_schedule_is_read_from_the_scheduler(schedule, rescaled):
     unet = unet_of("sd15", tiny_sd15(scheduler=scheduler))
     levels = (1 - scheduler.alphas_cumprod).sqrt()
     drawn = unet.noise_schedule.sample_sigmas(500, torch.Generator().manual_seed(0))
-    times = unet._timesteps_at(drawn)  # noqa: SLF001 - what predict asks the UNet for
+    times = unet._nearest_timesteps(drawn)  # noqa: SLF001 - what predict asks the UNet for
     torch.testing.assert_close(levels[times], drawn, rtol=1e-4, atol=1e-5)
 
 
@@ -274,7 +274,7 @@ def test_both_branches_of_a_batched_call_are_told_apart(unet):
 
 def test_a_batch_of_more_branches_is_refused(unet):
     denoiser = unet.denoiser(unet.encode_prompts([BARN, LAKE]))
-    with pytest.raises(aa.GuideError, match="asked for 6 rows in a run of 2 pictures"):
+    with pytest.raises(aa.GuideError, match="called with 6 rows in a run of 2 pictures"):
         denoiser.branches({"sample": torch.zeros(6, 4, 7, 5)})
 
 
@@ -282,7 +282,7 @@ def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(unet):
     call, _ = calls_of(unet, [BARN, LAKE])[0]
     kept = dict(call)
     changed = unet.denoiser(unet.encode_prompts([BARN, LAKE])).with_prompt_embeds(
-        call, [3, 2], unet.encode_texts([DUSK, LAKE])
+        call, [3, 2], unet.encode_separately([DUSK, LAKE])
     )
     other = unet.encode_prompts([DUSK, LAKE])
     assert torch.equal(changed["sample"], call["sample"][[3, 2]])
@@ -297,7 +297,7 @@ def test_a_timestep_for_each_row_is_reconditioned_with_its_row(unet):
     denoiser = unet.denoiser(unet.encode_prompts([BARN, LAKE]))
     call, _ = calls_of(unet, [BARN, LAKE], guidance_scale=1.0)[0]
     call = {**call, "timestep": torch.tensor([900, 100])}
-    assert denoiser.with_prompt_embeds(call, [1], unet.encode_texts([DUSK]))["timestep"].tolist() == [100]
+    assert denoiser.with_prompt_embeds(call, [1], unet.encode_separately([DUSK]))["timestep"].tolist() == [100]
 
 
 def test_noise_levels_are_the_part_of_all_timesteps_and_fall(unet):
@@ -327,7 +327,7 @@ def test_sites_are_all_cross_attention_in_order_each_with_its_own_grid(name, siz
     unet = unet_of(name, width=size[0], height=size[1])
     call, _ = calls_of(unet, [BARN, LAKE], guidance_scale=1.0)[0]
     denoiser = unet.denoiser(unet.encode_prompts([BARN, LAKE]))
-    texts = [unet.encode_texts([DUSK, LAKE]), []]
+    texts = [unet.encode_separately([DUSK, LAKE]), []]
     longer, spans = denoiser.append_prompts(call, texts, trim_padding=True)
     met = []
 
@@ -362,7 +362,7 @@ def test_a_level_in_the_middle_has_the_rows_and_columns_its_tokens_are_in():
 def test_layers_see_the_tokens_their_stream_says(unet):
     call, _ = calls_of(unet, [BARN], guidance_scale=1.0)[0]
     denoiser = unet.denoiser(unet.encode_prompts([BARN]))
-    longer, _ = denoiser.append_prompts(call, [unet.encode_texts([DUSK])], trim_padding=True)
+    longer, _ = denoiser.append_prompts(call, [unet.encode_separately([DUSK])], trim_padding=True)
     counts = {"image": {site.grid[0] * site.grid[1] for site in denoiser.sites}, "text": {2 * LONGEST}}
     for name, shape in tokens_into_layers(denoiser, longer).items():
         stream = denoiser.token_stream(name)

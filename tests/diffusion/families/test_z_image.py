@@ -46,7 +46,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(z_image):
     call, _ = calls_directly(z_image, PROMPTS, guidance_scale=0.0)[0]
     encoded = z_image.encode_prompts(PROMPTS)
     lengths = encoded["prompt_embeds_mask"].sum(dim=1).tolist()
-    assert lengths == [words.stop for words in z_image.words(PROMPTS)]
+    assert lengths == [words.stop for words in z_image.token_slices(PROMPTS)]
     for row, length, wanted in zip(encoded["prompt_embeds"], lengths, call["cap_feats"], strict=True):
         assert torch.equal(row[:length], wanted)
     assert not encoded["prompt_embeds"].requires_grad
@@ -133,10 +133,10 @@ def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(z_image):
     denoiser, calls = run_of(z_image, ["a", "b", LONG])
     call, output = calls[0]
     kept = dict(call)
-    same = denoiser.with_prompt_embeds(call, [2, 0], z_image.encode_texts([LONG, "a"]))
+    same = denoiser.with_prompt_embeds(call, [2, 0], z_image.encode_separately([LONG, "a"]))
     predicted = denoiser.prediction(output)
     torch.testing.assert_close(asked(denoiser, same), predicted[[2, 0]], atol=1e-5, rtol=1e-4)
-    other = denoiser.with_prompt_embeds(call, [2], z_image.encode_texts(["x"]))
+    other = denoiser.with_prompt_embeds(call, [2], z_image.encode_separately(["x"]))
     assert not torch.allclose(asked(denoiser, other), predicted[[2]], atol=1e-4)
     assert call == kept
 
@@ -174,7 +174,7 @@ def added(z_image, *, trim_padding):
     """A call with other texts for every row, those for the negative prompt included."""
     denoiser, calls = run_of(z_image, PROMPTS)
     said = [["a door", "ivy"], ["a stormy sky"], ["dull"], []][: len(calls[0][0]["x"])]
-    texts = [z_image.encode_texts(of_row) for of_row in said]
+    texts = [z_image.encode_separately(of_row) for of_row in said]
     return denoiser, calls[0], texts, *denoiser.append_prompts(calls[0][0], texts, trim_padding=trim_padding)
 
 
@@ -184,7 +184,7 @@ def test_spans_name_every_token_attention_sees(z_image, trim_padding):
     with twins(denoiser) as seen:
         asked(denoiser, changed)
     for site, query, _ in seen:
-        kinds = {"text", "padding"} if site.kind == "text" else {"image", "other", "text", "padding"}
+        kinds = {"text", "padding"} if site.kind == "text" else {"image", "reference", "text", "padding"}
         assert {sum(span.length for span in of_row if span.kind in kinds) for of_row in spans} == {query.shape[2]}
     for own, of_row, of_spans in zip(call["cap_feats"], texts, spans, strict=True):
         assert of_spans[:2] == IMAGE
@@ -201,7 +201,7 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(z_imag
     denoiser, (call, _), texts, changed, spans = added(z_image, trim_padding=trim_padding)
     joined = keys(denoiser, changed)
     for row, of_row in enumerate(texts):
-        (prompt,) = z_image.encode_texts([(*PROMPTS, "", "")[row]])
+        (prompt,) = z_image.encode_separately([(*PROMPTS, "", "")[row]])
         plain = [of_site[0] for of_site in keys(denoiser, denoiser.with_prompt_embeds(call, [row], [prompt]))]
         torch.testing.assert_close(joined[1][row][:, :64], plain[1][:, :64], atol=1e-5, rtol=1e-5)
         own, *others = (part for _, part in spread(spans[row][2:], "text"))
@@ -223,7 +223,7 @@ def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(z_image):
     denoiser, calls = run_of(z_image, PROMPTS)
     call, output = calls[0]
     said = [*PROMPTS, *([] if z_image.negative is None else ["", ""])]
-    texts = [z_image.encode_texts([prompt]) for prompt in said]
+    texts = [z_image.encode_separately([prompt]) for prompt in said]
     changed, spans = denoiser.append_prompts(call, texts, trim_padding=False)
     with twins(denoiser, in_stead(spans)):
         torch.testing.assert_close(asked(denoiser, changed), denoiser.prediction(output), atol=1e-5, rtol=1e-4)
@@ -253,7 +253,7 @@ def test_a_call_without_regions_keeps_its_mask_bit_for_bit(z_image):
 def test_a_text_longer_than_the_positions_is_refused():
     z_image = z_image_of()
     denoiser, calls = run_of(z_image, PROMPTS[:1], steps=1)
-    (text,) = z_image.encode_texts(["a door"])
+    (text,) = z_image.encode_separately(["a door"])
     long = type(text)({"prompt_embeds": torch.zeros(1, 128, 16)}, slice(0, 128))
     with pytest.raises(aa.GuideError, match="a prompt of 128 tokens is longer than the 127 positions"):
         denoiser.append_prompts(calls[0][0], [[long], []], trim_padding=True)
@@ -271,7 +271,7 @@ def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_ow
     denoiser, calls = run_of(z_image, PROMPTS)
     call, output = calls[0]
     regions = [
-        [EncodedRegion(aa.Region(area, prompt), *z_image.encode_texts([prompt]))]
+        [EncodedRegion(aa.Region(area, prompt), *z_image.encode_separately([prompt]))]
         for area, prompt in ((LEFT, "a stormy sky"), (RIGHT, "ivy"))
     ]
     before = hooks_of(z_image.module)
@@ -289,7 +289,7 @@ def test_a_regions_own_negative_prompt_changes_the_negative_branch():
     z_image = z_image_of()
     denoiser, calls = run_of(z_image, PROMPTS[:1])
     call, output = calls[0]
-    text, negative = z_image.encode_texts(["a stormy sky", "dull"])
+    text, negative = z_image.encode_separately(["a stormy sky", "dull"])
     region = aa.Region(LEFT, "a stormy sky", negative_prompt="dull")
     with OutputMix().steering(denoiser, [[EncodedRegion(region, text, negative)]]):
         change = asked(denoiser, call) - denoiser.prediction(output)
@@ -299,7 +299,7 @@ def test_a_regions_own_negative_prompt_changes_the_negative_branch():
 
 def test_every_layer_that_takes_tokens_says_which(z_image):
     denoiser, calls = run_of(z_image, PROMPTS)
-    texts = [z_image.encode_texts(["a door", "ivy"])] * len(calls[0][0]["x"])
+    texts = [z_image.encode_separately(["a door", "ivy"])] * len(calls[0][0]["x"])
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
     said = streams(denoiser, changed, spans)
     assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()

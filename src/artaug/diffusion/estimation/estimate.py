@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from artaug.diffusion.estimation.dry_run import Cost, DryRun
-from artaug.diffusion.estimation.meta_pipeline import modules, stored_bytes, text_shapes, weightless
+from artaug.diffusion.estimation.meta_pipeline import meta_pipeline, modules, stored_bytes, text_shapes
 from artaug.diffusion.estimation.report import Estimate
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_of
@@ -28,6 +28,7 @@ _QUANTISED_MOMENTS = 2 * (1 + 4 / 256)
 def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with defaults
     source: str | os.PathLike[str] | DiffusionPipeline,
     *,
+    family: type[Family] | None = None,
     trainer: TrainingConfig | None = None,
     width: int = 1024,
     height: int = 1024,
@@ -48,6 +49,7 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     Args:
         source: a folder or a name on the Hub, of which only configs are read, or a loaded pipeline, whose weights count
             as they are stored.
+        family: of the pipeline, one of your own for a pipeline artaug does not know; None to recognise it.
         trainer: how it is to be trained; the default trainer without one.
         width: of the pictures, in pixels.
         height: of the pictures, in pixels.
@@ -82,12 +84,12 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     _check_source(source, dtype, storage_dtype)
     if dtype is None:
         dtype = source.dtype if isinstance(source, DiffusionPipeline) else torch.bfloat16
-    pipeline = weightless(source, dtype=dtype)
-    family = _bound(pipeline, width=width, height=height, max_sequence_length=max_sequence_length)
-    denoiser: Any = family.module
+    pipeline = meta_pipeline(source, dtype=dtype, family=family)
+    bound = _bound(pipeline, family, width=width, height=height, max_sequence_length=max_sequence_length)
+    denoiser: Any = bound.module
     if storage_dtype is not None:
         denoiser.enable_layerwise_casting(storage_dtype=storage_dtype, compute_dtype=dtype)
-    run = DryRun(family=family, config=config, text=text_shapes(family), dtype=dtype, fused_norms=fused_norms)
+    run = DryRun(family=bound, config=config, text=text_shapes(bound), dtype=dtype, fused_norms=fused_norms)
     encoding = run.encoding()
     held = source if isinstance(source, DiffusionPipeline) else pipeline
     sizes = {name: stored_bytes(part) for name, part in modules(held)}
@@ -153,8 +155,15 @@ def _check_source(source: object, dtype: object, storage: torch.dtype | None) ->
             )
 
 
-def _bound(pipeline: DiffusionPipeline, *, width: int, height: int, max_sequence_length: int | None) -> Family:
-    kind = family_of(pipeline)
+def _bound(
+    pipeline: DiffusionPipeline,
+    family: type[Family] | None,
+    *,
+    width: int,
+    height: int,
+    max_sequence_length: int | None,
+) -> Family:
+    kind = family or family_of(pipeline)
     return kind(
         pipeline=pipeline,
         width=width,
@@ -162,7 +171,7 @@ def _bound(pipeline: DiffusionPipeline, *, width: int, height: int, max_sequence
         guidance_scale=None,
         negative_prompt=None,
         true_cfg_scale=1.0,
-        max_sequence_length=kind.usual_length if max_sequence_length is None else max_sequence_length,
+        max_sequence_length=kind.default_max_sequence_length if max_sequence_length is None else max_sequence_length,
     )
 
 

@@ -1,5 +1,6 @@
-"""What artaug has to know of a model family. Each family is one short file beside this one."""
+"""What artaug has to know of a model family. All facts of one family stand in its folder beside this file."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,28 +12,34 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from artaug.diffusion.offload import encoders_of, on_cpu
+from artaug.lora.formats import KeyMap
 from artaug.plan import Plan, Region
 from artaug.regional.denoiser import Conditioning, Denoiser, EncodedPrompt
 from artaug.regional.guide import EncodedRegion
+from artaug.regional.isolation import BALANCED, Isolation
 from artaug.training.noise_schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family(ABC):
-    """A diffusers pipeline of one kind, set to draw at one size: how to ask it, how to guide it, how to train it.
+    """A diffusers pipeline of one model family, set to one picture size: how to draw, guide, train, estimate, export.
 
-    To a trainer it is a `DiffusionModel`, to a synthesizer it is also the way to call the pipeline, to a guide it lends
-    a `Denoiser`. For a pipeline artaug does not know, subclass it and hand the class to
-    ``DiffusersSynthesizer(pipeline=..., family=...)``.
+    A trainer sees it as a `DiffusionModel`, a synthesizer also calls the pipeline by it, and a guide gets a `Denoiser`
+    from it. For a pipeline that artaug does not know, write a subclass and pass it as ``family=`` to
+    `DiffusersSynthesizer`, `estimate` and `verify_export`.
 
     Raises:
-        ModelError: by a subclass's ``__post_init__``, for a size or an option its pipeline cannot work with.
+        ModelError: by a subclass's ``__post_init__``, for a size or an option that its pipeline cannot work with.
     """
 
     pipeline_class: ClassVar[type]
-    """The diffusers class whose pipelines this family is for."""
-    usual_length: ClassVar[int] = 512
-    """Tokens of a prompt it reads unless told otherwise."""
+    """The diffusers class of this family's pipelines. Its ``lora_state_dict`` also reads the family's LoRA files."""
+    default_max_sequence_length: ClassVar[int] = 512
+    """Tokens of a prompt that the model reads unless the user says otherwise."""
+    key_map: ClassVar[KeyMap | None] = None
+    """Names of the denoiser's layers in LoRA files other than diffusers' own; None if there are only diffusers' names."""
+    isolation: ClassVar[Isolation] = BALANCED
+    """What regions and prompts see of each other unless the guide says otherwise. `denoiser` hands it on."""
 
     pipeline: Any
     """The pipeline, an instance of ``pipeline_class``."""
@@ -43,11 +50,11 @@ class Family(ABC):
     guidance_scale: float | None
     """Strength of guidance, distilled or classifier-free as the model has it; None for what the family recommends."""
     negative_prompt: str | None
-    """What not to draw; None for what the family takes when nothing is said."""
+    """What not to draw; None for the family's default."""
     true_cfg_scale: float
     """Strength of classifier-free guidance in a model whose ``guidance_scale`` is something else; 1 is none."""
     max_sequence_length: int
-    """Tokens of a prompt the model reads."""
+    """Tokens of a prompt that the model reads."""
 
     @property
     @abstractmethod
@@ -56,41 +63,54 @@ class Family(ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts as the pipeline itself would, without gradient, warning of every word that is cut."""
+        """Encode prompts as the pipeline itself would, without gradient, with a warning of every word that is cut."""
 
     @abstractmethod
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
-        """Where the tokens of each prompt are in a row of what `encode_prompts` gives; the rest is padding."""
+        """Where each prompt's own tokens are in a row of what `encode_prompts` returns; the rest is padding."""
 
-    def encode_texts(self, prompts: Sequence[str]) -> list[EncodedPrompt]:
-        """Encode prompts one by one, for regions."""
+    def encode_separately(self, prompts: Sequence[str]) -> list[EncodedPrompt]:
+        """Encode each prompt by itself, for regions."""
         return [EncodedPrompt(self.encode_prompts([prompt]), self.token_slices([prompt])[0]) for prompt in prompts]
 
     def encode_regions(self, plans: Sequence[Plan]) -> list[list[EncodedRegion]]:
-        """Every plan's regions with their prompts encoded, each prompt once."""
+        """Encode the prompts of every plan's regions. A prompt that occurs several times is encoded once."""
         regions = [region for plan in plans for region in plan.regions]
-        spoken = [*(region.prompt for region in regions), *(region.negative_prompt for region in regions)]
-        prompts = list(dict.fromkeys(prompt for prompt in spoken if prompt is not None))
-        texts = dict(zip(prompts, self.encode_texts(prompts), strict=True))
+        optional = [*(region.prompt for region in regions), *(region.negative_prompt for region in regions)]
+        prompts = list(dict.fromkeys(prompt for prompt in optional if prompt is not None))
+        encoded = dict(zip(prompts, self.encode_separately(prompts), strict=True))
 
-        def encoded(region: Region) -> EncodedRegion:
-            negative = None if region.negative_prompt is None else texts[region.negative_prompt]
-            return EncodedRegion(region, texts[region.prompt], negative)
+        def encode(region: Region) -> EncodedRegion:
+            negative = None if region.negative_prompt is None else encoded[region.negative_prompt]
+            return EncodedRegion(region, encoded[region.prompt], negative)
 
-        return [[encoded(region) for region in plan.regions] for plan in plans]
+        return [[encode(region) for region in plan.regions] for plan in plans]
+
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of one row of what `encode_prompts` returns for a prompt of ``max_sequence_length`` tokens or more.
+
+        `estimate` calls it on a pipeline whose models are on the meta device, and whose tokenizers have no vocabulary if
+        it was built from configs alone. The default encodes such a prompt. Override it where the encoder looks at values
+        of tensors, which the meta device does not have, or the tokenizer needs a chat template.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the words that are cut
+            encoded = self.encode_prompts(["word " * self.max_sequence_length])
+        return {name: tuple(tensor.shape[1:]) for name, tensor in encoded.items()}
 
     @abstractmethod
-    def arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
-        """Arguments for the pipeline's call: all that is this family's own, sizes, steps and seeds left out."""
+    def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
+        """Keyword arguments of the pipeline's call that are particular to this family: no size, steps or seeds."""
 
     @abstractmethod
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
         """The denoiser as a guide sees it, in the run that draws with ``conditioning``."""
 
     @property
-    @abstractmethod
     def module(self) -> nn.Module:
-        """The denoiser itself, the part LoRAs go on."""
+        """The denoiser itself, which LoRAs are put on: the pipeline's transformer, unless a family overrides this."""
+        transformer: nn.Module = self.pipeline.transformer
+        return transformer
 
     @property
     @abstractmethod
@@ -104,20 +124,20 @@ class Family(ABC):
         return device
 
     def at_size(self, width: int, height: int) -> Self:
-        """The same pipeline, set to another size."""
+        """The same pipeline, set to another picture size."""
         return self if (width, height) == (self.width, self.height) else replace(self, width=width, height=height)
 
     def without_encoders(self) -> AbstractContextManager[None]:
-        """A ``with`` block in which VAE and text encoders wait on the CPU, if the pipeline's owner put them elsewhere."""
+        """Keep VAE and text encoders on the CPU in a ``with`` block, if the pipeline's owner put them elsewhere."""
         return on_cpu(encoders_of(self.pipeline))
 
     def without_denoiser(self) -> AbstractContextManager[None]:
-        """A ``with`` block in which the denoiser waits on the CPU, if it was elsewhere and its libraries let it move."""
+        """Keep the denoiser on the CPU in a ``with`` block, if it was elsewhere and its libraries let it move."""
         return on_cpu([self.module])
 
     @abstractmethod
     def encode_images(self, images: Sequence[Image]) -> Tensor:
-        """Latents as the denoiser takes them, scaled, float32, one row a picture, without gradient.
+        """Latents as the denoiser takes them, scaled, float32, one row for each picture, without gradient.
 
         Raises:
             ModelError: if a picture has another size.
@@ -125,9 +145,9 @@ class Family(ABC):
 
     @abstractmethod
     def encode_masks(self, masks: Tensor) -> Tensor:
-        """How much of every latent is meant, where ``masks`` (batch, height, width) says it of every pixel, in [0, 1].
+        """Masks of latents from masks of pixels (batch, height, width) in [0, 1].
 
-        Laid out as `encode_images` lays out latents, float32: the mean over the pixels a latent stands for.
+        They are laid out as `encode_images` lays out latents, float32: the mean over the pixels that a latent stands for.
 
         Raises:
             ModelError: if the masks have another size than the pictures.

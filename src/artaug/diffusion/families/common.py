@@ -1,28 +1,29 @@
-"""What several families do alike: sizes, latents of a VAE, words that are cut, the shift of noise levels."""
+"""What several families share: checks of a pipeline, latents of a VAE, guidance branches, joined prompts, processors."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
+from einops import rearrange
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from artaug._internal.images import as_rgb
 from artaug.errors import GuideError, InvalidValueError, ModelError
-from artaug.regional.denoiser import AttentionLayer, EncodedPrompt, Span
+from artaug.regional.denoiser import AttentionFn, AttentionLayer, Branches, Conditioning, EncodedPrompt, Span
 from artaug.training.noise_schedule import FlowMatching
 
 Pipeline: TypeAlias = Any
-"""A diffusers pipeline, whose parts differ from class to class."""
+"""A diffusers pipeline; its parts differ from class to class."""
 
 Tokenizer: TypeAlias = Any
 """A tokenizer of transformers."""
 
 
-def check_parts(pipeline: Pipeline, names: Sequence[str]) -> None:
-    """Refuse a pipeline that lacks a part.
+def check_components(pipeline: Pipeline, names: Sequence[str]) -> None:
+    """Refuse a pipeline that lacks a component.
 
     Raises:
         ModelError: naming what is missing.
@@ -73,9 +74,66 @@ def check_no_true_cfg(pipeline: Pipeline, true_cfg_scale: float) -> None:
         )
 
 
-@torch.no_grad()
-def vae_latents(pipeline: Pipeline, images: Sequence[Image], *, width: int, height: int) -> Tensor:
-    """Latents of pictures, shifted and scaled as the VAE's config says: float32, (batch, channels, rows, columns).
+def check_negative_has_effect(
+    pipeline: Pipeline, negative_prompt: str | None, *, is_guided: bool, scale: float
+) -> None:
+    """Refuse a negative prompt in a run without classifier-free guidance.
+
+    Raises:
+        ModelError: since the negative prompt would have no effect.
+    """
+    if negative_prompt is not None and not is_guided:
+        raise ModelError(
+            f"negative_prompt={negative_prompt!r} would be ignored: this {type(pipeline).__name__} draws without "
+            f"classifier-free guidance at guidance_scale={scale}. Set a guidance_scale above 1 for a model that takes "
+            "it, or leave the negative prompt out."
+        )
+
+
+def batched_branches(rows: int, *, pictures: int) -> Branches:
+    """Split the rows of one call with classifier-free guidance: the negative prompts' rows come first.
+
+    Args:
+        rows: of the call's batch.
+        pictures: that the run draws.
+
+    Raises:
+        GuideError: if there are neither one nor two rows for each picture.
+
+    >>> from artaug.diffusion.families.common import batched_branches
+    >>> batched_branches(4, pictures=2)
+    Branches(cond=range(2, 4), uncond=range(0, 2))
+    """
+    if rows == pictures:
+        return Branches(cond=range(rows))
+    if rows == 2 * pictures:
+        return Branches(cond=range(pictures, rows), uncond=range(pictures))
+    raise GuideError(
+        f"the denoiser was called with {rows} rows in a run of {pictures} pictures. Expected {pictures}, or "
+        f"{2 * pictures} with classifier-free guidance: more branches (as of perturbed attention) cannot be guided."
+    )
+
+
+def check_no_cache(transformer: Any) -> None:  # noqa: ANN401 - any model with diffusers' CacheMixin
+    """Refuse to guide a transformer that caches predictions.
+
+    Raises:
+        GuideError: since a cache does not distinguish a region's prompt from the plan's.
+    """
+    if transformer.is_cache_enabled:
+        raise GuideError(
+            "this transformer caches predictions from step to step (enable_cache), which cannot tell a region's "
+            "prompt from the plan's. Call pipeline.transformer.disable_cache() before drawing with a guide."
+        )
+
+
+def prompt_kwargs(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+    """Encoded prompts as a pipeline's call takes them: those of the negative prompts begin with ``negative_``."""
+    return {**conditioning, **{f"negative_{name}": tensor for name, tensor in (negative or {}).items()}}
+
+
+def image_pixels(pipeline: Pipeline, images: Sequence[Image], *, width: int, height: int) -> Tensor:
+    """Pictures as the VAE takes them, in its type and on its device: (batch, 3, height, width), in [-1, 1].
 
     Raises:
         ModelError: if a picture has another size.
@@ -87,17 +145,29 @@ def vae_latents(pipeline: Pipeline, images: Sequence[Image], *, width: int, heig
                 f"{height}. Resize it, or set the synthesizer's width and height."
             )
     pixels = pipeline.image_processor.preprocess([as_rgb(image) for image in images], height=height, width=width)
-    vae = pipeline.vae
     device = pipeline._execution_device  # noqa: SLF001 - .device is wrong under offload
-    latents: Tensor = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode().float()
+    return pixels.to(device, pipeline.vae.dtype)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def vae_latents(pipeline: Pipeline, images: Sequence[Image], *, width: int, height: int) -> Tensor:
+    """Latents of pictures, shifted and scaled as the VAE's config says: float32, (batch, channels, rows, columns).
+
+    Raises:
+        ModelError: if a picture has another size.
+    """
+    vae = pipeline.vae
+    pixels = image_pixels(pipeline, images, width=width, height=height)
+    latents: Tensor = vae.encode(pixels).latent_dist.mode().float()
     scaled: Tensor = (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
     return scaled
 
 
 def latent_masks(pipeline: Pipeline, masks: Tensor, *, width: int, height: int) -> Tensor:
-    """Masks (batch, height, width) as masks of latents: float32, (batch, channels, rows, columns), channels all alike.
+    """Masks of pixels (batch, height, width) as masks of latents: float32, (batch, channels, rows, columns).
 
-    A latent gets the mean of the square of pixels it stands for; what a VAE sees beyond that square is not counted.
+    A latent pixel gets the mean over the square of pixels it stands for; all channels are equal. The VAE's receptive
+    field is larger than that square, which is not counted.
 
     Raises:
         ModelError: if the masks have another size.
@@ -114,75 +184,117 @@ def latent_masks(pipeline: Pipeline, masks: Tensor, *, width: int, height: int) 
             "meant, in [0, 1]."
         )
     config = pipeline.vae.config
-    channels = config.get("latent_channels") or config.z_dim  # as Qwen-Image's VAE calls them
+    channels = config.get("latent_channels") or config.z_dim  # the name in the config of Qwen-Image's VAE
     return avg_pool2d(masks.float().unsqueeze(1), pipeline.vae_scale_factor).expand(-1, channels, -1, -1)
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """Pack latents as FLUX does: each 2 x 2 patch of latent pixels becomes one image token.
+
+    Args:
+        latents: (batch, channels, rows, columns), rows and columns even.
+
+    Returns:
+        (batch, rows / 2 * columns / 2, channels * 4). A token holds its patch channel by channel.
+    """
+    packed: Tensor = rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+    return packed
 
 
 def shifted_flow(config: Mapping[str, Any], *, tokens: int) -> FlowMatching:
     """Velocity at sigmas shifted as a flow matching Euler scheduler shifts them for a picture of so many tokens.
 
-    A scheduler that stretches its sigmas to end early (``shift_terminal``) does so in training too: a model is asked for
-    nothing below. Rearranging the steps of a run (``use_karras_sigmas`` and the like) is the sampler's own business.
+    A scheduler that stretches its sigmas to end early (``shift_terminal``) ends early in training, too: the model is
+    never called at lower noise. How a run spaces its steps (``use_karras_sigmas`` and the like) does not matter here.
     """
     terminal = float(config.get("shift_terminal") or 0.0)
     if not config.get("use_dynamic_shifting"):
         return FlowMatching(shift=float(config.get("shift", 1.0)), shift_terminal=terminal)
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = low + (high - low) * (tokens - few) / (many - few)
+    # mu is linear in the number of image tokens, and the shift is exp(mu): see calculate_shift of diffusers.
+    base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
     shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
     return FlowMatching(shift=shift, shift_terminal=terminal)
 
 
-def joined_texts(
-    base: Tensor, prompts: Sequence[Sequence[EncodedPrompt]], *, name: str, trim_padding: bool, ahead: bool
+def join_prompts(
+    base: Tensor, prompts: Sequence[Sequence[EncodedPrompt]], *, name: str, trim_padding: bool, prepend: bool
 ) -> tuple[Tensor, list[tuple[Span, ...]]]:
-    """Put region prompts beside the prompt each row of a batch has, rows filled up to one length with zeros.
+    """Join region prompts to the prompt of each row, with zeros behind them where a row is shorter.
 
     Args:
         base: the prompts of a call, (rows, tokens, channels).
-        prompts: for every row those to add.
-        name: of the tokens in a text's conditioning.
-        trim_padding: leave a text's padding out.
-        ahead: put them ahead of the row's own prompt, not behind. What the image sees most of, itself and the row's own
-            prompt, should be neighbours: then attention takes both without copying them together.
+        prompts: for every row its region prompts.
+        name: of the tokens in a prompt's conditioning.
+        trim_padding: leave a region prompt's padding out.
+        prepend: put them before the row's own prompt, not behind it. The image and the row's own prompt, which most
+            queries see, are then neighbours in the sequence, and attention reads both without a copy.
 
     Returns:
-        The longer prompts, and what each row holds.
+        The joined prompts (rows, more tokens, channels), and the spans of each row.
     """
-    added = [
-        [text.conditioning[name][0][text.token_slice if trim_padding else slice(None)].to(base) for text in of_row]
-        for of_row in prompts
+    row_parts = [
+        [prompt.conditioning[name][0][prompt.token_slice if trim_padding else slice(None)].to(base) for prompt in row]
+        for row in prompts
     ]
-    longest = max(sum(map(len, parts)) for parts in added)
+    longest = max(sum(map(len, parts)) for parts in row_parts)
     rows, spans = [], []
-    for own, parts in zip(base, added, strict=True):
-        missing = longest - sum(map(len, parts))
-        more = [*parts, own.new_zeros(missing, own.shape[-1])]
-        told = [Span("text", len(part), number) for number, part in enumerate(parts, start=1)]
-        told += [Span("padding", missing)] if missing else []
-        rows.append(torch.cat([*more, own] if ahead else [own, *more]))
-        spans.append((*told, Span("text", len(own))) if ahead else (Span("text", len(own)), *told))
+    for own, parts in zip(base, row_parts, strict=True):
+        padding = longest - sum(map(len, parts))
+        tokens = [*parts, own.new_zeros(padding, own.shape[-1])]
+        row_spans = [Span("text", len(part), number) for number, part in enumerate(parts, start=1)]
+        row_spans += [Span("padding", padding)] if padding else []
+        own_span = Span("text", len(own))
+        rows.append(torch.cat([*tokens, own] if prepend else [own, *tokens]))
+        spans.append((*row_spans, own_span) if prepend else (own_span, *row_spans))
     return torch.stack(rows), spans
 
 
-def check_processor(attention: AttentionLayer, expected: type) -> None:
-    """Refuse an attention layer whose processor is not the one a regional twin was written for.
+def mmdit_stream(layer: str) -> Literal["image", "text", "joint"] | None:
+    """`AttentiveDenoiser.token_stream` for MMDiTs as diffusers names their layers: FLUX, Chroma, SD3."""
+    if "norm" in layer or "modulation" in layer or layer.startswith("time_"):
+        return None
+    if layer.startswith("single_transformer_blocks"):
+        return "joint"
+    text_layers = ("context_embedder", ".ff_context.", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
+    return "text" if any(part in layer for part in text_layers) else "image"
 
-    Raises:
-        GuideError: if it is of another class (an IP-Adapter's, another guide's), set to an attention backend of its own,
-            or split over devices: its work would be lost without a word.
+
+class RegionalProcessor:
+    """A twin of one of diffusers' attention processors that computes attention with `attention_fn`.
+
+    A twin keeps upstream's names and order, so that a diff against the installed file shows only the lines that differ.
     """
-    processor = attention.processor
-    if type(processor) is not expected:
-        raise GuideError(
-            f"this model's attention uses {type(processor).__name__}, and regional attention would replace it. "
-            f"Expected {expected.__name__}, as a fresh pipeline has: unload IP-Adapters and other guides first."
-        )
-    if (backend := getattr(processor, "_attention_backend", None)) is not None:
-        raise GuideError(
-            f"this model was set to the attention backend {str(backend)!r}, which would drop or misread regions. "
-            "Call its reset_attention_backend() first: regional attention chooses fast kernels by itself."
-        )
-    if getattr(processor, "_parallel_config", None) is not None:
-        raise GuideError("this model's attention is split over devices (context parallelism), which regions cannot be.")
+
+    upstream: ClassVar[type]
+    """The processor it is a twin of."""
+
+    def __init__(self, attention_fn: AttentionFn) -> None:
+        """Compute attention with ``attention_fn``."""
+        self._attention_fn = attention_fn
+
+    @classmethod
+    def for_layer(cls, attention: AttentionLayer, attention_fn: AttentionFn) -> Self:
+        """Build the twin of a layer's processor.
+
+        Raises:
+            GuideError: if the layer's processor is of another class (an IP-Adapter's, another guide's), is set to an
+                attention backend of its own, or is split over devices: what it does would be lost.
+        """
+        processor = attention.processor
+        if type(processor) is not cls.upstream:
+            raise GuideError(
+                f"this model's attention uses {type(processor).__name__}, and regional attention would replace it. "
+                f"Expected {cls.upstream.__name__}, as a fresh pipeline has: unload IP-Adapters and other guides first."
+            )
+        if (backend := getattr(processor, "_attention_backend", None)) is not None:
+            raise GuideError(
+                f"this model was set to the attention backend {str(backend)!r}, which would drop or misread regions. "
+                "Call its reset_attention_backend() first: regional attention chooses fast kernels by itself."
+            )
+        if getattr(processor, "_parallel_config", None) is not None:
+            raise GuideError(
+                "this model's attention is split over devices (context parallelism), which regions cannot be."
+            )
+        return cls(attention_fn)

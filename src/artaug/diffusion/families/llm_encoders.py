@@ -1,29 +1,26 @@
-"""What families do alike that read prompts with a language model: chats, rows of any length, texts that begin anew."""
+"""Families whose text encoder is a language model: chat templates, prompts of any length, positions that start anew."""
 
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import CacheMixin
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from artaug._internal.images import as_rgb
-from artaug.diffusion.families.common import Pipeline, Tokenizer
-from artaug.errors import GuideError, ModelError
+from artaug.diffusion.families.common import Tokenizer
+from artaug.errors import GuideError
 from artaug.regional.denoiser import EncodedPrompt, Span
 
 
 def warn_if_chat_truncated(
     prompt: str, tokens: Sequence[int], *, reader: str, tokenizer: Tokenizer, limit: int
 ) -> None:
-    """Say what an encoder will not see of a prompt in its chat, the words of the chat around it counted.
+    """Warn of the part of a prompt that an encoder cuts; the words of the chat around the prompt count.
 
     Args:
         prompt: as it was given.
-        tokens: of the whole chat, none cut.
+        tokens: of the whole chat, before the cut.
         reader: the encoder's name.
         tokenizer: decodes what is cut.
         limit: tokens of the chat that are read.
@@ -38,126 +35,103 @@ def warn_if_chat_truncated(
         )
 
 
-def checked_pixels(pipeline: Pipeline, images: Sequence[Image], *, width: int, height: int) -> Tensor:
-    """Pictures as a VAE takes them, in its type and where it works: (batch, 3, height, width), in [-1, 1].
+def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack prompts of different lengths.
 
-    Raises:
-        ModelError: if a picture has another size.
+    Args:
+        rows: each (tokens, channels).
+
+    Returns:
+        The rows with zeros behind the shorter ones (rows, tokens, channels), and a mask that is 1 on their own tokens.
     """
-    for image in images:
-        if image.size != (width, height):
-            raise ModelError(
-                f"a picture of {image.width} x {image.height} pixels cannot be encoded at {width} x "
-                f"{height}. Resize it, or set the synthesizer's width and height."
-            )
-    pixels = pipeline.image_processor.preprocess([as_rgb(image) for image in images], height=height, width=width)
-    device = pipeline._execution_device  # noqa: SLF001 - .device is wrong under offload
-    return pixels.to(device, pipeline.vae.dtype)  # type: ignore[no-any-return]
-
-
-def stacked(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of (tokens, channels) as one tensor, zeros behind the shorter ones, and a mask that is 1 on what is theirs."""
     longest = max(len(row) for row in rows)
-    filled = torch.stack([pad(row, (0, 0, 0, longest - len(row))) for row in rows])
+    tokens = torch.stack([pad(row, (0, 0, 0, longest - len(row))) for row in rows])
     mask = torch.stack([pad(row.new_ones(len(row), dtype=torch.long), (0, longest - len(row))) for row in rows])
-    return filled, mask
+    return tokens, mask
 
 
 @dataclass(frozen=True, eq=False)
-class Slotted:
-    """Prompts of a batch one after the other, in slots that are at the same places in every row."""
+class SlottedPrompts:
+    """The prompts of a batch side by side, in slots at the same places of every row."""
 
     tokens: Tensor
-    """Shape (rows, tokens, channels), zeros where a row has nothing."""
+    """Shape (rows, tokens, channels), zeros where a row has no prompt in a slot."""
     positions: Tensor
-    """The position of each token in the prompt it is of, as if that were the only one: int64, (tokens,)."""
+    """The position of each token in its own prompt, as if that prompt were the only one: int64, (tokens,)."""
     spans: list[tuple[Span, ...]]
-    """What each row holds."""
+    """The spans of each row."""
 
 
-def slotted(
+def slot_padded(
     base: Tensor,
     prompts: Sequence[Sequence[EncodedPrompt]],
     *,
     name: str,
     trim_padding: bool,
     lengths: Sequence[int] | None = None,
-) -> Slotted:
-    """Put region prompts ahead of the prompt each row has, the i-th prompts of all rows in one slot.
+) -> SlottedPrompts:
+    """Put region prompts before the prompt of each row, the i-th region prompts of all rows in one slot.
 
-    Ahead, so that the row's own prompt stays the neighbour of the image behind it: most tokens see these two, and
-    attention takes neighbours without copying them together.
-
-    A model that shares positions over its batch can so begin every prompt anew. A prompt keeps the positions it has
-    alone, on whichever side its padding is; a slot is as long as its longest prompt, the rest filler.
+    A model that shares positions over its batch can start every prompt at position 0 only if the i-th prompts of all
+    rows begin at the same token. A prompt keeps the positions that it has alone, with its padding on either side. A slot
+    is as long as its longest prompt. The region prompts come first, so that the row's own prompt and the image, which
+    most queries see, are neighbours in the sequence, and attention reads both without a copy.
 
     Args:
         base: the prompts of a call, (rows, tokens, channels).
-        prompts: for every row those to add.
-        name: of the tokens in a text's conditioning.
-        trim_padding: leave a text's padding out.
-        lengths: tokens of each row of ``base`` that are its prompt's, the rest filler; None for all.
+        prompts: for every row its region prompts.
+        name: of the tokens in a prompt's conditioning.
+        trim_padding: leave a region prompt's padding out.
+        lengths: how many tokens of each row of ``base`` belong to its prompt, the rest is padding; None for all.
     """
-    rows: list[list[Tensor]] = [[] for _ in base]
-    ends = lengths or [base.shape[1]] * len(rows)
+    parts: list[list[Tensor]] = [[] for _ in base]
     spans: list[list[Span]] = [[] for _ in base]
     positions = []
     for number in range(1, 1 + max(map(len, prompts), default=0)):
-        there = {row: of_row[number - 1] for row, of_row in enumerate(prompts) if len(of_row) >= number}
-        held = {row: _held(text, name, trim_padding=trim_padding) for row, text in there.items()}
-        slot = slice(min(one.start for one in held.values()), max(one.stop for one in held.values()))
+        slot_prompts = {
+            row: row_prompts[number - 1] for row, row_prompts in enumerate(prompts) if len(row_prompts) >= number
+        }
+        kept = {
+            row: prompt.token_slice if trim_padding else slice(0, prompt.conditioning[name].shape[1])
+            for row, prompt in slot_prompts.items()
+        }
+        slot = slice(min(tokens.start for tokens in kept.values()), max(tokens.stop for tokens in kept.values()))
         positions.append(torch.arange(slot.start, slot.stop))
-        for row, (parts, of_row) in enumerate(zip(rows, spans, strict=True)):
-            filled = base.new_zeros(slot.stop - slot.start, base.shape[2])
-            if row in there:
-                own = slice(held[row].start - slot.start, held[row].stop - slot.start)
-                filled[own] = there[row].conditioning[name][0][held[row]].to(base)
-            parts.append(filled)
-            of_row.extend(_framed(number, held.get(row, slice(slot.start, slot.start)), slot))
-    own_spans = [_framed(0, slice(0, end), slice(0, base.shape[1])) for end in ends]
-    return Slotted(
-        torch.stack([torch.cat([*parts, own]) for parts, own in zip(rows, base, strict=True)]),
+        for row, (row_parts, row_spans) in enumerate(zip(parts, spans, strict=True)):
+            tokens = base.new_zeros(slot.stop - slot.start, base.shape[2])
+            if row in slot_prompts:
+                place = slice(kept[row].start - slot.start, kept[row].stop - slot.start)
+                tokens[place] = slot_prompts[row].conditioning[name][0][kept[row]].to(base)
+            row_parts.append(tokens)
+            row_spans.extend(_slot_spans(number, kept.get(row, slice(slot.start, slot.start)), slot))
+    for row, length in enumerate(lengths or [base.shape[1]] * len(base)):
+        spans[row].extend(_slot_spans(0, slice(0, length), slice(0, base.shape[1])))
+    return SlottedPrompts(
+        torch.stack([torch.cat([*row_parts, own]) for row_parts, own in zip(parts, base, strict=True)]),
         torch.cat([*positions, torch.arange(base.shape[1])]).to(base.device),
-        [(*of_row, *own) for of_row, own in zip(spans, own_spans, strict=True)],
+        [tuple(row_spans) for row_spans in spans],
     )
 
 
-def _held(text: EncodedPrompt, name: str, *, trim_padding: bool) -> slice:
-    return text.token_slice if trim_padding else slice(0, text.conditioning[name].shape[1])
-
-
-def _framed(prompt: int, own: slice, slot: slice) -> Iterator[Span]:
-    """A prompt in its slot, with the filler before and behind it."""
+def _slot_spans(number: int, prompt: slice, slot: slice) -> Iterator[Span]:
+    """The spans of a slot: a prompt, and the padding before and behind it."""
     for span in (
-        Span("padding", own.start - slot.start),
-        Span("text", own.stop - own.start, prompt),
-        Span("padding", slot.stop - own.stop),
+        Span("padding", prompt.start - slot.start),
+        Span("text", prompt.stop - prompt.start, number),
+        Span("padding", slot.stop - prompt.stop),
     ):
         if span.length:
             yield span
 
 
-def check_apart(prompts: Tensor, against: Tensor, negative: str) -> None:
-    """Refuse prompts that are the negative prompt, where a pipeline copies both and only their values tell them apart.
+def check_prompts_differ(prompts: Tensor, negative_prompts: Tensor, negative: str) -> None:
+    """Refuse prompts equal to the negative prompt, where only the values of a call's prompts tell its branch.
 
     Raises:
-        GuideError: if every picture of a batch is asked to be what it should not be.
+        GuideError: if every prompt of a batch is the negative prompt.
     """
-    if torch.equal(prompts, against):
+    if torch.equal(prompts, negative_prompts):
         raise GuideError(
             f"every prompt of this batch is the negative prompt {negative!r} itself, so a guide cannot tell which "
             "prediction is for which. Change either, or draw without classifier-free guidance."
-        )
-
-
-def check_no_cache(transformer: CacheMixin) -> None:
-    """Refuse to guide a transformer that caches predictions.
-
-    Raises:
-        GuideError: since a cache cannot tell a region's prompt from the plan's.
-    """
-    if transformer.is_cache_enabled:
-        raise GuideError(
-            "this transformer caches predictions from step to step (enable_cache), which cannot tell a region's "
-            "prompt from the plan's. Call pipeline.transformer.disable_cache() before drawing with a guide."
         )

@@ -1,4 +1,4 @@
-"""Which family a pipeline belongs to, known before its weights are read."""
+"""The published families, and which of them a pipeline belongs to."""
 
 import os
 from pathlib import Path
@@ -20,13 +20,13 @@ FAMILIES: tuple[type[Family], ...] = (
     Flux,
     Flux2,
     Flux2Klein,
-    QwenImage,
-    StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
+    StableDiffusion,
+    QwenImage,
     ZImage,
 )
-"""The families recognised from a pipeline's class."""
+"""The families that are recognised from a pipeline's class. The first whose layers fit a LoRA file reads it."""
 
 _EXPECTED = "Expected a diffusers pipeline: a folder with model_index.json, or its name on the Hub."
 
@@ -44,7 +44,7 @@ def family_of(pipeline: DiffusionPipeline) -> type[Family]:
 
 
 def family_at(source: str | os.PathLike[str]) -> type[Family]:
-    """The family of the pipeline in a folder or on the Hub, read from its index, not its weights.
+    """The family of the pipeline in a folder or on the Hub, by its index; weights are not read.
 
     Raises:
         ModelError: if there is no pipeline, or one artaug does not know.
@@ -54,10 +54,10 @@ def family_at(source: str | os.PathLike[str]) -> type[Family]:
         raise ModelError(f"{text!r} does not exist, and is no name on the Hub either. {_EXPECTED} {_known_families()}")
     try:
         index = DiffusionPipeline.load_config(source)
-    except (OSError, ValueError) as fault:
-        held = sorted(entry.name for entry in Path(source).iterdir()) if Path(source).is_dir() else None
-        found = f"is a folder that holds {held or 'nothing'}" if held is not None else "could not be read"
-        raise ModelError(f"{text!r} {found}: {fault} {_EXPECTED} {_known_families()}") from fault
+    except (OSError, ValueError) as error:
+        files = sorted(entry.name for entry in Path(source).iterdir()) if Path(source).is_dir() else None
+        state = "could not be read" if files is None else f"is a folder that holds {files or 'nothing'}"
+        raise ModelError(f"{text!r} {state}: {error} {_EXPECTED} {_known_families()}") from error
     for family in FAMILIES:
         if index.get("_class_name") == family.pipeline_class.__name__:
             return family

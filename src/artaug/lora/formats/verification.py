@@ -7,7 +7,7 @@ model fuses holds the updates of its parts as blocks of rows. The factors of a c
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from artaug.errors import LoRAError
-from artaug.lora.formats.key_maps import Format, KeyMatch
+from artaug.lora.formats.key_maps import Format, KeyMap, KeyMatch
 from artaug.lora.formats.known_maps import KEY_MAPS
 from artaug.lora.formats.load import read_tensors
 from artaug.lora.formats.low_rank import LowRank, relative_error
@@ -95,10 +95,12 @@ def layer_errors(
     return errors
 
 
-def read_by_definition(path: Path, wanted: Mapping[str, LowRank]) -> dict[str, LowRank]:
+def read_by_definition(
+    path: Path, wanted: Mapping[str, LowRank], *, key_map: KeyMap | None = None
+) -> dict[str, LowRank]:
     """The updates that a file holds for the layers ``wanted``, by the definition of its format.
 
-    A layer that the file fuses with a wanted one is returned, too.
+    A layer that the file fuses with a wanted one is returned, too. ``key_map`` holds names of layers besides the known ones.
 
     Raises:
         LoRAError: if a key of the file belongs to none of those layers, or a layer is there twice.
@@ -107,8 +109,9 @@ def read_by_definition(path: Path, wanted: Mapping[str, LowRank]) -> dict[str, L
     layers, adapter = _group_by_stem(tensors, path), _header_config(header)
     found: dict[str, LowRank] = {}
     used: set[str] = set()
+    key_maps = KEY_MAPS if key_map is None else (*KEY_MAPS, key_map)
     for name in wanted:
-        present = {stem: match for stem, match in _possible_stems(name) if stem in layers}
+        present = {stem: match for stem, match in _possible_stems(name, key_maps) if stem in layers}
         if len(present) > 1:
             raise LoRAError(f"{path} holds {name!r} {len(present)} times: as {' and as '.join(present)}.")
         for stem, match in present.items():
@@ -144,10 +147,10 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
     return layers
 
 
-def _possible_stems(name: str) -> Iterator[tuple[str, KeyMatch | None]]:
+def _possible_stems(name: str, key_maps: Sequence[KeyMap]) -> Iterator[tuple[str, KeyMatch | None]]:
     """Every key that a file may use for a layer, with the row of the key map if it is an original name."""
     names: list[tuple[str, KeyMatch | None]] = [(name, None)]
-    names += [(match.original, match) for key_map in KEY_MAPS for match in key_map.matches(name)]
+    names += [(match.original, match) for key_map in key_maps for match in key_map.matches(name)]
     for key, match in names:
         yield from ((prefix + key, match) for prefix in _DOTTED_PREFIXES)
         yield from ((prefix + key.replace(".", "_"), match) for prefix in _FLAT_PREFIXES)

@@ -1,6 +1,6 @@
-"""FLUX.1's attention, told apart by regions: diffusers' own processor with another attention at its heart."""
+"""FLUX.1's joint attention with regions: diffusers' processor, with another attention in place of its own."""
 
-from typing import Self
+from typing import ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_flux import (
@@ -11,27 +11,17 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor
 
-from artaug.diffusion.families.common import check_processor
+from artaug.diffusion.families.common import RegionalProcessor
 from artaug.errors import GuideError
-from artaug.regional.denoiser import AttentionFn, AttentionLayer
 
 
-class RegionalFluxProcessor:
-    """Twin of `FluxAttnProcessor`, line by line, that attends as it is told."""
+class RegionalFluxProcessor(RegionalProcessor):
+    """Twin of `diffusers.models.transformers.transformer_flux.FluxAttnProcessor` of diffusers 0.42.
 
-    def __init__(self, attention_fn: AttentionFn) -> None:
-        """Attend with ``attention_fn``, the prompts before the image."""
-        self._attention_fn = attention_fn
+    It differs in two places: `attention_fn` computes the attention, and an attention mask is an error.
+    """
 
-    @classmethod
-    def like(cls, attention: AttentionLayer, attention_fn: AttentionFn) -> Self:
-        """The twin of a layer's processor.
-
-        Raises:
-            GuideError: if the layer has another processor than FLUX's own.
-        """
-        check_processor(attention, FluxAttnProcessor)
-        return cls(attention_fn)
+    upstream: ClassVar[type] = FluxAttnProcessor
 
     def __call__(
         self,
@@ -43,22 +33,48 @@ class RegionalFluxProcessor:
     ) -> Tensor | tuple[Tensor, Tensor]:
         if attention_mask is not None:
             raise GuideError("an attention mask came with this call, and regional attention would ignore it.")
-        heads = (-1, attn.head_dim)
-        query, key, value, *of_prompt = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-        query, key, value = (one.unflatten(-1, heads) for one in (query, key, value))
-        query, key = attn.norm_q(query), attn.norm_k(key)
+
+        query, key, value, encoder_query, encoder_key, encoder_value = _get_qkv_projections(
+            attn, hidden_states, encoder_hidden_states
+        )
+
+        query = query.unflatten(-1, (-1, attn.head_dim))
+        key = key.unflatten(-1, (-1, attn.head_dim))
+        value = value.unflatten(-1, (-1, attn.head_dim))
+
+        query = attn.norm_q(query)
+        key = attn.norm_k(key)
+
         if attn.added_kv_proj_dim is not None:
-            asked, seen, said = (one.unflatten(-1, heads) for one in of_prompt)
-            asked, seen = attn.norm_added_q(asked), attn.norm_added_k(seen)
-            query, key, value = (torch.cat(pair, dim=1) for pair in ((asked, query), (seen, key), (said, value)))
+            encoder_query = encoder_query.unflatten(-1, (-1, attn.head_dim))
+            encoder_key = encoder_key.unflatten(-1, (-1, attn.head_dim))
+            encoder_value = encoder_value.unflatten(-1, (-1, attn.head_dim))
+
+            encoder_query = attn.norm_added_q(encoder_query)
+            encoder_key = attn.norm_added_k(encoder_key)
+
+            query = torch.cat([encoder_query, query], dim=1)
+            key = torch.cat([encoder_key, key], dim=1)
+            value = torch.cat([encoder_value, value], dim=1)
+
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        mixed = self._attention_fn(*(one.transpose(1, 2) for one in (query, key, value))).transpose(1, 2)
-        mixed = mixed.flatten(2, 3).to(query.dtype)
-        if encoder_hidden_states is None:
-            return mixed
-        length = encoder_hidden_states.shape[1]
-        told, drawn = mixed[:, :length], mixed[:, length:]
-        drawn = attn.to_out[1](attn.to_out[0](drawn.contiguous()))
-        return drawn, attn.to_add_out(told.contiguous())
+
+        # (batch, tokens, heads, channels) here, (batch, heads, tokens, channels) there
+        hidden_states = self._attention_fn(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(
+            1, 2
+        )
+        hidden_states = hidden_states.flatten(2, 3)
+        hidden_states = hidden_states.to(query.dtype)
+
+        if encoder_hidden_states is not None:
+            encoder_hidden_states, hidden_states = hidden_states.split_with_sizes(
+                [encoder_hidden_states.shape[1], hidden_states.shape[1] - encoder_hidden_states.shape[1]], dim=1
+            )
+            hidden_states = attn.to_out[0](hidden_states.contiguous())
+            hidden_states = attn.to_out[1](hidden_states)
+            encoder_hidden_states = attn.to_add_out(encoder_hidden_states.contiguous())
+
+            return hidden_states, encoder_hidden_states
+        return hidden_states

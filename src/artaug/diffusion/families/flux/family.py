@@ -1,4 +1,11 @@
-"""The FLUX.1 family: packed latents, a CLIP vector and T5 tokens as the prompt, velocity as the prediction."""
+"""FLUX.1 (Black Forest Labs, 2024): a rectified flow transformer.
+
+Text: T5 XXL gives the tokens of a prompt, CLIP ViT-L one pooled vector, which joins the timestep in the modulation.
+Guidance: dev is distilled and takes the guidance scale as an input, schnell takes none; classifier-free guidance against a
+negative prompt, which diffusers calls true CFG, is a second call of the transformer. Attention: 19 double-stream blocks, then
+38 single-stream blocks, the text's tokens before the image's; all text tokens have position 0. Noise: velocity at
+sigmas shifted by picture size (dev) or not at all (schnell). An image token is a 2 x 2 patch of latent pixels.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,13 +15,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import FluxPipeline
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from artaug._internal.truncation import warn_if_truncated
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.flux.attention import RegionalFluxProcessor
-from artaug.errors import GuideError, ModelError
+from artaug.errors import ModelError
+from artaug.lora.formats import FLUX1, KeyMap
 from artaug.regional.denoiser import (
     AttentionFn,
     AttentionSite,
@@ -28,26 +36,27 @@ from artaug.regional.denoiser import (
 )
 from artaug.training.noise_schedule import FlowMatching
 
-_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
-_LONGEST_PROMPT = 512
+_COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
+_MAX_SEQUENCE_LENGTH = 512
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flux(Family):
     """FLUX.1: dev, schnell, and what was made from them.
 
-    ``guidance_scale`` is the distilled guidance a dev model takes as an input (3.5 unless told otherwise); a schnell
-    model takes none. Training predicts at the same guidance as drawing.
+    ``guidance_scale`` is the distilled guidance that a dev model takes as an input, 3.5 by default; a schnell model takes
+    none. Training predicts at the same guidance as drawing.
 
     Raises:
-        ModelError: for a pipeline that lacks a part, a size that is not whole image tokens, a guidance scale for a
+        ModelError: for a pipeline that lacks a component, a size that is not whole image tokens, a guidance scale for a
             model without guidance, or a ``max_sequence_length`` outside [1, 512].
     """
 
     pipeline_class: ClassVar[type] = FluxPipeline
+    key_map: ClassVar[KeyMap | None] = FLUX1
 
     def __post_init__(self) -> None:
-        common.check_parts(self.pipeline, _PARTS)
+        common.check_components(self.pipeline, _COMPONENTS)
         common.check_size(self.pipeline, width=self.width, height=self.height, multiple=self._token_px)
         common.check_true_cfg(self.negative_prompt, self.true_cfg_scale)
         if self.guidance_scale is not None and not self._takes_guidance:
@@ -56,7 +65,7 @@ class Flux(Family):
                 "(config.guidance_embeds is False, as in schnell). Leave it out, or set negative_prompt and "
                 "true_cfg_scale."
             )
-        if not 1 <= self.max_sequence_length <= _LONGEST_PROMPT:
+        if not 1 <= self.max_sequence_length <= _MAX_SEQUENCE_LENGTH:
             raise ModelError(f"max_sequence_length={self.max_sequence_length}: FLUX reads 1 to 512 tokens of a prompt.")
 
     @property
@@ -65,53 +74,58 @@ class Flux(Family):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        pipeline = self.pipeline
         for prompt in prompts:
-            self._warn_of_cuts(prompt)
-        embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
+            for reader, tokenizer, limit, remedy in (
+                ("CLIP", pipeline.tokenizer, pipeline.tokenizer_max_length, "Shorten it; T5 still reads it further."),
+                ("T5", pipeline.tokenizer_2, self.max_sequence_length, "Shorten it, or raise max_sequence_length."),
+            ):
+                warn_if_truncated(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy=remedy)
+        embeds, pooled, _ = pipeline.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         tokens = self.pipeline.tokenizer_2(list(prompts), truncation=True, max_length=self.max_sequence_length)
-        return [slice(0, len(one)) for one in tokens.input_ids]
+        return [slice(0, len(prompt_tokens)) for prompt_tokens in tokens.input_ids]
 
-    def arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        config = self.pipeline.transformer.config
+        return {
+            "prompt_embeds": (self.max_sequence_length, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
+    def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
         guidance = {} if self._guidance is None else {"guidance_scale": self._guidance}
-        against = {f"negative_{name}": tensor for name, tensor in (negative or {}).items()}
-        return {**conditioning, **against, **guidance, "true_cfg_scale": self.true_cfg_scale}
+        return {
+            **common.prompt_kwargs(conditioning, negative),
+            **guidance,
+            "true_cfg_scale": self.true_cfg_scale,
+        }
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        if self.module.is_cache_enabled:
-            raise GuideError(
-                "this transformer caches predictions from step to step (enable_cache), which cannot tell a region's "
-                "prompt from the plan's. Call pipeline.transformer.disable_cache() before drawing with a guide."
-            )
-        return FluxDenoiser(module=self.module, grid=self._grid, prompt_embeds=conditioning["prompt_embeds"])
-
-    @property
-    def module(self) -> nn.Module:
-        transformer: nn.Module = self.pipeline.transformer
-        return transformer
+        common.check_no_cache(self.module)
+        return FluxDenoiser(
+            module=self.module, grid=self._grid, isolation=self.isolation, prompt_embeds=conditioning["prompt_embeds"]
+        )
 
     @property
     def noise_schedule(self) -> FlowMatching:
         """Velocity at sigmas shifted as this scheduler shifts them at this size."""
         return common.shifted_flow(self.pipeline.scheduler.config, tokens=math.prod(self._grid))
 
-    @torch.no_grad()
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         latents = common.vae_latents(self.pipeline, images, width=self.width, height=self.height)
-        packed: Tensor = self.pipeline._pack_latents(latents, *latents.shape)  # noqa: SLF001 - diffusers' trainers do
-        return packed
+        return common.pack_latents(latents)
 
     def encode_masks(self, masks: Tensor) -> Tensor:
         latents = common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
-        packed: Tensor = self.pipeline._pack_latents(latents, *latents.shape)  # noqa: SLF001 - as the latents are
-        return packed
+        return common.pack_latents(latents)
 
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         embeds, pooled = conditioning["prompt_embeds"], conditioning["pooled_prompt_embeds"]
         batch = noisy.shape[0]
-        places = self.pipeline._prepare_latent_image_ids(  # noqa: SLF001 - diffusers' own trainers do
+        img_ids = self.pipeline._prepare_latent_image_ids(  # noqa: SLF001 - diffusers' own trainers do
             batch, *self._grid, embeds.device, embeds.dtype
         )
         velocity: Tensor = self.module(
@@ -121,14 +135,14 @@ class Flux(Family):
             pooled_projections=pooled,
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=embeds.device, dtype=embeds.dtype),
-            img_ids=places,
+            img_ids=img_ids,
             return_dict=False,
         )[0]
         return velocity.to(noisy)
 
     @property
     def _token_px(self) -> int:
-        """Pixels on a side of one image token: what the VAE shrinks, times the 2 x 2 packing."""
+        """Pixels on a side of one image token: the VAE's factor times the 2 x 2 packing."""
         return 2 * int(self.pipeline.vae_scale_factor)
 
     @property
@@ -145,21 +159,13 @@ class Flux(Family):
             return None
         return 3.5 if self.guidance_scale is None else self.guidance_scale
 
-    def _warn_of_cuts(self, prompt: str) -> None:
-        pipeline = self.pipeline
-        for reader, tokenizer, limit, remedy in (
-            ("CLIP", pipeline.tokenizer, pipeline.tokenizer_max_length, "Shorten it; T5 still reads it further."),
-            ("T5", pipeline.tokenizer_2, self.max_sequence_length, "Shorten it, or raise max_sequence_length."),
-        ):
-            warn_if_truncated(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy=remedy)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FluxDenoiser(AttentiveDenoiser):
     """A FLUX transformer in one run, as a guide sees it."""
 
     prompt_embeds: Tensor
-    """The very tensor the pipeline was given: that is how the plans' branch is told from the negative one."""
+    """The tensor that the pipeline was given. The pipeline passes it on, not a copy, which tells the branches apart."""
 
     def branches(self, kwargs: ForwardKwargs) -> Branches:
         rows = range(len(kwargs["hidden_states"]))
@@ -170,22 +176,19 @@ class FluxDenoiser(AttentiveDenoiser):
     def with_prompt_embeds(
         self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
     ) -> dict[str, Any]:
-        some = list(rows)
-        of_rows = {
-            name: kwargs[name][some] for name in ("hidden_states", "timestep", "guidance") if kwargs[name] is not None
-        }
-        given = [text.conditioning for text in prompts]
+        selected = list(rows)
+        by_row = ("hidden_states", "timestep", "guidance")
         return {
             **kwargs,
-            **of_rows,
-            "encoder_hidden_states": torch.cat([one["prompt_embeds"] for one in given]),
-            "pooled_projections": torch.cat([one["pooled_prompt_embeds"] for one in given]),
+            **{name: kwargs[name][selected] for name in by_row if kwargs[name] is not None},
+            "encoder_hidden_states": torch.cat([prompt.conditioning["prompt_embeds"] for prompt in prompts]),
+            "pooled_projections": torch.cat([prompt.conditioning["pooled_prompt_embeds"] for prompt in prompts]),
         }
 
     @property
     def sites(self) -> Sequence[AttentionSite]:
-        model: Any = self.module
-        layers = (*model.transformer_blocks, *model.single_transformer_blocks)
+        transformer: Any = self.module
+        layers = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
         return [AttentionSite(layer.attn, block) for block, layer in enumerate(layers)]
 
     def noise_level(self, kwargs: ForwardKwargs) -> float:
@@ -194,23 +197,19 @@ class FluxDenoiser(AttentiveDenoiser):
     def append_prompts(
         self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
-        # Every FLUX prompt is at position 0 of the image's grid, so more of them need no positions of their own.
-        base = kwargs["encoder_hidden_states"]
-        joined, spans = common.joined_texts(base, prompts, name="prompt_embeds", trim_padding=trim_padding, ahead=True)
+        # Every text token of FLUX is at position 0 of the image's grid, so more of them need no positions of their own.
+        joined, spans = common.join_prompts(
+            kwargs["encoder_hidden_states"], prompts, name="prompt_embeds", trim_padding=trim_padding, prepend=True
+        )
+        txt_ids = kwargs["txt_ids"].new_zeros(joined.shape[1], kwargs["txt_ids"].shape[-1])
         image = Span("image", math.prod(self.grid))
-        more = kwargs["txt_ids"].new_zeros(joined.shape[1], kwargs["txt_ids"].shape[-1])
         return (
-            {**kwargs, "encoder_hidden_states": joined, "txt_ids": more},
-            [(*of_row, image) for of_row in spans],
+            {**kwargs, "encoder_hidden_states": joined, "txt_ids": txt_ids},
+            [(*row_spans, image) for row_spans in spans],
         )
 
     def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
-        if "norm" in layer or layer.startswith("time_"):
-            return None
-        if layer.startswith("single_transformer_blocks"):
-            return "joint"
-        of_prompt = ("context_embedder", ".ff_context.", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
-        return "text" if any(part in layer for part in of_prompt) else "image"
+        return common.mmdit_stream(layer)
 
     def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> RegionalFluxProcessor:
-        return RegionalFluxProcessor.like(site.attention, attention_fn)
+        return RegionalFluxProcessor.for_layer(site.attention, attention_fn)

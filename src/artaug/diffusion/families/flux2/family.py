@@ -1,4 +1,11 @@
-"""The FLUX.2 family: packed and normalized latents, layers of a language model as the prompt, velocity as the prediction."""
+"""FLUX.2 (Black Forest Labs, 2025): dev, and what dev has in common with klein.
+
+Text: hidden states of three layers of one language model, side by side, of the prompt in a chat template; dev reads with
+Mistral Small 3, klein with Qwen3. Guidance: dev is distilled and takes the guidance scale as an input; it has no negative
+prompt. Attention: double-stream blocks, then parallel single-stream blocks (one projection for q, k, v and MLP), the text's
+tokens before the image's; positions have four axes, of which the last counts the tokens of a prompt. Noise: velocity at
+sigmas shifted by picture size and number of steps. Latents are 2 x 2 patches, normalized by the VAE's batch norm.
+"""
 
 import math
 from abc import abstractmethod
@@ -8,18 +15,17 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import Flux2Pipeline
+from diffusers.models.transformers.transformer_flux2 import Flux2ParallelSelfAttention
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
+from einops import rearrange
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from artaug.diffusion.families import common, llm_encoders
 from artaug.diffusion.families.base import Family
-from artaug.diffusion.families.flux2.attention import (
-    RegionalFlux2ParallelProcessor,
-    RegionalFlux2Processor,
-    regional_processor,
-)
+from artaug.diffusion.families.flux2.attention import RegionalFlux2ParallelProcessor, RegionalFlux2Processor
 from artaug.errors import ModelError
+from artaug.lora.formats import FLUX2, KeyMap
 from artaug.regional.denoiser import (
     AttentionFn,
     AttentionSite,
@@ -33,37 +39,40 @@ from artaug.regional.denoiser import (
 )
 from artaug.training.noise_schedule import FlowMatching
 
-_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-_LONGEST_PROMPT = 512
+_COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+_MAX_SEQUENCE_LENGTH = 512
 GUIDANCE_SCALE = 4.0
-"""What both pipelines recommend."""
+"""The default of both pipelines."""
 _STEPS = 50
+"""For which the sigmas of training are shifted: the pipelines' default."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flux2Family(Family):
-    """What dev and klein have in common: all but the language model, and what guidance is."""
+    """What dev and klein have in common: all but the language model and the meaning of guidance."""
+
+    key_map: ClassVar[KeyMap | None] = FLUX2
 
     def __post_init__(self) -> None:
-        common.check_parts(self.pipeline, _PARTS)
+        common.check_components(self.pipeline, _COMPONENTS)
         common.check_size(self.pipeline, width=self.width, height=self.height, multiple=self._token_px)
-        if not 1 <= self.max_sequence_length <= _LONGEST_PROMPT:
+        if not 1 <= self.max_sequence_length <= _MAX_SEQUENCE_LENGTH:
             raise ModelError(
-                f"max_sequence_length={self.max_sequence_length}: FLUX.2 reads 1 to {_LONGEST_PROMPT} tokens of a chat."
+                f"max_sequence_length={self.max_sequence_length}: FLUX.2 reads 1 to {_MAX_SEQUENCE_LENGTH} tokens of a chat."
             )
 
     @abstractmethod
-    def _chats(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each prompt and the chat around it, none cut."""
+    def _chat_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each prompt in its chat template, before any cut."""
 
     @property
     @abstractmethod
     def _distilled_guidance(self) -> float | None:
-        """What the model takes as an input, if it does."""
+        """The guidance scale that the model takes as an input; None if it takes none."""
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        for prompt, chat in zip(prompts, self._chats(prompts), strict=True):
+        for prompt, chat in zip(prompts, self._chat_tokens(prompts), strict=True):
             llm_encoders.warn_if_chat_truncated(
                 prompt, chat, reader="FLUX.2", tokenizer=self._tokenizer, limit=self.max_sequence_length
             )
@@ -71,16 +80,14 @@ class Flux2Family(Family):
         return {"prompt_embeds": embeds}
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
-        longest = self.max_sequence_length
-        lengths = [min(len(chat), longest) for chat in self._chats(prompts)]
+        limit = self.max_sequence_length
+        lengths = [min(len(chat), limit) for chat in self._chat_tokens(prompts)]
         if self._tokenizer.padding_side == "left":
-            return [slice(longest - length, longest) for length in lengths]
+            return [slice(limit - length, limit) for length in lengths]
         return [slice(0, length) for length in lengths]
 
-    @property
-    def module(self) -> nn.Module:
-        transformer: nn.Module = self.pipeline.transformer
-        return transformer
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim)}
 
     @property
     def noise_schedule(self) -> FlowMatching:
@@ -96,48 +103,43 @@ class Flux2Family(Family):
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         vae = self.pipeline.vae
-        pixels = llm_encoders.checked_pixels(self.pipeline, images, width=self.width, height=self.height)
-        latents = self.pipeline._patchify_latents(  # noqa: SLF001 - diffusers' own trainers do
-            vae.encode(pixels).latent_dist.mode().float()
-        )
-        mean, variance = (one.float().view(1, -1, 1, 1) for one in (vae.bn.running_mean, vae.bn.running_var))
+        pixels = common.image_pixels(self.pipeline, images, width=self.width, height=self.height)
+        latents = _patchify(vae.encode(pixels).latent_dist.mode().float())
+        mean = rearrange(vae.bn.running_mean.float(), "c -> c 1 1")
+        variance = rearrange(vae.bn.running_var.float(), "c -> c 1 1")
         normalized = (latents - mean) / (variance + vae.config.batch_norm_eps).sqrt()
-        packed: Tensor = self.pipeline._pack_latents(normalized)  # noqa: SLF001 - likewise
-        return packed
+        return _to_tokens(normalized)
 
     def encode_masks(self, masks: Tensor) -> Tensor:
         latents = common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
-        packed: Tensor = self.pipeline._pack_latents(  # noqa: SLF001 - as the latents are
-            self.pipeline._patchify_latents(latents)  # noqa: SLF001 - likewise
-        )
-        return packed
+        return _to_tokens(_patchify(latents))
 
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         embeds = conditioning["prompt_embeds"]
         guidance = self._distilled_guidance
-        places = self.pipeline._prepare_latent_ids(  # noqa: SLF001 - diffusers' own trainers do
+        img_ids = self.pipeline._prepare_latent_ids(  # noqa: SLF001 - diffusers' own trainers do
             noisy.new_empty(noisy.shape[0], 1, *self._grid)
         )
-        orders = self.pipeline._prepare_text_ids(embeds)  # noqa: SLF001 - likewise
+        txt_ids = self.pipeline._prepare_text_ids(embeds)  # noqa: SLF001 - likewise
         velocity: Tensor = self.module(
             hidden_states=noisy.to(embeds),
             timestep=sigmas.to(embeds),
             guidance=None if guidance is None else torch.full((len(noisy),), guidance, device=embeds.device),
             encoder_hidden_states=embeds,
-            txt_ids=orders.to(embeds.device),
-            img_ids=places.to(embeds.device),
+            txt_ids=txt_ids.to(embeds.device),
+            img_ids=img_ids.to(embeds.device),
             return_dict=False,
         )[0]
         return velocity.to(noisy)
 
     @property
     def _tokenizer(self) -> common.Tokenizer:
-        """The tokenizer itself, which dev wraps in a processor."""
+        """The tokenizer itself, which dev's processor wraps."""
         return getattr(self.pipeline.tokenizer, "tokenizer", self.pipeline.tokenizer)
 
     @property
     def _token_px(self) -> int:
-        """Pixels on a side of one image token: what the VAE shrinks, times the 2 x 2 packing."""
+        """Pixels on a side of one image token: the VAE's factor times the 2 x 2 packing."""
         return 2 * int(self.pipeline.vae_scale_factor)
 
     @property
@@ -149,11 +151,11 @@ class Flux2Family(Family):
 class Flux2(Flux2Family):
     """FLUX.2 dev and what was made from it.
 
-    ``guidance_scale`` is the distilled guidance the model takes as an input, 4 unless told otherwise. Its pipeline has
+    ``guidance_scale`` is the distilled guidance that the model takes as an input, 4 by default. Its pipeline has
     no classifier-free guidance. Training predicts at the same guidance as drawing.
 
     Raises:
-        ModelError: for a pipeline that lacks a part, a size that is not whole image tokens, a negative prompt or scale
+        ModelError: for a pipeline that lacks a component, a size that is not whole image tokens, a negative prompt or scale
             that would be ignored, or a ``max_sequence_length`` outside [1, 512].
     """
 
@@ -176,17 +178,18 @@ class Flux2(Flux2Family):
     def negative(self) -> None:
         return None
 
-    def arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
+    def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
         return {**conditioning, "guidance_scale": self._scale}
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        llm_encoders.check_no_cache(self.module)
-        return Flux2Denoiser(module=self.module, grid=self._grid)
+        common.check_no_cache(self.module)
+        return Flux2Denoiser(module=self.module, grid=self._grid, isolation=self.isolation)
 
-    def _chats(self, prompts: Sequence[str]) -> list[list[int]]:
+    def _chat_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         messages = format_input(list(prompts), system_message=self.pipeline.system_message)
         chats = (
-            self.pipeline.tokenizer.apply_chat_template([one], tokenize=True, return_dict=True) for one in messages
+            self.pipeline.tokenizer.apply_chat_template([message], tokenize=True, return_dict=True)
+            for message in messages
         )
         return [[int(token) for token in chat["input_ids"][0]] for chat in chats]  # a processor gives tensors
 
@@ -208,7 +211,7 @@ class Flux2Denoiser(AttentiveDenoiser):
     """A FLUX.2 transformer in one run, as a guide sees it."""
 
     prompt_embeds: Tensor | None = None
-    """The plans' prompts, where there is a negative prompt to tell them from: the pipeline copies both."""
+    """The plans' prompts, if the run has a negative prompt. The pipeline copies both, so their values tell the branches."""
 
     def branches(self, kwargs: ForwardKwargs) -> Branches:
         rows = range(len(kwargs["hidden_states"]))
@@ -219,13 +222,13 @@ class Flux2Denoiser(AttentiveDenoiser):
     def with_prompt_embeds(
         self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
     ) -> dict[str, Any]:
-        some = list(rows)
+        selected = list(rows)
         by_row = ("hidden_states", "timestep", "guidance", "img_ids", "txt_ids")
-        of_rows = {name: kwargs[name][some] for name in by_row if kwargs[name] is not None}
+        row_kwargs = {name: kwargs[name][selected] for name in by_row if kwargs[name] is not None}
         return {
             **kwargs,
-            **of_rows,
-            "encoder_hidden_states": torch.cat([text.conditioning["prompt_embeds"] for text in prompts]),
+            **row_kwargs,
+            "encoder_hidden_states": torch.cat([prompt.conditioning["prompt_embeds"] for prompt in prompts]),
         }
 
     @property
@@ -240,27 +243,35 @@ class Flux2Denoiser(AttentiveDenoiser):
     def append_prompts(
         self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
-        # A token's place in its prompt is the last of four coordinates, and all rows of a batch share the first row's.
-        slots = llm_encoders.slotted(
+        # A token's place in its prompt is the last of four axes, and all rows of a batch share the first row's positions.
+        slots = llm_encoders.slot_padded(
             kwargs["encoder_hidden_states"], prompts, name="prompt_embeds", trim_padding=trim_padding
         )
-        places = kwargs["txt_ids"].new_zeros(*slots.tokens.shape[:2], kwargs["txt_ids"].shape[-1])
-        places[..., -1] = slots.positions
+        txt_ids = kwargs["txt_ids"].new_zeros(*slots.tokens.shape[:2], kwargs["txt_ids"].shape[-1])
+        txt_ids[..., -1] = slots.positions
         image = Span("image", math.prod(self.grid))
         return (
-            {**kwargs, "encoder_hidden_states": slots.tokens, "txt_ids": places},
-            [(*of_row, image) for of_row in slots.spans],
+            {**kwargs, "encoder_hidden_states": slots.tokens, "txt_ids": txt_ids},
+            [(*row_spans, image) for row_spans in slots.spans],
         )
 
     def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
-        if "norm" in layer or "modulation" in layer or layer.startswith("time_"):
-            return None
-        if layer.startswith("single_transformer_blocks"):
-            return "joint"
-        of_prompt = ("context_embedder", ".ff_context.", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
-        return "text" if any(part in layer for part in of_prompt) else "image"
+        return common.mmdit_stream(layer)
 
     def processor(
         self, site: AttentionSite, attention_fn: AttentionFn
     ) -> RegionalFlux2Processor | RegionalFlux2ParallelProcessor:
-        return regional_processor(site.attention, attention_fn)
+        if isinstance(site.attention, Flux2ParallelSelfAttention):
+            return RegionalFlux2ParallelProcessor.for_layer(site.attention, attention_fn)
+        return RegionalFlux2Processor.for_layer(site.attention, attention_fn)
+
+
+def _patchify(latents: Tensor) -> Tensor:
+    """The channels of each 2 x 2 patch of latent pixels side by side: (batch, channels * 4, rows / 2, columns / 2)."""
+    patches: Tensor = rearrange(latents, "b c (h ph) (w pw) -> b (c ph pw) h w", ph=2, pw=2)
+    return patches
+
+
+def _to_tokens(patches: Tensor) -> Tensor:
+    tokens: Tensor = rearrange(patches, "b c h w -> b (h w) c")
+    return tokens

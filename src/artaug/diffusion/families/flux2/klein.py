@@ -1,7 +1,10 @@
-"""FLUX.2 klein: the family with another language model, and classifier-free guidance where it is not distilled."""
+"""FLUX.2 klein (Black Forest Labs, 2026): FLUX.2 with Qwen3 as its text encoder.
+
+Guidance: a base model has classifier-free guidance in two calls of the transformer; a distilled one has none.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from diffusers import Flux2KleinPipeline
@@ -16,11 +19,11 @@ from artaug.regional.denoiser import Conditioning, Denoiser
 class Flux2Klein(Flux2Family):
     """FLUX.2 klein, base and distilled.
 
-    ``guidance_scale`` of a base model is classifier-free guidance, 4 unless told otherwise, against ``negative_prompt``
+    ``guidance_scale`` of a base model is classifier-free guidance, 4 by default, against ``negative_prompt``
     or the empty prompt; 1 is none. A distilled model has none.
 
     Raises:
-        ModelError: for a pipeline that lacks a part, a size that is not whole image tokens, a negative prompt or scale
+        ModelError: for a pipeline that lacks a component, a size that is not whole image tokens, a negative prompt or scale
             that would be ignored, or a ``max_sequence_length`` outside [1, 512].
     """
 
@@ -43,20 +46,20 @@ class Flux2Klein(Flux2Family):
     def negative(self) -> str | None:
         return (self.negative_prompt or "") if self._scale > 1 else None
 
-    def arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
-        against = {f"negative_{name}": tensor for name, tensor in (negative or {}).items()}
-        return {**conditioning, **against, "guidance_scale": self._scale}
+    def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
+        return {**common.prompt_kwargs(conditioning, negative), "guidance_scale": self._scale}
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        llm_encoders.check_no_cache(self.module)
-        own = conditioning["prompt_embeds"]
+        common.check_no_cache(self.module)
+        denoiser = Flux2Denoiser(module=self.module, grid=self._grid, isolation=self.isolation)
         if self.negative is None:
-            return Flux2Denoiser(module=self.module, grid=self._grid)
-        against = self.encode_prompts([self.negative] * len(own))["prompt_embeds"]
-        llm_encoders.check_apart(own, against, self.negative)
-        return Flux2Denoiser(module=self.module, grid=self._grid, prompt_embeds=own)
+            return denoiser
+        embeds = conditioning["prompt_embeds"]
+        negative_embeds = self.encode_prompts([self.negative] * len(embeds))["prompt_embeds"]
+        llm_encoders.check_prompts_differ(embeds, negative_embeds, self.negative)
+        return replace(denoiser, prompt_embeds=embeds)
 
-    def _chats(self, prompts: Sequence[str]) -> list[list[int]]:
+    def _chat_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         tokenizer = self.pipeline.tokenizer
         chats = [
             tokenizer.apply_chat_template(

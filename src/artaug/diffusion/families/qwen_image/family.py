@@ -1,19 +1,28 @@
-"""The Qwen-Image family: packed and normalized latents, prompts as long as they are, velocity as the prediction."""
+"""Qwen-Image (Qwen team, 2025): an MMDiT with a vision-language model as its text encoder.
+
+Text: the last hidden states of Qwen2.5-VL of the prompt in a chat template, without the template's own first tokens; a
+prompt is as long as it is, and a mask hides the padding of a batch. Guidance: classifier-free (``true_cfg_scale``) in two
+calls of the transformer. Attention: double-stream blocks only, the text's tokens before the image's; the text's positions
+begin where the image's end. Noise: velocity at sigmas shifted by picture size and stretched to end early. Latents are
+normalized channel by channel; an image token is a 2 x 2 patch of them.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import QwenImagePipeline
+from einops import rearrange
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from artaug.diffusion.families import common, llm_encoders
 from artaug.diffusion.families.base import Family
-from artaug.diffusion.families.qwen_image.attention import RegionalQwenImageProcessor, regional_processor
+from artaug.diffusion.families.qwen_image.attention import RegionalQwenImageProcessor
 from artaug.errors import GuideError, ModelError
+from artaug.lora.formats import QWEN_IMAGE, KeyMap
 from artaug.regional.denoiser import (
     AttentionFn,
     AttentionSite,
@@ -27,26 +36,27 @@ from artaug.regional.denoiser import (
 )
 from artaug.training.noise_schedule import FlowMatching
 
-_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-_LONGEST_PROMPT = 1024
+_COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+_MAX_SEQUENCE_LENGTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QwenImage(Family):
     """Qwen-Image, drawing from a prompt.
 
-    Guidance is classifier-free, by ``negative_prompt`` and ``true_cfg_scale``; the model's authors recommend ``" "`` and
-    4. There is no ``guidance_scale``.
+    Guidance is classifier-free, by ``negative_prompt`` and ``true_cfg_scale``; the model's authors recommend ``" "``
+    and 4. There is no ``guidance_scale``.
 
     Raises:
-        ModelError: for a pipeline that lacks a part, a size that is not whole image tokens, a guidance scale, a negative
+        ModelError: for a pipeline that lacks a component, a size that is not whole image tokens, a guidance scale, a negative
             prompt or a ``true_cfg_scale`` that would be ignored, or a ``max_sequence_length`` outside [1, 1024].
     """
 
     pipeline_class: ClassVar[type] = QwenImagePipeline
+    key_map: ClassVar[KeyMap | None] = QWEN_IMAGE
 
     def __post_init__(self) -> None:
-        common.check_parts(self.pipeline, _PARTS)
+        common.check_components(self.pipeline, _COMPONENTS)
         common.check_size(self.pipeline, width=self.width, height=self.height, multiple=self._token_px)
         common.check_true_cfg(self.negative_prompt, self.true_cfg_scale)
         if self.guidance_scale is not None:
@@ -54,9 +64,9 @@ class QwenImage(Family):
                 f"guidance_scale={self.guidance_scale} would be ignored: Qwen-Image takes none as an input. Leave it "
                 "out, and set negative_prompt and true_cfg_scale."
             )
-        if not 1 <= self.max_sequence_length <= _LONGEST_PROMPT:
+        if not 1 <= self.max_sequence_length <= _MAX_SEQUENCE_LENGTH:
             raise ModelError(
-                f"max_sequence_length={self.max_sequence_length}: Qwen-Image reads 1 to {_LONGEST_PROMPT} tokens."
+                f"max_sequence_length={self.max_sequence_length}: Qwen-Image reads 1 to {_MAX_SEQUENCE_LENGTH} tokens."
             )
 
     @property
@@ -66,7 +76,7 @@ class QwenImage(Family):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         start = self.pipeline.prompt_template_encode_start_idx
-        for prompt, chat in zip(prompts, self._chats(prompts), strict=True):
+        for prompt, chat in zip(prompts, self._chat_tokens(prompts), strict=True):
             llm_encoders.warn_if_chat_truncated(
                 prompt,
                 chat[start:],
@@ -75,35 +85,37 @@ class QwenImage(Family):
                 limit=self.max_sequence_length,
             )
         embeds, mask = self.pipeline.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
-        whole = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        return {"prompt_embeds": embeds, "prompt_embeds_mask": whole if mask is None else mask}
+        if mask is None:  # the pipeline makes none where it would hide nothing
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         start = self.pipeline.prompt_template_encode_start_idx
-        return [slice(0, min(len(chat) - start, self.max_sequence_length)) for chat in self._chats(prompts)]
+        return [slice(0, min(len(chat) - start, self.max_sequence_length)) for chat in self._chat_tokens(prompts)]
 
-    def arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
-        against = {f"negative_{name}": tensor for name, tensor in (negative or {}).items()}
+    def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
         return {
-            **conditioning,
-            **against,
+            **common.prompt_kwargs(conditioning, negative),
             "true_cfg_scale": self.true_cfg_scale,
-            "max_sequence_length": self.max_sequence_length,  # the pipeline cuts what is encoded, too
+            "max_sequence_length": self.max_sequence_length,  # the pipeline also cuts prompts that are encoded
         }
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        llm_encoders.check_no_cache(self.module)
-        own = conditioning["prompt_embeds"]
+        common.check_no_cache(self.module)
+        denoiser = QwenImageDenoiser(module=self.module, grid=self._grid, isolation=self.isolation)
         if self.negative is None:
-            return QwenImageDenoiser(module=self.module, grid=self._grid)
-        against = self.encode_prompts([self.negative] * len(own))["prompt_embeds"]
-        llm_encoders.check_apart(own, against, self.negative)
-        return QwenImageDenoiser(module=self.module, grid=self._grid, prompt_embeds=own)
+            return denoiser
+        embeds = conditioning["prompt_embeds"]
+        negative_embeds = self.encode_prompts([self.negative] * len(embeds))["prompt_embeds"]
+        llm_encoders.check_prompts_differ(embeds, negative_embeds, self.negative)
+        return replace(denoiser, prompt_embeds=embeds)
 
-    @property
-    def module(self) -> nn.Module:
-        transformer: nn.Module = self.pipeline.transformer
-        return transformer
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        longest = self.max_sequence_length
+        return {
+            "prompt_embeds": (longest, self.pipeline.transformer.config.joint_attention_dim),
+            "prompt_embeds_mask": (longest,),
+        }
 
     @property
     def noise_schedule(self) -> FlowMatching:
@@ -113,19 +125,16 @@ class QwenImage(Family):
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         vae = self.pipeline.vae
-        pixels = llm_encoders.checked_pixels(self.pipeline, images, width=self.width, height=self.height)
+        pixels = common.image_pixels(self.pipeline, images, width=self.width, height=self.height)
+        # The VAE is one of videos: (batch, channels, frames, rows, columns), here with one frame.
         latents = vae.encode(pixels.unsqueeze(2)).latent_dist.mode().float().squeeze(2)
-        mean, deviation = (
-            latents.new_tensor(one).view(1, -1, 1, 1) for one in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        normalized = (latents - mean) / deviation
-        packed: Tensor = self.pipeline._pack_latents(normalized, *normalized.shape)  # noqa: SLF001 - diffusers' trainers do
-        return packed
+        mean = rearrange(latents.new_tensor(vae.config.latents_mean), "c -> c 1 1")
+        std = rearrange(latents.new_tensor(vae.config.latents_std), "c -> c 1 1")
+        return common.pack_latents((latents - mean) / std)
 
     def encode_masks(self, masks: Tensor) -> Tensor:
         latents = common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
-        packed: Tensor = self.pipeline._pack_latents(latents, *latents.shape)  # noqa: SLF001 - as the latents are
-        return packed
+        return common.pack_latents(latents)
 
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         embeds = conditioning["prompt_embeds"]
@@ -133,20 +142,20 @@ class QwenImage(Family):
             hidden_states=noisy.to(embeds),
             timestep=sigmas.to(embeds),
             encoder_hidden_states=embeds,
-            encoder_hidden_states_mask=_unless_whole(conditioning["prompt_embeds_mask"]),
+            encoder_hidden_states_mask=_drop_full_mask(conditioning["prompt_embeds_mask"]),
             img_shapes=[[(1, *self._grid)]] * len(noisy),
             return_dict=False,
         )[0]
         return velocity.to(noisy)
 
-    def _chats(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each prompt and the chat around it, none cut."""
+    def _chat_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each prompt in its chat template, before any cut."""
         chats = [self.pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
         return [list(self.pipeline.tokenizer(chat, verbose=False).input_ids) for chat in chats]
 
     @property
     def _token_px(self) -> int:
-        """Pixels on a side of one image token: what the VAE shrinks, times the 2 x 2 packing."""
+        """Pixels on a side of one image token: the VAE's factor times the 2 x 2 packing."""
         return 2 * int(self.pipeline.vae_scale_factor)
 
     @property
@@ -159,7 +168,7 @@ class QwenImageDenoiser(AttentiveDenoiser):
     """A Qwen-Image transformer in one run, as a guide sees it."""
 
     prompt_embeds: Tensor | None = None
-    """The plans' prompts, where there is a negative prompt to tell them from: the pipeline copies both."""
+    """The plans' prompts, if the run has a negative prompt. The pipeline copies both, so their values tell the branches."""
 
     def branches(self, kwargs: ForwardKwargs) -> Branches:
         rows = range(len(kwargs["hidden_states"]))
@@ -170,17 +179,17 @@ class QwenImageDenoiser(AttentiveDenoiser):
     def with_prompt_embeds(
         self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
     ) -> dict[str, Any]:
-        some = list(rows)
-        embeds, mask = llm_encoders.stacked(
+        selected = list(rows)
+        embeds, mask = llm_encoders.pad_rows(
             [text.conditioning["prompt_embeds"][0][text.token_slice] for text in prompts]
         )
         return {
             **kwargs,
-            "hidden_states": kwargs["hidden_states"][some],
-            "timestep": kwargs["timestep"][some],
+            "hidden_states": kwargs["hidden_states"][selected],
+            "timestep": kwargs["timestep"][selected],
             "encoder_hidden_states": embeds,
-            "encoder_hidden_states_mask": _unless_whole(mask),
-            "img_shapes": [kwargs["img_shapes"][row] for row in some],
+            "encoder_hidden_states_mask": _drop_full_mask(mask),
+            "img_shapes": [kwargs["img_shapes"][row] for row in selected],
         }
 
     @property
@@ -195,7 +204,7 @@ class QwenImageDenoiser(AttentiveDenoiser):
         self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         mask = kwargs["encoder_hidden_states_mask"]
-        slots = llm_encoders.slotted(
+        slots = llm_encoders.slot_padded(
             kwargs["encoder_hidden_states"],
             prompts,
             name="prompt_embeds",
@@ -210,28 +219,28 @@ class QwenImageDenoiser(AttentiveDenoiser):
             "encoder_hidden_states_mask": None,
             "attention_kwargs": {**(kwargs["attention_kwargs"] or {}), "text_positions": slots.positions},
         }
-        return changed, [(*of_row, image) for of_row in slots.spans]
+        return changed, [(*row_spans, image) for row_spans in slots.spans]
 
     def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         if "norm" in layer or "_mod." in layer or layer.startswith("time_"):
             return None
-        of_prompt = ("txt_", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
-        return "text" if any(part in layer for part in of_prompt) else "image"
+        text_layers = ("txt_", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
+        return "text" if any(part in layer for part in text_layers) else "image"
 
     def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> RegionalQwenImageProcessor:
-        return regional_processor(site.attention, attention_fn)
+        return RegionalQwenImageProcessor.for_layer(site.attention, attention_fn)
 
     def _check_positions(self, positions: Tensor) -> None:
-        """Texts begin where the image ends, half its larger side from its middle, and there are so many places."""
+        """Refuse a prompt beyond the model's positions: text begins half the image's larger side from its middle."""
         transformer: Any = self.module
-        room = len(transformer.pos_embed.pos_freqs) - max(self.grid) // 2
-        if len(positions) and (longest := int(positions.max()) + 1) > room:
+        available = len(transformer.pos_embed.pos_freqs) - max(self.grid) // 2
+        if len(positions) and (longest := int(positions.max()) + 1) > available:
             raise GuideError(
-                f"a prompt of {longest} tokens is longer than the {room} positions this model has left beside "
+                f"a prompt of {longest} tokens is longer than the {available} positions this model has left beside "
                 f"{self.grid[0]} x {self.grid[1]} image tokens. Shorten it, or lower max_sequence_length."
             )
 
 
-def _unless_whole(mask: Tensor) -> Tensor | None:
-    """A mask as the pipeline passes it on: not where it hides nothing."""
+def _drop_full_mask(mask: Tensor) -> Tensor | None:
+    """A mask as the pipeline passes it on: None where it would hide nothing."""
     return None if mask.all() else mask

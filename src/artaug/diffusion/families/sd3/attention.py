@@ -1,61 +1,97 @@
-"""SD3's joint attention, told apart by regions: diffusers' own processor with another attention at its heart."""
+"""SD3's joint attention with regions: diffusers' processor, with another attention in place of its own."""
 
-from typing import Self
+from typing import ClassVar
 
 import torch
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 
-from artaug.diffusion.families.common import check_processor
+from artaug.diffusion.families.common import RegionalProcessor
 from artaug.errors import GuideError
-from artaug.regional.denoiser import AttentionFn, AttentionLayer
 
 
-class RegionalSD3Processor:
-    """Twin of `JointAttnProcessor2_0`, line by line, that attends as it is told."""
+class RegionalSD3Processor(RegionalProcessor):
+    """Twin of `diffusers.models.attention_processor.JointAttnProcessor2_0` of diffusers 0.42.
 
-    def __init__(self, attention_fn: AttentionFn) -> None:
-        """Attend with ``attention_fn``, the image before the prompts."""
-        self._attention_fn = attention_fn
+    It differs in two places: `attention_fn` computes the attention, and an attention mask, which upstream drops, is an error.
+    """
 
-    @classmethod
-    def like(cls, attention: AttentionLayer, attention_fn: AttentionFn) -> Self:
-        """The twin of a layer's processor.
-
-        Raises:
-            GuideError: if the layer has another processor than SD3's own.
-        """
-        check_processor(attention, JointAttnProcessor2_0)
-        return cls(attention_fn)
+    upstream: ClassVar[type] = JointAttnProcessor2_0
 
     def __call__(
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if attention_mask is not None:
             raise GuideError("SD3's attention was given an attention_mask, which it drops. Leave it out.")
-        heads = (attn.heads, -1)
-        query, key, value = (
-            to(hidden_states).unflatten(-1, heads).transpose(1, 2) for to in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        asked, seen, said = (
-            to(encoder_hidden_states).unflatten(-1, heads).transpose(1, 2)
-            for to in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        )
-        query, key = _normed(attn.norm_q, query), _normed(attn.norm_k, key)
-        asked, seen = _normed(attn.norm_added_q, asked), _normed(attn.norm_added_k, seen)
-        query, key, value = (torch.cat(pair, dim=2) for pair in ((query, asked), (key, seen), (value, said)))
-        mixed = self._attention_fn(query, key, value).transpose(1, 2).flatten(2, 3).to(query.dtype)
-        length = hidden_states.shape[1]
-        drawn, told = mixed[:, :length], mixed[:, length:]
-        if not attn.context_pre_only:
-            told = attn.to_add_out(told)
-        return attn.to_out[1](attn.to_out[0](drawn)), told
 
+        residual = hidden_states
 
-def _normed(norm: nn.Module | None, heads: Tensor) -> Tensor:
-    """SD3.5 normalizes queries and keys, SD3 does not."""
-    return heads if norm is None else norm(heads)
+        batch_size = hidden_states.shape[0]
+
+        # `sample` projections.
+        query = attn.to_q(hidden_states)
+        key = attn.to_k(hidden_states)
+        value = attn.to_v(hidden_states)
+
+        inner_dim = key.shape[-1]
+        head_dim = inner_dim // attn.heads
+
+        query = query.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
+        key = key.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
+        value = value.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
+
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+
+        # `context` projections.
+        if encoder_hidden_states is not None:
+            encoder_hidden_states_query_proj = attn.add_q_proj(encoder_hidden_states)
+            encoder_hidden_states_key_proj = attn.add_k_proj(encoder_hidden_states)
+            encoder_hidden_states_value_proj = attn.add_v_proj(encoder_hidden_states)
+
+            encoder_hidden_states_query_proj = encoder_hidden_states_query_proj.view(
+                batch_size, -1, attn.heads, head_dim
+            ).transpose(1, 2)
+            encoder_hidden_states_key_proj = encoder_hidden_states_key_proj.view(
+                batch_size, -1, attn.heads, head_dim
+            ).transpose(1, 2)
+            encoder_hidden_states_value_proj = encoder_hidden_states_value_proj.view(
+                batch_size, -1, attn.heads, head_dim
+            ).transpose(1, 2)
+
+            if attn.norm_added_q is not None:
+                encoder_hidden_states_query_proj = attn.norm_added_q(encoder_hidden_states_query_proj)
+            if attn.norm_added_k is not None:
+                encoder_hidden_states_key_proj = attn.norm_added_k(encoder_hidden_states_key_proj)
+
+            query = torch.cat([query, encoder_hidden_states_query_proj], dim=2)
+            key = torch.cat([key, encoder_hidden_states_key_proj], dim=2)
+            value = torch.cat([value, encoder_hidden_states_value_proj], dim=2)
+
+        hidden_states = self._attention_fn(query, key, value)
+        hidden_states = hidden_states.transpose(1, 2).reshape(batch_size, -1, attn.heads * head_dim)
+        hidden_states = hidden_states.to(query.dtype)
+
+        if encoder_hidden_states is not None:
+            # Split the attention outputs.
+            hidden_states, encoder_hidden_states = (
+                hidden_states[:, : residual.shape[1]],
+                hidden_states[:, residual.shape[1] :],
+            )
+            if not attn.context_pre_only:
+                encoder_hidden_states = attn.to_add_out(encoder_hidden_states)
+
+        # linear proj
+        hidden_states = attn.to_out[0](hidden_states)
+        # dropout
+        hidden_states = attn.to_out[1](hidden_states)
+
+        if encoder_hidden_states is not None:
+            return hidden_states, encoder_hidden_states
+        return hidden_states

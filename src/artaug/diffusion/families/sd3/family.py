@@ -1,4 +1,10 @@
-"""The SD3 family: two CLIPs and T5 as one prompt, MMDiT joint attention, velocity as the prediction."""
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, "Scaling Rectified Flow Transformers"): the first MMDiT.
+
+Text: the tokens of two CLIPs, side by side on the channel axis, then those of T5 XXL on the token axis; CLIP's pooled vectors
+join the timestep in the modulation. Guidance: classifier-free, both branches in one batch; turbo models have none. Attention:
+double-stream blocks only, the image's tokens before the text's; only image tokens have positions. SD3.5 normalizes queries
+and keys, SD3 does not. Noise: velocity at shifted sigmas. Latents are not packed: the model itself makes patches.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,14 +14,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from artaug._internal.truncation import warn_if_truncated
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
-from artaug.diffusion.families.cfg import batched_branches, check_negative_is_read
 from artaug.diffusion.families.sd3.attention import RegionalSD3Processor
 from artaug.errors import ModelError
+from artaug.lora.formats import SD3, KeyMap
 from artaug.regional.denoiser import (
     AttentionFn,
     AttentionSite,
@@ -29,8 +35,8 @@ from artaug.regional.denoiser import (
 )
 from artaug.training.noise_schedule import FlowMatching
 
-_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
-_LONGEST_PROMPT = 512
+_COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
+_MAX_SEQUENCE_LENGTH = 512
 _GUIDANCE_SCALE = 7.0
 
 
@@ -38,34 +44,38 @@ _GUIDANCE_SCALE = 7.0
 class StableDiffusion3(Family):
     """SD3 and SD3.5: medium, large, turbo, and what was made from them.
 
-    ``guidance_scale`` is classifier-free guidance, 7 unless told otherwise; at 1 and below (as for turbo) there is none.
-    A pipeline without T5 (``text_encoder_3=None``) is welcome: SD3 was trained to do without, and then reads zeros in
-    its place and of a prompt only what CLIP reads. Skip-layer guidance is not offered.
+    ``guidance_scale`` is classifier-free guidance, 7 by default; at 1 and below (as for turbo) there is none. A pipeline
+    without T5 (``text_encoder_3=None``) works: SD3 was trained to do without, and reads zeros in place of T5's tokens, so
+    of a prompt it reads only what CLIP reads. Skip-layer guidance is not offered.
 
-    A prompt's own tokens are all of CLIP's, whose padding has read the words before it, and T5's up to their end.
+    A prompt's own tokens are all of CLIP's, since the padding has attended to the words before it, and T5's up to their
+    end.
 
     Raises:
-        ModelError: for a pipeline that lacks a part, a size that is not whole image tokens or more than the model has
+        ModelError: for a pipeline that lacks a component, a size that is not whole image tokens or more than the model has
             positions for, a negative prompt without guidance, or a ``max_sequence_length`` outside [1, 512].
     """
 
     pipeline_class: ClassVar[type] = StableDiffusion3Pipeline
-    usual_length: ClassVar[int] = 256  # as its pipeline recommends
+    key_map: ClassVar[KeyMap | None] = SD3
+    default_max_sequence_length: ClassVar[int] = 256
 
     def __post_init__(self) -> None:
-        common.check_parts(self.pipeline, _PARTS)
+        common.check_components(self.pipeline, _COMPONENTS)
         if self._has_t5:
-            common.check_parts(self.pipeline, ["tokenizer_3"])
+            common.check_components(self.pipeline, ["tokenizer_3"])
         common.check_size(self.pipeline, width=self.width, height=self.height, multiple=self._token_px)
         common.check_no_true_cfg(self.pipeline, self.true_cfg_scale)
-        check_negative_is_read(self.pipeline, self.negative_prompt, is_guided=self._guidance > 1, scale=self._guidance)
-        longest = self.pipeline.transformer.config.pos_embed_max_size
-        if max(self._token_grid) > longest:
+        common.check_negative_has_effect(
+            self.pipeline, self.negative_prompt, is_guided=self._guidance > 1, scale=self._guidance
+        )
+        max_side = self.pipeline.transformer.config.pos_embed_max_size
+        if max(self._token_grid) > max_side:
             raise ModelError(
                 f"a picture of {self.width} x {self.height} pixels is larger than this SD3 has positions for: "
-                f"at most {longest * self._token_px} pixels on a side."
+                f"at most {max_side * self._token_px} pixels on a side."
             )
-        if not 1 <= self.max_sequence_length <= _LONGEST_PROMPT:
+        if not 1 <= self.max_sequence_length <= _MAX_SEQUENCE_LENGTH:
             raise ModelError(f"max_sequence_length={self.max_sequence_length}: SD3 reads 1 to 512 tokens of T5's.")
 
     @property
@@ -75,7 +85,7 @@ class StableDiffusion3(Family):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         for prompt in prompts:
-            self._warn_of_cuts(prompt)
+            self._warn_if_truncated(prompt)
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts),
             None,
@@ -86,15 +96,14 @@ class StableDiffusion3(Family):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
-        of_clip = self.pipeline.tokenizer_max_length
+        clip_length = self.pipeline.tokenizer_max_length
         if not self._has_t5:
-            return [slice(0, of_clip)] * len(prompts)
+            return [slice(0, clip_length)] * len(prompts)
         tokens = self.pipeline.tokenizer_3(list(prompts), truncation=True, max_length=self.max_sequence_length)
-        return [slice(0, of_clip + len(one)) for one in tokens.input_ids]
+        return [slice(0, clip_length + len(t5_tokens)) for t5_tokens in tokens.input_ids]
 
-    def arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
-        against = {f"negative_{name}": tensor for name, tensor in (negative or {}).items()}
-        return {**conditioning, **against, "guidance_scale": self._guidance}
+    def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
+        return {**common.prompt_kwargs(conditioning, negative), "guidance_scale": self._guidance}
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
         rows, columns = self._token_grid
@@ -102,15 +111,18 @@ class StableDiffusion3(Family):
         return StableDiffusion3Denoiser(
             module=self.module,
             grid=(rows * patch, columns * patch),
+            isolation=self.isolation,
             patch=patch,
             pictures=len(conditioning["prompt_embeds"]),
             timesteps=self._timesteps,
         )
 
-    @property
-    def module(self) -> nn.Module:
-        transformer: nn.Module = self.pipeline.transformer
-        return transformer
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        config, clip_length = self.pipeline.transformer.config, self.pipeline.tokenizer_max_length
+        return {
+            "prompt_embeds": (clip_length + self.max_sequence_length, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
     @property
     def noise_schedule(self) -> FlowMatching:
@@ -136,7 +148,7 @@ class StableDiffusion3(Family):
 
     @property
     def _token_px(self) -> int:
-        """Pixels on a side of one image token: what the VAE shrinks, times the patch."""
+        """Pixels on a side of one image token: the VAE's factor times the patch."""
         return int(self.pipeline.vae_scale_factor * self.pipeline.transformer.config.patch_size)
 
     @property
@@ -155,12 +167,12 @@ class StableDiffusion3(Family):
     def _timesteps(self) -> int:
         return int(self.pipeline.scheduler.config.num_train_timesteps)
 
-    def _warn_of_cuts(self, prompt: str) -> None:
+    def _warn_if_truncated(self, prompt: str) -> None:
         # Both CLIPs share one vocabulary and are cut at one length, so one warning serves for both.
         pipeline, limit = self.pipeline, self.max_sequence_length
-        further = "Shorten it; T5 still reads it further." if self._has_t5 else "Shorten it."
+        remedy = "Shorten it; T5 still reads it further." if self._has_t5 else "Shorten it."
         warn_if_truncated(
-            prompt, reader="CLIP", tokenizer=pipeline.tokenizer, limit=pipeline.tokenizer_max_length, remedy=further
+            prompt, reader="CLIP", tokenizer=pipeline.tokenizer, limit=pipeline.tokenizer_max_length, remedy=remedy
         )
         if self._has_t5:
             remedy = "Shorten it, or raise max_sequence_length."
@@ -174,23 +186,22 @@ class StableDiffusion3Denoiser(AttentiveDenoiser):
     patch: int
     """Latent pixels on a side of an image token."""
     pictures: int
-    """How many the run draws."""
+    """How many pictures the run draws."""
     timesteps: int
-    """What a noise level of 1 is called."""
+    """The timestep of noise level 1."""
 
     def branches(self, kwargs: ForwardKwargs) -> Branches:
-        return batched_branches(len(kwargs["hidden_states"]), pictures=self.pictures)
+        return common.batched_branches(len(kwargs["hidden_states"]), pictures=self.pictures)
 
     def with_prompt_embeds(
         self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
     ) -> dict[str, Any]:
-        some = list(rows)
-        given = [text.conditioning for text in prompts]
+        selected = list(rows)
         return {
             **kwargs,
-            **{name: kwargs[name][some] for name in ("hidden_states", "timestep")},
-            "encoder_hidden_states": torch.cat([one["prompt_embeds"] for one in given]),
-            "pooled_projections": torch.cat([one["pooled_prompt_embeds"] for one in given]),
+            **{name: kwargs[name][selected] for name in ("hidden_states", "timestep")},
+            "encoder_hidden_states": torch.cat([prompt.conditioning["prompt_embeds"] for prompt in prompts]),
+            "pooled_projections": torch.cat([prompt.conditioning["pooled_prompt_embeds"] for prompt in prompts]),
         }
 
     def broadcast_weights(self, weights: Tensor) -> Tensor:
@@ -203,7 +214,7 @@ class StableDiffusion3Denoiser(AttentiveDenoiser):
 
     @property
     def sites(self) -> Sequence[AttentionSite]:
-        # SD3.5 has in some blocks a second attention, of the image alone: nothing to keep apart there but the image.
+        # Some blocks of SD3.5 have a second attention, among image tokens only: it reads no prompt, so it stays as it is.
         transformer: Any = self.module
         return [AttentionSite(layer.attn, block) for block, layer in enumerate(transformer.transformer_blocks)]
 
@@ -213,17 +224,16 @@ class StableDiffusion3Denoiser(AttentiveDenoiser):
     def append_prompts(
         self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
-        # SD3 gives positions to image tokens alone, so more prompts need none of their own.
+        # Only image tokens have positions in SD3, so more prompts need none.
         base = kwargs["encoder_hidden_states"]
-        joined, spans = common.joined_texts(base, prompts, name="prompt_embeds", trim_padding=trim_padding, ahead=False)
+        joined, spans = common.join_prompts(
+            base, prompts, name="prompt_embeds", trim_padding=trim_padding, prepend=False
+        )
         image = Span("image", math.prod(self.token_grid))
-        return {**kwargs, "encoder_hidden_states": joined}, [(image, *of_row) for of_row in spans]
+        return {**kwargs, "encoder_hidden_states": joined}, [(image, *row_spans) for row_spans in spans]
 
     def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
-        if "norm" in layer or layer.startswith("time_"):
-            return None
-        of_prompt = ("context_embedder", ".ff_context.", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
-        return "text" if any(part in layer for part in of_prompt) else "image"
+        return common.mmdit_stream(layer)
 
     def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> RegionalSD3Processor:
-        return RegionalSD3Processor.like(site.attention, attention_fn)
+        return RegionalSD3Processor.for_layer(site.attention, attention_fn)

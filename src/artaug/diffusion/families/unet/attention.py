@@ -1,31 +1,22 @@
-"""A UNet's cross-attention, told apart by regions: diffusers' own processor with another attention at its heart."""
+"""A UNet's cross-attention with regions: diffusers' processor, with another attention in place of its own."""
 
-from typing import Self
+from typing import ClassVar
 
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-from artaug.diffusion.families.common import check_processor
+from artaug.diffusion.families.common import RegionalProcessor
 from artaug.errors import GuideError
-from artaug.regional.denoiser import AttentionFn, AttentionLayer
 
 
-class RegionalCrossProcessor:
-    """Twin of `AttnProcessor2_0` in cross-attention, line by line, that attends as it is told."""
+class RegionalCrossProcessor(RegionalProcessor):
+    """Twin of `diffusers.models.attention_processor.AttnProcessor2_0` of diffusers 0.42, for cross-attention.
 
-    def __init__(self, attention_fn: AttentionFn) -> None:
-        """Attend with ``attention_fn``, queries of the image and keys of the prompts."""
-        self._attention_fn = attention_fn
+    It differs in three places: `attention_fn` computes the attention, an attention mask is an error, and what a UNet's
+    cross-attention does not use is left out (spatial norm, group norm, hidden states with rows and columns).
+    """
 
-    @classmethod
-    def like(cls, attention: AttentionLayer, attention_fn: AttentionFn) -> Self:
-        """The twin of a layer's processor.
-
-        Raises:
-            GuideError: if the layer has another processor than a fresh UNet's.
-        """
-        check_processor(attention, AttnProcessor2_0)
-        return cls(attention_fn)
+    upstream: ClassVar[type] = AttnProcessor2_0
 
     def __call__(
         self,
@@ -38,19 +29,44 @@ class RegionalCrossProcessor:
             raise GuideError(
                 "the UNet was given an encoder_attention_mask, which regional attention would drop. Leave it out."
             )
+
+        residual = hidden_states
+
+        batch_size = encoder_hidden_states.shape[0]
+
+        query = attn.to_q(hidden_states)
+
         if attn.norm_cross:
             encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
-        heads = (attn.heads, -1)
-        query, key, value = (
-            one.unflatten(-1, heads).transpose(1, 2)
-            for one in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
-        )
+
+        key = attn.to_k(encoder_hidden_states)
+        value = attn.to_v(encoder_hidden_states)
+
+        inner_dim = key.shape[-1]
+        head_dim = inner_dim // attn.heads
+
+        query = query.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
+
+        key = key.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
+        value = value.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
+
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        mixed = self._attention_fn(query, key, value).transpose(1, 2).flatten(2, 3).to(query.dtype)
-        mixed = attn.to_out[1](attn.to_out[0](mixed))
+
+        # the output of attention = (batch, num_heads, seq_len, head_dim)
+        hidden_states = self._attention_fn(query, key, value)
+
+        hidden_states = hidden_states.transpose(1, 2).reshape(batch_size, -1, attn.heads * head_dim)
+        hidden_states = hidden_states.to(query.dtype)
+
+        # linear proj
+        hidden_states = attn.to_out[0](hidden_states)
+        # dropout
+        hidden_states = attn.to_out[1](hidden_states)
+
         if attn.residual_connection:
-            mixed = mixed + hidden_states
-        return mixed / attn.rescale_output_factor  # type: ignore[no-any-return]
+            hidden_states = hidden_states + residual
+
+        return hidden_states / attn.rescale_output_factor  # type: ignore[no-any-return]

@@ -1,11 +1,16 @@
-"""What the UNet families have in common: prompts read by cross-attention, noise or v as the prediction."""
+"""What the UNet families have in common: cross-attention to CLIP's tokens, noise or v as the prediction.
+
+Text: the tokens of one CLIP or two, always 77, padding included. Guidance: classifier-free, both branches in one batch.
+Attention: image tokens attend to the text in transformer blocks at several resolutions; a self-attention among image tokens
+stands beside each. Noise: a variance preserving schedule of betas (Ho et al. 2020) with whole timesteps.
+"""
 
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from diffusers import Transformer2DModel, UNet2DConditionModel
@@ -15,7 +20,6 @@ from torch import Tensor, nn
 from artaug._internal.truncation import warn_if_truncated
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
-from artaug.diffusion.families.cfg import batched_branches, check_negative_is_read
 from artaug.diffusion.families.unet.attention import RegionalCrossProcessor
 from artaug.errors import GuideError, ModelError
 from artaug.regional.denoiser import (
@@ -32,10 +36,10 @@ from artaug.regional.denoiser import (
 )
 from artaug.training.noise_schedule import BetaSchedule, EpsilonPrediction, VPrediction
 
-_PIPELINES_MULTIPLE_PX = 8
-_UNSAID = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
-"""Of schedulers older than these settings."""
-_KNOWN = {
+_PIPELINE_MULTIPLE_PX = 8
+_DEFAULTS = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
+"""Settings that configs of older schedulers lack."""
+_SUPPORTED = {
     "prediction_type": ("epsilon", "v_prediction"),
     "beta_schedule": get_args(BetaSchedule),
     "trained_betas": (None,),
@@ -45,54 +49,52 @@ _KNOWN = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UNetFamily(Family):
-    """A UNet whose image tokens look at the tokens of CLIP.
+    """A UNet whose image tokens attend to the tokens of CLIP.
 
     ``guidance_scale`` is classifier-free guidance; at 1 and below there is none, and a distilled model that takes the
     scale as an input (LCM) has none either. CLIP reads 77 tokens, whatever ``max_sequence_length`` above that says.
 
-    All tokens CLIP gives count as a prompt's own: its padding has read the words before it, and no UNet was ever
-    trained without.
+    All tokens of CLIP count as a prompt's own: its padding has attended to the words before it, and no UNet was trained
+    without it.
     """
 
+    _components: ClassVar[Sequence[str]]
+    """What the pipeline cannot do without."""
+    _default_guidance_scale: ClassVar[float]
+    """The default of its pipeline."""
+
     def __post_init__(self) -> None:
-        common.check_parts(self.pipeline, self._parts)
-        # Its pipelines ask for eighths whatever the VAE.
-        multiple = math.lcm(_PIPELINES_MULTIPLE_PX, self.pipeline.vae_scale_factor)
+        common.check_components(self.pipeline, self._components)
+        # diffusers' pipelines ask for multiples of 8 pixels whatever the VAE.
+        multiple = math.lcm(_PIPELINE_MULTIPLE_PX, self.pipeline.vae_scale_factor)
         common.check_size(self.pipeline, width=self.width, height=self.height, multiple=multiple)
         common.check_no_true_cfg(self.pipeline, self.true_cfg_scale)
-        check_negative_is_read(self.pipeline, self.negative_prompt, is_guided=self._is_guided, scale=self._guidance)
-        if self.max_sequence_length < self._clip_reads:
+        common.check_negative_has_effect(
+            self.pipeline, self.negative_prompt, is_guided=self._is_guided, scale=self._guidance
+        )
+        if self.max_sequence_length < self._clip_length:
             raise ModelError(
                 f"max_sequence_length={self.max_sequence_length} would be ignored: CLIP always reads "
-                f"{self._clip_reads} tokens, padding included. Leave it at that or above."
+                f"{self._clip_length} tokens, padding included. Leave it at that or above."
             )
-
-    @property
-    @abstractmethod
-    def _parts(self) -> Sequence[str]:
-        """What the pipeline cannot do without."""
-
-    @property
-    @abstractmethod
-    def _recommended_guidance(self) -> float:
-        """The scale its pipeline recommends."""
 
     @abstractmethod
     def _added_conditions(self, conditioning: Conditioning) -> Mapping[str, Tensor] | None:
-        """What the UNet is told besides the prompts' tokens and the noise level, as drawing tells it."""
+        """The UNet's ``added_cond_kwargs`` for these prompts at this size, None if it takes none."""
 
     @property
     def negative(self) -> str | None:
         return (self.negative_prompt or "") if self._is_guided else None
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
-        return [slice(0, self._clip_reads)] * len(prompts)
+        return [slice(0, self._clip_length)] * len(prompts)
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
         factor, config = self.pipeline.vae_scale_factor, self.pipeline.scheduler.config
         return UNetDenoiser(
             module=self.module,
             grid=(self.height // factor, self.width // factor),
+            isolation=self.isolation,
             pictures=len(conditioning["prompt_embeds"]),
             timesteps=config.num_train_timesteps if "beta_schedule" in config else None,
         )
@@ -109,23 +111,27 @@ class UNetFamily(Family):
         Raises:
             ModelError: if it names others than training knows.
         """
-        config = {**_UNSAID, **self.pipeline.scheduler.config}
+        config = {**_DEFAULTS, **self.pipeline.scheduler.config}
         scheduler = type(self.pipeline.scheduler).__name__
-        odd = {name: config.get(name) for name, known in _KNOWN.items() if config.get(name) not in known}
-        if odd:
-            expected = {name: list(_KNOWN[name]) for name in odd}
-            raise ModelError(f"{scheduler} has {odd}, which training does not know. It knows {expected}.")
+        unsupported = {
+            name: config.get(name) for name, supported in _SUPPORTED.items() if config.get(name) not in supported
+        }
+        if unsupported:
+            expected = {name: list(_SUPPORTED[name]) for name in unsupported}
+            raise ModelError(f"{scheduler} has {unsupported}, which training does not know. It knows {expected}.")
         betas = {name: config[name] for name in ("beta_start", "beta_end")}
-        steps, schedule = config["num_train_timesteps"], config["beta_schedule"]
+        timesteps, schedule = config["num_train_timesteps"], config["beta_schedule"]
         if config["prediction_type"] == "v_prediction":
-            zero = config["rescale_betas_zero_snr"]
-            return VPrediction(**betas, num_train_timesteps=steps, beta_schedule=schedule, rescale_betas_zero_snr=zero)
+            zero_snr = config["rescale_betas_zero_snr"]
+            return VPrediction(
+                **betas, num_train_timesteps=timesteps, beta_schedule=schedule, rescale_betas_zero_snr=zero_snr
+            )
         if config["rescale_betas_zero_snr"]:
             raise ModelError(
                 f"{scheduler} has rescale_betas_zero_snr=True with prediction_type='epsilon': of pure noise, a model that "
                 "predicts noise learns nothing. Expected prediction_type='v_prediction', or betas that are not rescaled."
             )
-        return EpsilonPrediction(**betas, num_train_timesteps=steps, beta_schedule=schedule)
+        return EpsilonPrediction(**betas, num_train_timesteps=timesteps, beta_schedule=schedule)
 
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         return common.vae_latents(self.pipeline, images, width=self.width, height=self.height)
@@ -134,11 +140,11 @@ class UNetFamily(Family):
         return common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
 
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
-        """Predict as every family does, at the whole timestep whose noise level is nearest: training has no others."""
+        """As in `Family`, at the whole timestep whose noise level is nearest: the model was trained at no others."""
         embeds = conditioning["prompt_embeds"]
         prediction: Tensor = self.module(
             noisy.to(embeds),
-            self._timesteps_at(sigmas).to(embeds.device),
+            self._nearest_timesteps(sigmas).to(embeds.device),
             encoder_hidden_states=embeds,
             timestep_cond=self._embedded_guidance(embeds),
             added_cond_kwargs=self._added_conditions(conditioning),
@@ -148,36 +154,35 @@ class UNetFamily(Family):
 
     @property
     def _guidance(self) -> float:
-        return self._recommended_guidance if self.guidance_scale is None else self.guidance_scale
+        return self._default_guidance_scale if self.guidance_scale is None else self.guidance_scale
 
     @property
     def _is_guided(self) -> bool:
         return self._guidance > 1 and self.pipeline.unet.config.time_cond_proj_dim is None
 
     @property
-    def _clip_reads(self) -> int:
+    def _clip_length(self) -> int:
         return int(self.pipeline.tokenizer.model_max_length)
 
-    def _timesteps_at(self, sigmas: Tensor) -> Tensor:
-        levels: Tensor = (1 - self.pipeline.scheduler.alphas_cumprod.double().cpu()).sqrt()
-        return (sigmas.double().cpu()[:, None] - levels).abs().argmin(dim=1)
+    def _nearest_timesteps(self, sigmas: Tensor) -> Tensor:
+        # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, so sigma of timestep t is sqrt(1 - alpha_bar_t).
+        timestep_sigmas: Tensor = (1 - self.pipeline.scheduler.alphas_cumprod.double().cpu()).sqrt()
+        return (sigmas.double().cpu()[:, None] - timestep_sigmas).abs().argmin(dim=1)
 
-    def _embedded_guidance(self, like: Tensor) -> Tensor | None:
-        """The scale as the input of a model distilled to take it, made as the pipeline makes it."""
-        width = self.pipeline.unet.config.time_cond_proj_dim
-        if width is None:
+    def _embedded_guidance(self, embeds: Tensor) -> Tensor | None:
+        """The guidance scale as an input, for a model distilled to take it (LCM): None for any other."""
+        embedding_dim = self.pipeline.unet.config.time_cond_proj_dim
+        if embedding_dim is None:
             return None
-        scale = torch.tensor(self._guidance - 1).repeat(len(like))
-        embedded: Tensor = self.pipeline.get_guidance_scale_embedding(scale, embedding_dim=width)
-        return embedded.to(like)
+        scale = torch.tensor(self._guidance - 1).repeat(len(embeds))
+        embedded: Tensor = self.pipeline.get_guidance_scale_embedding(scale, embedding_dim=embedding_dim)
+        return embedded.to(embeds)
 
-    def _warn_of_cuts(self, prompt: str) -> None:
+    def _warn_if_truncated(self, prompt: str) -> None:
         # Where there are two CLIPs, they share one vocabulary and are cut at one length.
         tokenizer = self.pipeline.tokenizer
-        to_state_dict = self.pipeline.maybe_convert_prompt(prompt, tokenizer)  # the words of a textual inversion
-        warn_if_truncated(
-            to_state_dict, reader="CLIP", tokenizer=tokenizer, limit=self._clip_reads, remedy="Shorten it."
-        )
+        converted = self.pipeline.maybe_convert_prompt(prompt, tokenizer)  # the words of a textual inversion
+        warn_if_truncated(converted, reader="CLIP", tokenizer=tokenizer, limit=self._clip_length, remedy="Shorten it.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,34 +190,34 @@ class UNetDenoiser(AttentiveDenoiser):
     """A UNet in one run, as a guide sees it."""
 
     pictures: int
-    """How many the run draws."""
+    """How many pictures the run draws."""
     timesteps: int | None
-    """What a noise level of 1 is called; None if the scheduler does not count timesteps."""
+    """The timestep of noise level 1; None if the scheduler does not count timesteps."""
 
     def branches(self, kwargs: ForwardKwargs) -> Branches:
-        return batched_branches(len(kwargs["sample"]), pictures=self.pictures)
+        return common.batched_branches(len(kwargs["sample"]), pictures=self.pictures)
 
     def with_prompt_embeds(
         self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
     ) -> dict[str, Any]:
-        some = list(rows)
-        changed = {**kwargs, "sample": kwargs["sample"][some]}
-        changed["encoder_hidden_states"] = torch.cat([text.conditioning["prompt_embeds"] for text in prompts])
+        selected = list(rows)
+        changed = {**kwargs, "sample": kwargs["sample"][selected]}
+        changed["encoder_hidden_states"] = torch.cat([prompt.conditioning["prompt_embeds"] for prompt in prompts])
         if torch.is_tensor(kwargs["timestep"]) and kwargs["timestep"].ndim:
-            changed["timestep"] = kwargs["timestep"][some]
+            changed["timestep"] = kwargs["timestep"][selected]
         if kwargs.get("timestep_cond") is not None:
-            changed["timestep_cond"] = kwargs["timestep_cond"][some]
+            changed["timestep_cond"] = kwargs["timestep_cond"][selected]
         if (added := kwargs.get("added_cond_kwargs")) is not None:
-            pooled = torch.cat([text.conditioning["pooled_prompt_embeds"] for text in prompts])
-            changed["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": added["time_ids"][some]}
+            pooled = torch.cat([prompt.conditioning["pooled_prompt_embeds"] for prompt in prompts])
+            changed["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": added["time_ids"][selected]}
         return changed
 
     def broadcast_weights(self, weights: Tensor) -> Tensor:
-        return weights  # (channels, rows, columns) is what they multiply
+        return weights  # they multiply (channels, rows, columns)
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """Of the coarsest level, so that a region that is read there is read everywhere."""
+        """That of the coarsest level: a region with an image token there has some at every level."""
         return min((grid for _, grid in _cross_attention(self.module, self.grid)), key=math.prod)
 
     @property
@@ -225,7 +230,7 @@ class UNetDenoiser(AttentiveDenoiser):
     def noise_level(self, kwargs: ForwardKwargs) -> float:
         if self.timesteps is None:
             raise GuideError(
-                "this pipeline's scheduler does not count timesteps (EDM's tell the logarithm of the noise instead), so "
+                "this pipeline's scheduler does not count timesteps (EDM's give the logarithm of the noise instead), so "
                 "regions cannot follow the noise level. Use a scheduler with betas, as DDIM's, or OutputMix."
             )
         return float(torch.as_tensor(kwargs["timestep"]).flatten()[0]) / self.timesteps
@@ -234,28 +239,30 @@ class UNetDenoiser(AttentiveDenoiser):
         self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
         base = kwargs["encoder_hidden_states"]
-        joined, spans = common.joined_texts(base, prompts, name="prompt_embeds", trim_padding=trim_padding, ahead=False)
+        joined, spans = common.join_prompts(
+            base, prompts, name="prompt_embeds", trim_padding=trim_padding, prepend=False
+        )
         return {**kwargs, "encoder_hidden_states": joined}, spans
 
     def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         if ".transformer_blocks." in layer:
             return "text" if layer.endswith(("attn2.to_k", "attn2.to_v")) else "image"
-        # Before and after those blocks there are linear layers of tokens or convolutions of pixels, by the model. All
-        # other linear layers work on the noise level.
+        # Before and after those blocks stand linear layers on tokens, or convolutions on pixels, by the model. All other
+        # linear layers work on the noise level.
         return "image" if ".attentions." in layer or layer in self._convolutions else None
 
     @cached_property
     def _convolutions(self) -> frozenset[str]:
-        return frozenset(name for name, one in self.module.named_modules() if isinstance(one, nn.Conv2d))
+        return frozenset(name for name, layer in self.module.named_modules() if isinstance(layer, nn.Conv2d))
 
     def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> RegionalCrossProcessor:
-        return RegionalCrossProcessor.like(site.attention, attention_fn)
+        return RegionalCrossProcessor.for_layer(site.attention, attention_fn)
 
 
 def _cross_attention(
     unet: UNet2DConditionModel, grid: tuple[int, int]
 ) -> Iterator[tuple[AttentionLayer, tuple[int, int]]]:
-    """Every layer where the image looks at prompts, in the order of computation, and its rows and columns."""
+    """Every cross-attention layer in the order of computation, with the rows and columns of its image tokens."""
     grids = [grid]
     for block in unet.down_blocks:
         for attention in _cross_attention_in(getattr(block, "attentions", ())):
@@ -275,4 +282,6 @@ def _cross_attention(
 def _cross_attention_in(transformers: Iterable[Transformer2DModel]) -> Iterator[AttentionLayer]:
     for transformer in transformers:
         for layer in transformer.transformer_blocks:
-            yield from (one for one in (layer.attn1, layer.attn2) if one is not None and one.is_cross_attention)
+            for attention in (layer.attn1, layer.attn2):
+                if attention is not None and attention.is_cross_attention:
+                    yield attention

@@ -1,9 +1,9 @@
-"""Z-Image's attention, told apart by regions: diffusers' own processor with another attention at its heart, and places."""
+"""Z-Image's attention with regions: diffusers' processor with another attention, and captions with captions behind them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ZImageTransformer2DModel
@@ -12,67 +12,87 @@ from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSin
 from torch import Tensor
 from torch.nn.functional import pad
 
-from artaug.diffusion.families.common import check_processor
-from artaug.regional.denoiser import AttentionFn, AttentionLayer
+from artaug.diffusion.families.common import RegionalProcessor
 
 
-def padded(length: int) -> int:
-    """Tokens of a sequence with the model's own padding, which it sees, behind it."""
+def padded_length(length: int) -> int:
+    """Tokens of a sequence once the model has padded it to a multiple of 32. The model attends to this padding."""
     multiple = int(SEQ_MULTI_OF)
     return -(-length // multiple) * multiple
 
 
 @dataclass(frozen=True, eq=False)
-class Captions:
-    """A caption with others after it, in place of the one caption Z-Image takes for a picture."""
+class JoinedCaptions:
+    """A caption and the captions of regions behind it, in place of the one caption that Z-Image takes for a picture."""
 
-    own: Tensor
-    """Shape (tokens, channels)."""
-    added: tuple[Tensor, ...]
-    """Each of shape (tokens, channels)."""
-    whole: bool
-    """Whether the added ones get the padding that the model gives to a caption of its own."""
+    prompt: Tensor
+    """The plan's own caption, (tokens, channels)."""
+    regions: tuple[Tensor, ...]
+    """The regions' captions, each (tokens, channels)."""
+    pad_regions: bool
+    """Whether the regions' captions get the padding that the model gives to a caption of its own."""
     filler: int = 0
-    """Tokens after all of them that nobody sees, so that the rows of a batch are of one length."""
+    """Hidden tokens behind all captions, so that the rows of a batch have one length."""
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of the own caption and of the added ones, each with its padding."""
-        return [padded(len(self.own)), *(padded(len(one)) if self.whole else len(one) for one in self.added)]
+        """Tokens of the plan's caption and of each region's, padding included."""
+        return [
+            padded_length(len(self.prompt)),
+            *(padded_length(len(region)) if self.pad_regions else len(region) for region in self.regions),
+        ]
 
-    def behind(self, tokens: Tensor, places: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Put the added captions behind the own one as the model has prepared it, each beginning at the first place."""
-        rows, orders, unsaid = [tokens], [places[: len(tokens)]], [padding]
-        for one, room in zip(self.added, self.lengths[1:], strict=True):
-            rows.append(pad(one, (0, 0, 0, room - len(one))))
-            order = torch.arange(1, room + 1, device=places.device, dtype=places.dtype)
-            orders.append(pad(order[:, None], (0, places.shape[1] - 1)))
-            unsaid.append(torch.arange(room, device=padding.device) >= len(one))
-        rows.append(tokens.new_zeros(self.filler, tokens.shape[1]))
-        orders.append(places.new_zeros(self.filler, places.shape[1]))
-        unsaid.append(padding.new_ones(self.filler))
-        return torch.cat(rows), torch.cat(orders), torch.cat(unsaid)
+    def append_to(self, tokens: Tensor, pos_ids: Tensor, pad_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Append the regions' captions to what `patchify_and_embed` makes of the plan's caption.
+
+        Args:
+            tokens: (tokens, channels), padded.
+            pos_ids: (tokens, 3). A caption counts its tokens on the first axis, from 1.
+            pad_mask: (tokens,), True where the model puts its padding token.
+
+        Returns:
+            The three, longer. Every caption counts from 1 again, as if it were the only one.
+        """
+        all_tokens, all_pos_ids, all_pad_masks = [tokens], [pos_ids[: len(tokens)]], [pad_mask]
+        for region, length in zip(self.regions, self.lengths[1:], strict=True):
+            all_tokens.append(pad(region, (0, 0, 0, length - len(region))))
+            order = torch.arange(1, length + 1, device=pos_ids.device, dtype=pos_ids.dtype)
+            all_pos_ids.append(pad(order[:, None], (0, pos_ids.shape[1] - 1)))
+            all_pad_masks.append(torch.arange(length, device=pad_mask.device) >= len(region))
+        all_tokens.append(tokens.new_zeros(self.filler, tokens.shape[1]))
+        all_pos_ids.append(pos_ids.new_zeros(self.filler, pos_ids.shape[1]))
+        all_pad_masks.append(pad_mask.new_ones(self.filler))
+        return torch.cat(all_tokens), torch.cat(all_pos_ids), torch.cat(all_pad_masks)
 
 
 @contextmanager
-def captions_in_place(transformer: ZImageTransformer2DModel) -> Iterator[None]:
-    """Let a transformer take `Captions` for a time: where tokens are is decided inside it, and no argument says."""
-    plain: Callable[..., tuple[list[Any], ...]] = transformer.patchify_and_embed
+def accept_joined_captions(transformer: ZImageTransformer2DModel) -> Iterator[None]:
+    """Let a transformer take `JoinedCaptions` in a ``with`` block.
+
+    The transformer computes the tokens' positions itself and has no argument for them, so its ``patchify_and_embed`` is
+    replaced on the instance.
+    """
+    original: Callable[..., tuple[list[Any], ...]] = transformer.patchify_and_embed
     replaced = vars(transformer).get("patchify_and_embed")
 
-    def patchified(
-        all_image: Sequence[Tensor], all_cap_feats: Sequence[Tensor | Captions], patch_size: int, f_patch_size: int
+    def patchify_and_embed(
+        all_image: Sequence[Tensor],
+        all_cap_feats: Sequence[Tensor | JoinedCaptions],
+        patch_size: int,
+        f_patch_size: int,
     ) -> tuple[list[Any], ...]:
-        own = [one.own if isinstance(one, Captions) else one for one in all_cap_feats]
-        images, tokens, sizes, image_places, places, image_padding, padding = plain(
-            all_image, own, patch_size, f_patch_size
+        prompts = [caption.prompt if isinstance(caption, JoinedCaptions) else caption for caption in all_cap_feats]
+        images, captions, sizes, image_pos_ids, pos_ids, image_pad_masks, pad_masks = original(
+            all_image, prompts, patch_size, f_patch_size
         )
-        for row, one in enumerate(all_cap_feats):
-            if isinstance(one, Captions):
-                tokens[row], places[row], padding[row] = one.behind(tokens[row], places[row], padding[row])
-        return images, tokens, sizes, image_places, places, image_padding, padding
+        for row, caption in enumerate(all_cap_feats):
+            if isinstance(caption, JoinedCaptions):
+                captions[row], pos_ids[row], pad_masks[row] = caption.append_to(
+                    captions[row], pos_ids[row], pad_masks[row]
+                )
+        return images, captions, sizes, image_pos_ids, pos_ids, image_pad_masks, pad_masks
 
-    transformer.patchify_and_embed = patchified
+    transformer.patchify_and_embed = patchify_and_embed
     try:
         yield
     finally:
@@ -81,16 +101,15 @@ def captions_in_place(transformer: ZImageTransformer2DModel) -> Iterator[None]:
             transformer.patchify_and_embed = replaced
 
 
-class RegionalZImageProcessor:
-    """Twin of `ZSingleStreamAttnProcessor`, line by line, that attends as it is told.
+class RegionalZImageProcessor(RegionalProcessor):
+    """Twin of `diffusers.models.transformers.transformer_z_image.ZSingleStreamAttnProcessor` of diffusers 0.42.
 
-    A call with a mask, which hides what fills up the shorter rows of a batch, has no region to heed and is answered as
-    diffusers would: `Captions` are all of one length, so that the model makes no mask of its own.
+    It differs in two places: `attention_fn` computes the attention, and a call with a mask goes to diffusers' own processor.
+    Such a mask hides the filler of the shorter rows of a batch, and comes only in calls without regions: `JoinedCaptions`
+    have one length, so that the model makes no mask for them.
     """
 
-    def __init__(self, attention_fn: AttentionFn) -> None:
-        """Attend with ``attention_fn``, the image before the prompts."""
-        self._attention_fn = attention_fn
+    upstream: ClassVar[type] = ZSingleStreamAttnProcessor
 
     def __call__(
         self,
@@ -101,35 +120,51 @@ class RegionalZImageProcessor:
         freqs_cis: Tensor | None = None,
     ) -> Tensor:
         if attention_mask is not None:
-            plain: Tensor = ZSingleStreamAttnProcessor()(
+            outputs: Tensor = ZSingleStreamAttnProcessor()(
                 attn, hidden_states, attention_mask=attention_mask, freqs_cis=freqs_cis
             )
-            return plain
-        query, key, value = (
-            to(hidden_states).unflatten(-1, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v)
-        )
+            return outputs
+
+        query = attn.to_q(hidden_states)
+        key = attn.to_k(hidden_states)
+        value = attn.to_v(hidden_states)
+
+        query = query.unflatten(-1, (attn.heads, -1))
+        key = key.unflatten(-1, (attn.heads, -1))
+        value = value.unflatten(-1, (attn.heads, -1))
+
+        # Apply Norms
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
+
+        # Apply RoPE
+        def apply_rotary_emb(x_in: Tensor, freqs_cis: Tensor) -> Tensor:
+            with torch.amp.autocast("cuda", enabled=False):
+                x = torch.view_as_complex(x_in.float().reshape(*x_in.shape[:-1], -1, 2))
+                freqs_cis = freqs_cis.unsqueeze(2)
+                x_out = torch.view_as_real(x * freqs_cis).flatten(3)
+                return x_out.type_as(x_in)
+
         if freqs_cis is not None:
-            query, key = _rotated(query, freqs_cis), _rotated(key, freqs_cis)
-        mixed = self._attention_fn(*(one.transpose(1, 2) for one in (query, key, value))).transpose(1, 2)
-        output: Tensor = attn.to_out[0](mixed.flatten(2, 3).to(query.dtype))
-        return attn.to_out[1](output) if len(attn.to_out) > 1 else output
+            query = apply_rotary_emb(query, freqs_cis)
+            key = apply_rotary_emb(key, freqs_cis)
 
+        # Cast to correct dtype
+        dtype = query.dtype
 
-def regional_processor(attention: AttentionLayer, attention_fn: AttentionFn) -> RegionalZImageProcessor:
-    """The twin of a layer's processor.
+        # Compute joint attention: (batch, tokens, heads, channels) here, (batch, heads, tokens, channels) there
+        hidden_states = self._attention_fn(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(
+            1, 2
+        )
 
-    Raises:
-        GuideError: if the layer has another processor than Z-Image's own.
-    """
-    check_processor(attention, ZSingleStreamAttnProcessor)
-    return RegionalZImageProcessor(attention_fn)
+        # Reshape back
+        hidden_states = hidden_states.flatten(2, 3)
+        hidden_states = hidden_states.to(dtype)
 
+        output: Tensor = attn.to_out[0](hidden_states)
+        if len(attn.to_out) > 1:  # dropout
+            output = attn.to_out[1](output)
 
-def _rotated(tokens: Tensor, places: Tensor) -> Tensor:
-    with torch.amp.autocast("cuda", enabled=False):
-        pairs = torch.view_as_complex(tokens.float().reshape(*tokens.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * places.unsqueeze(2)).flatten(3).type_as(tokens)
+        return output

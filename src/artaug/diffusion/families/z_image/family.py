@@ -1,4 +1,11 @@
-"""The Z-Image family: unpacked latents, prompts as long as they are, the opposite of a velocity as the prediction."""
+"""Z-Image (Alibaba Tongyi, 2025): a single-stream transformer, base and Turbo.
+
+Text: hidden states of Qwen3 of the prompt in a chat template; a prompt is as long as it is, padded to a multiple of 32 tokens.
+Guidance: classifier-free, both branches in one batch, the positive first; its scale counts from 0. Attention: two refiners,
+of the image's tokens and of the text's, then layers of both, the image's tokens first; positions have three axes, of which the
+first counts the tokens of a prompt and places the image behind it. Noise: the output is the negative of a velocity, and the
+time input is 1 - sigma. Latents are lists of pictures, not packed.
+"""
 
 import dataclasses
 import math
@@ -10,18 +17,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import ZImagePipeline
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from artaug.diffusion.families import common, llm_encoders
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.z_image.attention import (
-    Captions,
+    JoinedCaptions,
     RegionalZImageProcessor,
-    captions_in_place,
-    padded,
-    regional_processor,
+    accept_joined_captions,
+    padded_length,
 )
 from artaug.errors import GuideError, ModelError
+from artaug.lora.formats import Z_IMAGE, KeyMap
 from artaug.regional.denoiser import (
     AttentionFn,
     AttentionSite,
@@ -36,28 +43,28 @@ from artaug.regional.denoiser import (
 )
 from artaug.training.noise_schedule import FlowMatching
 
-_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-_GUIDANCE = 5.0
+_COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+_GUIDANCE_SCALE = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ZImage(Family):
     """Z-Image, base and Turbo.
 
-    ``guidance_scale`` is classifier-free guidance against ``negative_prompt`` or the empty prompt, 5 unless told
-    otherwise, and it counts from 0: the prediction moves by so many times its distance to the negative one. 0 is none,
-    and what Turbo is made for.
+    ``guidance_scale`` is classifier-free guidance against ``negative_prompt`` or the empty prompt, 5 by default. It counts
+    from 0: the prediction is ``cond + guidance_scale * (cond - uncond)``. 0 is none, as Turbo expects.
 
     Raises:
-        ModelError: for a pipeline that lacks a part, a size that is not whole image tokens or beyond the model's
+        ModelError: for a pipeline that lacks a component, a size that is not whole image tokens or beyond the model's
             positions, a negative prompt or scale that would be ignored, or a ``max_sequence_length`` beyond the
             positions.
     """
 
     pipeline_class: ClassVar[type] = ZImagePipeline
+    key_map: ClassVar[KeyMap | None] = Z_IMAGE
 
     def __post_init__(self) -> None:
-        common.check_parts(self.pipeline, _PARTS)
+        common.check_components(self.pipeline, _COMPONENTS)
         common.check_size(self.pipeline, width=self.width, height=self.height, multiple=2 * self._latent_px)
         common.check_no_true_cfg(self.pipeline, self.true_cfg_scale)
         if self.negative_prompt is not None and self.negative is None:
@@ -65,9 +72,9 @@ class ZImage(Family):
                 f"negative_prompt={self.negative_prompt!r} would be ignored: guidance_scale={self.guidance_scale} is no "
                 "guidance. Leave it out, or set a guidance_scale above 0."
             )
-        text, rows, columns = self.pipeline.transformer.config.axes_lens
-        # The image is at the place behind its prompt, and that has places from 1.
-        longest = (text - 2) // padded(1) * padded(1)
+        text_positions, rows, columns = self.pipeline.transformer.config.axes_lens
+        # A prompt's positions count from 1, and the image takes the position behind them.
+        longest = (text_positions - 2) // padded_length(1) * padded_length(1)
         if not 1 <= self.max_sequence_length <= longest:
             raise ModelError(
                 f"max_sequence_length={self.max_sequence_length}: this Z-Image reads 1 to {longest} tokens of a chat."
@@ -84,33 +91,40 @@ class ZImage(Family):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        for prompt, chat in zip(prompts, self._chats(prompts), strict=True):
+        for prompt, chat in zip(prompts, self._chat_tokens(prompts), strict=True):
             llm_encoders.warn_if_chat_truncated(
                 prompt, chat, reader="Z-Image", tokenizer=self.pipeline.tokenizer, limit=self.max_sequence_length
             )
         rows, _ = self.pipeline.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )
-        embeds, mask = llm_encoders.stacked(rows)
+        embeds, mask = llm_encoders.pad_rows(rows)
         return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
-        return [slice(0, min(len(chat), self.max_sequence_length)) for chat in self._chats(prompts)]
+        return [slice(0, min(len(chat), self.max_sequence_length)) for chat in self._chat_tokens(prompts)]
 
-    def arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
+    def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
         return {
-            "prompt_embeds": _captions(conditioning),
-            "negative_prompt_embeds": None if negative is None else _captions(negative),
+            "prompt_embeds": _unpad(conditioning),
+            "negative_prompt_embeds": None if negative is None else _unpad(negative),
             "guidance_scale": self._scale,
         }
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        return ZImageDenoiser(module=self.module, grid=self._grid, pictures=len(conditioning["prompt_embeds"]))
+        return ZImageDenoiser(
+            module=self.module,
+            grid=self._grid,
+            isolation=self.isolation,
+            pictures=len(conditioning["prompt_embeds"]),
+        )
 
-    @property
-    def module(self) -> nn.Module:
-        transformer: nn.Module = self.pipeline.transformer
-        return transformer
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        longest = self.max_sequence_length
+        return {
+            "prompt_embeds": (longest, self.pipeline.transformer.config.cap_feat_dim),
+            "prompt_embeds_mask": (longest,),
+        }
 
     @property
     def noise_schedule(self) -> FlowMatching:
@@ -125,15 +139,15 @@ class ZImage(Family):
         return common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
 
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
-        """The velocity: the opposite of the model's output, as the pipeline takes it."""
-        captions = _captions(conditioning)
+        """The velocity, which is the negative of the model's output."""
+        captions = _unpad(conditioning)
         images = noisy.to(captions[0].device, self.pipeline.transformer.dtype).unsqueeze(2)
-        cleanness = (1000 - 1000 * sigmas.to(images.device, torch.float32)) / 1000  # in the pipeline's own steps
-        against = self.module(list(images.unbind(0)), cleanness, captions, return_dict=False)[0]
-        return -torch.stack(against).squeeze(2).to(noisy)
+        timestep = (1000 - 1000 * sigmas.to(images.device, torch.float32)) / 1000  # rounded as the pipeline rounds it
+        outputs = self.module(list(images.unbind(0)), timestep, captions, return_dict=False)[0]
+        return -torch.stack(outputs).squeeze(2).to(noisy)
 
-    def _chats(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each prompt and the chat around it, none cut."""
+    def _chat_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each prompt in its chat template, before any cut."""
         tokenizer = self.pipeline.tokenizer
         chats = [
             tokenizer.apply_chat_template(
@@ -145,7 +159,7 @@ class ZImage(Family):
 
     @property
     def _latent_px(self) -> int:
-        """Pixels on a side of one latent pixel; an image token is 2 x 2 of them."""
+        """Pixels on a side of one latent pixel; an image token is 2 x 2 latent pixels."""
         return int(self.pipeline.vae_scale_factor)
 
     @property
@@ -154,7 +168,7 @@ class ZImage(Family):
 
     @property
     def _scale(self) -> float:
-        return _GUIDANCE if self.guidance_scale is None else self.guidance_scale
+        return _GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -162,7 +176,7 @@ class ZImageDenoiser(AttentiveDenoiser):
     """A Z-Image transformer in one run, as a guide sees it. Its predictions are of latent pixels."""
 
     pictures: int
-    """Of the run: where a call has twice as many rows, the later half is for the negative prompt."""
+    """How many pictures the run draws. The second half of a call with twice as many rows has the negative prompt."""
 
     def branches(self, kwargs: ForwardKwargs) -> Branches:
         return Branches(cond=range(self.pictures), uncond=range(self.pictures, len(kwargs["x"])))
@@ -170,12 +184,12 @@ class ZImageDenoiser(AttentiveDenoiser):
     def with_prompt_embeds(
         self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
     ) -> dict[str, Any]:
-        some = list(rows)
+        selected = list(rows)
         return {
             **kwargs,
-            "x": [kwargs["x"][row] for row in some],
-            "t": kwargs["t"][some],
-            "cap_feats": [_words(text) for text in prompts],
+            "x": [kwargs["x"][row] for row in selected],
+            "t": kwargs["t"][selected],
+            "cap_feats": [_prompt_tokens(prompt) for prompt in prompts],
         }
 
     def prediction(self, output: Output) -> Tensor:
@@ -198,30 +212,32 @@ class ZImageDenoiser(AttentiveDenoiser):
     @property
     def sites(self) -> Sequence[AttentionSite]:
         transformer: Any = self.module
-        of_texts = [
+        refiner = [
             AttentionSite(layer.attention, block, "text") for block, layer in enumerate(transformer.context_refiner)
         ]
-        of_both = [
-            AttentionSite(layer.attention, len(of_texts) + block) for block, layer in enumerate(transformer.layers)
-        ]
-        return [*of_texts, *of_both]
+        joint = [AttentionSite(layer.attention, len(refiner) + block) for block, layer in enumerate(transformer.layers)]
+        return [*refiner, *joint]
 
     def noise_level(self, kwargs: ForwardKwargs) -> float:
         return 1 - float(kwargs["t"][0])
 
     @contextmanager
     def patched(self) -> Iterator[None]:
-        """Let the transformer take what `append_prompts` makes of a call; needed wherever such a call is made."""
-        with captions_in_place(self.module):
+        """Let the transformer take the joined captions of `append_prompts`; such a call works only in this block."""
+        with accept_joined_captions(self.module):
             yield
 
     def append_prompts(
         self, kwargs: ForwardKwargs, prompts: Sequence[Sequence[EncodedPrompt]], *, trim_padding: bool
     ) -> tuple[dict[str, Any], list[tuple[Span, ...]]]:
-        """As the seam says; what is not ``trim_padding`` has the padding to whole 32 tokens that the model gives a prompt."""
+        # With their padding, regions' prompts are as long as the model makes its own: a multiple of 32 tokens.
         captions = [
-            Captions(own, tuple(_words(text).to(own) for text in of_row), whole=not trim_padding)
-            for own, of_row in zip(kwargs["cap_feats"], prompts, strict=True)
+            JoinedCaptions(
+                caption,
+                tuple(_prompt_tokens(prompt).to(caption) for prompt in row_prompts),
+                pad_regions=not trim_padding,
+            )
+            for caption, row_prompts in zip(kwargs["cap_feats"], prompts, strict=True)
         ]
         self._check_positions(captions)
         longest = max(sum(caption.lengths) for caption in captions)
@@ -229,7 +245,7 @@ class ZImageDenoiser(AttentiveDenoiser):
         return {**kwargs, "cap_feats": captions}, [self._spans(caption) for caption in captions]
 
     def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
-        # The layers before the refiners take all rows of a batch as one long sequence, which no row's spans describe.
+        # The layers before the refiners take all rows of a batch as one long sequence, so no row's spans fit them.
         if "norm" in layer or "adaLN" in layer:
             return None
         streams: dict[str, Literal["image", "text", "joint"]] = {
@@ -241,35 +257,35 @@ class ZImageDenoiser(AttentiveDenoiser):
         return streams.get(layer.partition(".")[0])
 
     def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> RegionalZImageProcessor:
-        return regional_processor(site.attention, attention_fn)
+        return RegionalZImageProcessor.for_layer(site.attention, attention_fn)
 
-    def _spans(self, captions: Captions) -> tuple[Span, ...]:
+    def _spans(self, caption: JoinedCaptions) -> tuple[Span, ...]:
         count = math.prod(self.token_grid)
-        beside = padded(count) - count
+        image_padding = padded_length(count) - count
         return (
             Span("image", count),
-            *([Span("reference", beside)] if beside else []),  # padding that the model sees as it sees the image
-            *(Span("text", length, number) for number, length in enumerate(captions.lengths)),
-            *([Span("padding", captions.filler)] if captions.filler else []),
+            *([Span("reference", image_padding)] if image_padding else []),  # the model attends to it as to the image
+            *(Span("text", length, number) for number, length in enumerate(caption.lengths)),
+            *([Span("padding", caption.filler)] if caption.filler else []),
         )
 
-    def _check_positions(self, captions: Sequence[Captions]) -> None:
+    def _check_positions(self, captions: Sequence[JoinedCaptions]) -> None:
         transformer: Any = self.module
-        room = int(transformer.config.axes_lens[0]) - 1
-        longest = max((length for one in captions for length in one.lengths), default=0)
-        if longest > room:
+        available = int(transformer.config.axes_lens[0]) - 1
+        longest = max((length for caption in captions for length in caption.lengths), default=0)
+        if longest > available:
             raise GuideError(
-                f"a prompt of {longest} tokens is longer than the {room} positions of this model. "
+                f"a prompt of {longest} tokens is longer than the {available} positions of this model. "
                 "Shorten it, or lower max_sequence_length."
             )
 
 
-def _captions(conditioning: Conditioning) -> list[Tensor]:
-    """Encoded prompts as Z-Image takes them: each as long as it is."""
+def _unpad(conditioning: Conditioning) -> list[Tensor]:
+    """Encoded prompts as Z-Image takes them: a list, each as long as it is."""
     lengths = conditioning["prompt_embeds_mask"].sum(dim=1).tolist()
     return [row[:length] for row, length in zip(conditioning["prompt_embeds"], lengths, strict=True)]
 
 
-def _words(text: EncodedPrompt) -> Tensor:
-    words: Tensor = text.conditioning["prompt_embeds"][0][text.token_slice]
-    return words
+def _prompt_tokens(prompt: EncodedPrompt) -> Tensor:
+    tokens: Tensor = prompt.conditioning["prompt_embeds"][0][prompt.token_slice]
+    return tokens
