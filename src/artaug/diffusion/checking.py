@@ -103,11 +103,6 @@ class RecordingDenoiser(AttentiveDenoiser):
         return sites
 
     @property
-    def isolation(self) -> Isolation:
-        isolation: Isolation = self.wrapped.isolation
-        return isolation
-
-    @property
     def token_grid(self) -> tuple[int, int]:
         grid: tuple[int, int] = self.wrapped.token_grid
         return grid
@@ -284,7 +279,13 @@ class _FamilyChecks:
         class RecordingFamily(type(self.family)):  # type: ignore[misc]
             def denoiser(self, conditioning: Conditioning) -> Denoiser:
                 wrapped = super().denoiser(conditioning)
-                return RecordingDenoiser(module=wrapped.module, grid=wrapped.grid, wrapped=wrapped, recording=recording)
+                return RecordingDenoiser(
+                    module=wrapped.module,
+                    grid=wrapped.grid,
+                    isolation=wrapped.isolation,
+                    wrapped=wrapped,
+                    recording=recording,
+                )
 
         dataclasses.replace(self.synthesizer, guide=guide, family=RecordingFamily).synthesize(plan, seed=0)
         return recording

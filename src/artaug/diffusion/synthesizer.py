@@ -206,7 +206,9 @@ class DiffusersSynthesizer(Synthesizer):
             guidance_scale=self.guidance_scale,
             negative_prompt=self.negative_prompt,
             true_cfg_scale=self.true_cfg_scale,
-            max_sequence_length=family.default_max_sequence_length if self.max_sequence_length is None else self.max_sequence_length,
+            max_sequence_length=family.default_max_sequence_length
+            if self.max_sequence_length is None
+            else self.max_sequence_length,
         )
 
     @contextmanager
