@@ -1,4 +1,4 @@
-"""One commit with all that was asked for and nothing else, through the real client, and what goes wrong on the way."""
+"""Pushing to and pulling from a Hub on this machine through the real client: the files, the card and the errors."""
 
 import logging
 import traceback
@@ -19,9 +19,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning"),  # huggingface_hub's own call
 ]
 
-UNIVERSAL, TWIN = "pytorch_lora_weights.safetensors", "taste_comfyui_kohya.safetensors"
+PEFT_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "taste_comfyui_kohya.safetensors"
 BASE = hub.Base("lab/base", "0123abc", "other", "lab-non-commercial", "https://lab.example/licence")
-SECRET = "a prompt nobody is to see"
+SECRET = "a prompt that stays private"
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def server(monkeypatch, tmp_path):
 
 def flux_lora(*, rank=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    names = [f"transformer_blocks.0.attn.to_{one}" for one in "qkv"]
+    names = [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
     return aa.LoRA(
         {
             name: aa.LowRank(torch.randn(rank, 8, generator=generator), torch.randn(8, rank, generator=generator))
-            for name in [*names, "transformer_blocks.0.norm1.linear"][:3]
+            for name in names
         }
         | {"single_transformer_blocks.0.proj_out": aa.LowRank(torch.ones(rank, 40), torch.ones(8, rank))}
     )
@@ -51,10 +51,10 @@ def flux_lora(*, rank=2, seed=0):
 def run(*, accepted=True, gain=None):
     skipped = tuple(aa.Skipped(SECRET, seed, f"too dark: {SECRET}") for seed in range(5))
     training = aa.TrainingResult(lora=flux_lora(), losses=(0.5, 0.25), pairs=3, steps=2, seconds=1.0)
-    one = aa.Round(
+    round_ = aa.Round(
         number=1, attempts=skipped, training=training, lora=flux_lora(), seconds={}, gain=gain, accepted=accepted
     )
-    return aa.Enhancement(rounds=(one,), stop_reason="all 1 rounds ran")
+    return aa.Enhancement(rounds=(round_,), stop_reason="all 1 rounds ran")
 
 
 def compared():
@@ -65,8 +65,8 @@ def compared():
     )
 
 
-def push(server, result=None, repo="me/taste", **how):
-    return hub.push(result or flux_lora(), repo, **{"endpoint": server.url, "token": WRITER, **how})
+def push(server, result=None, repo="me/taste", **options):
+    return hub.push(result or flux_lora(), repo, **{"endpoint": server.url, "token": WRITER, **options})
 
 
 def files(server, repo="me/taste", *, branch="main"):
@@ -78,45 +78,45 @@ def test_a_push_is_one_commit_with_both_files_and_the_card(server):
 
     repository = server.repositories["me/taste"]
     assert repository.messages == ["first"]
-    assert files(server).keys() == {"README.md", UNIVERSAL, TWIN} == {one.path for one in pushed.files}
-    assert all(len(files(server)[one.path]) == one.size for one in pushed.files)
+    assert files(server).keys() == {"README.md", PEFT_FILE, KOHYA_FILE} == {file.path for file in pushed.files}
+    assert all(len(files(server)[file.path]) == file.size for file in pushed.files)
     assert files(server)["README.md"].decode() == pushed.card
     assert pushed.commit.startswith(f"{server.url}/me/taste/commit/")
 
 
-def test_what_is_pulled_is_what_was_pushed(server):
+def test_a_pulled_lora_is_the_pushed_one(server):
     lora = flux_lora()
     push(server, lora)
 
-    for file in (None, TWIN):
+    for file in (None, KOHYA_FILE):
         pulled = hub.pull("me/taste", file=file, endpoint=server.url, token=READER)
         assert pulled.layers.keys() == lora.layers.keys()
         for name, layer in pulled.layers.items():
             torch.testing.assert_close(layer.delta(), lora.layers[name].delta())
 
 
-def test_a_dry_run_says_what_would_go_and_sends_nothing(server):
+def test_a_dry_run_describes_the_files_and_sends_no_request(server):
     planned = push(server, run(), base=BASE, comparison=compared(), dry_run=True)
-    asked_for = len(server.requests)
+    requests = len(server.requests)
     pushed = push(server, run(), base=BASE, comparison=compared())
 
-    assert asked_for == 0
+    assert requests == 0
     assert planned.commit is None
     assert (planned.card, planned.files) == (pushed.card, pushed.files)
     assert str(planned).startswith("would push to me/taste (public, main):\n")
     assert str(pushed).startswith("pushed to me/taste (public, main), http")
     for shown in (str(planned), planned._repr_html_()):
-        assert all(one.path in shown and one.sha256 in shown for one in planned.files)
+        assert all(file.path in shown and file.sha256 in shown for file in planned.files)
 
 
-def test_nobody_sees_prompts_or_pictures_who_was_not_to(server):
+def test_prompts_and_images_of_the_run_are_not_uploaded(server):
     push(server, run(), base=BASE, comparison=compared(), about={"critic": "Critic()"})
 
     assert not any(SECRET.encode() in content for content in files(server).values())
     assert not any(path.endswith(".png") for path in files(server))
 
 
-def test_samples_are_shown_and_uploaded_when_asked_for(server):
+def test_samples_are_uploaded_and_shown_on_the_card(server):
     picture = Image.new("RGB", (8, 8), "teal")
     push(
         server,
@@ -136,7 +136,7 @@ def test_samples_are_shown_and_uploaded_when_asked_for(server):
     assert "<Gallery />" in card.text
 
 
-def test_the_card_says_what_the_hub_and_people_have_to_know(server):
+def test_the_card_holds_the_metadata_and_the_facts_of_the_run(server):
     gain = aa.ScoreRow("Exposure", "after", 0.1, 0.2, 0.1, 0.05, 0.15, 0.9, 32)
     pushed = push(
         server,
@@ -152,10 +152,10 @@ def test_the_card_says_what_the_hub_and_people_have_to_know(server):
     assert (card.data.license_name, card.data.license_link) == ("lab-non-commercial", "https://lab.example/licence")
     assert {"lora", "diffusers", "template:sd-lora", "artaug"} <= set(card.data.tags)
     assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-image")
-    for said in (
+    for text in (
         'DiffusionPipeline.from_pretrained("lab/base", revision="0123abc", dtype=torch.bfloat16)',
         'pipeline.set_adapters("artaug", 0.8)',
-        f"put `{TWIN}` where they look for LoRAs",
+        f"put `{KOHYA_FILE}` where they look for LoRAs",
         "| 1 | 5 | 3 | 2 | Exposure +0.1 (+0.05 to +0.15, 32) | yes |",
         "- critic: `` a `critic` ``",
         "objective=PairedDifference(",
@@ -163,30 +163,30 @@ def test_the_card_says_what_the_hub_and_people_have_to_know(server):
         "no evidence of a gain: the training pairs were filtered by it",
         "comes under its licence: [lab-non-commercial](https://lab.example/licence)",
     ):
-        assert said in card.text
+        assert text in card.text
 
 
-def test_the_files_say_where_they_come_from(server, tmp_path):
+def test_the_files_hold_their_provenance(server, tmp_path):
     push(server, base=BASE)
 
-    for path in (UNIVERSAL, TWIN):
+    for path in (PEFT_FILE, KOHYA_FILE):
         (tmp_path / path).write_bytes(files(server)[path])
         with safe_open(tmp_path / path, framework="pt") as file:
             header = file.metadata()
         assert (header["artaug.base_model"], header["artaug.base_model_revision"]) == ("lab/base", "0123abc")
 
 
-def test_a_family_without_kohya_names_is_said_to_have_none(server):
+def test_the_card_says_if_there_is_no_kohya_file(server):
     names = ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.0.attentions.0.proj_in")
     unet = aa.LoRA({name: aa.LowRank(torch.ones(1, 4), torch.ones(4, 1)) for name in names})
 
     pushed = push(server, unet)
 
-    assert {one.path for one in pushed.files} == {UNIVERSAL, "README.md"}
+    assert {file.path for file in pushed.files} == {PEFT_FILE, "README.md"}
     assert "There is no file for programs that read kohya's names only: " in pushed.card
 
 
-def test_a_base_unnamed_or_without_licence_is_said_to_be(server):
+def test_the_card_says_if_the_base_or_its_licence_is_unknown(server):
     assert "The base model was not named" in push(server, dry_run=True).card
     assert "states no licence that could be passed on" in push(server, base=hub.Base("lab/x"), dry_run=True).card
 
@@ -207,33 +207,33 @@ def test_a_base_without_a_card_has_no_licence(server):
     assert hub.base_of("lab/base", endpoint=server.url, token=READER).license is None
 
 
-def test_a_second_push_renews_the_files_and_keeps_the_first_in_history(server):
+def test_a_second_push_replaces_the_files_and_keeps_the_history(server):
     push(server, flux_lora(seed=0))
     server.repositories["me/taste"].branches["main"][-1]["notes.txt"] = b"mine"
     push(server, flux_lora(seed=1))
 
     commits = server.repositories["me/taste"].branches["main"]
     assert len(commits) == 3
-    assert commits[1][UNIVERSAL] != commits[2][UNIVERSAL]
+    assert commits[1][PEFT_FILE] != commits[2][PEFT_FILE]
     assert commits[2]["notes.txt"] == b"mine"
 
 
-def test_files_of_other_people_are_not_replaced_unless_asked_to(server):
-    server.add("me/taste", **{UNIVERSAL: b"theirs", "README.md": b"# mine"})
+def test_files_of_other_people_are_replaced_only_with_overwrite(server):
+    server.add("me/taste", **{PEFT_FILE: b"somebody else's", "README.md": b"# mine"})
 
     with pytest.raises(
         HubError, match=r"holds \['README\.md', 'pytorch_lora_weights\.safetensors'\], which artaug has not"
     ):
         push(server)
-    assert files(server)[UNIVERSAL] == b"theirs"
+    assert files(server)[PEFT_FILE] == b"somebody else's"
     push(server, overwrite=True)
-    assert files(server)[UNIVERSAL] != b"theirs"
+    assert files(server)[PEFT_FILE] != b"somebody else's"
 
 
-def test_a_repository_with_other_files_only_takes_a_push(server):
+def test_files_of_other_names_stay_beside_those_of_a_push(server):
     server.add("me/taste", **{".gitattributes": b"*.safetensors filter=lfs"})
     push(server)
-    assert {".gitattributes", UNIVERSAL} <= files(server).keys()
+    assert {".gitattributes", PEFT_FILE} <= files(server).keys()
 
 
 def test_a_private_push_makes_a_private_repository(server):
@@ -243,75 +243,75 @@ def test_a_private_push_makes_a_private_repository(server):
         hub.pull("me/taste", endpoint=server.url, token=None)
 
 
-def test_what_was_to_be_private_does_not_go_to_a_public_repository(server):
+def test_a_private_push_to_a_public_repository_is_refused(server):
     server.add("me/taste")
-    with pytest.raises(HubError, match="is public, and was to be private"):
+    with pytest.raises(HubError, match="is public, and private=True was given"):
         push(server, private=True)
     assert not files(server)
 
 
-def test_a_branch_is_made_and_main_is_left_alone(server):
+def test_a_push_to_a_branch_creates_it_and_leaves_main(server):
     server.add("me/taste", **{"notes.txt": b"mine"})
     pushed = push(server, revision="second")
 
     assert pushed.revision == "second"
     assert files(server).keys() == {"notes.txt"}
-    assert UNIVERSAL in files(server, branch="second")
+    assert PEFT_FILE in files(server, branch="second")
     pulled = hub.pull("me/taste", revision="second", endpoint=server.url, token=READER)
     assert pulled.layers.keys() == flux_lora().layers.keys()
 
 
-def test_an_upload_that_breaks_off_is_taken_up_again(server):
-    server.hang_up = 2
+def test_an_upload_that_breaks_off_is_retried(server):
+    server.dropped_uploads = 2
     push(server)
-    assert {UNIVERSAL, TWIN} <= files(server).keys()
-    assert server.hang_up == 0
+    assert {PEFT_FILE, KOHYA_FILE} <= files(server).keys()
+    assert server.dropped_uploads == 0
 
 
-@pytest.mark.parametrize("hang_up", [0, 1], ids=["", "breaking off"])
-def test_a_push_goes_over_the_protocol_of_chunks_too(hang_up, server, monkeypatch):
+@pytest.mark.parametrize("dropped_uploads", [0, 1], ids=["", "breaking off"])
+def test_a_push_works_with_the_xet_protocol(dropped_uploads, server, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
-    server.hang_up = hang_up
+    server.dropped_uploads = dropped_uploads
 
     pushed = push(server)
 
-    sent = {one.path: one.sha256 for one in pushed.files}
-    assert files(server)[UNIVERSAL] == f"chunks of {sent[UNIVERSAL]}".encode()
-    assert files(server)[TWIN] == f"chunks of {sent[TWIN]}".encode()
-    assert server.packs
+    sent = {file.path: file.sha256 for file in pushed.files}
+    assert files(server)[PEFT_FILE] == f"chunks of {sent[PEFT_FILE]}".encode()
+    assert files(server)[KOHYA_FILE] == f"chunks of {sent[KOHYA_FILE]}".encode()
+    assert server.xorbs
     assert not server.objects
 
 
-def test_what_the_protocol_of_chunks_raises_is_one_error_too(server, monkeypatch):
+def test_an_error_of_the_xet_protocol_is_a_hub_error(server, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
-    server.without_xet = True
+    server.disable_xet = True
 
-    with pytest.raises(HubError, match=r"pushing to 'me/taste' failed: .*never half of one") as refused:
+    with pytest.raises(HubError, match=r"pushing to 'me/taste' failed: .*nothing was uploaded in part") as refused:
         push(server)
     assert refused.value.__cause__ is None
     assert not files(server)
 
 
-def test_an_upload_that_keeps_breaking_off_leaves_no_half_commit_and_can_be_pushed_again(server):
-    server.hang_up = 1000
-    with pytest.raises(HubError, match=r"pushing to 'me/taste' failed: .*there is never half of one: try again"):
+def test_an_upload_that_always_breaks_off_leaves_no_commit_and_can_be_repeated(server):
+    server.dropped_uploads = 1000
+    with pytest.raises(HubError, match=r"pushing to 'me/taste' failed: .*nothing was uploaded in part: try again"):
         push(server)
     assert not files(server)
     assert not server.repositories["me/taste"].messages
 
-    server.hang_up = 0
+    server.dropped_uploads = 0
     push(server)
-    assert {UNIVERSAL, TWIN, "README.md"} <= files(server).keys()
+    assert {PEFT_FILE, KOHYA_FILE, "README.md"} <= files(server).keys()
 
 
-def test_a_commit_that_came_between_is_not_covered_up(server):
+def test_a_push_fails_if_somebody_commits_meanwhile(server):
     push(server)
-    server.between = lambda repository: repository.branches["main"].append({"README.md": b"theirs"})
+    server.before_commit = lambda repository: repository.branches["main"].append({"README.md": b"somebody else's"})
 
     with pytest.raises(HubError, match="Someone else has committed meanwhile") as refused:
         push(server, flux_lora(seed=1))
     assert refused.value.status == 412
-    assert files(server) == {"README.md": b"theirs"}
+    assert files(server) == {"README.md": b"somebody else's"}
 
 
 @pytest.mark.parametrize(
@@ -323,15 +323,15 @@ def test_a_commit_that_came_between_is_not_covered_up(server):
     ],
 )
 @pytest.mark.parametrize("echo", [False, True], ids=["", "echoing"])
-def test_a_refusal_says_what_to_do_and_never_the_token(repo, token, status, advice, echo, server, caplog, capfd):
-    server.echo = echo
+def test_a_refusal_gives_advice_and_does_not_hold_the_token(repo, token, status, advice, echo, server, caplog, capfd):
+    server.echo_headers = echo
     with caplog.at_level(logging.INFO), pytest.raises(HubError, match=advice) as refused:
         push(server, repo=repo, token=token)
 
     assert refused.value.status == status
     assert refused.value.__cause__ is None
-    told = "".join(traceback.format_exception(refused.value)) + caplog.text + "".join(capfd.readouterr())
-    assert token not in told
+    output = "".join(traceback.format_exception(refused.value)) + caplog.text + "".join(capfd.readouterr())
+    assert token not in output
     assert not server.repositories
 
 
@@ -343,13 +343,13 @@ def test_a_push_does_not_hold_the_token(server, caplog, capfd):
     assert not any(WRITER.encode() in content for content in files(server).values())
 
 
-def test_a_hub_that_is_not_there_is_an_error(server):
+def test_a_hub_that_cannot_be_reached_is_an_error(server):
     with pytest.raises(HubError, match=r"pushing to 'me/taste' failed"):
         push(server, endpoint="http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("name", ["taste", "me/", "a/b/c", "me/ta ste", ""])
-def test_a_name_that_is_none_is_an_error_before_anything_is_sent(name, server):
+def test_an_invalid_repository_name_is_an_error_before_any_request(name, server):
     for call in (push, lambda server, repo: hub.pull(repo, endpoint=server.url)):
         with pytest.raises(InvalidValueError, match="is no name of a repository"):
             call(server, repo=name)
@@ -373,7 +373,7 @@ def test_a_run_that_helped_nobody_is_not_pushed(server):
     [
         pytest.param({"model.bin": b"x"}, None, r"has no safetensors file, and artaug reads no other", id="pickled"),
         pytest.param({"a.safetensors": b"x"}, "model.bin", r"has no safetensors file 'model\.bin'", id="asked for"),
-        pytest.param({"a.safetensors": b"x", "b.safetensors": b"y"}, None, r"Say which: file='a\.saf", id="several"),
+        pytest.param({"a.safetensors": b"x", "b.safetensors": b"y"}, None, r"Choose one: file='a\.saf", id="several"),
     ],
 )
 def test_a_repository_without_one_file_to_pull_is_an_error(held, file, message, server):
@@ -393,7 +393,7 @@ def test_what_is_not_there_cannot_be_pulled(server):
 
 def test_a_file_damaged_on_the_way_is_an_error(server):
     push(server)
-    server.damage = True
+    server.corrupt_downloads = True
     with pytest.raises(HubError, match="and the Hub says"):
         hub.pull("me/taste", endpoint=server.url, token=READER)
 

@@ -1,8 +1,8 @@
 """A Hub on this machine: repositories with commits, accounts with tokens, the endpoints that huggingface_hub calls.
 
-It keeps what the real one promises: a commit is there whole or not at all, large files are stored only if their digest
-is right, and what a token may not see is not there. Where it is told to, it hangs up in the middle of an upload. Large
-files come in either of two protocols, LFS or Xet; of the second it keeps the chunks and does not put them together.
+Like the real one it makes a commit completely or not at all, stores large files only if their digest is right, and hides
+what a token may not read. On request it closes the connection in the middle of an upload. Large files come by one of two
+protocols, LFS or xet; of the second it stores the chunks and does not put them together.
 """
 
 import base64
@@ -29,7 +29,7 @@ class Repository:
     branches: dict[str, list[dict[str, bytes]]] = field(default_factory=lambda: {"main": [{}]})
     messages: list[str] = field(default_factory=list)
 
-    def commit_of(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
+    def find_commit(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
         for commits in [self.branches[revision]] if revision in self.branches else self.branches.values():
             for files in reversed(commits):
                 if revision in self.branches or sha_of(files, commits) == revision:
@@ -39,33 +39,33 @@ class Repository:
 
 @dataclass
 class Hub:
-    """Where it is, what it holds, what it was asked, and how it misbehaves."""
+    """A fake Hub: its URL, its repositories, the requests it got, and the faults it simulates."""
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
-    packs: dict[str, bytes] = field(default_factory=dict)
+    xorbs: dict[str, bytes] = field(default_factory=dict)
     shards: list[bytes] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
-    hang_up: int = 0
-    """On how many of the next uploads to hang up half-way."""
-    echo: bool = False
-    """Whether refusals quote the request's headers, as careless proxies do."""
-    damage: bool = False
-    """Whether files arrive with a byte changed."""
-    without_xet: bool = False
-    """Whether to know nothing of the protocol of chunks."""
-    between: object = None
+    dropped_uploads: int = 0
+    """The number of next uploads whose connection is closed half-way."""
+    echo_headers: bool = False
+    """Refusals quote the headers of the request, as some proxies do."""
+    corrupt_downloads: bool = False
+    """Downloads have one byte changed."""
+    disable_xet: bool = False
+    """The endpoint of the xet protocol is missing."""
+    before_commit: object = None
     """Called once before the next commit."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def content(self, digest: str) -> bytes:
-        """What has that digest; of what came as packed chunks, only that it has come."""
+        """The content of a digest; if it was uploaded by xet, only a note that it was."""
         if digest in self.objects:
             return self.objects[digest]
-        words = (bytes.fromhex(digest[at : at + 16])[::-1] for at in range(0, 64, 16))  # little-endian in a shard
-        stated = b"".join(words)
-        if not any(stated in shard for shard in self.shards):
+        # a shard holds a digest as four little-endian integers of 64 bits
+        packed = b"".join(bytes.fromhex(digest[start : start + 16])[::-1] for start in range(0, 64, 16))
+        if not any(packed in shard for shard in self.shards):
             raise LookupError(digest)
         return f"chunks of {digest}".encode()
 
@@ -76,11 +76,11 @@ class Hub:
 
 
 def sha_of(files: dict[str, bytes], commits: list[dict[str, bytes]]) -> str:
-    place = next(number for number, one in enumerate(commits) if one is files)
-    return hashlib.sha1(repr((place, sorted(files.items()))).encode(), usedforsecurity=False).hexdigest()
+    index = next(index for index, commit in enumerate(commits) if commit is files)
+    return hashlib.sha1(repr((index, sorted(files.items()))).encode(), usedforsecurity=False).hexdigest()
 
 
-def lfs(path: str) -> bool:
+def is_lfs(path: str) -> bool:
     return path.endswith((".safetensors", ".png", ".bin"))
 
 
@@ -105,44 +105,44 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         with self.hub.lock:
             self.hub.requests.append((self.command, path))
-        for wanted, pattern, reply in ROUTES:
-            if wanted == method and (found := re.fullmatch(pattern, path)):
-                reply(self, *found.groups())
+        for route_method, pattern, handler in ROUTES:
+            if route_method == method and (matched := re.fullmatch(pattern, path)):
+                handler(self, *matched.groups())
                 return
         self.refuse(404, f"no such endpoint: {method} {path}")
 
     def body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        whole = b""
+        content = b""
         while size := int(self.rfile.readline(), 16):
-            whole += self.rfile.read(size)
+            content += self.rfile.read(size)
             self.rfile.readline()
         self.rfile.readline()
-        return whole
+        return content
 
     def send(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
-        for name, text in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), text)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def json(self, thing: object, *, status: int = 200) -> None:
-        self.send(status, json.dumps(thing).encode())
+    def json(self, value: object, *, status: int = 200) -> None:
+        self.send(status, json.dumps(value).encode())
 
     def refuse(self, status: int, message: str, *, code: str = "") -> None:
-        said = f"{message} {dict(self.headers)}" if self.hub.echo else message
-        headers = {"X_Error_Code": code, "X_Error_Message": said} if code else {"X_Error_Message": said}
-        self.send(status, json.dumps({"error": said}).encode(), **headers)
+        text = f"{message} {dict(self.headers)}" if self.hub.echo_headers else message
+        headers = {"X_Error_Code": code, "X_Error_Message": text} if code else {"X_Error_Message": text}
+        self.send(status, json.dumps({"error": text}).encode(), **headers)
 
     @property
     def token(self) -> str:
         return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def may_write(self, owner: str) -> bool:
-        """Whether the token belongs to the owner, who is "me"; refuses if not."""
+        """Whether the token may write for the owner, who must be "me"; sends the refusal if not."""
         if self.token not in {WRITER, READER}:
             self.refuse(401, "Invalid username or password.")
         elif self.token == READER or owner != "me":
@@ -152,57 +152,57 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def repository(self, name: str) -> Repository | None:
-        """What the token may see; refuses if it may not."""
-        found = self.hub.repositories.get(name)
-        if found is None or (found.private and not self.token):
+        """The repository, if the token may read it; sends the refusal if not."""
+        repository = self.hub.repositories.get(name)
+        if repository is None or (repository.private and not self.token):
             status = 404 if self.token in {WRITER, READER} else 401
             self.refuse(status, "Repository not found", code="RepoNotFound")
             return None
-        return found
+        return repository
 
     def log_message(self, *details):
         pass
 
 
 def create(request: Handler) -> None:
-    asked = json.loads(request.body())
-    owner = asked.get("organization") or "me"
+    body = json.loads(request.body())
+    owner = body.get("organization") or "me"
     if request.may_write(owner):
-        name = f"{owner}/{asked['name']}"
+        name = f"{owner}/{body['name']}"
         if name in request.hub.repositories:
             request.refuse(409, "You already created this model repo")
             return
-        request.hub.repositories[name] = Repository(private=asked.get("visibility") == "private")
+        request.hub.repositories[name] = Repository(private=body.get("visibility") == "private")
         request.json({"url": f"{request.hub.url}/{name}", "name": name})
 
 
 def info(request: Handler, name: str, revision: str | None = None) -> None:
-    found = request.repository(name)
-    if found is None:
+    repository = request.repository(name)
+    if repository is None:
         return
-    commit = found.commit_of(revision or "main")
+    commit = repository.find_commit(revision or "main")
     if commit is None:
         request.refuse(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
         return
     sha, files = commit
-    stated = card_data(files.get("README.md", b""))
+    card = card_data(files.get("README.md", b""))
     request.json(
         {
             "id": name,
             "sha": sha,
-            "private": found.private,
-            "tags": stated.get("tags", []),
-            "cardData": stated,
-            "siblings": [described(path, content) for path, content in files.items()],
+            "private": repository.private,
+            "tags": card.get("tags", []),
+            "cardData": card,
+            "siblings": [sibling(path, content) for path, content in files.items()],
         }
     )
 
 
-def described(path: str, content: bytes) -> dict[str, object]:
-    found = {"rfilename": path, "size": len(content), "blobId": "0" * 40}
-    if lfs(path):
-        found["lfs"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 100}
-    return found
+def sibling(path: str, content: bytes) -> dict[str, object]:
+    entry = {"rfilename": path, "size": len(content), "blobId": "0" * 40}
+    if is_lfs(path):
+        entry["lfs"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 100}
+    return entry
 
 
 def card_data(card: bytes) -> dict[str, object]:
@@ -210,14 +210,14 @@ def card_data(card: bytes) -> dict[str, object]:
     return yaml.safe_load(parts[1]) if len(parts) == 3 else {}
 
 
-def branch(request: Handler, name: str, new: str) -> None:
+def branch(request: Handler, name: str, branch_name: str) -> None:
     request.body()
-    found = request.repository(name)
-    if found is not None and request.may_write(name.partition("/")[0]):
-        if new in found.branches:
+    repository = request.repository(name)
+    if repository is not None and request.may_write(name.partition("/")[0]):
+        if branch_name in repository.branches:
             request.refuse(409, "Reference already exists")
             return
-        found.branches[new] = list(found.branches["main"])
+        repository.branches[branch_name] = list(repository.branches["main"])
         request.json({})
 
 
@@ -227,28 +227,27 @@ def validate(request: Handler) -> None:
 
 
 def preupload(request: Handler, name: str, _revision: str) -> None:
-    asked = json.loads(request.body())["files"]
+    files = json.loads(request.body())["files"]
     if request.repository(name) is not None and request.may_write(name.partition("/")[0]):
-        modes = [{"path": one["path"], "uploadMode": "lfs" if lfs(one["path"]) else "regular"} for one in asked]
-        request.json({"files": [one | {"shouldIgnore": False} for one in modes]})
+        modes = [{"path": file["path"], "uploadMode": "lfs" if is_lfs(file["path"]) else "regular"} for file in files]
+        request.json({"files": [mode | {"shouldIgnore": False} for mode in modes]})
 
 
 def batch(request: Handler, name: str) -> None:
-    asked = json.loads(request.body())["objects"]
+    objects = json.loads(request.body())["objects"]
     if request.repository(name) is None or not request.may_write(name.partition("/")[0]):
         return
-    found = []
-    for one in asked:
-        upload = {"upload": {"href": f"{request.hub.url}/lfs/{one['oid']}"}}
-        there = one["oid"] in request.hub.objects
-        found.append(one if there else one | {"actions": upload})
-    request.json({"transfer": "basic", "objects": found})
+    answers = []
+    for item in objects:
+        actions = {"upload": {"href": f"{request.hub.url}/lfs/{item['oid']}"}}
+        answers.append(item if item["oid"] in request.hub.objects else item | {"actions": actions})
+    request.json({"transfer": "basic", "objects": answers})
 
 
 def upload(request: Handler, digest: str) -> None:
     with request.hub.lock:
-        hanging_up, request.hub.hang_up = request.hub.hang_up > 0, max(request.hub.hang_up - 1, 0)
-    if hanging_up:
+        drop, request.hub.dropped_uploads = request.hub.dropped_uploads > 0, max(request.hub.dropped_uploads - 1, 0)
+    if drop:
         request.rfile.read(64)
         request.connection.close()
         return
@@ -261,39 +260,39 @@ def upload(request: Handler, digest: str) -> None:
 
 
 def xet_token(request: Handler, name: str, _revision: str) -> None:
-    if request.hub.without_xet:
+    if request.hub.disable_xet:
         request.refuse(404, "no such endpoint")
     elif request.repository(name) is not None and request.may_write(name.partition("/")[0]):
         request.json({"accessToken": "xet", "exp": 2**40, "casUrl": f"{request.hub.url}/xet"})
 
 
-def xet_pack(request: Handler, digest: str) -> None:
-    """Keep a pack of chunks, or hang up in the middle of it."""
+def xet_xorb(request: Handler, digest: str) -> None:
+    """Store a xorb, which is a pack of chunks, or close the connection in the middle of it."""
     with request.hub.lock:
-        hanging_up, request.hub.hang_up = request.hub.hang_up > 0, max(request.hub.hang_up - 1, 0)
-    if hanging_up:
+        drop, request.hub.dropped_uploads = request.hub.dropped_uploads > 0, max(request.hub.dropped_uploads - 1, 0)
+    if drop:
         request.rfile.read(64)
         request.connection.close()
         return
-    request.hub.packs[digest] = request.body()
+    request.hub.xorbs[digest] = request.body()
     request.json({"was_inserted": True})
 
 
 def xet_shard(request: Handler) -> None:
-    """Keep what says which chunks make which file."""
+    """Store a shard, which lists the chunks of each file."""
     request.hub.shards.append(request.body())
     request.json({"result": 1})
 
 
 def commit(request: Handler, name: str, revision: str) -> None:
     lines = [json.loads(line) for line in request.body().splitlines()]
-    found = request.repository(name)
-    if found is None or not request.may_write(name.partition("/")[0]):
+    repository = request.repository(name)
+    if repository is None or not request.may_write(name.partition("/")[0]):
         return
-    if request.hub.between is not None:
-        between, request.hub.between = request.hub.between, None
-        between(found)
-    commits = found.branches[revision]
+    if request.hub.before_commit is not None:
+        before_commit, request.hub.before_commit = request.hub.before_commit, None
+        before_commit(repository)
+    commits = repository.branches[revision]
     header = lines[0]["value"]
     if header.get("parentCommit") not in {None, sha_of(commits[-1], commits)}:
         request.refuse(412, "A commit has happened since. Please refresh and try again.")
@@ -306,26 +305,26 @@ def commit(request: Handler, name: str, revision: str) -> None:
         elif line["key"] == "file":
             files[value["path"]] = base64.b64decode(value["content"])
         else:
-            request.refuse(400, f"nobody asked for {line['key']}")
+            request.refuse(400, f"unexpected operation {line['key']}")
             return
     commits.append(files)
-    found.messages.append(header["summary"])
+    repository.messages.append(header["summary"])
     sha = sha_of(files, commits)
     request.json({"commitUrl": f"{request.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
 
 
 def resolve(request: Handler, name: str, revision: str, path: str) -> None:
-    found = request.repository(name)
-    if found is None:
+    repository = request.repository(name)
+    if repository is None:
         return
-    sha, files = found.commit_of(revision) or ("", {})
+    sha, files = repository.find_commit(revision) or ("", {})
     if path not in files:
         request.refuse(404, "Entry not found", code="EntryNotFound")
         return
     content = files[path]
     etag = hashlib.sha256(content).hexdigest()
-    served = bytes([content[0] ^ 1]) + content[1:] if request.hub.damage else content
-    request.send(200, served, ETag=f'"{etag}"', X_Repo_Commit=sha, X_Linked_Size=str(len(content)))
+    body = bytes([content[0] ^ 1]) + content[1:] if request.hub.corrupt_downloads else content
+    request.send(200, body, ETag=f'"{etag}"', X_Repo_Commit=sha, X_Linked_Size=str(len(content)))
 
 
 NAME = r"([\w.-]+/[\w.-]+)"
@@ -337,7 +336,7 @@ ROUTES = [
     ("POST", f"/api/models/{NAME}/commit/(.+)", commit),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", batch),
     ("GET", f"/api/models/{NAME}/xet-write-token/(.+)", xet_token),
-    ("POST", "/xet/v1/xorbs/default/([0-9a-f]+)", xet_pack),
+    ("POST", "/xet/v1/xorbs/default/([0-9a-f]+)", xet_xorb),
     ("POST", "/xet/v1/shards", xet_shard),
     ("PUT", "/lfs/([0-9a-f]+)", upload),
     ("GET", f"/api/models/{NAME}/revision/(.+)", info),
@@ -355,12 +354,12 @@ def hub_server() -> Iterator[Hub]:
         def handle_error(self, request, client_address):
             pass
 
-    with Quiet(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub})) as listening:
-        hub.url = f"http://127.0.0.1:{listening.server_address[1]}"
-        thread = threading.Thread(target=listening.serve_forever, args=(0.05,))
+    with Quiet(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub})) as server:
+        hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
             yield hub
         finally:
-            listening.shutdown()
+            server.shutdown()
             thread.join()

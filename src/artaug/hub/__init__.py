@@ -1,4 +1,4 @@
-"""A LoRA to the Hub in one commit, with a card that says where it comes from; and back."""
+"""Push a LoRA to the Hub in one commit, with a model card, and pull it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,8 +15,8 @@ from artaug._internal.files import file_sha256
 from artaug.errors import HubError, InvalidValueError
 from artaug.evaluation.comparison import Comparison
 from artaug.hub.card import TAG
-from artaug.hub.contents import UNIVERSAL, Parcel, listed
-from artaug.hub.errors import checked_name, in_our_words
+from artaug.hub.contents import PEFT_FILE, RepoContents, list_files
+from artaug.hub.errors import check_repo_id, translate_errors
 from artaug.hub.values import Base, Push, PushedFile, Sample
 from artaug.lora.formats import KeyMap
 from artaug.lora.lora import LoRA
@@ -25,7 +25,7 @@ from artaug.run.results import Enhancement
 __all__ = ["Base", "Push", "PushedFile", "Sample", "base_of", "pull", "push"]
 
 _MAIN = "main"
-_AGAIN = "A push is one commit, so there is never half of one: try again."
+_PUSH_ADVICE = "A push is one commit, so nothing was uploaded in part: try again."
 
 
 def push(  # noqa: PLR0913 - a card has many parts, and each may be left out
@@ -46,47 +46,47 @@ def push(  # noqa: PLR0913 - a card has many parts, and each may be left out
     token: str | None = None,
     endpoint: str | None = None,
 ) -> Push:
-    """Upload a LoRA and its card in one commit: all of it is there afterwards, or nothing.
+    """Upload a LoRA and its card in one commit: afterwards all files are there, or none.
 
-    What goes up: ``pytorch_lora_weights.safetensors``, which diffusers loads by the repository's name; a twin in kohya's
-    names for ComfyUI and others, where the family has that format, and else the card says why not; ``README.md``; and
-    the pictures of ``samples``. Nothing else: no prompts, no pictures of the run, no pickles.
+    The files are ``pytorch_lora_weights.safetensors``, which diffusers loads by the repository's name; the same LoRA in
+    kohya's format for ComfyUI and others, if the family has that format (else the card says why not); ``README.md``; and
+    the images of ``samples``. Nothing else: no prompts, no images of the run, no pickles.
 
-    A repository that is not there is made. In one that artaug has pushed to, the same files are renewed. In any other,
-    files of the same names are somebody's, and replaced only with ``overwrite``. No file is ever deleted.
+    A missing repository is created. In one that artaug has pushed to, the same files are replaced. In any other, files of
+    the same names belong to somebody else and are replaced only with ``overwrite``. No file is ever deleted.
 
     Args:
         result: the run, or a LoRA.
         repo: ``owner/name``.
-        base: the model it was trained on, whose licence it inherits: ``hub.base_of("owner/base")``.
+        base: the model it was trained on, whose licence the LoRA inherits: ``hub.base_of("owner/base")``.
         multiplier: the strength the card recommends.
         comparison: the table on the card.
-        about: objects of the run by name (critic, filter, trainer, ...), printed as their ``repr``; text as it is.
-        samples: pictures with their prompts, for the gallery.
-        key_map: the model family, where the layers alone do not tell it.
-        private: make the repository private; one that is public already is then refused.
+        about: objects of the run by name (critic, filter, trainer, ...), printed as their ``repr``; strings as they are.
+        samples: images with their prompts, for the gallery.
+        key_map: the model family, if several families have these layers.
+        private: create a private repository; an existing public one is then refused.
         overwrite: replace files that artaug did not push.
-        dry_run: write the files, describe them, and send nothing. The Hub is not asked for anything.
-        revision: the branch, made if it is not there.
+        dry_run: write and describe the files, and send no request to the Hub.
+        revision: the branch, created if it is missing.
         message: of the commit.
         token: of an account that may write; without it, the one that ``hf auth login`` has stored.
-        endpoint: of another Hub than the public one.
+        endpoint: URL of another Hub than the public one.
 
     Returns:
-        What was sent, or in a dry run would have been.
+        The files that were sent, or would have been sent.
 
     Raises:
-        InvalidValueError: for a name that is none, or a multiplier that is not finite.
+        InvalidValueError: if ``repo`` is not ``owner/name``, or the multiplier is not finite.
         NothingToLearnError: if no round of the run was accepted.
-        HubError: if the Hub refuses or cannot be reached, if the repository is public and was to be private, or if it
+        HubError: if the Hub refuses or cannot be reached, if ``private`` is set and the repository is public, or if it
             holds files of other people.
     """
     if not -float("inf") < multiplier < float("inf"):
         raise InvalidValueError(f"push(multiplier={multiplier}): need a finite number.")
-    api = _api(token, endpoint)
-    parcel = Parcel(
-        repo=checked_name(repo),
-        home=api.endpoint,
+    api = _client(token, endpoint)
+    contents = RepoContents(
+        repo=check_repo_id(repo),
+        endpoint=api.endpoint,
         result=result,
         base=base,
         multiplier=multiplier,
@@ -96,16 +96,17 @@ def push(  # noqa: PLR0913 - a card has many parts, and each may be left out
         samples=samples,
     )
     with TemporaryDirectory(prefix="artaug-push-") as name:
-        card = parcel.pack(Path(name))
+        folder = Path(name)
+        card = contents.write(folder)
         planned = Push(
             repo=repo,
             revision=revision,
             private=private,
             message=message or f"A LoRA trained with artaug {version('artaug')}",
-            files=listed(Path(name)),
+            files=list_files(folder),
             card=card,
         )
-        return planned if dry_run else _sent(planned, Path(name), api, overwrite=overwrite)
+        return planned if dry_run else _upload(planned, folder, api, overwrite=overwrite)
 
 
 def pull(
@@ -117,29 +118,29 @@ def pull(
     token: str | None = None,
     endpoint: str | None = None,
 ) -> LoRA:
-    """Download a LoRA. Only safetensors files are ever read.
+    """Download a LoRA. Only safetensors files are read.
 
     Args:
         repo: ``owner/name``.
-        file: which file, where there are several; ``pytorch_lora_weights.safetensors`` goes first.
+        file: which file, where there are several; the default is ``pytorch_lora_weights.safetensors``.
         revision: a branch, tag or commit.
-        key_map: the model family, where the keys alone do not tell it.
+        key_map: the model family, if the keys fit several.
         token: of an account that may read; without it, the one that ``hf auth login`` has stored.
-        endpoint: of another Hub than the public one.
+        endpoint: URL of another Hub than the public one.
 
     Raises:
-        InvalidValueError: for a name that is none.
-        HubError: if the repository, the revision or the file is not there, cannot be read or is not what the Hub says
-            it is, or if it is not clear which file is meant.
+        InvalidValueError: if ``repo`` is not ``owner/name``.
+        HubError: if the repository, the revision or the file is missing or cannot be read, if the file has another digest
+            than the Hub states, or if there are several files and ``file`` does not choose one.
         LoRAError: if the file is no LoRA that artaug can read.
     """
-    api = _api(token, endpoint)
-    with in_our_words(f"pulling {checked_name(repo)!r}", api):
+    api = _client(token, endpoint)
+    with translate_errors(f"pulling {check_repo_id(repo)!r}", api):
         info = api.model_info(repo, revision=revision, files_metadata=True)
-        held = {one.rfilename: one for one in info.siblings or ()}
-        chosen = _chosen(repo, list(held), file)
+        files = {entry.rfilename: entry for entry in info.siblings or ()}
+        chosen = _choose_file(repo, list(files), file)
         path = Path(api.hf_hub_download(repo, chosen, revision=info.sha))
-    lfs = held[chosen].lfs
+    lfs = files[chosen].lfs
     if lfs is not None:
         found = file_sha256(path)
         if found != lfs.sha256:
@@ -150,35 +151,35 @@ def pull(
 
 
 def base_of(repo: str, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Base:
-    """Read from the Hub which commit a model stands at and what licence it states.
+    """Read the current commit and the licence of a model from the Hub.
 
     Raises:
-        InvalidValueError: for a name that is none.
-        HubError: if it is not there or cannot be read.
+        InvalidValueError: if ``repo`` is not ``owner/name``.
+        HubError: if it is missing or cannot be read.
     """
-    api = _api(token, endpoint)
-    with in_our_words(f"reading about {checked_name(repo)!r}", api):
+    api = _client(token, endpoint)
+    with translate_errors(f"reading about {check_repo_id(repo)!r}", api):
         info = api.model_info(repo, revision=revision)
-    stated: Mapping[str, Any] = {} if info.card_data is None else vars(info.card_data)
-    link = stated.get("license_link")
+    card: Mapping[str, Any] = {} if info.card_data is None else vars(info.card_data)
+    link = card.get("license_link")
     if link is not None and "://" not in link:  # relative to the base's own repository
         link = f"{api.endpoint}/{repo}/blob/{info.sha}/{link}"
     return Base(
         repo=repo,
         revision=info.sha,
-        license=stated.get("license"),
-        license_name=stated.get("license_name"),
+        license=card.get("license"),
+        license_name=card.get("license_name"),
         license_link=link,
     )
 
 
-def _api(token: str | None, endpoint: str | None) -> HfApi:
+def _client(token: str | None, endpoint: str | None) -> HfApi:
     return HfApi(endpoint=endpoint, token=token, library_name="artaug", library_version=version("artaug"))
 
 
-def _sent(planned: Push, folder: Path, api: HfApi, *, overwrite: bool) -> Push:
-    with in_our_words(f"pushing to {planned.repo!r}", api, again=_AGAIN):
-        parent = _ready(planned, api, overwrite=overwrite)
+def _upload(planned: Push, folder: Path, api: HfApi, *, overwrite: bool) -> Push:
+    with translate_errors(f"pushing to {planned.repo!r}", api, default_advice=_PUSH_ADVICE):
+        parent = _prepare_branch(planned, api, overwrite=overwrite)
         operations = [CommitOperationAdd(file.path, str(folder / file.path)) for file in planned.files]
         commit = api.create_commit(
             planned.repo,
@@ -190,10 +191,10 @@ def _sent(planned: Push, folder: Path, api: HfApi, *, overwrite: bool) -> Push:
     return replace(planned, commit=str(commit.commit_url))
 
 
-def _ready(planned: Push, api: HfApi, *, overwrite: bool) -> str | None:
-    """Make the repository and the branch where they are not there; give the commit to build on.
+def _prepare_branch(planned: Push, api: HfApi, *, overwrite: bool) -> str | None:
+    """Create the repository and the branch if they are missing; return the commit to build on.
 
-    Building on a commit that was looked at, the push fails if another comes in between, instead of covering it up.
+    With that commit as parent, the push fails if another commit comes in between, instead of replacing its files.
     """
     try:
         info = api.model_info(planned.repo)
@@ -204,32 +205,32 @@ def _ready(planned: Push, api: HfApi, *, overwrite: bool) -> str | None:
         info = api.model_info(planned.repo)
     if planned.private and not info.private:
         raise HubError(
-            f"{planned.repo!r} is public, and was to be private. Make it private on its page first, or choose another."
+            f"{planned.repo!r} is public, and private=True was given. Make it private on its page first, or choose another."
         )
     if planned.revision != _MAIN:
         api.create_branch(planned.repo, branch=planned.revision, exist_ok=True)
         info = api.model_info(planned.repo, revision=planned.revision)
-    held = {one.rfilename for one in info.siblings or ()}
-    covered = sorted(held & {file.path for file in planned.files})
-    if covered and TAG not in (info.tags or ()) and not overwrite:
+    present = {entry.rfilename for entry in info.siblings or ()}
+    replaced = sorted(present & {file.path for file in planned.files})
+    if replaced and TAG not in (info.tags or ()) and not overwrite:
         raise HubError(
-            f"{planned.repo!r} holds {covered}, which artaug has not pushed. Choose another repository, or replace them "
+            f"{planned.repo!r} holds {replaced}, which artaug has not pushed. Choose another repository, or replace them "
             "with overwrite=True."
         )
     return info.sha
 
 
-def _chosen(repo: str, held: Sequence[str], file: str | None) -> str:
+def _choose_file(repo: str, files: Sequence[str], wanted: str | None) -> str:
     """The file to download."""
-    loras = [name for name in held if name.endswith(".safetensors")]
-    if file is not None and file in loras:
-        return file
-    if file is None and UNIVERSAL in loras:
-        return UNIVERSAL
-    if file is None and len(loras) == 1:
-        return loras[0]
-    if file is not None:
-        raise HubError(f"{repo!r} has no safetensors file {file!r}. It has {loras or 'none'}.")
-    if loras:
-        raise HubError(f"{repo!r} has several safetensors files: {loras}. Say which: file={loras[0]!r}.")
-    raise HubError(f"{repo!r} has no safetensors file, and artaug reads no other. It has {sorted(held)}.")
+    loras = [name for name in files if name.endswith(".safetensors")]
+    if wanted is not None:
+        if wanted not in loras:
+            raise HubError(f"{repo!r} has no safetensors file {wanted!r}. It has {loras or 'none'}.")
+        return wanted
+    if PEFT_FILE in loras:
+        return PEFT_FILE
+    if not loras:
+        raise HubError(f"{repo!r} has no safetensors file, and artaug reads no other. It has {sorted(files)}.")
+    if len(loras) > 1:
+        raise HubError(f"{repo!r} has several safetensors files: {loras}. Choose one: file={loras[0]!r}.")
+    return loras[0]

@@ -1,5 +1,6 @@
-"""The model card: what the LoRA is, how to load it, where it comes from, what was measured. Nothing nobody asked for."""
+"""The model card of a push: what the LoRA is, how to load it, how it was trained, what was measured, its licence."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from artaug.hub.values import Base, Sample
 from artaug.run.results import Enhancement
 
 TAG = "artaug"
-"""By this tag a repository is known as one that artaug has pushed to."""
+"""The tag of repositories that artaug has pushed to."""
 _TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", TAG)
 _LOAD = """\
 import torch
@@ -23,40 +24,39 @@ pipeline.set_adapters("{adapter}", {multiplier:g})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
-    """All that a card can speak of."""
+class CardFields:
+    """The values that a card shows."""
 
     repo: str
-    home: str
-    """The address of the Hub."""
+    endpoint: str
+    """The URL of the Hub."""
     base: Base | None
     layers: int
     rank: int
     multiplier: float
-    universal: str
-    """The file in PEFT format."""
-    twin: str
-    """The file in kohya's, or in words why there is none."""
-    twin_written: bool
-    made: Enhancement | None
+    peft_file: str
+    kohya_file: str
+    no_kohya_reason: str
+    """Why there is no file in kohya's format; empty if there is one."""
+    enhancement: Enhancement | None
     comparison: Comparison | None
     about: Mapping[str, object]
     samples: Sequence[Sample]
-    pictures: Sequence[str]
-    """The paths of the samples' pictures in the repository."""
+    image_paths: Sequence[str]
+    """The paths of the samples' images in the repository."""
 
 
-def card(contents: Contents) -> str:
-    """The whole text of README.md."""
-    return f"---\n{_data(contents).to_yaml()}\n---\n\n" + "\n\n".join(_sections(contents)) + "\n"
+def render_card(fields: CardFields) -> str:
+    """The text of README.md."""
+    return f"---\n{_metadata(fields).to_yaml()}\n---\n\n" + "\n\n".join(_sections(fields)) + "\n"
 
 
-def _data(contents: Contents) -> ModelCardData:
-    """What the Hub reads."""
-    base = contents.base
+def _metadata(fields: CardFields) -> ModelCardData:
+    """The YAML header, which the Hub reads."""
+    base = fields.base
     widget = [
         {"text": sample.prompt, "output": {"url": path}}
-        for sample, path in zip(contents.samples, contents.pictures, strict=True)
+        for sample, path in zip(fields.samples, fields.image_paths, strict=True)
     ]
     return ModelCardData(
         base_model=None if base is None else base.repo,
@@ -71,73 +71,73 @@ def _data(contents: Contents) -> ModelCardData:
     )
 
 
-def _sections(contents: Contents) -> Iterator[str]:
-    name = contents.repo.partition("/")[2]
+def _sections(fields: CardFields) -> Iterator[str]:
+    name = fields.repo.partition("/")[2]
     yield f"# {name}"
-    if contents.samples:
+    if fields.samples:
         yield "<Gallery />"
-    on = "a text-to-image model" if contents.base is None else _link(contents.base, contents.home)
-    how = "made with artaug."
-    if contents.made is not None:
-        how = (
+    base = "a text-to-image model" if fields.base is None else _link(fields.base, fields.endpoint)
+    origin = "made with artaug."
+    if fields.enhancement is not None:
+        origin = (
             "trained with artaug on the model's own pictures before and after a critique (the method of ArtAug, arXiv "
             "2412.12888). It needs no trigger word."
         )
-    size = f"{contents.layers} layers, rank {contents.rank}"
-    yield f"A LoRA for {on}, {how} {size}; recommended strength {contents.multiplier:g}."
-    yield f"## Loading\n\n{_loading(contents)}"
-    if contents.made is not None or contents.about:
-        yield "## How it was made\n\n" + "\n\n".join(_making(contents))
-    if contents.comparison is not None:
-        yield f"## What was measured\n\n{_measured(contents.comparison)}"
-    yield f"## Licence\n\n{_licence(contents.base, contents.home)}"
+    size = f"{fields.layers} layers, rank {fields.rank}"
+    yield f"A LoRA for {base}, {origin} {size}; recommended strength {fields.multiplier:g}."
+    yield f"## Loading\n\n{_loading(fields)}"
+    if fields.enhancement is not None or fields.about:
+        yield "## How it was made\n\n" + "\n\n".join(_training_details(fields))
+    if fields.comparison is not None:
+        yield f"## What was measured\n\n{_measurements(fields.comparison)}"
+    yield f"## Licence\n\n{_licence(fields.base, fields.endpoint)}"
 
 
-def _link(base: Base, home: str) -> str:
-    at = "" if base.revision is None else f" (revision `{base.revision}`)"
-    return f"[{base.repo}]({home}/{base.repo}){at}"
+def _link(base: Base, endpoint: str) -> str:
+    revision = "" if base.revision is None else f" (revision `{base.revision}`)"
+    return f"[{base.repo}]({endpoint}/{base.repo}){revision}"
 
 
-def _loading(contents: Contents) -> str:
-    base = contents.base
+def _loading(fields: CardFields) -> str:
+    base = fields.base
     code = _LOAD.format(
         base="the base model" if base is None else base.repo,
         revision="" if base is None or base.revision is None else f'revision="{base.revision}", ',
-        repo=contents.repo,
+        repo=fields.repo,
         adapter=TAG,
-        multiplier=contents.multiplier,
+        multiplier=fields.multiplier,
     )
-    if contents.twin_written:
-        other = (
-            f"ComfyUI and other programs that read kohya's names: put `{contents.twin}` where they look for LoRAs "
-            f"(`models/loras`) and load it at strength {contents.multiplier:g}."
-        )
+    if fields.no_kohya_reason:
+        other = f"There is no file for programs that read kohya's names only: {_inline(fields.no_kohya_reason)}"
     else:
-        other = f"There is no file for programs that read kohya's names only: {_inline(contents.twin)}"
-    return f"With diffusers (`{contents.universal}`):\n\n```python\n{code}```\n\n{other}"
+        other = (
+            f"ComfyUI and other programs that read kohya's names: put `{fields.kohya_file}` where they look for LoRAs "
+            f"(`models/loras`) and load it at strength {fields.multiplier:g}."
+        )
+    return f"With diffusers (`{fields.peft_file}`):\n\n```python\n{code}```\n\n{other}"
 
 
-def _making(contents: Contents) -> Iterator[str]:
-    if contents.made is not None:
-        heads = ("round", "prompts", "kept pairs", "steps", "held-out gain (95% interval, n)", "part of the result")
-        yield _table(heads, _rounds(contents.made))
-        yield f"It ended because {_inline(contents.made.stop_reason)}."
-    if contents.about:
-        yield "\n".join(f"- {_inline(name)}: {_code(thing)}" for name, thing in contents.about.items())
+def _training_details(fields: CardFields) -> Iterator[str]:
+    if fields.enhancement is not None:
+        headings = ("round", "prompts", "kept pairs", "steps", "held-out gain (95% interval, n)", "part of the result")
+        yield _table(headings, _round_rows(fields.enhancement))
+        yield f"It ended because {_inline(fields.enhancement.stop_reason)}."
+    if fields.about:
+        yield "\n".join(f"- {_inline(name)}: {_code(value)}" for name, value in fields.about.items())
 
 
-def _rounds(made: Enhancement) -> Iterator[tuple[str, ...]]:
-    for one in made.rounds:
+def _round_rows(enhancement: Enhancement) -> Iterator[tuple[str, ...]]:
+    for round_ in enhancement.rounds:
         gain = "not measured"
-        if one.gain is not None:
-            row = one.gain
+        if round_.gain is not None:
+            row = round_.gain
             gain = f"{row.scorer} {row.delta:+.4g} ({row.ci_low:+.4g} to {row.ci_high:+.4g}, {row.n})"
-        used = "yes" if one.accepted else "no"
-        yield str(one.number), str(len(one.attempts)), str(one.training.pairs), str(one.training.steps), gain, used
+        counts = (round_.number, len(round_.attempts), round_.training.pairs, round_.training.steps)
+        yield *map(str, counts), gain, "yes" if round_.accepted else "no"
 
 
-def _measured(comparison: Comparison) -> str:
-    heads = ("scorer", "candidate", "n", "base", "enhanced", "difference", "95% interval", "wins", "p")
+def _measurements(comparison: Comparison) -> str:
+    headings = ("scorer", "candidate", "n", "base", "enhanced", "difference", "95% interval", "wins", "p")
     rows = (
         (
             row.scorer + " †" * row.filtered_by,
@@ -154,33 +154,33 @@ def _measured(comparison: Comparison) -> str:
     )
     verdicts = (f"- {_inline(name)}: {_inline(comparison.verdict(name))}." for name in comparison.candidates)
     notes = " ".join(_inline(note) for note in comparison.notes())
-    return "\n\n".join([_table(heads, rows), "\n".join(verdicts), notes])
+    return "\n\n".join([_table(headings, rows), "\n".join(verdicts), notes])
 
 
-def _licence(base: Base | None, home: str) -> str:
+def _licence(base: Base | None, endpoint: str) -> str:
     if base is None:
         return "The base model was not named when this was pushed. Its licence governs what may be done with this file."
     if base.license is None:
-        return f"{_link(base, home)} states no licence that could be passed on. Ask its authors before using this file."
+        return f"{_link(base, endpoint)} states no licence that could be passed on. Ask its authors before using this file."
     name = base.license_name or base.license
     terms = name if base.license_link is None else f"[{name}]({base.license_link})"
-    return f"This is a derivative of {_link(base, home)} and comes under its licence: {terms}."
+    return f"This is a derivative of {_link(base, endpoint)} and comes under its licence: {terms}."
 
 
-def _table(heads: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
-    lines = [tuple(heads), ("---",) * len(heads), *rows]
+def _table(headings: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
+    lines = [tuple(headings), ("---",) * len(headings), *rows]
     return "\n".join(f"| {' | '.join(_inline(cell) for cell in line)} |" for line in lines)
 
 
 def _inline(text: str) -> str:
-    """One line of text that is neither a table's border nor markup."""
+    """Text on one line, with the characters escaped that would end a table cell or be HTML."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
-def _code(thing: object) -> str:
-    """A ``repr``, or text as it is, that no backtick in it can end."""
-    text = " ".join((thing if isinstance(thing, str) else repr(thing)).split())
-    longest = max((len(run) for run in "".join(one if one == "`" else " " for one in text).split()), default=0)
+def _code(value: object) -> str:
+    """Inline code of a ``repr``, or of text as it is: between more backticks than it contains in a row."""
+    text = " ".join((value if isinstance(value, str) else repr(value)).split())
+    longest = max(map(len, re.findall("`+", text)), default=0)
     ticks = "`" * (longest + 1)
     pad = " " if longest else ""
     return f"{ticks}{pad}{text}{pad}{ticks}"

@@ -1,4 +1,4 @@
-"""The files of a push, written to a folder."""
+"""The content of a repository: its files, written to a folder before they are uploaded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,24 +8,24 @@ from pathlib import Path
 from artaug._internal.files import file_sha256
 from artaug.errors import LoRAError
 from artaug.evaluation.comparison import Comparison
-from artaug.hub.card import Contents, card
+from artaug.hub.card import CardFields, render_card
 from artaug.hub.values import Base, PushedFile, Sample
 from artaug.lora.formats import Format, KeyMap
 from artaug.lora.lora import LoRA
 from artaug.run.results import Enhancement
 
-UNIVERSAL = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for."""
 _CARD = "README.md"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parcel:
-    """All that a push may hold."""
+class RepoContents:
+    """The arguments of a push that decide about the files."""
 
     repo: str
-    home: str
-    """The address of the Hub."""
+    endpoint: str
+    """The URL of the Hub."""
     result: Enhancement | LoRA
     base: Base | None
     multiplier: float
@@ -34,45 +34,38 @@ class Parcel:
     about: Mapping[str, object]
     samples: Sequence[Sample]
 
-    def pack(self, folder: Path) -> str:
-        """Write every file; give the text of the card."""
+    def write(self, folder: Path) -> str:
+        """Write every file; return the text of the card."""
         lora = self.result if isinstance(self.result, LoRA) else self.result.lora
-        lora.save(folder / UNIVERSAL, key_map=self.key_map, metadata=self._header())
-        twin, written = self._twin(lora, folder), True
-        if isinstance(twin, LoRAError):
-            twin, written = str(twin), False
-        text = card(
-            Contents(
+        lora.save(folder / PEFT_FILE, key_map=self.key_map, metadata=self._header())
+        kohya_file, no_kohya_reason = f"{self.repo.partition('/')[2]}_comfyui_kohya.safetensors", ""
+        try:
+            lora.save(folder / kohya_file, format=Format.KOHYA, key_map=self.key_map, metadata=self._header())
+        except LoRAError as error:  # the family has no such format
+            no_kohya_reason = str(error)
+        text = render_card(
+            CardFields(
                 repo=self.repo,
-                home=self.home,
+                endpoint=self.endpoint,
                 base=self.base,
                 layers=len(lora.layers),
                 rank=lora.rank,
                 multiplier=self.multiplier,
-                universal=UNIVERSAL,
-                twin=twin,
-                twin_written=written,
-                made=self.result if isinstance(self.result, Enhancement) else None,
+                peft_file=PEFT_FILE,
+                kohya_file=kohya_file,
+                no_kohya_reason=no_kohya_reason,
+                enhancement=self.result if isinstance(self.result, Enhancement) else None,
                 comparison=self.comparison,
                 about=self.about,
                 samples=self.samples,
-                pictures=tuple(self._pictures(folder)),
+                image_paths=tuple(self._write_images(folder)),
             )
         )
         (folder / _CARD).write_text(text, encoding="utf-8", newline="\n")
         return text
 
-    def _twin(self, lora: LoRA, folder: Path) -> str | LoRAError:
-        """The file for readers of kohya's names, or why this family has none."""
-        name = f"{self.repo.partition('/')[2]}_comfyui_kohya.safetensors"
-        try:
-            lora.save(folder / name, format=Format.KOHYA, key_map=self.key_map, metadata=self._header())
-        except LoRAError as fault:
-            return fault
-        return name
-
     def _header(self) -> dict[str, str]:
-        """Provenance, in the files themselves."""
+        """Provenance, for the metadata of the LoRA files."""
         header = {"artaug.version": version("artaug"), "artaug.repository": self.repo}
         if self.base is not None:
             header["artaug.base_model"] = self.base.repo
@@ -80,8 +73,8 @@ class Parcel:
                 header["artaug.base_model_revision"] = self.base.revision
         return header
 
-    def _pictures(self, folder: Path) -> Iterator[str]:
-        """Write the samples' pictures, before and after side by side where both are there; give their paths."""
+    def _write_images(self, folder: Path) -> Iterator[str]:
+        """Write the images of the samples, and those without the LoRA beside them; yield the paths of the former."""
         for number, sample in enumerate(self.samples, start=1):
             path = folder / "images" / f"sample-{number}.png"
             path.parent.mkdir(exist_ok=True)
@@ -91,10 +84,10 @@ class Parcel:
             yield path.relative_to(folder).as_posix()
 
 
-def listed(folder: Path) -> tuple[PushedFile, ...]:
-    """Every file of a folder, by path."""
-    return tuple(_described(path, folder) for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _described(path: Path, folder: Path) -> PushedFile:
-    return PushedFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path))
+def list_files(folder: Path) -> tuple[PushedFile, ...]:
+    """All files of a folder, in the order of their paths."""
+    return tuple(
+        PushedFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    )

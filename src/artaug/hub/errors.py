@@ -1,4 +1,4 @@
-"""What goes wrong on the way to the Hub, in artaug's words, and never with a token in them."""
+"""Errors of the Hub's client as `HubError`, without the token."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,66 +17,66 @@ _ADVICE = {
     404: "Check the name and the revision; a private repository needs a token that may read it.",
     409: "Someone else is changing this repository. Wait a moment, and try again.",
     412: "Someone else has committed meanwhile. Look at what is there now, and try again.",
-    429: "The Hub asks for patience. Try again later.",
+    429: "Too many requests. Try again later.",
 }
 
 
-def checked_name(repo: str) -> str:
-    """A repository's name, if it is one.
+def check_repo_id(repo: str) -> str:
+    """Return a repository's name if it has the form ``owner/name``.
 
     Raises:
-        InvalidValueError: if not.
+        InvalidValueError: if it does not.
     """
     try:
         validate_repo_id(repo)
-    except HFValidationError as fault:
-        raise InvalidValueError(f"{repo!r} is no name of a repository: {fault} Expected 'owner/name'.") from None
+    except HFValidationError as error:
+        raise InvalidValueError(f"{repo!r} is no name of a repository: {error} Expected 'owner/name'.") from None
     if "/" not in repo:
         raise InvalidValueError(f"{repo!r} is no name of a repository. Expected 'owner/name'.")
     return repo
 
 
 @contextmanager
-def in_our_words(doing: str, api: HfApi, *, again: str = "Try again.") -> Iterator[None]:
-    """Turn whatever the Hub's client raises into one error.
+def translate_errors(action: str, api: HfApi, *, default_advice: str = "Try again.") -> Iterator[None]:
+    """Raise every error of the Hub's client as a `HubError`.
 
-    The client's own exceptions hold the request and with it the token, which debuggers and error reporters print; so
-    they are not kept as the cause.
+    The client's exceptions hold the request and with it the token, which debuggers and error reporters print. So they
+    are not kept as the cause.
 
     Args:
-        doing: what was being done, for the error's text.
-        api: knows the token that is not to be told.
-        again: what to do where there is no better advice.
+        action: what was being done, for the error's text.
+        api: its token is removed from the text.
+        default_advice: what to do if the status has no advice of its own.
 
     Raises:
         HubError: for every refusal of the Hub, and if it could not be reached.
     """
     try:
         yield
-    except (TransportError, OSError, EntryNotFoundError) as fault:
-        raise HubError(f"{doing} failed: {_told(fault, api, again)}", status=_status(fault)) from None
-    except RuntimeError as fault:  # how the client reports an upload that broke off
-        cause = fault.__cause__
+    except (TransportError, OSError, EntryNotFoundError) as error:
+        raise HubError(f"{action} failed: {_describe(error, api, default_advice)}", status=_status(error)) from None
+    except RuntimeError as error:  # the client's error for an upload that broke off
+        cause = error.__cause__
         if not isinstance(cause, TransportError | OSError):
             raise
-        text = f"{_short(str(fault), api)} {_told(cause, api, again)}"
-        raise HubError(f"{doing} failed: {text}", status=_status(cause)) from None
+        text = f"{_one_line(str(error), api)} {_describe(cause, api, default_advice)}"
+        raise HubError(f"{action} failed: {text}", status=_status(cause)) from None
 
 
-def _told(fault: Exception, api: HfApi, again: str) -> str:
-    status = _status(fault)
-    advice = again if status is None else _ADVICE.get(status, again)
-    if isinstance(fault, GatedRepoError):
+def _describe(error: Exception, api: HfApi, default_advice: str) -> str:
+    status = _status(error)
+    advice = default_advice if status is None else _ADVICE.get(status, default_advice)
+    if isinstance(error, GatedRepoError):
         advice = "Ask for access on its page first."
-    return f"{_short(str(fault) or type(fault).__name__, api)} {advice}"
+    return f"{_one_line(str(error) or type(error).__name__, api)} {advice}"
 
 
-def _status(fault: Exception) -> int | None:
-    return fault.response.status_code if isinstance(fault, HfHubHTTPError) else None
+def _status(error: Exception) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
-def _short(text: str, api: HfApi, *, limit: int = 400) -> str:
-    """On one line, not too long, without the token should a server have sent it back."""
+def _one_line(text: str, api: HfApi, *, limit: int = 400) -> str:
+    """A text on one line, shortened, without the token, which a server may have sent back."""
     token = api.token if isinstance(api.token, str) else get_token()
     text = " ".join((text.replace(token, "(token)") if token else text).split())
     text = shorten(text, limit)

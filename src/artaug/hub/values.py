@@ -1,4 +1,4 @@
-"""What a push consists of, as values: the base it builds on, the samples it shows, the files it sends."""
+"""The values of a push: the base model, the samples on the card, the files that are sent."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _KIB = 2**10
 
 @value
 class Base:
-    """The model a LoRA was trained on, and the terms it comes under. `base_of` reads them from the Hub.
+    """The model that a LoRA was trained on, and its licence. `base_of` reads them from the Hub.
 
     >>> from artaug import hub
     >>> hub.Base("me/tiny", license="apache-2.0")
@@ -28,14 +28,14 @@ class Base:
     revision: str | None = None
     """The commit it was trained on."""
     license: str | None = None
-    """As the Hub's cards call it: ``apache-2.0``, or ``other`` with a name and a link."""
+    """In the words of the Hub: ``apache-2.0``, or ``other`` with a name and a link."""
     license_name: str | None = None
     license_link: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A picture to show on the card, and to upload."""
+    """An image to upload and to show on the card."""
 
     prompt: str
     image: Image
@@ -57,7 +57,7 @@ class PushedFile:
 
 @value
 class Push:
-    """What went to the Hub, or in a dry run would have gone. ``print`` it, or look at it in a notebook."""
+    """The files sent to the Hub, or in a dry run those that would be. ``print`` it, or look at it in a notebook."""
 
     repo: str
     revision: str
@@ -74,20 +74,22 @@ class Push:
 
     def __str__(self) -> str:
         width = max(len(file.path) for file in self.files)
-        lines = [f"  {file.path:<{width}}  {size:>12}  {file.sha256}" for file, size in self._sized()]
+        lines = [f"  {file.path:<{width}}  {size:>12}  {file.sha256}" for file, size in self._file_sizes()]
         return "\n".join([self._headline(), *lines])
 
     def _repr_html_(self) -> str:
-        """The files, and the card as it is written."""
-        table = table_html(("file", "size", "sha256"), ((file.path, size, file.sha256) for file, size in self._sized()))
+        """The files, and the text of the card."""
+        table = table_html(
+            ("file", "size", "sha256"), ((file.path, size, file.sha256) for file, size in self._file_sizes())
+        )
         card = f"<details><summary>README.md</summary><pre>{escape(self.card)}</pre></details>"
         return f"<p>{escape(self._headline())}</p>{table}{card}"
 
     def _headline(self) -> str:
-        kind = "private" if self.private else "public"
-        where = f"{self.repo} ({kind}, {self.revision})"
-        return f"would push to {where}:" if self.commit is None else f"pushed to {where}, {self.commit}:"
+        visibility = "private" if self.private else "public"
+        target = f"{self.repo} ({visibility}, {self.revision})"
+        return f"would push to {target}:" if self.commit is None else f"pushed to {target}, {self.commit}:"
 
-    def _sized(self) -> Iterator[tuple[PushedFile, str]]:
+    def _file_sizes(self) -> Iterator[tuple[PushedFile, str]]:
         for file in self.files:
             yield file, f"{file.size / _KIB:,.1f} KiB"
