@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import artaug as aa
-from artaug.scorers import ClipScore, DualEncoder, SiglipScore
+from artaug.scorers import ClipScore, DualEncoder, LoadOptions, SiglipScore
 from artaug.scoring import score_images
 from artaug.testing import check_scorer
 from support.tiny_clip import LONGEST
@@ -27,55 +27,57 @@ def encoder(make=tiny_clip, *, batch_size=16, **options):
 
 
 def own_logits(make, images, prompts, *, seed=0):
-    """What the forward of transformers itself says of each pair."""
-    model, seen, words = make(seed=seed)
-    text = words(prompts, padding="max_length", max_length=LONGEST, return_tensors="pt")
+    """The logits of each pair by the forward method of transformers."""
+    model, image_processor, tokenizer = make(seed=seed)
+    text = tokenizer(prompts, padding="max_length", max_length=LONGEST, return_tensors="pt")
     with torch.no_grad():
-        out = model(input_ids=text["input_ids"], pixel_values=seen(images, return_tensors="pt")["pixel_values"])
+        out = model(
+            input_ids=text["input_ids"], pixel_values=image_processor(images, return_tensors="pt")["pixel_values"]
+        )
     return model, out.logits_per_image.diagonal()
 
 
 def test_a_clip_score_is_a_hundred_times_the_cosine_that_the_model_computes_itself():
-    wanted, found = [], []
+    expected, scores = [], []
     for seed in (3, 4, 5):
         model, logits = own_logits(tiny_clip, pictures(), PROMPTS, seed=seed)
-        wanted += (100 * (logits / model.logit_scale.exp()).clamp(min=0)).tolist()
-        found += ClipScore(encoder=encoder(seed=seed)).score_batch(pictures(), PROMPTS)
-    assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5)
-    assert len(set(wanted)) > 4
+        expected += (100 * (logits / model.logit_scale.exp()).clamp(min=0)).tolist()
+        scores += ClipScore(encoder=encoder(seed=seed)).score_batch(pictures(), PROMPTS)
+    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert len(set(expected)) > 4
 
 
 def test_a_clip_score_is_never_negative():
-    found = [ClipScore(encoder=encoder(seed=seed)).score_batch(pictures(), PROMPTS) for seed in range(6)]
+    scores = [ClipScore(encoder=encoder(seed=seed)).score_batch(pictures(), PROMPTS) for seed in range(6)]
     cosines = [encoder(seed=seed).cosines(pictures(), PROMPTS) for seed in range(6)]
-    assert min(map(min, found)) == 0 > min(map(min, cosines))
+    assert min(map(min, scores)) == 0 > min(map(min, cosines))
 
 
 def test_a_siglip_score_is_the_probability_that_the_model_computes_itself():
     _, logits = own_logits(tiny_siglip, pictures(), PROMPTS)
-    found = SiglipScore(encoder=encoder(tiny_siglip)).score_batch(pictures(), PROMPTS)
-    assert found == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)
-    assert len(set(found)) == 4
+    scores = SiglipScore(encoder=encoder(tiny_siglip)).score_batch(pictures(), PROMPTS)
+    assert scores == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)
+    assert len(set(scores)) == 4
 
 
-def test_a_siglip_reads_its_padding():
-    one = encoder(tiny_siglip)
-    short = one.tokenizer(["fog"], return_tensors="pt")["input_ids"]
+def test_a_siglip_attends_to_its_padding():
+    siglip = encoder(tiny_siglip)
+    short = siglip.tokenizer(["fog"], return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        bare = torch.nn.functional.normalize(one.model.get_text_features(input_ids=short).pooler_output, dim=-1)
-    assert not torch.allclose(bare, one.embed_texts(["fog"]), atol=1e-2)
+        bare = torch.nn.functional.normalize(siglip.model.get_text_features(input_ids=short).pooler_output, dim=-1)
+    assert not torch.allclose(bare, siglip.embed_texts(["fog"]), atol=1e-2)
 
 
-@pytest.mark.filterwarnings("ignore:tiny reads 32 tokens")  # the letters of some languages are many tokens to it
+@pytest.mark.filterwarnings("ignore:tiny reads 32 tokens")  # its tokenizer needs many tokens for some scripts
 @pytest.mark.parametrize(("make", "kind"), [(tiny_clip, ClipScore), (tiny_siglip, SiglipScore)])
-def test_the_scorer_keeps_the_promises_of_its_seam(make, kind):
+def test_it_passes_the_scorer_checks(make, kind):
     check_scorer(kind(encoder=encoder(make, batch_size=4)))
 
 
 @pytest.mark.parametrize(("make", "kind"), [(tiny_clip, ClipScore), (tiny_siglip, SiglipScore)])
 def test_a_saved_checkpoint_scores_as_the_model_did(make, kind, tmp_path):
     folder = saved(tmp_path, *make())
-    loaded = kind.from_pretrained(folder, batch_size=3)
+    loaded = kind.from_pretrained(folder, options=LoadOptions(batch_size=3))
     before = kind(encoder=encoder(make)).score_batch(pictures(), PROMPTS)
     assert loaded.score_batch(pictures(), PROMPTS) == pytest.approx(before, abs=1e-5)
     assert folder in loaded.name
@@ -83,20 +85,22 @@ def test_a_saved_checkpoint_scores_as_the_model_did(make, kind, tmp_path):
 
 
 def test_vectors_of_half_precision_weights_are_float32_and_of_length_1(tmp_path):
-    half = DualEncoder.from_pretrained(saved(tmp_path, *tiny_clip()), dtype=torch.bfloat16, device="cpu")
+    half = DualEncoder.from_pretrained(
+        saved(tmp_path, *tiny_clip()), options=LoadOptions(dtype=torch.bfloat16, device="cpu")
+    )
     vectors = half.embed_images(pictures())
     assert half.model.dtype == torch.bfloat16
     assert vectors.dtype == torch.float32
     assert torch.allclose(vectors.norm(dim=-1), torch.ones(4), atol=1e-6)
 
 
-def test_the_number_in_a_batch_changes_nothing():
-    apart, together = encoder(batch_size=1), encoder(batch_size=7)
-    assert apart.cosines(pictures(), PROMPTS) == pytest.approx(together.cosines(pictures(), PROMPTS), abs=1e-6)
+def test_the_batch_size_changes_nothing():
+    single, batched = encoder(batch_size=1), encoder(batch_size=7)
+    assert single.cosines(pictures(), PROMPTS) == pytest.approx(batched.cosines(pictures(), PROMPTS), abs=1e-6)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 50), (50, 3), (1, 40), (200, 1)])
-def test_a_picture_as_high_as_it_has_channels_is_not_taken_for_one_with_its_channels_first(size):
+def test_a_picture_as_high_as_its_channels_is_not_taken_as_channels_first(size):
     thin = pictures(1, size)[0]
     wide = encoder().image_processor(thin.resize((56, 56)), return_tensors="pt")["pixel_values"]
     assert wide.shape == (1, 3, 28, 28)
@@ -114,10 +118,10 @@ def test_a_picture_of_another_mode_scores_as_its_rgb(mode):
 
 
 @pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
-def test_a_prompt_too_long_is_cut_with_a_warning_that_quotes_the_rest(make):
-    one, words = encoder(make), "a" * (LONGEST + 3)
+def test_a_prompt_that_is_too_long_is_truncated_with_a_warning_that_quotes_the_rest(make):
+    dual, prompt = encoder(make), "a" * (LONGEST + 3)
     with pytest.warns(UserWarning, match=r"tiny reads 32 tokens and the prompt 'a+' has \d\d: cut off.* is 'a[a ]*'"):
-        assert one.embed_texts([words, words]).shape == (2, one.embed_texts(["a"]).shape[1])
+        assert dual.embed_texts([prompt, prompt]).shape == (2, dual.embed_texts(["a"]).shape[1])
 
 
 def test_a_prompt_that_just_fits_is_not_warned_of():
@@ -142,16 +146,16 @@ def test_one_bad_picture_of_a_batch_is_named():
 
 
 @pytest.mark.parametrize(("make", "kind"), [(tiny_clip, ClipScore), (tiny_siglip, SiglipScore)])
-def test_a_model_gone_wrong_is_caught_where_scores_are_read(make, kind):
-    one = encoder(make)
+def test_a_model_that_returns_nan_is_caught_by_score_images(make, kind):
+    dual = encoder(make)
     with torch.no_grad():
-        next(one.model.text_model.parameters()).fill_(torch.nan)
+        next(dual.model.text_model.parameters()).fill_(torch.nan)
     with pytest.raises(aa.NonFiniteError, match=r"returned nan for picture \d+ \('a red ball'\)"):
-        score_images(kind(encoder=one), pictures(), PROMPTS)
+        score_images(kind(encoder=dual), pictures(), PROMPTS)
 
 
 def test_siglip_scores_need_a_siglip():
-    with pytest.raises(aa.ModelError, match=r"'tiny' is no SigLIP.*ClipScore"):
+    with pytest.raises(aa.ModelError, match=r"'tiny' is not a SigLIP.*ClipScore"):
         SiglipScore(encoder=encoder())
 
 
@@ -161,12 +165,12 @@ def test_a_model_in_training_mode_is_refused():
         DualEncoder(model=model.train(), image_processor=images, tokenizer=words)
 
 
-def test_an_empty_batch_is_refused():
+def test_a_batch_size_below_1_is_refused():
     with pytest.raises(aa.InvalidValueError, match=r"batch_size=0"):
         encoder(batch_size=0)
 
 
-def test_a_model_without_words_is_refused_before_its_weights_are_read(tmp_path):
+def test_a_model_without_a_text_tower_is_refused_before_its_weights_are_read(tmp_path):
     with pytest.raises(aa.ModelError, match=r"is a 'dinov2' model. Expected one of clip, siglip"):
         DualEncoder.from_pretrained(saved(tmp_path, *tiny_dino()))
 
@@ -180,7 +184,7 @@ def test_pickled_weights_are_refused(tmp_path):
         ClipScore.from_pretrained(folder)
 
 
-def test_a_checkpoint_with_holes_is_refused(tmp_path):
+def test_an_incomplete_checkpoint_is_refused(tmp_path):
     model, images, words = tiny_clip()
     saved(tmp_path, images, words)
     partial = {name: weight for name, weight in model.state_dict().items() if "visual_projection" not in name}

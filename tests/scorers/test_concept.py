@@ -17,22 +17,22 @@ def scorer(*classes, batch_size=2):
 
 def published():
     model, images = tiny_classifier()
-    seen = images([image.convert("RGB") for image in PICTURES], return_tensors="pt")["pixel_values"]
+    pixels = images([image.convert("RGB") for image in PICTURES], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        return model(pixel_values=seen).logits.softmax(dim=-1)
+        return model(pixel_values=pixels).logits.softmax(dim=-1)
 
 
 def test_the_score_is_the_probability_of_the_class():
     assert scorer("normal").score_batch(PICTURES, [""] * 3) == pytest.approx(published()[:, 0].tolist(), abs=1e-5)
 
 
-def test_several_classes_add_up():
+def test_probabilities_of_several_classes_add_up():
     both = scorer("unsafe", "normal").score_batch(PICTURES, [""] * 3)
     assert both == pytest.approx((1 - published()[:, 1]).tolist(), abs=1e-5)
     assert scorer("normal", "drawing", "unsafe").score(PICTURES[0], "") == pytest.approx(1)
 
 
-def test_the_scorer_keeps_the_promises_of_its_seam():
+def test_it_passes_the_scorer_checks():
     check_scorer(scorer("normal"))
 
 
@@ -49,8 +49,8 @@ def test_classes_the_model_does_not_have_are_refused_and_those_it_has_named(clas
         scorer(*classes)
 
 
-def test_a_classifier_whose_classes_do_not_exclude_each_other_is_refused():
+def test_a_multi_label_classifier_is_refused():
     model, images = tiny_classifier()
     model.config.problem_type = "multi_label_classification"
-    with pytest.raises(aa.ModelError, match=r"do not exclude each other"):
+    with pytest.raises(aa.ModelError, match=r"is a multi-label classifier"):
         ConceptProbability(model=model, image_processor=images, classes=("normal",))

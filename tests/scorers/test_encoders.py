@@ -19,35 +19,35 @@ def dino(batch_size=2):
 
 
 def test_a_dino_vector_is_the_first_token_after_the_last_norm_made_length_1():
-    model, images = tiny_dino()
+    model, image_processor = tiny_dino()
     with torch.no_grad():
-        seen = images(pictures(3), return_tensors="pt")["pixel_values"]
-        wanted = torch.nn.functional.normalize(model(pixel_values=seen).last_hidden_state[:, 0], dim=-1)
-    assert torch.allclose(dino().embed_images(pictures(3)), wanted, atol=1e-5)
+        pixels = image_processor(pictures(3), return_tensors="pt")["pixel_values"]
+        expected = torch.nn.functional.normalize(model(pixel_values=pixels).last_hidden_state[:, 0], dim=-1)
+    assert torch.allclose(dino().embed_images(pictures(3)), expected, atol=1e-5)
 
 
-def test_a_saved_model_sees_what_the_model_saw(tmp_path):
+def test_a_saved_checkpoint_embeds_as_the_model_did(tmp_path):
     loaded = ImageEncoder.from_pretrained(saved(tmp_path, *tiny_dino()))
     assert torch.allclose(loaded.embed_images(pictures(3)), dino().embed_images(pictures(3)), atol=1e-6)
 
 
-def test_the_same_picture_is_alike_by_1_and_another_by_less():
-    same, *other = aa.EmbeddingSimilarity(dino()).compare_batch(pictures(3), [pictures(3)[0], *pictures(2, seed=1)])
+def test_the_similarity_of_the_same_picture_is_1_and_of_others_less():
+    same, *others = aa.EmbeddingSimilarity(dino()).compare_batch(pictures(3), [pictures(3)[0], *pictures(2, seed=1)])
     assert same == pytest.approx(1, abs=1e-6)
-    assert all(-1 <= one < 0.999 for one in other)
+    assert all(-1 <= similarity < 0.999 for similarity in others)
 
 
-def test_likeness_is_the_cosine_of_the_vectors_of_a_clip():
+def test_similarity_is_the_cosine_of_the_vectors_of_a_clip():
     model, images, words = tiny_clip()
     clip = DualEncoder(model=model, image_processor=images, tokenizer=words)
-    wanted = torch.cosine_similarity(clip.embed_images(pictures(3)), clip.embed_images(pictures(3, seed=1)))
-    found = aa.EmbeddingSimilarity(clip).compare_batch(pictures(3), pictures(3, seed=1))
-    assert found == pytest.approx(wanted.tolist(), abs=1e-6)
+    expected = torch.cosine_similarity(clip.embed_images(pictures(3)), clip.embed_images(pictures(3, seed=1)))
+    similarities = aa.EmbeddingSimilarity(clip).compare_batch(pictures(3), pictures(3, seed=1))
+    assert similarities == pytest.approx(expected.tolist(), abs=1e-6)
 
 
-def test_a_model_without_a_vector_for_the_whole_picture_is_refused_when_it_shows(monkeypatch):
-    one = dino()
-    plain = one.model.forward
-    monkeypatch.setattr(one.model, "forward", lambda pixel_values: plain(pixel_values=pixel_values)[:1])
+def test_a_model_without_a_vector_for_the_whole_picture_is_refused_when_it_is_used(monkeypatch):
+    encoder = dino()
+    forward = encoder.model.forward
+    monkeypatch.setattr(encoder.model, "forward", lambda pixel_values: forward(pixel_values=pixel_values)[:1])
     with pytest.raises(aa.ModelError, match=r"tiny gives no pooler_output"):
-        one.embed_images(pictures(1))
+        encoder.embed_images(pictures(1))

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig
 
 import artaug as aa
-from artaug.scorers import HPSv2, Letterbox
+from artaug.scorers import HPSv2, Letterbox, LoadOptions
 from artaug.testing import check_scorer
 from support.open_clip_reference import encode_image, encode_text, open_clip_weights
 from support.tiny_clip import LONGEST, clip_tokenizer
@@ -23,7 +23,7 @@ def pictures():
 
 
 def base(folder):
-    """A folder as that of the CLIP-H: sizes, tokenizer and image processor."""
+    """A folder like that of the CLIP-H: configuration, tokenizer and image processor."""
     words = clip_tokenizer()
     tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": HEADS}
     tower["hidden_act"] = "gelu"
@@ -36,30 +36,30 @@ def base(folder):
 
 def scorer(tmp_path, weights, *, name="HPS_v2.1.safetensors"):
     save_file(weights, tmp_path / name)
-    return HPSv2.from_pretrained(tmp_path / name, clip=base(tmp_path / "base"), batch_size=4)
+    return HPSv2.from_pretrained(tmp_path / name, clip=base(tmp_path / "base"), options=LoadOptions(batch_size=4))
 
 
 def test_the_score_is_the_cosine_that_open_clip_computes_with_its_own_weights(tmp_path):
-    weights, words = open_clip_weights(), clip_tokenizer()
-    mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
-    wanted = []
+    weights, tokenizer = open_clip_weights(), clip_tokenizer()
+    mean, std = (torch.tensor(channels)[:, None, None] for channels in (MEAN, STD))
+    expected = []
     for image, prompt in zip(pictures(), PROMPTS, strict=True):
         pixels = (torch.from_numpy(np.array(image) / np.float32(255)).permute(2, 0, 1) - mean) / std
-        text = torch.tensor([words(prompt)["input_ids"]])
-        seen, read = encode_image(weights, pixels[None], heads=HEADS), encode_text(weights, text, heads=HEADS)
-        wanted.append(float((seen * read).sum()))
-    assert scorer(tmp_path, weights).score_batch(pictures(), PROMPTS) == pytest.approx(wanted, abs=1e-5)
-    assert np.ptp(wanted) > 0.01
+        tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
+        embeds = encode_image(weights, pixels[None], heads=HEADS), encode_text(weights, tokens, heads=HEADS)
+        expected.append(float((embeds[0] * embeds[1]).sum()))
+    assert scorer(tmp_path, weights).score_batch(pictures(), PROMPTS) == pytest.approx(expected, abs=1e-5)
+    assert np.ptp(expected) > 0.01
 
 
-@pytest.mark.filterwarnings("ignore:.* reads 32 tokens")  # the letters of some languages are many tokens to it
-def test_the_scorer_keeps_the_promises_of_its_seam_and_is_called_after_its_file(tmp_path):
+@pytest.mark.filterwarnings("ignore:.* reads 32 tokens")  # its tokenizer needs many tokens for some scripts
+def test_it_passes_the_scorer_checks_and_is_named_after_its_file(tmp_path):
     score = scorer(tmp_path, open_clip_weights())
     assert score.name == "HPSv2 (HPS_v2.1)"
     check_scorer(score)
 
 
-def test_the_mask_of_older_files_is_no_weight(tmp_path):
+def test_the_mask_of_older_files_is_ignored(tmp_path):
     plain = scorer(tmp_path, open_clip_weights()).score_batch(pictures(), PROMPTS)
     older = scorer(tmp_path, open_clip_weights() | {"attn_mask": torch.zeros(LONGEST, LONGEST)})
     assert older.score_batch(pictures(), PROMPTS) == plain
@@ -70,7 +70,7 @@ def without(name):
 
 
 @pytest.mark.parametrize(
-    ("weights", "complaint"),
+    ("weights", "message"),
     [
         (without("visual.proj"), r"lacks 'visual_projection.weight'"),
         (without("transformer.resblocks.1.ln_2.bias"), r"lacks 'text_model.encoder.layers.1.layer_norm2.bias'"),
@@ -82,28 +82,28 @@ def without(name):
         (open_clip_weights(joint=9), r"does not fit a CLIPModel"),
     ],
 )
-def test_weights_that_are_not_exactly_those_of_the_clip_are_refused(tmp_path, weights, complaint):
-    with pytest.raises(aa.ModelError, match=complaint):
+def test_weights_that_are_not_exactly_those_of_the_clip_are_refused(tmp_path, weights, message):
+    with pytest.raises(aa.ModelError, match=message):
         scorer(tmp_path, weights)
 
 
 def test_a_pickled_file_is_refused(tmp_path):
     torch.save({"state_dict": open_clip_weights()}, tmp_path / "HPS_v2.1_compressed.pt")
-    with pytest.raises(aa.ModelError, match=r"HPS_v2.1_compressed.pt' is no safetensors file.*refused.*nested"):
+    with pytest.raises(aa.ModelError, match=r"HPS_v2.1_compressed.pt' is not a safetensors file.*refused.*nested"):
         HPSv2.from_pretrained(tmp_path / "HPS_v2.1_compressed.pt")
 
 
 @pytest.mark.parametrize(("size", "bars"), [((56, 28), (7, 0)), ((28, 56), (0, 7)), ((28, 28), (0, 0))])
-def test_a_letterbox_shows_the_whole_picture_between_black_bars(size, bars):
+def test_a_letterbox_keeps_the_whole_picture_between_black_bars(size, bars):
     box = Letterbox(size_px=28, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     (square,) = box([Image.new("RGB", size, (255, 128, 0))])["pixel_values"]
-    high, wide = bars
-    inside = square[:, high : 28 - high, wide : 28 - wide]
+    top, left = bars
+    inside = square[:, top : 28 - top, left : 28 - left]
     assert torch.allclose(inside, torch.tensor([1, 128 / 255, 0])[:, None, None].expand_as(inside), atol=1e-5)
     assert float(square.sum()) == pytest.approx(float(inside.sum()), abs=1e-3)
 
 
-def test_a_letterbox_shows_a_thread_as_one_pixel():
+def test_a_letterbox_keeps_a_thin_picture_one_pixel_high():
     box = Letterbox(size_px=28, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     (square,) = box([Image.new("RGB", (300, 1), "white")])["pixel_values"]
     assert sorted(set(square.round(decimals=4).flatten().tolist())) == [-1.0, 1.0]

@@ -1,3 +1,5 @@
+"""How scorers load their models and prepare their inputs."""
+
 import subprocess
 import sys
 
@@ -7,7 +9,17 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 import artaug as aa
-from artaug.scorers.loading import build, load_image_processor, load_tokenizer, matched, read_tensors, shown, slices
+from artaug.scorers import ClipIQA, ClipScore, DualEncoder, PickScore
+from artaug.scorers.loading import (
+    LoadOptions,
+    batch_slices,
+    check_counts,
+    load_image_processor,
+    load_tokenizer,
+    load_weights,
+    model_from_weights,
+    to_rgb,
+)
 from support.tiny_scorers import saved, tiny_clip
 
 
@@ -35,37 +47,51 @@ def test_a_folder_without_a_processor_is_named(load, tmp_path):
 def test_a_model_is_built_of_exactly_the_weights_it_is_given():
     model, *_ = tiny_clip()
     weights = model.state_dict()
-    twin = build(CLIPModel, model.config, dict(weights), source="here", device=None, dtype=torch.float32)
+    twin = model_from_weights(CLIPModel, model.config, dict(weights), LoadOptions(), source="here")
     assert not twin.training
     assert all(torch.equal(weight, weights[name]) for name, weight in twin.state_dict().items())
+    partial = {name: weight for name, weight in weights.items() if name != "logit_scale"}
     with pytest.raises(aa.ModelError, match=r"'here' lacks 'logit_scale'"):
-        build(
-            CLIPModel,
-            CLIPConfig(**model.config.to_dict()),
-            {name: weight for name, weight in weights.items() if name != "logit_scale"},
-            source="here",
-            device=None,
-            dtype=torch.float32,
-        )
+        model_from_weights(CLIPModel, CLIPConfig(**model.config.to_dict()), partial, LoadOptions(), source="here")
 
 
-def test_what_is_no_safetensors_file_is_refused(tmp_path):
+def test_a_file_that_is_not_safetensors_is_refused(tmp_path):
     (tmp_path / "weights.safetensors").write_text("not tensors", encoding="utf-8")
-    with pytest.raises(aa.ModelError, match=r"weights.safetensors' is no safetensors file"):
-        read_tensors(tmp_path / "weights.safetensors")
+    with pytest.raises(aa.ModelError, match=r"weights.safetensors' is not a safetensors file"):
+        load_weights(tmp_path / "weights.safetensors")
     with pytest.raises(aa.ModelError, match=r"there is no file"):
-        read_tensors(tmp_path / "nowhere.safetensors")
+        load_weights(tmp_path / "nowhere.safetensors")
 
 
-def test_pictures_are_shown_as_rgb_and_a_bad_one_is_counted():
-    assert [image.mode for image in shown([Image.new("L", (2, 2)), Image.new("RGBA", (2, 2))])] == ["RGB", "RGB"]
+def test_pictures_become_rgb_and_a_bad_one_is_named_by_its_number():
+    assert [image.mode for image in to_rgb([Image.new("L", (2, 2)), Image.new("RGBA", (2, 2))])] == ["RGB", "RGB"]
     with pytest.raises(aa.InvalidValueError) as caught:
-        shown([Image.new("L", (2, 2)), Image.new("F", (2, 2))])
+        to_rgb([Image.new("L", (2, 2)), Image.new("F", (2, 2))])
     assert caught.value.__notes__ == ["It is picture 2 of 2."]
 
 
-def test_counts_must_match_and_parts_cover_all():
-    matched([Image.new("L", (1, 1))], ["a"])
+def test_counts_must_match_and_batches_cover_all():
+    check_counts([Image.new("L", (1, 1))], ["a"])
     with pytest.raises(aa.InvalidValueError, match=r"0 pictures and 1 prompts"):
-        matched([], ["a"])
-    assert [list(range(7))[part] for part in slices(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+        check_counts([], ["a"])
+    assert [list(range(7))[batch] for batch in batch_slices(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_load_options_name_a_model_with_its_revision_and_refuse_an_empty_batch():
+    assert LoadOptions().label("openai/clip") == "openai/clip"
+    assert LoadOptions(revision="v2").label("openai/clip") == "openai/clip@v2"
+    with pytest.raises(aa.InvalidValueError, match=r"LoadOptions\(batch_size=0\): need at least 1, or None"):
+        LoadOptions(batch_size=0)
+
+
+def test_load_options_set_device_dtype_and_batch_size_of_every_loader(tmp_path):
+    folder = saved(tmp_path, *tiny_clip())
+    options = LoadOptions(device="cpu", dtype=torch.bfloat16, batch_size=3)
+    assert (ClipScore.from_pretrained(folder).encoder.model.dtype) == torch.float32
+    for encoder in (
+        DualEncoder.from_pretrained(folder, options=options),
+        ClipScore.from_pretrained(folder, options=options).encoder,
+        PickScore.from_pretrained(folder, processor=folder, options=options).encoder,
+        ClipIQA.from_pretrained(folder, options=options).encoder,
+    ):
+        assert (encoder.model.dtype, encoder.model.device.type, encoder.batch_size) == (torch.bfloat16, "cpu", 3)

@@ -1,4 +1,4 @@
-"""Photometric scorers say what `artaug.images.photometry` measures."""
+"""Photometric scorers are the measures of `artaug.images.photometry`."""
 
 import numpy as np
 import pytest
@@ -27,16 +27,16 @@ def test_photometric_is_the_mean_of_the_four(image):
 
 
 def test_a_mean_of_none_is_refused():
-    with pytest.raises(aa.InvalidValueError, match="has nothing to take the mean of"):
+    with pytest.raises(aa.InvalidValueError, match="has no scorers"):
         MeanOf(())
 
 
-def test_a_mean_names_its_parts():
+def test_a_mean_is_named_after_its_scorers():
     assert MeanOf(FOUR[:2]).name == "mean of Exposure and Chroma"
     assert repr(MeanOf(FOUR[:1])) == "MeanOf(scorers=(Exposure(),))"
 
 
-def test_a_mean_scores_each_part_once_a_batch():
+def test_a_mean_calls_each_scorer_once_a_batch():
     grey = [Image.new("L", (2, 2), level) for level in (10, 20)]
     assert MeanOf((Listed("A"), Listed("B"))).score_batch(grey, ["", ""]) == [1.0, 2.0]
 
@@ -48,5 +48,5 @@ def test_scorers_of_one_kind_are_equal():
 
 
 @pytest.mark.parametrize("scorer", [*FOUR, Photometric(), MeanOf(FOUR)], ids=lambda scorer: scorer.name)
-def test_every_scorer_keeps_the_promises_of_its_seam(scorer):
+def test_every_scorer_passes_the_scorer_checks(scorer):
     check_scorer(scorer)

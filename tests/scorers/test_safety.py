@@ -24,20 +24,20 @@ def tiny_checker(seed=0):
         ).eval()
         for weight in model.parameters():
             weight.copy_(torch.randn(weight.shape) * (0.3 if weight.ndim else 1) + (weight.ndim == 1) * 0.1)
-        seen = cosines(model, model.concept_embeds)
-        model.concept_embeds_weights.copy_(seen.quantile(0.97, dim=0))
+        near = cosines(model, model.concept_embeds)
+        model.concept_embeds_weights.copy_(near.quantile(0.97, dim=0))
         model.special_care_embeds_weights.copy_(cosines(model, model.special_care_embeds).quantile(0.8, dim=0))
     return model
 
 
-def shown():
+def pixel_values():
     return clip_pictures()(PICTURES, return_tensors="pt")["pixel_values"]
 
 
 def cosines(model, embeds):
     with torch.no_grad():
-        seen = model.visual_projection(model.vision_model(shown())[1])
-    return torch.nn.functional.normalize(seen) @ torch.nn.functional.normalize(embeds).T
+        image_embeds = model.visual_projection(model.vision_model(pixel_values())[1])
+    return torch.nn.functional.normalize(image_embeds) @ torch.nn.functional.normalize(embeds).T
 
 
 def scorer(model, **options):
@@ -48,7 +48,7 @@ def scorer(model, **options):
 def test_the_margin_has_the_sign_of_what_the_checker_of_diffusers_does(seed):
     model = tiny_checker(seed)
     margins = np.array(scorer(model, batch_size=5).score_batch(PICTURES, [""] * 24))
-    _, flagged = model(clip_input=shown(), images=np.ones((24, 2, 2, 3)))
+    _, flagged = model(clip_input=pixel_values(), images=np.ones((24, 2, 2, 3)))
     clear = np.abs(margins) > 0.0006
     assert clear.sum() > 18
     assert ((margins < 0) == np.array(flagged))[clear].all()
@@ -70,13 +70,13 @@ def test_the_margin_is_the_distance_by_the_published_formula():
 def test_a_checkpoint_scores_as_the_model_did(tmp_path, published):
     model = tiny_checker()
     folder = saved(tmp_path, model, clip_pictures())
-    if published:  # by transformers of the time, which had the vision model in a vision model
+    if published:  # by the transformers of the time, which nested the vision model in another one
         weights = load_file(tmp_path / "model.safetensors")
         nested = {
             name.replace("vision_model.", "vision_model.vision_model.", 1)
             if name.startswith("vision_model.")
-            else name: one
-            for name, one in weights.items()
+            else name: weight
+            for name, weight in weights.items()
         }
         save_file(nested, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded = SafetyMargin.from_pretrained(folder)
@@ -84,21 +84,21 @@ def test_a_checkpoint_scores_as_the_model_did(tmp_path, published):
     assert loaded.score_batch(PICTURES, [""] * 24) == pytest.approx(before, abs=1e-5)
 
 
-def test_the_scorer_keeps_the_promises_of_its_seam():
+def test_it_passes_the_scorer_checks():
     check_scorer(scorer(tiny_checker()))
     assert scorer(tiny_checker()).score_batch([], []) == []
 
 
-def test_the_processor_may_lie_elsewhere(tmp_path):
-    model, words = saved(tmp_path / "a", tiny_checker()), saved(tmp_path / "b", clip_pictures())
-    assert SafetyMargin.from_pretrained(model, processor=words).score(PICTURES[0], "") > -1
+def test_the_processor_may_be_elsewhere(tmp_path):
+    model, processor = saved(tmp_path / "a", tiny_checker()), saved(tmp_path / "b", clip_pictures())
+    assert SafetyMargin.from_pretrained(model, processor=processor).score(PICTURES[0], "") > -1
     with pytest.raises(aa.ModelError, match="has nothing for AutoImageProcessor"):
         SafetyMargin.from_pretrained(model)
 
 
-def test_half_a_checkpoint_is_refused(tmp_path):
+def test_an_incomplete_checkpoint_is_refused(tmp_path):
     model = tiny_checker()
-    partial = {name: one for name, one in model.state_dict().items() if "concept" not in name}
+    partial = {name: weight for name, weight in model.state_dict().items() if "concept" not in name}
     folder = saved(tmp_path, clip_pictures())
     model.save_pretrained(tmp_path, state_dict=partial)
     with pytest.raises(

@@ -4,7 +4,7 @@ import transformers
 from PIL import Image
 
 import artaug as aa
-from artaug.scorers import VQAScore
+from artaug.scorers import LoadOptions, VQAScore
 from artaug.scorers.vqa import QUESTION
 from artaug.scoring import score_images
 from artaug.testing import check_scorer
@@ -30,27 +30,27 @@ def scorer(make=tiny_llava, *, question=QUESTION, batch_size=8, answer="a"):
     return VQAScore(model=model, processor=processor, question=question, answer=answer, batch_size=batch_size)
 
 
-def published(one, image, prompt):
+def published(vqa, image, prompt):
     """P(answer) as the paper has it: the forward of the model on one unpadded question, and a softmax."""
     text = f'Does this figure show "{prompt}"? Please answer yes or no.'
-    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-    asked = one.processor.apply_chat_template(turns, add_generation_prompt=True)
-    inputs = one.processor(text=asked, images=image.convert("RGB"), return_tensors="pt")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    chat = vqa.processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = vqa.processor(text=chat, images=image.convert("RGB"), return_tensors="pt")
     with torch.no_grad():
-        logits = one.model(**inputs).logits[0, -1]
-    (answer,) = one.processor.tokenizer.encode(one.answer, add_special_tokens=False)
+        logits = vqa.model(**inputs).logits[0, -1]
+    (answer,) = vqa.processor.tokenizer.encode(vqa.answer, add_special_tokens=False)
     return float(logits.exp()[answer] / logits.exp().sum())
 
 
 @pytest.mark.parametrize("make", [tiny_llava, tiny_idefics3])
 def test_the_score_is_the_probability_of_the_answer_in_a_batch_too(make):
-    one = scorer(make)
-    wanted = [published(one, image, prompt) for image, prompt in zip(PICTURES, PROMPTS, strict=True)]
-    assert one.score_batch(PICTURES, PROMPTS) == pytest.approx(wanted, abs=1e-5)
-    assert max(wanted) > 1.01 * min(wanted)
+    vqa = scorer(make)
+    expected = [published(vqa, image, prompt) for image, prompt in zip(PICTURES, PROMPTS, strict=True)]
+    assert vqa.score_batch(PICTURES, PROMPTS) == pytest.approx(expected, abs=1e-5)
+    assert max(expected) > 1.01 * min(expected)
 
 
-def test_the_scorer_keeps_the_promises_of_its_seam():
+def test_it_passes_the_scorer_checks():
     check_scorer(scorer(batch_size=4))
 
 
@@ -60,35 +60,35 @@ def test_a_model_that_says_yes_scores_1():
     assert sure.score(PICTURES[0], "a wall") > 0.999
 
 
-def test_a_question_of_ones_own_is_asked_of_every_picture_alike_and_stands_in_the_name():
+def test_another_question_replaces_the_prompt_and_is_part_of_the_name():
     fixed = scorer(question="Are all hands well drawn?")
     assert fixed.score(PICTURES[0], "a wall") == fixed.score(PICTURES[0], "fog")
     assert "Are all hands well drawn?" in fixed.name
     assert fixed.name != scorer().name
 
 
-def test_braces_in_a_prompt_are_only_braces():
+def test_braces_in_a_prompt_are_kept_as_text():
     assert 0 < scorer().score(PICTURES[0], "a {0} {prompt} }{") < 1
 
 
 def test_a_saved_checkpoint_scores_as_the_model_did(tmp_path):
-    one = scorer()
-    one.model.save_pretrained(tmp_path)
-    one.processor.save_pretrained(tmp_path)
-    loaded = VQAScore.from_pretrained(str(tmp_path), answer="a", dtype=torch.float32)
-    assert loaded.score_batch(PICTURES, PROMPTS) == pytest.approx(one.score_batch(PICTURES, PROMPTS), abs=1e-6)
+    vqa = scorer()
+    vqa.model.save_pretrained(tmp_path)
+    vqa.processor.save_pretrained(tmp_path)
+    loaded = VQAScore.from_pretrained(str(tmp_path), answer="a", options=LoadOptions(dtype=torch.float32))
+    assert loaded.score_batch(PICTURES, PROMPTS) == pytest.approx(vqa.score_batch(PICTURES, PROMPTS), abs=1e-6)
     assert loaded.name == f"VQAScore ({tmp_path})"
 
 
 def test_the_model_is_left_as_it_was():
-    one = scorer()
-    before = one.model.generation_config.to_dict()
-    one.score(PICTURES[0], "a wall")
-    assert one.model.generation_config.to_dict() == before
+    vqa = scorer()
+    before = vqa.model.generation_config.to_dict()
+    vqa.score(PICTURES[0], "a wall")
+    assert vqa.model.generation_config.to_dict() == before
 
 
 def test_an_answer_of_several_tokens_is_refused():
-    with pytest.raises(aa.InvalidValueError, match=r"the answer 'most certainly' is \d+ tokens to this model.*one"):
+    with pytest.raises(aa.InvalidValueError, match=r"the answer 'most certainly' is \d+ tokens of this model.*one"):
         scorer(answer="most certainly")
 
 
@@ -104,12 +104,12 @@ def test_pictures_and_prompts_that_differ_in_number_are_refused():
         scorer().score_batch(PICTURES, PROMPTS[:1])
 
 
-def test_a_model_gone_wrong_is_caught_where_scores_are_read():
-    one = scorer()
+def test_a_model_that_returns_nan_is_caught_by_score_images():
+    vqa = scorer()
     with torch.no_grad():
-        one.model.lm_head.weight.fill_(torch.nan)
+        vqa.model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(aa.NonFiniteError, match=r"returned nan"):
-        score_images(one, PICTURES, PROMPTS)
+        score_images(vqa, PICTURES, PROMPTS)
 
 
 def test_a_folder_without_a_processor_is_named(tmp_path):

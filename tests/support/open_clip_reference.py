@@ -1,4 +1,4 @@
-"""CLIP as open_clip lays it out and computes it, in plain torch: what HPSv2 checkpoints are written for."""
+"""CLIP in plain torch with open_clip's weight names, for which HPSv2 checkpoints are written."""
 
 import math
 
@@ -8,10 +8,10 @@ from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 def open_clip_weights(*, width=64, layers=2, side=28, patch=14, joint=8, words=190, longest=32, seed=0):
     """Random weights under open_clip's own names."""
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
-        return torch.randn(shape, generator=draw) * (0.3 / math.sqrt(shape[-1] / 8) if len(shape) > 1 else 0.2)
+        return torch.randn(shape, generator=generator) * (0.3 / math.sqrt(shape[-1] / 8) if len(shape) > 1 else 0.2)
 
     weights = {
         "logit_scale": torch.tensor(4.6),
@@ -24,7 +24,7 @@ def open_clip_weights(*, width=64, layers=2, side=28, patch=14, joint=8, words=1
         "visual.proj": random(width, joint),
     }
     norms = ["ln_final", "visual.ln_pre", "visual.ln_post"]
-    for place in [f"{tower}transformer.resblocks.{number}." for tower in ("", "visual.") for number in range(layers)]:
+    for prefix in [f"{tower}transformer.resblocks.{number}." for tower in ("", "visual.") for number in range(layers)]:
         for name, shape in {
             "attn.in_proj_weight": (3 * width, width),
             "attn.in_proj_bias": (3 * width,),
@@ -35,25 +35,25 @@ def open_clip_weights(*, width=64, layers=2, side=28, patch=14, joint=8, words=1
             "mlp.c_proj.weight": (width, 4 * width),
             "mlp.c_proj.bias": (width,),
         }.items():
-            weights[place + name] = random(*shape)
-        norms += [f"{place}ln_1", f"{place}ln_2"]
+            weights[prefix + name] = random(*shape)
+        norms += [f"{prefix}ln_1", f"{prefix}ln_2"]
     return weights | {
         f"{name}.{part}": random(width) + (part == "weight") for name in norms for part in ("weight", "bias")
     }
 
 
 def encode_image(weights, pixels, *, heads):
-    """The picture's vector, of length 1."""
+    """The picture's embedding, of length 1."""
     patch = weights["visual.conv1.weight"].shape[-1]
-    seen = torch.nn.functional.conv2d(pixels, weights["visual.conv1.weight"], stride=patch).flatten(2).mT
-    first = weights["visual.class_embedding"].expand(len(seen), 1, -1)
-    rows = torch.cat([first, seen], dim=1) + weights["visual.positional_embedding"]
+    patches = torch.nn.functional.conv2d(pixels, weights["visual.conv1.weight"], stride=patch).flatten(2).mT
+    first = weights["visual.class_embedding"].expand(len(patches), 1, -1)
+    rows = torch.cat([first, patches], dim=1) + weights["visual.positional_embedding"]
     rows = _blocks(weights, "visual.", _norm(weights, "visual.ln_pre", rows), heads=heads, causal=False)
     return _unit(_norm(weights, "visual.ln_post", rows[:, 0]) @ weights["visual.proj"])
 
 
 def encode_text(weights, tokens, *, heads):
-    """The prompt's vector, of length 1, read off the last token that is not padding (here each of ``tokens``' last)."""
+    """The prompt's embedding, of length 1, taken at the last token that is not padding (here the last of each row)."""
     rows = weights["token_embedding.weight"][tokens] + weights["positional_embedding"][: tokens.shape[1]]
     rows = _norm(weights, "ln_final", _blocks(weights, "", rows, heads=heads, causal=True))
     return _unit(rows[:, -1] @ weights["text_projection"])
@@ -62,14 +62,14 @@ def encode_text(weights, tokens, *, heads):
 def _blocks(weights, tower, rows, *, heads, causal):
     count = sum(name.startswith(f"{tower}transformer.resblocks.") and name.endswith("ln_1.bias") for name in weights)
     for number in range(count):
-        place = f"{tower}transformer.resblocks.{number}."
-        normed = _norm(weights, f"{place}ln_1", rows)
-        fused = normed @ weights[f"{place}attn.in_proj_weight"].T + weights[f"{place}attn.in_proj_bias"]
+        prefix = f"{tower}transformer.resblocks.{number}."
+        normed = _norm(weights, f"{prefix}ln_1", rows)
+        fused = normed @ weights[f"{prefix}attn.in_proj_weight"].T + weights[f"{prefix}attn.in_proj_bias"]
         query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in fused.chunk(3, dim=-1))
         mixed = scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2).flatten(2)
-        rows = rows + _linear(weights, f"{place}attn.out_proj", mixed)
-        inner = gelu(_linear(weights, f"{place}mlp.c_fc", _norm(weights, f"{place}ln_2", rows)))
-        rows = rows + _linear(weights, f"{place}mlp.c_proj", inner)
+        rows = rows + _linear(weights, f"{prefix}attn.out_proj", mixed)
+        inner = gelu(_linear(weights, f"{prefix}mlp.c_fc", _norm(weights, f"{prefix}ln_2", rows)))
+        rows = rows + _linear(weights, f"{prefix}mlp.c_proj", inner)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Tiny real CLIP text encoders that spell, with their tokenizer: random weights from a config, nothing downloaded."""
+"""Tiny real CLIP text encoders with a tokenizer of letters: random weights from a config, nothing downloaded."""
 
 import string
 
@@ -6,11 +6,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 LETTERS = string.printable[:94]
 LONGEST = 32
-"""Tokens it reads, where the real one reads 77."""
+"""The longest prompt in tokens; 77 in the real one."""
 
 
 def clip(width: int, *, projected: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """Build an encoder with vectors of ``width``, and with a projected vector of the whole prompt, or without."""
+    """Build an encoder of hidden size ``width``, with a projection of the pooled output or without."""
     config = CLIPTextConfig(
         vocab_size=len(_vocabulary()),
         hidden_size=width,
@@ -32,5 +32,5 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def _vocabulary() -> dict[str, int]:
-    pieces = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{one}</w>" for one in LETTERS)]
-    return {piece: number for number, piece in enumerate(pieces)}
+    pieces = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    return {piece: index for index, piece in enumerate(pieces)}

@@ -1,4 +1,4 @@
-"""Tiny real models that scorers run on: random weights from configs, image processors without torchvision."""
+"""Tiny real models for scorers: random weights from configs, image processors without torchvision."""
 
 import string
 
@@ -39,7 +39,7 @@ def tiny_clip(*, seed=0, act="quick_gelu"):
     config = CLIPConfig(
         text_config={**text, "hidden_act": act}, vision_config={**VISION, "hidden_act": act}, projection_dim=8
     )
-    return lively(CLIPModel, config, seed), clip_pictures(), words
+    return random_model(CLIPModel, config, seed), clip_pictures(), words
 
 
 def tiny_siglip(*, seed=0):
@@ -48,25 +48,25 @@ def tiny_siglip(*, seed=0):
     text = {**TEXT, "vocab_size": len(words), "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1}
     config = SiglipConfig(text_config={**text, "projection_size": 16}, vision_config=VISION)
     images = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    return lively(SiglipModel, config, seed), images, words
+    return random_model(SiglipModel, config, seed), images, words
 
 
 def tiny_dino(*, seed=0):
     """A DINOv2 and its image processor."""
     config = Dinov2Config(**{**VISION, "mlp_ratio": 2})
-    return lively(Dinov2Model, config, seed), clip_pictures()
+    return random_model(Dinov2Model, config, seed), clip_pictures()
 
 
 def tiny_classifier(*, seed=0):
-    """A picture classifier of three classes, and its image processor."""
+    """An image classifier of three classes, and its image processor."""
     labels = dict(enumerate(["normal", "drawing", "unsafe"]))
-    config = ViTConfig(**VISION, id2label=labels, label2id={label: number for number, label in labels.items()})
+    config = ViTConfig(**VISION, id2label=labels, label2id={label: index for index, label in labels.items()})
     images = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    return lively(ViTForImageClassification, config, seed), images
+    return random_model(ViTForImageClassification, config, seed), images
 
 
 def saved(folder, *parts):
-    """Write a model and what goes with it as published checkpoints are laid out."""
+    """Save a model and its processors to one folder, as published checkpoints are."""
     for part in parts:
         part.save_pretrained(folder)
     return str(folder)
@@ -77,10 +77,10 @@ def clip_pictures():
 
 
 def letters(*, pad, begin=None, end="</s>"):
-    """A tokenizer to which every letter is a token."""
+    """A tokenizer with a token for every letter."""
     special = list(dict.fromkeys(["<unk>", pad, end, *([begin] if begin else [])]))
     pieces = [*special, *string.printable[:95]]
-    core = Tokenizer(models.WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     ids = {piece: pieces.index(piece) for piece in special}
     core.post_processor = processors.TemplateProcessing(
@@ -91,11 +91,11 @@ def letters(*, pad, begin=None, end="</s>"):
     )
 
 
-def lively(kind, config, seed):
-    """A model with weights large enough that pictures and prompts tell."""
+def random_model(model_class, config, seed):
+    """A model with weights so large that different pictures and prompts give different outputs."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        model = kind(config).eval()
+        model = model_class(config).eval()
         for weight in model.parameters():
             weight.copy_(torch.randn(weight.shape) * (0.3 if weight.ndim else 1) + (weight.ndim == 1) * 0.1)
     return model

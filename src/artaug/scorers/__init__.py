@@ -1,4 +1,4 @@
-"""Scorers: pictures to numbers, higher is better. Models are loaded by ``from_pretrained``, not by the import."""
+"""Scorers: each gives a picture a number, higher is better. Models are loaded by ``from_pretrained``, not by the import."""
 
 from artaug.scorers.aesthetic import AestheticScore
 from artaug.scorers.clip import ClipScore, SiglipScore
@@ -9,6 +9,7 @@ from artaug.scorers.encoders import DualEncoder, ImageEncoder
 from artaug.scorers.function import FunctionScorer
 from artaug.scorers.hps import HPSv2, Letterbox
 from artaug.scorers.image_reward import ImageReward
+from artaug.scorers.loading import LoadOptions
 from artaug.scorers.photometric import Chroma, Contrast, Exposure, MeanOf, Photometric, Sharpness
 from artaug.scorers.pickscore import PickScore
 from artaug.scorers.safety import SafetyMargin
@@ -29,6 +30,7 @@ __all__ = [
     "ImageEncoder",
     "ImageReward",
     "Letterbox",
+    "LoadOptions",
     "MeanOf",
     "Photometric",
     "PickScore",

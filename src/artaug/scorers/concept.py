@@ -1,4 +1,4 @@
-"""Safety and other concepts: how sure a classifier is that a picture is of a class."""
+"""Concept probability: the probability that a classifier gives to some classes, for safety and other concepts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,16 @@ import torch
 from PIL.Image import Image
 
 from artaug.errors import InvalidValueError, ModelError
-from artaug.scorers.loading import Processor, checked, load_image_processor, load_model, pixels, shown, slices
+from artaug.scorers.loading import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_OPTIONS,
+    LoadOptions,
+    Processor,
+    check_model,
+    load_image_processor,
+    load_model,
+    pixel_batches,
+)
 from artaug.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -18,15 +27,15 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ConceptProbability(Scorer):
-    """The probability a classifier gives to some of its classes, summed, in [0, 1]: of safe ones, for a safety scorer.
+    """The probability that a classifier gives to some of its classes, summed, in [0, 1]; of safe ones, for safety.
 
-    Higher is better, as for every scorer, so name the classes you want: with ``Floor(safe, 0.98)`` only pairs survive
-    whose second picture is safe with 98 %. A classifier knows what it was trained on and no more; the prompt is not
-    looked at.
+    Higher is better, as for every scorer, so name the classes you want: ``Floor(safe, 0.98)`` keeps only pairs whose
+    second picture is safe with a probability of 98 %. A classifier knows only what it was trained on; the prompt is not
+    used.
 
     Raises:
-        InvalidValueError: for no class, one the model does not have, or ``batch_size`` below 1.
-        ModelError: for a model in training mode, or one whose classes do not exclude each other.
+        InvalidValueError: without classes, for a class the model does not have, or ``batch_size`` below 1.
+        ModelError: for a model in training mode, or a multi-label classifier.
 
     Example:
         >>> from artaug.scorers import ConceptProbability
@@ -42,43 +51,31 @@ class ConceptProbability(Scorer):
     classes: tuple[str, ...]
     """The classes that are wanted, as ``model.config.id2label`` calls them."""
     name: str = ""
-    """What tables call it; the classes and the model if not given."""
-    batch_size: int = field(default=16, repr=False)
+    """The name in tables; the classes and the model if not given."""
+    batch_size: int = field(default=DEFAULT_BATCH_SIZE, repr=False)
     """Pictures that go through the model together."""
 
     def __post_init__(self) -> None:
-        checked(self, model=self.model, batch_size=self.batch_size)
+        check_model(self, model=self.model, batch_size=self.batch_size)
         config = self.model.config
-        known = [config.id2label[number] for number in sorted(config.id2label)]
-        if not self.classes or len(set(self.classes)) < len(self.classes) or not set(self.classes) <= set(known):
-            raise InvalidValueError(f"ConceptProbability(classes={self.classes!r}): need one or more of {known}.")
+        labels = [config.id2label[index] for index in sorted(config.id2label)]
+        if not self.classes or len(set(self.classes)) < len(self.classes) or not set(self.classes) <= set(labels):
+            raise InvalidValueError(f"ConceptProbability(classes={self.classes!r}): need one or more of {labels}.")
         if config.problem_type == "multi_label_classification":
             raise ModelError(
-                f"the classes of {config.name_or_path!r} do not exclude each other: need one that chooses."
+                f"{config.name_or_path!r} is a multi-label classifier, whose probabilities do not add up: need a single-label one."
             )
         if not self.name:
             object.__setattr__(self, "name", f"P({' or '.join(self.classes)}) ({config.name_or_path})")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str,
-        *,
-        classes: tuple[str, ...],
-        revision: str = "main",
-        device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ) -> Self:
+    def from_pretrained(cls, source: str, *, classes: tuple[str, ...], options: LoadOptions = DEFAULT_OPTIONS) -> Self:
         """Load a classifier.
 
         Args:
             source: a folder that ``save_pretrained`` wrote, or a Hub name.
             classes: the field.
-            revision: branch, tag or commit on the Hub.
-            device: where to put the model; None for the CPU.
-            dtype: of the weights.
-            batch_size: the field.
+            options: revision, device, dtype and batch size.
 
         Raises:
             ModelError: if there is no image classifier at ``source``, or its weights are pickled or incomplete.
@@ -86,10 +83,10 @@ class ConceptProbability(Scorer):
         from transformers import AutoModelForImageClassification  # noqa: PLC0415 - slow to load
 
         return cls(
-            image_processor=load_image_processor(source, revision=revision),
-            model=load_model(AutoModelForImageClassification, source, revision=revision, device=device, dtype=dtype),
+            image_processor=load_image_processor(source, revision=options.revision),
+            model=load_model(AutoModelForImageClassification, source, options),
             classes=classes,
-            batch_size=batch_size,
+            batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
         )
 
     def score(self, image: Image, prompt: str) -> float:
@@ -97,9 +94,9 @@ class ConceptProbability(Scorer):
 
     @torch.inference_mode()
     def score_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        wanted = [number for number, label in self.model.config.id2label.items() if label in self.classes]
-        pictures, chances = shown(images), []
-        for part in slices(len(pictures), self.batch_size):
-            logits = self.model(pixel_values=pixels(self.image_processor, pictures[part], like=self.model)).logits
-            chances += logits.float().softmax(dim=-1)[:, wanted].sum(dim=-1).tolist()
-        return chances
+        indices = [index for index, label in self.model.config.id2label.items() if label in self.classes]
+        scores = []
+        for pixels in pixel_batches(self.image_processor, images, model=self.model, batch_size=self.batch_size):
+            probabilities = self.model(pixel_values=pixels).logits.float().softmax(dim=-1)
+            scores += probabilities[:, indices].sum(dim=-1).tolist()
+        return scores

@@ -1,8 +1,9 @@
-"""What scorers on models share: weights loaded without a silent gap, and pictures and prompts made ready for them."""
+"""Shared by the scorers on models: how they load weights, all of them and from safetensors, and prepare their inputs."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import torch
 from PIL import Image
@@ -20,87 +21,122 @@ Model: TypeAlias = Any
 Processor: TypeAlias = Any
 """An image processor or a tokenizer of transformers."""
 
-_PICKLED = """{path!r} is no safetensors file. Pickled weights can run code when they are read, so they are refused. \
+DEFAULT_BATCH_SIZE = 16
+
+_PICKLED = """{path!r} is not a safetensors file. Pickled weights can run code when they are read, so they are refused. \
 Convert them once, if you trust them: safetensors.torch.save_file(torch.load({path!r}, weights_only=True), \
 "weights.safetensors"), of nested ones the part that maps names to tensors."""
+_LAYOUT = "Expected the names and sizes of the published checkpoint."
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a scorer loads and runs its model: one value for every ``from_pretrained``, so that scorers can share it.
+
+    Raises:
+        InvalidValueError: if ``batch_size`` is below 1.
+
+    >>> from artaug.scorers import LoadOptions
+    >>> gpu = LoadOptions(device="cuda", batch_size=64)
+    """
+
+    revision: str = "main"
+    """Branch, tag or commit on the Hub."""
+    device: str | torch.device | None = None
+    """Where to put the model; None for the CPU."""
+    dtype: torch.dtype | None = None
+    """Of the weights; None for the scorer's own default: float32, bfloat16 for `VQAScore`."""
+    batch_size: int | None = None
+    """Pictures, or prompts, that go through the model together; None for the scorer's own default."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InvalidValueError(f"LoadOptions(batch_size={self.batch_size}): need at least 1, or None.")
+
+    def label(self, source: str) -> str:
+        """The name of a model in tables: ``source``, with the revision if it is not main."""
+        return source if self.revision == "main" else f"{source}@{self.revision}"
+
+
+DEFAULT_OPTIONS = LoadOptions()
 
 
 def load_model(
-    kind: Model, source: str | Path, *, revision: str, device: str | torch.device | None, dtype: torch.dtype
+    model_class: Model, source: str | Path, options: LoadOptions, *, default_dtype: torch.dtype = torch.float32
 ) -> Model:
     """Load weights from safetensors, and all of them.
 
     Args:
-        kind: a class with ``from_pretrained``, such as ``CLIPModel``.
+        model_class: a class with ``from_pretrained``, such as ``CLIPModel``.
         source: a folder or a name on the Hub.
-        revision: branch, tag or commit on the Hub.
-        device: where to put the model; None for the CPU.
-        dtype: of the weights.
+        options: the revision, device and dtype.
+        default_dtype: of the weights, if ``options`` has none.
 
     Raises:
         ModelError: if there is no such model, its weights are pickled, or some are missing, which transformers would
-            fill with chance.
+            initialize at random.
     """
     try:
-        model, report = kind.from_pretrained(
+        model, report = model_class.from_pretrained(
             source,
-            revision=revision,
-            dtype=dtype,
-            device_map=None if device is None else {"": device},
+            revision=options.revision,
+            dtype=options.dtype or default_dtype,
+            device_map=None if options.device is None else {"": options.device},
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError) as error:
         raise ModelError(
-            f"{source!r} could not be loaded: {fault} Expected a {kind.__name__} with safetensors weights: a folder "
-            "that save_pretrained wrote, or a name on the Hub."
-        ) from fault
+            f"{source!r} could not be loaded: {error} Expected a {model_class.__name__} with safetensors weights: a "
+            "folder that save_pretrained wrote, or a name on the Hub."
+        ) from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"{source!r} lacks {len(missing)} of the weights of {kind.__name__}, {missing[0]!r} for one, and would "
-            "score by chance. Expected a whole checkpoint of that class."
+            f"{source!r} lacks {len(missing)} of the weights of {model_class.__name__}, {missing[0]!r} for one, which "
+            "would be random. Expected a complete checkpoint of that class."
         )
     return model.eval()
 
 
 def load_image_processor(source: str | Path, *, revision: str) -> Processor:
-    """Load how a model wants its pictures, resized by Pillow, as the published scores were, torchvision or not.
+    """Load an image processor that resizes by Pillow, as the published scores did, with torchvision or without.
 
     Raises:
         ModelError: if there is none at ``source``.
     """
     from transformers import AutoImageProcessor  # noqa: PLC0415 - slow to load
 
-    return _loaded(AutoImageProcessor, source, revision=revision, backend="pil")
+    return _from_pretrained(AutoImageProcessor, source, revision=revision, backend="pil")
 
 
 def load_tokenizer(source: str | Path, *, revision: str) -> Processor:
-    """Load how a model wants its words.
+    """Load a tokenizer.
 
     Raises:
         ModelError: if there is none at ``source``.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 - slow to load
 
-    return _loaded(AutoTokenizer, source, revision=revision)
+    return _from_pretrained(AutoTokenizer, source, revision=revision)
 
 
 def load_config(source: str | Path, *, revision: str) -> Any:  # noqa: ANN401 - a configuration of transformers
-    """Load the sizes of a model, without weights.
+    """Load a model's configuration, without weights.
 
     Raises:
-        ModelError: if there are none at ``source``.
+        ModelError: if there is none at ``source``.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - slow to load
 
-    return _loaded(AutoConfig, source, revision=revision)
+    return _from_pretrained(AutoConfig, source, revision=revision)
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        ModelError: if it is not there or no safetensors file, pickled weights included.
+        ModelError: if it does not exist or is not a safetensors file; pickled weights are not.
     """
     try:
         return load_file(path)
@@ -110,53 +146,48 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ModelError(_PICKLED.format(path=str(path))) from None
 
 
-def build(
-    kind: Model,
+def model_from_weights(
+    model_class: Model,
     config: Any,  # noqa: ANN401 - a configuration of transformers
-    tensors: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    options: LoadOptions,
     *,
     source: str | Path,
-    device: str | torch.device | None,
-    dtype: torch.dtype,
     pooler: bool = True,
 ) -> Model:
-    """A model of given sizes and weights: every weight it has, and no other.
+    """Make a model of a configuration and weights: every weight it has, and no other.
 
     Args:
-        kind: a class of transformers.
-        config: its sizes.
-        tensors: its weights.
-        source: where they were read, for errors.
-        device: where to put the model; None for the CPU.
-        dtype: of the weights.
-        pooler: whether a ``BlipTextModel`` has its last layer, which takes the first word.
+        model_class: a class of transformers.
+        config: its configuration.
+        weights: its state dict.
+        options: the device and dtype; the weights are float32 if it has no dtype.
+        source: where the weights were read, for errors.
+        pooler: whether a ``BlipTextModel`` has its pooling layer on the first token.
 
     Raises:
-        ModelError: naming a weight that is missing, left over or of another shape.
+        ModelError: naming a weight that is missing, unexpected or of another shape.
     """
     try:
-        model, report = kind.from_pretrained(
+        model, report = model_class.from_pretrained(
             None,
             config=config,
-            state_dict=tensors,
-            dtype=dtype,
-            device_map=None if device is None else {"": device},
+            state_dict=weights,
+            dtype=options.dtype or torch.float32,
+            device_map=None if options.device is None else {"": options.device},
             output_loading_info=True,
             **({} if pooler else {"add_pooling_layer": False}),
         )
-    except RuntimeError as fault:  # a shape that differs
-        raise ModelError(f"{str(source)!r} does not fit a {kind.__name__}: {fault} {_LAYOUT}") from fault
-    for trouble, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has an unknown")):
-        if names := sorted(report[trouble]):
+    except RuntimeError as error:  # a shape that differs
+        raise ModelError(f"{str(source)!r} does not fit a {model_class.__name__}: {error} {_LAYOUT}") from error
+    for keys, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has an unknown")):
+        if names := sorted(report[keys]):
             raise ModelError(f"{str(source)!r} {verb} {names[0]!r}. {_LAYOUT}")
     return model.eval()
 
 
-_LAYOUT = "Expected the names and sizes of the published checkpoint."
-
-
-def checked(owner: object, *, model: Model, batch_size: int) -> None:
-    """Refuse what no scorer on a model can work with.
+def check_model(owner: object, *, model: Model, batch_size: int) -> None:
+    """Refuse a model in training mode and a batch size below 1.
 
     Raises:
         InvalidValueError: if ``batch_size`` is below 1.
@@ -168,7 +199,7 @@ def checked(owner: object, *, model: Model, batch_size: int) -> None:
         raise ModelError(f"{type(model).__name__} is in training mode, where dropout is random. Call .eval().")
 
 
-def matched(images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+def check_counts(images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
     """Refuse pictures and prompts that differ in number.
 
     Raises:
@@ -178,52 +209,61 @@ def matched(images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
         raise InvalidValueError(f"{len(images)} pictures and {len(prompts)} prompts: need one prompt a picture.")
 
 
-def slices(count: int, size: int) -> Iterator[slice]:
-    """The parts of ``count`` things, ``size`` at a time."""
-    return (slice(start, start + size) for start in range(0, count, size))
+def batch_slices(count: int, batch_size: int) -> Iterator[slice]:
+    """Slices of ``batch_size`` items that cover ``count`` items; the last one may reach beyond them."""
+    return (slice(start, start + batch_size) for start in range(0, count, batch_size))
 
 
-def shown(images: Sequence[Image.Image]) -> list[Image.Image]:
+def to_rgb(images: Sequence[Image.Image]) -> list[Image.Image]:
     """Pictures of any mode as 8-bit RGB; see `artaug._internal.images.as_rgb`.
 
     Raises:
-        InvalidValueError: for one that is no picture; a note on the error says which.
+        InvalidValueError: for a picture that has no pixels or no colours; a note on the error says which.
     """
-    pictures = []
+    converted = []
     for number, image in enumerate(images, start=1):
         try:
-            pictures.append(as_rgb(image))
-        except InvalidValueError as fault:
-            fault.add_note(f"It is picture {number} of {len(images)}.")
+            converted.append(as_rgb(image))
+        except InvalidValueError as error:
+            error.add_note(f"It is picture {number} of {len(images)}.")
             raise
-    return pictures
+    return converted
 
 
-def pixels(image_processor: Processor, images: Sequence[Image.Image], *, like: Model) -> Tensor:
-    """Pictures as a model takes them, (pictures, channels, height, width), on its device and of its type."""
-    # Said, since transformers guesses, and takes a picture 1 or 3 pixels high for one with its channels first.
+def pixel_values(image_processor: Processor, images: Sequence[Image.Image], *, model: Model) -> Tensor:
+    """RGB pictures as input of a model, (pictures, channels, height, width), on its device and in its dtype."""
+    # Without input_data_format transformers guesses: a picture 1 or 3 pixels high would count as channels first.
     inputs = image_processor(list(images), return_tensors="pt", input_data_format="channels_last")
     values: Tensor = inputs["pixel_values"]
-    return values.to(like.device, like.dtype)
+    return values.to(model.device, model.dtype)
 
 
-def tokens(tokenizer: Processor, prompts: Sequence[str], *, limit: int, reader: str) -> dict[str, Tensor]:
-    """Prompts as ``input_ids`` and ``attention_mask``, (prompts, limit), padded, and cut with a warning."""
+def pixel_batches(
+    image_processor: Processor, images: Sequence[Image.Image], *, model: Model, batch_size: int
+) -> Iterator[Tensor]:
+    """Pictures of any mode as input of a model, in batches; see `to_rgb` and `pixel_values`."""
+    rgb = to_rgb(images)  # all at once: a bad picture is refused before the model runs
+    for batch in batch_slices(len(rgb), batch_size):
+        yield pixel_values(image_processor, rgb[batch], model=model)
+
+
+def tokenize(tokenizer: Processor, prompts: Sequence[str], *, max_length: int, model_name: str) -> dict[str, Tensor]:
+    """Prompts as ``input_ids`` and ``attention_mask``, (prompts, max_length), padded, or truncated with a warning."""
     for prompt in dict.fromkeys(prompts):
-        warn_if_truncated(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy="It is not scored.")
+        warn_if_truncated(prompt, reader=model_name, tokenizer=tokenizer, limit=max_length, remedy="It is not scored.")
     inputs = tokenizer(
         list(prompts),
         padding="max_length",
         truncation=True,
-        max_length=limit,
+        max_length=max_length,
         return_tensors="pt",
         return_attention_mask=True,
     )
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-def _loaded(kind: Any, source: str | Path, **options: Any) -> Any:  # noqa: ANN401 - the Auto classes of transformers
+def _from_pretrained(auto_class: Any, source: str | Path, **options: Any) -> Any:  # noqa: ANN401 - the Auto classes of transformers
     try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as fault:
-        raise ModelError(f"{source!r} has nothing for {kind.__name__}: {fault}") from fault
+        return auto_class.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{source!r} has nothing for {auto_class.__name__}: {error}") from error

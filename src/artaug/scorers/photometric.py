@@ -1,6 +1,6 @@
-"""Scorers that need no model: they measure light, colour, modelling and focus, each in [0, 1].
+"""Photometric scorers, which need no model: exposure, colourfulness, contrast and sharpness, each in [0, 1].
 
-The formulas, and where they come from, are those of `artaug.images.photometry`. None looks at the prompt.
+The formulas, and where they come from, are those of `artaug.images.photometry`. None uses the prompt.
 """
 
 from collections.abc import Sequence
@@ -107,7 +107,7 @@ class Photometric(Scorer):
 @final
 @dataclass(frozen=True)
 class MeanOf(Scorer):
-    """The mean of several scorers, which should share a range, since the widest would speak for all.
+    """The mean of several scorers. They should share a range, or the one with the widest range dominates.
 
     Raises:
         InvalidValueError: if there is no scorer.
@@ -121,7 +121,7 @@ class MeanOf(Scorer):
 
     def __post_init__(self) -> None:
         if not self.scorers:
-            raise InvalidValueError("MeanOf(()) has nothing to take the mean of: need at least one scorer.")
+            raise InvalidValueError("MeanOf(()) has no scorers: need at least one.")
 
     @property
     def name(self) -> str:
@@ -135,5 +135,5 @@ class MeanOf(Scorer):
         return self.score_batch([image], [prompt])[0]
 
     def score_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        each = [score_images(scorer, images, prompts) for scorer in self.scorers]
-        return [float(number) for number in np.mean(each, axis=0)]
+        scores = [score_images(scorer, images, prompts) for scorer in self.scorers]  # (scorers, pictures)
+        return [float(mean) for mean in np.mean(scores, axis=0)]

@@ -1,32 +1,32 @@
-"""PickScore: which of two pictures people would pick for a prompt."""
+"""PickScore: which of two pictures people would prefer for a prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
-import torch
 from PIL.Image import Image
 
 from artaug.scorers.encoders import DualEncoder
+from artaug.scorers.loading import DEFAULT_OPTIONS, LoadOptions
 from artaug.scoring import Scorer
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-"""The CLIP that PickScore and HPSv2 were tuned from: their tokenizer, their image processor, their sizes."""
+"""The CLIP that PickScore and HPSv2 were tuned from: their tokenizer, image processor and configuration."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PickScore(Scorer):
-    """``exp(logit_scale) cos(picture, prompt)`` in a CLIP-H tuned on what people picked (Kirstain et al. 2023, eq. 1).
+    """``exp(logit_scale) cos(picture, prompt)`` in a CLIP-H tuned on people's choices (Kirstain et al. 2023, eq. 1).
 
-    About 18 to 24. Compare pictures of one prompt: with a gain g, people pick the second picture with probability
-    ``1 / (1 + exp(-g))``, so 0.2 is a fair threshold and 1 a strong one.
+    About 18 to 24. Compare pictures of one prompt: with a gain g, people prefer the second picture with probability
+    ``1 / (1 + exp(-g))``, so 0.2 is a moderate threshold and 1 a strong one.
     """
 
     encoder: DualEncoder
     """The tuned CLIP."""
     name: str = "PickScore"
-    """What tables call it."""
+    """The name in tables."""
 
     @classmethod
     def from_pretrained(
@@ -34,20 +34,10 @@ class PickScore(Scorer):
         source: str = "yuvalkirstain/PickScore_v1",
         *,
         processor: str = CLIP_H,
-        revision: str = "main",
-        device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
+        options: LoadOptions = DEFAULT_OPTIONS,
     ) -> Self:
-        """Load the tuned CLIP and the processor of the one it was tuned from.
-
-        Arguments and errors are those of `DualEncoder.from_pretrained`.
-        """
-        return cls(
-            encoder=DualEncoder.from_pretrained(
-                source, processor=processor, revision=revision, device=device, dtype=dtype, batch_size=batch_size
-            )
-        )
+        """Load the tuned CLIP, and the processor of the one it was tuned from; see `DualEncoder.from_pretrained`."""
+        return cls(encoder=DualEncoder.from_pretrained(source, processor=processor, options=options))
 
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]
