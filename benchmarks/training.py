@@ -117,18 +117,18 @@ def ours(model: RandomFlux, objective: aa.Objective, echo: int, batch: PairBatch
         model, rank=RANK, targets=ATTENTION_AND_MLP, generator=generator, teacher_cache=teacher_cache
     ) as student:
         optimizer = aa.AdamW().build(student.parameters(), learning_rate=RATE)
-        optimization = OptimizerLoop(student, optimizer, ema=None)
+        optimizer_loop = OptimizerLoop(student, optimizer, ema=None)
 
         def steps() -> None:
-            turn = StepBatch(model, [replace(batch, noise=torch.randn_like(batch.noise))])
+            step_batch = StepBatch(model, [replace(batch, noise=torch.randn_like(batch.noise))])
             for number in range(echo):
-                optimization.step(
-                    turn,
+                optimizer_loop.step(
+                    step_batch,
                     objective.loss,
                     number=number + 1,
                     learning_rate=RATE,
                     max_grad_norm=1.0,
-                    processes=SINGLE_PROCESS,
+                    world=SINGLE_PROCESS,
                 )
 
         yield steps

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import artaug as aa
 from artaug.errors import InvalidValueError, ModelError
 from artaug.lora.lora import LoRA, LowRank
-from artaug.training.factors import Factor, Kronecker, Repeated
+from artaug.training.adapters import BlockDiagonalFactor, Factor, KroneckerFactor
 from artaug.training.student import inject_adapter
 
 WHOLE = 10_000
@@ -45,7 +45,7 @@ def test_the_exported_lora_does_what_the_model_in_training_did(tiny_model, adapt
     asked = asked_of(tiny_model)
     with student_of(tiny_model, adapter) as student:
         moved(student)
-        learned, taught, lora = student.predict(*asked), student.teacher_predict(*asked), student.lora()
+        learned, taught, lora = student.predict(*asked), student.teacher_predict(*asked), student.to_lora()
     with lora.applied_to(tiny_model.module):
         torch.testing.assert_close(tiny_model.predict(*asked), learned, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(tiny_model.predict(*asked), taught, rtol=0, atol=0)
@@ -60,7 +60,7 @@ def test_an_earlier_lora_that_is_worn_is_no_part_of_what_is_exported(make_model,
     with worn.applied_to(model.module):
         with student_of(model, adapter) as student:
             moved(student)
-            learned, lora = student.predict(*asked), student.lora()
+            learned, lora = student.predict(*asked), student.to_lora()
         with lora.applied_to(model.module):
             torch.testing.assert_close(model.predict(*asked), learned, rtol=1e-4, atol=1e-4)
 
@@ -123,7 +123,7 @@ def test_structured_factors_multiply_as_the_matrices_they_stand_for(across, down
     small, outer, inner = (
         torch.randn(shape, generator=generator) for shape in ((rank, inputs), (down, across), (outputs, rank))
     )
-    first, second = Repeated(small, times=across), Kronecker(outer, inner)
+    first, second = BlockDiagonalFactor(small, blocks=across), KroneckerFactor(outer, inner)
     given = torch.randn(3, 2, across * inputs, generator=generator)
     dense = torch.kron(outer, inner @ small)
     torch.testing.assert_close(second(first(given)), given @ dense.T, rtol=1e-4, atol=1e-5)
@@ -132,7 +132,7 @@ def test_structured_factors_multiply_as_the_matrices_they_stand_for(across, down
 def test_lokr_is_exported_as_exactly_the_lora_it_is(tiny_model):
     with student_of(tiny_model, aa.LoKr(factor=4), rank=2) as student:
         moved(student)
-        parts, lora = student.layers(), student.lora()
+        parts, lora = student.tensors(), student.to_lora()
         numbers = sum(one.numel() for one in student.parameters())
     for name, layer in lora.layers.items():
         mine = parts[name]
@@ -143,8 +143,8 @@ def test_lokr_is_exported_as_exactly_the_lora_it_is(tiny_model):
 
 
 def test_lokr_takes_the_largest_size_that_divides_a_layer():
-    down, up = aa.LoKr(factor=4).factors(9, 10, 2, torch.Generator())
-    assert isinstance(down, Repeated)
+    down, up = aa.LoKr(factor=4).build_factors(9, 10, 2, torch.Generator())
+    assert isinstance(down, BlockDiagonalFactor)
     assert (down.weight.shape, up.outer.shape, up.inner.shape) == ((2, 3), (2, 3), (5, 2))
     assert aa.LoKr(factor=4).lora_rank(9, 10, 2) == 6
 
@@ -152,7 +152,7 @@ def test_lokr_takes_the_largest_size_that_divides_a_layer():
 def test_dora_is_what_its_paper_says(tiny_model):
     with student_of(tiny_model, aa.DoRA(export_rank=WHOLE)) as student:
         moved(student)
-        lora, parts = student.lora(), student.layers()
+        lora, parts = student.to_lora(), student.tensors()
     for name, layer in lora.layers.items():
         weight = tiny_model.module.get_submodule(name).weight
         moved_weight = weight + parts[name]["up.weight"] @ parts[name]["down.weight"]
@@ -164,16 +164,16 @@ def test_what_a_lora_of_some_rank_loses_of_dora_is_said(tiny_model, caplog):
     with student_of(tiny_model, aa.DoRA(export_rank=3)) as student:
         moved(student)
         with caplog.at_level(logging.WARNING):
-            lora = student.lora()
-        whole = aa.DoRA(export_rank=WHOLE).lora(student.layers(), student.weights)
+            lora = student.to_lora()
+        whole = aa.DoRA(export_rank=WHOLE).to_lora(student.tensors(), student.layer_weights)
     assert lora.rank == 3
     kept = sum(one.energy() for one in lora.layers.values()) / sum(one.energy() for one in whole.layers.values())
-    assert f"a LoRA of rank 3 keeps {100 * kept:.1f}% of the squared norm of what DoRA has learned" in caplog.text
+    assert f"a LoRA of rank 3 keeps {100 * kept:.1f}% of the squared norm of DoRA's update" in caplog.text
 
 
 def test_dora_has_no_update_to_turn_around(tiny_model, two_pairs):
     trainer = aa.DifferentialLoRATrainer(steps=1, adapter=aa.DoRA(), objective=aa.Bipolar())
-    with pytest.raises(ModelError, match=r"asks for -1 times the update, and DoRA turns weights"):
+    with pytest.raises(ModelError, match=r"asks for -1 times the update, and DoRA rotates weights"):
         trainer.train(two_pairs, tiny_model, seed=0, progress=False)
 
 
@@ -185,7 +185,7 @@ def test_lokr_learns_sliders_as_well(tiny_model, two_pairs):
 def test_sizes_that_are_none_are_refused():
     with pytest.raises(InvalidValueError, match=r"factor=1\): need a factor of at least 2; at 1 it is a PlainLoRA"):
         aa.LoKr(factor=1)
-    with pytest.raises(InvalidValueError, match=r"exported=0\): need an exported rank of at least 1"):
+    with pytest.raises(InvalidValueError, match=r"export_rank=0\): need an export_rank of at least 1"):
         aa.DoRA(export_rank=0)
 
 
@@ -198,12 +198,12 @@ def test_a_factor_computes_in_the_precision_of_its_input():
 @pytest.mark.parametrize(("inputs", "outputs"), [(12, 8), (8, 12)])
 def test_lokr_of_more_ranks_than_a_layer_has_is_exported_with_as_many_as_it_has(inputs, outputs):
     kind = aa.LoKr(factor=4)
-    first, last = kind.factors(inputs, outputs, 5, torch.Generator().manual_seed(0))
+    first, last = kind.build_factors(inputs, outputs, 5, torch.Generator().manual_seed(0))
     for factor in last.parameters():
         factor.data = torch.randn(factor.shape, generator=torch.Generator().manual_seed(1))
     parts = {f"down.{name}": one for name, one in first.named_parameters()}
     parts |= {f"up.{name}": one for name, one in last.named_parameters()}
-    layer = kind.lora({"layer": {name: one.detach() for name, one in parts.items()}}, str).layers["layer"]
+    layer = kind.to_lora({"layer": {name: one.detach() for name, one in parts.items()}}, str).layers["layer"]
     assert layer.rank == kind.lora_rank(inputs, outputs, 5) == 8
     given = torch.eye(inputs)
     torch.testing.assert_close(layer.delta(), last(first(given)).T.detach())
@@ -251,17 +251,17 @@ def test_pairs_that_no_batch_has_are_said(make_model, pair_of, caplog):
     with caplog.at_level(logging.WARNING, "artaug"):
         replace(trainer, echo=2).train(pairs, make_model(), seed=0, progress=False)
     (said,) = caplog.messages
-    assert "see 4 of 8 pairs" in said
+    assert "use 4 of 8 pairs" in said
 
 
 def test_an_adapter_whose_first_map_has_no_weight_is_told_what_is_missing(tiny_model, two_pairs):
     class Deep(aa.PlainLoRA):
-        def factors(self, inputs, outputs, rank, generator):
-            first, last = super().factors(inputs, outputs, rank, generator)
+        def build_factors(self, in_features, out_features, rank, generator):
+            first, last = super().build_factors(in_features, out_features, rank, generator)
             return torch.nn.Sequential(first), last
 
     with pytest.raises(
-        aa.ContractError, match=r"Deep\.factors returned Sequential and Factor, and PEFT asks for their weight"
+        aa.ContractError, match=r"Deep\.build_factors returned Sequential and Factor, and PEFT asks for their weight"
     ):
         aa.DifferentialLoRATrainer(adapter=Deep(), steps=2).train(two_pairs, tiny_model, seed=0, progress=False)
 

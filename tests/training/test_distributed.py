@@ -12,7 +12,6 @@ import torch
 from artaug.errors import InvalidValueError, ModelError
 from artaug.training import DifferentialLoRATrainer, shard
 from artaug.training.distributed import SINGLE_PROCESS, World
-from artaug.training.trainer import _sharing
 
 TWO = """
 import json, sys
@@ -21,7 +20,7 @@ import torch
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.training import Checkpoints, DirectPreference, shard
 from support.tiny_flux import TINY_SIZE, tiny_flux
-from tests.training.test_processes import flux_pairs, training_of
+from tests.training.test_distributed import flux_pairs, training_of
 
 torch.set_num_threads(1)
 out = sys.argv[1]
@@ -99,12 +98,12 @@ def test_two_processes_learn_what_one_does_whole_and_sharded(tmp_path):
 
 def test_this_process_is_alone_unless_others_were_started():
     assert World.current() == SINGLE_PROCESS
-    assert SINGLE_PROCESS.first
-    assert list(SINGLE_PROCESS.share(range(5))) == list(range(5))
+    assert SINGLE_PROCESS.is_main
+    assert list(SINGLE_PROCESS.split(range(5))) == list(range(5))
 
 
 def test_every_thing_is_somebodys_share():
-    shares = [list(World(rank, 3).share(range(8))) for rank in range(3)]
+    shares = [list(World(rank, 3).split(range(8))) for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
 
 
@@ -114,10 +113,10 @@ def test_alone_sums_stay_as_they_are():
     assert one.tolist() == [1, 1, 1]
 
 
-def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch):
+def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch, tiny_model, two_pairs):
     monkeypatch.setattr(World, "current", classmethod(lambda _: World(0, 3)))
     with pytest.raises(InvalidValueError, match="batch_size=4 cannot be shared equally by 3 processes"):
-        _sharing(4)
+        DifferentialLoRATrainer(batch_size=4).train(two_pairs, tiny_model, seed=0)
 
 
 def test_one_process_has_nothing_to_shard_over(tiny_model):

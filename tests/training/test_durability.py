@@ -296,5 +296,5 @@ def first_factors(make_model, pairs, count):
         model, config = make_model(), trainer_of()
         generator = init_generator(picture_seeds(0, 2)[0], 0)
         with inject_adapter(model, rank=config.rank, targets=config.targets, generator=generator) as student:
-            return student.lora().layers
+            return student.to_lora().layers
     return trainer_of(steps=count, warmup=0).train(pairs, make_model(), seed=0).lora.layers

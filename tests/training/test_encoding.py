@@ -14,8 +14,8 @@ from artaug.training.distributed import SINGLE_PROCESS, World
 from artaug.training.encoding import encode_pairs
 
 
-def rows_of(model, pairs, *, micro_batch_size=4, cache=None, processes=SINGLE_PROCESS):
-    return encode_pairs(model, pairs, micro_batch_size=micro_batch_size, cache=cache, processes=processes)
+def rows_of(model, pairs, *, micro_batch_size=4, cache=None, world=SINGLE_PROCESS):
+    return encode_pairs(model, pairs, micro_batch_size=micro_batch_size, cache=cache, world=world)
 
 
 def assert_equal(rows, others):
@@ -46,11 +46,15 @@ def test_a_model_that_loses_rows_breaks_its_seam(make_model, two_pairs):
     model = make_model()
     plain = model.encode_images
     model.encode_images = lambda images: plain(images)[:1]
-    with pytest.raises(ContractError, match=r"encode_images returned \{.*\} for 2 pictures"):
+    with pytest.raises(
+        ContractError, match=r"TinyModel\.encode_images returned tensors of shape \{.*\} for 2 pictures"
+    ):
         rows_of(model, two_pairs)
     model = make_model()
     model.encode_prompts = lambda _: {"embeds": torch.zeros(3, 8)}
-    with pytest.raises(ContractError, match=r"encode_prompts returned \{'embeds': \(3, 8\)\} for 2 prompts"):
+    with pytest.raises(
+        ContractError, match=r"encode_prompts returned tensors of shape \{'embeds': \(3, 8\)\} for 2 prompts"
+    ):
         rows_of(model, two_pairs)
 
 
@@ -61,9 +65,9 @@ def test_what_lies_in_regions_is_encoded_too(tiny_model, pair_of):
         prompt="half", seed=0, before=plain.before, after=plain.after, plan=Plan("half", regions=(half,))
     )
     first, second = rows_of(tiny_model, [plain, regional])
-    assert torch.equal(first["inside"], torch.ones(3, 4, 4))
-    assert torch.equal(second["inside"][0], torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 4))
-    assert all("inside" not in row for row in rows_of(tiny_model, [plain]))
+    assert torch.equal(first["region_mask"], torch.ones(3, 4, 4))
+    assert torch.equal(second["region_mask"][0], torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 4))
+    assert all("region_mask" not in row for row in rows_of(tiny_model, [plain]))
 
 
 def test_a_cache_gives_what_was_encoded_without_encoding_it_again(tmp_path, make_model, two_pairs):
@@ -83,15 +87,15 @@ def test_a_cache_of_another_encoder_is_not_used(tmp_path, make_model, two_pairs)
 
 
 def test_processes_share_the_work_of_a_cache(tmp_path, make_model, pair_of):
-    class Waitless(World):
-        def wait(self):
+    class WithoutBarrier(World):
+        def barrier(self):
             pass
 
     pairs = [pair_of(number) for number in range(5)]
     counts = []
     for rank in range(2):
         model = make_model()
-        rows_of(model, pairs, cache=tmp_path, processes=Waitless(rank, 2))
+        rows_of(model, pairs, cache=tmp_path, world=WithoutBarrier(rank, 2))
         counts.append(model.calls.prompts - 1)  # without the probe
     assert counts == [3, 2]
     assert len(list(tmp_path.iterdir())) == 5

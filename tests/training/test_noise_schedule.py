@@ -159,7 +159,7 @@ def test_betas_that_grow_in_an_unknown_way_are_refused(kind):
         noise_schedule, "beta_schedule", "sigmoid"
     )  # the types checked in tests would not let it be constructed
     with pytest.raises(
-        InvalidValueError, match=r"need a schedule among \['scaled_linear', 'linear', 'squaredcos_cap_v2'\]"
+        InvalidValueError, match=r"need a beta_schedule among \['scaled_linear', 'linear', 'squaredcos_cap_v2'\]"
     ):
         noise_schedule.__post_init__()
 

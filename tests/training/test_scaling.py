@@ -27,7 +27,7 @@ def test_a_prediction_at_a_scale_is_that_of_the_scaled_update_in_the_weights(mak
     with student_of(wrapped) as student:
         disturb(student)
         told = student.predict(batch.before, batch.sigmas, batch.conditioning, scale=scale)
-        lora = student.lora()
+        lora = student.to_lora()
     for name, layer in lora.layers.items():
         plain.module.get_submodule(name).weight.data += scale * layer.delta()
     plain.module.eval()

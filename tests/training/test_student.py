@@ -71,7 +71,7 @@ def test_the_lora_does_what_the_model_in_training_did(tiny_model):
     with inject_adapter(tiny_model, rank=4, targets="blocks", generator=generator) as student:
         for factor in student.parameters():
             factor.data += 0.1 * torch.randn(factor.shape, generator=generator)
-        learned, lora = student.predict(*asked), student.lora()
+        learned, lora = student.predict(*asked), student.to_lora()
     with lora.applied_to(tiny_model.module.eval()):
         torch.testing.assert_close(tiny_model.predict(*asked), learned)
 

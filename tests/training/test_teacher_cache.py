@@ -37,8 +37,8 @@ def test_a_question_is_asked_once_and_known_by_its_bits():
 
 @given(steps=st.integers(1, 40), echo=st.integers(1, 5))
 def test_every_batch_comes_about_as_often_and_none_before_all_others_have(steps, echo):
-    (leg,) = split_into_phases(aa.PairedDifference().training_plan(3), steps, aa.PairedDifference())
-    seen = [leg.batch_at(step, echo=echo) for step in range(1, steps + 1)]
+    (phase,) = split_into_phases(aa.PairedDifference().training_plan(3), steps, aa.PairedDifference())
+    seen = [phase.batch_index(step, echo=echo) for step in range(1, steps + 1)]
     distinct = -(-steps // echo)
     assert seen == [number % distinct for number in range(steps)]
     assert max(seen.count(number) for number in set(seen)) <= echo
@@ -47,7 +47,9 @@ def test_every_batch_comes_about_as_often_and_none_before_all_others_have(steps,
 def test_stages_have_batches_of_their_own():
     objective = aa.TwoStage(per_pair=False)
     first, second = split_into_phases(objective.training_plan(2), 10, objective)
-    seen = [leg.batch_at(step, echo=2) for leg in (first, second) for step in range(leg.begins + 1, leg.ends + 1)]
+    seen = [
+        phase.batch_index(step, echo=2) for phase in (first, second) for step in range(phase.start + 1, phase.stop + 1)
+    ]
     assert seen == [0, 1, 2, 0, 1, 5, 6, 7, 5, 6]
 
 

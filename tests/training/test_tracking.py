@@ -11,9 +11,9 @@ from artaug.training import DifferentialLoRATrainer, ValidationResult, open_trac
 def test_tensorboard_gets_every_step_and_the_held_out_pictures(tmp_path, tiny_model, two_pairs):
     trainer = DifferentialLoRATrainer(rank=2, steps=3)
     seen = ValidationResult(
-        step=3, strength=1.0, win_rate=0.75, gain=0.5, pictures=(Image.new("RGB", (8, 8), "red"),) * 2
+        step=3, strength=1.0, win_rate=0.75, gain=0.5, images=(Image.new("RGB", (8, 8), "red"),) * 2
     )
-    with open_tracker("tensorboard", "first", folder=tmp_path, about={"rank": 2}) as tracker:
+    with open_tracker("tensorboard", "first", folder=tmp_path, config={"rank": 2}) as tracker:
         training = trainer.train(two_pairs, tiny_model, seed=0, on_step=tracker.log_step)
         tracker.log_validation(seen)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415

@@ -8,7 +8,7 @@ from artaug.pairs import ImagePair
 from artaug.plan import Plan
 from artaug.scorers import FunctionScorer
 from artaug.training import Checkpoints, DifferentialLoRATrainer, TwoStage, Validation, ValidationResult
-from artaug.training.validation import best
+from artaug.training.validation import best_result
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
 BRIGHTNESS = FunctionScorer(
@@ -58,11 +58,10 @@ def test_what_was_looked_at_is_what_the_result_draws(synthesizer, pairs):
     )
     chosen = next(one for one in seen if one == training.best_validation)
     assert len(seen) == 6
-    assert all(len(one.pictures) == len(UNSEEN) for one in seen)
-    assert not any(one.pictures for one in training.validations)
+    assert all(len(one.images) == len(UNSEEN) for one in seen)
+    assert not any(one.images for one in training.validations)
     before, after = (
-        held_out().scores(one, seed=validation_seed(0))[0]
-        for one in (synthesizer, synthesizer.with_lora(training.lora))
+        held_out().score(one, seed=validation_seed(0))[0] for one in (synthesizer, synthesizer.with_lora(training.lora))
     )
     gains = [one - other for one, other in zip(after, before, strict=True)]
     assert sum(gains) / len(gains) == pytest.approx(chosen.gain, abs=2e-3)  # strength folded in, up to rounding
@@ -124,7 +123,7 @@ def test_a_training_killed_while_it_looks_looks_again(tmp_path, synthesizer, pai
 def test_a_training_is_not_resumed_under_another_examination(tmp_path, synthesizer, pairs):
     checkpoints = Checkpoints(folder=tmp_path, every=2)
     trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(), checkpoints=checkpoints)
-    with pytest.raises(StorageError, match=r"another training \(held_out: bright on 3 prompts .* there, bright on 2"):
+    with pytest.raises(StorageError, match=r"another training \(validation: bright on 3 prompts .* there, bright on 2"):
         trainer_of().train(pairs, synthesizer, seed=0, validation=held_out(prompts=UNSEEN[:2]), checkpoints=checkpoints)
 
 
@@ -134,14 +133,14 @@ def test_a_training_in_stages_is_looked_at_once_at_its_end(synthesizer, pairs):
 
 
 def test_whoever_draws_nothing_cannot_be_looked_at(tiny_model, two_pairs):
-    with pytest.raises(ModelError, match="held-out pictures were asked for, and TinyModel draws none"):
+    with pytest.raises(ModelError, match="validation draws pictures, and TinyModel cannot draw any"):
         trainer_of().train(two_pairs, tiny_model, seed=0, validation=held_out())
 
 
 def test_the_best_look_wins_more_then_gains_more_then_came_first():
-    assert best([look(1, 0.5), look(2, 0.9), look(3, 0.7)]).step == 2
-    assert best([look(1, 0.5, gain=0.1), look(2, 0.5, gain=0.2)]).step == 2
-    assert best([look(1, 0.5), look(2, 0.5)]).step == 1
+    assert best_result([look(1, 0.5), look(2, 0.9), look(3, 0.7)]).step == 2
+    assert best_result([look(1, 0.5, gain=0.1), look(2, 0.5, gain=0.2)]).step == 2
+    assert best_result([look(1, 0.5), look(2, 0.5)]).step == 1
 
 
 def test_patience_counts_looks_since_the_best():

@@ -1,12 +1,13 @@
-"""Differential training: what separates the pictures of pairs, as a LoRA."""
+"""Differential training: a LoRA learns what separates the pictures of pairs."""
 
 from artaug.training.adapters import Adapter, AdapterTensors, DoRA, LayerWeights, LoKr, PlainLoRA
-from artaug.training.bipolar import Bipolar
 from artaug.training.config import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, TrainingConfig
 from artaug.training.distributed import shard
 from artaug.training.model import Conditioning, DiffusionModel, Predictor, Trainable
 from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, NoiseSchedule, VPrediction
 from artaug.training.objectives import (
+    Bipolar,
+    DirectPreference,
     Objective,
     PairBatch,
     PairedDifference,
@@ -17,7 +18,6 @@ from artaug.training.objectives import (
     TwoStage,
 )
 from artaug.training.optimizers import AdamW, AdamW8bit, Optimizer, Prodigy, Schedule, ScheduleFree
-from artaug.training.preference import DirectPreference
 from artaug.training.progress import StepEvent
 from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.tracking import Tracker, open_tracker

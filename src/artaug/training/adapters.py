@@ -1,60 +1,63 @@
-"""What is trained beside a frozen layer, and the low-rank update it comes to: a LoRA, a LoKr or a DoRA."""
+"""Adapters: what is trained beside a frozen linear layer, and the low-rank update it is exported as (LoRA, LoKr, DoRA)."""
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 from artaug.errors import InvalidValueError
 from artaug.lora.lora import LoRA, LowRank
-from artaug.training.factors import Factor, Kronecker, Repeated, kaiming
 
 AdapterTensors: TypeAlias = Mapping[str, Tensor]
-"""What is trained of one layer, by name: of the factor that comes first (``down.``), of the second (``up.``), and more."""
+"""The trained tensors of one layer by name: of the first factor (``down.``), of the second (``up.``), and more."""
 
 _log = logging.getLogger(__name__)
-_MUCH = 0.99
-"""Of an update has to be in the exported LoRA, or it is said."""
+_ENERGY_KEPT = 0.99
+"""Share of the update's squared norm that an exported LoRA must keep; below it there is a warning."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """What a frozen layer multiplies with: float32, (outputs, inputs)."""
+    """The weight of a frozen layer, with and without applied LoRAs: float32, (out_features, in_features)."""
 
     stored: Tensor
-    """Its own weight."""
+    """The layer's own weight."""
     used: Tensor
-    """With the updates of the LoRAs that the layer wears."""
+    """With the updates of the LoRAs that are applied to the layer."""
 
 
 class Adapter(ABC):
-    """What is trained beside each frozen layer. Whatever it is, the training's result is an ordinary LoRA."""
+    """What is trained beside each frozen layer. For every adapter, the training's result is an ordinary LoRA."""
 
     use_dora: ClassVar[bool] = False
-    """Whether PEFT is to learn the length of every row of a weight as well: DoRA."""
+    """Whether PEFT should learn the norm of every row of a weight as well (DoRA)."""
 
     @abstractmethod
-    def factors(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
-        """What a layer's input goes through, one after the other, drawn afresh; together they start at zero.
+    def build_factors(
+        self, in_features: int, out_features: int, rank: int, generator: torch.Generator
+    ) -> tuple[nn.Module, nn.Module]:
+        """New modules that a layer's input goes through in this order (PEFT's lora_A and lora_B); their product is zero.
 
-        PEFT asks the first for its ``weight``, and if the adapter is directional both.
+        PEFT reads the ``weight`` of the first module, and of both if ``use_dora``.
         """
 
     @abstractmethod
-    def lora_rank(self, inputs: int, outputs: int, rank: int) -> int:
+    def lora_rank(self, in_features: int, out_features: int, rank: int) -> int:
         """The rank of a layer of the exported LoRA."""
 
     @abstractmethod
-    def lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
+    def to_lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
         """What has been learned, as a LoRA.
 
         Args:
-            layers: what was trained, by the path of the layer it stands beside.
-            weights: says what a layer multiplies with, by its path.
+            layers: the trained tensors, by the path of the layer they belong to.
+            weights: returns the weights of a layer, by its path.
         """
 
 
@@ -62,24 +65,27 @@ class Adapter(ABC):
 class PlainLoRA(Adapter):
     """Two thin matrices, whose product is added to the weight (Hu et al., arXiv 2106.09685, eq. 3)."""
 
-    def factors(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
-        return Factor(kaiming((rank, inputs), generator)), Factor(torch.zeros(outputs, rank))
+    def build_factors(
+        self, in_features: int, out_features: int, rank: int, generator: torch.Generator
+    ) -> tuple[nn.Module, nn.Module]:
+        return Factor(kaiming_uniform((rank, in_features), generator)), Factor(torch.zeros(out_features, rank))
 
-    def lora_rank(self, inputs: int, outputs: int, rank: int) -> int:
+    def lora_rank(self, in_features: int, out_features: int, rank: int) -> int:
         return rank
 
-    def lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
-        return LoRA({name: LowRank(parts["down.weight"], parts["up.weight"]) for name, parts in layers.items()})
+    def to_lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
+        return LoRA({name: LowRank(tensors["down.weight"], tensors["up.weight"]) for name, tensors in layers.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoKr(Adapter):
-    """A small matrix times a thin one, by Kronecker's product: many ranks from few numbers (arXiv 2309.14859, section 3.4).
+    """A small matrix times a thin one, by Kronecker's product: a high rank from few numbers (arXiv 2309.14859, section 3.4).
 
     With ``f`` the factor, the update of a layer is ``C (x) (B A)``: ``C`` is ``f`` by ``f``, and ``B A`` of the trainer's
-    rank is ``f`` times smaller than the weight each way. Since ``C (x) (B A) = (C (x) B) (I (x) A)``, it *is* a LoRA, of
-    ``f`` times the rank (or as many as the layer has at most), and is exported as that without any loss. It is never formed: what goes through a layer is folded
-    into ``f`` rows, and a step takes about the memory of a LoRA of that rank.
+    rank is ``f`` times smaller than the weight in both dimensions. Since ``C (x) (B A) = (C (x) B) (I (x) A)``, it *is* a LoRA
+    of ``f`` times the rank (or of the layer's smaller side, if that is less), and is exported as that without any loss. The
+    product is never formed in training: a layer's input is folded into ``f`` rows, and a step takes about the memory of a
+    LoRA of the trainer's rank.
 
     Raises:
         InvalidValueError: unless the factor is at least 2.
@@ -90,44 +96,51 @@ class LoKr(Adapter):
     """
 
     factor: int = 4
-    """Size of the small matrix; a layer that it does not divide gets the next smaller that does."""
+    """Size of the small matrix; a layer that it does not divide gets the next smaller number that does."""
 
     def __post_init__(self) -> None:
         if self.factor < 2:
             raise InvalidValueError(f"{self}: need a factor of at least 2; at 1 it is a PlainLoRA.")
 
-    def factors(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
-        across, down = self._divisor(inputs), self._divisor(outputs)
-        small = kaiming((rank, inputs // across), generator)
-        outer = kaiming((down, across), generator)
-        return Repeated(small, times=across), Kronecker(outer, torch.zeros(outputs // down, rank))
+    def build_factors(
+        self, in_features: int, out_features: int, rank: int, generator: torch.Generator
+    ) -> tuple[nn.Module, nn.Module]:
+        columns, rows = self._divisor(in_features), self._divisor(out_features)  # the shape of C
+        down = kaiming_uniform((rank, in_features // columns), generator)
+        outer = kaiming_uniform((rows, columns), generator)
+        return BlockDiagonalFactor(down, blocks=columns), KroneckerFactor(
+            outer, torch.zeros(out_features // rows, rank)
+        )
 
-    def lora_rank(self, inputs: int, outputs: int, rank: int) -> int:
-        return min(rank * self._divisor(inputs), inputs, outputs)
+    def lora_rank(self, in_features: int, out_features: int, rank: int) -> int:
+        return min(rank * self._divisor(in_features), in_features, out_features)
 
-    def lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
-        return LoRA({name: self._layer(parts) for name, parts in layers.items()})
+    def to_lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
+        return LoRA({name: self._low_rank(tensors) for name, tensors in layers.items()})
 
-    def _layer(self, parts: AdapterTensors) -> LowRank:
-        outer = parts["up.outer"]
-        once = torch.eye(outer.shape[1], dtype=outer.dtype, device=outer.device)
-        down, up = torch.kron(once, parts["down.weight"]), torch.kron(outer, parts["up.inner"])
-        rank, inputs, outputs = len(down), down.shape[1], len(up)
-        if rank <= min(inputs, outputs):
+    def _low_rank(self, tensors: AdapterTensors) -> LowRank:
+        outer = tensors["up.outer"]
+        identity = torch.eye(outer.shape[1], dtype=outer.dtype, device=outer.device)
+        down, up = torch.kron(identity, tensors["down.weight"]), torch.kron(outer, tensors["up.inner"])
+        rank, in_features, out_features = len(down), down.shape[1], len(up)
+        if rank <= min(in_features, out_features):
             return LowRank(down, up)
-        return LowRank(up @ down, torch.eye(outputs)) if outputs < inputs else LowRank(torch.eye(inputs), up @ down)
+        # More ranks than the layer has: the update itself, beside an identity, is the smaller factorization.
+        if out_features < in_features:
+            return LowRank(up @ down, torch.eye(out_features))
+        return LowRank(torch.eye(in_features), up @ down)
 
     def _divisor(self, size: int) -> int:
-        return max(one for one in range(1, self.factor + 1) if size % one == 0)
+        return max(divisor for divisor in range(1, self.factor + 1) if size % divisor == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA(Adapter):
-    """A LoRA for the direction of every row of a weight, and a number for its length (arXiv 2402.09353, eq. 5), by PEFT.
+    """A LoRA for the direction of every row of a weight, and a number for its norm (arXiv 2402.09353, eq. 5), by PEFT.
 
-    ``W' = m (W + B A) / |W + B A|``, row by row. That is no low-rank update: with the lengths, all of ``W`` changes. So the
-    exported LoRA is the nearest of rank ``export_rank``, and what it leaves out is said in a warning; let `Validation` judge
-    what is left. Objectives that ask for minus the update (`Bipolar`) are refused, since this one has none.
+    ``W' = m (W + B A) / |W + B A|``, row by row. That is no low-rank update: with the norms, all of ``W`` changes. So the
+    exported LoRA is the nearest of rank ``export_rank``, and a warning says how much it leaves out; let `Validation` judge
+    the result. Objectives that need minus the update (`Bipolar`) are refused, since DoRA's update has no scale.
 
     Raises:
         InvalidValueError: unless the exported rank is at least 1.
@@ -136,48 +149,107 @@ class DoRA(Adapter):
     use_dora: ClassVar[bool] = True
 
     export_rank: int = 64
-    """Rank of the LoRA it comes to."""
+    """Rank of the exported LoRA."""
 
     def __post_init__(self) -> None:
         if self.export_rank < 1:
-            raise InvalidValueError(f"{self}: need an exported rank of at least 1.")
+            raise InvalidValueError(f"{self}: need an export_rank of at least 1.")
 
-    def factors(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
-        return PlainLoRA().factors(inputs, outputs, rank, generator)
+    def build_factors(
+        self, in_features: int, out_features: int, rank: int, generator: torch.Generator
+    ) -> tuple[nn.Module, nn.Module]:
+        return PlainLoRA().build_factors(in_features, out_features, rank, generator)
 
-    def lora_rank(self, inputs: int, outputs: int, rank: int) -> int:
-        return min(self.export_rank, inputs, outputs)
+    def lora_rank(self, in_features: int, out_features: int, rank: int) -> int:
+        return min(self.export_rank, in_features, out_features)
 
-    def lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
-        nearest, whole = {}, 0.0
-        for name, parts in layers.items():
-            update = _turned(weights(name), parts)
-            nearest[name] = _nearest(update, self.export_rank)
-            whole += float(update.double().square().sum())
-        kept = sum(one.energy() for one in nearest.values()) / whole if whole else 1.0
-        if kept < _MUCH:
+    def to_lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
+        exported, update_energy = {}, 0.0
+        for name, tensors in layers.items():
+            update = _dora_update(weights(name), tensors)
+            exported[name] = _best_low_rank(update, self.export_rank)
+            update_energy += float(update.double().square().sum())
+        kept = sum(layer.energy() for layer in exported.values()) / update_energy if update_energy else 1.0
+        if kept < _ENERGY_KEPT:
             _log.warning(
-                "a LoRA of rank %d keeps %.1f%% of the squared norm of what DoRA has learned: raise DoRA(exported=%d).",
+                "a LoRA of rank %d keeps %.1f%% of the squared norm of DoRA's update: raise DoRA(export_rank=%d).",
                 *(self.export_rank, 100 * kept, self.export_rank),
             )
-        return LoRA(nearest)
+        return LoRA(exported)
 
 
-def _turned(weights: LayerWeights, parts: AdapterTensors) -> Tensor:
-    """What DoRA has done to a weight. Rows are as long as PEFT says: by the stored weight, whatever is worn on top."""
-    learned = (parts["up.weight"] @ parts["down.weight"]).to(weights.stored)
-    length: Tensor = torch.linalg.norm(weights.stored + learned, dim=1)
-    scale = parts["magnitude"].to(length) / length
-    return scale[:, None] * (weights.used + learned) - weights.used
+def _dora_update(weights: LayerWeights, tensors: AdapterTensors) -> Tensor:
+    """``W' - W`` of a layer, with applied LoRAs in ``W``: (out_features, in_features).
+
+    PEFT takes the norm of the rows of the stored weight plus ``B A``, without applied LoRAs; so does this.
+    """
+    product = (tensors["up.weight"] @ tensors["down.weight"]).to(weights.stored)
+    norm: Tensor = torch.linalg.norm(weights.stored + product, dim=1)
+    scale = tensors["magnitude"].to(norm) / norm
+    return scale[:, None] * (weights.used + product) - weights.used
 
 
-def _nearest(update: Tensor, rank: int) -> LowRank:
-    """The best update of a rank, but for what a randomised SVD misses (Halko et al., arXiv 0909.4061): next to nothing."""
-    wanted = min(rank, *update.shape)
+def _best_low_rank(update: Tensor, rank: int) -> LowRank:
+    """The best approximation of a rank (Eckart and Young), by a randomised SVD (Halko et al., arXiv 0909.4061).
+
+    What it misses is next to nothing, with 8 dimensions more than the rank and 4 power iterations.
+    """
+    rank = min(rank, *update.shape)
     with torch.random.fork_rng(devices=[update.device] if update.is_cuda else []):
-        # Not torch.manual_seed: it would reach the generators of devices that are not put back.
-        here = torch.cuda.default_generators[update.get_device()] if update.is_cuda else torch.default_generator
-        here.manual_seed(0)
-        left, strengths, right = torch.svd_lowrank(update, q=min(wanted + 8, *update.shape), niter=4)
-    roots = strengths[:wanted].sqrt()
-    return LowRank((right[:, :wanted] * roots).T.contiguous().cpu(), (left[:, :wanted] * roots).cpu())
+        # Not torch.manual_seed: it would reach the generators of devices that are not restored.
+        generator = torch.cuda.default_generators[update.get_device()] if update.is_cuda else torch.default_generator
+        generator.manual_seed(0)
+        left, singular_values, right = torch.svd_lowrank(update, q=min(rank + 8, *update.shape), niter=4)
+    # U S V^T = (U sqrt(S)) (V sqrt(S))^T: both factors get the same norm.
+    roots = singular_values[:rank].sqrt()
+    return LowRank((right[:, :rank] * roots).T.contiguous().cpu(), (left[:, :rank] * roots).cpu())
+
+
+# The modules below take (..., in_features) and give (..., out_features). Their shapes are not in annotations, which would
+# be checked within blocks that are compiled, and cannot be.
+
+
+class Factor(nn.Module):
+    """A float32 matrix that computes in the dtype of its input.
+
+    PEFT casts a layer's input to float32 for its factors, and autograd keeps that copy: as much memory again as the layer
+    takes, three times over where queries, keys and values share one input. So the factor is cast to the input's dtype
+    instead, and autograd keeps the input itself, as under autocast without its copies.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self.weight.to(inputs.dtype))
+
+
+class BlockDiagonalFactor(Factor):
+    """The same small matrix for each of several blocks of the input: ``I (x) weight`` with ``blocks`` rows in ``I``."""
+
+    def __init__(self, weight: Tensor, *, blocks: int) -> None:
+        super().__init__(weight)
+        self._blocks = blocks
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs.unflatten(-1, (self._blocks, -1))).flatten(-2)
+
+
+class KroneckerFactor(nn.Module):
+    """The Kronecker product ``outer (x) inner`` of two float32 matrices, which is never formed."""
+
+    def __init__(self, outer: Tensor, inner: Tensor) -> None:
+        super().__init__()
+        self.outer, self.inner = nn.Parameter(outer), nn.Parameter(inner)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        # (C (x) B) vec(X) = vec(C X B^T), X the input as rows (columns of C, columns of B). C first: B makes rows longer.
+        outer, inner = self.outer.to(inputs.dtype), self.inner.to(inputs.dtype)
+        rows = inputs.unflatten(-1, (outer.shape[1], -1))
+        return F.linear(outer @ rows, inner).flatten(-2)
+
+
+def kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """A matrix Kaiming-uniform with a = sqrt(5), the start of PEFT and ``nn.Linear``: uniform within 1 / sqrt(columns)."""
+    return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])

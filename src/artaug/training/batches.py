@@ -1,7 +1,7 @@
-"""Encoded pairs as a trainer holds them, drawn in batches with fresh noise.
+"""Batches of encoded pairs with fresh noise.
 
-A batch follows from the seed and its number alone: the tenth is the same whether nine came before it or a training was
-resumed there, and whether one process works on it or several share it.
+A batch is a function of the seed and its index alone: batch 10 is the same whether nine came before it or a training was
+resumed there, and whether one process works on it or several split it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,40 +19,39 @@ from artaug.errors import ModelError
 from artaug.pairs import ImagePair
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import SINGLE_PROCESS, World
-from artaug.training.encoding import TEXT, Row, encode_pairs
+from artaug.training.encoding import TEXT_PREFIX, EncodedPair, encode_pairs
 from artaug.training.model import DiffusionModel, Predictor
 from artaug.training.noise_schedule import FlowMatching, NoiseSchedule
 from artaug.training.objectives import PairBatch
 
-_ORDER, _NOISE, START = range(3)
-"""What chance decides in a training; each draws from a generator of its own."""
+_ORDER, _NOISE, _INIT = range(3)
+"""The independent random streams of a training: order of the pairs, noise and its levels, initial factors."""
 
 
 @dataclass(frozen=True, eq=False)
-class Bucket:
+class SizeBucket:
     """Pairs of one size."""
 
     size: tuple[int, int]
     """Width and height in pixels."""
-    rows: Mapping[int, Row]
-    """By the number of the pair."""
+    pairs: Mapping[int, EncodedPair]
+    """By the index of the pair."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
-    """One step's work for one process."""
+    """The pairs of one step for one process, in micro batches."""
 
     model: Predictor
     """Set to the size of these pairs."""
-    batches: Sequence[PairBatch]
-    """At most so many pairs each as the process works on at a time."""
+    micro_batches: Sequence[PairBatch]
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPairs:
-    """All pairs of a training, by size."""
+    """All pairs of a training, encoded, by size."""
 
-    buckets: Sequence[Bucket]
+    buckets: Sequence[SizeBucket]
 
     @classmethod
     def encode(
@@ -62,123 +61,132 @@ class EncodedPairs:
         *,
         micro_batch_size: int,
         cache: Path | None = None,
-        processes: World = SINGLE_PROCESS,
+        world: World = SINGLE_PROCESS,
     ) -> "EncodedPairs":
-        """Encode pairs, at most ``micro_batch_size`` at a time; see `encoded_rows`."""
+        """Encode pairs, at most ``micro_batch_size`` at a time; see `encode_pairs`."""
         buckets = []
         for width, height in sorted({pair.before.size for pair in pairs}):
             sized = model.at_size(width, height)
-            members = [number for number, pair in enumerate(pairs) if pair.before.size == (width, height)]
-            some = [pairs[number] for number in members]
-            rows = encode_pairs(sized, some, micro_batch_size=micro_batch_size, cache=cache, processes=processes)
-            buckets.append(Bucket((width, height), dict(zip(members, rows, strict=True))))
+            indices = [index for index, pair in enumerate(pairs) if pair.before.size == (width, height)]
+            members = [pairs[index] for index in indices]
+            encoded = encode_pairs(sized, members, micro_batch_size=micro_batch_size, cache=cache, world=world)
+            buckets.append(SizeBucket((width, height), dict(zip(indices, encoded, strict=True))))
         return cls(buckets)
 
-    def turns(
+    def batches(
         self,
         model: DiffusionModel,
-        members: Sequence[int],
+        pairs: Sequence[int],
         config: TrainingConfig,
         *,
         seed: int,
-        numbers: Sequence[int],
-        processes: World = SINGLE_PROCESS,
+        indices: Sequence[int],
+        world: World = SINGLE_PROCESS,
     ) -> Iterator[StepBatch]:
-        """Draw batches: by their numbers, every member once before any of its size comes again, always with new noise.
+        """Draw batches by their indices. Every pair of a size comes once before any comes again, always with new noise.
 
-        Each batch has pairs of one size; sizes take turns as often as they have members.
+        Each batch has pairs of one size; sizes come in proportion to their pairs.
 
         Args:
-            model: what they were encoded by.
-            members: numbers of the pairs to draw from.
-            config: how large batches are, and which noise levels they have.
+            model: the one that encoded the pairs.
+            pairs: indices of the pairs to draw from.
+            config: batch and micro batch size, and the range and distribution of noise levels.
             seed: decides order and noise.
-            numbers: which to give. The same number is the same batch, noise included, whatever came before it.
-            processes: who shares the batch.
+            indices: of the batches. The same index is the same batch, noise included, whatever came before it.
+            world: the processes that split each batch.
         """
         size, device = config.batch_size, model.device
-        queues = [(bucket, [one for one in members if one in bucket.rows]) for bucket in self.buckets]
-        queues = [queue for queue in queues if queue[1]]
-        places = list(islice(_taking_turns([len(mine) for _, mine in queues]), max(numbers, default=-1) + 1))
-        for number in numbers:
-            place, count = places[number]
-            bucket, mine = queues[place]
+        queues = [(bucket, [index for index in pairs if index in bucket.pairs]) for bucket in self.buckets]
+        queues = [(bucket, members) for bucket, members in queues if members]
+        turns = list(islice(_interleave([len(members) for _, members in queues]), max(indices, default=-1) + 1))
+        for index in indices:
+            queue, count = turns[index]  # the batch is number ``count`` of its queue
+            bucket, members = queues[queue]
             sized = model.at_size(*bucket.size)
-            order = (_nth(mine, at, seed=(seed, place)) for at in range(count * size, (count + 1) * size))
-            noise_of = _generator(seed, _NOISE, number)
-            sigmas = _spread(sized.noise_schedule, config).sample_sigmas(size, noise_of, sigma_range=config.sigma_range)
-            rows = [bucket.rows[one] for one in order]
-            noise = torch.randn((size, *rows[0]["before"].shape), generator=noise_of)
-            share = list(processes.share(range(size)))
-            micro_batch_size = config.micro_batch_size or size
-            parts = [share[at : at + micro_batch_size] for at in range(0, len(share), micro_batch_size)]
+            order = (_draw(members, n, seed=(seed, queue)) for n in range(count * size, (count + 1) * size))
+            generator = _generator(seed, _NOISE, index)
+            noise_schedule = _with_distribution(sized.noise_schedule, config)
+            sigmas = noise_schedule.sample_sigmas(size, generator, sigma_range=config.sigma_range)
+            encoded = [bucket.pairs[member] for member in order]
+            noise = torch.randn((size, *encoded[0]["before"].shape), generator=generator)
+            # Every process draws the whole batch, and then takes its rows: the split changes no number.
+            rows = list(world.split(range(size)))
+            width = config.micro_batch_size or size
+            chunks = [rows[start : start + width] for start in range(0, len(rows), width)]
             yield StepBatch(
-                sized, [_batch([rows[at] for at in part], noise[part], sigmas[part], device) for part in parts]
+                sized,
+                [_collate([encoded[row] for row in chunk], noise[chunk], sigmas[chunk], device) for chunk in chunks],
             )
 
 
 def init_generator(seed: int, stage: int) -> torch.Generator:
-    """What draws the factors a stage begins with."""
-    return _generator(seed, START, stage)
+    """The generator that draws the initial factors of a stage."""
+    return _generator(seed, _INIT, stage)
 
 
-def _taking_turns(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Which queue is next, for ever, and how often it has been: whichever is furthest behind its share."""
+def _interleave(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Endless turns of several queues in proportion to their lengths: which queue, and how many turns it had before.
+
+    The next is the queue that is furthest behind its share: least (turns + 1/2) / length, as Sainte-Lague apportions
+    seats. A queue of length n thus gets n of every sum(lengths) turns, evenly spread.
+    """
     counts = [0] * len(lengths)
     while True:
-        place = min(range(len(lengths)), key=lambda at: ((counts[at] + 0.5) / lengths[at], at))
-        yield place, counts[place]
-        counts[place] += 1
+        queue = min(range(len(lengths)), key=lambda index: ((counts[index] + 0.5) / lengths[index], index))
+        yield queue, counts[queue]
+        counts[queue] += 1
 
 
-def _nth(members: Sequence[int], place: int, *, seed: tuple[int, int]) -> int:
-    """What is at a place of an endless queue in which all members come, shuffled, before all come again."""
-    epoch, at = divmod(place, len(members))
-    return members[_shuffled(len(members), (*seed, epoch))[at]]
+def _draw(members: Sequence[int], n: int, *, seed: tuple[int, int]) -> int:
+    """Draw ``n`` of an endless sequence in which all members come, shuffled, before any comes again."""
+    epoch, position = divmod(n, len(members))
+    return members[_permutation(len(members), (*seed, epoch))[position]]
 
 
 @lru_cache(maxsize=8)
-def _shuffled(count: int, seed: tuple[int, ...]) -> list[int]:
+def _permutation(count: int, seed: tuple[int, ...]) -> list[int]:
     order: list[int] = torch.randperm(count, generator=_generator(seed[0], _ORDER, *seed[1:])).tolist()
     return order
 
 
 def _generator(*words: int) -> torch.Generator:
+    """A generator for these words: SeedSequence hashes them, so that streams of near words are unrelated."""
     (state,) = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))
 
 
-def _spread(noise_schedule: NoiseSchedule, config: TrainingConfig) -> NoiseSchedule:
+def _with_distribution(noise_schedule: NoiseSchedule, config: TrainingConfig) -> NoiseSchedule:
     if not config.logit_normal:
         return noise_schedule
     if not isinstance(noise_schedule, FlowMatching):
         raise ModelError(
-            f"logit_normal is for flow models, and this one has {type(noise_schedule).__name__}, whose noise levels are steps of "
-            "a schedule. Leave it off."
+            f"logit_normal is for flow models, and this one has {type(noise_schedule).__name__}, whose noise levels are "
+            "those of its timesteps. Leave it off."
         )
     return replace(noise_schedule, logit_normal=True)
 
 
-def _batch(rows: Sequence[Row], noise: Tensor, sigmas: Tensor, device: torch.device) -> PairBatch:
-    texts = [name for name in rows[0] if name.startswith(TEXT)]
-    regional = any("inside" in row for row in rows)
+def _collate(pairs: Sequence[EncodedPair], noise: Tensor, sigmas: Tensor, device: torch.device) -> PairBatch:
+    texts = [name for name in pairs[0] if name.startswith(TEXT_PREFIX)]
     return PairBatch(
-        before=torch.stack([row["before"] for row in rows]).to(device).float(),
-        after=torch.stack([row["after"] for row in rows]).to(device).float(),
-        region_mask=_inside(rows).to(device) if regional else None,
-        conditioning={name.removeprefix(TEXT): _filled_up([row[name] for row in rows]).to(device) for name in texts},
+        before=torch.stack([pair["before"] for pair in pairs]).to(device).float(),
+        after=torch.stack([pair["after"] for pair in pairs]).to(device).float(),
+        region_mask=_stack_masks(pairs).to(device) if any("region_mask" in pair for pair in pairs) else None,
+        conditioning={
+            name.removeprefix(TEXT_PREFIX): _stack_texts([pair[name] for pair in pairs]).to(device) for name in texts
+        },
         noise=noise.to(device),
         sigmas=sigmas.to(device),
     )
 
 
-def _inside(rows: Sequence[Row]) -> Tensor:
-    """How much of every latent lies in regions: all of it for a plan without any."""
-    whole = next(torch.ones_like(row["inside"]) for row in rows if "inside" in row)
-    return torch.stack([row.get("inside", whole) for row in rows]).float()
+def _stack_masks(pairs: Sequence[EncodedPair]) -> Tensor:
+    """Region masks; a plan without regions counts as one that covers the picture."""
+    everywhere = next(torch.ones_like(pair["region_mask"]) for pair in pairs if "region_mask" in pair)
+    return torch.stack([pair.get("region_mask", everywhere) for pair in pairs]).float()
 
 
-def _filled_up(texts: Sequence[Tensor]) -> Tensor:
-    """Prompts of unlike length with zeros behind the shorter ones, as a model's own mask of zeros leaves them out."""
+def _stack_texts(texts: Sequence[Tensor]) -> Tensor:
+    """Encoded prompts padded at the end with zeros to the longest; a model's own attention mask is zero there, too."""
     longest = max(len(text) for text in texts) if texts[0].ndim else 0
     return torch.stack([pad(text, (0, 0) * (text.ndim - 1) + (0, longest - len(text))) for text in texts])

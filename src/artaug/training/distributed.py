@@ -1,8 +1,7 @@
-"""Several processes training one LoRA: each takes its share of every batch, and their gradients are added up.
+"""Several processes training one LoRA: each takes its part of every batch, and their gradients are summed.
 
-A LoRA's factors are small, so every process holds all of them and sums gradients itself, in one exchange a step. The
-frozen model may be whole in every process, or sharded over them by FSDP2 (`shard`): training does not see the
-difference.
+A LoRA's factors are small, so every process holds all of them and sums gradients itself, in one all-reduce per step. The
+frozen model may be complete in every process, or sharded over them by FSDP2 (`shard`): training is the same for both.
 """
 
 import os
@@ -23,11 +22,11 @@ class World:
     """How many processes work on one training, and which of them this one is."""
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
 
     @classmethod
     def current(cls) -> "World":
-        """Those that ``accelerate launch`` or ``torchrun`` has started; this one alone otherwise."""
+        """The processes that ``accelerate launch`` or ``torchrun`` has started; this one alone otherwise."""
         if not distributed.is_available():
             return SINGLE_PROCESS
         if not distributed.is_initialized():
@@ -39,34 +38,34 @@ class World:
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one that writes files and shows progress."""
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and shows progress."""
         return self.rank == 0
 
-    def share(self, things: Sequence[T]) -> Sequence[T]:
-        """What of these is this process's to do."""
-        return things[self.rank :: self.count]
+    def split(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of the items: every ``size``-th."""
+        return items[self.rank :: self.size]
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in one exchange."""
-        if self.count == 1:
+        if self.size == 1:
             return
-        together = torch.cat([one.flatten().float() for one in tensors])
-        distributed.all_reduce(together)
-        for one, summed in zip(tensors, together.split([one.numel() for one in tensors]), strict=True):
-            one.copy_(summed.view_as(one))
+        flat = torch.cat([tensor.flatten().float() for tensor in tensors])
+        distributed.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
-    def all_agree(self, said: bool, device: torch.device) -> bool:
-        """Whether all of them say so; every process has to ask."""
-        if self.count == 1:
-            return said
-        together = torch.tensor(float(said), device=device)
-        distributed.all_reduce(together, op=distributed.ReduceOp.MIN)
-        return bool(together)
+    def all_agree(self, condition: bool, device: torch.device) -> bool:
+        """Whether ``condition`` holds in all processes; every process has to call this."""
+        if self.size == 1:
+            return condition
+        lowest = torch.tensor(float(condition), device=device)
+        distributed.all_reduce(lowest, op=distributed.ReduceOp.MIN)
+        return bool(lowest)
 
-    def wait(self) -> None:
-        """Go on once all processes are here."""
-        if self.count > 1:
+    def barrier(self) -> None:
+        """Wait until all processes get here."""
+        if self.size > 1:
             distributed.barrier()
 
 
@@ -74,7 +73,7 @@ SINGLE_PROCESS = World()
 
 
 def shard(module: nn.Module) -> None:
-    """Spread a denoiser's weights over all processes (FSDP2), block by block: each holds a part and gathers as it computes.
+    """Shard a denoiser's weights over all processes (FSDP2), block by block: each holds a part and gathers as it computes.
 
     Call it once in every process, before drawing or training; `DifferentialLoRATrainer` needs nothing else. It cannot be
     undone: the module stays sharded.
@@ -82,15 +81,16 @@ def shard(module: nn.Module) -> None:
     Raises:
         ModelError: if this process is alone, or the module names no repeated blocks.
     """
-    if World.current().count == 1:
+    if World.current().size == 1:
         raise ModelError("there is one process, so nothing to shard over. Start several: accelerate launch script.py.")
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - not in every build of torch
 
-    kinds = set(getattr(module, "_repeated_blocks", None) or getattr(module, "_no_split_modules", None) or ())
-    blocks = [one for one in module.modules() if type(one).__name__ in kinds]
+    block_types = set(getattr(module, "_repeated_blocks", None) or getattr(module, "_no_split_modules", None) or ())
+    blocks = [submodule for submodule in module.modules() if type(submodule).__name__ in block_types]
     if not blocks:
         raise ModelError(
-            f"{type(module).__name__} does not say which of its modules are repeated blocks (found {kinds})."
+            f"{type(module).__name__} does not name its repeated blocks in _repeated_blocks or _no_split_modules "
+            f"(found {block_types}), so it cannot be sharded. Train it unsharded."
         )
-    for one in (*blocks, module):
-        fully_shard(one)
+    for submodule in (*blocks, module):
+        fully_shard(submodule)

@@ -1,4 +1,10 @@
-"""A training on its way: leg after leg, wherever it stands when it begins, with looks and checkpoints in between."""
+"""The training loop: phase after phase from any state on, with validations and checkpoints between steps.
+
+The steps of a training are cut three times. Phases (`artaug.training.phases`) cut them where a new LoRA begins, validations
+where pictures are drawn, checkpoints where the state is written. `TrainingLoop.run` goes from validation to validation,
+`_run_until` from one cut to the next, `_run_phase` takes the steps between two cuts. What lies between two cuts is a
+`TrainingState`, so a training resumed from a checkpoint takes the same way as one that was never stopped.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -17,188 +23,215 @@ from artaug.training.distributed import World
 from artaug.training.model import DiffusionModel, Trainable
 from artaug.training.optimizer_loop import OptimizerLoop
 from artaug.training.phases import Phase
-from artaug.training.progress import Log
+from artaug.training.progress import ProgressLog
 from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.student import inject_adapter
 from artaug.training.teacher_cache import TeacherCache
-from artaug.training.validation import Validation, best
+from artaug.training.validation import Validation, best_result
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Run:
-    """One training: what it is made of, and who helps."""
+@dataclass(kw_only=True, eq=False)
+class TrainingLoop:
+    """All that a training needs beside its `TrainingState`."""
 
     config: TrainingConfig
     pairs: Sequence[ImagePair]
     synthesizer: Trainable
-    legs: Sequence[Phase]
+    phases: Sequence[Phase]
     seeds: Sequence[int]
-    """One a group."""
-    processes: World
-    log: Log
+    """One per group of pairs."""
+    world: World
+    progress: ProgressLog
     checkpoints: Checkpoints | None
     run_fingerprint: dict[str, str]
+    """What decides the result, by name; it is written into checkpoints."""
     validation: Validation | None
-    cache: Path | None
     validation_seed: int
-    """Of the held-out pictures."""
-    _encoded: list[EncodedPairs] = field(default_factory=list)
-    _memories: dict[int, TeacherCache] = field(default_factory=dict)
-    """Of the leg under way, by where it begins."""
+    cache: Path | None
+    """Folder of the latent cache."""
+    _encoded: EncodedPairs | None = field(default=None, init=False)
+    _teacher_caches: dict[int, TeacherCache] = field(default_factory=dict, init=False)
+    """Of the current phase, by its start."""
 
-    def finished(self, state: TrainingState) -> TrainingState:
-        """Go on from ``state`` to the end, or to where held-out pictures stop getting better."""
+    def run(self, state: TrainingState) -> TrainingState:
+        """Train from ``state`` to the last step, or until the scores of held-out pictures stop rising."""
         if self.validation is not None and not state.base_scores:
-            scores, _ = self.validation.scores(self._artist(), seed=self.validation_seed)
+            scores, _ = self.validation.score(self._renderer(), seed=self.validation_seed)
             state = replace(state, base_scores=scores)
-        while not self._done(state):
-            stop = self._next_look(state.step)
-            with self.synthesizer.training() as model, ExitStack() as learning:
-                with model.without_denoiser() if not self._encoded else nullcontext():
-                    encoded = self._pairs_of(model)
-                    learning.enter_context(model.without_encoders())  # which make room before the denoiser is back
-                state = self._walked(model, encoded, state, stop)
+        while not self._is_done(state):
+            state = self._run_until(self._next_validation(state.step), state)
             if self.validation is not None:
-                state = self._looked(state, self.validation)
-                self._write(state)
+                state = self._validate(state, self.validation)
+                self._write_checkpoint(state)
         return state
 
-    def _done(self, state: TrainingState) -> bool:
-        if state.step < self.legs[-1].ends:
+    def _is_done(self, state: TrainingState) -> bool:
+        if state.step < self.phases[-1].stop:
             return self.validation is not None and self.validation.should_stop(state.validations)
+        # A training killed in its last validation has all its steps, and that validation is still due.
         return self.validation is None or bool(state.validations and state.validations[-1].step == state.step)
 
-    def _next_look(self, step: int) -> int:
-        end = self.legs[-1].ends
-        if self.validation is None or len(self.legs) > 1:
-            return end
-        return min(end, step - step % self.validation.every + self.validation.every)
+    def _next_validation(self, step: int) -> int:
+        """The step of the next validation, or the last step: a training of several phases is validated at its end only."""
+        last = self.phases[-1].stop
+        if self.validation is None or len(self.phases) > 1:
+            return last
+        return min(last, _next_multiple(step, self.validation.every))
 
-    def _pairs_of(self, model: DiffusionModel) -> EncodedPairs:
-        """The pairs, encoded the first time they are asked for."""
-        if not self._encoded:
-            micro_batch_size = self.config.micro_batch_size or self.config.batch_size
-            encoded = EncodedPairs.encode(
-                model, self.pairs, micro_batch_size=micro_batch_size, cache=self.cache, processes=self.processes
-            )
-            self._encoded.append(encoded)
-        return self._encoded[0]
-
-    def _walked(self, model: DiffusionModel, encoded: EncodedPairs, state: TrainingState, until: int) -> TrainingState:
-        """Take steps up to ``until``, writing checkpoints when they are due."""
-        while state.step < until:
-            leg = next(leg for leg in self.legs if state.step < leg.ends)
-            stop = min(until, leg.ends)
-            if self.checkpoints is not None:
-                stop = min(stop, state.step - state.step % self.checkpoints.every + self.checkpoints.every)
-            self.log.rest()
-            state = self._advanced(model, encoded, leg, state, stop, export=stop in {until, leg.ends})
-            # A look that is due comes before the checkpoint: a kill in between would lose it, and what it chooses.
-            if stop < until or self.validation is None:
-                self._write(state)
+    def _run_until(self, last: int, state: TrainingState) -> TrainingState:
+        """Borrow the model and train up to step ``last``, writing checkpoints when they are due."""
+        with self.synthesizer.training() as model, ExitStack() as offloaded:
+            with nullcontext() if self._encoded is not None else model.without_denoiser():
+                encoded = self._encode_pairs(model)
+                # Entered here, so that the encoders make room before the denoiser is back.
+                offloaded.enter_context(model.without_encoders())
+            while state.step < last:
+                phase = next(phase for phase in self.phases if state.step < phase.stop)
+                stop = min(last, phase.stop)
+                if self.checkpoints is not None:
+                    stop = min(stop, _next_multiple(state.step, self.checkpoints.every))
+                self.progress.reset_timer()
+                state = self._run_phase(model, encoded, phase, state, stop, export=stop in {last, phase.stop})
+                # A validation that is due comes before the checkpoint: a kill in between would lose it, and its choice.
+                if stop < last or self.validation is None:
+                    self._write_checkpoint(state)
         return state
 
-    def _advanced(
-        self, model: DiffusionModel, encoded: EncodedPairs, leg: Phase, state: TrainingState, stop: int, *, export: bool
+    def _encode_pairs(self, model: DiffusionModel) -> EncodedPairs:
+        """The pairs, encoded at the first call."""
+        if self._encoded is None:
+            micro_batch_size = self.config.micro_batch_size or self.config.batch_size
+            self._encoded = EncodedPairs.encode(
+                model, self.pairs, micro_batch_size=micro_batch_size, cache=self.cache, world=self.world
+            )
+        return self._encoded
+
+    def _run_phase(
+        self,
+        model: DiffusionModel,
+        encoded: EncodedPairs,
+        phase: Phase,
+        state: TrainingState,
+        stop: int,
+        *,
+        export: bool,
     ) -> TrainingState:
-        """Take steps of one leg, on top of what the group's earlier legs have learned."""
-        config, seed = self.config, self.seeds[leg.group]
-        with ExitStack() as worn:
-            for lora in state.under:
-                worn.enter_context(lora.applied_to(model.module))
-            student = worn.enter_context(
+        """Take the steps of one phase up to ``stop``, on top of the LoRAs of the group's earlier stages.
+
+        Adapter and optimizer are built anew and restored from ``state``, also where the phase goes on in this process:
+        so there is one way through a phase, whether a checkpoint lies in it or not.
+        """
+        config, seed = self.config, self.seeds[phase.group]
+        with ExitStack() as injected:
+            for lora in state.stage_loras:
+                injected.enter_context(lora.applied_to(model.module))
+            student = injected.enter_context(
                 inject_adapter(
                     model,
                     rank=config.rank,
                     targets=config.targets,
-                    generator=init_generator(seed, leg.stage),
+                    generator=init_generator(seed, phase.stage),
                     adapter=config.adapter,
-                    teacher_cache=self._memory_of(leg),
+                    teacher_cache=self._teacher_cache(phase),
                 )
             )
-            worn.enter_context(_recomputing(model.module, wanted=config.gradient_checkpointing))
+            injected.enter_context(_gradient_checkpointing(model.module, enable=config.gradient_checkpointing))
             optimizer = config.optimizer.build(student.parameters(), learning_rate=config.learning_rate)
-            optimization = OptimizerLoop(student, optimizer, ema=config.ema)
-            if state.layers:
-                optimization.resume(state.layers, state.average, state.optimizer)
-            losses = self._steps(optimization, encoded, model, leg, range(state.step + 1, stop + 1))
-            now = optimization.captured(export=export)
+            optimizer_loop = OptimizerLoop(student, optimizer, ema=config.ema)
+            if state.adapter:
+                optimizer_loop.restore(state.adapter, state.ema, state.optimizer)
+            losses = self._take_steps(optimizer_loop, encoded, model, phase, range(state.step + 1, stop + 1))
+            snapshot = optimizer_loop.snapshot(export=export)
         state = replace(state, step=stop, losses=(*state.losses, *losses))
-        if stop == leg.ends and now.learned is not None:
-            return state.past(now.learned, last=leg.last)
-        return replace(state, layers=now.layers, average=now.average, optimizer=now.optimizer, learned=now.learned)
+        if stop == phase.stop and snapshot.lora is not None:
+            return state.after_phase(snapshot.lora, is_last_stage=phase.is_last_stage)
+        return replace(
+            state, adapter=snapshot.adapter, ema=snapshot.ema, optimizer=snapshot.optimizer, current_lora=snapshot.lora
+        )
 
-    def _memory_of(self, leg: Phase) -> TeacherCache | None:
-        """What the teacher has said in this leg, if batches come again: every leg has a teacher of its own."""
+    def _teacher_cache(self, phase: Phase) -> TeacherCache | None:
+        """The cache of the phase if batches are used several times: every phase has another teacher."""
         if self.config.echo == 1:
             return None
-        if leg.begins not in self._memories:
-            self._memories.clear()
-            self._memories[leg.begins] = TeacherCache(self.processes)
-        return self._memories[leg.begins]
+        if phase.start not in self._teacher_caches:
+            self._teacher_caches = {phase.start: TeacherCache(self.world)}
+        return self._teacher_caches[phase.start]
 
-    def _steps(
-        self, optimization: OptimizerLoop, encoded: EncodedPairs, model: DiffusionModel, leg: Phase, steps: range
+    def _take_steps(
+        self,
+        optimizer_loop: OptimizerLoop,
+        encoded: EncodedPairs,
+        model: DiffusionModel,
+        phase: Phase,
+        steps: range,
     ) -> list[float]:
+        """Take steps by their numbers, and return their losses."""
         config = self.config
-        turns = encoded.turns(
+        batches = encoded.batches(
             model,
-            leg.members,
+            phase.pairs,
             config,
-            seed=self.seeds[leg.group],
-            numbers=[leg.batch_at(step, echo=config.echo) for step in steps],
-            processes=self.processes,
+            seed=self.seeds[phase.group],
+            indices=[phase.batch_index(step, echo=config.echo) for step in steps],
+            world=self.world,
         )
         losses = []
         with torch.enable_grad():
-            for step in steps:
-                rate = config.learning_rate_at(step - leg.begins, steps=leg.steps)
-                done = optimization.step(
-                    next(turns),
-                    leg.loss,
+            for step, batch in zip(steps, batches, strict=True):
+                learning_rate = config.learning_rate_at(step - phase.start, steps=phase.steps)
+                result = optimizer_loop.step(
+                    batch,
+                    phase.loss,
                     number=step,
-                    learning_rate=rate,
+                    learning_rate=learning_rate,
                     max_grad_norm=config.max_grad_norm,
-                    processes=self.processes,
+                    world=self.world,
                 )
-                losses.append(done.loss)
-                self.log.record(
+                losses.append(result.loss)
+                self.progress.log_step(
                     step,
-                    loss=done.loss,
-                    gradient_norm=done.gradient_norm,
-                    learning_rate=rate,
+                    loss=result.loss,
+                    gradient_norm=result.gradient_norm,
+                    learning_rate=learning_rate,
                     pairs=config.batch_size,
                 )
         return losses
 
-    def _looked(self, state: TrainingState, validation: Validation) -> TrainingState:
-        """ValidationResult at what would be exported now, and keep it if nothing before was better."""
+    def _validate(self, state: TrainingState, validation: Validation) -> TrainingState:
+        """Evaluate what would be exported now, and keep it if no earlier LoRA was better."""
         lora, step = state.lora(), state.step
-        found = validation.evaluate(lora, self._artist(), state.base_scores, step=step, seed=self.validation_seed)
-        looks = (*state.validations, *found)
-        return replace(state, validations=looks, best=lora if best(looks).step == step else state.best)
+        results = validation.evaluate(lora, self._renderer(), state.base_scores, step=step, seed=self.validation_seed)
+        validations = (*state.validations, *results)
+        is_best = best_result(validations).step == step
+        return replace(state, validations=validations, best_lora=lora if is_best else state.best_lora)
 
-    def _artist(self) -> Synthesizer:
+    def _renderer(self) -> Synthesizer:
         if not isinstance(self.synthesizer, Synthesizer):
             raise ModelError(
-                f"held-out pictures were asked for, and {type(self.synthesizer).__name__} draws none. "
+                f"validation draws pictures, and {type(self.synthesizer).__name__} cannot draw any. "
                 "Give train an artaug.Synthesizer, or leave validation out."
             )
         return self.synthesizer
 
-    def _write(self, state: TrainingState) -> None:
-        """Write a checkpoint if one is due; one process does."""
+    def _write_checkpoint(self, state: TrainingState) -> None:
+        """Write a checkpoint if one is due: the main process writes, the others wait."""
         if self.checkpoints is None:
             return
-        if self.processes.first and (state.step % self.checkpoints.every == 0 or state.step == self.legs[-1].ends):
+        is_due = state.step % self.checkpoints.every == 0 or state.step == self.phases[-1].stop
+        if self.world.is_main and is_due:
             self.checkpoints.write(state, run_fingerprint=self.run_fingerprint)
-        self.processes.wait()
+        self.world.barrier()
+
+
+def _next_multiple(step: int, every: int) -> int:
+    """The first multiple of ``every`` after ``step``."""
+    return (step // every + 1) * every
 
 
 @contextmanager
-def _recomputing(module: Any, *, wanted: bool) -> Iterator[None]:  # noqa: ANN401 - diffusers' ModelMixin has the methods
-    """Have the model compute activations again in the backward pass, if it does not already."""
-    if not wanted or getattr(module, "is_gradient_checkpointing", False):
+def _gradient_checkpointing(module: Any, *, enable: bool) -> Iterator[None]:  # noqa: ANN401 - diffusers' ModelMixin
+    """Switch gradient checkpointing on inside the block, unless it is on already."""
+    if not enable or getattr(module, "is_gradient_checkpointing", False):
         yield
         return
     if not hasattr(module, "enable_gradient_checkpointing"):

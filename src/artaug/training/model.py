@@ -1,4 +1,4 @@
-"""What a trainer knows of a model: nothing but this protocol, so one trainer serves every family."""
+"""The protocol of a model in training: a trainer uses nothing else of it, so one trainer serves every family."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
-"""Encoded prompts, by the model's own names; the first axis of every tensor counts the prompts."""
+"""Encoded prompts, by the model's own names; the first axis of every tensor is the prompts."""
 
 Masks: TypeAlias = Float[Tensor, "batch height width"]
-"""How much of every pixel is meant, in [0, 1]: one row a picture."""
+"""How much of every pixel is inside a mask, in [0, 1]: one row per picture."""
 
 
 class Predictor(Protocol):
-    """A denoiser, as a single step sees it: everything is encoded, and there is one size."""
+    """A denoiser as a single step uses it: everything is encoded, and there is one size."""
 
     @property
     def module(self) -> nn.Module:
-        """The denoiser: it takes the adapters, and is frozen otherwise."""
+        """The denoiser, which gets the adapters and is frozen otherwise."""
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -38,7 +38,7 @@ class Predictor(Protocol):
 
 
 class DiffusionModel(Predictor, Protocol):
-    """A denoiser and what surrounds it, as a whole training sees it."""
+    """A denoiser with its encoders, as a training uses it."""
 
     def at_size(self, width: int, height: int) -> Self:
         """The same model, set to pictures of another size in pixels.
@@ -48,16 +48,16 @@ class DiffusionModel(Predictor, Protocol):
         """
 
     def without_encoders(self) -> AbstractContextManager[None]:
-        """A ``with`` block in which nothing is encoded, so the memory of whatever encodes can be used otherwise."""
+        """A ``with`` block in which nothing is encoded, so the memory of the encoders can be used otherwise."""
 
     def without_denoiser(self) -> AbstractContextManager[None]:
         """A ``with`` block in which nothing is predicted, so the denoiser's memory can be used to encode."""
 
     def encode_images(self, images: Sequence[Image]) -> Latents:
-        """Latents as the denoiser takes them, scaled, one row a picture, without gradient."""
+        """Latents as the denoiser takes them, scaled, one row per picture, without gradient."""
 
     def encode_masks(self, masks: Masks) -> Latents:
-        """How much of every latent is meant: laid out as `encode_images` lays out latents, in [0, 1].
+        """How much of every latent is inside a mask, in [0, 1], in the layout of `encode_images`.
 
         A latent stands for a square of pixels, and gets their mean.
 
@@ -71,11 +71,11 @@ class DiffusionModel(Predictor, Protocol):
 
 @runtime_checkable
 class Trainable(Protocol):
-    """Something that lends its model to a trainer: a `DiffusersSynthesizer`, for instance."""
+    """An owner of a model that can be trained: a `DiffusersSynthesizer`, for instance."""
 
     @property
     def fingerprint(self) -> str:
-        """What decides its model's predictions beside its weights (LoRAs worn, guidance), the same in every process."""
+        """What decides its model's predictions beside its weights (applied LoRAs, guidance), the same in every process."""
 
     def training(self) -> AbstractContextManager[DiffusionModel]:
-        """Lend the model, wearing the LoRAs this synthesizer draws with, for the length of a ``with`` block."""
+        """The model with the LoRAs that this synthesizer draws with, for the length of a ``with`` block."""

@@ -1,14 +1,20 @@
-"""What a training step minimizes, and how many steps of which kind make a training."""
+"""Training objectives: the loss of a step, and which pairs and stages a training consists of.
+
+Throughout, ``x_b`` and ``x_a`` are the clean latents before and after, ``d = x_a - x_b``, ``n`` the noise and ``s`` its level
+(both shared by the two pictures of a pair), ``z_b`` and ``z_a`` the noisy latents, and ``alpha = sqrt(1 - s^2)``.
+"""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from artaug._internal.contracts import contract_error
 from artaug.errors import InvalidValueError
 from artaug.training.model import Conditioning
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
@@ -19,7 +25,7 @@ LatentWeights: TypeAlias = Float[Tensor, "..."]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairBatch:
-    """Some pairs, ready for one step: latents, prompts, and the noise both pictures of a pair share."""
+    """A batch of pairs for one forward and backward pass: latents, prompts, and the noise both pictures of a pair share."""
 
     before: Latents
     """Clean latents of the pictures before: float32, shape (batch, ...)."""
@@ -28,27 +34,29 @@ class PairBatch:
     conditioning: Conditioning
     """Their prompts, encoded."""
     noise: Latents
-    """Standard normal, same shape as the latents: one draw a pair."""
+    """Standard normal, same shape as the latents: one draw per pair."""
     sigmas: Sigmas
     """Noise levels: shape (batch,), in (0, 1]."""
     region_mask: LatentWeights | None = None
     """How much of every latent lies in the plan's regions, in [0, 1], broadcastable to the latents' shape; None:
     everywhere."""
 
-    def weights(self, outside: float) -> LatentWeights | None:
-        """What a latent's error counts: 1 in the plan's regions, ``outside`` elsewhere, between them on an edge."""
-        return None if self.region_mask is None or outside == 1 else outside + (1 - outside) * self.region_mask
+    def loss_weights(self, outside_weight: float) -> LatentWeights | None:
+        """Weight of each latent's error: 1 in the plan's regions, ``outside_weight`` elsewhere, linear in the mask."""
+        if self.region_mask is None or outside_weight == 1:
+            return None
+        return outside_weight + (1 - outside_weight) * self.region_mask
 
 
 class Student(Protocol):
-    """The model in training, as an objective sees it."""
+    """The model in training, as an objective uses it."""
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
         """How the model's pictures are noised, and what it predicts."""
 
     def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
-        """The prediction with the LoRA that is being trained, ``scale`` times: float32, with gradient.
+        """The prediction with ``scale`` times the LoRA in training: float32, with gradient.
 
         The gradient is that of the LoRA at that scale, also where the forward pass is computed again in the backward
         pass (gradient checkpointing), and predictions at several scales may be parts of one loss.
@@ -68,19 +76,19 @@ class Stage:
     loss: Loss
     """What it minimizes."""
     share: float = 1.0
-    """How much of the steps it gets, relative to the other stages."""
+    """Its share of the steps, relative to the other stages."""
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
     """How a training proceeds: which pairs are learned together, and in which stages.
 
-    Every group of pairs goes through all stages. What an earlier stage has learned is worn, frozen, while the later
+    Every group of pairs goes through all stages. The LoRA of an earlier stage is applied, frozen, while the later
     ones learn, and then dropped: the last stage's LoRA is the group's result, and the mean over groups the training's.
     """
 
     groups: tuple[tuple[int, ...], ...]
-    """Numbers of the pairs that are learned together."""
+    """Indices of the pairs that are learned together."""
     stages: tuple[Stage, ...]
     """In the order they are run."""
 
@@ -106,7 +114,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
-        """The loss of one step, a scalar."""
+        """The loss of one batch: a scalar, the mean over its pairs."""
 
     def training_plan(self, pairs: int) -> TrainingPlan:
         """How a training on this many pairs proceeds; unless overridden, all of them together in one stage."""
@@ -117,69 +125,205 @@ class Objective(ABC):
 class PairedDifference(Objective):
     """Learns what separates after from before and nothing else, in one run.
 
-    With ``d = after - before`` and the same noise and level for both pictures, the student's clean estimate at the noisy
-    *after* picture is to be the frozen teacher's at the noisy *before* picture, moved by exactly ``d``::
+    With the same noise and level for both pictures, the student's clean estimate ``x0`` at the noisy *after* picture should
+    be the frozen teacher's at the noisy *before* picture, moved by exactly ``d``::
 
         x0(z_a, student) = x0(z_b, teacher) + d,     z_a - z_b = (1 - s) d  (flow)  or  alpha d  (epsilon, v)
 
-    Solved for the prediction, which is linear in the clean estimate, with ``alpha = sqrt(1 - s^2)``::
+    Insert the clean estimate, which is linear in the prediction (left), and solve for the student's (right)::
 
-        flow:     x0 = z - s v             so   v(z_a)   = v0(z_b) - d
-        epsilon:  x0 = (z - s e) / alpha   so   e(z_a)   = e0(z_b)
-        v:        x0 = alpha z - s v       so   v(z_a)   = v0(z_b) - s d
+        flow:     x0 = z - s v             (1 - s) d - s (v(z_a) - v0(z_b)) = d              v(z_a) = v0(z_b) - d
+        epsilon:  x0 = (z - s e) / alpha   (alpha d - s (e(z_a) - e0(z_b))) / alpha = d      e(z_a) = e0(z_b)
+        v:        x0 = alpha z - s v       alpha^2 d - s (v(z_a) - v0(z_b)) = d              v(z_a) = v0(z_b) - s d
 
-    What the teacher gets wrong about *before*, its noise included, is wrong in the target alike: fine-tuning's residual
-    has that as variance, and a LoRA of few pairs memorises it; here it cancels. Equal pictures give a loss and a gradient
-    of exactly zero at the start, so guidance or step distillation is the reference and never un-learned.
+    What the teacher gets wrong about *before*, its noise included, is wrong in the target alike and cancels; in fine-tuning
+    the same residual is variance, which a LoRA of few pairs memorises. Equal pictures give a loss and a gradient of exactly
+    zero at the start, so guidance or step distillation is the reference and is never un-learned.
 
     Where a pair knows the plan's regions (``PairBatch.region_mask``), errors outside them can count less, and what changed
-    outside them can be taken back, so that only what was asked for is learned.
+    outside them can be taken back, so that only the planned change is learned.
 
     Raises:
-        InvalidValueError: unless ``outside`` is finite and at least 0.
+        InvalidValueError: unless ``outside_weight`` is finite and at least 0.
     """
 
     outside_weight: float = 1.0
-    """What an error outside the plan's regions counts, where one inside counts 1. At 0 the LoRA is free there."""
+    """Weight of an error outside the plan's regions, where one inside counts 1. At 0 the LoRA is free there."""
     composite: bool = False
-    """Learn from ``before + inside * (after - before)``: outside the regions the picture is to stay as it was."""
+    """Learn from ``before + region_mask * (after - before)``: outside the regions the picture should stay as it was."""
 
     def __post_init__(self) -> None:
-        check_outside_weight(self, self.outside_weight)
+        _check_outside_weight(self, self.outside_weight)
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
-        clean = batch.after
+        after = batch.after
         if self.composite and batch.region_mask is not None:
-            clean = batch.before + batch.region_mask * (batch.after - batch.before)
-        before = model.noise_schedule.add_noise(batch.before, batch.noise, batch.sigmas)
-        after = model.noise_schedule.add_noise(clean, batch.noise, batch.sigmas)
-        teacher = model.teacher_predict(before, batch.sigmas, batch.conditioning)
-        target = model.noise_schedule.paired_target(teacher, clean - batch.before, batch.sigmas)
-        learned = model.predict(after, batch.sigmas, batch.conditioning)
-        return mean_squared_errors(learned, target, weights=batch.weights(self.outside_weight)).mean()
+            after = batch.before + batch.region_mask * (batch.after - batch.before)
+        noisy_before = model.noise_schedule.add_noise(batch.before, batch.noise, batch.sigmas)
+        noisy_after = model.noise_schedule.add_noise(after, batch.noise, batch.sigmas)
+        teacher = model.teacher_predict(noisy_before, batch.sigmas, batch.conditioning)
+        target = model.noise_schedule.paired_target(teacher, after - batch.before, batch.sigmas)
+        prediction = model.predict(noisy_after, batch.sigmas, batch.conditioning)
+        return mean_squared_errors(prediction, target, weights=batch.loss_weights(self.outside_weight)).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bipolar(Objective):
+    """A slider: at ``scale`` the LoRA leads from before to after, at minus ``scale`` from after to before.
+
+    Every step minimizes the mean of both directions of another objective, on the same pairs, noise and levels::
+
+        loss = (objective(student at +scale; before, after) + objective(student at -scale; after, before)) / 2
+
+    In the LoRA's scale ``s``, a prediction is the series ``v0 + s J + s^2 H + ...``. One direction alone fits any sum of the
+    odd and the even part. Both directions ask the same of ``J``, since the sign of ``s`` and that of ``d`` change together,
+    and opposite things of ``H``. An effect that does not depend on the direction (softer pictures, say) is held at zero.
+
+    ``objective`` says what a direction minimizes:
+
+    - `PairedDifference`, the default: at ``+scale`` the clean estimate at *after* is the teacher's at *before*
+      plus ``d``, at ``-scale`` the one at *before* is the teacher's at *after* minus ``d``. These are the even and odd
+      steps of ADDifT (traintrain), which alternates them, at a quarter of the scale, and for noise prediction only.
+    - `SupervisedFineTuning`: the visual Concept Sliders (arXiv 2311.12092), fine-tuning on *after* at ``+scale`` and on
+      *before* at ``-scale``.
+
+    It takes two forward passes with gradient per step, so twice the time and, without gradient checkpointing, twice the
+    activations. Both directions are parts of one loss: ``Student.predict`` gives each its own gradient, also where
+    layers are computed again in the backward pass.
+
+    Raises:
+        InvalidValueError: if ``objective`` has several stages, or ``scale`` is not above 0 and finite.
+
+    >>> import artaug as aa
+    >>> aa.Bipolar(objective=aa.SupervisedFineTuning()).scale
+    1.0
+    """
+
+    objective: Objective = field(default_factory=PairedDifference)
+    """What each direction minimizes."""
+    scale: float = 1.0
+    """At 0.25 a quarter of the LoRA makes the full difference, so at 1 it is a slider with four times its range."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise InvalidValueError(f"Bipolar(scale={self.scale}): need a finite scale above 0.")
+        if type(self.objective).training_plan is not Objective.training_plan:
+            raise InvalidValueError(
+                f"Bipolar(objective={self.objective}): an objective with a training plan of its own cannot be reversed. "
+                "Expected one with a loss alone, as PairedDifference or SupervisedFineTuning."
+            )
+
+    def loss(self, model: Student, batch: PairBatch) -> Tensor:
+        forward = self.objective.loss(_ScaledStudent(model, self.scale), batch)
+        reversed_batch = replace(batch, before=batch.after, after=batch.before)
+        return (forward + self.objective.loss(_ScaledStudent(model, -self.scale), reversed_batch)) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class _ScaledStudent:
+    """A student whose LoRA counts ``scale`` times."""
+
+    student: Student
+    scale: float
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        return self.student.noise_schedule
+
+    def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
+        return self.student.predict(noisy, sigmas, conditioning, scale=scale * self.scale)
+
+    def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
+        return self.student.teacher_predict(noisy, sigmas, conditioning)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectPreference(Objective):
+    """Direct preference optimization: of each pair, after is preferred to before.
+
+    The student learns to fit *after* better, and *before* worse, than the frozen model does. With ``L(model, x)`` the mean
+    squared error of a model's prediction for the noisy picture of ``x``, noise and level shared by both pictures::
+
+        gain(x) = L(teacher, x) - L(student, x)
+        loss    = -log sigmoid(beta / 2 * (gain(x_a) - gain(x_b)))
+                  + anchor * beta / 2 * (|student - teacher|^2 at z_a + |student - teacher|^2 at z_b)
+
+    The first line is Diffusion-DPO (arXiv 2311.12908, eq. 14) and, for flow models, Flow-DPO (arXiv 2501.13918) with a
+    constant beta. It needs no reward model: the policy that maximizes a reward within a KL distance of the teacher is
+    proportional to ``teacher * exp(reward / beta)``, so a policy *implies* the reward ``beta log(student / teacher)`` (up to a
+    term that both pictures share), and the errors bound those logarithms: ``beta / 2 * gain`` is the implicit reward. The
+    probability that after is preferred is the sigmoid of the difference of rewards (Bradley and Terry), whose negative
+    logarithm is minimized. ``L`` is taken of whatever the model predicts: velocity, noise or v. A loss of log 2 is no
+    preference, which is where every training starts.
+
+    That term sets no limit: the error of before may grow without end. The anchor does. For a flow student that moves its
+    prediction at both pictures by ``x`` times the difference ``d``, and a teacher that cannot tell them apart, the loss is
+    ``-log sigmoid(beta m x) + anchor beta m x^2`` with ``m = mean(d^2)``, least where ``sigmoid(-beta m x) = 2 anchor x``.
+    At the defaults and ``m = 0.2``, usual for one prompt drawn twice from one seed, that is the edit itself, x = 1. So
+    ``beta`` should be about ``4 / m``. The published 2000 to 5000 are for pictures that have nothing in common, and stop at
+    a hundredth of an edit here; without an anchor, a small beta overshoots it.
+
+    Raises:
+        InvalidValueError: unless ``beta`` is above 0, ``anchor`` and ``outside_weight`` at least 0, and all finite.
+    """
+
+    beta: float = 20.0
+    """How much a difference of mean squared errors counts: the smaller, the further the LoRA may go."""
+    anchor: float = 0.01
+    """How strongly both predictions are held to the teacher's, in units of ``beta / 2``; everywhere in the picture."""
+    outside_weight: float = 1.0
+    """Weight of an error outside the plan's regions in the preference, where one inside counts 1."""
+
+    def __post_init__(self) -> None:
+        _check_outside_weight(self, self.outside_weight)
+        if not (0 < self.beta < math.inf and 0 <= self.anchor < math.inf):
+            raise InvalidValueError(
+                f"DirectPreference(beta={self.beta}, anchor={self.anchor}): need a finite beta above 0 and a finite "
+                "anchor of at least 0."
+            )
+
+    def loss(self, model: Student, batch: PairBatch) -> Tensor:
+        gain_after, distance_after = self._gain(model, batch, batch.after)
+        gain_before, distance_before = self._gain(model, batch, batch.before)
+        half = self.beta / 2
+        return (
+            half * self.anchor * (distance_after + distance_before) - logsigmoid(half * (gain_after - gain_before))
+        ).mean()
+
+    def _gain(self, model: Student, batch: PairBatch, clean: Latents) -> tuple[Tensor, Tensor]:
+        """By how much the student's error is below the teacher's, and their mean squared distance: both (batch,)."""
+        noisy = model.noise_schedule.add_noise(clean, batch.noise, batch.sigmas)
+        target = model.noise_schedule.target(clean, batch.noise, batch.sigmas)
+        teacher = model.teacher_predict(noisy, batch.sigmas, batch.conditioning)
+        student = model.predict(noisy, batch.sigmas, batch.conditioning)
+        weights = batch.loss_weights(self.outside_weight)
+        gain = mean_squared_errors(teacher, target, weights=weights) - mean_squared_errors(
+            student, target, weights=weights
+        )
+        return gain, mean_squared_errors(student, teacher)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedFineTuning(Objective):
-    """Plain fine-tuning on the pictures after; the pictures before are not looked at. The control arm.
+    """Plain fine-tuning on the pictures after; the pictures before are not used. The control arm.
 
-    The student is to predict what the noisy picture was made of: ``noise - after`` (flow, arXiv 2210.02747), ``noise``
+    The student should predict what the noisy picture was made of: ``noise - after`` (flow, arXiv 2210.02747), ``noise``
     (epsilon, arXiv 2006.11239, eq. 14) or ``alpha noise - s after`` (v, arXiv 2202.00512, section 4). The mean squared
-    error is least at the mean over all pictures that could lie beneath the noise, which is why few pictures are learned
-    by heart.
+    error is least at the mean over all pictures that could lie beneath the noise, which is why few pictures are
+    memorised.
 
     Raises:
-        InvalidValueError: unless ``outside`` is finite and at least 0.
+        InvalidValueError: unless ``outside_weight`` is finite and at least 0.
     """
 
     outside_weight: float = 1.0
-    """What an error outside the plan's regions counts, where one inside counts 1."""
+    """Weight of an error outside the plan's regions, where one inside counts 1."""
 
     def __post_init__(self) -> None:
-        check_outside_weight(self, self.outside_weight)
+        _check_outside_weight(self, self.outside_weight)
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
-        return _fine_tuning(model, batch, batch.after, outside_weight=self.outside_weight)
+        return _fine_tuning_loss(model, batch, batch.after, outside_weight=self.outside_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,59 +331,84 @@ class TwoStage(Objective):
     """The paper's recipe: one LoRA copies *before*, a second learns *after* on top of it, and the first is dropped.
 
     arXiv 2412.12888 (differential training); the averaging over pairs is DiffSynth-Studio's advice for it. Both stages
-    minimize what `SupervisedFineTuning` minimizes. The first LoRA takes up what the model fails to predict of *before*,
-    so the second finds little but the change left to learn. That subtraction happens in weights, though: the second is
-    learned on top of the first and used without it, which is right to first order in the first.
+    minimize what `SupervisedFineTuning` minimizes. With ``W`` the frozen weights, ``A`` the first LoRA and ``B`` the second::
+
+        stage 1:  v(W + A)      reproduces before, so A holds what the model fails to predict of it
+        stage 2:  v(W + A + B)  reproduces after, so B holds little but the change
+        result:   v(W + B)      the subtraction of A happens in weights, not in predictions
+
+    ``v(W + A + B) - v(W + A)`` equals ``v(W + B) - v(W)`` up to terms that hold both ``A`` and ``B``: the recipe is right to
+    first order in ``A``.
 
     Raises:
-        InvalidValueError: unless ``copying`` lies strictly between 0 and 1.
+        InvalidValueError: unless ``copy_fraction`` lies strictly between 0 and 1.
     """
 
     per_pair: bool = True
     """Train every pair alone and average the second LoRAs exactly (rank: pairs x rank); else pool all pairs."""
     copy_fraction: float = 0.5
-    """Part of the steps that goes into the first LoRA, in (0, 1)."""
+    """Share of the steps for the first LoRA, in (0, 1)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.copy_fraction < 1:
             raise InvalidValueError(
-                f"TwoStage(copy_fraction={self.copy_fraction}): need a part of the steps, above 0 and below 1."
+                f"TwoStage(copy_fraction={self.copy_fraction}): need a share of the steps, above 0 and below 1."
             )
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
-        return _fine_tuning(model, batch, batch.after)
+        return _fine_tuning_loss(model, batch, batch.after)
 
     def training_plan(self, pairs: int) -> TrainingPlan:
         together = tuple(range(pairs))
-        groups = tuple((number,) for number in together) if self.per_pair else (together,)
-        return TrainingPlan(groups, (Stage(_copying, self.copy_fraction), Stage(self.loss, 1 - self.copy_fraction)))
+        groups = tuple((index,) for index in together) if self.per_pair else (together,)
+        return TrainingPlan(groups, (Stage(_copy_loss, self.copy_fraction), Stage(self.loss, 1 - self.copy_fraction)))
+
+
+def compute_loss(loss: Loss, student: Student, batch: PairBatch) -> Tensor:
+    """Call an objective's loss and check that an optimizer can minimize what it returns.
+
+    Raises:
+        ContractError: unless it is a scalar tensor with gradient.
+    """
+    value: object = loss(student, batch)
+    if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad:
+        return value
+    if isinstance(value, Tensor):
+        came = f"a tensor of shape {tuple(value.shape)} {'with' if value.requires_grad else 'without'} gradient"
+    else:
+        came = repr(value)
+    objective = getattr(loss, "__self__", None)  # of a method; a stage may have a plain function, too
+    name = getattr(loss, "__name__", repr(loss))
+    raise contract_error(
+        name if objective is None else type(objective).__name__,
+        "" if objective is None else name,
+        came=came,
+        given=f"a batch of {len(batch.sigmas)}",
+        expected="a scalar tensor with gradient, computed from model.predict",
+    )
 
 
 def mean_squared_errors(prediction: Latents, target: Latents, *, weights: LatentWeights | None = None) -> Sigmas:
-    """Mean squared errors, one a row; each latent's error counts its weight, and the mean is over all latents."""
+    """Weighted squared errors, averaged over the latents of each row: shape (batch,). Weights are not normalized."""
     errors = (prediction - target).square()
     return (errors if weights is None else weights * errors).flatten(1).mean(1)
 
 
-def check_outside_weight(objective: Objective, outside: float) -> None:
-    """Refuse a weight that is none.
-
-    Raises:
-        InvalidValueError: naming the objective.
-    """
-    if not 0 <= outside < math.inf:
-        raise InvalidValueError(
-            f"{type(objective).__name__}(outside_weight={outside}): need a finite weight of at least 0; 1 counts all alike."
-        )
+def _copy_loss(model: Student, batch: PairBatch) -> Tensor:
+    """The first stage of `TwoStage`: reproduce the pictures before."""
+    return _fine_tuning_loss(model, batch, batch.before)
 
 
-def _copying(model: Student, batch: PairBatch) -> Tensor:
-    """The first stage of `TwoStage`: draw the pictures before."""
-    return _fine_tuning(model, batch, batch.before)
-
-
-def _fine_tuning(model: Student, batch: PairBatch, clean: Latents, *, outside_weight: float = 1.0) -> Tensor:
+def _fine_tuning_loss(model: Student, batch: PairBatch, clean: Latents, *, outside_weight: float = 1.0) -> Tensor:
     noisy = model.noise_schedule.add_noise(clean, batch.noise, batch.sigmas)
     target = model.noise_schedule.target(clean, batch.noise, batch.sigmas)
-    learned = model.predict(noisy, batch.sigmas, batch.conditioning)
-    return mean_squared_errors(learned, target, weights=batch.weights(outside_weight)).mean()
+    prediction = model.predict(noisy, batch.sigmas, batch.conditioning)
+    return mean_squared_errors(prediction, target, weights=batch.loss_weights(outside_weight)).mean()
+
+
+def _check_outside_weight(objective: Objective, outside_weight: float) -> None:
+    if not 0 <= outside_weight < math.inf:
+        raise InvalidValueError(
+            f"{type(objective).__name__}(outside_weight={outside_weight}): need a finite weight of at least 0; at 1 all "
+            "errors count the same."
+        )

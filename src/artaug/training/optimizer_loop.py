@@ -1,4 +1,4 @@
-"""One run of the optimizer over a student's factors: a step, and where it stands between two."""
+"""One run of the optimizer over a student's parameters: a step, and saving and restoring between two steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,130 +6,125 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from artaug.errors import ContractError, TrainingDivergedError
+from artaug.errors import TrainingDivergedError
 from artaug.lora.lora import LoRA
 from artaug.training.adapters import AdapterTensors
 from artaug.training.batches import StepBatch
 from artaug.training.distributed import World
-from artaug.training.objectives import Loss
-from artaug.training.state import Nested
+from artaug.training.objectives import Loss, compute_loss
+from artaug.training.state import OptimizerState
 from artaug.training.student import AdapterStudent
 
 
 @dataclass(frozen=True)
-class Stepped:
-    """What one step was like."""
+class StepResult:
+    """The loss of a step and the norm of its gradient before clipping."""
 
     loss: float
     gradient_norm: float
 
 
 @dataclass(frozen=True, eq=False)
-class Captured:
-    """Where an optimization stands between two steps."""
+class Snapshot:
+    """What an `OptimizerLoop` is restored from, and what it would export."""
 
-    layers: Mapping[str, AdapterTensors]
-    """What is learned."""
-    average: Mapping[str, AdapterTensors]
-    """Its moving average, if one is kept."""
-    optimizer: Nested
+    adapter: Mapping[str, AdapterTensors]
+    """The trained tensors, by layer."""
+    ema: Mapping[str, AdapterTensors]
+    """Their moving average; empty if none is kept."""
+    optimizer: OptimizerState
     """The optimizer's ``state_dict``."""
-    learned: LoRA | None
-    """What would be exported now."""
+    lora: LoRA | None
+    """What would be exported now, if that was asked for."""
 
 
 class OptimizerLoop:
-    """A student on its way, its optimizer, and the moving average of what it learns if one is kept."""
+    """A student, its optimizer, and the moving average of its parameters if one is kept."""
 
     def __init__(self, student: AdapterStudent, optimizer: torch.optim.Optimizer, *, ema: float | None) -> None:
         self._student = student
-        self._factors = student.parameters()
+        self._parameters = student.parameters()
         self._optimizer = optimizer
         self._decay = ema
-        self._average = None if ema is None else [one.detach().clone() for one in self._factors]
-        self._switch("train")
+        self._ema = None if ema is None else [parameter.detach().clone() for parameter in self._parameters]
+        self._set_mode("train")
 
-    def resume(
-        self, layers: Mapping[str, AdapterTensors], average: Mapping[str, AdapterTensors], optimizer: Nested
+    def restore(
+        self, adapter: Mapping[str, AdapterTensors], ema: Mapping[str, AdapterTensors], optimizer: OptimizerState
     ) -> None:
-        """Stand where `captured` was taken."""
-        self._student.put(layers)
+        """Restore what a `Snapshot` holds."""
+        self._student.load(adapter)
         self._optimizer.load_state_dict(optimizer)
-        if self._average is not None:
-            kept = (average[name][part] for name, parts in self._student.trained.items() for part in parts)
-            for mine, one in zip(self._average, kept, strict=True):
-                mine.copy_(one)
+        if self._ema is not None:
+            saved = (ema[layer][name] for layer, parameters in self._student.trained.items() for name in parameters)
+            for average, tensor in zip(self._ema, saved, strict=True):
+                average.copy_(tensor)
 
     def step(
         self,
-        turn: StepBatch,
+        batch: StepBatch,
         loss: Loss,
         *,
         number: int,
         learning_rate: float,
         max_grad_norm: float,
-        processes: World,
-    ) -> Stepped:
-        """Take one step on one batch.
+        world: World,
+    ) -> StepResult:
+        """Take one step: gradients of all micro batches and processes, clipping, the optimizer, the moving average.
 
         Raises:
-            ContractError: if the objective returned no loss.
+            ContractError: if the objective does not return a scalar with gradient.
             TrainingDivergedError: if the loss or its gradient is not finite; the step is not taken then.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.zero_grad(set_to_none=True)
-        whole = processes.count * sum(len(batch.sigmas) for batch in turn.batches)
-        student = self._student.on(turn.model)
-        total = torch.zeros((), device=self._factors[0].device)
-        for batch in turn.batches:
-            part = _checked(loss(student, batch)) * (len(batch.sigmas) / whole)
-            part.backward()
-            total += part.detach()
-        norm = self._gathered(total, max_grad_norm, processes)
-        stepped = Stepped(total.item(), norm.item())
-        if not (total.isfinite() and norm.isfinite()):
-            raise TrainingDivergedError(number, stepped.loss, gradient_norm=stepped.gradient_norm)
+        # A loss is the mean over the pairs of its micro batch. Weighted by its share of all pairs of the step, in all
+        # processes, the losses and their gradients add up to those of the mean over the step's batch.
+        total_pairs = world.size * sum(len(micro_batch.sigmas) for micro_batch in batch.micro_batches)
+        student = self._student.with_model(batch.model)
+        total_loss = torch.zeros((), device=self._parameters[0].device)
+        for micro_batch in batch.micro_batches:
+            weighted = compute_loss(loss, student, micro_batch) * (len(micro_batch.sigmas) / total_pairs)
+            weighted.backward()  # adds to .grad, and frees the activations of this micro batch
+            total_loss += weighted.detach()
+        if world.size > 1:
+            self._reduce_gradients(total_loss, world)
+        norm = nn.utils.clip_grad_norm_(self._parameters, max_grad_norm)
+        result = StepResult(total_loss.item(), norm.item())
+        if not (total_loss.isfinite() and norm.isfinite()):
+            raise TrainingDivergedError(number, result.loss, gradient_norm=result.gradient_norm)
         self._optimizer.step()
-        if self._average is not None and self._decay is not None:
-            torch._foreach_lerp_(self._average, list(self._factors), 1 - self._decay)
-        return stepped
+        if self._ema is not None and self._decay is not None:
+            # average <- decay * average + (1 - decay) * parameters. It starts at the initial parameters, not at zero, so it
+            # needs no bias correction.
+            torch._foreach_lerp_(self._ema, list(self._parameters), 1 - self._decay)
+        return result
 
-    def _gathered(self, total: Tensor, max_grad_norm: float, processes: World) -> Tensor:
-        """Add gradients up over all processes, shorten them, and say how long they were."""
-        if processes.count > 1:
-            for one in self._factors:
-                one.grad = torch.zeros_like(one) if one.grad is None else one.grad
-            processes.all_reduce([total, *(one.grad for one in self._factors if one.grad is not None)])
-        return nn.utils.clip_grad_norm_(self._factors, max_grad_norm)
+    def _reduce_gradients(self, total_loss: Tensor, world: World) -> None:
+        """Sum the loss and all gradients over the processes, in one exchange; all of them clip and step the same then."""
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        world.all_reduce([total_loss, *gradients])
 
-    def captured(self, *, export: bool) -> "Captured":
-        """Where it stands; what has been learned so far, too, if that is to be exported."""
-        layers = self._student.layers()
-        average = {} if self._average is None else self._student.filled(self._average)
-        learned = self._learned(layers, average) if export else None
-        return Captured(layers, average, self._optimizer.state_dict(), learned)
+    def snapshot(self, *, export: bool) -> Snapshot:
+        """Copy all that `restore` needs, and with ``export`` what has been learned so far as a LoRA."""
+        adapter = self._student.tensors()
+        ema = {} if self._ema is None else self._student.group_by_layer(self._ema)
+        lora = self._export(adapter, ema) if export else None
+        return Snapshot(adapter, ema, self._optimizer.state_dict(), lora)
 
-    def _learned(self, layers: Mapping[str, AdapterTensors], average: Mapping[str, AdapterTensors]) -> LoRA:
-        if average or not hasattr(self._optimizer, "eval"):
-            return self._student.lora(average or layers)
-        self._switch("eval")
-        learned = self._student.lora()
-        self._switch("train")
-        self._student.put(layers)  # there and back is not exact
-        return learned
+    def _export(self, adapter: Mapping[str, AdapterTensors], ema: Mapping[str, AdapterTensors]) -> LoRA:
+        if ema or not hasattr(self._optimizer, "eval"):
+            return self._student.to_lora(ema or adapter)
+        self._set_mode("eval")
+        lora = self._student.to_lora()
+        self._set_mode("train")
+        self._student.load(adapter)  # switching there and back rounds
+        return lora
 
-    def _switch(self, mode: str) -> None:
-        """Schedule-free optimizers keep other factors to train on than to use."""
+    def _set_mode(self, mode: str) -> None:
+        """Schedule-free optimizers use different weights for training and for evaluation; others have no modes."""
         if hasattr(self._optimizer, mode):
             getattr(self._optimizer, mode)()
-
-
-def _checked(loss: Tensor) -> Tensor:
-    """The loss, if an optimizer can do something with it."""
-    if loss.ndim != 0 or not loss.requires_grad:
-        raise ContractError(
-            f"the objective returned a loss of shape {tuple(loss.shape)}, "
-            f"{'with' if loss.requires_grad else 'without'} gradient. Expected a scalar made from model.predict."
-        )
-    return loss

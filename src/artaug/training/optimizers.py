@@ -1,4 +1,4 @@
-"""What moves a LoRA's factors: optimizers as values, and how their learning rate changes over a stage."""
+"""Optimizers as values, and the learning rate schedule of a stage."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,31 +13,31 @@ from artaug.errors import InvalidValueError, MissingExtraError
 
 
 class Optimizer(ABC):
-    """Makes the torch optimizer that trains a stage's factors. Subclass it for one that is not here.
+    """Builds the torch optimizer of a stage. Subclass it for one that is not here.
 
     >>> import artaug as aa, torch
     >>> class Momentum(aa.Optimizer):
-    ...     def build(self, factors, *, learning_rate):
-    ...         return torch.optim.SGD(factors, lr=learning_rate, momentum=0.9)
+    ...     def build(self, parameters, *, learning_rate):
+    ...         return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9)
     """
 
     @abstractmethod
-    def build(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
-        """An optimizer over these factors; the trainer sets its ``lr`` before every step."""
+    def build(self, parameters: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+        """An optimizer over these parameters; the trainer sets its ``lr`` before every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveMoments(Optimizer):
-    """What Adam and its kin have in common.
+    """The settings that Adam and its variants share.
 
     Raises:
         InvalidValueError: for a negative decay, or betas outside [0, 1).
     """
 
     weight_decay: float = 0.0
-    """Part of every factor that a step of rate 1 takes away, decoupled from the gradient."""
+    """Part of every parameter that a step of learning rate 1 takes away, decoupled from the gradient."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """How slowly the two moments forget, in [0, 1)."""
+    """Decay of the running means of the gradient and of its square, in [0, 1)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight_decay < math.inf or not all(0 <= beta < 1 for beta in self.betas):
@@ -48,8 +48,8 @@ class AdaptiveMoments(Optimizer):
 class AdamW(AdaptiveMoments):
     """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101)."""
 
-    def build(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(factors, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas)
+    def build(self, parameters: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,23 +59,23 @@ class AdamW8bit(AdaptiveMoments):
     A LoRA's moments are small beside the frozen model; below rank 64 or so plain `AdamW` costs little more.
     """
 
-    def build(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+    def build(self, parameters: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
         try:
             from bitsandbytes import optim  # noqa: PLC0415 - an extra
         except ImportError:
             raise MissingExtraError("AdamW8bit", package="bitsandbytes", extra="optimizers") from None
-        made: torch.optim.Optimizer = optim.AdamW8bit(
-            factors, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas
+        optimizer: torch.optim.Optimizer = optim.AdamW8bit(
+            parameters, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas
         )
-        return made
+        return optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prodigy(AdaptiveMoments):
-    """Finds its own step length (Mishchenko and Defazio, arXiv 2306.06101). Set the trainer's ``learning_rate`` to 1.
+    """AdamW that estimates its step length (Mishchenko and Defazio, arXiv 2306.06101). Set the trainer's ``learning_rate`` to 1.
 
     Raises:
-        InvalidValueError: also for a growth of at most 1.
+        InvalidValueError: also for a growth rate of at most 1.
     """
 
     growth_rate: float = math.inf
@@ -84,47 +84,49 @@ class Prodigy(AdaptiveMoments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.growth_rate > 1:
-            raise InvalidValueError(f"{self}: need a growth above 1, or the step length could never be found.")
+            raise InvalidValueError(
+                f"{self}: need a growth_rate above 1, or the estimate of the step length cannot grow."
+            )
 
-    def build(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+    def build(self, parameters: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
         try:
-            from prodigyopt import Prodigy as Theirs  # noqa: PLC0415 - an extra
+            from prodigyopt import Prodigy as ProdigyOptimizer  # noqa: PLC0415 - an extra
         except ImportError:
             raise MissingExtraError("Prodigy", package="prodigyopt", extra="optimizers") from None
-        made: torch.optim.Optimizer = Theirs(
-            factors,
+        optimizer: torch.optim.Optimizer = ProdigyOptimizer(
+            parameters,
             lr=learning_rate,
             weight_decay=self.weight_decay,
             betas=self.betas,
             growth_rate=self.growth_rate,
             decouple=True,
         )
-        return made
+        return optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFree(AdaptiveMoments):
-    """AdamW without a schedule: what is exported is an average of where it has been (Defazio et al., arXiv 2405.15682).
+    """AdamW without a schedule: what is exported is a mean of all iterates (Defazio et al., arXiv 2405.15682).
 
     Leave the trainer's ``schedule`` constant.
     """
 
-    def build(self, factors: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
+    def build(self, parameters: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
         try:
             from schedulefree import AdamWScheduleFree  # noqa: PLC0415 - an extra
         except ImportError:
             raise MissingExtraError("ScheduleFree", package="schedulefree", extra="optimizers") from None
-        made: torch.optim.Optimizer = AdamWScheduleFree(
-            factors, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas, foreach=False
+        optimizer: torch.optim.Optimizer = AdamWScheduleFree(
+            parameters, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas, foreach=False
         )
-        return made
+        return optimizer
 
 
 class Schedule(StrEnum):
-    """How the learning rate goes on after the warmup, until the end of a stage.
+    """The learning rate after the warmup, until the end of a stage.
 
     >>> import artaug as aa
-    >>> [round(aa.Schedule.COSINE.factor(part), 3) for part in (0.0, 0.5, 1.0)]
+    >>> [round(aa.Schedule.COSINE.multiplier(progress), 3) for progress in (0.0, 0.5, 1.0)]
     [1.0, 0.5, 0.0]
     """
 
@@ -132,12 +134,12 @@ class Schedule(StrEnum):
     LINEAR = "linear"
     COSINE = "cosine"
 
-    def factor(self, part: float) -> float:
-        """What the learning rate is multiplied by once ``part`` of the way, in [0, 1], is behind it."""
+    def multiplier(self, progress: float) -> float:
+        """What the learning rate is multiplied by at ``progress``, in [0, 1]."""
         match self:
             case Schedule.CONSTANT:
                 return 1.0
             case Schedule.LINEAR:
-                return 1.0 - part
+                return 1.0 - progress
             case Schedule.COSINE:
-                return (1 + math.cos(math.pi * part)) / 2
+                return (1 + math.cos(math.pi * progress)) / 2

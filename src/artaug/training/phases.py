@@ -1,4 +1,4 @@
-"""A course as a row of legs: each one run of the optimizer, over one group of pairs, for so many steps."""
+"""Phases: a training plan laid out over the steps, one run of the optimizer after the other."""
 
 import math
 from collections.abc import Sequence
@@ -11,57 +11,64 @@ from artaug.training.objectives import Loss, Objective, TrainingPlan
 
 @dataclass(frozen=True)
 class Phase:
-    """One stage of one group of pairs."""
+    """One stage of one group of pairs: the steps from ``start + 1`` to ``stop``, counted over the training from 1."""
 
     group: int
-    members: tuple[int, ...]
-    """Numbers of the pairs."""
+    pairs: tuple[int, ...]
+    """Indices of the group's pairs."""
     stage: int
-    last: bool
+    is_last_stage: bool
     """Whether it is the group's last stage, whose LoRA is the group's result."""
     loss: Loss
-    begins: int
+    start: int
     """Steps of the whole training before it."""
-    ends: int
-    group_begins: int
-    """Steps of the whole training before its group's first leg."""
+    stop: int
+    """Steps of the whole training when it is over."""
+    group_start: int
+    """Steps of the whole training before its group's first phase."""
 
     @property
     def steps(self) -> int:
         """How many it has."""
-        return self.ends - self.begins
+        return self.stop - self.start
 
-    def batch_at(self, step: int, *, echo: int) -> int:
-        """Number of the batch that a step sees, counted from the group's first; each comes ``echo`` times, in rounds."""
+    def batch_index(self, step: int, *, echo: int) -> int:
+        """Index of the batch that a step uses, counted from the group's first.
+
+        With data echoing, the phase draws ``ceil(steps / echo)`` batches and goes through all of them before any comes
+        again. Every stage has new batches, so indices of stages do not overlap.
+        """
         distinct = math.ceil(self.steps / echo)
-        return self.begins - self.group_begins + (step - 1 - self.begins) % distinct
+        return self.start - self.group_start + (step - 1 - self.start) % distinct
 
 
-def split_into_phases(training_plan: TrainingPlan, steps: int, objective: Objective) -> Sequence[Phase]:
-    """Share all steps among groups and their stages, whole steps each; they add up to ``steps``.
+def split_into_phases(plan: TrainingPlan, steps: int, objective: Objective) -> Sequence[Phase]:
+    """Divide all steps among groups and their stages, by the stages' shares, in whole steps.
 
     Raises:
-        InvalidValueError: if someone would get none.
+        InvalidValueError: if a phase would get no step.
     """
-    shares = [stage.share for _ in training_plan.groups for stage in training_plan.stages]
-    whole = math.fsum(shares)
-    marks = [0, *(round(steps * end / whole) for end in accumulate(shares))]
-    if any(begin == end for begin, end in pairwise(marks)):
+    # Cumulative shares are rounded, not the shares: each phase is at most one step off its share, and they add up to
+    # ``steps``. Python rounds a half to the even number.
+    shares = [stage.share for _ in plan.groups for stage in plan.stages]
+    total = math.fsum(shares)
+    boundaries = [0, *(round(steps * cumulative / total) for cumulative in accumulate(shares))]
+    if any(start == stop for start, stop in pairwise(boundaries)):
         raise InvalidValueError(
-            f"steps={steps} are too few for {objective}: {len(training_plan.groups)} group(s) of pairs with "
-            f"{len(training_plan.stages)} stage(s) each need at least one step a stage. Give it more steps, or fewer pairs."
+            f"steps={steps} are too few for {objective}: {len(plan.groups)} group(s) of pairs with "
+            f"{len(plan.stages)} stage(s) each need at least one step a stage. Give it more steps, or fewer pairs."
         )
-    width = len(training_plan.stages)
+    stages = len(plan.stages)
     return [
         Phase(
-            group=place // width,
-            members=training_plan.groups[place // width],
-            stage=place % width,
-            last=place % width == width - 1,
-            loss=training_plan.stages[place % width].loss,
-            begins=begin,
-            ends=end,
-            group_begins=marks[place - place % width],
+            group=index // stages,
+            pairs=plan.groups[index // stages],
+            stage=index % stages,
+            is_last_stage=index % stages == stages - 1,
+            loss=plan.stages[index % stages].loss,
+            start=start,
+            stop=stop,
+            group_start=boundaries[index - index % stages],
         )
-        for place, (begin, end) in enumerate(pairwise(marks))
+        for index, (start, stop) in enumerate(pairwise(boundaries))
     ]

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: a bar, and events for whoever listens."""
+"""Progress of a training: a bar, and an event per step for a callback."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class StepEvent:
     """How many there will be."""
     loss: float
     gradient_norm: float
-    """Length of the gradient over all factors, before it is shortened."""
+    """Norm of the gradient over all trained parameters, before it is clipped."""
     learning_rate: float
     pairs_per_second: float
     """Of this step."""
@@ -29,14 +29,14 @@ class StepEvent:
     """Since training began, or was resumed."""
 
 
-class Log:
-    """Losses shown as a bar and steps reported to a listener; silent in all processes but the first."""
+class ProgressLog:
+    """Shows losses in a bar and reports steps to a callback."""
 
-    def __init__(self, steps: int, on_step: Callable[[StepEvent], None] | None, *, begun: int, shown: bool) -> None:
+    def __init__(self, steps: int, on_step: Callable[[StepEvent], None] | None, *, initial: int, show: bool) -> None:
         self._on_step = on_step
         self._steps = steps
-        self._started = self._before = time.perf_counter()
-        self._bar = tqdm(total=steps, initial=begun, desc="Training the LoRA", unit="step", disable=not shown)
+        self._start = self._last_step = time.perf_counter()
+        self._bar = tqdm(total=steps, initial=initial, desc="Training the LoRA", unit="step", disable=not show)
 
     def __enter__(self) -> Self:
         return self
@@ -47,18 +47,18 @@ class Log:
     @property
     def seconds(self) -> float:
         """Since it was made."""
-        return time.perf_counter() - self._started
+        return time.perf_counter() - self._start
 
-    def rest(self) -> None:
-        """Count what went by since the last step as nobody's: pictures were drawn, or a checkpoint was written."""
-        self._before = time.perf_counter()
+    def reset_timer(self) -> None:
+        """Exclude the time since the last step from the throughput: pictures were drawn, or a checkpoint written."""
+        self._last_step = time.perf_counter()
 
-    def record(self, step: int, *, loss: float, gradient_norm: float, learning_rate: float, pairs: int) -> None:
-        """One more step is done."""
-        taken, self._before = time.perf_counter() - self._before, time.perf_counter()
+    def log_step(self, step: int, *, loss: float, gradient_norm: float, learning_rate: float, pairs: int) -> None:
+        """Show and report a step of ``pairs`` pairs that is done."""
+        duration, self._last_step = time.perf_counter() - self._last_step, time.perf_counter()
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        told = {"loss": f"{loss:.4g}", "pairs/s": f"{pairs / taken:.3g}"}
-        self._bar.set_postfix(told | ({"GiB": f"{peak / 2**30:.1f}"} if peak else {}), refresh=False)
+        postfix = {"loss": f"{loss:.4g}", "pairs/s": f"{pairs / duration:.3g}"}
+        self._bar.set_postfix(postfix | ({"GiB": f"{peak / 2**30:.1f}"} if peak else {}), refresh=False)
         self._bar.update()
         if self._on_step is not None:
             self._on_step(
@@ -68,7 +68,7 @@ class Log:
                     loss=loss,
                     gradient_norm=gradient_norm,
                     learning_rate=learning_rate,
-                    pairs_per_second=pairs / taken,
+                    pairs_per_second=pairs / duration,
                     peak_bytes=peak,
                     seconds=self.seconds,
                 )

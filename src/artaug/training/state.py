@@ -1,7 +1,7 @@
-"""Where a training stands between two steps: all it needs to go on, and the file it waits in. No pickle anywhere.
+"""The state of a training between two steps, and the checkpoint files it is written to. No pickle anywhere.
 
-Which pairs a step sees and their noise follow from the seed and the step's number alone (`artaug.training.batches`),
-so no state of a random generator and no place in a list has to be kept.
+The pairs of a step and their noise follow from the seed and the step's number alone (`artaug.training.batches`), so no state
+of a random generator and no position in a data set has to be kept.
 """
 
 import json
@@ -17,77 +17,78 @@ from artaug._internal.files import atomic_write, load_tensors, save_tensors
 from artaug.errors import InvalidValueError, StorageError
 from artaug.lora.lora import LoRA, LowRank, sum_loras
 from artaug.training.adapters import AdapterTensors
-from artaug.training.validation import ValidationResult, as_json
+from artaug.training.validation import ValidationResult
 
-_VERSION = "2"
-_HELD = "__tensor__"
+_VERSION = "3"
+_TENSOR_KEY = "__tensor__"
 
-Nested: TypeAlias = Any
-"""What an optimizer's ``state_dict`` is made of: dicts, lists, tensors, numbers, strings, None."""
+OptimizerState: TypeAlias = Any
+"""An optimizer's ``state_dict``: nested dicts, lists and tuples of tensors, numbers, strings and None."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingState:
-    """A training after so many steps."""
+    """A training after ``step`` steps."""
 
     step: int = 0
-    """Optimizer steps behind it."""
+    """Optimizer steps taken."""
     losses: tuple[float, ...] = ()
     """Of those steps."""
-    finished: tuple[LoRA, ...] = ()
-    """What the groups of pairs behind it have learned."""
-    under: tuple[LoRA, ...] = ()
-    """What the earlier stages of this group have learned."""
-    layers: Mapping[str, AdapterTensors] = field(default_factory=dict)
-    """What the stage under way is learning, by layer; none where a stage is about to begin."""
-    average: Mapping[str, AdapterTensors] = field(default_factory=dict)
-    """Its moving average, if one is kept."""
-    optimizer: Nested = None
+    group_loras: tuple[LoRA, ...] = ()
+    """The results of the groups of pairs that are done."""
+    stage_loras: tuple[LoRA, ...] = ()
+    """The LoRAs of the earlier stages of the current group: applied, frozen, while the current stage learns."""
+    adapter: Mapping[str, AdapterTensors] = field(default_factory=dict)
+    """The trained tensors of the current stage, by layer; empty where a stage is about to begin."""
+    ema: Mapping[str, AdapterTensors] = field(default_factory=dict)
+    """Their moving average, if one is kept."""
+    optimizer: OptimizerState = None
     """The optimizer's ``state_dict``."""
     base_scores: tuple[float, ...] = ()
-    """Of the held-out pictures drawn without what is learned, if they are looked at."""
+    """Of the held-out pictures drawn without the LoRA, if there is a validation."""
     validations: tuple[ValidationResult, ...] = ()
-    best: LoRA | None = None
-    """The LoRA of the best look."""
-    learned: LoRA | None = None
-    """What the stage under way would export now. It follows from the others and the model, and is not written down."""
+    best_lora: LoRA | None = None
+    """The LoRA of the best validation."""
+    current_lora: LoRA | None = None
+    """What the current stage would export now. It follows from the others and the model, so it is not saved."""
 
-    def past(self, lora: LoRA, *, last: bool) -> "TrainingState":
-        """The state after a leg that learned ``lora``, which was the last of its group or not."""
-        between = replace(self, layers={}, average={}, optimizer=None, learned=None)
-        if last:
-            return replace(between, finished=(*self.finished, lora), under=())
-        return replace(between, under=(*self.under, lora))
+    def after_phase(self, lora: LoRA, *, is_last_stage: bool) -> "TrainingState":
+        """The state after a phase that learned ``lora``."""
+        state = replace(self, adapter={}, ema={}, optimizer=None, current_lora=None)
+        if is_last_stage:
+            return replace(state, group_loras=(*self.group_loras, lora), stage_loras=())
+        return replace(state, stage_loras=(*self.stage_loras, lora))
 
     def lora(self) -> LoRA:
-        """What has been learned: the mean over the groups of pairs that are done, or what a single one has so far."""
-        if self.learned is not None:
-            return self.learned
-        return sum_loras([lora.scaled(1 / len(self.finished)) for lora in self.finished])
+        """What has been learned: the mean over the groups that are done, or what a single group has so far."""
+        if self.current_lora is not None:
+            return self.current_lora
+        return sum_loras([lora.scaled(1 / len(self.group_loras)) for lora in self.group_loras])
 
     def save(self, path: Path, *, run_fingerprint: Mapping[str, str]) -> None:
         """Write the state to one file that appears whole or not at all, even if the machine dies on the way.
 
         Args:
             path: where to write; folders in between are made.
-            run_fingerprint: what the training is made of, by name; `load` refuses a file of another one.
+            run_fingerprint: what decides the result of the training, by name; `load` refuses a file with another one.
 
         Raises:
             StorageError: if it cannot be written; whatever was at ``path`` is as before.
         """
         numbers = {"losses": self.losses, "base_scores": self.base_scores}
-        tensors = {name: torch.tensor(one, dtype=torch.float64) for name, one in numbers.items()}
-        for number, lora in enumerate(self.finished):
-            tensors |= _flat(f"finished.{number}", lora.layers)
-        for number, lora in enumerate(self.under):
-            tensors |= _flat(f"under.{number}", lora.layers)
-        tensors |= _parts("layers", self.layers) | _parts("average", self.average)
-        tensors |= _flat("best", {} if self.best is None else self.best.layers)
+        tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in numbers.items()}
+        for index, lora in enumerate(self.group_loras):
+            tensors |= _lora_to_tensors(f"group_loras.{index}", lora)
+        for index, lora in enumerate(self.stage_loras):
+            tensors |= _lora_to_tensors(f"stage_loras.{index}", lora)
+        tensors |= _adapter_to_tensors("adapter", self.adapter) | _adapter_to_tensors("ema", self.ema)
+        if self.best_lora is not None:
+            tensors |= _lora_to_tensors("best_lora", self.best_lora)
         header = {
             "version": _VERSION,
             "step": str(self.step),
-            "looks": json.dumps([as_json(look) for look in self.validations]),
-            "optimizer": json.dumps(_without_tensors(self.optimizer, "optimizer", tensors)),
+            "validations": json.dumps([result.to_dict() for result in self.validations]),
+            "optimizer": json.dumps(_extract_tensors(self.optimizer, "optimizer", tensors)),
         }
         remedy = (
             "Those before it are whole: make room and call train again with the same arguments to go on from the last."
@@ -104,42 +105,41 @@ class TrainingState:
         """
         try:
             stored, header = load_tensors(path)
-        except OSError as fault:
-            raise StorageError(f"{path} is no checkpoint: {fault}. Delete it to go on from the one before.") from None
-        tensors = {
-            name: tensor.clone() for name, tensor in stored.items()
-        }  # not mapped to a file that is deleted later
+        except OSError as error:
+            raise StorageError(f"{path} is no checkpoint: {error}. Delete it to go on from the one before.") from None
+        # Copied, since the originals are mapped to a file that is deleted later.
+        tensors = {name: tensor.clone() for name, tensor in stored.items()}
         if header.get("version") != _VERSION:
             raise StorageError(
                 f"{path} is no checkpoint of this version of artaug (its version: {header.get('version')}, expected "
                 f"{_VERSION}). Give the training another folder."
             )
-        unlike = [name for name in run_fingerprint if header.get(name) != run_fingerprint[name]]
-        if unlike:
-            told = "; ".join(f"{name}: {header.get(name)} there, {run_fingerprint[name]} here" for name in unlike)
+        differing = [name for name in run_fingerprint if header.get(name) != run_fingerprint[name]]
+        if differing:
+            both = "; ".join(f"{name}: {header.get(name)} there, {run_fingerprint[name]} here" for name in differing)
             raise StorageError(
-                f"{path} belongs to another training ({told}). Give this one another folder, or the arguments of that one."
+                f"{path} belongs to another training ({both}). Give this one another folder, or the arguments of that one."
             )
         return cls(
             step=int(header["step"]),
             losses=tuple(tensors.pop("losses").tolist()),
-            finished=_loras(tensors, "finished"),
-            under=_loras(tensors, "under"),
-            layers=_by_layer(tensors, "layers"),
-            average=_by_layer(tensors, "average"),
+            group_loras=_loras_from_tensors(tensors, "group_loras"),
+            stage_loras=_loras_from_tensors(tensors, "stage_loras"),
+            adapter=_adapter_from_tensors(tensors, "adapter"),
+            ema=_adapter_from_tensors(tensors, "ema"),
             base_scores=tuple(tensors.pop("base_scores").tolist()),
-            validations=tuple(ValidationResult(**look) for look in json.loads(header["looks"])),
-            best=LoRA(layers) if (layers := _layers(tensors, "best")) else None,
-            optimizer=_with_tensors(json.loads(header["optimizer"]), tensors),
+            validations=tuple(ValidationResult(**result) for result in json.loads(header["validations"])),
+            best_lora=LoRA(layers) if (layers := _layers_from_tensors(tensors, "best_lora")) else None,
+            optimizer=_insert_tensors(json.loads(header["optimizer"]), tensors),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """Where a training writes down where it stands, so that it goes on after a kill as if nothing had happened.
+    """The folder of a training's checkpoints, so that it goes on after a kill as if nothing had happened.
 
-    A training that finds checkpoints of its own in the folder goes on from the last one; one that finds those of
-    another training refuses to run. Each file appears whole or not at all.
+    A training that finds its own checkpoints in the folder goes on from the newest; one that finds those of another
+    training refuses to run. Each file appears whole or not at all.
 
     Raises:
         InvalidValueError: unless both numbers are whole and at least 1.
@@ -150,7 +150,7 @@ class Checkpoints:
     """
 
     folder: str | Path
-    """Made if it is not there."""
+    """Made if it does not exist."""
     every: int = 100
     """Steps between two files."""
     keep: int = 2
@@ -158,13 +158,13 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         numbers: tuple[object, ...] = (self.every, self.keep)
-        if not all(isinstance(one, int) and one >= 1 for one in numbers):
+        if not all(isinstance(number, int) and number >= 1 for number in numbers):
             raise InvalidValueError(
                 f"Checkpoints(every={self.every!r}, keep={self.keep!r}): need whole numbers of at least 1, steps between "
                 "two files and files that stay."
             )
 
-    def newest(self, *, run_fingerprint: Mapping[str, str]) -> TrainingState | None:
+    def latest(self, *, run_fingerprint: Mapping[str, str]) -> TrainingState | None:
         """The state in the newest file; None if there is none yet.
 
         Raises:
@@ -190,68 +190,72 @@ class Checkpoints:
         return sorted(Path(self.folder).glob("step-*.safetensors"))
 
 
-def _parts(prefix: str, layers: Mapping[str, AdapterTensors]) -> dict[str, Tensor]:
-    return {f"{prefix}|{name}|{part}": one for name, parts in layers.items() for part, one in parts.items()}
+# Tensors in the file are named "adapter|<layer>|<tensor>" and "group_loras.<index>.<layer>.<side>". safetensors sorts the
+# names, and layers are looked up by theirs, so the order within the file does not matter.
 
 
-def _by_layer(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
-    """What `_parts` spread out; layers and parts are found by name, so order does not matter."""
-    found: dict[str, dict[str, Tensor]] = {}
+def _adapter_to_tensors(prefix: str, layers: Mapping[str, AdapterTensors]) -> dict[str, Tensor]:
+    return {f"{prefix}|{layer}|{name}": tensor for layer, tensors in layers.items() for name, tensor in tensors.items()}
+
+
+def _adapter_from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+    layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, *path = key.split("|")
         if kind == prefix:
-            name, part = path
-            found.setdefault(name, {})[part] = tensor
-    return found
+            layer, name = path
+            layers.setdefault(layer, {})[name] = tensor
+    return layers
 
 
-def _flat(prefix: str, layers: Mapping[str, LowRank]) -> dict[str, Tensor]:
-    sides = ((name, side, getattr(one, side)) for name, one in layers.items() for side in ("down", "up"))
-    return {f"{prefix}.{name}.{side}": factor.clone() for name, side, factor in sides}  # two may share one
+def _lora_to_tensors(prefix: str, lora: LoRA) -> dict[str, Tensor]:
+    sides = ((name, side, getattr(layer, side)) for name, layer in lora.layers.items() for side in ("down", "up"))
+    # Copied, since safetensors refuses tensors that share memory, as the factors of two layers may.
+    return {f"{prefix}.{name}.{side}": factor.clone() for name, side, factor in sides}
 
 
-def _layers(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, LowRank]:
-    """The layers under a prefix; safetensors sorts its keys, and layers are found by name, so order does not matter."""
-    names = [name[len(prefix) + 1 : -len(".down")] for name in tensors if name.startswith(f"{prefix}.")]
-    mine = dict.fromkeys(name for name in names if f"{prefix}.{name}.down" in tensors)
-    return {name: LowRank(tensors[f"{prefix}.{name}.down"], tensors[f"{prefix}.{name}.up"]) for name in mine}
+def _layers_from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, LowRank]:
+    start, end = f"{prefix}.", ".down"
+    names = [key[len(start) : -len(end)] for key in tensors if key.startswith(start) and key.endswith(end)]
+    return {name: LowRank(tensors[f"{start}{name}.down"], tensors[f"{start}{name}.up"]) for name in names}
 
 
-def _loras(tensors: Mapping[str, Tensor], prefix: str) -> tuple[LoRA, ...]:
-    numbers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith(f"{prefix}.")})
-    return tuple(LoRA(_layers(tensors, f"{prefix}.{number}")) for number in numbers)
+def _loras_from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> tuple[LoRA, ...]:
+    indices = sorted({int(key.split(".")[1]) for key in tensors if key.startswith(f"{prefix}.")})
+    return tuple(LoRA(_layers_from_tensors(tensors, f"{prefix}.{index}")) for index in indices)
 
 
-def _without_tensors(nested: Nested, name: str, tensors: dict[str, Tensor]) -> Nested:
-    """What JSON can hold of a nested thing; its tensors go to ``tensors``."""
-    match nested:
+def _extract_tensors(value: OptimizerState, name: str, tensors: dict[str, Tensor]) -> OptimizerState:
+    """A copy that JSON can hold: tensors go to ``tensors``, and their names stand in their places."""
+    match value:
         case Tensor():
-            tensors[name] = nested.detach().cpu().clone()
-            return {_HELD: name}
+            tensors[name] = value.detach().cpu().clone()
+            return {_TENSOR_KEY: name}
         case Mapping():
-            pairs = [[key, _without_tensors(one, f"{name}.{key}", tensors)] for key, one in nested.items()]
-            return {"pairs": pairs}  # an optimizer's keys are numbers, too, which JSON would make strings
+            # As pairs, since an optimizer's keys are numbers, too, which JSON would make strings.
+            return {"pairs": [[key, _extract_tensors(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
         case str() | int() | float() | None:
-            return nested
+            return value
         case Sequence():
-            items = [_without_tensors(one, f"{name}.{number}", tensors) for number, one in enumerate(nested)]
-            return {"items": items, "tuple": isinstance(nested, tuple)}
+            items = [_extract_tensors(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+            return {"items": items, "tuple": isinstance(value, tuple)}
         case _:
             pass
     raise StorageError(
-        f"the optimizer keeps a {type(nested).__name__} at {name!r}, which a checkpoint without pickle cannot hold. "
+        f"the optimizer keeps a {type(value).__name__} at {name!r}, which a checkpoint without pickle cannot hold. "
         "Expected tensors, numbers, strings, lists and dicts: train without checkpoints, or with another optimizer."
     )
 
 
-def _with_tensors(nested: Nested, tensors: Mapping[str, Tensor]) -> Nested:
-    match nested:
+def _insert_tensors(value: OptimizerState, tensors: Mapping[str, Tensor]) -> OptimizerState:
+    """The inverse of `_extract_tensors`."""
+    match value:
         case {"__tensor__": name}:
             return tensors[name]
         case {"pairs": pairs}:
-            return {key: _with_tensors(one, tensors) for key, one in pairs}
-        case {"items": items, "tuple": frozen}:
-            found = [_with_tensors(one, tensors) for one in items]
-            return tuple(found) if frozen else found
+            return {key: _insert_tensors(item, tensors) for key, item in pairs}
+        case {"items": items, "tuple": is_tuple}:
+            restored = [_insert_tensors(item, tensors) for item in items]
+            return tuple(restored) if is_tuple else restored
         case _:
-            return nested
+            return value

@@ -1,17 +1,18 @@
-"""A LoRA on a model while it is trained: put on, used as student and teacher, read off, and gone without trace.
+"""The student and its teacher: a frozen model with one adapter in training, injected by PEFT and removed without a trace.
 
-PEFT wraps the layers, so quantized ones work too; it is imported when training begins, and not before.
+PEFT wraps the layers, so quantized ones work too; it is imported when training begins, not before.
 """
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from artaug.errors import ContractError, LoRAMismatchError, ModelError
 from artaug.lora.lora import LoRA
@@ -19,15 +20,14 @@ from artaug.training.adapters import Adapter, AdapterTensors, LayerWeights, Plai
 from artaug.training.model import Conditioning, Predictor
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 from artaug.training.quantized import check_dequantizable, check_gradients, prepare_for_training
-from artaug.training.scaling import backward_at_scale
 from artaug.training.teacher_cache import TeacherCache
 
-_NAME = "artaug"
-_PLAIN = PlainLoRA()
+_ADAPTER_NAME = "artaug"
+_PLAIN_LORA = PlainLoRA()
 
 
 class LoRALayer(Protocol):
-    """What is used of PEFT's wrapper of a layer, typed here since importing PEFT waits until training begins."""
+    """The part of PEFT's wrapper of a layer that is used here, typed since PEFT is imported only when training begins."""
 
     lora_A: nn.ModuleDict  # noqa: N815 - PEFT's name
     lora_B: nn.ModuleDict  # noqa: N815 - likewise
@@ -38,7 +38,7 @@ class LoRALayer(Protocol):
         """Let the wrapper add its update, or be the plain layer."""
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Make an adapter count so many times what its alpha and rank say."""
+        """Multiply an adapter's update, beside its alpha over rank."""
 
     def get_base_layer(self) -> nn.Module:
         """The layer that is wrapped."""
@@ -46,16 +46,16 @@ class LoRALayer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class AdapterStudent:
-    """A frozen model with one adapter in training: the `Student` of every objective."""
+    """A frozen model with one adapter in training: the `Student` that objectives get."""
 
     model: Predictor
     adapter: Adapter
     wrapped: Mapping[str, LoRALayer]
     """PEFT's LoRA layers by the path of the layer they wrap."""
     trained: Mapping[str, Mapping[str, nn.Parameter]]
-    """What is learned, by layer and part: float32."""
+    """The trained parameters, by layer and name: float32."""
     teacher_cache: TeacherCache | None = None
-    """What the teacher has said, if batches come again."""
+    """Predictions of the teacher, if batches are used several times."""
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -63,37 +63,39 @@ class AdapterStudent:
         return self.model.noise_schedule
 
     def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
-        """The prediction with the update, ``scale`` times: float32, with gradient.
+        """The prediction with ``scale`` times the update: float32, with gradient.
 
         Raises:
-            ModelError: for a scale that the adapter has no meaning for.
+            ModelError: if the adapter's update cannot be scaled, as DoRA's, and ``scale`` is not 1.
         """
         if scale != 1 and self.adapter.use_dora:
             raise ModelError(
-                f"the objective asks for {scale:g} times the update, and {type(self.adapter).__name__} turns weights "
-                "instead of adding to them: there is no such thing. Train a PlainLoRA or a LoKr."
+                f"the objective asks for {scale:g} times the update, and {type(self.adapter).__name__} rotates weights "
+                "instead of adding to them, so its update has no scale. Train a PlainLoRA or a LoKr."
             )
-        self.wear(scale)
+        self.set_scale(scale)
         try:
             prediction = self.model.predict(noisy, sigmas, conditioning).float()
         finally:
-            self.wear(1.0)
-        return backward_at_scale(prediction, self.wear, scale)
+            self.set_scale(1.0)
+        return backward_at_scale(prediction, self.set_scale, scale)
 
-    def wear(self, scale: float) -> None:
-        """Let the update count ``scale`` times until told otherwise."""
+    def set_scale(self, scale: float) -> None:
+        """Let the update count ``scale`` times from now on."""
         for layer in self.wrapped.values():
-            layer.set_scale(_NAME, scale)
+            layer.set_scale(_ADAPTER_NAME, scale)
 
     def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
-        """The prediction without it: float32, without gradient."""
+        """The prediction without the update: float32, without gradient."""
         if self.teacher_cache is None:
-            return self._taught(noisy, sigmas, conditioning).float()
-        asked = {"noisy": noisy, "sigmas": sigmas, **{f"text.{name}": one for name, one in conditioning.items()}}
-        return self.teacher_cache.get_or_compute(asked, lambda: self._taught(noisy, sigmas, conditioning)).float()
+            return self._predict_without_adapter(noisy, sigmas, conditioning).float()
+        inputs = {"noisy": noisy, "sigmas": sigmas, **{f"text.{name}": text for name, text in conditioning.items()}}
+        return self.teacher_cache.get_or_compute(
+            inputs, lambda: self._predict_without_adapter(noisy, sigmas, conditioning)
+        ).float()
 
     @torch.no_grad()
-    def _taught(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
+    def _predict_without_adapter(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         for layer in self.wrapped.values():
             layer.enable_adapters(enabled=False)
         try:
@@ -103,44 +105,46 @@ class AdapterStudent:
                 layer.enable_adapters(enabled=True)
 
     def parameters(self) -> list[nn.Parameter]:
-        """All that is learned, in the order of the model's layers."""
-        return [part for parts in self.trained.values() for part in parts.values()]
+        """All trained parameters, in the order of the model's layers."""
+        return [parameter for parameters in self.trained.values() for parameter in parameters.values()]
 
-    def layers(self) -> dict[str, AdapterTensors]:
-        """What is learned as it is now, by layer: float32 copies on the CPU."""
-        return self.filled(self.parameters())
+    def tensors(self) -> dict[str, AdapterTensors]:
+        """The trained parameters as they are now, by layer: float32 copies on the CPU."""
+        return self.group_by_layer(self.parameters())
 
-    def filled(self, values: Iterable[Tensor]) -> dict[str, AdapterTensors]:
+    def group_by_layer(self, tensors: Iterable[Tensor]) -> dict[str, AdapterTensors]:
         """Copies of tensors in the order of `parameters`, by layer, on the CPU."""
-        given = iter(values)
+        values = iter(tensors)
         return {
-            name: {part: next(given).detach().cpu().clone() for part in parts} for name, parts in self.trained.items()
+            layer: {name: next(values).detach().cpu().clone() for name in parameters}
+            for layer, parameters in self.trained.items()
         }
 
-    def lora(self, layers: Mapping[str, AdapterTensors] | None = None) -> LoRA:
-        """What has been learned, or what `layers` gave, as a LoRA."""
-        return self.adapter.lora(self.layers() if layers is None else layers, self.weights)
+    def to_lora(self, layers: Mapping[str, AdapterTensors] | None = None) -> LoRA:
+        """The current parameters, or ``layers`` in the form of `tensors`, as a LoRA."""
+        return self.adapter.to_lora(self.tensors() if layers is None else layers, self.layer_weights)
 
     @torch.no_grad()
-    def put(self, layers: Mapping[str, AdapterTensors]) -> None:
-        """Set all that is learned to what `layers` gave."""
-        for name, parts in self.trained.items():
-            for part, parameter in parts.items():
-                parameter.copy_(layers[name][part])
+    def load(self, layers: Mapping[str, AdapterTensors]) -> None:
+        """Set all trained parameters to what `tensors` returned."""
+        for layer, parameters in self.trained.items():
+            for name, parameter in parameters.items():
+                parameter.copy_(layers[layer][name])
 
-    def on(self, model: Predictor) -> "AdapterStudent":
-        """The same student, for pictures of another size: ``model`` has the same denoiser."""
+    def with_model(self, model: Predictor) -> "AdapterStudent":
+        """The same student for pictures of another size: ``model`` has the same denoiser."""
         return self if model is self.model else replace(self, model=model)
 
     @torch.no_grad()
-    def weights(self, name: str) -> LayerWeights:
-        """What a frozen layer multiplies with. LoRAs it wears are hooks: they are found by asking the layer."""
+    def layer_weights(self, name: str) -> LayerWeights:
+        """The weights of a frozen layer. Applied LoRAs are hooks, so their sum is read off the layer's outputs."""
         from peft.utils.integrations import dequantize_module_weight  # noqa: PLC0415 - loads transformers
 
         layer: Any = self.wrapped[name].get_base_layer()
         stored: Tensor = dequantize_module_weight(layer)
-        asked = torch.eye(layer.in_features, device=stored.device, dtype=stored.dtype)
-        used: Tensor = layer(asked) - layer(torch.zeros_like(asked[:1]))
+        # For y = x W^T + b: the rows of the identity give W^T + b, and a zero row gives b.
+        identity = torch.eye(layer.in_features, device=stored.device, dtype=stored.dtype)
+        used: Tensor = layer(identity) - layer(torch.zeros_like(identity[:1]))
         return LayerWeights(stored.float(), used.float().T)
 
 
@@ -151,32 +155,32 @@ def inject_adapter(
     rank: int,
     targets: str,
     generator: torch.Generator,
-    adapter: Adapter = _PLAIN,
+    adapter: Adapter = _PLAIN_LORA,
     teacher_cache: TeacherCache | None = None,
 ) -> Iterator[AdapterStudent]:
-    """Give ``model`` a fresh adapter inside the ``with`` block, and leave it exactly as it was after it.
+    """Give ``model`` a new adapter inside the ``with`` block, and leave it exactly as it was after it.
 
     Its update starts at zero.
 
     Raises:
         LoRAMismatchError: if ``targets`` selects no linear layer.
-        ModelError: if the model carries PEFT adapters already, is quantized in a way that passes no true gradient, or has
+        ModelError: if the model carries PEFT adapters already, is quantized in a way that gives no true gradient, or has
             weights that the adapter cannot read.
     """
-    module, device = model.module, model.device  # which a pipeline looks for through all its parts: once
+    module, device = model.module, model.device  # read once: a pipeline searches all its parts for its device
     layers = trainable_layers(module, targets, adapter, device)
     with restored_on_exit(module, layers):
-        module.eval()  # dropout would tell student and teacher apart
+        module.eval()  # dropout would make student and teacher differ
         prepare_for_training(module)
         check_gradients(module, layers)
-        _wrap(module, layers, rank, use_dora=adapter.use_dora)
+        _wrap_layers(module, layers, rank, use_dora=adapter.use_dora)
         wrapped = {name: cast("LoRALayer", module.get_submodule(name)) for name in layers}
-        trained = {name: _begun(layer, adapter, rank, generator, device) for name, layer in wrapped.items()}
+        trained = {name: _install_factors(layer, adapter, rank, generator, device) for name, layer in wrapped.items()}
         yield AdapterStudent(model, adapter, wrapped, trained, teacher_cache)
 
 
 def trainable_layers(module: nn.Module, targets: str, adapter: Adapter, device: torch.device) -> dict[str, nn.Module]:
-    """The layers that are to learn, if they can.
+    """The layers that ``targets`` selects, after the check that they can be trained.
 
     Raises:
         LoRAMismatchError: if ``targets`` selects no linear layer.
@@ -199,22 +203,22 @@ def find_target_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:
     Raises:
         LoRAMismatchError: if there is none, naming one that could have been meant.
     """
-    linear = {name: one for name, one in module.named_modules() if name and hasattr(one, "in_features")}
-    chosen = {name: one for name, one in linear.items() if re.search(targets, name)}
-    if not chosen:
-        middle = list(linear)[len(linear) // 2] if linear else "(no linear layer)"
+    linear = {name: layer for name, layer in module.named_modules() if name and hasattr(layer, "in_features")}
+    layers = {name: layer for name, layer in linear.items() if re.search(targets, name)}
+    if not layers:
+        example = list(linear)[len(linear) // 2] if linear else "(no linear layer)"
         raise LoRAMismatchError(
             f"the targets {targets!r} select none of the {len(linear)} linear layers of {type(module).__name__}; "
-            f"names there look like {middle!r}."
+            f"names there look like {example!r}."
         )
-    return chosen
+    return layers
 
 
 @contextmanager
 def restored_on_exit(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put back the very layers, flags and attributes that were there, whatever happens in between."""
-    training = [(one, one.training) for one in module.modules()]
-    trainable = [(one, one.requires_grad) for one in module.parameters()]
+    """Put back ``layers`` and every flag and attribute of ``module`` when the block ends, after an exception too."""
+    training = [(submodule, submodule.training) for submodule in module.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
         yield
     finally:
@@ -222,13 +226,13 @@ def restored_on_exit(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iter
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, layer)
         module.__dict__.pop("peft_config", None)
-        for one, flag in training:
-            one.training = flag
+        for submodule, flag in training:
+            submodule.training = flag
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
 
 
-def _wrap(module: nn.Module, layers: Mapping[str, nn.Module], rank: int, *, use_dora: bool) -> None:
+def _wrap_layers(module: nn.Module, layers: Mapping[str, nn.Module], rank: int, *, use_dora: bool) -> None:
     from peft import LoraConfig  # noqa: PLC0415 - loads transformers
     from peft.tuners.lora import LoraModel  # noqa: PLC0415
 
@@ -242,30 +246,63 @@ def _wrap(module: nn.Module, layers: Mapping[str, nn.Module], rank: int, *, use_
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT draws from the global generator, and we replace what it drew; it warns of merging, which we never do.
         warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without", category=UserWarning)
-        LoraModel(module, config, _NAME)
+        LoraModel(module, config, _ADAPTER_NAME)
 
 
-def _begun(
+def _install_factors(
     layer: LoRALayer, adapter: Adapter, rank: int, generator: torch.Generator, device: torch.device
 ) -> dict[str, nn.Parameter]:
-    """Put an adapter's own factors where PEFT has put its, and say what is learned."""
+    """Replace PEFT's factors of a layer by the adapter's own, and return the parameters to train."""
     base: Any = layer.get_base_layer()
-    stored: torch.device = base.weight.device
-    waits = stored.type in {"cpu", "meta"}  # offloaded, unless the model computes there, too
-    factors = adapter.factors(base.in_features, base.out_features, rank, generator)
-    if not all(hasattr(one, "weight") for one in (factors if adapter.use_dora else factors[:1])):
-        kinds = " and ".join(type(one).__name__ for one in factors)
+    weight_device: torch.device = base.weight.device
+    offloaded = weight_device.type in {"cpu", "meta"}  # or the model computes on the CPU, which `device` says then
+    factors = adapter.build_factors(base.in_features, base.out_features, rank, generator)
+    if not all(hasattr(factor, "weight") for factor in (factors if adapter.use_dora else factors[:1])):
+        returned = " and ".join(type(factor).__name__ for factor in factors)
         raise ContractError(
-            f"{type(adapter).__name__}.factors returned {kinds}, and PEFT asks for their weight: need one."
+            f"{type(adapter).__name__}.build_factors returned {returned}, and PEFT asks for their weight: need one."
         )
-    down, up = (one.to(device if waits else stored) for one in factors)
-    layer.lora_A[_NAME], layer.lora_B[_NAME] = down, up
-    layer.cast_input_dtype_enabled = adapter.use_dora  # lengths of rows are no numbers for sixteen bits
-    parts = {f"down.{name}": one for name, one in down.named_parameters()}
-    parts |= {f"up.{name}": one for name, one in up.named_parameters()}
+    down, up = (factor.to(device if offloaded else weight_device) for factor in factors)
+    layer.lora_A[_ADAPTER_NAME], layer.lora_B[_ADAPTER_NAME] = down, up
+    layer.cast_input_dtype_enabled = adapter.use_dora  # sixteen bits are too few for the norms of rows
+    parameters = {f"down.{name}": parameter for name, parameter in down.named_parameters()}
+    parameters |= {f"up.{name}": parameter for name, parameter in up.named_parameters()}
     if adapter.use_dora:
-        lengths: Any = layer.lora_magnitude_vector[_NAME]
-        first, last = (one.weight.to(stored) for one in (down, up))
-        lengths.update_layer(base_layer=base, lora_A=first, lora_B=last, scaling=1.0)
-        parts["magnitude"] = lengths.to(down.weight.device).weight
-    return parts
+        magnitude: Any = layer.lora_magnitude_vector[_ADAPTER_NAME]
+        lora_A, lora_B = (factor.weight.to(weight_device) for factor in (down, up))  # noqa: N806 - PEFT's names
+        magnitude.update_layer(base_layer=base, lora_A=lora_A, lora_B=lora_B, scaling=1.0)
+        parameters["magnitude"] = magnitude.to(down.weight.device).weight
+    return parameters
+
+
+def backward_at_scale(prediction: Latents, set_scale: Callable[[float], None], scale: float) -> Latents:
+    """The same prediction, whose backward pass is computed with the LoRA at ``scale``.
+
+    Gradient checkpointing throws activations away and runs the layers again in the backward pass, long after the
+    forward pass has reset the LoRA's scale: without this, a prediction at -1 would get the gradient of one at +1,
+    without an error. Autograd starts with the last prediction, and finishes it before it turns to the one before: so a
+    scale that is set where the gradient enters a prediction holds until all of it is computed. A model whose layers are
+    spread over several devices is worked on by several threads, and gives no such promise.
+
+    Args:
+        prediction: what the model predicted at ``scale``.
+        set_scale: sets the scale of the LoRA's layers; it is left at 1 after the backward pass.
+        scale: the scale.
+    """
+    return cast("Tensor", _BackwardAtScale.apply(prediction, set_scale, scale))  # type: ignore[no-untyped-call]
+
+
+class _BackwardAtScale(Function):
+    """The identity, whose backward pass sets the scale before the layers below are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, set_scale: Callable[[float], None], scale: float) -> Tensor:  # noqa: ANN401
+        ctx.set_scale, ctx.scale = set_scale, scale
+        return prediction.view_as(prediction)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        ctx.set_scale(ctx.scale)
+        engine = torch.autograd.Variable._execution_engine  # noqa: SLF001 - as DistributedDataParallel does
+        engine.queue_callback(lambda: ctx.set_scale(1.0))  # when the backward pass is over
+        return gradient, None, None

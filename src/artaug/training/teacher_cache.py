@@ -1,4 +1,4 @@
-"""What a frozen teacher said, remembered by what it was asked: batches that come again need not ask twice."""
+"""A cache of the frozen teacher's predictions, so that batches used several times (``echo``) need one teacher pass."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,20 +9,20 @@ from artaug.training.distributed import SINGLE_PROCESS, World
 
 
 class TeacherCache:
-    """Answers by question, held on the CPU as they were given.
+    """Predictions by a digest of the teacher's inputs, held on the CPU in the dtype they came in.
 
-    A question is known by its bits, so an answer is never taken for another's, whatever an objective asks and in whatever
-    order; one that was not asked before, as after a resumption, is simply asked. Several processes ask unless all of them
-    know: a denoiser that is sharded over them computes in step or not at all.
+    The key is the inputs' bits, so a prediction is never taken for another one's, whatever an objective asks and in
+    whatever order; what is missing, as after a resumption, is computed. Several processes compute unless all of them have
+    the prediction: a denoiser that is sharded over them needs all of them in every forward pass.
     """
 
-    def __init__(self, processes: World = SINGLE_PROCESS) -> None:
-        self._processes = processes
-        self._answers: dict[str, Tensor] = {}
+    def __init__(self, world: World = SINGLE_PROCESS) -> None:
+        self._world = world
+        self._predictions: dict[str, Tensor] = {}
 
-    def get_or_compute(self, asked: Mapping[str, Tensor], ask: Callable[[], Tensor]) -> Tensor:
-        """The answer to a question, asked if it is not known."""
-        name, device = tensors_digest(asked), next(iter(asked.values())).device
-        if not self._processes.all_agree(name in self._answers, device):
-            self._answers[name] = ask().detach().cpu()
-        return self._answers[name].to(device)
+    def get_or_compute(self, inputs: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """The prediction for ``inputs``, by ``compute`` if it is not known; on the device of the first input."""
+        key, device = tensors_digest(inputs), next(iter(inputs.values())).device
+        if not self._world.all_agree(key in self._predictions, device):
+            self._predictions[key] = compute().detach().cpu()
+        return self._predictions[key].to(device)

@@ -1,4 +1,4 @@
-"""Steps and held-out pictures sent to an experiment tracker: TensorBoard, Weights & Biases, Trackio and the others."""
+"""Experiment trackers: steps and validations sent to TensorBoard, Weights & Biases, Trackio and others."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,46 +16,46 @@ from artaug.training.validation import ValidationResult
 
 @dataclass(frozen=True)
 class Tracker:
-    """Hands what a training tells to one of accelerate's trackers."""
+    """Sends steps and validations to one of accelerate's trackers."""
 
-    _theirs: Any
+    _tracker: Any
 
     def log_step(self, event: StepEvent) -> None:
         """Log a step: give it to ``train`` as ``on_step``."""
-        told = {
+        values = {
             "train/loss": event.loss,
             "train/gradient_norm": event.gradient_norm,
             "train/learning_rate": event.learning_rate,
             "train/pairs_per_second": event.pairs_per_second,
             "train/peak_gib": event.peak_bytes / 2**30,
         }
-        self._theirs.log(told, step=event.step)
+        self._tracker.log(values, step=event.step)
 
-    def log_validation(self, look: ValidationResult) -> None:
-        """Log a look at held-out pictures, pictures included: give it to `Validation` as ``on_validation``."""
-        at = f"validation/strength_{look.strength:g}"
-        self._theirs.log({f"{at}/win_rate": look.win_rate, f"{at}/gain": look.gain}, step=look.step)
-        if look.pictures and hasattr(self._theirs, "log_images"):
-            pictures = np.stack([np.asarray(one.convert("RGB")) for one in look.pictures])
-            shape = {"dataformats": "NHWC"} if self._theirs.name == "tensorboard" else {}
-            self._theirs.log_images({at: pictures}, step=look.step, **shape)
+    def log_validation(self, result: ValidationResult) -> None:
+        """Log a validation with its images: give it to `Validation` as ``on_validation``."""
+        prefix = f"validation/strength_{result.strength:g}"
+        self._tracker.log({f"{prefix}/win_rate": result.win_rate, f"{prefix}/gain": result.gain}, step=result.step)
+        if result.images and hasattr(self._tracker, "log_images"):
+            pixels = np.stack([np.asarray(image.convert("RGB")) for image in result.images])
+            layout = {"dataformats": "NHWC"} if self._tracker.name == "tensorboard" else {}
+            self._tracker.log_images({prefix: pixels}, step=result.step, **layout)
 
 
 @contextmanager
 def open_tracker(
     tracker: str,
-    run: str,
+    run_name: str,
     *,
     folder: str | Path = "runs",
-    about: Mapping[str, str | float] = MappingProxyType({}),
+    config: Mapping[str, str | float] = MappingProxyType({}),
 ) -> Iterator[Tracker]:
-    """Track a training for a ``with`` block with any tracker that accelerate knows and that is installed.
+    """Open any tracker that accelerate knows and that is installed, for a ``with`` block.
 
     Args:
         tracker: ``"tensorboard"``, ``"wandb"``, ``"trackio"``, ``"comet_ml"``, ``"mlflow"``, ``"swanlab"``, ...
-        run: the name of the run, or of the project where the tracker names runs itself.
+        run_name: the name of the run, or of the project where the tracker names runs itself.
         folder: where a tracker that writes files writes them.
-        about: what to store beside it, settings of the trainer for instance.
+        config: what to store beside it, settings of the trainer for instance.
 
     Raises:
         InvalidValueError: if accelerate knows no such tracker.
@@ -63,17 +63,17 @@ def open_tracker(
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers  # noqa: PLC0415 - loads transformers
 
-    kinds = {str(getattr(kind, "value", kind)): made for kind, made in LOGGER_TYPE_TO_CLASS.items()}
-    if tracker not in kinds:
-        raise InvalidValueError(f"there is no tracker {tracker!r}. Choose of: {', '.join(sorted(kinds))}.")
-    if tracker not in {str(getattr(kind, "value", kind)) for kind in get_available_trackers()}:
+    classes = {str(getattr(name, "value", name)): cls for name, cls in LOGGER_TYPE_TO_CLASS.items()}
+    if tracker not in classes:
+        raise InvalidValueError(f"there is no tracker {tracker!r}. Choose of: {', '.join(sorted(classes))}.")
+    if tracker not in {str(getattr(name, "value", name)) for name in get_available_trackers()}:
         raise MissingExtraError(f"open_tracker({tracker!r})", package=tracker)
-    kind = kinds[tracker]
-    theirs = kind(run, logging_dir=str(folder)) if kind.requires_logging_directory else kind(run)
-    theirs.start()
+    cls = classes[tracker]
+    opened = cls(run_name, logging_dir=str(folder)) if cls.requires_logging_directory else cls(run_name)
+    opened.start()
     try:
-        if about:
-            theirs.store_init_configuration(dict(about))
-        yield Tracker(theirs)
+        if config:
+            opened.store_init_configuration(dict(config))
+        yield Tracker(opened)
     finally:
-        theirs.finish()
+        opened.finish()

@@ -1,4 +1,8 @@
-"""Differential training: pairs in, a LoRA out, and the model it was trained on left as it was."""
+"""The trainer: pairs in, a LoRA out, and the model it was trained on left as it was.
+
+`DifferentialLoRATrainer.train` checks everything that can be checked before the first picture is encoded, looks for a
+checkpoint, and hands over to `artaug.training.loop`.
+"""
 
 import logging
 import math
@@ -16,24 +20,25 @@ from artaug.pairs import ImagePair, pair_digest
 from artaug.synthesis import picture_seeds
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import World
-from artaug.training.loop import Run
+from artaug.training.loop import TrainingLoop
 from artaug.training.model import Trainable
 from artaug.training.phases import Phase, split_into_phases
-from artaug.training.progress import Log, StepEvent
+from artaug.training.progress import ProgressLog, StepEvent
 from artaug.training.quantized import is_quantized
 from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.student import trainable_layers
-from artaug.training.validation import Validation, ValidationResult, best
+from artaug.training.validation import Validation, ValidationResult, best_result
 
 _log = logging.getLogger(__name__)
-_SMALL = 4096
+_DIGESTED_SIZE = 4096
+"""Parameters of at most so many numbers identify a model's weights."""
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-"""What differs from process to process in the repr of an object that has none of its own."""
+"""In the repr of an object whose class defines none; it differs from process to process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a training gave."""
+    """The result of a training."""
 
     lora: LoRA
     losses: tuple[float, ...] = field(repr=False)
@@ -41,16 +46,16 @@ class TrainingResult:
     pairs: int
     """How many pairs were learned from."""
     steps: int
-    """How many were taken: all, unless held-out pictures stopped getting better before."""
+    """How many were taken: all, unless the validation stopped the training before."""
     seconds: float
     """Wall-clock time, encoding included; of the last run only, if it was resumed."""
     validations: tuple[ValidationResult, ...] = ()
-    """What held-out pictures said, if they were looked at."""
+    """Every validation, if there was one."""
 
     @property
     def best_validation(self) -> ValidationResult | None:
-        """The look whose step and strength ``lora`` has, if held-out pictures chose it."""
-        return best(self.validations) if self.validations else None
+        """The validation whose step and strength ``lora`` has, if there was one."""
+        return best_result(self.validations) if self.validations else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +93,9 @@ class DifferentialLoRATrainer(TrainingConfig):
             pairs: of any sizes the model takes; a batch has pairs of one size.
             synthesizer: lends the model; LoRAs it draws with are part of the teacher and stay as they are.
             seed: decides the start, the order of the pairs, and the noise.
-            checkpoints: where to write down where the training stands; if it was there before, it goes on from there.
+            checkpoints: where to write the state of the training; if its own checkpoints are there, it goes on from the newest.
             validation: chooses the step and strength by pictures; without it the last step counts, at strength 1.
-            cache: folder for latents and encoded prompts, named by content and shared by any trainings; without it they
+            cache: folder for latents and encoded prompts, named by content and shared by all trainings; without it they
                 are held in memory.
             on_step: called after every step; an exception it raises ends the training.
             progress: show a progress bar.
@@ -109,36 +114,46 @@ class DifferentialLoRATrainer(TrainingConfig):
             raise NothingToLearnError(
                 "received 0 pairs, and training needs at least one. Ask for more prompts, or loosen the filter."
             )
-        training_plan = self.objective.training_plan(len(pairs))
-        legs = split_into_phases(training_plan, self.steps, self.objective)
-        *seeds, validation_seed = picture_seeds(seed, len(training_plan.groups) + 1)
-        processes = _sharing(self.batch_size)
+        plan = self.objective.training_plan(len(pairs))
+        phases = split_into_phases(plan, self.steps, self.objective)
+        *seeds, validation_seed = picture_seeds(seed, len(plan.groups) + 1)
+        world = World.current()
+        if self.batch_size % world.size:  # a sharded model needs all processes in every forward pass
+            raise InvalidValueError(
+                f"batch_size={self.batch_size} cannot be shared equally by {world.size} processes: make it a multiple."
+            )
         with synthesizer.training() as model:
             trainable_layers(
                 model.module, self.targets, self.adapter, model.device
-            )  # or say so before anything is encoded
-            named = f"{_known_as(model.module)} {synthesizer.fingerprint}".rstrip()
-            run_fingerprint = {**self._made_of(pairs, seed, validation), "model": named}
-        _warn_of_unseen(legs, self)
-        found = None if checkpoints is None else checkpoints.newest(run_fingerprint=run_fingerprint)
-        state = TrainingState() if found is None else found
-        with Log(self.steps, on_step, begun=state.step, shown=progress and processes.first) as log:
-            state = Run(
+            )  # raises before anything is encoded
+            weights = f"{_model_fingerprint(model.module)} {synthesizer.fingerprint}".rstrip()
+        run_fingerprint = {**self._run_fingerprint(pairs, seed, validation), "model": weights}
+        _warn_of_unused_pairs(phases, self)
+        state = None if checkpoints is None else checkpoints.latest(run_fingerprint=run_fingerprint)
+        if state is None:
+            state = TrainingState()
+        show = progress and world.is_main
+        with ProgressLog(self.steps, on_step, initial=state.step, show=show) as log:
+            state = TrainingLoop(
                 config=self,
                 pairs=pairs,
                 synthesizer=synthesizer,
-                legs=legs,
+                phases=phases,
                 seeds=seeds,
-                processes=processes,
-                log=log,
+                world=world,
+                progress=log,
                 checkpoints=checkpoints,
                 run_fingerprint=run_fingerprint,
                 validation=validation,
-                cache=None if cache is None else Path(cache),
                 validation_seed=validation_seed,
-            ).finished(state)
+                cache=None if cache is None else Path(cache),
+            ).run(state)
+        if state.best_lora is None:
+            lora = state.lora()
+        else:
+            lora = state.best_lora.scaled(best_result(state.validations).strength)
         return TrainingResult(
-            lora=state.lora() if state.best is None else state.best.scaled(best(state.validations).strength),
+            lora=lora,
             losses=state.losses,
             pairs=len(pairs),
             steps=state.step,
@@ -146,60 +161,50 @@ class DifferentialLoRATrainer(TrainingConfig):
             validations=state.validations,
         )
 
-    def _made_of(self, pairs: Sequence[ImagePair], seed: int, validation: Validation | None) -> dict[str, str]:
-        """What decides the result, by name: a training is resumed only by one made of the same."""
-        data = digest(*(pair_digest(pair, include_plan=True) for pair in pairs))
-        told = replace(
-            self, micro_batch_size=None, gradient_checkpointing=False
-        )  # which change memory, and not the result
+    def _run_fingerprint(self, pairs: Sequence[ImagePair], seed: int, validation: Validation | None) -> dict[str, str]:
+        """What decides the result beside the model, by name: a training is resumed only if all of it is the same."""
+        # These two change the memory that a training takes, not its result.
+        settings = replace(self, micro_batch_size=None, gradient_checkpointing=False)
         return {
-            "trainer": _said(told),
+            "trainer": _stable_repr(settings),
             "seed": str(seed),
-            "pairs": data,
+            "pairs": digest(*(pair_digest(pair, include_plan=True) for pair in pairs)),
             "validation": "" if validation is None else validation.fingerprint,
         }
 
 
-def _said(value: object) -> str:
-    """A value in words that are the same in every process: by what it holds, where its repr tells an address."""
-    told = repr(value)
-    if not _ADDRESS.search(told):
-        return told
-    held = sorted(getattr(value, "__dict__", {}).items())
-    return f"{type(value).__qualname__}({', '.join(f'{name}={_said(one)}' for name, one in held)})"
+def _stable_repr(value: object) -> str:
+    """The repr of a value, the same in every process: where it holds an address, class and attributes instead."""
+    text = repr(value)
+    if not _ADDRESS.search(text):
+        return text
+    attributes = sorted(getattr(value, "__dict__", {}).items())
+    return f"{type(value).__qualname__}({', '.join(f'{name}={_stable_repr(item)}' for name, item in attributes)})"
 
 
-def _warn_of_unseen(legs: Sequence[Phase], config: TrainingConfig) -> None:
-    """Say so where a group of pairs has fewer places in its batches than members."""
-    for group in {leg.group for leg in legs}:
-        mine = [leg for leg in legs if leg.group == group]
-        seen = config.batch_size * sum(math.ceil(leg.steps / config.echo) for leg in mine)
-        if seen < len(mine[0].members):
+def _warn_of_unused_pairs(phases: Sequence[Phase], config: TrainingConfig) -> None:
+    """Warn if the steps do not cover every pair of a group."""
+    for group in {phase.group for phase in phases}:
+        members = [phase for phase in phases if phase.group == group]
+        used = config.batch_size * sum(math.ceil(phase.steps / config.echo) for phase in members)
+        if used < len(members[0].pairs):
+            steps = sum(phase.steps for phase in members)
             _log.warning(
-                "%d steps of %d pairs, each batch %d time(s), see %d of %d pairs: the others are not learned from. Give it "
+                "%d steps of %d pairs, each batch %d time(s), use %d of %d pairs: the others are not learned from. Give it "
                 "more steps, larger batches or less echo.",
-                *(sum(leg.steps for leg in mine), config.batch_size, config.echo, seen, len(mine[0].members)),
+                *(steps, config.batch_size, config.echo, used, len(members[0].pairs)),
             )
 
 
-def _known_as(module: nn.Module) -> str:
-    """A name for a model's weights: its class and a digest of the small ones, which every fine-tuning moves, too."""
+def _model_fingerprint(module: nn.Module) -> str:
+    """The class of a model and a digest of its small parameters, which every fine-tuning changes, too."""
     parts: list[str | Tensor] = []
-    for name, one in module.named_parameters():
-        if is_quantized(one):  # bitsandbytes lays its weights out anew when it draws on a CPU
-            parts += [name, type(one).__name__]
+    for name, parameter in module.named_parameters():
+        if is_quantized(parameter):  # bitsandbytes changes the layout of its weights when it draws on a CPU
+            parts += [name, type(parameter).__name__]
             continue
-        parts += [name, str(tuple(one.shape))]
-        if one.numel() <= _SMALL and one.device.type != "meta":
-            parts.append(one.full_tensor() if hasattr(one, "full_tensor") else one)  # sharded: a part is no weight
+        parts += [name, str(tuple(parameter.shape))]
+        if parameter.numel() <= _DIGESTED_SIZE and parameter.device.type != "meta":
+            # Gathered if it is sharded, so that every process gets the same digest.
+            parts.append(parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter)
     return f"{type(module).__name__} {digest(*parts)[:16]}"
-
-
-def _sharing(batch_size: int) -> World:
-    """The processes of this training, each with the same share of a batch: sharded models compute in step."""
-    processes = World.current()
-    if batch_size % processes.count:
-        raise InvalidValueError(
-            f"batch_size={batch_size} cannot be shared equally by {processes.count} processes: make it a multiple."
-        )
-    return processes
