@@ -118,6 +118,6 @@ def test_a_scale_that_is_none_is_refused(scale):
         Bipolar(scale=scale)
 
 
-def test_a_recipe_of_several_stages_cannot_be_turned():
-    with pytest.raises(InvalidValueError, match="an objective with a course of its own has no turn"):
+def test_an_objective_of_several_stages_cannot_be_reversed():
+    with pytest.raises(InvalidValueError, match="an objective with a training plan of its own cannot be reversed"):
         Bipolar(objective=TwoStage())

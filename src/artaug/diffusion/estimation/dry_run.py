@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from artaug.diffusion.families.base import Family
 from artaug.lora.lora import LoRA, LowRank
 from artaug.training.config import TrainingConfig
-from artaug.training.objectives import PairBatch, Stage
+from artaug.training.objectives import PairBatch, Stage, compute_loss
 from artaug.training.student import find_target_layers, inject_adapter
 from artaug.training.teacher_cache import TeacherCache
 
@@ -187,7 +187,7 @@ class DryRun:
                 factor.grad = torch.zeros_like(factor)
             with DeviceKernels(fused_norms=self.fused_norms):
                 latents = self._latents()
-            work = self._watched(lambda: stage.loss(student, self._pairs(latents)).backward())
+            work = self._watched(lambda: compute_loss(stage.loss, student, self._pairs(latents)).backward())
             return work, sum(factor.numel() for factor in student.parameters())
 
     def _recomputed(self, layer: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 - as diffusers hands them on
