@@ -20,9 +20,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from artaug._internal.text import shorten
 from artaug.errors import ContractError, NonFiniteError
 
 T = TypeVar("T")
+
+_QUOTED = 120
+"""Characters of an answer that an error quotes."""
 
 
 def contract_error(owner: str, method: str, *, came: str, given: str, expected: str) -> ContractError:
@@ -139,7 +143,7 @@ def _label(per: str, index: int, prompts: Sequence[str]) -> str:
 
 
 def _came(answer: object) -> str:
-    return "None" if answer is None else f"{type(answer).__name__} {answer!r:.120}"
+    return "None" if answer is None else f"{type(answer).__name__} {shorten(repr(answer), _QUOTED)}"
 
 
 def _type_names(of: type | tuple[type, ...]) -> str:

@@ -1,6 +1,6 @@
-"""What a value is in artaug: frozen, checked once when it is made, and the same after a trip through JSON.
+"""Value types: frozen, validated once when they are made, and the same after a round trip through JSON.
 
-A value that exists is legal, so nobody who receives one checks it again.
+A value that exists is valid, so that no code that receives one checks it again.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ def value(cls: type[T]) -> type[T]:
     """Make a class a frozen, validated pydantic dataclass whose errors are artaug's own.
 
     Unknown arguments are refused; numbers are coerced to plain Python numbers (numpy scalars too), so reprs and
-    JSON stay clean. A rule of the class itself goes into ``__post_init__`` and raises an `ArtAugError`, which the
-    caller then sees as it is, not wrapped into pydantic's report.
+    JSON show no numpy types. A rule of the class itself goes into ``__post_init__`` and raises an `ArtAugError`, which
+    reaches the caller as it is, not wrapped in pydantic's report.
 
     >>> from artaug._internal.values import value
     >>> @value
@@ -37,25 +37,25 @@ def value(cls: type[T]) -> type[T]:
     artaug.InvalidValueError: Dose: millilitres: Input should be a valid number, unable to parse string as \
 a number; received 'a lot'
     """
-    made: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=False))(cls)
-    validate: Callable[..., None] = made.__init__
-    names = [one.name for one in fields(made)]
+    validated: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=False))(cls)
+    pydantic_init: Callable[..., None] = validated.__init__
+    names = [attribute.name for attribute in fields(validated)]
 
-    @wraps(validate)
-    def checked(self: T, *args: object, **kwargs: object) -> None:
+    @wraps(pydantic_init)
+    def init(self: T, *args: object, **kwargs: object) -> None:
         try:
-            validate(self, *args, **kwargs)
+            pydantic_init(self, *args, **kwargs)
         except ValidationError as report:
-            raise _in_our_words(report, names) from None
+            raise _as_artaug_error(report, names) from None
         for name in names:
-            _check_writable(made.__name__, name, getattr(self, name))
+            _check_encodable(validated.__name__, name, getattr(self, name))
 
-    made.__init__ = checked
-    finished: type[T] = made
-    return finished
+    validated.__init__ = init
+    result: type[T] = validated
+    return result
 
 
-def to_json(thing: object) -> str:
+def to_json(instance: object) -> str:
     """Write a value as one line of JSON.
 
     >>> import artaug as aa
@@ -63,14 +63,14 @@ def to_json(thing: object) -> str:
     >>> to_json(aa.Box(0, 0, 0.5, 1))
     '{"left":0.0,"top":0.0,"right":0.5,"bottom":1.0}'
     """
-    return TypeAdapter(type(thing)).dump_json(thing).decode()
+    return TypeAdapter(type(instance)).dump_json(instance).decode()
 
 
-def from_json(kind: type[T], text: str | bytes) -> T:
-    """Read a value of type ``kind`` from JSON.
+def from_json(cls: type[T], text: str | bytes) -> T:
+    """Read a value of type ``cls`` from JSON.
 
     Raises:
-        InvalidValueError: the text is no JSON, or not that of a ``kind`` (a `GeometryError` for an illegal box, ...).
+        InvalidValueError: if the text is not JSON, or not that of a ``cls`` (a `GeometryError` for an illegal box, ...).
 
     >>> import artaug as aa
     >>> from artaug._internal.values import from_json
@@ -78,37 +78,37 @@ def from_json(kind: type[T], text: str | bytes) -> T:
     Box(left=0.0, top=0.0, right=0.5, bottom=1.0)
     """
     try:
-        return TypeAdapter(kind).validate_json(text)
+        return TypeAdapter(cls).validate_json(text)
     except ValidationError as report:
-        raise _in_our_words(report) from None
+        raise _as_artaug_error(report) from None
 
 
-def _check_writable(kind: str, name: str, thing: object) -> None:
-    """Refuse halves of surrogate pairs, which some models' replies hold and no file can."""
-    if isinstance(thing, str) and any("\ud800" <= letter <= "\udfff" for letter in thing):
+def _check_encodable(cls: str, name: str, attribute: object) -> None:
+    """Refuse lone surrogates, which some models' replies hold: no file can be written with them."""
+    if isinstance(attribute, str) and any("\ud800" <= character <= "\udfff" for character in attribute):
         raise InvalidValueError(
-            f"{kind}: {name}: holds half a character; received {shorten(repr(thing), _LONGEST_QUOTE)}"
+            f"{cls}: {name}: holds half a character; received {shorten(repr(attribute), _LONGEST_QUOTE)}"
         )
 
 
-def _in_our_words(report: ValidationError, names: Sequence[str] = ()) -> ArtAugError:
-    """Turn pydantic's report into one artaug error: the rule's own where there is one, else a line per field.
+def _as_artaug_error(report: ValidationError, names: Sequence[str] = ()) -> ArtAugError:
+    """Turn pydantic's report into one artaug error: that of the class's own rule if there is one, else a line per field.
 
-    Arguments that came by position are called by their place in ``names``.
+    Arguments that were passed by position are called by their place in ``names``.
     """
-    faults = report.errors(include_url=False)
-    for fault in faults:
-        cause = fault.get("ctx", {}).get("error")
+    errors = report.errors(include_url=False)
+    for error in errors:
+        cause = error.get("ctx", {}).get("error")
         if isinstance(cause, ArtAugError):
             return cause
     lines = [
-        f"{_path(fault['loc'], names)}: {fault['msg']}; received {shorten(repr(fault['input']), _LONGEST_QUOTE)}"
-        for fault in faults
+        f"{_field_path(error['loc'], names)}: {error['msg']}; received {shorten(repr(error['input']), _LONGEST_QUOTE)}"
+        for error in errors
     ]
     return InvalidValueError(f"{report.title}: " + "; ".join(lines))
 
 
-def _path(parts: Sequence[int | str], names: Sequence[str]) -> str:
-    first, *rest = parts or ("value",)
-    named = names[first] if isinstance(first, int) and first < len(names) else first
-    return ".".join(str(part) for part in (named, *rest))
+def _field_path(location: Sequence[int | str], names: Sequence[str]) -> str:
+    first, *rest = location or ("value",)
+    field_name = names[first] if isinstance(first, int) and first < len(names) else first
+    return ".".join(str(part) for part in (field_name, *rest))
