@@ -1,4 +1,4 @@
-"""Thresholds for a wanted yield keep what they say, of the pairs seen and of new ones."""
+"""Calibrated thresholds keep the fraction they say, of the calibration pairs and of new ones."""
 
 import numpy as np
 import pytest
@@ -11,38 +11,38 @@ from artaug.filtering import judge_pairs
 from support.strategies import Listed, pair, pairs
 
 
-class After(aa.Scorer):
-    """Depends on the seeds of a picture in its own way."""
+class Shuffled(aa.Scorer):
+    """Orders pictures in another way than `Listed`."""
 
     def score(self, image, prompt):
         return float((image.getpixel((0, 0)) * 37) % 256)
 
 
-many = st.lists(pairs, min_size=10, max_size=40)
-shares = st.sampled_from([0.1, 0.25, 0.5, 1.0])
+pair_lists = st.lists(pairs, min_size=10, max_size=40)
+wanted = st.sampled_from([0.1, 0.25, 0.5, 1.0])
 
 
-@given(many, shares)
-def test_the_proposed_filter_keeps_what_the_calibration_says(pairs, share):
-    found = aa.calibrate(pairs, [Listed(), After()], fraction=share)
+@given(pair_lists, wanted)
+def test_the_proposed_filter_keeps_what_the_calibration_says(pairs, fraction):
+    calibration = aa.calibrate(pairs, [Listed(), Shuffled()], fraction=fraction)
 
-    kept = sum(verdict.keep for verdict in judge_pairs(found.keep, pairs))
-    assert kept == found.kept >= int(share * len(pairs)) >= 1
-    assert found.expected == kept / len(pairs)
-    assert found.interval == share_interval(kept, len(pairs))
+    kept = sum(verdict.keep for verdict in judge_pairs(calibration.keep, pairs))
+    assert kept == calibration.kept >= int(fraction * len(pairs)) >= 1
+    assert calibration.expected == kept / len(pairs)
+    assert calibration.interval == share_interval(kept, len(pairs))
 
 
-@given(st.permutations(range(60)), shares)
-def test_without_ties_it_keeps_exactly_the_share_asked_for_and_the_best(levels, share):
+@given(st.permutations(range(60)), wanted)
+def test_without_ties_it_keeps_exactly_the_share_asked_for_and_the_best(levels, fraction):
     pairs = [pair(0, level) for level in levels]
-    found = aa.calibrate(pairs, [Listed()], fraction=share)
+    calibration = aa.calibrate(pairs, [Listed()], fraction=fraction)
 
     kept = [
-        one.after.getpixel((0, 0))
-        for one, verdict in zip(pairs, judge_pairs(found.keep, pairs), strict=True)
+        kept_pair.after.getpixel((0, 0))
+        for kept_pair, verdict in zip(pairs, judge_pairs(calibration.keep, pairs), strict=True)
         if verdict.keep
     ]
-    assert sorted(kept) == list(range(60))[-int(share * 60) :]
+    assert sorted(kept) == list(range(60))[-int(fraction * 60) :]
 
 
 def test_a_filter_that_has_to_agree_counts_into_the_yield():
@@ -52,10 +52,10 @@ def test_a_filter_that_has_to_agree_counts_into_the_yield():
         def judge(self, pair):
             return aa.Verdict(keep=pair.seed == 1, reason="by the seed", scores={})
 
-    found = aa.calibrate(pairs, [Listed()], fraction=0.1, also=Odd())
+    calibration = aa.calibrate(pairs, [Listed()], fraction=0.1, also=Odd())
 
-    assert found.kept == 10
-    assert found.thresholds == {"Listed": 8.1}
+    assert calibration.kept == 10
+    assert calibration.thresholds == {"Listed": 8.1}
     with pytest.raises(aa.InvalidValueError, match="alone keeps 50 of 100 pairs, and 60 are wanted"):
         aa.calibrate(pairs, [Listed()], fraction=0.6, also=Odd())
 
@@ -76,8 +76,40 @@ def test_it_reads_as_a_sentence_and_says_when_losses_pass():
 
 
 def test_equal_pairs_are_kept_together_and_counted():
-    found = aa.calibrate([pair(0, 5)] * 50, [Listed()], fraction=0.02)
-    assert (found.kept, found.pairs) == (50, 50)
+    calibration = aa.calibrate([pair(0, 5)] * 50, [Listed()], fraction=0.02)
+    assert (calibration.kept, calibration.pairs) == (50, 50)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "count", "kept"), [(0.07, 100, 7), (0.5, 3, 1), (0.5, 2, 1), (1, 5, 5), (1 / 3, 10, 3), (0.02, 50, 1)]
+)
+def test_the_wanted_count_is_rounded_down_and_at_least_one(fraction, count, kept):
+    assert aa.calibrate([pair(0, level) for level in range(count)], [Listed()], fraction=fraction).kept == kept
+
+
+def test_a_filter_that_keeps_exactly_as_many_as_wanted_is_enough():
+    pairs = [pair(0, level) for level in range(10)]
+    top_half = aa.Floor(Listed(), at_least=0.5)
+    assert aa.calibrate(pairs, [Listed()], fraction=0.5, also=top_half).kept == 5
+    with pytest.raises(aa.InvalidValueError, match="alone keeps 5 of 10 pairs, and 6 are wanted"):
+        aa.calibrate(pairs, [Listed()], fraction=0.6, also=top_half)
+
+
+@pytest.mark.parametrize(("level", "says_so"), [(9, True), (10, True), (11, False)])
+def test_a_threshold_of_zero_or_less_is_said_to_keep_pairs_that_did_not_gain(level, says_so):
+    text = str(aa.calibrate([pair(10, level)] * 10, [Listed()], fraction=0.5))
+    assert text.endswith("It keeps pairs that did not gain by Listed.") is says_so
+
+
+def test_several_scorers_are_equally_strict():
+    class Reversed(aa.Scorer):
+        def score(self, image, prompt):
+            return -image.getpixel((0, 0)) / 7
+
+    pairs = [pair(0, level) for level in range(11)]
+    calibration = aa.calibrate(pairs, [Listed(), Reversed()], fraction=0.1)
+    assert calibration.kept == 1
+    assert calibration.thresholds == {"Listed": 0.5, "Reversed": -5 / 7}
 
 
 @pytest.mark.parametrize(

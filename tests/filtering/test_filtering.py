@@ -1,6 +1,7 @@
 """The algebra of filters, and what their verdicts say."""
 
 import math
+import operator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -24,38 +25,38 @@ simple = (
 filters = st.recursive(
     simple,
     lambda inner: (
-        st.builds(lambda one, two: one & two, inner, inner)
-        | st.builds(lambda one, two: one | two, inner, inner)
-        | st.builds(lambda one: ~one, inner)
+        st.builds(operator.and_, inner, inner)
+        | st.builds(operator.or_, inner, inner)
+        | st.builds(operator.invert, inner)
     ),
     max_leaves=5,
 )
-several = st.lists(pairs, min_size=1, max_size=8)
+pair_lists = st.lists(pairs, min_size=1, max_size=8)
 
 
 def kept(keep, pairs):
     return [verdict.keep for verdict in judge_pairs(keep, pairs)]
 
 
-@given(filters, filters, several)
-def test_de_morgan(one, two, pairs):
-    assert kept(~(one & two), pairs) == kept(~one | ~two, pairs)
-    assert kept(~(one | two), pairs) == kept(~one & ~two, pairs)
+@given(filters, filters, pair_lists)
+def test_de_morgan(first, second, pairs):
+    assert kept(~(first & second), pairs) == kept(~first | ~second, pairs)
+    assert kept(~(first | second), pairs) == kept(~first & ~second, pairs)
 
 
-@given(filters, filters, several)
-def test_order_does_not_matter(one, two, pairs):
-    assert kept(one & two, pairs) == kept(two & one, pairs)
-    assert kept(one | two, pairs) == kept(two | one, pairs)
+@given(filters, filters, pair_lists)
+def test_order_does_not_matter(first, second, pairs):
+    assert kept(first & second, pairs) == kept(second & first, pairs)
+    assert kept(first | second, pairs) == kept(second | first, pairs)
 
 
-@given(filters, filters, filters, several)
-def test_grouping_does_not_matter(one, two, three, pairs):
-    assert kept((one & two) & three, pairs) == kept(one & (two & three), pairs)
-    assert kept(one & (two | three), pairs) == kept((one & two) | (one & three), pairs)
+@given(filters, filters, filters, pair_lists)
+def test_grouping_does_not_matter(first, second, third, pairs):
+    assert kept((first & second) & third, pairs) == kept(first & (second & third), pairs)
+    assert kept(first & (second | third), pairs) == kept((first & second) | (first & third), pairs)
 
 
-@given(filters, several)
+@given(filters, pair_lists)
 def test_twice_not_is_nothing(keep, pairs):
     assert kept(~~keep, pairs) == kept(keep, pairs)
     assert kept(keep & keep, pairs) == kept(keep | keep, pairs) == kept(keep, pairs)
@@ -63,36 +64,102 @@ def test_twice_not_is_nothing(keep, pairs):
     assert all(kept(keep | ~keep, pairs))
 
 
-@given(filters, filters, several)
-def test_a_verdict_carries_every_number_and_a_reason(one, two, pairs):
-    parts = zip(judge_pairs(one, pairs), judge_pairs(two, pairs), strict=True)
-    for (first, second), both in zip(parts, judge_pairs(one & two, pairs), strict=True):
-        assert both.scores == first.scores | second.scores
-        assert both.reason
-        assert all(part.reason in both.reason for part in (first, second) if part.keep == both.keep)
+@given(filters, filters, pair_lists)
+def test_a_verdict_carries_every_number_and_a_reason(left, right, pairs):
+    alone = zip(judge_pairs(left, pairs), judge_pairs(right, pairs), strict=True)
+    for (first, second), combined in zip(alone, judge_pairs(left & right, pairs), strict=True):
+        assert combined.scores == first.scores | second.scores
+        assert combined.reason
+        assert all(verdict.reason in combined.reason for verdict in (first, second) if verdict.keep == combined.keep)
 
 
 @given(filters, filters)
-def test_a_filter_names_the_scorers_it_rests_on(one, two):
-    assert (one & two).scorers == (one | two).scorers == (~one).scorers | two.scorers == one.scorers | two.scorers
+def test_a_filter_names_the_scorers_it_decides_by(left, right):
+    assert (left & right).scorers == (left | right).scorers == (~left).scorers | right.scorers
+    assert (left & right).scorers == left.scorers | right.scorers
 
 
-@given(thresholds, several)
-def test_gain_and_floor_keep_exactly_what_they_say(at_least, pairs):
-    scores = [(Listed().score(one.before, ""), Listed().score(one.after, "")) for one in pairs]
+@given(thresholds, pair_lists)
+def test_gain_and_floor_keep_exactly_the_pairs_at_or_above_the_threshold(at_least, pairs):
+    scores = [(Listed().score(pair.before, ""), Listed().score(pair.after, "")) for pair in pairs]
     assert kept(aa.Gain(Listed(), at_least), pairs) == [after - before >= at_least for before, after in scores]
     assert kept(aa.Floor(Listed(), at_least), pairs) == [after >= at_least for _, after in scores]
 
 
-@given(fractions, several)
+@given(fractions, pair_lists)
 @example(0.1, [pair(0, level) for level in range(30)])
 def test_the_top_fraction_is_exact_and_the_best(fraction, pairs):
-    gains = [one.after.getpixel((0, 0)) - one.before.getpixel((0, 0)) for one in pairs]
+    gains = [pair.after.getpixel((0, 0)) - pair.before.getpixel((0, 0)) for pair in pairs]
     keeps = kept(aa.TopFraction(Listed(), fraction), pairs)
     assert sum(keeps) == math.ceil(Fraction(str(fraction)) * len(pairs))
     best = [gain for gain, keep in zip(gains, keeps, strict=True) if keep]
     rest = [gain for gain, keep in zip(gains, keeps, strict=True) if not keep]
     assert not rest or min(best) >= max(rest)
+
+
+@dataclass(frozen=True)
+class Table(aa.Scorer):
+    """Scores a grey picture by a number for its grey level, to the last bit."""
+
+    numbers: tuple[float, ...]
+
+    def score(self, image, prompt):
+        return self.numbers[image.getpixel((0, 0))]
+
+
+LEAST = math.ulp(0.0)
+"""The smallest number above 0."""
+
+
+@pytest.mark.parametrize(
+    ("scores", "at_least", "keep"),
+    [
+        ((0.0, 1.0), 1.0, True),
+        ((0.0, 1.0), math.nextafter(1.0, 2), False),
+        ((0.0, 0.0), 0.0, True),
+        ((LEAST, 0.0), 0.0, False),
+        ((0.0, 0.0), LEAST, False),
+        ((1.0, 0.0), -1.0, True),
+        ((1.0, 0.0), math.nextafter(-1.0, 0), False),
+    ],
+)
+def test_a_gain_of_exactly_the_threshold_is_kept_and_the_next_number_below_is_not(scores, at_least, keep):
+    assert aa.Gain(Table(scores), at_least).judge(pair(0, 1)).keep is keep
+    assert aa.Floor(Table(scores[1:] * 2), at_least).judge(pair(0, 1)).keep is (scores[1] >= at_least)
+
+
+def test_a_level_of_exactly_the_floor_is_kept_and_the_next_number_below_is_not():
+    for at_least, keep in ((0.3, True), (math.nextafter(0.3, 1), False)):
+        assert aa.Floor(Table((9.0, 0.3)), at_least).judge(pair(0, 1)).keep is keep
+
+
+def test_the_smallest_fall_is_a_fall_and_no_change_is_a_rise_by_zero():
+    assert aa.Gain(Table((LEAST, 0.0))).judge(pair(0, 1)).reason.startswith("Table fell by ")
+    assert aa.Gain(Table((0.0, 0.0))).judge(pair(0, 1)).reason == "Table rose by 0, threshold 0"
+
+
+@pytest.mark.parametrize(
+    ("fraction", "count", "kept_count"),
+    [(0.5, 1, 1), (0.5, 2, 1), (0.5, 3, 2), (0.1, 10, 1), (0.1, 11, 2), (0.1, 30, 3), (1, 7, 7), (0.001, 7, 1)],
+)
+def test_the_top_fraction_is_rounded_up(fraction, count, kept_count):
+    assert sum(kept(aa.TopFraction(Listed(), fraction), [pair(0, level) for level in range(count)])) == kept_count
+
+
+def test_of_equal_gains_the_first_pairs_are_kept():
+    assert kept(aa.TopFraction(Listed(), 0.5), [pair(0, level) for level in (3, 5, 3, 5, 3, 3)]) == [
+        *(True, True, False),
+        *(True, False, False),
+    ]
+
+
+def test_ranks_are_counted_from_the_highest_gain():
+    verdicts = aa.TopFraction(Listed(), 0.5).judge_batch([pair(0, 10), pair(0, 30), pair(0, 20)])
+    assert [verdict.reason for verdict in verdicts] == [
+        "Listed rose by 1, rank 3 of 3, keeps the best 2",
+        "Listed rose by 3, rank 1 of 3, keeps the best 2",
+        "Listed rose by 2, rank 2 of 3, keeps the best 2",
+    ]
 
 
 def test_a_tenth_of_thirty_is_three():
@@ -103,7 +170,7 @@ def test_a_pair_judged_alone_is_the_best_there_is():
     assert aa.TopFraction(Listed(), 0.01).judge(pair(9, 0)).keep
 
 
-def test_a_verdict_says_the_numbers_it_rests_on():
+def test_a_verdict_names_the_numbers_behind_it():
     verdict = aa.Gain(Listed(), at_least=0.5).judge(pair(10, 22))
     assert verdict == aa.Verdict(
         keep=True,
@@ -116,13 +183,13 @@ def test_a_verdict_says_the_numbers_it_rests_on():
     assert (~aa.Floor(Listed(), 2)).judge(pair(0, 10)).reason == "not (Listed is 1, threshold 2)"
 
 
-def test_only_those_who_decided_give_the_reason():
+def test_the_reason_is_that_of_the_filters_that_decided():
     keep = aa.Gain(Listed("A"), at_least=0.5) & aa.Floor(Listed("B"), at_least=9)
     assert keep.judge(pair(0, 10)).reason == "B is 1, threshold 9"
     assert keep.judge(pair(0, 100)).reason == "A rose by 10, threshold 0.5 and B is 10, threshold 9"
 
 
-def test_two_models_behind_one_name_both_keep_their_numbers():
+def test_two_scorers_of_one_name_both_keep_their_numbers():
     @dataclass(frozen=True)
     class Doubled(aa.Scorer):
         name = "Listed"
@@ -157,29 +224,29 @@ def test_filters_print_as_they_were_written():
     )
 
 
-def test_and_or_not_are_refused_since_python_would_drop_a_part():
+def test_and_or_not_are_refused_since_python_would_drop_a_filter():
     with pytest.raises(aa.ContractError, match=r"Combine filters with &, \| and ~, not and, or and not\."):
         aa.Gain(Listed()) and aa.Floor(Listed(), 0)
 
 
 @pytest.mark.parametrize("fraction", [0, -0.5, 1.5, float("nan")])
-def test_a_share_that_is_none_is_refused(fraction):
+def test_a_fraction_out_of_range_is_refused(fraction):
     with pytest.raises(aa.InvalidValueError, match=r"need a fraction in \(0, 1\]"):
         aa.TopFraction(Listed(), fraction)
 
 
 @pytest.mark.parametrize("kind", [aa.Gain, aa.Floor])
-def test_a_threshold_that_is_no_number_is_refused(kind):
+def test_a_threshold_that_is_not_finite_is_refused(kind):
     with pytest.raises(aa.InvalidValueError, match="need a finite at_least"):
         kind(Listed(), float("nan"))
 
 
-class Broken(aa.PairFilter):
+class Scripted(aa.PairFilter):
     def __init__(self, *answers):
         self.answers = answers
 
     def __repr__(self):
-        return "Broken()"
+        return "Scripted()"
 
     def judge(self, pair):
         return self.answers[0]
@@ -190,26 +257,26 @@ class Broken(aa.PairFilter):
 
 def test_too_few_verdicts_are_counted():
     with pytest.raises(
-        aa.ContractError, match=r"Broken\(\)\.judge_batch returned 0 answers for 1 pair\. Expected a list of 1"
+        aa.ContractError, match=r"Scripted\(\)\.judge_batch returned 0 answers for 1 pair\. Expected a list of 1"
     ):
-        judge_pairs(Broken(), [pair(0, 1)])
+        judge_pairs(Scripted(), [pair(0, 1)])
 
 
 def test_an_answer_that_is_no_verdict_is_quoted_inside_a_combination_too():
-    for keep in (Broken(True), ~Broken(True), aa.Gain(Listed()) & Broken(True)):
+    for keep in (Scripted(True), ~Scripted(True), aa.Gain(Listed()) & Scripted(True)):
         with pytest.raises(
             aa.ContractError,
-            match=r"Broken\(\)\.judge_batch returned bool True for pair 0 \('a pear'\)\. Expected artaug\.Verdict",
+            match=r"Scripted\(\)\.judge_batch returned bool True for pair 0 \('a pear'\)\. Expected artaug\.Verdict",
         ):
             judge_pairs(keep, [pair(0, 1)])
 
 
 def test_no_pairs_no_verdicts():
-    assert judge_pairs(Broken(), []) == []
+    assert judge_pairs(Scripted(), []) == []
     assert aa.TopFraction(Listed(), 0.5).judge_batch([]) == []
 
 
-def test_a_filter_of_ones_own_rests_on_no_scorer_and_judges_one_by_one():
+def test_a_filter_without_scorers_names_none_and_judges_one_by_one():
     class Seeded(aa.PairFilter):
         def judge(self, pair):
             return aa.Verdict(keep=pair.seed > 0, reason=f"the seed is {pair.seed}", scores={"seed": pair.seed})
@@ -228,5 +295,5 @@ def test_a_filter_of_ones_own_rests_on_no_scorer_and_judges_one_by_one():
     ],
     ids=repr,
 )
-def test_every_filter_keeps_the_promises_of_its_seam(keep):
+def test_every_filter_passes_its_check(keep):
     check_filter(keep)
