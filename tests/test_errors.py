@@ -10,7 +10,7 @@ import artaug as aa
 from artaug import errors
 
 DRAWN = re.findall(r"(\w+Error)(?: \((\w+)\))? ", errors.__doc__.partition("```")[2])
-CLASSES = {name: one for name, one in inspect.getmembers(errors, inspect.isclass) if issubclass(one, Exception)}
+CLASSES = {name: cls for name, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)}
 
 
 def test_the_tree_draws_every_error():

@@ -15,11 +15,11 @@ WHOLE = aa.Box(0, 0, 1, 1)
 
 @given(boxes(), boxes())
 @example(aa.Box(0, 0, 1e-200, 1e-200), aa.Box(0, 0, 1e-200, 1e-200))
-def test_overlap_is_symmetric_and_no_larger_than_either(one, other):
-    assert one.overlap(other) == other.overlap(one)
-    assert 0 <= one.overlap(other) <= min(one.area, other.area)
-    assert 0 <= one.iou(other) <= 1 + 1e-12
-    assert one.iou(other) == pytest.approx(other.iou(one))
+def test_overlap_is_symmetric_and_no_larger_than_either(box, other):
+    assert box.overlap(other) == other.overlap(box)
+    assert 0 <= box.overlap(other) <= min(box.area, other.area)
+    assert 0 <= box.iou(other) <= 1 + 1e-12
+    assert box.iou(other) == pytest.approx(other.iou(box))
 
 
 @given(boxes())
@@ -41,8 +41,8 @@ def test_a_padded_box_holds_the_box(box, margin):
 
 
 @given(pixel_boxes())
-def test_whole_pixels_come_back_as_they_were(given_box):
-    size, edges = given_box
+def test_whole_pixels_come_back_as_they_were(size_and_edges):
+    size, edges = size_and_edges
     assert aa.Box.from_pixels(*edges, size=size).to_pixels(size) == edges
 
 
@@ -74,7 +74,7 @@ def test_an_image_without_pixels_holds_no_box():
         aa.Box.from_pixels(0, 0, 1, 1, size=(0, 480))
 
 
-def test_pixels_where_fractions_belong_are_answered_with_the_way_out():
+def test_pixels_where_fractions_belong_are_refused_with_a_hint():
     with pytest.raises(aa.GeometryError) as caught:
         aa.Box(0, 0, 640, 480)
     assert str(caught.value) == (
@@ -86,7 +86,7 @@ def test_pixels_where_fractions_belong_are_answered_with_the_way_out():
 @pytest.mark.parametrize(
     "edges", [(0.5, 0, 0.5, 1), (0.6, 0, 0.5, 1), (-0.1, 0, 0.5, 1), (0, 0, float("nan"), 1), (0, 0.2, 1, 0.1)]
 )
-def test_a_box_that_is_none_is_refused(edges):
+def test_edges_that_are_no_box_are_refused(edges):
     with pytest.raises(aa.GeometryError, match="is not relative"):
         aa.Box(*edges)
 
@@ -99,7 +99,7 @@ def test_a_mask_gives_back_its_weights(mask):
     assert aa.Mask.from_array(weights) == mask
 
 
-def test_a_mask_hands_out_copies():
+def test_a_mask_returns_copies():
     mask = aa.Mask.from_array(np.eye(3))
     mask.to_array()[:] = 0
     assert mask.to_array().sum() == 3
@@ -120,7 +120,7 @@ def test_booleans_make_a_mask():
     ],
     ids=["empty", "8 bits", "nan", "one axis", "no cells"],
 )
-def test_a_mask_that_is_none_is_refused(weights, message):
+def test_weights_that_are_no_mask_are_refused(weights, message):
     with pytest.raises(aa.GeometryError, match=re.escape(message)):
         aa.Mask.from_array(weights)
 

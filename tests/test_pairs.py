@@ -1,4 +1,4 @@
-"""Pairs and verdicts."""
+"""Pairs, verdicts and attempts."""
 
 import dataclasses
 
@@ -32,12 +32,12 @@ def test_a_pair_in_which_nothing_changed_has_one_picture_and_a_plan_without_regi
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_verdict_rests_on_numbers(number):
+def test_a_verdict_needs_finite_numbers(number):
     with pytest.raises(aa.InvalidValueError, match=r"Verdict: scores\.gain: Input should be a finite number"):
         aa.Verdict(keep=True, reason="it rose", scores={"gain": number})
 
 
-def test_every_ending_is_an_attempt():
+def test_kept_dropped_and_skipped_are_attempts():
     verdict = aa.Verdict(keep=True, reason="it rose", scores={})
     for ending in (aa.Kept(pair(1, 2), verdict), aa.Dropped(pair(1, 2), verdict), aa.Skipped("a pear", 0, "why")):
         assert isinstance(ending, aa.Attempt)

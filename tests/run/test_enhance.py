@@ -1,4 +1,4 @@
-"""Rounds on a tiny real FLUX: what they learn, when they stop, and that nothing of it is hidden."""
+"""Rounds on a tiny real FLUX: what they learn, when they stop, and what their result records."""
 
 from dataclasses import dataclass
 
@@ -16,8 +16,8 @@ TRAINER = aa.DifferentialLoRATrainer(rank=2, steps=2, batch_size=2, learning_rat
 
 
 @dataclass
-class Ledger(aa.Scorer):
-    """Scores pictures by the next number of a list: a script for what a stop rule will see."""
+class ScriptedScorer(aa.Scorer):
+    """Scores each picture by the next number of a list."""
 
     numbers: list[float]
 
@@ -69,25 +69,28 @@ def test_the_result_is_the_sum_of_what_the_rounds_learned(flux):
 
 
 def test_the_same_arguments_give_the_same_lora_and_another_seed_another(flux):
-    one, again, other = enhanced(flux, rounds=1), enhanced(flux, rounds=1), enhanced(flux, rounds=1, seed=1)
-    for name in one.lora.layers:
-        assert torch.equal(one.lora.layers[name].down, again.lora.layers[name].down)
-        assert torch.equal(one.lora.layers[name].up, again.lora.layers[name].up)
-    assert any(not torch.equal(one.lora.layers[name].up, other.lora.layers[name].up) for name in one.lora.layers)
+    first, again, other = enhanced(flux, rounds=1), enhanced(flux, rounds=1), enhanced(flux, rounds=1, seed=1)
+    for name in first.lora.layers:
+        assert torch.equal(first.lora.layers[name].down, again.lora.layers[name].down)
+        assert torch.equal(first.lora.layers[name].up, again.lora.layers[name].up)
+    assert any(not torch.equal(first.lora.layers[name].up, other.lora.layers[name].up) for name in first.lora.layers)
 
 
 def test_the_second_round_draws_with_what_the_first_has_learned(flux):
     first, second = enhanced(flux).rounds
-    taught = flux.with_lora(first.lora)
+    trained = flux.with_lora(first.lora)
     pair = second.attempts[0].pair
     assert pair.before.tobytes() != flux.synthesize(aa.Plan(pair.prompt), seed=pair.seed).tobytes()
     assert (
         pair.before.tobytes()
-        == taught.synthesize_batch(
-            [aa.Plan(end.pair.prompt) for end in second.attempts[:2]], seeds=[e.pair.seed for e in second.attempts[:2]]
+        == trained.synthesize_batch(
+            [aa.Plan(attempt.pair.prompt) for attempt in second.attempts[:2]],
+            seeds=[attempt.pair.seed for attempt in second.attempts[:2]],
         )[0].tobytes()
     )
-    assert {end.pair.seed for end in first.attempts}.isdisjoint(end.pair.seed for end in second.attempts)
+    assert {attempt.pair.seed for attempt in first.attempts}.isdisjoint(
+        attempt.pair.seed for attempt in second.attempts
+    )
 
 
 def test_the_base_model_is_bitwise_what_it_was(flux):
@@ -102,9 +105,9 @@ def test_the_base_model_is_bitwise_what_it_was(flux):
     assert flux.synthesize(aa.Plan("a kitchen"), seed=0).tobytes() == picture
 
 
-def test_every_stage_is_timed_and_every_prompt_accounted_for(flux):
+def test_every_stage_is_timed_and_every_prompt_counted(flux):
     keep = FixedFilter(keep=True)
-    result = enhanced(flux, keep=keep, rounds=1, stop=aa.StopRule(Ledger([0.0] * 4), PROMPTS[:2]))
+    result = enhanced(flux, keep=keep, rounds=1, stop=aa.StopRule(ScriptedScorer([0.0] * 4), PROMPTS[:2]))
     (only,) = result.rounds
     assert set(only.seconds) == {"draw", "critique", "redraw", "judge", "train", "combine", "measure"}
     summary = result.summary()
@@ -125,7 +128,7 @@ def test_every_stage_is_timed_and_every_prompt_accounted_for(flux):
     ids=["all better", "no change", "all worse", "not settled"],
 )
 def test_a_round_counts_only_if_its_whole_interval_lies_above_zero(flux, scores, accepted):
-    result = enhanced(flux, rounds=1, stop=aa.StopRule(Ledger(list(scores)), PROMPTS[:2]))
+    result = enhanced(flux, rounds=1, stop=aa.StopRule(ScriptedScorer(list(scores)), PROMPTS[:2]))
     assert result.rounds[0].accepted is accepted
     if not accepted:
         assert result.stop_reason == "round 1 did not help on held-out prompts"
@@ -134,13 +137,13 @@ def test_a_round_counts_only_if_its_whole_interval_lies_above_zero(flux, scores,
 
 
 def test_a_last_round_that_did_not_help_is_left_out_of_the_result(flux):
-    result = enhanced(flux, rounds=3, stop=aa.StopRule(Ledger([0, 0, 1, 1, 0, 0, 0, 0]), PROMPTS[:2]))
-    assert [one.accepted for one in result.rounds] == [True, False]
+    result = enhanced(flux, rounds=3, stop=aa.StopRule(ScriptedScorer([0, 0, 1, 1, 0, 0, 0, 0]), PROMPTS[:2]))
+    assert [finished.accepted for finished in result.rounds] == [True, False]
     assert result.lora is result.rounds[0].lora
     assert result.stop_reason == "round 2 did not help on held-out prompts"
 
 
-def test_a_first_round_that_keeps_nothing_says_what_became_of_the_prompts(flux):
+def test_a_first_round_that_keeps_nothing_says_how_the_prompts_ended(flux):
     with pytest.raises(aa.NothingToLearnError, match=r"round 1 kept none of 3 prompts: 3 dropped, 0 skipped; most of"):
         enhanced(flux, keep=FixedFilter(keep=False))
     with pytest.raises(aa.NothingToLearnError, match="0 dropped, 3 skipped; most often because 'the critic abstained"):
@@ -148,30 +151,30 @@ def test_a_first_round_that_keeps_nothing_says_what_became_of_the_prompts(flux):
 
 
 @dataclass(frozen=True)
-class OnceCritic(aa.Critic):
-    """Finds fault with the very pictures the untaught model draws, and with nothing else."""
+class FaultsThese(aa.Critic):
+    """Suggests a change to the given pictures only."""
 
-    faulty: frozenset[bytes]
+    images: frozenset[bytes]
 
     def critique(self, image, prompt):
-        return ADVICE.answer if image.tobytes() in self.faulty else aa.Critique()
+        return ADVICE.answer if image.tobytes() in self.images else aa.Critique()
 
 
-def test_a_later_round_that_keeps_nothing_ends_the_loop_with_what_there_is(flux):
+def test_a_later_round_that_keeps_nothing_ends_the_loop_with_the_rounds_before(flux):
     first = enhanced(flux, rounds=1)
-    critic = OnceCritic(frozenset(end.pair.before.tobytes() for end in first.rounds[0].attempts))
+    critic = FaultsThese(frozenset(attempt.pair.before.tobytes() for attempt in first.rounds[0].attempts))
     result = enhanced(flux, critic=critic)
     assert len(result.rounds) == 1
     assert result.stop_reason.startswith("round 2 kept none of 3 prompts: 0 dropped, 3 skipped")
     assert result.lora is result.rounds[0].lora
 
 
-def test_a_synthesizer_without_a_model_to_lend_is_refused_before_anything_is_drawn():
+def test_a_synthesizer_without_a_model_to_train_is_refused_before_anything_is_drawn():
     with pytest.raises(aa.ModelError, match="SwatchSynthesizer has no model to train"):
         enhanced(SwatchSynthesizer())
 
 
-def test_no_rounds_is_no_wish():
+def test_zero_rounds_are_refused():
     with pytest.raises(aa.InvalidValueError, match=r"enhance\(rounds=0\) would do nothing"):
         enhanced(SwatchSynthesizer(), rounds=0)
 
@@ -179,7 +182,10 @@ def test_no_rounds_is_no_wish():
 def test_held_out_pictures_choose_what_a_round_has_learned(flux):
     results = []
     held_out = aa.Validation(
-        scorer=Ledger([0.0] * 2 + [1.0, 1.0] + [2.0, 2.0]), prompts=PROMPTS[:2], every=1, on_validation=results.append
+        scorer=ScriptedScorer([0.0] * 2 + [1.0, 1.0] + [2.0, 2.0]),
+        prompts=PROMPTS[:2],
+        every=1,
+        on_validation=results.append,
     )
     (only,) = enhanced(flux, rounds=1, validation=held_out).rounds
     assert [result.step for result in results] == [1, 2]
@@ -187,12 +193,12 @@ def test_held_out_pictures_choose_what_a_round_has_learned(flux):
     assert only.training.best_validation.step == 2
 
 
-def test_a_killed_run_goes_on_where_its_trainings_stood(flux, tmp_path):
-    whole = enhanced(flux)
+def test_a_killed_run_resumes_its_trainings(flux, tmp_path):
+    uninterrupted = enhanced(flux)
     checkpoints = aa.Checkpoints(folder=tmp_path, every=1)
 
-    class Busy(aa.Critic):
-        """Answers as ever, until the second round's second chunk."""
+    class Interrupted(aa.Critic):
+        """Is interrupted in the second chunk of the second round."""
 
         calls = 0
 
@@ -203,13 +209,13 @@ def test_a_killed_run_goes_on_where_its_trainings_stood(flux, tmp_path):
             return ADVICE.critique(image, prompt)
 
     with pytest.raises(KeyboardInterrupt):
-        enhanced(flux, critic=Busy(), checkpoints=checkpoints)
+        enhanced(flux, critic=Interrupted(), checkpoints=checkpoints)
     assert [folder.name for folder in tmp_path.iterdir()] == ["round-1"]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     again = enhanced(flux, checkpoints=checkpoints)
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["round-1", "round-2"]
-    for layer in whole.lora.layers:
-        assert torch.equal(delta(again.lora, layer), delta(whole.lora, layer))
+    for layer in uninterrupted.lora.layers:
+        assert torch.equal(delta(again.lora, layer), delta(uninterrupted.lora, layer))
     with pytest.raises(aa.StorageError, match="another training"):
         enhanced(flux, checkpoints=checkpoints, seed=1)

@@ -1,4 +1,4 @@
-"""Where the prompts went, to the last one."""
+"""Every prompt is counted, with a reason where it was lost."""
 
 import sys
 
@@ -30,33 +30,36 @@ def test_every_prompt_is_counted_once(attempts):
     lost = sum(count for step in steps for _, count in step.lost)
     assert [step.name for step in steps] == ["prompts", "drawn", "critiqued", "redrawn", "kept"]
     assert steps[0].count == len(attempts) == steps[-1].count + lost
-    assert steps[-1].count == sum(isinstance(one, aa.Kept) for one in attempts)
-    assert steps[3].count == sum(not isinstance(one, aa.Skipped) for one in attempts)
+    assert steps[-1].count == sum(isinstance(attempt, aa.Kept) for attempt in attempts)
+    assert steps[3].count == sum(not isinstance(attempt, aa.Skipped) for attempt in attempts)
 
 
 @given(runs, runs)
-def test_two_runs_together_are_the_sum(one, other):
-    counts = [[step.count for step in aa.Funnel.of(each).steps] for each in (one, other, one + other)]
+def test_two_runs_together_are_the_sum(first_run, second_run):
+    runs = (first_run, second_run, first_run + second_run)
+    counts = [[step.count for step in aa.Funnel.of(attempts).steps] for attempts in runs]
     assert counts[2] == [first + second for first, second in zip(*counts[:2], strict=True)]
 
 
 @given(runs)
-def test_it_is_told_in_text_and_in_a_notebook_with_reasons_escaped(attempts):
+def test_it_prints_as_text_and_as_html_with_reasons_escaped(attempts):
     funnel = aa.Funnel.of(attempts)
     assert str(funnel).count("█") >= 0
     assert "<b>" not in funnel._repr_html_()
     assert 0 <= funnel.kept_fraction <= 1
 
 
-def test_reasons_that_differ_in_numbers_are_one_and_rare_ones_are_summed_up():
-    attempts = [aa.Dropped(pair(0, 1), aa.Verdict(keep=False, reason=f"fell by {at}", scores={})) for at in range(7)]
+def test_reasons_that_differ_only_in_numbers_are_counted_together_and_rare_ones_are_summed():
+    attempts = [
+        aa.Dropped(pair(0, 1), aa.Verdict(keep=False, reason=f"fell by {number}", scores={})) for number in range(7)
+    ]
     attempts += [aa.Skipped("a", 0, reason, "plan") for reason in ("one", "two", "three", "four", "five")]
     funnel = aa.Funnel.of(attempts)
     assert funnel.steps[-1].lost == (("fell by …", 7),)
     assert "2 for 2 other reasons" in str(funnel)
 
 
-def test_the_loop_says_at_which_stage_it_skipped():
+def test_the_loop_records_the_stage_at_which_it_skipped():
     from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer  # noqa: PLC0415 - beside its use
 
     def run(answer):
@@ -75,7 +78,7 @@ def test_the_loop_says_at_which_stage_it_skipped():
     assert counts == [[2, 2, 0, 0, 0], [2, 2, 2, 0, 0]]
 
 
-def test_the_figure_has_a_bar_a_step(tmp_path):
+def test_the_figure_has_a_bar_for_each_step(tmp_path):
     pytest.importorskip("matplotlib")
     figure = aa.Funnel.of([aa.Skipped("a", 0, "dark"), aa.Dropped(pair(0, 1), VERDICT)]).figure()
     (axes,) = figure.axes
@@ -90,7 +93,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
         aa.Funnel.of([]).figure()
 
 
-def test_prompts_that_vanish_are_refused():
+def test_lost_prompts_without_a_reason_are_refused():
     with pytest.raises(
         aa.InvalidValueError, match="has 5 prompts and 3 drawn, with reasons for 1 lost: need one for each of the 2"
     ):

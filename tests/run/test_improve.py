@@ -1,3 +1,5 @@
+"""Every prompt ends as one attempt, with a reason; a part that breaks its contract is named."""
+
 from dataclasses import dataclass
 
 import pytest
@@ -29,7 +31,7 @@ def attempts(prompts, *, synthesizer=None, critic=None, planner=None, keep=None,
 
 
 @dataclass(frozen=True)
-class MoodyCritic(aa.Critic):
+class AnswersByLetter(aa.Critic):
     """Answers by the first letter of the prompt."""
 
     def critique(self, image, prompt):
@@ -38,46 +40,45 @@ class MoodyCritic(aa.Critic):
 
 
 @dataclass(frozen=True)
-class KeepsOdd(aa.PairFilter):
+class KeepsOddLengths(aa.PairFilter):
     def judge(self, pair):
         return aa.Verdict(keep=len(pair.prompt) % 2 == 1, reason="by the length of the prompt", scores={})
 
 
 @given(st.lists(st.from_regex(r"[abc][xyz]{0,3}", fullmatch=True), min_size=1, max_size=12), st.integers(1, 5))
 def test_every_prompt_ends_as_exactly_one_attempt_in_order_and_with_a_reason(prompts, batch_size):
-    ends = attempts(prompts, critic=MoodyCritic(), keep=KeepsOdd(), batch_size=batch_size)
+    result = attempts(prompts, critic=AnswersByLetter(), keep=KeepsOddLengths(), batch_size=batch_size)
 
-    assert [end.prompt if isinstance(end, aa.Skipped) else end.pair.prompt for end in ends] == prompts
-    for prompt, end in zip(prompts, ends, strict=True):
+    assert [attempt.prompt if isinstance(attempt, aa.Skipped) else attempt.pair.prompt for attempt in result] == prompts
+    for prompt, attempt in zip(prompts, result, strict=True):
         match prompt[0]:
             case "a":
-                assert isinstance(end, aa.Kept if len(prompt) % 2 else aa.Dropped)
-                assert end.verdict.reason == "by the length of the prompt"
+                assert isinstance(attempt, aa.Kept if len(prompt) % 2 else aa.Dropped)
+                assert attempt.verdict.reason == "by the length of the prompt"
             case "b":
-                assert isinstance(end, aa.Skipped)
-                assert end.reason == "the critic abstained: too dark to tell"
+                assert isinstance(attempt, aa.Skipped)
+                assert attempt.reason == "the critic abstained: too dark to tell"
             case "c":
-                assert isinstance(end, aa.Skipped)
-                assert end.reason == "the critic suggested nothing"
+                assert isinstance(attempt, aa.Skipped)
+                assert attempt.reason == "the critic suggested nothing"
 
 
 @given(st.integers(0, 2**32), st.integers(1, 7))
 def test_the_chunk_size_changes_nothing(seed, batch_size):
     prompts = [f"a scene {number}" for number in range(5)]
-    for one, other in zip(
-        attempts(prompts, seed=seed, batch_size=batch_size), attempts(prompts, seed=seed), strict=True
-    ):
-        assert one.pair.seed == other.pair.seed
-        assert one.pair.before.tobytes() == other.pair.before.tobytes()
-        assert one.pair.after.tobytes() == other.pair.after.tobytes()
+    in_chunks, default = attempts(prompts, seed=seed, batch_size=batch_size), attempts(prompts, seed=seed)
+    for attempt, other in zip(in_chunks, default, strict=True):
+        assert attempt.pair.seed == other.pair.seed
+        assert attempt.pair.before.tobytes() == other.pair.before.tobytes()
+        assert attempt.pair.after.tobytes() == other.pair.after.tobytes()
 
 
 def test_before_and_after_are_drawn_with_the_same_seed_from_the_plain_prompt_and_the_plan():
-    (end,) = attempts(["a scene"])
-    draw = SwatchSynthesizer()
-    assert end.pair.before.tobytes() == draw.synthesize(aa.Plan("a scene"), seed=end.pair.seed).tobytes()
-    assert end.pair.after.tobytes() == draw.synthesize(end.pair.plan, seed=end.pair.seed).tobytes()
-    assert end.pair.plan == aa.Plan("a scene", (aa.Region(HALF, "a bright window"),))
+    (attempt,) = attempts(["a scene"])
+    synthesizer = SwatchSynthesizer()
+    assert attempt.pair.before.tobytes() == synthesizer.synthesize(aa.Plan("a scene"), seed=attempt.pair.seed).tobytes()
+    assert attempt.pair.after.tobytes() == synthesizer.synthesize(attempt.pair.plan, seed=attempt.pair.seed).tobytes()
+    assert attempt.pair.plan == aa.Plan("a scene", (aa.Region(HALF, "a bright window"),))
 
 
 def test_equal_prompts_get_pictures_of_their_own():
@@ -87,7 +88,7 @@ def test_equal_prompts_get_pictures_of_their_own():
 
 def test_it_is_lazy_chunk_by_chunk():
     stages = []
-    found = improve(
+    iterator = improve(
         ["a"] * 6,
         synthesizer=SwatchSynthesizer(),
         critic=FixedCritic(ADVICE),
@@ -98,13 +99,13 @@ def test_it_is_lazy_chunk_by_chunk():
         on_stage=lambda event: stages.append(event.stage),
     )
     assert stages == []
-    next(found)
+    next(iterator)
     assert stages == ["draw", "critique", "redraw", "judge"]
-    list(found)
+    list(iterator)
     assert stages == ["draw", "critique", "redraw", "judge"] * 3
 
 
-def test_suggestions_the_planner_refuses_are_a_reason_of_their_own():
+def test_suggestions_that_the_planner_leaves_out_are_a_reason_of_their_own():
     tiny = FixedCritic(aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.01, 0.01), "a speck"),)))
     assert attempts(["a scene"], critic=tiny)[0].reason == "the planner kept no suggestion"
 
@@ -118,7 +119,7 @@ def test_suggestions_the_planner_refuses_are_a_reason_of_their_own():
         ("a scene", r"expected a list of prompts, received one string: 'a scene'. Write \['a scene'\]"),
     ],
 )
-def test_bad_prompts_are_refused_at_once(prompts, message):
+def test_illegal_prompts_are_refused_at_once(prompts, message):
     with pytest.raises(aa.PromptError, match=message):
         improve(
             prompts,
@@ -140,13 +141,13 @@ def test_a_critic_that_raises_stops_the_run_and_is_named_with_the_prompt_and_the
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_running_out_of_memory_is_not_dressed_up_as_the_critics_fault():
-    class Hungry(aa.Critic):
+def test_running_out_of_memory_is_not_reported_as_an_error_of_the_critic():
+    class OutOfMemory(aa.Critic):
         def critique(self, image, prompt):
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        attempts(["a scene"], critic=Hungry())
+        attempts(["a scene"], critic=OutOfMemory())
 
 
 def test_a_critic_that_returns_the_wrong_type_is_named_with_what_it_returned():
