@@ -1,4 +1,4 @@
-"""FLUX transformers with random weights, regions for them, and what a guided step costs by counting."""
+"""FLUX transformers with random weights, regions for them, and counts of what a guided step costs."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import artaug as aa
 from artaug.diffusion.families.flux.family import FluxDenoiser
 from artaug.regional import EncodedPrompt, EncodedRegion, Isolation, Span
-from artaug.regional.attention_mask import Sight, joint_sight
-from artaug.regional.flex import TILE, FlexSight
-from artaug.regional.region_weights import divided
-from artaug.regional.split_plan import Pass, passes
+from artaug.regional.attention_mask import GroupMask, joint_mask
+from artaug.regional.flex import TILE, FlexMask
+from artaug.regional.region_weights import split_grid
+from artaug.regional.split_plan import AttentionSplit, plan_splits
 
 LATENT_CHANNELS = 64
 _NOISE_LEVEL = 0.8
@@ -24,7 +24,7 @@ _NOISE_LEVEL = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How large a FLUX transformer is, and how long the prompts it reads."""
+    """The sizes of a FLUX transformer, and the lengths of its prompts."""
 
     double_blocks: int
     single_blocks: int
@@ -33,18 +33,18 @@ class Geometry:
     text_channels: int
     pooled_channels: int
     base_tokens: int
-    """Of a prompt with its padding, as the text encoder gives it."""
+    """Tokens of a prompt with its padding, as the text encoder gives it."""
     region_tokens: int
-    """Of a region's prompt without its padding."""
+    """Tokens of a region's prompt without its padding."""
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     storage: str = "plain"
-    """What its weights are kept in between calls: as they compute, or ``"fp8"``, or ``"nf4"``."""
+    """How its weights are stored between calls: as they compute, or ``"fp8"``, or ``"nf4"``."""
 
     def model(self) -> FluxTransformer2DModel:
         """The transformer, built on the device, with the same weights every time."""
-        plane = self.head_channels * 7 // 32 * 2
-        before = torch.get_default_dtype()
+        axis_channels = self.head_channels * 7 // 32 * 2
+        default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
             with torch.random.fork_rng(), torch.device(self.device):
@@ -58,11 +58,11 @@ class Geometry:
                     joint_attention_dim=self.text_channels,
                     pooled_projection_dim=self.pooled_channels,
                     guidance_embeds=True,
-                    axes_dims_rope=(self.head_channels - 2 * plane, plane, plane),
+                    axes_dims_rope=(self.head_channels - 2 * axis_channels, axis_channels, axis_channels),
                 )
         finally:
-            torch.set_default_dtype(before)
-        return stored(model.eval().requires_grad_(False), self.storage)
+            torch.set_default_dtype(default_dtype)
+        return with_storage(model.eval().requires_grad_(False), self.storage)
 
 
 FLUX_DEV = Geometry(
@@ -92,27 +92,27 @@ SCALED_DOWN = Geometry(
 """A sixth of FLUX's width, a tenth of its depth: small enough for two cores."""
 
 
-def stored(model: FluxTransformer2DModel, storage: str) -> FluxTransformer2DModel:
-    """The model with its weights in ``"fp8"``, as diffusers keeps them, or its blocks' in bitsandbytes' ``"nf4"``."""
+def with_storage(model: FluxTransformer2DModel, storage: str) -> FluxTransformer2DModel:
+    """The model with its weights in ``"fp8"``, as diffusers stores them, or its blocks' in bitsandbytes' ``"nf4"``."""
     if storage == "fp8":
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
     if storage == "nf4":
         for name, layer in list(model.named_modules()):
             if isinstance(layer, nn.Linear) and "blocks" in name:
-                model.set_submodule(name, _in_four_bits(layer))
+                model.set_submodule(name, _to_nf4(layer))
     return model
 
 
-def _in_four_bits(layer: nn.Linear) -> nn.Module:
+def _to_nf4(layer: nn.Linear) -> nn.Module:
     import bitsandbytes  # noqa: PLC0415 - of an extra
 
     weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
     with torch.device("meta"):
-        made = bitsandbytes.nn.Linear4bit(
+        linear = bitsandbytes.nn.Linear4bit(
             layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4"
         )
-    made.weight, made.bias = weight, layer.bias
-    quantized: nn.Module = made.eval().to(layer.weight.device)  # which is when it packs them
+    linear.weight, linear.bias = weight, layer.bias
+    quantized: nn.Module = linear.eval().to(layer.weight.device)  # the move to the device packs the weights
     return quantized
 
 
@@ -128,12 +128,12 @@ class Setting:
     isolation: Isolation
 
     @cached_property
-    def call(self) -> Mapping[str, Any]:
-        """What a pipeline calls the transformer with, at a noise level where every preset's regions count."""
+    def kwargs(self) -> Mapping[str, Any]:
+        """The arguments of a pipeline's call, at a noise level where the regions of every preset count."""
         geometry = self.geometry
         rows, columns = torch.meshgrid(torch.arange(self.side), torch.arange(self.side), indexing="ij")
         grid = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
-        told = {
+        inputs = {
             "timestep": torch.tensor([_NOISE_LEVEL]),
             "guidance": torch.tensor([3.5]),
             "img_ids": grid,
@@ -143,34 +143,34 @@ class Setting:
             "hidden_states": self._random(1, self.side**2, LATENT_CHANNELS),
             "encoder_hidden_states": self._random(1, geometry.base_tokens, geometry.text_channels),
             "pooled_projections": self._random(1, geometry.pooled_channels),
-            **{name: tensor.to(geometry.device, geometry.dtype) for name, tensor in told.items()},
+            **{name: tensor.to(geometry.device, geometry.dtype) for name, tensor in inputs.items()},
             "return_dict": False,
         }
 
     @cached_property
     def denoiser(self) -> FluxDenoiser:
-        """The model as a guide sees it."""
-        embeds = self.call["encoder_hidden_states"]
+        """The model's interface to a guide."""
+        embeds = self.kwargs["encoder_hidden_states"]
         return FluxDenoiser(module=self.model, grid=(self.side, self.side), prompt_embeds=embeds)
 
     @cached_property
     def encoded(self) -> list[EncodedRegion]:
         """The regions with random prompts, padded as the plan's."""
-        words = slice(0, self.geometry.region_tokens)
-        return [EncodedRegion(region, EncodedPrompt(self._prompt(), words)) for region in self.regions]
+        token_slice = slice(0, self.geometry.region_tokens)
+        return [EncodedRegion(region, EncodedPrompt(self._prompt(), token_slice)) for region in self.regions]
 
     @property
     def spans(self) -> tuple[Span, ...]:
         """The joint sequence of a guided step."""
-        lengths = self.geometry.base_tokens, self.geometry.region_tokens
-        added = [Span("text", lengths[1], number + 1) for number in range(len(self.regions))]
-        return (Span("text", lengths[0]), *added, Span("image", self.side**2))
+        region_tokens = self.geometry.region_tokens
+        prompts = [Span("text", region_tokens, number + 1) for number in range(len(self.regions))]
+        return (Span("text", self.geometry.base_tokens), *prompts, Span("image", self.side**2))
 
     @torch.no_grad()
     def step(self) -> Tensor:
         """The prediction of one step."""
-        predicted: Tensor = self.model(**self.call)[0]
-        return predicted
+        prediction: Tensor = self.model(**self.kwargs)[0]
+        return prediction
 
     def _prompt(self) -> dict[str, Tensor]:
         geometry = self.geometry
@@ -202,23 +202,23 @@ def boxes(count: int, *, side: int) -> list[aa.Box]:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one step of one picture takes."""
+class StepCost:
+    """What one step of one picture costs."""
 
     linear_flops: int
     """Of the linear layers; a multiplication and an addition are two."""
     attention_flops: int
     """Of queries times keys and weights times values."""
     mask_bytes: int
-    """Of all that says who sees whom, as long as a drawing runs, and of the copy a call makes of it."""
+    """Of masks and indices, as long as a run holds them, and of the copy that a call makes."""
 
     @property
     def flops(self) -> int:
-        """All of them."""
+        """The sum of both."""
         return self.linear_flops + self.attention_flops
 
 
-def work(setting: Setting, method: str) -> Work:
+def step_cost(setting: Setting, method: str) -> StepCost:
     """Count a step's floating point operations and the bytes of its masks.
 
     Args:
@@ -228,70 +228,73 @@ def work(setting: Setting, method: str) -> Work:
     image, base, channels = setting.side**2, setting.geometry.base_tokens, _channels(setting)
     layers = len(setting.denoiser.sites)
     if method in {"plain", "output_mix"}:
-        times = 1 + len(setting.regions) if method == "output_mix" else 1
+        passes = 1 + len(setting.regions) if method == "output_mix" else 1
         attention = 4 * (image + base) ** 2 * channels * layers
-        return Work(times * _linear(setting, base), times * attention, 0)
-    holding = [setting.isolation.applies_to_block(block, of=layers) for block in range(layers)]
-    sights = {holds: sight_of(setting, isolated=holds) for holds in set(holding)}
-    costs = {holds: _cost(sight, method, setting.geometry.dtype) for holds, sight in sights.items()}
+        return StepCost(passes * _linear_flops(setting, base), passes * attention, 0)
+    isolated = [setting.isolation.applies_to_block(block, num_blocks=layers) for block in range(layers)]
+    masks = {applies: mask_of(setting, isolated=applies) for applies in set(isolated)}
+    costs = {applies: _mask_cost(mask, method, setting.geometry.dtype) for applies, mask in masks.items()}
     text = base + len(setting.regions) * setting.geometry.region_tokens
-    return Work(
-        _linear(setting, text),
-        sum(4 * costs[holds][0] * channels for holds in holding),
-        sum(held for _, held in costs.values()),
+    return StepCost(
+        _linear_flops(setting, text),
+        sum(4 * costs[applies][0] * channels for applies in isolated),
+        sum(mask_bytes for _, mask_bytes in costs.values()),
     )
 
 
-def sight_of(setting: Setting, *, isolated: bool) -> Sight:
-    """Who sees whom in a joint layer where the isolation holds, or in one where it does not."""
-    shares = divided(setting.regions, (setting.side, setting.side), base_weight=setting.isolation.base_weight)
-    return joint_sight(setting.spans, shares, setting.isolation if isolated else None)
+def mask_of(setting: Setting, *, isolated: bool) -> GroupMask:
+    """The mask of a joint layer where the isolation applies, or of one where it does not."""
+    region_weights = split_grid(
+        setting.regions, (setting.side, setting.side), base_weight=setting.isolation.base_weight
+    )
+    return joint_mask(setting.spans, region_weights, setting.isolation if isolated else None)
 
 
 def _channels(setting: Setting) -> int:
     return setting.geometry.heads * setting.geometry.head_channels
 
 
-def _linear(setting: Setting, text: int) -> int:
-    """Each linear layer, times the tokens that go through it."""
+def _linear_flops(setting: Setting, text: int) -> int:
+    """FLOPs of the linear layers: weights times tokens, summed over layers."""
     image = setting.side**2
     tokens = {"image": image, "text": text, "joint": image + text, None: 1}
     layers = [(name, layer) for name, layer in setting.model.named_modules() if isinstance(layer, nn.Linear)]
-    return sum(2 * layer.weight.numel() * tokens[setting.denoiser.stream(name)] for name, layer in layers)
+    return sum(2 * layer.weight.numel() * tokens[setting.denoiser.token_stream(name)] for name, layer in layers)
 
 
-def _cost(sight: Sight, method: str, dtype: torch.dtype) -> tuple[int, int]:
+def _mask_cost(mask: GroupMask, method: str, dtype: torch.dtype) -> tuple[int, int]:
     """Scores computed in one layer, and bytes held."""
     if method == "dense":
-        copied = 0 if dtype == torch.float32 else dtype.itemsize
-        return sight.bias.numel(), sight.bias.numel() * (4 + copied)
+        copy_bytes = 0 if dtype == torch.float32 else dtype.itemsize
+        return mask.bias.numel(), mask.bias.numel() * (4 + copy_bytes)
     if method == "flex":
-        flexed = FlexSight.of(sight, torch.device("cpu"))
-        mask = flexed.block_mask
-        tiles = int(mask.kv_num_blocks.sum()) + int(mask.full_kv_num_blocks.sum())  # type: ignore[union-attr]
-        return tiles * TILE**2, _bytes(_tensors_of(flexed))
-    planned = passes(sight, method)  # type: ignore[arg-type]
-    queries, keys = sight.bias.shape
-    scores = sum(_length([one.queries], queries) * _length(one.keys, keys) for one in planned)
-    return scores, _bytes(_tensors_in(planned))
+        flex_mask = FlexMask.of(mask, torch.device("cpu"))
+        block_mask = flex_mask.block_mask
+        tiles = int(block_mask.kv_num_blocks.sum()) + int(block_mask.full_kv_num_blocks.sum())  # type: ignore[union-attr]
+        return tiles * TILE**2, _num_bytes(_flex_tensors(flex_mask))
+    splits = plan_splits(mask, method)  # type: ignore[arg-type]
+    queries, keys = mask.bias.shape
+    scores = sum(_num_tokens([split.queries], queries) * _num_tokens(split.keys, keys) for split in splits)
+    return scores, _num_bytes(_split_tensors(splits))
 
 
-def _length(where: Sequence[slice | Tensor], count: int) -> int:
-    return sum(len(range(count)[one]) if isinstance(one, slice) else len(one) for one in where)
+def _num_tokens(indices: Sequence[slice | Tensor], count: int) -> int:
+    return sum(len(range(count)[index]) if isinstance(index, slice) else len(index) for index in indices)
 
 
-def _tensors_in(planned: Sequence[Pass]) -> Iterator[Tensor]:
-    for one in planned:
-        yield from (part for part in (one.queries, *one.keys, one.bias) if isinstance(part, Tensor))
+def _split_tensors(splits: Sequence[AttentionSplit]) -> Iterator[Tensor]:
+    for split in splits:
+        parts = (split.queries, *split.keys, split.log_weights)
+        yield from (part for part in parts if isinstance(part, Tensor))
 
 
-def _tensors_of(flexed: FlexSight) -> Iterator[Tensor]:
-    """What a block mask holds, and what its functions have closed over."""
-    held = [*vars(flexed).values(), *vars(flexed.block_mask).values()]
-    for function in (flexed.block_mask.mask_mod, flexed.score_mod):
-        held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    yield from {id(one): one for one in held if isinstance(one, Tensor)}.values()
+def _flex_tensors(flex_mask: FlexMask) -> Iterator[Tensor]:
+    """The tensors of a block mask, and those that its functions have closed over."""
+    values = [*vars(flex_mask).values(), *vars(flex_mask.block_mask).values()]
+    for function in (flex_mask.block_mask.mask_mod, flex_mask.score_mod):
+        values += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    yield from {id(value): value for value in values if isinstance(value, Tensor)}.values()
 
 
-def _bytes(tensors: Iterator[Tensor]) -> int:
-    return sum(math.prod(one.shape) * one.element_size() for one in tensors)
+def _num_bytes(tensors: Iterator[Tensor]) -> int:
+    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)

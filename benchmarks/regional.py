@@ -1,4 +1,4 @@
-"""What guided steps cost beside a plain one: every way of computing regional attention, and the paper's mixing."""
+"""The cost of a guided step relative to a plain one: every method of regional attention, and the paper's mixing."""
 
 import gc
 import time
@@ -22,7 +22,7 @@ METHODS = ("plain", "dense", "merged", "grouped", "flex", "output_mix")
 
 @dataclass(frozen=True, kw_only=True)
 class Layouts:
-    """Layouts that are alike but for how many regions they have."""
+    """Layouts that differ in their number of regions only."""
 
     feather: float = 0.0
     isolation: Isolation = ELIGEN
@@ -34,11 +34,11 @@ LAYOUTS = {
     "soft": Layouts(feather=0.03),
     "apart": Layouts(isolation=INSTANTX),
 }
-"""Boxes along the token grid; the same feathered; and with the image's regions kept apart, the plan's prompt weak in
-them. Grouping can do the first alone, and `OutputMix` takes as long for each."""
+"""Boxes along the token grid; the same boxes, feathered; and regions isolated, with a weak plan's prompt in them. Only
+the first can be grouped, and `OutputMix` takes equally long for each."""
 
 MIXING_ROUNDS = 3
-"""Rounds that `OutputMix` takes part in, since its every step takes as long as 1 + regions others."""
+"""Rounds in which `OutputMix` is timed: each of its steps takes as long as 1 + regions others."""
 
 
 def measure(*, quick: bool) -> Iterator[record.Row]:
@@ -55,49 +55,50 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
     if quick:
         small = replace(geometry, double_blocks=1, single_blocks=2)
         return measured(small, [Series(kind="hard", side=sides[0], counts=(1, 4))], rounds=2)
-    every, few = ((1, 4, 16), (4,)) if on_gpu else ((1, 2, 4, 8, 16), (1, 4, 16))  # flex compiles for each: be quick
-    others = few if on_gpu else every
-    series = [Series(kind=kind, side=sides[0], counts=every if kind == "hard" else others) for kind in LAYOUTS]
+    # On a GPU flex compiles for each count, so there are fewer.
+    many, few = ((1, 4, 16), (4,)) if on_gpu else ((1, 2, 4, 8, 16), (1, 4, 16))
+    others = few if on_gpu else many
+    series = [Series(kind=kind, side=sides[0], counts=many if kind == "hard" else others) for kind in LAYOUTS]
     return measured(geometry, [*series, Series(kind="hard", side=sides[1], counts=few)], rounds=5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Layouts of one kind, on pictures of one size."""
+    """Layouts of one kind on pictures of one size."""
 
     kind: str
     """One of `LAYOUTS`."""
     side: int
     """Image tokens on a side."""
     counts: tuple[int, ...]
-    """Of regions."""
+    """Numbers of regions."""
 
 
 def measured(geometry: flux.Geometry, series: Sequence[Series], *, rounds: int) -> Iterator[record.Row]:
-    """The rows of one model."""
+    """Measure one model: a row for each layout and method."""
     model = geometry.model()
-    for one in series:
-        layouts = LAYOUTS[one.kind]
-        for count in one.counts:
-            areas = flux.boxes(count, side=one.side)
+    for item in series:
+        layouts = LAYOUTS[item.kind]
+        for count in item.counts:
+            areas = flux.boxes(count, side=item.side)
             setting = flux.Setting(
                 geometry=geometry,
                 model=model,
-                side=one.side,
+                side=item.side,
                 regions=tuple(aa.Region(area, "a", feather=layouts.feather) for area in areas),
                 isolation=layouts.isolation,
             )
-            yield from described(setting, one.kind, rounds)
+            yield from layout_rows(setting, item.kind, rounds)
             torch.compiler.reset()  # one graph a size, and past eight of them torch stops compiling
             gc.collect()
 
 
-def described(setting: flux.Setting, kind: str, rounds: int) -> list[record.Row]:
-    """A row a method, for one layout."""
-    guides = {method: guide(method, setting.isolation) for method in LAYOUTS[kind].methods}
-    for one in guides.values():
-        steps(setting, one, count=1)  # compiles, and wakes the device up
-    peaks = {method: peak_bytes(setting, one) for method, one in guides.items()}
+def layout_rows(setting: flux.Setting, kind: str, rounds: int) -> list[record.Row]:
+    """One row for each method, for one layout."""
+    guides = {method: make_guide(method, setting.isolation) for method in LAYOUTS[kind].methods}
+    for guide in guides.values():
+        step_seconds(setting, guide, count=1)  # compiles, and warms the device up
+    peaks = {method: peak_bytes(setting, guide) for method, guide in guides.items()}
     timed: dict[str, list[Sequence[float]]] = {method: [] for method in guides}
     names = list(guides)
     for number in range(rounds):
@@ -105,7 +106,7 @@ def described(setting: flux.Setting, kind: str, rounds: int) -> list[record.Row]
             if method == "output_mix" and number >= MIXING_ROUNDS:
                 continue
             prepares = method not in {"plain", "output_mix"}
-            timed[method].append(steps(setting, guides[method], count=2 if prepares else 1))
+            timed[method].append(step_seconds(setting, guides[method], count=2 if prepares else 1))
     return [row(setting, kind, method, timed, peaks) for method in guides]
 
 
@@ -116,10 +117,10 @@ def row(
     timed: Mapping[str, Sequence[Sequence[float]]],
     peaks: Mapping[str, int],
 ) -> record.Row:
-    """What became of one method."""
-    seconds = [one[-1] for one in timed[method]]
-    ratios = [one / plain[-1] for one, plain in zip(seconds, timed["plain"], strict=False)]
-    work, plain_work = flux.work(setting, method), flux.work(setting, "plain")
+    """The row of one method."""
+    seconds = [step[-1] for step in timed[method]]
+    ratios = [guided / plain[-1] for guided, plain in zip(seconds, timed["plain"], strict=False)]
+    cost, plain_cost = flux.step_cost(setting, method), flux.step_cost(setting, "plain")
     added = 0 if method in {"plain", "output_mix"} else len(setting.regions) * setting.geometry.region_tokens
     return {
         "method": method,
@@ -129,15 +130,15 @@ def row(
         "tokens": setting.side**2 + setting.geometry.base_tokens + added,
         "seconds": median(seconds),
         **spread("seconds", seconds),
-        "first_seconds": median(one[0] for one in timed[method]),
+        "first_seconds": median(step[0] for step in timed[method]),
         "ratio_to_plain": median(ratios),
         **spread("ratio", ratios),
         "peak_bytes": peaks[method],
         "peak_to_plain": peaks[method] / peaks["plain"],
-        "flops": work.flops,
-        "flops_to_plain": work.flops / plain_work.flops,
-        "attention_flops": work.attention_flops,
-        "mask_bytes": work.mask_bytes,
+        "flops": cost.flops,
+        "flops_to_plain": cost.flops / plain_cost.flops,
+        "attention_flops": cost.attention_flops,
+        "mask_bytes": cost.mask_bytes,
     }
 
 
@@ -147,8 +148,8 @@ def spread(name: str, numbers: Sequence[float]) -> dict[str, float]:
     return {f"{name}_low": low, f"{name}_high": high}
 
 
-def guide(method: str, isolation: Isolation) -> Guide | None:
-    """The guide that steers by a method."""
+def make_guide(method: str, isolation: Isolation) -> Guide | None:
+    """The guide of a method; None for plain drawing."""
     if method == "plain":
         return None
     if method == "output_mix":
@@ -156,15 +157,15 @@ def guide(method: str, isolation: Isolation) -> Guide | None:
     return aa.RegionalAttention(method=method, isolation=isolation)  # type: ignore[arg-type]
 
 
-def steering(setting: flux.Setting, one: Guide | None) -> AbstractContextManager[None]:
-    """The guide at work on one picture."""
-    return nullcontext() if one is None else one.steering(setting.denoiser, [setting.encoded])
+def steering(setting: flux.Setting, guide: Guide | None) -> AbstractContextManager[None]:
+    """A ``with`` block in which the guide steers one picture."""
+    return nullcontext() if guide is None else guide.steering(setting.denoiser, [setting.encoded])
 
 
-def steps(setting: flux.Setting, one: Guide | None, *, count: int) -> list[float]:
+def step_seconds(setting: flux.Setting, guide: Guide | None, *, count: int) -> list[float]:
     """Seconds of the first steps of a drawing."""
     seconds = []
-    with steering(setting, one):
+    with steering(setting, guide):
         for _ in range(count):
             memory.significant()
             start = time.perf_counter()
@@ -174,25 +175,29 @@ def steps(setting: flux.Setting, one: Guide | None, *, count: int) -> list[float
     return seconds
 
 
-def peak_bytes(setting: flux.Setting, one: Guide | None) -> int:
+def peak_bytes(setting: flux.Setting, guide: Guide | None) -> int:
     """The most memory held at once in the first step of a drawing."""
-    given = [tensor for tensor in setting.call.values() if isinstance(tensor, Tensor)]
-    return memory.peak_bytes(lambda: steps(setting, one, count=1), given=[*given, *setting.model.parameters()])
+    inputs = [tensor for tensor in setting.kwargs.values() if isinstance(tensor, Tensor)]
+    return memory.peak_bytes(
+        lambda: step_seconds(setting, guide, count=1), given=[*inputs, *setting.model.parameters()]
+    )
 
 
 def plot(rows: Sequence[record.Row]) -> Figure:
-    """Time beside a plain step over the number of regions: a panel for every size and kind of layout."""
+    """Time relative to a plain step over the number of regions: a panel for every size and kind of layout."""
     panels = sorted({(row["pixels"], row["layout"]) for row in rows})
     figure = Figure(figsize=(4 * len(panels), 3.6))
     for number, (pixels, layout) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1, title=f"{pixels} x {pixels}, {layout}", xlabel="regions")
         for method in METHODS[1:]:
-            mine = [row for row in rows if (row["pixels"], row["layout"], row["method"]) == (pixels, layout, method)]
-            if mine:
-                errors = [[row["ratio_to_plain"] - row["ratio_low"] for row in mine]]
-                errors += [[row["ratio_high"] - row["ratio_to_plain"] for row in mine]]
-                at = [row["regions"] for row in mine]
-                axes.errorbar(at, [row["ratio_to_plain"] for row in mine], errors, label=method, marker=".")
+            method_rows = [
+                row for row in rows if (row["pixels"], row["layout"], row["method"]) == (pixels, layout, method)
+            ]
+            if method_rows:
+                errors = [[row["ratio_to_plain"] - row["ratio_low"] for row in method_rows]]
+                errors += [[row["ratio_high"] - row["ratio_to_plain"] for row in method_rows]]
+                counts = [row["regions"] for row in method_rows]
+                axes.errorbar(counts, [row["ratio_to_plain"] for row in method_rows], errors, label=method, marker=".")
         axes.axhline(1, color="grey", linewidth=0.5)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)

@@ -23,11 +23,11 @@ def tiny_setting(*, count=4, side=16, feather=0.0, isolation=ELIGEN):
     return flux.Setting(geometry=TINY, model=TINY.model(), side=side, regions=regions, isolation=isolation)
 
 
-def counted_by_torch(setting, method):
-    """Of linear layers and of attention; the layout's own preparation is neither."""
+def flops_by_torch(setting, method):
+    """FLOPs of linear layers and of attention; the preparation of the layout is neither."""
     mapping = {SDPA_ON_CPU: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
-    with regional.steering(setting, regional.guide(method, setting.isolation)), counter:
+    with regional.steering(setting, regional.make_guide(method, setting.isolation)), counter:
         setting.step()
     counts = counter.get_flop_counts()["Global"]
     return counts[torch.ops.aten.addmm], counts[SDPA_ON_CPU]
@@ -37,46 +37,46 @@ def counted_by_torch(setting, method):
 @pytest.mark.parametrize("isolation", [OPEN, ELIGEN, INVOKEAI], ids=["open", "eligen", "invokeai"])
 def test_flops_are_those_that_torch_counts(method, isolation):
     if method == "grouped" and isolation is INVOKEAI:
-        isolation = aa.Isolation(image_to_image="regions", every=2)
+        isolation = aa.Isolation(image_to_image="regions", block_stride=2)
     setting = tiny_setting(isolation=isolation)
 
-    counted = flux.work(setting, method)
+    cost = flux.step_cost(setting, method)
 
-    assert (counted.linear_flops, counted.attention_flops) == counted_by_torch(setting, method)
+    assert (cost.linear_flops, cost.attention_flops) == flops_by_torch(setting, method)
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_flops_of_soft_regions_too(count):
     setting = tiny_setting(count=count, feather=0.05)
 
-    counted = flux.work(setting, "merged")
+    cost = flux.step_cost(setting, "merged")
 
-    assert (counted.linear_flops, counted.attention_flops) == counted_by_torch(setting, "merged")
+    assert (cost.linear_flops, cost.attention_flops) == flops_by_torch(setting, "merged")
 
 
-def test_a_tile_that_anyone_sees_counts_for_flex():
+def test_a_tile_with_a_visible_pair_counts_for_flex():
     setting = tiny_setting(isolation=INSTANTX, side=32)
-    sight = flux.sight_of(setting, isolated=True)
-    flexed = flux.FlexSight.of(sight, torch.device("cpu"))
-    seen = (sight.weights[:, sight.groups] > 0)[flexed.queries][:, flexed.keys]
-    padded = torch.nn.functional.pad(seen, (0, -seen.shape[1] % TILE, 0, -seen.shape[0] % TILE))
+    mask = flux.mask_of(setting, isolated=True)
+    flex_mask = flux.FlexMask.of(mask, torch.device("cpu"))
+    visible = (mask.weights[:, mask.groups] > 0)[flex_mask.query_order][:, flex_mask.key_order]
+    padded = torch.nn.functional.pad(visible, (0, -visible.shape[1] % TILE, 0, -visible.shape[0] % TILE))
     tiles = padded.unfold(0, TILE, TILE).unfold(1, TILE, TILE).any(dim=-1).any(dim=-1)
 
-    counted = flux.work(setting, "flex")
+    cost = flux.step_cost(setting, "flex")
 
     layers, channels = 3, 32
-    assert counted.attention_flops == 4 * int(tiles.sum()) * TILE**2 * channels * layers
+    assert cost.attention_flops == 4 * int(tiles.sum()) * TILE**2 * channels * layers
 
 
 def test_only_dense_attention_holds_a_mask_of_queries_times_keys():
     setting = tiny_setting()
     tokens = 16 * 16 + 12 + 4 * 4
 
-    held = {method: flux.work(setting, method).mask_bytes for method in regional.METHODS}
+    mask_bytes = {method: flux.step_cost(setting, method).mask_bytes for method in regional.METHODS}
 
-    assert held["dense"] == 4 * tokens**2
-    assert held["plain"] == held["output_mix"] == 0
-    assert 0 < max(held["merged"], held["grouped"]) < held["dense"] / 50
+    assert mask_bytes["dense"] == 4 * tokens**2
+    assert mask_bytes["plain"] == mask_bytes["output_mix"] == 0
+    assert 0 < max(mask_bytes["merged"], mask_bytes["grouped"]) < mask_bytes["dense"] / 50
 
 
 @given(st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([16, 32, 48, 64, 128]))
@@ -84,7 +84,7 @@ def test_boxes_lie_along_the_grid_and_apart(count, side):
     boxes = flux.boxes(count, side=side)
 
     assert len(boxes) == count
-    assert all(one.overlap(two) == 0 for number, one in enumerate(boxes) for two in boxes[:number])
+    assert all(box.overlap(other) == 0 for number, box in enumerate(boxes) for other in boxes[:number])
     edges = [edge * side for box in boxes for edge in (box.left, box.top, box.right, box.bottom)]
     assert edges == pytest.approx([round(edge) for edge in edges], abs=1e-9)
 
@@ -95,9 +95,11 @@ def test_the_step_benchmark_has_a_row_for_every_method(monkeypatch):
 
     rows = list(regional.measured(TINY, [regional.Series(kind="hard", side=16, counts=(1, 2))], rounds=2))
 
-    assert [(row["method"], row["regions"]) for row in rows] == [(one, count) for count in (1, 2) for one in methods]
+    assert [(row["method"], row["regions"]) for row in rows] == [
+        (method, count) for count in (1, 2) for method in methods
+    ]
     assert {"method", "regions", "tokens", "seconds", "ratio_to_plain", "peak_bytes"} <= set(rows[0])
-    weights = sum(one.numel() * 4 for one in TINY.model().parameters())
+    weights = sum(weight.numel() * 4 for weight in TINY.model().parameters())
     assert all(row["peak_bytes"] > weights for row in rows)
     assert {row["ratio_to_plain"] for row in rows if row["method"] == "plain"} == {1}
     peaks = {row["method"]: row["peak_bytes"] for row in rows if row["regions"] == 2}

@@ -1,4 +1,4 @@
-"""Where Hypothesis draws regional layouts from: regions on a grid, the sequence around it, and who may look at whom."""
+"""Hypothesis strategies for regional layouts: regions on a grid, the sequence around it, and an isolation."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from hypothesis import assume, reject
 from hypothesis import strategies as st
 
 import artaug as aa
-from artaug.regional.attention_mask import joint_sight
+from artaug.regional.attention_mask import joint_mask
 from artaug.regional.denoiser import Span
-from artaug.regional.region_weights import divided
+from artaug.regional.region_weights import split_grid
 from support.strategies import boxes, masks
 
 areas = boxes() | masks() | st.just(aa.Box(0, 0, 1, 1))
@@ -26,7 +26,7 @@ isolations = st.builds(
 
 @dataclass(frozen=True)
 class Layout:
-    """Regions of one picture, and the sequence their prompts and tokens stand in."""
+    """Regions of one picture, and the sequence that holds their prompts and the image tokens."""
 
     grid: tuple[int, int]
     regions: tuple[aa.Region, ...]
@@ -35,37 +35,51 @@ class Layout:
     overlap: str
 
     @property
-    def shares(self):
+    def region_weights(self):
         try:
-            return divided(self.regions, self.grid, base_weight=self.isolation.base_weight, overlap=self.overlap)
+            return split_grid(self.regions, self.grid, base_weight=self.isolation.base_weight, overlap=self.overlap)
         except aa.GuideError:  # a region that lies under others everywhere
             reject()
 
     @property
-    def sight(self):
-        return joint_sight(self.spans, self.shares, self.isolation)
+    def mask(self):
+        return joint_mask(self.spans, self.region_weights, self.isolation)
 
 
 @st.composite
-def layouts(draw, *, hard=False, most=16):
+def layouts(draw, *, hard=False, max_regions=16):
     """Odd grids, overlaps, full cover, soft weights, none to many regions, prompts before or behind the image."""
     grid = (4, 8) if hard else draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
     weights = st.just(1.0) if hard else st.floats(0.1, 4)
     feathers = st.just(0.0) if hard else st.sampled_from([0.0, 0.1])
     region = st.builds(aa.Region, hard_areas if hard else areas, st.just("a"), weight=weights, feather=feathers)
-    regions = tuple(draw(st.lists(region, max_size=most)))
+    regions = tuple(draw(st.lists(region, max_size=max_regions)))
     overlap = "over" if hard else draw(st.sampled_from(["share", "over"]))
     isolation = draw(isolations)
     if hard:
         assume(isolation.base_weight != 0.2)
     texts = [Span("text", draw(st.integers(1, 5)), prompt) for prompt in range(len(regions) + 1)]
     image = [Span("image", grid[0] * grid[1])]
-    more = draw(st.lists(st.sampled_from([Span("padding", 2), Span("reference", 3)]), max_size=2, unique=True))
-    spans = draw(st.sampled_from([[*texts, *more, *image], [*image, *more, *texts]]))
+    others = draw(st.lists(st.sampled_from([Span("padding", 2), Span("reference", 3)]), max_size=2, unique=True))
+    spans = draw(st.sampled_from([[*texts, *others, *image], [*image, *others, *texts]]))
     return Layout(grid, regions, tuple(spans), isolation, overlap)
 
 
-def tokens(count, *, seed=0, batch=1, dtype=torch.float32):
+def random_tokens(count, *, seed=0, batch=1, dtype=torch.float32):
     """Random queries, keys or values: two heads of eight channels."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 2, count, 8, generator=generator, dtype=dtype)
+
+
+def random_qkv(mask, *, seed=0, batch=1):
+    """Random query, key and value for a mask."""
+    counts = len(mask.weights), len(mask.groups), len(mask.groups)
+    return tuple(random_tokens(count, seed=seed + number, batch=batch) for number, count in enumerate(counts))
+
+
+def reference_attention(query, key, value, mask):
+    """The definition in five lines: a softmax with weights, term by term, in double precision."""
+    scores = (query.double() @ key.double().mT) / query.shape[-1] ** 0.5
+    weights = mask.weights.double()[:, mask.groups]
+    terms = (scores - scores.amax(dim=-1, keepdim=True)).exp() * weights
+    return (terms / terms.sum(dim=-1, keepdim=True)) @ value.double()

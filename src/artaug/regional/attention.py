@@ -1,4 +1,14 @@
-"""Attention under a sight, several ways, one result."""
+"""Attention under a group mask: the dense definition, and plain attentions merged by log-sum-exp.
+
+For one query and a set of keys S, plain attention gives the result ``o_S = sum_{k in S} exp(s_k) v_k / Z_S`` and the
+log-sum-exp ``l_S = log Z_S``, with ``s_k = q k / sqrt(d)`` and ``Z_S = sum_{k in S} exp(s_k)``. If S has the weight w, all
+of its terms are multiplied by w, so ``o_S`` stays and ``l_S`` becomes ``l_S + log w``. Two disjoint sets A and B merge into
+
+    o = (Z_A o_A + Z_B o_B) / (Z_A + Z_B) = lerp(o_A, o_B, sigmoid(l_B - l_A)),    l = logaddexp(l_A, l_B).
+
+This is the softmax over all keys, term by term, hence exact up to rounding. It costs a vector of weights for each split
+instead of a matrix of (queries, keys).
+"""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -10,11 +20,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from artaug.errors import GuideError
-from artaug.regional.split_plan import Pass, Tokens, taken
+from artaug.regional.split_plan import AttentionSplit, TokenIndex, gather
 
-_Context: TypeAlias = Any  # autograd's, on which anything may be kept
+_Context: TypeAlias = Any  # autograd's ctx, which takes any attribute
 _BACKWARD_QUERIES = 1024
-"""Queries whose scores the backward pass holds at a time."""
+"""Queries whose scores the backward pass holds in memory at a time."""
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
@@ -24,7 +34,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> 
         query: (batch, heads, queries, channels).
         key: (batch, heads, keys, channels).
         value: like ``key``.
-        bias: `Sight.bias`.
+        bias: `GroupMask.bias`.
 
     Returns:
         (batch, heads, queries, channels).
@@ -32,82 +42,91 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> 
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query))
 
 
-def attention_in_passes(query: Tensor, key: Tensor, value: Tensor, planned: Sequence[Pass]) -> Tensor:
-    """Attention in the passes of `artaug.regional.split_plan`; equals `dense_attention` up to rounding.
+def split_attention(query: Tensor, key: Tensor, value: Tensor, splits: Sequence[AttentionSplit]) -> Tensor:
+    """Attention in the splits of `artaug.regional.split_plan`; equals `dense_attention` up to rounding.
 
-    Differentiable in query, key and value. Nothing of the size queries x keys is ever in memory on the way forward.
+    Differentiable in query, key and value. The forward pass never holds anything of the size queries x keys.
 
     Raises:
-        GuideError: if passes have to be merged on a device whose attention does not tell its log-sum-exp.
+        GuideError: if splits have to be merged on a device whose attention does not return its log-sum-exp.
     """
-    if all(one.stage == "alone" for one in planned):
-        return _apart(query, key, value, planned)
-    mixed: Tensor = _Merged.apply(query, key, value, planned)  # type: ignore[no-untyped-call]
-    return mixed
+    if any(split.stage != "only" for split in splits):
+        merged: Tensor = _MergedAttention.apply(query, key, value, splits)  # type: ignore[no-untyped-call]
+        return merged
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    for split in splits:
+        out[:, :, split.queries] = functional.scaled_dot_product_attention(
+            gather(query, (split.queries,)), gather(key, split.keys), gather(value, split.keys)
+        )
+    return out
 
 
-def can_merge(device: torch.device) -> bool:
-    """Whether attention on a device tells its log-sum-exp, which merging needs."""
+def supports_merging(device: torch.device) -> bool:
+    """Whether attention on a device returns its log-sum-exp, which merging needs."""
     return device.type in {"cpu", "cuda"}
 
 
-def _apart(query: Tensor, key: Tensor, value: Tensor, planned: Sequence[Pass]) -> Tensor:
-    result = query.new_empty(*query.shape[:3], value.shape[-1])
-    for one in planned:
-        seen, said = taken(key, one.keys), taken(value, one.keys)
-        result[:, :, one.queries] = functional.scaled_dot_product_attention(taken(query, (one.queries,)), seen, said)
-    return result
+class _MergedAttention(torch.autograd.Function):
+    """Splits merged by log-sum-exp. The kernels pass no gradient through their log-sum-exp, so this has a backward.
 
+    The backward is that of FlashAttention (Dao et al. 2022), one split at a time. With lse the log-sum-exp over *all*
+    keys, the probabilities of one split are ``P = exp(s - lse + log w)``, without regard to the others. Then
 
-class _Merged(torch.autograd.Function):
-    """Passes merged by log-sum-exp. Kernels that tell it pass no gradient through it, so the backward is our own."""
+        dV = P^T dO,    dP = dO V^T,    dS = P * (dP - delta),    dQ = dS K / sqrt(d),    dK = dS^T Q / sqrt(d)
+
+    with ``delta = rowsum(dO * O)``, which equals ``rowsum(P * dP)`` over all keys: the softmax's own term.
+    """
 
     @staticmethod
-    def forward(context: _Context, query: Tensor, key: Tensor, value: Tensor, planned: Sequence[Pass]) -> Tensor:
-        result, total = _merged(query, key, value, planned)
-        context.save_for_backward(query, key, value, result, total)
-        context.planned = planned
-        return result
+    def forward(ctx: _Context, query: Tensor, key: Tensor, value: Tensor, splits: Sequence[AttentionSplit]) -> Tensor:
+        out, lse_total = _merge_splits(query, key, value, splits)
+        ctx.save_for_backward(query, key, value, out, lse_total)
+        ctx.splits = splits
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(context: _Context, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, result, total = context.saved_tensors
-        grads = tuple(torch.zeros_like(one, dtype=torch.float32) for one in (query, key, value))
-        inner = (grad.float() * result.float()).sum(dim=-1)
-        for one in context.planned:
-            seen, said = taken(key, one.keys).float(), taken(value, one.keys).float()
-            for queries, bias in _parts(one, query.shape[2]):
-                asked, outer = query[:, :, queries].float(), grad[:, :, queries].float()
-                scale = asked.shape[-1] ** -0.5
-                scores = asked @ seen.mT * scale - total[:, :, queries, None]
-                share = (scores if bias is None else scores + bias[:, None]).exp()
-                slope = share * (outer @ said.mT - inner[:, :, queries, None]) * scale
-                grads[0][:, :, queries] += slope @ seen
-                _add(grads[1], one.keys, slope.mT @ asked)
-                _add(grads[2], one.keys, share.mT @ outer)
-        return (*(one.to(like) for one, like in zip(grads, (query, key, value), strict=True)), None)  # type: ignore[return-value]
+    def backward(ctx: _Context, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, out, lse_total = ctx.saved_tensors
+        dquery, dkey, dvalue = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (query, key, value))
+        delta = (dout.float() * out.float()).sum(dim=-1)  # (batch, heads, queries)
+        scale = query.shape[-1] ** -0.5
+        for split in ctx.splits:
+            split_key, split_value = gather(key, split.keys).float(), gather(value, split.keys).float()
+            # A kernel would recompute the scores tile by tile; here they are held, for some queries at a time.
+            for queries, log_weights in _query_chunks(split, query.shape[2]):
+                chunk_query, chunk_dout = query[:, :, queries].float(), dout[:, :, queries].float()
+                scores = chunk_query @ split_key.mT * scale - lse_total[:, :, queries, None]
+                probs = (scores if log_weights is None else scores + log_weights[:, None]).exp()
+                dscores = probs * (chunk_dout @ split_value.mT - delta[:, :, queries, None]) * scale
+                dquery[:, :, queries] += dscores @ split_key
+                _scatter_add(dkey, split.keys, dscores.mT @ chunk_query)
+                _scatter_add(dvalue, split.keys, probs.mT @ chunk_dout)
+        return dquery.to(query), dkey.to(key), dvalue.to(value), None
 
 
-def _merged(query: Tensor, key: Tensor, value: Tensor, planned: Sequence[Pass]) -> tuple[Tensor, Tensor]:
-    """The result, and the logarithm of each query's softmax denominator, (batch, heads, queries) in float32."""
-    result = query.new_empty(*query.shape[:3], value.shape[-1])
-    total = query.new_empty(query.shape[:3], dtype=torch.float32)
-    for one in planned:
-        seen, said = taken(key, one.keys), taken(value, one.keys)
-        here, sums = attention_with_sums(taken(query, (one.queries,)), seen, said)
-        if one.bias is not None:
-            sums = sums + one.bias
-        if one.stage == "later":
-            before = total[:, :, one.queries]
-            share = torch.sigmoid(sums - before).unsqueeze(-1).to(here.dtype)
-            here, sums = torch.lerp(result[:, :, one.queries], here, share), torch.logaddexp(before, sums)
-        result[:, :, one.queries] = here
-        total[:, :, one.queries] = sums
-    return result, total
+def _merge_splits(query: Tensor, key: Tensor, value: Tensor, splits: Sequence[AttentionSplit]) -> tuple[Tensor, Tensor]:
+    """The result, and the log-sum-exp of each query over all its keys, (batch, heads, queries) in float32."""
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    lse_total = query.new_empty(query.shape[:3], dtype=torch.float32)
+    for split in splits:
+        split_out, lse = attention_with_lse(
+            gather(query, (split.queries,)), gather(key, split.keys), gather(value, split.keys)
+        )
+        if split.log_weights is not None:
+            lse = lse + split.log_weights
+        if split.stage == "merge":
+            # sigmoid(l_B - l_A) = Z_B / (Z_A + Z_B), without an exponential of either that could overflow.
+            lse_before = lse_total[:, :, split.queries]
+            fraction = torch.sigmoid(lse - lse_before).unsqueeze(-1).to(split_out.dtype)
+            split_out = torch.lerp(out[:, :, split.queries], split_out, fraction)
+            lse = torch.logaddexp(lse_before, lse)
+        out[:, :, split.queries] = split_out
+        lse_total[:, :, split.queries] = lse
+    return out, lse_total
 
 
-def attention_with_sums(
+def attention_with_lse(
     query: Float[Tensor, "batch heads queries channels"],
     key: Float[Tensor, "batch heads keys channels"],
     value: Float[Tensor, "batch heads keys channels"],
@@ -115,39 +134,40 @@ def attention_with_sums(
     """Plain attention, and the log-sum-exp of each query's scaled scores: (batch, heads, queries) in float32.
 
     Raises:
-        GuideError: on a device whose kernels do not tell.
+        GuideError: on a device whose kernels do not return it.
     """
     aten = torch.ops.aten
     if query.device.type == "cpu":
-        mixed, sums = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)  # noqa: SLF001
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)  # noqa: SLF001
     elif query.device.type != "cuda":
         raise GuideError(
-            f"attention on {query.device} does not tell its log-sum-exp, so passes cannot be merged there. "
+            f"attention on {query.device} does not return its log-sum-exp, so splits cannot be merged there. "
             "Use method='grouped' with hard masks, or method='dense'."
         )
     elif query.dtype == torch.float32:
-        mixed, sums, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)  # noqa: SLF001
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)  # noqa: SLF001
     else:
-        mixed, sums, *_ = aten._scaled_dot_product_flash_attention(query, key, value)  # noqa: SLF001
-    return mixed, sums[:, :, : query.shape[2]].float()
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value)  # noqa: SLF001
+    return out, lse[:, :, : query.shape[2]].float()  # CUDA kernels round the number of queries up
 
 
-def _parts(one: Pass, count: int) -> list[tuple[Tokens, Tensor | None]]:
-    """The queries of a pass a few at a time, with their biases."""
-    parts: list[Tokens]
-    if isinstance(one.queries, slice):
-        start, stop, _ = one.queries.indices(count)
-        parts = [slice(low, min(low + _BACKWARD_QUERIES, stop)) for low in range(start, stop, _BACKWARD_QUERIES)]
+def _query_chunks(split: AttentionSplit, num_queries: int) -> list[tuple[TokenIndex, Tensor | None]]:
+    """The queries of a split, `_BACKWARD_QUERIES` at a time, with their log_weights."""
+    chunks: list[TokenIndex]
+    if isinstance(split.queries, slice):
+        start, stop, _ = split.queries.indices(num_queries)
+        chunks = [slice(low, min(low + _BACKWARD_QUERIES, stop)) for low in range(start, stop, _BACKWARD_QUERIES)]
     else:
-        parts = list(one.queries.split(_BACKWARD_QUERIES))
-    biases = [None] * len(parts) if one.bias is None else one.bias.split(_BACKWARD_QUERIES)
-    return list(zip(parts, biases, strict=True))
+        chunks = list(split.queries.split(_BACKWARD_QUERIES))
+    if split.log_weights is None:
+        return [(chunk, None) for chunk in chunks]
+    return list(zip(chunks, split.log_weights.split(_BACKWARD_QUERIES), strict=True))
 
 
-def _add(total: Tensor, where: Sequence[Tokens], part: Tensor) -> None:
-    """Add tokens to where they were taken from."""
+def _scatter_add(total: Tensor, indices: Sequence[TokenIndex], tokens: Tensor) -> None:
+    """Add tokens to the places that `gather` took them from."""
     start = 0
-    for some in where:
-        length = some.stop - some.start if isinstance(some, slice) else len(some)
-        total[:, :, some] += part[:, :, start : start + length]
+    for index in indices:
+        length = index.stop - index.start if isinstance(index, slice) else len(index)
+        total[:, :, index] += tokens[:, :, start : start + length]
         start += length

@@ -1,4 +1,4 @@
-"""How much of each image token a region governs. Boxes and masks are area-averaged exactly, whatever the grid."""
+"""Coverage: the part of each image token that a region covers. Boxes and masks are area-averaged exactly on any grid."""
 
 import math
 
@@ -19,14 +19,14 @@ def token_weights(region: Region, grid: tuple[int, int]) -> Float[Tensor, "rows 
     outwards, so a region that touches the edge stays whole there and no grid is too small.
 
     Args:
-        region: where, how strongly, how softly.
+        region: the area, its weight and its feather.
         grid: rows and columns of image tokens.
 
     Returns:
         Float32, shape (rows, columns), on the CPU, values in [0, ``region.weight``].
 
     Raises:
-        GuideError: if no token gets any weight, since the region would go unread.
+        GuideError: if no token gets any weight, since the region would have no effect.
 
     >>> import artaug as aa
     >>> from artaug.regional import token_weights
@@ -41,38 +41,44 @@ def token_weights(region: Region, grid: tuple[int, int]) -> Float[Tensor, "rows 
 
 def coverage(region: Region, grid: tuple[int, int]) -> Float[Tensor, "rows columns"]:
     """The part of each image token that a region covers, feathered: float64, shape (rows, columns), in [0, 1]."""
+    # All three steps are separable: what happens along rows does not depend on columns. So each is an outer product, or
+    # one matrix from the left and one from the right.
     rows, columns = grid
     if isinstance(region.area, Mask):
         mask = torch.from_numpy(region.area.to_array()).double()
-        covered = _averaging(region.area.height, rows) @ mask @ _averaging(region.area.width, columns).T
+        covered = _averaging_matrix(region.area.height, rows) @ mask @ _averaging_matrix(region.area.width, columns).T
     else:
         box = region.area
-        covered = torch.outer(_coverage(box.top, box.bottom, rows), _coverage(box.left, box.right, columns))
+        covered = torch.outer(
+            _interval_overlap(box.top, box.bottom, rows), _interval_overlap(box.left, box.right, columns)
+        )
     if region.feather:
         sigma = region.feather * min(rows, columns)
-        covered = _blurring(sigma, rows) @ covered @ _blurring(sigma, columns).T
+        covered = _gaussian_matrix(sigma, rows) @ covered @ _gaussian_matrix(sigma, columns).T
     return covered.clamp(0, 1)
 
 
-def _coverage(start: float, end: float, count: int) -> Tensor:
-    """The part of each of ``count`` tokens on an axis that lies between two relative positions."""
+def _interval_overlap(start: float, end: float, count: int) -> Tensor:
+    """The part of each of ``count`` tokens on an axis that lies between two relative positions: (count,)."""
     token = torch.arange(count, dtype=torch.float64)
     return ((token + 1).clamp(max=end * count) - token.clamp(min=start * count)).clamp(min=0)
 
 
-def _averaging(cells: int, count: int) -> Tensor:
+def _averaging_matrix(cells: int, count: int) -> Tensor:
     """The matrix (count, cells) that averages a mask's cells over each token's length; every row sums to 1."""
-    # In units of 1 / (cells * count) every edge is a whole number, so the shares are exact.
+    # In units of 1 / (cells * count) every edge is a whole number, so the overlaps are exact.
     token = torch.arange(count)[:, None] * cells
     cell = torch.arange(cells)[None, :] * count
-    shared = torch.minimum(token + cells, cell + count) - torch.maximum(token, cell)
-    return shared.clamp(min=0).double() / cells
+    overlap = torch.minimum(token + cells, cell + count) - torch.maximum(token, cell)
+    return overlap.clamp(min=0).double() / cells
 
 
-def _blurring(sigma: float, count: int) -> Tensor:
-    """The matrix (count, count) of a Gaussian of ``sigma`` tokens, all that falls off an end kept by the last token."""
+def _gaussian_matrix(sigma: float, count: int) -> Tensor:
+    """The matrix (count, count) of a blur by ``sigma`` tokens; what falls off an end goes to the last token there."""
+    # Row i holds the integrals over each token of a Gaussian around the centre of token i: differences of its
+    # cumulative distribution at the token edges. With the outer edges at infinity every row sums to 1.
     edges = torch.arange(count + 1, dtype=torch.float64) - 0.5
     edges[0], edges[-1] = -math.inf, math.inf
-    centres = torch.arange(count, dtype=torch.float64)
-    below: Tensor = torch.special.ndtr((edges[None, :] - centres[:, None]) / sigma)
-    return below.diff(dim=1)
+    centers = torch.arange(count, dtype=torch.float64)
+    cumulative: Tensor = torch.special.ndtr((edges[None, :] - centers[:, None]) / sigma)
+    return cumulative.diff(dim=1)

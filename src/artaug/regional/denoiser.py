@@ -1,4 +1,4 @@
-"""What a guide knows of a model: its prediction, its prompts, and its attention. One short class a family writes it."""
+"""The seam between guides and models: a denoiser's prediction, its prompts and its attention. Each family subclasses it."""
 
 import dataclasses
 import inspect
@@ -8,21 +8,22 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from artaug.regional.isolation import BALANCED, Isolation
 
 Conditioning: TypeAlias = Mapping[str, Any]
-"""Encoded prompts, by the model's own names: tensors or lists, the first axis of each counting the prompts."""
+"""Encoded prompts by the model's own names: tensors or lists, prompts along the first axis of each."""
 
 ForwardKwargs: TypeAlias = Mapping[str, Any]
 """The keyword arguments a pipeline calls its denoiser with."""
 
 Output: TypeAlias = Any
-"""What a denoiser returns: its prediction, or a tuple or an object of diffusers that begins with it."""
+"""What a denoiser returns: its prediction, or a tuple or an output object of diffusers with the prediction first."""
 
 AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Attention of queries to keys and values, all (batch, heads, tokens, channels of a head); so is the result."""
+"""Attention of queries to keys and values, all (batch, heads, tokens, channels of a head), as is the result."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class EncodedPrompt:
     conditioning: Conditioning
     """One row of what `Conditioning` holds."""
     token_slice: slice
-    """Where along the row its own tokens are; the rest is padding."""
+    """Where its own tokens are along the row; the rest is padding."""
 
 
 @dataclass(frozen=True)
 class Branches:
     """Which rows of a call's batch are predicted for the plans' prompts, and which for the negative prompt.
 
-    Rows follow the order of the pictures. A call of one branch alone has the other one empty.
+    Rows follow the order of the pictures. In a call of one branch alone the other is empty.
     """
 
     cond: range
@@ -48,28 +49,28 @@ class Branches:
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring tokens of an attention sequence that are of one kind."""
+    """Neighbouring tokens of one kind in an attention sequence."""
 
     kind: Literal["image", "text", "padding", "reference"]
-    """Image tokens in rows; a prompt; tokens that mean nothing and nobody may see; or tokens that all see and that see
-    all but the regions' prompts, as those of a reference picture."""
+    """Image tokens in row-major order; a prompt; padding, which is attended to by none; or a reference, such as the tokens
+    of a reference picture, which all attend to and which attends to all but the regions' prompts."""
     length: int
     """How many tokens."""
     prompt: int = 0
-    """For a text, whose: 0 for the plan's own (or the negative prompt), i for the i-th region's."""
+    """For a text, the number of its prompt: 0 for the plan's own (or the negative prompt), i for the i-th region's."""
 
 
 Processor: TypeAlias = Any
-"""What computes an attention layer, of the model's own classes."""
+"""An attention processor, of the model's own classes."""
 
 
 class AttentionLayer(Protocol):
-    """A layer as diffusers has them, whose computing can be replaced."""
+    """An attention layer of diffusers, whose processor can be replaced."""
 
     processor: Processor
 
     def set_processor(self, processor: Processor) -> None:
-        """Compute with another processor from now on."""
+        """Use another processor from now on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,29 +78,29 @@ class AttentionSite:
     """One attention layer."""
 
     attention: AttentionLayer
-    """The layer, whose ``processor`` is replaced while a guide is at work."""
+    """The layer, whose ``processor`` is replaced during a guided run."""
     block: int
-    """Its place in the order of computation, from 0."""
+    """Its number in the order of computation, from 0."""
     kind: Literal["joint", "cross", "text"] = "joint"
-    """Whether image and texts look at each other, the image looks at the texts, or texts look at texts."""
+    """Whether image and texts attend to each other, the image to the texts, or texts to texts."""
     grid: tuple[int, int] | None = None
     """Rows and columns of its image tokens; None for those of the denoiser."""
 
 
 def bind_forward_args(module: nn.Module, args: Sequence[Any], kwargs: ForwardKwargs) -> dict[str, Any]:
-    """A call with its positional arguments by name, since a few pipelines pass some of them so."""
+    """The arguments of a module's call, all by name: a few pipelines pass some by position."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Denoiser(ABC):
-    """A model in one run, as a guide sees it. This much is enough for `OutputMix`."""
+    """The interface of a model to a guide, in one run. This much is enough for `OutputMix`."""
 
     module: nn.Module
-    """The denoiser, its first output the prediction."""
+    """The denoiser, whose first output is the prediction."""
     grid: tuple[int, int]
-    """Rows and columns of a prediction: of image tokens, or of latent pixels where that is what it predicts."""
+    """Rows and columns of a prediction: of image tokens, or of latent pixels if it predicts those."""
 
     @abstractmethod
     def branches(self, kwargs: ForwardKwargs) -> Branches:
@@ -109,10 +110,10 @@ class Denoiser(ABC):
     def with_prompt_embeds(
         self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
     ) -> dict[str, Any]:
-        """The same call for these rows of the batch, each with another prompt."""
+        """The arguments of the same call for these rows of the batch, each with another prompt."""
 
     def prediction(self, output: Output) -> Tensor:
-        """The prediction in an output, the batch first: it is a tensor, or what holds one in the first place."""
+        """The prediction in an output, batch first."""
         prediction: Tensor = output if isinstance(output, Tensor) else output[0]
         return prediction
 
@@ -126,8 +127,8 @@ class Denoiser(ABC):
         return dataclasses.replace(output, **{first: prediction})
 
     def broadcast_weights(self, weights: Tensor) -> Tensor:
-        """Weights of (rows, columns), shaped to multiply one row of a prediction: here (tokens, channels)."""
-        return weights.reshape(-1, 1)
+        """Weights (rows, columns), shaped to multiply one row of a prediction, which by default is (tokens, channels)."""
+        return rearrange(weights, "rows columns -> (rows columns) 1")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,10 +136,10 @@ class AttentiveDenoiser(Denoiser):
     """A denoiser whose attention can be guided, by `RegionalAttention`."""
 
     isolation: Isolation = BALANCED
-    """What regions and prompts see of each other, where the guide has no isolation of its own."""
+    """The family's default of what attends to what; a guide's own isolation comes first."""
 
     def patched(self) -> AbstractContextManager[None]:
-        """Whatever else has to be in place during a run, and is gone after it; nothing unless a family says so."""
+        """A ``with`` block in which the module has whatever other changes a guided run needs; by default none."""
         return nullcontext()
 
     @property
@@ -153,7 +154,7 @@ class AttentiveDenoiser(Denoiser):
 
     @abstractmethod
     def noise_level(self, kwargs: ForwardKwargs) -> float:
-        """How noisy the pictures of a call are, in [0, 1]: sigma of a flow model, else the timestep's fraction."""
+        """The noise level of a call's pictures, in [0, 1]: sigma of a flow model, else the timestep's fraction."""
 
     @abstractmethod
     def append_prompts(
@@ -177,14 +178,14 @@ class AttentiveDenoiser(Denoiser):
     def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         """What a layer works on, by its name: image tokens (of a convolution, pixels), all prompts' tokens, both, or none.
 
-        A LoRA of a region is worn by its own tokens only, so a layer without tokens (a modulation) wears none of it.
+        A region's LoRA applies to its own tokens only, so a layer without tokens (a modulation) gets none of it.
         """
         return None
 
     @abstractmethod
     def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> Processor:
-        """The attention processor of a site, as it is but for one thing: it calls ``attention_fn``.
+        """An attention processor like the one that a site has, but with ``attention_fn`` as its attention.
 
         Raises:
-            GuideError: if the site has a processor that this would not be a twin of, naming it.
+            GuideError: if the site has a processor of a class that this does not reproduce, naming it.
         """

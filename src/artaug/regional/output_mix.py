@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from artaug.errors import GuideError, NonFiniteError
 from artaug.lora.lora import LoRA
-from artaug.regional.claim import exclusive
 from artaug.regional.coverage import token_weights
 from artaug.regional.denoiser import Denoiser, EncodedPrompt, ForwardKwargs, Output, bind_forward_args
-from artaug.regional.guide import EncodedRegion, Guide
-from artaug.regional.token_lora import lora_of
+from artaug.regional.guide import EncodedRegion, Guide, exclusive
+from artaug.regional.token_lora import find_lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +26,14 @@ class OutputMix(Guide):
 
         v = (v(P) + sum_i s_i M_i v(P_i)) / (1 + sum_i s_i M_i)
 
-    The paper's setting is weight 1 and feather 0, which is what a `Region` has unless told otherwise: inside one region
-    its prompt and the plan's count half each, outside all regions nothing changes.
+    The paper's setting is weight 1 and feather 0, the defaults of a `Region`: inside one region its prompt and the
+    plan's count half each, outside all regions nothing changes.
 
     It costs one more forward pass per region and step. These run in sub-batches no larger than the batch itself, so
     memory stays that of plain drawing. With classifier-free guidance the branch of the plan's prompt is mixed, and that
     of the negative prompt where a region has a negative prompt of its own.
 
-    A region that names a LoRA wears it while its own prediction is made.
+    The LoRA that a region names is applied while the region's own prediction is made.
 
     >>> import artaug as aa
     >>> aa.OutputMix()
@@ -42,21 +41,21 @@ class OutputMix(Guide):
     """
 
     loras: Mapping[str, LoRA] = field(default_factory=dict, repr=False, hash=False)
-    """What a region may wear (`Region.lora`), by name."""
+    """The LoRAs that regions may name (`Region.lora`)."""
 
     @contextmanager
     def steering(self, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> Iterator[None]:
-        parts = tuple(
-            part
-            for row, of_row in enumerate(regions)
-            for one in of_row
-            for part in _parts(row, one, denoiser.grid, lora_of(one.region, self.loras))
+        terms = tuple(
+            term
+            for picture, picture_regions in enumerate(regions)
+            for encoded in picture_regions
+            for term in _region_terms(picture, encoded, denoiser.grid, find_lora(encoded.region, self.loras))
         )
         with exclusive(denoiser.module, self):
-            if not parts:
+            if not terms:
                 yield
                 return
-            handle = denoiser.module.register_forward_hook(_Mixing(denoiser, parts, len(regions)), with_kwargs=True)
+            handle = denoiser.module.register_forward_hook(_MixHook(denoiser, terms, len(regions)), with_kwargs=True)
             try:
                 yield
             finally:
@@ -64,100 +63,115 @@ class OutputMix(Guide):
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """One prompt of one region of one picture of the batch."""
+class _Term:
+    """One term of the paper's sum: one prompt of one region of one picture of the batch."""
 
     branch: Literal["cond", "uncond"]
     picture: int
-    text: EncodedPrompt | None
-    """None for the one its row has: a LoRA counts in both branches, or guidance would multiply it."""
+    prompt: EncodedPrompt | None
+    """None for the prompt that the row has: a LoRA in one branch only would be multiplied by the guidance scale."""
     weights: Tensor
-    """Shape (rows, columns) of a prediction."""
-    prompt: str
-    wears: str | None
+    """s_i M_i, shape (rows, columns) of a prediction."""
+    description: str
+    """The prompt's text, for error messages."""
+    lora_name: str | None
     lora: LoRA | None
 
 
-def _parts(picture: int, one: EncodedRegion, grid: tuple[int, int], lora: LoRA | None) -> Iterator[_Part]:
-    weights = token_weights(one.region, grid)
-    yield _Part("cond", picture, one.prompt, weights, one.region.prompt, one.region.lora, lora)
-    if one.negative_prompt is not None or lora is not None:
-        said = "the negative prompt" if one.negative_prompt is None else f"not {one.region.negative_prompt}"
-        yield _Part("uncond", picture, one.negative_prompt, weights, said, one.region.lora, lora)
+@dataclass(frozen=True, eq=False)
+class _RowTerm:
+    """A term in one call: the row of the batch that it belongs to."""
+
+    row: int
+    term: _Term
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """Terms of one kind can be predicted in one batch: with the same LoRA, and all with a prompt or all without."""
+        return self.term.lora_name or "", self.term.prompt is None
 
 
-def _asked_alike(placed: tuple[int, _Part]) -> tuple[str, bool]:
-    return placed[1].wears or "", placed[1].text is None
+def _region_terms(picture: int, encoded: EncodedRegion, grid: tuple[int, int], lora: LoRA | None) -> Iterator[_Term]:
+    region = encoded.region
+    weights = token_weights(region, grid)
+    yield _Term("cond", picture, encoded.prompt, weights, region.prompt, region.lora, lora)
+    if encoded.negative_prompt is not None or lora is not None:
+        negative = "the negative prompt" if encoded.negative_prompt is None else f"not {region.negative_prompt}"
+        yield _Term("uncond", picture, encoded.negative_prompt, weights, negative, region.lora, lora)
 
 
-class _Mixing:
-    """The forward hook of one run: replaces a prediction for the plans' prompts by the mixed one."""
+class _MixHook:
+    """The forward hook of one run: replaces the denoiser's prediction by the mixed one."""
 
-    def __init__(self, denoiser: Denoiser, parts: Sequence[_Part], batch: int) -> None:
+    def __init__(self, denoiser: Denoiser, terms: Sequence[_Term], batch_size: int) -> None:
         self._denoiser = denoiser
-        self._parts = parts
-        self._batch = batch
-        self._steps = 0
-        self._asking = False
+        self._terms = terms
+        self._batch_size = batch_size
+        self._step = 0
+        self._is_mixing = False
+        """Predicting a term calls the module again, and with it this hook, which then has to pass the output on."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> Output:
-        # Asking for a region's prediction calls the denoiser again, so that every other hook on it has its say.
-        if self._asking:
+        if self._is_mixing:
             return None
         kwargs = bind_forward_args(module, args, kwargs)
         branches = self._denoiser.branches(kwargs)
-        for rows in (branches.cond, branches.uncond):
-            if len(rows) not in (0, self._batch):
-                raise GuideError(f"regions of {self._batch} pictures cannot steer a batch of {len(rows)}.")
-        placed = [(rows[part.picture], part) for part in self._parts if (rows := getattr(branches, part.branch))]
-        if not placed:
+        rows = {"cond": branches.cond, "uncond": branches.uncond}
+        for batch_rows in rows.values():
+            if len(batch_rows) not in (0, self._batch_size):
+                raise GuideError(f"regions of {self._batch_size} pictures cannot steer a batch of {len(batch_rows)}.")
+        row_terms = [_RowTerm(rows[term.branch][term.picture], term) for term in self._terms if rows[term.branch]]
+        if not row_terms:
             return None
-        self._steps += bool(branches.cond)
+        self._step += bool(branches.cond)
         prediction = self._denoiser.prediction(output)
-        self._check(prediction, "the plan's prompt")
-        self._asking = True
+        self._check_finite(prediction, "the plan's prompt")
+        self._is_mixing = True
         try:
-            return self._denoiser.with_prediction(output, self._mixed(prediction, kwargs, placed))
+            return self._denoiser.with_prediction(output, self._mix(prediction, kwargs, row_terms))
         finally:
-            self._asking = False
+            self._is_mixing = False
 
-    def _mixed(self, prediction: Tensor, kwargs: ForwardKwargs, placed: Sequence[tuple[int, _Part]]) -> Tensor:
-        """The paper's equation; rows without a region stay the very numbers they were."""
-        wide = torch.promote_types(prediction.dtype, torch.float32)
-        sums = {row: prediction[row].to(wide) for row, _ in placed}
-        totals = {row: torch.ones((), device=prediction.device, dtype=wide) for row in sums}
-        for some in self._sub_batches(placed):
-            for (row, part), regional in zip(some, self._asked(some, kwargs), strict=True):
-                weights = self._denoiser.broadcast_weights(part.weights).to(prediction.device, wide)
-                sums[row] = sums[row] + weights * regional
-                totals[row] = totals[row] + weights
+    def _mix(self, prediction: Tensor, kwargs: ForwardKwargs, row_terms: Sequence[_RowTerm]) -> Tensor:
+        """The paper's equation; rows without a region keep their prediction bit for bit."""
+        # At least float32: a half-precision sum over many regions would lose what their weights say.
+        dtype = torch.promote_types(prediction.dtype, torch.float32)
+        numerators = {item.row: prediction[item.row].to(dtype) for item in row_terms}
+        denominators = {row: torch.ones((), device=prediction.device, dtype=dtype) for row in numerators}
+        for batch in self._sub_batches(row_terms):
+            for item, regional in zip(batch, self._predict(batch, kwargs), strict=True):
+                weights = self._denoiser.broadcast_weights(item.term.weights).to(prediction.device, dtype)
+                numerators[item.row] = numerators[item.row] + weights * regional
+                denominators[item.row] = denominators[item.row] + weights
         mixed = prediction.clone()
-        for row, total in sums.items():
-            mixed[row] = (total / totals[row]).to(prediction.dtype)
+        for row, numerator in numerators.items():
+            mixed[row] = (numerator / denominators[row]).to(prediction.dtype)
         return mixed
 
-    def _sub_batches(self, placed: Sequence[tuple[int, _Part]]) -> Iterator[Sequence[tuple[int, _Part]]]:
-        """Parts that wear the same and bring a prompt or none, no more at a time than the batch has pictures."""
-        for _, alike in groupby(sorted(placed, key=_asked_alike), key=_asked_alike):
-            parts = list(alike)
-            yield from (parts[start : start + self._batch] for start in range(0, len(parts), self._batch))
+    def _sub_batches(self, row_terms: Sequence[_RowTerm]) -> Iterator[Sequence[_RowTerm]]:
+        """Terms of one kind, no more at a time than the batch has pictures."""
+        for _, group in groupby(sorted(row_terms, key=lambda item: item.kind), key=lambda item: item.kind):
+            items = list(group)
+            yield from (items[start : start + self._batch_size] for start in range(0, len(items), self._batch_size))
 
-    def _asked(self, placed: Sequence[tuple[int, _Part]], kwargs: ForwardKwargs) -> Tensor:
-        """The denoiser's prediction for each row under each part's own prompt."""
-        rows, texts = [row for row, _ in placed], [part.text for _, part in placed if part.text is not None]
-        if texts:
-            kwargs = self._denoiser.with_prompt_embeds(kwargs, rows, texts)
-        lora = placed[0][1].lora
+    def _predict(self, batch: Sequence[_RowTerm], kwargs: ForwardKwargs) -> Tensor:
+        """The denoiser's prediction of each row under each term's own prompt."""
+        rows = [item.row for item in batch]
+        prompts = [prompt for item in batch if (prompt := item.term.prompt) is not None]
+        if prompts:
+            kwargs = self._denoiser.with_prompt_embeds(kwargs, rows, prompts)
+        lora = batch[0].term.lora
         with nullcontext() if lora is None else lora.applied_to(self._denoiser.module):
+            # The module itself is called, not its forward, so that every other hook on it runs as well.
             prediction = self._denoiser.prediction(self._denoiser.module(**kwargs))
-        if not texts:
+        if not prompts:
             prediction = prediction[rows]
-        self._check(prediction, f"the region prompt(s) {[part.prompt for _, part in placed]}")
+        self._check_finite(prediction, f"the region prompt(s) {[item.term.description for item in batch]}")
         return prediction
 
-    def _check(self, prediction: Tensor, prompt: str) -> None:
+    def _check_finite(self, prediction: Tensor, prompt: str) -> None:
         if not prediction.isfinite().all():
             raise NonFiniteError(
-                f"the denoiser predicted NaN or infinity for {prompt} at step {self._steps}. "
-                "Check the weights, and the LoRA worn; a float16 model may need bfloat16."
+                f"the denoiser predicted NaN or infinity for {prompt} at step {self._step}. "
+                "Check the weights and the LoRAs; a float16 model may need bfloat16."
             )

@@ -1,139 +1,136 @@
-"""A LoRA for each region, in one forward pass: every token takes the updates of the regions it belongs to."""
+"""A LoRA for each region in one forward pass: every token gets the updates of the regions that it belongs to."""
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from artaug.errors import GuideError
 from artaug.lora.lora import LoRA
 from artaug.plan import Region
-from artaug.regional.denoiser import AttentiveDenoiser, Span
-from artaug.regional.region_weights import Shares
+from artaug.regional.denoiser import AttentiveDenoiser
+from artaug.regional.guided_call import CurrentCall, GuidedRow
+from artaug.regional.region_weights import RegionWeights
+
+SplitGrid: TypeAlias = Callable[[tuple[Region, ...], tuple[int, int]], RegionWeights]
+"""`artaug.regional.region_weights.split_grid` with a guide's options."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a call: what its sequence holds, and the regions whose prompts are there."""
-
-    spans: tuple[Span, ...]
-    regions: tuple[Region, ...]
-    dressed: tuple[Region, ...]
-    """All regions of the picture: their LoRAs count in the negative branch, too, or guidance would multiply them."""
-
-
-def lora_of(region: Region, loras: Mapping[str, LoRA]) -> LoRA | None:
-    """The LoRA a region asks for.
+def find_lora(region: Region, loras: Mapping[str, LoRA]) -> LoRA | None:
+    """The LoRA that a region names.
 
     Raises:
-        GuideError: if the guide knows none of that name.
+        GuideError: if the guide has none of that name.
     """
     if region.lora is None:
         return None
     if region.lora not in loras:
         raise GuideError(
-            f"a region wants the LoRA {region.lora!r} and the guide knows {sorted(loras) or 'none'}. "
-            f"Hand it over: RegionalAttention(loras={{{region.lora!r}: artaug.LoRA.load(...)}})."
+            f"a region names the LoRA {region.lora!r} and the guide has {sorted(loras) or 'none'}. "
+            f"Pass it to the guide: RegionalAttention(loras={{{region.lora!r}: artaug.LoRA.load(...)}})."
         )
     return loras[region.lora]
 
 
 @contextmanager
-def worn_in_regions(
-    denoiser: AttentiveDenoiser,
-    loras: Mapping[str, LoRA],
-    *,
-    rows: Callable[[], Sequence[Row]],
-    shares: Callable[[tuple[Region, ...], tuple[int, int]], Shares],
+def token_loras_applied(
+    denoiser: AttentiveDenoiser, loras: Mapping[str, LoRA], *, current: CurrentCall, split_grid: SplitGrid
 ) -> Iterator[None]:
-    """Let every token wear the LoRAs of its regions inside the ``with`` block.
+    """Apply the LoRAs of regions to their own tokens inside the ``with`` block.
 
-    An image token takes of a region's LoRA the region's share of it, up to all; a region's prompt takes all of it. The
-    pixels that come out of a convolution are such tokens, of a grid of their own.
+    An image token gets the part of a LoRA's update that is the region's share of the token, up to all; a region's prompt
+    gets all of it, and other prompts nothing. The output pixels of a convolution are such tokens, on a grid of their own.
 
     Args:
-        denoiser: whose layers wear them.
-        loras: those in use, by name.
-        rows: the rows of the call under way, none while no region counts.
-        shares: how regions divide a grid, `artaug.regional.region_weights.divided` with the guide's options.
+        denoiser: the model whose layers are updated.
+        loras: those that regions name, by name.
+        current: the call under way.
+        split_grid: how regions split a grid.
     """
-    with ExitStack() as wardrobe:
+    with ExitStack() as applied:
         for name, lora in loras.items():
-            _warn_of_layers_without_tokens(name, lora, denoiser)
-            along = _Along(name, denoiser, rows, shares)
-            wardrobe.enter_context(lora.applied_to(denoiser.module, output_weights=along))
+            _check_layers(name, lora, denoiser)
+            scales = _TokenScales(name, denoiser, current, split_grid)
+            applied.enter_context(lora.applied_to(denoiser.module, output_weights=scales))
         yield
 
 
-class _Along:
-    """How much of one LoRA each token takes, layer by layer."""
+class _TokenScales:
+    """The factor of one LoRA's update for every token, layer by layer."""
 
-    def __init__(
-        self,
-        name: str,
-        denoiser: AttentiveDenoiser,
-        rows: Callable[[], Sequence[Row]],
-        shares: Callable[[tuple[Region, ...], tuple[int, int]], Shares],
-    ) -> None:
+    def __init__(self, name: str, denoiser: AttentiveDenoiser, current: CurrentCall, split_grid: SplitGrid) -> None:
         self._name = name
         self._denoiser = denoiser
-        self._rows = rows
-        self._shares = shares
+        self._current = current
+        self._split_grid = split_grid
         self._grids = {grid[0] * grid[1]: grid for grid in (site.grid for site in denoiser.sites) if grid is not None}
-        self._known: dict[object, Tensor] = {}
+        self._cache: dict[object, Tensor] = {}
 
     def __call__(self, layer: str, outputs: Tensor) -> Tensor | None:
-        rows, stream = tuple(self._rows()), self._denoiser.token_stream(layer)
+        """Factors that broadcast against a layer's outputs, or None if the layer gets no update."""
+        rows, stream = self._current.value.rows, self._denoiser.token_stream(layer)
         if not rows or stream is None:
             return None
-        pixels = (outputs.shape[2], outputs.shape[3]) if outputs.ndim == 4 else None  # of a convolution
+        # A convolution gives (batch, channels, height, width), every other layer (batch, tokens, channels).
+        pixels = (outputs.shape[2], outputs.shape[3]) if outputs.ndim == 4 else None
         count = math.prod(pixels) if pixels else outputs.shape[1]
         key = (rows, stream, pixels or count, outputs.device)
-        if key not in self._known:
+        if key not in self._cache:
+            # A UNet's layers have grids of several sizes, which are told apart by their number of tokens.
             grid = self._grids.get(count, self._denoiser.token_grid) if stream == "image" else self._denoiser.token_grid
-            taken = torch.stack([self._taken(row, stream, pixels or grid) for row in rows])
-            if taken.shape[1] != count:
+            scales = torch.stack([self._row_scales(row, stream, pixels or grid) for row in rows])
+            if scales.shape[1] != count:
                 raise GuideError(
-                    f"layer {layer!r} sees {count} tokens, and its {stream} tokens should be "
-                    f"{taken.shape[1]}: {type(self._denoiser).__name__}.stream does not fit the model."
+                    f"layer {layer!r} has {count} tokens, and its {stream} tokens should be {scales.shape[1]}: "
+                    f"{type(self._denoiser).__name__}.token_stream does not fit the model. Correct what it returns."
                 )
-            taken = taken.to(outputs.device)
-            self._known[key] = taken.reshape(-1, 1, *pixels) if pixels else taken[..., None]
-        return self._known[key]
+            scales = scales.to(outputs.device)
+            if pixels:
+                scales = rearrange(scales, "batch (height width) -> batch 1 height width", height=pixels[0])
+            else:
+                scales = rearrange(scales, "batch tokens -> batch tokens 1")
+            self._cache[key] = scales
+        return self._cache[key]
 
-    def _taken(self, row: Row, stream: str, grid: tuple[int, int]) -> Tensor:
-        """What the tokens of one row take: (tokens,), in [0, 1]."""
-        spoken = [number for number, region in enumerate(row.regions, start=1) if region.lora == self._name]
-        wearing = [number for number, region in enumerate(row.dressed, start=1) if region.lora == self._name]
-        weights = torch.tensor([1.0, *(region.weight for region in row.dressed)])
-        shares = self._shares(row.dressed, grid).weights / weights[:, None]
+    def _row_scales(self, row: GuidedRow, stream: str, grid: tuple[int, int]) -> Tensor:
+        """Factors of the tokens of one row: (tokens,), in [0, 1]."""
+        prompts = [number for number, region in enumerate(row.regions, start=1) if region.lora == self._name]
+        regions = [number for number, region in enumerate(row.lora_regions, start=1) if region.lora == self._name]
+        # Dividing by the region's weight gives its share p_i of each token: how strongly a prompt counts in attention
+        # is no reason to apply a LoRA more than once.
+        region_weights = torch.tensor([1.0, *(region.weight for region in row.lora_regions)])
+        shares = self._split_grid(row.lora_regions, grid).weights / region_weights[:, None]
+        image_scales = shares[regions].sum(dim=0).clamp(max=1)
         parts = []
         for span in row.spans:
             if span.kind == "image" and stream != "text":
-                parts.append(shares[wearing].sum(dim=0).clamp(max=1))
+                parts.append(image_scales)
             elif span.kind == "reference" and stream != "text":
                 parts.append(torch.zeros(span.length))
             elif span.kind in {"text", "padding"} and stream != "image":
-                parts.append(torch.full((span.length,), float(span.kind == "text" and span.prompt in spoken)))
+                parts.append(torch.full((span.length,), float(span.kind == "text" and span.prompt in prompts)))
         if stream == "image" and not parts:  # cross-attention: the sequence of a row holds its prompts only
-            parts.append(shares[wearing].sum(dim=0).clamp(max=1))
+            parts.append(image_scales)
         return torch.cat(parts)
 
 
-def _warn_of_layers_without_tokens(name: str, lora: LoRA, denoiser: AttentiveDenoiser) -> None:
-    left_out = [layer for layer in lora.layers if denoiser.token_stream(layer) is None]
-    if len(left_out) == len(lora.layers):
+def _check_layers(name: str, lora: LoRA, denoiser: AttentiveDenoiser) -> None:
+    """Warn of layers without tokens, which no region can update; refuse a LoRA that has no others."""
+    skipped = [layer for layer in lora.layers if denoiser.token_stream(layer) is None]
+    if len(skipped) == len(lora.layers):
         raise GuideError(
             f"no layer of the LoRA {name!r} works on tokens in a {type(denoiser.module).__name__} (its first is "
-            f"{left_out[0]!r}), so no region can wear it. Wear it everywhere: synthesizer.with_lora(...)."
+            f"{skipped[0]!r}), so it cannot be applied to a region. Apply it to the whole picture: "
+            "synthesizer.with_lora(...)."
         )
-    if left_out:
+    if skipped:
         warnings.warn(
-            f"{len(left_out)} of {len(lora.layers)} layers of the LoRA {name!r} act on the whole picture "
-            f"(first: {left_out[0]!r}). A region cannot wear them, so they are left out.",
+            f"{len(skipped)} of {len(lora.layers)} layers of the LoRA {name!r} act on the whole picture "
+            f"(first: {skipped[0]!r}). They cannot be applied to a region, so they are left out.",
             stacklevel=2,
         )

@@ -1,0 +1,53 @@
+"""A guided call: what the rows of one call of the denoiser hold, and how attention and LoRA layers get to know it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from artaug.plan import Region
+from artaug.regional.denoiser import Span
+
+
+@dataclass(frozen=True)
+class GuidedRow:
+    """One row of a call's batch."""
+
+    spans: tuple[Span, ...]
+    """Its joint sequence, in order."""
+    regions: tuple[Region, ...]
+    """The regions whose prompts are in the sequence; the i-th has the spans of prompt i + 1."""
+    lora_regions: tuple[Region, ...]
+    """All regions of the picture. Their LoRAs apply in the negative branch as well, whose sequence may lack their
+    prompts: a LoRA in one branch only would be multiplied by the guidance scale."""
+
+
+@dataclass(frozen=True)
+class GuidedCall:
+    """One call of a denoiser under a guide; without rows, a call in which no region counts."""
+
+    rows: tuple[GuidedRow, ...] = ()
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether any row holds a region's prompt, so that attention differs from the model's own."""
+        return any(row.regions for row in self.rows)
+
+    @cached_property
+    def row_numbers(self) -> Mapping[GuidedRow, Sequence[int]]:
+        """Different rows with the numbers of the batch rows that are equal to them: they are computed together."""
+        numbers: dict[GuidedRow, list[int]] = {}
+        for number, row in enumerate(self.rows):
+            numbers.setdefault(row, []).append(number)
+        return numbers
+
+
+@dataclass
+class CurrentCall:
+    """Carries the guided call to layers which the model calls, with tensors only: attention processors and LoRA hooks.
+
+    One run owns one of these. Its pre-forward hook sets ``value`` once a call, before any layer runs; layers only read
+    it. It is not cleared when the forward ends, because gradient checkpointing computes layers once more in the backward
+    pass, after the forward, and they need the same call again.
+    """
+
+    value: GuidedCall = field(default_factory=GuidedCall)
