@@ -1,5 +1,6 @@
-"""Paired statistics against scipy, against their definition and against what they promise."""
+"""Paired statistics against scipy, against their definitions and against the coverage they promise."""
 
+import itertools
 import math
 
 import numpy as np
@@ -29,25 +30,27 @@ def test_the_interval_is_scipys():
 
     ours = paired_bootstrap(values, seed=1)
 
-    theirs = scipy_stats.bootstrap(
+    reference = scipy_stats.bootstrap(
         (values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
-    assert [ours.low, ours.high] == pytest.approx([theirs.low, theirs.high], abs=0.03 * (theirs.high - theirs.low))
+    assert [ours.low, ours.high] == pytest.approx(
+        [reference.low, reference.high], abs=0.03 * (reference.high - reference.low)
+    )
 
 
-@pytest.mark.parametrize("drawn", ["normal", "skewed", "ties"])
-def test_95_percent_intervals_hold_the_truth_95_times_in_100(drawn):
+@pytest.mark.parametrize("distribution", ["normal", "skewed", "ties"])
+def test_95_percent_intervals_cover_the_true_mean_95_times_in_100(distribution):
     generator = np.random.default_rng(0)
     draw = {
         "normal": lambda: generator.normal(0.1, 1.0, size=128),
         "skewed": lambda: generator.exponential(0.1, size=128),
         "ties": lambda: generator.choice([0.0, 0.0, 0.4, -0.0], size=128),
-    }[drawn]
+    }[distribution]
 
     intervals = [paired_bootstrap(draw(), seed=run, resamples=400) for run in range(1200)]
 
-    held = np.mean([interval.low <= 0.1 <= interval.high for interval in intervals])
-    assert 0.93 <= held <= 0.97
+    covered = np.mean([interval.low <= 0.1 <= interval.high for interval in intervals])
+    assert 0.93 <= covered <= 0.97
 
 
 @given(DIFFERENCES)
@@ -59,7 +62,7 @@ def test_the_interval_lies_within_the_differences(differences):
 
 
 @given(st.floats(-100, 100), st.integers(2, 50))
-def test_equal_differences_leave_no_doubt(number, count):
+def test_the_interval_of_equal_differences_is_a_point(number, count):
     interval = paired_bootstrap([number] * count, resamples=20)
 
     assert [interval.low, interval.high] == pytest.approx([number, number], abs=1e-12)
@@ -72,13 +75,13 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another():
     assert paired_bootstrap(differences, seed=4) != paired_bootstrap(differences, seed=5)
 
 
-def test_drawing_in_small_parts_changes_nothing(monkeypatch):
+def test_the_size_of_the_chunks_changes_nothing(monkeypatch):
     differences = np.random.default_rng(0).normal(size=30)
-    at_once = paired_bootstrap(differences, resamples=200)
+    one_chunk = paired_bootstrap(differences, resamples=200)
 
-    monkeypatch.setattr(statistics, "_DRAWS_AT_ONCE", 7 * 30)
+    monkeypatch.setattr(statistics, "_CHUNK_DRAWS", 7 * 30)
 
-    assert paired_bootstrap(differences, resamples=200) == at_once
+    assert paired_bootstrap(differences, resamples=200) == one_chunk
 
 
 def test_a_wider_level_gives_a_wider_interval():
@@ -91,25 +94,23 @@ def test_a_wider_level_gives_a_wider_interval():
 
 @given(DIFFERENCES)
 def test_a_win_rate_counts_wins_and_half_the_ties(differences):
-    wins, ties = sum(one > 0 for one in differences), sum(one == 0 for one in differences)
+    wins, ties = sum(d > 0 for d in differences), sum(d == 0 for d in differences)
 
     assert win_rate(differences) == pytest.approx((wins + ties / 2) / len(differences))
 
 
 @given(DIFFERENCES)
-def test_what_one_side_wins_the_other_loses(differences):
-    assert win_rate(differences) + win_rate([-one for one in differences]) == pytest.approx(1)
+def test_what_one_side_wins_the_other_side_loses(differences):
+    assert win_rate(differences) + win_rate([-d for d in differences]) == pytest.approx(1)
 
 
 def test_one_difference_has_no_interval():
-    with pytest.raises(
-        aa.InvalidValueError, match="received 1 difference, which says nothing about the spread: need 2"
-    ):
+    with pytest.raises(aa.InvalidValueError, match="received 1 difference, which has no spread: need at least 2"):
         paired_bootstrap([0.5])
 
 
 @pytest.mark.parametrize("measure", [paired_bootstrap, win_rate])
-def test_nothing_and_nonsense_are_refused(measure):
+def test_an_empty_list_a_table_and_nan_are_refused(measure):
     with pytest.raises(aa.InvalidValueError, match=r"a list of differences, one a prompt, received shape \(0,\)"):
         measure([])
     with pytest.raises(aa.InvalidValueError, match=r"received shape \(2, 2\)"):
@@ -119,7 +120,7 @@ def test_nothing_and_nonsense_are_refused(measure):
 
 
 @pytest.mark.parametrize("options", [{"resamples": 0}, {"level": 0.0}, {"level": 1.0}])
-def test_settings_without_meaning_are_refused(options):
+def test_resamples_and_levels_out_of_range_are_refused(options):
     with pytest.raises(aa.InvalidValueError, match=r"need at least 1 resample and a level in \(0, 1\)"):
         paired_bootstrap([0.0, 1.0], **options)
 
@@ -129,8 +130,8 @@ def test_an_interval_holds_plain_numbers():
 
 
 @given(DIFFERENCES)
-def test_wins_ties_and_losses_are_all_there_are(differences):
-    losses = sum(one < 0 for one in differences) / len(differences)
+def test_wins_ties_and_losses_add_up_to_1(differences):
+    losses = sum(d < 0 for d in differences) / len(differences)
     assert win_rate(differences) + tie_rate(differences) / 2 + losses == pytest.approx(1)
 
 
@@ -139,10 +140,10 @@ def test_sign_flips_are_scipys_exact_permutation_test(count):
     scipy_stats = pytest.importorskip("scipy.stats")
     differences = np.random.default_rng(count).normal(0.3, 1, size=count)
 
-    theirs = scipy_stats.permutation_test(
+    reference = scipy_stats.permutation_test(
         (differences,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
     )
-    assert sign_flip(differences) == pytest.approx(theirs.pvalue)
+    assert sign_flip(differences) == pytest.approx(reference.pvalue)
 
 
 def test_sampled_sign_flips_come_close_to_the_exact_ones():
@@ -150,7 +151,7 @@ def test_sampled_sign_flips_come_close_to_the_exact_ones():
     assert sign_flip(differences, flips=8000) == pytest.approx(sign_flip(differences, flips=10_000), abs=0.01)
 
 
-def test_sign_flips_err_5_times_in_100_where_nothing_changed():
+def test_sign_flips_reject_a_true_null_5_times_in_100():
     generator = np.random.default_rng(4)
     p_values = [sign_flip(generator.normal(size=24), seed=run, flips=200) for run in range(1000)]
     assert 0.03 <= np.mean(np.array(p_values) <= 0.05) <= 0.07
@@ -158,9 +159,9 @@ def test_sign_flips_err_5_times_in_100_where_nothing_changed():
 
 @given(DIFFERENCES)
 def test_a_p_value_does_not_depend_on_the_direction_and_is_never_zero(differences):
-    there, back = (sign_flip(np.multiply(differences, sign), flips=100) for sign in (1, -1))
-    assert there == back
-    assert 0 < there <= 1
+    forward, backward = (sign_flip(np.multiply(differences, sign), flips=100) for sign in (1, -1))
+    assert forward == backward
+    assert 0 < forward <= 1
 
 
 def test_without_any_difference_the_p_value_is_one():
@@ -168,35 +169,35 @@ def test_without_any_difference_the_p_value_is_one():
 
 
 @given(st.lists(st.floats(0, 1), max_size=8), st.floats(0.01, 0.2))
-def test_holm_rejects_what_his_stepwise_procedure_rejects(p_values, level):
-    rejected, order = set(), sorted(range(len(p_values)), key=lambda at: p_values[at])
-    for rank, at in enumerate(order):
-        if p_values[at] * (len(p_values) - rank) > level:
+def test_holm_rejects_what_the_step_down_procedure_rejects(p_values, level):
+    rejected, order = set(), sorted(range(len(p_values)), key=lambda index: p_values[index])
+    for rank, index in enumerate(order):
+        if p_values[index] * (len(p_values) - rank) > level:
             break
-        rejected.add(at)
-    assert {at for at, adjusted in enumerate(holm(p_values)) if adjusted <= level} == rejected
+        rejected.add(index)
+    assert {index for index, adjusted in enumerate(holm(p_values)) if adjusted <= level} == rejected
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_holm_is_no_laxer_than_no_correction_and_no_stricter_than_bonferroni(p_values):
+def test_holm_lies_between_no_correction_and_bonferroni(p_values):
     for raw, adjusted in zip(p_values, holm(p_values), strict=True):
         assert raw <= adjusted <= min(1, len(p_values) * raw)
 
 
-@given(st.integers(1, 300).flatmap(lambda of: st.tuples(st.integers(1, of), st.just(of))))
-def test_the_interval_of_a_share_is_scipys_beta(kept_of):
+@given(st.integers(1, 300).flatmap(lambda total: st.tuples(st.integers(1, total), st.just(total))))
+def test_the_interval_of_a_share_is_scipys_beta(kept_total):
     scipy_stats = pytest.importorskip("scipy.stats")
-    kept, of = kept_of
-    interval = share_interval(kept, of)
+    kept, total = kept_total
+    interval = share_interval(kept, total)
     assert [interval.low, interval.high] == pytest.approx(
-        scipy_stats.beta.ppf([0.025, 0.975], kept, of - kept + 1), abs=1e-9
+        scipy_stats.beta.ppf([0.025, 0.975], kept, total - kept + 1), abs=1e-9
     )
 
 
-def test_questions_without_meaning_are_refused():
+def test_p_values_counts_and_flips_out_of_range_are_refused():
     with pytest.raises(aa.InvalidValueError, match=r"Expected p-values, all in \[0, 1\]"):
         holm([0.5, 1.5])
-    with pytest.raises(aa.InvalidValueError, match="need 1 <= kept <= of"):
+    with pytest.raises(aa.InvalidValueError, match="need 1 <= kept <= total"):
         share_interval(0, 5)
     with pytest.raises(aa.InvalidValueError, match="need at least 1"):
         sign_flip([1.0], flips=0)
@@ -206,40 +207,40 @@ def test_the_interval_of_a_mean_of_shares_is_scipys_for_one_picture_a_prompt():
     scipy_stats = pytest.importorskip("scipy.stats")
     right = np.random.default_rng(5).integers(2, size=150).astype(float)
     ours = share_bootstrap([np.array([right, np.ones(150)])], seed=1)
-    theirs = scipy_stats.bootstrap(
+    reference = scipy_stats.bootstrap(
         (right,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
-    assert [ours.low, ours.high] == pytest.approx([theirs.low, theirs.high], abs=0.01)
+    assert [ours.low, ours.high] == pytest.approx([reference.low, reference.high], abs=0.01)
 
 
-def test_intervals_of_shares_hold_the_truth_95_times_in_100():
+def test_intervals_of_shares_cover_the_true_share_95_times_in_100():
     generator = np.random.default_rng(1)
-    held = 0
+    covered = 0
     for run in range(1000):
         easy, hard = (generator.random(80) < chance for chance in (0.8, 0.4))
-        many = generator.integers(1, 6, size=80)  # questions a prompt, right with 0.7 each
+        questions = generator.integers(1, 6, size=80)  # of each prompt, right with probability 0.7
         groups = [np.array([easy, np.ones(80)]), np.array([hard, np.ones(80)])]
-        groups.append(np.array([generator.binomial(many, 0.7), many]))
+        groups.append(np.array([generator.binomial(questions, 0.7), questions]))
         interval = share_bootstrap(groups, seed=run, resamples=400)
-        held += interval.low <= (0.8 + 0.4 + 0.7) / 3 <= interval.high
-    assert 0.93 <= held / 1000 <= 0.97
+        covered += interval.low <= (0.8 + 0.4 + 0.7) / 3 <= interval.high
+    assert 0.93 <= covered / 1000 <= 0.97
 
 
 @given(st.integers(1, 60), st.integers(1, 4))
-def test_where_all_is_right_or_all_is_wrong_the_interval_is_scipys_exact_one(prompts, pictures):
+def test_if_all_are_right_or_none_the_interval_is_scipys_exact_one(prompts, pictures):
     scipy_stats = pytest.importorskip("scipy.stats")
-    wholes = np.full(prompts, pictures)
-    for parts, successes in ((wholes, prompts), (wholes * 0, 0)):
+    denominators = np.full(prompts, pictures)
+    for numerators, successes in ((denominators, prompts), (denominators * 0, 0)):
         exact = scipy_stats.binomtest(successes, prompts).proportion_ci(method="exact")
-        interval = share_bootstrap([np.array([parts, wholes])])
+        interval = share_bootstrap([np.array([numerators, denominators])])
         assert [interval.low, interval.high] == pytest.approx([exact.low, exact.high])
 
 
-def test_shares_drawn_in_small_parts_are_the_same(monkeypatch):
+def test_the_size_of_the_chunks_changes_no_share(monkeypatch):
     groups = [np.array([np.random.default_rng(0).integers(2, size=30), np.ones(30)])]
-    at_once = share_bootstrap(groups, resamples=200)
-    monkeypatch.setattr(statistics, "_DRAWS_AT_ONCE", 7 * 30)
-    assert share_bootstrap(groups, resamples=200) == at_once != share_bootstrap(groups, resamples=200, seed=1)
+    one_chunk = share_bootstrap(groups, resamples=200)
+    monkeypatch.setattr(statistics, "_CHUNK_DRAWS", 7 * 30)
+    assert share_bootstrap(groups, resamples=200) == one_chunk != share_bootstrap(groups, resamples=200, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -249,11 +250,11 @@ def test_shares_drawn_in_small_parts_are_the_same(monkeypatch):
         pytest.param([np.zeros((2, 0))], aa.InvalidValueError, "one a prompt", id="empty"),
         pytest.param([np.ones((3, 2))], aa.InvalidValueError, "one a prompt", id="three-rows"),
         pytest.param([np.array([[2.0], [1.0]])], aa.InvalidValueError, "one a prompt", id="more-than-all"),
-        pytest.param([np.array([[0.0], [0.0]])], aa.NonFiniteError, "wholes above zero", id="of-nothing"),
+        pytest.param([np.array([[0.0], [0.0]])], aa.NonFiniteError, "denominators above zero", id="of-nothing"),
         pytest.param([np.array([[1.0], [math.inf]])], aa.NonFiniteError, "expected finite", id="infinite"),
     ],
 )
-def test_shares_of_nothing_are_refused(groups, error, text):
+def test_groups_that_are_not_shares_are_refused(groups, error, text):
     with pytest.raises(error, match=text):
         share_bootstrap(groups)
 
@@ -271,3 +272,125 @@ STATSMODELS = [
 @pytest.mark.parametrize(("p_values", "adjusted"), STATSMODELS)
 def test_holm_is_that_of_statsmodels(p_values, adjusted):
     assert holm(p_values) == pytest.approx(adjusted, abs=1e-12)
+
+
+# Five-line references, on the same random numbers: they pin quantiles, inequalities and chunks to the last digit.
+
+
+def bootstrap_reference(values, *, seed, resamples, level):
+    indices = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    means = np.asarray(values)[indices].mean(axis=1)
+    return np.quantile(means, [(1 - level) / 2, 1 - (1 - level) / 2])
+
+
+@pytest.mark.parametrize(("resamples", "level"), [(1, 0.95), (2, 0.95), (999, 0.95), (1000, 0.5), (500, 0.001)])
+def test_the_bootstrap_is_the_five_line_reference(resamples, level):
+    values = np.random.default_rng(0).normal(size=17)
+    interval = paired_bootstrap(values, seed=3, resamples=resamples, level=level)
+    reference = bootstrap_reference(values, seed=3, resamples=resamples, level=level)
+    assert [interval.low, interval.high] == pytest.approx(reference.tolist(), rel=1e-12)
+
+
+def test_two_differences_are_enough_for_an_interval():
+    assert paired_bootstrap([0.0, 1.0]) == Interval(0.0, 1.0)
+
+
+def sign_flip_reference(values, *, seed, flips):
+    signs = np.random.default_rng(seed).integers(2, size=(flips, len(values))) * 2 - 1
+    return (1 + int((abs(signs @ values) >= abs(np.sum(values)) - 1e-9).sum())) / (1 + flips)
+
+
+@pytest.mark.parametrize("flips", [1, 2, 63, 64, 65, 1000])
+def test_signs_are_tried_exhaustively_if_there_are_at_most_as_many_as_flips_and_drawn_otherwise(flips, monkeypatch):
+    values = np.array([3.0, 1.0, 2.0, -1.0, 2.0, 1.0])  # 64 assignments of signs
+    exact = sum(
+        abs(sum(sign * value for sign, value in zip(signs, values, strict=True))) >= 8
+        for signs in itertools.product((-1, 1), repeat=6)
+    )
+    expected = exact / 64 if flips >= 64 else sign_flip_reference(values, seed=5, flips=flips)
+    assert sign_flip(values, seed=5, flips=flips) == expected
+    monkeypatch.setattr(statistics, "_CHUNK_DRAWS", 5 * 6)
+    assert sign_flip(values, seed=5, flips=flips) == expected
+
+
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=9))
+def test_sums_that_differ_by_rounding_alone_count_as_equal(tenths):
+    assert sign_flip([number / 10 for number in tenths]) == sign_flip(tenths)
+
+
+def test_the_smallest_p_values_are_those_of_their_numbers_of_signs():
+    assert [sign_flip([1.0] * count) for count in (1, 2, 5, 6)] == [1.0, 0.5, 2 / 32, 2 / 64]
+    assert sign_flip([1.0] * 40, flips=999) == 1 / 1000
+
+
+def test_holm_takes_p_values_of_0_and_1_and_ties():
+    assert holm([0.0, 1.0, 0.0]) == [0.0, 1.0, 0.0]
+    assert holm([0.25, 0.25]) == [0.5, 0.5]
+    assert holm([0.125, 0.25, 0.25]) == [0.375, 0.5, 0.5]
+    assert holm([]) == []
+    with pytest.raises(aa.InvalidValueError, match="Expected p-values"):
+        holm([-0.01])
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.999])
+@pytest.mark.parametrize(("kept", "total"), [(1, 1), (1, 20), (20, 20), (7, 20)])
+def test_the_interval_of_a_share_has_the_level_asked_for(kept, total, level):
+    scipy_stats = pytest.importorskip("scipy.stats")
+    interval = share_interval(kept, total, level=level)
+    reference = scipy_stats.beta.ppf([(1 - level) / 2, (1 + level) / 2], kept, total - kept + 1)
+    assert [interval.low, interval.high] == pytest.approx(reference.tolist(), abs=1e-9)
+
+
+@pytest.mark.parametrize("arguments", [(0, 5, 0.9), (6, 5, 0.9), (1, 5, 0.0), (1, 5, 1.0)])
+def test_shares_and_levels_out_of_range_are_refused(arguments):
+    kept, total, level = arguments
+    with pytest.raises(aa.InvalidValueError, match=r"need 1 <= kept <= total and a level in \(0, 1\)"):
+        share_interval(kept, total, level=level)
+
+
+def share_reference(groups, *, seed, resamples, level):
+    generator, shares = np.random.default_rng(seed), []
+    for numerators, denominators in groups:
+        indices = generator.integers(len(numerators), size=(resamples, len(numerators)))
+        shares.append(numerators[indices].sum(axis=1) / denominators[indices].sum(axis=1))
+    return np.quantile(np.mean(shares, axis=0), [(1 - level) / 2, 1 - (1 - level) / 2])
+
+
+@pytest.mark.parametrize(("resamples", "level"), [(1, 0.95), (300, 0.95), (301, 0.5)])
+def test_the_bootstrap_of_shares_is_the_five_line_reference(resamples, level):
+    # One group all right and one all wrong are no special case as long as the other groups vary.
+    groups = [
+        np.array([[1.0, 0, 2, 1, 3], [1, 2, 2, 3, 3]]),
+        np.array([[1.0, 1], [1, 1]]),
+        np.array([[0.0, 0, 0], [1, 1, 1]]),
+    ]
+    interval = share_bootstrap(groups, seed=2, resamples=resamples, level=level)
+    reference = share_reference(groups, seed=2, resamples=resamples, level=level)
+    assert [interval.low, interval.high] == pytest.approx(reference.tolist(), rel=1e-12)
+
+
+def test_groups_that_are_all_right_or_all_wrong_vary_together_and_have_no_exact_interval():
+    right, wrong = np.array([[1.0, 1], [1, 1]]), np.array([[0.0, 0], [1, 1]])
+    assert share_bootstrap([right, wrong]) == Interval(0.5, 0.5)
+
+
+@pytest.mark.parametrize(("level", "tail"), [(0.95, 0.025), (0.5, 0.25)])
+def test_the_exact_interval_counts_the_prompts_of_all_groups(level, tail):
+    groups = [np.array([[1.0, 2], [1, 2]]), np.array([[3.0], [3]])]
+    interval = share_bootstrap(groups, level=level)
+    assert (interval.low, interval.high) == (pytest.approx(tail ** (1 / 3)), 1.0)
+    none = share_bootstrap([group * [[0], [1]] for group in groups], level=level)
+    assert (none.low, none.high) == (0.0, pytest.approx(1 - tail ** (1 / 3)))
+
+
+@pytest.mark.parametrize("options", [{"resamples": 0}, {"level": 0.0}, {"level": 1.0}])
+def test_resamples_and_levels_of_shares_out_of_range_are_refused(options):
+    with pytest.raises(aa.InvalidValueError, match=r"at least 1 resample and a level in \(0, 1\)"):
+        share_bootstrap([np.array([[0.0, 1.0], [1, 1]])], **options)
+
+
+def test_a_negative_numerator_and_a_denominator_of_zero_are_refused():
+    with pytest.raises(aa.InvalidValueError, match="one a prompt"):
+        share_bootstrap([np.array([[-1.0, 1.0], [1, 1]])])
+    with pytest.raises(aa.NonFiniteError, match="denominators above zero"):
+        share_bootstrap([np.array([[1.0, 0.0], [1, 0]])])
