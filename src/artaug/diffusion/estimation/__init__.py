@@ -1,1 +1,1 @@
-"""What a training will take, before any weight is loaded: a dry run on the meta device."""
+"""Memory and time of a training, estimated by a dry run on the meta device before any weights are loaded."""

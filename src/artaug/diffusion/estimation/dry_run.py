@@ -1,4 +1,4 @@
-"""A training step on tensors without numbers: what it would hold at most, and how much it would compute."""
+"""A training step on the meta device: its peak memory and its floating-point operations, without any data."""
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,30 +30,31 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece of work takes."""
+    """Memory and compute of some operations."""
 
     peak_bytes: int
-    """The most it holds at once, of what it makes itself."""
+    """Peak of the memory that the operations allocate themselves."""
     flops: int
     """Multiplications and additions of matrix products, convolutions and attention."""
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Notes what operations make, until nothing holds it any more, and what they compute.
+    """Tracks live tensor storage and FLOPs of the operations inside a ``with`` block.
 
-    Storages are counted, not tensors: a view costs nothing, and what autograd saves is held as long as it saves it.
-    What was there before is not counted, unless it goes: weights that are unpacked for a while give their place up.
+    Storages are counted, not tensors: a view costs nothing, and what autograd saves counts as long as it is saved.
+    Tensors that existed before do not count, but freeing one of ``existing`` lowers the count: layerwise casting replaces
+    the stored weights by unpacked ones for the time of a call.
     """
 
-    def __init__(self, before: Iterable[Tensor] = ()) -> None:
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
-        self.now = 0
-        self.peak = 0
+        self.live_bytes = 0
+        self.peak_bytes = 0
         self.flops = 0
-        self._alive: set[int] = set()
-        for one in before:
-            self._hold(_storage(one), set())
-        self.now = self.peak = 0
+        self._live: set[int] = set()
+        for tensor in existing:
+            self._track(tensor.untyped_storage())
+        self.live_bytes = self.peak_bytes = 0
 
     def __torch_dispatch__(
         self,
@@ -61,40 +62,42 @@ class MemoryTracker(TorchDispatchMode):
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - whatever it makes
-        made = func(*args, **(kwargs or {}))
-        given = {_storage(one)._cdata for one in _tensors((args, kwargs))}  # noqa: SLF001 - a storage has no other name
-        for one in _tensors(made):
-            self._hold(_storage(one), given)
-        packet = func._overloadpacket  # noqa: SLF001 - what torch's own table of formulas goes by
+    ) -> Any:  # noqa: ANN401 - whatever it returns
+        output = func(*args, **(kwargs or {}))
+        inputs = {_storage_id(tensor) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(output):
+            if _storage_id(tensor) not in inputs:  # else a view, or an operation in place
+                self._track(tensor.untyped_storage())
+        packet = func._overloadpacket  # noqa: SLF001 - the key of torch's own table of formulas
         if packet in (_FLASH, _FLASH_BACKWARD):
-            # Two products of matrices there, and five on the way back, which forms the weights of attention again.
+            # A product of queries and keys takes 2 * (batch * heads * queries * channels) * keys FLOPs. The forward pass
+            # has two (QK^T and PV), the backward pass five (QK^T again, dV, dP, dQ, dK).
             query, key = args[:2] if packet is _FLASH else args[1:3]
             products = 2 if packet is _FLASH else 5
             self.flops += products * 2 * query.numel() * key.shape[-2]
         elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=made)
-        return made
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=output)
+        return output
 
-    def _hold(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        name, size = storage._cdata, storage.nbytes()  # noqa: SLF001 - as above
-        if name in self._alive or name in given:
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()  # noqa: SLF001 - the identity of a storage; its wrappers differ
+        if key in self._live:
             return
-        self._alive.add(name)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._let_go, name, size).atexit = False
+        self._live.add(key)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._on_free, key, size).atexit = False
 
-    def _let_go(self, name: int, size: int) -> None:
-        self._alive.discard(name)
-        self.now -= size
+    def _on_free(self, key: int, size: int) -> None:
+        self._live.discard(key)
+        self.live_bytes -= size
 
 
 class DeviceKernels(TorchFunctionMode):
-    """Has operations work as an accelerator's kernels do, where the meta device would take a longer way.
+    """Replaces operations by ones with the memory of an accelerator's kernels, which the meta device does not use.
 
-    Attention keeps queries, keys, values, its output and one number a query, and no table of all queries and keys. The
-    root mean square norm keeps its input and one number a row. What only values could tell is taken to be zero.
+    Attention saves queries, keys, values, its output and one number a query, and no matrix of queries by keys. The
+    RMS norm saves its input and one number a row. A tensor that is moved to the CPU to be read is taken to be zero.
     """
 
     def __init__(self, *, fused_norms: bool) -> None:
@@ -107,20 +110,20 @@ class DeviceKernels(TorchFunctionMode):
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - whatever it gives
-        named = dict(kwargs or {})
+    ) -> Any:  # noqa: ANN401 - whatever it returns
+        kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
-            named.update(zip(("query", "key", "value"), args, strict=False))
-            return _FLASH(named["query"], named["key"], named["value"])[0]
+            kwargs.update(zip(("query", "key", "value"), args, strict=False))
+            return _FLASH(kwargs["query"], kwargs["key"], kwargs["value"])[0]
         if self._fused_norms and func in (torch.rms_norm, F.rms_norm):
-            return _FusedNorm.apply(args[0] if args else named["input"])  # type: ignore[no-untyped-call]  # likewise
+            return _FusedRMSNorm.apply(args[0] if args else kwargs["input"])  # type: ignore[no-untyped-call]  # likewise
         if func is Tensor.cpu and args[0].is_meta:
             return torch.zeros(args[0].shape, dtype=args[0].dtype)
-        return func(*args, **named)
+        return func(*args, **kwargs)
 
 
-class _FusedNorm(torch.autograd.Function):
-    """A norm over the last axis in one kernel, seen from its memory."""
+class _FusedRMSNorm(torch.autograd.Function):
+    """The memory of an RMS norm over the last axis in one kernel: it saves the input and one number a row."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, inputs: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ class _FusedNorm(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DryRun:
-    """A family's model without weights, and how it is to be trained."""
+    """The model of a family on the meta device, and the training to estimate."""
 
     family: Family
     config: TrainingConfig
@@ -144,102 +147,104 @@ class DryRun:
     fused_norms: bool
 
     @property
-    def pairs(self) -> int:
-        """How many are worked on at a time."""
+    def micro_batch_size(self) -> int:
+        """Pairs in one forward and backward pass."""
         return min(self.config.micro_batch_size or self.config.batch_size, self.config.batch_size)
 
-    def encoding(self) -> Cost:
-        """What encoding pictures takes, as many at a time as there are pairs in a step."""
-        return self._watched(self._latents)
+    def encoding_cost(self) -> Cost:
+        """Cost of encoding one micro-batch of pictures."""
+        return self._measure(self._latents)
 
-    def exported(self) -> int:
-        """How many numbers the LoRA has that the training comes to."""
+    def lora_parameters(self) -> int:
+        """Number of parameters of the LoRA that the training exports."""
         layers = find_target_layers(self.family.module, self.config.targets)
-        return sum(one.down.numel() + one.up.numel() for one in _of_zeros(layers, self.config).layers.values())
+        lora = _zero_lora(layers, self.config)
+        return sum(layer.down.numel() + layer.up.numel() for layer in lora.layers.values())
 
-    def step(self, stage: Stage, *, under: int, remembered: bool = False) -> tuple[Cost, int]:
-        """What the forward and backward passes of some pairs take, and how many numbers are trained.
+    def step_cost(self, stage: Stage, *, active_loras: int, cached_teacher: bool = False) -> tuple[Cost, int]:
+        """Cost of the forward and backward pass of one micro-batch, and the number of trainable parameters.
 
         Args:
-            stage: says what is minimized.
-            under: LoRAs of earlier stages that are worn.
-            remembered: whether the batch was there before, and what the teacher said of it is known.
+            stage: gives the loss.
+            active_loras: LoRAs of earlier stages that are active while this one trains.
+            cached_teacher: whether the teacher's predictions for the batch are in its cache.
         """
         family, config = self.family, self.config
         module: Any = family.module
         layers = find_target_layers(module, config.targets)
-        with ExitStack() as worn:
-            for _ in range(under):
-                worn.enter_context(_of_zeros(layers, config).applied_to(module))
-            student = worn.enter_context(
+        with ExitStack() as stack:
+            for _ in range(active_loras):
+                stack.enter_context(_zero_lora(layers, config).applied_to(module))
+            student = stack.enter_context(
                 inject_adapter(
                     family,
                     rank=config.rank,
                     targets=config.targets,
                     generator=torch.Generator(),
                     adapter=config.adapter,
-                    teacher_cache=_Remembered() if remembered else None,
+                    teacher_cache=_FullTeacherCache() if cached_teacher else None,
                 )
             )
             if config.gradient_checkpointing:
-                module.enable_gradient_checkpointing(gradient_checkpointing_func=self._recomputed)
-            for factor in student.parameters():
-                factor.grad = torch.zeros_like(factor)
+                module.enable_gradient_checkpointing(gradient_checkpointing_func=self._checkpoint)
+            for parameter in student.parameters():
+                parameter.grad = torch.zeros_like(parameter)
             with DeviceKernels(fused_norms=self.fused_norms):
                 latents = self._latents()
-            work = self._watched(lambda: compute_loss(stage.loss, student, self._pairs(latents)).backward())
-            return work, sum(factor.numel() for factor in student.parameters())
+            cost = self._measure(lambda: compute_loss(stage.loss, student, self._pair_batch(latents)).backward())
+            return cost, sum(parameter.numel() for parameter in student.parameters())
 
-    def _recomputed(self, layer: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 - as diffusers hands them on
-        """Run a layer as diffusers does, with the same kernels again in the backward pass, which switches modes off."""
-        again = DeviceKernels(fused_norms=self.fused_norms)
-        return checkpoint(layer, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+    def _checkpoint(self, layer: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 - as diffusers passes them
+        """Checkpoint a layer as diffusers does; the backward pass turns modes off, so recomputing enters them again."""
+        kernels = DeviceKernels(fused_norms=self.fused_norms)
+        return checkpoint(layer, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), kernels))
 
-    def _watched(self, work: Callable[[], object]) -> Cost:
-        with MemoryTracker(self.family.module.parameters()) as ledger, DeviceKernels(fused_norms=self.fused_norms):
-            work()
-        return Cost(ledger.peak, ledger.flops)
+    def _measure(self, operations: Callable[[], object]) -> Cost:
+        with MemoryTracker(self.family.module.parameters()) as tracker, DeviceKernels(fused_norms=self.fused_norms):
+            operations()
+        return Cost(tracker.peak_bytes, tracker.flops)
 
     def _latents(self) -> Tensor:
-        picture = Image.new("RGB", (self.family.width, self.family.height))
-        return self.family.encode_images([picture] * self.pairs)
+        image = Image.new("RGB", (self.family.width, self.family.height))
+        return self.family.encode_images([image] * self.micro_batch_size)
 
-    def _pairs(self, latents: Tensor) -> PairBatch:
-        texts = {
-            name: torch.ones(self.pairs, *shape, dtype=torch.long)
+    def _pair_batch(self, latents: Tensor) -> PairBatch:
+        size = self.micro_batch_size
+        conditioning = {
+            name: torch.ones(size, *shape, dtype=torch.long)
             if name.endswith("_mask")
-            else torch.empty(self.pairs, *shape, dtype=self.dtype, device="meta")
+            else torch.empty(size, *shape, dtype=self.dtype, device="meta")
             for name, shape in self.text.items()
         }
         return PairBatch(
             before=torch.empty_like(latents, dtype=torch.float32),
             after=torch.empty_like(latents, dtype=torch.float32),
             noise=torch.empty_like(latents, dtype=torch.float32),
-            sigmas=torch.empty(self.pairs, device="meta"),
-            conditioning=texts,
+            sigmas=torch.empty(size, device="meta"),
+            conditioning=conditioning,
         )
 
 
-class _Remembered(TeacherCache):
-    """Knows every answer, so nothing is asked."""
+class _FullTeacherCache(TeacherCache):
+    """A cache that holds every prediction, so the teacher is never called."""
 
-    def get_or_compute(self, asked: Mapping[str, Tensor], ask: Callable[[], Tensor]) -> Tensor:
-        return torch.empty_like(asked["noisy"])
+    def get_or_compute(self, inputs: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        return torch.empty_like(inputs["noisy"])
 
 
-def _of_zeros(layers: Mapping[str, Any], config: TrainingConfig) -> LoRA:
-    """A LoRA that takes no memory here, and does on the device."""
-    zero, found = torch.zeros(1), {}
-    for name, one in layers.items():
-        inputs, outputs = one.in_features, one.out_features
+def _zero_lora(layers: Mapping[str, Any], config: TrainingConfig) -> LoRA:
+    """A LoRA of zeros whose factors are views of one number here, and take their full size on the model's device."""
+    zero, zero_layers = torch.zeros(1), {}
+    for name, layer in layers.items():
+        inputs, outputs = layer.in_features, layer.out_features
         rank = config.adapter.lora_rank(inputs, outputs, config.rank)
-        found[name] = LowRank(zero.expand(rank, inputs), zero.expand(outputs, rank))
-    return LoRA(found)
+        zero_layers[name] = LowRank(zero.expand(rank, inputs), zero.expand(outputs, rank))
+    return LoRA(zero_layers)
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
+def _storage_id(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # noqa: SLF001 - torch has no public identity of a storage
 
 
 def _tensors(nested: object) -> list[Tensor]:
-    return [one for one in tree_leaves(nested) if isinstance(one, Tensor)]
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
