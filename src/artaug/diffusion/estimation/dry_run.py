@@ -243,7 +243,8 @@ def _zero_lora(layers: Mapping[str, Any], config: TrainingConfig) -> LoRA:
 
 
 def _storage_id(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # noqa: SLF001 - torch has no public identity of a storage
+    identity: int = tensor.untyped_storage()._cdata  # noqa: SLF001 - torch has no public identity of a storage
+    return identity
 
 
 def _tensors(nested: object) -> list[Tensor]:
