@@ -1,4 +1,4 @@
-"""What baking a LoRA into a checkpoint costs beside copying the checkpoint."""
+"""The time and memory of baking a LoRA into a checkpoint, compared with copying the checkpoint."""
 
 import json
 import os
@@ -26,40 +26,40 @@ RANK = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """FLUX.1's transformer, in its own proportions."""
+    """The size of a transformer with the proportions of FLUX.1's."""
 
     channels: int = 1536
     double_blocks: int = 6
     single_blocks: int = 14
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Every matrix of the blocks, by module path."""
-        wide = self.channels
-        found: dict[str, tuple[int, int]] = {}
+        """The shapes of all matrices of the blocks, by module path."""
+        width = self.channels
+        shapes: dict[str, tuple[int, int]] = {}
         for number in range(self.double_blocks):
             block = f"transformer_blocks.{number}"
             for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
-                found[f"{block}.attn.{name}"] = (wide, wide)
-            for side in ("", "_context"):
-                found[f"{block}.ff{side}.net.0.proj"] = (4 * wide, wide)
-                found[f"{block}.ff{side}.net.2"] = (wide, 4 * wide)
-                found[f"{block}.norm1{side}.linear"] = (6 * wide, wide)
+                shapes[f"{block}.attn.{name}"] = (width, width)
+            for stream in ("", "_context"):
+                shapes[f"{block}.ff{stream}.net.0.proj"] = (4 * width, width)
+                shapes[f"{block}.ff{stream}.net.2"] = (width, 4 * width)
+                shapes[f"{block}.norm1{stream}.linear"] = (6 * width, width)
         for number in range(self.single_blocks):
             block = f"single_transformer_blocks.{number}"
-            found |= {f"{block}.attn.{name}": (wide, wide) for name in ("to_q", "to_k", "to_v")}
-            found[f"{block}.proj_mlp"] = (4 * wide, wide)
-            found[f"{block}.proj_out"] = (wide, 5 * wide)
-            found[f"{block}.norm.linear"] = (3 * wide, wide)
-        return found
+            shapes |= {f"{block}.attn.{name}": (width, width) for name in ("to_q", "to_k", "to_v")}
+            shapes[f"{block}.proj_mlp"] = (4 * width, width)
+            shapes[f"{block}.proj_out"] = (width, 5 * width)
+            shapes[f"{block}.norm.linear"] = (3 * width, width)
+        return shapes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One way of baking."""
+    """A type of weights and a way to round them."""
 
     dtype: torch.dtype
     cold: bool = False
-    """Whether the checkpoint has to be read from disk, instead of from memory that caches it."""
+    """Read the checkpoint from disk, not from the page cache."""
     stochastic_seed: int | None = None
 
 
@@ -75,19 +75,18 @@ CASES = (
 def measure(*, quick: bool) -> list[record.Row]:
     """Bake a LoRA on attention and MLPs into FLUX-like shards, interleaved with ``cp`` of the same files, same disk.
 
-    Both end with the files on disk: baking syncs its files before they take their name, and ``cp`` is followed by
-    ``sync`` of its files. ``ratio_to_cp`` is the throughput of baking by that of ``cp`` and ``sync``, the median of the
-    ratios within rounds; ``ratio_to_cp_unsynced`` leaves the ``sync`` out of ``cp`` alone. Low and high are quartiles.
-    ``cold`` files have been dropped from the page cache before each. ``peak_bytes`` is what a fresh process grew by,
-    the LoRA not counted.
+    Both end with the files on disk: baking syncs its files before it renames them, and ``cp`` is followed by ``sync`` of
+    its files. ``ratio_to_cp`` is the throughput of baking over that of ``cp`` and ``sync``, the median of the ratios
+    within rounds; ``ratio_to_cp_unsynced`` is the same without ``sync``. Low and high are quartiles. ``cold`` files are
+    dropped from the page cache before each measurement. ``peak_bytes`` is the growth of a fresh process without the LoRA.
     """
     if quick:
-        return measured(Geometry(double_blocks=1, single_blocks=2), (BFLOAT16,), rounds=3)
-    return measured(Geometry(), CASES, rounds=5)
+        return run_cases(Geometry(double_blocks=1, single_blocks=2), (BFLOAT16,), rounds=3)
+    return run_cases(Geometry(), CASES, rounds=5)
 
 
-def measured(geometry: Geometry, cases: Sequence[Case], *, rounds: int) -> list[record.Row]:
-    """A row for every case."""
+def run_cases(geometry: Geometry, cases: Sequence[Case], *, rounds: int) -> list[record.Row]:
+    """Measure every case; return a row for each."""
     Path("runs").mkdir(exist_ok=True)
     with TemporaryDirectory(dir="runs", prefix="bake-") as name:
         folder, rows = Path(name), []
@@ -95,36 +94,40 @@ def measured(geometry: Geometry, cases: Sequence[Case], *, rounds: int) -> list[
             source = folder / str(case.dtype).removeprefix("torch.")
             if not source.exists():
                 write_checkpoint(source, geometry, case.dtype)
-            rows.append(timed(case, source, geometry, rounds=rounds))
+            rows.append(time_case(case, source, geometry, rounds=rounds))
         return rows
 
 
-def timed(case: Case, source: Path, geometry: Geometry, *, rounds: int) -> record.Row:
-    """Bake and copy in turn, each time beginning with the other."""
+def time_case(case: Case, source: Path, geometry: Geometry, *, rounds: int) -> record.Row:
+    """Measure baking and copying in alternating order."""
     lora, out, copied = lora_for(geometry), source.with_name("baked"), source.with_name("copied")
-    ways: dict[str, Callable[[], object]] = {
+    commands: dict[str, Callable[[], object]] = {
         "bake": lambda: aa.bake(source, lora, out, stochastic_seed=case.stochastic_seed, progress=False),
         "cp": lambda: subprocess.run(["cp", "-r", source, copied], check=True),  # noqa: S603, S607
         "sync": lambda: subprocess.run(["sync", *copied.iterdir()], check=True),  # noqa: S603, S607
     }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
     for number in range(rounds):
-        for way in ("bake", "cp", "sync") if number % 2 else ("cp", "sync", "bake"):
-            if way != "sync":
+        for name in ("bake", "cp", "sync") if number % 2 else ("cp", "sync", "bake"):
+            if name != "sync":
                 prepare(source, cold=case.cold, removing=(out, copied))
-            seconds[way].append(clocked(ways[way]))
+            seconds[name].append(wall_seconds(commands[name]))
     prepare(source, cold=case.cold, removing=(out, copied))
-    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:  # where no memory is left over from before
-        peak = fresh.submit(grown, case, source, geometry).result()
+    with ProcessPoolExecutor(
+        1, get_context("spawn")
+    ) as process:  # whose memory holds nothing of the measurements above
+        peak = process.submit(memory_growth, case, source, geometry).result()
     prepare(source, cold=False, removing=(out,))
-    return row(case, geometry, seconds, peak=peak, size=sum(one.stat().st_size for one in source.iterdir()))
+    return result_row(case, geometry, seconds, peak=peak, size=sum(path.stat().st_size for path in source.iterdir()))
 
 
-def row(case: Case, geometry: Geometry, seconds: Mapping[str, Sequence[float]], *, peak: int, size: int) -> record.Row:
-    """What became of one case."""
+def result_row(
+    case: Case, geometry: Geometry, seconds: Mapping[str, Sequence[float]], *, peak: int, size: int
+) -> record.Row:
+    """The row of one case."""
     durable = [copying + syncing for copying, syncing in zip(seconds["cp"], seconds["sync"], strict=True)]
-    ratios = [whole / mine for whole, mine in zip(durable, seconds["bake"], strict=True)]
-    unsynced = [copying / mine for copying, mine in zip(seconds["cp"], seconds["bake"], strict=True)]
+    ratios = [copying / baking for copying, baking in zip(durable, seconds["bake"], strict=True)]
+    unsynced = [copying / baking for copying, baking in zip(seconds["cp"], seconds["bake"], strict=True)]
     return {
         "dtype": str(case.dtype).removeprefix("torch."),
         "rounding": "nearest" if case.stochastic_seed is None else "stochastic",
@@ -132,23 +135,23 @@ def row(case: Case, geometry: Geometry, seconds: Mapping[str, Sequence[float]], 
         "bytes": size,
         "lora_layers": len(lora_for(geometry).layers),
         "rank": RANK,
-        **spread("seconds", seconds["bake"]),
-        **spread("cp_seconds", durable),
-        **spread("ratio_to_cp", ratios),
-        **spread("ratio_to_cp_unsynced", unsynced),
+        **quartiles("seconds", seconds["bake"]),
+        **quartiles("cp_seconds", durable),
+        **quartiles("ratio_to_cp", ratios),
+        **quartiles("ratio_to_cp_unsynced", unsynced),
         "peak_bytes": peak,
         "rounds": len(ratios),
     }
 
 
-def spread(name: str, numbers: Sequence[float]) -> dict[str, float]:
-    """The median and the quartiles."""
+def quartiles(name: str, numbers: Sequence[float]) -> dict[str, float]:
+    """The median and the quartiles, as entries of a row."""
     low, _, high = quantiles(numbers, n=4, method="inclusive")
     return {name: median(numbers), f"{name}_low": low, f"{name}_high": high}
 
 
 def lora_for(geometry: Geometry) -> aa.LoRA:
-    """Random updates of 3% of the weights' norm on attention and MLPs; modulation is left alone."""
+    """Random updates of 3% of the weights' norm on attention and MLPs; modulation layers have none."""
     generator = torch.Generator().manual_seed(1)
     layers = {}
     for name, (outputs, inputs) in geometry.shapes().items():
@@ -177,9 +180,9 @@ def write_checkpoint(folder: Path, geometry: Geometry, dtype: torch.dtype) -> No
 
 
 def prepare(source: Path, *, cold: bool, removing: Sequence[Path]) -> None:
-    """Remove what was written before, let the disk come to rest, and have the source in memory or not."""
-    for one in removing:
-        shutil.rmtree(one, ignore_errors=True)
+    """Remove earlier output, flush the disk, and put the source into the page cache or out of it."""
+    for folder in removing:
+        shutil.rmtree(folder, ignore_errors=True)
     os.sync()
     for path in source.iterdir():
         with path.open("rb", buffering=0) as file:
@@ -190,38 +193,38 @@ def prepare(source: Path, *, cold: bool, removing: Sequence[Path]) -> None:
                     pass
 
 
-def clocked(way: Callable[[], object]) -> float:
-    """Seconds by the clock on the wall."""
+def wall_seconds(command: Callable[[], object]) -> float:
+    """Wall-clock seconds of a call."""
     started = time.perf_counter()
-    way()
+    command()
     return time.perf_counter() - started
 
 
-def grown(case: Case, source: Path, geometry: Geometry) -> int:
-    """By how many bytes a process grows while it bakes, the LoRA not counted."""
+def memory_growth(case: Case, source: Path, geometry: Geometry) -> int:
+    """Bytes that this process grows by while it bakes, without the LoRA."""
     torch.set_num_threads(1)
     lora = lora_for(geometry)
-    Path("/proc/self/clear_refs").write_text("5")  # the most held from now on
-    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, VmHWM
+    before = process_memory("VmRSS")
     aa.bake(source, lora, source.with_name("baked"), stochastic_seed=case.stochastic_seed, progress=False)
-    return memory("VmHWM") - before
+    return process_memory("VmHWM") - before
 
 
-def memory(kind: str) -> int:
-    """What Linux says of this process, in bytes."""
+def process_memory(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def plot(rows: Sequence[record.Row]) -> Figure:
-    """Throughput beside that of cp."""
+    """Bars of the throughput of baking and of cp."""
     figure = Figure(figsize=(7, 3))
     axes = figure.add_subplot(xlabel="throughput, GiB/s")
     names = [f"{row['dtype']}, {row['rounding']}{', cold' * row['cold']}" for row in rows]
     for shift, (label, key) in enumerate((("bake", "seconds"), ("cp and sync", "cp_seconds"))):
         speeds = [row["bytes"] / row[key] / 2**30 for row in rows]
-        axes.barh([place + 0.4 * shift for place in range(len(rows))], speeds, 0.4, label=label)
-    axes.set_yticks([place + 0.2 for place in range(len(rows))], names)
+        axes.barh([position + 0.4 * shift for position in range(len(rows))], speeds, 0.4, label=label)
+    axes.set_yticks([position + 0.2 for position in range(len(rows))], names)
     axes.invert_yaxis()
     axes.legend()
     return figure

@@ -18,7 +18,7 @@ def test_the_baking_benchmark_has_a_row_for_every_case_and_leaves_nothing(tmp_pa
 
     cases = (bake.BFLOAT16, bake.Case(dtype=torch.float32, cold=True, stochastic_seed=0))
 
-    rows = bake.measured(tiny, cases, rounds=2)
+    rows = bake.run_cases(tiny, cases, rounds=2)
 
     assert [(row["dtype"], row["rounding"], row["cold"]) for row in rows] == [
         ("bfloat16", "nearest", False),

@@ -1,4 +1,4 @@
-"""Baking adds once, in float32, touches nothing else, and appears whole or not at all, whatever happens on the way."""
+"""Baking: the sum in float32 and its rounding, the bytes that are copied, and what is left after an error or a kill."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from artaug.errors import LoRAMismatchError, ModelError, NonFiniteError, StorageError
-from artaug.lora.baking import bake, stream
+from artaug.lora.baking import bake, rounding, stream
 from artaug.lora.baking.rounding import stochastic_round, stochastic_round_bf16
 from artaug.lora.lora import LoRA, LowRank
 from support.tiny_flux import tiny_flux
@@ -32,25 +32,25 @@ LAYERS = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.proj_ou
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 
-def drawn(*shape, seed=0, scale=1.0):
+def normal(*shape, seed=0, scale=1.0):
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def low_rank(shape, *, rank=2, seed=0, scale=0.1):
-    return LowRank(drawn(rank, shape[1], seed=seed), drawn(shape[0], rank, seed=seed + 1, scale=scale))
+    return LowRank(normal(rank, shape[1], seed=seed), normal(shape[0], rank, seed=seed + 1, scale=scale))
 
 
 def one_file(path, *, dtype=torch.bfloat16, shape=(40, 24)):
-    """Weights, one of them to be updated, between others of odd types and lengths."""
+    """A file with the weight to update between tensors of other types and lengths."""
     tensors = {
-        "a.weight": drawn(3, 5).double(),
+        "a.weight": normal(3, 5).double(),
         "odd": torch.arange(7, dtype=torch.uint8),
-        "proj.bias": drawn(shape[0]).to(dtype),
-        "proj.weight": drawn(*shape, scale=0.02).to(dtype),
+        "proj.bias": normal(shape[0]).to(dtype),
+        "proj.weight": normal(*shape, scale=0.02).to(dtype),
         "empty": torch.zeros(0, 4),
-        "z.weight": drawn(4, 4).to(torch.float8_e4m3fn),
+        "z.weight": normal(4, 4).to(torch.float8_e4m3fn),
     }
-    save_file(tensors, path, metadata={"format": "pt", "whose": "mine"})
+    save_file(tensors, path, metadata={"format": "pt", "note": "kept"})
     return tensors
 
 
@@ -58,8 +58,8 @@ def layer_lora(layer):
     return LoRA({"proj": layer})
 
 
-def tiny_lora(transformer, *, names=LAYERS, **how):
-    return LoRA({name: low_rank(transformer.get_submodule(name).weight.shape, **how) for name in names})
+def tiny_lora(transformer, *, names=LAYERS, **options):
+    return LoRA({name: low_rank(transformer.get_submodule(name).weight.shape, **options) for name in names})
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,10 @@ def pipeline_folder(tmp_path_factory):
 
 
 def contents(folder):
-    return {str(one.relative_to(folder)): one.read_bytes() for one in sorted(folder.rglob("*")) if one.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_baked_pipeline_is_one_that_diffusers_loads_and_only_its_layers_changed(pipeline_folder, tmp_path):
+def test_diffusers_loads_a_baked_pipeline_and_only_the_named_layers_changed(pipeline_folder, tmp_path):
     base = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer", dtype=torch.bfloat16)
     lora = tiny_lora(base)
 
@@ -95,7 +95,7 @@ def test_a_baked_pipeline_is_one_that_diffusers_loads_and_only_its_layers_change
     assert not (tmp_path / "out" / ".cache").exists()
 
 
-def test_what_is_baked_is_what_diffusers_fuses(pipeline_folder, tmp_path):
+def test_baked_weights_equal_those_that_diffusers_fuses(pipeline_folder, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(pipeline_folder, dtype=torch.float32)
     lora = tiny_lora(pipeline.transformer)
     path = lora.save(tmp_path / "lora.safetensors")
@@ -112,7 +112,7 @@ def test_what_is_baked_is_what_diffusers_fuses(pipeline_folder, tmp_path):
 
 
 def eighths(*shape, steps, seed):
-    """Multiples of 1/8 of which sums of a few products are exact in float32, in whatever order."""
+    """Multiples of 1/8: sums of a few of their products are exact in float32, in any order."""
     return torch.randint(-steps, steps + 1, shape, generator=torch.Generator().manual_seed(seed)) / 8
 
 
@@ -143,7 +143,7 @@ def test_a_weight_is_the_float32_sum_cast_once(tmp_path_factory, dtype, outputs,
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_everything_else_is_the_same_byte_for_byte(dtype, tmp_path):
+def test_all_other_bytes_are_copied(dtype, tmp_path):
     one_file(tmp_path / "in.safetensors", dtype=dtype)
     layer = low_rank((40, 24), rank=16)
 
@@ -151,24 +151,58 @@ def test_everything_else_is_the_same_byte_for_byte(dtype, tmp_path):
 
     before, after = ((tmp_path / name).read_bytes() for name in ("in.safetensors", "out.safetensors"))
     header = 8 + int.from_bytes(before[:8], "little")
-    start, end = (header + at for at in json.loads(before[8:header])["proj.weight"]["data_offsets"])
+    start, end = (header + offset for offset in json.loads(before[8:header])["proj.weight"]["data_offsets"])
     assert (before[:start], before[end:]) == (after[:start], after[end:])
     assert before[start:end] != after[start:end]
 
 
-def test_pieces_do_not_show_in_the_result(tmp_path, monkeypatch):
+def test_the_result_does_not_depend_on_the_chunks(tmp_path, monkeypatch):
     one_file(tmp_path / "in.safetensors", shape=(700, 300))
     lora = layer_lora(low_rank((700, 300)))
-    at_once = bake(tmp_path / "in.safetensors", lora, tmp_path / "one", stochastic_seed=3, progress=False)
+    in_one = bake(tmp_path / "in.safetensors", lora, tmp_path / "one", stochastic_seed=3, progress=False)
     monkeypatch.setattr(stream, "_CHUNK_BYTES", 1000)
 
-    in_pieces = bake(tmp_path / "in.safetensors", lora, tmp_path / "two", stochastic_seed=3, progress=False)
+    in_chunks = bake(tmp_path / "in.safetensors", lora, tmp_path / "two", stochastic_seed=3, progress=False)
 
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert at_once.layers == in_pieces.layers
+    assert in_one.layers == in_chunks.layers
 
 
-def test_shards_do_not_show_in_the_result(pipeline_folder, tmp_path):
+@pytest.mark.parametrize("block_elements", [1, 23, 24, 25, 24 * 40 - 1, 24 * 40, 24 * 40 + 1], ids=str)
+@pytest.mark.parametrize("chunk_bytes", [1, 24 * 2, 24 * 2 + 1, 24 * 2 * 40 - 1, 24 * 2 * 40, 24 * 2 * 40 + 1], ids=str)
+def test_every_boundary_of_blocks_and_chunks_gives_the_same_weights(tmp_path, monkeypatch, block_elements, chunk_bytes):
+    tensors, layer = one_file(tmp_path / "in.safetensors"), low_rank((40, 24))
+    monkeypatch.setattr(rounding, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(stream, "_CHUNK_BYTES", chunk_bytes)
+
+    baked = bake(tmp_path / "in.safetensors", layer_lora(layer), tmp_path / "out.safetensors", progress=False)
+
+    weight = load_file(tmp_path / "out.safetensors")["proj.weight"]
+    wanted = (tensors["proj.weight"].float() + layer.delta()).bfloat16()
+    torch.testing.assert_close(weight, wanted, rtol=2**-7, atol=0)
+    assert baked.layers["proj"].unchanged == int((weight == tensors["proj.weight"]).sum())
+
+
+@pytest.mark.parametrize(
+    ("unit", "chunk_size"), [(1, 1000), (999, 999), (1000, 1000), (1001, 1001), (500, 1000), (400, 800), (3000, 3000)]
+)
+def test_a_chunk_is_the_largest_multiple_of_the_unit_below_the_limit_or_one_unit(monkeypatch, unit, chunk_size):
+    monkeypatch.setattr(stream, "_CHUNK_BYTES", 1000)
+    assert stream.ByteRange(10**6, SimpleNamespace(unit=unit)).chunk_size == chunk_size
+
+
+@pytest.mark.parametrize(
+    ("draw", "rounded"), [(0, 1.0), (2**14 - 1, 1.0), (2**15 - 1, 1.0), (2**15, 1 + 2**-7), (2**16 - 1, 1 + 2**-7)]
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_half_way_between_two_numbers_exactly_half_of_the_draws_round_up(draw, rounded, sign):
+    exact, found = torch.full((1,), sign * (1 + 2**-8)), torch.empty(1, dtype=torch.bfloat16)
+    stochastic_round_bf16(exact, found, np.array([draw], dtype=np.uint16))
+    assert found.item() == sign * rounded
+    assert stochastic_round(exact, torch.bfloat16, torch.tensor([0.5])).item() == sign
+
+
+def test_the_result_does_not_depend_on_the_shards(pipeline_folder, tmp_path):
     whole = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer", dtype=torch.bfloat16)
     whole.save_pretrained(tmp_path / "whole")
     lora = tiny_lora(whole)
@@ -189,8 +223,8 @@ def test_the_checksums_are_those_of_the_files(pipeline_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("part", "lost"), [(0.1, 0.017), (0.01, 0.17), (0.001, 0.79)])
-def test_the_share_lost_to_bfloat16_is_what_the_field_has_measured(part, lost, tmp_path, caplog):
-    weight, layer = drawn(768, 768, scale=0.02), low_rank((768, 768), rank=16, scale=1.0)
+def test_the_relative_error_in_bfloat16_is_the_documented_one(part, lost, tmp_path, caplog):
+    weight, layer = normal(768, 768, scale=0.02), low_rank((768, 768), rank=16, scale=1.0)
     layer = LowRank(layer.down, layer.up * (part * weight.norm() / layer.delta().norm()))
     save_file({"proj.weight": weight.bfloat16()}, tmp_path / "in.safetensors")
 
@@ -203,32 +237,32 @@ def test_the_share_lost_to_bfloat16_is_what_the_field_has_measured(part, lost, t
 
 @cache
 def representable(dtype):
-    """Every finite number of a type, ascending, in float64."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).double()
-    return every[every.isfinite()].unique().numpy()
+    """All finite numbers of a type, ascending, in float64."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).double()
+    return numbers[numbers.isfinite()].unique().numpy()
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 @given(number=st.floats(-6e4, 6e4, width=32) | st.floats(-(2**-20), 2**-20, width=32))
-def test_chance_rounds_to_a_neighbour_and_is_right_on_average(dtype, number):
-    every, draws = representable(dtype), 512
-    low = every[max(np.searchsorted(every, number, side="right") - 1, 0)]
-    high = every[np.searchsorted(every, number, side="left")]
+def test_stochastic_rounding_gives_a_neighbor_and_the_right_mean(dtype, number):
+    numbers, draws = representable(dtype), 512
+    low = numbers[max(np.searchsorted(numbers, number, side="right") - 1, 0)]
+    high = numbers[np.searchsorted(numbers, number, side="left")]
 
     wanted, step = torch.full((draws,), number), (1 << 16) // draws
 
-    ways = [stochastic_round(wanted, dtype, (torch.arange(draws) + 0.5) / draws)]
+    results = [stochastic_round(wanted, dtype, (torch.arange(draws) + 0.5) / draws)]
     if dtype == torch.bfloat16:
-        ways.append(torch.empty(draws, dtype=dtype))
-        stochastic_round_bf16(wanted, ways[-1], (np.arange(draws) * step + step // 2).astype(np.uint16))
+        results.append(torch.empty(draws, dtype=dtype))
+        stochastic_round_bf16(wanted, results[-1], (np.arange(draws) * step + step // 2).astype(np.uint16))
 
-    for rounded in ways:
+    for rounded in results:
         assert rounded.dtype == dtype
         assert set(rounded.tolist()) <= {low, high}
         assert abs(rounded.double().mean().item() - number) <= (high - low) / draws
 
 
-def test_stochastic_rounding_brings_what_rounding_to_the_nearest_loses(tmp_path):
+def test_stochastic_rounding_keeps_the_mean_that_rounding_to_the_nearest_loses(tmp_path):
     save_file({"proj.weight": torch.ones(512, 512, dtype=torch.bfloat16)}, tmp_path / "in.safetensors")
     tiny = layer_lora(LowRank(torch.ones(1, 512), torch.full((512, 1), 2**-12)))
 
@@ -249,7 +283,7 @@ def test_a_layer_the_checkpoint_lacks_is_an_error_before_anything_is_written(tmp
 
     with pytest.raises(LoRAMismatchError, match=r"has only 1 of them; first missing is 'gone\.weight', names there"):
         bake(tmp_path / "in.safetensors", lora, tmp_path / "out", progress=False)
-    assert [one.name for one in tmp_path.iterdir()] == ["in.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
 
 def test_a_layer_of_another_shape_is_an_error(tmp_path):
@@ -270,7 +304,34 @@ def test_a_sum_out_of_range_is_an_error_that_leaves_nothing(tmp_path):
     big = LowRank(torch.ones(1, 4), torch.full((4, 1), 1e4))
     with pytest.raises(NonFiniteError, match=r"'proj\.weight' holds NaN or infinity.*F16 reaches 6\.55e\+04"):
         bake(tmp_path / "in.safetensors", layer_lora(big), tmp_path / "out", progress=False)
-    assert [one.name for one in tmp_path.iterdir()] == ["in.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry | {"data_offsets": [0, 28]},
+        lambda entry: entry | {"data_offsets": [4, 32]},
+        lambda entry: entry | {"data_offsets": [0, 36]},
+        lambda entry: entry | {"data_offsets": [32, 0]},
+        lambda entry: entry | {"shape": [-4, -4]},
+        lambda entry: entry | {"shape": ["4", 4]},
+        lambda entry: entry | {"shape": [4, 5]},
+        lambda entry: entry | {"dtype": "F32"},
+    ],
+    ids=["too short", "a gap", "too long", "backwards", "negative", "a string", "other shape", "other type"],
+)
+def test_a_header_that_does_not_describe_the_file_is_an_error(tmp_path, change):
+    entry = {"dtype": "BF16", "shape": [4, 4], "data_offsets": [0, 32]}
+    path, lora = tmp_path / "in.safetensors", layer_lora(low_rank((4, 4)))
+    for described in (entry, change(entry)):
+        header = json.dumps({"proj.weight": described}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(32))
+        if described is entry:
+            bake(path, lora, tmp_path / "out", progress=False)
+            continue
+        with pytest.raises((ModelError, LoRAMismatchError), match=r"damaged|of another size"):
+            bake(path, lora, tmp_path / "other", progress=False)
 
 
 @given(st.integers(0, 400))
@@ -289,7 +350,7 @@ def test_a_file_cut_short_is_an_error(tmp_path_factory, length):
     )
 )
 @settings(max_examples=30)
-def test_a_header_of_nonsense_is_an_error(tmp_path_factory, nonsense):
+def test_a_random_header_is_an_error(tmp_path_factory, nonsense):
     path = tmp_path_factory.mktemp("nonsense") / "in.safetensors"
     header = json.dumps({"proj.weight": nonsense}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header)
@@ -330,7 +391,7 @@ def test_a_folder_without_exactly_one_set_of_weights_is_an_error(names, index, m
         bake(folder, layer_lora(low_rank((4, 4))), tmp_path / "out", progress=False)
 
 
-def test_a_checkpoint_that_is_not_there_is_an_error(tmp_path):
+def test_a_missing_checkpoint_is_an_error(tmp_path):
     with pytest.raises(ModelError, match=r"does not exist\. Expected a safetensors file, or a folder"):
         bake(tmp_path / "gone", layer_lora(low_rank((4, 4))), tmp_path / "out", progress=False)
 
@@ -343,7 +404,7 @@ def test_a_tensor_that_two_shards_hold_is_an_error(tmp_path):
         bake(folder, layer_lora(low_rank((4, 4))), tmp_path / "out", progress=False)
 
 
-def test_links_are_followed_as_the_cache_of_the_hub_has_them(tmp_path):
+def test_links_of_the_hubs_cache_are_followed(tmp_path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     one_file(tmp_path / "blobs" / "abc")
@@ -356,7 +417,7 @@ def test_links_are_followed_as_the_cache_of_the_hub_has_them(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "broken link"])
-def test_what_is_there_already_is_left_as_it_is(kind, tmp_path):
+def test_an_existing_output_is_an_error_and_stays(kind, tmp_path):
     one_file(tmp_path / "in.safetensors")
     out = tmp_path / "out"
     match kind:
@@ -379,7 +440,7 @@ def test_a_checkpoint_is_not_written_into(pipeline_folder):
     assert contents(pipeline_folder) == before
 
 
-def test_another_process_that_writes_there_is_left_alone(tmp_path):
+def test_an_output_that_another_process_writes_is_an_error(tmp_path):
     one_file(tmp_path / "in.safetensors")
     with stream.atomic_output(tmp_path / "out", folder=False) as place:
         place.write_text("half")
@@ -389,23 +450,23 @@ def test_another_process_that_writes_there_is_left_alone(tmp_path):
 
 
 def killed_at(write, source, out):
-    """Bake in a process of its own that kills itself in the middle of its n-th write."""
-    done, real = 0, vars(stream)["_write"]
+    """Bake in a process that kills itself in the middle of its n-th write."""
+    writes, original = 0, vars(stream)["_write"]
 
-    def dying(file, piece):
-        nonlocal done
-        done += 1
-        if done == write:
-            file.write(piece[: len(piece) // 2])
+    def write_or_die(file, chunk):
+        nonlocal writes
+        writes += 1
+        if writes == write:
+            file.write(chunk[: len(chunk) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-        real(file, piece)
+        original(file, chunk)
 
-    vars(stream)["_write"] = dying
+    vars(stream)["_write"] = write_or_die
     bake(source, tiny_lora(FluxTransformer2DModel.from_pretrained(source)), out, progress=False)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # the child starts its own
-def test_killed_anywhere_it_leaves_no_half_result_and_the_next_run_is_as_if_nothing_had_been(pipeline_folder, tmp_path):
+def test_a_killed_run_leaves_no_output_and_the_next_run_gives_the_full_result(pipeline_folder, tmp_path):
     source, forked = pipeline_folder / "transformer", multiprocessing.get_context("fork")
     lora = tiny_lora(FluxTransformer2DModel.from_pretrained(source))
     whole = bake(source, lora, tmp_path / "whole", progress=False)
@@ -426,7 +487,7 @@ def test_killed_anywhere_it_leaves_no_half_result_and_the_next_run_is_as_if_noth
 
 @contextmanager
 def longest_file(size):
-    """What a file system says that takes no more, without filling one."""
+    """Limit the size of files, which fails as a full file system does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -435,11 +496,11 @@ def longest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_file_system_that_takes_no_more_is_an_error_that_leaves_nothing(tmp_path):
+def test_a_full_file_system_is_an_error_that_leaves_nothing(tmp_path):
     one_file(tmp_path / "in.safetensors", shape=(400, 240))
     with longest_file(50_000), pytest.raises(StorageError, match=r"could not be written, and nothing is left of it"):
         bake(tmp_path / "in.safetensors", layer_lora(low_rank((400, 240))), tmp_path / "out", progress=False)
-    assert [one.name for one in tmp_path.iterdir()] == ["in.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
 
 @pytest.fixture
@@ -464,21 +525,21 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(known, small_disk, tmp_path
     assert not list(small_disk.iterdir())
 
 
-def test_a_source_that_shrinks_under_way_is_an_error(tmp_path, monkeypatch):
+def test_a_source_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch):
     one_file(tmp_path / "in.safetensors")
-    real = stream.StreamWriter.reserve
+    original = stream.StreamWriter.reserve
 
     def shrinking(self, target, size):
         os.truncate(tmp_path / "in.safetensors", 900)
-        real(self, target, size)
+        original(self, target, size)
 
     monkeypatch.setattr(stream.StreamWriter, "reserve", shrinking)
     with pytest.raises(StorageError, match="became shorter while it was read"):
         bake(tmp_path / "in.safetensors", layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
-    assert [one.name for one in tmp_path.iterdir()] == ["in.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
 
-def test_the_report_reads_worst_first_and_trusts_no_name(tmp_path):
+def test_the_report_lists_the_worst_layers_first_and_escapes_names(tmp_path):
     save_file({"<i>.weight": torch.ones(4, 4, dtype=torch.bfloat16), "b.weight": torch.zeros(4, 4)}, tmp_path / "in")
     small = LowRank(torch.ones(1, 4), torch.full((4, 1), 2**-12))
     baked = bake(tmp_path / "in", LoRA({"b": small, "<i>": small}), tmp_path / "out", progress=False)

@@ -1,4 +1,4 @@
-"""Fusing means adding: exactly by concatenation, to the Eckart-Young bound by SVD."""
+"""Fusers: exact addition by concatenation, and the Eckart-Young bound by SVD."""
 
 import pytest
 import torch
@@ -27,10 +27,10 @@ def loras(draw, *, names=tuple(SHAPES)):
     return LoRA(layers)
 
 
-def dense_sum(many):
-    """The oracle: full matrices, added."""
+def dense_sum(several):
+    """The oracle: dense updates, added."""
     total = {}
-    for lora in many:
+    for lora in several:
         for name, layer in lora.layers.items():
             total[name] = total.get(name, 0) + layer.up.double() @ layer.down.double()
     return total
@@ -44,52 +44,52 @@ def lora_of(rank=2, *, name="proj_out", scale=1.0):
 
 
 @given(st.lists(loras(), min_size=1, max_size=4))
-def test_concatenation_is_the_exact_sum_over_all_layers(many):
-    fused, wanted = ConcatFuser().fuse(many), dense_sum(many)
+def test_concatenation_is_the_exact_sum_over_all_layers(several):
+    fused, wanted = ConcatFuser().fuse(several), dense_sum(several)
     assert fused.layers.keys() == wanted.keys()
     for name, layer in fused.layers.items():
         torch.testing.assert_close(layer.delta().double(), wanted[name], rtol=1e-5, atol=1e-5)
-        assert layer.rank == sum(lora.layers[name].rank for lora in many if name in lora.layers)
+        assert layer.rank == sum(lora.layers[name].rank for lora in several if name in lora.layers)
 
 
 @given(st.lists(loras(), min_size=1, max_size=3), st.lists(st.floats(-2, 2), min_size=3, max_size=3))
-def test_a_weighted_sum_is_fused_from_scaled_loras(many, weights):
-    fused = ConcatFuser().fuse([lora.scaled(weight) for lora, weight in zip(many, weights, strict=False)])
+def test_a_weighted_sum_is_fused_from_scaled_loras(several, weights):
+    fused = ConcatFuser().fuse([lora.scaled(weight) for lora, weight in zip(several, weights, strict=False)])
     for name, layer in fused.layers.items():
         wanted = sum(
             weight * lora.layers[name].delta().double()
-            for lora, weight in zip(many, weights, strict=False)
+            for lora, weight in zip(several, weights, strict=False)
             if name in lora.layers
         )
         torch.testing.assert_close(layer.delta().double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 @given(st.lists(loras(), min_size=1, max_size=4), st.integers(1, 8))
-def test_no_lora_of_the_rank_comes_closer_than_svd(many, rank):
-    fused, wanted = SvdFuser(rank=rank).fuse(many), dense_sum(many)
+def test_svd_reaches_the_eckart_young_bound(several, rank):
+    fused, wanted = SvdFuser(rank=rank).fuse(several), dense_sum(several)
     for name, layer in fused.layers.items():
-        strengths = torch.linalg.svdvals(wanted[name])
-        bound = strengths[rank:].square().sum().sqrt()
+        singular_values = torch.linalg.svdvals(wanted[name])
+        bound = singular_values[rank:].square().sum().sqrt()
         error = torch.linalg.matrix_norm(layer.delta().double() - wanted[name])
         assert layer.rank <= rank
-        assert error <= bound + 1e-5 * strengths[0] + 1e-6
+        assert error <= bound + 1e-5 * singular_values[0] + 1e-6
 
 
 @given(loras())
-def test_a_rank_that_suffices_loses_nothing(lora):
+def test_a_sufficient_rank_loses_nothing(lora):
     fused = SvdFuser(rank=12).fuse([lora])
     assert all(kept == pytest.approx(1, abs=1e-6) for kept in retained_energy(lora, fused).values())
 
 
 @given(loras())
-def test_svd_gives_both_factors_the_same_share_of_strength(lora):
+def test_svd_gives_both_factors_the_same_norm(lora):
     for layer in SvdFuser(rank=3).fuse([lora]).layers.values():
         assert layer.down.dtype == layer.up.dtype == torch.float32
         torch.testing.assert_close(layer.down @ layer.down.T, layer.up.T @ layer.up, rtol=1e-4, atol=1e-3)
 
 
 @given(loras(), st.floats(0.05, 1.0))
-def test_energy_keeps_as_few_directions_as_it_takes(lora, energy):
+def test_energy_keeps_the_fewest_singular_values_that_hold_it(lora, energy):
     fused = SvdFuser(rank=12, energy=energy).fuse([lora])
     for name, layer in fused.layers.items():
         energies = torch.linalg.svdvals(lora.layers[name].delta().double()).square()
@@ -99,39 +99,39 @@ def test_energy_keeps_as_few_directions_as_it_takes(lora, energy):
 
 
 @given(st.lists(loras(), min_size=1, max_size=3), st.integers(1, 4))
-def test_retained_energy_is_that_of_the_dense_matrices(many, rank):
-    full = ConcatFuser().fuse(many)
-    fused = SvdFuser(rank=rank).fuse(many)
+def test_retained_energy_is_that_of_the_dense_matrices(several, rank):
+    full = ConcatFuser().fuse(several)
+    fused = SvdFuser(rank=rank).fuse(several)
     for name, kept in retained_energy(full, fused).items():
-        whole = full.layers[name].delta().double()
-        lost = whole - fused.layers[name].delta().double()
-        assert kept == pytest.approx(1 - (lost.square().sum() / whole.square().sum()).item(), abs=1e-5)
+        total = full.layers[name].delta().double()
+        lost = total - fused.layers[name].delta().double()
+        assert kept == pytest.approx(1 - (lost.square().sum() / total.square().sum()).item(), abs=1e-5)
 
 
-def test_retained_energy_knows_missing_and_silent_layers():
+def test_the_retained_energy_of_missing_and_of_zero_layers():
     full = ConcatFuser().fuse([lora_of(name="proj_out"), lora_of(name="attn.to_q", scale=0.0)])
     assert retained_energy(full, lora_of(name="attn.to_q", scale=0.0)) == {"proj_out": 0.0, "attn.to_q": 1.0}
     assert retained_energy(lora_of(scale=0.0), lora_of())["proj_out"] == -torch.inf
 
 
-def test_retained_energy_refuses_strangers():
+def test_retained_energy_refuses_unknown_layers():
     with pytest.raises(LoRAError, match=r"updates 'attn\.to_q', which the full one does not"):
         retained_energy(lora_of(), lora_of(name="attn.to_q"))
 
 
-def test_an_update_of_nothing_keeps_one_direction():
+def test_an_update_of_zero_keeps_rank_one():
     assert SvdFuser(rank=4, energy=0.5).fuse([lora_of(scale=0.0)]).rank == 1
 
 
 def test_half_precision_loras_are_computed_in_float32():
     lora = lora_of(3)
-    half = LoRA({name: LowRank(one.down.bfloat16(), one.up.bfloat16()) for name, one in lora.layers.items()})
+    half = LoRA({name: LowRank(layer.down.bfloat16(), layer.up.bfloat16()) for name, layer in lora.layers.items()})
     fused = SvdFuser(rank=3).fuse([half])
     torch.testing.assert_close(fused.layers["proj_out"].delta(), half.layers["proj_out"].delta(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fuser", [ConcatFuser(), SvdFuser(rank=2)], ids=repr)
-def test_nothing_cannot_be_fused(fuser):
+def test_fusing_no_lora_is_an_error(fuser):
     with pytest.raises(LoRAError, match="received 0 LoRAs"):
         fuser.fuse([])
 
@@ -145,9 +145,9 @@ def test_layers_of_one_name_and_two_shapes_cannot_be_fused(fuser):
 
 @given(st.lists(loras(), min_size=1, max_size=3), st.integers(1, 8), st.floats(0.05, 1.0))
 @settings(max_examples=40)
-def test_the_report_says_what_retained_energy_finds_again(many, rank, energy):
-    compression = SvdFuser(rank=rank, energy=energy).compress(many)
-    full = ConcatFuser().fuse(many)
+def test_the_report_agrees_with_retained_energy(several, rank, energy):
+    compression = SvdFuser(rank=rank, energy=energy).compress(several)
+    full = ConcatFuser().fuse(several)
     again = retained_energy(full, compression.lora)
     assert compression.layers.keys() == full.layers.keys()
     for name, layer in compression.layers.items():
@@ -160,10 +160,10 @@ def test_the_report_says_what_retained_energy_finds_again(many, rank, energy):
 
 @given(st.lists(loras(), min_size=1, max_size=3), st.floats(0.05, 0.999))
 @settings(max_examples=40)
-def test_energy_alone_is_enough_to_ask_for(many, energy):
-    compression = SvdFuser(energy=energy).compress(many)
+def test_energy_alone_limits_the_rank(several, energy):
+    compression = SvdFuser(energy=energy).compress(several)
     assert all(layer.energy >= energy - 1e-6 for layer in compression.layers.values())
-    capped = SvdFuser(rank=100, energy=energy).fuse(many)
+    capped = SvdFuser(rank=100, energy=energy).fuse(several)
     assert {name: layer.rank_after for name, layer in compression.layers.items()} == {
         name: layer.rank for name, layer in capped.layers.items()
     }
@@ -176,7 +176,7 @@ def test_the_energy_of_an_update_is_that_of_its_dense_matrix(lora):
         assert layer.energy() == pytest.approx(layer.delta().double().square().sum().item(), rel=1e-5)
 
 
-def test_the_report_reads_worst_first_and_trusts_no_name():
+def test_the_report_lists_the_worst_layers_first_and_escapes_names():
     strong = LowRank(torch.eye(3), torch.diag(torch.tensor([3.0, 2.0, 1.0])))
     compression = SvdFuser(rank=2).compress(
         [LoRA({"easy": LowRank(torch.ones(1, 3), torch.ones(3, 1)), "<b>": strong})]
@@ -191,12 +191,12 @@ def test_the_report_reads_worst_first_and_trusts_no_name():
     assert "<b>" not in html
 
 
-def test_a_report_can_be_kept_as_json():
+def test_a_report_survives_json():
     layer = SvdFuser(rank=1).compress([lora_of(2)]).layers["proj_out"]
     assert from_json(CompressedLayer, to_json(layer)) == layer
 
 
-def test_a_fuser_that_would_leave_out_nothing_is_refused():
+def test_a_fuser_without_a_limit_is_refused():
     with pytest.raises(InvalidValueError, match=r"would leave out nothing\. Give it a rank, or an energy"):
         SvdFuser()
 

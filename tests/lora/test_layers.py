@@ -1,4 +1,4 @@
-"""Updates of convolutions: worn, fused, cut down and baked, they are what is added to the weight."""
+"""Updates of convolutions: applied, fused, compressed and baked, each is the dense update of the weight."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 @st.composite
 def convolutions(draw):
-    """A convolution of any kind, with pixels for it."""
+    """A random convolution, and an input for it."""
     axes, groups = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     layer = CONVOLUTIONS[axes](
         groups * draw(st.integers(1, 3)),
@@ -37,19 +37,19 @@ def update_of(layer, *, rank=2, scale=1.0):
     return aa.LowRank(scale * torch.randn(rank, *rest), torch.randn(outputs, rank))
 
 
-@given(made=convolutions(), scale=st.sampled_from([1.0, -0.5]))
-def test_a_worn_update_is_what_it_would_be_in_the_weight(made, scale):
-    layer, pixels = made
+@given(layer_and_input=convolutions(), scale=st.sampled_from([1.0, -0.5]))
+def test_an_applied_update_equals_the_update_of_the_weight(layer_and_input, scale):
+    layer, pixels = layer_and_input
     module, update = nn.Sequential(layer), update_of(layer)
     before = module(pixels)
     with aa.LoRA({"0": update}).applied_to(module, scale=scale):
-        worn = module(pixels)
+        output = module(pixels)
     assert torch.equal(module(pixels), before)
     layer.weight.data += scale * update.delta()
-    torch.testing.assert_close(worn, module(pixels), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output, module(pixels), rtol=1e-4, atol=1e-4)
 
 
-def test_an_update_of_another_kernel_is_refused_before_anything_is_worn():
+def test_an_update_of_another_kernel_is_refused_before_anything_changes():
     module = nn.Sequential(nn.Conv2d(4, 8, 3))
     for shape in ((2, 4), (2, 4, 1, 1)):
         lora = aa.LoRA({"0": aa.LowRank(torch.ones(shape), torch.ones(8, 2))})
@@ -57,17 +57,17 @@ def test_an_update_of_another_kernel_is_refused_before_anything_is_worn():
             pytest.fail("the block ran")
 
 
-def test_convolutions_are_added_up_exactly_and_cut_down_as_their_matrices():
+def test_convolutions_are_added_exactly_and_compressed_as_matrices():
     layer = nn.Conv2d(6, 8, 3)
     loras = [aa.LoRA({"conv": update_of(layer, rank=rank)}) for rank in (2, 3)]
-    whole = sum(lora.layers["conv"].delta() for lora in loras)
+    total = sum(lora.layers["conv"].delta() for lora in loras)
     exact = aa.ConcatFuser().fuse(loras).layers["conv"]
-    torch.testing.assert_close(exact.delta(), whole)
-    cut = aa.SvdFuser(rank=2).fuse(loras).layers["conv"]
-    assert (cut.rank, cut.shape) == (2, (8, 6, 3, 3))
-    strengths = torch.linalg.svdvals(whole.flatten(1))
-    missing = (cut.delta() - whole).norm()
-    torch.testing.assert_close(missing, strengths[2:].square().sum().sqrt(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(exact.delta(), total)
+    compressed = aa.SvdFuser(rank=2).fuse(loras).layers["conv"]
+    assert (compressed.rank, compressed.shape) == (2, (8, 6, 3, 3))
+    singular_values = torch.linalg.svdvals(total.flatten(1))
+    error = (compressed.delta() - total).norm()
+    torch.testing.assert_close(error, singular_values[2:].square().sum().sqrt(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,4 +1,4 @@
-"""LoRA as a value: its files, read by others too, and what a module wearing it computes."""
+"""LoRA as a value: its factors, its files, and the module that it is applied to."""
 
 import copy
 import json
@@ -30,13 +30,13 @@ def low_rank(rank, inputs, outputs, *, seed=0, dtype=torch.float32):
     return LowRank(down.to(dtype), up.to(dtype))
 
 
-def written(path, tensors, adapter=None):
+def write(path, tensors, adapter=None):
     metadata = (
         None
         if adapter is None
         else {"lora_adapter_metadata": adapter if isinstance(adapter, str) else json.dumps(adapter)}
     )
-    save_file({key: one.clone() for key, one in tensors.items()}, path, metadata=metadata)
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, path, metadata=metadata)
     return path
 
 
@@ -55,14 +55,14 @@ def delta_in(path, name="proj"):
     ("down", "up"),
     [((2, 4), (3, 1)), ((2,), (3, 2)), ((2, 4, 1, 1, 1, 1), (3, 2)), ((2, 4), (3, 2, 1)), ((0, 4), (3, 0))],
 )
-def test_factors_that_do_not_fit_are_refused_naming_their_shapes(down, up):
-    with pytest.raises(LoRAError, match="need shapes") as told:
+def test_factors_whose_shapes_do_not_match_are_refused(down, up):
+    with pytest.raises(LoRAError, match="need shapes") as caught:
         LowRank(torch.zeros(down), torch.zeros(up))
-    assert str(tuple(down)) in str(told.value)
+    assert str(tuple(down)) in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_factors_that_are_no_numbers_are_refused(value):
+def test_factors_with_nan_or_infinity_are_refused(value):
     with pytest.raises(LoRAError, match="NaN or infinity"):
         LowRank(torch.full((1, 2), value), torch.ones(2, 1))
 
@@ -72,11 +72,11 @@ def test_a_lora_without_layers_is_refused():
         LoRA({})
 
 
-def test_a_lora_is_shown_by_its_size():
+def test_the_repr_of_a_lora_is_its_size():
     assert repr(LoRA({"one": LowRank(A, B), "two": low_rank(5, 4, 3)})) == "LoRA(2 layers, rank 5)"
 
 
-def test_a_lora_keeps_its_layers_to_itself():
+def test_the_layers_of_a_lora_cannot_be_changed():
     layers = {"proj": LowRank(A, B)}
     lora = LoRA(layers)
     layers.clear()
@@ -97,11 +97,11 @@ def test_a_lora_can_be_copied_and_sent_to_another_process(travelled):
     assert torch.equal(lora.layers["proj"].delta(), B @ A)
 
 
-def test_a_sum_has_the_summed_update():
-    one, other = LoRA({"proj": LowRank(A, B)}), LoRA({"proj": low_rank(3, 4, 3), "out": low_rank(1, 5, 5)})
-    total = sum_loras([one, other])
-    torch.testing.assert_close(total.layers["proj"].delta(), B @ A + other.layers["proj"].delta())
-    assert torch.equal(total.layers["out"].delta(), other.layers["out"].delta())
+def test_the_update_of_a_sum_is_the_sum_of_the_updates():
+    first, second = LoRA({"proj": LowRank(A, B)}), LoRA({"proj": low_rank(3, 4, 3), "out": low_rank(1, 5, 5)})
+    total = sum_loras([first, second])
+    torch.testing.assert_close(total.layers["proj"].delta(), B @ A + second.layers["proj"].delta())
+    assert torch.equal(total.layers["out"].delta(), second.layers["out"].delta())
 
 
 # Files
@@ -110,7 +110,7 @@ def test_a_sum_has_the_summed_update():
 @given(
     ranks=st.lists(st.integers(1, 5), min_size=1, max_size=4), dtype=st.sampled_from([torch.float32, torch.bfloat16])
 )
-def test_what_is_saved_is_what_is_loaded(tmp_path_factory, ranks, dtype):
+def test_a_loaded_lora_equals_the_saved_one(tmp_path_factory, ranks, dtype):
     lora = LoRA({f"blocks.{n}.proj": low_rank(rank, 4, 3, seed=n, dtype=dtype) for n, rank in enumerate(ranks)})
     loaded = LoRA.load(lora.save(tmp_path_factory.mktemp("lora") / "lora.safetensors"))
     assert loaded.layers.keys() == lora.layers.keys()
@@ -124,7 +124,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path_factory, ranks, dtype):
         assert not read.up[:, layer.rank :].any()
 
 
-def test_saving_makes_folders_and_keeps_metadata(tmp_path):
+def test_saving_creates_folders_and_keeps_metadata(tmp_path):
     path = LoRA({"proj": LowRank(A, B)}).save(tmp_path / "runs" / "lora.safetensors", metadata={"base": "tiny"})
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
@@ -132,7 +132,7 @@ def test_saving_makes_folders_and_keeps_metadata(tmp_path):
     assert json.loads(header["lora_adapter_metadata"])["transformer.lora_alpha"] == 2
 
 
-def test_metadata_cannot_overwrite_what_readers_rely_on(tmp_path):
+def test_metadata_cannot_overwrite_reserved_names(tmp_path):
     with pytest.raises(LoRAError, match=r"may not set \['lora_adapter_metadata'\]"):
         LoRA({"proj": LowRank(A, B)}).save(tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": "{}"})
     assert not list(tmp_path.iterdir())
@@ -154,22 +154,22 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
     monkeypatch.setattr(files, "save_file", half_a_file)
     with pytest.raises(OSError, match="disk full"):
         LoRA({"proj": LowRank(2 * A, B)}).save(path)
-    assert [one.name for one in tmp_path.iterdir()] == ["lora.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
     assert torch.equal(delta_in(path), B @ A)
 
 
 def flux_lora(*, dtype=torch.float32):
     """Ranks differ, and the last layer's name is also the end of a layer's name outside the blocks."""
     layers = {TO_Q: low_rank(3, 32, 32), FF: low_rank(1, 32, 128, seed=1), SINGLE: low_rank(2, 160, 32, seed=2)}
-    return LoRA({name: LowRank(one.down.to(dtype), one.up.to(dtype)) for name, one in layers.items()})
+    return LoRA({name: LowRank(layer.down.to(dtype), layer.up.to(dtype)) for name, layer in layers.items()})
 
 
 def read_back(transformer):
-    """What diffusers made of a file: its own factors times its own strength, by layer."""
+    """The dense updates that diffusers and PEFT have loaded, by layer."""
     return {
-        name: one.scaling["default_0"] * one.lora_B["default_0"].weight @ one.lora_A["default_0"].weight
-        for name, one in transformer.named_modules()
-        if hasattr(one, "lora_A")
+        name: layer.scaling["default_0"] * layer.lora_B["default_0"].weight @ layer.lora_A["default_0"].weight
+        for name, layer in transformer.named_modules()
+        if hasattr(layer, "lora_A")
     }
 
 
@@ -218,18 +218,18 @@ def test_a_file_of_diffusers_is_read_at_the_strength_diffusers_gives_it(tmp_path
     ],
 )
 def test_alpha_in_the_header_is_folded_in(tmp_path, adapter, strength):
-    path = written(tmp_path / "lora.safetensors", factors("blocks.0.proj"), adapter)
+    path = write(tmp_path / "lora.safetensors", factors("blocks.0.proj"), adapter)
     torch.testing.assert_close(delta_in(path, "blocks.0.proj"), strength * (B @ A))
 
 
 def test_alpha_beside_a_layer_is_folded_into_that_layer(tmp_path):
     tensors = {**factors("one"), **factors("two"), "transformer.one.alpha": torch.tensor(6.0)}
-    path = written(tmp_path / "lora.safetensors", tensors)
+    path = write(tmp_path / "lora.safetensors", tensors)
     torch.testing.assert_close(delta_in(path, "one"), 3 * (B @ A))
     torch.testing.assert_close(delta_in(path, "two"), B @ A)
 
 
-def test_a_file_that_is_none_is_refused_by_name(tmp_path):
+def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("not a LoRA")
     for name in ("text.safetensors", "missing.safetensors", "."):
         with pytest.raises(LoRAError, match=r"is not a LoRA file: .* Expected a safetensors file\."):
@@ -252,28 +252,28 @@ def test_a_file_that_is_none_is_refused_by_name(tmp_path):
         ({}, "no tensor at all"),
     ],
 )
-def test_a_file_that_would_be_read_in_part_is_refused_naming_the_rest(tmp_path, tensors, named):
-    path = written(tmp_path / "lora.safetensors", tensors)
-    with pytest.raises(LoRAError, match="holds") as told:
+def test_a_file_with_an_unknown_key_is_refused_naming_the_key(tmp_path, tensors, named):
+    path = write(tmp_path / "lora.safetensors", tensors)
+    with pytest.raises(LoRAError, match="holds") as caught:
         LoRA.load(path)
-    assert f"{named!r}" in str(told.value)
-    assert str(path) in str(told.value)
+    assert f"{named!r}" in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("adapter", ["{", "[1]", '"text"'])
-def test_a_header_that_hides_the_strength_is_refused(tmp_path, adapter):
+def test_a_header_that_cannot_be_parsed_is_refused(tmp_path, adapter):
     with pytest.raises(LoRAError, match="so its strength is unknown"):
-        LoRA.load(written(tmp_path / "lora.safetensors", factors(), adapter))
+        LoRA.load(write(tmp_path / "lora.safetensors", factors(), adapter))
 
 
 @pytest.mark.parametrize("down", [torch.zeros(3, 4), torch.zeros(2, 4, 1), torch.full((2, 4), torch.nan)])
-def test_factors_in_a_file_that_do_not_fit_are_refused_naming_the_file(tmp_path, down):
-    path = written(tmp_path / "lora.safetensors", factors(down=down))
+def test_mismatched_factors_in_a_file_are_refused_naming_the_file(tmp_path, down):
+    path = write(tmp_path / "lora.safetensors", factors(down=down))
     with pytest.raises(LoRAError, match=r"lora\.safetensors is not a LoRA artaug can read: low-rank factors"):
         LoRA.load(path)
 
 
-# Wearing
+# Applying
 
 
 class Net(nn.Module):
@@ -292,7 +292,7 @@ def net_lora(seed=0):
 
 
 def with_weights(net, *loras, scale=1.0):
-    """The oracle: the update added to the weights of a copy."""
+    """The oracle: a copy with the updates added to its weights."""
     net = copy.deepcopy(net)
     for lora in loras:
         for name, layer in lora.layers.items():
@@ -301,21 +301,21 @@ def with_weights(net, *loras, scale=1.0):
 
 
 def hooks_of(net):
-    return [tuple(one._forward_hooks) for one in net.modules() if one._forward_hooks]  # noqa: SLF001 - torch shows them no other way
+    return [tuple(layer._forward_hooks) for layer in net.modules() if layer._forward_hooks]  # noqa: SLF001 - torch has no public list
 
 
 INPUTS = torch.linspace(-1, 1, 20).reshape(5, 4)
 
 
 @given(scale=st.floats(-2, 2), seed=st.integers(0, 100))
-def test_wearing_adds_exactly_the_update(scale, seed):
+def test_applying_adds_exactly_the_update(scale, seed):
     net, lora = Net(), net_lora(seed)
     wanted = with_weights(net, lora, scale=scale)(INPUTS)
     with lora.applied_to(net, scale=scale):
         torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_loras_worn_together_add_up():
+def test_several_applied_loras_add_up():
     net, inner, outer = Net(), net_lora(1), net_lora(7)
     wanted = with_weights(net, inner, outer)(INPUTS)
     with inner.applied_to(net), outer.applied_to(net):
@@ -324,23 +324,23 @@ def test_loras_worn_together_add_up():
         torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_wearing_leaves_no_trace_even_after_an_exception():
+def test_applying_leaves_no_trace_even_after_an_exception():
     net = Net()
     plain, weights = net(INPUTS), copy.deepcopy(net.state_dict())
     with pytest.raises(KeyboardInterrupt), net_lora().applied_to(net):
         raise KeyboardInterrupt
     assert torch.equal(net(INPUTS), plain)
     assert not any(hooks_of(net))
-    assert all(torch.equal(one, weights[name]) for name, one in net.state_dict().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in net.state_dict().items())
 
 
-def test_a_worn_lora_takes_the_precision_of_what_flows_through():
+def test_an_applied_lora_takes_the_precision_of_the_inputs():
     net = Net(torch.bfloat16)
     with net_lora().applied_to(net):
         assert net(INPUTS.bfloat16()).dtype == torch.bfloat16
 
 
-def test_gradients_flow_through_a_worn_lora_and_not_into_it():
+def test_gradients_flow_through_an_applied_lora_and_not_into_it():
     net, inputs = Net(), INPUTS.clone().requires_grad_()
     oracle = with_weights(net, net_lora())
     with net_lora().applied_to(net):
@@ -350,7 +350,7 @@ def test_gradients_flow_through_a_worn_lora_and_not_into_it():
 
 
 @pytest.mark.parametrize(
-    ("lora", "said"),
+    ("lora", "message"),
     [
         (
             LoRA({"a": LowRank(A, B), "b": LowRank(A, B)}),
@@ -360,9 +360,9 @@ def test_gradients_flow_through_a_worn_lora_and_not_into_it():
         (LoRA({"one": low_rank(2, 4, 3)}), r"updates 'one' with shape \(3, 4\), and in Net it has \(6, 4\)"),
     ],
 )
-def test_a_lora_for_another_model_is_refused_before_anything_changes(lora, said):
+def test_a_lora_for_another_model_is_refused_before_anything_changes(lora, message):
     net = Net()
-    with pytest.raises(LoRAMismatchError, match=said), lora.applied_to(net):
+    with pytest.raises(LoRAMismatchError, match=message), lora.applied_to(net):
         pytest.fail("the block ran")
     assert not any(hooks_of(net))
 
@@ -372,15 +372,25 @@ def test_a_module_without_linear_layers_is_refused():
         pytest.fail("the block ran")
 
 
-def test_a_format_may_be_called_by_its_name(tmp_path):
+def test_a_format_can_be_given_by_its_name(tmp_path):
     lora = LoRA({TO_Q: low_rank(2, 8, 8), FF: low_rank(3, 8, 8, seed=1)})
-    named, told = (lora.save(tmp_path / f"{one!r}.safetensors", format=one) for one in ("peft", Format.PEFT))
-    assert named.read_bytes() == told.read_bytes()
+    by_name, by_member = (
+        lora.save(tmp_path / f"{format_!r}.safetensors", format=format_) for format_ in ("peft", Format.PEFT)
+    )
+    assert by_name.read_bytes() == by_member.read_bytes()
     with pytest.raises(LoRAError, match=r"there is no format 'webui': choose one of 'peft', 'kohya'"):
         lora.save(tmp_path / "lora.safetensors", format="webui")
 
 
-def test_a_digest_tells_loras_apart():
+def test_the_update_can_be_weighted_per_token_or_skipped_per_layer():
+    net, lora = Net(), net_lora()
+    weights = torch.tensor([0.0, 1.0, 0.5, 1.0, 0.0]).unsqueeze(1)
+    hidden = torch.tanh(net.one(INPUTS) + weights * (INPUTS @ lora.layers["one"].delta().T))
+    with lora.applied_to(net, output_weights=lambda name, _: weights if name == "one" else None):
+        torch.testing.assert_close(net(INPUTS), net.two(hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_the_digest_distinguishes_loras():
     lora = LoRA({TO_Q: low_rank(2, 8, 8)})
     assert lora.digest == LoRA({TO_Q: low_rank(2, 8, 8)}).digest
     assert len({lora.digest, lora.scaled(2).digest, LoRA({FF: low_rank(2, 8, 8)}).digest}) == 3

@@ -1,4 +1,4 @@
-"""Files as other trainers write them, key for key: every one means here what it means to its maker, strength included."""
+"""Files with the keys of other trainers: they are read as their trainer means them, strength included."""
 
 import json
 
@@ -35,9 +35,9 @@ def update(pair, strength=1.0, rows=slice(None)):
 
 
 def sd_scripts_flux1():
-    """sd-scripts, `networks.lora_flux`: one `down` for a fused layer, a dense `up`, alpha 1 unless told otherwise."""
+    """sd-scripts, `networks.lora_flux`: one `down` for a fused layer, a dense `up`, alpha 1 by default."""
     fused, linear1, plain = factors(3 * WIDTH, WIDTH), factors(7 * WIDTH, WIDTH, seed=1), factors(WIDTH, 5 * WIDTH)
-    fused, linear1, plain = ([one.bfloat16() for one in pair] for pair in (fused, linear1, plain))
+    fused, linear1, plain = ([factor.bfloat16() for factor in pair] for pair in (fused, linear1, plain))
     alpha = torch.tensor(1.0, dtype=torch.bfloat16)
     tensors = {
         **down_up("lora_unet_double_blocks_0_txt_attn_qkv", fused, alpha),
@@ -47,8 +47,8 @@ def sd_scripts_flux1():
     header = {"ss_network_module": "networks.lora_flux", "ss_network_dim": "4", "ss_network_alpha": "1.0"}
     rows = [slice(number * WIDTH, (number + 1) * WIDTH) for number in range(3)]
     wanted = {
-        **{f"{BLOCK}.attn.add_{one}_proj": update(fused, 0.25, part) for one, part in zip("qkv", rows, strict=True)},
-        **{f"{SINGLE}.attn.to_{one}": update(linear1, 0.25, part) for one, part in zip("qkv", rows, strict=True)},
+        **{f"{BLOCK}.attn.add_{part}_proj": update(fused, 0.25, row) for part, row in zip("qkv", rows, strict=True)},
+        **{f"{SINGLE}.attn.to_{part}": update(linear1, 0.25, row) for part, row in zip("qkv", rows, strict=True)},
         f"{SINGLE}.proj_mlp": update(linear1, 0.25, slice(3 * WIDTH, None)),
         f"{SINGLE}.proj_out": update(plain, 0.25),
     }
@@ -56,7 +56,7 @@ def sd_scripts_flux1():
 
 
 def sd_scripts_sdxl():
-    """sd-scripts trains SDXL on the original U-Net, whose blocks are numbered through."""
+    """sd-scripts trains SDXL on the original U-Net, which numbers all blocks."""
     pair = factors(8, 8)
     key = "lora_unet_output_blocks_4_1_transformer_blocks_1_attn2_to_k"
     tensors = {
@@ -73,7 +73,7 @@ def sd_scripts_sdxl():
 
 
 def sd_scripts_sd15():
-    """sd-scripts trains Stable Diffusion 1.5 on diffusers' U-Net, and calls its layers so."""
+    """sd-scripts trains Stable Diffusion 1.5 on diffusers' U-Net, with its names."""
     pair = factors(8, 8)
     tensors = {
         **down_up("lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_ff_net_0_proj", pair, torch.tensor(1.0)),
@@ -94,7 +94,7 @@ def diffusers_sd15():
 
 
 def ai_toolkit_flux1():
-    """ai-toolkit: PEFT names in half precision, alpha folded, and a header that says nothing of strength."""
+    """ai-toolkit: PEFT names in half precision, alpha folded, and a header without alpha."""
     pair = factors(8, 8, dtype=torch.float16)
     header = {"format": "pt", "name": "mine", "software": json.dumps({"name": "ai-toolkit"}), "version": "1.0"}
     return a_b(f"transformer.{SINGLE}.attn.to_k", pair), header, {f"{SINGLE}.attn.to_k": update(pair)}, FLUX1
@@ -108,7 +108,7 @@ def ai_toolkit_flux2():
         **a_b("diffusion_model.single_blocks.0.linear1", linear1),
     }
     wanted = {
-        **{f"{BLOCK}.attn.to_{one}": update(fused, 1, slice(8 * n, 8 * n + 8)) for n, one in enumerate("qkv")},
+        **{f"{BLOCK}.attn.to_{part}": update(fused, 1, slice(8 * n, 8 * n + 8)) for n, part in enumerate("qkv")},
         f"{SINGLE}.attn.to_qkv_mlp_proj": update(linear1),
     }
     return tensors, {"format": "pt"}, wanted, FLUX2
@@ -122,7 +122,7 @@ def ai_toolkit_z_image():
 
 
 def simple_tuner_flux1():
-    """SimpleTuner through diffusers: raw factors, and alpha in the header alone."""
+    """SimpleTuner through diffusers: raw factors, and alpha only in the header."""
     pair = factors(8, 8)
     adapter = {"transformer.r": RANK, "transformer.lora_alpha": 16, "transformer.target_modules": ["to_v"]}
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter)}
@@ -137,7 +137,7 @@ def simple_tuner_comfyui_flux1():
 
 
 def one_trainer_flux1():
-    """OneTrainer: diffusers' names with underscores, an alpha a layer."""
+    """OneTrainer: diffusers' names with underscores, an alpha for each layer."""
     pair = factors(8, 8, dtype=torch.bfloat16)
     tensors = {
         **down_up("lora_transformer_transformer_blocks_0_attn_add_q_proj", pair, torch.tensor(1.0)),
@@ -156,10 +156,10 @@ def diffsynth_flux1():
         **a_b("single_blocks.0.to_qkv_mlp", linear1, "default."),
         **a_b("final_norm_out.linear", pair, "default."),
     }
-    parts = [slice(8 * number, 8 * number + 8) for number in range(3)]
+    rows = [slice(8 * number, 8 * number + 8) for number in range(3)]
     wanted = {
-        **{f"{BLOCK}.attn.add_{one}_proj": update(fused, 1, part) for one, part in zip("qkv", parts, strict=True)},
-        **{f"{SINGLE}.attn.to_{one}": update(linear1, 1, part) for one, part in zip("qkv", parts, strict=True)},
+        **{f"{BLOCK}.attn.add_{part}_proj": update(fused, 1, row) for part, row in zip("qkv", rows, strict=True)},
+        **{f"{SINGLE}.attn.to_{part}": update(linear1, 1, row) for part, row in zip("qkv", rows, strict=True)},
         f"{SINGLE}.proj_mlp": update(linear1, 1, slice(24, None)),
         f"{BLOCK}.ff.net.2": update(pair),
         "norm_out.linear": update(pair),
@@ -168,7 +168,7 @@ def diffsynth_flux1():
 
 
 def diffsynth_qwen_image():
-    """DiffSynth-Studio, Qwen-Image: diffusers' names, bare."""
+    """DiffSynth-Studio, Qwen-Image: diffusers' names without a prefix."""
     pair, name = factors(8, 8), "transformer_blocks.10.img_mlp.net.2"
     return a_b(name, pair, "default."), {}, {name: update(pair)}, QWEN_IMAGE
 
@@ -184,7 +184,7 @@ def peft_alone():
     )
 
 
-MAKERS = [
+TRAINERS = [
     sd_scripts_flux1,
     sd_scripts_sdxl,
     sd_scripts_sd15,
@@ -201,32 +201,32 @@ MAKERS = [
 ]
 
 
-def written(folder, maker):
-    tensors, header, wanted, key_map = maker()
-    save_file({key: one.clone() for key, one in tensors.items()}, folder / "lora.safetensors", header)
+def written(folder, trainer):
+    tensors, header, wanted, key_map = trainer()
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / "lora.safetensors", header)
     return folder / "lora.safetensors", LoRA(wanted), key_map
 
 
-@pytest.mark.parametrize("maker", MAKERS, ids=lambda one: one.__name__)
-def test_a_file_means_what_it_means_to_its_maker(tmp_path, maker):
-    path, wanted, _ = written(tmp_path, maker)
+@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
+def test_a_file_is_read_as_its_trainer_means_it(tmp_path, trainer):
+    path, wanted, _ = written(tmp_path, trainer)
     found = LoRA.load(path)
     assert found.layers.keys() == wanted.layers.keys()
     for name, layer in wanted.layers.items():
         torch.testing.assert_close(found.layers[name].delta()[:, :64], layer.delta()[:, :64], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("maker", MAKERS, ids=lambda one: one.__name__)
-def test_every_other_reader_there_is_agrees(tmp_path, maker):
-    path, wanted, key_map = written(tmp_path, maker)
+@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
+def test_the_other_readers_agree(tmp_path, trainer):
+    path, wanted, key_map = written(tmp_path, trainer)
     found = verify_export(path, wanted, key_map=key_map)
     assert len(found.readers) == (2 if key_map is None else 3)
     assert found.worst[1] < 1e-6
 
 
-@pytest.mark.parametrize("maker", [sd_scripts_flux1, ai_toolkit_flux2], ids=lambda one: one.__name__)
-def test_what_was_read_is_written_again_without_loss(tmp_path, maker):
-    path, wanted, key_map = written(tmp_path, maker)
+@pytest.mark.parametrize("trainer", [sd_scripts_flux1, ai_toolkit_flux2], ids=lambda trainer: trainer.__name__)
+def test_a_loaded_lora_is_saved_again_without_loss(tmp_path, trainer):
+    path, wanted, key_map = written(tmp_path, trainer)
     lora = LoRA.load(path)
     for kind in key_map.key_formats:
         again = lora.save(tmp_path / f"{kind}.safetensors", format=kind, key_map=key_map)

@@ -1,4 +1,4 @@
-"""The second reading of a file, and what it does not let pass."""
+"""Verification by the second reader: it finds what was written, and every difference is an error."""
 
 import json
 from pathlib import Path
@@ -29,18 +29,19 @@ LAYERS = {TO_Q: low_rank(2), TO_K: low_rank(3, seed=1)}
 
 @given(rank=st.integers(1, 4), other=st.integers(1, 4), seed=st.integers(0, 99))
 def test_the_relative_error_is_that_of_the_updates_themselves(rank, other, seed):
-    one, two = low_rank(rank, seed=seed), low_rank(other, seed=seed + 1)
-    wanted = (two.delta() - one.delta()).norm() / one.delta().norm()
-    assert relative_error(two, one) == pytest.approx(wanted.item(), rel=1e-5)
+    wanted, found = low_rank(rank, seed=seed), low_rank(other, seed=seed + 1)
+    dense = (found.delta() - wanted.delta()).norm() / wanted.delta().norm()
+    assert relative_error(found, wanted) == pytest.approx(dense.item(), rel=1e-5)
 
 
 @given(rank=st.integers(1, 4), share=st.floats(1e-5, 1))
-def test_small_errors_are_seen(rank, share):
-    one = low_rank(rank)
-    assert relative_error(LowRank(one.down.double(), one.up.double() * (1 + share)), one) == pytest.approx(share, 1e-3)
+def test_small_errors_are_found(rank, share):
+    wanted = low_rank(rank)
+    found = LowRank(wanted.down.double(), wanted.up.double() * (1 + share))
+    assert relative_error(found, wanted) == pytest.approx(share, 1e-3)
 
 
-def test_an_update_where_none_was_meant_is_infinitely_wrong():
+def test_the_error_of_an_update_that_should_be_zero_is_infinite():
     none = LowRank(torch.zeros(1, 5), torch.zeros(6, 1))
     assert relative_error(none, none) == 0
     assert relative_error(low_rank(1), none) == float("inf")
@@ -48,34 +49,42 @@ def test_an_update_where_none_was_meant_is_infinitely_wrong():
 
 
 def compared(found, wanted=LAYERS, tolerance=1e-3):
-    return layer_errors(found, wanted, path=Path("a.safetensors"), reader="somebody", tolerance=tolerance)
+    return layer_errors(found, wanted, path=Path("a.safetensors"), reader="a reader", tolerance=tolerance)
 
 
 def test_a_layer_that_is_missing_is_named():
-    with pytest.raises(LoRAError, match=r"a\.safetensors: somebody finds 1 of 2 layers; missing is '.*to_k'"):
+    with pytest.raises(LoRAError, match=r"a\.safetensors: a reader finds 1 of 2 layers; missing is '.*to_k'"):
         compared({TO_Q: LAYERS[TO_Q]})
 
 
-def test_a_layer_that_nobody_meant_is_named_unless_it_does_nothing():
+def test_a_layer_too_many_is_named_unless_its_update_is_zero():
     with pytest.raises(LoRAError, match="finds an update of 'more'"):
         compared({**LAYERS, "more": low_rank(1)})
     assert compared({**LAYERS, "more": LowRank(torch.ones(1, 5), torch.zeros(6, 1))}).keys() == LAYERS.keys()
 
 
-def test_another_strength_is_named_with_its_error():
+def test_a_layer_of_another_strength_is_named_with_its_error():
     half = {**LAYERS, TO_K: LowRank(LAYERS[TO_K].down, LAYERS[TO_K].up / 2)}
     with pytest.raises(LoRAError, match=r"another update of '.*to_k'.*relative error 5\.0e-01, and 1e-03 is allowed"):
         compared(half)
     assert compared(half, tolerance=0.51)[TO_K] == pytest.approx(0.5)
 
 
+def test_an_error_equal_to_the_tolerance_is_allowed():
+    wanted = {TO_Q: LowRank(torch.ones(1, 4), torch.ones(4, 1))}
+    half = {TO_Q: LowRank(torch.ones(1, 4), torch.full((4, 1), 0.5))}
+    assert compared(half, wanted, tolerance=0.5) == {TO_Q: 0.5}
+    with pytest.raises(LoRAError, match="another update"):
+        compared(half, wanted, tolerance=0.4999999)
+
+
 @pytest.mark.parametrize("kind", FLUX1.key_formats)
-def test_the_second_reading_finds_what_was_written(tmp_path, kind):
+def test_the_second_reader_finds_what_was_written(tmp_path, kind):
     path = LoRA(LAYERS).save(tmp_path / "a.safetensors", format=kind, key_map=FLUX1)
     assert max(compared(read_by_definition(path, LAYERS)).values()) < 1e-7
 
 
-def test_the_second_reading_swaps_halves_back(tmp_path):
+def test_the_second_reader_swaps_halves_back(tmp_path):
     layer, key = low_rank(2), "lora_unet_final_layer_adaLN_modulation_1"
     tensors = {f"{key}.lora_down.weight": layer.down, f"{key}.lora_up.weight": layer.up.roll(3, 0)}
     save_file(tensors, tmp_path / "a.safetensors")
@@ -90,10 +99,10 @@ def test_the_second_reading_swaps_halves_back(tmp_path):
         ({"alpha_pattern": {"to_q": 1}}, 0.5),
     ],
 )
-def test_the_second_reading_takes_strength_from_the_header(tmp_path, adapter, strength):
+def test_the_second_reader_takes_strength_from_the_header(tmp_path, adapter, strength):
     layer = low_rank(2)
     tensors = {f"transformer.{TO_Q}.lora_A.weight": layer.down, f"transformer.{TO_Q}.lora_B.weight": layer.up}
-    header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": one for key, one in adapter.items()})}
+    header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in adapter.items()})}
     save_file(tensors, tmp_path / "a.safetensors", header)
     found = read_by_definition(tmp_path / "a.safetensors", {TO_Q: layer})[TO_Q]
     torch.testing.assert_close(found.delta(), layer.delta() * strength)
@@ -112,7 +121,7 @@ def test_a_key_that_is_no_layer_of_the_lora_is_named(tmp_path):
         read_by_definition(with_more(path, {"unknown": torch.ones(1)}), LAYERS)
 
 
-def test_a_layer_that_is_there_under_two_names_is_named(tmp_path):
+def test_a_layer_with_two_names_in_a_file_is_an_error(tmp_path):
     path = LoRA(LAYERS).save(tmp_path / "a.safetensors", format=Format.KOHYA, key_map=FLUX1)
     flat = f"lora_unet_{TO_Q}".replace(".", "_")
     again = {f"{flat}.lora_down.weight": LAYERS[TO_Q].down, f"{flat}.lora_up.weight": LAYERS[TO_Q].up}
@@ -120,7 +129,7 @@ def test_a_layer_that_is_there_under_two_names_is_named(tmp_path):
         read_by_definition(with_more(path, again), LAYERS)
 
 
-def test_a_verification_shows_what_was_read_by_whom():
+def test_a_verification_shows_the_file_and_its_readers():
     shown = Verification(
         path=Path("a<b.safetensors"), format=Format.KOHYA, readers=("one", "two"), errors={TO_Q: 0.0, TO_K: 2e-7}
     )
