@@ -13,11 +13,11 @@ from artaug.scorers import Chroma, Contrast, Exposure, MeanOf, Photometric, Shar
 def main(folder: Path = Path("runs/quickstart")) -> None:
     """Run two rounds, compare base and rounds on held-out prompts, and leave the LoRA and a report in ``folder``."""
     synthesizer = playground.synthesizer(guide=aa.RegionalAttention())
-    faithful = [playground.Accuracy(of) for of in ("color", "shape", "place")]
+    faithful = [playground.Accuracy(attribute) for attribute in ("color", "shape", "place")]
     keep = aa.Gain(Chroma(), at_least=0.03) & aa.Gain(Contrast(), at_least=0.01)
     for accuracy in faithful:
         keep &= aa.Floor(accuracy, at_least=1.0)
-    unseen = playground.prompts(192, seed=1, held_out=True)
+    held_out = playground.prompts(192, seed=1, held_out=True)
 
     result = aa.enhance(
         playground.prompts(96, seed=0),
@@ -28,15 +28,15 @@ def main(folder: Path = Path("runs/quickstart")) -> None:
         trainer=aa.DifferentialLoRATrainer(rank=8, steps=100, batch_size=32, learning_rate=1e-3),
         fuser=aa.ConcatFuser(),
         rounds=2,
-        stop=aa.StopRule(MeanOf((Exposure(), Sharpness())), unseen[:64]),
+        stop=aa.StopRule(MeanOf((Exposure(), Sharpness())), held_out[:64]),
         seed=0,
         batch_size=32,
     )
 
     comparison = aa.compare(
         synthesizer,
-        {f"round {one.number}": synthesizer.with_lora(one.lora) for one in result.rounds},
-        unseen[64:],
+        {f"round {finished.number}": synthesizer.with_lora(finished.lora) for finished in result.rounds},
+        held_out[64:],
         scorers=[Photometric(), Exposure(), Sharpness(), Chroma(), Contrast(), *faithful],
         filtered_by=keep.scorers,
         batch_size=32,
@@ -45,11 +45,8 @@ def main(folder: Path = Path("runs/quickstart")) -> None:
     print(comparison.table())
     result.lora.save(folder / "artaug.safetensors")
     aa.write_report(folder / "report.html", result=result, comparison=comparison, title="ArtAug on the playground")
-    final = {
-        row.scorer: asdict(row)
-        for row in comparison.rows
-        if row.candidate == f"round {sum(one.accepted for one in result.rounds)}"
-    }
+    last_accepted = f"round {sum(finished.accepted for finished in result.rounds)}"
+    final = {row.scorer: asdict(row) for row in comparison.rows if row.candidate == last_accepted}
     summary = result.summary() | {"comparison": final, "by_round": [asdict(row) for row in comparison.rows]}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
     print(f"\n{result.stop_reason}. Look at {folder / 'report.html'}; the LoRA is {folder / 'artaug.safetensors'}")
