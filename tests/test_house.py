@@ -1,19 +1,76 @@
-"""The house in order: one version, short modules."""
+"""The structure of the package: floors, no circles, one name for one thing, a first line in every file, one version."""
 
+import ast
+import graphlib
 import importlib.metadata
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
 import artaug
+from tools.measure_house import importers, read, repeated_names
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted((ROOT / "src").rglob("*.py"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MODULES = read(ROOT / "src" / "artaug")
+
+
+def floors():
+    """The room of every floor, from the lowest (0) to the highest, as import-linter reads them."""
+    contract = next(one for one in PYPROJECT["tool"]["importlinter"]["contracts"] if one["type"] == "layers")
+    return {
+        room.strip(" ()"): floor
+        for floor, layer in enumerate(reversed(contract["layers"]))
+        for room in re.split(r"[|:]", layer)
+    }
+
+
+def upward_imports(modules, floor_of):
+    """Imports of a room on a higher floor, or of another room on the same floor that the layer does not join."""
+    joined = {"pairs", "synthesis", "plan", "critique"}  # these may know each other
+    return [
+        f"{importer} imports {imported}"
+        for imported, importing in importers(modules).items()
+        for importer in importing
+        if imported and (low := imported.split(".")[0]) != (high := importer.split(".")[0])
+        if floor_of[low] > floor_of[high] or (floor_of[low] == floor_of[high] and not {low, high} <= joined)
+    ]
+
+
+def first_line(module):
+    """The first line of a module's docstring, or nothing."""
+    return (ast.get_docstring(module.tree) or "").partition("\n")[0]
+
+
+def is_sentence(line):
+    """Whether a line says something: three words at least, and an end."""
+    return len(line.split()) >= 3 and line.endswith((".", "?"))
+
+
+def external_imports(modules):
+    """The top-level packages that modules import, at the top or inside functions."""
+    nodes = [node for module in modules for node in ast.walk(module.tree)]
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in names}
+
+
+def package(folder, **sources):
+    """A package of modules with these texts, read as the real one is."""
+    for name, text in sources.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    return read(folder)
+
+
+def check_no_circle(modules):
+    """Raise graphlib.CycleError where modules import each other in a circle."""
+    graphlib.TopologicalSorter({name: names - {""} for name, names in importers(modules).items()}).prepare()
 
 
 def test_package_metadata_and_pyproject_agree_on_the_version():
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    declared = PYPROJECT["project"]["version"]
     assert artaug.__version__ == importlib.metadata.version("artaug") == declared
 
 
@@ -22,7 +79,49 @@ def test_the_changelog_names_every_release():
         assert f"\n## {artaug.__version__} (" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_can_be_read_alone(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 300, f"{path.name} has {len(lines)} lines: split it by what it is about"
+def test_every_room_has_a_floor():
+    rooms = {module.room for module in MODULES} - {""}
+    assert rooms <= set(floors())
+
+
+def test_an_import_points_down_only():
+    assert upward_imports(MODULES, floors()) == []
+
+
+def test_the_test_of_floors_can_fail(tmp_path):
+    modules = package(tmp_path, plan="from artaug.run import x", run="")
+    assert upward_imports(modules, floors()) == ["plan imports run"]
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    check_no_circle(MODULES)
+
+
+def test_the_test_of_circles_can_fail(tmp_path):
+    modules = package(tmp_path, one="from artaug.two import x", two="from artaug import one")
+    with pytest.raises(graphlib.CycleError):
+        check_no_circle(modules)
+
+
+def test_a_class_name_stands_in_one_module():
+    assert repeated_names(MODULES) == {}
+
+
+def test_the_test_of_class_names_can_fail(tmp_path):
+    modules = package(tmp_path, one="class Row: ...", two="from typing import TypeAlias\n_Row: TypeAlias = int")
+    assert repeated_names(modules) == {"Row": ["one", "two"]}
+
+
+def test_the_first_line_of_a_module_says_what_it_is_about():
+    assert {module.name: line for module in MODULES if not is_sentence(line := first_line(module))} == {}
+
+
+@pytest.mark.parametrize("line", ["", "Utilities.", "No end to this sentence"])
+def test_the_test_of_first_lines_can_fail(line):
+    assert not is_sentence(line)
+
+
+def test_a_declared_dependency_is_imported():
+    distributions = {re.split(r"[>=\[]", line)[0] for line in PYPROJECT["project"]["dependencies"]}
+    named_otherwise = {"pillow": "PIL"}
+    assert {named_otherwise.get(name, name) for name in distributions} <= external_imports(MODULES)
