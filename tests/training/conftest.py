@@ -1,6 +1,6 @@
 """A tiny real model for a trainer: four-by-four pictures as latents, and a denoiser of three blocks."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import nn
 from artaug.errors import ModelError
 from artaug.pairs import ImagePair
 from artaug.plan import Plan
+from artaug.synthesis import Synthesizer
 from artaug.training import FlowMatching
 
 SIDE = 4
@@ -46,13 +47,13 @@ class TinyDenoiser(nn.Module):
 class TinyModel:
     """Fulfils `artaug.training.DiffusionModel`, and lends itself as an `artaug.training.Trainable`."""
 
-    def __init__(self, *, noise_schedule=None, dtype=torch.float32, worn=()):
+    def __init__(self, *, noise_schedule=None, dtype=torch.float32, applied=()):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.module = TinyDenoiser().to(dtype)
         self.noise_schedule = noise_schedule or FlowMatching()
         self.dtype = dtype
-        self.worn = worn
+        self.applied = applied
         self.calls = SimpleNamespace(images=0, prompts=0)
 
     def encode_images(self, images):
@@ -62,7 +63,9 @@ class TinyModel:
 
     def encode_prompts(self, prompts):
         self.calls.prompts += len(prompts)
-        return {"embeds": torch.tensor([[float(byte % 7 - 3) for byte in f"{one:8.8}".encode()] for one in prompts])}
+        return {
+            "embeds": torch.tensor([[float(byte % 7 - 3) for byte in f"{prompt:8.8}".encode()] for prompt in prompts])
+        }
 
     def encode_masks(self, masks):
         return masks[:, None].expand(-1, 3, -1, -1).float()
@@ -87,15 +90,50 @@ class TinyModel:
 
     @property
     def fingerprint(self):
-        return " ".join(lora.digest for lora in self.worn)
+        return " ".join(lora.digest for lora in self.applied)
 
     @contextmanager
     def training(self):
-        if not self.worn:
+        if not self.applied:
             yield self
             return
-        with self.worn[0].applied_to(self.module):
+        with self.applied[0].applied_to(self.module):
             yield self
+
+
+class TinySynthesizer(Synthesizer):
+    """Draws with a tiny model, in one step from pure noise."""
+
+    def __init__(self, model=None, loras=()):
+        self.model, self.loras = model or TinyModel(), tuple(loras)
+
+    @torch.no_grad()
+    def synthesize(self, plan, *, seed):
+        noise = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+        sigmas, conditioning = torch.ones(1), self.model.encode_prompts([plan.prompt])
+        with self.training() as model:
+            prediction = model.predict(noise, sigmas, conditioning)
+        (pixels,) = model.noise_schedule.predict_x0(noise, prediction, sigmas)
+        return Image.fromarray((pixels / 2 + 0.5).clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy())
+
+    def with_lora(self, lora, *, scale=1.0):
+        return TinySynthesizer(self.model, (*self.loras, lora.scaled(scale)))
+
+    @property
+    def fingerprint(self):
+        return " ".join(lora.digest for lora in self.loras)
+
+    @contextmanager
+    def training(self):
+        was_training = self.model.module.training
+        with ExitStack() as applied:
+            for lora in self.loras:
+                applied.enter_context(lora.applied_to(self.model.module))
+            self.model.module.eval()
+            try:
+                yield self.model
+            finally:
+                self.model.module.train(was_training)
 
 
 def picture(seed):

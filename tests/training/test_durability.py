@@ -168,10 +168,10 @@ def test_numbers_that_would_lose_checkpoints_or_never_end_are_refused(tmp_path, 
 def test_a_checkpoint_under_another_lora_is_refused(tmp_path, make_model, two_pairs):
     learned = trainer_of().train(two_pairs, make_model(), seed=0).lora
     checkpoints = Checkpoints(folder=tmp_path, every=6)
-    trainer_of().train(two_pairs, make_model(worn=[learned]), seed=0, checkpoints=checkpoints)
-    trainer_of().train(two_pairs, make_model(worn=[learned]), seed=0, checkpoints=checkpoints)
+    trainer_of().train(two_pairs, make_model(applied=[learned]), seed=0, checkpoints=checkpoints)
+    trainer_of().train(two_pairs, make_model(applied=[learned]), seed=0, checkpoints=checkpoints)
     with pytest.raises(StorageError, match=r"another training \(model: "):
-        trainer_of().train(two_pairs, make_model(worn=[learned.scaled(-1)]), seed=0, checkpoints=checkpoints)
+        trainer_of().train(two_pairs, make_model(applied=[learned.scaled(-1)]), seed=0, checkpoints=checkpoints)
 
 
 class Plain(Objective):

@@ -203,7 +203,7 @@ def test_equal_pictures_teach_exactly_nothing(tiny_model, pair_of):
 
 def test_the_loras_of_earlier_rounds_belong_to_the_teacher_and_stay(make_model, pair_of):
     worn = filled_lora(make_model().module)
-    model = make_model(worn=(worn,))
+    model = make_model(applied=(worn,))
     state = state_of(model.module)
     assert set(trainer_of().train([pair_of(1, changed=False)], model, seed=0).losses) == {0.0}
     assert_as_before(model.module, state)
