@@ -93,6 +93,9 @@ def test_nothing_suggested_changes_nothing():
 
 def test_every_region_gets_the_weight_and_feather_of_the_planner():
     critique = aa.Critique((aa.Suggestion(WHOLE, "a pear, vivid"),))
+    (region,) = aa.GreedyPlanner().plan("a pear", critique).regions
+    assert (region.weight, region.feather) == (1, 0)
+    assert (aa.Region(WHOLE, "ivy").weight, aa.Region(WHOLE, "ivy").feather) == (1, 0)
     plan = aa.GreedyPlanner(weight=2, feather=0.1).plan("a pear", critique)
     assert plan.regions == (aa.Region(WHOLE, "a pear, vivid", weight=2, feather=0.1),)
 

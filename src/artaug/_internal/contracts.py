@@ -10,9 +10,11 @@ calls that function, so that a wrong answer is named at its source::
 | `Synthesizer` | `artaug.synthesis.draw` |
 | `Critic` | `artaug.critique.run_critic` |
 | `RegionPlanner` | `artaug.plan.run_planner` |
-| `Scorer` | `artaug.scoring` |
+| `Scorer` | `artaug.scoring.score_images` |
 | `PairFilter` | `artaug.filtering.judge_pairs` |
 | `ImageSimilarity` | `artaug.images.similarity.compare_pairs` |
+| `Objective` | `artaug.training.objectives.compute_loss` |
+| `Guide` | `artaug.regional.guide.steer` |
 | `Fuser` | `artaug.lora.fusing.fuse_loras` |
 """
 

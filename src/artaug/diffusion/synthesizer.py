@@ -21,7 +21,7 @@ from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteEr
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
-from artaug.regional.guide import Guide
+from artaug.regional.guide import Guide, steer
 from artaug.synthesis import Synthesizer
 from artaug.training.model import DiffusionModel
 
@@ -240,7 +240,7 @@ class DiffusersSynthesizer(Synthesizer):
                 f"{negative[0]!r} has a negative prompt, and this synthesizer draws without classifier-free guidance, "
                 "so it would have no effect. Set a negative prompt and a guidance scale for the whole picture, too."
             )
-        return self.guide.steering(family.denoiser(conditioning), family.encode_regions(plans))
+        return steer(self.guide, family.denoiser(conditioning), family.encode_regions(plans))
 
     def _to_pil(self, pixels: Tensor) -> list[Image]:
         """Convert (batch, channels, height, width) to images; diffusers alone would turn NaN into black silently."""

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from artaug._internal.contracts import contract_error
 from artaug.errors import GuideError
 from artaug.plan import Region
 from artaug.regional.denoiser import Denoiser, EncodedPrompt
@@ -30,6 +31,24 @@ class Guide(ABC):
     @abstractmethod
     def steering(self, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> AbstractContextManager[None]:
         """Steer ``denoiser`` inside a ``with`` block; ``regions`` holds those of each picture of the batch."""
+
+
+def steer(guide: Guide, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> AbstractContextManager[None]:
+    """Call a guide and check that it returned a context manager.
+
+    Raises:
+        ContractError: if it did not; a ``steering`` that yields needs ``@contextlib.contextmanager``.
+    """
+    block: object = guide.steering(denoiser, regions)
+    if not isinstance(block, AbstractContextManager):
+        raise contract_error(
+            type(guide).__name__,
+            "steering",
+            came=f"{type(block).__name__} {block!r:.120}",
+            given=f"a {type(denoiser).__name__} and the regions of {len(regions)} picture(s)",
+            expected="a context manager, as of a method with @contextlib.contextmanager",
+        )
+    return block
 
 
 _ACTIVE_GUIDES: WeakKeyDictionary[nn.Module, Guide] = WeakKeyDictionary()

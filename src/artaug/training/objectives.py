@@ -214,9 +214,9 @@ class Bipolar(Objective):
             )
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
-        forward = self.objective.loss(_ScaledStudent(model, self.scale), batch)
+        forward = compute_loss(self.objective.loss, _ScaledStudent(model, self.scale), batch)
         reversed_batch = replace(batch, before=batch.after, after=batch.before)
-        return (forward + self.objective.loss(_ScaledStudent(model, -self.scale), reversed_batch)) / 2
+        return (forward + compute_loss(self.objective.loss, _ScaledStudent(model, -self.scale), reversed_batch)) / 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,44 @@
+"""A guide is called in one place, which names it where it does not return a context manager."""
+
+from contextlib import contextmanager
+
+import pytest
+from torch import nn
+
+import artaug as aa
+from artaug.regional import Branches, Denoiser
+from artaug.regional.guide import steer
+
+
+class Plain(Denoiser):
+    def branches(self, kwargs):
+        return Branches(cond=range(0))
+
+    def with_prompt_embeds(self, kwargs, rows, prompts):
+        return dict(kwargs)
+
+
+DENOISER = Plain(module=nn.Identity(), grid=(1, 1))
+
+
+class Forgotten(aa.Guide):
+    def steering(self, denoiser, regions):  # without @contextmanager
+        yield
+
+
+class Complete(aa.Guide):
+    @contextmanager
+    def steering(self, denoiser, regions):
+        yield
+
+
+def test_a_guide_without_a_context_manager_is_named_with_what_it_returned():
+    with pytest.raises(
+        aa.ContractError, match=r"^Forgotten\.steering returned generator .* regions of 2 picture\(s\)\. Exp"
+    ):
+        steer(Forgotten(), DENOISER, [[], []])
+
+
+def test_a_guide_with_a_context_manager_is_returned_as_it_is():
+    with steer(Complete(), DENOISER, []):
+        pass
