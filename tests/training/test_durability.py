@@ -1,10 +1,8 @@
-"""A training that is killed, resumed, interrupted or out of room ends as if nothing had happened, or says why not."""
+"""A training that is killed, resumed, interrupted or out of room ends with the same result, or says why not."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,8 +32,8 @@ SETTINGS = {
     "prodigy": {"optimizer": Prodigy(), "learning_rate": 1.0},
     "schedule-free": {"optimizer": ScheduleFree()},
     "two stages": {"objective": TwoStage(per_pair=False)},
-    "two stages a pair": {"objective": TwoStage()},
-    "in parts, with a schedule": {"micro_batch_size": 1, "schedule": Schedule.COSINE},
+    "two stages per pair": {"objective": TwoStage()},
+    "micro batches, with a schedule": {"micro_batch_size": 1, "schedule": Schedule.COSINE},
 }
 
 
@@ -72,7 +70,7 @@ def test_a_resumed_training_ends_bit_for_bit_as_one_never_stopped(tmp_path, make
 
 @settings(max_examples=10)
 @given(every=st.integers(1, 7), stops=st.lists(st.integers(1, 11), max_size=3))
-def test_where_it_stops_and_how_often_it_is_written_down_does_not_matter(tmp_path_factory, every, stops):
+def test_where_it_stops_and_how_often_it_is_saved_does_not_matter(tmp_path_factory, every, stops):
     from tests.training.conftest import TinyModel, make_pair  # noqa: PLC0415 - fixtures do not reach properties
 
     pairs, trainer = [make_pair(1), make_pair(2), make_pair(3)], trainer_of()
@@ -85,37 +83,50 @@ def test_where_it_stops_and_how_often_it_is_written_down_does_not_matter(tmp_pat
 
 
 KILLED = """
-import sys
+import os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = {path!r}
+import peft  # which a training imports, once for all copies of this process
+import torch
 from artaug.training import Checkpoints, DifferentialLoRATrainer
 from tests.training.conftest import TinyModel, make_pair
-trainer = DifferentialLoRATrainer(rank=4, steps=120, batch_size=2, learning_rate=1e-2, ema=0.9)
-told = Path(sys.argv[2])
-training = trainer.train(
-    [make_pair(1), make_pair(2)], TinyModel(), seed=1, checkpoints=Checkpoints(folder=sys.argv[1], every=1),
-    on_step=lambda event: told.write_text(str(event.step)), progress=False,
-)
-training.lora.save(sys.argv[3])
+
+torch.set_num_threads(1)
+run, progress, lora = map(Path, sys.argv[1:])
+
+def train():
+    trainer = DifferentialLoRATrainer(rank=4, steps={steps}, batch_size=2, learning_rate=1e-2, ema=0.9)
+    training = trainer.train(
+        [make_pair(1), make_pair(2)], TinyModel(), seed=1, checkpoints=Checkpoints(folder=run, every=1),
+        on_step=lambda event: progress.write_text(str(event.step)), progress=False,
+    )
+    training.lora.save(lora)
+
+for kill_at in {kills}:  # each training in a fresh copy of this process, which trains nothing itself
+    child = os.fork()
+    if child == 0:
+        train()
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while not progress.exists() or int(progress.read_text() or 0) < kill_at:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, "it ended before it was killed"
+train()
 """
 
 
 def test_killed_at_random_steps_it_ends_with_the_same_file(tmp_path, make_model, two_pairs):
+    steps = 60
     script = tmp_path / "script.py"
-    script.write_text(KILLED.format(path=[str(Path(__file__).parents[2]), *sys.path]))
+    script.write_text(KILLED.format(path=[str(Path(__file__).parents[2]), *sys.path], steps=steps, kills=(7, 35)))
     command = [sys.executable, script, tmp_path / "run", tmp_path / "step", tmp_path / "lora.safetensors"]
-    for until in (7, 70):
-        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-            deadline = time.monotonic() + 60
-            while not (tmp_path / "step").exists() or int((tmp_path / "step").read_text() or 0) < until:
-                assert process.poll() is None, process.stderr.read()
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
-            os.kill(process.pid, signal.SIGKILL)
-    subprocess.run(command, check=True, capture_output=True)
-    trainer = DifferentialLoRATrainer(rank=4, steps=120, batch_size=2, learning_rate=1e-2, ema=0.9)
-    whole = trainer.train(two_pairs, make_model(), seed=1).lora.save(tmp_path / "whole.safetensors")
-    assert (tmp_path / "lora.safetensors").read_bytes() == whole.read_bytes()
+    finished = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    trainer = DifferentialLoRATrainer(rank=4, steps=steps, batch_size=2, learning_rate=1e-2, ema=0.9)
+    uninterrupted = trainer.train(two_pairs, make_model(), seed=1).lora.save(tmp_path / "uninterrupted.safetensors")
+    assert (tmp_path / "lora.safetensors").read_bytes() == uninterrupted.read_bytes()
 
 
 def test_a_finished_training_is_not_run_again(tmp_path, make_model, two_pairs):
@@ -133,7 +144,7 @@ def test_only_the_newest_files_stay(tmp_path, make_model, two_pairs):
 
 
 @pytest.mark.parametrize(
-    ("seed", "options", "told"),
+    ("seed", "options", "message"),
     [
         (1, {}, "seed: 0 there, 1 here"),
         (0, {"rank": 8}, "trainer: DifferentialLoRATrainer.rank=4.* there"),
@@ -141,12 +152,12 @@ def test_only_the_newest_files_stay(tmp_path, make_model, two_pairs):
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused_naming_what_differs(
-    tmp_path, make_model, two_pairs, pair_of, seed, options, told
+    tmp_path, make_model, two_pairs, pair_of, seed, options, message
 ):
     checkpoints = Checkpoints(folder=tmp_path, every=6)
     trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
     pairs = [*two_pairs, pair_of(3)] if options is None else two_pairs
-    with pytest.raises(StorageError, match=rf"belongs to another training \({told}"):
+    with pytest.raises(StorageError, match=rf"belongs to another training \({message}"):
         trainer_of(**options or {}).train(pairs, make_model(), seed=seed, checkpoints=checkpoints)
 
 
@@ -159,10 +170,10 @@ def test_a_checkpoint_of_another_base_model_is_refused(tmp_path, make_model, two
         trainer_of().train(two_pairs, tuned, seed=0, checkpoints=checkpoints)
 
 
-@pytest.mark.parametrize("wrong", [{"every": 0}, {"every": -1}, {"keep": 0}, {"keep": -1}])
-def test_numbers_that_would_lose_checkpoints_or_never_end_are_refused(tmp_path, wrong):
+@pytest.mark.parametrize("option", [{"every": 0}, {"every": -1}, {"keep": 0}, {"keep": -1}])
+def test_numbers_below_one_are_refused(tmp_path, option):
     with pytest.raises(InvalidValueError, match=r"need whole numbers of at least 1"):
-        Checkpoints(folder=tmp_path, **wrong)
+        Checkpoints(folder=tmp_path, **option)
 
 
 def test_a_checkpoint_under_another_lora_is_refused(tmp_path, make_model, two_pairs):
@@ -174,30 +185,30 @@ def test_a_checkpoint_under_another_lora_is_refused(tmp_path, make_model, two_pa
         trainer_of().train(two_pairs, make_model(applied=[learned.scaled(-1)]), seed=0, checkpoints=checkpoints)
 
 
-class Plain(Objective):
-    """An objective of somebody's own, without a repr."""
+class UserObjective(Objective):
+    """An objective of a user, without a repr."""
 
-    def __init__(self, times=1.0):
-        self.times = times
+    def __init__(self, factor=1.0):
+        self.factor = factor
 
     def loss(self, model, batch):
-        return self.times * PairedDifference().loss(model, batch)
+        return self.factor * PairedDifference().loss(model, batch)
 
 
-def test_an_objective_of_ones_own_is_told_from_another_by_what_it_holds(tmp_path, make_model, two_pairs):
+def test_a_users_objective_is_identified_by_its_attributes(tmp_path, make_model, two_pairs):
     checkpoints = Checkpoints(folder=tmp_path, every=6)
-    trainer_of(objective=Plain()).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    trainer_of(objective=UserObjective()).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
     with pytest.raises(StorageError, match=r"another training \(trainer: "):
-        trainer_of(objective=Plain(2.0)).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+        trainer_of(objective=UserObjective(2.0)).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
 
 
-def test_an_objective_of_ones_own_is_known_again_in_another_process(tmp_path, make_model, two_pairs):
+def test_a_users_objective_is_recognized_in_another_process(tmp_path, make_model, two_pairs):
     checkpoints = Checkpoints(folder=tmp_path, every=2)
     with pytest.raises(KeyboardInterrupt):
-        trainer_of(objective=Plain()).train(
+        trainer_of(objective=UserObjective()).train(
             two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=stopping_at(5)
         )
-    resumed = trainer_of(objective=Plain()).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
+    resumed = trainer_of(objective=UserObjective()).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
     assert_same(resumed, trainer_of().train(two_pairs, make_model(), seed=0))
 
 
@@ -231,14 +242,14 @@ def test_a_full_disk_stops_the_training_and_leaves_what_was_written(tmp_path, ma
     with pytest.raises(KeyboardInterrupt):
         trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=stopping_at(5))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with no_room(), pytest.raises(StorageError, match=r"step-00000006.* could not be written.*go on from the last"):
+    with full_disk(), pytest.raises(StorageError, match=r"step-00000006.* could not be written.*go on from the last"):
         trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     resumed = trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
     assert_same(resumed, trainer_of().train(two_pairs, make_model(), seed=0))
 
 
-class no_room:  # noqa: N801 - a context manager
+class full_disk:  # noqa: N801 - a context manager
     """Files may have at most a few bytes, as on a disk that is full; needs no mount, and so no root."""
 
     def __enter__(self):
@@ -255,7 +266,7 @@ class no_room:  # noqa: N801 - a context manager
         signal.signal(signal.SIGXFSZ, self.handler)
 
 
-def test_a_gradient_that_is_no_number_stops_before_the_step(tmp_path, make_model, two_pairs):
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, make_model, two_pairs):
     class Exploding(Objective):
         """Its loss is finite, and its gradient is not."""
 
@@ -264,15 +275,15 @@ def test_a_gradient_that_is_no_number_stops_before_the_step(tmp_path, make_model
             return loss + (loss * 0).sqrt()
 
     checkpoints = Checkpoints(folder=tmp_path, every=1)
-    with pytest.raises(TrainingDivergedError, match=r"the gradient norm was (nan|inf) at step 1") as told:
+    with pytest.raises(TrainingDivergedError, match=r"the gradient norm was (nan|inf) at step 1") as error:
         trainer_of(objective=Exploding()).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
-    assert told.value.loss > 0
+    assert error.value.loss > 0
     assert not list(tmp_path.iterdir())
 
 
-def test_the_moving_average_is_what_is_exported(make_model, two_pairs):
+def test_the_moving_average_is_exported(make_model, two_pairs):
     steps = [trainer_of(steps=4, warmup=0, ema=decay).train(two_pairs, make_model(), seed=0) for decay in (None, 0.5)]
-    trajectory = [LoRA(first_factors(make_model, two_pairs, count)) for count in range(5)]
+    trajectory = [LoRA(factors_after(make_model, two_pairs, count)) for count in range(5)]
     expected = trajectory[0].layers
     for lora in trajectory[1:]:
         expected = {name: halfway(expected[name], layer) for name, layer in lora.layers.items()}
@@ -282,12 +293,12 @@ def test_the_moving_average_is_what_is_exported(make_model, two_pairs):
         torch.testing.assert_close(layer.up, expected[name].up)
 
 
-def halfway(one, other):
-    return type(one)((one.down + other.down) / 2, (one.up + other.up) / 2)
+def halfway(layer, other):
+    return type(layer)((layer.down + other.down) / 2, (layer.up + other.up) / 2)
 
 
-def first_factors(make_model, pairs, count):
-    """The factors after so many steps of four, read from a checkpoint."""
+def factors_after(make_model, pairs, count):
+    """The factors after some steps of a training without its moving average."""
     from artaug.synthesis import picture_seeds  # noqa: PLC0415
     from artaug.training.batches import init_generator  # noqa: PLC0415
     from artaug.training.student import inject_adapter  # noqa: PLC0415
