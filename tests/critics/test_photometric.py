@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import artaug as aa
 from artaug.critics import PhotometricCritic, PromptVocabulary
-from artaug.images.photometry import MEASURES, srgb
+from artaug.images.photometry import METRICS, srgb
 from artaug.playground import detect, parse, prompts
 from artaug.playground.rendering import render_batch
 from artaug.testing import check_critic
@@ -72,7 +72,7 @@ def test_each_low_measure_adds_its_words_and_its_reason():
     critique = PhotometricCritic().critique(still_life(), "a still life")
     whole = critique.suggestions[0]
     assert whole.box == WHOLE
-    numbers = {name: measure(srgb(still_life())) for name, measure in MEASURES.items()}
+    numbers = {name: measure(srgb(still_life())) for name, measure in METRICS.items()}
     limits = {"exposure": 0.45, "chroma": 0.3, "contrast": 0.15, "sharpness": 0.5}
     short = [name for name, number in numbers.items() if number < limits[name]]
     words = {"exposure": "softly lit", "chroma": "vivid", "contrast": "glowing", "sharpness": "sharp"}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 import artaug as aa
-from artaug.images.photometry import MEASURES, chroma, contrast, exposure, luma, sharpness, srgb
+from artaug.images.photometry import METRICS, chroma, contrast, exposure, luma, sharpness, srgb
 from support.strategies import images, pixels
 
 
@@ -44,16 +44,16 @@ def noise(seed, *, size=32, spread=60):
 
 @given(images())
 def test_every_picture_has_four_numbers_from_0_to_1(image):
-    for measure in MEASURES.values():
-        assert 0 <= measure(srgb(image)) <= 1
+    for metric in METRICS.values():
+        assert 0 <= metric(srgb(image)) <= 1
 
 
 @given(pixels())
 def test_mirroring_and_turning_change_nothing(picture):
     picture = picture / 255
-    for measure in MEASURES.values():
+    for metric in METRICS.values():
         for other in (picture[::-1], picture[:, ::-1], picture.transpose(1, 0, 2)):
-            assert measure(other) == pytest.approx(measure(picture), abs=1e-9)
+            assert metric(other) == pytest.approx(metric(picture), abs=1e-9)
 
 
 @given(pixels())
@@ -104,7 +104,7 @@ def test_tiny_and_flat_pictures_have_defined_numbers(size):
     flat = srgb(Image.new("RGB", size, (40, 80, 120)))
     assert contrast(flat) == pytest.approx(0, abs=1e-9)
     assert sharpness(flat) == 0
-    assert all(np.isfinite(measure(flat)) for measure in MEASURES.values())
+    assert all(np.isfinite(metric(flat)) for metric in METRICS.values())
 
 
 def test_known_pictures_have_known_numbers():

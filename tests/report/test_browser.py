@@ -1,4 +1,4 @@
-"""The report in a real browser: at a desk and on a phone, by day and by night, by mouse, keys and finger, offline."""
+"""The report in a real browser: desktop and phone, light and dark, mouse, keys and finger, offline."""
 
 import os
 import shutil
@@ -19,35 +19,35 @@ pytestmark = pytest.mark.browser
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
 LORA = aa.LoRA({"blocks.0.to_q": aa.LowRank(torch.ones(2, 4), torch.ones(4, 2))})
-LOOK_AT_ALL = """async () => {
+SCROLL_TO_ALL_IMAGES = """async () => {
     const images = [...document.querySelectorAll("main img:not([hidden])")];
-    for (const one of images) {
-        one.scrollIntoView();
-        await one.decode();
+    for (const image of images) {
+        image.scrollIntoView();
+        await image.decode();
     }
-    return images.filter((one) => one.naturalWidth).length;
+    return images.filter((image) => image.naturalWidth).length;
 }"""
-SIZES = {"desk": (1280, 900), "phone": (390, 844)}
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
 @dataclass(frozen=True)
-class Painter(aa.Synthesizer):
-    """The playground's renderer: duller without regions, so that a critic finds something."""
+class Renderer(aa.Synthesizer):
+    """The playground's renderer: duller without regions, so that the critic has suggestions."""
 
-    taste: str = ""
+    adjectives: str = ""
 
     def synthesize(self, plan, *, seed):
-        taste = ", vivid, softly lit" if plan.regions else self.taste
-        return playground.render(plan.prompt + taste, seed=seed)
+        adjectives = ", vivid, softly lit" if plan.regions else self.adjectives
+        return playground.render(plan.prompt + adjectives, seed=seed)
 
 
 @pytest.fixture(scope="module")
 def run():
-    """A real loop but for the training: drawn, criticised, redrawn and judged."""
+    """A real loop without the training."""
     attempts = tuple(
         aa.improve(
             playground.prompts(20, seed=0),
-            synthesizer=Painter(),
+            synthesizer=Renderer(),
             critic=PhotometricCritic(),
             planner=aa.GreedyPlanner(max_regions=2),
             keep=aa.Gain(Chroma(), at_least=0.03),
@@ -66,8 +66,8 @@ def run():
 @pytest.fixture(scope="module")
 def comparison():
     return aa.compare(
-        Painter(),
-        {"vivid": Painter(", vivid"), "vivid and lit": Painter(", vivid, softly lit")},
+        Renderer(),
+        {"vivid": Renderer(", vivid"), "vivid and lit": Renderer(", vivid, softly lit")},
         playground.prompts(8, seed=0, held_out=True),
         scorers=[Chroma(), Exposure()],
         filtered_by=["Chroma"],
@@ -80,8 +80,8 @@ def comparison():
 def pages(run, comparison, tmp_path_factory):
     folder = tmp_path_factory.mktemp("with a space")
     written = {
-        place: write_report(folder / f"{place}.html", result=run, comparison=comparison, pictures=place)
-        for place in ("inline", "folder")
+        placement: write_report(folder / f"{placement}.html", result=run, comparison=comparison, images=placement)
+        for placement in ("inline", "folder")
     }
     return {
         **written,
@@ -104,46 +104,46 @@ def chromium():
 
 @pytest.fixture
 def opened(chromium, pages):
-    """Open a page as a person would, and complain at the end about all that the browser complained about."""
-    contexts, complaints, requests = [], [], []
+    """Open pages in the browser; at the end, fail for every error that the browser reported."""
+    contexts, problems, requests = [], [], []
 
-    def open_page(name="inline", *, size="desk", scheme="light", touch=False, path=None):
+    def open_page(name="inline", *, size="desktop", scheme="light", touch=False, path=None):
         width, height = SIZES[size]
         context = chromium.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=touch, offline=True
         )
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url[:100]}"))
+        page.on("console", lambda message: problems.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("requestfailed", lambda request: problems.append(f"failed: {request.url[:100]}"))
         page.on("request", lambda request: requests.append(request.url))
         page.goto((path or pages[name]).as_uri())
         return page
 
-    open_page.complaints, open_page.requests = complaints, requests
+    open_page.problems, open_page.requests = problems, requests
     yield open_page
     for context in contexts:
         context.close()
-    assert complaints == []
+    assert problems == []
 
 
-def middle(page, selector):
-    """Where to press: the left edge, the middle height and the width of the first that matches."""
-    found = page.locator(selector).first
-    found.scroll_into_view_if_needed()
-    box = found.bounding_box()
+def left_center_width(page, selector):
+    """Left edge, vertical center and width of the first element that matches."""
+    element = page.locator(selector).first
+    element.scroll_into_view_if_needed()
+    box = element.bounding_box()
     return box["x"], box["y"] + box["height"] / 2, box["width"]
 
 
-def handle(page):
-    """Where the first picture's handle is, as its slider says and as it is drawn, both in percent."""
+def slider_position(page):
+    """Position of the first slider in percent, as its input says and as it is drawn."""
     return page.evaluate(
         """() => {
-            const wipe = document.querySelector("main .wipe"), box = wipe.getBoundingClientRect();
-            const bar = wipe.querySelector(".bar").getBoundingClientRect();
+            const slider = document.querySelector("main .slider"), box = slider.getBoundingClientRect();
+            const bar = slider.querySelector(".bar").getBoundingClientRect();
             const drawn = 100 * (bar.left + bar.width / 2 - box.left) / box.width;
-            return [Number(wipe.querySelector("input").value), Math.round(drawn)];
+            return [Number(slider.querySelector("input").value), Math.round(drawn)];
         }"""
     )
 
@@ -151,19 +151,19 @@ def handle(page):
 @pytest.mark.parametrize(
     ("name", "size", "scheme"),
     [
-        ("inline", "desk", "light"),
-        ("inline", "desk", "dark"),
+        ("inline", "desktop", "light"),
+        ("inline", "desktop", "dark"),
         ("inline", "phone", "light"),
         ("inline", "phone", "dark"),
-        ("folder", "desk", "dark"),
+        ("folder", "desktop", "dark"),
         ("folder", "phone", "light"),
     ],
 )
 def test_every_picture_loads_and_nothing_is_wider_than_the_screen(name, size, scheme, opened):
     page = opened(name, size=size, scheme=scheme)
 
-    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    loaded = page.evaluate(LOOK_AT_ALL)
+    page.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
+    loaded = page.evaluate(SCROLL_TO_ALL_IMAGES)
 
     assert loaded >= 2 * 8 + 2 * 20
     assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
@@ -173,7 +173,7 @@ def test_every_picture_loads_and_nothing_is_wider_than_the_screen(name, size, sc
 
 @pytest.mark.parametrize("name", ["run", "comparison"])
 @pytest.mark.parametrize("size", SIZES)
-def test_half_a_report_is_a_whole_page(name, size, opened):
+def test_a_report_of_a_run_or_a_comparison_alone_is_complete(name, size, opened):
     page = opened(name, size=size)
 
     assert page.locator("h1").inner_text()
@@ -181,17 +181,17 @@ def test_half_a_report_is_a_whole_page(name, size, opened):
     assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
 
 
-def test_only_the_pictures_in_view_are_fetched_from_the_folder(opened):
+def test_only_visible_images_are_loaded_from_the_folder(opened):
     page = opened("folder", size="phone")
 
-    fetched = sum(".png" in address for address in opened.requests)
+    loaded = sum(".png" in url for url in opened.requests)
     assert page.locator("main img").count() == 8 * 3 + 20 * 2
-    assert fetched < 30  # that all come when they are scrolled to is another test's
+    assert loaded < 30  # another test scrolls to all of them
 
 
-def test_the_mouse_drags_the_handle(opened):
+def test_the_mouse_drags_the_slider(opened):
     page = opened()
-    left, height, width = middle(page, "main .wipe")
+    left, height, width = left_center_width(page, "main .slider")
 
     page.mouse.move(left + 0.5 * width, height)
     page.mouse.down()
@@ -199,69 +199,69 @@ def test_the_mouse_drags_the_handle(opened):
     page.mouse.up()
     page.mouse.move(left + 0.1 * width, height)
 
-    assert handle(page) == [80, 80]
+    assert slider_position(page) == [80, 80]
 
 
-def test_a_finger_moves_the_handle(opened):
+def test_a_finger_moves_the_slider(opened):
     page = opened(size="phone", touch=True)
-    left, height, width = middle(page, "main .wipe")
+    left, height, width = left_center_width(page, "main .slider")
 
     page.touchscreen.tap(left + 0.2 * width, height)
 
-    assert handle(page) == [20, 20]
+    assert slider_position(page) == [20, 20]
 
 
-def test_keys_move_the_handle_and_go_from_picture_to_picture(opened):
+def test_keys_move_the_slider_and_go_from_picture_to_picture(opened):
     page = opened()
-    sliders = page.locator("main .wipe input")
+    sliders = page.locator("main .slider input")
 
     sliders.first.focus()
     page.keyboard.press("ArrowRight")
-    assert handle(page) == [55, 55]
+    assert slider_position(page) == [55, 55]
     page.keyboard.press("Home")
-    assert handle(page) == [0, 0]
+    assert slider_position(page) == [0, 0]
     assert sliders.first.get_attribute("aria-valuetext") == "0% before"
     page.keyboard.press("ArrowDown")
-    assert sliders.nth(1).evaluate("(one) => one === document.activeElement")
+    assert sliders.nth(1).evaluate("(element) => element === document.activeElement")
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowUp")
-    last = page.locator(".round > .grid .wipe input").last
-    assert last.evaluate("(one) => one === document.activeElement")
+    last = page.locator(".round > .grid .slider input").last
+    assert last.evaluate("(element) => element === document.activeElement")
 
 
-def test_focus_can_be_seen(opened):
+def test_the_focus_is_visible(opened):
     page = opened()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     assert page.evaluate("document.activeElement.getBoundingClientRect().left") > 0
 
-    page.locator("main .wipe input").first.focus()
+    page.locator("main .slider input").first.focus()
     page.keyboard.press("ArrowRight")
 
-    assert page.locator("main .wipe").first.evaluate("(one) => getComputedStyle(one).outlineStyle") == "solid"
+    assert page.locator("main .slider").first.evaluate("(element) => getComputedStyle(element).outlineStyle") == "solid"
 
 
-def test_a_picture_opens_large_and_keys_go_on_from_there(opened):
+def test_a_picture_is_enlarged_and_keys_work_there(opened):
     page = opened()
     cards = page.locator("#pictures .card")
-    page.locator("main .wipe input").first.focus()
+    page.locator("main .slider input").first.focus()
 
     page.keyboard.press("Enter")
-    large = page.locator("dialog .wipe").bounding_box()
-    assert large["width"] > 1.5 * cards.first.bounding_box()["width"]
+    enlarged = page.locator("dialog .slider").bounding_box()
+    assert enlarged["width"] > 1.5 * cards.first.bounding_box()["width"]
     assert page.locator("dialog h3").inner_text() == cards.first.locator("h3").inner_text()
     page.keyboard.press("ArrowDown")
     assert page.locator("dialog h3").inner_text() == cards.nth(1).locator("h3").inner_text()
     page.keyboard.press("End")
-    assert page.locator("dialog input").evaluate("(one) => one.value") == "100"
+    assert page.locator("dialog input").evaluate("(element) => element.value") == "100"
     page.keyboard.press("Escape")
 
     assert not page.locator("dialog").is_visible()
-    assert cards.nth(1).locator("input").evaluate("(one) => one === document.activeElement")
+    assert cards.nth(1).locator("input").evaluate("(element) => element === document.activeElement")
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_enlarged_picture_and_its_words_fit_the_screen(size, opened):
+def test_the_enlarged_picture_and_its_annotations_fit_the_screen(size, opened):
     page = opened(size=size)
     page.locator(".round .enlarge").first.click(force=True)
 
@@ -274,25 +274,25 @@ def test_the_enlarged_picture_and_its_words_fit_the_screen(size, opened):
     assert not page.locator("dialog").is_visible()
 
 
-def test_boxes_and_words_come_on_demand(opened):
+def test_boxes_and_prompts_are_shown_on_demand(opened):
     page = opened()
     card = page.locator(".round .card").first
     assert not card.locator(".boxes").is_visible()
 
     card.locator("summary").click()
     assert card.locator(".boxes").is_visible()
-    assert card.locator(".words ol").is_visible()
+    assert card.locator(".annotations ol").is_visible()
     card.locator("input").focus()
     page.keyboard.press("w")
     assert not card.locator(".boxes").is_visible()
 
-    page.get_by_role("button", name="Boxes and words").click()
+    page.get_by_role("button", name="Boxes and prompts").click()
     assert page.locator(".round > .grid .boxes:visible").count() == 12
-    page.get_by_role("button", name="Boxes and words", pressed=True).click()
+    page.get_by_role("button", name="Boxes and prompts", pressed=True).click()
     assert page.locator(".round > .grid .boxes:visible").count() == 0
 
 
-def test_another_candidate_takes_the_right_half(opened):
+def test_another_candidate_can_be_shown_in_the_right_half(opened):
     page = opened()
     card = page.locator("#pictures .card").first
     assert "vivid and lit" in card.locator(".names").inner_text()
@@ -305,7 +305,7 @@ def test_another_candidate_takes_the_right_half(opened):
     assert card.locator("img[data-arm]:visible").get_attribute("src") != shown
 
 
-def test_what_has_a_role_has_a_name(opened):
+def test_every_element_with_a_role_has_a_name(opened):
     page = opened()
     tree = page.locator("body").aria_snapshot()
 
@@ -315,12 +315,14 @@ def test_what_has_a_role_has_a_name(opened):
     assert tree.count('slider "Before and after: ') == 8 + 12
 
 
-def test_printed_pictures_lie_side_by_side(opened):
+def test_printed_pictures_are_side_by_side(opened):
     page = opened()
     page.emulate_media(media="print")
-    wipe = page.locator("main .wipe").first
+    slider = page.locator("main .slider").first
 
-    before, after = (wipe.locator(one).first.bounding_box() for one in (".before img", "img[data-arm]:not([hidden])"))
+    before, after = (
+        slider.locator(selector).first.bounding_box() for selector in (".before img", "img[data-arm]:not([hidden])")
+    )
 
     assert after["x"] >= before["x"] + before["width"]
     assert page.pdf().startswith(b"%PDF")
@@ -335,5 +337,5 @@ def test_a_foreign_script_does_not_run(name, opened, pages):
     page = opened(path=foreign)
 
     assert page.title() != "taken"
-    assert "Content Security Policy" in " ".join(opened.complaints)  # so that silence elsewhere means something
-    opened.complaints.clear()
+    assert "Content Security Policy" in " ".join(opened.problems)  # so the empty list in other tests is evidence
+    opened.problems.clear()

@@ -1,4 +1,4 @@
-"""The figures show the numbers they are given, and touch nothing else."""
+"""The figures show the numbers they are given and touch no global state."""
 
 import io
 import subprocess
@@ -36,7 +36,7 @@ class Width(aa.Scorer):
         return float(image.width)
 
 
-def compared(**options):
+def make_comparison(**options):
     arms = {"dim": Swatch(50), "bright": Swatch(120)}
     options = {"scorers": [Light(), Width()], "guardrails": [aa.Guardrail("Light", 0.1)], **options}
     return aa.compare(Swatch(), arms, PROMPTS, filtered_by=["Width"], progress=False, **options)
@@ -58,42 +58,42 @@ def make_round(number, *, losses=(0.5, 0.25, 0.125), seconds=None):
 RESULT = aa.Enhancement(rounds=(make_round(1), make_round(2, seconds={"draw": 30.0, "measure": 6.0})), stop_reason="so")
 
 
-def rendered(figure):
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=60)
-    return np.asarray(Image.open(held).convert("RGB"))
+def render(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=60)
+    return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def test_a_forest_plot_has_every_interval_where_it_is():
-    comparison = compared()
+def test_a_forest_plot_has_every_interval():
+    comparison = make_comparison()
 
     panels = plots.intervals(comparison).axes
 
     for row in comparison.rows:
-        axes = next(one for one in panels if one.get_title(loc="left").startswith(row.scorer))
-        drawn = [tuple(line.get_xdata()) for line in axes.lines]
-        assert (row.ci_low, row.ci_high) in drawn
-        assert (row.delta,) in drawn
-    assert [one.get_title(loc="left") for one in panels] == ["Light", "Width †"]
-    assert [one.get_text() for one in panels[0].get_yticklabels()] == ["dim", "bright"]
+        axes = next(panel for panel in panels if panel.get_title(loc="left").startswith(row.scorer))
+        lines = [tuple(line.get_xdata()) for line in axes.lines]
+        assert (row.ci_low, row.ci_high) in lines
+        assert (row.delta,) in lines
+    assert [panel.get_title(loc="left") for panel in panels] == ["Light", "Width †"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["dim", "bright"]
 
 
-def test_only_what_is_settled_is_filled_and_a_guardrail_is_drawn_at_its_margin():
-    comparison = compared()
+def test_only_significant_marks_are_filled_and_a_guardrail_is_drawn_at_its_margin():
+    comparison = make_comparison()
     light, width = plots.intervals(comparison).axes
 
     fills = [to_hex(line.get_markerfacecolor()) for line in (*light.lines, *width.lines) if line.get_marker() == "o"]
 
-    assert fills == [*plots.COLOURS[:2], "#ffffff", "#ffffff"]
+    assert fills == [*plots.PALETTE[:2], "#ffffff", "#ffffff"]
     margin = comparison.guardrails[0].margin(comparison.rows[0])
     assert [-margin, -margin] in [list(line.get_xdata()) for line in light.lines]
 
 
-def test_loss_curves_have_every_step_and_say_which_round_was_left_out():
+def test_loss_curves_have_every_step_and_mark_rejected_rounds():
     axes = plots.losses(RESULT).axes[0]
 
     assert [list(line.get_ydata()) for line in axes.lines[::2]] == [[0.5, 0.25, 0.125]] * 2
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["round 1", "round 2 (left out)"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["round 1", "round 2 (rejected)"]
 
 
 def test_times_add_up_to_the_rounds_minutes():
@@ -108,18 +108,18 @@ def test_times_add_up_to_the_rounds_minutes():
 
 
 def test_a_gallery_shows_the_pictures_themselves():
-    comparison = compared()
+    comparison = make_comparison()
 
     axes = plots.gallery(comparison, prompts=3).axes
 
-    shown = [np.asarray(one.images[0].get_array()) for one in axes]
+    shown = [np.asarray(panel.images[0].get_array()) for panel in axes]
     arms = (comparison.base, *comparison.candidates.values())
-    for picture, held in zip(shown, [one for arm in arms for one in arm.images[:3]], strict=True):
-        np.testing.assert_array_equal(picture, np.asarray(held))
-    assert [axes[at].get_ylabel() for at in (0, 3, 6)] == ["base", "dim", "bright"]
+    for pixels, image in zip(shown, [image for arm in arms for image in arm.images[:3]], strict=True):
+        np.testing.assert_array_equal(pixels, np.asarray(image))
+    assert [axes[index].get_ylabel() for index in (0, 3, 6)] == ["base", "dim", "bright"]
 
 
-def test_pairs_stand_above_each_other():
+def test_pairs_are_drawn_before_above_after():
     before, after = (Swatch(light).synthesize(aa.Plan("a"), seed=1) for light in (60, 120))
     pair = aa.ImagePair(prompt="a", seed=1, before=before, after=after, plan=aa.Plan("b"))
 
@@ -133,32 +133,32 @@ def test_pairs_stand_above_each_other():
 @pytest.mark.parametrize(
     "draw",
     [
-        pytest.param(lambda: plots.intervals(compared()), id="intervals"),
+        pytest.param(lambda: plots.intervals(make_comparison()), id="intervals"),
         pytest.param(lambda: plots.losses(RESULT), id="losses"),
         pytest.param(lambda: plots.times(RESULT), id="times"),
-        pytest.param(lambda: plots.gallery(compared()), id="gallery"),
+        pytest.param(lambda: plots.gallery(make_comparison()), id="gallery"),
         pytest.param(
             lambda: plots.losses(aa.Enhancement(rounds=(make_round(1, losses=()),), stop_reason="")), id="none"
         ),
     ],
 )
-def test_a_figure_renders_alike_twice_and_is_not_blank(draw):
-    first, again = rendered(draw()), rendered(draw())
+def test_a_figure_renders_the_same_twice_and_is_not_blank(draw):
+    first, again = render(draw()), render(draw())
 
     np.testing.assert_array_equal(first, again)
     assert (first < 250).mean() > 0.005
 
 
 @pytest.mark.parametrize(
-    ("draw", "said"),
+    ("draw", "message"),
     [
-        (lambda: plots.gallery(compared(keep_images=0)), "holds 0 pictures"),
-        (lambda: plots.gallery(compared(), prompts=0), "prompts=0"),
+        (lambda: plots.gallery(make_comparison(keep_images=0)), "holds 0 pictures"),
+        (lambda: plots.gallery(make_comparison(), prompts=0), "prompts=0"),
         (lambda: plots.pairs([]), "received no pair"),
     ],
 )
-def test_nothing_to_show_is_an_error(draw, said):
-    with pytest.raises(aa.InvalidValueError, match=said):
+def test_nothing_to_show_is_an_error(draw, message):
+    with pytest.raises(aa.InvalidValueError, match=message):
         draw()
 
 

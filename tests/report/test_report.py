@@ -1,4 +1,4 @@
-"""The report holds everything it should, runs nothing it should not, and needs nothing but itself."""
+"""The report is complete, runs no foreign script, and needs no other file."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ LORA = aa.LoRA({"blocks.0.to_q": aa.LowRank(torch.ones(2, 4), torch.ones(4, 2))}
 
 @dataclass(frozen=True)
 class Swatch(aa.Synthesizer):
-    """A picture in one light; the seed shifts it a little."""
+    """A flat picture; the seed changes its light a little."""
 
     light: int = 60
     side: int = 8
@@ -51,7 +51,7 @@ class Evil(aa.Scorer):
         return float(image.width)
 
 
-def pair(prompt, *regions, rewritten=None):
+def make_pair(prompt, *regions, rewritten=None):
     before, after = (Swatch(light).synthesize(aa.Plan(prompt), seed=3) for light in (60, 120))
     plan = aa.Plan(rewritten or prompt, regions)
     return aa.ImagePair(prompt=prompt, seed=3, before=before, after=after, plan=plan)
@@ -60,10 +60,10 @@ def pair(prompt, *regions, rewritten=None):
 LEFT = aa.Region(aa.Box(0.125, 0.25, 0.5, 1), f"a lamp {EVIL}")
 SOFT = aa.Region(aa.Mask.from_array(np.eye(4)[:, :2]), "a soft glow")
 ATTEMPTS = (
-    aa.Kept(pair("a harbour", LEFT, SOFT), aa.Verdict(True, f"Light gained 0.23 {EVIL}", {"Light gain": 0.23})),
-    aa.Kept(pair(f"a hill {EVIL}", LEFT, rewritten="a sunny hill"), aa.Verdict(True, "Light gained 0.20", {})),
-    aa.Dropped(pair("a door", LEFT), aa.Verdict(False, "Light gained 0.01, need 0.1", {"Light gain": -0.01})),
-    aa.Dropped(pair("a wall", LEFT), aa.Verdict(False, "Light gained 0.02, need 0.1", {"Light gain": 0.02})),
+    aa.Kept(make_pair("a harbour", LEFT, SOFT), aa.Verdict(True, f"Light gained 0.23 {EVIL}", {"Light gain": 0.23})),
+    aa.Kept(make_pair(f"a hill {EVIL}", LEFT, rewritten="a sunny hill"), aa.Verdict(True, "Light gained 0.20", {})),
+    aa.Dropped(make_pair("a door", LEFT), aa.Verdict(False, "Light gained 0.01, need 0.1", {"Light gain": -0.01})),
+    aa.Dropped(make_pair("a wall", LEFT), aa.Verdict(False, "Light gained 0.02, need 0.1", {"Light gain": 0.02})),
     aa.Skipped("a moor", 4, "the critic suggested nothing"),
     aa.Skipped(f"a pond {EVIL}", 5, f"the critic abstained: {EVIL}"),
 )
@@ -97,15 +97,15 @@ VOID = {"meta", "link", "img", "input", "rect", "line", "circle", "path", "polyl
 
 @dataclass
 class Page(HTMLParser):
-    """What a browser would see."""
+    """The page as a browser parses it."""
 
     def __post_init__(self):
         super().__init__()
-        self.tags, self.addresses, self.handlers, self.open, self.words, self.scripts = [], [], [], [], [], []
+        self.tags, self.urls, self.handlers, self.open, self.texts, self.scripts = [], [], [], [], [], []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.addresses += [text for name, text in attrs if name in {"src", "href", "srcset", "action", "poster"}]
+        self.urls += [value for name, value in attrs if name in {"src", "href", "srcset", "action", "poster"}]
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
         if tag not in VOID:
             self.open.append(tag)
@@ -119,7 +119,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes something else"
 
     def handle_data(self, data):
-        (self.scripts if self.open[-1:] == ["script"] else self.words).append(data)
+        (self.scripts if self.open[-1:] == ["script"] else self.texts).append(data)
 
 
 def read(path):
@@ -127,28 +127,28 @@ def read(path):
     page.feed(path.read_text(encoding="utf-8"))
     page.close()
     assert page.open == []
-    page.text = re.sub(r"\s+", " ", " ".join(page.words))
+    page.text = re.sub(r"\s+", " ", " ".join(page.texts))
     return page
 
 
 @pytest.fixture
-def written(tmp_path):
+def report(tmp_path):
     path = write_report(tmp_path / "deep" / "report.html", result=make_result(), comparison=make_comparison())
     return read(path)
 
 
-def test_the_page_shows_every_prompt_region_and_reason_as_text(written):
-    said = ["a tree", f"a road {EVIL}", "a roof", "a harbour", f"a hill {EVIL}", f"a lamp {EVIL}", "a soft glow"]
-    said += [f"Light gained 0.23 {EVIL}", "redrawn as “a sunny hill”", "Light gain 0.230"]
-    said += ["seed 3", "the critic suggested nothing", f"the critic abstained: {EVIL}", f"round 2 {EVIL}", EVIL]
-    missing = [text for text in said if re.sub(r"\s+", " ", text) not in written.text]
+def test_the_page_shows_every_prompt_region_and_reason_as_text(report):
+    expected = ["a tree", f"a road {EVIL}", "a roof", "a harbour", f"a hill {EVIL}", f"a lamp {EVIL}", "a soft glow"]
+    expected += [f"Light gained 0.23 {EVIL}", "redrawn as “a sunny hill”", "Light gain 0.230"]
+    expected += ["seed 3", "the critic suggested nothing", f"the critic abstained: {EVIL}", f"round 2 {EVIL}", EVIL]
+    missing = [text for text in expected if re.sub(r"\s+", " ", text) not in report.text]
     assert missing == []
 
 
-def test_nothing_that_was_said_runs(written):
-    assert written.tags.count("script") == 1
-    assert "alert" not in "".join(written.scripts)
-    assert written.handlers == []
+def test_no_text_runs_as_script(report):
+    assert report.tags.count("script") == 1
+    assert "alert" not in "".join(report.scripts)
+    assert report.handlers == []
 
 
 def test_only_the_pages_own_script_is_allowed_to_run(tmp_path):
@@ -161,23 +161,23 @@ def test_only_the_pages_own_script_is_allowed_to_run(tmp_path):
     assert "unsafe-eval" not in policy
 
 
-def test_the_page_needs_nothing_but_itself(written):
-    inside = {address for address in written.addresses if address.startswith("#")}
-    assert {address.partition(":")[0] for address in written.addresses} - inside == {"data"}
-    assert inside == {"#pictures", "#comparison", "#round-1", "#round-2", "#provenance"}
+def test_the_page_needs_nothing_but_itself(report):
+    anchors = {url for url in report.urls if url.startswith("#")}
+    assert {url.partition(":")[0] for url in report.urls} - anchors == {"data"}
+    assert anchors == {"#pictures", "#comparison", "#round-1", "#round-2", "#provenance"}
 
 
-def test_every_picture_decodes(written):
-    pictures = [address for address in written.addresses if address.startswith("data:image/")]
+def test_every_picture_decodes(report):
+    images = [url for url in report.urls if url.startswith("data:image/")]
 
-    sizes = [Image.open(io.BytesIO(base64.b64decode(one.partition(",")[2]))).size for one in pictures]
+    sizes = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size for url in images]
 
-    compared, learned, refused, masks = 9 * 3, 2 * 2 * 2, 2 * 2 * 2, 2
-    assert len(sizes) == compared + learned + refused + masks
+    compared, kept, dropped, masks = 9 * 3, 2 * 2 * 2, 2 * 2 * 2, 2
+    assert len(sizes) == compared + kept + dropped + masks
     assert sizes.count((2, 4)) == masks
 
 
-def test_boxes_lie_where_the_critic_put_them(tmp_path):
+def test_boxes_are_where_the_critic_put_them(tmp_path):
     path = write_report(tmp_path / "report.html", result=make_result(), comparison=make_comparison())
 
     text = path.read_text(encoding="utf-8")
@@ -189,7 +189,7 @@ def test_boxes_lie_where_the_critic_put_them(tmp_path):
     ("light", "verb", "change"),
     [(120, "rises from", "+0.235"), (60, "does not clearly change, from", "+0.000"), (20, "falls from", "−0.157")],  # noqa: RUF001
 )
-def test_the_headline_tells_the_last_candidate_by_a_scorer_that_chose_no_pairs(light, verb, change, tmp_path):
+def test_the_headline_is_about_the_last_candidate_by_a_scorer_that_did_not_filter(light, verb, change, tmp_path):
     comparison = make_comparison(light=light)
 
     page = read(write_report(tmp_path / "report.html", result=make_result(), comparison=comparison))
@@ -199,21 +199,21 @@ def test_the_headline_tells_the_last_candidate_by_a_scorer_that_chose_no_pairs(l
     assert f"{change} on average (95% interval {change} to {change}), better on {row.win_rate:.0%} of them" in page.text
 
 
-def test_a_headline_by_a_scorer_that_chose_the_pairs_says_so(tmp_path):
+def test_a_headline_by_a_scorer_that_filtered_says_so(tmp_path):
     comparison = make_comparison(scorers=[Light()], filtered_by=["Light"])
 
     page = read(write_report(tmp_path / "report.html", result=make_result(), comparison=comparison))
 
-    assert "The training pairs were filtered by this scorer, so it says less than others would." in page.text
+    assert "The training pairs were filtered by this scorer, so it is weaker evidence than the others." in page.text
 
 
-def test_every_prompt_is_accounted_for_and_reasons_that_differ_in_numbers_are_one(written):
-    assert "prompts 6 drawn 6 critiqued 4" in written.text
-    assert "−1 the critic suggested nothing −1 the critic abstained" in written.text  # noqa: RUF001
-    assert "redrawn 4 kept 2 −2 Light gained …, need …" in written.text  # noqa: RUF001
+def test_every_prompt_is_in_the_funnel_and_reasons_that_differ_in_numbers_are_merged(report):
+    assert "prompts 6 drawn 6 critiqued 4" in report.text
+    assert "−1 the critic suggested nothing −1 the critic abstained" in report.text  # noqa: RUF001
+    assert "redrawn 4 kept 2 −2 Light gained …, need …" in report.text  # noqa: RUF001
 
 
-def test_a_round_that_did_not_help_is_marked(tmp_path):
+def test_a_rejected_round_is_marked(tmp_path):
     gain = make_comparison(light=20).row("Light", f"round 2 {EVIL}")
     result = make_result(
         make_round(1), make_round(2, accepted=False, gain=gain), stop_reason="round 2 did not help on held-out prompts"
@@ -221,19 +221,19 @@ def test_a_round_that_did_not_help_is_marked(tmp_path):
 
     page = read(write_report(tmp_path / "report.html", result=result, comparison=make_comparison()))
 
-    assert "Round 2 left out of the result" in page.text
-    assert "Light moved by −0.157 (−0.157 to −0.157) against the round before" in page.text  # noqa: RUF001
-    assert "How the loop ended: round 2 did not help on held-out prompts." in page.text
-    assert "1 of 2 rounds helped" in page.text
+    assert "Round 2 rejected" in page.text
+    assert "Light moved by −0.157 (−0.157 to −0.157) against the previous round" in page.text  # noqa: RUF001
+    assert "Stop reason: round 2 did not help on held-out prompts." in page.text
+    assert "1 of 2 rounds accepted" in page.text
 
 
-def test_a_run_in_which_nothing_helped_has_a_report_too(tmp_path):
+def test_a_run_without_an_accepted_round_has_a_report(tmp_path):
     result = make_result(make_round(1, accepted=False), stop_reason="round 1 did not help")
 
     page = read(write_report(tmp_path / "report.html", result=result, comparison=make_comparison(keep_images=0)))
 
     assert "no LoRA: no round was accepted" in page.text
-    assert "Side by side" not in page.text
+    assert "Before and after" not in page.text
 
 
 def test_the_provenance_names_objects_seeds_and_versions(tmp_path):
@@ -246,12 +246,12 @@ def test_the_provenance_names_objects_seeds_and_versions(tmp_path):
     assert "note a second try" in page.text
     assert "round 1 drawn by Swatch(light=90, side=8)" in page.text
     assert f"{comparison.seeds[0]}, {comparison.seeds[1]}" in page.text
-    assert "(6 in all, the same for every arm)" in page.text
+    assert "(6 in total, the same for every arm)" in page.text
     assert f"torch {version('torch')}" in page.text
 
 
-def test_times_are_told_in_units_that_fit(written):
-    assert {"1 h 01 min", "0.2 s", "1 min 05 s"} <= {word.strip() for word in written.words}
+def test_times_are_in_units_that_fit(report):
+    assert {"1 h 01 min", "0.2 s", "1 min 05 s"} <= {text.strip() for text in report.texts}
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5000])
@@ -269,12 +269,12 @@ def test_a_loss_curve_of_any_length_is_drawn(count, tmp_path):
     assert all(0 <= number <= 100 for number in numbers[::2])
 
 
-def test_as_many_pairs_are_shown_as_asked_for(tmp_path):
+def test_at_most_max_pairs_are_shown(tmp_path):
     shown = [
-        write_report(tmp_path / "report.html", result=make_result(), comparison=make_comparison(), pairs=pairs)
+        write_report(tmp_path / "report.html", result=make_result(), comparison=make_comparison(), max_pairs=max_pairs)
         .read_text(encoding="utf-8")
-        .count('<details class="words">')
-        for pairs in (0, 1, 50)
+        .count('<details class="annotations">')
+        for max_pairs in (0, 1, 50)
     ]
 
     assert shown == [0, 2 * 2, 2 * 4]
@@ -289,17 +289,17 @@ def test_the_same_run_gives_the_same_bytes_and_leaves_no_other_file(tmp_path):
     assert sorted(tmp_path.iterdir()) == [first, again]
 
 
-def test_a_run_without_a_comparison_is_told_by_its_pairs_and_its_held_out_gain(tmp_path):
+def test_the_headline_of_a_run_without_a_comparison_is_its_pairs_and_its_gain(tmp_path):
     gain = make_comparison().row("Light", f"round 2 {EVIL}")
 
     bare = read(write_report(tmp_path / "bare.html", result=make_result()))
     measured = read(write_report(tmp_path / "measured.html", result=make_result(make_round(gain=gain))))
 
-    assert "4 of 12 prompts became pairs to learn from, in 2 rounds." in bare.text
-    assert "Whether it got better was not measured here" in bare.text
-    assert "2 of 6 prompts became pairs to learn from, in 1 round." in measured.text
+    assert "4 of 12 prompts became training pairs in 2 rounds." in bare.text
+    assert "Whether the model got better was not measured" in bare.text
+    assert "2 of 6 prompts became training pairs in 1 round." in measured.text
     assert "On held-out prompts Light last moved by +0.235 (95% interval +0.235 to +0.235)" in measured.text
-    assert "How much, and how sure" not in measured.text
+    assert "95% interval wins" not in measured.text
 
 
 def test_a_comparison_without_a_run_has_no_rounds(tmp_path):
@@ -307,13 +307,13 @@ def test_a_comparison_without_a_run_has_no_rounds(tmp_path):
 
     assert "Light rises from" in page.text
     assert "base drawn by Swatch" in page.text
-    assert "How the loop ended" not in page.text
-    assert "prompts asked" not in page.text
+    assert "Stop reason" not in page.text
+    assert "rounds accepted" not in page.text
 
 
-def test_the_table_tells_ties_corrected_p_values_and_guardrails(tmp_path):
-    guards = [aa.Guardrail("Light", 0.1), aa.Guardrail(EVIL, 0.02)]
-    comparison = make_comparison(light=20, guardrails=guards)
+def test_the_table_has_ties_corrected_p_values_and_guardrails(tmp_path):
+    guardrails = [aa.Guardrail("Light", 0.1), aa.Guardrail(EVIL, 0.02)]
+    comparison = make_comparison(light=20, guardrails=guardrails)
 
     page = read(write_report(tmp_path / "report.html", comparison=comparison))
 
@@ -327,7 +327,7 @@ def test_the_table_tells_ties_corrected_p_values_and_guardrails(tmp_path):
     assert re.sub(r"\s+", " ", comparison.verdict("round 1").split("; ")[1]) in page.text
 
 
-def test_a_change_that_is_not_settled_is_not_called_one(tmp_path):
+def test_a_change_that_is_not_significant_is_not_called_one(tmp_path):
     few = make_comparison(prompts=PROMPTS[:3])
     assert few.row("Light", f"round 2 {EVIL}").direction == 1
 
@@ -336,78 +336,80 @@ def test_a_change_that_is_not_settled_is_not_called_one(tmp_path):
     assert "Light does not clearly change, from" in page.text
 
 
-def test_what_a_critic_behind_a_server_used_is_told(tmp_path):
+def test_the_usage_of_a_critic_behind_a_server_is_shown(tmp_path):
     class Remote:
         usage = Usage(replies=192, input_tokens=310_000, output_tokens=42_000, uncounted=1)
 
     page = read(write_report(tmp_path / "report.html", result=make_result(), about={"critic": Remote()}))
 
-    assert "critic used 192 replies, at least 310,000 tokens read and 42,000 written" in page.text
+    assert "usage of critic 192 replies, at least 310,000 input and 42,000 output tokens" in page.text
 
 
 def test_pictures_in_a_folder_are_the_same_pictures(tmp_path):
     inline, folder = (
         write_report(
-            tmp_path / "a b.html", result=make_result(), comparison=make_comparison(), pictures=place
+            tmp_path / "a b.html", result=make_result(), comparison=make_comparison(), images=placement
         ).read_text(encoding="utf-8")
-        for place in ("inline", "folder")
+        for placement in ("inline", "folder")
     )
 
-    held = [base64.b64decode(data) for data in re.findall(r'<img[^>]* src="data:image/png;base64,([^"]+)"', inline)]
-    found = [unquote(address) for address in re.findall(r'<img[^>]* src="([^"]+)"', folder)]
-    assert [(tmp_path / address).read_bytes() for address in found] == held
-    assert {address.partition("/")[0] for address in found} == {"a b_pictures"}
+    embedded = [base64.b64decode(data) for data in re.findall(r'<img[^>]* src="data:image/png;base64,([^"]+)"', inline)]
+    paths = [unquote(url) for url in re.findall(r'<img[^>]* src="([^"]+)"', folder)]
+    assert [(tmp_path / path).read_bytes() for path in paths] == embedded
+    assert {path.partition("/")[0] for path in paths} == {"a b_images"}
     assert "img-src data: 'self';" in unescape(folder)
 
 
-def test_pictures_move_to_a_folder_when_there_is_too_much_of_them(tmp_path, monkeypatch):
+def test_many_pictures_go_to_a_folder(tmp_path, monkeypatch):
     small = write_report(tmp_path / "small.html", comparison=make_comparison())
     monkeypatch.setattr("artaug.report.image_store.INLINE_BYTES", 500)
     large = write_report(tmp_path / "large.html", comparison=make_comparison())
 
-    assert sorted(tmp_path.iterdir()) == [large, tmp_path / "large_pictures", small]
+    assert sorted(tmp_path.iterdir()) == [large, tmp_path / "large_images", small]
 
 
-def test_a_page_written_again_leaves_only_its_own_pictures_and_what_others_put_there(tmp_path):
-    path, folder = tmp_path / "report.html", tmp_path / "report_pictures"
-    write_report(path, comparison=make_comparison(light=110), pictures="folder")
+def test_a_page_written_again_keeps_only_its_own_images_and_foreign_files(tmp_path):
+    path, folder = tmp_path / "report.html", tmp_path / "report_images"
+    write_report(path, comparison=make_comparison(light=110), images="folder")
     (folder / "note.txt").write_text("mine", encoding="utf-8")
     (folder / f"{'0' * 32}.png.{'0' * 16}.partial").write_bytes(b"half")
 
-    write_report(path, comparison=make_comparison(light=200), pictures="folder")
+    write_report(path, comparison=make_comparison(light=200), images="folder")
 
-    used = set(re.findall(r"report_pictures/([^\"]+)", path.read_text(encoding="utf-8")))
-    assert {one.name for one in folder.iterdir()} == used | {"note.txt"}
+    used = set(re.findall(r"report_images/([^\"]+)", path.read_text(encoding="utf-8")))
+    assert {file.name for file in folder.iterdir()} == used | {"note.txt"}
     (folder / "note.txt").unlink()
-    write_report(path, comparison=make_comparison(), pictures="inline")
+    write_report(path, comparison=make_comparison(), images="inline")
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_report_that_fails_leaves_the_page_before_whole(tmp_path):
-    path = write_report(tmp_path / "report.html", comparison=make_comparison(), pictures="folder")
-    before = {one: one.read_bytes() for one in tmp_path.rglob("*.*")}
+def test_a_report_that_fails_does_not_change_the_old_page(tmp_path):
+    path = write_report(tmp_path / "report.html", comparison=make_comparison(), images="folder")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
 
     class Unprintable:
         def __repr__(self):
             raise RuntimeError("no words")
 
     with pytest.raises(RuntimeError, match="no words"):
-        write_report(path, comparison=make_comparison(light=200), about={"critic": Unprintable()}, pictures="folder")
+        write_report(path, comparison=make_comparison(light=200), about={"critic": Unprintable()}, images="folder")
 
-    assert all(one.read_bytes() == data for one, data in before.items())
+    assert all(file.read_bytes() == data for file, data in before.items())
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_all_but_the_first_dozen_pairs_wait_behind_a_line(tmp_path):
-    kept = tuple(aa.Kept(pair(f"tree {at}", LEFT), aa.Verdict(True, "ok", {})) for at in range(30))
+def test_all_but_the_first_twelve_pairs_are_folded(tmp_path):
+    kept = tuple(aa.Kept(make_pair(f"tree {index}", LEFT), aa.Verdict(True, "ok", {})) for index in range(30))
 
-    text = write_report(tmp_path / "report.html", result=make_result(replace(make_round(), attempts=kept)), pairs=20)
+    text = write_report(
+        tmp_path / "report.html", result=make_result(replace(make_round(), attempts=kept)), max_pairs=20
+    )
     text = text.read_text(encoding="utf-8")
 
-    before, _, behind = text.partition('<details class="more">')
-    assert before.count('<article class="card"') == 12
-    assert behind.count('<article class="card"') == 8
-    assert "8 more, 20 of 30 in all" in behind
+    unfolded, _, folded = text.partition('<details class="more">')
+    assert unfolded.count('<article class="card"') == 12
+    assert folded.count('<article class="card"') == 8
+    assert "8 more, 20 of 30 in total" in folded
 
 
 def test_a_title_heads_the_page_as_text(tmp_path):
@@ -418,15 +420,15 @@ def test_a_title_heads_the_page_as_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"pairs": -1}, "pairs=-1"),
-        ({"pictures": "beside"}, "pictures='beside'"),
+        ({"max_pairs": -1}, "max_pairs=-1"),
+        ({"images": "beside"}, "images='beside'"),
         ({"result": None}, "neither a result nor a comparison"),
     ],
 )
-def test_what_makes_no_page_is_refused(options, said, tmp_path):
-    with pytest.raises(aa.InvalidValueError, match=said):
+def test_illegal_options_are_refused(options, message, tmp_path):
+    with pytest.raises(aa.InvalidValueError, match=message):
         write_report(tmp_path / "report.html", **{"result": make_result(), **options})
     assert list(tmp_path.iterdir()) == []
 

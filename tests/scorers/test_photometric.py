@@ -6,7 +6,7 @@ from hypothesis import given
 from PIL import Image
 
 import artaug as aa
-from artaug.images.photometry import MEASURES, srgb
+from artaug.images.photometry import METRICS, srgb
 from artaug.scorers import Chroma, Contrast, Exposure, MeanOf, Photometric, Sharpness
 from artaug.testing import check_scorer
 from support.strategies import Listed, images
@@ -17,7 +17,7 @@ FOUR = (Exposure(), Chroma(), Contrast(), Sharpness())
 @given(images())
 def test_a_scorer_gives_its_measure(image):
     for scorer in FOUR:
-        assert scorer.score(image, "a pear") == MEASURES[scorer.name.lower()](srgb(image))
+        assert scorer.score(image, "a pear") == METRICS[scorer.name.lower()](srgb(image))
 
 
 @given(images())

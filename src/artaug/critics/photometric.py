@@ -10,7 +10,7 @@ from artaug.critics.salience import salient_boxes
 from artaug.critique import Abstention, Critic, Critique, Suggestion
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box
-from artaug.images.photometry import MEASURES, srgb
+from artaug.images.photometry import METRICS, srgb
 
 _MIN_SIDE_PX = 16
 _UNIFORM_STD = 1 / 255  # one level of 8 bits
@@ -79,7 +79,7 @@ class PhotometricCritic(Critic):
     """How far a box extends beyond its region on every side, as a fraction of the picture, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        for name in (*MEASURES, "padding"):
+        for name in (*METRICS, "padding"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidValueError(f"PhotometricCritic({name}={getattr(self, name)}): need a number in [0, 1].")
         if self.max_regions < 0 or not (self.whole_image or self.max_regions):
@@ -102,13 +102,13 @@ class PhotometricCritic(Critic):
         if self.whole_image:
             boxes.insert(0, Box(0, 0, 1, 1))
         suggestions = (self._suggestion(box, pixels, prompt) for box in boxes)
-        summary = ", ".join(f"{name} {measure(pixels):.2f}" for name, measure in MEASURES.items())
+        summary = ", ".join(f"{name} {measure(pixels):.2f}" for name, measure in METRICS.items())
         return Critique(tuple(suggestion for suggestion in suggestions if suggestion), summary=summary)
 
     def _suggestion(self, box: Box, pixels: np.ndarray, prompt: str) -> Suggestion | None:
         """The suggestion for one box; None if every measure reaches its threshold."""
         left, top, right, bottom = box.to_pixels((pixels.shape[1], pixels.shape[0]))
-        values = {name: measure(pixels[top:bottom, left:right]) for name, measure in MEASURES.items()}
+        values = {name: measure(pixels[top:bottom, left:right]) for name, measure in METRICS.items()}
         low = [name for name, value in values.items() if value < getattr(self, name)]
         if not low:
             return None

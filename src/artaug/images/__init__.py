@@ -1,1 +1,1 @@
-"""Pictures, measured and shown: similarity, photometry, HTML."""
+"""Measuring and showing images: similarity, photometry, HTML."""

@@ -1,4 +1,4 @@
-"""Pictures for people: boxes drawn on them, so that one sees where a critic looked, and their way into HTML."""
+"""Images in HTML and notebooks: encoding for pages, contact sheets, and critiques drawn on their image."""
 
 import io
 from collections.abc import Sequence
@@ -14,32 +14,32 @@ from artaug.errors import InvalidValueError
 
 __all__ = [
     "BOX_COLORS",
-    "ShownCritique",
+    "CritiqueView",
     "contact_sheet",
-    "data_address",
     "draw_boxes",
-    "encoded",
+    "encode_image",
+    "image_data_url",
 ]
 
 _CAPTION_PX = 15
 _LOSSLESS_PX = 256
-_LARGEST_PX = 768
-_SHOWN_PX = 512
+_WEB_PX = 768
+_VIEW_PX = 512
 
 
 def contact_sheet(
     images: Sequence[Image.Image], *, columns: int | None = None, labels: Sequence[str] | None = None, scale: int = 3
 ) -> Image.Image:
-    """Set pictures of one size side by side, larger, each with a label below it.
+    """Arrange images of one size in a grid, enlarged, each with a label below it.
 
     Args:
-        images: at least one; they stay as they are.
-        columns: pictures a row; all in one row if not given.
-        labels: a word a picture; none if not given.
-        scale: pixels of the sheet a pixel of a picture, at least 1.
+        images: at least one; they are not changed.
+        columns: images in a row; None for all in one row.
+        labels: one for each image; None for no labels.
+        scale: factor of the enlargement, at least 1.
 
     Raises:
-        InvalidValueError: without pictures, for pictures of several sizes, or if there is not one label a picture.
+        InvalidValueError: without images, for images of several sizes, or if there is not one label for each image.
 
     >>> from artaug.images.html import contact_sheet
     >>> from PIL import Image
@@ -68,89 +68,89 @@ def contact_sheet(
     return sheet
 
 
-def encoded(image: Image.Image) -> tuple[bytes, str]:
-    """Give a picture as a file for a page, and the kind of file: ``png`` or ``webp``.
+def encode_image(image: Image.Image) -> tuple[bytes, str]:
+    """Encode an image for a page: the content of the file, and its format, ``png`` or ``webp``.
 
-    Up to 256 pixels a side it is a PNG, without loss; a larger one becomes a WebP of at most 768 pixels a side, which
-    is what a screen shows. The same picture gives the same bytes.
+    Up to 256 pixels a side it is a lossless PNG; a larger image becomes a WebP of at most 768 pixels a side. The same
+    image gives the same bytes.
 
-    >>> from artaug.images.html import encoded
+    >>> from artaug.images.html import encode_image
     >>> from PIL import Image
-    >>> encoded(Image.new("RGB", (300, 200)))[1]
+    >>> encode_image(Image.new("RGB", (300, 200)))[1]
     'webp'
     """
-    picture = image if image.mode in {"RGB", "RGBA", "L"} else image.convert("RGB")
-    held = io.BytesIO()
-    if max(picture.size) <= _LOSSLESS_PX:
-        picture.save(held, "png", optimize=True)
-        return held.getvalue(), "png"
-    picture = picture.copy()
-    picture.thumbnail((_LARGEST_PX, _LARGEST_PX), Image.Resampling.LANCZOS)
-    picture.save(held, "webp", quality=88, method=2)  # half the time of the default, for 3% more bytes
-    return held.getvalue(), "webp"
+    image = image if image.mode in {"RGB", "RGBA", "L"} else image.convert("RGB")
+    buffer = io.BytesIO()
+    if max(image.size) <= _LOSSLESS_PX:
+        image.save(buffer, "png", optimize=True)
+        return buffer.getvalue(), "png"
+    image = image.copy()
+    image.thumbnail((_WEB_PX, _WEB_PX), Image.Resampling.LANCZOS)
+    image.save(buffer, "webp", quality=88, method=2)  # half the time of the default, for 3% more bytes
+    return buffer.getvalue(), "webp"
 
 
-def data_address(image: Image.Image) -> str:
-    """Give a picture as a ``data:`` address that any page can hold, see `encoded`.
+def image_data_url(image: Image.Image) -> str:
+    """Encode an image as a ``data:`` URL, see `encode_image`.
 
-    >>> from artaug.images.html import data_address
+    >>> from artaug.images.html import image_data_url
     >>> from PIL import Image
-    >>> data_address(Image.new("RGB", (8, 8)))[:22]
+    >>> image_data_url(Image.new("RGB", (8, 8)))[:22]
     'data:image/png;base64,'
     """
-    data, kind = encoded(image)
-    return data_url(data, kind)
+    return data_url(*encode_image(image))
 
 
 @dataclass(frozen=True)
-class ShownCritique:
-    """A critic's answer beside the picture it is about; in a notebook one sees the boxes and reads the words.
+class CritiqueView:
+    """A critique beside its image; a notebook shows the boxes on the image and the texts beside it.
 
-    Nothing in the words is taken for HTML.
+    All texts are escaped.
 
     >>> import artaug as aa
-    >>> from artaug.images.html import ShownCritique
+    >>> from artaug.images.html import CritiqueView
     >>> from PIL import Image
     >>> answer = aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.5, 1), "a <b>bright</b> window"),))
-    >>> "a &lt;b&gt;bright&lt;/b&gt; window" in ShownCritique(Image.new("RGB", (64, 48)), answer)._repr_html_()
+    >>> "a &lt;b&gt;bright&lt;/b&gt; window" in CritiqueView(Image.new("RGB", (64, 48)), answer)._repr_html_()
     True
     """
 
     image: Image.Image
     answer: Critique | Abstention
     prompt: str = ""
-    """What the picture was drawn from; left out if empty."""
+    """Prompt of the image; not shown if empty."""
 
     def _repr_html_(self) -> str:
         suggestions = self.answer.suggestions if isinstance(self.answer, Critique) else ()
-        scale = max(_SHOWN_PX // max(self.image.size), 1)
-        drawn = draw_boxes(self.image, [one.box for one in suggestions], scale=scale)
-        asked = "".join(
-            f"<li><b style='background:{BOX_COLORS[number % len(BOX_COLORS)]};color:{DARK};padding:0 .4em'>{number + 1}</b> "
-            f"{escape(one.prompt)}{_aside(one.reason)}</li>"
-            for number, one in enumerate(suggestions)
+        scale = max(_VIEW_PX // max(self.image.size), 1)
+        annotated = draw_boxes(self.image, [suggestion.box for suggestion in suggestions], scale=scale)
+        items = "".join(
+            f"<li><b style='background:{BOX_COLORS[index % len(BOX_COLORS)]};color:{DARK};padding:0 .4em'>{index + 1}</b> "
+            f"{escape(suggestion.prompt)}{_small(suggestion.reason)}</li>"
+            for index, suggestion in enumerate(suggestions)
         )
-        words = (_line(self.prompt, "<i>{}</i>"), self._told(), f"<ul style='list-style:none;padding:0'>{asked}</ul>")
+        prompt = _paragraph(self.prompt, "<i>{}</i>")
         return (
             "<div style='display:flex;gap:1em;align-items:flex-start'>"
-            f"<img src='{data_address(drawn)}' alt='' style='max-width:50%'><div>{''.join(words)}</div></div>"
+            f"<img src='{image_data_url(annotated)}' alt='' style='max-width:50%'>"
+            f"<div>{prompt}{self._summary()}<ul style='list-style:none;padding:0'>{items}</ul></div></div>"
         )
 
-    def _told(self) -> str:
-        """What the critic said of the picture as a whole, or why it said nothing."""
+    def _summary(self) -> str:
+        """The critique's summary and repairs, or the reason of an abstention."""
         if isinstance(self.answer, Abstention):
-            return _line(self.answer.reason, "<b>abstained</b>: {}")
-        nothing = "" if self.answer.suggestions else "<p>asks for nothing</p>"
+            return _paragraph(self.answer.reason, "<b>abstained</b>: {}")
+        empty = "" if self.answer.suggestions else "<p>no suggestions</p>"
         repaired = "".join(f"<br>{escape(repair)}" for repair in self.answer.repairs)
         mended = (
             f"<details><summary>{len(self.answer.repairs)} repairs</summary>{repaired}</details>" if repaired else ""
         )
-        return _line(self.answer.summary, "{}") + nothing + mended
+        return _paragraph(self.answer.summary, "{}") + empty + mended
 
 
-def _line(words: str, around: str) -> str:
-    return f"<p>{around.format(escape(words))}</p>" if words.strip() else ""
+def _paragraph(text: str, template: str) -> str:
+    return f"<p>{template.format(escape(text))}</p>" if text.strip() else ""
 
 
-def _aside(words: str) -> str:
-    return f"<br><small>{escape(words)}</small>" if words.strip() else ""
+def _small(text: str) -> str:
+    return f"<br><small>{escape(text)}</small>" if text.strip() else ""

@@ -1,7 +1,6 @@
-"""How a photographer would measure a picture: exposure, chroma, contrast and sharpness, each in [0, 1].
+"""Photometric metrics of an image: exposure, chroma, contrast and sharpness, each in [0, 1], higher is better.
 
-Pure functions of sRGB pixels (numpy only), so that scorers and critics speak of the same numbers. Higher is better.
-None of them knows what the picture shows, or what it was meant to show.
+Pure functions of sRGB pixels, for scorers and critics. They depend neither on the prompt nor on what the image shows.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,9 +13,9 @@ from artaug._internal.images import as_rgb
 
 _LUMA = np.array([0.2126, 0.7152, 0.0722])  # ITU-R BT.709, the primaries of sRGB
 _IDEAL, _TOLERANCE = 0.5, 0.2
-_EXTREMELY_COLOURFUL = 109 / 255
-_PROBE_PX = 11
-_NOTHING = 1e-9  # far below one level of 8 bits: what is left of a flat picture after floating-point arithmetic
+_EXTREMELY_COLORFUL = 109 / 255
+_BLUR_PX = 11
+_ROUNDING = 1e-9  # far below one level of 8 bits: the edges of a flat image after floating-point arithmetic
 
 
 def srgb(image: Image.Image) -> np.ndarray:
@@ -29,16 +28,16 @@ def srgb(image: Image.Image) -> np.ndarray:
 
 
 def luma(pixels: np.ndarray) -> np.ndarray:
-    """Brightness as encoded (ITU-R BT.709 weights of the sRGB values): (height, width), in [0, 1]."""
+    """Luma: the sRGB values with the weights of ITU-R BT.709, (height, width, 3) to (height, width), in [0, 1]."""
     weighted: np.ndarray = pixels @ _LUMA
     return weighted
 
 
 def exposure(pixels: np.ndarray) -> float:
-    """How well exposed: mean over pixels of ``exp(-(Y - 0.5)^2 / (2 * 0.2^2))``, Y the luma.
+    """Exposure: mean over pixels of ``exp(-(Y - 0.5)^2 / (2 * 0.2^2))``, Y the luma.
 
     1 where every pixel is mid-grey, 0.04 for pure black or white. Mertens, Kautz and Van Reeth, "Exposure Fusion"
-    (2007), section 3.1, on luma instead of each channel, so that a strong colour is not taken for a bad exposure.
+    (2007), section 3.1, on luma instead of each channel, so that a strong colour does not count as a bad exposure.
 
     >>> import numpy as np
     >>> from artaug.images.photometry import exposure
@@ -49,7 +48,7 @@ def exposure(pixels: np.ndarray) -> float:
 
 
 def chroma(pixels: np.ndarray) -> float:
-    """How colourful: the index M of Hasler and Suesstrunk, divided by its "extremely colourful" 109, at most 1.
+    """Chroma: the index M of Hasler and Suesstrunk, divided by its "extremely colourful" 109, at most 1.
 
     With ``rg = R - G`` and ``yb = (R + G) / 2 - B``, M is ``sqrt(var(rg) + var(yb)) + 0.3 sqrt(mean(rg)^2 +
     mean(yb)^2)``; 0 for greys. "Measuring colourfulness in natural images" (2003), equation 10.
@@ -63,11 +62,11 @@ def chroma(pixels: np.ndarray) -> float:
     opponents = np.stack([red - green, (red + green) / 2 - blue])
     spread = np.sqrt(opponents.var(axis=(1, 2)).sum())
     offset = np.sqrt((opponents.mean(axis=(1, 2)) ** 2).sum())
-    return float(min((spread + 0.3 * offset) / _EXTREMELY_COLOURFUL, 1.0))
+    return float(min((spread + 0.3 * offset) / _EXTREMELY_COLORFUL, 1.0))
 
 
 def contrast(pixels: np.ndarray) -> float:
-    """How far light and dark lie apart: twice the standard deviation of the luma (RMS contrast), at most 1.
+    """Contrast: twice the standard deviation of the luma (RMS contrast), at most 1.
 
     0 for a flat picture, 1 for one half black and half white. Peli, "Contrast in complex images" (1990), equation 4.
     """
@@ -75,48 +74,48 @@ def contrast(pixels: np.ndarray) -> float:
 
 
 def sharpness(pixels: np.ndarray) -> float:
-    """How sharp: 1 minus the blur effect of Crete, Dolmiere, Ladret and Nicolas (2007), of the blurrier direction.
+    """Sharpness: 1 minus the blur effect of Crete, Dolmiere, Ladret and Nicolas (2007), of the blurrier axis.
 
-    A picture that loses much of its edges when it is blurred again was sharp: along each axis, the sum of what a
-    mean over 11 pixels takes from the edges (absolute Sobel differences of the luma), divided by the sum of the
-    edges. It is that of ``skimage.measure.blur_effect``, but leaves out one pixel on every side, where that leaves
-    out two on one side and so scores a mirrored picture differently. A picture without any edge has sharpness 0.
+    An image that loses much of its edges when it is blurred again was sharp: along each axis, the sum of what a mean over
+    11 pixels takes from the edges (absolute Sobel differences of the luma), divided by the sum of the edges. It is that
+    of ``skimage.measure.blur_effect``, but leaves out one pixel on every side, where that leaves out two on one side and
+    so scores a mirrored image differently. An image without edges has sharpness 0.
 
-    The measure looks at pixels, not at the scene: compare pictures of one size only.
+    The metric depends on the size in pixels: compare images of one size only.
     """
-    edges = [kept for axis in (0, 1) if (kept := _edges_kept(luma(pixels), axis=axis)) is not None]
-    return 1 - max(edges, default=1.0)
+    effects = [effect for axis in (0, 1) if (effect := _blur_effect(luma(pixels), axis=axis)) is not None]
+    return 1 - max(effects, default=1.0)
 
 
-def _edges_kept(grey: np.ndarray, *, axis: int) -> float | None:
-    """Share in [0, 1] of the edges along ``axis`` that survive another blur; None where there are no edges."""
-    grey = np.moveaxis(grey, axis, 0)
-    if min(grey.shape) < 3:  # nothing is left without the border
+def _blur_effect(gray: np.ndarray, *, axis: int) -> float | None:
+    """Fraction in [0, 1] of the edges along ``axis`` that remain after another blur; None where there are no edges."""
+    gray = np.moveaxis(gray, axis, 0)
+    if min(gray.shape) < 3:  # only border
         return None
-    before, after = _edges(grey), _edges(_blurred(grey))
+    before, after = _edges(gray), _edges(_box_blur(gray))
     total = before.sum()
-    if total <= _NOTHING * before.size:
+    if total <= _ROUNDING * before.size:
         return None
     return float(1 - np.maximum(before - after, 0).sum() / total)
 
 
-def _blurred(grey: np.ndarray) -> np.ndarray:
-    """Mean over `_PROBE_PX` rows, the picture mirrored at its edges."""
-    half = _PROBE_PX // 2
-    padded = np.pad(grey, ((half, half), (0, 0)), mode="symmetric")
-    sums = np.cumsum(np.concatenate([np.zeros((1, grey.shape[1])), padded]), axis=0)
-    means: np.ndarray = (sums[_PROBE_PX:] - sums[:-_PROBE_PX]) / _PROBE_PX
+def _box_blur(gray: np.ndarray) -> np.ndarray:
+    """Mean over `_BLUR_PX` rows, the image mirrored at its border; a difference of cumulative sums."""
+    half = _BLUR_PX // 2
+    padded = np.pad(gray, ((half, half), (0, 0)), mode="symmetric")
+    sums = np.cumsum(np.concatenate([np.zeros((1, gray.shape[1])), padded]), axis=0)
+    means: np.ndarray = (sums[_BLUR_PX:] - sums[:-_BLUR_PX]) / _BLUR_PX
     return means
 
 
-def _edges(grey: np.ndarray) -> np.ndarray:
-    """Absolute Sobel differences from row to row, smoothed along the rows, without the outermost pixels."""
-    steps = (grey[2:] - grey[:-2]) / 2
-    smooth: np.ndarray = np.abs(steps[:, :-2] + 2 * steps[:, 1:-1] + steps[:, 2:]) / 4
-    return smooth
+def _edges(gray: np.ndarray) -> np.ndarray:
+    """Absolute Sobel differences from row to row: (height, width) to (height - 2, width - 2)."""
+    differences = (gray[2:] - gray[:-2]) / 2
+    edges: np.ndarray = np.abs(differences[:, :-2] + 2 * differences[:, 1:-1] + differences[:, 2:]) / 4
+    return edges
 
 
-MEASURES: Mapping[str, Callable[[np.ndarray], float]] = MappingProxyType(
+METRICS: Mapping[str, Callable[[np.ndarray], float]] = MappingProxyType(
     {"exposure": exposure, "chroma": chroma, "contrast": contrast, "sharpness": sharpness}
 )
-"""The four measures by name: each takes pixels (height, width, 3) in [0, 1] and gives a number in [0, 1]."""
+"""The four metrics by name: each takes pixels (height, width, 3) in [0, 1] and returns a number in [0, 1]."""

@@ -1,11 +1,11 @@
-"""What a person looks at after a run or a comparison: one page with the pictures, the numbers and where they came from."""
+"""The report of a run or a comparison: one HTML page with the pictures, the scores and the provenance."""
 
 import base64
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, get_args
 
 from PIL import Image
 
@@ -13,10 +13,10 @@ from artaug._internal.files import atomic_write
 from artaug.errors import InvalidValueError, MissingExtraError
 from artaug.evaluation.comparison import Comparison
 from artaug.pairs import Dropped, Kept
-from artaug.report.comparisons import gallery_of, headline_of, table_of, verdicts_of
-from artaug.report.image_store import REMEDY, Album
-from artaug.report.provenance import origins, usages
-from artaug.report.runs import facts_of, headline_of_run, round_of
+from artaug.report.comparisons import gallery_context, headline_context, score_table, verdicts
+from artaug.report.image_store import REMEDY, ImagePlacement, ImageStore
+from artaug.report.provenance import provenance_rows, usage_rows
+from artaug.report.runs import round_context, run_headline, run_summary
 from artaug.run.results import Enhancement
 
 __all__ = ["write_report"]
@@ -31,24 +31,23 @@ def write_report(
     comparison: Comparison | None = None,
     title: str = "What the model learned",
     about: Mapping[str, object] = MappingProxyType({}),
-    pairs: int = 48,
-    pictures: Literal["auto", "inline", "folder"] = "auto",
+    max_pairs: int = 48,
+    images: ImagePlacement = "auto",
 ) -> Path:
     """Write a page about a run, a comparison, or both: it needs no network and no server.
 
-    The same result and comparison give the same bytes. The page appears whole or not at all, and only when all of its
-    pictures are in place.
+    The same result and comparison give the same bytes. The page is written atomically, after all of its images.
 
     Args:
-        path: where to write; folders in between are made.
+        path: where to write; missing folders are made.
         result: the run.
-        comparison: base and candidates on held-out prompts; its last candidate is the one the headline is about.
+        comparison: base and candidates on held-out prompts; the headline is about its last candidate.
         title: heads the page.
-        about: objects of the run by name (critic, trainer, ...), printed as their ``repr`` in the provenance; text as
-            it is. What a critic behind a server has used so far is told beside the times.
-        pairs: how many of the pairs of each round to show: at most so many kept ones, and as many refused.
-        pictures: where they are. ``inline``: in the page, which is then one file to send. ``folder``: in a folder beside
-            it, ``report_pictures`` for ``report.html``, loaded when they come into view; the two travel together.
+        about: objects of the run by name (critic, trainer, ...), printed as their ``repr`` in the provenance; text is
+            printed as it is. The usage of a critic behind a server so far is printed, too.
+        max_pairs: show at most so many kept pairs of each round, and as many dropped ones.
+        images: where they are. ``inline``: in the page, which is then a single file. ``folder``: in a folder beside it,
+            ``report_images`` for ``report.html``, loaded when they come into view; move the two together.
             ``auto``: inline up to 8 MB of them, else in a folder.
 
     Returns:
@@ -57,16 +56,22 @@ def write_report(
     Raises:
         MissingExtraError: if jinja2 is not installed.
         StorageError: if the system cannot write it.
-        InvalidValueError: if there is neither a result nor a comparison, if ``pairs`` is negative, or for another word
-            in ``pictures``.
+        InvalidValueError: if there is neither a result nor a comparison, if ``max_pairs`` is negative, or for another
+            value of ``images``.
     """
     try:
         import jinja2  # noqa: PLC0415 - an extra
     except ImportError:
         raise MissingExtraError("write_report", package="jinja2", extra="report") from None
-    _check(result, comparison, pairs, pictures)
+    if result is None and comparison is None:
+        raise InvalidValueError("write_report received neither a result nor a comparison: need one of them, or both.")
+    if max_pairs < 0 or images not in get_args(ImagePlacement):
+        raise InvalidValueError(
+            f"write_report(max_pairs={max_pairs}, images={images!r}): need a number of pairs to show, at least 0, and "
+            "images 'auto', 'inline' or 'folder'."
+        )
     path = Path(path)
-    album = Album.beside(path, pictures, _shown(result, comparison, pairs))
+    store = ImageStore.for_page(path, images, _shown_images(result, comparison, max_pairs))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -79,62 +84,49 @@ def write_report(
         title=title,
         style=(_TEMPLATES / "report.css").read_text(encoding="utf-8"),
         script=script,
-        script_digest=base64.b64encode(sha256(script.encode()).digest()).decode(),
-        picture_source=album.source,
-        **_views(result, comparison, about, album=album, pairs=pairs),
+        script_digest=base64.b64encode(sha256(script.encode()).digest()).decode(),  # as a security policy writes it
+        image_source=store.csp_source,
+        **_comparison_context(comparison, store),
+        **_run_context(result, store, max_pairs),
+        usage=usage_rows(about),
+        provenance=provenance_rows(result, comparison, about),
     )
     with atomic_write(path, what="the report", remedy=REMEDY) as partial:
         partial.write_text(page, encoding="utf-8")
-    album.sweep()
+    store.remove_stale()
     return path
 
 
-def _check(result: Enhancement | None, comparison: Comparison | None, pairs: int, pictures: str) -> None:
-    if result is None and comparison is None:
-        raise InvalidValueError("write_report received neither a result nor a comparison: need one of them, or both.")
-    if pairs < 0 or pictures not in {"auto", "inline", "folder"}:
-        raise InvalidValueError(
-            f"write_report(pairs={pairs}, pictures={pictures!r}): need a number of pairs to show, at least 0, and "
-            "pictures 'auto', 'inline' or 'folder'."
-        )
-
-
-def _shown(result: Enhancement | None, comparison: Comparison | None, pairs: int) -> Iterator[Image.Image]:
-    """Every picture that the page will show."""
+def _shown_images(result: Enhancement | None, comparison: Comparison | None, max_pairs: int) -> Iterator[Image.Image]:
+    """Every image that the page will show."""
     if comparison is not None:
         for arm in (comparison.base, *comparison.candidates.values()):
             yield from arm.images
-    for one in result.rounds if result else ():
-        for kind in (Kept, Dropped):
-            of_kind = [attempt.pair for attempt in one.attempts if isinstance(attempt, kind)]
-            for pair in of_kind[:pairs]:
+    for round_ in result.rounds if result else ():
+        for ending in (Kept, Dropped):
+            pairs = [attempt.pair for attempt in round_.attempts if isinstance(attempt, ending)]
+            for pair in pairs[:max_pairs]:
                 yield from (pair.before, pair.after)
 
 
-def _views(
-    result: Enhancement | None,
-    comparison: Comparison | None,
-    about: Mapping[str, object],
-    *,
-    album: Album,
-    pairs: int,
-) -> dict[str, Any]:
-    """What the template reads."""
-    views: dict[str, Any] = {"headline": None, "gallery": None, "scorers": [], "verdicts": [], "notes": []}
-    if comparison is not None:
-        views = {
-            "headline": headline_of(comparison),
-            "gallery": gallery_of(comparison, album),
-            "scorers": table_of(comparison),
-            "verdicts": verdicts_of(comparison),
-            "notes": comparison.notes(),
-        }
+def _comparison_context(comparison: Comparison | None, store: ImageStore) -> dict[str, Any]:
+    if comparison is None:
+        return {"headline": None, "gallery": None, "scorers": [], "verdicts": [], "notes": []}
     return {
-        **views,
-        "run": headline_of_run(result) if result else None,
-        "facts": facts_of(result) if result else [],
-        "rounds": [round_of(one, album=album, shown=pairs) for one in result.rounds] if result else [],
-        "stop_reason": result.stop_reason if result else "",
-        "usages": usages(about),
-        "provenance": origins(result, comparison, about),
+        "headline": headline_context(comparison),
+        "gallery": gallery_context(comparison, store),
+        "scorers": score_table(comparison),
+        "verdicts": verdicts(comparison),
+        "notes": comparison.notes(),
+    }
+
+
+def _run_context(result: Enhancement | None, store: ImageStore, max_pairs: int) -> dict[str, Any]:
+    if result is None:
+        return {"run": None, "summary": [], "rounds": [], "stop_reason": ""}
+    return {
+        "run": run_headline(result),
+        "summary": run_summary(result),
+        "rounds": [round_context(round_, store=store, max_pairs=max_pairs) for round_ in result.rounds],
+        "stop_reason": result.stop_reason,
     }

@@ -1,4 +1,4 @@
-"""Where the numbers of a page came from, and what they cost beside time."""
+"""Provenance of a report: objects, seeds, versions and machine, and what servers counted."""
 
 import platform
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ _PACKAGES = ("artaug", "torch", "diffusers", "transformers", "peft", "numpy", "p
 
 
 @runtime_checkable
-class Used(Protocol):
-    """What a server counted, like `artaug.critics.Usage`."""
+class TokenCounts(Protocol):
+    """What a client of a server has counted, as `artaug.critics.Usage` does."""
 
     replies: int
     input_tokens: int
@@ -21,33 +21,32 @@ class Used(Protocol):
     uncounted: int
 
 
-def usages(about: Mapping[str, object]) -> list[tuple[str, str]]:
-    """What each object that counts its use has used so far, in words."""
-    counted = ((name, getattr(thing, "usage", None)) for name, thing in about.items())
-    return [(name, _used(usage)) for name, usage in counted if isinstance(usage, Used)]
+def usage_rows(about: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The usage of each object that has a ``usage``, as text."""
+    usages = {name: getattr(described, "usage", None) for name, described in about.items()}
+    return [(name, _format_usage(usage)) for name, usage in usages.items() if isinstance(usage, TokenCounts)]
 
 
-def _used(usage: Used) -> str:
-    least = "at least " if usage.uncounted else ""
-    tokens = f"{least}{usage.input_tokens:,} tokens read and {usage.output_tokens:,} written"
-    return f"{usage.replies:,} replies, {tokens}"
+def _format_usage(usage: TokenCounts) -> str:
+    bound = "at least " if usage.uncounted else ""
+    return f"{usage.replies:,} replies, {bound}{usage.input_tokens:,} input and {usage.output_tokens:,} output tokens"
 
 
-def origins(
+def provenance_rows(
     result: Enhancement | None, comparison: Comparison | None, about: Mapping[str, object]
 ) -> list[tuple[str, str]]:
     """Objects, seeds, versions and machine, by name."""
-    told = [(name, thing if isinstance(thing, str) else repr(thing)) for name, thing in about.items()]
+    rows = [(name, described if isinstance(described, str) else repr(described)) for name, described in about.items()]
     if result is not None:
-        accepted = [one.lora for one in result.rounds if one.accepted]
-        told.append(("result", repr(accepted[-1]) if accepted else "no LoRA: no round was accepted"))
+        accepted = [round_.lora for round_ in result.rounds if round_.accepted]
+        rows.append(("result", repr(accepted[-1]) if accepted else "no LoRA: no round was accepted"))
     if comparison is not None:
         arms = {"base": comparison.base, **comparison.candidates}
         seeds = ", ".join(map(str, comparison.seeds[:4])) + ", …" * (len(comparison.seeds) > 4)
-        told += [(f"{name} drawn by", arm.synthesizer) for name, arm in arms.items()]
-        told.append(("picture seeds", f"{seeds} ({len(comparison.seeds)} in all, the same for every arm)"))
+        rows += [(f"{name} drawn by", arm.synthesizer) for name, arm in arms.items()]
+        rows.append(("picture seeds", f"{seeds} ({len(comparison.seeds)} in total, the same for every arm)"))
     return [
-        *told,
+        *rows,
         ("versions", ", ".join(f"{name} {version(name)}" for name in _PACKAGES)),
         ("machine", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"),
     ]

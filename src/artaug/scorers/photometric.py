@@ -11,7 +11,7 @@ import numpy as np
 from PIL.Image import Image
 
 from artaug.errors import InvalidValueError
-from artaug.images.photometry import MEASURES, chroma, contrast, exposure, sharpness, srgb
+from artaug.images.photometry import METRICS, chroma, contrast, exposure, sharpness, srgb
 from artaug.scoring import Scorer, score_images
 
 
@@ -101,7 +101,7 @@ class Photometric(Scorer):
 
     def score(self, image: Image, prompt: str) -> float:
         pixels = srgb(image)
-        return float(np.mean([measure(pixels) for measure in MEASURES.values()]))
+        return float(np.mean([measure(pixels) for measure in METRICS.values()]))
 
 
 @final

@@ -1,76 +1,72 @@
 "use strict";
-// A picture's handle follows keys, mouse and finger; pictures open large; words and boxes come on demand.
+// Before/after sliders that follow keys, mouse and finger, an enlarged view, and annotations (boxes and prompts) on demand.
 const dialog = document.querySelector("dialog");
 const stage = dialog.querySelector(".stage");
-const range = (wipe) => wipe.querySelector("input");
-const shown = () => [...document.querySelectorAll("main .card")].filter((card) => card.checkVisibility());
-let card = null;
+const rangeOf = (element) => element.querySelector("input");
+const visibleCards = () => [...document.querySelectorAll("main .card")].filter((card) => card.checkVisibility());
+let enlarged = null; // the card that the dialog shows
+let annotated = false; // whether the dialog shows annotations
 
-function place(wipe, value) {
-  const input = range(wipe);
-  input.value = value;
-  wipe.style.setProperty("--at", `${value}%`);
-  input.setAttribute("aria-valuetext", `${Math.round(value)}% before`);
+function setPosition(slider, percent) {
+  const range = rangeOf(slider);
+  range.value = percent;
+  slider.style.setProperty("--position", `${percent}%`);
+  range.setAttribute("aria-valuetext", `${Math.round(percent)}% before`);
 }
 
-function drag(wipe, event) {
-  const box = wipe.getBoundingClientRect();
-  const at = (100 * (event.clientX - box.left)) / box.width;
-  wipe.style.setProperty("--at", `${Math.min(Math.max(at, 0), 100)}%`);
-  range(wipe).value = at;
+function drag(slider, event) {
+  const bounds = slider.getBoundingClientRect();
+  const percent = (100 * (event.clientX - bounds.left)) / bounds.width;
+  slider.style.setProperty("--position", `${Math.min(Math.max(percent, 0), 100)}%`);
+  rangeOf(slider).value = percent;
 }
 
 document.addEventListener("pointerdown", (event) => {
-  const wipe = event.target.closest(".wipe");
-  if (!wipe || event.button || event.target.closest("button")) return;
+  const slider = event.target.closest(".slider");
+  if (!slider || event.button || event.target.closest("button")) return;
   event.preventDefault();
-  range(wipe).focus({ preventScroll: true });
-  wipe.setPointerCapture(event.pointerId);
-  drag(wipe, event);
+  rangeOf(slider).focus({ preventScroll: true });
+  slider.setPointerCapture(event.pointerId);
+  drag(slider, event);
 });
 document.addEventListener("pointermove", (event) => {
-  const wipe = event.target.closest?.(".wipe");
-  if (wipe?.hasPointerCapture(event.pointerId)) drag(wipe, event);
+  const slider = event.target.closest?.(".slider");
+  if (slider?.hasPointerCapture(event.pointerId)) drag(slider, event);
 });
 document.addEventListener("dblclick", (event) => {
-  const wipe = event.target.closest("main .wipe");
-  if (wipe) enlarge(wipe.closest(".card"));
+  const slider = event.target.closest("main .slider");
+  if (slider) enlarge(slider.closest(".card"));
 });
 document.addEventListener("input", (event) => {
-  const wipe = event.target.closest(".wipe");
-  if (wipe) place(wipe, event.target.value);
+  const slider = event.target.closest(".slider");
+  if (slider) setPosition(slider, event.target.value);
 });
 
-function fill() {
+function enlarge(card) {
+  enlarged = card;
+  if (!dialog.open) dialog.showModal();
   const parts = [...card.children].map((part) => part.cloneNode(true));
   stage.replaceChildren(...parts);
-  place(parts[0], range(card).value);
+  setPosition(parts[0], rangeOf(card).value);
   for (const image of stage.querySelectorAll("img")) image.loading = "eager";
-  const words = stage.querySelector(".words");
-  if (words) words.open = telling || words.open;
+  const annotations = stage.querySelector(".annotations");
+  if (annotations) annotations.open = annotated || annotations.open;
   dialog.setAttribute("aria-label", `Enlarged picture: ${card.dataset.prompt}`);
-  range(stage).focus({ preventScroll: true });
+  rangeOf(stage).focus({ preventScroll: true });
 }
 
-function enlarge(one) {
-  card = one;
-  if (!dialog.open) dialog.showModal();
-  fill();
+function setOpen(details, open) {
+  for (const element of details) element.open = open;
 }
 
-let telling = false;
-function tell(words, open) {
-  for (const one of words) one.open = open;
-}
-
-function next(from, by) {
-  const all = shown();
-  return all[(all.indexOf(from) + by + all.length) % all.length];
+function cardBeside(card, offset) {
+  const cards = visibleCards();
+  return cards[(cards.indexOf(card) + offset + cards.length) % cards.length];
 }
 
 dialog.addEventListener("close", () => {
-  card.scrollIntoView({ block: "nearest" });
-  range(card).focus({ preventScroll: true });
+  enlarged.scrollIntoView({ block: "nearest" });
+  rangeOf(enlarged).focus({ preventScroll: true });
 });
 
 document.addEventListener("click", (event) => {
@@ -78,11 +74,11 @@ document.addEventListener("click", (event) => {
   if (target === dialog || target.closest(".close")) dialog.close();
   else if (target.closest("main .enlarge")) enlarge(target.closest(".card"));
   else if (target.closest("dialog .enlarge")) dialog.close();
-  else if (target.closest(".all")) {
-    const button = target.closest(".all");
+  else if (target.closest(".toggle")) {
+    const button = target.closest(".toggle");
     const open = button.getAttribute("aria-pressed") !== "true";
     button.setAttribute("aria-pressed", String(open));
-    tell(button.closest("section").querySelectorAll(".words"), open);
+    setOpen(button.closest("section").querySelectorAll(".annotations"), open);
   }
 });
 
@@ -95,15 +91,17 @@ document.addEventListener("change", (event) => {
 
 document.addEventListener("keydown", (event) => {
   if (event.altKey || event.ctrlKey || event.metaKey) return;
-  const by = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-  const here = event.target.closest(".card");
+  const offset = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  const card = event.target.closest(".card");
+  const onRange = card && event.target.type === "range";
   if (event.key === "w" && dialog.open) {
-    telling = !telling;
-    tell(stage.querySelectorAll(".words"), telling);
-  } else if (event.key === "w" && here) tell(here.querySelectorAll(".words"), !here.querySelector(".words")?.open);
-  else if (by && dialog.open) enlarge(next(card, by));
-  else if (by && here && event.target.type === "range") range(next(here, by)).focus();
-  else if (event.key === "Enter" && here && event.target.type === "range") enlarge(here);
+    annotated = !annotated;
+    setOpen(stage.querySelectorAll(".annotations"), annotated);
+  } else if (event.key === "w" && card) {
+    setOpen(card.querySelectorAll(".annotations"), !card.querySelector(".annotations")?.open);
+  } else if (offset && dialog.open) enlarge(cardBeside(enlarged, offset));
+  else if (offset && onRange) rangeOf(cardBeside(card, offset)).focus();
+  else if (event.key === "Enter" && onRange) enlarge(card);
   else return;
   event.preventDefault();
 });
