@@ -1,4 +1,4 @@
-"""What every family's tests ask of it: its calls as the pipeline makes them, and its attention as it happens."""
+"""What the tests of every family need: its calls as the pipeline makes them, and its attention as it happens."""
 
 from contextlib import contextmanager
 
@@ -40,7 +40,7 @@ def picture(seed=0, *, width=WIDTH, height=HEIGHT):
     return Image.fromarray(noise.numpy())
 
 
-def drawn_directly(family, prompts, *, seeds, steps=2, **options):
+def drawn_by_pipeline(family, prompts, *, seeds, steps=2, **options):
     """What the pipeline draws by itself, without artaug."""
     return family.pipeline(
         prompt=list(prompts),
@@ -54,8 +54,8 @@ def drawn_directly(family, prompts, *, seeds, steps=2, **options):
 
 
 @contextmanager
-def recorded(module):
-    """Every call of a denoiser, its arguments by name, and what came of it."""
+def record_calls(module):
+    """Record every call of a denoiser in a ``with`` block: its arguments by name, and its output."""
     calls = []
     watch = module.register_forward_hook(
         lambda _module, args, call, output: calls.append((bind_forward_args(module, args, call), output)),
@@ -65,17 +65,17 @@ def recorded(module):
         yield calls
 
 
-def calls_directly(family, prompts, **options):
-    with recorded(family.module) as calls:
-        drawn_directly(family, prompts, seeds=range(len(prompts)), output_type="latent", **options)
+def pipeline_calls(family, prompts, **options):
+    with record_calls(family.module) as calls:
+        drawn_by_pipeline(family, prompts, seeds=range(len(prompts)), output_type="latent", **options)
     return calls
 
 
-def run_of(family, prompts, *, steps=2):
+def recorded_run(family, prompts, *, steps=2):
     """The calls of a synthesizer's run, and the denoiser a guide would see in it."""
     conditioning = family.encode_prompts(prompts)
     negative = None if family.negative is None else family.encode_prompts([family.negative] * len(prompts))
-    with recorded(family.module) as calls:
+    with record_calls(family.module) as calls:
         family.pipeline(
             **family.pipeline_kwargs(conditioning, negative),
             width=family.width,
@@ -88,97 +88,99 @@ def run_of(family, prompts, *, steps=2):
 
 
 @contextmanager
-def twins(denoiser, attend_at=lambda _site: scaled_dot_product_attention):
-    """Every attention layer with its twin for a time; yields the sites at work with their queries and keys, in order."""
-    seen = []
+def with_processors(denoiser, attention_at=lambda _site: scaled_dot_product_attention):
+    """Give every site its regional processor in a ``with`` block; yields (site, query, key) of each attention, in order."""
+    attentions = []
 
-    def watching(site):
-        attend = attend_at(site)
+    def recording(site):
+        attention_fn = attention_at(site)
 
-        def attended(query, key, value):
-            seen.append((site, query, key))
-            return attend(query, key, value)
+        def recorded_attention(query, key, value):
+            attentions.append((site, query, key))
+            return attention_fn(query, key, value)
 
-        return attended
+        return recorded_attention
 
-    kept = [(site.attention, site.attention.processor) for site in denoiser.sites]
+    original = [(site.attention, site.attention.processor) for site in denoiser.sites]
     for site in denoiser.sites:
-        site.attention.processor = denoiser.processor(site, watching(site))
-    patched = getattr(denoiser, "patched", None)
+        site.attention.processor = denoiser.processor(site, recording(site))
     try:
-        if patched is None:
-            yield seen
-        else:
-            with patched():
-                yield seen
+        with denoiser.patched():
+            yield attentions
     finally:
-        for attention, processor in kept:
+        for attention, processor in original:
             attention.processor = processor
 
 
 @torch.no_grad()
-def asked(denoiser, call):
+def predict_call(denoiser, call):
     return denoiser.prediction(denoiser.module(**call))
 
 
-def spread(spans, kind=None):
-    """Each span with the slice of the sequence it is: of a kind, or all."""
-    found, start = [], 0
+def span_slices(spans, kind=None):
+    """Each span, of a kind or all, with its slice of the sequence."""
+    slices, start = [], 0
     for span in spans:
         if kind in {None, span.kind}:
-            found.append((span, slice(start, start + span.length)))
+            slices.append((span, slice(start, start + span.length)))
         start += span.length
-    return found
+    return slices
 
 
-def in_stead(spans):
-    """For each site attention in which the first region's prompt is seen in place of the plan's own."""
-    apart = {("text", 0): 1, ("padding", 0): 2}
+def region_replaces_plan(spans):
+    """For each site an attention in which the first region's prompt takes the place of the plan's own.
 
-    def attend_at(site):
+    Tokens attend within their world: the plan's own prompt and its padding are worlds of their own.
+    """
+    own_worlds = {("text", 0): 1, ("padding", 0): 2}
+
+    def attention_at(site):
         kinds = {"text", "padding"} if site.kind == "text" else {"image", "reference", "text", "padding"}
-        worlds = [
+        worlds = torch.tensor(
             [
-                apart.get((span.kind, span.prompt), 0)
-                for span in of_row
-                if span.kind in kinds
-                for _ in range(span.length)
+                [
+                    own_worlds.get((span.kind, span.prompt), 0)
+                    for span in row_spans
+                    if span.kind in kinds
+                    for _ in range(span.length)
+                ]
+                for row_spans in spans
             ]
-            for of_row in spans
-        ]
-        worlds = torch.tensor(worlds)
-        together = (worlds[:, :, None] == worlds[:, None, :])[:, None]
-        return lambda query, key, value: scaled_dot_product_attention(query, key, value, attn_mask=together)
+        )
+        mask = (worlds[:, :, None] == worlds[:, None, :])[:, None]
+        return lambda query, key, value: scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
-    return attend_at
+    return attention_at
 
 
-def streams(denoiser, call, spans):
-    """Of every linear layer that tokens go through in a call: what `stream` says, and how many tokens there were."""
+def token_streams_of(denoiser, call, spans):
+    """For every linear layer what `token_stream` says, and the streams that have as many tokens as it got in a call."""
     kinds = {
         "image": {"image", "reference"},
         "text": {"text", "padding"},
         "joint": {"image", "reference", "text", "padding"},
     }
-    counts = {stream: sum(span.length for span in spans[0] if span.kind in held) for stream, held in kinds.items()}
-    seen, hooks = {}, []
+    counts = {
+        stream: sum(span.length for span in spans[0] if span.kind in members) for stream, members in kinds.items()
+    }
+    shapes, hooks = {}, []
 
-    def watching(name):
-        def watch(_layer, inputs):
-            seen.setdefault(name, inputs[0].shape)
+    def recording(name):
+        def record(_layer, inputs):
+            shapes.setdefault(name, inputs[0].shape)
 
-        return watch
+        return record
 
     for name, layer in denoiser.module.named_modules():
         if isinstance(layer, torch.nn.Linear):
-            hooks.append(layer.register_forward_pre_hook(watching(name)))
-    with twins(denoiser):
-        asked(denoiser, call)
+            hooks.append(layer.register_forward_pre_hook(recording(name)))
+    with with_processors(denoiser):
+        predict_call(denoiser, call)
     for hook in hooks:
         hook.remove()
     return {
         name: (denoiser.token_stream(name), [stream for stream, count in counts.items() if shape[1:-1] == (count,)])
-        for name, shape in seen.items()
+        for name, shape in shapes.items()
     }
 
 

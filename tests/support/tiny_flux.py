@@ -16,11 +16,11 @@ def tiny_flux(*, guidance_embeds: bool = False, dynamic_shift: bool = False, see
         torch.manual_seed(seed)
         pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shift),
-            vae=_vae(),
+            vae=vae(),
             text_encoder=_clip(),
             tokenizer=_clip_tokenizer(),
-            text_encoder_2=_t5(),
-            tokenizer_2=_t5_tokenizer(),
+            text_encoder_2=t5(),
+            tokenizer_2=t5_tokenizer(),
             transformer=_transformer(guidance_embeds),
         )
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer):
@@ -45,7 +45,7 @@ def _transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
     return transformer
 
 
-def _vae() -> AutoencoderKL:
+def vae() -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -90,7 +90,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=_clip_vocabulary(), merges=[], model_max_length=32)
 
 
-def _t5() -> T5EncoderModel:
+def t5() -> T5EncoderModel:
     size = len(_t5_vocabulary())
     return T5EncoderModel(T5Config(vocab_size=size, d_model=24, d_kv=12, d_ff=48, num_layers=2, num_heads=2))
 
@@ -100,5 +100,5 @@ def _t5_vocabulary() -> list[tuple[str, float]]:
     return [*special, ("▁", -1.0), *((letter, -2.0) for letter in string.printable[:94])]
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=_t5_vocabulary(), extra_ids=0, model_max_length=512)

@@ -12,18 +12,18 @@ from artaug.regional import Branches, EncodedRegion, OutputMix, Span
 from artaug.regional.isolation import Isolation
 from artaug.training.noise_schedule import FlowMatching
 from support.family_laws import (
-    asked,
-    calls_directly,
-    drawn_directly,
+    drawn_by_pipeline,
     family_of,
     guided,
-    in_stead,
     picture,
-    run_of,
-    spread,
-    streams,
+    pipeline_calls,
+    predict_call,
+    recorded_run,
+    region_replaces_plan,
+    span_slices,
     synthesizer_of,
-    twins,
+    token_streams_of,
+    with_processors,
 )
 from support.tiny_flux2 import tiny_flux2, tiny_flux2_klein
 from support.traces import hooks_of
@@ -47,7 +47,7 @@ def family(request):
 
 
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(family):
-    call, _ = calls_directly(family, PROMPTS)[0]
+    call, _ = pipeline_calls(family, PROMPTS)[0]
     encoded = family.encode_prompts(PROMPTS)
     assert torch.equal(encoded["prompt_embeds"], call["encoder_hidden_states"])
     assert not encoded["prompt_embeds"].requires_grad
@@ -60,14 +60,14 @@ def test_a_plain_plan_draws_what_the_pipeline_draws_bit_for_bit(build, prompts):
     scale = {} if family.guidance_scale is None else {"guidance_scale": family.guidance_scale}
     seeds = range(3, 3 + len(prompts))
     drawn = synthesizer_of(family).synthesize_batch([aa.Plan(prompt) for prompt in prompts], seeds=seeds)
-    assert drawn == drawn_directly(family, prompts, seeds=seeds, **scale)
+    assert drawn == drawn_by_pipeline(family, prompts, seeds=seeds, **scale)
 
 
 def test_a_distilled_klein_draws_without_guidance_as_its_pipeline_does():
     family = family_of(Flux2Klein, tiny_flux2_klein(is_distilled=True), **ROOMY)
     assert family.negative is None
     drawn = synthesizer_of(family).synthesize(aa.Plan(PROMPTS[0]), seed=1)
-    assert [drawn] == drawn_directly(family, PROMPTS[:1], seeds=[1], guidance_scale=1.0)
+    assert [drawn] == drawn_by_pipeline(family, PROMPTS[:1], seeds=[1], guidance_scale=1.0)
 
 
 def test_a_negative_prompt_of_klein_is_heeded():
@@ -77,7 +77,7 @@ def test_a_negative_prompt_of_klein_is_heeded():
 
 
 def test_training_predicts_what_drawing_predicts_bit_for_bit(family):
-    call, output = calls_directly(family, PROMPTS)[0]
+    call, output = pipeline_calls(family, PROMPTS)[0]
     with torch.no_grad():
         predicted = family.predict(call["hidden_states"], call["timestep"], family.encode_prompts(PROMPTS))
     assert torch.equal(predicted, output[0])
@@ -123,7 +123,7 @@ def test_encoding_a_picture_of_another_size_is_refused(family):
 @pytest.mark.parametrize("dynamic_shift", [False, True])
 def test_training_shifts_noise_levels_as_the_scheduler_does_in_fifty_steps(dynamic_shift):
     family = family_of(Flux2, tiny_flux2(dynamic_shift=dynamic_shift), width=32, height=32)
-    calls_directly(family, ["a"], steps=50)
+    pipeline_calls(family, ["a"], steps=50)
     sampled = family.pipeline.scheduler.sigmas[25].item()  # which the scheduler shifts from 1/2
     shift = family.noise_schedule.shift
     assert sampled == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), rel=1e-5)
@@ -132,12 +132,12 @@ def test_training_shifts_noise_levels_as_the_scheduler_does_in_fifty_steps(dynam
 
 
 def test_dev_has_one_branch():
-    denoiser, calls = run_of(dev(), PROMPTS)
+    denoiser, calls = recorded_run(dev(), PROMPTS)
     assert [denoiser.branches(call) for call, _ in calls] == [Branches(cond=range(2))] * 2
 
 
 def test_kleins_branches_come_in_turn():
-    denoiser, calls = run_of(klein(negative_prompt="blurry"), PROMPTS)
+    denoiser, calls = recorded_run(klein(negative_prompt="blurry"), PROMPTS)
     both = [Branches(cond=range(2)), Branches(cond=range(0), uncond=range(2))]
     assert [denoiser.branches(call) for call, _ in calls] == both * 2
 
@@ -150,7 +150,7 @@ def test_a_plan_that_is_the_negative_prompt_cannot_be_guided():
 
 
 def test_noise_falls_from_one_towards_zero(family):
-    denoiser, calls = run_of(family, PROMPTS, steps=4)
+    denoiser, calls = recorded_run(family, PROMPTS, steps=4)
     levels = [denoiser.noise_level(call) for call, _ in calls if denoiser.branches(call).cond]
     assert levels[0] == 1
     assert levels == sorted(set(levels), reverse=True)
@@ -158,40 +158,40 @@ def test_noise_falls_from_one_towards_zero(family):
 
 
 def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(family):
-    denoiser, calls = run_of(family, ["a", "b", "c"])
+    denoiser, calls = recorded_run(family, ["a", "b", "c"])
     call, output = calls[0]
     kept = dict(call)
     same = denoiser.with_prompt_embeds(call, [2, 0], family.encode_separately(["c", "a"]))
-    torch.testing.assert_close(asked(denoiser, same), output[0][[2, 0]], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(predict_call(denoiser, same), output[0][[2, 0]], atol=1e-5, rtol=1e-4)
     other = denoiser.with_prompt_embeds(call, [2], family.encode_separately(["x"]))
-    assert not torch.allclose(asked(denoiser, other), output[0][[2]], atol=1e-4)
+    assert not torch.allclose(predict_call(denoiser, other), output[0][[2]], atol=1e-4)
     assert call == kept
 
 
 def test_twins_that_attend_plainly_predict_the_same_bit_for_bit(family):
-    denoiser, calls = run_of(family, PROMPTS)
+    denoiser, calls = recorded_run(family, PROMPTS)
     call, output = calls[0]
-    with twins(denoiser) as seen:
-        assert torch.equal(asked(denoiser, call), output[0])
+    with with_processors(denoiser) as seen:
+        assert torch.equal(predict_call(denoiser, call), output[0])
     assert [site.block for site, _, _ in seen] == [0, 1, 2, 3]
 
 
 def test_twins_work_on_fused_projections():
     family = dev()
     family.module.fuse_qkv_projections()
-    denoiser, calls = run_of(family, PROMPTS)
+    denoiser, calls = recorded_run(family, PROMPTS)
     call, output = calls[0]
-    with twins(denoiser):
-        assert torch.equal(asked(denoiser, call), output[0])
+    with with_processors(denoiser):
+        assert torch.equal(predict_call(denoiser, call), output[0])
 
 
 @pytest.mark.parametrize("trim_padding", [False, True])
 def test_spans_name_every_token_attention_sees(family, trim_padding):
-    denoiser, calls = run_of(family, PROMPTS)
+    denoiser, calls = recorded_run(family, PROMPTS)
     texts = [family.encode_separately(["a door", "ivy"]), family.encode_separately(["a stormy sky"])]
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=trim_padding)
-    with twins(denoiser) as seen:
-        asked(denoiser, changed)
+    with with_processors(denoiser) as seen:
+        predict_call(denoiser, changed)
     assert all(query.shape[2] == sum(span.length for span in of_row) for _, query, _ in seen for of_row in spans)
     assert all(of_row[-2] == Span("text", family.max_sequence_length) for of_row in spans)
     assert all(of_row[-1] == Span("image", 48) for of_row in spans)
@@ -203,14 +203,14 @@ def test_spans_name_every_token_attention_sees(family, trim_padding):
 
 @pytest.mark.parametrize("trim_padding", [False, True])
 def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(family, trim_padding):
-    denoiser, calls = run_of(family, PROMPTS)
+    denoiser, calls = recorded_run(family, PROMPTS)
     texts = [family.encode_separately(["a door", "ivy"]), family.encode_separately(["a stormy sky"])]
     call = calls[0][0]
     changed, spans = denoiser.append_prompts(call, texts, trim_padding=trim_padding)
     plain, joined = _first_keys(denoiser, call), _first_keys(denoiser, changed)
     for row, of_row in enumerate(texts):
-        parts = {span.prompt: part for span, part in spread(spans[row], "text")}
-        image = spread(spans[row], "image")[0][1]
+        parts = {span.prompt: part for span, part in span_slices(spans[row], "text")}
+        image = span_slices(spans[row], "image")[0][1]
         limit = family.max_sequence_length
         torch.testing.assert_close(joined[row][:, image], plain[row][:, limit:], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(joined[row][:, parts[0]], plain[row][:, :limit], atol=1e-5, rtol=1e-5)
@@ -221,25 +221,25 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(family
 
 
 def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(family):
-    denoiser, calls = run_of(family, PROMPTS)
+    denoiser, calls = recorded_run(family, PROMPTS)
     call, output = calls[0]
     texts = [family.encode_separately([PROMPTS[0]]), family.encode_separately([PROMPTS[1]])]
     changed, spans = denoiser.append_prompts(call, texts, trim_padding=False)
-    with twins(denoiser, in_stead(spans)):
-        torch.testing.assert_close(asked(denoiser, changed), output[0], atol=1e-5, rtol=1e-4)
+    with with_processors(denoiser, region_replaces_plan(spans)):
+        torch.testing.assert_close(predict_call(denoiser, changed), output[0], atol=1e-5, rtol=1e-4)
 
 
 def _first_keys(denoiser, call):
-    with twins(denoiser) as seen:
-        asked(denoiser, call)
+    with with_processors(denoiser) as seen:
+        predict_call(denoiser, call)
     return seen[0][2]
 
 
 def test_no_added_texts_change_nothing_bit_for_bit(family):
-    denoiser, calls = run_of(family, PROMPTS)
+    denoiser, calls = recorded_run(family, PROMPTS)
     call, output = calls[0]
     changed, spans = denoiser.append_prompts(call, [[], []], trim_padding=True)
-    assert torch.equal(asked(denoiser, changed), output[0])
+    assert torch.equal(predict_call(denoiser, changed), output[0])
     assert spans == [(Span("text", family.max_sequence_length), Span("image", 48))] * 2
 
 
@@ -272,12 +272,12 @@ def _pixels(image):
 
 
 def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_own(family):
-    denoiser, calls = run_of(family, PROMPTS)
+    denoiser, calls = recorded_run(family, PROMPTS)
     call, output = calls[0]
     regions = [_encoded(family, LEFT, "a stormy sky"), _encoded(family, RIGHT, "ivy")]
     before = hooks_of(family.module)
     with OutputMix().steering(denoiser, regions):
-        change = (asked(denoiser, call) - output[0]).reshape(2, 8, 6, -1)
+        change = (predict_call(denoiser, call) - output[0]).reshape(2, 8, 6, -1)
     assert hooks_of(family.module) == before
     assert (change[0, :, 3:] == 0).all()
     assert (change[0, :, :3] != 0).any()
@@ -290,17 +290,17 @@ def _encoded(family, area, prompt):
 
 
 def test_every_layer_that_takes_tokens_says_which(family):
-    denoiser, calls = run_of(family, PROMPTS)
+    denoiser, calls = recorded_run(family, PROMPTS)
     texts = [family.encode_separately(["a door", "ivy"])] * len(PROMPTS)
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
-    said = streams(denoiser, changed, spans)
+    said = token_streams_of(denoiser, changed, spans)
     assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()
     assert all(taken == [stream] for stream, taken in said.values() if stream is not None)
     assert {stream for stream, _ in said.values()} == {None, "image", "text", "joint"}
 
 
 def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no_trace(family):
-    kept = [site.attention.processor for site in run_of(family, PROMPTS, steps=1)[0].sites]
+    kept = [site.attention.processor for site in recorded_run(family, PROMPTS, steps=1)[0].sites]
     before = hooks_of(family.module)
     plain = [aa.Plan(prompt) for prompt in PROMPTS]
     regional = [aa.Plan(PROMPTS[0], (aa.Region(LEFT, "a stormy sky"), aa.Region(RIGHT, "ivy"))), plain[1]]
@@ -310,7 +310,7 @@ def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no
     assert (one - other).abs().max() <= 1
     assert drawn == guided(family, regional)
     assert hooks_of(family.module) == before
-    assert [site.attention.processor for site in run_of(family, PROMPTS, steps=1)[0].sites] == kept
+    assert [site.attention.processor for site in recorded_run(family, PROMPTS, steps=1)[0].sites] == kept
 
 
 def test_outside_the_levels_of_a_guide_the_plan_is_drawn_plainly(family):

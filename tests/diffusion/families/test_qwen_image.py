@@ -12,18 +12,18 @@ from artaug.regional import Branches, EncodedRegion, OutputMix, Span
 from artaug.regional.isolation import Isolation
 from artaug.training.noise_schedule import FlowMatching
 from support.family_laws import (
-    asked,
-    calls_directly,
-    drawn_directly,
+    drawn_by_pipeline,
     family_of,
     guided,
-    in_stead,
     picture,
-    run_of,
-    spread,
-    streams,
+    pipeline_calls,
+    predict_call,
+    recorded_run,
+    region_replaces_plan,
+    span_slices,
     synthesizer_of,
-    twins,
+    token_streams_of,
+    with_processors,
 )
 from support.tiny_qwen_image import tiny_qwen_image
 from support.traces import hooks_of
@@ -43,7 +43,7 @@ def qwen(request):
 
 
 def calls_of(qwen, prompts, **options):
-    return calls_directly(
+    return pipeline_calls(
         qwen, prompts, negative_prompt=_negatives(qwen, prompts), true_cfg_scale=qwen.true_cfg_scale, **options
     )
 
@@ -72,13 +72,13 @@ def test_a_plain_plan_draws_what_the_pipeline_draws_bit_for_bit(qwen, prompts):
     seeds = range(3, 3 + len(prompts))
     drawn = synthesizer_of(qwen).synthesize_batch([aa.Plan(prompt) for prompt in prompts], seeds=seeds)
     guidance = {"negative_prompt": _negatives(qwen, prompts), "true_cfg_scale": qwen.true_cfg_scale}
-    assert drawn == drawn_directly(qwen, prompts, seeds=seeds, **guidance)
+    assert drawn == drawn_by_pipeline(qwen, prompts, seeds=seeds, **guidance)
 
 
 def test_a_prompt_longer_than_the_pipelines_own_limit_reaches_the_model():
     qwen = qwen_of(max_sequence_length=600)
     conditioning = qwen.encode_prompts(["a" * 550])
-    _, calls = run_of(qwen, ["a" * 550], steps=1)
+    _, calls = recorded_run(qwen, ["a" * 550], steps=1)
     assert calls[0][0]["encoder_hidden_states"].shape == conditioning["prompt_embeds"].shape
     assert conditioning["prompt_embeds"].shape[1] > 550
 
@@ -140,7 +140,7 @@ def test_training_shifts_noise_levels_as_the_scheduler_does(dynamic_shift):
 
 
 def test_branches_come_in_turn_where_there_is_a_negative_prompt(qwen):
-    denoiser, calls = run_of(qwen, PROMPTS)
+    denoiser, calls = recorded_run(qwen, PROMPTS)
     own, against = Branches(cond=range(2)), Branches(cond=range(0), uncond=range(2))
     turns = [own, own] if qwen.negative is None else [own, against, own, against]
     assert [denoiser.branches(call) for call, _ in calls] == turns
@@ -153,7 +153,7 @@ def test_a_plan_that_is_the_negative_prompt_cannot_be_guided():
 
 
 def test_noise_falls_from_one_towards_zero(qwen):
-    denoiser, calls = run_of(qwen, PROMPTS, steps=4)
+    denoiser, calls = recorded_run(qwen, PROMPTS, steps=4)
     levels = [denoiser.noise_level(call) for call, _ in calls if denoiser.branches(call).cond]
     assert levels[0] == 1
     assert levels == sorted(set(levels), reverse=True)
@@ -161,79 +161,79 @@ def test_noise_falls_from_one_towards_zero(qwen):
 
 
 def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(qwen):
-    denoiser, calls = run_of(qwen, ["a", "b", "something long"])
+    denoiser, calls = recorded_run(qwen, ["a", "b", "something long"])
     call, output = calls[0]
     kept = dict(call)
     same = denoiser.with_prompt_embeds(call, [2, 0], qwen.encode_separately(["something long", "a"]))
-    torch.testing.assert_close(asked(denoiser, same), output[0][[2, 0]], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(predict_call(denoiser, same), output[0][[2, 0]], atol=1e-5, rtol=1e-4)
     other = denoiser.with_prompt_embeds(call, [2], qwen.encode_separately(["x"]))
-    assert not torch.allclose(asked(denoiser, other), output[0][[2]], atol=1e-4)
+    assert not torch.allclose(predict_call(denoiser, other), output[0][[2]], atol=1e-4)
     assert call == kept
 
 
 def test_twins_that_attend_plainly_predict_the_same_bit_for_bit(qwen):
-    denoiser, calls = run_of(qwen, PROMPTS[:1])
+    denoiser, calls = recorded_run(qwen, PROMPTS[:1])
     call, output = calls[0]
-    with twins(denoiser) as seen:
-        assert torch.equal(asked(denoiser, call), output[0])
+    with with_processors(denoiser) as seen:
+        assert torch.equal(predict_call(denoiser, call), output[0])
     assert [site.block for site, _, _ in seen] == [0, 1]
 
 
 def test_padding_that_nobody_sees_is_what_the_mask_was(qwen):
-    denoiser, calls = run_of(qwen, PROMPTS)
+    denoiser, calls = recorded_run(qwen, PROMPTS)
     call, output = calls[0]
     changed, spans = denoiser.append_prompts(call, [[], []], trim_padding=True)
     assert [[span.kind for span in of_row] for of_row in spans] == [["text", "image"], ["text", "padding", "image"]]
     hidden = torch.ones(2, 1, 1, sum(span.length for span in spans[0]), dtype=torch.bool)
     for row, of_row in enumerate(spans):
-        for _, part in spread(of_row, "padding"):
+        for _, part in span_slices(of_row, "padding"):
             hidden[row, ..., part] = False
 
     def unseen(_site):
         return lambda query, key, value: scaled_dot_product_attention(query, key, value, attn_mask=hidden)
 
-    with twins(denoiser, unseen):
-        torch.testing.assert_close(asked(denoiser, changed), output[0])
+    with with_processors(denoiser, unseen):
+        torch.testing.assert_close(predict_call(denoiser, changed), output[0])
 
 
 def test_no_added_texts_change_nothing_bit_for_bit(qwen):
-    denoiser, calls = run_of(qwen, PROMPTS[:1])
+    denoiser, calls = recorded_run(qwen, PROMPTS[:1])
     call, output = calls[0]
     changed, spans = denoiser.append_prompts(call, [[]], trim_padding=True)
-    with twins(denoiser):
-        assert torch.equal(asked(denoiser, changed), output[0])
+    with with_processors(denoiser):
+        assert torch.equal(predict_call(denoiser, changed), output[0])
     assert spans == [(Span("text", call["encoder_hidden_states"].shape[1]), Span("image", 48))]
 
 
 def added(qwen):
-    denoiser, calls = run_of(qwen, PROMPTS)
+    denoiser, calls = recorded_run(qwen, PROMPTS)
     texts = [qwen.encode_separately(["a door", "ivy"]), qwen.encode_separately(["a stormy sky"])]
     return denoiser, calls[0][0], texts, *denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
 
 
 def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(qwen):
-    denoiser, calls = run_of(qwen, PROMPTS)
+    denoiser, calls = recorded_run(qwen, PROMPTS)
     call, output = calls[0]
     texts = [qwen.encode_separately([PROMPTS[0]]), qwen.encode_separately([PROMPTS[1]])]
     changed, spans = denoiser.append_prompts(call, texts, trim_padding=False)
-    with twins(denoiser, in_stead(spans)):
-        torch.testing.assert_close(asked(denoiser, changed), output[0], atol=1e-5, rtol=1e-4)
+    with with_processors(denoiser, region_replaces_plan(spans)):
+        torch.testing.assert_close(predict_call(denoiser, changed), output[0], atol=1e-5, rtol=1e-4)
 
 
 def first_keys(denoiser, call):
-    with twins(denoiser) as seen:
-        asked(denoiser, call)
+    with with_processors(denoiser) as seen:
+        predict_call(denoiser, call)
     return seen[0][2]
 
 
 def test_spans_name_every_token_attention_sees(qwen):
     denoiser, call, _, changed, spans = added(qwen)
-    with twins(denoiser) as seen:
-        asked(denoiser, changed)
+    with with_processors(denoiser) as seen:
+        predict_call(denoiser, changed)
     assert all(query.shape[2] == sum(span.length for span in of_row) for _, query, _ in seen for of_row in spans)
     words = [[words.stop for words in qwen.token_slices([*of_row, prompt])] for prompt, of_row in _said()]
-    assert [[span.length for span, _ in spread(of_row, "text")] for of_row in spans] == words
-    assert [[span.prompt for span, _ in spread(of_row, "text")] for of_row in spans] == [[1, 2, 0], [1, 0]]
+    assert [[span.length for span, _ in span_slices(of_row, "text")] for of_row in spans] == words
+    assert [[span.prompt for span, _ in span_slices(of_row, "text")] for of_row in spans] == [[1, 2, 0], [1, 0]]
     assert all(of_row[-1] == Span("image", 48) for of_row in spans)
     assert call["encoder_hidden_states_mask"] is not None
     assert changed["encoder_hidden_states_mask"] is None
@@ -247,8 +247,8 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(qwen):
     denoiser, call, texts, changed, spans = added(qwen)
     joined = first_keys(denoiser, changed)
     for row, of_row in enumerate(texts):
-        (image,) = (part for _, part in spread(spans[row], "image"))
-        *others, own = (part for _, part in spread(spans[row], "text"))
+        (image,) = (part for _, part in span_slices(spans[row], "image"))
+        *others, own = (part for _, part in span_slices(spans[row], "text"))
         length = own.stop - own.start
         alone = denoiser.with_prompt_embeds(call, [row], qwen.encode_separately([PROMPTS[row]]))
         plain = first_keys(denoiser, alone)[0]
@@ -261,12 +261,12 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(qwen):
 
 def test_many_texts_may_be_longer_together_than_the_positions_but_not_one():
     qwen = qwen_of()
-    denoiser, calls = run_of(qwen, PROMPTS[:1], steps=1)
+    denoiser, calls = recorded_run(qwen, PROMPTS[:1], steps=1)
     texts = qwen.encode_separately(["a door"])
     changed, _ = denoiser.append_prompts(calls[0][0], [texts * 230], trim_padding=True)
     assert changed["encoder_hidden_states"].shape[1] > 4096
-    with twins(denoiser):
-        assert asked(denoiser, changed).isfinite().all()
+    with with_processors(denoiser):
+        assert predict_call(denoiser, changed).isfinite().all()
     wide = {"prompt_embeds": torch.zeros(1, 4093, 16)}
     huge = [type(texts[0])(wide, slice(0, 4093))]
     with pytest.raises(aa.GuideError, match="a prompt of 4093 tokens is longer than the 4092 positions"):
@@ -274,11 +274,11 @@ def test_many_texts_may_be_longer_together_than_the_positions_but_not_one():
 
 
 def test_a_call_without_regions_keeps_its_mask_bit_for_bit(qwen):
-    denoiser, calls = run_of(qwen, PROMPTS)
+    denoiser, calls = recorded_run(qwen, PROMPTS)
     call, output = calls[0]
     assert call["encoder_hidden_states_mask"] is not None
-    with twins(denoiser) as seen:
-        assert torch.equal(asked(denoiser, call), output[0])
+    with with_processors(denoiser) as seen:
+        assert torch.equal(predict_call(denoiser, call), output[0])
     assert not seen
 
 
@@ -291,7 +291,7 @@ def test_a_region_that_says_what_the_plan_says_changes_next_to_nothing(qwen):
 
 
 def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_own(qwen):
-    denoiser, calls = run_of(qwen, PROMPTS)
+    denoiser, calls = recorded_run(qwen, PROMPTS)
     call, output = calls[0]
     regions = [
         [EncodedRegion(aa.Region(area, prompt), *qwen.encode_separately([prompt]))]
@@ -299,9 +299,9 @@ def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_ow
     ]
     before = hooks_of(qwen.module)
     with OutputMix().steering(denoiser, regions):
-        change = (asked(denoiser, call) - output[0]).reshape(2, 8, 6, -1)
+        change = (predict_call(denoiser, call) - output[0]).reshape(2, 8, 6, -1)
         if qwen.negative is not None:
-            assert torch.equal(asked(denoiser, calls[1][0]), calls[1][1][0])
+            assert torch.equal(predict_call(denoiser, calls[1][0]), calls[1][1][0])
     assert hooks_of(qwen.module) == before
     assert (change[0, :, 3:] == 0).all()
     assert (change[0, :, :3] != 0).any()
@@ -310,17 +310,17 @@ def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_ow
 
 
 def test_every_layer_that_takes_tokens_says_which(qwen):
-    denoiser, calls = run_of(qwen, PROMPTS)
+    denoiser, calls = recorded_run(qwen, PROMPTS)
     texts = [qwen.encode_separately(["a door", "ivy"])] * len(PROMPTS)
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
-    said = streams(denoiser, changed, spans)
+    said = token_streams_of(denoiser, changed, spans)
     assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()
     assert all(taken == [stream] for stream, taken in said.values() if stream is not None)
     assert {stream for stream, _ in said.values()} == {None, "image", "text"}
 
 
 def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no_trace(qwen):
-    kept = [site.attention.processor for site in run_of(qwen, PROMPTS, steps=1)[0].sites]
+    kept = [site.attention.processor for site in recorded_run(qwen, PROMPTS, steps=1)[0].sites]
     before = hooks_of(qwen.module)
     plain = [aa.Plan(prompt) for prompt in PROMPTS]
     regional = [aa.Plan(PROMPTS[0], (aa.Region(LEFT, "a stormy sky"), aa.Region(RIGHT, "ivy"))), plain[1]]
@@ -330,7 +330,7 @@ def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no
     assert (one - other).abs().max() <= 1
     assert drawn == guided(qwen, regional)
     assert hooks_of(qwen.module) == before
-    assert [site.attention.processor for site in run_of(qwen, PROMPTS, steps=1)[0].sites] == kept
+    assert [site.attention.processor for site in recorded_run(qwen, PROMPTS, steps=1)[0].sites] == kept
 
 
 def test_outside_the_levels_of_a_guide_the_plan_is_drawn_plainly(qwen):
@@ -369,7 +369,7 @@ def test_what_would_have_no_effect_is_refused(options, told):
 
 
 def test_a_foreign_processor_is_refused_by_name():
-    denoiser, _ = run_of(qwen_of(), ["a"], steps=1)
+    denoiser, _ = recorded_run(qwen_of(), ["a"], steps=1)
     site = denoiser.sites[0]
     site.attention.processor = JointAttnProcessor2_0()
     with pytest.raises(aa.GuideError, match=r"uses JointAttnProcessor2_0.*Expected QwenDoubleStreamAttnProcessor2_0"):

@@ -11,18 +11,18 @@ from artaug.regional import Branches, EncodedRegion, OutputMix, Span
 from artaug.regional.isolation import Isolation
 from artaug.training.noise_schedule import FlowMatching
 from support.family_laws import (
-    asked,
-    calls_directly,
-    drawn_directly,
+    drawn_by_pipeline,
     family_of,
     guided,
-    in_stead,
     picture,
-    run_of,
-    spread,
-    streams,
+    pipeline_calls,
+    predict_call,
+    recorded_run,
+    region_replaces_plan,
+    span_slices,
     synthesizer_of,
-    twins,
+    token_streams_of,
+    with_processors,
 )
 from support.tiny_z_image import tiny_z_image
 from support.traces import hooks_of
@@ -43,7 +43,7 @@ def z_image(request):
 
 
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(z_image):
-    call, _ = calls_directly(z_image, PROMPTS, guidance_scale=0.0)[0]
+    call, _ = pipeline_calls(z_image, PROMPTS, guidance_scale=0.0)[0]
     encoded = z_image.encode_prompts(PROMPTS)
     lengths = encoded["prompt_embeds_mask"].sum(dim=1).tolist()
     assert lengths == [words.stop for words in z_image.token_slices(PROMPTS)]
@@ -59,12 +59,12 @@ def test_a_plain_plan_draws_what_the_pipeline_draws_bit_for_bit(options, prompts
     seeds = range(3, 3 + len(prompts))
     drawn = synthesizer_of(z_image).synthesize_batch([aa.Plan(prompt) for prompt in prompts], seeds=seeds)
     told = {name: [one] * len(prompts) if isinstance(one, str) else one for name, one in options.items()}
-    assert drawn == drawn_directly(z_image, prompts, seeds=seeds, **told)
+    assert drawn == drawn_by_pipeline(z_image, prompts, seeds=seeds, **told)
 
 
 def test_training_predicts_what_drawing_predicts_bit_for_bit(z_image):
     for prompts in (PROMPTS[:1], PROMPTS):
-        call, (against,) = calls_directly(z_image, prompts, guidance_scale=0.0)[0]
+        call, (against,) = pipeline_calls(z_image, prompts, guidance_scale=0.0)[0]
         with torch.no_grad():
             noisy = torch.stack(call["x"]).squeeze(2)
             predicted = z_image.predict(noisy, 1 - call["t"], z_image.encode_prompts(prompts))
@@ -73,7 +73,7 @@ def test_training_predicts_what_drawing_predicts_bit_for_bit(z_image):
 
 def test_a_prediction_is_the_velocity_a_scheduler_steps_along():
     z_image = z_image_of(guidance_scale=0.0)
-    calls = calls_directly(z_image, PROMPTS[:1], guidance_scale=0.0)
+    calls = pipeline_calls(z_image, PROMPTS[:1], guidance_scale=0.0)
     (one, _), (other, _) = calls
     with torch.no_grad():
         velocity = z_image.predict(one["x"][0].transpose(0, 1), 1 - one["t"], z_image.encode_prompts(PROMPTS[:1]))
@@ -107,7 +107,7 @@ def test_encoding_a_picture_of_another_size_is_refused():
 @pytest.mark.parametrize("dynamic_shift", [False, True])
 def test_training_shifts_noise_levels_as_the_scheduler_does(dynamic_shift):
     z_image = family_of(ZImage, tiny_z_image(dynamic_shift=dynamic_shift), width=32, height=32)
-    calls_directly(z_image, ["a"])  # two steps, which the scheduler shifts from 1 and 1/2
+    pipeline_calls(z_image, ["a"])  # two steps, which the scheduler shifts from 1 and 1/2
     _, sampled, _ = z_image.pipeline.scheduler.sigmas.tolist()
     shift = z_image.noise_schedule.shift
     assert sampled == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), rel=1e-6)
@@ -116,13 +116,13 @@ def test_training_shifts_noise_levels_as_the_scheduler_does(dynamic_shift):
 
 
 def test_both_branches_come_in_one_call(z_image):
-    denoiser, calls = run_of(z_image, PROMPTS)
+    denoiser, calls = recorded_run(z_image, PROMPTS)
     expected = Branches(cond=range(2), uncond=range(2, 2 if z_image.negative is None else 4))
     assert [denoiser.branches(call) for call, _ in calls] == [expected] * 2
 
 
 def test_noise_falls_from_one_towards_zero(z_image):
-    denoiser, calls = run_of(z_image, PROMPTS, steps=4)
+    denoiser, calls = recorded_run(z_image, PROMPTS, steps=4)
     levels = [denoiser.noise_level(call) for call, _ in calls]
     assert levels[0] == 1
     assert levels == sorted(set(levels), reverse=True)
@@ -130,20 +130,20 @@ def test_noise_falls_from_one_towards_zero(z_image):
 
 
 def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(z_image):
-    denoiser, calls = run_of(z_image, ["a", "b", LONG])
+    denoiser, calls = recorded_run(z_image, ["a", "b", LONG])
     call, output = calls[0]
     kept = dict(call)
     same = denoiser.with_prompt_embeds(call, [2, 0], z_image.encode_separately([LONG, "a"]))
     predicted = denoiser.prediction(output)
-    torch.testing.assert_close(asked(denoiser, same), predicted[[2, 0]], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(predict_call(denoiser, same), predicted[[2, 0]], atol=1e-5, rtol=1e-4)
     other = denoiser.with_prompt_embeds(call, [2], z_image.encode_separately(["x"]))
-    assert not torch.allclose(asked(denoiser, other), predicted[[2]], atol=1e-4)
+    assert not torch.allclose(predict_call(denoiser, other), predicted[[2]], atol=1e-4)
     assert call == kept
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_an_output_keeps_its_type_with_another_prediction_in_it(return_dict):
-    denoiser, calls = run_of(z_image_of(guidance_scale=0.0), PROMPTS, steps=1)
+    denoiser, calls = recorded_run(z_image_of(guidance_scale=0.0), PROMPTS, steps=1)
     with torch.no_grad():
         output = denoiser.module(**{**calls[0][0], "return_dict": return_dict})
     other = denoiser.with_prediction(output, 2 * denoiser.prediction(output))
@@ -153,26 +153,26 @@ def test_an_output_keeps_its_type_with_another_prediction_in_it(return_dict):
 
 
 def test_twins_that_attend_plainly_predict_the_same_bit_for_bit():
-    denoiser, calls = run_of(z_image_of(guidance_scale=0.0), PROMPTS[:1])
+    denoiser, calls = recorded_run(z_image_of(guidance_scale=0.0), PROMPTS[:1])
     call, output = calls[0]
-    with twins(denoiser) as seen:
-        assert torch.equal(asked(denoiser, call), denoiser.prediction(output))
+    with with_processors(denoiser) as seen:
+        assert torch.equal(predict_call(denoiser, call), denoiser.prediction(output))
     assert [(site.block, site.kind) for site, _, _ in seen] == [(0, "text"), (1, "joint"), (2, "joint")]
 
 
 def test_no_added_texts_change_nothing_bit_for_bit():
     z_image = z_image_of(guidance_scale=0.0)
-    denoiser, calls = run_of(z_image, PROMPTS[:1])
+    denoiser, calls = recorded_run(z_image, PROMPTS[:1])
     call, output = calls[0]
     changed, spans = denoiser.append_prompts(call, [[]], trim_padding=True)
-    with twins(denoiser):
-        assert torch.equal(asked(denoiser, changed), denoiser.prediction(output))
+    with with_processors(denoiser):
+        assert torch.equal(predict_call(denoiser, changed), denoiser.prediction(output))
     assert spans == [(*IMAGE, Span("text", 64))]
 
 
 def added(z_image, *, trim_padding):
     """A call with other texts for every row, those for the negative prompt included."""
-    denoiser, calls = run_of(z_image, PROMPTS)
+    denoiser, calls = recorded_run(z_image, PROMPTS)
     said = [["a door", "ivy"], ["a stormy sky"], ["dull"], []][: len(calls[0][0]["x"])]
     texts = [z_image.encode_separately(of_row) for of_row in said]
     return denoiser, calls[0], texts, *denoiser.append_prompts(calls[0][0], texts, trim_padding=trim_padding)
@@ -181,8 +181,8 @@ def added(z_image, *, trim_padding):
 @pytest.mark.parametrize("trim_padding", [False, True])
 def test_spans_name_every_token_attention_sees(z_image, trim_padding):
     denoiser, (call, _), texts, changed, spans = added(z_image, trim_padding=trim_padding)
-    with twins(denoiser) as seen:
-        asked(denoiser, changed)
+    with with_processors(denoiser) as seen:
+        predict_call(denoiser, changed)
     for site, query, _ in seen:
         kinds = {"text", "padding"} if site.kind == "text" else {"image", "reference", "text", "padding"}
         assert {sum(span.length for span in of_row if span.kind in kinds) for of_row in spans} == {query.shape[2]}
@@ -190,10 +190,10 @@ def test_spans_name_every_token_attention_sees(z_image, trim_padding):
         assert of_spans[:2] == IMAGE
         words = [len(own), *(text.token_slice.stop for text in of_row)]
         whole = [-(-length // 32) * 32 for length in words]
-        assert [span.length for span, _ in spread(of_spans, "text")] == (
+        assert [span.length for span, _ in span_slices(of_spans, "text")] == (
             [whole[0], *words[1:]] if trim_padding else whole
         )
-        assert [span.prompt for span, _ in spread(of_spans, "text")] == list(range(len(words)))
+        assert [span.prompt for span, _ in span_slices(of_spans, "text")] == list(range(len(words)))
 
 
 @pytest.mark.parametrize("trim_padding", [False, True])
@@ -204,7 +204,7 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(z_imag
         (prompt,) = z_image.encode_separately([(*PROMPTS, "", "")[row]])
         plain = [of_site[0] for of_site in keys(denoiser, denoiser.with_prompt_embeds(call, [row], [prompt]))]
         torch.testing.assert_close(joined[1][row][:, :64], plain[1][:, :64], atol=1e-5, rtol=1e-5)
-        own, *others = (part for _, part in spread(spans[row][2:], "text"))
+        own, *others = (part for _, part in span_slices(spans[row][2:], "text"))
         torch.testing.assert_close(joined[0][row][:, own], plain[0], atol=1e-5, rtol=1e-5)
         for text, part in zip(of_row, others, strict=True):
             alone = keys(denoiser, denoiser.with_prompt_embeds(call, [row], [text]))[0][0]
@@ -214,23 +214,23 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(z_imag
 
 def keys(denoiser, call):
     """The keys of the first layers: where texts are among themselves, and where they meet the image."""
-    with twins(denoiser) as seen:
-        asked(denoiser, call)
+    with with_processors(denoiser) as seen:
+        predict_call(denoiser, call)
     return [seen[0][2], seen[1][2]]
 
 
 def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(z_image):
-    denoiser, calls = run_of(z_image, PROMPTS)
+    denoiser, calls = recorded_run(z_image, PROMPTS)
     call, output = calls[0]
     said = [*PROMPTS, *([] if z_image.negative is None else ["", ""])]
     texts = [z_image.encode_separately([prompt]) for prompt in said]
     changed, spans = denoiser.append_prompts(call, texts, trim_padding=False)
-    with twins(denoiser, in_stead(spans)):
-        torch.testing.assert_close(asked(denoiser, changed), denoiser.prediction(output), atol=1e-5, rtol=1e-4)
+    with with_processors(denoiser, region_replaces_plan(spans)):
+        torch.testing.assert_close(predict_call(denoiser, changed), denoiser.prediction(output), atol=1e-5, rtol=1e-4)
 
 
 def test_what_lets_the_model_take_more_texts_leaves_no_trace():
-    denoiser, _ = run_of(z_image_of(), PROMPTS[:1], steps=1)
+    denoiser, _ = recorded_run(z_image_of(), PROMPTS[:1], steps=1)
     with pytest.raises(RuntimeError, match="on purpose"):
         _fail_while_patched(denoiser)
     assert "patchify_and_embed" not in vars(denoiser.module)
@@ -243,16 +243,16 @@ def _fail_while_patched(denoiser):
 
 
 def test_a_call_without_regions_keeps_its_mask_bit_for_bit(z_image):
-    denoiser, calls = run_of(z_image, PROMPTS)
+    denoiser, calls = recorded_run(z_image, PROMPTS)
     call, output = calls[0]
-    with twins(denoiser) as seen:
-        assert torch.equal(asked(denoiser, call), denoiser.prediction(output))
+    with with_processors(denoiser) as seen:
+        assert torch.equal(predict_call(denoiser, call), denoiser.prediction(output))
     assert not seen
 
 
 def test_a_text_longer_than_the_positions_is_refused():
     z_image = z_image_of()
-    denoiser, calls = run_of(z_image, PROMPTS[:1], steps=1)
+    denoiser, calls = recorded_run(z_image, PROMPTS[:1], steps=1)
     (text,) = z_image.encode_separately(["a door"])
     long = type(text)({"prompt_embeds": torch.zeros(1, 128, 16)}, slice(0, 128))
     with pytest.raises(aa.GuideError, match="a prompt of 128 tokens is longer than the 127 positions"):
@@ -268,7 +268,7 @@ def test_a_region_that_says_what_the_plan_says_changes_next_to_nothing(z_image):
 
 
 def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_own(z_image):
-    denoiser, calls = run_of(z_image, PROMPTS)
+    denoiser, calls = recorded_run(z_image, PROMPTS)
     call, output = calls[0]
     regions = [
         [EncodedRegion(aa.Region(area, prompt), *z_image.encode_separately([prompt]))]
@@ -276,7 +276,7 @@ def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_ow
     ]
     before = hooks_of(z_image.module)
     with OutputMix().steering(denoiser, regions):
-        change = asked(denoiser, call) - denoiser.prediction(output)
+        change = predict_call(denoiser, call) - denoiser.prediction(output)
     assert hooks_of(z_image.module) == before
     assert (change[0, ..., 6:] == 0).all()
     assert (change[0, ..., :6] != 0).any()
@@ -287,28 +287,28 @@ def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_ow
 
 def test_a_regions_own_negative_prompt_changes_the_negative_branch():
     z_image = z_image_of()
-    denoiser, calls = run_of(z_image, PROMPTS[:1])
+    denoiser, calls = recorded_run(z_image, PROMPTS[:1])
     call, output = calls[0]
     text, negative = z_image.encode_separately(["a stormy sky", "dull"])
     region = aa.Region(LEFT, "a stormy sky", negative_prompt="dull")
     with OutputMix().steering(denoiser, [[EncodedRegion(region, text, negative)]]):
-        change = asked(denoiser, call) - denoiser.prediction(output)
+        change = predict_call(denoiser, call) - denoiser.prediction(output)
     assert (change[1, ..., :6] != 0).any()
     assert (change[1, ..., 6:] == 0).all()
 
 
 def test_every_layer_that_takes_tokens_says_which(z_image):
-    denoiser, calls = run_of(z_image, PROMPTS)
+    denoiser, calls = recorded_run(z_image, PROMPTS)
     texts = [z_image.encode_separately(["a door", "ivy"])] * len(calls[0][0]["x"])
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
-    said = streams(denoiser, changed, spans)
+    said = token_streams_of(denoiser, changed, spans)
     assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()
     assert all(taken == [stream] for stream, taken in said.values() if stream is not None)
     assert {stream for stream, _ in said.values()} == {None, "image", "text", "joint"}
 
 
 def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no_trace(z_image):
-    kept = [site.attention.processor for site in run_of(z_image, PROMPTS, steps=1)[0].sites]
+    kept = [site.attention.processor for site in recorded_run(z_image, PROMPTS, steps=1)[0].sites]
     before = hooks_of(z_image.module)
     plain = [aa.Plan(prompt) for prompt in PROMPTS]
     regional = [aa.Plan(PROMPTS[0], (aa.Region(LEFT, "a stormy sky"), aa.Region(RIGHT, "ivy"))), plain[1]]
@@ -318,7 +318,7 @@ def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no
     assert (one - other).abs().max() <= 1
     assert drawn == guided(z_image, regional)
     assert hooks_of(z_image.module) == before
-    assert [site.attention.processor for site in run_of(z_image, PROMPTS, steps=1)[0].sites] == kept
+    assert [site.attention.processor for site in recorded_run(z_image, PROMPTS, steps=1)[0].sites] == kept
 
 
 def test_outside_the_levels_of_a_guide_the_plan_is_drawn_plainly(z_image):
@@ -357,7 +357,7 @@ def test_what_would_have_no_effect_or_no_place_is_refused(options, told):
 
 
 def test_a_foreign_processor_is_refused_by_name():
-    denoiser, _ = run_of(z_image_of(), ["a"], steps=1)
+    denoiser, _ = recorded_run(z_image_of(), ["a"], steps=1)
     site = denoiser.sites[0]
     site.attention.processor = AttnProcessor2_0()
     with pytest.raises(aa.GuideError, match=r"uses AttnProcessor2_0.*Expected ZSingleStreamAttnProcessor"):

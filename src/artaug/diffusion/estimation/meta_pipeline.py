@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, pipelines
 from diffusers.hooks import apply_layerwise_casting
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import BatchEncoding, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -19,6 +20,8 @@ from artaug.errors import ModelError
 from artaug.training.quantized import is_quantized, storage_tensors
 
 _CLIP_LENGTH = 77
+_LONGEST = 4096
+"""Tokens of a prompt where a tokenizer's config sets no limit (or 1e30, as transformers writes it)."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class TokenizerStub:
         return_tensors: str | None = None,
         **_options: object,
     ) -> BatchEncoding:
-        """Tokens of ``max_length``, else of the longest prompt that the tokenizer takes."""
-        length = self.model_max_length if max_length is None else max_length
+        """``max_length`` tokens, else as many as the tokenizer takes, at most 4096."""
+        length = min(self.model_max_length, _LONGEST) if max_length is None else max_length
         batch = 1 if isinstance(text, str) else len(text)
         input_ids = torch.zeros(batch, length, dtype=torch.long)
         tensors = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
@@ -106,12 +109,28 @@ def text_shapes(family: Family) -> Mapping[str, tuple[int, ...]]:
         ModelError: if the family's encoders do not work there.
     """
     try:
-        return family.text_shapes()
+        with _TrueOnMeta():
+            return family.text_shapes()
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"the shapes of what {type(family).__name__}.encode_prompts returns could not be found without weights "
             f"({type(error).__name__}: {error}). Give the family a method text_shapes() that returns them."
         ) from error
+
+
+class _TrueOnMeta(TorchFunctionMode):
+    """Answers questions about values, which the meta device does not have, with yes: does a mask keep every token?"""
+
+    def __torch_function__(
+        self,
+        func: Any,  # noqa: ANN401 - any function of torch
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever it returns
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))
 
 
 def _options(index: Mapping[str, Any], components: Mapping[str, object]) -> dict[str, Any]:

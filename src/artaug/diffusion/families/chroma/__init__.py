@@ -1,0 +1,1 @@
+"""Chroma: FLUX.1's transformer with T5 alone, masked padding and classifier-free guidance."""
