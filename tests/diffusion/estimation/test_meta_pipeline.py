@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import artaug as aa
-from artaug.diffusion.estimation.meta_pipeline import meta_pipeline, modules, stored_bytes, text_shapes
+from artaug.diffusion.estimation.meta_pipeline import _TrueOnMeta, meta_pipeline, modules, stored_bytes, text_shapes
+from artaug.diffusion.families.base import Family
+from artaug.diffusion.families.flux.family import Flux
 from artaug.diffusion.families.registry import family_of
-from artaug.diffusion.families.unet.family import UNetFamily
 from support.tiny_flux import tiny_flux
 from support.tiny_flux2 import tiny_flux2, tiny_flux2_klein
 from support.tiny_qwen_image import tiny_qwen_image
@@ -19,8 +20,8 @@ from support.tiny_z_image import tiny_z_image
 PIPELINES = [tiny_flux, tiny_flux2, tiny_flux2_klein, tiny_qwen_image, tiny_sd3, tiny_sd15, tiny_sdxl, tiny_z_image]
 
 
-def family_of_tiny(pipeline, *, kind=None):
-    return (kind or family_of(pipeline))(
+def family_of_tiny(pipeline, *, family=None):
+    return (family or family_of(pipeline))(
         pipeline=pipeline,
         width=32,
         height=32,
@@ -31,7 +32,7 @@ def family_of_tiny(pipeline, *, kind=None):
     )
 
 
-@pytest.fixture(scope="module", params=PIPELINES, ids=lambda make: make.__name__)
+@pytest.fixture(scope="module", params=PIPELINES, ids=lambda build: build.__name__)
 def pipeline(request):
     return request.param()
 
@@ -78,28 +79,32 @@ def test_sd3_without_t5_has_as_many_tokens():
     assert tuple(family.encode_prompts(["a"])["prompt_embeds"].shape[1:]) == text_shapes(family)["prompt_embeds"]
 
 
-class Stranger(UNetFamily):
-    """A family of somebody else's."""
+@pytest.mark.parametrize("build", [tiny_flux, tiny_sd3, tiny_sd15, tiny_sdxl], ids=lambda build: build.__name__)
+def test_the_default_of_text_shapes_encodes_a_prompt_without_weights_and_vocabulary(build, tmp_path):
+    family = family_of_tiny(meta_pipeline(only_configs(build(), tmp_path), dtype=torch.float32))
+    with _TrueOnMeta():
+        assert Family.text_shapes(family) == family.text_shapes()
 
-    _components = ("unet",)
-    _default_guidance_scale = 1.0
 
-    def _added_conditions(self, conditioning):
-        return None
+class ValueReadingFlux(Flux):
+    """A family whose encoder reads values, without a `text_shapes` of its own."""
 
-    def pipeline_kwargs(self, conditioning, negative):
-        return {}
+    text_shapes = Family.text_shapes
 
     def encode_prompts(self, prompts):
-        return {}
+        encoded = super().encode_prompts(prompts)
+        return {**encoded, "strength": torch.full((len(prompts), 1), encoded["prompt_embeds"].mean().item())}
 
 
-def test_a_family_of_somebody_elses_is_refused_by_name():
-    with pytest.raises(aa.ModelError, match=r"what a Stranger gives its denoiser is not known.*Known are: Flux"):
-        text_shapes(family_of_tiny(tiny_sd15(), kind=Stranger))
+def test_a_family_that_cannot_encode_without_weights_is_asked_for_its_shapes():
+    pipeline = meta_pipeline(tiny_flux(), dtype=torch.float32)
+    with pytest.raises(
+        aa.ModelError, match=r"what ValueReadingFlux.encode_prompts returns .*Give the family a method text_shapes\(\)"
+    ):
+        text_shapes(family_of_tiny(pipeline, family=ValueReadingFlux))
 
 
-def test_a_part_without_a_config_is_named(tmp_path):
+def test_a_component_without_a_config_is_named(tmp_path):
     tiny_flux().save_pretrained(tmp_path)
     (tmp_path / "vae" / "config.json").unlink()
     with pytest.raises(aa.ModelError, match=r"the config of 'vae' of .* cannot be read"):

@@ -60,6 +60,10 @@ class TokenizerStub:
         """Tokens without a vocabulary mean nothing."""
         return ""
 
+    def batch_decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        """As `decode`, for several prompts."""
+        return [""] * len(tokens)
+
 
 def meta_pipeline(
     source: str | os.PathLike[str] | DiffusionPipeline,
