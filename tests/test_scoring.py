@@ -10,7 +10,7 @@ from artaug.scoring import score_images
 PICTURE = Image.new("RGB", (8, 8))
 
 
-class Saying(aa.Scorer):
+class FixedScores(aa.Scorer):
     def __init__(self, *answers):
         self.answers = answers
 
@@ -21,10 +21,10 @@ class Saying(aa.Scorer):
         return list(self.answers)
 
 
-def test_numbers_of_any_make_become_plain_ones():
-    numbers = score_images(Saying(np.float32(0.5), 1, True), [PICTURE] * 3, ["a"] * 3)
-    assert numbers == [0.5, 1.0, 1.0]
-    assert {type(number) for number in numbers} == {float}
+def test_numbers_of_other_types_become_floats():
+    scores = score_images(FixedScores(np.float32(0.5), 1, True), [PICTURE] * 3, ["a"] * 3)
+    assert scores == [0.5, 1.0, 1.0]
+    assert {type(score) for score in scores} == {float}
 
 
 def test_a_batch_is_a_loop_unless_overridden():
@@ -38,18 +38,20 @@ def test_a_batch_is_a_loop_unless_overridden():
 
 def test_too_few_scores_are_counted():
     with pytest.raises(
-        aa.ContractError, match=r"Saying.score_batch returned 1 answer for 2 pictures\. Expected a list of 2"
+        aa.ContractError, match=r"FixedScores.score_batch returned 1 answer for 2 pictures\. Expected a list of 2"
     ):
-        score_images(Saying(1.0), [PICTURE] * 2, ["a", "b"])
+        score_images(FixedScores(1.0), [PICTURE] * 2, ["a", "b"])
 
 
 @pytest.mark.parametrize("answer", [None, "high", [1, 2]])
 def test_an_answer_that_is_no_number_is_quoted(answer):
     with pytest.raises(aa.ContractError, match=r"for picture 0 \('a pear'\)\. Expected a number\."):
-        score_images(Saying(answer), [PICTURE], ["a pear"])
+        score_images(FixedScores(answer), [PICTURE], ["a pear"])
 
 
 @pytest.mark.parametrize("answer", [float("nan"), float("-inf")])
 def test_an_answer_that_is_not_finite_names_the_prompt(answer):
-    with pytest.raises(aa.NonFiniteError, match=rf"Saying.score_batch returned {answer} for picture 0 \('a pear'\)"):
-        score_images(Saying(answer), [PICTURE], ["a pear"])
+    with pytest.raises(
+        aa.NonFiniteError, match=rf"FixedScores.score_batch returned {answer} for picture 0 \('a pear'\)"
+    ):
+        score_images(FixedScores(answer), [PICTURE], ["a pear"])

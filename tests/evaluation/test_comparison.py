@@ -70,7 +70,7 @@ def test_a_row_is_computed_from_the_scores_of_both_arms():
 def test_every_arm_draws_the_same_prompts_with_the_same_seeds_and_the_base_draws_once():
     arms = [Grey(drawn=[]), Grey(1, []), Grey(2, [])]
 
-    comparison = make_comparison(arms[0], {"one": arms[1], "two": arms[2]}, seed=7, batch_size=3)
+    comparison = make_comparison(arms[0], {"round 1": arms[1], "round 2": arms[2]}, seed=7, batch_size=3)
 
     expected = list(zip(PROMPTS, picture_seeds(7, len(PROMPTS)), strict=True))
     assert [arm.drawn for arm in arms] == [expected] * 3
@@ -484,6 +484,12 @@ def test_too_few_scores_for_a_row_are_no_comparison():
         make_comparison(scorers=[Brittle(prompts=tuple(PROMPTS[1:]))], batch_size=20)
     assert caught.value.comparison is None
     assert len(caught.value.scores) == 3
+
+
+def test_two_scores_in_every_row_are_enough_for_a_comparison():
+    with pytest.raises(aa.ScoringError) as caught:
+        make_comparison(scorers=[Brittle(prompts=tuple(PROMPTS[2:]))], batch_size=20)
+    assert [row.n for row in caught.value.comparison.rows] == [2, 2]
 
 
 def test_a_batch_that_fails_though_its_pictures_do_not_is_reported():

@@ -82,6 +82,14 @@ def test_a_sample_is_a_part_in_order_and_repeatable():
     assert everyday[2:4] == (everyday[2], everyday[3])
 
 
+def test_a_sample_has_at_least_one_prompt_and_at_most_all():
+    everyday = aa.PromptSet.everyday()
+    assert everyday.sample(48) == everyday
+    assert len(everyday.sample(1)) == 1
+    with pytest.raises(aa.InvalidValueError, match="cannot sample 0 of 48"):
+        everyday.sample(0)
+
+
 def test_unknown_categories_and_wrong_sizes_are_refused():
     everyday = aa.PromptSet.everyday()
     with pytest.raises(aa.InvalidValueError, match=r"no prompt is of category 'Cars'\. There are: \['Animals'"):

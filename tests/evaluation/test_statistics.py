@@ -341,6 +341,10 @@ def test_the_interval_of_a_share_has_the_level_asked_for(kept, total, level):
     assert [interval.low, interval.high] == pytest.approx(reference.tolist(), abs=1e-9)
 
 
+def test_a_level_next_to_1_reaches_the_ends_of_the_range():
+    assert share_interval(3, 3, level=1 - 2**-53).high == 1.0
+
+
 @pytest.mark.parametrize("arguments", [(0, 5, 0.9), (6, 5, 0.9), (1, 5, 0.0), (1, 5, 1.0)])
 def test_shares_and_levels_out_of_range_are_refused(arguments):
     kept, total, level = arguments

@@ -31,7 +31,7 @@ PICTURE = Image.new("RGB", (200, 100))
 
 @dataclass(frozen=True)
 class FixedDetections(Detector):
-    """Finds always the same, and records the labels it was asked for."""
+    """Returns always the same detections, and records the labels of each call."""
 
     detections: tuple
     requests: list | None = None

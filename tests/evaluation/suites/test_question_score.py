@@ -24,11 +24,11 @@ class FixedAnswers(aa.Scorer):
     """Says yes to some questions, and records all."""
 
     yes: tuple = ()
-    asked: list | None = None
+    requests: list | None = None
 
     def score(self, image, prompt):
-        if self.asked is not None:
-            self.asked.append((image.size, prompt))
+        if self.requests is not None:
+            self.requests.append((image.size, prompt))
         return 0.9 if prompt in self.yes else 0.2
 
 
@@ -67,16 +67,16 @@ def test_an_answer_is_yes_from_the_threshold_on(threshold, score):
     assert outcome_of(FixedAnswers(), threshold=threshold).score == score
 
 
-def test_all_pictures_and_questions_go_to_the_answerer_in_one_batch():
+def test_all_pictures_and_questions_go_to_the_vqa_in_one_batch():
     class Batched(FixedAnswers):
         def score_batch(self, images, prompts):
-            self.asked.append(len(prompts))
+            self.requests.append(len(prompts))
             return [1.0] * len(prompts)
 
-    asked = []
-    scorer = question_score(Batched((), asked))
+    requests = []
+    scorer = question_score(Batched((), requests))
     assert scorer.score_batch([Image.new("RGB", (8, 8))] * 3, ["a red dog sleeps"] * 3) == [1.0] * 3
-    assert asked == [12]
+    assert requests == [12]
     assert scorer.score_batch([], []) == []
 
 
@@ -104,7 +104,7 @@ def test_object_checks_and_thresholds_out_of_range_are_refused():
 
 
 def test_the_playground_answers_questions_about_its_pictures():
-    def sees(image, question):
+    def answer(image, question):
         return float(
             all(
                 word in " ".join(f"{thing.color} {thing.shape}" for thing in playground.detect(image))
@@ -113,7 +113,7 @@ def test_the_playground_answers_questions_about_its_pictures():
         )
 
     case = Case("a red cone at noon", QuestionCheck((Question(1, "cone"), Question(2, "red cone", (1,)))))
-    score = QuestionScore(suite=Suite("asked", (case,)), vqa=FunctionScorer(function=sees))
+    score = QuestionScore(suite=Suite("asked", (case,)), vqa=FunctionScorer(function=answer))
     assert score.score(playground.render("a red cone at noon", seed=0), case.prompt) == 1
     assert score.score(playground.render("a blue cone at noon", seed=0), case.prompt) == 0.5
     assert score.score(playground.render("a red ball at noon", seed=0), case.prompt) == 0
