@@ -1,24 +1,24 @@
-"""Words that a text encoder does not read."""
+"""A warning where a text encoder truncates a prompt."""
 
 import warnings
 from typing import Any
 
 
 def warn_if_truncated(prompt: str, *, reader: str, tokenizer: Any, limit: int, remedy: str) -> None:  # noqa: ANN401
-    """Say what an encoder will not see: transformers cuts without a word, and diffusers logs it where few look.
+    """Warn of the part of a prompt that an encoder truncates; transformers does not warn, and diffusers only logs it.
 
     Args:
-        prompt: what is to be read.
-        reader: who reads it, for the message.
-        tokenizer: one of transformers.
-        limit: how many tokens are read, those a tokenizer adds included.
+        prompt: the prompt.
+        reader: name of the encoder, for the message.
+        tokenizer: a tokenizer of transformers.
+        limit: number of tokens that the encoder reads, with the special ones that the tokenizer adds.
         remedy: what to do about it, as a sentence.
     """
     tokens = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    room = limit - tokenizer.num_special_tokens_to_add()
-    if len(tokens) > room:
+    special = tokenizer.num_special_tokens_to_add()
+    if len(tokens) + special > limit:
         warnings.warn(
-            f"{reader} reads {limit} tokens and the prompt {prompt!r} has {len(tokens) + limit - room}: "
-            f"cut off is {tokenizer.decode(tokens[room:])!r}. {remedy}",
+            f"{reader} reads {limit} tokens and the prompt {prompt!r} has {len(tokens) + special}: "
+            f"cut off is {tokenizer.decode(tokens[limit - special :])!r}. {remedy}",
             stacklevel=3,
         )

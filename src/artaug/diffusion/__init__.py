@@ -1,4 +1,4 @@
-"""Drawing and training with diffusers: one synthesizer, and one short file a model family. Only here: diffusers."""
+"""Drawing and training with diffusers: the synthesizer, a folder for each model family, and estimates of a training."""
 
 from artaug.diffusion.checking import check_family
 from artaug.diffusion.estimation.estimate import estimate

@@ -109,7 +109,7 @@ class DiffusersSynthesizer(Synthesizer):
             width, height, steps, guidance_scale, negative_prompt, true_cfg_scale, max_sequence_length: the fields.
 
         Raises:
-            ModelError: if there is no pipeline at ``source``, or one of an unknown family; nothing large is read then.
+            ModelError: if there is no pipeline at ``source``, or one of an unknown family; no weights are read then.
         """
         pipeline = family_at(source).pipeline_class.from_pretrained(source, dtype=dtype)  # type: ignore[attr-defined]
         return cls(
