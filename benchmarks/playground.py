@@ -1,4 +1,4 @@
-"""Is the playground's model right, dull without adjectives, and does it respond to them, everywhere and in a region?"""
+"""Quality of the playground's model: alignment, and the effect of adjectives on the picture and in a region."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -18,29 +18,30 @@ HALVES = {"left": aa.Box(0, 0, 0.5, 1), "right": aa.Box(0.5, 0, 1, 1)}
 
 
 def measure(*, quick: bool) -> list[record.Row]:
-    """Draw held-out prompts in several ways; report how faithful the pictures are and how they look.
+    """Draw held-out prompts in several ways; report alignment and photometric scores of the pictures.
 
     ``drawn by`` is the renderer (ground truth, which also measures the detector) or the model; ``chroma left`` and
     ``chroma right`` are measured in the two halves, to tell a regional change from a global one.
     """
     prompts = playground.prompts(16 if quick else 256, seed=7, held_out=True)
     model = playground.synthesizer(guide=aa.OutputMix())
-    every = ", ".join(["", *ADJECTIVES])
+    everything = ", ".join(["", *ADJECTIVES])
+    suffixes = {"nothing": "", "everything": everything, **{word: f", {word}" for word in ADJECTIVES}}
     rows: list[record.Row] = []
-    for said, words in {"nothing": "", "everything": every, **{one: f", {one}" for one in ADJECTIVES}}.items():
-        asked = [prompt + words for prompt in prompts]
-        if said in {"nothing", "everything"}:
-            truth = [playground.render(prompt, seed=seed) for seed, prompt in enumerate(asked)]
-            rows.append(described("renderer", said, truth, prompts))
-        rows.append(described("model", said, drawn(model, [aa.Plan(prompt) for prompt in asked]), prompts))
+    for name, suffix in suffixes.items():
+        texts = [prompt + suffix for prompt in prompts]
+        if name in {"nothing", "everything"}:
+            truth = [playground.render(prompt, seed=seed) for seed, prompt in enumerate(texts)]
+            rows.append(score_row("renderer", name, truth, prompts))
+        rows.append(score_row("model", name, draw(model, [aa.Plan(prompt) for prompt in texts]), prompts))
     for side, half in HALVES.items():
-        plans = [aa.Plan(prompt, (aa.Region(half, prompt + every),)) for prompt in prompts]
-        rows.append(described("model", f"everything, {side} half", drawn(model, plans), prompts))
+        plans = [aa.Plan(prompt, (aa.Region(half, prompt + everything),)) for prompt in prompts]
+        rows.append(score_row("model", f"everything, {side} half", draw(model, plans), prompts))
     return rows
 
 
-def drawn(synthesizer: aa.Synthesizer, plans: Sequence[aa.Plan], *, batch_size: int = 32) -> list[Image]:
-    """One picture a plan, its seed the plan's place in the list."""
+def draw(synthesizer: aa.Synthesizer, plans: Sequence[aa.Plan], *, batch_size: int = 32) -> list[Image]:
+    """One picture for each plan, with the plan's number in the list as the seed."""
     return [
         image
         for start in range(0, len(plans), batch_size)
@@ -50,14 +51,14 @@ def drawn(synthesizer: aa.Synthesizer, plans: Sequence[aa.Plan], *, batch_size: 
     ]
 
 
-def described(drawn_by: str, said: str, images: Sequence[Image], prompts: Sequence[str]) -> record.Row:
+def score_row(drawn_by: str, adjectives: str, images: Sequence[Image], prompts: Sequence[str]) -> record.Row:
     """The mean of every scorer over pictures of prompts."""
     halves = {side: [image.crop(half.to_pixels(image.size)) for image in images] for side, half in HALVES.items()}
     return {
         "drawn by": drawn_by,
-        "adjectives": said,
+        "adjectives": adjectives,
         "prompts": len(prompts),
-        **{one.name: fmean(one.score_batch(images, prompts)) for one in (*FAITHFUL, *PHOTOMETRIC)},
+        **{scorer.name: fmean(scorer.score_batch(images, prompts)) for scorer in (*FAITHFUL, *PHOTOMETRIC)},
         **{f"chroma {side}": fmean(Chroma().score_batch(half, prompts)) for side, half in halves.items()},
     }
 

@@ -1,4 +1,4 @@
-"""Do regions do what they say, in the playground: the right things in the right places, and nothing else changed?"""
+"""Quality of regions on the playground: the right things in the right places, and no change elsewhere."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from artaug.regional import ELIGEN, INSTANTX, INVOKEAI, OPEN, Guide, Isolation
 from artaug.scorers import Chroma, Contrast, Exposure, Sharpness
 from benchmarks import _layouts as world
 from benchmarks import _record as record
-from benchmarks.playground import drawn
+from benchmarks.playground import draw
 
 FAITHFUL = tuple(playground.Accuracy(of) for of in ("color", "shape", "place"))
 JUDGES: Mapping[str, aa.Scorer] = {
@@ -31,48 +31,50 @@ LONG_PROMPT = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A way of saying what is to be where."""
+    """A way to ask for things at places."""
 
     guide: Guide | None = None
-    """None for none: one long prompt says everything."""
+    """None for one long prompt without regions."""
     weight: float = 1.0
     """Of every region."""
     feather: float = 0.0
     """Of every region."""
-    told: bool = False
-    """Whether the plan's prompt names the things as well, as the demonstrations of some systems have it."""
+    names_things: bool = False
+    """Whether the plan's prompt names the things as well, as in the demonstrations of some systems."""
 
 
-def attending(isolation: Isolation, *, weight: float = 1.0, feather: float = 0.0, told: bool = False) -> Arm:
+def regional_arm(isolation: Isolation, *, weight: float = 1.0, feather: float = 0.0, names_things: bool = False) -> Arm:
     """Regional attention."""
-    return Arm(guide=aa.RegionalAttention(isolation=isolation), weight=weight, feather=feather, told=told)
+    return Arm(
+        guide=aa.RegionalAttention(isolation=isolation), weight=weight, feather=feather, names_things=names_things
+    )
 
 
 ARMS: Mapping[str, Arm] = {
     "long prompt": Arm(),
     "OutputMix": Arm(guide=aa.OutputMix()),
     "OutputMix, weight 4": Arm(guide=aa.OutputMix(), weight=4),
-    "OPEN": attending(OPEN),
-    "OPEN, weight 4": attending(OPEN, weight=4),
-    "OPEN, base 0": attending(replace(OPEN, base_weight=0.0)),
-    "ELIGEN": attending(ELIGEN),
-    "ELIGEN, base 0.3": attending(replace(ELIGEN, base_weight=0.3)),
-    "ELIGEN, base 0": attending(replace(ELIGEN, base_weight=0.0)),
-    "INSTANTX": attending(INSTANTX),
-    "INVOKEAI": attending(INVOKEAI),
-    "background, base 0": attending(Isolation(image_to_image="background")),
-    "ELIGEN, base 0.3, feathered": attending(replace(ELIGEN, base_weight=0.3), feather=0.05),
-    "OutputMix, told": Arm(guide=aa.OutputMix(), told=True),
-    "ELIGEN, told": attending(ELIGEN, told=True),
-    "INSTANTX, told": attending(INSTANTX, told=True),
+    "OPEN": regional_arm(OPEN),
+    "OPEN, weight 4": regional_arm(OPEN, weight=4),
+    "OPEN, base 0": regional_arm(replace(OPEN, base_weight=0.0)),
+    "ELIGEN": regional_arm(ELIGEN),
+    "ELIGEN, base 0.3": regional_arm(replace(ELIGEN, base_weight=0.3)),
+    "ELIGEN, base 0": regional_arm(replace(ELIGEN, base_weight=0.0)),
+    "INSTANTX": regional_arm(INSTANTX),
+    "INVOKEAI": regional_arm(INVOKEAI),
+    "background, base 0": regional_arm(Isolation(image_to_image="background")),
+    "ELIGEN, base 0.3, feathered": regional_arm(replace(ELIGEN, base_weight=0.3), feather=0.05),
+    "OutputMix, told": Arm(guide=aa.OutputMix(), names_things=True),
+    "ELIGEN, told": regional_arm(ELIGEN, names_things=True),
+    "INSTANTX, told": regional_arm(INSTANTX, names_things=True),
 }
-"""Every preset as it is, and what becomes of it with other weights, soft edges, or a plan's prompt that says more."""
+"""Every preset, and variants with other weights, soft edges, or a plan's prompt that names the things."""
 
 QUICK = ("long prompt", "OutputMix", "ELIGEN")
 
 
 def measure(*, quick: bool) -> list[record.Row]:
-    """Draw random layouts, and an adjective in a box, in every way; report what appeared where, and what else changed.
+    """Draw random layouts, and an adjective in a box, with every arm; report what appears where, and what else changes.
 
     Task ``things``: two to four regions, side by side in a plain scene, ask for a thing each. ``color`` is the share of
     regions in which a thing of the asked colour stands, ``thing`` of those where it has the asked shape too, ``mixed`` of
@@ -97,82 +99,87 @@ def rows_of(arms: Mapping[str, Arm], *, count: int) -> list[record.Row]:
 
 def _things(arms: Mapping[str, Arm], layouts: Sequence[world.Layout]) -> list[record.Row]:
     plain = playground.synthesizer()
-    known = world.skies()
-    before = drawn(plain, [aa.Plan(layout.scene) for layout in layouts])
+    sky_colors = world.sky_colors()
+    before = draw(plain, [aa.Plan(layout.scene) for layout in layouts])
     boxes = [layout.boxes for layout in layouts]
     rows: list[record.Row] = []
     for name, arm in arms.items():
         plans = [_plan(arm, layout) for layout in layouts]
-        tokens = LONG_PROMPT if arm.told or arm.guide is None else plain.max_sequence_length
+        tokens = LONG_PROMPT if arm.names_things or arm.guide is None else plain.max_sequence_length
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # CLIP, which gives the gist alone, reads 25 tokens of it
-            after = drawn(replace(plain, guide=arm.guide, max_sequence_length=tokens), plans)
+            warnings.simplefilter("ignore", UserWarning)  # CLIP, used for the pooled prompt only, reads 25 tokens
+            after = draw(replace(plain, guide=arm.guide, max_sequence_length=tokens), plans)
         shown = list(zip(after, layouts, strict=True))
-        places = [(len(layout.boxes), world.placed(image, layout)) for image, layout in shown]
+        accuracies = [(len(layout.boxes), world.region_accuracy(image, layout)) for image, layout in shown]
         rows.append(
-            _described("things", name, arm)
-            | {key: fmean(getattr(one, key) for _, one in places) for key in ("color", "thing", "mixed")}
-            | {f"color of {of}": fmean(one.color for count, one in places if count == of) for of in (2, 3, 4)}
-            | {"scene": fmean(world.setting_of(image, known) == layout.setting for image, layout in shown)}
-            | _changed(before, after, boxes)
+            _arm_columns("things", name, arm)
+            | {key: fmean(getattr(accuracy, key) for _, accuracy in accuracies) for key in ("color", "thing", "mixed")}
+            | {
+                f"color of {regions}": fmean(accuracy.color for count, accuracy in accuracies if count == regions)
+                for regions in (2, 3, 4)
+            }
+            | {"scene": fmean(world.nearest_setting(image, sky_colors) == layout.setting for image, layout in shown)}
+            | _change_columns(before, after, boxes)
         )
     return rows
 
 
 def _plan(arm: Arm, layout: world.Layout) -> aa.Plan:
-    """A layout as an arm has it."""
+    """An arm's plan of a layout."""
     if arm.guide is None:
         return aa.Plan(layout.long_prompt)
     plan = layout.plan(weight=arm.weight, feather=arm.feather)
-    return replace(plan, prompt=layout.long_prompt) if arm.told else plan
+    return replace(plan, prompt=layout.long_prompt) if arm.names_things else plan
 
 
 def _adjectives(arms: Mapping[str, Arm], prompts: Sequence[str]) -> list[record.Row]:
     plain = playground.synthesizer()
     words = [list(JUDGES)[number % len(JUDGES)] for number in range(len(prompts))]
-    asked = [f"{prompt}, {word}" for prompt, word in zip(prompts, words, strict=True)]
-    before, whole = (drawn(plain, [aa.Plan(prompt) for prompt in said]) for said in (prompts, asked))
+    improved = [f"{prompt}, {word}" for prompt, word in zip(prompts, words, strict=True)]
+    before, whole = (draw(plain, [aa.Plan(prompt) for prompt in texts]) for texts in (prompts, improved))
     boxes = [_around_a_thing(image) for image in before]
-    full = _risen(words, boxes, before, whole)
+    full_gains = _gains(words, boxes, before, whole)
     rows: list[record.Row] = []
     for name, arm in arms.items():
-        if arm.told:
-            continue  # here the plan's prompt names everything in any case
+        if arm.names_things:
+            continue  # in this task the plan's prompt names the things in every arm
         plans = [
-            aa.Plan(prompt, tuple(aa.Region(box, more, weight=arm.weight, feather=arm.feather) for box in here))
-            for prompt, more, here in zip(prompts, asked, boxes, strict=True)
+            aa.Plan(prompt, tuple(aa.Region(box, text, weight=arm.weight, feather=arm.feather) for box in own))
+            for prompt, text, own in zip(prompts, improved, boxes, strict=True)
         ]
-        after = whole if arm.guide is None else drawn(replace(plain, guide=arm.guide), plans)
-        risen = _risen(words, boxes, before, after)
-        parts = {word: risen[word] / most for word, most in full.items()}
+        after = whole if arm.guide is None else draw(replace(plain, guide=arm.guide), plans)
+        gains = _gains(words, boxes, before, after)
+        parts = {word: gains[word] / full_gain for word, full_gain in full_gains.items()}
         rows.append(
-            _described("adjective", name, arm)
+            _arm_columns("adjective", name, arm)
             | {"gain": fmean(parts.values())}
             | {f"gain {word}": part for word, part in parts.items()}
             | {judge.name: fmean(judge.score_batch(after, prompts)) for judge in FAITHFUL}
-            | _changed(before, after, boxes)
+            | _change_columns(before, after, boxes)
         )
     return rows
 
 
 def _around_a_thing(image: Image) -> tuple[aa.Box, ...]:
-    """A box around the first thing of a picture, or none where there is none."""
-    return tuple(found.box.padded(world.TOKEN / 2) for found in playground.detect(image)[:1])
+    """A box around the first thing of a picture, or none if there is none."""
+    return tuple(thing.box.padded(world.TOKEN / 2) for thing in playground.detect(image)[:1])
 
 
-def _risen(
+def _gains(
     words: Sequence[str], boxes: Sequence[Sequence[aa.Box]], before: Sequence[Image], after: Sequence[Image]
 ) -> dict[str, float]:
-    """How much more there is, inside the boxes, of what each adjective is about."""
-    rises = dict.fromkeys(words, 0.0)
-    for word, here, *pictures in zip(words, boxes, before, after, strict=True):
-        for box in here:
-            low, high = JUDGES[word].score_batch([one.crop(box.to_pixels(one.size)) for one in pictures], ["", ""])
-            rises[word] += high - low
-    return rises
+    """The sum of gains inside the boxes, for each adjective, in the score that it is about."""
+    gains = dict.fromkeys(words, 0.0)
+    for word, own, *pictures in zip(words, boxes, before, after, strict=True):
+        for box in own:
+            low, high = JUDGES[word].score_batch(
+                [image.crop(box.to_pixels(image.size)) for image in pictures], ["", ""]
+            )
+            gains[word] += high - low
+    return gains
 
 
-def _described(task: str, name: str, arm: Arm) -> dict[str, object]:
+def _arm_columns(task: str, name: str, arm: Arm) -> dict[str, object]:
     isolation = arm.guide.isolation if isinstance(arm.guide, aa.RegionalAttention) else None
     return {
         "task": task,
@@ -182,12 +189,14 @@ def _described(task: str, name: str, arm: Arm) -> dict[str, object]:
     }
 
 
-def _changed(before: Sequence[Image], after: Sequence[Image], boxes: Sequence[Sequence[aa.Box]]) -> dict[str, float]:
-    shown = [one for one in zip(before, after, boxes, strict=True) if one[2]]
+def _change_columns(
+    before: Sequence[Image], after: Sequence[Image], boxes: Sequence[Sequence[aa.Box]]
+) -> dict[str, float]:
+    with_boxes = [item for item in zip(before, after, boxes, strict=True) if item[2]]
     return {
-        "outside": fmean(world.change_outside(*one) for one in shown),
-        "seam": fmean(world.seam(image, here) for _, image, here in shown),
-        "pictures": len(shown),
+        "outside": fmean(world.change_outside(*item) for item in with_boxes),
+        "seam": fmean(world.seam(image, own) for _, image, own in with_boxes),
+        "pictures": len(with_boxes),
     }
 
 

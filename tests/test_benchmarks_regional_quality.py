@@ -1,4 +1,4 @@
-"""The benchmark of what regions do: layouts that say what they ask for, and eyes that see it."""
+"""The benchmark of regions' quality: random layouts, and metrics that notice what they measure."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_the_quality_benchmark_has_a_row_for_every_way_and_task():
 def test_a_layout_asks_for_things_of_many_colours_in_places_apart():
     for layout in layouts.layouts(30, seed=5):
         boxes = layout.boxes
-        assert all(one.overlap(two) == 0 for number, one in enumerate(boxes) for two in boxes[:number])
+        assert all(box.overlap(other) == 0 for number, box in enumerate(boxes) for other in boxes[:number])
         assert len({thing.color for thing in layout.things}) == len(boxes) == len(layout.plan(weight=2).regions)
         assert all(playground.parse(region.prompt).things for region in layout.plan(weight=2).regions)
         assert playground.parse(layout.scene).setting == layout.setting
@@ -46,20 +46,22 @@ def test_a_rendered_layout_is_wholly_right_and_a_plain_scene_wholly_wrong():
     crossed = layouts.Layout(setting="at noon", boxes=halves, things=things[::-1])
     right = playground.render(layout.long_prompt, seed=0)
 
-    assert layouts.placed(right, layout) == layouts.Placed(color=1, thing=1, mixed=0)
-    assert layouts.placed(right, crossed) == layouts.Placed(color=0, thing=0, mixed=1)
-    assert layouts.placed(playground.render("at noon", seed=0), layout) == layouts.Placed(color=0, thing=0, mixed=0)
+    assert layouts.region_accuracy(right, layout) == layouts.RegionAccuracy(color=1, thing=1, mixed=0)
+    assert layouts.region_accuracy(right, crossed) == layouts.RegionAccuracy(color=0, thing=0, mixed=1)
+    assert layouts.region_accuracy(playground.render("at noon", seed=0), layout) == layouts.RegionAccuracy(
+        color=0, thing=0, mixed=0
+    )
 
 
 def test_the_sky_tells_the_setting():
-    known = layouts.skies()
+    sky_colors = layouts.sky_colors()
     rendered = [
         (setting, playground.render(f"a red cone {setting}", seed=seed))
         for setting in SETTINGS
         for seed in range(90, 105)
     ]
 
-    right = [layouts.setting_of(image, known) == setting for setting, image in rendered]
+    right = [layouts.nearest_setting(image, sky_colors) == setting for setting, image in rendered]
 
     assert np.mean(right) > 0.9
 

@@ -111,7 +111,7 @@ def test_nothing_to_show_is_the_picture_alone():
 def test_a_mask_tints_where_it_weighs_and_nowhere_else():
     mask = aa.Mask.from_array(np.array([[0, 0, 1], [0, 0, 0.5]]))
 
-    tinted = changed(draw_areas(PAGE, [Area(where=mask, words="ivy")]))
+    tinted = changed(draw_areas(PAGE, [Area(shape=mask, text="ivy")]))
 
     assert not tinted[:, :64].any()
     assert tinted[:, 64:].all()
@@ -120,7 +120,7 @@ def test_a_mask_tints_where_it_weighs_and_nowhere_else():
 def test_the_stronger_the_weight_the_denser_the_tint():
     mask = aa.Mask.from_array(np.array([[0.2, 0.6, 1.0]]))
 
-    row = np.asarray(draw_areas(PAGE, [Area(where=mask, words="ivy")]), dtype=int)[60, [8, 40, 72]]
+    row = np.asarray(draw_areas(PAGE, [Area(shape=mask, text="ivy")]), dtype=int)[60, [8, 40, 72]]
 
     towards = np.abs(row - 128).sum(axis=1)
     assert towards[0] < towards[1] < towards[2]
@@ -131,7 +131,7 @@ def test_the_number_of_a_mask_lies_on_it():
     ring[1:8, 1:8], ring[3:6, 3:6] = 1, 0
     mask = aa.Mask.from_array(ring)
 
-    drawn = np.asarray(picture_of(draw_areas(PAGE, [Area(where=mask, words="a ring")])))
+    drawn = np.asarray(picture_of(draw_areas(PAGE, [Area(shape=mask, text="a ring")])))
 
     rows, columns = np.nonzero((drawn == ImageColor.getrgb(BOX_COLORS[0])).all(axis=-1))
     assert ring[rows.min() * 9 // 64, columns.min() * 9 // 96] == 1
@@ -140,7 +140,7 @@ def test_the_number_of_a_mask_lies_on_it():
 def test_a_sharp_box_is_framed_and_a_feathered_one_tinted_too():
     box = aa.Box(0.2, 0.2, 0.8, 0.8)
 
-    sharp, soft = (changed(draw_areas(PAGE, [Area(where=box, words="a", feather=one)])) for one in (0, 0.1))
+    sharp, soft = (changed(draw_areas(PAGE, [Area(shape=box, text="a", feather=one)])) for one in (0, 0.1))
 
     middle = (40, 60)
     assert not sharp[middle]
@@ -153,13 +153,13 @@ def test_a_sharp_box_is_framed_and_a_feathered_one_tinted_too():
 
 
 def test_every_word_is_below_however_long():
-    short, long = (draw_areas(PAGE, [Area(where=aa.Box(0, 0, 1, 1), words="ivy " * times)]) for times in (1, 40))
+    short, long = (draw_areas(PAGE, [Area(shape=aa.Box(0, 0, 1, 1), text="ivy " * times)]) for times in (1, 40))
 
     assert long.height > short.height + 5 * 15
 
 
 def test_every_area_has_its_colour_beside_its_words():
-    halves = [Area(where=aa.Box(0, 0, 0.5, 1), words="a"), Area(where=aa.Box(0.5, 0, 1, 1), words="b")]
+    halves = [Area(shape=aa.Box(0, 0, 0.5, 1), text="a"), Area(shape=aa.Box(0.5, 0, 1, 1), text="b")]
 
     below = draw_areas(PAGE, halves).crop((0, 64, 96, 200))
 

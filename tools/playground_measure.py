@@ -1,4 +1,4 @@
-"""How well a playground model draws: what it was asked for, and better when asked for better."""
+"""Quality of a playground model: alignment with captions, and the effect of adjectives."""
 
 from collections.abc import Sequence
 
@@ -17,15 +17,15 @@ _BATCH = 32
 _SCORERS = (Exposure(), Chroma(), Contrast(), Sharpness())
 
 
-def measured(pipeline: FluxPipeline, *, count: int, steps: int, seed: int) -> dict[str, list[float]]:
-    """SimilarityMetric `count` held-out captions: alignment of plain ones, photometry of plain and praised ones.
+def measure(pipeline: FluxPipeline, *, count: int, steps: int, seed: int) -> dict[str, list[float]]:
+    """Measure `count` held-out captions: alignment of plain ones, photometry of plain and praised ones.
 
     Alignment is colour, shape, place, and surplus things a picture. Photometry is exposure, chroma,
     contrast, sharpness; `rendered` rows are what the renderer makes of the same captions.
     """
     plain = prompts(count, seed=seed, held_out=True)
     praised = [", ".join([caption, *ADJECTIVES]) for caption in plain]
-    pictures, better = (drawn(pipeline, captions, steps=steps) for captions in (plain, praised))
+    pictures, better = (draw(pipeline, captions, steps=steps) for captions in (plain, praised))
     truth, best = ([render(caption, seed=i) for i, caption in enumerate(captions)] for captions in (plain, praised))
     return {
         "alignment": _alignment(pictures, plain),
@@ -37,7 +37,7 @@ def measured(pipeline: FluxPipeline, *, count: int, steps: int, seed: int) -> di
     }
 
 
-def drawn(pipeline: FluxPipeline, captions: Sequence[str], *, steps: int) -> list[Image.Image]:
+def draw(pipeline: FluxPipeline, captions: Sequence[str], *, steps: int) -> list[Image.Image]:
     """Draw captions with the seeds 0, 1, 2, ..."""
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[Image.Image] = []

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 from artaug.playground.world import ADJECTIVES, COLORS, PLACES, SETTINGS, SHAPES
 
 MAX_SEQUENCE_LENGTH = 24
-"""Tokens a caption has for `max_sequence_length`, the end token included."""
+"""Tokens of a caption, the end token included."""
 SHIFT = 1.0
 
 _PAD, _END, _UNKNOWN, _START = "<pad>", "</s>", "<unk>", "<s>"
@@ -19,8 +19,8 @@ _WIDTH, _HEADS, _POOLED = 96, 4, 64
 
 
 def new_pipeline(vae: AutoencoderKL) -> FluxPipeline:
-    """Put an untrained transformer and untrained encoders around a trained autoencoder."""
-    tokenizer, tokenizer_2 = _tokenizer(starts=True), _tokenizer(starts=False)
+    """A pipeline of an untrained transformer, untrained encoders and a trained autoencoder."""
+    tokenizer, tokenizer_2 = _tokenizer(has_start_token=True), _tokenizer(has_start_token=False)
     transformer = FluxTransformer2DModel(
         in_channels=4 * vae.config.latent_channels,
         num_layers=2,
@@ -52,7 +52,7 @@ def _start_as_identity(transformer: FluxTransformer2DModel) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _tokenizer(*, starts: bool) -> PreTrainedTokenizerFast:
+def _tokenizer(*, has_start_token: bool) -> PreTrainedTokenizerFast:
     """Split captions into words: lower case, no punctuation, anything unknown is one token."""
     phrases = (*COLORS, *SHAPES, *PLACES, *SETTINGS, *ADJECTIVES, "a", "an", "and")
     words = dict.fromkeys([_PAD, _END, _UNKNOWN, _START, *" ".join(phrases).split()])
@@ -61,7 +61,7 @@ def _tokenizer(*, starts: bool) -> PreTrainedTokenizerFast:
         [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), " ")]
     )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    template = f"{_START} $A {_END}" if starts else f"$A {_END}"
+    template = f"{_START} $A {_END}" if has_start_token else f"$A {_END}"
     special = [(token, backend.token_to_id(token)) for token in (_START, _END)]
     backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
     return PreTrainedTokenizerFast(
@@ -70,7 +70,7 @@ def _tokenizer(*, starts: bool) -> PreTrainedTokenizerFast:
         eos_token=_END,
         unk_token=_UNKNOWN,
         pad_token=_PAD,
-        model_max_length=MAX_SEQUENCE_LENGTH + starts,
+        model_max_length=MAX_SEQUENCE_LENGTH + has_start_token,
     )
 
 
@@ -107,25 +107,25 @@ def _t5(vocabulary: int) -> T5EncoderModel:
         use_cache=False,
     )
     encoder = T5EncoderModel(config)
-    _look_near(encoder)
+    _init_position_biases(encoder)
     return encoder
 
 
 @torch.no_grad()
-def _look_near(encoder: T5EncoderModel) -> None:
-    """Start with heads that look back, ahead, around and anywhere, so that words soon know what they belong to."""
-    back, ahead = next(word_positions(encoder)).split(16)
+def _init_position_biases(encoder: T5EncoderModel) -> None:
+    """Start with heads that attend back, ahead, around and anywhere, so that words soon find what they belong to."""
+    back, ahead = next(position_biases(encoder)).split(16)
     steps = torch.arange(16.0)
     back.copy_(torch.stack([-0.6 * steps, -4 - steps, -0.4 * steps, 0 * steps], dim=1))
     ahead.copy_(torch.stack([-4 - steps, -0.6 * steps, -0.4 * steps, 0 * steps], dim=1))
 
 
-def word_positions(encoder: T5EncoderModel) -> Iterator[nn.Parameter]:
+def position_biases(encoder: T5EncoderModel) -> Iterator[nn.Parameter]:
     """Yield the table of attention by distance between words: distances back and ahead x heads."""
     yield encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
 
 
-def tokens(pipeline: FluxPipeline, captions: list[str], gists: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenize(pipeline: FluxPipeline, captions: list[str], gists: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token numbers for the word encoder and for the pooled one, as the pipeline makes them."""
     words = pipeline.tokenizer_2(
         captions, padding="max_length", max_length=MAX_SEQUENCE_LENGTH, truncation=True, return_tensors="pt"

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from artaug.playground.rendering import render_batch
 from playground_data import training_scene
-from playground_workers import Average, Job, learning_rate, share_gradients
+from playground_workers import Job, ParameterAverage, average_gradients, learning_rate
 
 _KL = 5e-4
 _OPPONENT = ((0.5, 0.6, 0.3), (2.0, -2.0, 0.0), (1.0, 1.0, -2.0))
-"""Lightness, red-green and yellow-blue: outlines are told by colour, which pixels alone weigh too little."""
+"""Lightness, red-green and yellow-blue: colour separates outlines, and a loss on RGB weighs it too little."""
 _logger = logging.getLogger("playground.vae")
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """Build it untrained; shallow where pictures are large."""
+    """An untrained autoencoder, with few channels at high resolution."""
     return AutoencoderKL(
         block_out_channels=(12, 24, 40),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -45,7 +45,7 @@ def train_autoencoder(rank: int, job: Job) -> None:
 
 
 def polish_decoder(rank: int, job: Job) -> None:
-    """Train on with the encoder kept, and with it the latents that the transformer learns."""
+    """Train the decoder further. The encoder stays, and with it the latents that the transformer learns."""
     model = AutoencoderKL.from_pretrained(job.out / "vae")
     model.encoder.requires_grad_(False)
     _train(rank, replace(job, seed=job.seed + 1), model, peak=1e-3)
@@ -54,25 +54,25 @@ def polish_decoder(rank: int, job: Job) -> None:
 def _train(rank: int, job: Job, model: AutoencoderKL, *, peak: float) -> None:
     model.to(memory_format=torch.channels_last)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    average = Average(parameters, decay=0.995)
+    average = ParameterAverage(parameters, decay=0.995)
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    chooser = random.Random(f"{job.seed} {rank}")
+    rng = random.Random(f"{job.seed} {rank}")
     generator = torch.Generator().manual_seed(job.seed * 1000 + rank)
-    began = time.monotonic()
+    start = time.monotonic()
     for step in range(job.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps=job.steps, peak=peak, warmup=100)
-        scenes = [training_scene(chooser) for _ in range(job.batch_size // job.workers)]
+        scenes = [training_scene(rng) for _ in range(job.batch_size // job.workers)]
         pictures = render_batch(scenes, generator=generator) * 2 - 1
         loss = _loss(model, pictures.contiguous(memory_format=torch.channels_last), generator)
         optimizer.zero_grad()
         loss.backward()
-        share_gradients(parameters)
+        average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        average.follow(parameters)
+        average.update(parameters)
         if rank == 0 and step % 50 == 0:
-            _logger.info("step %d, loss %.4f, %.0f s", step, float(loss.detach()), time.monotonic() - began)
+            _logger.info("step %d, loss %.4f, %.0f s", step, float(loss.detach()), time.monotonic() - start)
         if rank == 0 and (step % 200 == 199 or step == job.steps - 1):
             average.swap(parameters)
             _save(model, job)
@@ -81,8 +81,8 @@ def _train(rank: int, job: Job, model: AutoencoderKL, *, peak: float) -> None:
 
 def _loss(model: AutoencoderKL, pictures: Tensor, generator: torch.Generator) -> Tensor:
     latents = model.encode(pictures).latent_dist
-    drawn = model.decode(latents.sample(generator=generator)).sample
-    error = torch.einsum("oc,bchw->bohw", pictures.new_tensor(_OPPONENT), drawn - pictures)
+    decoded = model.decode(latents.sample(generator=generator)).sample
+    error = torch.einsum("oc,bchw->bohw", pictures.new_tensor(_OPPONENT), decoded - pictures)
     edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3))
     prior = latents.kl().mean() / latents.mean[0].numel()
     loss: Tensor = error.abs().mean() + edges + error.square().mean() + _KL * prior
@@ -92,12 +92,12 @@ def _loss(model: AutoencoderKL, pictures: Tensor, generator: torch.Generator) ->
 @torch.no_grad()
 def _save(model: AutoencoderKL, job: Job) -> None:
     """Save with the shift and scale that make latents of this world zero-mean and unit-variance."""
-    chooser, generator = random.Random(job.seed), torch.Generator().manual_seed(job.seed)
-    pictures = render_batch([training_scene(chooser) for _ in range(128)], generator=generator) * 2 - 1
+    rng, generator = random.Random(job.seed), torch.Generator().manual_seed(job.seed)
+    pictures = render_batch([training_scene(rng) for _ in range(128)], generator=generator) * 2 - 1
     latents = torch.cat([model.encode(part).latent_dist.mean for part in pictures.split(32)])
-    drawn = torch.cat([model.decode(part).sample for part in latents.split(32)])
+    decoded = torch.cat([model.decode(part).sample for part in latents.split(32)])
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
         model.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
     model.save_pretrained(job.out / "vae")
-    errors = (drawn - pictures).square().mean(dim=(1, 2, 3)) / 4
+    errors = (decoded - pictures).square().mean(dim=(1, 2, 3)) / 4
     _logger.info("%.1f dB, channel spread %s", float(-10 * errors.log10().mean()), latents.std(dim=(0, 2, 3)).tolist())

@@ -1,4 +1,4 @@
-"""Data-parallel training by one single-threaded process a core: they meet once a step, not once an operation."""
+"""Data-parallel training with one single-threaded process on each core, synchronized once a step."""
 
 import logging
 import math
@@ -14,20 +14,20 @@ from torch.multiprocessing.spawn import spawn
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker of a training run is told."""
+    """The settings of a training run, equal for every worker."""
 
     out: Path
     seed: int
     steps: int
     batch_size: int
-    """Pictures a step, all workers together."""
+    """Pictures a step, over all workers."""
     workers: int
     compiled: bool = True
     """Whether to run the transformer through `torch.compile`: minutes to start, then a third faster."""
 
 
 def launch(train: Callable[[int, Job], None], job: Job) -> None:
-    """Run `train(rank, job)` in one process a worker, and wait for all."""
+    """Run `train(rank, job)` in one process for each worker, and wait for all."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29517")
     spawn(_worker, args=(train, job), nprocs=job.workers)
@@ -42,7 +42,7 @@ def _worker(rank: int, train: Callable[[int, Job], None], job: Job) -> None:
     distributed.destroy_process_group()
 
 
-def share_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its mean over the workers."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -60,8 +60,8 @@ def learning_rate(step: int, *, steps: int, peak: float, warmup: int = 200) -> f
     return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-class Average:
-    """An exponential moving average of parameters, which draws better than the last step."""
+class ParameterAverage:
+    """An exponential moving average of parameters, which draws better than those of the last step."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, decay: float) -> None:
         """Start at the present values."""
@@ -70,7 +70,7 @@ class Average:
         self.count = 0
 
     @torch.no_grad()
-    def follow(self, parameters: Iterable[nn.Parameter]) -> None:
+    def update(self, parameters: Iterable[nn.Parameter]) -> None:
         """Move towards the present values."""
         self.count += 1
         decay = min(self.decay, self.count / (self.count + 10))
@@ -80,6 +80,6 @@ class Average:
     def swap(self, parameters: Iterable[nn.Parameter]) -> None:
         """Exchange average and present values; do it twice to undo it."""
         for value, parameter in zip(self.values, parameters, strict=True):
-            kept = parameter.detach().clone()
+            present = parameter.detach().clone()
             parameter.copy_(value)
-            value.copy_(kept)
+            value.copy_(present)

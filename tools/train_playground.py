@@ -1,4 +1,4 @@
-"""Train the playground from nothing: `python tools/train_playground.py --out DIR --seed 0`.
+"""Train the playground from scratch: `python tools/train_playground.py --out DIR --seed 0`.
 
 First the autoencoder, then the transformer with its text encoders, then a measurement. A run that was
 stopped goes on from its last checkpoint. `DIR/weights` is what ships in `artaug/playground/weights`.
@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxPipeline
 
 from playground_flux import train_flux
-from playground_measure import measured
+from playground_measure import measure
 from playground_vae import polish_decoder, train_autoencoder
 from playground_workers import Job, launch
 
@@ -21,30 +21,30 @@ _logger = logging.getLogger("playground")
 
 
 def main() -> None:
-    """Read the command line and run what is not done yet."""
+    """Parse the command line and run the stages that are not done yet."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    asked = _parser().parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    for stage, steps in ((train_autoencoder, asked.vae_steps), (polish_decoder, asked.polish_steps)):
-        done = asked.out / f"{stage.__name__}.done"
+    args = _parser().parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for stage, steps in ((train_autoencoder, args.vae_steps), (polish_decoder, args.polish_steps)):
+        done = args.out / f"{stage.__name__}.done"
         if not done.exists():
-            launch(stage, Job(out=asked.out, seed=asked.seed, steps=steps, batch_size=16, workers=asked.workers))
+            launch(stage, Job(out=args.out, seed=args.seed, steps=steps, batch_size=16, workers=args.workers))
             done.touch()
     launch(
         train_flux,
         Job(
-            out=asked.out,
-            seed=asked.seed,
-            steps=asked.steps,
+            out=args.out,
+            seed=args.seed,
+            steps=args.steps,
             batch_size=64,
-            workers=asked.workers,
-            compiled=asked.compile,
+            workers=args.workers,
+            compiled=args.compile,
         ),
     )
-    torch.set_num_threads(asked.workers)
-    pipeline = FluxPipeline.from_pretrained(asked.out / "weights")
-    metrics = measured(pipeline, count=256, steps=asked.draw_steps, seed=0)
-    (asked.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    torch.set_num_threads(args.workers)
+    pipeline = FluxPipeline.from_pretrained(args.out / "weights")
+    metrics = measure(pipeline, count=256, steps=args.draw_steps, seed=0)
+    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     _logger.info("%s", metrics)
 
 

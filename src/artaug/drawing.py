@@ -1,4 +1,4 @@
-"""Drawing on pictures: boxes, soft areas, and the words beside them. It knows no plans and no critiques."""
+"""Drawing on pictures: boxes, soft areas, and their labels. Plans and critiques are not needed for it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ BOX_COLORS = ("#ffb000", "#3fc1ff", "#ff5c8a", "#5ee0a0", "#c79bff", "#f4f06a", 
 """Of the first box, the second, ...: bright, and told apart by most colour-blind eyes too. They repeat after eight."""
 
 DARK = "#14151a"
-"""What is written on these."""
+"""The colour of text on these."""
 
 _TINT = 0.45
 _LINE_PX = 15
@@ -29,15 +29,15 @@ def draw_boxes(
 
     Args:
         image: stays as it is.
-        boxes: what to draw, the first in the first of `BOX_COLORS`.
-        labels: a word a box; their numbers, from 1, if not given. A blank one is left out.
-        scale: pixels of the copy a pixel of ``image``, at least 1.
+        boxes: the first is drawn in the first of `BOX_COLORS`.
+        labels: one for each box; their numbers, from 1, if not given. A blank label is left out.
+        scale: pixels of the copy for each pixel of ``image``, at least 1.
 
     Returns:
         An RGB picture, ``scale`` times as wide and high.
 
     Raises:
-        InvalidValueError: if there is not one label a box, or the scale is below 1.
+        InvalidValueError: if the numbers of labels and boxes differ, or the scale is below 1.
 
     >>> import artaug as aa
     >>> from artaug.drawing import draw_boxes
@@ -45,22 +45,24 @@ def draw_boxes(
     >>> draw_boxes(Image.new("RGB", (64, 48)), [aa.Box(0, 0, 0.5, 1)], labels=["brighter"]).size
     (256, 192)
     """
-    words = [str(number + 1) for number in range(len(boxes))] if labels is None else list(labels)
-    if len(words) != len(boxes):
-        raise InvalidValueError(f"draw_boxes received {len(boxes)} boxes and {len(words)} labels: need one a box.")
+    texts = [str(number + 1) for number in range(len(boxes))] if labels is None else list(labels)
+    if len(texts) != len(boxes):
+        raise InvalidValueError(
+            f"draw_boxes received {len(boxes)} boxes and {len(texts)} labels. Pass one label for each box, or none."
+        )
     if scale < 1:
-        raise InvalidValueError(f"draw_boxes(scale={scale}) would shrink the picture: need at least 1.")
+        raise InvalidValueError(f"draw_boxes(scale={scale}) would shrink the picture. Pass a scale of at least 1.")
     large = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(large)
     for number, box in enumerate(boxes):
         _outline(pen, box, color=BOX_COLORS[number % len(BOX_COLORS)], size=large.size)
-    for number, (box, word) in enumerate(zip(boxes, words, strict=True)):
-        _label(pen, box, word, color=BOX_COLORS[number % len(BOX_COLORS)], size=large.size)
+    for number, (box, text) in enumerate(zip(boxes, texts, strict=True)):
+        _label(pen, box, text, color=BOX_COLORS[number % len(BOX_COLORS)], size=large.size)
     return large
 
 
 def _outline(pen: ImageDraw.ImageDraw, box: Box, *, color: str, size: tuple[int, int]) -> None:
-    """Draw a frame inside the box's edges, with a dark seam inside it, so that it is seen on any picture."""
+    """Draw a frame inside the box's edges, with a dark line inside it, so that it is visible on any picture."""
     left, top, right, bottom = box.to_pixels(size)
     width = max(round(min(size) / 160), 1)
     for inset in range(2 * width):
@@ -69,32 +71,32 @@ def _outline(pen: ImageDraw.ImageDraw, box: Box, *, color: str, size: tuple[int,
             pen.line([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)], fill=color if inset < width else DARK)
 
 
-def _label(pen: ImageDraw.ImageDraw, box: Box, word: str, *, color: str, size: tuple[int, int]) -> None:
-    """Write a word on a plate of the box's colour in the box's corner, moved inwards where the picture ends."""
-    if not word.strip():
+def _label(pen: ImageDraw.ImageDraw, box: Box, text: str, *, color: str, size: tuple[int, int]) -> None:
+    """Write text on a plate of the box's colour in the box's corner, moved inwards at the picture's edge."""
+    if not text.strip():
         return
     font = ImageFont.load_default(max(min(size) / 18, 9))
     pad = max(round(min(size) / 100), 1)
-    across, down = pen.textbbox((0, 0), word, font=font, anchor="lt")[2:]
+    width, height = pen.textbbox((0, 0), text, font=font, anchor="lt")[2:]
     left, top, _, _ = box.to_pixels(size)
-    left = max(min(left, size[0] - int(across) - 2 * pad), 0)
-    top = max(min(top, size[1] - int(down) - 2 * pad), 0)
-    pen.rectangle((left, top, left + across + 2 * pad - 1, top + down + 2 * pad - 1), fill=color)
-    pen.text((left + pad, top + pad), word, fill=DARK, font=font, anchor="lt")
+    left = max(min(left, size[0] - int(width) - 2 * pad), 0)
+    top = max(min(top, size[1] - int(height) - 2 * pad), 0)
+    pen.rectangle((left, top, left + width + 2 * pad - 1, top + height + 2 * pad - 1), fill=color)
+    pen.text((left + pad, top + pad), text, fill=DARK, font=font, anchor="lt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Area:
-    """A part of a picture to be shown, and the words about it."""
+    """A part of a picture to draw, and its description."""
 
-    where: Box | Mask
-    words: str
+    shape: Box | Mask
+    text: str
     feather: float = 0.0
-    """As of `Region.feather`."""
+    """As in `Region.feather`."""
 
 
 def draw_areas(image: Image.Image, areas: Sequence[Area], *, heading: str = "") -> Image.Image:
-    """Draw areas on a picture, each with a number, and write below it what each number says.
+    """Draw areas on a picture, each with a number, and write the text of each number below it.
 
     A box gets a frame; a mask, and the soft edge of a feathered box, a tint as strong as its weight there. Frames and
     tints have the first of `BOX_COLORS`, the second, and so on.
@@ -102,39 +104,39 @@ def draw_areas(image: Image.Image, areas: Sequence[Area], *, heading: str = "") 
     Args:
         image: stays as it is.
         areas: the first below the others.
-        heading: of the words below; left out if blank.
+        heading: of the text below; left out if blank.
 
     Returns:
         An RGB picture as wide as ``image``, and higher by the lines of text.
     """
-    drawn = image.convert("RGB")
+    picture = image.convert("RGB")
     for number, area in enumerate(areas):
-        if isinstance(area.where, Mask) or area.feather:
-            color = Image.new("RGB", drawn.size, BOX_COLORS[number % len(BOX_COLORS)])
-            drawn = Image.composite(color, drawn, _tint(area, drawn.size))
-    pen = ImageDraw.Draw(drawn)
+        if isinstance(area.shape, Mask) or area.feather:
+            color = Image.new("RGB", picture.size, BOX_COLORS[number % len(BOX_COLORS)])
+            picture = Image.composite(color, picture, _tint(area, picture.size))
+    pen = ImageDraw.Draw(picture)
     for number, area in enumerate(areas):
-        if isinstance(area.where, Box):
-            _outline(pen, area.where, color=BOX_COLORS[number % len(BOX_COLORS)], size=drawn.size)
+        if isinstance(area.shape, Box):
+            _outline(pen, area.shape, color=BOX_COLORS[number % len(BOX_COLORS)], size=picture.size)
     for number, area in enumerate(areas):
-        place = area.where if isinstance(area.where, Box) else _middle(area.where)
-        _label(pen, place, str(number + 1), color=BOX_COLORS[number % len(BOX_COLORS)], size=drawn.size)
-    return _with_lines(drawn, areas, heading=heading)
+        place = area.shape if isinstance(area.shape, Box) else _middle(area.shape)
+        _label(pen, place, str(number + 1), color=BOX_COLORS[number % len(BOX_COLORS)], size=picture.size)
+    return _with_lines(picture, areas, heading=heading)
 
 
 def _tint(area: Area, size: tuple[int, int]) -> Image.Image:
-    """How strongly to tint each pixel, from 0 to 255."""
-    if isinstance(area.where, Mask):
-        weights = Image.fromarray(area.where.to_array()).resize(size, Image.Resampling.BOX)
+    """The strength of the tint at each pixel, from 0 to 255."""
+    if isinstance(area.shape, Mask):
+        weights = Image.fromarray(area.shape.to_array()).resize(size, Image.Resampling.BOX)
         strength = weights.point(lambda weight: weight * 255 * _TINT).convert("L")
     else:
         strength = Image.new("L", size)
-        strength.paste(round(255 * _TINT), area.where.to_pixels(size))
+        strength.paste(round(255 * _TINT), area.shape.to_pixels(size))
     return strength.filter(ImageFilter.GaussianBlur(area.feather * min(size))) if area.feather else strength
 
 
 def _middle(mask: Mask) -> Box:
-    """Of the cells where a mask weighs most, the one nearest to their centre: a label there lies on the area."""
+    """The cell with a mask's largest weight that is nearest to the centre of all such: a label there is on the area."""
     weights = mask.to_array()
     cells = np.argwhere(weights == weights.max())
     row, column = cells[((cells - cells.mean(axis=0)) ** 2).sum(axis=1).argmin()].tolist()
@@ -142,18 +144,18 @@ def _middle(mask: Mask) -> Box:
 
 
 def _with_lines(picture: Image.Image, areas: Sequence[Area], *, heading: str) -> Image.Image:
-    """Write the heading and every area's words below a picture, behind the area's number on its colour."""
+    """Write the heading and every area's text below a picture, after the area's number on its colour."""
     font = ImageFont.load_default(_LINE_PX)
     indent = int(font.getlength("00")) + 2 * _GAP_PX
-    wrapped = [_wrapped(area.words, font, width=picture.width - indent - _GAP_PX) for area in areas]
-    above = _wrapped(heading, font, width=picture.width - 2 * _GAP_PX)
+    wrapped = [_wrap(area.text, font, width=picture.width - indent - _GAP_PX) for area in areas]
+    heading_lines = _wrap(heading, font, width=picture.width - 2 * _GAP_PX)
     step = _LINE_PX + _GAP_PX
-    high = step * (len(above) + sum(map(len, wrapped))) + (_GAP_PX if above or wrapped else 0)
-    page = Image.new("RGB", (picture.width, picture.height + high), "white")
+    height = step * (len(heading_lines) + sum(map(len, wrapped))) + (_GAP_PX if heading_lines or wrapped else 0)
+    page = Image.new("RGB", (picture.width, picture.height + height), "white")
     page.paste(picture)
     pen = ImageDraw.Draw(page)
     top = picture.height + _GAP_PX
-    for line in above:
+    for line in heading_lines:
         pen.text((_GAP_PX, top), line, fill=DARK, font=font)
         top += step
     for number, lines in enumerate(wrapped):
@@ -165,10 +167,10 @@ def _with_lines(picture: Image.Image, areas: Sequence[Area], *, heading: str) ->
     return page
 
 
-def _wrapped(words: str, font: _Font, *, width: float) -> list[str]:
-    """Words in lines that are no wider than so many pixels; a word that is wider has a line of its own."""
+def _wrap(text: str, font: _Font, *, width: float) -> list[str]:
+    """Text in lines of at most ``width`` pixels; a word that is wider has a line of its own."""
     lines: list[str] = []
-    for word in words.split():
+    for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:

@@ -87,7 +87,7 @@ class Plan:
         canvas = image or Image.new("RGB", size or (_PREVIEW_PX, _PREVIEW_PX), _GREY)
         scale = max(_PREVIEW_PX // max(canvas.size), 1)
         enlarged = canvas.resize(size or (canvas.width * scale, canvas.height * scale), Image.Resampling.BICUBIC)
-        areas = [Area(where=region.area, words=_caption(region), feather=region.feather) for region in self.regions]
+        areas = [Area(shape=region.area, text=_caption(region), feather=region.feather) for region in self.regions]
         return draw_areas(enlarged, areas, heading=self.prompt)
 
     def _repr_png_(self) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Reading pictures back: right on the renderer's own, and sensible on anything else."""
+"""Detection: right on rendered pictures, and sensible on any others."""
 
 import random
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from artaug.geometry import Box
-from artaug.playground.detection import Found, aligned, alignment, detect
+from artaug.playground.detection import DetectedThing, align_things, alignment, detect
 from artaug.playground.rendering import render, render_batch
 from artaug.playground.world import ADJECTIVES, Scene, parse, prompts
 
@@ -17,19 +17,19 @@ _SCENES = 2048
 
 
 def _styled(scene: Scene, chooser: random.Random) -> Scene:
-    def some() -> tuple:
+    def adjectives() -> tuple:
         return tuple(chooser.sample(ADJECTIVES, chooser.choice((0, 0, 1, 2, 4))))
 
-    things = tuple(replace(thing, adjectives=some() if chooser.random() < 0.4 else ()) for thing in scene.things)
-    return replace(scene, things=things, adjectives=some())
+    things = tuple(replace(thing, adjectives=adjectives() if chooser.random() < 0.4 else ()) for thing in scene.things)
+    return replace(scene, things=things, adjectives=adjectives())
 
 
 def _images(scenes: list[Scene], *, seed: int) -> list[Image.Image]:
     pictures = render_batch(scenes, generator=torch.Generator().manual_seed(seed))
-    return [Image.fromarray(each) for each in (pictures.permute(0, 2, 3, 1) * 255).round().byte().numpy()]
+    return [Image.fromarray(pixels) for pixels in (pictures.permute(0, 2, 3, 1) * 255).round().byte().numpy()]
 
 
-def test_rendered_scenes_of_every_style_are_read_right_99_times_in_100() -> None:
+def test_rendered_scenes_of_every_style_are_detected_right_99_times_in_100() -> None:
     chooser = random.Random(0)
     captions = prompts(_SCENES // 2, seed=3) + prompts(_SCENES // 2, seed=4, held_out=True)
     scenes = [_styled(parse(caption), chooser) for caption in captions]
@@ -37,7 +37,7 @@ def test_rendered_scenes_of_every_style_are_read_right_99_times_in_100() -> None
     for start in range(0, _SCENES, 64):
         part = scenes[start : start + 64]
         for image, scene in zip(_images(part, seed=start), part, strict=True):
-            result = aligned(detect(image), scene)
+            result = align_things(detect(image), scene)
             rows.append([result.color, result.shape, result.place, result.surplus == 0])
     assert (np.mean(rows, axis=0) >= 0.99).all(), np.mean(rows, axis=0)
 
@@ -76,39 +76,39 @@ def test_a_plain_picture_shows_nothing(value: int) -> None:
     assert detect(Image.new("L", (64, 64), value)) == []
 
 
-def test_noise_is_read_without_complaint() -> None:
+def test_noise_raises_no_error() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert len(detect(Image.fromarray(pixels))) <= 4
 
 
-def _found(color, shape, place) -> Found:
-    return Found(color=color, shape=shape, place=place, box=Box(0, 0, 1, 1))
+def _thing(color, shape, place) -> DetectedThing:
+    return DetectedThing(color=color, shape=shape, place=place, box=Box(0, 0, 1, 1))
 
 
 def test_a_missing_thing_is_wrong_in_all_three() -> None:
-    result = aligned([], parse("a red cone on the left"))
+    result = align_things([], parse("a red cone on the left"))
     assert (result.color, result.shape, result.place, result.surplus) == (0, 0, 0, 0)
 
 
 def test_things_are_matched_to_the_best_of_both() -> None:
-    found = [_found("red", "ball", "on the left"), _found("blue", "cone", "on the right")]
-    result = aligned(found, parse("a blue cone on the left and a red ball on the right"))
+    detected = [_thing("red", "ball", "on the left"), _thing("blue", "cone", "on the right")]
+    result = align_things(detected, parse("a blue cone on the left and a red ball on the right"))
     assert (result.color, result.shape, result.place) == (1, 1, 0)
 
 
-def test_one_found_thing_answers_one_asked_thing() -> None:
-    result = aligned(
-        [_found("red", "ball", "on the left")], parse("a red ball on the left and a red ball on the right")
+def test_one_detected_thing_is_matched_to_one_thing_of_the_caption() -> None:
+    result = align_things(
+        [_thing("red", "ball", "on the left")], parse("a red ball on the left and a red ball on the right")
     )
     assert (result.color, result.shape, result.place) == (0.5, 0.5, 0.5)
 
 
 def test_an_open_place_is_right_wherever_the_thing_is_and_surplus_is_counted() -> None:
-    found = [_found("red", "ball", "on the left"), _found("blue", "cone", "on the right")]
-    result = aligned(found, parse("a red ball"))
+    detected = [_thing("red", "ball", "on the left"), _thing("blue", "cone", "on the right")]
+    result = align_things(detected, parse("a red ball"))
     assert (result.color, result.shape, result.place, result.surplus) == (1, 1, 1, 1)
 
 
-def test_a_caption_that_asks_for_nothing_is_met() -> None:
-    result = aligned([], parse("at night"))
+def test_every_picture_matches_a_caption_that_asks_for_nothing() -> None:
+    result = align_things([], parse("at night"))
     assert (result.color, result.shape, result.place) == (1, 1, 1)

@@ -1,4 +1,4 @@
-"""How much of each image token a region governs."""
+"""Coverage: the part of each image token that a region covers, and its weight there."""
 
 import math
 
@@ -76,7 +76,7 @@ def test_the_weight_is_a_factor(area, grid, weight, feather):
 
 
 @given(box=boxes(), cut=st.floats(0.05, 0.95), grid=grids, feather=unit)
-def test_a_box_cut_in_two_weighs_what_it_weighed(box, cut, grid, feather):
+def test_a_box_cut_in_two_has_the_same_weights(box, cut, grid, feather):
     middle = box.left + cut * box.width
     left = aa.Box(box.left, box.top, middle, box.bottom)
     right = aa.Box(middle, box.top, box.right, box.bottom)
@@ -85,7 +85,7 @@ def test_a_box_cut_in_two_weighs_what_it_weighed(box, cut, grid, feather):
 
 
 @given(data=st.data(), grid=grids, feather=unit)
-def test_a_box_as_a_mask_whose_cells_fit_it_weighs_the_same(data, grid, feather):
+def test_a_box_as_a_mask_with_fitting_cells_has_the_same_weights(data, grid, feather):
     left, right = sorted(data.draw(st.lists(st.integers(0, 8), min_size=2, max_size=2, unique=True)))
     top, bottom = sorted(data.draw(st.lists(st.integers(0, 8), min_size=2, max_size=2, unique=True)))
     cells = np.zeros((8, 8))
@@ -96,7 +96,7 @@ def test_a_box_as_a_mask_whose_cells_fit_it_weighs_the_same(data, grid, feather)
 
 
 @given(mask=masks(), rows=st.integers(1, 6), columns=st.integers(1, 6))
-def test_a_mask_made_finer_without_changing_it_weighs_the_same(mask, rows, columns):
+def test_a_finer_mask_of_the_same_area_has_the_same_weights(mask, rows, columns):
     cells = mask.to_array()
     finer = aa.Mask.from_array(np.kron(cells, np.ones((rows, columns))))
     torch.testing.assert_close(weights_of(finer, (5, 3)), weights_of(mask, (5, 3)), atol=1e-6, rtol=1e-5)
@@ -132,6 +132,6 @@ def test_a_token_half_inside_a_box_gets_half_the_weight():
     assert weights_of(aa.Box(0, 0, 0.375, 0.5), (2, 4), weight=2.0).tolist() == [[2, 1, 0, 0], [0, 0, 0, 0]]
 
 
-def test_a_region_too_small_to_be_seen_says_so():
+def test_a_region_too_small_to_have_a_weight_is_refused():
     with pytest.raises(aa.GuideError, match=r"gives no weight to any of 2 x 4 image tokens"):
         weights_of(aa.Box(0, 0, 1e-300, 1), (2, 4))

@@ -1,4 +1,4 @@
-"""A tiny world and a tiny real FLUX that draws it: the loop, with ground truth, on any laptop.
+"""The playground: a tiny world with ground truth, and a tiny real FLUX that draws it, for any laptop.
 
 >>> from artaug import playground
 >>> image = playground.render("a red cone on the left at night", seed=0)
@@ -9,7 +9,7 @@
 from pathlib import Path
 
 from artaug.diffusion import DiffusersSynthesizer
-from artaug.playground.detection import Alignment, Found, alignment, detect
+from artaug.playground.detection import Alignment, DetectedThing, alignment, detect
 from artaug.playground.rendering import render
 from artaug.playground.scorers import Accuracy
 from artaug.playground.world import CaptionError, Scene, Thing, parse, prompts
@@ -36,7 +36,7 @@ __all__ = [
     "Accuracy",
     "Alignment",
     "CaptionError",
-    "Found",
+    "DetectedThing",
     "Scene",
     "Thing",
     "alignment",

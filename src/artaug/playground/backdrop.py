@@ -1,7 +1,6 @@
-"""What is behind the things: sky, hills, ground, sun, moon, stars, clouds and snow, in OKLab.
+"""Backdrops behind the things: sky, hills, ground, sun, moon, stars, clouds and snow, in OKLab.
 
-Backdrops are well lit and as colourful as they get; their chroma stays low, so that things are told
-from them by chroma alone.
+They are well lit and as colourful as they get; their chroma stays low, so that chroma alone separates things from them.
 """
 
 import math
@@ -49,19 +48,19 @@ def daylight(settings: Sequence[Setting], generator: torch.Generator) -> Dayligh
 def backdrop(light: Daylight, *, size_px: int, generator: torch.Generator) -> Tensor:
     """Paint the settings: batch x 3 x size x size."""
     count = len(light.setting)
-    at = (torch.arange(size_px) + 0.5) / size_px
-    y = at.view(1, size_px, 1).expand(count, size_px, size_px)
+    axis = (torch.arange(size_px) + 0.5) / size_px  # pixel centres, relative to the picture
+    y = axis.view(1, size_px, 1).expand(count, size_px, size_px)
     wave = torch.rand(2, count, 1, generator=generator) * (2 * math.pi)
-    near = _HORIZON + 0.02 * torch.sin(2 * math.pi * 0.9 * at + wave[0])
-    far = _HORIZON - 0.045 + 0.03 * torch.sin(2 * math.pi * 1.6 * at + wave[1])
+    near = _HORIZON + 0.02 * torch.sin(2 * math.pi * 0.9 * axis + wave[0])
+    far = _HORIZON - 0.045 + 0.03 * torch.sin(2 * math.pi * 1.6 * axis + wave[1])
     zenith, horizon, hills, back, front = _palette(light.setting).unbind(1)
     lab = _blend(zenith, horizon, (y / _HORIZON).clamp(0, 1) ** 1.2)
-    lab = _lamps(lab, light.setting, at, generator)
-    lab = _covered(lab, hills, ((y - far[:, None, :]) * size_px + 0.5).clamp(0, 1))
+    lab = _add_lights(lab, light.setting, axis, generator)
+    lab = _cover(lab, hills, ((y - far[:, None, :]) * size_px + 0.5).clamp(0, 1))
     ground = _blend(back, front, ((y - _HORIZON) / (1 - _HORIZON)).clamp(0, 1))
     inside = ((y - near[:, None, :]) * size_px + 0.5).clamp(0, 1)[:, None]
     lab = lab + (ground - lab) * inside
-    return _snowing(lab, light.setting, at, generator)
+    return _add_snow(lab, light.setting, axis, generator)
 
 
 def _palette(setting: Tensor) -> Tensor:
@@ -71,37 +70,41 @@ def _palette(setting: Tensor) -> Tensor:
     return torch.stack([lightness, chroma * angle.cos(), chroma * angle.sin()], dim=-1)[setting]
 
 
-def _blend(one: Tensor, other: Tensor, amount: Tensor) -> Tensor:
-    return one[:, :, None, None] + (other - one)[:, :, None, None] * amount[:, None]
+def _blend(start: Tensor, end: Tensor, amount: Tensor) -> Tensor:
+    """Interpolate colours (batch, 3) by an amount (batch, height, width): (batch, 3, height, width)."""
+    return start[:, :, None, None] + (end - start)[:, :, None, None] * amount[:, None]
 
 
-def _covered(lab: Tensor, color: Tensor, amount: Tensor) -> Tensor:
+def _cover(lab: Tensor, color: Tensor, amount: Tensor) -> Tensor:
     return lab + (color[:, :, None, None] - lab) * amount[:, None]
 
 
-def _dots(at: Tensor, x: Tensor, y: Tensor, width: Tensor, height: Tensor) -> Tensor:
+def _dots(axis: Tensor, x: Tensor, y: Tensor, width: Tensor, height: Tensor) -> Tensor:
     """Add up soft ellipses; centres and radii are batch x dots, relative to the picture."""
-    across = torch.exp(-(((at - x[..., None]) / width[..., None]) ** 2))
-    down = torch.exp(-(((at - y[..., None]) / height[..., None]) ** 2))
+    across = torch.exp(-(((axis - x[..., None]) / width[..., None]) ** 2))
+    down = torch.exp(-(((axis - y[..., None]) / height[..., None]) ** 2))
     return torch.einsum("bny,bnx->byx", down, across)
 
 
-def _lamps(lab: Tensor, setting: Tensor, at: Tensor, generator: torch.Generator) -> Tensor:
+def _add_lights(lab: Tensor, setting: Tensor, axis: Tensor, generator: torch.Generator) -> Tensor:
+    """Add what is in the sky: clouds at noon, the sun at sunset, moon and stars at night."""
     count = len(setting)
     jitter = torch.rand(2, count, generator=generator) * 0.08 - 0.04
     noon, sunset, night, _ = ((setting == kind)[:, None, None] for kind in range(4))
     where = torch.tensor([[0.5, 2.0], [0.3, 0.44], [0.8, 0.16], [0.5, 2.0]])[setting]
     x, y = where[:, 0] + jitter[0], where[:, 1] + jitter[1] * 0.6
-    away = ((at.view(1, 1, -1) - x[:, None, None]) ** 2 + (at.view(1, -1, 1) - y[:, None, None]) ** 2).sqrt()
-    glow = torch.exp(-((away / 0.3) ** 1.5)) * 0.12 * sunset + torch.exp(-((away / 0.2) ** 1.5)) * 0.10 * night
-    bitten = ((at.view(1, 1, -1) - x[:, None, None] + 0.035) ** 2 + (at.view(1, -1, 1) - y[:, None, None]) ** 2).sqrt()
-    disc = ((0.085 - away) * len(at) + 0.5).clamp(0, 1) * (sunset | night)
-    disc = disc * torch.where(night, ((bitten - 0.07) * len(at) + 0.5).clamp(0, 1), torch.ones_like(bitten))
+    distance = ((axis.view(1, 1, -1) - x[:, None, None]) ** 2 + (axis.view(1, -1, 1) - y[:, None, None]) ** 2).sqrt()
+    glow = torch.exp(-((distance / 0.3) ** 1.5)) * 0.12 * sunset + torch.exp(-((distance / 0.2) ** 1.5)) * 0.10 * night
+    crescent = (
+        (axis.view(1, 1, -1) - x[:, None, None] + 0.035) ** 2 + (axis.view(1, -1, 1) - y[:, None, None]) ** 2
+    ).sqrt()
+    disc = ((0.085 - distance) * len(axis) + 0.5).clamp(0, 1) * (sunset | night)
+    disc = disc * torch.where(night, ((crescent - 0.07) * len(axis) + 0.5).clamp(0, 1), torch.ones_like(crescent))
     specks = torch.rand(3, count, _SPECKS, generator=generator)
-    tiny = 0.009 + 0.006 * specks[2]
-    stars = _dots(at, specks[0], specks[1] * 0.42, tiny, tiny).clamp(max=1) * night * 0.5
+    radius = 0.009 + 0.006 * specks[2]
+    stars = _dots(axis, specks[0], specks[1] * 0.42, radius, radius).clamp(max=1) * night * 0.5
     puffs = torch.rand(3, count, _CLOUDS, generator=generator)
-    clouds = _dots(at, puffs[0], 0.1 + 0.22 * puffs[1], 0.1 + 0.1 * puffs[2], 0.03 + 0.02 * puffs[2])
+    clouds = _dots(axis, puffs[0], 0.1 + 0.22 * puffs[1], 0.1 + 0.1 * puffs[2], 0.03 + 0.02 * puffs[2])
     clouds = clouds.clamp(max=1) * noon * 0.7
     lightness = lab[:, 0] + glow + stars
     lightness = lightness + (0.94 - lightness) * torch.maximum(disc, clouds)
@@ -109,9 +112,9 @@ def _lamps(lab: Tensor, setting: Tensor, at: Tensor, generator: torch.Generator)
     return torch.cat([lightness[:, None], color], dim=1)
 
 
-def _snowing(lab: Tensor, setting: Tensor, at: Tensor, generator: torch.Generator) -> Tensor:
+def _add_snow(lab: Tensor, setting: Tensor, axis: Tensor, generator: torch.Generator) -> Tensor:
     flakes = torch.rand(3, len(setting), _SPECKS, generator=generator)
     size = 0.013 + 0.008 * flakes[2]
-    white = _dots(at, flakes[0], flakes[1], size, size).clamp(max=1) * (setting == 3)[:, None, None]
+    white = _dots(axis, flakes[0], flakes[1], size, size).clamp(max=1) * (setting == 3)[:, None, None]
     lightness = lab[:, 0] + (0.97 - lab[:, 0]) * white
     return torch.cat([lightness[:, None], lab[:, 1:]], dim=1)

@@ -1,4 +1,4 @@
-"""Read a picture back: which things it shows, by chroma, hue and outline alone."""
+"""Detection: which things a picture shows, by chroma, hue and outline alone."""
 
 import itertools
 import math
@@ -31,8 +31,8 @@ _ROUNDING = 2.7
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """A thing seen in a picture."""
+class DetectedThing:
+    """A thing detected in a picture."""
 
     color: Color
     shape: Shape
@@ -42,60 +42,65 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """How much of what a caption asks for a picture shows; each a share of the asked things in [0, 1]."""
+    """How well a picture matches its caption; each a share of the caption's things, in [0, 1]."""
 
     color: float
     shape: float
     place: float
     surplus: int
-    """How many things were found beyond those asked for."""
+    """The number of detected things beyond those that the caption asks for."""
 
 
-def detect(image: Image.Image) -> list[Found]:
-    """Find the coloured things in a picture, from left to right.
+def detect(image: Image.Image) -> list[DetectedThing]:
+    """Detect the coloured things in a picture, from left to right.
 
     >>> from artaug import playground
     >>> image = playground.render("a red cone on the left", seed=0)
-    >>> [(found.color, found.shape, found.place) for found in playground.detect(image)]
+    >>> [(thing.color, thing.shape, thing.place) for thing in playground.detect(image)]
     [('red', 'cone', 'on the left')]
     """
     lab = _lab(image)
     seeds = _seeds(lab)
     hues = [_hue(lab, seed) for seed in seeds]
-    things = [_described(lab, seed, hue, hues) for seed, hue in zip(seeds, hues, strict=True)]
-    return sorted(things, key=lambda found: found.box.center)
+    things = [_describe(lab, seed, hue, hues) for seed, hue in zip(seeds, hues, strict=True)]
+    return sorted(things, key=lambda thing: thing.box.center)
 
 
 def alignment(image: Image.Image, caption: str) -> Alignment:
     """Compare a picture with what its caption asks for.
 
-    Each asked thing is matched to at most one found thing, such that as many attributes as possible
-    are right in all. A thing that is missing is wrong in all three, an attribute the caption leaves
-    open is right if there is a thing to have it. A caption that asks for nothing is met.
+    Each thing of the caption is matched to at most one detected thing, so that as many attributes as possible
+    are right in total. A missing thing is wrong in all three attributes. An attribute that the caption leaves
+    open is right if the thing is matched. Every picture matches a caption that asks for nothing.
 
     Raises:
         CaptionError: The caption is not one of this world.
     """
-    return aligned(detect(image), parse(caption))
+    return align_things(detect(image), parse(caption))
 
 
-def aligned(found: list[Found], scene: Scene) -> Alignment:
-    """Compare found things with a scene, as `alignment` does."""
-    asked = scene.things
-    padded: list[Found | None] = [*found, *[None] * len(asked)]
-    rights = [
-        [(_same(thing.color, other, 0), _same(thing.shape, other, 1), _same(thing.place, other, 2)) for other in padded]
-        for thing in asked
+def align_things(detected: list[DetectedThing], scene: Scene) -> Alignment:
+    """Compare detected things with a scene, as `alignment` does."""
+    wanted = scene.things
+    candidates: list[DetectedThing | None] = [*detected, *[None] * len(wanted)]  # None: not matched to any
+    correct = [
+        [
+            (_matches(thing.color, other, 0), _matches(thing.shape, other, 1), _matches(thing.place, other, 2))
+            for other in candidates
+        ]
+        for thing in wanted
     ]
-    matchings = itertools.permutations(range(len(padded)), len(asked))
-    best = max(matchings, key=lambda match: sum(sum(rights[row][column]) for row, column in enumerate(match)))
-    matched = [rights[row][column] for row, column in enumerate(best)]
-    color, shape, place = (sum(one[i] for one in matched) / len(asked) if asked else 1.0 for i in range(3))
-    return Alignment(color=color, shape=shape, place=place, surplus=max(0, len(found) - len(asked)))
+    matchings = itertools.permutations(range(len(candidates)), len(wanted))
+    best = max(matchings, key=lambda match: sum(sum(correct[row][column]) for row, column in enumerate(match)))
+    matched = [correct[row][column] for row, column in enumerate(best)]
+    color, shape, place = (
+        sum(attributes[i] for attributes in matched) / len(wanted) if wanted else 1.0 for i in range(3)
+    )
+    return Alignment(color=color, shape=shape, place=place, surplus=max(0, len(detected) - len(wanted)))
 
 
-def _same(asked: str | None, found: Found | None, field: int) -> bool:
-    return found is not None and asked in {None, (found.color, found.shape, found.place)[field]}
+def _matches(wanted: str | None, thing: DetectedThing | None, attribute: int) -> bool:
+    return thing is not None and wanted in {None, (thing.color, thing.shape, thing.place)[attribute]}
 
 
 def _lab(image: Image.Image) -> _Map:
@@ -109,7 +114,7 @@ def _seeds(lab: _Map) -> list[_Mask]:
     """Find the largest connected patches of one hue, largest first."""
     chroma = np.hypot(lab[..., 1], lab[..., 2])
     hue = np.degrees(np.arctan2(lab[..., 2], lab[..., 1]))
-    nearest = np.argmin([np.abs(_turn(hue - centre)) for centre in HUES], axis=0)
+    nearest = np.argmin([np.abs(_angle_difference(hue - centre)) for centre in HUES], axis=0)
     patches: list[_Mask] = []
     for color in range(len(HUES)):
         patches += _patches((nearest == color) & (chroma > _CHROMA), smallest=_SMALLEST)
@@ -118,26 +123,27 @@ def _seeds(lab: _Map) -> list[_Mask]:
 
 
 def _patches(mask: _Mask, *, smallest: float) -> list[_Mask]:
-    """Split a mask into its connected parts, but for those that cover less than a share of it all."""
-    left, parts = mask.copy(), []
-    while left.mean() > smallest:
-        seed = np.zeros_like(left)
-        seed[np.unravel_index(np.argmax(left), left.shape)] = True
-        part = _flooded(seed, left)
-        left &= ~part
+    """Split a mask into its connected parts, without those that cover less than ``smallest`` of the picture."""
+    remaining, parts = mask.copy(), []
+    while remaining.mean() > smallest:
+        seed = np.zeros_like(remaining)
+        seed[np.unravel_index(np.argmax(remaining), remaining.shape)] = True
+        part = _flood_fill(seed, remaining)
+        remaining &= ~part
         if part.mean() > smallest:
             parts.append(part)
     return parts
 
 
-def _flooded(seed: _Mask, mask: _Mask) -> _Mask:
+def _flood_fill(seed: _Mask, mask: _Mask) -> _Mask:
+    """The part of a mask that is connected to a seed."""
     grown, size = seed & mask, 0
     while (count := int(np.count_nonzero(grown))) != size:
-        size, grown = count, _grown(grown, 1) & mask
+        size, grown = count, _dilate(grown, 1) & mask
     return grown
 
 
-def _grown(mask: _Mask, steps: int) -> _Mask:
+def _dilate(mask: _Mask, steps: int) -> _Mask:
     for _ in range(steps):
         wider = mask.copy()
         wider[1:] |= mask[:-1]
@@ -148,7 +154,8 @@ def _grown(mask: _Mask, steps: int) -> _Mask:
     return mask
 
 
-def _turn(degrees: _Map) -> _Map:
+def _angle_difference(degrees: _Map) -> _Map:
+    """Wrap differences of angles to [-180, 180)."""
     return (degrees + 180) % 360 - 180
 
 
@@ -157,21 +164,23 @@ def _hue(lab: _Map, seed: _Mask) -> float:
     return math.degrees(math.atan2(lab[seed, 2].sum(), lab[seed, 1].sum()))
 
 
-def _described(lab: _Map, seed: _Mask, hue: float, hues: list[float]) -> Found:
+def _describe(lab: _Map, seed: _Mask, hue: float, hues: list[float]) -> DetectedThing:
     """Refine a patch to half of its own chroma, then name what it is."""
     angle = math.radians(hue)
     along = lab[..., 1] * math.cos(angle) + lab[..., 2] * math.sin(angle)
-    around = _grown(seed, _NEAR_PX) & (np.hypot(lab[..., 1], lab[..., 2]) < _CHROMA)
+    around = _dilate(seed, _NEAR_PX) & (np.hypot(lab[..., 1], lab[..., 2]) < _CHROMA)
     behind = max(0.0, float(np.median(along[around]))) if around.any() else 0.0
     cover = np.clip((along - behind) / (np.percentile(along[seed], _RANK) - behind), 0, 1)
-    own = np.degrees(np.arctan2(lab[..., 2], lab[..., 1]))
-    apart = np.min([np.abs(_turn(own - other)) for other in hues], axis=0)
-    mask = _flooded(seed, (cover > 0.5) & ((np.abs(_turn(own - hue)) <= apart) | (cover < 0.7) | seed))
+    hues_at_pixels = np.degrees(np.arctan2(lab[..., 2], lab[..., 1]))
+    nearest = np.min([np.abs(_angle_difference(hues_at_pixels - other)) for other in hues], axis=0)
+    mask = _flood_fill(
+        seed, (cover > 0.5) & ((np.abs(_angle_difference(hues_at_pixels - hue)) <= nearest) | (cover < 0.7) | seed)
+    )
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     centre = (left + right) / 2 / SIZE_PX
-    return Found(
-        color=COLORS[int(np.argmin([abs(float(_turn(np.asarray(hue - other)))) for other in HUES]))],
+    return DetectedThing(
+        color=COLORS[int(np.argmin([abs(float(_angle_difference(np.asarray(hue - other)))) for other in HUES]))],
         shape=_shape(mask[top:bottom, left:right], cover[top:bottom, left:right]),
         place=PLACES[sum(centre > edge for edge in _EDGES)],
         box=Box.from_pixels(float(left), float(top), float(right), float(bottom), size=(SIZE_PX, SIZE_PX)),
@@ -180,29 +189,29 @@ def _described(lab: _Map, seed: _Mask, hue: float, hues: list[float]) -> Found:
 
 def _shape(mask: _Mask, cover: _Map) -> Shape:
     """Choose the solid whose outline, scaled to the same box, differs least."""
-    seen = _scaled(np.where(mask, np.clip(3 * cover - 1, 0, 1), 0.0))
+    outline_map = _resize(np.where(mask, np.clip(3 * cover - 1, 0, 1), 0.0))
     aspect = math.log(mask.shape[1] / mask.shape[0])
-    misses = [
-        float(np.abs(seen - template).mean()) + 0.15 * abs(aspect - its_aspect)
-        for _, template, its_aspect in _templates()
+    distances = [
+        float(np.abs(outline_map - template).mean()) + 0.15 * abs(aspect - template_aspect)
+        for _, template, template_aspect in _templates()
     ]
-    return _templates()[int(np.argmin(misses))][0]
+    return _templates()[int(np.argmin(distances))][0]
 
 
 @cache
 def _templates() -> tuple[tuple[Shape, _Map, float], ...]:
     """Outlines with their aspects; the cube's also with the round corners that blur gives it."""
-    at = torch.linspace(-1.2, 1.2, 97, dtype=torch.float64)
-    x, y = at[None, :].expand(97, 97), at[:, None].expand(97, 97)
+    axis = torch.linspace(-1.2, 1.2, 97, dtype=torch.float64)
+    x, y = axis[None, :].expand(97, 97), axis[:, None].expand(97, 97)
     solids: list[tuple[Shape, Tensor]] = [(shape, outline(shape, x, y) < 0) for shape in SHAPES]
     templates = []
     for shape, inside in (*solids, ("cube", x.abs() ** _ROUNDING + y.abs() ** _ROUNDING < 1)):
         rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
         cut = inside[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
-        templates.append((shape, _scaled(cut.double().numpy()), math.log(cut.shape[1] / cut.shape[0])))
+        templates.append((shape, _resize(cut.double().numpy()), math.log(cut.shape[1] / cut.shape[0])))
     return tuple(templates)
 
 
-def _scaled(mask: _Map) -> _Map:
+def _resize(mask: _Map) -> _Map:
     picture = Image.fromarray(mask.astype(np.float32))
     return np.asarray(picture.resize((_TEMPLATE, _TEMPLATE), Image.Resampling.BILINEAR), dtype=np.float64)

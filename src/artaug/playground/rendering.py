@@ -1,6 +1,6 @@
-"""Pictures of scenes: the ground truth a model of this world is trained on and measured against.
+"""Rendering scenes: the ground truth that a model of this world is trained on and measured against.
 
-A picture without adjectives is dull: dim, pale, blurred and flat. Each adjective mends one of these,
+A picture without adjectives is dull: dim, pale, blurred and flat. Each adjective improves one of these,
 everywhere or around one thing. All colours are OKLab until the last step.
 """
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -42,7 +43,7 @@ _REACH = (1.25, 1.9)
 
 @dataclass(frozen=True)
 class _Style:
-    """How strongly each adjective holds, in [0, 1], at each pixel."""
+    """The strength of each adjective at each pixel, in [0, 1]."""
 
     vivid: Tensor
     soft: Tensor
@@ -50,20 +51,20 @@ class _Style:
     glow: Tensor
 
     @classmethod
-    def of(cls, said: Sequence[Sequence[Adjective]]) -> "_Style":
+    def of(cls, adjectives: Sequence[Sequence[Adjective]]) -> "_Style":
         """One row per scene or thing, shaped to broadcast over pictures."""
-        flags = torch.tensor([[float(word in words) for word in ADJECTIVES] for words in said])
-        return cls(*flags.reshape(len(said), len(ADJECTIVES), 1, 1).unbind(1))
+        flags = torch.tensor([[float(word in words) for word in ADJECTIVES] for words in adjectives])
+        return cls(*rearrange(flags, "rows adjectives -> adjectives rows 1 1"))
 
     def mixed(self, other: "_Style", amount: Tensor) -> "_Style":
-        """Go towards the other style by an amount in [0, 1]."""
+        """Interpolate to the other style by an amount in [0, 1]."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return _Style(*(one + (two - one) * amount for one, two in pairs))
+        return _Style(*(start + (end - start) * amount for start, end in pairs))
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One thing of some of the scenes, drawn on its own: `rows` says of which."""
+    """One thing of some of the scenes, drawn by itself; `rows` are the numbers of these scenes."""
 
     rows: Tensor
     lab: Tensor
@@ -85,13 +86,15 @@ def render(caption: str, *, seed: int) -> Image.Image:
         CaptionError: The caption is not one of this world.
     """
     picture = render_batch([parse(caption)], generator=torch.Generator().manual_seed(seed))[0]
-    pixels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    pixels = (
+        (rearrange(picture, "channels height width -> height width channels") * 255).round().to(torch.uint8).numpy()
+    )
     return Image.fromarray(pixels)
 
 
 def render_batch(scenes: Sequence[Scene], *, generator: torch.Generator) -> Tensor:
     """Draw many scenes at once: sRGB in [0, 1], batch x 3 x 64 x 64, in float32."""
-    scenes = [_settled(scene, generator) for scene in scenes]
+    scenes = [_complete(scene, generator) for scene in scenes]
     light = daylight([scene.setting for scene in scenes if scene.setting], generator)
     lab = backdrop(light, size_px=SIZE_PX, generator=generator)
     style = _Style.of([scene.adjectives for scene in scenes])
@@ -99,14 +102,15 @@ def render_batch(scenes: Sequence[Scene], *, generator: torch.Generator) -> Tens
     slots = range(max(len(scene.things) for scene in scenes))
     layers = [_layer(scenes, slot, light.direction, generator) for slot in slots]
     for layer in layers:
-        lab, style = _standing(lab, style, layer)
-    lab = _toned(lab, style)
+        lab, style = _cast_shadow(lab, style, layer)
+    lab = _apply_tone(lab, style)
     for layer in layers:
-        lab, style = _composed(lab, style, layer)
-    return oklab.to_srgb(_focused(lab, style.sharp).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        lab, style = _composite(lab, style, layer)
+    lab = rearrange(_focus(lab, style.sharp), "batch channels height width -> batch height width channels")
+    return rearrange(oklab.to_srgb(lab), "batch height width channels -> batch channels height width")
 
 
-def _settled(scene: Scene, generator: torch.Generator) -> Scene:
+def _complete(scene: Scene, generator: torch.Generator) -> Scene:
     """Choose the setting and the places that a scene leaves open, never a held-out combination."""
 
     def pick(count: int) -> int:
@@ -114,11 +118,11 @@ def _settled(scene: Scene, generator: torch.Generator) -> Scene:
 
     things: list[Thing] = []
     for thing in scene.things:
-        taken = {other.place for other in (*scene.things, *things)}
-        free = [place for place in PLACES if place not in taken]
+        occupied = {other.place for other in (*scene.things, *things)}
+        free = [place for place in PLACES if place not in occupied]
         options = [Thing(**{**vars(thing), "place": place}) for place in free] if thing.place is None else [thing]
-        seen = [option for option in options if not is_held_out(option)] or options
-        things.append(seen[pick(len(seen))])
+        trained = [option for option in options if not is_held_out(option)] or options
+        things.append(trained[pick(len(trained))])
     return Scene(
         things=tuple(things), setting=scene.setting or SETTINGS[pick(len(SETTINGS))], adjectives=scene.adjectives
     )
@@ -139,19 +143,21 @@ def _layer(scenes: Sequence[Scene], slot: int, direction: Tensor, generator: tor
     y = (grid[None, :, None] - height[:, None, None]) / radius[:, None, None]
     x, y = torch.broadcast_tensors(x, y)
     style = _Style.of([thing.adjectives for thing in things])
-    whole = _Style.of([scenes[row].adjectives for row in rows])
-    style = _Style(*(torch.maximum(a, b) for a, b in zip(vars(style).values(), vars(whole).values(), strict=True)))
+    scene_style = _Style.of([scenes[row].adjectives for row in rows])
+    style = _Style(
+        *(torch.maximum(a, b) for a, b in zip(vars(style).values(), vars(scene_style).values(), strict=True))
+    )
     sun = direction[rows]
     lab, cover = _bodies(things, x, y, sun, radius, style)
-    away = (x * x + y * y).sqrt()
+    distance = (x * x + y * y).sqrt()
     shade = ((x + 0.35 * sun[:, None, None, 0]) / 1.15) ** 2 + ((y - 0.94) / 0.27) ** 2
-    ramp = ((_REACH[1] - away) / (_REACH[1] - _REACH[0])).clamp(0, 1)
+    ramp = ((_REACH[1] - distance) / (_REACH[1] - _REACH[0])).clamp(0, 1)
     return _Layer(
         rows=torch.tensor(rows, dtype=torch.long),
         lab=lab,
         cover=cover,
         shadow=torch.exp(-1.3 * shade**1.5),
-        halo=torch.exp(-(((away - 0.8).clamp(min=0) / 0.75) ** 1.5)),
+        halo=torch.exp(-(((distance - 0.8).clamp(min=0) / 0.75) ** 1.5)),
         reach=ramp * ramp * (3 - 2 * ramp),
         style=style,
     )
@@ -164,9 +170,9 @@ def _bodies(
     for shape in SHAPES:
         chosen = [row for row, thing in enumerate(things) if thing.shape == shape]
         if chosen:
-            seen = surface(shape, x[chosen], y[chosen], sun[chosen][:, None, None, :])
-            light[chosen], shine[chosen] = seen.light, seen.highlight
-            cover[chosen] = (0.5 - seen.distance * radius[chosen][:, None, None]).clamp(0, 1)
+            solid = surface(shape, x[chosen], y[chosen], sun[chosen][:, None, None, :])
+            light[chosen], shine[chosen] = solid.light, solid.highlight
+            cover[chosen] = (0.5 - solid.distance * radius[chosen][:, None, None]).clamp(0, 1)
     colors = [COLORS.index(thing.color) for thing in things]
     base, chroma, hue = (
         torch.tensor([table[color] for color in colors])[:, None, None] for table in (_LIGHTNESSES, _CHROMAS, HUES)
@@ -186,34 +192,34 @@ def _bodies(
     ), cover
 
 
-def _standing(lab: Tensor, style: _Style, layer: _Layer) -> tuple[Tensor, _Style]:
-    """Let a thing cast its shadow and its style on the ground around it."""
+def _cast_shadow(lab: Tensor, style: _Style, layer: _Layer) -> tuple[Tensor, _Style]:
+    """Darken the ground under a thing, and give its style to the ground around it."""
     lab = lab.clone()
     weight = 0.24 + 0.14 * layer.style.glow
     lab[layer.rows, 0] *= 1 - weight * layer.shadow
-    return lab, _placed(style, layer, layer.reach)
+    return lab, _mix_style(style, layer, layer.reach)
 
 
-def _composed(lab: Tensor, style: _Style, layer: _Layer) -> tuple[Tensor, _Style]:
-    """Put a thing in front of what is there."""
+def _composite(lab: Tensor, style: _Style, layer: _Layer) -> tuple[Tensor, _Style]:
+    """Put a thing in front of what is drawn so far."""
     lab = lab.clone()
     behind = lab[layer.rows]
     glow = layer.style.glow * layer.halo
     warm = torch.stack([0.3 * glow * (0.95 - behind[:, 0]).clamp(min=0), 0.002 * glow, 0.008 * glow], 1)
     front = layer.cover[:, None]
     lab[layer.rows] = (behind + warm) * (1 - front) + layer.lab * front
-    return lab, _placed(style, layer, layer.cover)
+    return lab, _mix_style(style, layer, layer.cover)
 
 
-def _placed(style: _Style, layer: _Layer, amount: Tensor) -> _Style:
+def _mix_style(style: _Style, layer: _Layer, amount: Tensor) -> _Style:
     fields = {name: field.clone() for name, field in vars(style).items()}
-    here = _Style(**{name: field[layer.rows] for name, field in fields.items()}).mixed(layer.style, amount)
+    mixed = _Style(**{name: field[layer.rows] for name, field in fields.items()}).mixed(layer.style, amount)
     for name, field in fields.items():
-        field[layer.rows] = getattr(here, name)
+        field[layer.rows] = getattr(mixed, name)
     return _Style(**fields)
 
 
-def _toned(lab: Tensor, style: _Style) -> Tensor:
+def _apply_tone(lab: Tensor, style: _Style) -> Tensor:
     """Turn a well lit, colourful backdrop into what the style leaves of it."""
     mean = lab[:, 0].mean(dim=(1, 2), keepdim=True)
     lightness = mean + (lab[:, 0] - mean) * (0.75 + 0.05 * style.soft + 0.45 * style.glow)
@@ -222,9 +228,10 @@ def _toned(lab: Tensor, style: _Style) -> Tensor:
     return torch.cat([lightness.clamp(0.05, 0.97)[:, None], color], dim=1)
 
 
-def _focused(lab: Tensor, sharp: Tensor) -> Tensor:
-    at = torch.arange(float(SIZE_PX))
-    kernel = torch.exp(-((at[:, None] - at) ** 2) / (2 * _BLUR_PX**2))
+def _focus(lab: Tensor, sharp: Tensor) -> Tensor:
+    """Blur by a Gaussian wherever a picture is not sharp. The blur is separable: one matrix for each axis."""
+    axis = torch.arange(float(SIZE_PX))
+    kernel = torch.exp(-((axis[:, None] - axis) ** 2) / (2 * _BLUR_PX**2))
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
     blurred = kernel @ lab @ kernel.T
     return blurred + (lab - blurred) * sharp[:, None]

@@ -1,4 +1,4 @@
-"""Ground truth as a scorer: is what the prompt asked for in the picture?"""
+"""Accuracy: a scorer that compares pictures with the ground truth of their prompts."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,9 +11,9 @@ from artaug.scoring import Scorer
 
 @dataclass(frozen=True)
 class Accuracy(Scorer):
-    """The share of asked things whose colour, shape or place is right in the picture, in [0, 1].
+    """The share of the prompt's things whose colour, shape or place is right in the picture, in [0, 1].
 
-    It plays the part that CLIP or a question-answering model plays in the world outside, without their errors.
+    Here it takes the place of CLIP or a visual question answering model, without their errors.
 
     >>> from artaug import playground
     >>> prompt = "a red cone on the left and a blue ball on the right at night"

@@ -1,4 +1,4 @@
-"""The four solids as seen from the front: outline, shading and highlight on a unit square.
+"""The four solids from the front: outline, shading and highlight on a unit square.
 
 Coordinates are relative to the centre and the radius of a thing: x to the right, y down, so that a
 thing fills about [-1, 1] in both. Light comes from direction `light`, a unit vector (x, y, z) whose
@@ -21,7 +21,7 @@ _BACK = (0.6, -0.95)
 
 @dataclass(frozen=True)
 class Surface:
-    """What one solid looks like at each point."""
+    """The outline and shading of one solid at each point."""
 
     distance: Tensor
     """Signed distance to the outline in radii, negative inside."""
@@ -32,7 +32,7 @@ class Surface:
 
 
 def surface(shape: Shape, x: Tensor, y: Tensor, light: Tensor) -> Surface:
-    """Look at a solid at the points (x, y); `light` broadcasts against them in its last dimension."""
+    """Evaluate a solid at the points (x, y); `light` broadcasts against them in its last dimension."""
     return {"ball": _ball, "cube": _cube, "cone": _cone, "ring": _ring}[shape](x, y, light)
 
 

@@ -1,7 +1,6 @@
-"""A tiny world of captioned scenes: coloured things standing somewhere, in a setting.
+"""A tiny world of captioned scenes: coloured things at places, in a setting.
 
-It knows nothing of pictures: `artaug.playground.rendering` draws a scene, `artaug.playground.detection`
-reads one back.
+There are no pictures here: `artaug.playground.rendering` draws a scene, `artaug.playground.detection` reads one back.
 """
 
 import itertools
@@ -51,12 +50,12 @@ class CaptionError(ArtAugError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One object: what it is, where it stands, and how well it is photographed."""
+    """One object: its colour and shape, its place, and the adjectives that improve how it is drawn."""
 
     color: Color
     shape: Shape
     place: Place | None = None
-    """Where it stands; None leaves the choice to whoever draws it."""
+    """None leaves the choice to the renderer or the model."""
     adjectives: tuple[Adjective, ...] = ()
     """Adjectives that improve this thing and its near surroundings only."""
 
@@ -72,7 +71,7 @@ class Scene:
     """A setting with at most two things in it; any part may be left open.
 
     Raises:
-        CaptionError: Three things or more, two things in one place, or an adjective said twice.
+        CaptionError: Three things or more, two things in one place, or an adjective twice.
     """
 
     things: tuple[Thing, ...] = ()
@@ -84,12 +83,12 @@ class Scene:
         """Refuse what cannot be drawn."""
         places = [thing.place for thing in self.things if thing.place]
         if len(self.things) > _MOST_THINGS:
-            raise _refusal(self.caption, f"holds {len(self.things)} things, at most {_MOST_THINGS} fit")
+            raise _caption_error(self.caption, f"holds {len(self.things)} things, at most {_MOST_THINGS} fit")
         if len(set(places)) < len(places):
-            raise _refusal(self.caption, f"puts both things {places[0]}, give them different places")
-        for said in (self.adjectives, *(thing.adjectives for thing in self.things)):
-            if len(set(said)) < len(said):
-                raise _refusal(self.caption, f"says an adjective twice: {', '.join(said)}")
+            raise _caption_error(self.caption, f"puts both things {places[0]}, give them different places")
+        for adjectives in (self.adjectives, *(thing.adjectives for thing in self.things)):
+            if len(set(adjectives)) < len(adjectives):
+                raise _caption_error(self.caption, f"has an adjective twice: {', '.join(adjectives)}")
 
     @property
     def caption(self) -> str:
@@ -113,18 +112,18 @@ def parse(caption: str) -> Scene:
     if head in ADJECTIVES:
         head, suffixes = "", [head, *suffixes]
     if unknown := [word for word in suffixes if word not in ADJECTIVES]:
-        raise _refusal(caption, f"ends on {unknown[0]!r}, known adjectives are {', '.join(ADJECTIVES)}")
+        raise _caption_error(caption, f"ends on {unknown[0]!r}, known adjectives are {', '.join(ADJECTIVES)}")
     setting = _SETTING.search(head)
     words = head[: setting.start()].strip() if setting else head
     return Scene(
-        things=tuple(_thing(part, caption=caption) for part in words.split(" and ")) if words else (),
+        things=tuple(_parse_thing(part, caption=caption) for part in words.split(" and ")) if words else (),
         setting=cast("Setting", setting.group()) if setting else None,
         adjectives=tuple(cast("Adjective", word) for word in suffixes),
     )
 
 
 def is_held_out(thing: Thing) -> bool:
-    """Tell whether this colour, shape and place were kept from training together.
+    """Whether this combination of colour, shape and place is left out of training.
 
     Twelve of the 72 triples are: colour number c with shape c (mod 4) at place c (mod 3), and with
     shape c + 2 at place c + 1. Each colour is in two of them, each shape in three, each place in four.
@@ -146,13 +145,13 @@ def prompts(n: int, *, seed: int, held_out: bool = False) -> list[str]:
         held_out: Ask for combinations of colour, shape and place that training never showed: every
             thing is one of them. Otherwise no thing is.
     """
-    chooser = random.Random(seed)
+    rng = random.Random(seed)
     triples = _triples(held_out=held_out)
     captions: dict[str, None] = {}
     repeats: list[str] = []
     tries = 0
     while len(captions) + len(repeats) < n:
-        caption = _draw(triples, chooser).caption
+        caption = _draw_scene(triples, rng).caption
         tries = tries + 1 if caption in captions else 0
         if tries > _TRIES:
             repeats.append(caption)
@@ -160,39 +159,39 @@ def prompts(n: int, *, seed: int, held_out: bool = False) -> list[str]:
     return [*captions, *repeats][:n]
 
 
-def _draw(triples: tuple[Thing, ...], chooser: random.Random) -> Scene:
-    things = [chooser.choice(triples)]
-    if chooser.random() >= _SINGLE_SHARE:
+def _draw_scene(triples: tuple[Thing, ...], rng: random.Random) -> Scene:
+    things = [rng.choice(triples)]
+    if rng.random() >= _SINGLE_SHARE:
         others = [other for other in triples if _differ(other, things[0])]
-        things = chooser.sample([things[0], chooser.choice(others)], k=2)
-    return Scene(things=tuple(things), setting=chooser.choice(SETTINGS))
+        things = rng.sample([things[0], rng.choice(others)], k=2)
+    return Scene(things=tuple(things), setting=rng.choice(SETTINGS))
 
 
-def _differ(one: Thing, other: Thing) -> bool:
-    return one.color != other.color and one.place != other.place
+def _differ(first: Thing, second: Thing) -> bool:
+    return first.color != second.color and first.place != second.place
 
 
 def _triples(*, held_out: bool) -> tuple[Thing, ...]:
-    every = (
+    things = (
         Thing(color=color, shape=shape, place=place)
         for color, shape, place in itertools.product(COLORS, SHAPES, PLACES)
     )
-    return tuple(thing for thing in every if is_held_out(thing) == held_out)
+    return tuple(thing for thing in things if is_held_out(thing) == held_out)
 
 
-def _thing(words: str, *, caption: str) -> Thing:
+def _parse_thing(words: str, *, caption: str) -> Thing:
     match = _THING.fullmatch(words)
     if match is None:
-        raise _refusal(caption, f"has {words!r} where 'a <colour> <shape> [<place>]' was expected")
-    said = re.findall(_ADJECTIVE, match["adjectives"])
+        raise _caption_error(caption, f"has {words!r} where 'a <colour> <shape> [<place>]' was expected")
+    adjectives = re.findall(_ADJECTIVE, match["adjectives"])
     thing = Thing(
         color=cast("Color", match["color"]),
         shape=cast("Shape", match["shape"]),
-        adjectives=tuple(cast("Adjective", word) for word in said),
+        adjectives=tuple(cast("Adjective", word) for word in adjectives),
     )
     return replace(thing, place=cast("Place", match["place"])) if match["place"] else thing
 
 
-def _refusal(caption: str, why: str) -> CaptionError:
+def _caption_error(caption: str, why: str) -> CaptionError:
     message = f"this world has no {caption!r}: it {why}. Write captions like 'a red cone on the left at night, vivid'."
     return CaptionError(message, caption=caption)
