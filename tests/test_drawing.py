@@ -68,7 +68,7 @@ def test_grey_and_transparent_pictures_are_drawn_on_too():
 
 
 def test_labels_have_to_match():
-    with pytest.raises(aa.InvalidValueError, match="received 1 boxes and 2 labels: need one a box"):
+    with pytest.raises(aa.InvalidValueError, match="received 1 boxes and 2 labels. Pass one label for each box"):
         draw_boxes(GREY, [aa.Box(0, 0, 1, 1)], labels=["a", "b"])
 
 
