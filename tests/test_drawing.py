@@ -68,7 +68,7 @@ def test_grey_and_transparent_pictures_are_drawn_on_too():
 
 
 def test_labels_have_to_match():
-    with pytest.raises(aa.InvalidValueError, match="received 1 boxes and 2 labels. Pass one label for each box"):
+    with pytest.raises(aa.InvalidValueError, match=r"received 1 boxes and 2 labels\. Pass one label for each box"):
         draw_boxes(GREY, [aa.Box(0, 0, 1, 1)], labels=["a", "b"])
 
 
@@ -93,7 +93,7 @@ def changed(drawn):
 
 @given(
     st.lists(
-        st.builds(Area, where=any_boxes() | masks(), words=st.text(max_size=80), feather=st.sampled_from([0.0, 0.1]))
+        st.builds(Area, shape=any_boxes() | masks(), text=st.text(max_size=80), feather=st.sampled_from([0.0, 0.1]))
     )
 )
 def test_areas_leave_the_picture_as_it_was_and_widen_nothing(areas):
