@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import artaug as aa
+from artaug._internal.images import as_rgb
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.regional import OutputMix, token_weights
 from support.tiny_flux import TINY_SIZE, tiny_flux
@@ -415,6 +416,14 @@ def test_a_trainer_gets_a_frozen_model_with_the_loras_active(synthesizer):
         assert hooks_of(module) != hooks
     assert [parameter.requires_grad for parameter in module.parameters()] == flags
     assert hooks_of(module) == hooks
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_training_encodes_the_rgb_pixels_that_scorers_see(synthesizer, mode):
+    noise = Image.effect_noise((TINY_SIZE, TINY_SIZE), 90)
+    image = Image.merge("RGBA", [noise, noise.rotate(90), noise.rotate(180), noise.rotate(270)]).convert(mode)
+    with synthesizer.training() as model:
+        assert torch.equal(model.encode_images([image]), model.encode_images([as_rgb(image)]))
 
 
 def test_drawing_shows_no_progress_bar_and_keeps_the_pipelines_setting(synthesizer, capfd):

@@ -12,7 +12,7 @@ _PACKAGES = ("artaug", "torch", "diffusers", "transformers", "peft", "numpy", "p
 
 
 @runtime_checkable
-class TokenCounts(Protocol):
+class UsageCounts(Protocol):
     """What a client of a server has counted, as `artaug.critics.Usage` does."""
 
     replies: int
@@ -24,10 +24,10 @@ class TokenCounts(Protocol):
 def usage_rows(about: Mapping[str, object]) -> list[tuple[str, str]]:
     """The usage of each object that has a ``usage``, as text."""
     usages = {name: getattr(described, "usage", None) for name, described in about.items()}
-    return [(name, _format_usage(usage)) for name, usage in usages.items() if isinstance(usage, TokenCounts)]
+    return [(name, _format_usage(usage)) for name, usage in usages.items() if isinstance(usage, UsageCounts)]
 
 
-def _format_usage(usage: TokenCounts) -> str:
+def _format_usage(usage: UsageCounts) -> str:
     bound = "at least " if usage.uncounted else ""
     return f"{usage.replies:,} replies, {bound}{usage.input_tokens:,} input and {usage.output_tokens:,} output tokens"
 
