@@ -1,4 +1,4 @@
-"""Ways to come by pictures to learn from, and what each costs: the loop's interaction, and the best of several draws."""
+"""Sources of pairs and their cost: the loop's interaction, and the best of several draws."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -22,9 +22,9 @@ KEEP: aa.PairFilter = reduce(
     [aa.Floor(accuracy, at_least=1.0) for accuracy in FAITHFUL],
     aa.Gain(Chroma(), at_least=0.03) & aa.Gain(Contrast(), at_least=0.01),
 )
-"""What the loop's pairs are filtered by, as in the quickstart."""
+"""The filter of the loop's pairs, as in the quickstart."""
 SELECTED_BY = MeanOf((Chroma(), Contrast()))
-"""What says which of several is best: the same scorers."""
+"""The scorer that selects the best of several draws: the same ones."""
 PLANNER = aa.GreedyPlanner(max_regions=3)
 MOST_PROMPTS = 1280
 CHUNK = 32
@@ -32,12 +32,12 @@ CHUNK = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What was spent."""
+    """The cost of some pairs or of a training."""
 
     images: int = 0
     critic_calls: int = 0
     passes: int = 0
-    """Denoiser calls, counted once a picture; a backward pass counts as two."""
+    """Denoiser calls, counted per picture; a backward pass counts as two."""
     seconds: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -50,7 +50,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class PairSet:
     """Pairs to learn from, how many prompts were drawn for them, and what that cost."""
 
     pairs: Sequence[aa.ImagePair]
@@ -59,8 +59,8 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distracted(aa.Critic):
-    """A critic some of whose boxes are wrong: each, with a given chance, is replaced by one of any place and size."""
+class NoisyCritic(aa.Critic):
+    """A critic whose boxes are wrong with a given chance: replaced by a box of random place and size."""
 
     critic: aa.Critic
     wrong: float
@@ -73,13 +73,14 @@ class Distracted(aa.Critic):
             return answer
         chooser = random.Random(f"{self.seed}: {prompt}")
         moved = tuple(
-            replace(one, box=_anywhere(chooser)) if chooser.random() < self.wrong else one for one in answer.suggestions
+            replace(suggestion, box=_random_box(chooser)) if chooser.random() < self.wrong else suggestion
+            for suggestion in answer.suggestions
         )
         return replace(answer, suggestions=moved)
 
 
-def _anywhere(chooser: random.Random) -> aa.Box:
-    """From a fifth of the picture's side to three fifths wide and high, which is what parts have."""
+def _random_box(chooser: random.Random) -> aa.Box:
+    """A box from a fifth to three fifths of the picture's side wide and high, as regions of the loop are."""
     wide, high = (chooser.uniform(0.2, 0.6) for _ in range(2))
     left, top = chooser.uniform(0, 1 - wide), chooser.uniform(0, 1 - high)
     return aa.Box(left, top, left + wide, top + high)
@@ -87,7 +88,7 @@ def _anywhere(chooser: random.Random) -> aa.Box:
 
 @dataclass(kw_only=True)
 class Interaction:
-    """The loop: attempts are made when someone asks for more than there are, and kept for whoever asks next."""
+    """The loop: attempts are made when more are needed than there are, and shared by all cells."""
 
     synthesizer: aa.Synthesizer
     critic: aa.Critic
@@ -106,18 +107,18 @@ class Interaction:
             batch_size=CHUNK,
         )
 
-    def kept(self, count: int, *, at_most: int = MOST_PROMPTS) -> Found:
+    def kept(self, count: int, *, at_most: int = MOST_PROMPTS) -> PairSet:
         """The first pairs that the filter keeps: fewer, if it keeps fewer of ``at_most`` prompts."""
         pairs: list[aa.ImagePair] = []
         for number in range(at_most):
             if len(pairs) == count:
-                return self._found(pairs, number)
+                return self._pair_set(pairs, number)
             attempt = self._attempt(number)
             pairs += [attempt.pair] if isinstance(attempt, aa.Kept) else []
-        return self._found(pairs, at_most)
+        return self._pair_set(pairs, at_most)
 
-    def best(self, count: int, *, of: float) -> Found:
-        """The best ``count`` pairs of ``count / of``, no other filter asked; all of them as they come if ``of`` is 1."""
+    def best(self, count: int, *, of: float) -> PairSet:
+        """The best ``count`` pairs of ``count / of``, with no other filter; if ``of`` is 1, all of them in their order."""
         wanted = round(count / of)
         pairs: list[aa.ImagePair] = []
         number = 0
@@ -126,18 +127,18 @@ class Interaction:
             pairs += [] if isinstance(attempt, aa.Skipped) else [attempt.pair]
             number += 1
         verdicts = aa.TopFraction(SELECTED_BY, of).judge_batch(pairs)
-        return self._found([pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.keep], number)
+        return self._pair_set([pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.keep], number)
 
     def _attempt(self, number: int) -> aa.Attempt:
         if number == len(self.made):
-            begun = perf_counter()
+            start = perf_counter()
             chunk = list(islice(self.more, CHUNK))
-            seconds = (perf_counter() - begun) / len(chunk)
+            seconds = (perf_counter() - start) / len(chunk)
             self.made += [(attempt, _cost(attempt, self.sampling_steps, seconds)) for attempt in chunk]
         return self.made[number][0]
 
-    def _found(self, pairs: Sequence[aa.ImagePair], prompts: int) -> Found:
-        return Found(pairs=pairs, prompts=prompts, cost=_sum(cost for _, cost in self.made[:prompts]))
+    def _pair_set(self, pairs: Sequence[aa.ImagePair], prompts: int) -> PairSet:
+        return PairSet(pairs=pairs, prompts=prompts, cost=_sum(cost for _, cost in self.made[:prompts]))
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:
@@ -152,10 +153,10 @@ def _cost(attempt: aa.Attempt, sampling_steps: int, seconds: float) -> Cost:
 
 
 @dataclass(kw_only=True)
-class BestOfSeveral:
-    """No interaction: draw every prompt with several seeds, and of those that show what was asked keep the best.
+class BestOfK:
+    """No interaction: draw every prompt with several seeds, and keep the best of those that show what was requested.
 
-    So do DreamSync (arXiv 2311.17946) and rejection sampling; a pair here is the best beside the worst of all draws.
+    DreamSync (arXiv 2311.17946) and rejection sampling do this; a pair here is the best beside the worst of all draws.
     """
 
     synthesizer: aa.Synthesizer
@@ -168,8 +169,8 @@ class BestOfSeveral:
         self.prompts = playground.prompts(MOST_PROMPTS, seed=self.seed)
         self.seeds = np.reshape(picture_seeds(self.seed, MOST_PROMPTS * self.draws), (MOST_PROMPTS, self.draws))
 
-    def kept(self, count: int) -> Found:
-        """The best of each prompt that has one, until there are enough."""
+    def kept(self, count: int) -> PairSet:
+        """The best draws of the first prompts that have one, ``count`` in all."""
         pairs: list[aa.ImagePair] = []
         number = 0
         while len(pairs) < count:
@@ -178,7 +179,7 @@ class BestOfSeveral:
             best = self.made[number][0]
             pairs += [] if best is None else [best]
             number += 1
-        return Found(pairs=pairs, prompts=number, cost=_sum(cost for _, cost in self.made[:number]))
+        return PairSet(pairs=pairs, prompts=number, cost=_sum(cost for _, cost in self.made[:number]))
 
     def _chunk(self, start: int) -> list[tuple[aa.ImagePair | None, Cost]]:
         begun = perf_counter()

@@ -1,4 +1,4 @@
-"""How the ablation is shown: a panel an axis, and what it costs."""
+"""The plot of the ablation: a panel per axis, and the cost."""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from benchmarks import _record as record
 from benchmarks._ablation_bench import ARMS, CONTROLS, LONG, OURS
 
-COLOURS = dict(
+COLORS = dict(
     zip([*ARMS, LONG], ["#d1495b", "#8d5a97", "#edae49", "#66a182", "#00798c", "#2e4057", "#888888"], strict=True)
 )
 MARKS = dict(zip([*ARMS, LONG], "os^DvPx", strict=True))
@@ -33,18 +33,18 @@ def plot(rows: Sequence[record.Row]) -> Figure:
     return figure
 
 
-def _lines(axes: Axes, rows: Sequence[record.Row], along: str, *, told: Callable[[record.Row], str]) -> None:
-    """A line for all rows that are told alike."""
-    for name in dict.fromkeys(map(told, rows)):
-        mine = [row for row in rows if told(row) == name]
+def _lines(axes: Axes, rows: Sequence[record.Row], along: str, *, label: Callable[[record.Row], str]) -> None:
+    """A line for all rows of one label."""
+    for name in dict.fromkeys(map(label, rows)):
+        mine = [row for row in rows if label(row) == name]
         places = sorted({row[along] for row in mine})
         heights = [[row["gain"] for row in mine if row[along] == place] for place in places]
         arm = mine[0]["arm"]
         axes.errorbar(
             places,
-            [fmean(each) for each in heights],
-            yerr=[[fmean(each) - min(each) for each in heights], [max(each) - fmean(each) for each in heights]],
-            color=COLOURS[arm],
+            [fmean(gains) for gains in heights],
+            yerr=[[fmean(gains) - min(gains) for gains in heights], [max(gains) - fmean(gains) for gains in heights]],
+            color=COLORS[arm],
             marker=MARKS[arm],
             markersize=5,
             capsize=2,
@@ -63,7 +63,7 @@ def _of(rows: Sequence[record.Row], axis: str) -> list[record.Row]:
 
 def _pairs(axes: Axes, rows: Sequence[record.Row]) -> None:
     axes.set(title="pairs", xlabel="pairs learned from, in as many steps", xscale="log")
-    _lines(axes, _of(rows, "pairs"), "pairs", told=lambda row: row["arm"])
+    _lines(axes, _of(rows, "pairs"), "pairs", label=lambda row: row["arm"])
     ticks = sorted({row["pairs"] for row in _of(rows, "pairs")})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
@@ -71,7 +71,7 @@ def _pairs(axes: Axes, rows: Sequence[record.Row]) -> None:
 
 def _rounds(axes: Axes, rows: Sequence[record.Row]) -> None:
     axes.set(title="rounds", xlabel="rounds, or as many pairs and steps in one")
-    _lines(axes, _of(rows, "rounds"), "rounds", told=lambda row: row["arm"])
+    _lines(axes, _of(rows, "rounds"), "rounds", label=lambda row: row["arm"])
     axes.set_xticks(sorted({row["rounds"] for row in _of(rows, "rounds")}))
     axes.legend(frameon=False)
 
@@ -79,7 +79,7 @@ def _rounds(axes: Axes, rows: Sequence[record.Row]) -> None:
 def _yields(axes: Axes, rows: Sequence[record.Row]) -> None:
     mine = _of(rows, "yield")
     axes.set(title="yield", xlabel="share of the candidates kept, the best ones", xscale="log")
-    _lines(axes, mine, "share", told=lambda row: row["arm"])
+    _lines(axes, mine, "share", label=lambda row: row["arm"])
     ticks = sorted({row["share"] for row in mine})
     axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
     axes.minorticks_off()
@@ -89,18 +89,18 @@ def _yields(axes: Axes, rows: Sequence[record.Row]) -> None:
 def _noises(axes: Axes, rows: Sequence[record.Row]) -> None:
     mine = _of(rows, "noise")
     axes.set(title="critic noise", xlabel="share of wrong boxes")
-    _lines(axes, mine, "noise", told=lambda row: "pairs filtered" if row["share"] is None else "pairs not filtered")
+    _lines(axes, mine, "noise", label=lambda row: "pairs filtered" if row["share"] is None else "pairs not filtered")
     ticks = sorted({row["noise"] for row in mine})
     axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
     axes.legend(frameon=False)
 
 
 def _beside(axes: Axes, rows: Sequence[record.Row], across: str, *, times: float = 1) -> None:
-    """Gain beside something else: a point a seed and number of pairs, hollow for LoRAs beyond scale 1; lines join rounds."""
+    """Gain beside another column: a point per seed and number of pairs, hollow for scales above 1; lines join rounds."""
     for row in [*_of(rows, "pairs"), *_of(rows, "scale")]:
-        colour, mark = COLOURS[row["arm"]], MARKS[row["arm"]]
-        inside = "none" if row["axis"] == "scale" else colour
-        axes.scatter(times * row[across], row["gain"], s=24, marker=mark, facecolor=inside, edgecolor=colour, alpha=0.8)
+        color, mark = COLORS[row["arm"]], MARKS[row["arm"]]
+        face = "none" if row["axis"] == "scale" else color
+        axes.scatter(times * row[across], row["gain"], s=24, marker=mark, facecolor=face, edgecolor=color, alpha=0.8)
     going = _of(rows, "rounds")
     for arm in dict.fromkeys(row["arm"] for row in going if row["arm"] != LONG):
         mine = [row for row in going if row["arm"] == arm]
@@ -109,10 +109,10 @@ def _beside(axes: Axes, rows: Sequence[record.Row], across: str, *, times: float
             tuple(fmean(row[name] for row in mine if row["rounds"] == number) for name in (across, "gain"))
             for number in numbers
         ]
-        axes.plot([times * x for x, _ in means], [y for _, y in means], color=COLOURS[arm], linewidth=1)
+        axes.plot([times * x for x, _ in means], [y for _, y in means], color=COLORS[arm], linewidth=1)
         for number, (x, y) in zip(numbers, means, strict=True):
             if number > 1:
-                axes.annotate(str(number), (times * x, y), color=COLOURS[arm], fontsize=9, fontweight="bold")
+                axes.annotate(str(number), (times * x, y), color=COLORS[arm], fontsize=9, fontweight="bold")
     axes.set_ylabel("gain")
 
 
@@ -137,7 +137,7 @@ def _controls(axes: Axes, rows: Sequence[record.Row]) -> None:
     bars[OURS] = [row for row in trained if row["pairs"] == usual]
     for place, (name, mine) in enumerate(bars.items()):
         height = fmean(row["gain"] for row in mine)
-        axes.bar(place, height, color=COLOURS.get(name, "#bbbbbb"), width=0.6)
+        axes.bar(place, height, color=COLORS.get(name, "#bbbbbb"), width=0.6)
         passes = fmean(row["drawing_passes"] for row in mine)
         axes.annotate(f"{passes:.3g} passes\na picture", (place, height), ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(bars)), [name.replace(" ", "\n", 1) for name in bars], fontsize=8)
@@ -151,6 +151,6 @@ def _cost(axes: Axes, rows: Sequence[record.Row]) -> None:
         mine = [row for row in _of(rows, "pairs") if (row["arm"], row["pairs"]) == (name, usual)]
         made = fmean(row["passes"] - row["learning_passes"] for row in mine)
         learned = fmean(row["learning_passes"] for row in mine)
-        axes.barh(place, made, color=COLOURS[name])
-        axes.barh(place, learned, left=made, color=COLOURS[name], alpha=0.45)
+        axes.barh(place, made, color=COLORS[name])
+        axes.barh(place, learned, left=made, color=COLORS[name], alpha=0.45)
     axes.set_yticks(range(len(ARMS)), [*reversed([*ARMS])], fontsize=8)

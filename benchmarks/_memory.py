@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], object], *, given: Iterable[Tensor]) -> int:
-    """Do some work, and say how much it held at most: what was ``given`` to it, and whatever it made on the way."""
+    """Do some work and return the most memory it held: what was ``given`` to it, and all it allocated."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         work()
@@ -20,10 +20,10 @@ def peak_bytes(work: Callable[[], object], *, given: Iterable[Tensor]) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += int(event.nbytes())
         most = max(most, now)
-    return most + sum(one.numel() * one.element_size() for one in given)
+    return most + sum(tensor.numel() * tensor.element_size() for tensor in given)
 
 
-def significant() -> None:
-    """Wait until the device has done all it was asked."""
+def synchronize() -> None:
+    """Wait until the device has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

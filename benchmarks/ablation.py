@@ -1,8 +1,8 @@
-"""Is the loop with the paired difference better than its alternatives at equal budgets, and what does each cost?
+"""The ablation: the loop with the paired difference beside its alternatives at equal budgets, and the cost of each.
 
-``python -m benchmarks.ablation`` goes through all seeds; ``--seeds 2`` through some, perhaps beside another process:
-whoever ends last writes the results of all. Stopped, it goes on from its journal, beside the results. ``--tune`` tries
-the learning rates that those of the arms were chosen from.
+``python -m benchmarks.ablation`` measures all seeds; ``--seeds 2`` some, perhaps beside another process: the last one to
+end writes the results of all. Stopped, it goes on from its journal, beside the results. ``--tune`` measures the learning
+rates that those of the arms were chosen from.
 """
 
 import argparse
@@ -27,17 +27,17 @@ PER_PROMPT = "gains"
 
 @dataclass(frozen=True)
 class Journal:
-    """Rows as they are measured, a line each, so that nothing measured is lost; several processes may write to it."""
+    """Rows as they are measured, one per line, so that none is lost; several processes may write to it."""
 
     path: Path
     about: Mapping[str, str]
     """What the rows were measured with: its first line."""
 
     def begin(self) -> None:
-        """Start it, or make sure that it is about the same.
+        """Start it, or check that its settings are the same.
 
         Raises:
-            SystemExit: if it is not.
+            SystemExit: if they are not.
         """
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,14 +46,14 @@ class Journal:
             raise SystemExit(f"{self.path} is of other settings. Move it away, or write somewhere else (--out).")
 
     def rows(self) -> list[record.Row]:
-        """All rows so far, whoever measured them."""
+        """All rows so far, of all processes."""
         return self._lines()[1:]
 
-    def measure(self, wanted: Iterable[Cell], bench: Bench) -> None:
-        """SimilarityMetric what is not there yet."""
-        for cell in wanted:
-            known = asdict(cell)
-            if not any(known.items() <= row.items() for row in self.rows()):
+    def measure(self, cells: Iterable[Cell], bench: Bench) -> None:
+        """Measure the cells that are not there yet."""
+        for cell in cells:
+            fields = asdict(cell)
+            if not any(fields.items() <= row.items() for row in self.rows()):
                 self._append(bench.row(cell))
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -65,7 +65,7 @@ class Journal:
 
 
 def measure(*, quick: bool, out: Path, seeds: Sequence[int], tune: bool = False) -> list[record.Row]:
-    """SimilarityMetric the trials, or the cells of some seeds; give all rows that are known by then, trials included."""
+    """Measure the trials, or the cells of some seeds; return all rows so far, trials included."""
     settings = QUICK if quick else Settings()
     about, suffix = {"settings": repr(settings)}, "-quick" if quick else ""
     tuning = Journal(out / f"ablation-tuning{suffix}.jsonl", about)
@@ -83,39 +83,39 @@ def measure(*, quick: bool, out: Path, seeds: Sequence[int], tune: bool = False)
 def comparisons(rows: Sequence[record.Row]) -> list[record.Row]:
     """Every arm beside ours with as many pairs: the mean difference of gains over prompts and seeds, and its interval.
 
-    The interval is a 95% bootstrap over prompts of the differences that are left when seeds are averaged.
+    The interval is a 95% bootstrap over prompts of the differences, averaged over seeds.
     """
-    learned = [row for row in rows if row["axis"] == "pairs"]
-    found: list[record.Row] = []
-    for arm, pairs in dict.fromkeys((row["arm"], row["pairs"]) for row in learned if row["arm"] != OURS):
-        mine, theirs = (
-            {row["seed"]: row[PER_PROMPT] for row in learned if (row["arm"], row["pairs"]) == (name, pairs)}
+    trained = [row for row in rows if row["axis"] == "pairs"]
+    results: list[record.Row] = []
+    for arm, pairs in dict.fromkeys((row["arm"], row["pairs"]) for row in trained if row["arm"] != OURS):
+        ours, others = (
+            {row["seed"]: row[PER_PROMPT] for row in trained if (row["arm"], row["pairs"]) == (name, pairs)}
             for name in (OURS, arm)
         )
-        both = sorted(mine.keys() & theirs.keys())
-        differences = np.mean([np.subtract(theirs[seed], mine[seed]) for seed in both], axis=0)
-        within = paired_bootstrap(differences)
-        found.append(
+        both = sorted(ours.keys() & others.keys())
+        differences = np.mean([np.subtract(others[seed], ours[seed]) for seed in both], axis=0)
+        interval = paired_bootstrap(differences)
+        results.append(
             {
                 "arm": arm,
                 "minus": OURS,
                 "pairs": pairs,
                 "seeds": len(both),
                 "gain": fmean(differences),
-                "low": within.low,
-                "high": within.high,
+                "low": interval.low,
+                "high": interval.high,
             }
         )
-    return found
+    return results
 
 
 def write(rows: Sequence[record.Row], out: Path, *, quick: bool) -> None:
     """Write ablation.json and ablation.png."""
-    shown = [{name: cell for name, cell in row.items() if name != PER_PROMPT} for row in rows]
+    columns = [{name: cell for name, cell in row.items() if name != PER_PROMPT} for row in rows]
     settings = asdict(QUICK if quick else Settings())
     environment = record.environment() | {"quick": quick, "settings": settings}
-    told = {"environment": environment, "rows": shown, "comparisons": comparisons(rows)}
-    (out / "ablation.json").write_text(json.dumps(told, indent=2) + "\n")
+    content = {"environment": environment, "rows": columns, "comparisons": comparisons(rows)}
+    (out / "ablation.json").write_text(json.dumps(content, indent=2) + "\n")
     plot(rows).savefig(out / "ablation.png", dpi=150, bbox_inches="tight")
 
 

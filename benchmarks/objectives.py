@@ -22,7 +22,7 @@ from benchmarks import _record as record
 FAITHFUL = [playground.Accuracy(of) for of in ("color", "shape", "place")]
 NEEDS_NOTHING = ", vivid, softly lit, sharp, glowing"
 GAIN = 0.05
-"""Four fifths of what most of them settle at."""
+"""Four fifths of the gain that most methods reach in the end."""
 METHODS: dict[str, tuple[aa.Objective, int]] = {
     "PairedDifference": (aa.PairedDifference(), 1),
     "PairedDifference, echo=2": (aa.PairedDifference(), 2),
@@ -31,23 +31,23 @@ METHODS: dict[str, tuple[aa.Objective, int]] = {
     "TwoStage per pair": (aa.TwoStage(per_pair=True), 1),
     "SupervisedFineTuning": (aa.SupervisedFineTuning(), 1),
 }
-"""Objectives, and how often each batch comes."""
+"""Objectives and their echo."""
 
 
 def measure(*, quick: bool) -> list[record.Row]:
-    """Train each objective on the same pairs; report gain, alignment and drift on held-out prompts, and what it cost.
+    """Train each objective on the same pairs; report gain, alignment and drift on held-out prompts, and the cost.
 
-    Gain is the mean rise of the photometric scorers, alignment the share of asked colours, shapes and places that
+    Gain is the mean rise of the photometric scorers, alignment the share of requested colours, shapes and places that
     are right, drift the mean squared change (pixels in [0, 1]) of pictures that needed no change: prompts that
-    already carry every adjective. ``passes`` counts pictures through the denoiser, forward and backward, as they went
-    through it. ``passes_to_gain`` is how many a method takes to gain `GAIN`, taken to be linear in passes between two
-    lengths of a training. All are still rising fast there, so it tells mostly what a step of each costs; what quality each
-    settles at is in its longest training.
+    already carry every adjective. ``passes`` counts pictures through the denoiser, forward and backward.
+    ``passes_to_gain`` is the number that a method takes to gain `GAIN`, interpolated between two lengths of a training. All
+    gains still rise fast there, so it depends mostly on the cost of a step; the final quality of each is in its longest
+    training.
     """
     base = playground.synthesizer(guide=aa.OutputMix())
     pairs = kept_pairs(base, 12 if quick else 64)[: 4 if quick else 32]
     unseen = playground.prompts(8 if quick else 128, seed=1, held_out=True)
-    exam = Exam.of(base, unseen)
+    evaluation = Evaluation.of(base, unseen)
     rows: list[record.Row] = []
     for seed in range(1 if quick else 3):
         mine: list[record.Row] = []
@@ -60,7 +60,7 @@ def measure(*, quick: bool) -> list[record.Row]:
                 )
                 with passes_counted(base) as passes:
                     training = trainer.train(pairs, base, seed=seed, progress=False)
-                found = exam.taken_by(base.with_lora(training.lora))
+                found = evaluation.evaluate(base.with_lora(training.lora))
                 cost = {"pairs": len(pairs), "steps": steps, "passes": passes.count, "seconds": training.seconds}
                 mine.append({"method": name, "seed": seed, **cost, **found})
         rows += [{**row, "passes_to_gain": passes_to_gain(row["method"], mine)} for row in mine]
@@ -90,7 +90,7 @@ def passes_counted(synthesizer: DiffusersSynthesizer) -> Iterator[Passes]:
 
 
 def passes_to_gain(method: str, rows: Sequence[record.Row]) -> float | None:
-    """Passes until a method first gains `GAIN`; None if it never does."""
+    """Passes until a method first gains `GAIN`, by linear interpolation; None if it never does."""
     curve = [(0.0, 0.0), *((row["gain"], row["passes"]) for row in rows if row["method"] == method)]
     for (gain, passes), (more, later) in pairwise(curve):
         if gain < GAIN <= more:
@@ -99,8 +99,8 @@ def passes_to_gain(method: str, rows: Sequence[record.Row]) -> float | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exam:
-    """Held-out prompts, and what the base draws of them and of those that need nothing."""
+class Evaluation:
+    """Held-out prompts, and the base's pictures of them and of prompts that need no change."""
 
     prompts: Sequence[str]
     before: Sequence[Image]
@@ -108,13 +108,13 @@ class Exam:
     fine_before: Sequence[Image]
 
     @classmethod
-    def of(cls, base: aa.Synthesizer, prompts: Sequence[str]) -> "Exam":
-        """Draw what there is before."""
+    def of(cls, base: aa.Synthesizer, prompts: Sequence[str]) -> "Evaluation":
+        """Draw with the base."""
         fine = [prompt + NEEDS_NOTHING for prompt in prompts[: len(prompts) // 2]]
         return cls(prompts=prompts, before=draw(base, prompts), fine=fine, fine_before=draw(base, fine))
 
-    def taken_by(self, student: aa.Synthesizer) -> record.Row:
-        """What a student is worth."""
+    def evaluate(self, student: aa.Synthesizer) -> record.Row:
+        """Gain, alignment and drift of a student."""
         after = draw(student, self.prompts)
         gain = mean_score(Photometric(), after, self.prompts) - mean_score(Photometric(), self.before, self.prompts)
         return {
@@ -142,7 +142,7 @@ def kept_pairs(synthesizer: aa.Synthesizer, count: int) -> list[aa.ImagePair]:
 
 
 def draw(synthesizer: aa.Synthesizer, prompts: Sequence[str], *, batch_size: int = 32) -> list[Image]:
-    """One picture a prompt, its seed the prompt's place in the list."""
+    """One picture per prompt, seeded by the prompt's index."""
     return [
         image
         for start in range(0, len(prompts), batch_size)

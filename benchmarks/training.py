@@ -1,4 +1,4 @@
-"""What a training step costs: artaug's objectives, and the logic of diffusers' own FLUX LoRA script, on one model."""
+"""The cost of a training step: artaug's objectives, and the logic of diffusers' own FLUX LoRA script, on one model."""
 
 import gc
 import time
@@ -43,14 +43,14 @@ OBJECTIVES: dict[str, tuple[aa.Objective, int]] = {
     "PairedDifference, echo=2": (aa.PairedDifference(), 2),
     "DirectPreference": (aa.DirectPreference(), 1),
 }
-"""Ours, and how often each batch comes: of an echo of 2, a step that asks the teacher and one that remembers it."""
+"""Objectives and their echo: with an echo of 2, a step that computes the teacher's prediction and one that reads the cache."""
 
 SETTING = ("dtype", "storage", "pixels", "batch", "recomputing")
 """What is the same for a group of methods."""
-SHORT = (PLAIN, "PairedDifference")
-"""What is taken on quantized bases: the rest stands to these as on a plain one."""
-LEASED = (*SHORT, "PairedDifference, echo=2", SCRIPT)
-"""What is taken on a GPU, whose time is dear."""
+QUANTIZED = (PLAIN, "PairedDifference")
+"""The methods measured on quantized bases: the ratio of the others to these is that of a plain base."""
+ON_GPU = (*QUANTIZED, "PairedDifference, echo=2", SCRIPT)
+"""The methods measured on a GPU."""
 
 Step = Callable[[], object]
 Method = Callable[[], AbstractContextManager[Step]]
@@ -58,7 +58,7 @@ Method = Callable[[], AbstractContextManager[Step]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RandomFlux:
-    """A FLUX transformer with random weights, as a training step sees a model: packed latents, no encoders."""
+    """A FLUX transformer with random weights, as a training step uses a model: packed latents, no encoders."""
 
     geometry: flux.Geometry
     module: FluxTransformer2DModel
@@ -110,8 +110,8 @@ class RandomFlux:
 
 
 @contextmanager
-def ours(model: RandomFlux, objective: aa.Objective, echo: int, batch: PairBatch) -> Iterator[Step]:
-    """As many steps of artaug's trainer as a batch comes."""
+def artaug_steps(model: RandomFlux, objective: aa.Objective, echo: int, batch: PairBatch) -> Iterator[Step]:
+    """The steps of artaug's trainer on one batch: as many as its echo."""
     generator, teacher_cache = torch.Generator().manual_seed(0), TeacherCache() if echo > 1 else None
     with inject_adapter(
         model, rank=RANK, targets=ATTENTION_AND_MLP, generator=generator, teacher_cache=teacher_cache
@@ -135,7 +135,7 @@ def ours(model: RandomFlux, objective: aa.Objective, echo: int, batch: PairBatch
 
 
 @contextmanager
-def theirs(model: RandomFlux, batch: PairBatch) -> Iterator[Step]:
+def diffusers_step(model: RandomFlux, batch: PairBatch) -> Iterator[Step]:
     """One step as diffusers' FLUX LoRA script takes it, on the pictures after."""
     module, latents = model.module, batch.after
     layers, mixed = find_target_layers(module, ATTENTION_AND_MLP), model.geometry.dtype == torch.bfloat16
@@ -201,44 +201,46 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
         for side, batch, recomputing in product((32, 64) if on_gpu else (16,), sizes, again)
     ]
     for geometry in geometries:
-        yield from measured(geometry, cases, rounds=2 if on_gpu else 3 if quick else 12)
+        yield from measure_geometry(geometry, cases, rounds=2 if on_gpu else 3 if quick else 12)
         gc.collect()
 
 
-def measured(geometry: flux.Geometry, cases: Sequence[Case], *, rounds: int) -> Iterator[record.Row]:
+def measure_geometry(geometry: flux.Geometry, cases: Sequence[Case], *, rounds: int) -> Iterator[record.Row]:
     """The rows of one model, ``rounds`` times each method."""
     module = geometry.model()
     for case in cases:
-        yield from described(geometry, module, case, rounds=rounds)
+        yield from measure_case(geometry, module, case, rounds=rounds)
         gc.collect()
 
 
-def described(geometry: flux.Geometry, module: FluxTransformer2DModel, case: Case, *, rounds: int) -> list[record.Row]:
+def measure_case(
+    geometry: flux.Geometry, module: FluxTransformer2DModel, case: Case, *, rounds: int
+) -> list[record.Row]:
     """A row a method, for one case."""
     model = RandomFlux(geometry=geometry, module=module, side=case.side)
     batch = model.batch(case.batch)
-    methods: dict[str, Method] = {name: partial(ours, model, *one, batch) for name, one in OBJECTIVES.items()}
-    methods[SCRIPT] = partial(theirs, model, batch)
+    methods: dict[str, Method] = {name: partial(artaug_steps, model, *one, batch) for name, one in OBJECTIVES.items()}
+    methods[SCRIPT] = partial(diffusers_step, model, batch)
     if geometry.storage != "plain" or geometry.device != "cpu":
-        methods = {name: methods[name] for name in (LEASED if geometry.storage == "plain" else SHORT)}
+        methods = {name: methods[name] for name in (ON_GPU if geometry.storage == "plain" else QUANTIZED)}
     peaks, seconds = {}, {name: list[float]() for name in methods}
     for name, method in methods.items():
-        with recomputed(model, method(), wanted=case.recomputing) as step:
+        with gradient_checkpointing(model, method(), enable=case.recomputing) as step:
             step()  # makes the optimizer's moments
             peaks[name] = memory.peak_bytes(step, given=model.module.parameters())
     names = list(methods)
     for number in range(rounds):
         for name in (*names[number % len(names) :], *names[: number % len(names)]):
-            with recomputed(model, methods[name](), wanted=case.recomputing) as step:
-                seconds[name].append(timed(step) / OBJECTIVES.get(name, (None, 1))[1])
+            with gradient_checkpointing(model, methods[name](), enable=case.recomputing) as step:
+                seconds[name].append(seconds_of(step) / OBJECTIVES.get(name, (None, 1))[1])
     return [row(model, case, name, seconds, peaks) for name in methods]
 
 
 @contextmanager
-def recomputed(model: RandomFlux, method: AbstractContextManager[Step], *, wanted: bool) -> Iterator[Step]:
-    """A method at work, with activations computed again in the backward pass or not."""
+def gradient_checkpointing(model: RandomFlux, method: AbstractContextManager[Step], *, enable: bool) -> Iterator[Step]:
+    """A method with gradient checkpointing or without."""
     with method as step:
-        if wanted:
+        if enable:
             model.module.enable_gradient_checkpointing()
         try:
             yield step
@@ -246,12 +248,12 @@ def recomputed(model: RandomFlux, method: AbstractContextManager[Step], *, wante
             model.module.disable_gradient_checkpointing()
 
 
-def timed(step: Step) -> float:
+def seconds_of(step: Step) -> float:
     """Seconds a step takes."""
-    memory.significant()
+    memory.synchronize()
     start = time.perf_counter()
     step()
-    memory.significant()
+    memory.synchronize()
     return time.perf_counter() - start
 
 
@@ -289,11 +291,13 @@ def plot(rows: Sequence[record.Row]) -> Figure:
         (("ratio_to_sft", "time of a step over plain fine-tuning"), ("peak_to_script", "memory over the script"))
     ):
         axes = figure.add_subplot(1, 2, place + 1, title=title)
-        told = [row for row in rows if name in row]
-        settings = list(dict.fromkeys(tuple(row[key] for key in SETTING) for row in told))
-        for at, method in enumerate(one for one in (*OBJECTIVES, SCRIPT) if one in taken):
-            mine = {tuple(row[key] for key in SETTING): row[name] for row in told if row["method"] == method}
-            axes.bar([settings.index(one) + at * 0.17 for one in mine], list(mine.values()), 0.15, label=method)
+        shown = [row for row in rows if name in row]
+        settings = list(dict.fromkeys(tuple(row[key] for key in SETTING) for row in shown))
+        for index, method in enumerate(name for name in (*OBJECTIVES, SCRIPT) if name in taken):
+            mine = {tuple(row[key] for key in SETTING): row[name] for row in shown if row["method"] == method}
+            axes.bar(
+                [settings.index(setting) + index * 0.17 for setting in mine], list(mine.values()), 0.15, label=method
+            )
         labels = [
             f"{dtype if storage == 'plain' else storage}\n{pixels} px\nbatch {size}{chr(10) + 'recomputing' if again else ''}"
             for dtype, storage, pixels, size, again in settings

@@ -55,64 +55,64 @@ def test_an_ablation_goes_on_from_its_journal_and_no_other(measured):
         ablation.Journal(journal.path, {"settings": "others"}).begin()
 
 
-@pytest.mark.parametrize("way", ["interaction", "several"])
-def test_passes_are_those_of_the_denoiser_counted_a_picture(measured, way):
+@pytest.mark.parametrize("way", ["interaction", "best of k"])
+def test_passes_are_calls_of_the_denoiser_counted_per_picture(measured, way):
     _, measuring = measured
-    way = measuring.interaction(0.25) if way == "interaction" else measuring.several
+    way = measuring.interaction(0.25) if way == "interaction" else measuring.best_of_k
     way.made.clear()
-    seen = []
+    passes = []
     model = measuring.base.pipeline.transformer
     counting = model.register_forward_pre_hook(
-        lambda _, __, named: seen.append(len(named["hidden_states"])), with_kwargs=True
+        lambda _, __, named: passes.append(len(named["hidden_states"])), with_kwargs=True
     )
 
-    found = way.kept(2)
+    pair_set = way.kept(2)
     counting.remove()
 
-    told = found.cost.passes + sum(cost.passes for _, cost in way.made[found.prompts :])
-    assert len(way.made) % making.CHUNK == 0 < found.prompts
-    assert sum(seen) == told
+    expected = pair_set.cost.passes + sum(cost.passes for _, cost in way.made[pair_set.prompts :])
+    assert len(way.made) % making.CHUNK == 0 < pair_set.prompts
+    assert sum(passes) == expected
 
 
-def test_a_distracted_critic_misplaces_as_many_boxes_as_asked_and_nothing_else():
+def test_a_noisy_critic_misplaces_its_share_of_boxes_and_nothing_else():
     prompts = playground.prompts(24, seed=1)
     images = [playground.render(prompt, seed=seed) for seed, prompt in enumerate(prompts)]
-    sober = PhotometricCritic().critique_batch(images, prompts)
+    noiseless = PhotometricCritic().critique_batch(images, prompts)
 
     for wrong in (0, 0.5):
-        critic = making.Distracted(critic=PhotometricCritic(), wrong=wrong, seed=0)
+        critic = making.NoisyCritic(critic=PhotometricCritic(), wrong=wrong, seed=0)
         answers = critic.critique_batch(images, prompts)
         boxes = [
-            one.box != other.box
-            for get_or_compute, asked in zip(answers, sober, strict=True)
-            for one, other in zip(get_or_compute.suggestions, asked.suggestions, strict=True)
+            found.box != suggestion.box
+            for answer, expected in zip(answers, noiseless, strict=True)
+            for found, suggestion in zip(answer.suggestions, expected.suggestions, strict=True)
         ]
         assert np.mean(boxes) == pytest.approx(wrong, abs=0.1)
-        assert [[one.prompt for one in get_or_compute.suggestions] for get_or_compute in answers] == [
-            [one.prompt for one in get_or_compute.suggestions] for get_or_compute in sober
+        assert [[found.prompt for found in answer.suggestions] for answer in answers] == [
+            [found.prompt for found in answer.suggestions] for answer in noiseless
         ]
 
 
-def test_the_best_of_several_is_the_best_of_those_that_show_what_was_asked():
+def test_the_best_of_k_is_the_best_of_those_that_show_what_was_requested():
     prompt = "a red cone on the left at night"
     good, better = (playground.render(prompt + words, seed=0) for words in (", vivid", ", vivid, glowing"))
     dull, wrong = playground.render(prompt, seed=0), playground.render("a blue ball at night, vivid, glowing", seed=0)
-    choosing = making.BestOfSeveral(synthesizer=None, draws=4, sampling_steps=1, seed=0)
+    best_of_k = making.BestOfK(synthesizer=None, draws=4, sampling_steps=1, seed=0)
 
-    pair = choosing._best(prompt, [good, wrong, better, dull])  # noqa: SLF001
+    pair = best_of_k._best(prompt, [good, wrong, better, dull])  # noqa: SLF001
 
     assert (pair.before, pair.after) == (dull, better)
-    assert choosing._best(prompt, [wrong, wrong]) is None  # noqa: SLF001
+    assert best_of_k._best(prompt, [wrong, wrong]) is None  # noqa: SLF001
 
 
 def made_up(settings, seeds):
     """Rows of every cell, the gain in them growing with the pairs, by prompts."""
     cells = [cell for seed in seeds for cell in bench.cells(settings, seed)]
-    told = {"passes": 90, "learning_passes": 30, "drawing_passes": 6, "alignment": 1.0, "drift": 0.001}
+    columns = {"passes": 90, "learning_passes": 30, "drawing_passes": 6, "alignment": 1.0, "drift": 0.001}
     return [
         {
             **vars(cell),
-            **told,
+            **columns,
             "gain": cell.pairs + cell.seed,
             "gains": [cell.pairs + cell.seed, cell.pairs + cell.seed],
         }
@@ -124,14 +124,18 @@ def test_arms_are_compared_with_ours_at_as_many_pairs():
     rows = made_up(bench.Settings(), [0, 1])
     for row in rows:
         if row["arm"] == "DPO":
-            row["gains"] = [one - change for one, change in zip(row["gains"], (1, 3), strict=True)]
+            row["gains"] = [gain - change for gain, change in zip(row["gains"], (1, 3), strict=True)]
 
-    found = {(row["arm"], row["pairs"]): row for row in ablation.comparisons(rows)}
+    comparisons = {(row["arm"], row["pairs"]): row for row in ablation.comparisons(rows)}
 
-    assert {pairs for _, pairs in found} == set(bench.Settings().pairs)
-    assert {row["gain"] for (arm, _), row in found.items() if arm == "DPO"} == {-2.0}
-    assert (found["DPO", 32]["low"], found["DPO", 32]["high"], found["DPO", 32]["seeds"]) == (-3, -1, 2)
-    assert found["TwoStage", 32]["low"] == found["TwoStage", 32]["high"] == 0
+    assert {pairs for _, pairs in comparisons} == set(bench.Settings().pairs)
+    assert {row["gain"] for (arm, _), row in comparisons.items() if arm == "DPO"} == {-2.0}
+    assert (comparisons["DPO", 32]["low"], comparisons["DPO", 32]["high"], comparisons["DPO", 32]["seeds"]) == (
+        -3,
+        -1,
+        2,
+    )
+    assert comparisons["TwoStage", 32]["low"] == comparisons["TwoStage", 32]["high"] == 0
 
 
 def test_the_ablation_is_shown_axis_by_axis():

@@ -51,8 +51,8 @@ def test_the_training_benchmark_has_a_row_for_every_method_and_leaves_the_model_
     module = geometry.model()
     layers, weights = dict(module.named_modules()), {name: one.clone() for name, one in module.state_dict().items()}
     case = training.Case(side=4, batch=2, recomputing=True)
-    rows = training.described(geometry, module, case, rounds=2)
-    taken = (*training.OBJECTIVES, training.SCRIPT) if storage == "plain" else training.SHORT
+    rows = training.measure_case(geometry, module, case, rounds=2)
+    taken = (*training.OBJECTIVES, training.SCRIPT) if storage == "plain" else training.QUANTIZED
     assert tuple(row["method"] for row in rows) == taken
     assert rows[0]["ratio_to_sft"] == 1
     assert rows[-1].get("peak_to_script") == (1 if storage == "plain" else None)

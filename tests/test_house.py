@@ -8,9 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tools.measure_house import importers, read, repeated_names
 
 import artaug
-from tools.measure_house import importers, read, repeated_names
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
