@@ -28,21 +28,23 @@ def pipeline():
 LORA = LoRA({TO_Q: low_rank(2, 32, 32), FF: low_rank(3, 32, 128, seed=1)})
 
 
-def saved(folder, *, lora=LORA, kind=Format.PEFT, dtype=None):
-    return lora.save(folder / "lora.safetensors", format=kind, key_map=FLUX1, dtype=dtype)
+def saved(folder, *, lora=LORA, file_format=Format.PEFT, dtype=None):
+    return lora.save(folder / "lora.safetensors", format=file_format, key_map=FLUX1, dtype=dtype)
 
 
 def changed(path, change):
-    save_file({key: change(key, one) for key, one in load_file(path).items()}, path)
+    save_file({key: change(key, tensor) for key, tensor in load_file(path).items()}, path)
     return path
 
 
-@pytest.mark.parametrize("kind", FLUX1.key_formats)
+@pytest.mark.parametrize("file_format", FLUX1.key_formats)
 @pytest.mark.parametrize("with_pipeline", [False, True])
-def test_a_file_is_proved_by_three_readers(tmp_path, pipeline, kind, with_pipeline):
-    found = verify_export(saved(tmp_path, kind=kind), LORA, pipeline=pipeline if with_pipeline else None, key_map=FLUX1)
+def test_a_file_is_proved_by_three_readers(tmp_path, pipeline, file_format, with_pipeline):
+    found = verify_export(
+        saved(tmp_path, file_format=file_format), LORA, pipeline=pipeline if with_pipeline else None, key_map=FLUX1
+    )
     assert found.readers == ("LoRA.load", "the format's definition", "FluxPipeline")
-    assert found.format is kind
+    assert found.format is file_format
     assert found.errors.keys() == LORA.layers.keys()
     assert found.worst[1] < 1e-6
 
@@ -52,16 +54,17 @@ def test_a_file_alone_is_proved_to_mean_one_thing(tmp_path):
 
 
 def test_proving_leaves_a_pipeline_alone(tmp_path, pipeline):
-    before = [(name, type(one)) for name, one in pipeline.transformer.named_modules()]
+    before = [(name, type(layer)) for name, layer in pipeline.transformer.named_modules()]
     verify_export(saved(tmp_path), LORA, pipeline=pipeline)
-    assert [(name, type(one)) for name, one in pipeline.transformer.named_modules()] == before
+    assert [(name, type(layer)) for name, layer in pipeline.transformer.named_modules()] == before
     assert not hasattr(pipeline.transformer, "peft_config")
 
 
-@pytest.mark.parametrize("kind", FLUX1.key_formats)
-def test_another_strength_is_found(tmp_path, kind):
+@pytest.mark.parametrize("file_format", FLUX1.key_formats)
+def test_another_strength_is_found(tmp_path, file_format):
     path = changed(
-        saved(tmp_path, kind=kind), lambda key, one: one * 2 if ".up" in key or "_up" in key or "_B" in key else one
+        saved(tmp_path, file_format=file_format),
+        lambda key, tensor: tensor * 2 if ".up" in key or "_up" in key or "_B" in key else tensor,
     )
     with pytest.raises(LoRAError, match="another update"):
         verify_export(path, LORA, key_map=FLUX1)
@@ -86,7 +89,7 @@ def test_rounding_passes_or_not_as_the_tolerance_says(tmp_path, dtype, passes):
 
 
 @pytest.mark.parametrize("key_map", [None, FLUX1])
-def test_our_own_reader_is_not_believed(tmp_path, monkeypatch, key_map):
+def test_an_error_of_our_own_reader_is_found(tmp_path, monkeypatch, key_map):
     halved = ParsedLoRA(Format.PEFT, LORA.scaled(0.5).layers)
     monkeypatch.setattr(verification, "load_lora", lambda *_, **__: halved)
     with pytest.raises(LoRAError, match="the format's definition finds another update"):
@@ -105,10 +108,10 @@ def test_what_only_diffusers_misses_is_found(tmp_path, pipeline):
 
 
 def test_what_diffusers_refuses_is_an_error_that_says_so(tmp_path, pipeline):
-    """Diffusers knows the width of FLUX.1 by heart: it cannot take the fused layer of a smaller one."""
+    """Diffusers assumes the width of the published FLUX.1: it cannot take the fused layer of a smaller one."""
     lora = LoRA({"single_transformer_blocks.0.attn.to_q": low_rank(2, 32, 32)})
     with pytest.raises(LoRAError, match="FluxPipeline refuses it"):
-        verify_export(saved(tmp_path, lora=lora, kind=Format.KOHYA), lora, pipeline=pipeline)
+        verify_export(saved(tmp_path, lora=lora, file_format=Format.KOHYA), lora, pipeline=pipeline)
 
 
 @pytest.mark.parametrize("layers", [{"elsewhere": low_rank(2, 32, 32)}, {TO_Q: low_rank(2, 16, 16)}])
@@ -118,12 +121,12 @@ def test_layers_that_are_not_the_pipelines_are_refused(tmp_path, pipeline, layer
         verify_export(path, pipeline=pipeline)
 
 
-def test_a_pipeline_that_takes_no_loras_is_refused(tmp_path):
+def test_a_pipeline_that_loads_no_loras_is_refused(tmp_path):
     with pytest.raises(ModelError, match="DDPMPipeline loads no LoRAs"):
         verify_export(saved(tmp_path), pipeline=DDPMPipeline(unet=None, scheduler=DDPMScheduler()))
 
 
-def test_a_file_of_a_model_nobody_knows_is_read_by_two(tmp_path):
+def test_a_file_of_an_unknown_model_has_two_readers(tmp_path):
     lora = LoRA({"blocks.0.proj": low_rank(2, 4, 4)})
     assert verify_export(lora.save(tmp_path / "lora.safetensors"), lora).readers == (
         "LoRA.load",
@@ -139,8 +142,8 @@ def test_a_unets_strengths_are_told_apart(tmp_path):
             "add_embedding.linear_2": low_rank(2, 8, 8, seed=2),
         }
     )
-    for kind in SDXL.key_formats:
-        path = lora.save(tmp_path / "lora.safetensors", format=kind, key_map=SDXL)
+    for file_format in SDXL.key_formats:
+        path = lora.save(tmp_path / "lora.safetensors", format=file_format, key_map=SDXL)
         assert verify_export(path, lora, key_map=SDXL).readers[2] == "StableDiffusionXLPipeline"
 
 

@@ -1,4 +1,4 @@
-"""What tests of families do alike: watch a pipeline call its denoiser, put twins in place, draw with and without artaug."""
+"""What tests of families share: a pipeline's calls of its denoiser, regional processors, pictures with and without artaug."""
 
 import functools
 from contextlib import ExitStack, contextmanager
@@ -33,9 +33,9 @@ def drawn_by_artaug(family_class, pipeline, plans, **options):
 
 def calls_of(family, prompts, *, steps=3, **options):
     """The calls a pipeline makes of its denoiser in a run of its own, by name, and what each predicted."""
-    seen = []
+    calls = []
     watch = family.module.register_forward_hook(
-        lambda module, args, call, output: seen.append((bind_forward_args(module, args, call), output[0])),
+        lambda module, args, call, output: calls.append((bind_forward_args(module, args, call), output[0])),
         with_kwargs=True,
     )
     with watch:
@@ -48,7 +48,7 @@ def calls_of(family, prompts, *, steps=3, **options):
             output_type="latent",
             **options,
         )
-    return seen
+    return calls
 
 
 @contextmanager

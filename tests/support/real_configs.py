@@ -113,5 +113,7 @@ def weight_shapes(model: str) -> dict[str, tuple[int, ...]]:
     _, denoiser_class, config = MODELS[model]
     with torch.device("meta"):
         denoiser = denoiser_class(**config)
-    kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    return {name: tuple(one.weight.shape) for name, one in denoiser.named_modules() if isinstance(one, kinds)}
+    layer_types = (torch.nn.Linear, torch.nn.Conv2d)
+    return {
+        name: tuple(layer.weight.shape) for name, layer in denoiser.named_modules() if isinstance(layer, layer_types)
+    }

@@ -81,7 +81,7 @@ def _clip_vocabulary() -> dict[str, int]:
         "<|startoftext|>",
         "<|endoftext|>",
         *string.printable[:94],
-        *(f"{one}</w>" for one in string.printable[:94]),
+        *(f"{letter}</w>" for letter in string.printable[:94]),
     ]
     return {piece: number for number, piece in enumerate(pieces)}
 

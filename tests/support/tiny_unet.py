@@ -71,8 +71,8 @@ def tiny_sdxl(*, scheduler=None, force_zeros: bool = True) -> StableDiffusionXLP
 
 def ddim(**options) -> DDIMScheduler:
     """A scheduler set up as SD 1.5's."""
-    known = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    return DDIMScheduler(**{**known, "clip_sample": False, "set_alpha_to_one": False, **options})
+    defaults = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    return DDIMScheduler(**{**defaults, "clip_sample": False, "set_alpha_to_one": False, **options})
 
 
 def _ready(pipeline):

@@ -1,4 +1,4 @@
-"""Pipelines without weights: what they would weigh, and that nothing but configs is read."""
+"""Pipelines on the meta device: their sizes, the shapes of prompts, and that only configs are read."""
 
 import warnings
 
@@ -49,21 +49,21 @@ def only_configs(pipeline, folder):
 def test_a_pipeline_built_from_configs_alone_would_weigh_what_the_real_one_weighs(pipeline, tmp_path):
     found = meta_pipeline(only_configs(pipeline, tmp_path), dtype=torch.float32)
     assert type(found) is type(pipeline)
-    assert {name: stored_bytes(part) for name, part in modules(found)} == {
-        name: stored_bytes(part) for name, part in modules(pipeline)
+    assert {name: stored_bytes(module) for name, module in modules(found)} == {
+        name: stored_bytes(module) for name, module in modules(pipeline)
     }
-    assert {one.device.type for _, part in modules(found) for one in part.parameters()} == {"meta"}
+    assert {weight.device.type for _, module in modules(found) for weight in module.parameters()} == {"meta"}
 
 
 def test_a_loaded_pipeline_stays_as_it_is(pipeline):
-    weights = {name: [*part.parameters()] for name, part in modules(pipeline)}
+    weights = {name: [*module.parameters()] for name, module in modules(pipeline)}
     twin = meta_pipeline(pipeline, dtype=torch.bfloat16)
     assert all(
-        one is other
-        for name, part in modules(pipeline)
-        for one, other in zip(part.parameters(), weights[name], strict=True)
+        weight is original
+        for name, module in modules(pipeline)
+        for weight, original in zip(module.parameters(), weights[name], strict=True)
     )
-    assert {one.dtype for _, part in modules(twin) for one in part.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for _, module in modules(twin) for weight in module.parameters()} == {torch.bfloat16}
 
 
 def test_the_shapes_of_a_prompt_of_full_length_are_what_its_family_encodes(pipeline):
@@ -71,7 +71,7 @@ def test_the_shapes_of_a_prompt_of_full_length_are_what_its_family_encodes(pipel
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is cut: the prompt is longer than any model reads
         encoded = family.encode_prompts(["word " * 100])
-    assert {name: tuple(one.shape[1:]) for name, one in encoded.items()} == text_shapes(family)
+    assert {name: tuple(tensor.shape[1:]) for name, tensor in encoded.items()} == text_shapes(family)
 
 
 def test_sd3_without_t5_has_as_many_tokens():

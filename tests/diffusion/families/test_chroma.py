@@ -279,8 +279,8 @@ def test_a_training_can_be_estimated_from_configs_alone(tmp_path):
     assert text_shapes(family) == {name: tuple(tensor.shape[1:]) for name, tensor in encoded.items()}
 
 
-@pytest.mark.parametrize("kind", [Format.PEFT, Format.KOHYA, Format.COMFYUI])
-def test_a_lora_is_exported_in_every_format_and_read_by_diffusers(tmp_path, kind):
+@pytest.mark.parametrize("file_format", [Format.PEFT, Format.KOHYA, Format.COMFYUI])
+def test_a_lora_is_exported_in_every_format_and_read_by_diffusers(tmp_path, file_format):
     generator = torch.Generator().manual_seed(0)
     shapes = {"transformer_blocks.0.attn.to_q": (3072, 3072), "single_transformer_blocks.1.proj_mlp": (12288, 3072)}
     lora = aa.LoRA(
@@ -289,7 +289,7 @@ def test_a_lora_is_exported_in_every_format_and_read_by_diffusers(tmp_path, kind
             for name, (outputs, inputs) in shapes.items()
         }
     )
-    path = lora.save(tmp_path / "lora.safetensors", format=kind, key_map=Chroma.key_map)
+    path = lora.save(tmp_path / "lora.safetensors", format=file_format, key_map=Chroma.key_map)
     verification = verify_export(path, lora, family=Chroma)
     assert verification.readers == ("LoRA.load", "the format's definition", "ChromaPipeline")
     assert verification.worst[1] < 1e-6

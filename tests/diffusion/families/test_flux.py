@@ -33,9 +33,9 @@ def picture(seed=0, *, width=24, height=32):
 
 def first_call(flux, prompt):
     """The very call the pipeline makes at its first step, and what came of it."""
-    seen = []
+    calls = []
     watch = flux.module.register_forward_hook(
-        lambda _module, _args, call, output: seen.append((dict(call), output[0])), with_kwargs=True
+        lambda _module, _args, call, output: calls.append((dict(call), output[0])), with_kwargs=True
     )
     flux.pipeline.set_progress_bar_config(disable=True)
     with watch:
@@ -48,7 +48,7 @@ def first_call(flux, prompt):
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
         )
-    return seen[0]
+    return calls[0]
 
 
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(flux):

@@ -72,7 +72,7 @@ def test_a_distilled_klein_draws_without_guidance_as_its_pipeline_does():
 
 def test_a_negative_prompt_of_klein_is_heeded():
     plain, against = klein(), klein(negative_prompt="a lake")
-    pictures = [synthesizer_of(one).synthesize(aa.Plan(PROMPTS[0]), seed=1) for one in (plain, against)]
+    pictures = [synthesizer_of(family).synthesize(aa.Plan(PROMPTS[0]), seed=1) for family in (plain, against)]
     assert pictures[0] != pictures[1]
 
 
@@ -171,9 +171,9 @@ def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(family):
 def test_twins_that_attend_plainly_predict_the_same_bit_for_bit(family):
     denoiser, calls = recorded_run(family, PROMPTS)
     call, output = calls[0]
-    with with_processors(denoiser) as seen:
+    with with_processors(denoiser) as attentions:
         assert torch.equal(predict_call(denoiser, call), output[0])
-    assert [site.block for site, _, _ in seen] == [0, 1, 2, 3]
+    assert [site.block for site, _, _ in attentions] == [0, 1, 2, 3]
 
 
 def test_twins_work_on_fused_projections():
@@ -190,15 +190,17 @@ def test_spans_name_every_token_attention_sees(family, trim_padding):
     denoiser, calls = recorded_run(family, PROMPTS)
     texts = [family.encode_separately(["a door", "ivy"]), family.encode_separately(["a stormy sky"])]
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=trim_padding)
-    with with_processors(denoiser) as seen:
+    with with_processors(denoiser) as attentions:
         predict_call(denoiser, changed)
-    assert all(query.shape[2] == sum(span.length for span in of_row) for _, query, _ in seen for of_row in spans)
-    assert all(of_row[-2] == Span("text", family.max_sequence_length) for of_row in spans)
-    assert all(of_row[-1] == Span("image", 48) for of_row in spans)
-    lengths = [[span.length for span in of_row if span.prompt] for of_row in spans]
+    assert all(
+        query.shape[2] == sum(span.length for span in row_spans) for _, query, _ in attentions for row_spans in spans
+    )
+    assert all(row_spans[-2] == Span("text", family.max_sequence_length) for row_spans in spans)
+    assert all(row_spans[-1] == Span("image", 48) for row_spans in spans)
+    lengths = [[span.length for span in row_spans if span.prompt] for row_spans in spans]
     whole = family.max_sequence_length
-    words = [[text.token_slice.stop - text.token_slice.start for text in of_row] for of_row in texts]
-    assert lengths == (words if trim_padding else [[whole, whole], [whole]])
+    own_lengths = [[text.token_slice.stop - text.token_slice.start for text in row_prompts] for row_prompts in texts]
+    assert lengths == (own_lengths if trim_padding else [[whole, whole], [whole]])
 
 
 @pytest.mark.parametrize("trim_padding", [False, True])
@@ -208,13 +210,13 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(family
     call = calls[0][0]
     changed, spans = denoiser.append_prompts(call, texts, trim_padding=trim_padding)
     plain, joined = _first_keys(denoiser, call), _first_keys(denoiser, changed)
-    for row, of_row in enumerate(texts):
+    for row, row_prompts in enumerate(texts):
         parts = {span.prompt: part for span, part in span_slices(spans[row], "text")}
         image = span_slices(spans[row], "image")[0][1]
         limit = family.max_sequence_length
         torch.testing.assert_close(joined[row][:, image], plain[row][:, limit:], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(joined[row][:, parts[0]], plain[row][:, :limit], atol=1e-5, rtol=1e-5)
-        for number, text in enumerate(of_row, start=1):
+        for number, text in enumerate(row_prompts, start=1):
             alone = _first_keys(denoiser, denoiser.with_prompt_embeds(call, [row], [text]))[0][:, :limit]
             own = alone[:, text.token_slice] if trim_padding else alone
             torch.testing.assert_close(joined[row][:, parts[number]], own, atol=1e-5, rtol=1e-5)
@@ -230,9 +232,9 @@ def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(family):
 
 
 def _first_keys(denoiser, call):
-    with with_processors(denoiser) as seen:
+    with with_processors(denoiser) as attentions:
         predict_call(denoiser, call)
-    return seen[0][2]
+    return attentions[0][2]
 
 
 def test_no_added_texts_change_nothing_bit_for_bit(family):
@@ -263,8 +265,8 @@ def test_a_region_that_says_what_the_plan_says_changes_next_to_nothing(family):
     assert max(high for _, high in _difference(plain, guided)) <= 1
 
 
-def _difference(one, other):
-    return [(int((a - b).abs().min()), int((a - b).abs().max())) for a, b in [(_pixels(one), _pixels(other))]]
+def _difference(first, second):
+    return [(int((a - b).abs().min()), int((a - b).abs().max())) for a, b in [(_pixels(first), _pixels(second))]]
 
 
 def _pixels(image):
@@ -293,10 +295,10 @@ def test_every_layer_that_takes_tokens_says_which(family):
     denoiser, calls = recorded_run(family, PROMPTS)
     texts = [family.encode_separately(["a door", "ivy"])] * len(PROMPTS)
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
-    said = token_streams_of(denoiser, changed, spans)
-    assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()
-    assert all(taken == [stream] for stream, taken in said.values() if stream is not None)
-    assert {stream for stream, _ in said.values()} == {None, "image", "text", "joint"}
+    streams = token_streams_of(denoiser, changed, spans)
+    assert {name for name, (stream, found) in streams.items() if stream is None and found} == set()
+    assert all(found == [stream] for stream, found in streams.values() if stream is not None)
+    assert {stream for stream, _ in streams.values()} == {None, "image", "text", "joint"}
 
 
 def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no_trace(family):
@@ -306,8 +308,8 @@ def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no
     regional = [aa.Plan(PROMPTS[0], (aa.Region(LEFT, "a stormy sky"), aa.Region(RIGHT, "ivy"))), plain[1]]
     bare, drawn = guided(family, plain), guided(family, regional)
     assert drawn[0] != bare[0]
-    one, other = (torch.tensor(list(image.tobytes())).int() for image in (drawn[1], bare[1]))
-    assert (one - other).abs().max() <= 1
+    first, second = (torch.tensor(list(image.tobytes())).int() for image in (drawn[1], bare[1]))
+    assert (first - second).abs().max() <= 1
     assert drawn == guided(family, regional)
     assert hooks_of(family.module) == before
     assert [site.attention.processor for site in recorded_run(family, PROMPTS, steps=1)[0].sites] == kept
@@ -335,7 +337,7 @@ def test_a_part_that_is_missing_is_named():
 
 
 @pytest.mark.parametrize(
-    ("build", "options", "told"),
+    ("build", "options", "message"),
     [
         (dev, {"width": 30}, "positive multiples of 4"),
         (dev, {"negative_prompt": "blurry"}, "Flux2Pipeline has no classifier-free guidance"),
@@ -345,8 +347,8 @@ def test_a_part_that_is_missing_is_named():
         (klein, {"negative_prompt": "blurry", "guidance_scale": 1.0}, "this run has no classifier-free guidance"),
     ],
 )
-def test_what_would_have_no_effect_is_refused(build, options, told):
-    with pytest.raises(aa.ModelError, match=told):
+def test_what_would_have_no_effect_is_refused(build, options, message):
+    with pytest.raises(aa.ModelError, match=message):
         build(**options)
 
 

@@ -57,7 +57,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(qwen):
     encoded = qwen.encode_prompts(PROMPTS)
     assert torch.equal(encoded["prompt_embeds"], call["encoder_hidden_states"])
     assert torch.equal(encoded["prompt_embeds_mask"], call["encoder_hidden_states_mask"])
-    assert encoded["prompt_embeds_mask"].sum(dim=1).tolist() == [words.stop for words in qwen.token_slices(PROMPTS)]
+    assert encoded["prompt_embeds_mask"].sum(dim=1).tolist() == [tokens.stop for tokens in qwen.token_slices(PROMPTS)]
     assert not encoded["prompt_embeds"].requires_grad
 
 
@@ -108,7 +108,7 @@ def test_latents_are_packed_and_normalized_so_that_the_pipeline_decodes_them():
         wanted = vae.encode(pixels).latent_dist.mode()
     spread_out = qwen.pipeline._unpack_latents(latents, 32, 24, 2)  # noqa: SLF001 - what the pipeline decodes with
     mean, deviation = (
-        torch.tensor(one).view(1, 4, 1, 1, 1) for one in (vae.config.latents_mean, vae.config.latents_std)
+        torch.tensor(channels).view(1, 4, 1, 1, 1) for channels in (vae.config.latents_mean, vae.config.latents_std)
     )
     assert latents.shape == (2, 8 * 6, 16)
     torch.testing.assert_close(spread_out * deviation + mean, wanted)
@@ -174,19 +174,22 @@ def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(qwen):
 def test_twins_that_attend_plainly_predict_the_same_bit_for_bit(qwen):
     denoiser, calls = recorded_run(qwen, PROMPTS[:1])
     call, output = calls[0]
-    with with_processors(denoiser) as seen:
+    with with_processors(denoiser) as attentions:
         assert torch.equal(predict_call(denoiser, call), output[0])
-    assert [site.block for site, _, _ in seen] == [0, 1]
+    assert [site.block for site, _, _ in attentions] == [0, 1]
 
 
 def test_padding_that_nobody_sees_is_what_the_mask_was(qwen):
     denoiser, calls = recorded_run(qwen, PROMPTS)
     call, output = calls[0]
     changed, spans = denoiser.append_prompts(call, [[], []], trim_padding=True)
-    assert [[span.kind for span in of_row] for of_row in spans] == [["text", "image"], ["text", "padding", "image"]]
+    assert [[span.kind for span in row_spans] for row_spans in spans] == [
+        ["text", "image"],
+        ["text", "padding", "image"],
+    ]
     hidden = torch.ones(2, 1, 1, sum(span.length for span in spans[0]), dtype=torch.bool)
-    for row, of_row in enumerate(spans):
-        for _, part in span_slices(of_row, "padding"):
+    for row, row_spans in enumerate(spans):
+        for _, part in span_slices(row_spans, "padding"):
             hidden[row, ..., part] = False
 
     def unseen(_site):
@@ -221,32 +224,36 @@ def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(qwen):
 
 
 def first_keys(denoiser, call):
-    with with_processors(denoiser) as seen:
+    with with_processors(denoiser) as attentions:
         predict_call(denoiser, call)
-    return seen[0][2]
+    return attentions[0][2]
 
 
 def test_spans_name_every_token_attention_sees(qwen):
     denoiser, call, _, changed, spans = added(qwen)
-    with with_processors(denoiser) as seen:
+    with with_processors(denoiser) as attentions:
         predict_call(denoiser, changed)
-    assert all(query.shape[2] == sum(span.length for span in of_row) for _, query, _ in seen for of_row in spans)
-    words = [[words.stop for words in qwen.token_slices([*of_row, prompt])] for prompt, of_row in _said()]
-    assert [[span.length for span, _ in span_slices(of_row, "text")] for of_row in spans] == words
-    assert [[span.prompt for span, _ in span_slices(of_row, "text")] for of_row in spans] == [[1, 2, 0], [1, 0]]
-    assert all(of_row[-1] == Span("image", 48) for of_row in spans)
+    assert all(
+        query.shape[2] == sum(span.length for span in row_spans) for _, query, _ in attentions for row_spans in spans
+    )
+    lengths = [
+        [tokens.stop for tokens in qwen.token_slices([*row_prompts, prompt])] for prompt, row_prompts in _row_prompts()
+    ]
+    assert [[span.length for span, _ in span_slices(row_spans, "text")] for row_spans in spans] == lengths
+    assert [[span.prompt for span, _ in span_slices(row_spans, "text")] for row_spans in spans] == [[1, 2, 0], [1, 0]]
+    assert all(row_spans[-1] == Span("image", 48) for row_spans in spans)
     assert call["encoder_hidden_states_mask"] is not None
     assert changed["encoder_hidden_states_mask"] is None
 
 
-def _said():
+def _row_prompts():
     return [(PROMPTS[0], ["a door", "ivy"]), (PROMPTS[1], ["a stormy sky"])]
 
 
 def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(qwen):
     denoiser, call, texts, changed, spans = added(qwen)
     joined = first_keys(denoiser, changed)
-    for row, of_row in enumerate(texts):
+    for row, row_prompts in enumerate(texts):
         (image,) = (part for _, part in span_slices(spans[row], "image"))
         *others, own = (part for _, part in span_slices(spans[row], "text"))
         length = own.stop - own.start
@@ -254,7 +261,7 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(qwen):
         plain = first_keys(denoiser, alone)[0]
         torch.testing.assert_close(joined[row][:, own], plain[:, :length], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(joined[row][:, image], plain[:, length:], atol=1e-5, rtol=1e-5)
-        for text, part in zip(of_row, others, strict=True):
+        for text, part in zip(row_prompts, others, strict=True):
             alone = first_keys(denoiser, denoiser.with_prompt_embeds(call, [row], [text]))[0]
             torch.testing.assert_close(joined[row][:, part], alone[:, text.token_slice], atol=1e-5, rtol=1e-5)
 
@@ -277,17 +284,17 @@ def test_a_call_without_regions_keeps_its_mask_bit_for_bit(qwen):
     denoiser, calls = recorded_run(qwen, PROMPTS)
     call, output = calls[0]
     assert call["encoder_hidden_states_mask"] is not None
-    with with_processors(denoiser) as seen:
+    with with_processors(denoiser) as attentions:
         assert torch.equal(predict_call(denoiser, call), output[0])
-    assert not seen
+    assert not attentions
 
 
 def test_a_region_that_says_what_the_plan_says_changes_next_to_nothing(qwen):
     plain = synthesizer_of(qwen).synthesize(aa.Plan(PROMPTS[0]), seed=1)
     region = aa.Region(FULL, PROMPTS[0], weight=7.0)
     guided = synthesizer_of(qwen, guide=OutputMix()).synthesize(aa.Plan(PROMPTS[0], (region,)), seed=1)
-    one, other = (torch.tensor(list(image.tobytes())).int() for image in (plain, guided))
-    assert (one - other).abs().max() <= 1
+    first, second = (torch.tensor(list(image.tobytes())).int() for image in (plain, guided))
+    assert (first - second).abs().max() <= 1
 
 
 def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_own(qwen):
@@ -313,10 +320,10 @@ def test_every_layer_that_takes_tokens_says_which(qwen):
     denoiser, calls = recorded_run(qwen, PROMPTS)
     texts = [qwen.encode_separately(["a door", "ivy"])] * len(PROMPTS)
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
-    said = token_streams_of(denoiser, changed, spans)
-    assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()
-    assert all(taken == [stream] for stream, taken in said.values() if stream is not None)
-    assert {stream for stream, _ in said.values()} == {None, "image", "text"}
+    streams = token_streams_of(denoiser, changed, spans)
+    assert {name for name, (stream, found) in streams.items() if stream is None and found} == set()
+    assert all(found == [stream] for stream, found in streams.values() if stream is not None)
+    assert {stream for stream, _ in streams.values()} == {None, "image", "text"}
 
 
 def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no_trace(qwen):
@@ -326,8 +333,8 @@ def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no
     regional = [aa.Plan(PROMPTS[0], (aa.Region(LEFT, "a stormy sky"), aa.Region(RIGHT, "ivy"))), plain[1]]
     bare, drawn = guided(qwen, plain), guided(qwen, regional)
     assert drawn[0] != bare[0]
-    one, other = (torch.tensor(list(image.tobytes())).int() for image in (drawn[1], bare[1]))
-    assert (one - other).abs().max() <= 1
+    first, second = (torch.tensor(list(image.tobytes())).int() for image in (drawn[1], bare[1]))
+    assert (first - second).abs().max() <= 1
     assert drawn == guided(qwen, regional)
     assert hooks_of(qwen.module) == before
     assert [site.attention.processor for site in recorded_run(qwen, PROMPTS, steps=1)[0].sites] == kept
@@ -354,7 +361,7 @@ def test_a_part_that_is_missing_is_named():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"width": 30}, "positive multiples of 4"),
         ({"negative_prompt": "blurry"}, "would have no effect"),
@@ -363,8 +370,8 @@ def test_a_part_that_is_missing_is_named():
         ({"max_sequence_length": 1025}, "Qwen-Image reads 1 to 1024 tokens"),
     ],
 )
-def test_what_would_have_no_effect_is_refused(options, told):
-    with pytest.raises(aa.ModelError, match=told):
+def test_what_would_have_no_effect_is_refused(options, message):
+    with pytest.raises(aa.ModelError, match=message):
         qwen_of(**options)
 
 

@@ -54,14 +54,16 @@ def first_call(sd3, prompts, **options):
     return calls_of(sd3, prompts, max_sequence_length=sd3.max_sequence_length, **options)[0]
 
 
-def regions_of(sd3, *of_pictures):
-    return [[EncodedRegion(one, *sd3.encode_separately([one.prompt])) for one in regions] for regions in of_pictures]
+def regions_of(sd3, *pictures):
+    return [
+        [EncodedRegion(region, *sd3.encode_separately([region.prompt])) for region in regions] for regions in pictures
+    ]
 
 
-def steered(sd3, guide, call, prompts, *of_pictures):
+def steered(sd3, guide, call, prompts, *pictures):
     """The prediction of one call with a guide at work."""
     denoiser = sd3.denoiser(sd3.encode_prompts(prompts))
-    with guide.steering(denoiser, regions_of(sd3, *of_pictures)):
+    with guide.steering(denoiser, regions_of(sd3, *pictures)):
         return predicted(denoiser, call)
 
 
@@ -81,10 +83,10 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(sd3):
     ("scale", "negative"), [(None, None), (4.0, "fog"), (1.0, None)], ids=["default", "negative", "without"]
 )
 def test_artaug_draws_what_the_pipeline_draws_bit_for_bit(pipeline, prompts, scale, negative):
-    said = {} if negative is None else {"negative_prompt": [negative] * len(prompts)}
-    said |= {} if scale is None else {"guidance_scale": scale}
+    guidance = {} if negative is None else {"negative_prompt": [negative] * len(prompts)}
+    guidance |= {} if scale is None else {"guidance_scale": scale}
     size = {"width": WIDTH, "height": HEIGHT, "max_sequence_length": 24}
-    wanted = drawn_by_pipeline(pipeline, prompts, **said, **size)
+    wanted = drawn_by_pipeline(pipeline, prompts, **guidance, **size)
     plans = [aa.Plan(prompt) for prompt in prompts]
     drawn = drawn_by_artaug(StableDiffusion3, pipeline, plans, guidance_scale=scale, negative_prompt=negative, **size)
     assert np.array_equal(drawn, wanted)
@@ -98,8 +100,8 @@ def test_the_default_guidance_scale_is_the_pipelines_own():
 
 
 def test_words_are_all_of_clips_and_the_words_of_t5(sd3):
-    (words,) = sd3.token_slices([BARN])
-    assert words == slice(0, LONGEST + len("_a_red_barn") + 1 if sd3.pipeline.text_encoder_3 else LONGEST)
+    (tokens,) = sd3.token_slices([BARN])
+    assert tokens == slice(0, LONGEST + len("_a_red_barn") + 1 if sd3.pipeline.text_encoder_3 else LONGEST)
 
 
 def test_what_a_pipeline_without_t5_reads_in_its_place_is_zeros():

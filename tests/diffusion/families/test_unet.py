@@ -49,23 +49,25 @@ def unet(request):
     return unet_of(request.param)
 
 
-def regions_of(unet, *of_pictures):
-    return [[EncodedRegion(one, *unet.encode_separately([one.prompt])) for one in regions] for regions in of_pictures]
+def regions_of(unet, *pictures):
+    return [
+        [EncodedRegion(region, *unet.encode_separately([region.prompt])) for region in regions] for regions in pictures
+    ]
 
 
-def steered(unet, guide, call, prompts, *of_pictures):
+def steered(unet, guide, call, prompts, *pictures):
     """The prediction of one call with a guide at work."""
     denoiser = unet.denoiser(unet.encode_prompts(prompts))
-    with guide.steering(denoiser, regions_of(unet, *of_pictures)):
+    with guide.steering(denoiser, regions_of(unet, *pictures)):
         return predicted(denoiser, call)
 
 
 def rows_of(call, rows):
     """The same call for some of its rows."""
-    some = {name: call[name][rows] for name in ("sample", "encoder_hidden_states")}
+    selected = {name: call[name][rows] for name in ("sample", "encoder_hidden_states")}
     if call["added_cond_kwargs"] is not None:
-        some["added_cond_kwargs"] = {name: given[rows] for name, given in call["added_cond_kwargs"].items()}
-    return {**call, **some}
+        selected["added_cond_kwargs"] = {name: given[rows] for name, given in call["added_cond_kwargs"].items()}
+    return {**call, **selected}
 
 
 # Drawing and encoding
@@ -85,10 +87,10 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(unet):
     ("scale", "negative"), [(None, None), (4.0, "fog"), (1.0, None)], ids=["default", "negative", "without"]
 )
 def test_artaug_draws_what_the_pipeline_draws_bit_for_bit(unet, prompts, scale, negative):
-    said = {} if negative is None else {"negative_prompt": [negative] * len(prompts)}
-    said |= {} if scale is None else {"guidance_scale": scale}
+    guidance = {} if negative is None else {"negative_prompt": [negative] * len(prompts)}
+    guidance |= {} if scale is None else {"guidance_scale": scale}
     size = {"width": WIDTH, "height": HEIGHT}
-    wanted = drawn_by_pipeline(unet.pipeline, prompts, **said, **size)
+    wanted = drawn_by_pipeline(unet.pipeline, prompts, **guidance, **size)
     plans = [aa.Plan(prompt) for prompt in prompts]
     drawn = drawn_by_artaug(
         type(unet), unet.pipeline, plans, guidance_scale=scale, negative_prompt=negative, max_sequence_length=77, **size
@@ -134,9 +136,9 @@ def test_the_words_of_a_prompt_are_all_tokens_of_clip(unet):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler, with numpy 2
 @pytest.mark.parametrize("name", list(FAMILIES))
-@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler])
-def test_training_predicts_what_drawing_predicts_bit_for_bit(name, kind):
-    scheduler = kind.from_config(ddim().config, skip_prk_steps=True, timestep_spacing="leading")
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler])
+def test_training_predicts_what_drawing_predicts_bit_for_bit(name, scheduler_class):
+    scheduler = scheduler_class.from_config(ddim().config, skip_prk_steps=True, timestep_spacing="leading")
     unet = unet_of(name, FAMILIES[name][1](scheduler=scheduler))
     for call, noise in calls_of(unet, [BARN, LAKE], guidance_scale=1.0):
         level = (1 - unet.pipeline.scheduler.alphas_cumprod[int(call["timestep"])]).sqrt()
@@ -178,8 +180,8 @@ def test_a_velocity_predicting_scheduler_is_trained_as_such():
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("rescaled", [False, True])
 def test_a_schedule_is_read_from_the_scheduler(schedule, rescaled):
-    odd = {"beta_schedule": schedule, "rescale_betas_zero_snr": rescaled, "prediction_type": "v_prediction"}
-    scheduler = ddim(**odd, beta_start=0.0001, beta_end=0.02)
+    config = {"beta_schedule": schedule, "rescale_betas_zero_snr": rescaled, "prediction_type": "v_prediction"}
+    scheduler = ddim(**config, beta_start=0.0001, beta_end=0.02)
     unet = unet_of("sd15", tiny_sd15(scheduler=scheduler))
     levels = (1 - scheduler.alphas_cumprod).sqrt()
     drawn = unet.noise_schedule.sample_sigmas(500, torch.Generator().manual_seed(0))
@@ -188,7 +190,7 @@ def test_a_schedule_is_read_from_the_scheduler(schedule, rescaled):
 
 
 @pytest.mark.parametrize(
-    ("odd", "said"),
+    ("config", "message"),
     [
         ({"prediction_type": "sample"}, r"DDIMScheduler has .*'prediction_type': 'sample'.*v_prediction"),
         ({"trained_betas": [0.1, 0.2]}, r"DDIMScheduler has .*'trained_betas': \[0\.1, 0\.2\]"),
@@ -198,9 +200,9 @@ def test_a_schedule_is_read_from_the_scheduler(schedule, rescaled):
         ),
     ],
 )
-def test_a_schedule_that_training_does_not_know_is_refused_by_name(odd, said):
-    unet = unet_of("sdxl", tiny_sdxl(scheduler=ddim(**odd)))
-    with pytest.raises(aa.ModelError, match=said):
+def test_a_schedule_that_training_does_not_know_is_refused_by_name(config, message):
+    unet = unet_of("sdxl", tiny_sdxl(scheduler=ddim(**config)))
+    with pytest.raises(aa.ModelError, match=message):
         _ = unet.noise_schedule
 
 
@@ -342,15 +344,15 @@ def test_sites_are_all_cross_attention_in_order_each_with_its_own_grid(name, siz
 
     with attending(denoiser, meeting):
         predicted(denoiser, longer)
-    crossing = [one for path, one in unet.module.named_modules() if path.endswith("attn2")]
+    crossing = [layer for path, layer in unet.module.named_modules() if path.endswith("attn2")]
     assert met == list(range(len(crossing)))
     assert {site.attention for site in denoiser.sites} == set(crossing)
     assert {site.kind for site in denoiser.sites} == {"cross"}
     assert spans[0] == tuple(Span("text", LONGEST, prompt) for prompt in range(3))
     assert spans[1] == (Span("text", LONGEST), Span("padding", 2 * LONGEST))
     assert torch.equal(longer["encoder_hidden_states"][:, :LONGEST], call["encoder_hidden_states"])
-    said = texts[0][1].conditioning["prompt_embeds"][0]
-    assert torch.equal(longer["encoder_hidden_states"][0, 2 * LONGEST :], said)
+    appended = texts[0][1].conditioning["prompt_embeds"][0]
+    assert torch.equal(longer["encoder_hidden_states"][0, 2 * LONGEST :], appended)
 
 
 def test_a_level_in_the_middle_has_the_rows_and_columns_its_tokens_are_in():
@@ -411,12 +413,12 @@ def test_in_the_first_attention_regions_change_their_own_tokens_alone(unet):
     denoiser = unet.denoiser(unet.encode_prompts([BARN]))
     first = denoiser.sites[0]
     rows, columns = first.grid
-    seen = []
-    with first.attention.register_forward_hook(lambda _module, _args, out: seen.append(out)):
+    outputs = []
+    with first.attention.register_forward_hook(lambda _module, _args, out: outputs.append(out)):
         for regions in ([], [aa.Region(LEFT, DUSK)]):
             with aa.RegionalAttention().steering(denoiser, regions_of(unet, regions)) if regions else nullcontext():
                 predicted(denoiser, call)
-    plain, guided = (one[0].unflatten(0, (rows, columns)) for one in seen)
+    plain, guided = (output[0].unflatten(0, (rows, columns)) for output in outputs)
     reached = -(-columns * 2 // 5)
     torch.testing.assert_close(guided[:, reached:], plain[:, reached:])
     assert (guided[:, :1] - plain[:, :1]).abs().amax(-1).min() > 1e-5
@@ -539,23 +541,23 @@ def test_a_region_of_everything_wears_a_lora_of_convolutions_as_the_whole_pictur
     plan = aa.Plan("a red cone", (region,))
     worn = DiffusersSynthesizer(pipeline=pipeline, guide=guides[guide], **sides).synthesize(plan, seed=0)
     plain = DiffusersSynthesizer(pipeline=pipeline, **sides).synthesize(aa.Plan("a red cone"), seed=0)
-    told, wanted, before = (np.asarray(one, dtype=int) for one in (worn, whole, plain))
-    assert abs(told - wanted).max() <= 2
+    found, wanted, before = (np.asarray(image, dtype=int) for image in (worn, whole, plain))
+    assert abs(found - wanted).max() <= 2
     assert abs(wanted - before).max() > 4
 
 
 def test_a_lora_of_a_convolution_stays_in_its_region():
     pipeline = tiny_sd15()
     lora = conv_lora(pipeline.unet, "conv_out")  # after which nothing mixes pixels
-    seen = []
-    pipeline.unet.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    outputs = []
+    pipeline.unet.register_forward_hook(lambda _, __, output: outputs.append(output[0]))
     sides = {"width": 64, "height": 64, "steps": 1}
     for worn, loras in ((None, {}), ("anna", {"anna": lora})):
         guide = aa.RegionalAttention(isolation=APART, loras=loras)
         left, right = aa.Box(0, 0, 0.5, 1), aa.Box(0.5, 0, 1, 1)
         plan = aa.Plan("a cone", (aa.Region(left, "a red cone", lora=worn), aa.Region(right, "a blue cube")))
         DiffusersSynthesizer(pipeline=pipeline, guide=guide, **sides).synthesize(plan, seed=0)
-    before, after = seen[0], seen[-1]
+    before, after = outputs[0], outputs[-1]
     apart = (after - before).abs().amax((0, 1, 2))
     middle = len(apart) // 2
     assert apart[:middle].min() > 0

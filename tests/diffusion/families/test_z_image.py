@@ -46,7 +46,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(z_image):
     call, _ = pipeline_calls(z_image, PROMPTS, guidance_scale=0.0)[0]
     encoded = z_image.encode_prompts(PROMPTS)
     lengths = encoded["prompt_embeds_mask"].sum(dim=1).tolist()
-    assert lengths == [words.stop for words in z_image.token_slices(PROMPTS)]
+    assert lengths == [tokens.stop for tokens in z_image.token_slices(PROMPTS)]
     for row, length, wanted in zip(encoded["prompt_embeds"], lengths, call["cap_feats"], strict=True):
         assert torch.equal(row[:length], wanted)
     assert not encoded["prompt_embeds"].requires_grad
@@ -58,8 +58,10 @@ def test_a_plain_plan_draws_what_the_pipeline_draws_bit_for_bit(options, prompts
     z_image = z_image_of(**options)
     seeds = range(3, 3 + len(prompts))
     drawn = synthesizer_of(z_image).synthesize_batch([aa.Plan(prompt) for prompt in prompts], seeds=seeds)
-    told = {name: [one] * len(prompts) if isinstance(one, str) else one for name, one in options.items()}
-    assert drawn == drawn_by_pipeline(z_image, prompts, seeds=seeds, **told)
+    repeated = {
+        name: [option] * len(prompts) if isinstance(option, str) else option for name, option in options.items()
+    }
+    assert drawn == drawn_by_pipeline(z_image, prompts, seeds=seeds, **repeated)
 
 
 def test_training_predicts_what_drawing_predicts_bit_for_bit(z_image):
@@ -74,11 +76,11 @@ def test_training_predicts_what_drawing_predicts_bit_for_bit(z_image):
 def test_a_prediction_is_the_velocity_a_scheduler_steps_along():
     z_image = z_image_of(guidance_scale=0.0)
     calls = pipeline_calls(z_image, PROMPTS[:1], guidance_scale=0.0)
-    (one, _), (other, _) = calls
+    (first, _), (second, _) = calls
     with torch.no_grad():
-        velocity = z_image.predict(one["x"][0].transpose(0, 1), 1 - one["t"], z_image.encode_prompts(PROMPTS[:1]))
-    step = (one["t"] - other["t"]).item()  # of sigma, which falls as t rises
-    torch.testing.assert_close(other["x"][0].transpose(0, 1), one["x"][0].transpose(0, 1) + step * velocity)
+        velocity = z_image.predict(first["x"][0].transpose(0, 1), 1 - first["t"], z_image.encode_prompts(PROMPTS[:1]))
+    step = (first["t"] - second["t"]).item()  # of sigma, which falls as t rises
+    torch.testing.assert_close(second["x"][0].transpose(0, 1), first["x"][0].transpose(0, 1) + step * velocity)
 
 
 def test_a_prediction_has_the_type_of_the_latents_and_carries_gradient():
@@ -155,9 +157,9 @@ def test_an_output_keeps_its_type_with_another_prediction_in_it(return_dict):
 def test_twins_that_attend_plainly_predict_the_same_bit_for_bit():
     denoiser, calls = recorded_run(z_image_of(guidance_scale=0.0), PROMPTS[:1])
     call, output = calls[0]
-    with with_processors(denoiser) as seen:
+    with with_processors(denoiser) as attentions:
         assert torch.equal(predict_call(denoiser, call), denoiser.prediction(output))
-    assert [(site.block, site.kind) for site, _, _ in seen] == [(0, "text"), (1, "joint"), (2, "joint")]
+    assert [(site.block, site.kind) for site, _, _ in attentions] == [(0, "text"), (1, "joint"), (2, "joint")]
 
 
 def test_no_added_texts_change_nothing_bit_for_bit():
@@ -173,40 +175,40 @@ def test_no_added_texts_change_nothing_bit_for_bit():
 def added(z_image, *, trim_padding):
     """A call with other texts for every row, those for the negative prompt included."""
     denoiser, calls = recorded_run(z_image, PROMPTS)
-    said = [["a door", "ivy"], ["a stormy sky"], ["dull"], []][: len(calls[0][0]["x"])]
-    texts = [z_image.encode_separately(of_row) for of_row in said]
+    row_texts = [["a door", "ivy"], ["a stormy sky"], ["dull"], []][: len(calls[0][0]["x"])]
+    texts = [z_image.encode_separately(row_prompts) for row_prompts in row_texts]
     return denoiser, calls[0], texts, *denoiser.append_prompts(calls[0][0], texts, trim_padding=trim_padding)
 
 
 @pytest.mark.parametrize("trim_padding", [False, True])
 def test_spans_name_every_token_attention_sees(z_image, trim_padding):
     denoiser, (call, _), texts, changed, spans = added(z_image, trim_padding=trim_padding)
-    with with_processors(denoiser) as seen:
+    with with_processors(denoiser) as attentions:
         predict_call(denoiser, changed)
-    for site, query, _ in seen:
+    for site, query, _ in attentions:
         kinds = {"text", "padding"} if site.kind == "text" else {"image", "reference", "text", "padding"}
-        assert {sum(span.length for span in of_row if span.kind in kinds) for of_row in spans} == {query.shape[2]}
-    for own, of_row, of_spans in zip(call["cap_feats"], texts, spans, strict=True):
-        assert of_spans[:2] == IMAGE
-        words = [len(own), *(text.token_slice.stop for text in of_row)]
-        whole = [-(-length // 32) * 32 for length in words]
-        assert [span.length for span, _ in span_slices(of_spans, "text")] == (
-            [whole[0], *words[1:]] if trim_padding else whole
+        assert {sum(span.length for span in row_spans if span.kind in kinds) for row_spans in spans} == {query.shape[2]}
+    for own, row_prompts, row_spans in zip(call["cap_feats"], texts, spans, strict=True):
+        assert row_spans[:2] == IMAGE
+        lengths = [len(own), *(text.token_slice.stop for text in row_prompts)]
+        padded = [-(-length // 32) * 32 for length in lengths]
+        assert [span.length for span, _ in span_slices(row_spans, "text")] == (
+            [padded[0], *lengths[1:]] if trim_padding else padded
         )
-        assert [span.prompt for span, _ in span_slices(of_spans, "text")] == list(range(len(words)))
+        assert [span.prompt for span, _ in span_slices(row_spans, "text")] == list(range(len(lengths)))
 
 
 @pytest.mark.parametrize("trim_padding", [False, True])
 def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(z_image, trim_padding):
     denoiser, (call, _), texts, changed, spans = added(z_image, trim_padding=trim_padding)
     joined = keys(denoiser, changed)
-    for row, of_row in enumerate(texts):
+    for row, row_prompts in enumerate(texts):
         (prompt,) = z_image.encode_separately([(*PROMPTS, "", "")[row]])
         plain = [of_site[0] for of_site in keys(denoiser, denoiser.with_prompt_embeds(call, [row], [prompt]))]
         torch.testing.assert_close(joined[1][row][:, :64], plain[1][:, :64], atol=1e-5, rtol=1e-5)
         own, *others = (part for _, part in span_slices(spans[row][2:], "text"))
         torch.testing.assert_close(joined[0][row][:, own], plain[0], atol=1e-5, rtol=1e-5)
-        for text, part in zip(of_row, others, strict=True):
+        for text, part in zip(row_prompts, others, strict=True):
             alone = keys(denoiser, denoiser.with_prompt_embeds(call, [row], [text]))[0][0]
             length = part.stop - part.start
             torch.testing.assert_close(joined[0][row][:, part], alone[:, :length], atol=1e-5, rtol=1e-5)
@@ -214,16 +216,16 @@ def test_every_token_is_where_it_would_be_if_its_prompt_were_the_only_one(z_imag
 
 def keys(denoiser, call):
     """The keys of the first layers: where texts are among themselves, and where they meet the image."""
-    with with_processors(denoiser) as seen:
+    with with_processors(denoiser) as attentions:
         predict_call(denoiser, call)
-    return [seen[0][2], seen[1][2]]
+    return [attentions[0][2], attentions[1][2]]
 
 
 def test_a_text_that_repeats_the_plans_prompt_can_take_its_place(z_image):
     denoiser, calls = recorded_run(z_image, PROMPTS)
     call, output = calls[0]
-    said = [*PROMPTS, *([] if z_image.negative is None else ["", ""])]
-    texts = [z_image.encode_separately([prompt]) for prompt in said]
+    row_texts = [*PROMPTS, *([] if z_image.negative is None else ["", ""])]
+    texts = [z_image.encode_separately([prompt]) for prompt in row_texts]
     changed, spans = denoiser.append_prompts(call, texts, trim_padding=False)
     with with_processors(denoiser, region_replaces_plan(spans)):
         torch.testing.assert_close(predict_call(denoiser, changed), denoiser.prediction(output), atol=1e-5, rtol=1e-4)
@@ -245,9 +247,9 @@ def _fail_while_patched(denoiser):
 def test_a_call_without_regions_keeps_its_mask_bit_for_bit(z_image):
     denoiser, calls = recorded_run(z_image, PROMPTS)
     call, output = calls[0]
-    with with_processors(denoiser) as seen:
+    with with_processors(denoiser) as attentions:
         assert torch.equal(predict_call(denoiser, call), denoiser.prediction(output))
-    assert not seen
+    assert not attentions
 
 
 def test_a_text_longer_than_the_positions_is_refused():
@@ -263,8 +265,8 @@ def test_a_region_that_says_what_the_plan_says_changes_next_to_nothing(z_image):
     plain = synthesizer_of(z_image).synthesize(aa.Plan(LONG), seed=1)
     region = aa.Region(FULL, LONG, weight=7.0)
     guided = synthesizer_of(z_image, guide=OutputMix()).synthesize(aa.Plan(LONG, (region,)), seed=1)
-    one, other = (torch.tensor(list(image.tobytes())).int() for image in (plain, guided))
-    assert (one - other).abs().max() <= 1
+    first, second = (torch.tensor(list(image.tobytes())).int() for image in (plain, guided))
+    assert (first - second).abs().max() <= 1
 
 
 def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_own(z_image):
@@ -301,10 +303,10 @@ def test_every_layer_that_takes_tokens_says_which(z_image):
     denoiser, calls = recorded_run(z_image, PROMPTS)
     texts = [z_image.encode_separately(["a door", "ivy"])] * len(calls[0][0]["x"])
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)
-    said = token_streams_of(denoiser, changed, spans)
-    assert {name for name, (stream, taken) in said.items() if stream is None and taken} == set()
-    assert all(taken == [stream] for stream, taken in said.values() if stream is not None)
-    assert {stream for stream, _ in said.values()} == {None, "image", "text", "joint"}
+    streams = token_streams_of(denoiser, changed, spans)
+    assert {name for name, (stream, found) in streams.items() if stream is None and found} == set()
+    assert all(found == [stream] for stream, found in streams.values() if stream is not None)
+    assert {stream for stream, _ in streams.values()} == {None, "image", "text", "joint"}
 
 
 def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no_trace(z_image):
@@ -314,8 +316,8 @@ def test_regional_attention_steers_each_picture_by_its_own_regions_and_leaves_no
     regional = [aa.Plan(PROMPTS[0], (aa.Region(LEFT, "a stormy sky"), aa.Region(RIGHT, "ivy"))), plain[1]]
     bare, drawn = guided(z_image, plain), guided(z_image, regional)
     assert drawn[0] != bare[0]
-    one, other = (torch.tensor(list(image.tobytes())).int() for image in (drawn[1], bare[1]))
-    assert (one - other).abs().max() <= 1
+    first, second = (torch.tensor(list(image.tobytes())).int() for image in (drawn[1], bare[1]))
+    assert (first - second).abs().max() <= 1
     assert drawn == guided(z_image, regional)
     assert hooks_of(z_image.module) == before
     assert [site.attention.processor for site in recorded_run(z_image, PROMPTS, steps=1)[0].sites] == kept
@@ -342,7 +344,7 @@ def test_a_part_that_is_missing_is_named():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"width": 30}, "positive multiples of 4"),
         ({"width": 68}, "more image tokens than this Z-Image has positions: at most 64 x 64 pixels"),
@@ -351,8 +353,8 @@ def test_a_part_that_is_missing_is_named():
         ({"max_sequence_length": 97}, "this Z-Image reads 1 to 96 tokens"),
     ],
 )
-def test_what_would_have_no_effect_or_no_place_is_refused(options, told):
-    with pytest.raises(aa.ModelError, match=told):
+def test_what_would_have_no_effect_or_no_place_is_refused(options, message):
+    with pytest.raises(aa.ModelError, match=message):
         z_image_of(**options)
 
 

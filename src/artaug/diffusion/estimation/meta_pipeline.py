@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, pipelines
 from diffusers.hooks import apply_layerwise_casting
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import BatchEncoding, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -56,11 +56,11 @@ class TokenizerStub:
         """None are added."""
         return 0
 
-    def decode(self, _tokens: Sequence[int]) -> str:
+    def decode(self, _tokens: Sequence[int] | Tensor) -> str:
         """Tokens without a vocabulary mean nothing."""
         return ""
 
-    def batch_decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+    def batch_decode(self, tokens: Sequence[Sequence[int]] | Tensor) -> list[str]:
         """As `decode`, for several prompts."""
         return [""] * len(tokens)
 
