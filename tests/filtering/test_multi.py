@@ -95,6 +95,8 @@ def test_a_pareto_verdict_names_the_scorers_that_fell_or_says_that_nothing_rose(
         ([Listed()], -1.0),
         ([Listed()], math.nan),
         ([Listed()], [0.1, 0.2]),
+        ([Listed(), Darkness()], [0.1, -1.0]),
+        ([Listed(), Darkness()], [math.nan, 0.1]),
     ],
 )
 def test_an_illegal_pareto_filter_is_refused(scorers, tolerance):
