@@ -334,6 +334,24 @@ def test_a_header_that_does_not_describe_the_file_is_an_error(tmp_path, change):
             bake(path, lora, tmp_path / "other", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("offsets", "data_bytes"),
+    [
+        pytest.param({"proj.weight": [4, 36]}, 36, id="a gap at the start"),
+        pytest.param({"proj.weight": [0, 32], "z.weight": [36, 68]}, 68, id="a gap between tensors"),
+        pytest.param({"proj.weight": [0, 32], "z.weight": [28, 60]}, 60, id="an overlap"),
+        pytest.param({"proj.weight": [0, 32]}, 36, id="bytes at the end"),
+        pytest.param({"proj.weight": [0, 32], "z.weight": [32, 64]}, 60, id="cut short"),
+    ],
+)
+def test_tensors_that_do_not_fill_the_file_are_an_error(tmp_path, offsets, data_bytes):
+    entries = {name: {"dtype": "BF16", "shape": [4, 4], "data_offsets": span} for name, span in offsets.items()}
+    header, path = json.dumps(entries).encode(), tmp_path / "in.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(data_bytes))
+    with pytest.raises(ModelError, match="bytes are not what its header describes"):
+        bake(path, layer_lora(low_rank((4, 4))), tmp_path / "out", progress=False)
+
+
 @given(st.integers(0, 400))
 @settings(max_examples=30)
 def test_a_file_cut_short_is_an_error(tmp_path_factory, length):

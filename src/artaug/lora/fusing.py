@@ -47,15 +47,15 @@ def fuse_loras(fuser: Fuser, loras: Sequence[LoRA]) -> LoRA:
     owner, given = type(fuser).__name__, f"{len(loras)} LoRA{'s' * (len(loras) != 1)}"
     fused = check_result(owner, "fuse", fuser.fuse(loras), of=LoRA, given=given)
     expected = {name: layer.shape for lora in loras for name, layer in lora.layers.items()}
-    found = {name: layer.shape for name, layer in fused.layers.items()}
+    shapes = {name: layer.shape for name, layer in fused.layers.items()}
     # that the factors are finite, LowRank has checked
-    for name in expected | found:
-        if found.get(name) != expected.get(name):
+    for name in expected | shapes:
+        if shapes.get(name) != expected.get(name):
             raise contract_error(
                 owner,
                 "fuse",
-                came=f"a LoRA in which {name!r} has shape {found[name]}"
-                if name in found
+                came=f"a LoRA in which {name!r} has shape {shapes[name]}"
+                if name in shapes
                 else f"a LoRA without {name!r}",
                 given=given,
                 expected=f"shape {expected[name]}" if name in expected else "only layers of the LoRAs that it fuses",

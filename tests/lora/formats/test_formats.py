@@ -307,7 +307,7 @@ def test_factors_without_rank_or_numbers_are_refused(tmp_path, down):
 
 def test_a_layer_with_two_endings_is_refused(tmp_path):
     layer = low_rank(2, (4, 4))
-    with pytest.raises(LoRAError, match="holds twice, under two names"):
+    with pytest.raises(LoRAError, match="twice, under two names"):
         read(tmp_path, {**kohya(layer), f"{KEY}.lora_A.weight": layer.down})
 
 

@@ -68,22 +68,22 @@ def bake(
     """
     started = time.perf_counter()
     source, target = Path(checkpoint), Path(out)
-    found = Checkpoint.find(source)
-    updates = _weight_updates(found, lora, scale=scale, seed=stochastic_seed)
+    source_files = Checkpoint.find(source)
+    updates = _weight_updates(source_files, lora, scale=scale, seed=stochastic_seed)
     try:
-        _check_target(target, source, found.size)
+        _check_target(target, source, source_files.size)
         with (
             atomic_output(target, folder=source.is_dir()) as output,
-            tqdm(total=found.size, desc="Baking", unit="B", unit_scale=True, disable=not progress) as bar,
+            tqdm(total=source_files.size, desc="Baking", unit="B", unit_scale=True, disable=not progress) as bar,
             StreamWriter(on_bytes=bar.update) as writer,
         ):
-            files = _write_files(found, updates, writer, output)
+            files = _write_files(source_files, updates, writer, output)
             layers = {name.removesuffix(_WEIGHT): update.report() for name, update in updates.items()}
     except StorageError:
         raise
     except OSError as error:
         raise StorageError(
-            f"{str(target)!r} could not be written, and nothing is left of it: {error}. It takes {_gib(found.size)}; "
+            f"{str(target)!r} could not be written, and nothing is left of it: {error}. It takes {_gib(source_files.size)}; "
             "make room, or choose another place."
         ) from error
     baked = BakedCheckpoint(path=target, layers=layers, files=files, seconds=time.perf_counter() - started)
@@ -92,15 +92,15 @@ def bake(
     return baked
 
 
-def _weight_updates(found: Checkpoint, lora: LoRA, *, scale: float, seed: int | None) -> dict[str, WeightUpdate]:
+def _weight_updates(checkpoint: Checkpoint, lora: LoRA, *, scale: float, seed: int | None) -> dict[str, WeightUpdate]:
     """The update of each tensor, by the tensor's name, in the order of the LoRA's layers."""
-    tensors = found.tensors()
+    tensors = checkpoint.tensors()
     missing = [name for name in lora.layers if name + _WEIGHT not in tensors]
     if missing:
         example = next((name for name, info in tensors.items() if len(info.shape) == 2), "(no matrix)")
         present = "none" if len(missing) == len(lora.layers) else f"only {len(lora.layers) - len(missing)}"
         raise LoRAMismatchError(
-            f"this LoRA names {len(lora.layers)} layers and {str(found.root)!r} has {present} of them; first missing is "
+            f"this LoRA names {len(lora.layers)} layers and {str(checkpoint.root)!r} has {present} of them; first missing is "
             f"{missing[0] + _WEIGHT!r}, names there look like {example!r}."
         )
     updates = {}
@@ -142,12 +142,12 @@ def _check_target(target: Path, source: Path, size: int) -> None:
 
 
 def _write_files(
-    found: Checkpoint, updates: Mapping[str, WeightUpdate], writer: StreamWriter, output: Path
+    checkpoint: Checkpoint, updates: Mapping[str, WeightUpdate], writer: StreamWriter, output: Path
 ) -> dict[str, BakedFile]:
     """Write all files into the folder ``output``, or the only file of the checkpoint as ``output``."""
-    ranges = {shard.path: _byte_ranges(shard, updates) for shard in found.shards}
-    ranges |= {path: [ByteRange(path.stat().st_size)] for path in found.others}
-    targets = {path: output / path.relative_to(found.root) if output.is_dir() else output for path in ranges}
+    ranges = {shard.path: _byte_ranges(shard, updates) for shard in checkpoint.shards}
+    ranges |= {path: [ByteRange(path.stat().st_size)] for path in checkpoint.others}
+    targets = {path: output / path.relative_to(checkpoint.root) if output.is_dir() else output for path in ranges}
     for path, target in targets.items():
         writer.reserve(target, sum(byte_range.size for byte_range in ranges[path]))
     base = output if output.is_dir() else output.parent

@@ -58,7 +58,7 @@ class KeyRow:
     @classmethod
     def renamed(cls, original: str, diffusers: str, suffixes: Mapping[str, str]) -> tuple[Self, ...]:
         """Layers of one block: its name in the original and in diffusers, and below it original to diffusers' names."""
-        return tuple(cls(f"{original}.{there}", (f"{diffusers}.{here}",)) for there, here in suffixes.items())
+        return tuple(cls(f"{original}.{old}", (f"{diffusers}.{new}",)) for old, new in suffixes.items())
 
 
 @dataclass(frozen=True)

@@ -88,19 +88,19 @@ def load_lora(path: Path, *, key_map: KeyMap | None = None) -> ParsedLoRA:
     if format_ is Format.PEFT:
         return ParsedLoRA(format_, layers)
     resolved = _resolve_names(layers, format_, key_map, path)
-    found: dict[str, LowRank] = {}
+    updates: dict[str, LowRank] = {}
     for name, layer in layers.items():
         match = resolved[name].match
         if resolved[name].original:
             parts_of_layer = _split_fused(match, layer, path)
         else:
             parts_of_layer = {_diffusers_name(match, name, format_): layer}
-        if duplicates := found.keys() & parts_of_layer.keys():
+        if duplicates := updates.keys() & parts_of_layer.keys():
             raise LoRAError(
                 f"{path} updates {min(duplicates)!r} twice, the second time as {name!r}. Remove one of the two."
             )
-        found |= parts_of_layer
-    return ParsedLoRA(format_, found)
+        updates |= parts_of_layer
+    return ParsedLoRA(format_, updates)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -145,7 +145,7 @@ def _group_by_layer(tensors: Mapping[str, Tensor], path: Path) -> tuple[Format, 
             continue
         parts = layers.setdefault(key.removeprefix(prefix).removesuffix(suffix), {})
         if _SUFFIXES[suffix] in parts:
-            raise LoRAError(f"{path} holds what {key!r} holds twice, under two names. Remove one of the two.")
+            raise LoRAError(f"{path} holds the tensor of {key!r} twice, under two names. Remove one of the two.")
         parts[_SUFFIXES[suffix]] = tensor
     incomplete = {name for name, parts in layers.items() if not {"down", "up"} <= parts.keys()}
     incomplete_keys = {f"{prefix}{name}{suffix}" for name in incomplete for suffix in _SUFFIXES}
@@ -209,8 +209,8 @@ def _resolve_names(
     readings: dict[tuple[str, ...], dict[str, _ResolvedKey]] = {}
     fitting, missing = [], ""
     for candidate in candidates:
-        found = {name: candidate.resolve(name, flat=format_ in _FLAT_FORMATS) for name in layers}
-        resolved = {name: _ResolvedKey(*row) for name, row in found.items() if row is not None}
+        rows = {name: candidate.resolve(name, flat=format_ in _FLAT_FORMATS) for name in layers}
+        resolved = {name: _ResolvedKey(*row) for name, row in rows.items() if row is not None}
         if len(resolved) < len(layers):
             missing = missing or next(name for name in layers if name not in resolved)
         elif key_map is not None or all(_fits_aspect(row, layers[name]) for name, row in resolved.items()):

@@ -114,24 +114,24 @@ def from_file_factors(down: Tensor, up: Tensor, mid: Tensor | None = None) -> Lo
     return LowRank(merged, up.flatten(1))
 
 
-def relative_error(found: LowRank, wanted: LowRank) -> float:
-    """Relative error of an update: the Frobenius norm of the difference over that of ``wanted``.
+def relative_error(actual: LowRank, expected: LowRank) -> float:
+    """Relative error of an update: the Frobenius norm of the difference over that of ``expected``.
 
     It is computed in float64 from the factors, without the dense updates, and is exact to about 1e-7. It is infinite if
-    the shapes differ, or if ``wanted`` is zero and ``found`` is not.
+    the shapes differ, or if ``expected`` is zero and ``actual`` is not.
 
     >>> import torch
     >>> from artaug.lora.formats.low_rank import LowRank, relative_error
-    >>> wanted = LowRank(torch.ones(1, 4), torch.ones(3, 1))
-    >>> round(relative_error(LowRank(wanted.down, 1.5 * wanted.up), wanted), 6)
+    >>> expected = LowRank(torch.ones(1, 4), torch.ones(3, 1))
+    >>> round(relative_error(LowRank(expected.down, 1.5 * expected.up), expected), 6)
     0.5
     """
-    if found.shape != wanted.shape:
+    if actual.shape != expected.shape:
         return math.inf
-    # found - wanted = [U_f, -U_w] @ [D_f; D_w], again low-rank
-    down = torch.cat([found.down.double().cpu(), wanted.down.double().cpu()])
-    up = torch.cat([found.up.double().cpu(), -wanted.up.double().cpu()], dim=1)
-    error, reference = LowRank(down, up).energy(), wanted.energy()
+    # actual - expected = [U_f, -U_w] @ [D_f; D_w], again low-rank
+    down = torch.cat([actual.down.double().cpu(), expected.down.double().cpu()])
+    up = torch.cat([actual.up.double().cpu(), -expected.up.double().cpu()], dim=1)
+    error, reference = LowRank(down, up).energy(), expected.energy()
     if reference == 0:
         return math.inf if error else 0.0
     return math.sqrt(error / reference)

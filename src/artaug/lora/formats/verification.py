@@ -32,7 +32,7 @@ _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Verification:
-    """The result of reading one LoRA file with several independent readers: all found the wanted layers within a tolerance."""
+    """The result of reading one LoRA file with several independent readers: all found the expected layers within a tolerance."""
 
     path: Path
     """The file."""
@@ -41,7 +41,7 @@ class Verification:
     readers: tuple[str, ...]
     """Names of the readers."""
     errors: Mapping[str, float]
-    """By layer the largest relative error of any reader: ``|found - wanted| / |wanted|`` in Frobenius norms of updates."""
+    """By layer the largest relative error of any reader: ``|actual - expected| / |expected|`` in Frobenius norms of updates."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "errors", MappingProxyType(dict(self.errors)))
@@ -71,7 +71,7 @@ class Verification:
 
 
 def layer_errors(
-    found: Mapping[str, LowRank], wanted: Mapping[str, LowRank], *, path: Path, reader: str, tolerance: float
+    actual: Mapping[str, LowRank], expected: Mapping[str, LowRank], *, path: Path, reader: str, tolerance: float
 ) -> dict[str, float]:
     """The relative error of every layer that a reader found.
 
@@ -79,15 +79,15 @@ def layer_errors(
         LoRAError: if a layer is missing, if there is one too many and it is not zero, or if an error is above
             ``tolerance``.
     """
-    if extra := [name for name, layer in found.items() if name not in wanted and layer.energy()]:
+    if extra := [name for name, layer in actual.items() if name not in expected and layer.energy()]:
         raise LoRAError(f"{path}: {reader} finds an update of {extra[0]!r}, which the LoRA does not have.")
-    if missing := [name for name in wanted if name not in found]:
+    if missing := [name for name in expected if name not in actual]:
         raise LoRAError(
-            f"{path}: {reader} finds {len(wanted) - len(missing)} of {len(wanted)} layers; missing is {missing[0]!r}."
+            f"{path}: {reader} finds {len(expected) - len(missing)} of {len(expected)} layers; missing is {missing[0]!r}."
         )
-    errors = {name: relative_error(found[name], layer) for name, layer in wanted.items()}
+    errors = {name: relative_error(actual[name], layer) for name, layer in expected.items()}
     name, error = max(errors.items(), key=lambda item: item[1])
-    if not error <= tolerance:  # NaN is refused, too
+    if not error <= tolerance:
         raise LoRAError(
             f"{path}: {reader} finds another update of {name!r} than the LoRA has: relative error {error:.1e}, and "
             f"{tolerance:.0e} is allowed. Rounding to bfloat16 alone makes up to 4e-3; more is a wrong strength."
@@ -96,32 +96,32 @@ def layer_errors(
 
 
 def read_by_definition(
-    path: Path, wanted: Mapping[str, LowRank], *, key_map: KeyMap | None = None
+    path: Path, expected: Mapping[str, LowRank], *, key_map: KeyMap | None = None
 ) -> dict[str, LowRank]:
-    """The updates that a file holds for the layers ``wanted``, by the definition of its format.
+    """The updates that a file holds for the layers ``expected``, by the definition of its format.
 
-    A layer that the file fuses with a wanted one is returned, too. ``key_map`` holds names of layers besides the known ones.
+    The other parts of a fused layer are returned, too. ``key_map`` adds names of layers to the built-in ones.
 
     Raises:
         LoRAError: if a key of the file belongs to none of those layers, or a layer is there twice.
     """
     tensors, header = read_tensors(path)
     layers, adapter = _group_by_stem(tensors, path), _header_config(header)
-    found: dict[str, LowRank] = {}
+    updates: dict[str, LowRank] = {}
     used: set[str] = set()
     key_maps = KEY_MAPS if key_map is None else (*KEY_MAPS, key_map)
-    for name in wanted:
+    for name in expected:
         present = {stem: match for stem, match in _possible_stems(name, key_maps) if stem in layers}
         if len(present) > 1:
             raise LoRAError(f"{path} holds {name!r} {len(present)} times: as {' and as '.join(present)}.")
         for stem, match in present.items():
             if stem not in used:
                 layer = _scaled_layer(name, layers[stem], adapter)
-                found |= {name: layer} if match is None else _cut_rows(layer, match)
+                updates |= {name: layer} if match is None else _cut_rows(layer, match)
             used.add(stem)
     if unused := layers.keys() - used:
         raise LoRAError(f"{path} holds {min(unused)!r}, which is no layer of the LoRA.")
-    return found
+    return updates
 
 
 def key_stems(path: Path) -> set[str]:
