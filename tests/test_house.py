@@ -1,20 +1,40 @@
 """The structure of the package: floors, no circles, one name for one thing, a first line in every file, one version."""
 
 import ast
+import dataclasses
 import graphlib
+import importlib
 import importlib.metadata
+import inspect
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from tools.draw_house import PICTURE, draw
 from tools.measure_house import importers, read, repeated_names
 
-import artaug
+import artaug as aa
+from artaug.diffusion import Family
+from artaug.images.similarity import ImageSimilarity
+from artaug.regional import Denoiser
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MODULES = read(ROOT / "src" / "artaug")
+ONE_METHOD = (
+    aa.Synthesizer,
+    aa.Critic,
+    aa.RegionPlanner,
+    aa.Scorer,
+    aa.PairFilter,
+    aa.Guide,
+    aa.Objective,
+    aa.Fuser,
+    aa.Optimizer,
+    ImageSimilarity,
+)
+SEAMS = (*ONE_METHOD, aa.Adapter, Family, Denoiser)
 
 
 def floors():
@@ -71,12 +91,12 @@ def check_no_circle(modules):
 
 def test_package_metadata_and_pyproject_agree_on_the_version():
     declared = PYPROJECT["project"]["version"]
-    assert artaug.__version__ == importlib.metadata.version("artaug") == declared
+    assert aa.__version__ == importlib.metadata.version("artaug") == declared
 
 
 def test_the_changelog_names_every_release():
-    if "dev" not in artaug.__version__:
-        assert f"\n## {artaug.__version__} (" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    if "dev" not in aa.__version__:
+        assert f"\n## {aa.__version__} (" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_every_room_has_a_floor():
@@ -125,3 +145,32 @@ def test_a_declared_dependency_is_imported():
     distributions = {re.split(r"[>=\[]", line)[0] for line in PYPROJECT["project"]["dependencies"]}
     named_otherwise = {"pillow": "PIL"}
     assert {named_otherwise.get(name, name) for name in distributions} <= external_imports(MODULES)
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_code():
+    assert PICTURE.read_text(encoding="utf-8") == draw(), "run: python tools/draw_house.py"
+
+
+def built_in_parts():
+    """Every class of the package that fills a seam, but for the seams and the abstract classes between."""
+    for module in MODULES:
+        importlib.import_module(f"artaug.{module.name}".rstrip("."))
+    parts, seen = list(SEAMS), []
+    while parts:
+        subclasses = [cls for cls in parts.pop().__subclasses__() if cls.__module__.split(".")[0] == "artaug"]
+        parts += subclasses
+        seen += [cls for cls in subclasses if not inspect.isabstract(cls)]
+    return {cls.__qualname__: cls for cls in seen}
+
+
+def test_a_built_in_part_is_frozen_and_final():
+    parts = built_in_parts()
+    assert {"PhotometricCritic", "GreedyPlanner", "ConcatFuser", "Flux", "RegionalAttention"} <= set(parts)
+    assert [name for name, cls in parts.items() if not getattr(cls, "__final__", False)] == []
+    frozen = {name for name, cls in parts.items() if dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen}
+    assert set(parts) - frozen == set()
+
+
+@pytest.mark.parametrize("seam", [*ONE_METHOD], ids=lambda seam: seam.__name__)
+def test_a_seam_has_one_abstract_method(seam):
+    assert len(seam.__abstractmethods__) == 1

@@ -1,6 +1,6 @@
 """Draw the rooms of the package, floor by floor, as docs/architecture.svg; a test holds the picture against the code.
 
-    python tools/draw_house.py
+Run ``python tools/draw_house.py`` after a change of rooms or floors.
 """
 
 import ast
@@ -70,7 +70,9 @@ def draw() -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" role="img" '
         f'aria-label="The rooms of artaug, floor by floor; an import points down only">\n'
-        f'<style>{style}</style>\n<rect width="{WIDTH}" height="{top}" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+        f'<style>{style}</style>\n<rect width="{WIDTH}" height="{top}" fill="white"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )
 
 
