@@ -1,4 +1,4 @@
-"""Quantized bases of a pipeline, and the same numbers as plain weights: an oracle for what learns on them."""
+"""Quantized base models, and the same values as plain weights: an oracle for training on them."""
 
 from hashlib import sha256
 
@@ -35,51 +35,53 @@ def quantized(pipeline, kind):
     if kind == "fp8 stored":
         return fp8_stored(pipeline)
     if kind in TORCHAO:
-        quantize_(module, TORCHAO[kind](), filter_fn=lambda one, name: isinstance(one, nn.Linear) and "blocks" in name)
+        quantize_(
+            module, TORCHAO[kind](), filter_fn=lambda layer, name: isinstance(layer, nn.Linear) and "blocks" in name
+        )
         return pipeline
-    for name, one in list(module.named_modules()):
-        if isinstance(one, nn.Linear) and "blocks" in name:
-            module.set_submodule(name, _bitsandbytes(one, kind.removeprefix("bitsandbytes ")).eval())
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Linear) and "blocks" in name:
+            module.set_submodule(name, _bitsandbytes(layer, kind.removeprefix("bitsandbytes ")).eval())
     return pipeline
 
 
 def dequantized(pipeline):
     """The same pipeline with plain weights of the values that the quantized ones stand for."""
     module = pipeline.transformer
-    for name, one in list(module.named_modules()):
-        if isinstance(one, nn.Linear):
-            plain = nn.Linear(one.in_features, one.out_features, bias=one.bias is not None).eval()
-            plain.weight.data = _numbers(one.weight).detach().float()
-            if one.bias is not None:
-                plain.bias.data = one.bias.detach().float()
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Linear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None).eval()
+            plain.weight.data = _values(layer.weight).detach().float()
+            if layer.bias is not None:
+                plain.bias.data = layer.bias.detach().float()
             module.set_submodule(name, plain)
     return pipeline
 
 
 def stored_digest(module):
-    """What the module is stored as, types included."""
-    told = sha256()
-    for name, one in module.named_parameters():
-        for part in storage_tensors(one):
-            told.update(f"{name}{part.dtype}{tuple(part.shape)}".encode())
-            told.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return told.hexdigest()
+    """A digest of the tensors the module is stored in, types included."""
+    digest = sha256()
+    for name, parameter in module.named_parameters():
+        for part in storage_tensors(parameter):
+            digest.update(f"{name}{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _bitsandbytes(linear, kind):
     size, bias = (linear.in_features, linear.out_features), linear.bias is not None
     if kind == "int8":
-        made = bitsandbytes.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False)
-        made.weight = bitsandbytes.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        layer = bitsandbytes.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False)
+        layer.weight = bitsandbytes.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
     else:
-        made = bitsandbytes.nn.Linear4bit(*size, bias=bias, quant_type=kind, compute_dtype=torch.float32)
-        made.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type=kind)
+        layer = bitsandbytes.nn.Linear4bit(*size, bias=bias, quant_type=kind, compute_dtype=torch.float32)
+        layer.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type=kind)
     if bias:
-        made.bias = linear.bias
-    return made.to("cpu")
+        layer.bias = linear.bias
+    return layer.to("cpu")
 
 
-def _numbers(weight):
+def _values(weight):
     if (state := getattr(weight, "quant_state", None)) is not None:
         return dequantize_4bit(weight, state)
     if (scales := getattr(weight, "SCB", None)) is not None:

@@ -5,11 +5,11 @@ def hooks_of(module):
     """Every hook of every layer, and whether its forward was replaced."""
     return [
         (
-            list(one._forward_hooks.values()),  # noqa: SLF001 - torch lists them nowhere else
-            list(one._forward_pre_hooks.values()),  # noqa: SLF001 - likewise
-            "forward" in vars(one),
+            list(submodule._forward_hooks.values()),  # noqa: SLF001 - torch lists them nowhere else
+            list(submodule._forward_pre_hooks.values()),  # noqa: SLF001 - likewise
+            "forward" in vars(submodule),
         )
-        for one in module.modules()
+        for submodule in module.modules()
     ]
 
 

@@ -1,11 +1,11 @@
-"""One training step by hand: a batch, a student, and the formulas of noising written out once more."""
+"""One training step by hand: a batch, a student, and the formulas of the noise schedules written out once more."""
 
 import torch
 
 from artaug.training import EpsilonPrediction, FlowMatching, PairBatch, VPrediction
 from artaug.training.student import inject_adapter
 
-NOISINGS = {"flow": FlowMatching(), "epsilon": EpsilonPrediction(), "v": VPrediction()}
+SCHEDULES = {"flow": FlowMatching(), "epsilon": EpsilonPrediction(), "v": VPrediction()}
 
 
 def batch_of(model, pairs, seed=0, *, region_mask=None):
@@ -25,7 +25,7 @@ def student_of(model, *, targets="blocks"):
     return inject_adapter(model, rank=4, targets=targets, generator=torch.Generator().manual_seed(0))
 
 
-def disturb(student):
+def perturb(student):
     """Give a fresh LoRA an effect, so that student and teacher differ."""
     generator = torch.Generator().manual_seed(1)
     for factor in student.parameters():
@@ -36,12 +36,12 @@ def gradients(student):
     return [factor.grad.clone() for factor in student.parameters()]
 
 
-def noised(kind, clean, batch):
+def noisy_latents(kind, clean, batch):
     s = batch.sigmas[:, None, None, None]
     return (1 - s) * clean + s * batch.noise if kind == "flow" else (1 - s**2).sqrt() * clean + s * batch.noise
 
 
-def wanted(kind, clean, batch):
+def target_of(kind, clean, batch):
     s = batch.sigmas[:, None, None, None]
     return {
         "flow": batch.noise - clean,
@@ -50,17 +50,17 @@ def wanted(kind, clean, batch):
     }[kind]
 
 
-def moved(kind, teacher, difference, batch):
+def paired_target_of(kind, teacher, difference, batch):
     s = batch.sigmas[:, None, None, None]
     return {"flow": teacher - difference, "epsilon": teacher, "v": teacher - s * difference}[kind]
 
 
-def asked(model, noisy, batch):
-    """What the module itself says, with whatever LoRA is on it."""
+def prediction_of(model, noisy, batch):
+    """The prediction of the module itself, with the LoRA that is on it."""
     return model.module(noisy, batch.sigmas, batch.conditioning["embeds"])
 
 
 @torch.no_grad()
-def asked_plainly(model, noisy, batch):
-    """What the module says before anything is put on it."""
-    return asked(model, noisy, batch)
+def frozen_prediction(model, noisy, batch):
+    """The prediction of the module before a LoRA is on it."""
+    return prediction_of(model, noisy, batch)

@@ -1,4 +1,4 @@
-"""What large models need of a trainer, on a tiny real FLUX: sizes, recomputation, quantized and compiled bases."""
+"""Training large models, on a tiny real FLUX: sizes, gradient checkpointing, micro batches, caches, compiled blocks."""
 
 import pytest
 import torch
@@ -48,14 +48,14 @@ def test_a_size_that_is_not_whole_tokens_is_refused():
         training_of(tiny_flux(), [pair_of(33, 32)])
 
 
-def test_recomputing_activations_changes_nothing_but_memory():
+def test_gradient_checkpointing_changes_nothing_but_memory():
     pipeline = tiny_flux()
     assert_close(training_of(pipeline, gradient_checkpointing=True), training_of(tiny_flux()))
     assert not pipeline.transformer.is_gradient_checkpointing
 
 
-def test_recomputing_saves_activations():
-    saved = {wanted: saved_bytes(gradient_checkpointing=wanted) for wanted in (False, True)}
+def test_gradient_checkpointing_saves_activations():
+    saved = {enable: saved_bytes(gradient_checkpointing=enable) for enable in (False, True)}
     assert saved[True] < 0.5 * saved[False]
 
 
@@ -73,13 +73,13 @@ def saved_bytes(**options):
     return total
 
 
-def test_a_model_that_cannot_recompute_says_so(tiny_model, two_pairs):
+def test_a_model_without_gradient_checkpointing_is_refused(tiny_model, two_pairs):
     with pytest.raises(ModelError, match="TinyDenoiser offers no gradient checkpointing"):
         DifferentialLoRATrainer(gradient_checkpointing=True).train(two_pairs, tiny_model, seed=0)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_a_batch_in_parts_is_the_batch(micro_batch_size):
+def test_micro_batches_give_the_result_of_the_batch(micro_batch_size):
     pairs = [pair_of(prompt="a red cone"), pair_of(prompt="a blue cube")]
     assert_close(
         training_of(tiny_flux(), pairs, batch_size=4, micro_batch_size=micro_batch_size),
@@ -97,8 +97,8 @@ def test_a_cache_gives_the_same_training(tmp_path):
         assert cached.losses == plain.losses
 
 
-def test_only_what_was_asked_for_is_learned_if_wanted():
-    """With nothing of the difference inside the region, there is nothing to learn."""
+def test_only_the_change_in_the_regions_is_learned_if_composited():
+    """Where the difference lies outside the region, there is nothing to learn."""
     before = Image.new("RGB", (TINY_SIZE, TINY_SIZE), "grey")
     after = before.copy()
     after.paste("white", (0, 0, TINY_SIZE // 2, TINY_SIZE))

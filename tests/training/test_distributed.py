@@ -1,4 +1,4 @@
-"""Several processes on one training: the same losses and the same LoRA as one, whole or sharded."""
+"""Several processes on one training: the losses and the LoRA of a single process, replicated or sharded."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from artaug.errors import InvalidValueError, ModelError
 from artaug.training import DifferentialLoRATrainer, shard
 from artaug.training.distributed import SINGLE_PROCESS, World
 
-TWO = """
+SCRIPT = """
 import json, sys
 sys.path[:0] = {path!r}
 import torch
@@ -24,22 +24,22 @@ from tests.training.test_distributed import flux_pairs, training_of
 
 torch.set_num_threads(1)
 out = sys.argv[1]
-whole = training_of(cache=f"{{out}}/cache", checkpoints=Checkpoints(folder=f"{{out}}/checkpoints", every=2))
+replicated = training_of(cache=f"{{out}}/cache", checkpoints=Checkpoints(folder=f"{{out}}/checkpoints", every=2))
 pipeline = tiny_flux()
 shard(pipeline.transformer)
-in_parts = training_of(pipeline)
+sharded = training_of(pipeline)
 training_of(pipeline, flux_pairs(unchanged=True), echo=2, batch_size=2, objective=DirectPreference())
 rank = torch.distributed.get_rank()
-whole.lora.save(f"{{out}}/whole-{{rank}}.safetensors")
-in_parts.lora.save(f"{{out}}/sharded-{{rank}}.safetensors")
+replicated.lora.save(f"{{out}}/replicated-{{rank}}.safetensors")
+sharded.lora.save(f"{{out}}/sharded-{{rank}}.safetensors")
 with open(f"{{out}}/losses-{{rank}}.json", "w") as file:
-    json.dump([whole.losses, in_parts.losses], file)
+    json.dump([replicated.losses, sharded.losses], file)
 torch.distributed.destroy_process_group()
 """
 
 
 def flux_pairs(*, unchanged=False):
-    """Two pairs, one of which may be a question that answers itself: before and after are the same."""
+    """Two pairs; with ``unchanged``, before and after of the second are the same."""
     from PIL import Image  # noqa: PLC0415 - the script imports this file, too
 
     from artaug.pairs import ImagePair  # noqa: PLC0415
@@ -47,10 +47,10 @@ def flux_pairs(*, unchanged=False):
     from support.tiny_flux import TINY_SIZE  # noqa: PLC0415
 
     before = Image.linear_gradient("L").resize((TINY_SIZE, TINY_SIZE)).convert("RGB")
-    after = before.point(lambda one: 255 - one // 2)
+    after = before.point(lambda value: 255 - value // 2)
     return [
-        ImagePair(prompt=prompt, seed=0, before=one, after=other, plan=Plan(prompt))
-        for prompt, one, other in (
+        ImagePair(prompt=prompt, seed=0, before=first, after=second, plan=Plan(prompt))
+        for prompt, first, second in (
             ("a red cone", before, after),
             ("a blue cube", after, after if unchanged else before),
         )
@@ -67,50 +67,50 @@ def training_of(pipeline=None, pairs=None, *, cache=None, checkpoints=None, **op
     return trainer.train(pairs, synthesizer, seed=0, progress=False, cache=cache, checkpoints=checkpoints)
 
 
-def test_two_processes_learn_what_one_does_whole_and_sharded(tmp_path):
+def test_two_processes_learn_what_one_does_replicated_and_sharded(tmp_path):
     script = tmp_path / "script.py"
     root = Path(__file__).parents[2]
-    script.write_text(TWO.format(path=[str(root), str(root / "tests"), *sys.path]))
+    script.write_text(SCRIPT.format(path=[str(root), str(root / "tests"), *sys.path]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # as accelerate's
-    told = subprocess.run(
+    finished = subprocess.run(
         [*launch, script, tmp_path],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert told.returncode == 0, told.stderr
+    assert finished.returncode == 0, finished.stderr
     from artaug.lora.lora import LoRA  # noqa: PLC0415
 
-    alone = training_of()
+    single = training_of()
     for rank in range(2):
-        whole, in_parts = json.loads((tmp_path / f"losses-{rank}.json").read_text())
-        assert whole == pytest.approx(alone.losses, rel=1e-5)
-        assert in_parts == pytest.approx(alone.losses, rel=1e-5)
-        for kind in ("whole", "sharded"):
+        replicated, sharded = json.loads((tmp_path / f"losses-{rank}.json").read_text())
+        assert replicated == pytest.approx(single.losses, rel=1e-5)
+        assert sharded == pytest.approx(single.losses, rel=1e-5)
+        for kind in ("replicated", "sharded"):
             lora = LoRA.load(tmp_path / f"{kind}-{rank}.safetensors")
-            for name, layer in alone.lora.layers.items():
-                apart = (lora.layers[name].delta() - layer.delta()).norm() / layer.delta().norm()
-                assert apart < 1e-3, f"{kind}, process {rank}: {name} is off by {apart:.1e} of its update"
+            for name, layer in single.lora.layers.items():
+                difference = (lora.layers[name].delta() - layer.delta()).norm() / layer.delta().norm()
+                assert difference < 1e-3, f"{kind}, process {rank}: {name} is off by {difference:.1e} of its update"
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
-def test_this_process_is_alone_unless_others_were_started():
+def test_there_is_one_process_unless_others_were_started():
     assert World.current() == SINGLE_PROCESS
     assert SINGLE_PROCESS.is_main
     assert list(SINGLE_PROCESS.split(range(5))) == list(range(5))
 
 
-def test_every_thing_is_somebodys_share():
-    shares = [list(World(rank, 3).split(range(8))) for rank in range(3)]
-    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+def test_every_item_belongs_to_one_process():
+    parts = [list(World(rank, 3).split(range(8))) for rank in range(3)]
+    assert parts == [[0, 3, 6], [1, 4, 7], [2, 5]]
 
 
-def test_alone_sums_stay_as_they_are():
-    one = torch.ones(3)
-    SINGLE_PROCESS.all_reduce([one])
-    assert one.tolist() == [1, 1, 1]
+def test_a_single_process_sums_nothing():
+    tensor = torch.ones(3)
+    SINGLE_PROCESS.all_reduce([tensor])
+    assert tensor.tolist() == [1, 1, 1]
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch, tiny_model, two_pairs):

@@ -16,14 +16,14 @@ VARIANCE_PRESERVING = [
     EpsilonPrediction(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
     VPrediction(beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True),
 ]
-NOISINGS = [
+SCHEDULES = [
     FlowMatching(),
     FlowMatching(shift=3.0, logit_normal=True),
     FlowMatching(shift=2.0, shift_terminal=0.02),
     *VARIANCE_PRESERVING,
 ]
 
-every_noising = pytest.mark.parametrize("noise_schedule", NOISINGS, ids=repr)
+each_schedule = pytest.mark.parametrize("noise_schedule", SCHEDULES, ids=repr)
 
 
 def drawn(seed, *, rows=3):
@@ -33,7 +33,7 @@ def drawn(seed, *, rows=3):
     return before, after, noise, prediction, sigmas
 
 
-@every_noising
+@each_schedule
 @given(seed=st.integers(0, 2**32))
 def test_the_paired_target_moves_the_clean_estimate_by_exactly_the_difference(noise_schedule, seed):
     before, after, noise, prediction, sigmas = drawn(seed)
@@ -43,7 +43,7 @@ def test_the_paired_target_moves_the_clean_estimate_by_exactly_the_difference(no
     torch.testing.assert_close(moved, teacher + (after - before), rtol=1e-9, atol=1e-9)
 
 
-@every_noising
+@each_schedule
 @given(seed=st.integers(0, 2**32))
 def test_the_target_stands_for_the_clean_latents_it_was_made_from(noise_schedule, seed):
     clean, _, noise, _, sigmas = drawn(seed)
@@ -53,7 +53,7 @@ def test_the_target_stands_for_the_clean_latents_it_was_made_from(noise_schedule
     torch.testing.assert_close(estimate, clean, rtol=1e-9, atol=1e-9)
 
 
-@every_noising
+@each_schedule
 @given(seed=st.integers(0, 2**32))
 def test_a_perfect_teacher_is_asked_for_what_fine_tuning_asks_for(noise_schedule, seed):
     before, after, noise, _, sigmas = drawn(seed)
@@ -61,7 +61,7 @@ def test_a_perfect_teacher_is_asked_for_what_fine_tuning_asks_for(noise_schedule
     torch.testing.assert_close(paired, noise_schedule.target(after, noise, sigmas), rtol=1e-9, atol=1e-9)
 
 
-@every_noising
+@each_schedule
 @given(
     seed=st.integers(0, 2**32),
     sigma_range=st.tuples(st.floats(0.0, 0.4), st.floats(0.6, 1.0)),
@@ -75,7 +75,7 @@ def test_levels_lie_in_the_range_asked_for_and_are_never_zero(noise_schedule, se
     assert ((levels >= low) & (levels <= high)).all()
 
 
-@every_noising
+@each_schedule
 def test_levels_come_from_the_generator_and_from_nowhere_else(noise_schedule):
     state = torch.random.get_rng_state()
     first, again = (noise_schedule.sample_sigmas(8, torch.Generator().manual_seed(3)) for _ in range(2))
@@ -108,7 +108,7 @@ def test_shifted_logit_normal_levels_have_a_normal_logit_around_the_shifts_logar
 
 @pytest.mark.parametrize("terminal", [None, 0.02, 0.1])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_uniform_levels_are_where_a_sampler_of_many_steps_looks(terminal, dynamic):
+def test_uniform_levels_have_the_density_of_a_samplers_levels(terminal, dynamic):
     from diffusers import FlowMatchEulerDiscreteScheduler  # noqa: PLC0415
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic, shift_terminal=terminal)
@@ -142,7 +142,7 @@ def test_the_schedule_is_the_one_diffusers_uses(schedule, rescaled):
 
 
 @pytest.mark.parametrize("terminal", [-0.1, 1.0, math.nan])
-def test_a_terminal_that_is_none_is_refused(terminal):
+def test_a_terminal_out_of_range_is_refused(terminal):
     with pytest.raises(InvalidValueError, match=r"need a noise level in \[0, 1\)"):
         FlowMatching(shift_terminal=terminal)
 
@@ -165,20 +165,20 @@ def test_betas_that_grow_in_an_unknown_way_are_refused(kind):
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0, math.inf, math.nan])
-def test_a_shift_that_is_none_is_refused(shift):
+def test_a_shift_out_of_range_is_refused(shift):
     with pytest.raises(InvalidValueError, match="need a finite shift above 0"):
         FlowMatching(shift=shift)
 
 
 @pytest.mark.parametrize("kind", [EpsilonPrediction, VPrediction])
-def test_a_schedule_that_is_none_is_refused(kind):
+def test_betas_out_of_order_are_refused(kind):
     with pytest.raises(InvalidValueError, match="need 0 < beta_start <= beta_end < 1"):
         kind(beta_start=0.5, beta_end=0.1)
 
 
-@every_noising
+@each_schedule
 @pytest.mark.parametrize("sigma_range", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)])
-def test_a_range_that_is_none_is_refused(noise_schedule, sigma_range):
+def test_an_empty_range_is_refused(noise_schedule, sigma_range):
     with pytest.raises(InvalidValueError, match="need 0 <= lowest < highest <= 1"):
         noise_schedule.sample_sigmas(1, torch.Generator(), sigma_range=sigma_range)
 

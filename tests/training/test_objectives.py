@@ -1,4 +1,4 @@
-"""Objectives against references of a few lines, and the courses they prescribe."""
+"""Objectives against references of a few lines, and their training plans."""
 
 import dataclasses
 import math
@@ -17,28 +17,28 @@ from artaug.training import (
     TwoStage,
 )
 from support.training_steps import (
-    NOISINGS,
-    asked,
-    asked_plainly,
+    SCHEDULES,
     batch_of,
-    disturb,
+    frozen_prediction,
     gradients,
-    moved,
-    noised,
+    noisy_latents,
+    paired_target_of,
+    perturb,
+    prediction_of,
     student_of,
-    wanted,
+    target_of,
 )
 
-every_noising = pytest.mark.parametrize("kind", NOISINGS)
+each_schedule = pytest.mark.parametrize("kind", SCHEDULES)
 
 
 def mask_of(*columns):
-    """Of two pictures of four by four: how much of each column lies in a region."""
+    """The region mask of two pictures of four by four, by columns."""
     return torch.tensor(columns).expand(2, 3, 4, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("noise_schedule", NOISINGS.values(), ids=NOISINGS)
+@pytest.mark.parametrize("noise_schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_the_difference_of_nothing_is_nothing(make_model, pair_of, noise_schedule, dtype):
     model = make_model(noise_schedule=noise_schedule, dtype=dtype)
     batch = batch_of(model, [pair_of(1, changed=False), pair_of(2, changed=False)])
@@ -57,30 +57,30 @@ def test_a_changed_pair_has_a_loss_and_a_gradient(tiny_model, two_pairs):
         assert any(factor.grad.count_nonzero() for factor in student.parameters())
 
 
-@every_noising
+@each_schedule
 def test_paired_difference_is_what_the_formula_says(make_model, two_pairs, kind):
-    model = make_model(noise_schedule=NOISINGS[kind])
+    model = make_model(noise_schedule=SCHEDULES[kind])
     batch = batch_of(model, two_pairs)
     model.module.eval()
-    teacher = asked_plainly(model, noised(kind, batch.before, batch), batch)
-    target = moved(kind, teacher, batch.after - batch.before, batch)
+    teacher = frozen_prediction(model, noisy_latents(kind, batch.before, batch), batch)
+    target = paired_target_of(kind, teacher, batch.after - batch.before, batch)
     with student_of(model) as student:
-        disturb(student)
-        expected = (asked(model, noised(kind, batch.after, batch), batch) - target).square().mean()
+        perturb(student)
+        expected = (prediction_of(model, noisy_latents(kind, batch.after, batch), batch) - target).square().mean()
         assert PairedDifference().loss(student, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@every_noising
-def test_paired_difference_counts_errors_outside_the_regions_as_told(make_model, two_pairs, kind):
-    model = make_model(noise_schedule=NOISINGS[kind])
-    inside = mask_of(1.0, 0.5, 0.0, 0.0)
-    batch = batch_of(model, two_pairs, region_mask=inside)
+@each_schedule
+def test_paired_difference_weights_errors_outside_the_regions(make_model, two_pairs, kind):
+    model = make_model(noise_schedule=SCHEDULES[kind])
+    mask = mask_of(1.0, 0.5, 0.0, 0.0)
+    batch = batch_of(model, two_pairs, region_mask=mask)
     model.module.eval()
-    teacher = asked_plainly(model, noised(kind, batch.before, batch), batch)
-    target = moved(kind, teacher, batch.after - batch.before, batch)
+    teacher = frozen_prediction(model, noisy_latents(kind, batch.before, batch), batch)
+    target = paired_target_of(kind, teacher, batch.after - batch.before, batch)
     with student_of(model) as student:
-        disturb(student)
-        errors = (asked(model, noised(kind, batch.after, batch), batch) - target).square()
+        perturb(student)
+        errors = (prediction_of(model, noisy_latents(kind, batch.after, batch), batch) - target).square()
         expected = (errors * torch.tensor([1.0, 0.6, 0.2, 0.2])).mean()
         assert PairedDifference(outside_weight=0.2).loss(student, batch).item() == pytest.approx(
             expected.item(), rel=1e-5
@@ -91,34 +91,34 @@ def test_paired_difference_counts_errors_outside_the_regions_as_told(make_model,
     "objective", [PairedDifference(outside_weight=0.2), SupervisedFineTuning(outside_weight=0.2)], ids=repr
 )
 def test_regions_that_broadcast_are_the_same_regions(tiny_model, two_pairs, objective):
-    whole, slim = (
-        batch_of(tiny_model, two_pairs, region_mask=one)
-        for one in (mask_of(1.0, 0.5, 0.0, 0.0), torch.tensor([1.0, 0.5, 0.0, 0.0]).expand(2, 1, 1, 4))
+    full, broadcast = (
+        batch_of(tiny_model, two_pairs, region_mask=mask)
+        for mask in (mask_of(1.0, 0.5, 0.0, 0.0), torch.tensor([1.0, 0.5, 0.0, 0.0]).expand(2, 1, 1, 4))
     )
     with student_of(tiny_model) as student:
-        disturb(student)
-        assert torch.equal(objective.loss(student, whole), objective.loss(student, slim))
+        perturb(student)
+        assert torch.equal(objective.loss(student, full), objective.loss(student, broadcast))
 
 
-@every_noising
+@each_schedule
 def test_compositing_takes_back_what_changed_outside_the_regions(make_model, two_pairs, kind):
-    model = make_model(noise_schedule=NOISINGS[kind])
-    inside = mask_of(1.0, 0.5, 0.0, 0.0)
-    batch = batch_of(model, two_pairs, region_mask=inside)
-    pasted = dataclasses.replace(batch, after=batch.before + inside * (batch.after - batch.before), region_mask=None)
+    model = make_model(noise_schedule=SCHEDULES[kind])
+    mask = mask_of(1.0, 0.5, 0.0, 0.0)
+    batch = batch_of(model, two_pairs, region_mask=mask)
+    pasted = dataclasses.replace(batch, after=batch.before + mask * (batch.after - batch.before), region_mask=None)
     with student_of(model) as student:
-        disturb(student)
+        perturb(student)
         composed = PairedDifference(composite=True).loss(student, batch)
         torch.testing.assert_close(composed, PairedDifference().loss(student, pasted))
         assert composed.item() != pytest.approx(PairedDifference().loss(student, batch).item(), rel=1e-3)
 
 
-@every_noising
+@each_schedule
 @pytest.mark.parametrize(
     "objective", [PairedDifference(outside_weight=0.3), PairedDifference(composite=True)], ids=repr
 )
 def test_the_difference_of_nothing_is_nothing_in_regions_too(make_model, pair_of, kind, objective):
-    model = make_model(noise_schedule=NOISINGS[kind])
+    model = make_model(noise_schedule=SCHEDULES[kind])
     pairs = [pair_of(1, changed=False), pair_of(2, changed=False)]
     with student_of(model) as student:
         loss = objective.loss(student, batch_of(model, pairs, region_mask=mask_of(1.0, 0.5, 0.0, 0.0)))
@@ -127,7 +127,7 @@ def test_the_difference_of_nothing_is_nothing_in_regions_too(make_model, pair_of
         assert all(gradient.count_nonzero() == 0 for gradient in gradients(student))
 
 
-def test_a_change_that_nobody_asked_for_is_not_learned(tiny_model, two_pairs):
+def test_a_change_outside_the_plan_is_not_learned(tiny_model, two_pairs):
     batch = batch_of(tiny_model, two_pairs, region_mask=mask_of(0.0, 0.0, 0.0, 0.0))
     with student_of(tiny_model) as student:
         loss = PairedDifference(composite=True).loss(student, batch)
@@ -139,61 +139,61 @@ def test_a_change_that_nobody_asked_for_is_not_learned(tiny_model, two_pairs):
 @pytest.mark.parametrize(
     "objective", [PairedDifference(outside_weight=0.3, composite=True), SupervisedFineTuning(outside_weight=0.3)]
 )
-def test_without_regions_everything_is_inside(tiny_model, two_pairs, objective):
+def test_without_regions_everything_counts_as_inside(tiny_model, two_pairs, objective):
     batch = batch_of(tiny_model, two_pairs)
     plain = dataclasses.replace(objective, outside_weight=1.0)
     with student_of(tiny_model) as student:
-        disturb(student)
+        perturb(student)
         assert torch.equal(objective.loss(student, batch), plain.loss(student, batch))
 
 
-@pytest.mark.parametrize("outside", [-0.1, math.inf, math.nan])
+@pytest.mark.parametrize("outside_weight", [-0.1, math.inf, math.nan])
 @pytest.mark.parametrize("kind", [PairedDifference, SupervisedFineTuning])
-def test_a_weight_that_is_none_is_refused(kind, outside):
+def test_a_weight_out_of_range_is_refused(kind, outside_weight):
     with pytest.raises(
         InvalidValueError, match=rf"{kind.__name__}\(outside_weight=.*need a finite weight of at least 0"
     ):
-        kind(outside_weight=outside)
+        kind(outside_weight=outside_weight)
 
 
-@every_noising
+@each_schedule
 @pytest.mark.parametrize(
     "objective", [SupervisedFineTuning(), SupervisedFineTuning(outside_weight=0.2), TwoStage()], ids=repr
 )
 def test_fine_tuning_is_what_the_formula_says(make_model, two_pairs, objective, kind):
-    model = make_model(noise_schedule=NOISINGS[kind])
+    model = make_model(noise_schedule=SCHEDULES[kind])
     batch = batch_of(model, two_pairs, region_mask=mask_of(1.0, 0.5, 0.0, 0.0))
     weights = torch.tensor([1.0, 0.6, 0.2, 0.2]) if objective == SupervisedFineTuning(outside_weight=0.2) else 1.0
     with student_of(model) as student:
-        disturb(student)
-        learned = asked(model, noised(kind, batch.after, batch), batch)
-        expected = (weights * (learned - wanted(kind, batch.after, batch)) ** 2).mean()
+        perturb(student)
+        prediction = prediction_of(model, noisy_latents(kind, batch.after, batch), batch)
+        expected = (weights * (prediction - target_of(kind, batch.after, batch)) ** 2).mean()
         assert objective.loss(student, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_copying_stage_fine_tunes_on_the_pictures_before(tiny_model, two_pairs):
     batch = batch_of(tiny_model, two_pairs)
-    mirrored = PairBatch(
+    reversed_batch = PairBatch(
         before=batch.after, after=batch.before, conditioning=batch.conditioning, noise=batch.noise, sigmas=batch.sigmas
     )
-    copying, _ = TwoStage().training_plan(2).stages
+    copy_stage, _ = TwoStage().training_plan(2).stages
     with student_of(tiny_model) as student:
-        assert torch.equal(copying.loss(student, batch), SupervisedFineTuning().loss(student, mirrored))
+        assert torch.equal(copy_stage.loss(student, batch), SupervisedFineTuning().loss(student, reversed_batch))
 
 
 def test_the_teacher_is_the_model_without_the_lora(tiny_model, two_pairs):
     batch = batch_of(tiny_model, two_pairs)
     plain = tiny_model.module.eval()(batch.before, batch.sigmas, batch.conditioning["embeds"])
     with student_of(tiny_model) as student:
-        disturb(student)
-        asked = (batch.before, batch.sigmas, batch.conditioning)
-        assert torch.equal(student.teacher_predict(*asked), plain)
-        assert not student.teacher_predict(*asked).requires_grad
-        assert not torch.equal(student.predict(*asked), plain)
-        assert student.predict(*asked).requires_grad
+        perturb(student)
+        inputs = (batch.before, batch.sigmas, batch.conditioning)
+        assert torch.equal(student.teacher_predict(*inputs), plain)
+        assert not student.teacher_predict(*inputs).requires_grad
+        assert not torch.equal(student.predict(*inputs), plain)
+        assert student.predict(*inputs).requires_grad
 
 
-def test_an_objective_of_ones_own_is_one_method(tiny_model, two_pairs):
+def test_a_users_objective_is_one_method(tiny_model, two_pairs):
     class Pull(Objective):
         def loss(self, model, batch):
             return model.predict(batch.after, batch.sigmas, batch.conditioning).square().mean()
@@ -204,23 +204,23 @@ def test_an_objective_of_ones_own_is_one_method(tiny_model, two_pairs):
 
 
 @pytest.mark.parametrize("objective", [PairedDifference(), SupervisedFineTuning(), TwoStage(per_pair=False)], ids=repr)
-def test_pairs_are_learned_together_unless_asked_otherwise(objective):
+def test_pairs_are_learned_together_by_default(objective):
     assert objective.training_plan(3).groups == ((0, 1, 2),)
 
 
 def test_the_papers_recipe_learns_every_pair_alone_in_two_stages():
-    training_plan = TwoStage(copy_fraction=0.25).training_plan(3)
-    assert training_plan.groups == ((0,), (1,), (2,))
-    assert [stage.share for stage in training_plan.stages] == [0.25, 0.75]
+    plan = TwoStage(copy_fraction=0.25).training_plan(3)
+    assert plan.groups == ((0,), (1,), (2,))
+    assert [stage.share for stage in plan.stages] == [0.25, 0.75]
 
 
-@pytest.mark.parametrize("copying", [0.0, 1.0, -1.0, float("nan")])
-def test_two_stages_need_steps_for_both(copying):
+@pytest.mark.parametrize("copy_fraction", [0.0, 1.0, -1.0, float("nan")])
+def test_two_stages_need_a_share_of_the_steps_each(copy_fraction):
     with pytest.raises(InvalidValueError, match="above 0 and below 1"):
-        TwoStage(copy_fraction=copying)
+        TwoStage(copy_fraction=copy_fraction)
 
 
 @pytest.mark.parametrize(("groups", "shares"), [((), (1.0,)), (((),), (1.0,)), (((0,),), ()), (((0,),), (0.0,))])
-def test_a_course_without_work_is_refused(groups, shares):
+def test_a_training_plan_without_groups_or_stages_is_refused(groups, shares):
     with pytest.raises(InvalidValueError, match="a TrainingPlan needs at least one group"):
         TrainingPlan(groups, tuple(Stage(PairedDifference().loss, share) for share in shares))

@@ -1,4 +1,4 @@
-"""On a CUDA device: what a CPU would have learned, however the pipeline is placed, within the memory that was said."""
+"""On a CUDA device: the results of a CPU, for every placement of the pipeline, within the estimated memory."""
 
 import numpy as np
 import pytest
@@ -16,12 +16,12 @@ from support.tiny_flux import TINY_SIZE, tiny_flux
 pytestmark = pytest.mark.gpu
 
 CARD = 24 * 2**30
-RECIPES = {
+SETTINGS = {
     "paired": {},
     "two stages": {"objective": aa.TwoStage()},
     "preference": {"objective": aa.DirectPreference()},
     "slider": {"objective": aa.Bipolar()},
-    "echo, recomputing, average": {"echo": 2, "gradient_checkpointing": True, "ema": 0.9},
+    "echo, gradient checkpointing, moving average": {"echo": 2, "gradient_checkpointing": True, "ema": 0.9},
     "LoKr": {"adapter": aa.LoKr(factor=4)},
     "DoRA": {"adapter": aa.DoRA(export_rank=32)},
     "eight bits": {"optimizer": aa.AdamW8bit(), "rank": 16},
@@ -41,38 +41,38 @@ def synthesizer_of(pipeline, *, side=TINY_SIZE, **loras):
 
 
 def training_of(pipeline, **options):
-    seams = {name: options.pop(name) for name in ("checkpoints", "on_step") if name in options}
+    arguments = {name: options.pop(name) for name in ("checkpoints", "on_step") if name in options}
     trainer = aa.DifferentialLoRATrainer(**{"rank": 4, "steps": 6, "batch_size": 2, "learning_rate": 1e-3, **options})
-    return trainer.train([pair_of()], synthesizer_of(pipeline), seed=0, progress=False, **seams)
+    return trainer.train([pair_of()], synthesizer_of(pipeline), seed=0, progress=False, **arguments)
 
 
 def gap(lora, other):
-    """How far apart two LoRAs are, in units of the second."""
+    """The norm of the difference of two LoRAs over that of the second."""
     deltas = [(layer.delta().cpu(), other.layers[name].delta().cpu()) for name, layer in lora.layers.items()]
-    apart, whole = (
-        sum(one.square().sum() for one in some) for some in zip(*((a - b, b) for a, b in deltas), strict=True)
+    difference, norm = (
+        sum(delta.square().sum() for delta in side) for side in zip(*((a - b, b) for a, b in deltas), strict=True)
     )
-    return float((apart / whole).sqrt())
+    return float((difference / norm).sqrt())
 
 
-@pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 def test_a_gpu_learns_what_a_cpu_learns(options):
-    here, there = training_of(tiny_flux().to("cuda"), **options), training_of(tiny_flux(), **options)
-    assert here.losses == pytest.approx(there.losses, rel=1e-2)
-    assert gap(here.lora, there.lora) < 0.05
+    on_gpu, on_cpu = training_of(tiny_flux().to("cuda"), **options), training_of(tiny_flux(), **options)
+    assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=1e-2)
+    assert gap(on_gpu.lora, on_cpu.lora) < 0.05
 
 
 @pytest.mark.parametrize(
     "kind", ["fp8 stored", "torchao int8", "torchao float8", "bitsandbytes nf4", "bitsandbytes fp4"]
 )
-def test_on_a_quantized_base_it_learns_what_the_same_numbers_teach(kind):
-    here = training_of(quantized(tiny_flux(), kind).to("cuda"), gradient_checkpointing=True)
-    there = training_of(dequantized(quantized(tiny_flux(), kind)).to("cuda"))
-    assert gap(here.lora, there.lora) < 0.05
+def test_a_quantized_base_gives_the_lora_of_plain_weights_of_the_same_values(kind):
+    learned = training_of(quantized(tiny_flux(), kind).to("cuda"), gradient_checkpointing=True)
+    oracle = training_of(dequantized(quantized(tiny_flux(), kind)).to("cuda"))
+    assert gap(learned.lora, oracle.lora) < 0.05
 
 
 def test_a_resumed_training_ends_bit_for_bit_as_one_never_stopped(tmp_path):
-    whole = training_of(tiny_flux().to("cuda"), ema=0.9)
+    uninterrupted = training_of(tiny_flux().to("cuda"), ema=0.9)
 
     def killed(event):
         if event.step == 5:
@@ -82,8 +82,8 @@ def test_a_resumed_training_ends_bit_for_bit_as_one_never_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         training_of(tiny_flux().to("cuda"), ema=0.9, checkpoints=checkpoints, on_step=killed)
     resumed = training_of(tiny_flux().to("cuda"), ema=0.9, checkpoints=checkpoints)
-    assert resumed.losses == whole.losses
-    assert gap(resumed.lora, whole.lora) == 0
+    assert resumed.losses == uninterrupted.losses
+    assert gap(resumed.lora, uninterrupted.lora) == 0
 
 
 def by_model(pipeline):
@@ -106,10 +106,11 @@ def test_an_offloaded_pipeline_draws_and_draws_with_what_was_learned(offloaded):
     plan = aa.Plan("a barn", (Region(Box(0, 0, 0.5, 1), "a red door", lora="own"),))
     pipeline = tiny_flux()
     offloaded(pipeline)
-    drawn, wanted = (
-        synthesizer_of(one, own=lora).with_lora(lora).synthesize(plan, seed=1) for one in (pipeline, tiny_flux())
+    drawn, expected = (
+        synthesizer_of(pipeline, own=lora).with_lora(lora).synthesize(plan, seed=1)
+        for pipeline in (pipeline, tiny_flux())
     )
-    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(wanted)).max() <= 2
+    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected)).max() <= 2
 
 
 @pytest.mark.parametrize("offloaded", [by_model, by_layer])
@@ -137,7 +138,7 @@ def test_blocks_that_are_compiled_are_trained():
 def test_a_published_geometry_is_trained_within_a_card_of_24_gibibytes(storage):
     trainer = aa.DifferentialLoRATrainer(rank=16, steps=2, batch_size=1, gradient_checkpointing=True)
     pipeline = published_flux(storage)
-    told = estimate(pipeline, trainer=trainer, width=1024, height=1024)
+    cost = estimate(pipeline, trainer=trainer, width=1024, height=1024)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_per_process_memory_fraction(CARD / torch.cuda.get_device_properties(0).total_memory)
@@ -145,7 +146,7 @@ def test_a_published_geometry_is_trained_within_a_card_of_24_gibibytes(storage):
         training = trainer.train([pair_of(1024)], synthesizer_of(pipeline, side=1024), seed=0, progress=False)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    most = torch.cuda.max_memory_allocated()
-    print(f"{storage}: {most / 2**30:.2f} GiB held, {told.peak_bytes / 2**30:.2f} said")  # noqa: T201 - for -rP
+    peak = torch.cuda.max_memory_allocated()
+    print(f"{storage}: {peak / 2**30:.2f} GiB held, {cost.peak_bytes / 2**30:.2f} estimated")  # noqa: T201 - for -rP
     assert all(layer.up.any() for layer in training.lora.layers.values())
-    assert most == pytest.approx(told.peak_bytes, rel=0.1)
+    assert peak == pytest.approx(cost.peak_bytes, rel=0.1)

@@ -12,7 +12,7 @@ from artaug.errors import ContractError, TrainingDivergedError
 from artaug.training.batches import StepBatch
 from artaug.training.distributed import SINGLE_PROCESS, World
 from artaug.training.optimizer_loop import OptimizerLoop
-from support.training_steps import batch_of, disturb, student_of
+from support.training_steps import batch_of, perturb, student_of
 
 OBJECTIVE = aa.PairedDifference()
 
@@ -44,7 +44,7 @@ def test_micro_batches_of_any_sizes_give_the_step_of_the_batch(make_model, pair_
         batch = batch_of(model, [pair_of(seed) for seed in range(4)])
         bounds = [0, *edges, 4]
         with student_of(model) as student:
-            disturb(student)
+            perturb(student)
             optimizer_loop = OptimizerLoop(student, sgd(student), ema=None)
             result = take_step(optimizer_loop, model, [rows_of(batch, *ends) for ends in pairwise(bounds)])
             steps.append((result, parameters_of(student)))
@@ -59,7 +59,7 @@ def test_processes_sum_their_parts_of_the_batch(make_model, pair_of, monkeypatch
     model = make_model()
     batch = batch_of(model, [pair_of(seed) for seed in range(4)])
     with student_of(model) as student:
-        disturb(student)
+        perturb(student)
         before = parameters_of(student)
         expected = take_step(OptimizerLoop(student, sgd(student), ema=None), model, [batch])
         after = parameters_of(student)
@@ -86,19 +86,19 @@ def test_processes_sum_their_parts_of_the_batch(make_model, pair_of, monkeypatch
 def test_a_gradient_is_clipped_to_the_largest_norm_and_reported_as_it_was(tiny_model, two_pairs):
     batch = batch_of(tiny_model, two_pairs)
     with student_of(tiny_model) as student:
-        disturb(student)
+        perturb(student)
         optimizer_loop = OptimizerLoop(student, sgd(student), ema=None)
         before = parameters_of(student)
         result = take_step(optimizer_loop, tiny_model, [batch], learning_rate=0.5, max_grad_norm=1e-3)
-        moved = [parameter.detach() - value for parameter, value in zip(student.parameters(), before, strict=True)]
+        changes = [parameter.detach() - value for parameter, value in zip(student.parameters(), before, strict=True)]
     assert result.gradient_norm > 1e-2
-    assert torch.cat([change.flatten() for change in moved]).norm() == pytest.approx(0.5 * 1e-3, rel=1e-3)
+    assert torch.cat([change.flatten() for change in changes]).norm() == pytest.approx(0.5 * 1e-3, rel=1e-3)
 
 
 def test_the_moving_average_is_what_its_recursion_says(tiny_model, two_pairs):
     batch, decay = batch_of(tiny_model, two_pairs), 0.75
     with student_of(tiny_model) as student:
-        disturb(student)
+        perturb(student)
         optimizer_loop = OptimizerLoop(student, sgd(student), ema=decay)
         average = parameters_of(student)
         for number in range(1, 4):
@@ -170,7 +170,7 @@ def test_exporting_schedule_free_weights_does_not_change_the_training(make_model
 def test_a_loss_that_is_not_finite_is_not_stepped_on(tiny_model, two_pairs, factor):
     batch = batch_of(tiny_model, two_pairs)
     with student_of(tiny_model) as student:
-        disturb(student)
+        perturb(student)
         optimizer_loop = OptimizerLoop(student, sgd(student), ema=0.5)
         before = parameters_of(student)
         with pytest.raises(TrainingDivergedError) as error:

@@ -11,49 +11,51 @@ from torch.nn.functional import softplus
 from artaug.errors import InvalidValueError
 from artaug.training import DirectPreference, FlowMatching, PairBatch
 from support.training_steps import (
-    NOISINGS,
-    asked,
-    asked_plainly,
+    SCHEDULES,
     batch_of,
-    disturb,
+    frozen_prediction,
     gradients,
-    noised,
+    noisy_latents,
+    perturb,
+    prediction_of,
     student_of,
-    wanted,
+    target_of,
 )
 
-every_noising = pytest.mark.parametrize("kind", NOISINGS)
+each_schedule = pytest.mark.parametrize("kind", SCHEDULES)
 
 
-@every_noising
-@pytest.mark.parametrize("outside", [1.0, 0.2])
-def test_direct_preference_is_what_the_formula_says(make_model, two_pairs, kind, outside):
-    model = make_model(noise_schedule=NOISINGS[kind])
-    inside = torch.tensor([1.0, 0.5, 0.0, 0.0]).expand(2, 3, 4, 4)
-    batch = batch_of(model, two_pairs, region_mask=inside)
-    weights = outside + (1 - outside) * inside
+@each_schedule
+@pytest.mark.parametrize("outside_weight", [1.0, 0.2])
+def test_direct_preference_is_what_the_formula_says(make_model, two_pairs, kind, outside_weight):
+    model = make_model(noise_schedule=SCHEDULES[kind])
+    mask = torch.tensor([1.0, 0.5, 0.0, 0.0]).expand(2, 3, 4, 4)
+    batch = batch_of(model, two_pairs, region_mask=mask)
+    weights = outside_weight + (1 - outside_weight) * mask
     model.module.eval()
-    z = {name: noised(kind, getattr(batch, name), batch) for name in ("after", "before")}
-    y = {name: wanted(kind, getattr(batch, name), batch) for name in z}
-    reference = {name: asked_plainly(model, z[name], batch) for name in z}
+    z = {name: noisy_latents(kind, getattr(batch, name), batch) for name in ("after", "before")}
+    y = {name: target_of(kind, getattr(batch, name), batch) for name in z}
+    reference = {name: frozen_prediction(model, z[name], batch) for name in z}
     with student_of(model) as student:
-        disturb(student)
-        policy = {name: asked(model, z[name], batch) for name in z}
-        of_policy, of_reference = (
-            {name: (weights * (one[name] - y[name]) ** 2).mean(dim=(1, 2, 3)) for name in z}
-            for one in (policy, reference)
+        perturb(student)
+        policy = {name: prediction_of(model, z[name], batch) for name in z}
+        policy_errors, reference_errors = (
+            {name: (weights * (prediction[name] - y[name]) ** 2).mean(dim=(1, 2, 3)) for name in z}
+            for prediction in (policy, reference)
         )
-        better = of_reference["after"] - of_policy["after"] + of_policy["before"] - of_reference["before"]
-        held = sum(((policy[name] - reference[name]) ** 2).mean(dim=(1, 2, 3)) for name in z)
-        expected = (softplus(-3.0 / 2 * better) + 0.1 * 3.0 / 2 * held).mean()
-        loss = DirectPreference(beta=3.0, anchor=0.1, outside_weight=outside).loss(student, batch)
+        preference = (
+            reference_errors["after"] - policy_errors["after"] + policy_errors["before"] - reference_errors["before"]
+        )
+        distance = sum(((policy[name] - reference[name]) ** 2).mean(dim=(1, 2, 3)) for name in z)
+        expected = (softplus(-3.0 / 2 * preference) + 0.1 * 3.0 / 2 * distance).mean()
+        loss = DirectPreference(beta=3.0, anchor=0.1, outside_weight=outside_weight).loss(student, batch)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@every_noising
+@each_schedule
 @pytest.mark.parametrize("beta", [20.0, 5000.0])
 def test_training_starts_without_a_preference_and_with_a_gradient_towards_one(make_model, two_pairs, kind, beta):
-    model = make_model(noise_schedule=NOISINGS[kind])
+    model = make_model(noise_schedule=SCHEDULES[kind])
     objective, batch = DirectPreference(beta=beta), batch_of(model, two_pairs)
     with student_of(model) as student:
         loss = objective.loss(student, batch)
@@ -72,7 +74,7 @@ def test_an_unchanged_pair_has_no_preference_and_is_held_to_the_teacher(tiny_mod
         loss.backward()
         assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
         assert all(gradient.abs().max() < 1e-6 for gradient in gradients(student))
-        disturb(student)
+        perturb(student)
         assert DirectPreference().loss(student, batch) > loss
         assert DirectPreference(anchor=0.0).loss(student, batch).item() == pytest.approx(math.log(2), abs=1e-6)
 
@@ -97,7 +99,7 @@ def sigmoid(x):
 
 
 @given(seed=st.integers(0, 2**32), beta=st.floats(1.0, 20.0), anchor=st.floats(0.05, 0.2))
-def test_the_anchor_says_how_far_to_go(seed, beta, anchor):
+def test_the_anchor_decides_how_far_to_go(seed, beta, anchor):
     generator = torch.Generator().manual_seed(seed)
     before, after, noise = torch.randn(3, 1, 64, generator=generator, dtype=torch.float64)
     batch = PairBatch(before=before, after=after, conditioning={}, noise=noise, sigmas=torch.tensor([0.6]).double())
@@ -125,11 +127,11 @@ def test_the_defaults_go_as_far_as_the_edit_where_pairs_differ_as_much_as_is_usu
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": math.inf}, {"anchor": -1.0}, {"anchor": math.nan}])
-def test_weights_that_are_none_are_refused(options):
+def test_weights_out_of_range_are_refused(options):
     with pytest.raises(InvalidValueError, match="need a finite beta above 0 and a finite anchor of at least 0"):
         DirectPreference(**options)
 
 
-def test_a_weight_outside_that_is_none_is_refused():
+def test_an_outside_weight_below_zero_is_refused():
     with pytest.raises(InvalidValueError, match=r"DirectPreference\(outside_weight=-1"):
         DirectPreference(outside_weight=-1.0)

@@ -1,4 +1,4 @@
-"""The LoRA at a scale of its own, in forward passes and where they are computed again."""
+"""Predictions at several scales of a LoRA, in forward passes and where they are computed again."""
 
 from functools import partial
 
@@ -10,11 +10,11 @@ from artaug.diffusion import Flux
 from artaug.training import Bipolar, PairBatch, PairedDifference
 from support.family_laws import family_of, picture
 from support.tiny_flux import tiny_flux
-from support.training_steps import asked_plainly, batch_of, disturb, gradients, student_of
+from support.training_steps import batch_of, frozen_prediction, gradients, perturb, student_of
 
 
 def checkpointed(model, **options):
-    """Let the blocks of a tiny model forget their activations."""
+    """Compute the blocks of a tiny model again in the backward pass."""
     for block in model.module.blocks:
         block.forward = partial(checkpoint, block.forward, **options)
     return model
@@ -25,35 +25,35 @@ def test_a_prediction_at_a_scale_is_that_of_the_scaled_update_in_the_weights(mak
     wrapped, plain = make_model(), make_model()
     batch = batch_of(wrapped, two_pairs)
     with student_of(wrapped) as student:
-        disturb(student)
-        told = student.predict(batch.before, batch.sigmas, batch.conditioning, scale=scale)
+        perturb(student)
+        prediction = student.predict(batch.before, batch.sigmas, batch.conditioning, scale=scale)
         lora = student.to_lora()
     for name, layer in lora.layers.items():
         plain.module.get_submodule(name).weight.data += scale * layer.delta()
     plain.module.eval()
-    torch.testing.assert_close(told, asked_plainly(plain, batch.before, batch), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(prediction, frozen_prediction(plain, batch.before, batch), rtol=1e-4, atol=1e-5)
 
 
 def test_a_scale_ends_with_its_prediction_and_with_an_exception(tiny_model, two_pairs):
     batch = batch_of(tiny_model, two_pairs)
     with student_of(tiny_model) as student:
-        disturb(student)
-        ask = partial(student.predict, batch.before, batch.sigmas, batch.conditioning)
-        plain = ask()
-        told = ask(scale=-0.5)
-        assert torch.equal(ask(), plain)
-        told.sum().backward()
-        assert torch.equal(asked_plainly(tiny_model, batch.before, batch), plain)
+        perturb(student)
+        predict = partial(student.predict, batch.before, batch.sigmas, batch.conditioning)
+        plain = predict()
+        scaled = predict(scale=-0.5)
+        assert torch.equal(predict(), plain)
+        scaled.sum().backward()
+        assert torch.equal(frozen_prediction(tiny_model, batch.before, batch), plain)
         with pytest.raises(KeyError, match="embeds"):
             student.predict(batch.before, batch.sigmas, {}, scale=-0.5)
-        assert torch.equal(asked_plainly(tiny_model, batch.before, batch), plain)
+        assert torch.equal(frozen_prediction(tiny_model, batch.before, batch), plain)
 
 
 def mixed_loss(student, batch):
     """Predictions at several scales in one loss that is not a sum of theirs."""
-    ask = partial(student.predict, sigmas=batch.sigmas, conditioning=batch.conditioning)
-    one, other, third = ask(batch.before), ask(batch.after, scale=-1.0), ask(batch.before, scale=0.25)
-    return (one * other).mean() + (third - one.detach()).square().mean()
+    predict = partial(student.predict, sigmas=batch.sigmas, conditioning=batch.conditioning)
+    first, second, third = predict(batch.before), predict(batch.after, scale=-1.0), predict(batch.before, scale=0.25)
+    return (first * second).mean() + (third - first.detach()).square().mean()
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_layers_that_are_computed_again_are_computed_at_their_own_scale(make_mod
     for model in (make_model(), checkpointed(make_model(), use_reentrant=reentrant)):
         batch = batch_of(model, two_pairs)
         with student_of(model, targets="blocks|proj_in") as student:
-            disturb(student)
+            perturb(student)
             loss(student, batch).backward()
             found.append(gradients(student))
             assert {layer.scaling["artaug"] for layer in student.wrapped.values()} == {1.0}
@@ -74,7 +74,7 @@ def test_layers_that_are_computed_again_are_computed_at_their_own_scale(make_mod
         torch.testing.assert_close(again, plain, rtol=1e-6, atol=1e-8)
 
 
-def flux_gradients(*, checkpoints, in_turn):
+def flux_gradients(*, checkpoints, sequential):
     flux = family_of(Flux, tiny_flux())
     if checkpoints:
         flux.module.enable_gradient_checkpointing()
@@ -82,20 +82,20 @@ def flux_gradients(*, checkpoints, in_turn):
     noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
     prompt, sigmas = flux.encode_prompts(["a red barn"]), torch.tensor([0.6])
     with student_of(flux, targets=r"blocks.*(attn|ff)") as student:
-        disturb(student)
-        if in_turn:
-            of = PairedDifference()
+        perturb(student)
+        if sequential:
+            objective = PairedDifference()
             batch = PairBatch(before=before, after=after, conditioning=prompt, noise=noise, sigmas=sigmas)
-            turned = PairBatch(before=after, after=before, conditioning=prompt, noise=noise, sigmas=sigmas)
-            for one, scale in ((batch, 1.0), (turned, -1.0)):
-                (of.loss(Worn(student, scale), one) / 2).backward()
+            reversed_batch = PairBatch(before=after, after=before, conditioning=prompt, noise=noise, sigmas=sigmas)
+            for direction, scale in ((batch, 1.0), (reversed_batch, -1.0)):
+                (objective.loss(ScaledStudent(student, scale), direction) / 2).backward()
         else:
             batch = PairBatch(before=before, after=after, conditioning=prompt, noise=noise, sigmas=sigmas)
             Bipolar().loss(student, batch).backward()
         return gradients(student)
 
 
-class Worn:
+class ScaledStudent:
     """A student at a scale, with which one backward pass is done before the next prediction begins."""
 
     def __init__(self, student, scale):
@@ -104,9 +104,9 @@ class Worn:
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])
-def test_a_real_transformer_has_the_gradient_of_both_turns(checkpoints):
-    wanted = flux_gradients(checkpoints=False, in_turn=True)
-    found = flux_gradients(checkpoints=checkpoints, in_turn=False)
-    assert any(gradient.count_nonzero() for gradient in wanted)
-    for one, other in zip(wanted, found, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-7)
+def test_a_real_transformer_has_the_gradient_of_both_directions(checkpoints):
+    expected = flux_gradients(checkpoints=False, sequential=True)
+    gradient = flux_gradients(checkpoints=checkpoints, sequential=False)
+    assert any(layer.count_nonzero() for layer in expected)
+    for layer, other in zip(expected, gradient, strict=True):
+        torch.testing.assert_close(other, layer, rtol=1e-4, atol=1e-7)

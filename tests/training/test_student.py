@@ -1,4 +1,4 @@
-"""A LoRA on a model in training: what it covers, and that it computes what the LoRA read off it does."""
+"""The student: which layers learn, and that the exported LoRA computes what the model in training did."""
 
 import pytest
 import torch
@@ -15,20 +15,20 @@ def filled_lora(module, *, scale=0.1):
     return LoRA(
         {
             name: LowRank(
-                scale * torch.randn(2, one.in_features, generator=generator),
-                torch.randn(one.out_features, 2, generator=generator),
+                scale * torch.randn(2, layer.in_features, generator=generator),
+                torch.randn(layer.out_features, 2, generator=generator),
             )
-            for name, one in find_target_layers(module, "blocks").items()
+            for name, layer in find_target_layers(module, "blocks").items()
         }
     )
 
 
-def test_a_worn_lora_counts_in_wrapped_layers_as_if_its_update_were_in_the_weights(make_model, two_pairs):
+def test_an_applied_lora_counts_in_wrapped_layers_as_if_its_update_were_in_the_weights(make_model, two_pairs):
     hooked, added = make_model(), make_model()
-    worn = filled_lora(hooked.module)
-    for name, layer in worn.layers.items():
+    applied = filled_lora(hooked.module)
+    for name, layer in applied.layers.items():
         added.module.get_submodule(name).weight.data += layer.delta()
-    asked = (
+    inputs = (
         hooked.encode_images([pair.before for pair in two_pairs]),
         torch.tensor([0.3, 0.7]),
         hooked.encode_prompts([pair.prompt for pair in two_pairs]),
@@ -40,19 +40,19 @@ def test_a_worn_lora_counts_in_wrapped_layers_as_if_its_update_were_in_the_weigh
             for factor in student.parameters():
                 factor.data += 0.1 * torch.randn(factor.shape, generator=generator)
             if model is hooked:
-                with worn.applied_to(hooked_base(model)):
-                    predictions.append((student.predict(*asked), student.teacher_predict(*asked)))
+                with applied.applied_to(hooked_base(model)):
+                    predictions.append((student.predict(*inputs), student.teacher_predict(*inputs)))
             else:
-                predictions.append((student.predict(*asked), student.teacher_predict(*asked)))
+                predictions.append((student.predict(*inputs), student.teacher_predict(*inputs)))
     torch.testing.assert_close(predictions[0], predictions[1], rtol=1e-4, atol=1e-4)
 
 
 def hooked_base(model):
     """The model's module, as one whose wrapped layers carry the names of the plain ones."""
     bare = torch.nn.Module()
-    for name, one in model.module.named_modules():
+    for name, layer in model.module.named_modules():
         if name.endswith(".base_layer"):
-            _place(bare, name.removesuffix(".base_layer"), one)
+            _place(bare, name.removesuffix(".base_layer"), layer)
     return bare
 
 
@@ -66,14 +66,14 @@ def _place(root, path, leaf):
 
 
 def test_the_lora_does_what_the_model_in_training_did(tiny_model):
-    asked = (torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.8]), tiny_model.encode_prompts(["a", "b"]))
+    inputs = (torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.8]), tiny_model.encode_prompts(["a", "b"]))
     generator = torch.Generator().manual_seed(0)
     with inject_adapter(tiny_model, rank=4, targets="blocks", generator=generator) as student:
         for factor in student.parameters():
             factor.data += 0.1 * torch.randn(factor.shape, generator=generator)
-        learned, lora = student.predict(*asked), student.to_lora()
+        learned, lora = student.predict(*inputs), student.to_lora()
     with lora.applied_to(tiny_model.module.eval()):
-        torch.testing.assert_close(tiny_model.predict(*asked), learned)
+        torch.testing.assert_close(tiny_model.predict(*inputs), learned)
 
 
 def test_targets_that_select_nothing_name_what_there_is(tiny_model):
@@ -92,7 +92,7 @@ def test_a_model_that_carries_peft_adapters_is_refused(tiny_model):
         pytest.fail("the block ran")
 
 
-def test_attention_and_mlps_of_flux_learn_unless_asked_otherwise():
+def test_attention_and_mlps_of_flux_learn_by_default():
     chosen = set(find_target_layers(tiny_flux().transformer, ATTENTION_AND_MLP))
     assert {
         "transformer_blocks.0.attn.to_q",
@@ -106,45 +106,45 @@ def test_attention_and_mlps_of_flux_learn_unless_asked_otherwise():
     assert not [name for name in chosen if "norm" in name or name in {"proj_out", "x_embedder", "context_embedder"}]
 
 
-def kept_by_autograd(student, asked):
-    """What a prediction keeps for its backward pass, but for weights."""
-    weights = {one.data_ptr() for one in student.model.module.parameters()}
-    kept = {}
+def saved_by_autograd(student, inputs):
+    """The tensors a prediction saves for its backward pass, but for weights."""
+    weights = {parameter.data_ptr() for parameter in student.model.module.parameters()}
+    saved = {}
 
     def note(tensor):
         if tensor.data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        prediction = student.predict(*asked)
-    return prediction, list(kept.values())
+        prediction = student.predict(*inputs)
+    return prediction, list(saved.values())
 
 
 def test_a_factor_keeps_its_layers_own_input_and_no_copy_of_it(make_model):
     model, width, rows = make_model(dtype=torch.bfloat16), 64, 256
-    asked = (torch.randn(rows, 3, 4, 4), torch.full((rows,), 0.5), model.encode_prompts(["a"] * rows))
+    inputs = (torch.randn(rows, 3, 4, 4), torch.full((rows,), 0.5), model.encode_prompts(["a"] * rows))
     with inject_adapter(model, rank=2, targets="attn|mlp", generator=torch.Generator()) as student:
-        _, kept = kept_by_autograd(student, asked)
-    wide = [one for one in kept if one.numel() >= rows * width]
-    assert {one.dtype for one in wide} == {torch.bfloat16}
+        _, saved = saved_by_autograd(student, inputs)
+    wide = [tensor for tensor in saved if tensor.numel() >= rows * width]
+    assert {tensor.dtype for tensor in wide} == {torch.bfloat16}
     # A block keeps what its norm is given and gives, what attn gives, and the two ends of the non-linearity.
-    assert sum(one.numel() for one in wide) <= 3 * (1 + 1 + 1 + 2 + 2) * rows * width
+    assert sum(tensor.numel() for tensor in wide) <= 3 * (1 + 1 + 1 + 2 + 2) * rows * width
 
 
-def test_factors_on_a_bfloat16_model_learn_as_on_a_float32_one(make_model):
+def test_factors_on_a_bfloat16_model_learn_as_on_a_float32_model(make_model):
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model(dtype=torch.bfloat16)  # the same weights, rounded
         model.module.to(dtype)
         model.dtype = dtype
-        asked = (torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.8]), model.encode_prompts(["a", "b"]))
+        inputs = (torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.8]), model.encode_prompts(["a", "b"]))
         with inject_adapter(model, rank=4, targets="blocks", generator=torch.Generator().manual_seed(0)) as student:
             for factor in student.parameters():
                 factor.data += 0.1
                 assert factor.dtype == torch.float32
-            student.predict(torch.ones_like(asked[0]), *asked[1:]).square().mean().backward()
+            student.predict(torch.ones_like(inputs[0]), *inputs[1:]).square().mean().backward()
             gradients.append([factor.grad for factor in student.parameters()])
-    for exact, found in zip(*gradients, strict=True):
-        assert found.dtype == torch.float32
-        assert (found - exact).norm() < 0.05 * exact.norm()  # the model itself computes in eight bits
+    for exact, rounded in zip(*gradients, strict=True):
+        assert rounded.dtype == torch.float32
+        assert (rounded - exact).norm() < 0.05 * exact.norm()  # the model itself computes in eight bits

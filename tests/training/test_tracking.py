@@ -1,4 +1,4 @@
-"""What a training tells, sent to a real tracker and read back from its files."""
+"""Steps and validations sent to a real tracker and read back from its files."""
 
 import pytest
 from PIL import Image
@@ -10,12 +10,12 @@ from artaug.training import DifferentialLoRATrainer, ValidationResult, open_trac
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own, on this numpy and protobuf
 def test_tensorboard_gets_every_step_and_the_held_out_pictures(tmp_path, tiny_model, two_pairs):
     trainer = DifferentialLoRATrainer(rank=2, steps=3)
-    seen = ValidationResult(
+    result = ValidationResult(
         step=3, strength=1.0, win_rate=0.75, gain=0.5, images=(Image.new("RGB", (8, 8), "red"),) * 2
     )
     with open_tracker("tensorboard", "first", folder=tmp_path, config={"rank": 2}) as tracker:
         training = trainer.train(two_pairs, tiny_model, seed=0, on_step=tracker.log_step)
-        tracker.log_validation(seen)
+        tracker.log_validation(result)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
 
     written = EventAccumulator(str(tmp_path / "first"))
@@ -28,7 +28,7 @@ def test_tensorboard_gets_every_step_and_the_held_out_pictures(tmp_path, tiny_mo
     assert (pictures.width, pictures.height) == (16, 8)  # side by side, as TensorBoard shows a batch
 
 
-def test_a_tracker_nobody_knows_is_refused_naming_those_there_are():
+def test_an_unknown_tracker_is_refused_naming_the_known_ones():
     with (
         pytest.raises(InvalidValueError, match=r"no tracker 'notebook'\. Choose of: .*tensorboard.*wandb"),
         open_tracker("notebook", "first"),
