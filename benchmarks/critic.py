@@ -1,4 +1,4 @@
-"""Does the photometric critic point at the things in a picture, and at little else?"""
+"""How many objects of rendered scenes the boxes of the photometric critic find, and how many boxes are on none."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,15 @@ from artaug.critics import PhotometricCritic
 from benchmarks import _record as record
 
 STYLES = {"dull": "", "vivid": ", vivid", "praised": ", vivid, softly lit, sharp, glowing"}
-SAME = 0.5  # intersection over union from which two boxes are about the same thing
+MIN_IOU = 0.5  # of a box and an object that it finds
 
 
 def measure(*, quick: bool) -> list[record.Row]:
-    """Show rendered scenes to a critic that suggests something for every part it finds, and compare its boxes.
+    """Compare the boxes of a critic that suggests something for every region with the true boxes of rendered scenes.
 
-    ``found`` is the share of things with a box of IoU at least 0.5, ``extra`` the boxes a scene that fit no thing. True
-    boxes are those of the playground's detector, which is right on more than 99 rendered scenes in 100. ``suggestions``
-    counts what the critic asks for a scene as it comes.
+    ``found`` is the fraction of objects with a box of IoU at least 0.5, ``extra`` the boxes per scene that match no
+    object. The true boxes are those of the playground's detector, which is right on more than 99% of rendered scenes.
+    ``suggestions`` are those of the critic with default thresholds, per scene.
     """
     prompts = playground.prompts(30 if quick else 300, seed=21)
     eager = PhotometricCritic(exposure=1, chroma=1, contrast=1, sharpness=1, whole_image=False)
@@ -28,12 +28,14 @@ def measure(*, quick: bool) -> list[record.Row]:
         images = [playground.render(prompt + words, seed=seed) for seed, prompt in enumerate(prompts)]
         found = extra = things = 0
         for image, prompt in zip(images, prompts, strict=True):
-            truth = [thing.box for thing in playground.detect(image)]
+            objects = [thing.box for thing in playground.detect(image)]
             boxes = suggested(eager, image, prompt)
-            things += len(truth)
-            found += sum(any(box.iou(true) >= SAME for box in boxes) for true in truth)
-            extra += sum(all(box.iou(true) < SAME for true in truth) for box in boxes)
-        asked = sum(len(suggested(PhotometricCritic(), *shown)) for shown in zip(images, prompts, strict=True))
+            things += len(objects)
+            found += sum(any(box.iou(true_box) >= MIN_IOU for box in boxes) for true_box in objects)
+            extra += sum(all(box.iou(true_box) < MIN_IOU for true_box in objects) for box in boxes)
+        suggestions = sum(
+            len(suggested(PhotometricCritic(), image, prompt)) for image, prompt in zip(images, prompts, strict=True)
+        )
         rows.append(
             {
                 "pictures": style,
@@ -41,25 +43,27 @@ def measure(*, quick: bool) -> list[record.Row]:
                 "things": things,
                 "found": found / things,
                 "extra": extra / len(prompts),
-                "suggestions": asked / len(prompts),
+                "suggestions": suggestions / len(prompts),
             }
         )
     return rows
 
 
 def suggested(critic: aa.Critic, image: Image, prompt: str) -> list[aa.Box]:
-    """The boxes a critic points at."""
+    """The boxes of a critic's suggestions."""
     answer = critic.critique(image, prompt)
-    return [one.box for one in answer.suggestions] if isinstance(answer, aa.Critique) else []
+    return [suggestion.box for suggestion in answer.suggestions] if isinstance(answer, aa.Critique) else []
 
 
 def plot(rows: Sequence[record.Row]) -> Figure:
     """Found and extra, by style."""
     figure = Figure(figsize=(5, 3))
     axes = figure.add_subplot()
-    for number, name in enumerate(("found", "extra")):
-        axes.bar([place + 0.4 * number for place in range(len(rows))], [row[name] for row in rows], 0.4, label=name)
-    axes.set_xticks([place + 0.2 for place in range(len(rows))], [row["pictures"] for row in rows])
+    for series, name in enumerate(("found", "extra")):
+        axes.bar(
+            [position + 0.4 * series for position in range(len(rows))], [row[name] for row in rows], 0.4, label=name
+        )
+    axes.set_xticks([position + 0.2 for position in range(len(rows))], [row["pictures"] for row in rows])
     axes.legend()
     return figure
 

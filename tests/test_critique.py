@@ -1,4 +1,4 @@
-"""What a critic may answer, and what happens when it does not."""
+"""Critique, Abstention, and run_critic, which calls a critic and checks its answers."""
 
 import pytest
 from PIL import Image
@@ -9,7 +9,7 @@ from artaug.critique import run_critic
 PICTURE = Image.new("RGB", (8, 8))
 
 
-class Saying(aa.Critic):
+class ScriptedAnswers(aa.Critic):
     def __init__(self, *answers):
         self.answers = answers
 
@@ -21,32 +21,32 @@ class Saying(aa.Critic):
 
 
 class Raising(aa.Critic):
-    def __init__(self, fault):
-        self.fault = fault
+    def __init__(self, error):
+        self.error = error
 
     def critique(self, image, prompt):
-        raise self.fault
+        raise self.error
 
 
 @pytest.mark.parametrize("blank", ["", "  ", "\n\t"])
-def test_a_suggestion_says_what_should_be_there(blank):
+def test_a_blank_prompt_is_refused(blank):
     with pytest.raises(aa.InvalidValueError, match="a Suggestion needs a prompt that says what should be there"):
         aa.Suggestion(aa.Box(0, 0, 1, 1), blank)
 
 
 @pytest.mark.parametrize("blank", ["", " \n"])
-def test_an_abstention_gives_a_reason(blank):
+def test_a_blank_reason_is_refused(blank):
     with pytest.raises(aa.InvalidValueError, match="an Abstention needs a reason"):
         aa.Abstention(blank)
 
 
-def test_a_critique_may_ask_for_nothing():
+def test_a_critique_may_have_no_suggestions():
     assert aa.Critique().suggestions == ()
 
 
-def test_answers_come_back_in_order():
+def test_answers_are_returned_in_order():
     answers = [aa.Critique(summary="fine"), aa.Abstention("too dark")]
-    assert run_critic(Saying(*answers), [PICTURE] * 2, ["a", "b"]) == answers
+    assert run_critic(ScriptedAnswers(*answers), [PICTURE] * 2, ["a", "b"]) == answers
 
 
 def test_a_batch_is_a_loop_unless_overridden():
@@ -54,36 +54,60 @@ def test_a_batch_is_a_loop_unless_overridden():
         def critique(self, image, prompt):
             return aa.Abstention(prompt)
 
-    assert [one.reason for one in Echo().critique_batch([PICTURE] * 2, ["a", "b"])] == ["a", "b"]
+    assert [answer.reason for answer in Echo().critique_batch([PICTURE] * 2, ["a", "b"])] == ["a", "b"]
 
 
 def test_a_critic_that_raises_stops_the_run_and_is_the_cause():
-    fault = KeyError("label")
+    error = KeyError("label")
     with pytest.raises(aa.CriticError) as caught:
-        run_critic(Raising(fault), [PICTURE], ["a pear"])
+        run_critic(Raising(error), [PICTURE], ["a pear"])
     assert str(caught.value) == (
         "Raising raised KeyError: 'label', while criticising 1 picture(s), first prompt 'a pear'. "
         "A critic that cannot tell returns artaug.Abstention(reason)."
     )
-    assert caught.value.__cause__ is fault
+    assert caught.value.__cause__ is error
 
 
-def test_running_out_of_memory_is_not_a_critics_fault():
+def test_running_out_of_memory_is_not_wrapped():
     with pytest.raises(MemoryError):
         run_critic(Raising(MemoryError()), [PICTURE], ["a pear"])
 
 
-def test_too_few_answers_are_counted():
+def test_too_few_answers_are_an_error_that_names_the_critic():
     with pytest.raises(
-        aa.ContractError, match=r"Saying.critique_batch returned 1 answer for 2 pictures\. Expected a list of 2"
+        aa.ContractError,
+        match=r"ScriptedAnswers.critique_batch returned 1 answer for 2 pictures\. Expected a list of 2",
     ):
-        run_critic(Saying(aa.Critique()), [PICTURE] * 2, ["a", "b"])
+        run_critic(ScriptedAnswers(aa.Critique()), [PICTURE] * 2, ["a", "b"])
 
 
 @pytest.mark.parametrize("answer", [None, "too dark", {"suggestions": []}, aa.Suggestion(aa.Box(0, 0, 1, 1), "a")])
 def test_an_answer_of_another_type_is_named_and_quoted(answer):
     with pytest.raises(
         aa.ContractError,
-        match=rf"Saying.critique_batch returned (None|{type(answer).__name__} .*) for picture 0 \('a pear'\)",
+        match=rf"ScriptedAnswers.critique_batch returned (None|{type(answer).__name__} .*) for picture 0 \('a pear'\)",
     ):
-        run_critic(Saying(answer), [PICTURE], ["a pear"])
+        run_critic(ScriptedAnswers(answer), [PICTURE], ["a pear"])
+
+
+def test_missing_pictures_are_never_reported_as_the_critics_error():
+    class NeverCalled(aa.Critic):
+        def critique(self, image, prompt):
+            raise AssertionError
+
+    with pytest.raises(
+        aa.InvalidValueError, match=r"received 1 picture\(s\) for 2 prompt\(s\), so NeverCalled was not"
+    ):
+        run_critic(NeverCalled(), [PICTURE], ["a", "b"])
+
+
+def test_an_answer_that_is_not_a_list_is_an_error_that_names_the_critic():
+    class ReturnsNone(aa.Critic):
+        def critique(self, image, prompt):
+            return aa.Critique()
+
+        def critique_batch(self, images, prompts):
+            return None
+
+    with pytest.raises(aa.ContractError, match=r"ReturnsNone\.critique_batch returned None for 1 picture\."):
+        run_critic(ReturnsNone(), [PICTURE], ["a"])

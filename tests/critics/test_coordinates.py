@@ -190,3 +190,66 @@ def test_a_resize_with_min_above_max_is_refused():
 def test_an_unknown_family_is_refused():
     with pytest.raises(aa.InvalidValueError, match=r"convention of 'molmo9' is not known; known families are qwen2_vl"):
         coordinates_for("molmo9")
+
+
+# --- boundaries ------------------------------------------------------------------------------------------------------
+
+
+def test_an_aspect_ratio_of_exactly_200_is_accepted():
+    for size in ((200, 1), (1, 200), (600, 3)):
+        SmartResize().output_size(size)
+    for size in ((201, 1), (1, 201), (601, 3)):
+        with pytest.raises(aa.GeometryError, match="cannot be resized for the model"):
+            SmartResize().output_size(size)
+
+
+def test_pixel_counts_at_the_limits_are_not_scaled():
+    exact = SmartResize(28, 56 * 56, 56 * 56)
+    assert exact.output_size((56, 56)) == (56, 56)
+    assert exact.output_size((57, 57)) == (56, 56)
+    assert SmartResize(28, 28 * 28, 28 * 28).output_size((28, 28)) == (28, 28)
+
+
+@pytest.mark.parametrize("radius", [0.5, 1e-6])
+def test_a_point_radius_at_its_limits_is_accepted(radius):
+    edges = Coordinates("relative", point_radius=radius).decode((0.5, 0.25), size=(8, 8))
+    assert edges == (0.5 - radius, 0.25 - radius, 0.5 + radius, 0.25 + radius)
+
+
+def test_a_point_radius_above_a_half_is_refused():
+    with pytest.raises(aa.InvalidValueError, match="need a point_radius in"):
+        Coordinates("relative", point_radius=0.500001)
+
+
+def test_a_point_is_decoded_in_the_order_of_its_convention():
+    assert Coordinates("relative", order="yxyx").decode((0.25, 0.75), size=(8, 8)) == (0.625, 0.125, 0.875, 0.375)
+    assert Coordinates("relative", order="xyxy").decode((0.25, 0.75), size=(8, 8)) == (0.125, 0.625, 0.375, 0.875)
+
+
+@pytest.mark.parametrize(
+    ("frame", "points"), [("padded", ((0.0, 0.25), (1.0, 0.75))), ("cropped", ((0.25, 0), (0.75, 1)))]
+)
+def test_the_square_frame_is_centered_on_the_picture(frame, points):
+    # A picture of 400 x 200: padded it is 400 x 400 with 100 above and below; cropped, the middle 200 x 200.
+    convention = Coordinates("relative", frame=frame)
+    if frame == "padded":
+        decoded = [convention.decode_point(x, y, size=(400, 200)) for x, y in points]
+        assert decoded == [(0.0, 0.0), (1.0, 1.0)]
+    else:
+        decoded = [convention.decode_point(x, y, size=(400, 200)) for x, y in ((0, 0), (1, 1))]
+        assert decoded == [tuple(map(float, point)) for point in points]
+
+
+def test_relative_numbers_are_not_rounded_and_others_are():
+    box = aa.Box(0.1, 0.2, 0.30000000000000004, 0.4)
+    assert Coordinates("relative").encode(box, size=(8, 8)) == (0.1, 0.2, 0.30000000000000004, 0.4)
+    assert Coordinates("thousandths").encode(box, size=(8, 8)) == (100.0, 200.0, 300.0, 400.0)
+
+
+def test_a_model_that_pads_and_crops_is_fitted_as_cropped():
+    # transformers' processors crop after they pad, so the model sees the cropped square.
+    class PadsAndCrops:
+        do_pad = do_center_crop = True
+
+    assert Coordinates("relative", frame="padded").fitted_to(PadsAndCrops()).frame == "cropped"
+    assert Coordinates("relative").fitted_to(PadsAndCrops()).frame == "whole"

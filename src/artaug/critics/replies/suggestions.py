@@ -132,7 +132,9 @@ def box_node(item: JsonNode, repairs: Repairs, number: int) -> JsonNode:
         if boxes:
             return boxes[0]
         if named_edges(values) is not None:
-            without_text = [(key, value) for key, value in item.members if not isinstance(value, StringNode)]
+            without_text: list[tuple[str, JsonNode]] = [
+                (key, value) for key, value in item.members if not isinstance(value, StringNode)
+            ]
             return ObjectNode(without_text or item.members)
         numeric = [
             value for _, value in item.members if isinstance(value, ArrayNode | ObjectNode) and _is_numeric(value)
@@ -155,9 +157,10 @@ def prompt_and_reason(item: JsonNode, repairs: Repairs, number: int) -> tuple[st
         prompt, *others = [child for child in item.items if isinstance(child, StringNode)] or [StringNode([])]
         return _prompt_text(prompt), " ".join(child.text for child in others if not child.truncated)
     values = item.by_key() if isinstance(item, ObjectNode) else {}
-    first_reason = next((value for key in _REASON_KEYS if (value := values.get(key))), StringNode([]))
-    is_text = isinstance(first_reason, StringNode) and not first_reason.truncated and not is_null(first_reason)
-    reason = first_reason.text if is_text else ""
+    first_reason = next((value for key in _REASON_KEYS if (value := values.get(key))), None)
+    reason = ""
+    if isinstance(first_reason, StringNode) and not first_reason.truncated and not is_null(first_reason):
+        reason = first_reason.text
     for key in _PROMPT_KEYS:
         if key in values and not is_null(values[key]):
             return _prompt_text(values[key]), reason
