@@ -207,6 +207,8 @@ def test_pixel_counts_at_the_limits_are_not_scaled():
     exact = SmartResize(28, 56 * 56, 56 * 56)
     assert exact.output_size((56, 56)) == (56, 56)
     assert exact.output_size((57, 57)) == (56, 56)
+    assert exact.output_size((55, 57)) == (56, 56)  # scaling would round 55 down, or 57 up
+    assert smart_resize(57, 55, 28, 56 * 56, 56 * 56) == (56, 56)
     assert SmartResize(28, 28 * 28, 28 * 28).output_size((28, 28)) == (28, 28)
 
 

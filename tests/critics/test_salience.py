@@ -153,3 +153,40 @@ def test_a_joined_segment_tolerates_its_largest_step_plus_its_share_of_k():
 
     assert count(0.00624) == 1
     assert count(0.00626) == 2
+
+
+def test_boxes_of_a_large_picture_are_whole_pixels_of_the_reduced_one():
+    size = (WORKING_PX * 4, WORKING_PX * 2)
+    (box,) = salient_boxes(scene((RED, (65, 33, 111, 63)), size=size), max_boxes=4)
+    assert (box.left * WORKING_PX).is_integer()
+    assert (box.top * WORKING_PX / 2).is_integer()
+
+
+def test_salience_counts_the_contrast_on_every_side():
+    # Two squares on a background that is similar to them in one half and different in the other: the one that touches the
+    # different half has the higher contrast, whatever the side, although the other one is a little larger.
+    similar, different, square = (150, 70, 60), (60, 150, 70), (180, 50, 40)
+    for half, inner, border in (
+        ((0, 24, 48, 48), (6, 4, 17, 15), (30, 14, 40, 24)),  # different below
+        ((0, 0, 48, 24), (6, 34, 17, 45), (30, 24, 40, 34)),  # above
+        ((24, 0, 48, 48), (4, 6, 15, 17), (14, 30, 24, 40)),  # on the right
+        ((0, 0, 24, 48), (34, 6, 45, 17), (24, 30, 34, 40)),  # on the left
+    ):
+        image = Image.new("RGB", SQUARE, similar)
+        for color, box in ((different, half), (square, inner), (square, border)):
+            image.paste(color, box)
+        first, *_ = salient_boxes(image, max_boxes=2)
+        assert first == aa.Box.from_pixels(*border, size=SQUARE)
+
+
+def test_shading_does_not_cut_an_object_in_two():
+    image = Image.new("RGB", SQUARE, BLUE)
+    for row in range(12):
+        image.paste((40 + 14 * row,) * 3, (14, 10 + row, 30, 11 + row))  # steps of about 0.045 in OKLab lightness
+    assert salient_boxes(image, max_boxes=4) == [aa.Box.from_pixels(14, 10, 30, 22, size=SQUARE)]
+
+
+def test_a_difference_in_color_is_more_salient_than_one_in_lightness():
+    white, red = (30, 8, 40, 18), (8, 30, 18, 40)
+    boxes = salient_boxes(scene(((255, 255, 255), white), (RED, red), size=SQUARE), max_boxes=1)
+    assert boxes == [aa.Box.from_pixels(*red, size=SQUARE)]

@@ -117,7 +117,7 @@ class Coordinates:
         """The coordinates of the right and the bottom edge of the frame, for a picture of ``size`` (width, height)."""
         if self.unit != "pixels":
             return _EXTENT[self.unit], _EXTENT[self.unit]
-        frame = _square(size, self.frame) or size
+        frame = _square_size(size, self.frame) or size
         return self.resize.output_size(frame) if self.resize else frame
 
     def decode(self, numbers: Sequence[float], *, size: Size) -> Edges:
@@ -144,7 +144,7 @@ class Coordinates:
         """A point (x before y in every order) as fractions of a picture of ``size`` (width, height)."""
         right, bottom = self.extent(size)
         x, y = x / right, y / bottom
-        if square := _square(size, self.frame):
+        if square := _square_size(size, self.frame):
             # Fraction of the square -> pixels of the square -> pixels of the picture (offset by half the padding,
             # which is negative for a crop) -> fraction of the picture.
             x, y = (
@@ -180,7 +180,7 @@ class Coordinates:
         return replace(self, frame="cropped" if crops else "padded" if pads else "whole")
 
     def _encode_point(self, x: float, y: float, size: Size) -> tuple[float, float]:
-        if square := _square(size, self.frame):
+        if square := _square_size(size, self.frame):
             x, y = (
                 (fraction * length + (side - length) // 2) / side
                 for fraction, side, length in zip((x, y), square, size, strict=True)
@@ -193,7 +193,7 @@ class Coordinates:
         return number if self.unit == "relative" else round(number, _DIGITS)
 
 
-def _square(size: Size, frame: str) -> Size | None:
+def _square_size(size: Size, frame: str) -> Size | None:
     """The size of the square that the model sees; None if it sees the whole picture."""
     if frame == "whole":
         return None

@@ -107,17 +107,17 @@ def segment(colors: np.ndarray) -> np.ndarray:
     for source, target, distance in edges:
         first, second = segment_of[source], segment_of[target]
         if first != second and distance <= min(threshold[first], threshold[second]):
-            merged = _merge(first, second, segment_of, members)
+            merged = _merge_segments(first, second, segment_of, members)
             threshold[merged] = distance + _SCALE / len(members[merged])  # edges come sorted, so Int is this distance
     for source, target, _distance in edges:
         first, second = segment_of[source], segment_of[target]
         if first != second and min(len(members[first]), len(members[second])) < _MIN_SEGMENT_PX:
-            _merge(first, second, segment_of, members)
+            _merge_segments(first, second, segment_of, members)
     labels: np.ndarray = np.unique(segment_of, return_inverse=True)[1].reshape(height, width)
     return labels
 
 
-def _merge(first: int, second: int, segment_of: list[int], members: list[list[int]]) -> int:
+def _merge_segments(first: int, second: int, segment_of: list[int], members: list[list[int]]) -> int:
     """Move the pixels of the smaller segment to the larger one, whose number is returned."""
     small, large = sorted((first, second), key=lambda number: len(members[number]))
     for pixel in members[small]:

@@ -144,7 +144,7 @@ class Cached(Critic):
         return self.critique_batch([image], [prompt])[0]
 
     def critique_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
-        paths = [self._path(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        paths = [self._entry_path(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         answers: dict[Path, Critique | Abstention] = {}
         for path in dict.fromkeys(paths):
             stored = _read_answer(path)
@@ -164,7 +164,7 @@ class Cached(Critic):
     def _cacheable(self, answer: Critique | Abstention) -> bool:
         return self.cache_abstentions or isinstance(answer, Critique)
 
-    def _path(self, image: Image, prompt: str) -> Path:
+    def _entry_path(self, image: Image, prompt: str) -> Path:
         appearance = [image.mode, image.size, image.getpalette() if image.mode in {"P", "PA"} else None]
         question = json.dumps([self.identity or repr(self.critic), prompt, *appearance])
         name = digest(question, image.tobytes())

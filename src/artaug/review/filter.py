@@ -125,7 +125,7 @@ class ManualReview(PairFilter):
         shown = [pair for pair, verdict in zip(pairs, prior, strict=True) if verdict.keep]
         self.serve(shown)
         manual = iter(RecordedDecisions(self.path).judge_batch(shown))
-        return [_combine(verdict, next(manual)) if verdict.keep else verdict for verdict in prior]
+        return [_combine_verdicts(verdict, next(manual)) if verdict.keep else verdict for verdict in prior]
 
 
 def _decisions_on(pairs: Sequence[ImagePair], path: str | Path) -> list[bool | None]:
@@ -134,6 +134,6 @@ def _decisions_on(pairs: Sequence[ImagePair], path: str | Path) -> list[bool | N
     return [decisions.get(pair_digest(pair)) for pair in pairs]
 
 
-def _combine(prior: Verdict, manual: Verdict) -> Verdict:
+def _combine_verdicts(prior: Verdict, manual: Verdict) -> Verdict:
     """The verdict on a pair that the prefilter kept: the person's, with the reasons and the scores of both."""
     return Verdict(manual.keep, f"{prior.reason}; {manual.reason}", prior.scores)

@@ -139,15 +139,15 @@ class _RequestHandler(BaseHTTPRequestHandler):
     server_version, sys_version = "artaug", ""
 
     def do_GET(self) -> None:
-        self._answer(self._handle_get)
+        self._respond(self._handle_get)
 
     def do_POST(self) -> None:
-        self._answer(self._handle_post)
+        self._respond(self._handle_post)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as the standard library names it
         _LOG.debug("artaug review: %s", (format % args).replace(self.server.session.token, "..."))
 
-    def _answer(self, handle: Callable[[list[str]], _Response]) -> None:
+    def _respond(self, handle: Callable[[list[str]], _Response]) -> None:
         try:
             response = handle(self._authorized_path())
         except _RequestError as error:
@@ -155,7 +155,7 @@ class _RequestHandler(BaseHTTPRequestHandler):
         except OSError as error:
             _LOG.exception("artaug review: the file of decisions could not be used")
             response = _Response(str(error).encode(), _TEXT, HTTPStatus.INSUFFICIENT_STORAGE)
-        self._send(response)
+        self._send_response(response)
         if response.ends_session:
             self.server.session.finished.set()
 
@@ -216,7 +216,7 @@ class _RequestHandler(BaseHTTPRequestHandler):
             raise _RequestError(HTTPStatus.BAD_REQUEST, "Expected a JSON object.")
         return body
 
-    def _send(self, response: _Response) -> None:
+    def _send_response(self, response: _Response) -> None:
         allowed = f"'nonce-{response.nonce}'" if response.nonce else "'none'"
         policy = (
             f"default-src 'none'; img-src 'self' data:; connect-src 'self'; script-src {allowed}; style-src {allowed}; "

@@ -45,9 +45,9 @@ class BoxParser:
         Raises:
             UnusableSuggestion: if there is none.
         """
-        return [self._to_box(edges, number) for edges in self._edges(node, number)]
+        return [self._to_box(edges, number) for edges in self._parse_edges(node, number)]
 
-    def _edges(self, node: JsonNode, number: int) -> list[Edges]:
+    def _parse_edges(self, node: JsonNode, number: int) -> list[Edges]:
         if getattr(node, "truncated", False):
             raise UnusableSuggestion("the reply ended inside its box")
         if isinstance(node, ObjectNode):
@@ -59,7 +59,7 @@ class BoxParser:
         if isinstance(node, ArrayNode):
             node = _unwrap(node)
         if isinstance(node, ObjectNode):
-            return self._edges(node, number)
+            return self._parse_edges(node, number)
         if isinstance(node, ArrayNode) and node.items:
             return self._from_items(node, number)
         return [self._from_numbers(self._numbers(node), number)]
@@ -69,7 +69,7 @@ class BoxParser:
             rows = [self._point(item) for item in array.items]
             if all(rows):
                 return self._from_rows(rows, number)
-            return [edges for item in array.items for edges in self._edges(item, number)]
+            return [edges for item in array.items for edges in self._parse_edges(item, number)]
         if all(isinstance(item, ArrayNode) for item in array.items):
             return self._from_rows([self._numbers(item) for item in array.items], number)
         return [self._from_numbers(self._numbers(array), number)]

@@ -33,12 +33,12 @@ def parse_markup(reply: str) -> list[ObjectNode]:
             label = label if has_ref else _last_line(reply[text_start : tag.start()]) or label
             box_start = tag.end()
         elif kind == "box_end" and box_start >= 0:
-            suggestions += [_suggestion(label, box) for box in _boxes(reply[box_start : tag.start()])]
+            suggestions += [_suggestion_node(label, box) for box in _boxes(reply[box_start : tag.start()])]
             has_ref, text_start, box_start = False, tag.end(), -1  # another box may follow for the same label
         elif kind == "inner":
             suggestions += _points(tag["point"], tag["inner"])
     if box_start >= 0:
-        suggestions.append(_suggestion(label, ArrayNode(truncated=True)))
+        suggestions.append(_suggestion_node(label, ArrayNode(truncated=True)))
     return suggestions
 
 
@@ -62,8 +62,8 @@ def _points(attributes: str, inner: str) -> list[ObjectNode]:
     points = [
         (values["x", number], values["y", number]) for name, number in values if name == "x" and ("y", number) in values
     ]
-    return [_suggestion(label, StringNode([f"{x},{y}"])) for x, y in points]
+    return [_suggestion_node(label, StringNode([f"{x},{y}"])) for x, y in points]
 
 
-def _suggestion(label: str, box: JsonNode) -> ObjectNode:
+def _suggestion_node(label: str, box: JsonNode) -> ObjectNode:
     return ObjectNode([("box", box), ("prompt", StringNode([label.strip()]))])

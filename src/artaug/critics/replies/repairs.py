@@ -40,17 +40,17 @@ class Repairs:
     def sentences(self) -> tuple[str, ...]:
         """One sentence for each repair, then one for each reason to drop suggestions."""
         repaired = (
-            f"{repair} ({_listed(numbers)})" if numbers else repair for repair, numbers in self.repaired.items()
+            f"{repair} ({_number_list(numbers)})" if numbers else repair for repair, numbers in self.repaired.items()
         )
-        dropped = (f"dropped {_listed(numbers)}: {reason}" for reason, numbers in self.dropped.items())
+        dropped = (f"dropped {_number_list(numbers)}: {reason}" for reason, numbers in self.dropped.items())
         return *repaired, *dropped
 
     def drop_reasons(self) -> str:
         """Why suggestions were dropped, on one line."""
-        return "; ".join(f"{reason} ({_listed(numbers)})" for reason, numbers in self.dropped.items())
+        return "; ".join(f"{reason} ({_number_list(numbers)})" for reason, numbers in self.dropped.items())
 
 
-def _listed(numbers: list[int]) -> str:
+def _number_list(numbers: list[int]) -> str:
     listed = ", ".join(map(str, numbers[:_MAX_LISTED]))
     more = f" and {len(numbers) - _MAX_LISTED:,} more" if len(numbers) > _MAX_LISTED else ""
     return f"suggestion{'s' if len(numbers) > 1 else ''} {listed}{more}"

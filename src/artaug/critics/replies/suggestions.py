@@ -80,7 +80,7 @@ def extract_suggestions(nodes: Sequence[ObjectNode | ArrayNode], repairs: Repair
         ]
         if ranked:
             return ranked[0]
-    refusal = next((reason for node in nodes if (reason := _refusal(node))), "")
+    refusal = next((reason for node in nodes if (reason := _stated_refusal(node))), "")
     is_empty = any(isinstance(node, ArrayNode) and not (node.items or node.truncated) for node in nodes)
     return ExtractedReply((), is_empty=is_empty, refusal=refusal)
 
@@ -98,7 +98,7 @@ def _answers(
         search = _Search(repairs, loose)
         _visit(node, search)
         if search.items or search.found_empty_list:
-            answer = ExtractedReply(tuple(search.items), _summary(node), is_empty=not search.items)
+            answer = ExtractedReply(tuple(search.items), _summary_text(node), is_empty=not search.items)
             answers.append((answer, not node.truncated))
     return answers, single_items
 
@@ -257,7 +257,7 @@ def note_repeated_keys(node: ObjectNode, repairs: Repairs, number: int | None = 
         repairs.note("used the last value of a repeated key", number)
 
 
-def _summary(node: JsonNode) -> str:
+def _summary_text(node: JsonNode) -> str:
     if not isinstance(node, ObjectNode):
         return ""
     values = node.by_key()
@@ -265,7 +265,7 @@ def _summary(node: JsonNode) -> str:
     return next((value.text for value in summaries if isinstance(value, StringNode) and not is_null(value)), "")
 
 
-def _refusal(node: JsonNode) -> str:
+def _stated_refusal(node: JsonNode) -> str:
     """The reason in an object that is an `Abstention` written as JSON."""
     if not isinstance(node, ObjectNode) or {normalize_key(key) for key, _ in node.members} != {"reason"}:
         return ""
