@@ -167,10 +167,10 @@ def step_seconds(setting: flux.Setting, guide: Guide | None, *, count: int) -> l
     seconds = []
     with steering(setting, guide):
         for _ in range(count):
-            memory.significant()
+            memory.synchronize()
             start = time.perf_counter()
             setting.step()
-            memory.significant()
+            memory.synchronize()
             seconds.append(time.perf_counter() - start)
     return seconds
 

@@ -4,7 +4,7 @@ from artaug.diffusion.checking import check_family
 from artaug.diffusion.estimation.estimate import estimate
 from artaug.diffusion.estimation.report import Estimate
 from artaug.diffusion.families.base import Family
-from artaug.diffusion.families.chroma.family import Chroma
+from artaug.diffusion.families.chroma.family import Chroma1
 from artaug.diffusion.families.flux.family import Flux
 from artaug.diffusion.families.flux2.family import Flux2
 from artaug.diffusion.families.flux2.klein import Flux2Klein
@@ -18,7 +18,7 @@ from artaug.diffusion.verification import verify_export
 
 __all__ = [
     "ActiveLoRA",
-    "Chroma",
+    "Chroma1",
     "DiffusersSynthesizer",
     "Estimate",
     "Family",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, final
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from artaug.geometry import Box
 from artaug.plan import Plan, Region
 from artaug.regional.denoiser import (
     AttentionFn,
+    AttentionProcessor,
     AttentionSite,
     AttentiveDenoiser,
     Branches,
@@ -29,7 +30,6 @@ from artaug.regional.denoiser import (
     Denoiser,
     EncodedPrompt,
     ForwardKwargs,
-    Processor,
     Span,
 )
 from artaug.regional.guide import Guide
@@ -86,6 +86,7 @@ class Recording:
     prompt where prompts are in the same sequence."""
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecordingDenoiser(AttentiveDenoiser):
     """A denoiser that computes as the one it wraps, and records what a guide sees of it."""
@@ -129,7 +130,7 @@ class RecordingDenoiser(AttentiveDenoiser):
         self.recording.spans = spans[-1]
         return changed, spans
 
-    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> Processor:
+    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> AttentionProcessor:
         def recorded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             output = attention_fn(query, key, value)
             if site.kind != "text" and not self.recording.first_output:

@@ -60,16 +60,16 @@ class Span:
     """For a text, the number of its prompt: 0 for the plan's own (or the negative prompt), i for the i-th region's."""
 
 
-Processor: TypeAlias = Any
+AttentionProcessor: TypeAlias = Any
 """An attention processor, of the model's own classes."""
 
 
 class AttentionLayer(Protocol):
     """An attention layer of diffusers, whose processor can be replaced."""
 
-    processor: Processor
+    processor: AttentionProcessor
 
-    def set_processor(self, processor: Processor) -> None:
+    def set_processor(self, processor: AttentionProcessor) -> None:
         """Use another processor from now on."""
 
 
@@ -183,7 +183,7 @@ class AttentiveDenoiser(Denoiser):
         return None
 
     @abstractmethod
-    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> Processor:
+    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> AttentionProcessor:
         """An attention processor like the one that a site has, but with ``attention_fn`` as its attention.
 
         Raises:

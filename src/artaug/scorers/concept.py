@@ -12,7 +12,7 @@ from artaug.scorers.loading import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_OPTIONS,
     LoadOptions,
-    Processor,
+    TransformersProcessor,
     check_model,
     load_image_processor,
     load_model,
@@ -46,7 +46,7 @@ class ConceptProbability(Scorer):
 
     model: "PreTrainedModel" = field(repr=False)
     """A model of ``AutoModelForImageClassification``. It is not altered."""
-    image_processor: Processor = field(repr=False)
+    image_processor: TransformersProcessor = field(repr=False)
     """Its image processor."""
     classes: tuple[str, ...]
     """The classes that are wanted, as ``model.config.id2label`` calls them."""

@@ -13,7 +13,7 @@ from artaug.scorers.loading import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_OPTIONS,
     LoadOptions,
-    Processor,
+    TransformersProcessor,
     batch_slices,
     check_counts,
     check_model,
@@ -46,9 +46,9 @@ class DualEncoder:
 
     model: "CLIPModel | SiglipModel" = field(repr=False)
     """A ``CLIPModel`` or ``SiglipModel``, in evaluation mode. It is not altered."""
-    image_processor: Processor = field(repr=False)
+    image_processor: TransformersProcessor = field(repr=False)
     """Its image processor; one that resizes by Pillow, such as ``CLIPImageProcessorPil``, gives the published scores."""
-    tokenizer: Processor = field(repr=False)
+    tokenizer: TransformersProcessor = field(repr=False)
     """Its tokenizer."""
     name: str = ""
     """The model's name in tables; its name or path if not given."""
@@ -148,7 +148,7 @@ class ImageEncoder:
 
     model: "PreTrainedModel" = field(repr=False)
     """A model of ``AutoModel`` that takes pictures and returns ``pooler_output``, such as ``Dinov2Model``."""
-    image_processor: Processor = field(repr=False)
+    image_processor: TransformersProcessor = field(repr=False)
     """Its image processor."""
     name: str = ""
     """The model's name in tables; its name or path if not given."""

@@ -17,7 +17,7 @@ from artaug.scorers.loading import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_OPTIONS,
     LoadOptions,
-    Processor,
+    TransformersProcessor,
     batch_slices,
     check_counts,
     check_model,
@@ -69,9 +69,9 @@ class ImageReward(Scorer):
     """From tokens to vectors, with cross-attention to the patches."""
     head: nn.Module = field(repr=False)
     """From the first token's vector to the reward, before it is standardized."""
-    image_processor: Processor = field(repr=False)
+    image_processor: TransformersProcessor = field(repr=False)
     """That of CLIP: bicubic, center crop."""
-    tokenizer: Processor = field(repr=False)
+    tokenizer: TransformersProcessor = field(repr=False)
     """That of uncased BERT."""
     name: str = "ImageReward"
     """The name in tables."""

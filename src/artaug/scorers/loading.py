@@ -18,7 +18,7 @@ from artaug.errors import InvalidValueError, ModelError
 Model: TypeAlias = Any
 """A model of transformers, which is untyped here."""
 
-Processor: TypeAlias = Any
+TransformersProcessor: TypeAlias = Any
 """An image processor or a tokenizer of transformers."""
 
 DEFAULT_BATCH_SIZE = 16
@@ -99,7 +99,7 @@ def load_model(
     return model.eval()
 
 
-def load_image_processor(source: str | Path, *, revision: str) -> Processor:
+def load_image_processor(source: str | Path, *, revision: str) -> TransformersProcessor:
     """Load an image processor that resizes by Pillow, as the published scores did, with torchvision or without.
 
     Raises:
@@ -110,7 +110,7 @@ def load_image_processor(source: str | Path, *, revision: str) -> Processor:
     return _from_pretrained(AutoImageProcessor, source, revision=revision, backend="pil")
 
 
-def load_tokenizer(source: str | Path, *, revision: str) -> Processor:
+def load_tokenizer(source: str | Path, *, revision: str) -> TransformersProcessor:
     """Load a tokenizer.
 
     Raises:
@@ -230,7 +230,7 @@ def to_rgb(images: Sequence[Image.Image]) -> list[Image.Image]:
     return converted
 
 
-def pixel_values(image_processor: Processor, images: Sequence[Image.Image], *, model: Model) -> Tensor:
+def pixel_values(image_processor: TransformersProcessor, images: Sequence[Image.Image], *, model: Model) -> Tensor:
     """RGB pictures as input of a model, (pictures, channels, height, width), on its device and in its dtype."""
     # Without input_data_format transformers guesses: a picture 1 or 3 pixels high would count as channels first.
     inputs = image_processor(list(images), return_tensors="pt", input_data_format="channels_last")
@@ -239,7 +239,7 @@ def pixel_values(image_processor: Processor, images: Sequence[Image.Image], *, m
 
 
 def pixel_batches(
-    image_processor: Processor, images: Sequence[Image.Image], *, model: Model, batch_size: int
+    image_processor: TransformersProcessor, images: Sequence[Image.Image], *, model: Model, batch_size: int
 ) -> Iterator[Tensor]:
     """Pictures of any mode as input of a model, in batches; see `to_rgb` and `pixel_values`."""
     rgb = to_rgb(images)  # all at once: a bad picture is refused before the model runs
@@ -247,7 +247,9 @@ def pixel_batches(
         yield pixel_values(image_processor, rgb[batch], model=model)
 
 
-def tokenize(tokenizer: Processor, prompts: Sequence[str], *, max_length: int, model_name: str) -> dict[str, Tensor]:
+def tokenize(
+    tokenizer: TransformersProcessor, prompts: Sequence[str], *, max_length: int, model_name: str
+) -> dict[str, Tensor]:
     """Prompts as ``input_ids`` and ``attention_mask``, (prompts, max_length), padded, or truncated with a warning."""
     for prompt in dict.fromkeys(prompts):
         warn_if_truncated(prompt, reader=model_name, tokenizer=tokenizer, limit=max_length, remedy="It is not scored.")

@@ -15,7 +15,7 @@ from artaug.scorers.loading import (
     DEFAULT_OPTIONS,
     LoadOptions,
     Model,
-    Processor,
+    TransformersProcessor,
     check_model,
     load_image_processor,
     load_model,
@@ -49,7 +49,7 @@ class SafetyMargin(Scorer):
 
     model: Model = field(repr=False)
     """The checker: a ``StableDiffusionSafetyChecker``, or what `from_pretrained` loads. It is not altered."""
-    image_processor: Processor = field(repr=False)
+    image_processor: TransformersProcessor = field(repr=False)
     """Its image processor, that of CLIP ViT-L/14."""
     name: str = "safety margin"
     """The name in tables."""

@@ -14,7 +14,7 @@ from artaug.errors import InvalidValueError, ModelError
 from artaug.scorers.loading import (
     DEFAULT_OPTIONS,
     LoadOptions,
-    Processor,
+    TransformersProcessor,
     batch_slices,
     check_counts,
     check_model,
@@ -52,7 +52,7 @@ class VQAScore(Scorer):
 
     model: "PreTrainedModel" = field(repr=False)
     """Any model of ``AutoModelForImageTextToText``. It is not altered."""
-    processor: Processor = field(repr=False)
+    processor: TransformersProcessor = field(repr=False)
     """Its processor, with a chat template."""
     question: str = QUESTION
     """The question; ``{prompt}`` in it is replaced by the prompt. Without it all pictures get the same question."""

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ def _encode_regions(*regions: Region) -> list[EncodedRegion]:
     return [EncodedRegion(region, _encode(region.prompt)) for region in regions]
 
 
-class _Processor:
+class _TinyAttentionProcessor:
     """Computes a joint attention layer of text and image tokens with ``attention_fn``."""
 
     def __init__(self, attention_fn: AttentionFn) -> None:
@@ -146,7 +146,7 @@ class _Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(_CHANNELS, _CHANNELS) for _ in range(4))
-        self.processor: Any = _Processor(functional.scaled_dot_product_attention)
+        self.processor: Any = _TinyAttentionProcessor(functional.scaled_dot_product_attention)
 
     def set_processor(self, processor: Any) -> None:  # noqa: ANN401 - as in diffusers
         self.processor = processor
@@ -170,6 +170,7 @@ class _TinyTransformer(nn.Module):
         return prediction
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _TinyDenoiser(AttentiveDenoiser):
     prompt_embeds: Tensor
@@ -221,8 +222,8 @@ class _TinyDenoiser(AttentiveDenoiser):
             spans.append((*texts, *padding, Span("image", _IMAGE_TOKENS)))
         return {**kwargs, "encoder_hidden_states": torch.stack(joined)}, spans
 
-    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> _Processor:
-        return _Processor(attention_fn)
+    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> _TinyAttentionProcessor:
+        return _TinyAttentionProcessor(attention_fn)
 
 
 def _tiny_denoiser(prompts: Sequence[str], *, first_row: int = 0) -> _TinyDenoiser:

@@ -3,7 +3,7 @@
 from artaug.training.adapters import Adapter, AdapterTensors, DoRA, LayerWeights, LoKr, PlainLoRA
 from artaug.training.config import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, TrainingConfig
 from artaug.training.distributed import shard
-from artaug.training.model import Conditioning, DiffusionModel, Predictor, Trainable
+from artaug.training.model import DiffusionModel, Predictor, Trainable
 from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, NoiseSchedule, VPrediction
 from artaug.training.objectives import (
     Bipolar,
@@ -34,7 +34,6 @@ __all__ = [
     "AdapterTensors",
     "Bipolar",
     "Checkpoints",
-    "Conditioning",
     "DifferentialLoRATrainer",
     "DiffusionModel",
     "DirectPreference",

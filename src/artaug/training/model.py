@@ -1,6 +1,6 @@
 """The protocol of a model in training: a trainer uses nothing else of it, so one trainer serves every family."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, Self, TypeAlias, runtime_checkable
 
@@ -9,10 +9,8 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug.regional.denoiser import Conditioning
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
-
-Conditioning: TypeAlias = Mapping[str, Tensor]
-"""Encoded prompts, by the model's own names; the first axis of every tensor is the prompts."""
 
 Masks: TypeAlias = Float[Tensor, "batch height width"]
 """How much of every pixel is inside a mask, in [0, 1]: one row per picture."""

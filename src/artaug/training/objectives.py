@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from artaug._internal.contracts import contract_error
 from artaug.errors import InvalidValueError
-from artaug.training.model import Conditioning
+from artaug.regional.denoiser import Conditioning
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 
 LatentWeights: TypeAlias = Float[Tensor, "..."]

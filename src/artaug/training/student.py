@@ -16,8 +16,9 @@ from torch.autograd import Function
 
 from artaug.errors import ContractError, LoRAMismatchError, ModelError
 from artaug.lora.lora import LoRA
+from artaug.regional.denoiser import Conditioning
 from artaug.training.adapters import Adapter, AdapterTensors, LayerWeights, PlainLoRA
-from artaug.training.model import Conditioning, Predictor
+from artaug.training.model import Predictor
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 from artaug.training.quantized import check_dequantizable, check_gradients, prepare_for_training
 from artaug.training.teacher_cache import TeacherCache

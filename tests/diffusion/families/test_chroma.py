@@ -7,7 +7,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch.nn.functional import scaled_dot_product_attention
 
 import artaug as aa
-from artaug.diffusion import Chroma, check_family, estimate, verify_export
+from artaug.diffusion import Chroma1, check_family, estimate, verify_export
 from artaug.diffusion.estimation.meta_pipeline import meta_pipeline, text_shapes
 from artaug.diffusion.families.chroma.attention import attention_with_token_mask
 from artaug.lora.formats import Format
@@ -37,7 +37,7 @@ LIMIT = 32
 
 
 def chroma_of(**options):
-    return family_of(Chroma, tiny_chroma(), **{"max_sequence_length": LIMIT, **options})
+    return family_of(Chroma1, tiny_chroma(), **{"max_sequence_length": LIMIT, **options})
 
 
 @pytest.fixture(
@@ -112,7 +112,7 @@ def test_gradient_checkpointing_keeps_the_mask_that_diffusers_leaves_out():
 
 
 def test_a_prediction_has_the_type_of_the_latents_and_carries_gradient():
-    chroma = family_of(Chroma, tiny_chroma().to(torch.bfloat16))
+    chroma = family_of(Chroma1, tiny_chroma().to(torch.bfloat16))
     predicted = chroma.predict(torch.randn(1, 48, 16), torch.tensor([0.5]), chroma.encode_prompts(["a red barn"]))
     assert predicted.dtype == torch.float32
     assert predicted.requires_grad
@@ -132,7 +132,7 @@ def test_latents_are_scaled_and_packed_so_that_the_pipeline_decodes_them():
 
 @pytest.mark.parametrize("dynamic_shift", [False, True])
 def test_training_shifts_noise_levels_as_the_scheduler_does(dynamic_shift):
-    chroma = family_of(Chroma, tiny_chroma(dynamic_shift=dynamic_shift), width=32, height=32)
+    chroma = family_of(Chroma1, tiny_chroma(dynamic_shift=dynamic_shift), width=32, height=32)
     calls_of(chroma, ["a"])  # two steps, which the scheduler shifts from 1 and 1/2
     _, sampled, _ = chroma.pipeline.scheduler.sigmas.tolist()
     shift = chroma.noise_schedule.shift
@@ -274,8 +274,8 @@ def test_a_training_can_be_estimated_from_configs_alone(tmp_path):
     wanted = estimate(pipeline, width=32, height=32, dtype=torch.float32)
     found = estimate(tmp_path, width=32, height=32, dtype=torch.float32)
     assert found == wanted
-    family = family_of(Chroma, meta_pipeline(tmp_path, dtype=torch.float32), width=32, height=32)
-    encoded = family_of(Chroma, pipeline).encode_prompts(["a lake"])
+    family = family_of(Chroma1, meta_pipeline(tmp_path, dtype=torch.float32), width=32, height=32)
+    encoded = family_of(Chroma1, pipeline).encode_prompts(["a lake"])
     assert text_shapes(family) == {name: tuple(tensor.shape[1:]) for name, tensor in encoded.items()}
 
 
@@ -289,8 +289,8 @@ def test_a_lora_is_exported_in_every_format_and_read_by_diffusers(tmp_path, file
             for name, (outputs, inputs) in shapes.items()
         }
     )
-    path = lora.save(tmp_path / "lora.safetensors", format=file_format, key_map=Chroma.key_map)
-    verification = verify_export(path, lora, family=Chroma)
+    path = lora.save(tmp_path / "lora.safetensors", format=file_format, key_map=Chroma1.key_map)
+    verification = verify_export(path, lora, family=Chroma1)
     assert verification.readers == ("LoRA.load", "the format's definition", "ChromaPipeline")
     assert verification.worst[1] < 1e-6
 
@@ -299,17 +299,17 @@ def test_every_layer_of_chroma_is_in_its_key_map_and_nothing_else():
     with torch.device("meta"):
         transformer = type(tiny_chroma().transformer)()
     layers = [name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)]
-    matches = {name: Chroma.key_map.match(name) for name in layers}
+    matches = {name: Chroma1.key_map.match(name) for name in layers}
     assert [name for name, match in matches.items() if match is None] == []
     assert sum(len(match.diffusers) for match in set(matches.values())) == len(layers)
-    assert {match.row for match in matches.values()} == set(Chroma.key_map.rows)
+    assert {match.row for match in matches.values()} == set(Chroma1.key_map.rows)
 
 
 def test_the_approximator_is_refused_in_formats_that_diffusers_does_not_read(tmp_path):
     lora = aa.LoRA({"distilled_guidance_layer.in_proj": aa.LowRank(torch.ones(1, 64), torch.ones(5120, 1))})
-    verify_export(lora.save(tmp_path / "peft.safetensors"), lora, family=Chroma)
+    verify_export(lora.save(tmp_path / "peft.safetensors"), lora, family=Chroma1)
     with pytest.raises(aa.LoRAError, match=r"distilled_guidance_layer\.in_proj"):
-        lora.save(tmp_path / "kohya.safetensors", format=Format.KOHYA, key_map=Chroma.key_map)
+        lora.save(tmp_path / "kohya.safetensors", format=Format.KOHYA, key_map=Chroma1.key_map)
 
 
 def test_a_cut_prompt_is_warned_of_with_what_is_cut():
@@ -321,7 +321,7 @@ def test_a_missing_component_is_named():
     pipeline = tiny_chroma()
     pipeline.text_encoder = None
     with pytest.raises(aa.ModelError, match=r"loaded without \['text_encoder'\]"):
-        family_of(Chroma, pipeline)
+        family_of(Chroma1, pipeline)
 
 
 @pytest.mark.parametrize(

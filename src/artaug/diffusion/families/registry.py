@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from artaug.diffusion.families.base import Family
-from artaug.diffusion.families.chroma.family import Chroma
+from artaug.diffusion.families.chroma.family import Chroma1
 from artaug.diffusion.families.flux.family import Flux
 from artaug.diffusion.families.flux2.family import Flux2
 from artaug.diffusion.families.flux2.klein import Flux2Klein
@@ -26,7 +26,7 @@ FAMILIES: tuple[type[Family], ...] = (
     StableDiffusion,
     QwenImage,
     ZImage,
-    Chroma,
+    Chroma1,
 )
 """The families that are recognised from a pipeline's class. The first whose layers fit a LoRA file reads it."""
 

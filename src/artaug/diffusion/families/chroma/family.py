@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from diffusers import ChromaPipeline
@@ -69,8 +69,9 @@ CHROMA = KeyMap(
 """Chroma's layers: FLUX.1's without modulation, and the approximator."""
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Chroma(Family):
+class Chroma1(Family):
     """Chroma, drawing from a prompt.
 
     ``guidance_scale`` is classifier-free guidance against ``negative_prompt`` or the empty prompt, 5 by default; at 1 and
@@ -170,6 +171,7 @@ class Chroma(Family):
         return _GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChromaDenoiser(AttentiveDenoiser):
     """A Chroma transformer in one run, as a guide sees it."""

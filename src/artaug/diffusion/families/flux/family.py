@@ -10,7 +10,7 @@ sigmas shifted by picture size (dev) or not at all (schnell). An image token is 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from diffusers import FluxPipeline
@@ -40,6 +40,7 @@ _COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_
 _MAX_SEQUENCE_LENGTH = 512
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flux(Family):
     """FLUX.1: dev, schnell, and what was made from them.
@@ -160,6 +161,7 @@ class Flux(Family):
         return 3.5 if self.guidance_scale is None else self.guidance_scale
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FluxDenoiser(AttentiveDenoiser):
     """A FLUX transformer in one run, as a guide sees it."""

@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from diffusers import Flux2Pipeline
@@ -147,6 +147,7 @@ class Flux2Family(Family):
         return self.height // self._token_px, self.width // self._token_px
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flux2(Flux2Family):
     """FLUX.2 dev and what was made from it.
@@ -206,6 +207,7 @@ class Flux2(Flux2Family):
         return self._scale
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flux2Denoiser(AttentiveDenoiser):
     """A FLUX.2 transformer in one run, as a guide sees it."""

@@ -5,7 +5,7 @@ Guidance: a base model has classifier-free guidance in two calls of the transfor
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 from diffusers import Flux2KleinPipeline
 
@@ -15,6 +15,7 @@ from artaug.errors import ModelError
 from artaug.regional.denoiser import Conditioning, Denoiser
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flux2Klein(Flux2Family):
     """FLUX.2 klein, base and distilled.

@@ -10,7 +10,7 @@ normalized channel by channel; an image token is a 2 x 2 patch of them.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from diffusers import QwenImagePipeline
@@ -40,6 +40,7 @@ _COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _MAX_SEQUENCE_LENGTH = 1024
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QwenImage(Family):
     """Qwen-Image, drawing from a prompt.
@@ -163,6 +164,7 @@ class QwenImage(Family):
         return self.height // self._token_px, self.width // self._token_px
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QwenImageDenoiser(AttentiveDenoiser):
     """A Qwen-Image transformer in one run, as a guide sees it."""

@@ -9,7 +9,7 @@ and keys, SD3 does not. Noise: velocity at shifted sigmas. Latents are not packe
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -40,6 +40,7 @@ _MAX_SEQUENCE_LENGTH = 512
 _GUIDANCE_SCALE = 7.0
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StableDiffusion3(Family):
     """SD3 and SD3.5: medium, large, turbo, and what was made from them.
@@ -179,6 +180,7 @@ class StableDiffusion3(Family):
             warn_if_truncated(prompt, reader="T5", tokenizer=pipeline.tokenizer_3, limit=limit, remedy=remedy)
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StableDiffusion3Denoiser(AttentiveDenoiser):
     """An SD3 transformer in one run, as a guide sees it."""

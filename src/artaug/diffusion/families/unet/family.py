@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, final, get_args
 
 import torch
 from diffusers import Transformer2DModel, UNet2DConditionModel
@@ -185,6 +185,7 @@ class UNetFamily(Family):
         warn_if_truncated(converted, reader="CLIP", tokenizer=tokenizer, limit=self._clip_length, remedy="Shorten it.")
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UNetDenoiser(AttentiveDenoiser):
     """A UNet in one run, as a guide sees it."""

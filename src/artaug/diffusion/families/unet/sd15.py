@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -14,6 +14,7 @@ from artaug.lora.formats import SD15, KeyMap
 from artaug.regional.denoiser import Conditioning
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StableDiffusion(UNetFamily):
     """Stable Diffusion 1.5, what was made from it, and 2.x, which differs only in its configs.

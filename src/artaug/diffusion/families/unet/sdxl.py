@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
@@ -16,6 +16,7 @@ from artaug.lora.formats import SDXL, KeyMap
 from artaug.regional.denoiser import Conditioning
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StableDiffusionXL(UNetFamily):
     """SDXL: base, turbo, and what was made from them.

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from diffusers import ZImagePipeline
@@ -47,6 +47,7 @@ _COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _GUIDANCE_SCALE = 5.0
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ZImage(Family):
     """Z-Image, base and Turbo.
@@ -171,6 +172,7 @@ class ZImage(Family):
         return _GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ZImageDenoiser(AttentiveDenoiser):
     """A Z-Image transformer in one run, as a guide sees it. Its predictions are of latent pixels."""
