@@ -11,7 +11,7 @@ from artaug.errors import InvalidValueError
 from artaug.geometry import Box, Mask
 
 BOX_COLORS = ("#ffb000", "#3fc1ff", "#ff5c8a", "#5ee0a0", "#c79bff", "#f4f06a", "#ff8a4c", "#9fe8ff")
-"""Of the first box, the second, ...: bright, and told apart by most colour-blind eyes too. They repeat after eight."""
+"""Of the first box, the second, and so on: bright, and distinct for most colour-blind people too. They repeat after eight."""
 
 DARK = "#14151a"
 """The colour of text on these."""

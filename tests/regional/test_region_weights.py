@@ -83,7 +83,7 @@ def test_a_rest_of_one_256th_for_the_plans_prompt_counts_and_a_smaller_one_does_
 
 
 def test_a_token_is_a_member_of_a_prompt_from_half_of_its_largest_weight_on():
-    region_weights = RegionWeights(torch.tensor([[1.0, 0.0, 0.6], [0.2, 0.1, 0.05]]))
+    region_weights = RegionWeights(torch.tensor([[1.0, 0.0, 0.6], [0.2, 0.1, 0.0999]]))
     assert region_weights.members.tolist() == [[True, False, True], [True, True, False]]
 
 

@@ -152,8 +152,11 @@ class _GuidedRun:
             return GuidedCall(), kwargs
         prompts = [request.prompts for request in requests]
         kwargs, spans = self._denoiser.append_prompts(kwargs, prompts, trim_padding=self._guide.trim_padding)
-        rows = zip(spans, requests, strict=True)
-        return GuidedCall(tuple(GuidedRow(row, asked.regions, asked.lora_regions) for row, asked in rows)), kwargs
+        rows = tuple(
+            GuidedRow(row_spans, request.regions, request.lora_regions)
+            for row_spans, request in zip(spans, requests, strict=True)
+        )
+        return GuidedCall(rows), kwargs
 
     def _row_requests(self, kwargs: ForwardKwargs) -> list[_RowRequest]:
         """What every row of a call's batch gets."""

@@ -81,7 +81,7 @@ class _TokenScales:
         count = math.prod(pixels) if pixels else outputs.shape[1]
         key = (rows, stream, pixels or count, outputs.device)
         if key not in self._cache:
-            # A UNet's layers have grids of several sizes, which are told apart by their number of tokens.
+            # A UNet's layers have grids of several sizes; the number of tokens identifies them.
             grid = self._grids.get(count, self._denoiser.token_grid) if stream == "image" else self._denoiser.token_grid
             scales = torch.stack([self._row_scales(row, stream, pixels or grid) for row in rows])
             if scales.shape[1] != count:
