@@ -6,10 +6,13 @@ compiled all the same, and what it takes from artaug has to exist.
 
 import ast
 import importlib
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+import artaug
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "extend").glob("*.md")])
@@ -49,6 +52,15 @@ def test_the_fences_of_a_page_run(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_hides_behind_no_other_name(page):
     assert not re.search(r"^```(py|python3|pycon|Python|python .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_table_of_parts_names_methods_that_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)\(([^)]*)\)`", readme, re.MULTILINE)
+    assert len(rows) >= 10
+    for part, method, parameters in rows:
+        function = getattr(getattr(artaug, part), method)
+        assert list(inspect.signature(function).parameters)[1:] == re.findall(r"\w+", parameters), part
 
 
 @pytest.mark.parametrize(
