@@ -6,8 +6,7 @@ from diffusers import FirstBlockCacheConfig
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor
 
 import artaug as aa
-from artaug.diffusion.families.flux2.family import Flux2
-from artaug.diffusion.families.flux2.klein import Flux2Klein
+from artaug.diffusion.families.flux2.family import Flux2, Flux2Klein
 from artaug.regional import Branches, EncodedRegion, OutputMix, Span
 from artaug.regional.isolation import Isolation
 from artaug.training.noise_schedule import FlowMatching

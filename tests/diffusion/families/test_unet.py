@@ -11,8 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer
-from artaug.diffusion.families.unet.sd15 import StableDiffusion
-from artaug.diffusion.families.unet.sdxl import StableDiffusionXL
+from artaug.diffusion.families.unet.family import StableDiffusion, StableDiffusionXL
 from artaug.regional import Branches, EncodedRegion, OutputMix, Span
 from artaug.training import EpsilonPrediction, VPrediction
 from support.family_runs import (

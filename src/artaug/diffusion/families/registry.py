@@ -8,12 +8,10 @@ from diffusers import DiffusionPipeline
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.chroma.family import Chroma1
 from artaug.diffusion.families.flux.family import Flux
-from artaug.diffusion.families.flux2.family import Flux2
-from artaug.diffusion.families.flux2.klein import Flux2Klein
+from artaug.diffusion.families.flux2.family import Flux2, Flux2Klein
 from artaug.diffusion.families.qwen_image.family import QwenImage
 from artaug.diffusion.families.sd3.family import StableDiffusion3
-from artaug.diffusion.families.unet.sd15 import StableDiffusion
-from artaug.diffusion.families.unet.sdxl import StableDiffusionXL
+from artaug.diffusion.families.unet.family import StableDiffusion, StableDiffusionXL
 from artaug.diffusion.families.z_image.family import ZImage
 from artaug.errors import ModelError
 

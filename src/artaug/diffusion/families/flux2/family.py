@@ -1,20 +1,21 @@
-"""FLUX.2 (Black Forest Labs, 2025): dev, and what dev has in common with klein.
+"""FLUX.2 (Black Forest Labs): dev (2025), which reads with Mistral Small 3, and klein (2026), which reads with Qwen3.
 
-Text: hidden states of three layers of one language model, side by side, of the prompt in a chat template; dev reads with
-Mistral Small 3, klein with Qwen3. Guidance: dev is distilled and takes the guidance scale as an input; it has no negative
-prompt. Attention: double-stream blocks, then parallel single-stream blocks (one projection for q, k, v and MLP), the text's
-tokens before the image's; positions have four axes, of which the last counts the tokens of a prompt. Noise: velocity at
-sigmas shifted by picture size and number of steps. Latents are 2 x 2 patches, normalized by the VAE's batch norm.
+Text: hidden states of three layers of one language model, side by side, of the prompt in a chat template. Guidance: dev
+is distilled and takes the guidance scale as an input; it has no negative prompt. Of klein, a base model has classifier-free
+guidance in two calls of the transformer, a distilled one has none. Attention: double-stream blocks, then parallel
+single-stream blocks (one projection for q, k, v and MLP), the text's tokens before the image's; positions have four axes, of
+which the last counts the tokens of a prompt. Noise: velocity at sigmas shifted by picture size and number of steps. Latents
+are 2 x 2 patches, normalized by the VAE's batch norm.
 """
 
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from diffusers import Flux2Pipeline
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.models.transformers.transformer_flux2 import Flux2ParallelSelfAttention
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from einops import rearrange
@@ -41,7 +42,7 @@ from artaug.training.noise_schedule import FlowMatching
 
 _COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _MAX_SEQUENCE_LENGTH = 512
-GUIDANCE_SCALE = 4.0
+_GUIDANCE_SCALE = 4.0
 """The default of both pipelines."""
 _STEPS = 50
 """For which the sigmas of training are shifted: the pipelines' default."""
@@ -200,11 +201,81 @@ class Flux2(Flux2Family):
 
     @property
     def _scale(self) -> float:
-        return GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
+        return _GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
 
     @property
     def _distilled_guidance(self) -> float:
         return self._scale
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Flux2Klein(Flux2Family):
+    """FLUX.2 klein, base and distilled.
+
+    ``guidance_scale`` of a base model is classifier-free guidance, 4 by default, against ``negative_prompt``
+    or the empty prompt; 1 is none. A distilled model has none.
+
+    Raises:
+        ModelError: for a pipeline that lacks a component, a size that is not whole image tokens, a negative prompt or scale
+            that would be ignored, or a ``max_sequence_length`` outside [1, 512].
+    """
+
+    pipeline_class: ClassVar[type] = Flux2KleinPipeline
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.check_no_true_cfg(self.pipeline, self.true_cfg_scale)
+        if self._is_distilled and (self.guidance_scale or 1) > 1:
+            raise ModelError(
+                f"guidance_scale={self.guidance_scale} would be ignored: this FLUX.2 klein is distilled. Leave it out."
+            )
+        if self.negative_prompt is not None and self.negative is None:
+            raise ModelError(
+                f"negative_prompt={self.negative_prompt!r} would be ignored: this run has no classifier-free guidance. "
+                "Leave it out, or set a guidance_scale above 1 with a FLUX.2 klein that is not distilled."
+            )
+
+    @property
+    def negative(self) -> str | None:
+        return (self.negative_prompt or "") if self._scale > 1 else None
+
+    def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
+        return {**common.prompt_kwargs(conditioning, negative), "guidance_scale": self._scale}
+
+    def denoiser(self, conditioning: Conditioning) -> Denoiser:
+        common.check_no_cache(self.module)
+        denoiser = Flux2Denoiser(module=self.module, grid=self._grid, isolation=self.isolation)
+        if self.negative is None:
+            return denoiser
+        embeds = conditioning["prompt_embeds"]
+        negative_embeds = self.encode_prompts([self.negative] * len(embeds))["prompt_embeds"]
+        llm_encoders.check_prompts_differ(embeds, negative_embeds, self.negative)
+        return replace(denoiser, prompt_embeds=embeds)
+
+    def _chat_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        tokenizer = self.pipeline.tokenizer
+        chats = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            for prompt in prompts
+        ]
+        return [list(tokenizer(chat, verbose=False).input_ids) for chat in chats]
+
+    @property
+    def _is_distilled(self) -> bool:
+        return bool(self.pipeline.config.is_distilled)
+
+    @property
+    def _scale(self) -> float:
+        if self._is_distilled:
+            return 1.0
+        return _GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
+
+    @property
+    def _distilled_guidance(self) -> None:
+        return None
 
 
 @final
