@@ -13,7 +13,7 @@ from artaug.critics import PhotometricCritic
 
 BLACK, WHITE = (Image.new("RGB", (64, 64), colour) for colour in ("black", "white"))
 
-ONE_OF_EACH = [
+CELLS = [
     bench.Cell(axis="control", arm="words added", seed=0),
     *[bench.Cell(axis="pairs", arm=arm, seed=0, pairs=2) for arm in (bench.OURS, "DPO, best of k")],
     bench.Cell(axis="rounds", arm=bench.OURS, seed=0, pairs=4, rounds=2),
@@ -28,27 +28,27 @@ def measured(tmp_path_factory):
     measuring = bench.Bench(bench.QUICK, seed=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(making, "CHUNK", 4)
-        journal.measure(ONE_OF_EACH, measuring)
+        journal.measure(CELLS, measuring)
         yield journal, measuring
 
 
 def test_the_ablation_has_a_row_for_every_cell(measured):
-    words, ours, drawn, twice = measured[0].rows()
+    words, paired, best_of_k, two_rounds = measured[0].rows()
 
-    assert words["gain"] > 5 * abs(ours["gain"]), "the model knows the words, and two steps teach little"
-    assert [ours[name] for name in ("kept", "images", "critic_calls")] == [2, 4, 2]
-    assert [drawn[name] for name in ("kept", "images", "critic_calls")] == [2, 4, 0]
-    assert twice["learning_passes"] == 2 * ours["learning_passes"] == 2 * (2 * 2 * 4)
-    assert all(row["gain_low"] <= row["gain"] <= row["gain_high"] for row in (words, ours, drawn, twice))
-    assert ours["gain"] == pytest.approx(np.mean(ours["gains"]), abs=1e-6)
+    assert words["gain"] > 5 * abs(paired["gain"]), "the model knows the words, and two steps teach little"
+    assert [paired[name] for name in ("kept", "images", "critic_calls")] == [2, 4, 2]
+    assert [best_of_k[name] for name in ("kept", "images", "critic_calls")] == [2, 4, 0]
+    assert two_rounds["learning_passes"] == 2 * paired["learning_passes"] == 2 * (2 * 2 * 4)
+    assert all(row["gain_low"] <= row["gain"] <= row["gain_high"] for row in (words, paired, best_of_k, two_rounds))
+    assert paired["gain"] == pytest.approx(np.mean(paired["gains"]), abs=1e-6)
 
 
-def test_an_ablation_goes_on_from_its_journal_and_no_other(measured):
+def test_an_ablation_resumes_from_its_journal_and_no_other(measured):
     journal, _ = measured
     rows = journal.rows()
 
     journal.begin()
-    ablation.Journal(journal.path, journal.about).measure(ONE_OF_EACH, None)  # no bench: there is nothing to measure
+    ablation.Journal(journal.path, journal.about).measure(CELLS, None)  # no bench: there is nothing to measure
 
     assert journal.rows() == rows
     with pytest.raises(SystemExit, match="of other settings"):
@@ -105,7 +105,7 @@ def test_the_best_of_k_is_the_best_of_those_that_show_what_was_requested():
     assert best_of_k._best(prompt, [wrong, wrong]) is None  # noqa: SLF001
 
 
-def made_up(settings, seeds):
+def synthetic_rows(settings, seeds):
     """Rows of every cell, the gain in them growing with the pairs, by prompts."""
     cells = [cell for seed in seeds for cell in bench.cells(settings, seed)]
     columns = {"passes": 90, "learning_passes": 30, "drawing_passes": 6, "alignment": 1.0, "drift": 0.001}
@@ -121,7 +121,7 @@ def made_up(settings, seeds):
 
 
 def test_arms_are_compared_with_ours_at_as_many_pairs():
-    rows = made_up(bench.Settings(), [0, 1])
+    rows = synthetic_rows(bench.Settings(), [0, 1])
     for row in rows:
         if row["arm"] == "DPO":
             row["gains"] = [gain - change for gain, change in zip(row["gains"], (1, 3), strict=True)]
@@ -139,7 +139,7 @@ def test_arms_are_compared_with_ours_at_as_many_pairs():
 
 
 def test_the_ablation_is_shown_axis_by_axis():
-    figure = ablation_plot(made_up(bench.Settings(), [0, 1, 2]))
+    figure = ablation_plot(synthetic_rows(bench.Settings(), [0, 1, 2]))
 
     assert len(figure.axes) == 8
     assert len(figure.axes[0].get_legend_handles_labels()[1]) == len(bench.ARMS)

@@ -38,7 +38,9 @@ def test_the_baking_benchmark_has_the_layers_of_flux():
         num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
     )
 
-    found = {name: tuple(one.weight.shape) for name, one in transformer.named_modules() if hasattr(one, "in_features")}
+    found = {
+        name: tuple(layer.weight.shape) for name, layer in transformer.named_modules() if hasattr(layer, "in_features")
+    }
 
     shapes = bake.Geometry(channels=32, double_blocks=1, single_blocks=1).shapes()
     assert shapes == {name: shape for name, shape in found.items() if name in shapes}
@@ -49,18 +51,21 @@ def test_the_baking_benchmark_has_the_layers_of_flux():
 def test_the_training_benchmark_has_a_row_for_every_method_and_leaves_the_model_as_it_was(storage):
     geometry = replace(TINY, storage=storage)
     module = geometry.model()
-    layers, weights = dict(module.named_modules()), {name: one.clone() for name, one in module.state_dict().items()}
+    layers, weights = (
+        dict(module.named_modules()),
+        {name: tensor.clone() for name, tensor in module.state_dict().items()},
+    )
     case = training.Case(side=4, batch=2, recomputing=True)
     rows = training.measure_case(geometry, module, case, rounds=2)
-    taken = (*training.OBJECTIVES, training.SCRIPT) if storage == "plain" else training.QUANTIZED
-    assert tuple(row["method"] for row in rows) == taken
+    expected_methods = (*training.OBJECTIVES, training.SCRIPT) if storage == "plain" else training.QUANTIZED
+    assert tuple(row["method"] for row in rows) == expected_methods
     assert rows[0]["ratio_to_sft"] == 1
     assert rows[-1].get("peak_to_script") == (1 if storage == "plain" else None)
     assert all(row["pairs_per_second"] > 0 and row["peak_bytes"] > 0 for row in rows)
     assert dict(module.named_modules()) == layers
     assert all(
-        one.dtype == weights[name].dtype and torch.equal(weights[name].float(), one.float())
-        for name, one in module.state_dict().items()
+        tensor.dtype == weights[name].dtype and torch.equal(weights[name].float(), tensor.float())
+        for name, tensor in module.state_dict().items()
     )
     assert len(training.plot(rows).axes) == 2
 

@@ -41,7 +41,7 @@ def test_no_boxes_leave_an_enlarged_picture():
     assert draw_boxes(GREY, []).getcolors() == [(160 * 80, (128, 128, 128))]
 
 
-def test_boxes_are_told_apart_by_colour_and_numbered_by_default():
+def test_boxes_have_different_colours_and_are_numbered_by_default():
     boxes = [aa.Box(0, 0, 0.4, 1), aa.Box(0.5, 0, 1, 1)]
 
     numbered, named = draw_boxes(GREY, boxes), draw_boxes(GREY, boxes, labels=["1", "2"])
@@ -140,7 +140,7 @@ def test_the_number_of_a_mask_lies_on_it():
 def test_a_sharp_box_is_framed_and_a_feathered_one_tinted_too():
     box = aa.Box(0.2, 0.2, 0.8, 0.8)
 
-    sharp, soft = (changed(draw_areas(PAGE, [Area(shape=box, text="a", feather=one)])) for one in (0, 0.1))
+    sharp, soft = (changed(draw_areas(PAGE, [Area(shape=box, text="a", feather=feather)])) for feather in (0, 0.1))
 
     middle = (40, 60)
     assert not sharp[middle]

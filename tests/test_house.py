@@ -39,7 +39,9 @@ SEAMS = (*ONE_METHOD, aa.Adapter, Family, Denoiser)
 
 def floors():
     """The room of every floor, from the lowest (0) to the highest, as import-linter reads them."""
-    contract = next(one for one in PYPROJECT["tool"]["importlinter"]["contracts"] if one["type"] == "layers")
+    contract = next(
+        contract for contract in PYPROJECT["tool"]["importlinter"]["contracts"] if contract["type"] == "layers"
+    )
     return {
         room.strip(" ()"): floor
         for floor, layer in enumerate(reversed(contract["layers"]))
@@ -132,7 +134,7 @@ def test_the_test_of_class_names_can_fail(tmp_path):
     assert repeated_names(modules) == {"Row": ["one", "two"]}
 
 
-def test_the_first_line_of_a_module_says_what_it_is_about():
+def test_the_first_line_of_a_module_states_its_subject():
     assert {module.name: line for module in MODULES if not is_sentence(line := first_line(module))} == {}
 
 
@@ -155,12 +157,12 @@ def built_in_parts():
     """Every class of the package that fills a seam, but for the seams and the abstract classes between."""
     for module in MODULES:
         importlib.import_module(f"artaug.{module.name}".rstrip("."))
-    parts, seen = list(SEAMS), []
-    while parts:
-        subclasses = [cls for cls in parts.pop().__subclasses__() if cls.__module__.split(".")[0] == "artaug"]
-        parts += subclasses
-        seen += [cls for cls in subclasses if not inspect.isabstract(cls)]
-    return {cls.__qualname__: cls for cls in seen}
+    pending, concrete = list(SEAMS), []
+    while pending:
+        subclasses = [cls for cls in pending.pop().__subclasses__() if cls.__module__.split(".")[0] == "artaug"]
+        pending += subclasses
+        concrete += [cls for cls in subclasses if not inspect.isabstract(cls)]
+    return {cls.__qualname__: cls for cls in concrete}
 
 
 def test_a_built_in_part_is_frozen_and_final():

@@ -43,18 +43,18 @@ def test_kept_dropped_and_skipped_are_attempts():
         assert isinstance(ending, aa.Attempt)
 
 
-def test_the_digest_of_a_pair_counts_prompt_and_pictures_and_the_plan_only_if_asked():
-    one = pair(1, 2)
-    assert pair_digest(dataclasses.replace(one, seed=99, before=one.before.copy())) == pair_digest(one)
-    others = [
-        dataclasses.replace(one, prompt="another"),
-        dataclasses.replace(one, before=one.after),
-        dataclasses.replace(one, before=one.after, after=one.before),
+def test_the_digest_of_a_pair_covers_prompt_and_pictures_and_the_plan_only_on_request():
+    original = pair(1, 2)
+    assert pair_digest(dataclasses.replace(original, seed=99, before=original.before.copy())) == pair_digest(original)
+    changed = [
+        dataclasses.replace(original, prompt="another"),
+        dataclasses.replace(original, before=original.after),
+        dataclasses.replace(original, before=original.after, after=original.before),
     ]
-    assert len({pair_digest(other) for other in (one, *others)}) == 4
-    planned = dataclasses.replace(one, plan=aa.Plan("brighter"))
-    assert pair_digest(planned) == pair_digest(one)
-    assert pair_digest(planned, include_plan=True) != pair_digest(one, include_plan=True)
+    assert len({pair_digest(example) for example in (original, *changed)}) == 4
+    planned = dataclasses.replace(original, plan=aa.Plan("brighter"))
+    assert pair_digest(planned) == pair_digest(original)
+    assert pair_digest(planned, include_plan=True) != pair_digest(original, include_plan=True)
 
 
 def test_the_digest_of_a_pair_sees_the_colours_of_a_palette():
@@ -66,6 +66,6 @@ def test_the_digest_of_a_pair_sees_the_colours_of_a_palette():
 
     warm, cold = striped((255, 0, 0), (250, 120, 0)), striped((0, 0, 255), (0, 120, 250))
     assert warm.tobytes() == cold.tobytes()
-    one = dataclasses.replace(pair(1, 2), before=Image.new("RGB", (4, 4)), after=warm)
-    assert pair_digest(dataclasses.replace(one, after=cold)) != pair_digest(one)
-    assert pair_digest(dataclasses.replace(one, after=warm.convert("RGB"))) == pair_digest(one)
+    original = dataclasses.replace(pair(1, 2), before=Image.new("RGB", (4, 4)), after=warm)
+    assert pair_digest(dataclasses.replace(original, after=cold)) != pair_digest(original)
+    assert pair_digest(dataclasses.replace(original, after=warm.convert("RGB"))) == pair_digest(original)

@@ -47,7 +47,7 @@ def test_the_public_names_are_sorted_and_unique():
 
 
 @pytest.mark.parametrize("name", artaug.__all__)
-def test_a_public_name_exists_and_says_it_comes_from_artaug(name):
+def test_a_public_name_exists_and_is_defined_in_artaug(name):
     exported = getattr(artaug, name)
     if inspect.isclass(exported) or inspect.isfunction(exported):
         assert exported.__module__ == "artaug"

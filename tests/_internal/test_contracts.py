@@ -35,7 +35,7 @@ def test_a_batch_of_the_right_length_and_types_comes_back_as_a_list():
     ],
     ids=["none", "a number", "a generator", "nothing", "too few", "too many"],
 )
-def test_a_batch_that_is_no_list_of_the_right_length_is_named_with_what_came(answers, came):
+def test_a_batch_that_is_no_list_of_the_right_length_is_described_in_the_error(answers, came):
     with pytest.raises(aa.ContractError) as caught:
         batch(answers)
     assert str(caught.value).startswith(f"Mine.draw_batch returned {came}")

@@ -70,14 +70,14 @@ def test_better_pictures_get_fewer_suggestions():
 
 def test_each_low_measure_adds_its_words_and_its_reason():
     critique = PhotometricCritic().critique(still_life(), "a still life")
-    whole = critique.suggestions[0]
-    assert whole.box == WHOLE
+    whole_image = critique.suggestions[0]
+    assert whole_image.box == WHOLE
     numbers = {name: measure(srgb(still_life())) for name, measure in METRICS.items()}
     limits = {"exposure": 0.45, "chroma": 0.3, "contrast": 0.15, "sharpness": 0.5}
     short = [name for name, number in numbers.items() if number < limits[name]]
     words = {"exposure": "softly lit", "chroma": "vivid", "contrast": "glowing", "sharpness": "sharp"}
-    assert whole.prompt == ", ".join(["a still life", *(words[name] for name in short)])
-    assert whole.reason == "; ".join(f"{name} {numbers[name]:.2f}, below {limits[name]:.2f}" for name in short)
+    assert whole_image.prompt == ", ".join(["a still life", *(words[name] for name in short)])
+    assert whole_image.reason == "; ".join(f"{name} {numbers[name]:.2f}, below {limits[name]:.2f}" for name in short)
     assert critique.summary == ", ".join(f"{name} {number:.2f}" for name, number in numbers.items())
 
 

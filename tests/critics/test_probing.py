@@ -64,7 +64,7 @@ def test_without_replies_no_convention_fits():
     assert "No convention fits" in str(result)
 
 
-def test_the_model_is_asked_for_boxes_in_the_critics_convention():
+def test_the_request_names_the_critics_convention():
     sent = []
     probe_coordinates(
         lambda requests: sent.extend(requests) or [ChatReply("")] * len(requests), Coordinates("percent", key="box_2d")
@@ -77,7 +77,7 @@ def test_the_model_is_asked_for_boxes_in_the_critics_convention():
 
 
 @pytest.mark.parametrize("side", [0.05, 0.25, 0.5, 0.9])
-def test_the_rectangles_have_the_given_side_and_no_two_pictures_are_alike(side):
+def test_the_rectangles_have_the_given_side_and_all_pictures_differ(side):
     targets = probe_targets(side=side)
     assert len({target.image.size for target in targets}) == len({target.color for target in targets}) == len(targets)
     for target in targets:

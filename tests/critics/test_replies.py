@@ -26,7 +26,7 @@ from artaug.critics.replies.json_parser import (
     StringNode,
     parse_json,
 )
-from support.strategies import boxes, critiques, said
+from support.strategies import boxes, critiques, nonblank_prompts
 
 SIZE = (640, 480)
 CONVENTIONS = {
@@ -181,7 +181,7 @@ def test_a_critique_written_as_json_is_parsed_as_the_same_critique(critique):
     assert parsed(to_json(critique), "relative") == critique
 
 
-@given(said)
+@given(nonblank_prompts)
 def test_an_abstention_written_as_json_is_parsed_as_an_abstention(reason):
     assert isinstance(parsed(to_json(aa.Abstention(reason))), aa.Abstention)
 

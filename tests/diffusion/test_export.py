@@ -59,7 +59,7 @@ class Trained:
     def pipeline(self):
         return self.synthesizer.pipeline
 
-    def drawn(self, lora=None):
+    def draw(self, lora=None):
         synthesizer = self.synthesizer if lora is None else self.synthesizer.with_lora(lora)
         return np.asarray(synthesizer.synthesize(Plan(PROMPT), seed=0), dtype=int)
 
@@ -67,10 +67,10 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained_of():
     """Each family's tiny model, trained once for the module."""
-    made = {}
+    trained_families = {}
 
     def trained(family):
-        if family not in made:
+        if family not in trained_families:
             key_map, build = FAMILIES[family]
             length = None if key_map in {SDXL, SD15} else LIMIT
             synthesizer = DiffusersSynthesizer(
@@ -81,43 +81,43 @@ def trained_of():
                 prompt=PROMPT, seed=0, before=picture(0, **sides), after=picture(1, **sides), plan=Plan(PROMPT)
             )
             trainer = DifferentialLoRATrainer(rank=2, steps=2, batch_size=1, learning_rate=0.3)
-            made[family] = Trained(
+            trained_families[family] = Trained(
                 key_map, synthesizer, trainer.train([pair], synthesizer, seed=0, progress=False).lora
             )
-        return made[family]
+        return trained_families[family]
 
     return trained
 
 
-def carried(trained, kind):
+def exportable_lora(trained, kind):
     """What the format can carry of a tiny model: diffusers knows the width of FLUX.1's single blocks by heart."""
     if trained.key_map is not FLUX1 or kind is Format.PEFT:
         return trained.lora
     return LoRA({name: one for name, one in trained.lora.layers.items() if name.startswith("transformer_blocks.")})
 
 
-def assert_drawn_alike_by_diffusers(folder, trained, lora, kind):
+def assert_diffusers_draws_the_same(folder, trained, lora, kind):
     path = lora.save(folder / "lora.safetensors", format=kind, key_map=trained.key_map)
     assert verify_export(path, lora, pipeline=trained.pipeline, key_map=trained.key_map).worst[1] < 1e-6
-    plain, wanted = trained.drawn(), trained.drawn(lora)
+    plain, expected = trained.draw(), trained.draw(lora)
     trained.pipeline.load_lora_weights(path)
     try:
-        found = trained.drawn()
+        found = trained.draw()
     finally:
         trained.pipeline.unload_lora_weights()
-    assert abs(wanted - plain).max() > 5 * MOST
-    assert abs(found - wanted).max() <= MOST
+    assert abs(expected - plain).max() > 5 * MOST
+    assert abs(found - expected).max() <= MOST
 
 
 @pytest.mark.parametrize(("family", "kind"), EXPORTS, ids=str)
-def test_what_was_trained_is_exported_proved_and_drawn_alike_by_diffusers(tmp_path, trained_of, family, kind):
+def test_a_trained_lora_is_exported_verified_and_drawn_the_same_by_diffusers(tmp_path, trained_of, family, kind):
     trained = trained_of(family)
-    assert_drawn_alike_by_diffusers(tmp_path, trained, carried(trained, kind), kind)
+    assert_diffusers_draws_the_same(tmp_path, trained, exportable_lora(trained, kind), kind)
 
 
 @pytest.mark.parametrize("family", [one for one in FAMILIES if FAMILIES[one][0] in {SDXL, SD15}])
 @pytest.mark.parametrize("kind", [Format.PEFT, Format.KOHYA])
-def test_convolutions_are_exported_proved_and_drawn_alike_by_diffusers(tmp_path, trained_of, family, kind):
+def test_convolutions_are_exported_verified_and_drawn_the_same_by_diffusers(tmp_path, trained_of, family, kind):
     trained = trained_of(family)
     generator = torch.Generator().manual_seed(0)
     layers = {}
@@ -127,4 +127,4 @@ def test_convolutions_are_exported_proved_and_drawn_alike_by_diffusers(tmp_path,
             down = 0.2 * torch.randn(2, *rest, generator=generator)
             layers[name] = LowRank(down, 0.2 * torch.randn(outputs, 2, generator=generator))
     assert len(layers) > 20
-    assert_drawn_alike_by_diffusers(tmp_path, trained, LoRA(layers), kind)
+    assert_diffusers_draws_the_same(tmp_path, trained, LoRA(layers), kind)

@@ -264,8 +264,8 @@ def offloaded_by_accelerate(pipeline):
 
 
 def offloaded_by_diffusers(pipeline):
-    here = torch.device("cpu")
-    pipeline.transformer.enable_group_offload(onload_device=here, offload_device=here, offload_type="leaf_level")
+    cpu = torch.device("cpu")
+    pipeline.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
 
 
 @pytest.mark.parametrize("offload", [offloaded_by_accelerate, offloaded_by_diffusers])

@@ -101,10 +101,10 @@ def test_what_only_diffusers_misses_is_found(tmp_path, pipeline):
     name, layer = "single_transformer_blocks.0.attn.to_q", LORA.layers[TO_Q]
     tensors = {f"diffusion_model.{name}.lora_A.weight": layer.down, f"diffusion_model.{name}.lora_B.weight": layer.up}
     save_file(tensors, tmp_path / "lora.safetensors")
-    wanted = LoRA({name: layer})
-    assert len(verify_export(tmp_path / "lora.safetensors", wanted).readers) == 2
+    expected = LoRA({name: layer})
+    assert len(verify_export(tmp_path / "lora.safetensors", expected).readers) == 2
     with pytest.raises(LoRAError, match="FluxPipeline"):
-        verify_export(tmp_path / "lora.safetensors", wanted, pipeline=pipeline)
+        verify_export(tmp_path / "lora.safetensors", expected, pipeline=pipeline)
 
 
 def test_what_diffusers_refuses_is_an_error_that_says_so(tmp_path, pipeline):
@@ -134,7 +134,7 @@ def test_a_file_of_an_unknown_model_has_two_readers(tmp_path):
     )
 
 
-def test_a_unets_strengths_are_told_apart(tmp_path):
+def test_a_wrong_strength_in_a_unet_is_found(tmp_path):
     lora = LoRA(
         {
             "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": low_rank(1, 8, 8),
@@ -150,13 +150,13 @@ def test_a_unets_strengths_are_told_apart(tmp_path):
 def test_alphas_that_differ_which_diffusers_loses_in_a_unets_kohya_file_are_found(tmp_path):
     """Why artaug writes such files with one rank."""
     pair = low_rank(4, 8, 8)
-    tensors, wanted = {}, {}
+    tensors, expected = {}, {}
     for number, alpha in enumerate((1.0, 2.0, 4.0)):
         key = f"lora_unet_mid_block_attentions_0_transformer_blocks_{number}_attn1_to_q"
         tensors |= {f"{key}.lora_down.weight": pair.down.clone(), f"{key}.lora_up.weight": pair.up.clone()}
         tensors |= {f"{key}.alpha": torch.tensor(alpha)}
         name = f"mid_block.attentions.0.transformer_blocks.{number}.attn1.to_q"
-        wanted[name] = LowRank(pair.down, pair.up * alpha / 4)
+        expected[name] = LowRank(pair.down, pair.up * alpha / 4)
     save_file(tensors, tmp_path / "lora.safetensors")
     with pytest.raises(LoRAError, match="StableDiffusionPipeline finds another update"):
-        verify_export(tmp_path / "lora.safetensors", LoRA(wanted), key_map=SD15)
+        verify_export(tmp_path / "lora.safetensors", LoRA(expected), key_map=SD15)

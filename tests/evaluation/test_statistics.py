@@ -28,12 +28,12 @@ def test_the_interval_is_scipys():
     scipy_stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(3).gamma(2.0, size=120) - 1.0
 
-    ours = paired_bootstrap(values, seed=1)
+    interval = paired_bootstrap(values, seed=1)
 
     reference = scipy_stats.bootstrap(
         (values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
-    assert [ours.low, ours.high] == pytest.approx(
+    assert [interval.low, interval.high] == pytest.approx(
         [reference.low, reference.high], abs=0.03 * (reference.high - reference.low)
     )
 
@@ -206,11 +206,11 @@ def test_p_values_counts_and_flips_out_of_range_are_refused():
 def test_the_interval_of_a_mean_of_shares_is_scipys_for_one_picture_a_prompt():
     scipy_stats = pytest.importorskip("scipy.stats")
     right = np.random.default_rng(5).integers(2, size=150).astype(float)
-    ours = share_bootstrap([np.array([right, np.ones(150)])], seed=1)
+    interval = share_bootstrap([np.array([right, np.ones(150)])], seed=1)
     reference = scipy_stats.bootstrap(
         (right,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
-    assert [ours.low, ours.high] == pytest.approx([reference.low, reference.high], abs=0.01)
+    assert [interval.low, interval.high] == pytest.approx([reference.low, reference.high], abs=0.01)
 
 
 def test_intervals_of_shares_cover_the_true_share_95_times_in_100():
@@ -334,7 +334,7 @@ def test_holm_takes_p_values_of_0_and_1_and_ties():
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.999])
 @pytest.mark.parametrize(("kept", "total"), [(1, 1), (1, 20), (20, 20), (7, 20)])
-def test_the_interval_of_a_share_has_the_level_asked_for(kept, total, level):
+def test_the_interval_of_a_share_has_the_given_level(kept, total, level):
     scipy_stats = pytest.importorskip("scipy.stats")
     interval = share_interval(kept, total, level=level)
     reference = scipy_stats.beta.ppf([(1 - level) / 2, (1 + level) / 2], kept, total - kept + 1)

@@ -19,11 +19,11 @@ class Shuffled(aa.Scorer):
 
 
 pair_lists = st.lists(pairs, min_size=10, max_size=40)
-wanted = st.sampled_from([0.1, 0.25, 0.5, 1.0])
+yield_fractions = st.sampled_from([0.1, 0.25, 0.5, 1.0])
 
 
-@given(pair_lists, wanted)
-def test_the_proposed_filter_keeps_what_the_calibration_says(pairs, fraction):
+@given(pair_lists, yield_fractions)
+def test_the_proposed_filter_keeps_as_many_as_the_calibration_reports(pairs, fraction):
     calibration = aa.calibrate(pairs, [Listed(), Shuffled()], fraction=fraction)
 
     kept = sum(verdict.keep for verdict in judge_pairs(calibration.keep, pairs))
@@ -32,8 +32,8 @@ def test_the_proposed_filter_keeps_what_the_calibration_says(pairs, fraction):
     assert calibration.interval == share_interval(kept, len(pairs))
 
 
-@given(st.permutations(range(60)), wanted)
-def test_without_ties_it_keeps_exactly_the_share_asked_for_and_the_best(levels, fraction):
+@given(st.permutations(range(60)), yield_fractions)
+def test_without_ties_it_keeps_exactly_the_best_of_the_given_share(levels, fraction):
     pairs = [pair(0, level) for level in levels]
     calibration = aa.calibrate(pairs, [Listed()], fraction=fraction)
 
@@ -68,7 +68,7 @@ def test_the_interval_holds_the_fractionof_new_pairs_95_times_in_100():
     assert 0.93 <= inside <= 0.97
 
 
-def test_it_reads_as_a_sentence_and_says_when_losses_pass():
+def test_it_prints_a_sentence_and_warns_when_losses_pass():
     pairs = [pair(100, level) for level in range(101)]
     text = str(aa.calibrate(pairs, [Listed()], fraction=0.02))
     assert text.startswith("Listed gain >= -0.1: keeps 2 of 101 pairs, 2.0% (wanted 2.0%); of new pairs, 0.2% to 5.4%")
@@ -83,11 +83,11 @@ def test_equal_pairs_are_kept_together_and_counted():
 @pytest.mark.parametrize(
     ("fraction", "count", "kept"), [(0.07, 100, 7), (0.5, 3, 1), (0.5, 2, 1), (1, 5, 5), (1 / 3, 10, 3), (0.02, 50, 1)]
 )
-def test_the_wanted_count_is_rounded_down_and_at_least_one(fraction, count, kept):
+def test_the_target_count_is_rounded_down_and_at_least_one(fraction, count, kept):
     assert aa.calibrate([pair(0, level) for level in range(count)], [Listed()], fraction=fraction).kept == kept
 
 
-def test_a_filter_that_keeps_exactly_as_many_as_wanted_is_enough():
+def test_a_filter_that_keeps_exactly_the_target_count_is_enough():
     pairs = [pair(0, level) for level in range(10)]
     top_half = aa.Floor(Listed(), at_least=0.5)
     assert aa.calibrate(pairs, [Listed()], fraction=0.5, also=top_half).kept == 5
@@ -95,10 +95,10 @@ def test_a_filter_that_keeps_exactly_as_many_as_wanted_is_enough():
         aa.calibrate(pairs, [Listed()], fraction=0.6, also=top_half)
 
 
-@pytest.mark.parametrize(("level", "says_so"), [(9, True), (10, True), (11, False)])
-def test_a_threshold_of_zero_or_less_is_said_to_keep_pairs_that_did_not_gain(level, says_so):
+@pytest.mark.parametrize(("level", "has_warning"), [(9, True), (10, True), (11, False)])
+def test_a_threshold_of_zero_or_less_is_reported_to_keep_pairs_that_did_not_gain(level, has_warning):
     text = str(aa.calibrate([pair(10, level)] * 10, [Listed()], fraction=0.5))
-    assert text.endswith("It keeps pairs that did not gain by Listed.") is says_so
+    assert text.endswith("It keeps pairs that did not gain by Listed.") is has_warning
 
 
 def test_several_scorers_are_equally_strict():

@@ -60,12 +60,12 @@ def prompt_of(attempt):
 @settings(max_examples=40)
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
 def test_every_prompt_ends_exactly_once_whatever_its_candidates_did(seed, count, batch_size, prompts):
-    wanted = [f"a scene {number}" for number in range(prompts)]
+    expected = [f"a scene {number}" for number in range(prompts)]
     best = aa.BestOf(count, by=Listed())
     keep = aa.Floor(Listed(), 12)
 
     attempts = run(
-        wanted,
+        expected,
         candidates=best,
         seed=seed,
         batch_size=batch_size,
@@ -74,7 +74,7 @@ def test_every_prompt_ends_exactly_once_whatever_its_candidates_did(seed, count,
         critic=AnswersBySeed(),
     )
 
-    assert [prompt_of(attempt) for attempt in attempts] == wanted
+    assert [prompt_of(attempt) for attempt in attempts] == expected
     funnel = aa.Funnel.of(attempts)
     assert funnel.steps[0].count == prompts
     assert all(isinstance(attempt, aa.Kept | aa.Dropped | aa.Skipped) for attempt in attempts)

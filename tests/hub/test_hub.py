@@ -362,7 +362,7 @@ def test_a_strength_that_is_none_is_an_error(multiplier, server):
         push(server, multiplier=multiplier)
 
 
-def test_a_run_that_helped_nobody_is_not_pushed(server):
+def test_a_run_without_an_accepted_round_is_not_pushed(server):
     with pytest.raises(NothingToLearnError, match="no round helped"):
         push(server, run(accepted=False))
     assert not server.requests

@@ -40,7 +40,7 @@ def low_rank(shape, *, rank=2, seed=0, scale=0.1):
     return LowRank(normal(rank, shape[1], seed=seed), normal(shape[0], rank, seed=seed + 1, scale=scale))
 
 
-def one_file(path, *, dtype=torch.bfloat16, shape=(40, 24)):
+def write_checkpoint(path, *, dtype=torch.bfloat16, shape=(40, 24)):
     """A file with the weight to update between tensors of other types and lengths."""
     tensors = {
         "a.weight": normal(3, 5).double(),
@@ -89,8 +89,8 @@ def test_diffusers_loads_a_baked_pipeline_and_only_the_named_layers_changed(pipe
     found = DiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).transformer.state_dict()
     for key, before in base.state_dict().items():
         layer = lora.layers.get(key.removesuffix(".weight"))
-        wanted = before if layer is None else (before.float() + layer.delta()).bfloat16()
-        torch.testing.assert_close(found[key], wanted, rtol=0 if layer is None else 2**-7, atol=0)
+        expected = before if layer is None else (before.float() + layer.delta()).bfloat16()
+        torch.testing.assert_close(found[key], expected, rtol=0 if layer is None else 2**-7, atol=0)
     assert baked.files.keys() == contents(tmp_path / "out").keys()
     assert not (tmp_path / "out" / ".cache").exists()
 
@@ -107,8 +107,8 @@ def test_baked_weights_equal_those_that_diffusers_fuses(pipeline_folder, tmp_pat
 
     found = FluxTransformer2DModel.from_pretrained(tmp_path / "out").state_dict()
 
-    for key, wanted in pipeline.transformer.state_dict().items():
-        torch.testing.assert_close(found[key], wanted, rtol=1e-6, atol=1e-6)
+    for key, expected in pipeline.transformer.state_dict().items():
+        torch.testing.assert_close(found[key], expected, rtol=1e-6, atol=1e-6)
 
 
 def eighths(*shape, steps, seed):
@@ -132,10 +132,10 @@ def test_a_weight_is_the_float32_sum_cast_once(tmp_path_factory, dtype, outputs,
 
     baked = bake(folder / "in.safetensors", layer_lora(layer), folder / "out.safetensors", scale=scale, progress=False)
 
-    after, wanted = load_file(folder / "out.safetensors")["proj.weight"], before.float() + scale * layer.delta()
-    assert torch.equal(after, wanted.to(dtype))
+    after, expected = load_file(folder / "out.safetensors")["proj.weight"], before.float() + scale * layer.delta()
+    assert torch.equal(after, expected.to(dtype))
     report = baked.layers["proj"]
-    assert report.error_norm == pytest.approx((after.double() - wanted.double()).norm().item(), rel=1e-4)
+    assert report.error_norm == pytest.approx((after.double() - expected.double()).norm().item(), rel=1e-4)
     assert report.update_norm == pytest.approx(abs(scale) * layer.delta().double().norm().item(), rel=1e-5)
     assert (report.unchanged, report.numel) == (int((after == before).sum()), before.numel())
     if dtype == torch.float32 or scale == 0:
@@ -144,7 +144,7 @@ def test_a_weight_is_the_float32_sum_cast_once(tmp_path_factory, dtype, outputs,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_other_bytes_are_copied(dtype, tmp_path):
-    one_file(tmp_path / "in.safetensors", dtype=dtype)
+    write_checkpoint(tmp_path / "in.safetensors", dtype=dtype)
     layer = low_rank((40, 24), rank=16)
 
     bake(tmp_path / "in.safetensors", layer_lora(layer), tmp_path / "out.safetensors", progress=False)
@@ -157,29 +157,29 @@ def test_all_other_bytes_are_copied(dtype, tmp_path):
 
 
 def test_the_result_does_not_depend_on_the_chunks(tmp_path, monkeypatch):
-    one_file(tmp_path / "in.safetensors", shape=(700, 300))
+    write_checkpoint(tmp_path / "in.safetensors", shape=(700, 300))
     lora = layer_lora(low_rank((700, 300)))
-    in_one = bake(tmp_path / "in.safetensors", lora, tmp_path / "one", stochastic_seed=3, progress=False)
+    unchunked = bake(tmp_path / "in.safetensors", lora, tmp_path / "one", stochastic_seed=3, progress=False)
     monkeypatch.setattr(stream, "_CHUNK_BYTES", 1000)
 
     in_chunks = bake(tmp_path / "in.safetensors", lora, tmp_path / "two", stochastic_seed=3, progress=False)
 
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert in_one.layers == in_chunks.layers
+    assert unchunked.layers == in_chunks.layers
 
 
 @pytest.mark.parametrize("block_elements", [1, 23, 24, 25, 24 * 40 - 1, 24 * 40, 24 * 40 + 1], ids=str)
 @pytest.mark.parametrize("chunk_bytes", [1, 24 * 2, 24 * 2 + 1, 24 * 2 * 40 - 1, 24 * 2 * 40, 24 * 2 * 40 + 1], ids=str)
 def test_every_boundary_of_blocks_and_chunks_gives_the_same_weights(tmp_path, monkeypatch, block_elements, chunk_bytes):
-    tensors, layer = one_file(tmp_path / "in.safetensors"), low_rank((40, 24))
+    tensors, layer = write_checkpoint(tmp_path / "in.safetensors"), low_rank((40, 24))
     monkeypatch.setattr(rounding, "_BLOCK_ELEMENTS", block_elements)
     monkeypatch.setattr(stream, "_CHUNK_BYTES", chunk_bytes)
 
     baked = bake(tmp_path / "in.safetensors", layer_lora(layer), tmp_path / "out.safetensors", progress=False)
 
     weight = load_file(tmp_path / "out.safetensors")["proj.weight"]
-    wanted = (tensors["proj.weight"].float() + layer.delta()).bfloat16()
-    torch.testing.assert_close(weight, wanted, rtol=2**-7, atol=0)
+    expected = (tensors["proj.weight"].float() + layer.delta()).bfloat16()
+    torch.testing.assert_close(weight, expected, rtol=2**-7, atol=0)
     assert baked.layers["proj"].unchanged == int((weight == tensors["proj.weight"]).sum())
 
 
@@ -249,12 +249,12 @@ def test_stochastic_rounding_gives_a_neighbor_and_the_right_mean(dtype, number):
     low = numbers[max(np.searchsorted(numbers, number, side="right") - 1, 0)]
     high = numbers[np.searchsorted(numbers, number, side="left")]
 
-    wanted, step = torch.full((draws,), number), (1 << 16) // draws
+    expected, step = torch.full((draws,), number), (1 << 16) // draws
 
-    results = [stochastic_round(wanted, dtype, (torch.arange(draws) + 0.5) / draws)]
+    results = [stochastic_round(expected, dtype, (torch.arange(draws) + 0.5) / draws)]
     if dtype == torch.bfloat16:
         results.append(torch.empty(draws, dtype=dtype))
-        stochastic_round_bf16(wanted, results[-1], (np.arange(draws) * step + step // 2).astype(np.uint16))
+        stochastic_round_bf16(expected, results[-1], (np.arange(draws) * step + step // 2).astype(np.uint16))
 
     for rounded in results:
         assert rounded.dtype == dtype
@@ -278,7 +278,7 @@ def test_stochastic_rounding_keeps_the_mean_that_rounding_to_the_nearest_loses(t
 
 
 def test_a_layer_the_checkpoint_lacks_is_an_error_before_anything_is_written(tmp_path):
-    one_file(tmp_path / "in.safetensors")
+    write_checkpoint(tmp_path / "in.safetensors")
     lora = LoRA({"proj": low_rank((40, 24)), "gone": low_rank((2, 2))})
 
     with pytest.raises(LoRAMismatchError, match=r"has only 1 of them; first missing is 'gone\.weight', names there"):
@@ -287,7 +287,7 @@ def test_a_layer_the_checkpoint_lacks_is_an_error_before_anything_is_written(tmp
 
 
 def test_a_layer_of_another_shape_is_an_error(tmp_path):
-    one_file(tmp_path / "in.safetensors")
+    write_checkpoint(tmp_path / "in.safetensors")
     with pytest.raises(LoRAMismatchError, match=r"with shape \(24, 40\), and in the checkpoint it has \(40, 24\)"):
         bake(tmp_path / "in.safetensors", layer_lora(low_rank((24, 40))), tmp_path / "out", progress=False)
 
@@ -356,7 +356,7 @@ def test_tensors_that_do_not_fill_the_file_are_an_error(tmp_path, offsets, data_
 @settings(max_examples=30)
 def test_a_file_cut_short_is_an_error(tmp_path_factory, length):
     folder = tmp_path_factory.mktemp("cut")
-    one_file(folder / "in.safetensors")
+    write_checkpoint(folder / "in.safetensors")
     (folder / "in.safetensors").write_bytes((folder / "in.safetensors").read_bytes()[:length])
     with pytest.raises(ModelError, match=r"cut short|no safetensors file"):
         bake(folder / "in.safetensors", layer_lora(low_rank((40, 24))), folder / "out", progress=False)
@@ -386,7 +386,7 @@ def folder_of(tmp_path, names, *, index=None):
     return folder
 
 
-ONE = "diffusion_pytorch_model.safetensors"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SHARDS = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 
 
@@ -394,11 +394,15 @@ SHARDS = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for numbe
     ("names", "index", "message"),
     [
         pytest.param([], None, "does not hold the weights of one denoiser", id="nothing"),
-        pytest.param([ONE, "diffusion_pytorch_model.fp16.safetensors"], None, "not exactly one whole set", id="two"),
-        pytest.param([ONE, "diffusion_pytorch_model.bin"], None, "not exactly one whole set", id="pickled"),
+        pytest.param(
+            [WEIGHTS_FILE, "diffusion_pytorch_model.fp16.safetensors"], None, "not exactly one whole set", id="two"
+        ),
+        pytest.param([WEIGHTS_FILE, "diffusion_pytorch_model.bin"], None, "not exactly one whole set", id="pickled"),
         pytest.param(SHARDS, None, "not exactly one whole set", id="no index"),
         pytest.param(SHARDS[:1], {"weight_map": dict(enumerate(SHARDS))}, "which is not there", id="missing"),
-        pytest.param([*SHARDS, ONE], {"weight_map": dict(enumerate(SHARDS))}, "not exactly one", id="one more"),
+        pytest.param(
+            [*SHARDS, WEIGHTS_FILE], {"weight_map": dict(enumerate(SHARDS))}, "not exactly one", id="one more"
+        ),
         pytest.param(SHARDS, {"weights": 1}, "is no index of shards", id="no map"),
         pytest.param(SHARDS, [], "is no index of shards", id="no object"),
     ],
@@ -425,18 +429,18 @@ def test_a_tensor_that_two_shards_hold_is_an_error(tmp_path):
 def test_links_of_the_hubs_cache_are_followed(tmp_path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
-    one_file(tmp_path / "blobs" / "abc")
-    (tmp_path / "snapshot" / ONE).symlink_to(tmp_path / "blobs" / "abc")
+    write_checkpoint(tmp_path / "blobs" / "abc")
+    (tmp_path / "snapshot" / WEIGHTS_FILE).symlink_to(tmp_path / "blobs" / "abc")
 
     bake(tmp_path / "snapshot", layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
 
-    assert not (tmp_path / "out" / ONE).is_symlink()
-    assert load_file(tmp_path / "out" / ONE).keys() == load_file(tmp_path / "blobs" / "abc").keys()
+    assert not (tmp_path / "out" / WEIGHTS_FILE).is_symlink()
+    assert load_file(tmp_path / "out" / WEIGHTS_FILE).keys() == load_file(tmp_path / "blobs" / "abc").keys()
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "broken link"])
 def test_an_existing_output_is_an_error_and_stays(kind, tmp_path):
-    one_file(tmp_path / "in.safetensors")
+    write_checkpoint(tmp_path / "in.safetensors")
     out = tmp_path / "out"
     match kind:
         case "file":
@@ -459,7 +463,7 @@ def test_a_checkpoint_is_not_written_into(pipeline_folder):
 
 
 def test_an_output_that_another_process_writes_is_an_error(tmp_path):
-    one_file(tmp_path / "in.safetensors")
+    write_checkpoint(tmp_path / "in.safetensors")
     with stream.atomic_output(tmp_path / "out", folder=False) as place:
         place.write_text("half")
         with pytest.raises(StorageError, match="another process is writing"):
@@ -515,7 +519,7 @@ def longest_file(size):
 
 
 def test_a_full_file_system_is_an_error_that_leaves_nothing(tmp_path):
-    one_file(tmp_path / "in.safetensors", shape=(400, 240))
+    write_checkpoint(tmp_path / "in.safetensors", shape=(400, 240))
     with longest_file(50_000), pytest.raises(StorageError, match=r"could not be written, and nothing is left of it"):
         bake(tmp_path / "in.safetensors", layer_lora(low_rank((400, 240))), tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
@@ -532,19 +536,19 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["known before", "noticed on the way"])
-def test_a_full_disk_is_an_error_that_leaves_nothing(known, small_disk, tmp_path, monkeypatch):
-    one_file(tmp_path / "in.safetensors", shape=(400, 240))
-    if not known:
+@pytest.mark.parametrize("checked_before", [True, False], ids=["known before", "noticed on the way"])
+def test_a_full_disk_is_an_error_that_leaves_nothing(checked_before, small_disk, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "in.safetensors", shape=(400, 240))
+    if not checked_before:
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**40))
-    message = r"takes 0\.00 GiB, and 0\.00 GiB are free there" if known else r"No space left.*make room"
+    message = r"takes 0\.00 GiB, and 0\.00 GiB are free there" if checked_before else r"No space left.*make room"
     with pytest.raises(StorageError, match=message):
         bake(tmp_path / "in.safetensors", layer_lora(low_rank((400, 240))), small_disk / "out", progress=False)
     assert not list(small_disk.iterdir())
 
 
 def test_a_source_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch):
-    one_file(tmp_path / "in.safetensors")
+    write_checkpoint(tmp_path / "in.safetensors")
     original = stream.StreamWriter.reserve
 
     def shrinking(self, target, size):

@@ -27,10 +27,10 @@ def loras(draw, *, names=tuple(SHAPES)):
     return LoRA(layers)
 
 
-def dense_sum(several):
+def dense_sum(lora_list):
     """The oracle: dense updates, added."""
     total = {}
-    for lora in several:
+    for lora in lora_list:
         for name, layer in lora.layers.items():
             total[name] = total.get(name, 0) + layer.up.double() @ layer.down.double()
     return total
@@ -44,33 +44,33 @@ def lora_of(rank=2, *, name="proj_out", scale=1.0):
 
 
 @given(st.lists(loras(), min_size=1, max_size=4))
-def test_concatenation_is_the_exact_sum_over_all_layers(several):
-    fused, wanted = ConcatFuser().fuse(several), dense_sum(several)
-    assert fused.layers.keys() == wanted.keys()
+def test_concatenation_is_the_exact_sum_over_all_layers(lora_list):
+    fused, expected = ConcatFuser().fuse(lora_list), dense_sum(lora_list)
+    assert fused.layers.keys() == expected.keys()
     for name, layer in fused.layers.items():
-        torch.testing.assert_close(layer.delta().double(), wanted[name], rtol=1e-5, atol=1e-5)
-        assert layer.rank == sum(lora.layers[name].rank for lora in several if name in lora.layers)
+        torch.testing.assert_close(layer.delta().double(), expected[name], rtol=1e-5, atol=1e-5)
+        assert layer.rank == sum(lora.layers[name].rank for lora in lora_list if name in lora.layers)
 
 
 @given(st.lists(loras(), min_size=1, max_size=3), st.lists(st.floats(-2, 2), min_size=3, max_size=3))
-def test_a_weighted_sum_is_fused_from_scaled_loras(several, weights):
-    fused = ConcatFuser().fuse([lora.scaled(weight) for lora, weight in zip(several, weights, strict=False)])
+def test_a_weighted_sum_is_fused_from_scaled_loras(lora_list, weights):
+    fused = ConcatFuser().fuse([lora.scaled(weight) for lora, weight in zip(lora_list, weights, strict=False)])
     for name, layer in fused.layers.items():
-        wanted = sum(
+        expected = sum(
             weight * lora.layers[name].delta().double()
-            for lora, weight in zip(several, weights, strict=False)
+            for lora, weight in zip(lora_list, weights, strict=False)
             if name in lora.layers
         )
-        torch.testing.assert_close(layer.delta().double(), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.delta().double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @given(st.lists(loras(), min_size=1, max_size=4), st.integers(1, 8))
-def test_svd_reaches_the_eckart_young_bound(several, rank):
-    fused, wanted = SvdFuser(rank=rank).fuse(several), dense_sum(several)
+def test_svd_reaches_the_eckart_young_bound(lora_list, rank):
+    fused, expected = SvdFuser(rank=rank).fuse(lora_list), dense_sum(lora_list)
     for name, layer in fused.layers.items():
-        singular_values = torch.linalg.svdvals(wanted[name])
+        singular_values = torch.linalg.svdvals(expected[name])
         bound = singular_values[rank:].square().sum().sqrt()
-        error = torch.linalg.matrix_norm(layer.delta().double() - wanted[name])
+        error = torch.linalg.matrix_norm(layer.delta().double() - expected[name])
         assert layer.rank <= rank
         assert error <= bound + 1e-5 * singular_values[0] + 1e-6
 
@@ -99,9 +99,9 @@ def test_energy_keeps_the_fewest_singular_values_that_hold_it(lora, energy):
 
 
 @given(st.lists(loras(), min_size=1, max_size=3), st.integers(1, 4))
-def test_retained_energy_is_that_of_the_dense_matrices(several, rank):
-    full = ConcatFuser().fuse(several)
-    fused = SvdFuser(rank=rank).fuse(several)
+def test_retained_energy_is_that_of_the_dense_matrices(lora_list, rank):
+    full = ConcatFuser().fuse(lora_list)
+    fused = SvdFuser(rank=rank).fuse(lora_list)
     for name, kept in retained_energy(full, fused).items():
         total = full.layers[name].delta().double()
         lost = total - fused.layers[name].delta().double()
@@ -145,9 +145,9 @@ def test_layers_of_one_name_and_two_shapes_cannot_be_fused(fuser):
 
 @given(st.lists(loras(), min_size=1, max_size=3), st.integers(1, 8), st.floats(0.05, 1.0))
 @settings(max_examples=40)
-def test_the_report_agrees_with_retained_energy(several, rank, energy):
-    compression = SvdFuser(rank=rank, energy=energy).compress(several)
-    full = ConcatFuser().fuse(several)
+def test_the_report_agrees_with_retained_energy(lora_list, rank, energy):
+    compression = SvdFuser(rank=rank, energy=energy).compress(lora_list)
+    full = ConcatFuser().fuse(lora_list)
     again = retained_energy(full, compression.lora)
     assert compression.layers.keys() == full.layers.keys()
     for name, layer in compression.layers.items():
@@ -160,10 +160,10 @@ def test_the_report_agrees_with_retained_energy(several, rank, energy):
 
 @given(st.lists(loras(), min_size=1, max_size=3), st.floats(0.05, 0.999))
 @settings(max_examples=40)
-def test_energy_alone_limits_the_rank(several, energy):
-    compression = SvdFuser(energy=energy).compress(several)
+def test_energy_alone_limits_the_rank(lora_list, energy):
+    compression = SvdFuser(energy=energy).compress(lora_list)
     assert all(layer.energy >= energy - 1e-6 for layer in compression.layers.values())
-    capped = SvdFuser(rank=100, energy=energy).fuse(several)
+    capped = SvdFuser(rank=100, energy=energy).fuse(lora_list)
     assert {name: layer.rank_after for name, layer in compression.layers.items()} == {
         name: layer.rank for name, layer in capped.layers.items()
     }
@@ -241,8 +241,8 @@ def test_a_fuser_that_breaks_its_contract_is_named(result, message):
 
 @pytest.mark.parametrize("fuser", [ConcatFuser(), SvdFuser(rank=2)], ids=repr)
 def test_the_built_in_fusers_keep_their_contract(fuser):
-    several = [lora_of(), lora_of(3, name="attn.to_q")]
-    assert fuse_loras(fuser, several).layers.keys() == {"proj_out", "attn.to_q"}
+    lora_list = [lora_of(), lora_of(3, name="attn.to_q")]
+    assert fuse_loras(fuser, lora_list).layers.keys() == {"proj_out", "attn.to_q"}
 
 
 # Energies of the singular values 4, 2, 2, 1: 16, 20, 24 and 25 of 25

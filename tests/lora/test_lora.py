@@ -199,10 +199,10 @@ def test_a_file_of_diffusers_is_read_at_the_strength_diffusers_gives_it(tmp_path
         transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer, adapter_name="default_0"),
         transformer_lora_adapter_metadata=pipeline.transformer.peft_config["default_0"].to_dict(),
     )
-    lora, wanted = LoRA.load(tmp_path / "pytorch_lora_weights.safetensors"), read_back(pipeline.transformer)
-    assert lora.layers.keys() == wanted.keys()
+    lora, expected = LoRA.load(tmp_path / "pytorch_lora_weights.safetensors"), read_back(pipeline.transformer)
+    assert lora.layers.keys() == expected.keys()
     for name, layer in lora.layers.items():
-        torch.testing.assert_close(layer.delta(), wanted[name])
+        torch.testing.assert_close(layer.delta(), expected[name])
 
 
 @pytest.mark.parametrize(
@@ -281,14 +281,14 @@ class Net(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.one, self.two = nn.Linear(4, 6, dtype=dtype), nn.Linear(6, 3, bias=False, dtype=dtype)
+            self.first, self.second = nn.Linear(4, 6, dtype=dtype), nn.Linear(6, 3, bias=False, dtype=dtype)
 
     def forward(self, inputs):
-        return self.two(torch.tanh(self.one(inputs)))
+        return self.second(torch.tanh(self.first(inputs)))
 
 
 def net_lora(seed=0):
-    return LoRA({"one": low_rank(2, 4, 6, seed=seed), "two": low_rank(1, 6, 3, seed=seed + 1)})
+    return LoRA({"first": low_rank(2, 4, 6, seed=seed), "second": low_rank(1, 6, 3, seed=seed + 1)})
 
 
 def with_weights(net, *loras, scale=1.0):
@@ -310,18 +310,18 @@ INPUTS = torch.linspace(-1, 1, 20).reshape(5, 4)
 @given(scale=st.floats(-2, 2), seed=st.integers(0, 100))
 def test_applying_adds_exactly_the_update(scale, seed):
     net, lora = Net(), net_lora(seed)
-    wanted = with_weights(net, lora, scale=scale)(INPUTS)
+    expected = with_weights(net, lora, scale=scale)(INPUTS)
     with lora.applied_to(net, scale=scale):
-        torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(net(INPUTS), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_several_applied_loras_add_up():
     net, inner, outer = Net(), net_lora(1), net_lora(7)
-    wanted = with_weights(net, inner, outer)(INPUTS)
+    expected = with_weights(net, inner, outer)(INPUTS)
     with inner.applied_to(net), outer.applied_to(net):
-        torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(net(INPUTS), expected, rtol=1e-5, atol=1e-5)
     with sum_loras([inner, outer]).applied_to(net):
-        torch.testing.assert_close(net(INPUTS), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(net(INPUTS), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_applying_leaves_no_trace_even_after_an_exception():
@@ -345,8 +345,8 @@ def test_gradients_flow_through_an_applied_lora_and_not_into_it():
     oracle = with_weights(net, net_lora())
     with net_lora().applied_to(net):
         (gradient,) = torch.autograd.grad(net(inputs).sum(), inputs)
-    (wanted,) = torch.autograd.grad(oracle(inputs).sum(), inputs)
-    torch.testing.assert_close(gradient, wanted)
+    (expected,) = torch.autograd.grad(oracle(inputs).sum(), inputs)
+    torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize(
@@ -354,10 +354,10 @@ def test_gradients_flow_through_an_applied_lora_and_not_into_it():
     [
         (
             LoRA({"a": LowRank(A, B), "b": LowRank(A, B)}),
-            "names 2 layers and Net has none of them; first missing is 'a', names there look like 'one'",
+            "names 2 layers and Net has none of them; first missing is 'a', names there look like 'first'",
         ),
-        (LoRA({"one": low_rank(2, 4, 6), "b": LowRank(A, B)}), "has only 1 of them; first missing is 'b'"),
-        (LoRA({"one": low_rank(2, 4, 3)}), r"updates 'one' with shape \(3, 4\), and in Net it has \(6, 4\)"),
+        (LoRA({"first": low_rank(2, 4, 6), "b": LowRank(A, B)}), "has only 1 of them; first missing is 'b'"),
+        (LoRA({"first": low_rank(2, 4, 3)}), r"updates 'first' with shape \(3, 4\), and in Net it has \(6, 4\)"),
     ],
 )
 def test_a_lora_for_another_model_is_refused_before_anything_changes(lora, message):
@@ -385,9 +385,9 @@ def test_a_format_can_be_given_by_its_name(tmp_path):
 def test_the_update_can_be_weighted_per_token_or_skipped_per_layer():
     net, lora = Net(), net_lora()
     weights = torch.tensor([0.0, 1.0, 0.5, 1.0, 0.0]).unsqueeze(1)
-    hidden = torch.tanh(net.one(INPUTS) + weights * (INPUTS @ lora.layers["one"].delta().T))
-    with lora.applied_to(net, output_weights=lambda name, _: weights if name == "one" else None):
-        torch.testing.assert_close(net(INPUTS), net.two(hidden), rtol=1e-5, atol=1e-5)
+    hidden = torch.tanh(net.first(INPUTS) + weights * (INPUTS @ lora.layers["first"].delta().T))
+    with lora.applied_to(net, output_weights=lambda name, _: weights if name == "first" else None):
+        torch.testing.assert_close(net(INPUTS), net.second(hidden), rtol=1e-5, atol=1e-5)
 
 
 def test_the_digest_distinguishes_loras():

@@ -54,8 +54,10 @@ def test_it_draws_combinations_that_it_was_never_trained_on(plain, prompts, of, 
     ],
 )
 def test_an_adjective_improves_what_it_stands_for(model, plain, prompts, adjective, scorer, at_least):
-    asked = model.synthesize_batch([aa.Plan(f"{prompt}, {adjective}") for prompt in prompts], seeds=range(len(prompts)))
-    assert mean(scorer, asked, prompts) - mean(scorer, plain, prompts) >= at_least
+    with_adjective = model.synthesize_batch(
+        [aa.Plan(f"{prompt}, {adjective}") for prompt in prompts], seeds=range(len(prompts))
+    )
+    assert mean(scorer, with_adjective, prompts) - mean(scorer, plain, prompts) >= at_least
 
 
 def test_all_adjectives_together_improve_every_score(model, plain, prompts):

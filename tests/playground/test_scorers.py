@@ -7,7 +7,7 @@ TWO = "a red cone on the left and a blue ball on the right at night"
 
 
 @pytest.mark.parametrize(
-    ("drawn", "asked", "color", "shape", "place"),
+    ("rendered", "requested", "color", "shape", "place"),
     [
         (TWO, TWO, 1.0, 1.0, 1.0),
         (TWO, TWO + ", vivid, sharp", 1.0, 1.0, 1.0),
@@ -18,9 +18,9 @@ TWO = "a red cone on the left and a blue ball on the right at night"
         ("at night", TWO, 0.0, 0.0, 0.0),
     ],
 )
-def test_accuracy_is_the_share_of_asked_things_that_are_right(drawn, asked, color, shape, place):
-    image = playground.render(drawn, seed=0)
-    found = [playground.Accuracy(of).score(image, asked) for of in ("color", "shape", "place")]
+def test_accuracy_is_the_share_of_requested_things_that_are_right(rendered, requested, color, shape, place):
+    image = playground.render(rendered, seed=0)
+    found = [playground.Accuracy(of).score(image, requested) for of in ("color", "shape", "place")]
     assert found == [color, shape, place]
 
 

@@ -38,7 +38,7 @@ def _scenes(draw: st.DrawFn) -> Scene:
 
 
 @given(_scenes())
-def test_a_caption_says_all_of_its_scene(scene: Scene) -> None:
+def test_a_caption_describes_all_of_its_scene(scene: Scene) -> None:
     assert parse(scene.caption) == scene
 
 

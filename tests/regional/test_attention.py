@@ -48,8 +48,8 @@ def test_gradients_are_those_of_the_definition(layout):
     dout = random_tokens(len(layout.mask.weights), seed=9)
     expected = torch.autograd.grad(reference_attention(*inputs, layout.mask), inputs, dout.double())
     for method, result in all_methods(layout.mask, *inputs).items():
-        for gradient, wanted in zip(torch.autograd.grad(result, inputs, dout), expected, strict=True):
-            torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4, msg=method)
+        for gradient, expected_gradient in zip(torch.autograd.grad(result, inputs, dout), expected, strict=True):
+            torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4, msg=method)
 
 
 @given(layout=layouts(max_regions=6))

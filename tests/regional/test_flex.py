@@ -57,7 +57,7 @@ def test_the_block_mask_lists_just_the_tiles_with_a_visible_pair(layout):
 
 @settings(max_examples=40)
 @given(layout=layouts(max_regions=5))
-def test_sorting_puts_queries_that_see_alike_and_keys_of_one_group_side_by_side(layout):
+def test_sorting_puts_queries_of_equal_class_and_keys_of_one_group_side_by_side(layout):
     flex_mask = FlexMask.of(layout.mask, CPU)
     for order, numbers in (
         (flex_mask.query_order, torch.unique(layout.mask.weights > 0, dim=0, return_inverse=True)[1]),

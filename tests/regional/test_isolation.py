@@ -47,8 +47,8 @@ def test_two_ranges_that_meet_apply_to_every_block_together(cut, num_blocks):
 @given(num_blocks=st.integers(1, 60), stride=st.integers(1, 7))
 def test_a_stride_begins_with_the_first_block_of_the_range(num_blocks, stride):
     isolation = aa.Isolation(block_range=(0.5, 1.0), block_stride=stride)
-    every_block = applied(aa.Isolation(block_range=(0.5, 1.0)), num_blocks)
-    assert applied(isolation, num_blocks) == every_block[::stride]
+    contiguous_blocks = applied(aa.Isolation(block_range=(0.5, 1.0)), num_blocks)
+    assert applied(isolation, num_blocks) == contiguous_blocks[::stride]
 
 
 @given(edges=st.tuples(fractions, fractions), sigma=fractions)

@@ -152,11 +152,11 @@ def test_the_shares_of_the_loras_of_all_regions_add_up_to_what_regions_cover(lay
 
 
 def test_a_lora_is_found_by_name_or_refused():
-    known = {"anna": lora()}
-    assert find_lora(aa.Region(LEFT, "a"), known) is None
-    assert find_lora(aa.Region(LEFT, "a", lora="anna"), known) is known["anna"]
+    lora_by_name = {"anna": lora()}
+    assert find_lora(aa.Region(LEFT, "a"), lora_by_name) is None
+    assert find_lora(aa.Region(LEFT, "a", lora="anna"), lora_by_name) is lora_by_name["anna"]
     with pytest.raises(aa.GuideError, match=r"names the LoRA 'bea' and the guide has \['anna'\]"):
-        find_lora(aa.Region(LEFT, "a", lora="bea"), known)
+        find_lora(aa.Region(LEFT, "a", lora="bea"), lora_by_name)
     with pytest.raises(aa.GuideError, match="the guide has none"):
         find_lora(aa.Region(LEFT, "a", lora="bea"), {})
 

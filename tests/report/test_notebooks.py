@@ -27,26 +27,26 @@ def make_round(number, *, gain=None, losses=(0.5, 0.25)):
     )
 
 
-def words(shown):
-    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", shown._repr_html_())))
+def visible_text(result):
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", result._repr_html_())))
 
 
 def test_a_round_shows_its_numbers_and_its_funnel():
-    said = words(make_round(1, gain=GAIN))
+    text = visible_text(make_round(1, gain=GAIN))
 
-    assert f"1 1,200 of 2 2 0.25 Light {EVIL} +0.1 [+0.05, +0.15] 1 min 05 s" in said
-    assert "prompts 2 (100.0%)" in said
-    assert "kept 0 (0.0%)" in said
+    assert f"1 1,200 of 2 2 0.25 Light {EVIL} +0.1 [+0.05, +0.15] 1 min 05 s" in text
+    assert "prompts 2 (100.0%)" in text
+    assert "kept 0 (0.0%)" in text
 
 
 def test_an_enhancement_shows_a_line_a_round_and_why_it_ended():
     result = aa.Enhancement(rounds=(make_round(1), make_round(2, gain=GAIN, losses=())), stop_reason=f"so {EVIL}")
 
-    said = words(result)
+    text = visible_text(result)
 
-    assert "1 1,200 of 2 2 0.25 not measured" in said
-    assert "2 (left out) 1,200 of 2 0 none Light" in said
-    assert said.endswith(f"so {EVIL} ")
+    assert "1 1,200 of 2 2 0.25 not measured" in text
+    assert "2 (left out) 1,200 of 2 0 none Light" in text
+    assert text.endswith(f"so {EVIL} ")
 
 
 def test_a_comparison_shows_its_verdicts():
@@ -60,17 +60,17 @@ def test_a_comparison_shows_its_verdicts():
 
     comparison = aa.compare(Swatch(), {EVIL: Swatch()}, ["a", "b"], scorers=[Light()], progress=False)
 
-    assert f"{EVIL} : {comparison.verdict(EVIL)}" in words(comparison)
+    assert f"{EVIL} : {comparison.verdict(EVIL)}" in visible_text(comparison)
 
 
-@pytest.mark.parametrize("shown", [make_round(1, gain=GAIN), aa.Enhancement(rounds=(), stop_reason=EVIL)])
-def test_nothing_that_was_said_runs(shown):
-    assert "<script" not in shown._repr_html_()
+@pytest.mark.parametrize("result", [make_round(1, gain=GAIN), aa.Enhancement(rounds=(), stop_reason=EVIL)])
+def test_markup_in_a_result_does_not_run(result):
+    assert "<script" not in result._repr_html_()
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [(0, "0.0 s"), (59.4, "59.4 s"), (59.96, "1 min 00 s"), (3599.6, "1 h 00 min"), (90061, "25 h 01 min")],
 )
-def test_a_time_is_told_in_units_that_fit(seconds, said):
-    assert duration(seconds) == said
+def test_a_time_has_units_that_fit_its_length(seconds, text):
+    assert duration(seconds) == text

@@ -143,7 +143,7 @@ def test_a_last_round_that_did_not_help_is_left_out_of_the_result(flux):
     assert result.stop_reason == "round 2 did not help on held-out prompts"
 
 
-def test_a_first_round_that_keeps_nothing_says_how_the_prompts_ended(flux):
+def test_a_first_round_without_pairs_reports_how_its_prompts_ended(flux):
     with pytest.raises(aa.NothingToLearnError, match=r"round 1 kept none of 3 prompts: 3 dropped, 0 skipped; most of"):
         enhanced(flux, keep=FixedFilter(keep=False))
     with pytest.raises(aa.NothingToLearnError, match="0 dropped, 3 skipped; most often because 'the critic abstained"):

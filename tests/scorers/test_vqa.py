@@ -54,7 +54,7 @@ def test_it_passes_the_scorer_checks():
     check_scorer(scorer(batch_size=4))
 
 
-def test_a_model_that_says_yes_scores_1():
+def test_a_model_that_answers_yes_scores_1():
     model, processor = tiny_llava(fixed_reply="Yes")
     sure = VQAScore(model=model, processor=processor)
     assert sure.score(PICTURES[0], "a wall") > 0.999

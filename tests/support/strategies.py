@@ -12,7 +12,7 @@ import artaug as aa
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I;16")
 
 prompts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-said = prompts.filter(str.strip)
+nonblank_prompts = prompts.filter(str.strip)
 numbers = st.floats(-1e6, 1e6)
 fractions = st.floats(0, 1)
 
@@ -45,19 +45,19 @@ def masks(draw):
     return aa.Mask.from_array(weights if weights.any() else np.ones(shape))
 
 
-suggestions = st.builds(aa.Suggestion, boxes(), said, prompts)
+suggestions = st.builds(aa.Suggestion, boxes(), nonblank_prompts, prompts)
 critiques = st.builds(
     aa.Critique, st.lists(suggestions, max_size=5).map(tuple), prompts, st.lists(prompts, max_size=2).map(tuple)
 )
-abstentions = st.builds(aa.Abstention, said)
+abstentions = st.builds(aa.Abstention, nonblank_prompts)
 regions = st.builds(
     aa.Region,
     boxes() | masks(),
-    said,
+    nonblank_prompts,
     weight=st.floats(0, 100, exclude_min=True),
     feather=st.floats(0, 1),
     negative_prompt=st.none() | prompts,
-    lora=st.none() | said,
+    lora=st.none() | nonblank_prompts,
 )
 plans = st.builds(aa.Plan, prompts, st.lists(regions, max_size=4).map(tuple))
 verdicts = st.builds(aa.Verdict, st.booleans(), prompts, st.dictionaries(prompts, numbers, max_size=4))

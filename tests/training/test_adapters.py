@@ -150,7 +150,7 @@ def test_lokr_takes_the_largest_size_that_divides_a_layer():
     assert aa.LoKr(factor=4).lora_rank(9, 10, 2) == 6
 
 
-def test_dora_is_what_its_paper_says(tiny_model):
+def test_dora_follows_its_paper(tiny_model):
     with student_of(tiny_model, aa.DoRA(export_rank=FULL_RANK)) as student:
         perturb(student)
         lora, tensors = student.to_lora(), student.tensors()
@@ -161,7 +161,7 @@ def test_dora_is_what_its_paper_says(tiny_model):
         torch.testing.assert_close(weight + layer.delta(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_warning_says_how_much_of_dora_a_lora_of_some_rank_loses(tiny_model, caplog):
+def test_a_warning_states_how_much_of_dora_a_lora_of_lower_rank_loses(tiny_model, caplog):
     with student_of(tiny_model, aa.DoRA(export_rank=3)) as student:
         perturb(student)
         with caplog.at_level(logging.WARNING):

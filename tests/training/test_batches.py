@@ -24,9 +24,9 @@ class Sized:
         return sized
 
 
-def encoded_pair(number, *, side=1, words=2):
+def encoded_pair(number, *, side=1, tokens=2):
     latent = torch.full((side,), float(number))
-    return {"before": latent, "after": latent + 100, "text.embeds": torch.full((words, 3), float(number))}
+    return {"before": latent, "after": latent + 100, "text.embeds": torch.full((tokens, 3), float(number))}
 
 
 def pairs_numbered(pairs):
@@ -74,27 +74,27 @@ def test_noise_is_new_every_time():
 
 @given(start=st.integers(0, 12), size=st.integers(1, 5), pairs=st.integers(1, 7))
 def test_a_batch_is_the_same_whatever_came_before_it(start, size, pairs):
-    all_at_once = batches_of(pairs_numbered(pairs), range(pairs), size=size, count=start + 2)
+    uninterrupted = batches_of(pairs_numbered(pairs), range(pairs), size=size, count=start + 2)
     resumed = batches_of(pairs_numbered(pairs), range(pairs), size=size, count=2, start=start)
-    for expected, batch in zip(all_at_once[start:], resumed, strict=True):
+    for expected, batch in zip(uninterrupted[start:], resumed, strict=True):
         assert_same(expected.micro_batches[0], batch.micro_batches[0])
 
 
 @given(per_process=st.integers(1, 3), count=st.integers(1, 3), micro_batch_size=st.none() | st.integers(1, 4))
 def test_processes_split_the_batch_of_a_single_process(per_process, count, micro_batch_size):
     size = per_process * count
-    (batch_of_one,) = batches_of(pairs_numbered(5), range(5), size=size, count=1)
-    parts = [
+    (expected_batch,) = batches_of(pairs_numbered(5), range(5), size=size, count=1)
+    micro_batches_by_rank = [
         batches_of(
             pairs_numbered(5), range(5), size=size, count=1, micro_batch_size=micro_batch_size, world=World(rank, count)
         )[0].micro_batches
         for rank in range(count)
     ]
-    for rank, batches in enumerate(parts):
+    for rank, batches in enumerate(micro_batches_by_rank):
         assert all(len(batch.sigmas) <= (micro_batch_size or size) for batch in batches)
         for name in ("before", "noise", "sigmas"):
             part = torch.cat([getattr(batch, name) for batch in batches])
-            assert torch.equal(part, getattr(batch_of_one.micro_batches[0], name)[rank::count])
+            assert torch.equal(part, getattr(expected_batch.micro_batches[0], name)[rank::count])
 
 
 def assert_same(batch, other):
@@ -122,7 +122,7 @@ def test_sizes_come_in_proportion_to_their_pairs(first, second, size):
 
 
 def test_prompts_of_different_lengths_are_padded_at_the_end():
-    encoded = EncodedPairs([SizeBucket((8, 8), {0: encoded_pair(0, words=1), 1: encoded_pair(1, words=4)})])
+    encoded = EncodedPairs([SizeBucket((8, 8), {0: encoded_pair(0, tokens=1), 1: encoded_pair(1, tokens=4)})])
     (step_batch,) = batches_of(encoded, [0, 1], size=2, count=1)
     (batch,) = step_batch.micro_batches
     short = batch.conditioning["embeds"][int(batch.before[1, 0] == 0)]

@@ -36,7 +36,7 @@ def at_scale(student, scale, predict):
 
 
 @each_schedule
-def test_both_directions_of_the_paired_difference_are_what_the_formula_says(make_model, two_pairs, kind):
+def test_both_directions_of_the_paired_difference_follow_the_formula(make_model, two_pairs, kind):
     model = make_model(noise_schedule=SCHEDULES[kind])
     batch = batch_of(model, two_pairs)
     model.module.eval()

@@ -70,7 +70,7 @@ def test_a_resumed_training_ends_bit_for_bit_as_one_never_stopped(tmp_path, make
 
 @settings(max_examples=10)
 @given(every=st.integers(1, 7), stops=st.lists(st.integers(1, 11), max_size=3))
-def test_where_it_stops_and_how_often_it_is_saved_does_not_matter(tmp_path_factory, every, stops):
+def test_the_result_does_not_depend_on_stops_and_checkpoint_intervals(tmp_path_factory, every, stops):
     from tests.training.conftest import TinyModel, make_pair  # noqa: PLC0415 - fixtures do not reach properties
 
     pairs, trainer = [make_pair(1), make_pair(2), make_pair(3)], trainer_of()

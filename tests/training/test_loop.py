@@ -77,11 +77,11 @@ def expected_events(steps, checkpoint_every, validate_every):
             yield "checkpoint", step
 
 
-EVERY = st.integers(1, 9)
+intervals = st.integers(1, 9)
 
 
 @settings(max_examples=15)
-@given(steps=st.integers(1, 8), checkpoint_every=EVERY, validate_every=st.none() | EVERY)
+@given(steps=st.integers(1, 8), checkpoint_every=intervals, validate_every=st.none() | intervals)
 def test_checkpoints_and_validations_come_at_their_multiples_and_at_the_end(
     tmp_path_factory, steps, checkpoint_every, validate_every
 ):
@@ -96,18 +96,18 @@ def test_checkpoints_and_validations_come_at_their_multiples_and_at_the_end(
 
 
 @settings(max_examples=12)
-@given(checkpoint_every=EVERY, validate_every=st.none() | EVERY, stop_at=st.integers(1, 8))
+@given(checkpoint_every=intervals, validate_every=st.none() | intervals, stop_at=st.integers(1, 8))
 def test_a_resumed_training_goes_on_after_its_newest_checkpoint(
     tmp_path_factory, checkpoint_every, validate_every, stop_at
 ):
-    every = {"checkpoint_every": checkpoint_every, "validate_every": validate_every}
-    folder, whole = tmp_path_factory.mktemp("run"), list(expected_events(8, **every))
-    stopped = events_of(folder, trainer_of(8), stop_at=stop_at, **every)
-    assert stopped == whole[: whole.index(("step", stop_at)) + 1]
+    intervals_of_run = {"checkpoint_every": checkpoint_every, "validate_every": validate_every}
+    folder, all_events = tmp_path_factory.mktemp("run"), list(expected_events(8, **intervals_of_run))
+    stopped = events_of(folder, trainer_of(8), stop_at=stop_at, **intervals_of_run)
+    assert stopped == all_events[: all_events.index(("step", stop_at)) + 1]
     written = [event for event in stopped if event[0] == "checkpoint"]
-    rest = whole[whole.index(written[-1]) + 1 :] if written else whole
-    assert events_of(folder, trainer_of(8), **every) == rest
-    assert events_of(folder, trainer_of(8), **every) == []
+    remaining = all_events[all_events.index(written[-1]) + 1 :] if written else all_events
+    assert events_of(folder, trainer_of(8), **intervals_of_run) == remaining
+    assert events_of(folder, trainer_of(8), **intervals_of_run) == []
 
 
 def test_a_training_of_several_phases_is_validated_at_its_end_only(tmp_path):
@@ -120,13 +120,13 @@ def test_a_training_of_several_phases_is_validated_at_its_end_only(tmp_path):
 @pytest.mark.parametrize("stop_at", [2, 3, 4, 5, 7])
 def test_a_training_of_several_phases_resumes_within_any_of_them(tmp_path, stop_at):
     trainer = trainer_of(8, objective=TwoStage())
-    whole = trainer.train(PAIRS, TinySynthesizer(), seed=0, progress=False)
+    uninterrupted = trainer.train(PAIRS, TinySynthesizer(), seed=0, progress=False)
     events_of(tmp_path, trainer, checkpoint_every=1, validate_every=None, stop_at=stop_at)
     resumed = trainer.train(
         PAIRS, TinySynthesizer(), seed=0, checkpoints=Checkpoints(folder=tmp_path, every=1), progress=False
     )
-    assert resumed.losses == whole.losses
-    assert resumed.lora.digest == whole.lora.digest
+    assert resumed.losses == uninterrupted.losses
+    assert resumed.lora.digest == uninterrupted.lora.digest
 
 
 @pytest.mark.parametrize("patience", [1, 2, 3])
@@ -137,7 +137,7 @@ def test_a_training_whose_pictures_never_get_better_stops_after_its_patience(tmp
 
 
 class Lent(TinyModel):
-    """A model that notes what it is asked to make room for."""
+    """A model that records calls of its room-making hook."""
 
     def __init__(self):
         super().__init__()

@@ -55,7 +55,7 @@ def test_the_target_stands_for_the_clean_latents_it_was_made_from(noise_schedule
 
 @each_schedule
 @given(seed=st.integers(0, 2**32))
-def test_a_perfect_teacher_is_asked_for_what_fine_tuning_asks_for(noise_schedule, seed):
+def test_with_a_perfect_teacher_the_target_is_that_of_fine_tuning(noise_schedule, seed):
     before, after, noise, _, sigmas = drawn(seed)
     paired = noise_schedule.paired_target(noise_schedule.target(before, noise, sigmas), after - before, sigmas)
     torch.testing.assert_close(paired, noise_schedule.target(after, noise, sigmas), rtol=1e-9, atol=1e-9)
@@ -66,7 +66,7 @@ def test_a_perfect_teacher_is_asked_for_what_fine_tuning_asks_for(noise_schedule
     seed=st.integers(0, 2**32),
     sigma_range=st.tuples(st.floats(0.0, 0.4), st.floats(0.6, 1.0)),
 )
-def test_levels_lie_in_the_range_asked_for_and_are_never_zero(noise_schedule, seed, sigma_range):
+def test_sigmas_lie_in_the_given_range_and_are_never_zero(noise_schedule, seed, sigma_range):
     levels = noise_schedule.sample_sigmas(50, torch.Generator().manual_seed(seed), sigma_range=sigma_range)
     low, high = (torch.tensor(bound, dtype=torch.float32) for bound in sigma_range)
     assert levels.shape == (50,)
@@ -117,8 +117,8 @@ def test_uniform_levels_have_the_density_of_a_samplers_levels(terminal, dynamic)
         20_000, torch.Generator().manual_seed(0)
     )
     quantiles = torch.linspace(0, 1, 21)
-    looked_at = scheduler.sigmas[:-1].quantile(quantiles)
-    torch.testing.assert_close(levels.quantile(quantiles), looked_at, rtol=0, atol=0.015)
+    expected_quantiles = scheduler.sigmas[:-1].quantile(quantiles)
+    torch.testing.assert_close(levels.quantile(quantiles), expected_quantiles, rtol=0, atol=0.015)
     assert levels.min() >= (terminal or 0.0)
 
 

@@ -58,7 +58,7 @@ def test_a_changed_pair_has_a_loss_and_a_gradient(tiny_model, two_pairs):
 
 
 @each_schedule
-def test_paired_difference_is_what_the_formula_says(make_model, two_pairs, kind):
+def test_paired_difference_follows_its_formula(make_model, two_pairs, kind):
     model = make_model(noise_schedule=SCHEDULES[kind])
     batch = batch_of(model, two_pairs)
     model.module.eval()
@@ -160,7 +160,7 @@ def test_a_weight_out_of_range_is_refused(kind, outside_weight):
 @pytest.mark.parametrize(
     "objective", [SupervisedFineTuning(), SupervisedFineTuning(outside_weight=0.2), TwoStage()], ids=repr
 )
-def test_fine_tuning_is_what_the_formula_says(make_model, two_pairs, objective, kind):
+def test_fine_tuning_follows_its_formula(make_model, two_pairs, objective, kind):
     model = make_model(noise_schedule=SCHEDULES[kind])
     batch = batch_of(model, two_pairs, region_mask=mask_of(1.0, 0.5, 0.0, 0.0))
     weights = torch.tensor([1.0, 0.6, 0.2, 0.2]) if objective == SupervisedFineTuning(outside_weight=0.2) else 1.0

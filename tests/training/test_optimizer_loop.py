@@ -95,7 +95,7 @@ def test_a_gradient_is_clipped_to_the_largest_norm_and_reported_as_it_was(tiny_m
     assert torch.cat([change.flatten() for change in changes]).norm() == pytest.approx(0.5 * 1e-3, rel=1e-3)
 
 
-def test_the_moving_average_is_what_its_recursion_says(tiny_model, two_pairs):
+def test_the_moving_average_follows_its_recursion(tiny_model, two_pairs):
     batch, decay = batch_of(tiny_model, two_pairs), 0.75
     with student_of(tiny_model) as student:
         perturb(student)
@@ -174,9 +174,7 @@ def test_a_loss_that_is_not_finite_is_not_stepped_on(tiny_model, two_pairs, fact
         optimizer_loop = OptimizerLoop(student, sgd(student), ema=0.5)
         before = parameters_of(student)
         with pytest.raises(TrainingDivergedError) as error:
-            take_step(
-                optimizer_loop, tiny_model, [batch], number=7, loss=lambda *given: OBJECTIVE.loss(*given) * factor
-            )
+            take_step(optimizer_loop, tiny_model, [batch], number=7, loss=lambda *args: OBJECTIVE.loss(*args) * factor)
         assert error.value.step == 7
         assert all(torch.equal(*both) for both in zip(parameters_of(student), before, strict=True))
         ema = optimizer_loop.snapshot(export=False).ema
@@ -184,7 +182,7 @@ def test_a_loss_that_is_not_finite_is_not_stepped_on(tiny_model, two_pairs, fact
 
 
 @pytest.mark.parametrize(
-    ("spoil", "came"),
+    ("spoil", "received"),
     [
         (lambda loss: loss[None], r"a tensor of shape \(1,\) with gradient"),
         (lambda loss: loss.detach(), r"a tensor of shape \(\) without gradient"),
@@ -192,14 +190,14 @@ def test_a_loss_that_is_not_finite_is_not_stepped_on(tiny_model, two_pairs, fact
         (lambda _: None, "None"),
     ],
 )
-def test_what_is_no_loss_is_named_as_the_objectives(tiny_model, two_pairs, spoil, came):
-    def spoiled(*given):
-        return spoil(OBJECTIVE.loss(*given))
+def test_what_is_no_loss_is_named_as_the_objectives(tiny_model, two_pairs, spoil, received):
+    def spoiled(*args):
+        return spoil(OBJECTIVE.loss(*args))
 
     batch = batch_of(tiny_model, two_pairs)
     with student_of(tiny_model) as student:
         optimizer_loop = OptimizerLoop(student, sgd(student), ema=None)
         with pytest.raises(
-            ContractError, match=rf"spoiled returned {came} for a batch of 2\. Expected a scalar tensor"
+            ContractError, match=rf"spoiled returned {received} for a batch of 2\. Expected a scalar tensor"
         ):
             take_step(optimizer_loop, tiny_model, [batch], loss=spoiled)

@@ -27,7 +27,7 @@ each_schedule = pytest.mark.parametrize("kind", SCHEDULES)
 
 @each_schedule
 @pytest.mark.parametrize("outside_weight", [1.0, 0.2])
-def test_direct_preference_is_what_the_formula_says(make_model, two_pairs, kind, outside_weight):
+def test_direct_preference_follows_its_formula(make_model, two_pairs, kind, outside_weight):
     model = make_model(noise_schedule=SCHEDULES[kind])
     mask = torch.tensor([1.0, 0.5, 0.0, 0.0]).expand(2, 3, 4, 4)
     batch = batch_of(model, two_pairs, region_mask=mask)

@@ -19,7 +19,7 @@ def clock(monkeypatch):
     return Clock
 
 
-def test_an_event_says_what_the_step_was(clock):
+def test_an_event_describes_its_step(clock):
     events = []
     with ProgressLog(9, events.append, initial=4, show=False) as log:
         clock.now = 2.0
@@ -54,7 +54,7 @@ def test_a_resumed_training_shows_the_steps_it_has_behind_it(capsys):
     assert "loss=0.5" in shown
 
 
-def test_nothing_is_shown_unless_asked_for(capsys):
+def test_no_progress_is_shown_by_default(capsys):
     with ProgressLog(1, None, initial=0, show=False) as log:
         log.log_step(1, pairs=2, **STEP)
     assert not capsys.readouterr().err

@@ -165,7 +165,7 @@ def test_dora_refuses_weights_it_cannot_read_before_anything_is_encoded(kind, st
     synthesizer = synthesizer_of(pipeline)
     drawn = synthesizer.synthesize(aa.Plan("a"), seed=0).tobytes()
     encoded = []
-    monkeypatch.setattr(Flux, "encode_images", lambda *given: encoded.append(given))
+    monkeypatch.setattr(Flux, "encode_images", lambda *args: encoded.append(args))
     with pytest.raises(aa.ModelError, match=rf"DoRA starts from the norms .* stored as .*{storage}"):
         training_of(synthesizer, adapter=aa.DoRA())
     assert not encoded

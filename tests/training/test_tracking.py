@@ -36,7 +36,7 @@ def test_an_unknown_tracker_is_refused_naming_the_known_ones():
         pytest.fail("the block ran")
 
 
-def test_a_tracker_that_is_not_installed_says_what_to_install():
+def test_a_tracker_that_is_not_installed_names_what_to_install():
     with (
         pytest.raises(MissingExtraError, match=r"needs the aim package\. Run: pip install aim"),
         open_tracker("aim", "first"),

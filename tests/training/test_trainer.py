@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_model, two_pairs, 
     assert_as_before(tiny_model.module, state)
 
 
-def test_an_absurd_learning_rate_diverges_and_says_so(tiny_model, two_pairs):
+def test_an_absurd_learning_rate_is_a_divergence_error(tiny_model, two_pairs):
     with pytest.raises(TrainingDivergedError):
         trainer_of(learning_rate=1e30, warmup=0).train(two_pairs, tiny_model, seed=0)
 

@@ -312,7 +312,7 @@ def test_answers_are_in_the_order_of_the_pictures():
     assert [answer.suggestions[0].prompt for answer in answers] == prompts
 
 
-def test_after_a_refused_schema_the_model_is_asked_for_free_text_with_one_warning(caplog):
+def test_after_a_refused_schema_requests_are_for_free_text_with_one_warning(caplog):
     def picky(exchange):
         (refuses(400, b"response_format is not supported") if "response_format" in exchange.request else GOOD)(exchange)
 

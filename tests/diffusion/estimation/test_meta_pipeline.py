@@ -96,7 +96,7 @@ class ValueReadingFlux(Flux):
         return {**encoded, "strength": torch.full((len(prompts), 1), encoded["prompt_embeds"].mean().item())}
 
 
-def test_a_family_that_cannot_encode_without_weights_is_asked_for_its_shapes():
+def test_a_family_that_cannot_encode_without_weights_gives_its_shapes():
     pipeline = meta_pipeline(tiny_flux(), dtype=torch.float32)
     with pytest.raises(
         aa.ModelError, match=r"what ValueReadingFlux.encode_prompts returns .*Give the family a method text_shapes\(\)"

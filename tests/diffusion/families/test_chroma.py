@@ -99,14 +99,14 @@ def test_gradient_checkpointing_keeps_the_mask_that_diffusers_leaves_out():
     conditioning = chroma.encode_prompts(PROMPTS)
     plain = chroma.predict(noisy, sigmas, conditioning)
     weight = chroma.module.single_transformer_blocks[1].proj_mlp.weight
-    (wanted,) = torch.autograd.grad(plain.square().mean(), weight)
+    (expected,) = torch.autograd.grad(plain.square().mean(), weight)
     chroma.module.enable_gradient_checkpointing()
     function = chroma.module._gradient_checkpointing_func  # noqa: SLF001 - which predict replaces for a while
     predicted = chroma.predict(noisy, sigmas, conditioning)
     assert torch.equal(predicted, plain)
     assert chroma.module._gradient_checkpointing_func is function  # noqa: SLF001 - likewise
     (gradient,) = torch.autograd.grad(predicted.square().mean(), weight)
-    assert torch.equal(gradient, wanted)
+    assert torch.equal(gradient, expected)
     unmasked = {**conditioning, "prompt_attention_mask": torch.ones(2, LIMIT)}
     assert not torch.equal(chroma.predict(noisy, sigmas, unmasked), plain), "the mask has no effect"
 
@@ -125,9 +125,9 @@ def test_latents_are_scaled_and_packed_so_that_the_pipeline_decodes_them():
     vae = chroma.pipeline.vae
     unpacked = chroma.pipeline._unpack_latents(latents, 32, 24, 2)  # noqa: SLF001 - what the pipeline decodes with
     with torch.no_grad():
-        wanted = vae.encode(chroma.pipeline.image_processor.preprocess(images)).latent_dist.mode()
+        expected = vae.encode(chroma.pipeline.image_processor.preprocess(images)).latent_dist.mode()
     assert latents.shape == (2, 8 * 6, 16)
-    torch.testing.assert_close(unpacked / vae.config.scaling_factor + vae.config.shift_factor, wanted)
+    torch.testing.assert_close(unpacked / vae.config.scaling_factor + vae.config.shift_factor, expected)
 
 
 @pytest.mark.parametrize("dynamic_shift", [False, True])
@@ -225,7 +225,7 @@ def test_spans_name_every_token_of_the_sequence_and_its_mask(chroma, trim_paddin
         assert all((token_mask[row, tokens] == 1).all() for _, tokens in span_slices(row_spans, "image"))
 
 
-def test_every_layer_that_takes_tokens_says_which(chroma):
+def test_every_layer_that_takes_tokens_has_a_token_stream(chroma):
     denoiser, calls = recorded_run(chroma, PROMPTS)
     prompts = [chroma.encode_separately(["a door", "ivy"])] * 2
     changed, spans = denoiser.append_prompts(calls[0][0], prompts, trim_padding=True)
@@ -271,9 +271,9 @@ def test_a_training_can_be_estimated_from_configs_alone(tmp_path):
     for file in tmp_path.rglob("*"):
         if file.is_file() and "config" not in file.name and file.name != "model_index.json":
             file.unlink()
-    wanted = estimate(pipeline, width=32, height=32, dtype=torch.float32)
+    expected = estimate(pipeline, width=32, height=32, dtype=torch.float32)
     found = estimate(tmp_path, width=32, height=32, dtype=torch.float32)
-    assert found == wanted
+    assert found == expected
     family = family_of(Chroma1, meta_pipeline(tmp_path, dtype=torch.float32), width=32, height=32)
     encoded = family_of(Chroma1, pipeline).encode_prompts(["a lake"])
     assert text_shapes(family) == {name: tuple(tensor.shape[1:]) for name, tensor in encoded.items()}

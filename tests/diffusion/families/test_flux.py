@@ -80,9 +80,9 @@ def test_latents_are_scaled_and_packed_so_that_the_pipeline_decodes_them(flux):
     spread = flux.pipeline._unpack_latents(latents, 32, 24, 2)  # noqa: SLF001 - what the pipeline decodes with
     pixels = flux.pipeline.image_processor.preprocess(images)
     with torch.no_grad():
-        wanted = vae.encode(pixels).latent_dist.mode()
+        expected = vae.encode(pixels).latent_dist.mode()
     assert latents.shape == (2, 8 * 6, 16)
-    torch.testing.assert_close(spread / vae.config.scaling_factor + vae.config.shift_factor, wanted)
+    torch.testing.assert_close(spread / vae.config.scaling_factor + vae.config.shift_factor, expected)
 
 
 def test_encoding_a_picture_of_another_size_is_refused(flux):

@@ -101,15 +101,15 @@ def test_latents_are_packed_and_normalized_so_that_the_pipeline_decodes_them(fam
     latents = family.encode_images(images)
     vae = family.pipeline.vae
     with torch.no_grad():
-        wanted = vae.encode(family.pipeline.image_processor.preprocess(images)).latent_dist.mode()
-        decoded = vae.decode(wanted).sample
+        expected = vae.encode(family.pipeline.image_processor.preprocess(images)).latent_dist.mode()
+        decoded = vae.decode(expected).sample
     places = family.pipeline._prepare_latent_ids(torch.empty(2, 1, 8, 6))  # noqa: SLF001 - what the pipeline decodes with
     spread_out = family.pipeline._unpack_latents_with_ids(latents, places)  # noqa: SLF001 - likewise
     deviation = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
     spread_out = spread_out * deviation + vae.bn.running_mean.view(1, -1, 1, 1)
     spread_out = family.pipeline._unpatchify_latents(spread_out)  # noqa: SLF001 - likewise
     assert latents.shape == (2, 8 * 6, 16)
-    torch.testing.assert_close(spread_out, wanted)
+    torch.testing.assert_close(spread_out, expected)
     with torch.no_grad():
         torch.testing.assert_close(vae.decode(spread_out).sample, decoded)
 
@@ -256,7 +256,7 @@ def test_words_are_where_the_padding_is_not(family):
     assert padded.shape == text.conditioning["prompt_embeds"].shape
 
 
-def test_a_region_that_says_what_the_plan_says_changes_next_to_nothing(family):
+def test_a_region_with_the_plans_prompt_changes_next_to_nothing(family):
     plain = synthesizer_of(family).synthesize(aa.Plan(PROMPTS[0]), seed=1)
     guided = synthesizer_of(family, guide=OutputMix()).synthesize(
         aa.Plan(PROMPTS[0], (aa.Region(FULL, PROMPTS[0], weight=7.0),)), seed=1
@@ -290,7 +290,7 @@ def _encoded(family, area, prompt):
     return [EncodedRegion(aa.Region(area, prompt), *family.encode_separately([prompt]))]
 
 
-def test_every_layer_that_takes_tokens_says_which(family):
+def test_every_layer_that_takes_tokens_has_a_token_stream(family):
     denoiser, calls = recorded_run(family, PROMPTS)
     texts = [family.encode_separately(["a door", "ivy"])] * len(PROMPTS)
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)

@@ -105,13 +105,13 @@ def test_latents_are_packed_and_normalized_so_that_the_pipeline_decodes_them():
     vae = qwen.pipeline.vae
     with torch.no_grad():
         pixels = qwen.pipeline.image_processor.preprocess(images).unsqueeze(2)
-        wanted = vae.encode(pixels).latent_dist.mode()
+        expected = vae.encode(pixels).latent_dist.mode()
     spread_out = qwen.pipeline._unpack_latents(latents, 32, 24, 2)  # noqa: SLF001 - what the pipeline decodes with
     mean, deviation = (
         torch.tensor(channels).view(1, 4, 1, 1, 1) for channels in (vae.config.latents_mean, vae.config.latents_std)
     )
     assert latents.shape == (2, 8 * 6, 16)
-    torch.testing.assert_close(spread_out * deviation + mean, wanted)
+    torch.testing.assert_close(spread_out * deviation + mean, expected)
 
 
 def test_encoding_a_picture_of_another_size_is_refused():
@@ -179,7 +179,7 @@ def test_twins_that_attend_plainly_predict_the_same_bit_for_bit(qwen):
     assert [site.block for site, _, _ in attentions] == [0, 1]
 
 
-def test_padding_that_nobody_sees_is_what_the_mask_was(qwen):
+def test_padding_that_no_query_attends_to_equals_the_mask(qwen):
     denoiser, calls = recorded_run(qwen, PROMPTS)
     call, output = calls[0]
     changed, spans = denoiser.append_prompts(call, [[], []], trim_padding=True)
@@ -289,7 +289,7 @@ def test_a_call_without_regions_keeps_its_mask_bit_for_bit(qwen):
     assert not attentions
 
 
-def test_a_region_that_says_what_the_plan_says_changes_next_to_nothing(qwen):
+def test_a_region_with_the_plans_prompt_changes_next_to_nothing(qwen):
     plain = synthesizer_of(qwen).synthesize(aa.Plan(PROMPTS[0]), seed=1)
     region = aa.Region(FULL, PROMPTS[0], weight=7.0)
     guided = synthesizer_of(qwen, guide=OutputMix()).synthesize(aa.Plan(PROMPTS[0], (region,)), seed=1)
@@ -316,7 +316,7 @@ def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_ow
     assert (change[1, :, 3:] != 0).any()
 
 
-def test_every_layer_that_takes_tokens_says_which(qwen):
+def test_every_layer_that_takes_tokens_has_a_token_stream(qwen):
     denoiser, calls = recorded_run(qwen, PROMPTS)
     texts = [qwen.encode_separately(["a door", "ivy"])] * len(PROMPTS)
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)

@@ -31,17 +31,17 @@ def test_a_folder_that_is_no_pipeline_says_what_it_holds(tmp_path):
         DiffusersSynthesizer.from_pretrained(tmp_path)
 
 
-def test_an_empty_folder_says_so(tmp_path):
+def test_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(aa.ModelError, match="is a folder that holds nothing"):
         DiffusersSynthesizer.from_pretrained(tmp_path)
 
 
-def test_a_folder_that_is_not_there_says_so(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(aa.ModelError, match=r"nowhere' does not exist"):
         DiffusersSynthesizer.from_pretrained(tmp_path / "nowhere")
 
 
-def test_an_index_that_is_no_json_says_so(tmp_path):
+def test_an_index_that_is_no_json_is_an_error(tmp_path):
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(aa.ModelError, match="not a valid JSON file"):
         DiffusersSynthesizer.from_pretrained(tmp_path)

@@ -86,10 +86,10 @@ def test_artaug_draws_what_the_pipeline_draws_bit_for_bit(pipeline, prompts, sca
     guidance = {} if negative is None else {"negative_prompt": [negative] * len(prompts)}
     guidance |= {} if scale is None else {"guidance_scale": scale}
     size = {"width": WIDTH, "height": HEIGHT, "max_sequence_length": 24}
-    wanted = drawn_by_pipeline(pipeline, prompts, **guidance, **size)
+    expected = drawn_by_pipeline(pipeline, prompts, **guidance, **size)
     plans = [aa.Plan(prompt) for prompt in prompts]
     drawn = drawn_by_artaug(StableDiffusion3, pipeline, plans, guidance_scale=scale, negative_prompt=negative, **size)
-    assert np.array_equal(drawn, wanted)
+    assert np.array_equal(drawn, expected)
 
 
 def test_the_default_guidance_scale_is_the_pipelines_own():
@@ -133,10 +133,10 @@ def test_latents_are_shifted_and_scaled_so_that_the_pipeline_decodes_them():
     images = [picture(seed, width=WIDTH, height=HEIGHT) for seed in (1, 2)]
     latents, vae = sd3.encode_images(images), sd3.pipeline.vae
     with torch.no_grad():
-        wanted = vae.encode(sd3.pipeline.image_processor.preprocess(images)).latent_dist.mode()
+        expected = vae.encode(sd3.pipeline.image_processor.preprocess(images)).latent_dist.mode()
     assert latents.shape == (2, 4, 16, 12)
     # as the pipeline undoes it before it decodes
-    torch.testing.assert_close(latents / vae.config.scaling_factor + vae.config.shift_factor, wanted)
+    torch.testing.assert_close(latents / vae.config.scaling_factor + vae.config.shift_factor, expected)
 
 
 @pytest.mark.parametrize("dynamic_shift", [False, True])
@@ -154,7 +154,7 @@ def test_training_shifts_noise_levels_as_the_scheduler_does(dynamic_shift):
 # Guides
 
 
-def test_both_branches_of_a_batched_call_are_told_apart(sd3):
+def test_both_branches_of_a_batched_call_are_distinguished(sd3):
     denoiser = sd3.denoiser(sd3.encode_prompts([BARN, LAKE]))
     plain, _ = first_call(sd3, [BARN, LAKE], guidance_scale=1.0)
     guided, _ = first_call(sd3, [BARN, LAKE], negative_prompt=["fog", "fog"])
@@ -246,7 +246,7 @@ def test_the_image_alone_is_no_site(sd3):
     assert all(site.attention is block.attn for site, block in zip(sites, sd3.module.transformer_blocks, strict=True))
 
 
-def test_layers_see_the_tokens_their_stream_says(sd3):
+def test_layers_get_the_tokens_of_their_stream(sd3):
     call, _ = first_call(sd3, [BARN], guidance_scale=1.0)
     denoiser = sd3.denoiser(sd3.encode_prompts([BARN]))
     longer, _ = denoiser.append_prompts(call, [sd3.encode_separately([DUSK])], trim_padding=True)
@@ -288,7 +288,7 @@ def test_each_row_of_a_batch_has_its_own_regions(sd3):
     rows = [[aa.Region(LEFT, DUSK), aa.Region(FULL, LAKE)], [aa.Region(LEFT, BARN)]]
     together = steered(sd3, aa.RegionalAttention(), call, [BARN, LAKE], *rows)
     for row, prompt in enumerate([BARN, LAKE]):
-        single = {name: given[row : row + 1] if torch.is_tensor(given) else given for name, given in call.items()}
+        single = {name: value[row : row + 1] if torch.is_tensor(value) else value for name, value in call.items()}
         alone = steered(sd3, aa.RegionalAttention(), single, [prompt], rows[row])
         torch.testing.assert_close(together[row : row + 1], alone)
         assert not torch.allclose(together[row], velocity[row], atol=1e-3)

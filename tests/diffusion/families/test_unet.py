@@ -65,7 +65,7 @@ def rows_of(call, rows):
     """The same call for some of its rows."""
     selected = {name: call[name][rows] for name in ("sample", "encoder_hidden_states")}
     if call["added_cond_kwargs"] is not None:
-        selected["added_cond_kwargs"] = {name: given[rows] for name, given in call["added_cond_kwargs"].items()}
+        selected["added_cond_kwargs"] = {name: value[rows] for name, value in call["added_cond_kwargs"].items()}
     return {**call, **selected}
 
 
@@ -89,12 +89,12 @@ def test_artaug_draws_what_the_pipeline_draws_bit_for_bit(unet, prompts, scale, 
     guidance = {} if negative is None else {"negative_prompt": [negative] * len(prompts)}
     guidance |= {} if scale is None else {"guidance_scale": scale}
     size = {"width": WIDTH, "height": HEIGHT}
-    wanted = drawn_by_pipeline(unet.pipeline, prompts, **guidance, **size)
+    expected = drawn_by_pipeline(unet.pipeline, prompts, **guidance, **size)
     plans = [aa.Plan(prompt) for prompt in prompts]
     drawn = drawn_by_artaug(
         type(unet), unet.pipeline, plans, guidance_scale=scale, negative_prompt=negative, max_sequence_length=77, **size
     )
-    assert np.array_equal(drawn, wanted)
+    assert np.array_equal(drawn, expected)
 
 
 def test_an_sdxl_that_reads_the_empty_prompt_as_such_draws_likewise():
@@ -224,9 +224,9 @@ def test_latents_are_scaled_so_that_the_pipeline_decodes_them(unet):
     images = [picture(seed, width=WIDTH, height=HEIGHT) for seed in (1, 2)]
     latents, vae = unet.encode_images(images), unet.pipeline.vae
     with torch.no_grad():
-        wanted = vae.encode(unet.pipeline.image_processor.preprocess(images)).latent_dist.mode()
+        expected = vae.encode(unet.pipeline.image_processor.preprocess(images)).latent_dist.mode()
     assert latents.shape == (2, 4, *GRID)
-    torch.testing.assert_close(latents / vae.config.scaling_factor, wanted)
+    torch.testing.assert_close(latents / vae.config.scaling_factor, expected)
 
 
 def decoded(unet, latents):
@@ -247,24 +247,24 @@ def test_sdxl_pictures_go_through_latents_as_through_the_vae_alone(normalized):
         vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 2.0, 1.0, 0.7])
     image = picture(3, width=WIDTH, height=HEIGHT)
     with torch.no_grad():
-        there = vae.encode(processor.preprocess([image])).latent_dist.mode()
-        back = processor.postprocess(vae.decode(there).sample, output_type="pil")
-    assert np.abs(decoded(unet, unet.encode_images([image])).astype(int) - pixels(back)).max() <= 1
+        latents = vae.encode(processor.preprocess([image])).latent_dist.mode()
+        decoded_images = processor.postprocess(vae.decode(latents).sample, output_type="pil")
+    assert np.abs(decoded(unet, unet.encode_images([image])).astype(int) - pixels(decoded_images)).max() <= 1
 
 
 def test_a_half_precision_vae_that_overflows_encodes_in_full_and_stays_what_it_was():
-    whole, half = unet_of("sdxl"), unet_of("sdxl")
+    reference, half = unet_of("sdxl"), unet_of("sdxl")
     half.pipeline.vae.half()
-    whole.pipeline.vae.half().float()
+    reference.pipeline.vae.half().float()
     image = picture(width=WIDTH, height=HEIGHT)
-    assert torch.equal(half.encode_images([image]), whole.encode_images([image]))
+    assert torch.equal(half.encode_images([image]), reference.encode_images([image]))
     assert half.pipeline.vae.dtype == torch.float16
 
 
 # Guides
 
 
-def test_both_branches_of_a_batched_call_are_told_apart(unet):
+def test_both_branches_of_a_batched_call_are_distinguished(unet):
     denoiser = unet.denoiser(unet.encode_prompts([BARN, LAKE]))
     plain, _ = calls_of(unet, [BARN, LAKE], guidance_scale=1.0)[0]
     guided, _ = calls_of(unet, [BARN, LAKE])[0]
@@ -360,7 +360,7 @@ def test_a_level_in_the_middle_has_the_rows_and_columns_its_tokens_are_in():
     assert grids == [(2, 3), *[(1, 2)] * 8, *[(2, 3)] * 2]
 
 
-def test_layers_see_the_tokens_their_stream_says(unet):
+def test_layers_get_the_tokens_of_their_stream(unet):
     call, _ = calls_of(unet, [BARN], guidance_scale=1.0)[0]
     denoiser = unet.denoiser(unet.encode_prompts([BARN]))
     longer, _ = denoiser.append_prompts(call, [unet.encode_separately([DUSK])], trim_padding=True)
@@ -526,23 +526,25 @@ def conv_lora(unet, *names):
 @pytest.mark.parametrize(
     ("tiny", "name"), [*((tiny_sd15, name) for name in CONVOLUTIONS), (tiny_sdxl, "down_blocks.0.resnets.0.conv1")]
 )
-def test_a_region_of_everything_wears_a_lora_of_convolutions_as_the_whole_picture_does(tiny, name, guide, scale):
-    """Under guidance, too: what a picture is guided away from wears it as well, or it would count so many times."""
+def test_a_lora_of_convolutions_in_a_region_of_everything_acts_as_on_the_whole_picture(tiny, name, guide, scale):
+    """Under guidance too: the negative branch has the LoRA as well, else guidance would multiply its effect."""
     pipeline = tiny()
     lora = conv_lora(pipeline.unet, name)
     sides = {"width": 64, "height": 64, "steps": 2, "guidance_scale": scale}
-    whole = DiffusersSynthesizer(pipeline=pipeline, **sides).with_lora(lora).synthesize(aa.Plan("a red cone"), seed=0)
+    reference = (
+        DiffusersSynthesizer(pipeline=pipeline, **sides).with_lora(lora).synthesize(aa.Plan("a red cone"), seed=0)
+    )
     guides = {
         "attention": aa.RegionalAttention(isolation=APART, loras={"anna": lora}),
         "mixing": aa.OutputMix(loras={"anna": lora}),
     }
     region = aa.Region(aa.Box(0, 0, 1, 1), "a red cone", lora="anna", weight=1e4 if guide == "mixing" else 1.0)
     plan = aa.Plan("a red cone", (region,))
-    worn = DiffusersSynthesizer(pipeline=pipeline, guide=guides[guide], **sides).synthesize(plan, seed=0)
+    regional = DiffusersSynthesizer(pipeline=pipeline, guide=guides[guide], **sides).synthesize(plan, seed=0)
     plain = DiffusersSynthesizer(pipeline=pipeline, **sides).synthesize(aa.Plan("a red cone"), seed=0)
-    found, wanted, before = (np.asarray(image, dtype=int) for image in (worn, whole, plain))
-    assert abs(found - wanted).max() <= 2
-    assert abs(wanted - before).max() > 4
+    found, expected, before = (np.asarray(image, dtype=int) for image in (regional, reference, plain))
+    assert abs(found - expected).max() <= 2
+    assert abs(expected - before).max() > 4
 
 
 def test_a_lora_of_a_convolution_stays_in_its_region():
@@ -551,10 +553,10 @@ def test_a_lora_of_a_convolution_stays_in_its_region():
     outputs = []
     pipeline.unet.register_forward_hook(lambda _, __, output: outputs.append(output[0]))
     sides = {"width": 64, "height": 64, "steps": 1}
-    for worn, loras in ((None, {}), ("anna", {"anna": lora})):
+    for lora_name, loras in ((None, {}), ("anna", {"anna": lora})):
         guide = aa.RegionalAttention(isolation=APART, loras=loras)
         left, right = aa.Box(0, 0, 0.5, 1), aa.Box(0.5, 0, 1, 1)
-        plan = aa.Plan("a cone", (aa.Region(left, "a red cone", lora=worn), aa.Region(right, "a blue cube")))
+        plan = aa.Plan("a cone", (aa.Region(left, "a red cone", lora=lora_name), aa.Region(right, "a blue cube")))
         DiffusersSynthesizer(pipeline=pipeline, guide=guide, **sides).synthesize(plan, seed=0)
     before, after = outputs[0], outputs[-1]
     apart = (after - before).abs().amax((0, 1, 2))

@@ -47,8 +47,8 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(z_image):
     encoded = z_image.encode_prompts(PROMPTS)
     lengths = encoded["prompt_embeds_mask"].sum(dim=1).tolist()
     assert lengths == [tokens.stop for tokens in z_image.token_slices(PROMPTS)]
-    for row, length, wanted in zip(encoded["prompt_embeds"], lengths, call["cap_feats"], strict=True):
-        assert torch.equal(row[:length], wanted)
+    for row, length, expected in zip(encoded["prompt_embeds"], lengths, call["cap_feats"], strict=True):
+        assert torch.equal(row[:length], expected)
     assert not encoded["prompt_embeds"].requires_grad
 
 
@@ -96,9 +96,9 @@ def test_latents_are_scaled_so_that_the_pipeline_decodes_them():
     latents = z_image.encode_images(images)
     vae = z_image.pipeline.vae
     with torch.no_grad():
-        wanted = vae.encode(z_image.pipeline.image_processor.preprocess(images)).latent_dist.mode()
+        expected = vae.encode(z_image.pipeline.image_processor.preprocess(images)).latent_dist.mode()
     assert latents.shape == (2, 4, 16, 12)
-    torch.testing.assert_close(latents / vae.config.scaling_factor + vae.config.shift_factor, wanted)
+    torch.testing.assert_close(latents / vae.config.scaling_factor + vae.config.shift_factor, expected)
 
 
 def test_encoding_a_picture_of_another_size_is_refused():
@@ -261,7 +261,7 @@ def test_a_text_longer_than_the_positions_is_refused():
         denoiser.append_prompts(calls[0][0], [[long], []], trim_padding=True)
 
 
-def test_a_region_that_says_what_the_plan_says_changes_next_to_nothing(z_image):
+def test_a_region_with_the_plans_prompt_changes_next_to_nothing(z_image):
     plain = synthesizer_of(z_image).synthesize(aa.Plan(LONG), seed=1)
     region = aa.Region(FULL, LONG, weight=7.0)
     guided = synthesizer_of(z_image, guide=OutputMix()).synthesize(aa.Plan(LONG, (region,)), seed=1)
@@ -299,7 +299,7 @@ def test_a_regions_own_negative_prompt_changes_the_negative_branch():
     assert (change[1, ..., 6:] == 0).all()
 
 
-def test_every_layer_that_takes_tokens_says_which(z_image):
+def test_every_layer_that_takes_tokens_has_a_token_stream(z_image):
     denoiser, calls = recorded_run(z_image, PROMPTS)
     texts = [z_image.encode_separately(["a door", "ivy"])] * len(calls[0][0]["x"])
     changed, spans = denoiser.append_prompts(calls[0][0], texts, trim_padding=True)

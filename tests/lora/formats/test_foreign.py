@@ -46,13 +46,13 @@ def sd_scripts_flux1():
     }
     header = {"ss_network_module": "networks.lora_flux", "ss_network_dim": "4", "ss_network_alpha": "1.0"}
     rows = [slice(number * WIDTH, (number + 1) * WIDTH) for number in range(3)]
-    wanted = {
+    expected = {
         **{f"{BLOCK}.attn.add_{part}_proj": update(fused, 0.25, row) for part, row in zip("qkv", rows, strict=True)},
         **{f"{SINGLE}.attn.to_{part}": update(linear1, 0.25, row) for part, row in zip("qkv", rows, strict=True)},
         f"{SINGLE}.proj_mlp": update(linear1, 0.25, slice(3 * WIDTH, None)),
         f"{SINGLE}.proj_out": update(plain, 0.25),
     }
-    return tensors, header, wanted, FLUX1
+    return tensors, header, expected, FLUX1
 
 
 def sd_scripts_sdxl():
@@ -64,12 +64,12 @@ def sd_scripts_sdxl():
         **down_up("lora_unet_middle_block_1_proj_in", pair, torch.tensor(8.0)),
         **down_up("lora_unet_input_blocks_4_0_emb_layers_1", pair, torch.tensor(8.0)),
     }
-    wanted = {
+    expected = {
         "up_blocks.1.attentions.1.transformer_blocks.1.attn2.to_k": update(pair, 2.0),
         "mid_block.attentions.0.proj_in": update(pair, 2.0),
         "down_blocks.1.resnets.0.time_emb_proj": update(pair, 2.0),
     }
-    return tensors, {"ss_network_module": "networks.lora"}, wanted, SDXL
+    return tensors, {"ss_network_module": "networks.lora"}, expected, SDXL
 
 
 def sd_scripts_sd15():
@@ -79,11 +79,11 @@ def sd_scripts_sd15():
         **down_up("lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_ff_net_0_proj", pair, torch.tensor(1.0)),
         **down_up("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0", pair, torch.tensor(1.0)),
     }
-    wanted = {
+    expected = {
         "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj": update(pair, 0.25),
         "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0": update(pair, 0.25),
     }
-    return tensors, {"ss_network_module": "networks.lora"}, wanted, SD15
+    return tensors, {"ss_network_module": "networks.lora"}, expected, SD15
 
 
 def diffusers_sd15():
@@ -107,11 +107,11 @@ def ai_toolkit_flux2():
         **a_b("diffusion_model.double_blocks.0.img_attn.qkv", fused),
         **a_b("diffusion_model.single_blocks.0.linear1", linear1),
     }
-    wanted = {
+    expected = {
         **{f"{BLOCK}.attn.to_{part}": update(fused, 1, slice(8 * n, 8 * n + 8)) for n, part in enumerate("qkv")},
         f"{SINGLE}.attn.to_qkv_mlp_proj": update(linear1),
     }
-    return tensors, {"format": "pt"}, wanted, FLUX2
+    return tensors, {"format": "pt"}, expected, FLUX2
 
 
 def ai_toolkit_z_image():
@@ -143,8 +143,8 @@ def one_trainer_flux1():
         **down_up("lora_transformer_transformer_blocks_0_attn_add_q_proj", pair, torch.tensor(1.0)),
         **down_up("lora_transformer_single_transformer_blocks_0_proj_mlp", pair, torch.tensor(4.0)),
     }
-    wanted = {f"{BLOCK}.attn.add_q_proj": update(pair, 0.25), f"{SINGLE}.proj_mlp": update(pair)}
-    return tensors, {"format": "pt"}, wanted, None
+    expected = {f"{BLOCK}.attn.add_q_proj": update(pair, 0.25), f"{SINGLE}.proj_mlp": update(pair)}
+    return tensors, {"format": "pt"}, expected, None
 
 
 def diffsynth_flux1():
@@ -157,14 +157,14 @@ def diffsynth_flux1():
         **a_b("final_norm_out.linear", pair, "default."),
     }
     rows = [slice(8 * number, 8 * number + 8) for number in range(3)]
-    wanted = {
+    expected = {
         **{f"{BLOCK}.attn.add_{part}_proj": update(fused, 1, row) for part, row in zip("qkv", rows, strict=True)},
         **{f"{SINGLE}.attn.to_{part}": update(linear1, 1, row) for part, row in zip("qkv", rows, strict=True)},
         f"{SINGLE}.proj_mlp": update(linear1, 1, slice(24, None)),
         f"{BLOCK}.ff.net.2": update(pair),
         "norm_out.linear": update(pair),
     }
-    return tensors, {}, wanted, None
+    return tensors, {}, expected, None
 
 
 def diffsynth_qwen_image():
@@ -202,32 +202,32 @@ TRAINERS = [
 
 
 def written(folder, trainer):
-    tensors, header, wanted, key_map = trainer()
+    tensors, header, expected, key_map = trainer()
     save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / "lora.safetensors", header)
-    return folder / "lora.safetensors", LoRA(wanted), key_map
+    return folder / "lora.safetensors", LoRA(expected), key_map
 
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
 def test_a_file_is_read_as_its_trainer_means_it(tmp_path, trainer):
-    path, wanted, _ = written(tmp_path, trainer)
+    path, expected, _ = written(tmp_path, trainer)
     found = LoRA.load(path)
-    assert found.layers.keys() == wanted.layers.keys()
-    for name, layer in wanted.layers.items():
+    assert found.layers.keys() == expected.layers.keys()
+    for name, layer in expected.layers.items():
         torch.testing.assert_close(found.layers[name].delta()[:, :64], layer.delta()[:, :64], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
 def test_the_other_readers_agree(tmp_path, trainer):
-    path, wanted, key_map = written(tmp_path, trainer)
-    found = verify_export(path, wanted, key_map=key_map)
+    path, expected, key_map = written(tmp_path, trainer)
+    found = verify_export(path, expected, key_map=key_map)
     assert len(found.readers) == (2 if key_map is None else 3)
     assert found.worst[1] < 1e-6
 
 
 @pytest.mark.parametrize("trainer", [sd_scripts_flux1, ai_toolkit_flux2], ids=lambda trainer: trainer.__name__)
 def test_a_loaded_lora_is_saved_again_without_loss(tmp_path, trainer):
-    path, wanted, key_map = written(tmp_path, trainer)
+    path, expected, key_map = written(tmp_path, trainer)
     lora = LoRA.load(path)
     for kind in key_map.key_formats:
         again = lora.save(tmp_path / f"{kind}.safetensors", format=kind, key_map=key_map)
-        assert verify_export(again, wanted, key_map=key_map).worst[1] < 1e-6
+        assert verify_export(again, expected, key_map=key_map).worst[1] < 1e-6

@@ -186,8 +186,8 @@ def test_a_file_has_the_given_precision_and_the_documented_error(tmp_path, kind,
     factors = {tensor.dtype for key, tensor in load_file(path).items() if not key.endswith(".alpha")}
     assert factors == {dtype}
     for name, layer in LoRA.load(path).layers.items():
-        wanted = lora.layers[name].delta()
-        assert least <= (layer.delta() - wanted).norm() / wanted.norm() <= most
+        expected = lora.layers[name].delta()
+        assert least <= (layer.delta() - expected).norm() / expected.norm() <= most
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e9])
@@ -253,8 +253,8 @@ def test_a_middle_factor_of_a_convolution_is_multiplied_into_down(tmp_path_facto
     (layer,) = read(tmp_path_factory.mktemp("middle"), tensors).layers.values()
     pixels = torch.randn(2, inputs, 7, 7)
     conv2d = torch.nn.functional.conv2d
-    wanted = conv2d(conv2d(conv2d(pixels, down), middle), up) * (1 if alpha is None else alpha / rank)
-    torch.testing.assert_close(conv2d(pixels, layer.delta()), wanted, rtol=1e-4, atol=1e-4)
+    expected = conv2d(conv2d(conv2d(pixels, down), middle), up) * (1 if alpha is None else alpha / rank)
+    torch.testing.assert_close(conv2d(pixels, layer.delta()), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -27,18 +27,18 @@ def low_rank(rank, outputs=6, inputs=5, *, seed=0):
 LAYERS = {TO_Q: low_rank(2), TO_K: low_rank(3, seed=1)}
 
 
-@given(rank=st.integers(1, 4), other=st.integers(1, 4), seed=st.integers(0, 99))
-def test_the_relative_error_is_that_of_the_updates_themselves(rank, other, seed):
-    wanted, found = low_rank(rank, seed=seed), low_rank(other, seed=seed + 1)
-    dense = (found.delta() - wanted.delta()).norm() / wanted.delta().norm()
-    assert relative_error(found, wanted) == pytest.approx(dense.item(), rel=1e-5)
+@given(rank=st.integers(1, 4), other_rank=st.integers(1, 4), seed=st.integers(0, 99))
+def test_the_relative_error_is_that_of_the_updates_themselves(rank, other_rank, seed):
+    expected, found = low_rank(rank, seed=seed), low_rank(other_rank, seed=seed + 1)
+    dense = (found.delta() - expected.delta()).norm() / expected.delta().norm()
+    assert relative_error(found, expected) == pytest.approx(dense.item(), rel=1e-5)
 
 
 @given(rank=st.integers(1, 4), share=st.floats(1e-5, 1))
 def test_small_errors_are_found(rank, share):
-    wanted = low_rank(rank)
-    found = LowRank(wanted.down.double(), wanted.up.double() * (1 + share))
-    assert relative_error(found, wanted) == pytest.approx(share, 1e-3)
+    expected = low_rank(rank)
+    found = LowRank(expected.down.double(), expected.up.double() * (1 + share))
+    assert relative_error(found, expected) == pytest.approx(share, 1e-3)
 
 
 def test_the_error_of_an_update_that_should_be_zero_is_infinite():
@@ -48,8 +48,8 @@ def test_the_error_of_an_update_that_should_be_zero_is_infinite():
     assert relative_error(low_rank(1, outputs=7), low_rank(1)) == float("inf")
 
 
-def compared(found, wanted=LAYERS, tolerance=1e-3):
-    return layer_errors(found, wanted, path=Path("a.safetensors"), reader="a reader", tolerance=tolerance)
+def compared(found, expected=LAYERS, tolerance=1e-3):
+    return layer_errors(found, expected, path=Path("a.safetensors"), reader="a reader", tolerance=tolerance)
 
 
 def test_a_layer_that_is_missing_is_named():
@@ -71,11 +71,11 @@ def test_a_layer_of_another_strength_is_named_with_its_error():
 
 
 def test_an_error_equal_to_the_tolerance_is_allowed():
-    wanted = {TO_Q: LowRank(torch.ones(1, 4), torch.ones(4, 1))}
+    expected = {TO_Q: LowRank(torch.ones(1, 4), torch.ones(4, 1))}
     half = {TO_Q: LowRank(torch.ones(1, 4), torch.full((4, 1), 0.5))}
-    assert compared(half, wanted, tolerance=0.5) == {TO_Q: 0.5}
+    assert compared(half, expected, tolerance=0.5) == {TO_Q: 0.5}
     with pytest.raises(LoRAError, match="another update"):
-        compared(half, wanted, tolerance=0.4999999)
+        compared(half, expected, tolerance=0.4999999)
 
 
 @pytest.mark.parametrize("kind", FLUX1.key_formats)
@@ -124,20 +124,20 @@ def test_a_key_that_is_no_layer_of_the_lora_is_named(tmp_path):
 def test_a_layer_with_two_names_in_a_file_is_an_error(tmp_path):
     path = LoRA(LAYERS).save(tmp_path / "a.safetensors", format=Format.KOHYA, key_map=FLUX1)
     flat = f"lora_unet_{TO_Q}".replace(".", "_")
-    again = {f"{flat}.lora_down.weight": LAYERS[TO_Q].down, f"{flat}.lora_up.weight": LAYERS[TO_Q].up}
+    repeated = {f"{flat}.lora_down.weight": LAYERS[TO_Q].down, f"{flat}.lora_up.weight": LAYERS[TO_Q].up}
     with pytest.raises(LoRAError, match="2 times"):
-        read_by_definition(with_more(path, again), LAYERS)
+        read_by_definition(with_more(path, repeated), LAYERS)
 
 
 def test_a_verification_shows_the_file_and_its_readers():
-    shown = Verification(
+    verification = Verification(
         path=Path("a<b.safetensors"), format=Format.KOHYA, readers=("one", "two"), errors={TO_Q: 0.0, TO_K: 2e-7}
     )
-    assert shown.worst == (TO_K, 2e-7)
-    assert repr(shown) == (
+    assert verification.worst == (TO_K, 2e-7)
+    assert repr(verification) == (
         "Verification('a<b.safetensors': kohya file of 2 layers, largest relative error 2.0e-07 in "
         f"'{TO_K}', read by one, two)"
     )
-    assert "a&lt;b.safetensors (kohya)" in shown._repr_html_()
+    assert "a&lt;b.safetensors (kohya)" in verification._repr_html_()
     with pytest.raises(TypeError):
-        shown.errors[TO_Q] = 1.0
+        verification.errors[TO_Q] = 1.0
