@@ -101,8 +101,9 @@ def show_plain_types(package: ModuleType) -> None:
         cls.__annotations__.update({name: plain[name] for name in cls.__annotations__})
 
 
-for name in ("", ".critics", ".diffusion", ".hub", ".playground", ".regional", ".scorers", ".suites", ".training"):
-    package = import_module(f"artaug{name}")
+PACKAGES = ("critics", "diffusion", "evaluation.suites", "hub", "lora.formats", "playground", "regional", "review", "scorers", "testing", "training")
+for name in ("artaug", *(f"artaug.{package}" for package in PACKAGES)):
+    package = import_module(name)
     show_public_paths(package)
     gather_field_docs(package)
     show_plain_types(package)

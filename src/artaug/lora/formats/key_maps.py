@@ -67,9 +67,9 @@ class KeyFormat:
 
     prefix: str
     down: str
-    """Ending of the key of `LowRank.down`."""
+    """Ending of the key of ``LowRank.down``."""
     up: str
-    """Ending of the key of `LowRank.up`."""
+    """Ending of the key of ``LowRank.up``."""
     original_names: bool = False
     """Original names, fused layers included; else diffusers' names."""
     flat: bool = False
