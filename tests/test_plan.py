@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import artaug as aa
+from artaug.drawing import draw_areas
 from artaug.plan import run_planner
 from support.strategies import critiques, plans, prompts
 
@@ -73,6 +74,15 @@ def test_no_more_than_the_maximum_of_regions_is_taken():
 def test_limits_of_zero_and_one_are_allowed():
     assert plan_of(aa.GreedyPlanner(max_iou=1, min_area=1, feather=1), WHOLE, WHOLE) == [WHOLE, WHOLE]
     assert plan_of(aa.GreedyPlanner(max_iou=0, min_area=0, feather=0), WHOLE, WHOLE) == [WHOLE]
+
+
+def test_by_default_boxes_may_overlap_by_half_and_cover_one_hundredth_of_the_picture():
+    half, whole, between = aa.Box(0, 0, 0.5, 1), aa.Box(0, 0, 1, 1), aa.Box(0, 0, 0.8, 1)
+    assert (half.iou(whole), round(half.iou(between), 3)) == (0.5, 0.625)
+    assert plan_of(aa.GreedyPlanner(), half, whole) == [half, whole]
+    assert plan_of(aa.GreedyPlanner(), half, between) == [half]
+    small, tiny = aa.Box(0, 0, 0.1, 0.1), aa.Box(0, 0, 0.1, 0.09)
+    assert plan_of(aa.GreedyPlanner(), tiny, small) == [small]
 
 
 def test_a_planner_is_called_in_one_place_which_names_it_for_a_wrong_answer():
@@ -152,6 +162,28 @@ def test_a_preview_shows_every_field_of_a_region():
     previews = {aa.Plan("a wall", (region,)).preview().tobytes() for region in (plain, *others)}
 
     assert len(previews) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "caption"),
+    [
+        ({}, "ivy"),
+        ({"weight": 0.5}, "ivy (weight 0.5)"),
+        ({"negative_prompt": "dry"}, "ivy; not dry"),
+        ({"lora": "leaves"}, "ivy; LoRA leaves"),
+        ({"weight": 2, "negative_prompt": "dry", "lora": "leaves"}, "ivy (weight 2); not dry; LoRA leaves"),
+    ],
+)
+def test_a_preview_writes_what_differs_from_a_plain_region(monkeypatch, options, caption):
+    captions = []
+
+    def recorded(canvas, areas, *, heading):
+        captions.extend(area.text for area in areas)
+        return draw_areas(canvas, areas, heading=heading)
+
+    monkeypatch.setattr("artaug.plan.draw_areas", recorded)
+    aa.Plan("a wall", (aa.Region(WHOLE, "ivy", **options),)).preview()
+    assert captions == [caption]
 
 
 def test_a_notebook_shows_regions_as_a_picture_and_a_plain_plan_as_text():

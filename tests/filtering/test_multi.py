@@ -97,6 +97,8 @@ def test_a_pareto_verdict_names_the_scorers_that_fell_or_says_that_nothing_rose(
         ([Listed()], [0.1, 0.2]),
         ([Listed(), Darkness()], [0.1, -1.0]),
         ([Listed(), Darkness()], [math.nan, 0.1]),
+        ([Listed(), Darkness()], [0.1]),
+        ([Listed(), Darkness()], [math.inf, 0.1]),
     ],
 )
 def test_an_illegal_pareto_filter_is_refused(scorers, tolerance):
@@ -104,6 +106,15 @@ def test_an_illegal_pareto_filter_is_refused(scorers, tolerance):
         aa.InvalidValueError, match=r"Expected at least one, and different names|one such number for each scorer"
     ):
         aa.ParetoGain(scorers, tolerance=tolerance)
+
+
+def test_a_pareto_filter_does_not_change_with_the_lists_it_was_made_of():
+    scorers, tolerances = [Listed(), Darkness()], [0.0, 2.0]
+    keep = aa.ParetoGain(scorers, tolerance=tolerances)
+    scorers.pop()
+    tolerances[:] = [9.0, 0.0]
+    assert (keep.by, keep.tolerance) == ((Listed(), Darkness()), (0.0, 2.0))
+    assert keep.judge(pair(10, 30)).keep
 
 
 def test_a_similarity_takes_any_function_of_two_pictures():

@@ -82,9 +82,16 @@ def test_a_rest_of_one_256th_for_the_plans_prompt_counts_and_a_smaller_one_does_
     assert below[:, 0].tolist() == [0, 1 - boundary / 2]
 
 
+def test_a_negligible_rest_counts_as_nothing_on_tokens_that_only_some_regions_cover():
+    boundary = 1 / 256
+    regions = [region_covering(1 - boundary / 2, 0, 0), region_covering(0, 1, 0)]
+    base = split_grid(regions, (1, 3), base_weight=0.0).weights[0]
+    assert base.tolist() == [0, 0, 1]
+
+
 def test_a_token_is_a_member_of_a_prompt_from_half_of_its_largest_weight_on():
-    region_weights = RegionWeights(torch.tensor([[1.0, 0.0, 0.6], [0.2, 0.1, 0.0999]]))
-    assert region_weights.members.tolist() == [[True, False, True], [True, True, False]]
+    region_weights = RegionWeights(torch.tensor([[1.0, 0.0, 0.5, 0.49], [0.2, 0.1, 0.05, 0.0]]))
+    assert region_weights.members.tolist() == [[True, False, True, False], [True, True, False, False]]
 
 
 def test_tokens_of_one_class_are_members_of_the_same_prompts():
