@@ -1,11 +1,13 @@
 """The report of a run or a comparison: one HTML page with the pictures, the scores and the provenance."""
 
 import base64
+import platform
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 from PIL import Image
 
@@ -15,13 +17,13 @@ from artaug.evaluation.comparison import Comparison
 from artaug.pairs import Dropped, Kept
 from artaug.report.comparisons import gallery_context, headline_context, score_table, verdicts
 from artaug.report.image_store import REMEDY, ImagePlacement, ImageStore
-from artaug.report.provenance import provenance_rows, usage_rows
 from artaug.report.runs import round_context, run_headline, run_summary
 from artaug.run.results import Enhancement
 
 __all__ = ["write_report"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_PACKAGES = ("artaug", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 
 
 def write_report(
@@ -88,8 +90,8 @@ def write_report(
         image_source=store.csp_source,
         **_comparison_context(comparison, store),
         **_run_context(result, store, max_pairs),
-        usage=usage_rows(about),
-        provenance=provenance_rows(result, comparison, about),
+        usage=_usage_rows(about),
+        provenance=_provenance_rows(result, comparison, about),
     )
     with atomic_write(path, what="the report", remedy=REMEDY) as partial:
         partial.write_text(page, encoding="utf-8")
@@ -130,3 +132,45 @@ def _run_context(result: Enhancement | None, store: ImageStore, max_pairs: int) 
         "rounds": [round_context(round_, store=store, max_pairs=max_pairs) for round_ in result.rounds],
         "stop_reason": result.stop_reason,
     }
+
+
+@runtime_checkable
+class _UsageCounts(Protocol):
+    """What a client of a server has counted, as `artaug.critics.Usage` does."""
+
+    replies: int
+    input_tokens: int
+    output_tokens: int
+    uncounted: int
+
+
+def _usage_rows(about: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The usage of each object that has a ``usage``, as text."""
+    rows = []
+    for name, described in about.items():
+        usage = getattr(described, "usage", None)
+        if isinstance(usage, _UsageCounts):
+            bound = "at least " if usage.uncounted else ""
+            tokens = f"{bound}{usage.input_tokens:,} input and {usage.output_tokens:,} output tokens"
+            rows.append((name, f"{usage.replies:,} replies, {tokens}"))
+    return rows
+
+
+def _provenance_rows(
+    result: Enhancement | None, comparison: Comparison | None, about: Mapping[str, object]
+) -> list[tuple[str, str]]:
+    """Objects, seeds, versions and machine, by name."""
+    rows = [(name, described if isinstance(described, str) else repr(described)) for name, described in about.items()]
+    if result is not None:
+        accepted = [round_.lora for round_ in result.rounds if round_.accepted]
+        rows.append(("result", repr(accepted[-1]) if accepted else "no LoRA: no round was accepted"))
+    if comparison is not None:
+        arms = {"base": comparison.base, **comparison.candidates}
+        seeds = ", ".join(map(str, comparison.seeds[:4])) + ", …" * (len(comparison.seeds) > 4)
+        rows += [(f"{name} drawn by", arm.synthesizer) for name, arm in arms.items()]
+        rows.append(("picture seeds", f"{seeds} ({len(comparison.seeds)} in total, the same for every arm)"))
+    return [
+        *rows,
+        ("versions", ", ".join(f"{name} {version(name)}" for name in _PACKAGES)),
+        ("machine", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"),
+    ]

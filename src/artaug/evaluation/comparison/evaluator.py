@@ -5,24 +5,23 @@ scores of a prompt are averaged over its seeds before they are paired: the promp
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
-from math import nan
+from math import isfinite, nan
 from types import MappingProxyType
 from typing import Protocol
 
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
-from artaug.errors import InvalidValueError, PromptError
+from artaug.errors import InvalidValueError, PromptError, ScoringError
 from artaug.evaluation.comparison.comparison import Arm, Comparison
-from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, finite_pairs
-from artaug.evaluation.comparison.scoring_log import ScoringLog
+from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailure, finite_pairs
 from artaug.evaluation.statistics import holm, sign_flip
 from artaug.images.similarity import SimilarityMetric
 from artaug.images.similarity import diversity as diversity_of
 from artaug.plan import Plan
-from artaug.scoring import Scorer
+from artaug.scoring import Scorer, score_images
 from artaug.synthesis import Synthesizer, draw, picture_seeds
 
 _DIVERSITY = "diversity"
@@ -122,6 +121,63 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
     if log.failures:
         raise log.error(comparison) from log.exceptions[0]
     return comparison
+
+
+@dataclass(frozen=True)
+class ScoringLog:
+    """Every score of a comparison and every failure, so that one failing picture does not discard the others."""
+
+    scores: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """By arm and scorer, one score a picture; NaN where it failed or was not scored yet."""
+    failures: list[ScoringFailure] = field(default_factory=list)
+    exceptions: list[Exception] = field(default_factory=list)
+    """The exception behind each failure, in the same order."""
+
+    def score(
+        self, scorer: Scorer, images: Sequence[Image], prompts: Sequence[str], *, seeds: Sequence[int], arm: str
+    ) -> list[float]:
+        """Score a batch. If that raises, score its pictures one by one and give NaN to those that fail alone too.
+
+        Raises:
+            ScoringError: if no picture of the batch can be scored, but earlier ones were; it holds their scores.
+            Exception: the scorer's own, if nothing was scored yet.
+        """
+        try:
+            return score_images(scorer, images, prompts)
+        except Exception as error:  # noqa: BLE001 - a user's scorer may raise anything; compare raises it at the end
+            batch_error = error
+        scores = []
+        for image, prompt, seed in zip(images, prompts, seeds, strict=True):
+            try:
+                scores += score_images(scorer, [image], [prompt])
+            except Exception as error:  # noqa: BLE001 - likewise
+                scores.append(nan)
+                self._add(error, ScoringFailure(scorer.name, arm, prompt, seed, _describe(error)))
+        if all(map(isfinite, scores)):
+            message = f"{_describe(batch_error)}, though each picture alone is scored: lower batch_size"
+            self._add(batch_error, ScoringFailure(scorer.name, arm, prompts[0], seeds[0], message))
+        elif not any(map(isfinite, scores)):
+            if not self._has_scores():
+                raise batch_error
+            raise self.error(None) from batch_error
+        return scores
+
+    def error(self, comparison: object) -> ScoringError:
+        """The error that tells the user of the failures and holds what was scored."""
+        first = self.failures[0]
+        return ScoringError(
+            f"{first.scorer} raised on {len(self.failures)} pictures, first on {first.arm}'s of {first.prompt!r}, seed "
+            f"{first.seed}: {first.error}. All other scores are kept: see .comparison and .scores of this error.",
+            comparison=comparison,
+            scores=self.scores,
+        )
+
+    def _has_scores(self) -> bool:
+        return any(isfinite(score) for arm in self.scores.values() for scores in arm.values() for score in scores)
+
+    def _add(self, exception: Exception, failure: ScoringFailure) -> None:
+        self.exceptions.append(exception)
+        self.failures.append(failure)
 
 
 @dataclass(frozen=True)
@@ -275,3 +331,7 @@ def _check_arguments(candidates: Mapping[str, Synthesizer], prompts: Sequence[st
         raise InvalidValueError(
             f"compare received scorers named {names}. Expected at least one, and different names: override Scorer.name."
         )
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

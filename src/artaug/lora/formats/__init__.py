@@ -4,11 +4,9 @@ A LoRA maps the denoiser's own module paths to updates. A file names those layer
 them. A format that only artaug's own reader could verify is refused with an error.
 """
 
-from artaug.lora.formats.flux import FLUX1, FLUX2
 from artaug.lora.formats.key_maps import Format, KeyFormat, KeyMap, KeyRow
-from artaug.lora.formats.known_maps import KEY_MAPS, QWEN_IMAGE, SD3, Z_IMAGE
+from artaug.lora.formats.known_maps import FLUX1, FLUX2, KEY_MAPS, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE
 from artaug.lora.formats.load import ParsedLoRA, load_lora
-from artaug.lora.formats.unets import SD15, SDXL
 
 __all__ = [
     "FLUX1",
