@@ -59,9 +59,13 @@ def detect(image: Image.Image) -> list[DetectedThing]:
     >>> [(thing.color, thing.shape, thing.place) for thing in playground.detect(image)]
     [('red', 'cone', 'on the left')]
     """
-    lab = _lab(image)
+    picture = image.convert("RGB")
+    if picture.size != (SIZE_PX, SIZE_PX):
+        picture = picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
+    lab = oklab.from_srgb(torch.from_numpy(np.asarray(picture, dtype=np.float64) / 255)).numpy()
     seeds = _seeds(lab)
-    hues = [_hue(lab, seed) for seed in seeds]
+    # The hue of a patch is the mean of its pixels' hues, weighted by chroma.
+    hues = [math.degrees(math.atan2(lab[seed, 2].sum(), lab[seed, 1].sum())) for seed in seeds]
     things = [_describe(lab, seed, hue, hues) for seed, hue in zip(seeds, hues, strict=True)]
     return sorted(things, key=lambda thing: thing.box.center)
 
@@ -101,13 +105,6 @@ def align_things(detected: list[DetectedThing], scene: Scene) -> Alignment:
 
 def _matches(wanted: str | None, thing: DetectedThing | None, attribute: int) -> bool:
     return thing is not None and wanted in {None, (thing.color, thing.shape, thing.place)[attribute]}
-
-
-def _lab(image: Image.Image) -> _Map:
-    picture = image.convert("RGB")
-    if picture.size != (SIZE_PX, SIZE_PX):
-        picture = picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
-    return oklab.from_srgb(torch.from_numpy(np.asarray(picture, dtype=np.float64) / 255)).numpy()
 
 
 def _seeds(lab: _Map) -> list[_Mask]:
@@ -157,11 +154,6 @@ def _dilate(mask: _Mask, steps: int) -> _Mask:
 def _angle_difference(degrees: _Map) -> _Map:
     """Wrap differences of angles to [-180, 180)."""
     return (degrees + 180) % 360 - 180
-
-
-def _hue(lab: _Map, seed: _Mask) -> float:
-    """Return the chroma-weighted mean hue of a patch, in degrees."""
-    return math.degrees(math.atan2(lab[seed, 2].sum(), lab[seed, 1].sum()))
 
 
 def _describe(lab: _Map, seed: _Mask, hue: float, hues: list[float]) -> DetectedThing:

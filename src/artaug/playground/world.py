@@ -146,7 +146,11 @@ def prompts(n: int, *, seed: int, held_out: bool = False) -> list[str]:
             thing is one of them. Otherwise no thing is.
     """
     rng = random.Random(seed)
-    triples = _triples(held_out=held_out)
+    combinations = (
+        Thing(color=color, shape=shape, place=place)
+        for color, shape, place in itertools.product(COLORS, SHAPES, PLACES)
+    )
+    triples = tuple(thing for thing in combinations if is_held_out(thing) == held_out)
     captions: dict[str, None] = {}
     repeats: list[str] = []
     tries = 0
@@ -160,23 +164,12 @@ def prompts(n: int, *, seed: int, held_out: bool = False) -> list[str]:
 
 
 def _draw_scene(triples: tuple[Thing, ...], rng: random.Random) -> Scene:
-    things = [rng.choice(triples)]
+    first = rng.choice(triples)
+    things = [first]
     if rng.random() >= _SINGLE_SHARE:
-        others = [other for other in triples if _differ(other, things[0])]
-        things = rng.sample([things[0], rng.choice(others)], k=2)
+        others = [other for other in triples if other.color != first.color and other.place != first.place]
+        things = rng.sample([first, rng.choice(others)], k=2)
     return Scene(things=tuple(things), setting=rng.choice(SETTINGS))
-
-
-def _differ(first: Thing, second: Thing) -> bool:
-    return first.color != second.color and first.place != second.place
-
-
-def _triples(*, held_out: bool) -> tuple[Thing, ...]:
-    things = (
-        Thing(color=color, shape=shape, place=place)
-        for color, shape, place in itertools.product(COLORS, SHAPES, PLACES)
-    )
-    return tuple(thing for thing in things if is_held_out(thing) == held_out)
 
 
 def _parse_thing(words: str, *, caption: str) -> Thing:
