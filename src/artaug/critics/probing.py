@@ -107,7 +107,18 @@ def probe_coordinates(generate: Generate, requested: Coordinates) -> ProbeResult
 
 def probe_targets(*, side: float) -> list[ProbeTarget]:
     """The pictures of a probe; each side of a rectangle is ``side`` of the picture's (at most a half)."""
-    return [_target(size, color, center, min(side, 0.5)) for size, color, center in _PROBES]
+    side = min(side, 0.5)
+    targets = []
+    for size, color, center in _PROBES:
+        left, top, right, bottom = (
+            round((min(max(middle, side / 2), 1 - side / 2) + sign * side / 2) * length)
+            for sign in (-1, 1)
+            for middle, length in zip(center, size, strict=True)
+        )
+        image = Image.new("RGB", size, _GREY)
+        ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), fill=color)
+        targets.append(ProbeTarget(image, color, Box.from_pixels(left, top, right, bottom, size=size)))
+    return targets
 
 
 def candidate_conventions(requested: Coordinates) -> list[Coordinates]:
@@ -140,17 +151,6 @@ def describe(coordinates: Coordinates) -> str:
     resized = ", of the resized picture" if coordinates.resize else ""
     framed = "" if coordinates.frame == "whole" else f", of the {coordinates.frame} picture"
     return f"{coordinates.unit}, {coordinates.order}{framed}{resized}"
-
-
-def _target(size: Size, color: str, center: tuple[float, float], side: float) -> ProbeTarget:
-    left, top, right, bottom = (
-        round((min(max(middle, side / 2), 1 - side / 2) + sign * side / 2) * length)
-        for sign in (-1, 1)
-        for middle, length in zip(center, size, strict=True)
-    )
-    image = Image.new("RGB", size, _GREY)
-    ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), fill=color)
-    return ProbeTarget(image, color, Box.from_pixels(left, top, right, bottom, size=size))
 
 
 def _request(target: ProbeTarget, requested: Coordinates) -> ChatRequest:

@@ -74,7 +74,10 @@ def salient_boxes(image: Image.Image, *, max_boxes: int) -> list[Box]:
     boxes: list[Box] = []
     for region in regions:
         salient = region.salience >= _MIN_RELATIVE_SALIENCE * regions[0].salience
-        if salient and not any(_repeats(region.box, box) for box in boxes):
+        repeated = any(
+            region.box.iou(box) > _MAX_IOU or region.box.overlap(box) > _MAX_INSIDE * region.box.area for box in boxes
+        )
+        if salient and not repeated:
             boxes.append(region.box)
     return boxes[:max_boxes]
 
@@ -144,10 +147,6 @@ def _regions(colors: np.ndarray, labels: np.ndarray) -> Iterator[_SalientRegion]
         contrast = np.linalg.norm(colors[inside].mean(axis=0) - colors[around & ~inside].mean(axis=0))
         # Of two regions with the same contrast the larger is more salient: its length scale is the root of its area.
         yield _SalientRegion(box, float(contrast * np.sqrt(inside.mean())))
-
-
-def _repeats(box: Box, earlier: Box) -> bool:
-    return box.iou(earlier) > _MAX_IOU or box.overlap(earlier) > _MAX_INSIDE * box.area
 
 
 def _oklab(pixels: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from artaug.errors import InvalidValueError
 from artaug.geometry import Box
 
 _LOG = logging.getLogger(__name__)
+_REMEDY = "The answers written before are complete: make room and call again, or critique without a cache."
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ class Cached(Critic):
             for (path, index), answer in zip(missing.items(), new_answers, strict=True):
                 answers[path] = answer
                 if self._cacheable(answer):
-                    _write_entry(path, _CacheEntry(prompts[index], answer))
+                    with atomic_write(path, what="the critic's answer", remedy=_REMEDY) as temporary:
+                        temporary.write_text(to_json(_CacheEntry(prompts[index], answer)), encoding="utf-8")
         return [answers[path] for path in paths]
 
     def _cacheable(self, answer: Critique | Abstention) -> bool:
@@ -180,12 +182,6 @@ def _read_answer(path: Path) -> Critique | Abstention | None:
     except InvalidValueError as error:
         _LOG.warning("%s holds no answer of a critic; the picture is criticised again: %s", path, error)
         return None
-
-
-def _write_entry(path: Path, entry: _CacheEntry) -> None:
-    remedy = "The answers written before are complete: make room and call again, or critique without a cache."
-    with atomic_write(path, what="the critic's answer", remedy=remedy) as temporary:
-        temporary.write_text(to_json(entry), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -225,10 +221,7 @@ class Retried(Critic):
                 answers[index] = answer
                 if isinstance(answer, Abstention):
                     reasons[index].append(answer.reason)
-        return [_with_reasons(answer, reasons.get(index, ())) for index, answer in enumerate(answers)]
-
-
-def _with_reasons(answer: Critique | Abstention, reasons: Sequence[str]) -> Critique | Abstention:
-    if isinstance(answer, Critique):
-        return answer
-    return Abstention(f"asked {len(reasons)} times: {'; '.join(dict.fromkeys(reasons))}")
+        for index, given in reasons.items():
+            if isinstance(answers[index], Abstention):
+                answers[index] = Abstention(f"asked {len(given)} times: {'; '.join(dict.fromkeys(given))}")
+        return answers

@@ -1,7 +1,7 @@
 """The model card of a push: what the LoRA is, how to load it, how it was trained, what was measured, its licence."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from huggingface_hub import ModelCardData
@@ -120,20 +120,17 @@ def _loading(fields: CardFields) -> str:
 def _training_details(fields: CardFields) -> Iterator[str]:
     if fields.enhancement is not None:
         headings = ("round", "prompts", "kept pairs", "steps", "held-out gain (95% interval, n)", "part of the result")
-        yield _table(headings, _round_rows(fields.enhancement))
+        rows = []
+        for round_ in fields.enhancement.rounds:
+            gain = "not measured"
+            if (row := round_.gain) is not None:
+                gain = f"{row.scorer} {row.delta:+.4g} ({row.ci_low:+.4g} to {row.ci_high:+.4g}, {row.n})"
+            counts = (round_.number, len(round_.attempts), round_.training.pairs, round_.training.steps)
+            rows.append((*map(str, counts), gain, "yes" if round_.accepted else "no"))
+        yield _table(headings, rows)
         yield f"It ended because {_inline(fields.enhancement.stop_reason)}."
     if fields.about:
         yield "\n".join(f"- {_inline(name)}: {_code(value)}" for name, value in fields.about.items())
-
-
-def _round_rows(enhancement: Enhancement) -> Iterator[tuple[str, ...]]:
-    for round_ in enhancement.rounds:
-        gain = "not measured"
-        if round_.gain is not None:
-            row = round_.gain
-            gain = f"{row.scorer} {row.delta:+.4g} ({row.ci_low:+.4g} to {row.ci_high:+.4g}, {row.n})"
-        counts = (round_.number, len(round_.attempts), round_.training.pairs, round_.training.steps)
-        yield *map(str, counts), gain, "yes" if round_.accepted else "no"
 
 
 def _measurements(comparison: Comparison) -> str:
@@ -167,7 +164,7 @@ def _licence(base: Base | None, endpoint: str) -> str:
     return f"This is a derivative of {_link(base, endpoint)} and comes under its licence: {terms}."
 
 
-def _table(headings: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
+def _table(headings: Sequence[str], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [tuple(headings), ("---",) * len(headings), *rows]
     return "\n".join(f"| {' | '.join(_inline(cell) for cell in line)} |" for line in lines)
 

@@ -102,19 +102,14 @@ def _region(index: int, region: Region) -> TemplateContext:
     color = BOX_COLORS[index % len(BOX_COLORS)]
     area, tint = region.area, ""
     if isinstance(area, Mask):
-        weights = area.to_array()
+        weights = area.to_array()  # (rows, columns) in [0, 1], the opacity of the tint
         rows, columns = np.flatnonzero(weights.max(axis=1)), np.flatnonzero(weights.max(axis=0))
         edges = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        tint = _tint_url(weights, color)
+        layer = Image.new("RGB", (weights.shape[1], weights.shape[0]), color)
+        layer.putalpha(Image.fromarray((weights * 150).round().astype(np.uint8)))
+        tint = image_data_url(layer)
         area = Box.from_pixels(*edges, size=weights.shape[::-1])
     return {"number": index + 1, "prompt": region.prompt, "color": color, "box": area, "tint": tint}
-
-
-def _tint_url(weights: np.ndarray, color: str) -> str:
-    """Weights (rows, columns) in [0, 1] as the opacity of a color."""
-    layer = Image.new("RGB", (weights.shape[1], weights.shape[0]), color)
-    layer.putalpha(Image.fromarray((weights * 150).round().astype(np.uint8)))
-    return image_data_url(layer)
 
 
 def _loss_curve(losses: Sequence[float]) -> TemplateContext:

@@ -143,7 +143,10 @@ class OpenAICritic(Critic):
     ) -> ChatReply | Abstention:
         payload = self._payload(request, data_urls)
         schema = request.schema if self.structured and not self._schema_refused.is_set() else None
-        structured_payload = payload if schema is None else {**payload, "response_format": _response_format(schema)}
+        structured_payload = payload
+        if schema is not None:
+            json_schema = {"name": "critique", "strict": True, "schema": schema}
+            structured_payload = {**payload, "response_format": {"type": "json_schema", "json_schema": json_schema}}
         outcome = connection.client.complete(structured_payload)
         without_schema = self.structured and request.schema is not None and schema is None
         if schema is not None and isinstance(outcome, RequestFailure) and outcome.status in _SCHEMA_REFUSED_STATUS:
@@ -250,20 +253,15 @@ class _Connection:
                         return RequestFailure(f"the server's answer goes on after {_MAX_RESPONSE_BYTES:,} bytes")
                 return HttpResponse(response.status_code, response.headers, body)
         except openai.APIStatusError as error:
-            return HttpResponse(error.status_code, error.response.headers, self._redacted(error.response.content))
+            body = error.response.content
+            if self._key != _NO_KEY:  # some servers quote the key in their error
+                body = body.replace(self._key.encode(), b"***")
+            return HttpResponse(error.status_code, error.response.headers, body)
         except (openai.APITimeoutError, httpx2.TimeoutException):
             return timeout
         except (openai.APIConnectionError, httpx2.RequestError) as error:
             cause = error.__cause__ or error
             return RequestFailure(f"the connection failed: {type(cause).__name__}: {cause}", retryable=True)
-
-    def _redacted(self, body: bytes) -> bytes:
-        """The body without the key: some servers quote it in their error."""
-        return body if self._key == _NO_KEY else body.replace(self._key.encode(), b"***")
-
-
-def _response_format(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "critique", "strict": True, "schema": schema}}
 
 
 def _check_url(url: str) -> None:
