@@ -26,7 +26,7 @@ class Arm:
 
 
 def direct_preference(beta: float) -> aa.DirectPreference:
-    """DPO with an anchor at which it goes about as far as the pairs do at a beta of 20, and further at a smaller one."""
+    """DPO with an anchor at which beta 20 moves the model about as far as the pairs, and a smaller beta further."""
     return aa.DirectPreference(beta=beta, anchor=0.01)
 
 
@@ -79,7 +79,7 @@ class Settings:
     prompts: int = 64
     """Held-out prompts of the evaluation."""
     again: int = 32
-    """How many of them are drawn twice, and how many pictures that need nothing."""
+    """How many of them are drawn twice, and how many prompts that need no change are drawn."""
 
 
 QUICK = Settings(
@@ -113,7 +113,7 @@ class Cell:
     scale: float = 1.0
     """Of the LoRA, for the pictures of the evaluation."""
     learning_rate: float | None = None
-    """Unless it is the arm's own."""
+    """None: that of the arm."""
     beta: float | None = None
 
 
@@ -156,13 +156,13 @@ def trials(settings: Settings) -> Iterator[Cell]:
 
 @dataclass(frozen=True)
 class TrainedArm:
-    """A synthesizer with what was learned, the pairs of its last training, and the cost of all."""
+    """A synthesizer with the trained LoRA, the pairs of its last training, and the total cost."""
 
     synthesizer: DiffusersSynthesizer
     pair_set: PairSet
     cost: Cost
     learning: Cost
-    """The part of the cost that is training."""
+    """The cost of training alone."""
 
 
 class Bench:

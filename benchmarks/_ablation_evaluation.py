@@ -32,7 +32,7 @@ class DrawnImages:
     again: Sequence[Image]
     """Of the first of them, with other seeds."""
     fine: Sequence[Image]
-    """Of prompts that already have every word a critic could suggest."""
+    """Of prompts that already contain every adjective a critic could suggest."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class HeldOutEvaluation:
     base: aa.Synthesizer
     prompts: Sequence[str]
     again: int
-    """How many of the prompts are drawn twice; as many that need no change are drawn once."""
+    """How many of the prompts are drawn twice, and how many prompts that need no change are drawn once."""
 
     def results(self, draw: Draw) -> dict[str, Any]:
         """The columns of a row, and ``gains``: one number per prompt.
@@ -60,14 +60,14 @@ class HeldOutEvaluation:
             for name, judge in JUDGES.items()
         }
         interval = paired_bootstrap(rises["gain"])
-        twice = zip(candidate.images, candidate.again, strict=False)
+        redrawn = zip(candidate.images, candidate.again, strict=False)
         return {
             **{name: float(rise.mean()) for name, rise in rises.items()},
             "gain_low": interval.low,
             "gain_high": interval.high,
             "alignment": fmean(mean_score(scorer, candidate.images, self.prompts) for scorer in FAITHFUL),
             "drift": mean_squared_change(before.fine, candidate.fine),
-            "diversity": fmean(diversity(aa.StructuralSimilarity(), pair) for pair in twice),
+            "diversity": fmean(diversity(aa.StructuralSimilarity(), pair) for pair in redrawn),
             "gains": rises["gain"].round(6).tolist(),
         }
 
@@ -101,7 +101,7 @@ def plain(synthesizer: aa.Synthesizer) -> Draw:
 
 
 def with_all_words(synthesizer: aa.Synthesizer) -> Draw:
-    """What a prompt rewriter would do: add every word that helps, unless it is there already."""
+    """The control of a prompt rewriter: add all adjectives that help, unless the prompt has them."""
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         return plain(synthesizer)([prompt.removesuffix(NEEDS_NOTHING) + NEEDS_NOTHING for prompt in prompts], seeds)

@@ -71,30 +71,30 @@ class NoisyCritic(aa.Critic):
         answer = self.critic.critique(image, prompt)
         if isinstance(answer, aa.Abstention):
             return answer
-        chooser = random.Random(f"{self.seed}: {prompt}")
+        rng = random.Random(f"{self.seed}: {prompt}")
         moved = tuple(
-            replace(suggestion, box=_random_box(chooser)) if chooser.random() < self.wrong else suggestion
+            replace(suggestion, box=_random_box(rng)) if rng.random() < self.wrong else suggestion
             for suggestion in answer.suggestions
         )
         return replace(answer, suggestions=moved)
 
 
-def _random_box(chooser: random.Random) -> aa.Box:
+def _random_box(rng: random.Random) -> aa.Box:
     """A box from a fifth to three fifths of the picture's side wide and high, as regions of the loop are."""
-    wide, high = (chooser.uniform(0.2, 0.6) for _ in range(2))
-    left, top = chooser.uniform(0, 1 - wide), chooser.uniform(0, 1 - high)
+    wide, high = (rng.uniform(0.2, 0.6) for _ in range(2))
+    left, top = rng.uniform(0, 1 - wide), rng.uniform(0, 1 - high)
     return aa.Box(left, top, left + wide, top + high)
 
 
 @dataclass(kw_only=True)
 class Interaction:
-    """The loop: attempts are made when more are needed than there are, and shared by all cells."""
+    """The loop: attempts are made on demand and shared by all cells."""
 
     synthesizer: aa.Synthesizer
     critic: aa.Critic
     sampling_steps: int
     seed: int
-    made: list[tuple[aa.Attempt, Cost]] = field(default_factory=list)
+    attempts: list[tuple[aa.Attempt, Cost]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.more = aa.improve(
@@ -119,10 +119,10 @@ class Interaction:
 
     def best(self, count: int, *, of: float) -> PairSet:
         """The best ``count`` pairs of ``count / of``, with no other filter; if ``of`` is 1, all of them in their order."""
-        wanted = round(count / of)
+        candidates = round(count / of)
         pairs: list[aa.ImagePair] = []
         number = 0
-        while len(pairs) < wanted:
+        while len(pairs) < candidates:
             attempt = self._attempt(number)
             pairs += [] if isinstance(attempt, aa.Skipped) else [attempt.pair]
             number += 1
@@ -130,15 +130,15 @@ class Interaction:
         return self._pair_set([pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.keep], number)
 
     def _attempt(self, number: int) -> aa.Attempt:
-        if number == len(self.made):
+        if number == len(self.attempts):
             start = perf_counter()
             chunk = list(islice(self.more, CHUNK))
             seconds = (perf_counter() - start) / len(chunk)
-            self.made += [(attempt, _cost(attempt, self.sampling_steps, seconds)) for attempt in chunk]
-        return self.made[number][0]
+            self.attempts += [(attempt, _cost(attempt, self.sampling_steps, seconds)) for attempt in chunk]
+        return self.attempts[number][0]
 
     def _pair_set(self, pairs: Sequence[aa.ImagePair], prompts: int) -> PairSet:
-        return PairSet(pairs=pairs, prompts=prompts, cost=_sum(cost for _, cost in self.made[:prompts]))
+        return PairSet(pairs=pairs, prompts=prompts, cost=_sum(cost for _, cost in self.attempts[:prompts]))
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:
@@ -154,16 +154,16 @@ def _cost(attempt: aa.Attempt, sampling_steps: int, seconds: float) -> Cost:
 
 @dataclass(kw_only=True)
 class BestOfK:
-    """No interaction: draw every prompt with several seeds, and keep the best of those that show what was requested.
+    """No interaction: draw every prompt with several seeds, and keep the best of the pictures that match the prompt.
 
-    DreamSync (arXiv 2311.17946) and rejection sampling do this; a pair here is the best beside the worst of all draws.
+    DreamSync (arXiv 2311.17946) and rejection sampling do this; a pair holds the worst and the best of all draws.
     """
 
     synthesizer: aa.Synthesizer
     draws: int
     sampling_steps: int
     seed: int
-    made: list[tuple[aa.ImagePair | None, Cost]] = field(default_factory=list)
+    attempts: list[tuple[aa.ImagePair | None, Cost]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.prompts = playground.prompts(MOST_PROMPTS, seed=self.seed)
@@ -174,22 +174,22 @@ class BestOfK:
         pairs: list[aa.ImagePair] = []
         number = 0
         while len(pairs) < count:
-            if number == len(self.made):
-                self.made += self._chunk(number)
-            best = self.made[number][0]
+            if number == len(self.attempts):
+                self.attempts += self._chunk(number)
+            best = self.attempts[number][0]
             pairs += [] if best is None else [best]
             number += 1
-        return PairSet(pairs=pairs, prompts=number, cost=_sum(cost for _, cost in self.made[:number]))
+        return PairSet(pairs=pairs, prompts=number, cost=_sum(cost for _, cost in self.attempts[:number]))
 
     def _chunk(self, start: int) -> list[tuple[aa.ImagePair | None, Cost]]:
-        begun = perf_counter()
+        start = perf_counter()
         prompts = self.prompts[start : start + CHUNK]
         drawn = [
             self.synthesizer.synthesize_batch([aa.Plan(prompt) for prompt in prompts], seeds=seeds.tolist())
             for seeds in self.seeds[start : start + CHUNK].T
         ]
         bests = [self._best(prompt, images) for prompt, images in zip(prompts, zip(*drawn, strict=True), strict=True)]
-        seconds = (perf_counter() - begun) / len(prompts)
+        seconds = (perf_counter() - start) / len(prompts)
         cost = Cost(images=self.draws, passes=self.draws * self.sampling_steps, seconds=seconds)
         return [(best, cost) for best in bests]
 

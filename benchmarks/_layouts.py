@@ -23,7 +23,7 @@ _SKIES = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A plain scene, and things with the boxes where they are wanted."""
+    """A plain scene, and things, each with the box where it should be."""
 
     setting: Setting
     boxes: tuple[aa.Box, ...]
@@ -80,26 +80,26 @@ class RegionAccuracy:
     """Shares of a picture's regions, in [0, 1]."""
 
     color: float
-    """Those with the centre of a thing of the wanted colour in them."""
+    """Those that contain the centre of a thing of the requested colour."""
     thing: float
-    """Those in which it also has the wanted shape."""
+    """Those in which its shape is right as well."""
     mixed: float
-    """Those with a thing of another region's colour in them."""
+    """Those that contain a thing of another region's colour."""
 
 
 def region_accuracy(image: Image, layout: Layout) -> RegionAccuracy:
     """The shares of regions that show what their prompts ask for."""
     detected = playground.detect(image)
     colors = {thing.color for thing in layout.things}
-    shown = [[thing for thing in detected if _contains(box, thing.box.center)] for box in layout.boxes]
-    pairs = list(zip(layout.things, shown, strict=True))
+    things_by_region = [[thing for thing in detected if _contains(box, thing.box.center)] for box in layout.boxes]
+    pairs = list(zip(layout.things, things_by_region, strict=True))
     return RegionAccuracy(
-        color=fmean(any(thing.color == wanted.color for thing in things) for wanted, things in pairs),
+        color=fmean(any(thing.color == requested.color for thing in things) for requested, things in pairs),
         thing=fmean(
-            any((thing.color, thing.shape) == (wanted.color, wanted.shape) for thing in things)
-            for wanted, things in pairs
+            any((thing.color, thing.shape) == (requested.color, requested.shape) for thing in things)
+            for requested, things in pairs
         ),
-        mixed=fmean(any(thing.color in colors - {wanted.color} for thing in things) for wanted, things in pairs),
+        mixed=fmean(any(thing.color in colors - {requested.color} for thing in things) for requested, things in pairs),
     )
 
 

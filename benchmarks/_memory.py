@@ -1,4 +1,4 @@
-"""The most memory a piece of work holds at once, as torch's allocator counts it."""
+"""Peak memory of a function, as torch's allocator counts it."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], object], *, given: Iterable[Tensor]) -> int:
-    """Do some work and return the most memory it held: what was ``given`` to it, and all it allocated."""
+    """Call ``work`` and return its peak memory: the tensors ``given`` to it and all that it allocated."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         work()

@@ -1,4 +1,4 @@
-"""What every benchmark writes: its rows, with the machine and versions they were measured on, and a plot."""
+"""Output of every benchmark: a table and JSON of its rows, with the machine and versions, and a plot."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 def run(name: str, measure: Callable[..., Iterable[Row]], plot: Callable[[Sequence[Row]], Figure]) -> None:
     """Read options from the command line, measure, print the table, write NAME.json and NAME.png.
 
-    The JSON is written anew after every row, so that a run that is cut short leaves what it had measured.
+    The JSON is written anew after every row, so that an interrupted run keeps the rows measured so far.
     """
     parser = argparse.ArgumentParser(description=measure.__doc__)
     parser.add_argument("--quick", action="store_true", help="a small run that ends within a minute on two cores")
@@ -32,11 +32,11 @@ def run(name: str, measure: Callable[..., Iterable[Row]], plot: Callable[[Sequen
     if options.without_cudnn_attention:
         torch.backends.cuda.enable_cudnn_sdp(False)
     options.out.mkdir(parents=True, exist_ok=True)
-    told = environment() | {"quick": options.quick}
+    recorded = environment() | {"quick": options.quick}
     rows: list[Row] = []
     for row in measure(quick=options.quick):
         rows.append(row)
-        (options.out / f"{name}.json").write_text(json.dumps({"environment": told, "rows": rows}, indent=2) + "\n")
+        (options.out / f"{name}.json").write_text(json.dumps({"environment": recorded, "rows": rows}, indent=2) + "\n")
     print(table(rows))
     plot(rows).savefig(options.out / f"{name}.png", dpi=150, bbox_inches="tight")
 
@@ -59,14 +59,14 @@ def environment() -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text; what a row has no number for stays empty."""
+    """The rows as aligned text; columns that a row lacks are empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names, *([_shown(row.get(name, "")) for name in names] for row in rows)]
+    cells = [names, *([_format_cell(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
-def _shown(cell: object) -> str:
+def _format_cell(cell: object) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 

@@ -1,8 +1,8 @@
 """The ablation: the loop with the paired difference beside its alternatives at equal budgets, and the cost of each.
 
-``python -m benchmarks.ablation`` measures all seeds; ``--seeds 2`` some, perhaps beside another process: the last one to
-end writes the results of all. Stopped, it goes on from its journal, beside the results. ``--tune`` measures the learning
-rates that those of the arms were chosen from.
+``python -m benchmarks.ablation`` measures all seeds; ``--seeds 2`` some, also while
+another process measures others: the last to end writes the results of all. After a stop it resumes from its journal, which
+is beside the results. ``--tune`` measures the learning rates from which those of the arms were chosen.
 """
 
 import argparse
@@ -27,11 +27,11 @@ PER_PROMPT = "gains"
 
 @dataclass(frozen=True)
 class Journal:
-    """Rows as they are measured, one per line, so that none is lost; several processes may write to it."""
+    """A file with one measured row per line, to which several processes may append."""
 
     path: Path
     about: Mapping[str, str]
-    """What the rows were measured with: its first line."""
+    """The settings of the rows: the first line."""
 
     def begin(self) -> None:
         """Start it, or check that its settings are the same.
@@ -43,14 +43,14 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append(self.about)
         elif self._lines()[0] != self.about:
-            raise SystemExit(f"{self.path} is of other settings. Move it away, or write somewhere else (--out).")
+            raise SystemExit(f"{self.path} has other settings. Move it away, or write to another folder (--out).")
 
     def rows(self) -> list[record.Row]:
         """All rows so far, of all processes."""
         return self._lines()[1:]
 
     def measure(self, cells: Iterable[Cell], bench: Bench) -> None:
-        """Measure the cells that are not there yet."""
+        """Measure the cells that have no row yet."""
         for cell in cells:
             fields = asdict(cell)
             if not any(fields.items() <= row.items() for row in self.rows()):
@@ -81,7 +81,7 @@ def measure(*, quick: bool, out: Path, seeds: Sequence[int], tune: bool = False)
 
 
 def comparisons(rows: Sequence[record.Row]) -> list[record.Row]:
-    """Every arm beside ours with as many pairs: the mean difference of gains over prompts and seeds, and its interval.
+    """Every arm minus `PairedDifference` with the same number of pairs: the mean difference of gains over prompts and seeds, and its interval.
 
     The interval is a 95% bootstrap over prompts of the differences, averaged over seeds.
     """

@@ -24,8 +24,8 @@ def measure(*, quick: bool) -> list[record.Row]:
     prompts = playground.prompts(30 if quick else 300, seed=21)
     eager = PhotometricCritic(exposure=1, chroma=1, contrast=1, sharpness=1, whole_image=False)
     rows: list[record.Row] = []
-    for style, words in STYLES.items():
-        images = [playground.render(prompt + words, seed=seed) for seed, prompt in enumerate(prompts)]
+    for style, suffix in STYLES.items():
+        images = [playground.render(prompt + suffix, seed=seed) for seed, prompt in enumerate(prompts)]
         found = extra = things = 0
         for image, prompt in zip(images, prompts, strict=True):
             objects = [thing.box for thing in playground.detect(image)]

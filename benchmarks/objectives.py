@@ -119,7 +119,7 @@ class Evaluation:
         gain = mean_score(Photometric(), after, self.prompts) - mean_score(Photometric(), self.before, self.prompts)
         return {
             "gain": gain,
-            "alignment": fmean(mean_score(one, after, self.prompts) for one in FAITHFUL),
+            "alignment": fmean(mean_score(scorer, after, self.prompts) for scorer in FAITHFUL),
             "drift": mean_squared_change(self.fine_before, draw(student, self.fine)),
         }
 
@@ -174,8 +174,11 @@ def plot(rows: Sequence[record.Row]) -> Figure:
         for name in METHODS:
             steps = sorted({row["steps"] for row in rows if row["method"] == name})
             means = [
-                [fmean(row[one] for row in rows if (row["method"], row["steps"]) == (name, count)) for count in steps]
-                for one in (key, "gain")
+                [
+                    fmean(row[column] for row in rows if (row["method"], row["steps"]) == (name, count))
+                    for count in steps
+                ]
+                for column in (key, "gain")
             ]
             axes.plot(*means, marker="o", markersize=3, label=name)
         axes.axhline(0, color="grey", linewidth=0.5)

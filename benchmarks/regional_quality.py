@@ -24,14 +24,14 @@ JUDGES: Mapping[str, aa.Scorer] = {
     "glowing": Contrast(),
     "sharp": Sharpness(),
 }
-"""What each adjective is about."""
+"""The scorer that each adjective should raise."""
 LONG_PROMPT = 32
 """Tokens of four things and a setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A way to ask for things at places."""
+    """A method of drawing things in places."""
 
     guide: Guide | None = None
     """None for one long prompt without regions."""
@@ -40,7 +40,7 @@ class Arm:
     feather: float = 0.0
     """Of every region."""
     names_things: bool = False
-    """Whether the plan's prompt names the things as well, as in the demonstrations of some systems."""
+    """Whether the plan's prompt names the things as well, as in the demonstrations of some systems; *told* in names of arms."""
 
 
 def regional_arm(isolation: Isolation, *, weight: float = 1.0, feather: float = 0.0, names_things: bool = False) -> Arm:
@@ -77,11 +77,11 @@ def measure(*, quick: bool) -> list[record.Row]:
     """Draw random layouts, and an adjective in a box, with every arm; report what appears where, and what else changes.
 
     Task ``things``: two to four regions, side by side in a plain scene, ask for a thing each. ``color`` is the share of
-    regions in which a thing of the asked colour stands, ``thing`` of those where it has the asked shape too, ``mixed`` of
+    regions with a thing of the requested colour, ``thing`` of those where it has the requested shape too, ``mixed`` of
     those with another region's colour in them; ``scene`` the share of pictures whose sky is still the plan's.
 
     Task ``adjective``, which is ArtAug's: a region around one thing asks for the same caption and one adjective. ``gain``
-    is the rise of what the adjective is about inside the box, over the rise where the whole picture gets the adjective;
+    is the rise of the adjective's scorer inside the box, over the rise when the whole picture gets the adjective;
     ``color``, ``shape`` and ``place`` are shares of what the caption asks for that the picture shows.
 
     In both, ``outside`` is the mean change of pixels in [0, 1] more than half a token away from all regions, against the
@@ -94,10 +94,13 @@ def measure(*, quick: bool) -> list[record.Row]:
 
 def rows_of(arms: Mapping[str, Arm], *, count: int) -> list[record.Row]:
     """The rows of both tasks, with so many pictures each."""
-    return [*_things(arms, world.layouts(count, seed=11)), *_adjectives(arms, playground.prompts(count, seed=12))]
+    return [
+        *_thing_rows(arms, world.layouts(count, seed=11)),
+        *_adjective_rows(arms, playground.prompts(count, seed=12)),
+    ]
 
 
-def _things(arms: Mapping[str, Arm], layouts: Sequence[world.Layout]) -> list[record.Row]:
+def _thing_rows(arms: Mapping[str, Arm], layouts: Sequence[world.Layout]) -> list[record.Row]:
     plain = playground.synthesizer()
     sky_colors = world.sky_colors()
     before = draw(plain, [aa.Plan(layout.scene) for layout in layouts])
@@ -109,8 +112,8 @@ def _things(arms: Mapping[str, Arm], layouts: Sequence[world.Layout]) -> list[re
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # CLIP, used for the pooled prompt only, reads 25 tokens
             after = draw(replace(plain, guide=arm.guide, max_sequence_length=tokens), plans)
-        shown = list(zip(after, layouts, strict=True))
-        accuracies = [(len(layout.boxes), world.region_accuracy(image, layout)) for image, layout in shown]
+        image_layouts = list(zip(after, layouts, strict=True))
+        accuracies = [(len(layout.boxes), world.region_accuracy(image, layout)) for image, layout in image_layouts]
         rows.append(
             _arm_columns("things", name, arm)
             | {key: fmean(getattr(accuracy, key) for _, accuracy in accuracies) for key in ("color", "thing", "mixed")}
@@ -118,7 +121,11 @@ def _things(arms: Mapping[str, Arm], layouts: Sequence[world.Layout]) -> list[re
                 f"color of {regions}": fmean(accuracy.color for count, accuracy in accuracies if count == regions)
                 for regions in (2, 3, 4)
             }
-            | {"scene": fmean(world.nearest_setting(image, sky_colors) == layout.setting for image, layout in shown)}
+            | {
+                "scene": fmean(
+                    world.nearest_setting(image, sky_colors) == layout.setting for image, layout in image_layouts
+                )
+            }
             | _change_columns(before, after, boxes)
         )
     return rows
@@ -132,28 +139,28 @@ def _plan(arm: Arm, layout: world.Layout) -> aa.Plan:
     return replace(plan, prompt=layout.long_prompt) if arm.names_things else plan
 
 
-def _adjectives(arms: Mapping[str, Arm], prompts: Sequence[str]) -> list[record.Row]:
+def _adjective_rows(arms: Mapping[str, Arm], prompts: Sequence[str]) -> list[record.Row]:
     plain = playground.synthesizer()
-    words = [list(JUDGES)[number % len(JUDGES)] for number in range(len(prompts))]
-    improved = [f"{prompt}, {word}" for prompt, word in zip(prompts, words, strict=True)]
-    before, whole = (draw(plain, [aa.Plan(prompt) for prompt in texts]) for texts in (prompts, improved))
+    adjectives = [list(JUDGES)[number % len(JUDGES)] for number in range(len(prompts))]
+    improved = [f"{prompt}, {adjective}" for prompt, adjective in zip(prompts, adjectives, strict=True)]
+    before, fully_improved = (draw(plain, [aa.Plan(prompt) for prompt in texts]) for texts in (prompts, improved))
     boxes = [_around_a_thing(image) for image in before]
-    full_gains = _gains(words, boxes, before, whole)
+    full_gains = _gains(adjectives, boxes, before, fully_improved)
     rows: list[record.Row] = []
     for name, arm in arms.items():
         if arm.names_things:
             continue  # in this task the plan's prompt names the things in every arm
         plans = [
-            aa.Plan(prompt, tuple(aa.Region(box, text, weight=arm.weight, feather=arm.feather) for box in own))
-            for prompt, text, own in zip(prompts, improved, boxes, strict=True)
+            aa.Plan(prompt, tuple(aa.Region(box, text, weight=arm.weight, feather=arm.feather) for box in image_boxes))
+            for prompt, text, image_boxes in zip(prompts, improved, boxes, strict=True)
         ]
-        after = whole if arm.guide is None else draw(replace(plain, guide=arm.guide), plans)
-        gains = _gains(words, boxes, before, after)
-        parts = {word: gains[word] / full_gain for word, full_gain in full_gains.items()}
+        after = fully_improved if arm.guide is None else draw(replace(plain, guide=arm.guide), plans)
+        gains = _gains(adjectives, boxes, before, after)
+        relative_gains = {adjective: gains[adjective] / full_gain for adjective, full_gain in full_gains.items()}
         rows.append(
             _arm_columns("adjective", name, arm)
-            | {"gain": fmean(parts.values())}
-            | {f"gain {word}": part for word, part in parts.items()}
+            | {"gain": fmean(relative_gains.values())}
+            | {f"gain {adjective}": relative_gain for adjective, relative_gain in relative_gains.items()}
             | {judge.name: fmean(judge.score_batch(after, prompts)) for judge in FAITHFUL}
             | _change_columns(before, after, boxes)
         )
@@ -166,16 +173,16 @@ def _around_a_thing(image: Image) -> tuple[aa.Box, ...]:
 
 
 def _gains(
-    words: Sequence[str], boxes: Sequence[Sequence[aa.Box]], before: Sequence[Image], after: Sequence[Image]
+    adjectives: Sequence[str], boxes: Sequence[Sequence[aa.Box]], before: Sequence[Image], after: Sequence[Image]
 ) -> dict[str, float]:
-    """The sum of gains inside the boxes, for each adjective, in the score that it is about."""
-    gains = dict.fromkeys(words, 0.0)
-    for word, own, *pictures in zip(words, boxes, before, after, strict=True):
-        for box in own:
-            low, high = JUDGES[word].score_batch(
+    """The sum of gains inside the boxes, for each adjective, by its scorer."""
+    gains = dict.fromkeys(adjectives, 0.0)
+    for adjective, image_boxes, *pictures in zip(adjectives, boxes, before, after, strict=True):
+        for box in image_boxes:
+            low, high = JUDGES[adjective].score_batch(
                 [image.crop(box.to_pixels(image.size)) for image in pictures], ["", ""]
             )
-            gains[word] += high - low
+            gains[adjective] += high - low
     return gains
 
 
@@ -195,7 +202,7 @@ def _change_columns(
     with_boxes = [item for item in zip(before, after, boxes, strict=True) if item[2]]
     return {
         "outside": fmean(world.change_outside(*item) for item in with_boxes),
-        "seam": fmean(world.seam(image, own) for _, image, own in with_boxes),
+        "seam": fmean(world.seam(image, image_boxes) for _, image, image_boxes in with_boxes),
         "pictures": len(with_boxes),
     }
 

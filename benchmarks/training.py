@@ -73,7 +73,7 @@ class RandomFlux:
         return torch.device(self.geometry.device)
 
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """The transformer's velocity, at the guidance of drawing."""
+        """The transformer's velocity, at the guidance scale used for drawing."""
         embeds = conditioning["prompt_embeds"]
         places = torch.cartesian_prod(torch.arange(1), *(torch.arange(self.side),) * 2).to(embeds)
         velocity: Tensor = self.module(
@@ -92,19 +92,19 @@ class RandomFlux:
         """Random pairs."""
         generator = torch.Generator().manual_seed(0)
 
-        def drawn(*shape: int) -> Tensor:
+        def randn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(self.device)
 
         latents = (size, self.side**2, flux.LATENT_CHANNELS)
         geometry = self.geometry
         return PairBatch(
-            before=drawn(*latents),
-            after=drawn(*latents),
+            before=randn(*latents),
+            after=randn(*latents),
             conditioning={
-                "prompt_embeds": drawn(size, geometry.base_tokens, geometry.text_channels).to(geometry.dtype),
-                "pooled_prompt_embeds": drawn(size, geometry.pooled_channels).to(geometry.dtype),
+                "prompt_embeds": randn(size, geometry.base_tokens, geometry.text_channels).to(geometry.dtype),
+                "pooled_prompt_embeds": randn(size, geometry.pooled_channels).to(geometry.dtype),
             },
-            noise=drawn(*latents),
+            noise=randn(*latents),
             sigmas=self.noise_schedule.sample_sigmas(size, generator).to(self.device),
         )
 
@@ -136,7 +136,7 @@ def artaug_steps(model: RandomFlux, objective: aa.Objective, echo: int, batch: P
 
 @contextmanager
 def diffusers_step(model: RandomFlux, batch: PairBatch) -> Iterator[Step]:
-    """One step as diffusers' FLUX LoRA script takes it, on the pictures after."""
+    """One step of diffusers' FLUX LoRA script, on the pictures after."""
     module, latents = model.module, batch.after
     layers, mixed = find_target_layers(module, ATTENTION_AND_MLP), model.geometry.dtype == torch.bfloat16
     schedule = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -145,7 +145,7 @@ def diffusers_step(model: RandomFlux, batch: PairBatch) -> Iterator[Step]:
             LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=list(layers))
         )
         cast_training_params([module], dtype=torch.float32)
-        factors = [one for one in module.parameters() if one.requires_grad]
+        factors = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(factors, lr=RATE, weight_decay=1e-4)
         module.train()
 
@@ -191,14 +191,14 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
     """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        whole = replace(flux.FLUX_DEV, double_blocks=1, single_blocks=2) if quick else flux.FLUX_DEV
-        geometries = [replace(whole, storage=one) for one in ("plain", "fp8", "nf4")]
+        geometry = replace(flux.FLUX_DEV, double_blocks=1, single_blocks=2) if quick else flux.FLUX_DEV
+        geometries = [replace(geometry, storage=storage) for storage in ("plain", "fp8", "nf4")]
     else:
-        geometries = [replace(flux.SCALED_DOWN, dtype=one) for one in (torch.float32, torch.bfloat16)]
-    sizes, again = (1,) if quick else (1, 4), (True,) if on_gpu else (False,) if quick else (False, True)
+        geometries = [replace(flux.SCALED_DOWN, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    sizes, recomputing_settings = (1,) if quick else (1, 4), (True,) if on_gpu else (False,) if quick else (False, True)
     cases = [
         Case(side=side, batch=batch, recomputing=recomputing)
-        for side, batch, recomputing in product((32, 64) if on_gpu else (16,), sizes, again)
+        for side, batch, recomputing in product((32, 64) if on_gpu else (16,), sizes, recomputing_settings)
     ]
     for geometry in geometries:
         yield from measure_geometry(geometry, cases, rounds=2 if on_gpu else 3 if quick else 12)
@@ -219,7 +219,10 @@ def measure_case(
     """A row a method, for one case."""
     model = RandomFlux(geometry=geometry, module=module, side=case.side)
     batch = model.batch(case.batch)
-    methods: dict[str, Method] = {name: partial(artaug_steps, model, *one, batch) for name, one in OBJECTIVES.items()}
+    methods: dict[str, Method] = {
+        name: partial(artaug_steps, model, *objective_and_echo, batch)
+        for name, objective_and_echo in OBJECTIVES.items()
+    }
     methods[SCRIPT] = partial(diffusers_step, model, batch)
     if geometry.storage != "plain" or geometry.device != "cpu":
         methods = {name: methods[name] for name in (ON_GPU if geometry.storage == "plain" else QUANTIZED)}
@@ -262,7 +265,7 @@ def row(
 ) -> record.Row:
     """One method's numbers."""
     plain = seconds[PLAIN]
-    ratios = [mine / base for mine, base in zip(seconds[method], plain, strict=True)]
+    ratios = [step / base for step, base in zip(seconds[method], plain, strict=True)]
     low, _, high = quantiles(ratios, n=4, method="inclusive")
     return {
         "method": method,
@@ -284,23 +287,26 @@ def row(
 
 
 def plot(rows: Sequence[record.Row]) -> Figure:
-    """Time beside plain fine-tuning and memory beside the script, a group of bars for every setting."""
-    taken = {row["method"] for row in rows}
+    """Time relative to plain fine-tuning and memory relative to the script: a group of bars for each setting."""
+    measured = {row["method"] for row in rows}
     figure = Figure(figsize=(14, 3.8))
     for place, (name, title) in enumerate(
         (("ratio_to_sft", "time of a step over plain fine-tuning"), ("peak_to_script", "memory over the script"))
     ):
         axes = figure.add_subplot(1, 2, place + 1, title=title)
-        shown = [row for row in rows if name in row]
-        settings = list(dict.fromkeys(tuple(row[key] for key in SETTING) for row in shown))
-        for index, method in enumerate(name for name in (*OBJECTIVES, SCRIPT) if name in taken):
-            mine = {tuple(row[key] for key in SETTING): row[name] for row in shown if row["method"] == method}
+        plotted_rows = [row for row in rows if name in row]
+        settings = list(dict.fromkeys(tuple(row[key] for key in SETTING) for row in plotted_rows))
+        for index, method in enumerate(name for name in (*OBJECTIVES, SCRIPT) if name in measured):
+            values = {tuple(row[key] for key in SETTING): row[name] for row in plotted_rows if row["method"] == method}
             axes.bar(
-                [settings.index(setting) + index * 0.17 for setting in mine], list(mine.values()), 0.15, label=method
+                [settings.index(setting) + index * 0.17 for setting in values],
+                list(values.values()),
+                0.15,
+                label=method,
             )
         labels = [
-            f"{dtype if storage == 'plain' else storage}\n{pixels} px\nbatch {size}{chr(10) + 'recomputing' if again else ''}"
-            for dtype, storage, pixels, size, again in settings
+            f"{dtype if storage == 'plain' else storage}\n{pixels} px\nbatch {size}{chr(10) + 'recomputing' if recomputing else ''}"
+            for dtype, storage, pixels, size, recomputing in settings
         ]
         axes.set_xticks([number + 0.3 for number in range(len(settings))], labels, fontsize=6)
         axes.axhline(1, color="grey", linewidth=0.5)

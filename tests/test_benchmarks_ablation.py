@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from benchmarks import _ablation_bench as bench
-from benchmarks import _ablation_pairs as making
+from benchmarks import _ablation_pairs as pair_sources
 from benchmarks import ablation
 from benchmarks._ablation_plot import plot as ablation_plot
 from PIL import Image
@@ -27,7 +27,7 @@ def measured(tmp_path_factory):
     journal.begin()
     measuring = bench.Bench(bench.QUICK, seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(making, "CHUNK", 4)
+        patch.setattr(pair_sources, "CHUNK", 4)
         journal.measure(CELLS, measuring)
         yield journal, measuring
 
@@ -56,21 +56,21 @@ def test_an_ablation_resumes_from_its_journal_and_no_other(measured):
 
 
 @pytest.mark.parametrize("way", ["interaction", "best of k"])
-def test_passes_are_calls_of_the_denoiser_counted_per_picture(measured, way):
+def test_passes_are_calls_of_the_denoiser_counted_per_picture(measured, source):
     _, measuring = measured
-    way = measuring.interaction(0.25) if way == "interaction" else measuring.best_of_k
-    way.made.clear()
+    source = measuring.interaction(0.25) if source == "interaction" else measuring.best_of_k
+    source.attempts.clear()
     passes = []
     model = measuring.base.pipeline.transformer
     counting = model.register_forward_pre_hook(
         lambda _, __, named: passes.append(len(named["hidden_states"])), with_kwargs=True
     )
 
-    pair_set = way.kept(2)
+    pair_set = source.kept(2)
     counting.remove()
 
-    expected = pair_set.cost.passes + sum(cost.passes for _, cost in way.made[pair_set.prompts :])
-    assert len(way.made) % making.CHUNK == 0 < pair_set.prompts
+    expected = pair_set.cost.passes + sum(cost.passes for _, cost in source.attempts[pair_set.prompts :])
+    assert len(source.attempts) % pair_sources.CHUNK == 0 < pair_set.prompts
     assert sum(passes) == expected
 
 
@@ -80,7 +80,7 @@ def test_a_noisy_critic_misplaces_its_share_of_boxes_and_nothing_else():
     noiseless = PhotometricCritic().critique_batch(images, prompts)
 
     for wrong in (0, 0.5):
-        critic = making.NoisyCritic(critic=PhotometricCritic(), wrong=wrong, seed=0)
+        critic = pair_sources.NoisyCritic(critic=PhotometricCritic(), wrong=wrong, seed=0)
         answers = critic.critique_batch(images, prompts)
         boxes = [
             found.box != suggestion.box
@@ -97,7 +97,7 @@ def test_the_best_of_k_is_the_best_of_those_that_show_what_was_requested():
     prompt = "a red cone on the left at night"
     good, better = (playground.render(prompt + words, seed=0) for words in (", vivid", ", vivid, glowing"))
     dull, wrong = playground.render(prompt, seed=0), playground.render("a blue ball at night, vivid, glowing", seed=0)
-    best_of_k = making.BestOfK(synthesizer=None, draws=4, sampling_steps=1, seed=0)
+    best_of_k = pair_sources.BestOfK(synthesizer=None, draws=4, sampling_steps=1, seed=0)
 
     pair = best_of_k._best(prompt, [good, wrong, better, dull])  # noqa: SLF001
 
