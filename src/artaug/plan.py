@@ -3,7 +3,7 @@
 import io
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, final
 
 from PIL import Image
 from pydantic import Field
@@ -125,6 +125,7 @@ def run_planner(planner: RegionPlanner, prompt: str, critique: Critique) -> Plan
     return check_result(type(planner).__name__, "plan", plan, of=Plan, given=repr(prompt))
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class GreedyPlanner(RegionPlanner):
     """Takes suggestions in the critic's order and leaves out those that overlap one already taken.

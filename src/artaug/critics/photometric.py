@@ -1,6 +1,7 @@
 """A critic that measures light, color, contrast and focus in the regions of a picture that stand out. It needs no model."""
 
 from dataclasses import asdict, dataclass
+from typing import final
 
 import numpy as np
 from PIL.Image import Image
@@ -37,6 +38,7 @@ class PromptVocabulary:
             )
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class PhotometricCritic(Critic):
     """Asks for better light, color, contrast or focus where a measurement is low.

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, final
 
 import torch
 from PIL.Image import Image
@@ -28,6 +28,7 @@ _MAX_ASPECT_RATIO = 200
 _PIXELS_PER_CHARACTER = 200  # for sorting: an image token covers about 800 pixels, a text token about 4 characters
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VLMCritic(Critic):
     """Criticises pictures with a vision-language model of transformers, in batches.

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import final
 
 from PIL.Image import Image
 
@@ -20,6 +21,7 @@ _LOG = logging.getLogger(__name__)
 _REMEDY = "The answers written before are complete: make room and call again, or critique without a cache."
 
 
+@final
 @dataclass(frozen=True)
 class Ensemble(Critic):
     """Runs several critics and suggests what at least ``min_votes`` of them suggest for the same place.
@@ -112,6 +114,7 @@ class _CacheEntry:
     answer: Critique | Abstention
 
 
+@final
 @dataclass(frozen=True)
 class Cached(Critic):
     """Keeps a critic's answers in a folder, so that no picture is criticised twice.
@@ -184,6 +187,7 @@ def _read_answer(path: Path) -> Critique | Abstention | None:
         return None
 
 
+@final
 @dataclass(frozen=True)
 class Retried(Critic):
     """Runs a critic again where it abstained, for critics whose answers vary.

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, final
 
 import torch
 from diffusers import DiffusionPipeline
@@ -34,6 +34,7 @@ class ActiveLoRA:
     scale: float = 1.0
 
 
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DiffusersSynthesizer(Synthesizer):
     """Draws with a diffusers pipeline, which it does not change.

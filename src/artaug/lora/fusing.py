@@ -63,6 +63,7 @@ def fuse_loras(fuser: Fuser, loras: Sequence[LoRA]) -> LoRA:
     return fused
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class ConcatFuser(Fuser):
     """Adds updates exactly by concatenating their factors; the rank of the result is the sum of their ranks."""
@@ -120,6 +121,7 @@ def _rank_change(layer: CompressedLayer) -> str:
     return f"{layer.rank_before} to {layer.rank_after}"
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class SvdFuser(Fuser):
     """Adds updates up and keeps the largest singular values of every layer: no LoRA of that rank is closer to the sum.

@@ -1,7 +1,7 @@
 """Accuracy: a scorer that compares pictures with the ground truth of their prompts."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, final
 
 from PIL.Image import Image
 
@@ -9,6 +9,7 @@ from artaug.playground.detection import alignment
 from artaug.scoring import Scorer
 
 
+@final
 @dataclass(frozen=True)
 class Accuracy(Scorer):
     """The share of the prompt's things whose colour, shape or place is right in the picture, in [0, 1].

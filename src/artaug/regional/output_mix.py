@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from artaug.regional.guide import EncodedRegion, Guide, exclusive
 from artaug.regional.token_lora import find_lora
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class OutputMix(Guide):
     """Mixes the denoiser's outputs, as ArtAug does (arXiv 2412.12888).

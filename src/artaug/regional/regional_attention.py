@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from artaug.regional.token_lora import find_lora, token_loras_applied
 Method: TypeAlias = Literal["auto", "grouped", "merged", "flex", "dense"]
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class RegionalAttention(Guide):
     """Lets every image token attend to the prompts of its regions, in the one forward pass of a step.

@@ -3,7 +3,7 @@
 import colorsys
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, final
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,6 +18,7 @@ from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer
 
 
+@final
 @dataclass(frozen=True)
 class SwatchSynthesizer(Synthesizer):
     """Draws flat color fields: the prompt decides the color, regions fill their boxes, the seed adds grain.
@@ -44,6 +45,7 @@ class SwatchSynthesizer(Synthesizer):
         return replace(self, lora_scale=self.lora_scale + scale)
 
 
+@final
 @dataclass(frozen=True)
 class FixedCritic(Critic):
     """Gives the same answer to every picture."""
@@ -54,6 +56,7 @@ class FixedCritic(Critic):
         return self.answer
 
 
+@final
 @dataclass(frozen=True)
 class FixedScorer(Scorer):
     """Gives every picture the same score."""
@@ -64,6 +67,7 @@ class FixedScorer(Scorer):
         return self.value
 
 
+@final
 @dataclass(frozen=True)
 class FixedFilter(PairFilter):
     """Keeps every pair, or none."""

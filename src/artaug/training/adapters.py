@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias, final
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -61,6 +61,7 @@ class Adapter(ABC):
         """
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class PlainLoRA(Adapter):
     """Two thin matrices, whose product is added to the weight (Hu et al., arXiv 2106.09685, eq. 3)."""
@@ -77,6 +78,7 @@ class PlainLoRA(Adapter):
         return LoRA({name: LowRank(tensors["down.weight"], tensors["up.weight"]) for name, tensors in layers.items()})
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class LoKr(Adapter):
     """A small matrix times a thin one, by Kronecker's product: a high rank from few numbers (arXiv 2309.14859, section 3.4).
@@ -134,6 +136,7 @@ class LoKr(Adapter):
         return max(divisor for divisor in range(1, self.factor + 1) if size % divisor == 0)
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class DoRA(Adapter):
     """A LoRA for the direction of every row of a weight, and a number for its norm (arXiv 2402.09353, eq. 5), by PEFT.

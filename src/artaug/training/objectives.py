@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -121,6 +121,7 @@ class Objective(ABC):
         return TrainingPlan((tuple(range(pairs)),), (Stage(self.loss),))
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference(Objective):
     """Learns what separates after from before and nothing else, in one run.
@@ -167,6 +168,7 @@ class PairedDifference(Objective):
         return mean_squared_errors(prediction, target, weights=batch.loss_weights(self.outside_weight)).mean()
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Bipolar(Objective):
     """A slider: at ``scale`` the LoRA leads from before to after, at minus ``scale`` from after to before.
@@ -237,6 +239,7 @@ class _ScaledStudent:
         return self.student.teacher_predict(noisy, sigmas, conditioning)
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class DirectPreference(Objective):
     """Direct preference optimization: of each pair, after is preferred to before.
@@ -303,6 +306,7 @@ class DirectPreference(Objective):
         return gain, mean_squared_errors(student, teacher)
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class SupervisedFineTuning(Objective):
     """Plain fine-tuning on the pictures after; the pictures before are not used. The control arm.
@@ -326,6 +330,7 @@ class SupervisedFineTuning(Objective):
         return _fine_tuning_loss(model, batch, batch.after, outside_weight=self.outside_weight)
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class TwoStage(Objective):
     """The paper's recipe: one LoRA copies *before*, a second learns *after* on top of it, and the first is dropped.

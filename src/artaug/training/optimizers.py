@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import final
 
 import torch
 from torch import nn
@@ -44,6 +45,7 @@ class AdaptiveMoments(Optimizer):
             raise InvalidValueError(f"{self}: need a weight_decay of at least 0, and betas in [0, 1).")
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class AdamW(AdaptiveMoments):
     """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101)."""
@@ -52,6 +54,7 @@ class AdamW(AdaptiveMoments):
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas)
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class AdamW8bit(AdaptiveMoments):
     """AdamW whose two moments take one byte a parameter (Dettmers et al., arXiv 2110.02861), by bitsandbytes.
@@ -70,6 +73,7 @@ class AdamW8bit(AdaptiveMoments):
         return optimizer
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Prodigy(AdaptiveMoments):
     """AdamW that estimates its step length (Mishchenko and Defazio, arXiv 2306.06101). Set the trainer's ``learning_rate`` to 1.
@@ -104,6 +108,7 @@ class Prodigy(AdaptiveMoments):
         return optimizer
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFree(AdaptiveMoments):
     """AdamW without a schedule: what is exported is a mean of all iterates (Defazio et al., arXiv 2405.15682).

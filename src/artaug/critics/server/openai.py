@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, final
 from urllib.parse import urlsplit
 
 from PIL.Image import Image, Resampling
@@ -39,6 +39,7 @@ _FAMILY_PATTERNS = {  # families whose convention does not depend on the process
 }
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class OpenAICritic(Critic):
     """Criticises pictures with a model behind an OpenAI-compatible server, several requests at a time.
