@@ -101,7 +101,19 @@ def show_plain_types(package: ModuleType) -> None:
         cls.__annotations__.update({name: plain[name] for name in cls.__annotations__})
 
 
-PACKAGES = ("critics", "diffusion", "evaluation.suites", "hub", "lora.formats", "playground", "regional", "review", "scorers", "testing", "training")
+PACKAGES = (
+    "critics",
+    "diffusion",
+    "evaluation.suites",
+    "hub",
+    "lora.formats",
+    "playground",
+    "regional",
+    "review",
+    "scorers",
+    "testing",
+    "training",
+)
 for name in ("artaug", *(f"artaug.{package}" for package in PACKAGES)):
     package = import_module(name)
     show_public_paths(package)

@@ -55,15 +55,15 @@ def test_an_ablation_resumes_from_its_journal_and_no_other(measured):
         ablation.Journal(journal.path, {"settings": "others"}).begin()
 
 
-@pytest.mark.parametrize("way", ["interaction", "best of k"])
-def test_passes_are_calls_of_the_denoiser_counted_per_picture(measured, source):
+@pytest.mark.parametrize("source_name", ["interaction", "best of k"])
+def test_passes_are_calls_of_the_denoiser_counted_per_picture(measured, source_name):
     _, measuring = measured
-    source = measuring.interaction(0.25) if source == "interaction" else measuring.best_of_k
+    source = measuring.interaction(0.25) if source_name == "interaction" else measuring.best_of_k
     source.attempts.clear()
     passes = []
     model = measuring.base.pipeline.transformer
     counting = model.register_forward_pre_hook(
-        lambda _, __, named: passes.append(len(named["hidden_states"])), with_kwargs=True
+        lambda _, __, kwargs: passes.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
 
     pair_set = source.kept(2)
