@@ -1,5 +1,6 @@
 """Rounds on a tiny real FLUX: what they learn, when they stop, and what their result records."""
 
+import inspect
 from dataclasses import dataclass
 
 import pytest
@@ -48,8 +49,7 @@ def enhanced(synthesizer, *, prompts=PROMPTS, critic=ADVICE, keep=None, rounds=2
         fuser=aa.ConcatFuser(),
         rounds=rounds,
         batch_size=2,
-        progress=False,
-        **{"seed": 0, **options},
+        **{"seed": 0, "progress": False, **options},
     )
 
 
@@ -172,6 +172,24 @@ def test_a_later_round_that_keeps_nothing_ends_the_loop_with_the_rounds_before(f
 def test_a_synthesizer_without_a_model_to_train_is_refused_before_anything_is_drawn():
     with pytest.raises(aa.ModelError, match="SwatchSynthesizer has no model to train"):
         enhanced(SwatchSynthesizer())
+
+
+def test_by_default_there_are_three_rounds_of_seed_0_in_chunks_of_eight_with_progress_bars():
+    parameters = inspect.signature(aa.enhance).parameters
+    defaults = [parameters[name].default for name in ("rounds", "seed", "batch_size", "progress", "fuser")]
+    assert defaults == [3, 0, 8, True, aa.ConcatFuser()]
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_progress_bars_are_shown_only_if_wanted(flux, capsys, progress):
+    enhanced(flux, rounds=1, progress=progress)
+    assert ("round 1: improve: 100%" in capsys.readouterr().err) is progress
+
+
+@pytest.mark.parametrize(("at_least", "accepted"), [(0.5, True), (1.0, False)])
+def test_the_whole_interval_has_to_exceed_the_gain_that_a_stop_rule_requires(flux, at_least, accepted):
+    stop = aa.StopRule(ScriptedScorer([0.0, 0.0, 1.0, 1.0]), PROMPTS[:2], at_least=at_least)
+    assert enhanced(flux, rounds=1, stop=stop).rounds[0].accepted is accepted
 
 
 def test_zero_rounds_are_refused():

@@ -1,5 +1,6 @@
 """Every prompt ends as one attempt, with a reason; a part that breaks its contract is named."""
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -103,6 +104,46 @@ def test_it_is_lazy_chunk_by_chunk():
     assert stages == ["draw", "critique", "redraw", "judge"]
     list(iterator)
     assert stages == ["draw", "critique", "redraw", "judge"] * 3
+
+
+def stages_of(prompts, **options):
+    events = []
+    attempts(prompts, on_stage=events.append, **options)
+    return [event.stage for event in events]
+
+
+def test_a_chunk_has_at_most_batch_size_prompts_and_at_least_one():
+    chunk = ["draw", "critique", "redraw", "judge"]
+    assert stages_of(["a"] * 4, batch_size=4) == chunk
+    assert stages_of(["a"] * 5, batch_size=4) == chunk * 2
+    assert stages_of(["a"] * 2, batch_size=1) == chunk * 2
+    with pytest.raises(aa.InvalidValueError, match="batch_size is 0: need at least 1 prompt in a chunk"):
+        attempts(["a"], batch_size=0)
+
+
+@pytest.mark.parametrize(("count", "chunks"), [(8, 1), (9, 2)])
+def test_by_default_a_chunk_has_eight_prompts(count, chunks):
+    events = []
+    list(
+        improve(
+            ["a"] * count,
+            synthesizer=SwatchSynthesizer(),
+            critic=FixedCritic(ADVICE),
+            planner=aa.GreedyPlanner(),
+            keep=FixedFilter(keep=True),
+            seed=0,
+            on_stage=events.append,
+        )
+    )
+    assert [event.stage for event in events].count("draw") == chunks
+
+
+def test_a_stage_takes_as_long_as_the_clock_says(monkeypatch):
+    ticks = itertools.accumulate(itertools.count(1))  # 1, 3, 6, 10, ...: between them 2, 3, 4, ...
+    monkeypatch.setattr("artaug.run.improve.time.perf_counter", lambda: next(ticks))
+    events = []
+    attempts(["a"], on_stage=events.append)
+    assert [event.seconds for event in events] == [2, 4, 6, 8]
 
 
 def test_suggestions_that_the_planner_leaves_out_are_a_reason_of_their_own():
