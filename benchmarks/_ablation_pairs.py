@@ -182,14 +182,14 @@ class BestOfK:
         return PairSet(pairs=pairs, prompts=number, cost=_sum(cost for _, cost in self.attempts[:number]))
 
     def _chunk(self, start: int) -> list[tuple[aa.ImagePair | None, Cost]]:
-        start = perf_counter()
+        start_time = perf_counter()
         prompts = self.prompts[start : start + CHUNK]
         drawn = [
             self.synthesizer.synthesize_batch([aa.Plan(prompt) for prompt in prompts], seeds=seeds.tolist())
             for seeds in self.seeds[start : start + CHUNK].T
         ]
         bests = [self._best(prompt, images) for prompt, images in zip(prompts, zip(*drawn, strict=True), strict=True)]
-        seconds = (perf_counter() - start) / len(prompts)
+        seconds = (perf_counter() - start_time) / len(prompts)
         cost = Cost(images=self.draws, passes=self.draws * self.sampling_steps, seconds=seconds)
         return [(best, cost) for best in bests]
 

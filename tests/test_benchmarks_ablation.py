@@ -51,7 +51,7 @@ def test_an_ablation_resumes_from_its_journal_and_no_other(measured):
     ablation.Journal(journal.path, journal.about).measure(CELLS, None)  # no bench: there is nothing to measure
 
     assert journal.rows() == rows
-    with pytest.raises(SystemExit, match="of other settings"):
+    with pytest.raises(SystemExit, match="has other settings"):
         ablation.Journal(journal.path, {"settings": "others"}).begin()
 
 
