@@ -50,7 +50,7 @@ def measure(*, quick: bool) -> list[record.Row]:
     evaluation = Evaluation.of(base, unseen)
     rows: list[record.Row] = []
     for seed in range(1 if quick else 3):
-        mine: list[record.Row] = []
+        seed_rows: list[record.Row] = []
         for name, (objective, echo) in METHODS.items():
             for steps in (4, 8) if quick else (8, 16, 32, 64):
                 if objective.training_plan(len(pairs)).groups[1:] and steps < 2 * len(pairs):
@@ -60,10 +60,10 @@ def measure(*, quick: bool) -> list[record.Row]:
                 )
                 with passes_counted(base) as passes:
                     training = trainer.train(pairs, base, seed=seed, progress=False)
-                found = evaluation.evaluate(base.with_lora(training.lora))
+                scores = evaluation.evaluate(base.with_lora(training.lora))
                 cost = {"pairs": len(pairs), "steps": steps, "passes": passes.count, "seconds": training.seconds}
-                mine.append({"method": name, "seed": seed, **cost, **found})
-        rows += [{**row, "passes_to_gain": passes_to_gain(row["method"], mine)} for row in mine]
+                seed_rows.append({"method": name, "seed": seed, **cost, **scores})
+        rows += [{**row, "passes_to_gain": passes_to_gain(row["method"], seed_rows)} for row in seed_rows]
     return rows
 
 
@@ -129,7 +129,7 @@ def kept_pairs(synthesizer: aa.Synthesizer, count: int) -> list[aa.ImagePair]:
     keep = aa.Gain(Chroma(), at_least=0.03) & aa.Gain(Contrast(), at_least=0.01)
     for accuracy in FAITHFUL:
         keep &= aa.Floor(accuracy, at_least=1.0)
-    found = aa.improve(
+    attempts = aa.improve(
         playground.prompts(count, seed=0),
         synthesizer=synthesizer,
         critic=PhotometricCritic(),
@@ -138,7 +138,7 @@ def kept_pairs(synthesizer: aa.Synthesizer, count: int) -> list[aa.ImagePair]:
         seed=0,
         batch_size=32,
     )
-    return [attempt.pair for attempt in found if isinstance(attempt, aa.Kept)]
+    return [attempt.pair for attempt in attempts if isinstance(attempt, aa.Kept)]
 
 
 def draw(synthesizer: aa.Synthesizer, prompts: Sequence[str], *, batch_size: int = 32) -> list[Image]:

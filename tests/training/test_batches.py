@@ -13,7 +13,7 @@ from artaug.training.distributed import SINGLE_PROCESS, World
 
 
 class Sized:
-    """What `EncodedPairs.batches` asks of a model."""
+    """The part of a model that `EncodedPairs.batches` uses."""
 
     device = torch.device("cpu")
     noise_schedule = FlowMatching()

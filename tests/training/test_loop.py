@@ -136,45 +136,45 @@ def test_a_training_whose_pictures_never_get_better_stops_after_its_patience(tmp
     assert events[-1] == ("validation", 2 * (1 + patience))
 
 
-class Lent(TinyModel):
-    """A model that records calls of its room-making hook."""
+class RecordingModel(TinyModel):
+    """A model that records when it is borrowed and offloaded."""
 
     def __init__(self):
         super().__init__()
         self.events = []
 
     @contextmanager
-    def _noted(self, name):
+    def _recorded(self, name):
         self.events.append(f"without {name}")
         yield
         self.events.append(f"with {name}")
 
     def without_encoders(self):
-        return self._noted("encoders")
+        return self._recorded("encoders")
 
     def without_denoiser(self):
-        return self._noted("denoiser")
+        return self._recorded("denoiser")
 
     @contextmanager
     def training(self):
-        self.events.append("lent")
+        self.events.append("borrowed")
         with super().training() as model:
             yield model
-        self.events.append("back")
+        self.events.append("given back")
 
 
 def test_the_encoders_make_room_before_the_denoiser_is_back():
-    model = Lent()
+    model = RecordingModel()
     trainer_of(2).train(PAIRS, model, seed=0, progress=False)
-    first = ["lent", "back"]  # for the checks before anything is encoded
+    first = ["borrowed", "given back"]  # for the checks before anything is encoded
     assert model.events == [
         *first,
-        *("lent", "without denoiser", "without encoders", "with denoiser", "with encoders", "back"),
+        *("borrowed", "without denoiser", "without encoders", "with denoiser", "with encoders", "given back"),
     ]
 
 
 def test_pairs_are_encoded_once_for_all_loans_of_the_model():
-    synthesizer = TinySynthesizer(Lent())
+    synthesizer = TinySynthesizer(RecordingModel())
     validation = Validation(scorer=BRIGHTNESS, prompts=["a"], every=1)
     trainer_of(3).train(PAIRS, synthesizer, seed=0, validation=validation, progress=False)
     assert synthesizer.model.calls.images == 2 * len(PAIRS)

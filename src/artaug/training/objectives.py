@@ -157,11 +157,12 @@ class PairedDifference(Objective):
         _check_outside_weight(self, self.outside_weight)
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
-        after = batch.after
+        after = batch.after  # (batch, ...), as all latents here
         if self.composite and batch.region_mask is not None:
             after = batch.before + batch.region_mask * (batch.after - batch.before)
         noisy_before = model.noise_schedule.add_noise(batch.before, batch.noise, batch.sigmas)
         noisy_after = model.noise_schedule.add_noise(after, batch.noise, batch.sigmas)
+        # At z_b, not at z_a: the difference of the two noisy pictures has to be in the target for the LoRA to learn it.
         teacher = model.teacher_predict(noisy_before, batch.sigmas, batch.conditioning)
         target = model.noise_schedule.paired_target(teacher, after - batch.before, batch.sigmas)
         prediction = model.predict(noisy_after, batch.sigmas, batch.conditioning)
@@ -217,6 +218,7 @@ class Bipolar(Objective):
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         forward = compute_loss(self.objective.loss, _ScaledStudent(model, self.scale), batch)
+        # Noise and levels stay with the pair, so that only the sign of d changes between the two directions.
         reversed_batch = replace(batch, before=batch.after, after=batch.before)
         return (forward + compute_loss(self.objective.loss, _ScaledStudent(model, -self.scale), reversed_batch)) / 2
 
@@ -289,6 +291,7 @@ class DirectPreference(Objective):
         gain_after, distance_after = self._gain(model, batch, batch.after)
         gain_before, distance_before = self._gain(model, batch, batch.before)
         half = self.beta / 2
+        # The mean over pairs comes last: each pair has a preference of its own, and logsigmoid is not linear.
         return (
             half * self.anchor * (distance_after + distance_before) - logsigmoid(half * (gain_after - gain_before))
         ).mean()
@@ -299,6 +302,7 @@ class DirectPreference(Objective):
         target = model.noise_schedule.target(clean, batch.noise, batch.sigmas)
         teacher = model.teacher_predict(noisy, batch.sigmas, batch.conditioning)
         student = model.predict(noisy, batch.sigmas, batch.conditioning)
+        # The gain is weighted by regions, the distance is not: the anchor holds the prediction in the whole picture.
         weights = batch.loss_weights(self.outside_weight)
         gain = mean_squared_errors(teacher, target, weights=weights) - mean_squared_errors(
             student, target, weights=weights
@@ -366,6 +370,7 @@ class TwoStage(Objective):
     def training_plan(self, pairs: int) -> TrainingPlan:
         together = tuple(range(pairs))
         groups = tuple((index,) for index in together) if self.per_pair else (together,)
+        # Shares are relative within a group, so every pair gets the same number of steps, up to rounding.
         return TrainingPlan(groups, (Stage(_copy_loss, self.copy_fraction), Stage(self.loss, 1 - self.copy_fraction)))
 
 
@@ -395,7 +400,7 @@ def compute_loss(loss: Loss, student: Student, batch: PairBatch) -> Tensor:
 
 def mean_squared_errors(prediction: Latents, target: Latents, *, weights: LatentWeights | None = None) -> Sigmas:
     """Weighted squared errors, averaged over the latents of each row: shape (batch,). Weights are not normalized."""
-    errors = (prediction - target).square()
+    errors = (prediction - target).square()  # (batch, ...)
     return (errors if weights is None else weights * errors).flatten(1).mean(1)
 
 
