@@ -146,6 +146,15 @@ def test_a_preview_has_the_width_of_its_size_and_does_not_change_the_picture(pla
     assert PICTURE.getcolors() == [(64 * 48, (0x40, 0x50, 0x60))]
 
 
+@pytest.mark.parametrize(("width", "shown"), [(1, 512), (200, 400), (256, 512), (257, 257), (512, 512), (600, 600)])
+def test_a_preview_enlarges_small_pictures_a_whole_number_of_times_and_shrinks_none(width, shown):
+    assert KITCHEN.preview(Image.new("RGB", (width, 1))).width == shown
+
+
+def test_a_preview_may_be_one_pixel_wide():
+    assert KITCHEN.preview(size=(1, 1)).width == 1
+
+
 def test_a_preview_needs_no_picture():
     assert KITCHEN.preview().width == 512
     assert KITCHEN.preview(size=(300, 100)).width == 300

@@ -291,6 +291,18 @@ def test_the_bootstrap_is_the_five_line_reference(resamples, level):
     assert [interval.low, interval.high] == pytest.approx(reference.tolist(), rel=1e-12)
 
 
+def test_by_default_ten_thousand_samples_of_seed_0_give_intervals_of_95_percent():
+    values = np.random.default_rng(0).normal(size=17)
+    reference = bootstrap_reference(values, seed=0, resamples=10_000, level=0.95)
+    interval = paired_bootstrap(values)
+    assert [interval.low, interval.high] == pytest.approx(reference.tolist(), rel=1e-12)
+    group = np.random.default_rng(0).integers([[1], [9]], [[9], [99]], size=(2, 40))
+    assert share_bootstrap([group]) == share_bootstrap([group], seed=0, resamples=10_000, level=0.95)
+    assert share_bootstrap([group]) != share_bootstrap([group], seed=1)
+    assert sign_flip(values) == sign_flip_reference(values, seed=0, flips=10_000)
+    assert share_interval(4, 200) == share_interval(4, 200, level=0.95)
+
+
 def test_two_differences_are_enough_for_an_interval():
     assert paired_bootstrap([0.0, 1.0]) == Interval(0.0, 1.0)
 

@@ -123,6 +123,28 @@ def test_an_update_of_zero_keeps_rank_one():
     assert SvdFuser(rank=4, energy=0.5).fuse([lora_of(scale=0.0)]).rank == 1
 
 
+def test_all_of_an_update_of_zero_is_kept():
+    compression = SvdFuser(rank=1).compress([lora_of(scale=0.0)])
+    assert (compression.energy, compression.layers["proj_out"].energy) == (1, 1)
+
+
+@pytest.mark.parametrize(("field", "allowed", "refused"), [("rank_before", 1, 0), ("rank_after", 1, 0)])
+def test_a_compressed_layer_has_a_rank_of_at_least_one(field, allowed, refused):
+    fields = {"rank_before": 2, "rank_after": 2, "energy": 0.5}
+    assert getattr(CompressedLayer(**{**fields, field: allowed}), field) == allowed
+    with pytest.raises(InvalidValueError, match=f"CompressedLayer: {field}"):
+        CompressedLayer(**{**fields, field: refused})
+
+
+@pytest.mark.parametrize(("energy", "allowed"), [(0, True), (1, True), (-1e-9, False), (1 + 1e-9, False)])
+def test_the_energy_of_a_compressed_layer_is_a_share(energy, allowed):
+    if allowed:
+        assert CompressedLayer(rank_before=2, rank_after=1, energy=energy).energy == energy
+    else:
+        with pytest.raises(InvalidValueError, match="CompressedLayer: energy"):
+            CompressedLayer(rank_before=2, rank_after=1, energy=energy)
+
+
 def test_half_precision_loras_are_computed_in_float32():
     lora = lora_of(3)
     half = LoRA({name: LowRank(layer.down.bfloat16(), layer.up.bfloat16()) for name, layer in lora.layers.items()})
@@ -187,6 +209,7 @@ def test_the_report_lists_the_worst_layers_first_and_escapes_names():
         "  easy: rank 1 to 1, 100.0000% kept"
     )
     html = compression._repr_html_()
+    assert "<summary>2 layers, rank 3 to 2, 95.6522% of the energy kept</summary>" in html
     assert html.index("&lt;b&gt;") < html.index("easy")
     assert "<b>" not in html
 
