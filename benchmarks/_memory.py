@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_bytes(work: Callable[[], object], *, given: Iterable[Tensor]) -> int:
-    """Call ``work`` and return its peak memory: the tensors ``given`` to it and all that it allocated."""
+def peak_bytes(work: Callable[[], object], *, inputs: Iterable[Tensor]) -> int:
+    """Call ``work`` and return its peak memory: the tensors passed as ``inputs``, and all that it allocated."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         work()
@@ -20,7 +20,7 @@ def peak_bytes(work: Callable[[], object], *, given: Iterable[Tensor]) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += int(event.nbytes())
         most = max(most, now)
-    return most + sum(tensor.numel() * tensor.element_size() for tensor in given)
+    return most + sum(tensor.numel() * tensor.element_size() for tensor in inputs)
 
 
 def synchronize() -> None:

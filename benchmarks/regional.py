@@ -179,7 +179,7 @@ def peak_bytes(setting: flux.Setting, guide: Guide | None) -> int:
     """The most memory held at once in the first step of a drawing."""
     inputs = [tensor for tensor in setting.kwargs.values() if isinstance(tensor, Tensor)]
     return memory.peak_bytes(
-        lambda: step_seconds(setting, guide, count=1), given=[*inputs, *setting.model.parameters()]
+        lambda: step_seconds(setting, guide, count=1), inputs=[*inputs, *setting.model.parameters()]
     )
 
 

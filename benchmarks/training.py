@@ -230,7 +230,7 @@ def measure_case(
     for name, method in methods.items():
         with gradient_checkpointing(model, method(), enable=case.recomputing) as step:
             step()  # makes the optimizer's moments
-            peaks[name] = memory.peak_bytes(step, given=model.module.parameters())
+            peaks[name] = memory.peak_bytes(step, inputs=model.module.parameters())
     names = list(methods)
     for number in range(rounds):
         for name in (*names[number % len(names) :], *names[: number % len(names)]):

@@ -122,7 +122,7 @@ def run_planner(planner: RegionPlanner, prompt: str, critique: Critique) -> Plan
         ContractError: if the planner returned something that is not a `Plan`.
     """
     plan = planner.plan(prompt, critique)
-    return check_result(type(planner).__name__, "plan", plan, of=Plan, given=repr(prompt))
+    return check_result(type(planner).__name__, "plan", plan, of=Plan, inputs=repr(prompt))
 
 
 @final
@@ -159,13 +159,14 @@ class GreedyPlanner(RegionPlanner):
             )
 
     def plan(self, prompt: str, critique: Critique) -> Plan:
-        taken: list[Suggestion] = []
+        selected: list[Suggestion] = []
         for suggestion in critique.suggestions:
             # Both limits are inclusive: a box of exactly min_area is taken, and so is one at exactly max_iou.
-            overlaps = any(suggestion.box.iou(earlier.box) > self.max_iou for earlier in taken)
-            if not overlaps and suggestion.box.area >= self.min_area and len(taken) < self.max_regions:
-                taken.append(suggestion)
+            overlaps = any(suggestion.box.iou(earlier.box) > self.max_iou for earlier in selected)
+            if not overlaps and suggestion.box.area >= self.min_area and len(selected) < self.max_regions:
+                selected.append(suggestion)
         regions = (
-            Region(suggestion.box, suggestion.prompt, weight=self.weight, feather=self.feather) for suggestion in taken
+            Region(suggestion.box, suggestion.prompt, weight=self.weight, feather=self.feather)
+            for suggestion in selected
         )
         return Plan(prompt, tuple(regions))

@@ -24,7 +24,7 @@ def test_a_batch_of_the_right_length_and_types_comes_back_as_a_list():
 
 
 @pytest.mark.parametrize(
-    ("answers", "came"),
+    ("answers", "received"),
     [
         (None, "None"),
         (7, "int 7"),
@@ -35,10 +35,10 @@ def test_a_batch_of_the_right_length_and_types_comes_back_as_a_list():
     ],
     ids=["none", "a number", "a generator", "nothing", "too few", "too many"],
 )
-def test_a_batch_that_is_no_list_of_the_right_length_is_described_in_the_error(answers, came):
+def test_a_batch_that_is_no_list_of_the_right_length_is_described_in_the_error(answers, received):
     with pytest.raises(aa.ContractError) as caught:
         batch(answers)
-    assert str(caught.value).startswith(f"Mine.draw_batch returned {came}")
+    assert str(caught.value).startswith(f"Mine.draw_batch returned {received}")
     assert str(caught.value).endswith(" for 2 plans. Expected a list of 2, each str.")
 
 

@@ -56,7 +56,7 @@ def test_a_filter_that_has_to_agree_counts_into_the_yield():
 
     assert calibration.kept == 10
     assert calibration.thresholds == {"Listed": 8.1}
-    with pytest.raises(aa.InvalidValueError, match="alone keeps 50 of 100 pairs, and 60 are wanted"):
+    with pytest.raises(aa.InvalidValueError, match="alone keeps 50 of 100 pairs, and 60 are needed"):
         aa.calibrate(pairs, [Listed()], fraction=0.6, also=Odd())
 
 
@@ -71,7 +71,7 @@ def test_the_interval_holds_the_fractionof_new_pairs_95_times_in_100():
 def test_it_prints_a_sentence_and_warns_when_losses_pass():
     pairs = [pair(100, level) for level in range(101)]
     text = str(aa.calibrate(pairs, [Listed()], fraction=0.02))
-    assert text.startswith("Listed gain >= -0.1: keeps 2 of 101 pairs, 2.0% (wanted 2.0%); of new pairs, 0.2% to 5.4%")
+    assert text.startswith("Listed gain >= -0.1: keeps 2 of 101 pairs, 2.0% (target 2.0%); of new pairs, 0.2% to 5.4%")
     assert text.endswith("It keeps pairs that did not gain by Listed.")
 
 
@@ -91,7 +91,7 @@ def test_a_filter_that_keeps_exactly_the_target_count_is_enough():
     pairs = [pair(0, level) for level in range(10)]
     top_half = aa.Floor(Listed(), at_least=0.5)
     assert aa.calibrate(pairs, [Listed()], fraction=0.5, also=top_half).kept == 5
-    with pytest.raises(aa.InvalidValueError, match="alone keeps 5 of 10 pairs, and 6 are wanted"):
+    with pytest.raises(aa.InvalidValueError, match="alone keeps 5 of 10 pairs, and 6 are needed"):
         aa.calibrate(pairs, [Listed()], fraction=0.6, also=top_half)
 
 

@@ -3,7 +3,7 @@
 Each seam has one function that calls the user's object and checks its answer with the functions here. Everyone else
 calls that function, so that a wrong answer is named at its source::
 
-    <object>.<method> returned <what came> for <what it was given>. Expected <what the seam allows>.
+    <object>.<method> returned <received> for <inputs>. Expected <what the seam allows>.
 
 | seam | the function that calls it |
 |---|---|
@@ -31,25 +31,25 @@ _QUOTED = 120
 """Characters of an answer that an error quotes."""
 
 
-def contract_error(owner: str, method: str, *, came: str, given: str, expected: str) -> ContractError:
-    """Make the error that names an object, its method, what came, what it was given and what was expected.
+def contract_error(owner: str, method: str, *, received: str, inputs: str, expected: str) -> ContractError:
+    """Make the error that names an object, its method, what it returned, its inputs and what was expected.
 
     Args:
         owner: what to call the object: its name, or its class.
         method: the method that was called; empty for an object that is a function.
-        came: what it returned, in words.
-        given: what it was called with, in words; left out if empty.
+        received: what it returned, in words.
+        inputs: what it was called with, in words; left out if empty.
         expected: what the seam allows, in words.
 
     >>> from artaug._internal.contracts import contract_error
-    >>> print(contract_error("MyPlanner", "plan", came="None", given="'a pear'", expected="artaug.Plan"))
+    >>> print(contract_error("MyPlanner", "plan", received="None", inputs="'a pear'", expected="artaug.Plan"))
     MyPlanner.plan returned None for 'a pear'. Expected artaug.Plan.
     """
     called = f"{owner}.{method}" if method else owner
-    return ContractError(f"{called} returned {came}{f' for {given}' if given else ''}. Expected {expected}.")
+    return ContractError(f"{called} returned {received}{f' for {inputs}' if inputs else ''}. Expected {expected}.")
 
 
-def check_result(owner: str, method: str, answer: object, *, of: type[T] | tuple[type[T], ...], given: str = "") -> T:
+def check_result(owner: str, method: str, answer: object, *, of: type[T] | tuple[type[T], ...], inputs: str = "") -> T:
     """Return ``answer`` if it is of the type that the seam allows.
 
     Args:
@@ -57,14 +57,14 @@ def check_result(owner: str, method: str, answer: object, *, of: type[T] | tuple
         method: see `contract_error`.
         answer: what the object returned.
         of: the type that is allowed, or several.
-        given: see `contract_error`.
+        inputs: see `contract_error`.
 
     Raises:
         ContractError: if it is of another type.
     """
     if isinstance(answer, of):
         return answer
-    raise contract_error(owner, method, came=_came(answer), given=given, expected=_type_names(of))
+    raise contract_error(owner, method, received=_describe_answer(answer), inputs=inputs, expected=_type_names(of))
 
 
 def check_batch(
@@ -77,14 +77,14 @@ def check_batch(
     per: str,
     prompts: Sequence[str] = (),
 ) -> list[T]:
-    """Return ``answers`` as a list if there is one of the right type for each thing the object was given.
+    """Return ``answers`` as a list if there is one of the right type for each input.
 
     Args:
         owner: see `contract_error`.
         method: see `contract_error`.
         answers: what the object returned.
         of: the type that is allowed for one answer, or several.
-        count: how many things the object was given.
+        count: how many inputs the object got.
         per: what one of them is called, in the singular: "plan", "picture", "pair".
         prompts: the prompt of each, quoted where its answer is of another type.
 
@@ -96,16 +96,16 @@ def check_batch(
     Traceback (most recent call last):
     artaug.ContractError: MyCritic.critique_batch returned 1 answer for 2 pictures. Expected a list of 2, each str.
     """
-    items = _check_length(owner, method, answers, count=count, per=per, each=_type_names(of))
+    items = _check_length(owner, method, answers, count=count, per=per, item_type=_type_names(of))
     for index, item in enumerate(items):
-        check_result(owner, method, item, of=of, given=_label(per, index, prompts))
+        check_result(owner, method, item, of=of, inputs=_label(per, index, prompts))
     return items
 
 
 def check_numbers(
     owner: str, method: str, answers: object, *, count: int, per: str, prompts: Sequence[str] = ()
 ) -> list[float]:
-    """Return ``answers`` as plain floats if there is one finite number for each thing the object was given.
+    """Return ``answers`` as plain floats if there is one finite number for each input.
 
     Numbers of numpy and torch are taken, and arrays of them. The arguments are those of `check_batch`.
 
@@ -114,29 +114,33 @@ def check_numbers(
         NonFiniteError: if a number is NaN or infinite.
     """
     numbers: list[float] = []
-    for index, item in enumerate(_check_length(owner, method, answers, count=count, per=per, each="a number")):
-        given = _label(per, index, prompts)
+    for index, item in enumerate(_check_length(owner, method, answers, count=count, per=per, item_type="a number")):
+        inputs = _label(per, index, prompts)
         try:
             number = float(item)
         except (TypeError, ValueError, RuntimeError):  # torch raises RuntimeError for a tensor of several elements
-            raise contract_error(owner, method, came=_came(item), given=given, expected="a number") from None
+            raise contract_error(
+                owner, method, received=_describe_answer(item), inputs=inputs, expected="a number"
+            ) from None
         if not math.isfinite(number):
             called = f"{owner}.{method}" if method else owner
-            raise NonFiniteError(f"{called} returned {number} for {given}. Expected a finite number.")
+            raise NonFiniteError(f"{called} returned {number} for {inputs}. Expected a finite number.")
         numbers.append(number)
     return numbers
 
 
-def _check_length(owner: str, method: str, answers: Any, *, count: int, per: str, each: str) -> list[Any]:  # noqa: ANN401
-    given, expected = f"{count} {per}{'s' * (count != 1)}", f"a list of {count}, each {each}"
+def _check_length(owner: str, method: str, answers: Any, *, count: int, per: str, item_type: str) -> list[Any]:  # noqa: ANN401
+    inputs, expected = f"{count} {per}{'s' * (count != 1)}", f"a list of {count}, each {item_type}"
     try:
         length = len(answers)
         items = list(answers)
     except TypeError:  # None, a number, a generator, an array without axes
-        raise contract_error(owner, method, came=_came(answers), given=given, expected=expected) from None
+        raise contract_error(
+            owner, method, received=_describe_answer(answers), inputs=inputs, expected=expected
+        ) from None
     if length != count:
-        came = f"{length} answer{'s' * (length != 1)}"
-        raise contract_error(owner, method, came=came, given=given, expected=expected)
+        received = f"{length} answer{'s' * (length != 1)}"
+        raise contract_error(owner, method, received=received, inputs=inputs, expected=expected)
     return items
 
 
@@ -144,13 +148,13 @@ def _label(per: str, index: int, prompts: Sequence[str]) -> str:
     return f"{per} {index} ({prompts[index]!r})" if prompts else f"{per} {index}"
 
 
-def _came(answer: object) -> str:
+def _describe_answer(answer: object) -> str:
     return "None" if answer is None else f"{type(answer).__name__} {shorten(repr(answer), _QUOTED)}"
 
 
 def _type_names(of: type | tuple[type, ...]) -> str:
-    kinds = of if isinstance(of, tuple) else (of,)
+    types = of if isinstance(of, tuple) else (of,)
     return " or ".join(
-        kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        for kind in kinds
+        type_.__qualname__ if type_.__module__ == "builtins" else f"{type_.__module__}.{type_.__qualname__}"
+        for type_ in types
     )

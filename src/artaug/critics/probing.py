@@ -1,4 +1,4 @@
-"""Finding out how a model writes boxes: it is asked for the boxes of rectangles whose positions are known."""
+"""Probing how a model writes boxes, with rectangles whose positions are known."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -131,7 +131,7 @@ def candidate_conventions(requested: Coordinates) -> list[Coordinates]:
             Coordinates(unit, order=order, frame="padded") for unit in ("thousandths", "relative", "pixels")
         )
         conventions.append(Coordinates("pixels", order=order, resize=SmartResize()))
-    # The key and the radius do not matter for the comparison: make them equal, so that duplicates are seen.
+    # The key and the radius do not matter for the comparison: make them equal, so that duplicates are found.
     comparable = (
         replace(convention, key=requested.key, point_radius=requested.point_radius)
         for convention in conventions

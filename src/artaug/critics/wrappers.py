@@ -225,7 +225,7 @@ class Retried(Critic):
                 answers[index] = answer
                 if isinstance(answer, Abstention):
                     reasons[index].append(answer.reason)
-        for index, given in reasons.items():
+        for index, abstentions in reasons.items():
             if isinstance(answers[index], Abstention):
-                answers[index] = Abstention(f"asked {len(given)} times: {'; '.join(dict.fromkeys(given))}")
+                answers[index] = Abstention(f"asked {len(abstentions)} times: {'; '.join(dict.fromkeys(abstentions))}")
         return answers

@@ -122,13 +122,13 @@ class TopFraction(PairFilter):
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
         deltas = score_deltas(self.scorer, pairs)
         # Rounded up, so that at least one pair is kept. As a fraction, since 0.1 * 30 is 3.0000000000000004 in floats.
-        wanted = math.ceil(Fraction(str(self.fraction)) * len(deltas))
+        count = math.ceil(Fraction(str(self.fraction)) * len(deltas))
         order = sorted(range(len(deltas)), key=lambda index: -deltas[index].gain)  # stable: of equals, the first
         ranks = {index: rank for rank, index in enumerate(order, start=1)}
         return [
             Verdict(
-                ranks[index] <= wanted,
-                f"{delta}, rank {ranks[index]} of {len(deltas)}, keeps the best {wanted}",
+                ranks[index] <= count,
+                f"{delta}, rank {ranks[index]} of {len(deltas)}, keeps the best {count}",
                 delta.scores,
             )
             for index, delta in enumerate(deltas)

@@ -220,13 +220,13 @@ def _prepare_branch(planned: Push, api: HfApi, *, overwrite: bool) -> str | None
     return info.sha
 
 
-def _choose_file(repo: str, files: Sequence[str], wanted: str | None) -> str:
+def _choose_file(repo: str, files: Sequence[str], requested: str | None) -> str:
     """The file to download."""
     loras = [name for name in files if name.endswith(".safetensors")]
-    if wanted is not None:
-        if wanted not in loras:
-            raise HubError(f"{repo!r} has no safetensors file {wanted!r}. It has {loras or 'none'}.")
-        return wanted
+    if requested is not None:
+        if requested not in loras:
+            raise HubError(f"{repo!r} has no safetensors file {requested!r}. It has {loras or 'none'}.")
+        return requested
     if PEFT_FILE in loras:
         return PEFT_FILE
     if not loras:

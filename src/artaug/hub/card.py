@@ -108,13 +108,13 @@ def _loading(fields: CardFields) -> str:
         multiplier=fields.multiplier,
     )
     if fields.no_kohya_reason:
-        other = f"There is no file for programs that read kohya's names only: {_inline(fields.no_kohya_reason)}"
+        kohya_note = f"There is no file for programs that read kohya's names only: {_inline(fields.no_kohya_reason)}"
     else:
-        other = (
+        kohya_note = (
             f"ComfyUI and other programs that read kohya's names: put `{fields.kohya_file}` where they look for LoRAs "
             f"(`models/loras`) and load it at strength {fields.multiplier:g}."
         )
-    return f"With diffusers (`{fields.peft_file}`):\n\n```python\n{code}```\n\n{other}"
+    return f"With diffusers (`{fields.peft_file}`):\n\n```python\n{code}```\n\n{kohya_note}"
 
 
 def _training_details(fields: CardFields) -> Iterator[str]:

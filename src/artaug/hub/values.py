@@ -57,7 +57,7 @@ class PushedFile:
 
 @value
 class Push:
-    """The files sent to the Hub, or in a dry run those that would be. ``print`` it, or look at it in a notebook."""
+    """The files sent to the Hub, or in a dry run those that would be. ``print`` it, or display it in a notebook."""
 
     repo: str
     revision: str

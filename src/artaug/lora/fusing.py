@@ -44,8 +44,8 @@ def fuse_loras(fuser: Fuser, loras: Sequence[LoRA]) -> LoRA:
         ContractError: if the fuser returned something that is not a `LoRA`, or a LoRA that lacks a layer, has one that
             none of ``loras`` has, or has one with another shape.
     """
-    owner, given = type(fuser).__name__, f"{len(loras)} LoRA{'s' * (len(loras) != 1)}"
-    fused = check_result(owner, "fuse", fuser.fuse(loras), of=LoRA, given=given)
+    owner, inputs = type(fuser).__name__, f"{len(loras)} LoRA{'s' * (len(loras) != 1)}"
+    fused = check_result(owner, "fuse", fuser.fuse(loras), of=LoRA, inputs=inputs)
     expected = {name: layer.shape for lora in loras for name, layer in lora.layers.items()}
     shapes = {name: layer.shape for name, layer in fused.layers.items()}
     # that the factors are finite, LowRank has checked
@@ -54,10 +54,10 @@ def fuse_loras(fuser: Fuser, loras: Sequence[LoRA]) -> LoRA:
             raise contract_error(
                 owner,
                 "fuse",
-                came=f"a LoRA in which {name!r} has shape {shapes[name]}"
+                received=f"a LoRA in which {name!r} has shape {shapes[name]}"
                 if name in shapes
                 else f"a LoRA without {name!r}",
-                given=given,
+                inputs=inputs,
                 expected=f"shape {expected[name]}" if name in expected else "only layers of the LoRAs that it fuses",
             )
     return fused
@@ -87,7 +87,7 @@ class CompressedLayer:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """A sum of LoRAs at a lower rank, and the energy lost in every layer. ``print`` it, or look at it in a notebook."""
+    """A sum of LoRAs at a lower rank, and the energy lost in every layer. ``print`` it, or display it in a notebook."""
 
     lora: LoRA
     """The result."""
@@ -192,7 +192,7 @@ class SvdFuser(Fuser):
         )
 
     def _sufficient_rank(self, energies: Tensor) -> int:
-        """The smallest rank whose energy is the wanted share of ``energies[-1]``, given cumulative energies; at least 1."""
+        """The smallest rank whose energy is the given share of ``energies[-1]``, given cumulative energies; at least 1."""
         if self.energy == 1:
             return len(energies)
         return 1 + int((energies[:-1] < self.energy * energies[-1]).sum())

@@ -206,7 +206,7 @@ def _update_hook(
 
 
 def sum_loras(loras: Sequence[LoRA]) -> LoRA:
-    """The LoRA whose update of every layer is the sum of theirs, exactly, by concatenation of the ranks.
+    """The LoRA whose update of every layer is the exact sum of their updates, by concatenation of the ranks.
 
     ``B1 A1 + B2 A2 = [B1, B2] @ [A1; A2]``. Adding or averaging the factors would be wrong: ``(B1 + B2)(A1 + A2)`` has
     the cross terms ``B1 A2 + B2 A1``.

@@ -85,26 +85,30 @@ def alignment(image: Image.Image, caption: str) -> Alignment:
 
 def align_things(detected: list[DetectedThing], scene: Scene) -> Alignment:
     """Compare detected things with a scene, as `alignment` does."""
-    wanted = scene.things
-    candidates: list[DetectedThing | None] = [*detected, *[None] * len(wanted)]  # None: not matched to any
+    expected = scene.things
+    candidates: list[DetectedThing | None] = [*detected, *[None] * len(expected)]  # None: not matched to any
     correct = [
         [
-            (_matches(thing.color, other, 0), _matches(thing.shape, other, 1), _matches(thing.place, other, 2))
-            for other in candidates
+            (
+                _matches(thing.color, candidate, 0),
+                _matches(thing.shape, candidate, 1),
+                _matches(thing.place, candidate, 2),
+            )
+            for candidate in candidates
         ]
-        for thing in wanted
+        for thing in expected
     ]
-    matchings = itertools.permutations(range(len(candidates)), len(wanted))
+    matchings = itertools.permutations(range(len(candidates)), len(expected))
     best = max(matchings, key=lambda match: sum(sum(correct[row][column]) for row, column in enumerate(match)))
     matched = [correct[row][column] for row, column in enumerate(best)]
     color, shape, place = (
-        sum(attributes[i] for attributes in matched) / len(wanted) if wanted else 1.0 for i in range(3)
+        sum(attributes[i] for attributes in matched) / len(expected) if expected else 1.0 for i in range(3)
     )
-    return Alignment(color=color, shape=shape, place=place, surplus=max(0, len(detected) - len(wanted)))
+    return Alignment(color=color, shape=shape, place=place, surplus=max(0, len(detected) - len(expected)))
 
 
-def _matches(wanted: str | None, thing: DetectedThing | None, attribute: int) -> bool:
-    return thing is not None and wanted in {None, (thing.color, thing.shape, thing.place)[attribute]}
+def _matches(expected: str | None, thing: DetectedThing | None, attribute: int) -> bool:
+    return thing is not None and expected in {None, (thing.color, thing.shape, thing.place)[attribute]}
 
 
 def _seeds(lab: _Map) -> list[_Mask]:
@@ -164,7 +168,7 @@ def _describe(lab: _Map, seed: _Mask, hue: float, hues: list[float]) -> Detected
     behind = max(0.0, float(np.median(along[around]))) if around.any() else 0.0
     cover = np.clip((along - behind) / (np.percentile(along[seed], _RANK) - behind), 0, 1)
     hues_at_pixels = np.degrees(np.arctan2(lab[..., 2], lab[..., 1]))
-    nearest = np.min([np.abs(_angle_difference(hues_at_pixels - other)) for other in hues], axis=0)
+    nearest = np.min([np.abs(_angle_difference(hues_at_pixels - candidate)) for candidate in hues], axis=0)
     mask = _flood_fill(
         seed, (cover > 0.5) & ((np.abs(_angle_difference(hues_at_pixels - hue)) <= nearest) | (cover < 0.7) | seed)
     )
@@ -172,7 +176,9 @@ def _describe(lab: _Map, seed: _Mask, hue: float, hues: list[float]) -> Detected
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     centre = (left + right) / 2 / SIZE_PX
     return DetectedThing(
-        color=COLORS[int(np.argmin([abs(float(_angle_difference(np.asarray(hue - other)))) for other in HUES]))],
+        color=COLORS[
+            int(np.argmin([abs(float(_angle_difference(np.asarray(hue - candidate)))) for candidate in HUES]))
+        ],
         shape=_shape(mask[top:bottom, left:right], cover[top:bottom, left:right]),
         place=PLACES[sum(centre > edge for edge in _EDGES)],
         box=Box.from_pixels(float(left), float(top), float(right), float(bottom), size=(SIZE_PX, SIZE_PX)),

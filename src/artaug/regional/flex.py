@@ -50,7 +50,7 @@ class FlexMask:
         patterns, query_classes = torch.unique(weights > 0, dim=0, return_inverse=True)
         query_order, key_order = query_classes.argsort(stable=True), mask.groups.argsort(stable=True)
         visible = _pad_to_powers_of_two(patterns)
-        # The tokens that fill up the last tile have the last class and group, which see nothing and are not seen.
+        # The tokens that fill up the last tile have the last class and group, which attend to nothing and to which nothing attends.
         class_of = _pad_to_tiles(query_classes[query_order], visible.shape[0] - 1)
         group_of = _pad_to_tiles(mask.groups[key_order], visible.shape[1] - 1)
         partial_tiles, full_tiles = _count_tiles(class_of, group_of, visible)

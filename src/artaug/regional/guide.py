@@ -44,8 +44,8 @@ def steer(guide: Guide, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRe
         raise contract_error(
             type(guide).__name__,
             "steering",
-            came=f"{type(block).__name__} {block!r:.120}",
-            given=f"a {type(denoiser).__name__} and the regions of {len(regions)} picture(s)",
+            received=f"{type(block).__name__} {block!r:.120}",
+            inputs=f"a {type(denoiser).__name__} and the regions of {len(regions)} picture(s)",
             expected="a context manager, as of a method with @contextlib.contextmanager",
         )
     return block

@@ -147,7 +147,7 @@ class _RoundStages:
         attempts = self._improve(prompts, current, number=number, seed=seed, on_stage=add)
         pairs = [attempt.pair for attempt in attempts if isinstance(attempt, Kept)]
         if not pairs:
-            reason = _why_no_pair_was_kept(number, attempts)
+            reason = _no_pairs_reason(number, attempts)
             if number == 1:
                 raise NothingToLearnError(f"{reason}. Look at what the critic answers, or loosen the filter.")
             return reason
@@ -161,7 +161,7 @@ class _RoundStages:
                 progress=self.progress,
             )
         with timed("combine"):
-            # Each training starts from the base plus all rounds before, so its update comes on top of theirs: the
+            # Each training starts from the base plus all rounds before, so its update is added to theirs: the
             # LoRA after this round is the sum of all updates, as in the paper.
             lora = fuse_loras(self.fuser, [*(before.training.lora for before in finished), training.lora])
         with timed("measure"):
@@ -234,7 +234,7 @@ def _as_trainable(synthesizer: Synthesizer) -> Trainable:
     return synthesizer
 
 
-def _why_no_pair_was_kept(number: int, attempts: Sequence[Attempt]) -> str:
+def _no_pairs_reason(number: int, attempts: Sequence[Attempt]) -> str:
     """Say how the prompts of a round without a kept pair ended, with the most frequent reason."""
     reasons = Counter(
         attempt.reason if isinstance(attempt, Skipped) else attempt.verdict.reason for attempt in attempts

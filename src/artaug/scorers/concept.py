@@ -49,7 +49,7 @@ class ConceptProbability(Scorer):
     image_processor: TransformersProcessor = field(repr=False)
     """Its image processor."""
     classes: tuple[str, ...]
-    """The classes that are wanted, as ``model.config.id2label`` calls them."""
+    """The classes whose probabilities are summed, as ``model.config.id2label`` calls them."""
     name: str = ""
     """The name in tables; the classes and the model if not given."""
     batch_size: int = field(default=DEFAULT_BATCH_SIZE, repr=False)

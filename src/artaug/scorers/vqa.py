@@ -139,7 +139,7 @@ class VQAScore(Scorer):
             processor_kwargs={"padding": True, "padding_side": "left"},
         ).to(self.model.device, self.model.dtype)
         # By generate, not a forward call: it computes the position ids of every architecture under left padding.
-        output = self.model.generate(**inputs, generation_config=self._one_token)
+        output = self.model.generate(**inputs, generation_config=self._single_token_config)
         logits: Tensor = output.logits[0]  # of the first new token: (pictures, vocabulary)
         return [float(probability) for probability in logits.float().softmax(dim=-1)[:, self._answer_ids[0]]]
 
@@ -149,7 +149,7 @@ class VQAScore(Scorer):
         return ids
 
     @cached_property
-    def _one_token(self) -> "GenerationConfig":
+    def _single_token_config(self) -> "GenerationConfig":
         config = copy.deepcopy(self.model.generation_config)
         config.do_sample, config.num_beams, config.num_return_sequences = False, 1, 1
         config.temperature = config.top_p = config.top_k = config.max_length = None

@@ -51,10 +51,10 @@ def check_guide(guide: Guide) -> None:
 
     with guide.steering(denoiser, rows):
         guided = denoiser.predict()
-        again = denoiser.predict()
+        repeated = denoiser.predict()
     assert guided.isfinite().all(), f"{name} makes the denoiser predict NaN or infinity"
     assert guided.shape == plain.shape, f"{name} changes the shape of a prediction: {tuple(guided.shape)}"
-    assert torch.equal(guided, again), f"{name} predicts differently for the same call"
+    assert torch.equal(guided, repeated), f"{name} predicts differently for the same call"
     for row, prompt in enumerate(prompts):
         assert not torch.equal(guided[row], plain[row]), f"{name} ignores the regions of picture {row} of a batch"
         alone = _tiny_denoiser([prompt], first_row=row)

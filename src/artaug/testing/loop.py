@@ -76,14 +76,18 @@ def check_synthesizer(synthesizer: Synthesizer) -> None:
     """
     name, plan = type(synthesizer).__name__, Plan("a red ball")
     first, other = synthesizer.synthesize(plan, seed=1), synthesizer.synthesize(plan, seed=2)
-    again = synthesizer.synthesize(plan, seed=1)
+    repeated = synthesizer.synthesize(plan, seed=1)
     assert isinstance(first, Image.Image), f"{name}.synthesize returned {type(first).__name__}: expected a PIL image"
-    assert first.tobytes() == again.tobytes(), f"{name} drew different pictures for the same plan and seed"
+    assert first.tobytes() == repeated.tobytes(), f"{name} drew different pictures for the same plan and seed"
     assert first.tobytes() != other.tobytes(), f"{name} drew the same picture for two seeds"
     regional = Plan("a red ball", (Region(Box(0, 0, 0.5, 0.5), "a blue cube"),))
-    drawn = synthesizer.synthesize(regional, seed=1)
-    assert drawn.size == first.size, f"{name} drew {drawn.size} with a region and {first.size} without"
-    assert drawn.tobytes() != first.tobytes(), f"{name} ignores regions: the picture is the same with and without one"
+    regional_image = synthesizer.synthesize(regional, seed=1)
+    assert regional_image.size == first.size, (
+        f"{name} drew {regional_image.size} with a region and {first.size} without"
+    )
+    assert regional_image.tobytes() != first.tobytes(), (
+        f"{name} ignores regions: the picture is the same with and without one"
+    )
     batch = synthesizer.synthesize_batch([plan, regional], seeds=[1, 1])
     assert [image.size for image in batch] == [first.size] * 2, (
         f"{name}.synthesize_batch returned sizes {[image.size for image in batch]} for 2 plans of {first.size}"

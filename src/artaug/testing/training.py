@@ -53,9 +53,9 @@ def check_objective(objective: Objective) -> None:
             assert all(gradient.isfinite().all() for gradient in gradients), f"{call} has a gradient that is not finite"
             changed = [field for field, tensor in _tensors(batch).items() if not torch.equal(tensor, before[field])]
             assert not changed, f"{call} changed the batch's {', '.join(changed)} in place"
-            again = stage.loss(student, batch)
-            assert torch.equal(again, loss), (
-                f"{call} is {loss.item()} and then {again.item()} for the same batch: draw no random numbers in a loss, "
+            repeated = stage.loss(student, batch)
+            assert torch.equal(repeated, loss), (
+                f"{call} is {loss.item()} and then {repeated.item()} for the same batch: draw no random numbers in a loss, "
                 "use batch.noise"
             )
 
@@ -129,9 +129,9 @@ def check_fuser(fuser: Fuser) -> None:
     assert all(update.delta().isfinite().all() for update in fused.layers.values()), f"{name}.fuse made NaN or infinity"
     assert [lora.digest for lora in loras] == before, f"{name}.fuse changed the LoRAs it was given"
     assert fuser.fuse(loras).digest == fused.digest, f"{name}.fuse returned two LoRAs for the same arguments"
-    along_one = _lora({"first": (4, 6, 1)}, seed=2)
-    tripled = fuser.fuse([along_one, along_one.scaled(2)]).layers["first"].delta()
-    expected = 3 * along_one.layers["first"].delta()
+    lora = _lora({"first": (4, 6, 1)}, seed=2)
+    tripled = fuser.fuse([lora, lora.scaled(2)]).layers["first"].delta()
+    expected = 3 * lora.layers["first"].delta()
     assert torch.allclose(tripled, expected, rtol=1e-3, atol=1e-5), (
         f"{name}.fuse of a LoRA and twice that LoRA is not three times it: expected the sum of their updates"
     )

@@ -44,7 +44,7 @@ def encode_pairs(
         return list(_encode(model, pairs, micro_batch_size=micro_batch_size))
     encoder = _encoder_fingerprint(model, pairs[0].before.size)
     files = [cache / f"{digest(encoder, pair_digest(pair, include_plan=True))}.safetensors" for pair in pairs]
-    # Split before looking for files: the others may be writing theirs by now.
+    # Split before looking for files: other processes may be writing their files.
     missing = [index for index in world.split(range(len(pairs))) if not files[index].exists()]
     encoded = _encode(model, [pairs[index] for index in missing], micro_batch_size=micro_batch_size)
     remedy = "What the latent cache holds already is complete: make room and go on, or train without a cache."
@@ -128,7 +128,7 @@ def _region_mask(pair: ImagePair) -> Tensor:
 def _check_lengths(model: DiffusionModel, method: str, columns: Mapping[str, Tensor], count: int, per: str) -> None:
     shapes = {name: tuple(column.shape) for name, column in columns.items() if len(column) != count}
     if shapes:
-        given = f"{count} {per}{'s' * (count != 1)}"
+        inputs = f"{count} {per}{'s' * (count != 1)}"
         raise contract_error(
-            type(model).__name__, method, came=f"tensors of shape {shapes}", given=given, expected="one row each"
+            type(model).__name__, method, received=f"tensors of shape {shapes}", inputs=inputs, expected="one row each"
         )

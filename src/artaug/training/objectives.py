@@ -384,16 +384,16 @@ def compute_loss(loss: Loss, student: Student, batch: PairBatch) -> Tensor:
     if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad:
         return value
     if isinstance(value, Tensor):
-        came = f"a tensor of shape {tuple(value.shape)} {'with' if value.requires_grad else 'without'} gradient"
+        received = f"a tensor of shape {tuple(value.shape)} {'with' if value.requires_grad else 'without'} gradient"
     else:
-        came = repr(value)
+        received = repr(value)
     objective = getattr(loss, "__self__", None)  # of a method; a stage may have a plain function, too
     name = getattr(loss, "__name__", repr(loss))
     raise contract_error(
         name if objective is None else type(objective).__name__,
         "" if objective is None else name,
-        came=came,
-        given=f"a batch of {len(batch.sigmas)}",
+        received=received,
+        inputs=f"a batch of {len(batch.sigmas)}",
         expected="a scalar tensor with gradient, computed from model.predict",
     )
 

@@ -35,7 +35,7 @@ class Snapshot:
     optimizer: OptimizerState
     """The optimizer's ``state_dict``."""
     lora: LoRA | None
-    """What would be exported now, if ``export`` was set."""
+    """The LoRA of this step; None unless ``export`` was set."""
 
 
 class OptimizerLoop:

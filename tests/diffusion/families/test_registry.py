@@ -49,12 +49,12 @@ def test_an_index_that_is_no_json_is_an_error(tmp_path):
 
 def test_a_folder_of_an_unknown_family_is_named_before_its_weights_are_read(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
-    with pytest.raises(aa.ModelError, match=r"holds a 'KandinskyPipeline'. Known are: FluxPipeline"):
+    with pytest.raises(aa.ModelError, match=r"holds a 'KandinskyPipeline'. Known families: FluxPipeline"):
         DiffusersSynthesizer.from_pretrained(tmp_path)
 
 
 def test_a_loaded_pipeline_of_an_unknown_family_is_named(stranger):
-    with pytest.raises(aa.ModelError, match=r"does not know DDPMPipeline. Known are: FluxPipeline"):
+    with pytest.raises(aa.ModelError, match=r"does not know DDPMPipeline. Known families: FluxPipeline"):
         DiffusersSynthesizer(pipeline=stranger)
 
 

@@ -78,7 +78,7 @@ class RetryingClient:
                 server = "" if outcome.retry_after_s is None else f", and it asks to wait {outcome.retry_after_s:g} s"
                 return replace(outcome, reason=f"{outcome.reason} (tried {attempt} times in {elapsed_s:.1f} s{server})")
             if outcome.retry_after_s is not None:
-                self.gate.pause(delay_s)  # the server asked one request to wait: all of them do
+                self.gate.pause(delay_s)  # a wait that the server demands of one request holds for all
             self.usage.add(Usage(retries=1))
 
     def _attempt(self, request: Mapping[str, Any]) -> ChatReply | RequestFailure:

@@ -65,5 +65,7 @@ def family_at(source: str | os.PathLike[str]) -> type[Family]:
 
 
 def _known_families() -> str:
-    known = ", ".join(family.pipeline_class.__name__ for family in FAMILIES)
-    return f"Known are: {known}. For another, write a Family and use DiffusersSynthesizer(pipeline=..., family=...)."
+    names = ", ".join(family.pipeline_class.__name__ for family in FAMILIES)
+    return (
+        f"Known families: {names}. For another, write a Family and use DiffusersSynthesizer(pipeline=..., family=...)."
+    )

@@ -68,7 +68,7 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
         guardrails: how far which rows may fall, for `Comparison.verdict`.
         batch_size: pictures drawn and scored at a time.
         filtered_by: what selected the training pairs, ``[keep, candidates]``: filters, a `BestOf`, or names of
-            scorers. Rows of scorers that depend on one of theirs are marked.
+            scorers. Rows of scorers that depend on one of these are marked.
         keep_images: how many pictures of each arm to keep, those of the first prompts with their first seeds.
         progress: show a progress bar for each arm.
 
@@ -270,7 +270,7 @@ class Evaluator:
     ) -> tuple[ScoreRow, ...]:
         """One row for each scorer and candidate, scorers first.
 
-        The p-values of one candidate are Holm-corrected over its rows: the family is all the questions asked of it.
+        The p-values of one candidate are Holm-corrected over its rows: the family is all comparisons of that candidate.
         """
         count = len(self.prompts)
         pairs = {

@@ -128,7 +128,7 @@ class ObjectScore(SuiteScorer):
     def _detect(self, image: Image, labels: Sequence[str]) -> list[Detection]:
         detections = list(self.detector.detect(image, labels))
         for detection in detections:
-            check_result(self.detector.name, "detect", detection, of=Detection, given=f"the labels {labels}")
+            check_result(self.detector.name, "detect", detection, of=Detection, inputs=f"the labels {labels}")
         return detections
 
     def _failure(

@@ -46,7 +46,7 @@ class BakedFile:
 
 @value
 class BakedCheckpoint:
-    """A checkpoint with a LoRA added to its weights. ``print`` it, or look at it in a notebook."""
+    """A checkpoint with a LoRA added to its weights. ``print`` it, or display it in a notebook."""
 
     path: Path
     """The folder or file written."""

@@ -21,7 +21,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 _BLOCK_ELEMENTS = 1 << 17
 """Elements of a weight that are processed at a time: few enough for a processor's cache."""
 _INTEGER_TYPES = {2: torch.int16, 4: torch.int32}
-"""Integer types by item size, to look at the bits of floats."""
+"""Integer types by item size, to view the bits of floats."""
 
 
 class WeightUpdate:

@@ -50,7 +50,7 @@ def to_state_dict(
         return _peft(layers, key_map)
     family = _find_key_map(layers, format, key_map)
     key_format = family.key_formats[format]
-    named = _fuse_parts(layers, family) if key_format.original_names else layers
+    named = _fuse_layers(layers, family) if key_format.original_names else layers
     tensors: dict[str, Tensor] = {}
     for name, layer in (_pad_ranks(named) if key_format.uniform_rank else named).items():
         stem = key_format.stem(name)
@@ -136,33 +136,33 @@ def _find_key_map(layers: Mapping[str, LowRank], format_: Format, key_map: KeyMa
     return family
 
 
-def _fuse_parts(layers: Mapping[str, LowRank], key_map: KeyMap) -> dict[str, LowRank]:
+def _fuse_layers(layers: Mapping[str, LowRank], key_map: KeyMap) -> dict[str, LowRank]:
     """The layers of the original model, by their original names."""
-    parts: dict[KeyMatch, dict[str, LowRank]] = {}
+    layers_by_match: dict[KeyMatch, dict[str, LowRank]] = {}
     for name, layer in layers.items():
         match = key_map.match(name)
         if match is not None:
-            parts.setdefault(match, {})[name] = layer
-    return {match.original: _fuse(match, given) for match, given in parts.items()}
+            layers_by_match.setdefault(match, {})[name] = layer
+    return {match.original: _fuse(match, group) for match, group in layers_by_match.items()}
 
 
-def _fuse(match: KeyMatch, given: Mapping[str, LowRank]) -> LowRank:
+def _fuse(match: KeyMatch, layers: Mapping[str, LowRank]) -> LowRank:
     """One layer of the original from the parts of it that were trained; the others get zero rows.
 
     Its weight is the parts' weights below each other, so its exact update is ``block_diag(up_1, up_2, ...)`` times the
     rows of all ``down``: shapes (sum of outputs, sum of ranks) and (sum of ranks, inputs).
     """
     sizes = dict(zip(match.diffusers, match.row.split_sizes, strict=True))
-    units = {layer.up.shape[0] / sizes[name] for name, layer in given.items()}
-    inputs = {layer.down.shape[1:] for layer in given.values()}
+    units = {layer.up.shape[0] / sizes[name] for name, layer in layers.items()}
+    inputs = {layer.down.shape[1:] for layer in layers.values()}
     if len(units) > 1 or len(inputs) > 1 or not (unit := units.pop()).is_integer():
-        shapes = {name: layer.shape for name, layer in given.items()}
+        shapes = {name: layer.shape for name, layer in layers.items()}
         raise LoRAError(f"{shapes} do not fit together in {match.original!r}: they belong to another model.")
-    blocks = [given[name].up if name in given else torch.zeros(size * int(unit), 0) for name, size in sizes.items()]
-    up_dtype = _promoted_dtype(layer.up for layer in given.values())
-    down_dtype = _promoted_dtype(layer.down for layer in given.values())
+    blocks = [layers[name].up if name in layers else torch.zeros(size * int(unit), 0) for name, size in sizes.items()]
+    up_dtype = _promoted_dtype(layer.up for layer in layers.values())
+    down_dtype = _promoted_dtype(layer.down for layer in layers.values())
     up = torch.block_diag(*(block.to("cpu", up_dtype) for block in blocks))
-    down = torch.cat([given[name].down.to("cpu", down_dtype) for name in sizes if name in given])
+    down = torch.cat([layers[name].down.to("cpu", down_dtype) for name in sizes if name in layers])
     return LowRank(down, up.roll(up.shape[0] // 2, 0) if match.row.swapped else up)
 
 

@@ -214,7 +214,7 @@ class ChromaDenoiser(AttentiveDenoiser):
         joined, spans = common.join_prompts(
             text, prompts, name="prompt_embeds", trim_padding=trim_padding, prepend=True
         )
-        # The mask is joined as the tokens are, with one channel in place of theirs.
+        # The mask is joined in the same way as the tokens, with one channel instead of theirs.
         masks = [
             [
                 replace(prompt, conditioning={"mask": prompt.conditioning["prompt_attention_mask"][..., None]})
