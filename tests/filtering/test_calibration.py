@@ -75,6 +75,11 @@ def test_it_prints_a_sentence_and_warns_when_losses_pass():
     assert text.endswith("It keeps pairs that did not gain by Listed.")
 
 
+def test_by_default_two_in_a_hundred_pairs_are_wanted():
+    calibration = aa.calibrate([pair(0, level) for level in range(200)], [Listed()])
+    assert (calibration.fraction, calibration.kept) == (0.02, 4)
+
+
 def test_equal_pairs_are_kept_together_and_counted():
     calibration = aa.calibrate([pair(0, 5)] * 50, [Listed()], fraction=0.02)
     assert (calibration.kept, calibration.pairs) == (50, 50)

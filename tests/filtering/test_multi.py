@@ -46,6 +46,11 @@ def test_a_fall_of_exactly_the_tolerance_is_allowed_and_any_more_is_not(toleranc
     assert aa.ParetoGain([Listed(), Darkness()], tolerance=[tolerance, 0]).judge(pair(30, 10)).keep is keep
 
 
+def test_by_default_no_score_may_fall():
+    assert not aa.ParetoGain([Listed(), Darkness()]).judge(pair(10, 11)).keep
+    assert aa.ParetoGain([Listed()]).judge(pair(10, 11)).keep
+
+
 def test_a_fall_within_the_tolerance_is_no_rise():
     assert not aa.ParetoGain([Listed()], tolerance=9.0).judge(pair(30, 10)).keep
     assert not aa.ParetoGain([Listed()], tolerance=9.0).judge(pair(30, 30)).keep

@@ -145,6 +145,21 @@ def test_the_energy_of_a_compressed_layer_is_a_share(energy, allowed):
             CompressedLayer(rank_before=2, rank_after=1, energy=energy)
 
 
+def test_the_printed_report_lists_three_layers_and_the_html_all():
+    layers = {f"layer {index}": LowRank(torch.eye(2), torch.diag(torch.tensor([1.0, index]))) for index in range(1, 6)}
+    compression = SvdFuser(rank=1).compress([LoRA(layers)])
+    lines = [line.partition(":")[0].strip() for line in str(compression).splitlines()[1:]]
+    assert lines == ["layer 1", "layer 2", "layer 3"]
+    assert all(name in compression._repr_html_() for name in layers)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_share_of_the_energy_does_not_depend_on_the_size_of_an_update(scale):
+    lora = LoRA({"proj": LowRank(torch.eye(2), scale * torch.diag(torch.tensor([2.0, 1.0])))})
+    compression = SvdFuser(rank=1).compress([lora])
+    assert (compression.energy, compression.layers["proj"].energy) == (pytest.approx(0.8), pytest.approx(0.8))
+
+
 def test_half_precision_loras_are_computed_in_float32():
     lora = lora_of(3)
     half = LoRA({name: LowRank(layer.down.bfloat16(), layer.up.bfloat16()) for name, layer in lora.layers.items()})
@@ -260,6 +275,11 @@ class BrokenFuser(Fuser):
 def test_a_fuser_that_breaks_its_contract_is_named(result, message):
     with pytest.raises(ContractError, match=message):
         fuse_loras(BrokenFuser(result), [lora_of(), lora_of(3)])
+
+
+def test_one_lora_is_counted_in_the_singular():
+    with pytest.raises(ContractError, match=r"returned None for 1 LoRA\. Expected"):
+        fuse_loras(BrokenFuser(None), [lora_of()])
 
 
 @pytest.mark.parametrize("fuser", [ConcatFuser(), SvdFuser(rank=2)], ids=repr)
