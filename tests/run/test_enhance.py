@@ -170,8 +170,12 @@ def test_a_later_round_that_keeps_nothing_ends_the_loop_with_the_rounds_before(f
 
 
 def test_a_synthesizer_without_a_model_to_train_is_refused_before_anything_is_drawn():
-    with pytest.raises(aa.ModelError, match="SwatchSynthesizer has no model to train"):
-        enhanced(SwatchSynthesizer())
+    class NeverDraws(aa.Synthesizer):
+        def synthesize(self, plan, *, seed):
+            raise AssertionError(plan, seed)
+
+    with pytest.raises(aa.ModelError, match="NeverDraws has no model to train"):
+        enhanced(NeverDraws())
 
 
 def test_by_default_there_are_three_rounds_of_seed_0_in_chunks_of_eight_with_progress_bars():
