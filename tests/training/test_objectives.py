@@ -8,6 +8,7 @@ import torch
 
 from artaug.errors import InvalidValueError
 from artaug.training import (
+    DirectPreference,
     Objective,
     PairBatch,
     PairedDifference,
@@ -224,3 +225,32 @@ def test_two_stages_need_a_share_of_the_steps_each(copy_fraction):
 def test_a_training_plan_without_groups_or_stages_is_refused(groups, shares):
     with pytest.raises(InvalidValueError, match="a TrainingPlan needs at least one group"):
         TrainingPlan(groups, tuple(Stage(PairedDifference().loss, share) for share in shares))
+
+
+@pytest.mark.parametrize("objective", [PairedDifference(), SupervisedFineTuning(), DirectPreference()], ids=repr)
+def test_by_default_errors_count_the_same_inside_and_outside_the_regions(tiny_model, two_pairs, objective):
+    batch = batch_of(tiny_model, two_pairs)
+    with_regions = dataclasses.replace(batch, region_mask=mask_of(1.0, 0.5, 0.0, 0.0))
+    with student_of(tiny_model) as student:
+        perturb(student)
+        assert torch.equal(objective.loss(student, with_regions), objective.loss(student, batch))
+
+
+@pytest.mark.parametrize(
+    ("outside_weight", "expected"),
+    [(0.0, [1.0, 0.5, 0.0, 0.0]), (0.5, [1.0, 0.75, 0.5, 0.5]), (1.0, None), (2.0, [1.0, 1.5, 2.0, 2.0])],
+)
+def test_the_weight_of_an_error_is_linear_in_the_region_mask(tiny_model, two_pairs, outside_weight, expected):
+    weights = batch_of(tiny_model, two_pairs, region_mask=mask_of(1.0, 0.5, 0.0, 0.0)).loss_weights(outside_weight)
+    assert (None if weights is None else weights[0, 0, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize("kind", [PairedDifference, SupervisedFineTuning, DirectPreference])
+def test_errors_outside_the_regions_may_count_nothing(kind):
+    assert kind(outside_weight=0.0).outside_weight == 0
+
+
+def test_by_default_both_stages_take_half_of_the_steps_and_pairs_are_learned_alone():
+    training_plan = TwoStage().training_plan(2)
+    assert [stage.share for stage in training_plan.stages] == [0.5, 0.5]
+    assert training_plan.groups == ((0,), (1,))
