@@ -221,7 +221,10 @@ def test_two_stages_need_a_share_of_the_steps_each(copy_fraction):
         TwoStage(copy_fraction=copy_fraction)
 
 
-@pytest.mark.parametrize(("groups", "shares"), [((), (1.0,)), (((),), (1.0,)), (((0,),), ()), (((0,),), (0.0,))])
+@pytest.mark.parametrize(
+    ("groups", "shares"),
+    [((), (1.0,)), (((),), (1.0,)), (((0,), ()), (1.0,)), (((0,),), ()), (((0,),), (0.0,)), (((0,),), (1.0, 0.0))],
+)
 def test_a_training_plan_without_groups_or_stages_is_refused(groups, shares):
     with pytest.raises(InvalidValueError, match="a TrainingPlan needs at least one group"):
         TrainingPlan(groups, tuple(Stage(PairedDifference().loss, share) for share in shares))
