@@ -1,4 +1,9 @@
-"""Group masks: the weight of every group of keys for every query, which is all that regional attention depends on."""
+"""Group masks: the weight of every group of keys for every query, which is all that regional attention depends on.
+
+A mask has a row for each query token and a column for each *group* of key tokens (one prompt, or the image tokens that
+the same prompts govern): (queries, groups) in place of the (queries, keys) of a dense mask. Attention under it is
+``softmax(q k / sqrt(d) + log w) v``, so a weight of 1 for every group is plain attention, and 0 hides a group.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,9 @@
-"""How one model family names its layers: the table of diffusers' names and of the original names, and its file formats."""
+"""How one model family names its layers: the table of diffusers' names and of the original names, and its file formats.
+
+In memory a LoRA always has diffusers' module paths; only files have other names, and one table serves both directions:
+writing looks up a module path (`KeyMap.match`), reading a name (`KeyMap.resolve`). A row with several of diffusers' layers
+is one layer of the original model, such as queries, keys and values in one matrix.
+"""
 
 import itertools
 import re
