@@ -63,10 +63,11 @@ def verify_export(
     >>> import torch
     >>> import artaug as aa
     >>> from artaug.diffusion import verify_export
+    >>> from artaug.lora.formats import FLUX1
     >>> lora = aa.LoRA({"transformer_blocks.0.ff.net.2": aa.LowRank(torch.ones(1, 16), torch.ones(4, 1))})
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = lora.save(f"{folder}/lora.safetensors", format=aa.Format.KOHYA, key_map=aa.formats.FLUX1)
+    ...     path = lora.save(f"{folder}/lora.safetensors", format=aa.Format.KOHYA, key_map=FLUX1)
     ...     verify_export(path, lora).readers
     ('LoRA.load', "the format's definition", 'FluxPipeline')
     """
