@@ -27,9 +27,14 @@ class Forgotten(aa.Guide):
 
 
 class Complete(aa.Guide):
+    def __init__(self):
+        self.log = []
+
     @contextmanager
     def steering(self, denoiser, regions):
+        self.log.append("entered")
         yield
+        self.log.append("left")
 
 
 def test_a_guide_without_a_context_manager_is_named_with_what_it_returned():
@@ -39,6 +44,8 @@ def test_a_guide_without_a_context_manager_is_named_with_what_it_returned():
         steer(Forgotten(), DENOISER, [[], []])
 
 
-def test_a_guide_with_a_context_manager_is_returned_as_it_is():
-    with steer(Complete(), DENOISER, []):
-        pass
+def test_a_guide_with_a_context_manager_is_entered_and_left_once():
+    guide = Complete()
+    with steer(guide, DENOISER, []):
+        assert guide.log == ["entered"]
+    assert guide.log == ["entered", "left"]

@@ -55,7 +55,8 @@ def test_a_setting_out_of_its_range_is_refused_and_quoted(option):
     ids=repr,
 )
 def test_a_setting_at_the_end_of_its_range_is_accepted(option):
-    TrainingConfig(**option)
+    ((name, value),) = option.items()
+    assert getattr(TrainingConfig(**option), name) == value
 
 
 def test_all_settings_that_are_wrong_are_named_at_once():

@@ -90,6 +90,16 @@ def check_negative_has_effect(
         )
 
 
+def separate_branches(rows: int, *, is_cond: bool) -> Branches:
+    """The rows of one call where classifier-free guidance calls the denoiser once for each branch.
+
+    >>> from artaug.diffusion.families.common import separate_branches
+    >>> separate_branches(2, is_cond=False)
+    Branches(cond=range(0, 0), uncond=range(0, 2))
+    """
+    return Branches(cond=range(rows)) if is_cond else Branches(cond=range(0), uncond=range(rows))
+
+
 def batched_branches(rows: int, *, pictures: int) -> Branches:
     """Split the rows of one call with classifier-free guidance: the negative prompts' rows come first.
 

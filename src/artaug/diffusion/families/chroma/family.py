@@ -180,10 +180,8 @@ class ChromaDenoiser(AttentiveDenoiser):
     """The tensor that the pipeline was given. The pipeline passes it on, not a copy, which tells the branches apart."""
 
     def branches(self, kwargs: ForwardKwargs) -> Branches:
-        rows = range(len(kwargs["hidden_states"]))
-        if kwargs["encoder_hidden_states"] is self.prompt_embeds:
-            return Branches(cond=rows)
-        return Branches(cond=range(0), uncond=rows)
+        is_cond = kwargs["encoder_hidden_states"] is self.prompt_embeds
+        return common.separate_branches(len(kwargs["hidden_states"]), is_cond=is_cond)
 
     def with_prompt_embeds(
         self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]

@@ -173,10 +173,8 @@ class QwenImageDenoiser(AttentiveDenoiser):
     """The plans' prompts, if the run has a negative prompt. The pipeline copies both, so their values tell the branches."""
 
     def branches(self, kwargs: ForwardKwargs) -> Branches:
-        rows = range(len(kwargs["hidden_states"]))
-        if self.prompt_embeds is None or torch.equal(kwargs["encoder_hidden_states"], self.prompt_embeds):
-            return Branches(cond=rows)
-        return Branches(cond=range(0), uncond=rows)
+        is_cond = self.prompt_embeds is None or torch.equal(kwargs["encoder_hidden_states"], self.prompt_embeds)
+        return common.separate_branches(len(kwargs["hidden_states"]), is_cond=is_cond)
 
     def with_prompt_embeds(
         self, kwargs: ForwardKwargs, rows: Sequence[int], prompts: Sequence[EncodedPrompt]
