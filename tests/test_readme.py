@@ -1,11 +1,9 @@
 """Every Python fence of the README and the docs runs, page by page, from top to bottom.
 
 A fence that cannot run here (it needs 12 billion weights, say) stands under `<!-- not executed: the reason -->`. It is
-compiled all the same, and what it takes from artaug has to exist.
+compiled all the same, what it takes from artaug has to exist, and its calls have to fit the signatures.
 """
 
-import ast
-import importlib
 import inspect
 import re
 from pathlib import Path
@@ -13,40 +11,22 @@ from pathlib import Path
 import pytest
 
 import artaug
+from support.fences import FENCE, run
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "extend").glob("*.md")])
-FENCE = re.compile(
-    r"^(?:<!-- not executed: (?P<reason>.+) -->\n\n?)?```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
-)
-
-
-def check_names(tree):
-    """Import what the code imports from artaug, and look up every `aa.Name`."""
-    for node in ast.walk(tree):
-        match node:
-            case ast.ImportFrom(module=str(module)) if module.partition(".")[0] == "artaug":
-                exec(ast.unparse(node), {})
-            case ast.Attribute(value=ast.Name(id="aa"), attr=name):
-                assert hasattr(importlib.import_module("artaug"), name), f"artaug has no {name}"
-
-
-def run(page):
-    """Run the fences of a page in one namespace, with the page's line numbers in tracebacks."""
-    text = page.read_text(encoding="utf-8")
-    namespace = {"__name__": "__main__"}
-    for fence in FENCE.finditer(text):
-        code = "\n" * text.count("\n", 0, fence.start("code")) + fence["code"]
-        if fence["reason"]:
-            check_names(ast.parse(code, filename=page))
-        else:
-            exec(compile(code, page, "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_fences_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_fence_of_a_page_is_looked_at(page):
+    text = page.read_text(encoding="utf-8")
+    assert len(FENCE.findall(text)) == len(re.findall(r"^[ >\t]*(?:```+|~~~+) *python", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -63,19 +43,45 @@ def test_the_table_of_parts_names_methods_that_exist():
         assert list(inspect.signature(function).parameters)[1:] == re.findall(r"\w+", parameters), part
 
 
+UNREAD = "<!-- not executed: {} -->\n```python\n{}```\n"
+
+
 @pytest.mark.parametrize(
-    ("fence", "error"),
+    ("text", "error"),
     [
         pytest.param("```python\nassert 1 == 2\n```\n", AssertionError, id="executed"),
-        pytest.param("<!-- not executed: big -->\n```python\nx = = 1\n```\n", SyntaxError, id="compiled"),
+        pytest.param(UNREAD.format("big", "x = = 1\n"), SyntaxError, id="compiled"),
+        pytest.param(UNREAD.format("big", "from artaug import nonsense\n"), ImportError, id="imported"),
+        pytest.param(UNREAD.format("big", "aa.Nonsense()\n"), AssertionError, id="looked-up"),
+        pytest.param(UNREAD.format("big", "aa.Box(0, 0, 1, 1, 1)\n"), TypeError, id="too-many-arguments"),
+        pytest.param(UNREAD.format("big", "aa.Plan('a cone', nonsense=1)\n"), TypeError, id="unknown-argument"),
+        pytest.param(UNREAD.format("big", "aa.Plan('a cone').nonsense\n"), AssertionError, id="attribute-of-a-call"),
         pytest.param(
-            "<!-- not executed: big -->\n```python\nfrom artaug import nonsense\n```\n", ImportError, id="imported"
+            UNREAD.format("big", "from artaug.critics import Cached\ncritic = Cached(x, y)\ncritic.nonsense()\n"),
+            AssertionError,
+            id="method-of-a-variable",
         ),
-        pytest.param("<!-- not executed: big -->\n```python\naa.Nonsense()\n```\n", AssertionError, id="looked-up"),
+        pytest.param(
+            "```python\nimport artaug as aa\nplan = aa.Plan('a cone')\n```\n"
+            + UNREAD.format("big", "plan.nonsense()\n"),
+            AssertionError,
+            id="method-of-an-executed-variable",
+        ),
     ],
 )
-def test_a_broken_fence_fails(fence, error, tmp_path):
+def test_a_broken_fence_fails(text, error, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(fence, encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     with pytest.raises(error):
+        run(page)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_fence_between_two_comments_is_executed(place, tmp_path):
+    planted = ["```python\npass\n```\n"] * 3
+    planted[place] = "```python\nraise ZeroDivisionError\n```\n"
+    page = tmp_path / "page.md"
+    unread = UNREAD.format("big", "pass\n")
+    page.write_text(f"{planted[0]}\n{unread}\n{planted[1]}\n{unread}\n{planted[2]}", encoding="utf-8")
+    with pytest.raises(ZeroDivisionError):
         run(page)
