@@ -202,6 +202,41 @@ def test_the_base_is_read_from_its_own_card(server):
     assert len(found.revision) == 40
 
 
+@pytest.mark.parametrize(
+    "repo",
+    ["/home/me/flux", "./flux", "C:\\models\\flux", "", "a/b/c", "FLUX.1-dev", "lab/a b", "lab/..", "lab/x\n# y"],
+)
+def test_a_base_that_the_hub_would_refuse_is_refused_when_it_is_made(repo):
+    with pytest.raises(InvalidValueError, match="owner/name"):
+        hub.Base(repo)
+
+
+@pytest.mark.parametrize("license_id", ["Apache 2.0", "", "apache-2.0\n# heading", "-", "MIT"])
+def test_a_licence_outside_the_hubs_words_is_refused_when_it_is_made(license_id):
+    with pytest.raises(InvalidValueError, match="identifier"):
+        hub.Base("lab/x", license=license_id)
+
+
+@pytest.mark.parametrize(
+    "license_id", ["apache-2.0", "llama3.1", "creativeml-openrail-m", "fair-noncommercial-research-license"]
+)
+def test_the_hubs_own_identifiers_of_licences_are_taken(license_id):
+    assert hub.Base("lab/x", license=license_id).license == license_id
+
+
+def test_a_base_with_several_licences_names_them_all(server):
+    server.add("lab/base", **{"README.md": b"---\nlicense: [mit, apache-2.0]\n---\n# base\n"})
+    found = hub.base_of("lab/base", endpoint=server.url, token=READER)
+    assert (found.license, found.license_name) == ("other", "mit, apache-2.0")
+
+
+def test_a_card_that_the_hub_refuses_leaves_no_repository(server):
+    server.refuse_cards = True
+    with pytest.raises(HubError, match="base_model"):
+        push(server)
+    assert server.repositories == {}
+
+
 def test_a_base_without_a_card_has_no_licence(server):
     server.add("lab/base")
     assert hub.base_of("lab/base", endpoint=server.url, token=READER).license is None

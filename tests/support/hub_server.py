@@ -53,6 +53,8 @@ class Hub:
     """Refusals quote the headers of the request, as some proxies do."""
     corrupt_downloads: bool = False
     """Downloads have one byte changed."""
+    refuse_cards: bool = False
+    """The check of a card's header finds an error."""
     disable_xet: bool = False
     """The endpoint of the xet protocol is missing."""
     before_commit: object = None
@@ -223,7 +225,8 @@ def branch(request: Handler, name: str, branch_name: str) -> None:
 
 def validate(request: Handler) -> None:
     card_data(json.loads(request.body())["content"].encode())
-    request.json({"errors": [], "warnings": []})
+    errors = [{"message": '"base_model" is not valid'}] if request.hub.refuse_cards else []
+    request.json({"errors": errors, "warnings": []}, status=400 if errors else 200)
 
 
 def preupload(request: Handler, name: str, _revision: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,13 +11,14 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined] # public, but not re-exported
 
 from artaug._internal.files import file_sha256
 from artaug.errors import HubError, InvalidValueError
 from artaug.evaluation.comparison import Comparison
 from artaug.hub.card import TAG
 from artaug.hub.contents import PEFT_FILE, RepoContents, list_files
-from artaug.hub.errors import check_repo_id, translate_errors
+from artaug.hub.errors import check_repo_id, single_line, translate_errors
 from artaug.hub.values import Base, Push, PushedFile, Sample
 from artaug.lora.formats import KeyMap
 from artaug.lora.lora import LoRA
@@ -164,11 +166,14 @@ def base_of(repo: str, *, revision: str | None = None, token: str | None = None,
     link = card.get("license_link")
     if link is not None and "://" not in link:  # relative to the base's own repository
         link = f"{api.endpoint}/{repo}/blob/{info.sha}/{link}"
+    license_id, license_name = card.get("license"), None
+    if isinstance(license_id, list):  # some cards list several, and a derivative's card names one
+        license_id, license_name = (license_id[0], None) if len(license_id) == 1 else ("other", ", ".join(license_id))
     return Base(
         repo=repo,
         revision=info.sha,
-        license=card.get("license"),
-        license_name=card.get("license_name"),
+        license=license_id,
+        license_name=card.get("license_name") if license_name is None else license_name,
         license_link=link,
     )
 
@@ -179,6 +184,7 @@ def _client(token: str | None, endpoint: str | None) -> HfApi:
 
 def _upload(planned: Push, folder: Path, api: HfApi, *, overwrite: bool) -> Push:
     with translate_errors(f"pushing to {planned.repo!r}", api, default_advice=_PUSH_ADVICE):
+        _validate_card(planned.card, api)  # before a repository is created for a card that the Hub then refuses
         parent = _prepare_branch(planned, api, overwrite=overwrite)
         operations = [CommitOperationAdd(file.path, str(folder / file.path)) for file in planned.files]
         commit = api.create_commit(
@@ -189,6 +195,21 @@ def _upload(planned: Push, folder: Path, api: HfApi, *, overwrite: bool) -> Push
             parent_commit=parent,
         )
     return replace(planned, commit=str(commit.commit_url))
+
+
+def _validate_card(card: str, api: HfApi) -> None:
+    """Ask the Hub whether it takes this card.
+
+    Raises:
+        HubError: if it does not, with its reasons.
+    """
+    headers = build_hf_headers(token=api.token, library_name=api.library_name, library_version=api.library_version)
+    response = get_session().post(
+        f"{api.endpoint}/api/validate-yaml", json={"content": card, "repoType": "model"}, headers=headers
+    )
+    if response.status_code == HTTPStatus.BAD_REQUEST:
+        reply = single_line(response.text, api)
+        raise HubError(f"The Hub refuses the card, so nothing was uploaded. It says: {reply}", status=400)
 
 
 def _prepare_branch(planned: Push, api: HfApi, *, overwrite: bool) -> str | None:

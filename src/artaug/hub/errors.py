@@ -59,7 +59,7 @@ def translate_errors(action: str, api: HfApi, *, default_advice: str = "Try agai
         cause = error.__cause__
         if not isinstance(cause, TransportError | OSError):
             raise
-        text = f"{_single_line(str(error), api)} {_describe(cause, api, default_advice)}"
+        text = f"{single_line(str(error), api)} {_describe(cause, api, default_advice)}"
         raise HubError(f"{action} failed: {text}", status=_status(cause)) from None
 
 
@@ -68,14 +68,14 @@ def _describe(error: Exception, api: HfApi, default_advice: str) -> str:
     advice = default_advice if status is None else _ADVICE.get(status, default_advice)
     if isinstance(error, GatedRepoError):
         advice = "Ask for access on its page first."
-    return f"{_single_line(str(error) or type(error).__name__, api)} {advice}"
+    return f"{single_line(str(error) or type(error).__name__, api)} {advice}"
 
 
 def _status(error: Exception) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
-def _single_line(text: str, api: HfApi, *, limit: int = 400) -> str:
+def single_line(text: str, api: HfApi, *, limit: int = 400) -> str:
     """A text on one line, shortened, without the token, which a server may have sent back."""
     token = api.token if isinstance(api.token, str) else get_token()
     text = " ".join((text.replace(token, "(token)") if token else text).split())

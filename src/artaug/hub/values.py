@@ -1,5 +1,6 @@
 """The values of a push: the base model, the samples on the card, the files that are sent."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -10,13 +11,21 @@ from pydantic import Field
 
 from artaug._internal.text import table_html
 from artaug._internal.values import value
+from artaug.errors import InvalidValueError
+from artaug.hub.errors import check_repo_id
 
 _KIB = 2**10
+_LICENSE_ID = re.compile("[a-z0-9]+(?:[.+-][a-z0-9]+)*")
+"""The form of the identifiers at https://huggingface.co/docs/hub/repositories-licenses."""
 
 
 @value
 class Base:
     """The model that a LoRA was trained on, and its licence. `base_of` reads them from the Hub.
+
+    Raises:
+        InvalidValueError: if ``repo`` is not ``owner/name``, as a path on this machine is not, or if ``license`` is no
+            identifier of the Hub: the Hub would refuse the card.
 
     >>> from artaug import hub
     >>> hub.Base("me/tiny", license="apache-2.0")
@@ -31,6 +40,14 @@ class Base:
     """In the words of the Hub: ``apache-2.0``, or ``other`` with a name and a link."""
     license_name: str | None = None
     license_link: str | None = None
+
+    def __post_init__(self) -> None:
+        check_repo_id(self.repo)
+        if self.license is not None and not _LICENSE_ID.fullmatch(self.license):
+            raise InvalidValueError(
+                f"hub.Base: license={self.license!r} is no identifier of the Hub's list. Expected one such as 'apache-2.0', or "
+                "'other' with license_name and license_link."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
