@@ -9,10 +9,16 @@ from artaug.training.adapters import Adapter, PlainLoRA
 from artaug.training.objectives import Objective, PairedDifference
 from artaug.training.optimizers import AdamW, Optimizer, Schedule
 
-ATTENTION = r"attn|attention"
-"""Linear layers of attention, in every family."""
-ATTENTION_AND_MLP = r"attn|attention|feed_forward|\bff|mlp|blocks\.\d+\.proj_out"
-"""Linear layers of attention and MLPs, by the names of FLUX, SD3, Qwen-Image and the UNets; without modulation."""
+# A U-Net calls whole transformer blocks, their MLPs included, "attentions". The MLP of Z-Image's "t_embedder" is no MLP of a
+# block: it embeds the timestep.
+ATTENTION = r"attn|attention(?!s)"
+"""Linear layers of attention, of pictures and text, in every family. FLUX.2's single blocks hold queries, keys, values and MLP
+in one layer, and it is one of these; FLUX.1's ``proj_out`` of a single block reads mostly its MLP, and is not."""
+ATTENTION_AND_MLP = (
+    rf"{ATTENTION}|feed_forward|\bff|(?<!embedder\.)mlp|blocks\.\d+\.proj_out|attentions\.\d+\.proj_(in|out)"
+)
+"""Linear layers of attention and MLPs in every family, and those that lead into and out of a U-Net's transformer blocks (as
+sd-scripts trains them); without modulation and embeddings."""
 EVERY_LINEAR = r""
 """All linear layers, with modulation and embeddings; some readers of LoRA files fail on those."""
 
