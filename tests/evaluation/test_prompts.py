@@ -29,6 +29,30 @@ def test_drawbench(tmp_path):
     assert found.categories == ("Colors", "Text")
 
 
+def test_blanks_around_a_category_are_not_part_of_its_name(tmp_path):
+    text = "Prompts,Category\nA cat.,Gary Marcus et al. \nA dog.,Gary Marcus et al.\n"
+    found = aa.PromptSet.read(written(tmp_path, "DrawBench.csv", text))
+    assert found.categories == ("Gary Marcus et al.",) * 2
+    listed = aa.PromptSet.read(written(tmp_path, "a.json", json.dumps([{"prompt": "a fox", "category": " Animals"}])))
+    assert listed.categories == ("Animals",)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.tsv",
+            "Prompt\tCategory\na\tb\n\tAbstract\nc\td\n",
+            "1 of 3 prompts are left out.* line 3: the column Prompt",
+        ),
+        ("a.json", '["a", {"text": "b"}, "c"]', r"1 of 3 prompts are left out.* item 1 is \{'text': 'b'\}"),
+    ],
+)
+def test_a_row_without_a_prompt_is_left_out_and_named(tmp_path, name, text, message):
+    with pytest.warns(UserWarning, match=message):
+        assert tuple(aa.PromptSet.read(written(tmp_path, name, text))) == ("a", "c")
+
+
 def test_hpd(tmp_path):
     styles = aa.PromptSet.read(written(tmp_path, "anime.json", json.dumps(["a fox", "a 海"])))
     assert (tuple(styles), styles.categories) == (("a fox", "a 海"), ("anime", "anime"))

@@ -11,6 +11,7 @@ from typing import final, overload
 import numpy as np
 
 from artaug.errors import InvalidValueError, PromptError
+from artaug.evaluation.prompts.skipping import check_skipped
 
 __all__ = ["PromptSet"]
 
@@ -59,9 +60,11 @@ class PromptSet(Sequence[str]):
         PartiPrompts is a ``.tsv`` with the columns ``Prompt`` and ``Category``; DrawBench a ``.csv`` with ``Prompts`` and
         ``Category``; HPD (v2) a ``.json``: a list of texts, whose category is the name of the file (``anime.json``), or
         of objects with ``prompt``; a ``.txt`` has one prompt a line. The ending of the file's name decides the format.
+        A row without a prompt is left out, with a warning that names it; blanks around a category are removed.
 
         Raises:
-            PromptError: for another format, or a file that is not what its name says, naming line and column.
+            PromptError: for another format, or a file that is not what its name says, naming line and column; also if
+                half of its rows have no prompt.
             FileNotFoundError: if there is no such file.
         """
         path = Path(path)
@@ -73,9 +76,11 @@ class PromptSet(Sequence[str]):
         except UnicodeDecodeError:
             raise PromptError(f"{path.name!r} is not UTF-8 text. Expected {_FORMATS}.") from None
         rows = list(readers[path.suffix.lower()](text, path))
-        if not rows:
+        prompts = [row for row in rows if isinstance(row, tuple)]
+        check_skipped(path, [row for row in rows if isinstance(row, str)], read=len(prompts), stacklevel=2)
+        if not prompts:
             raise PromptError(f"{path.name!r} holds no prompts. Expected {_FORMATS}.")
-        return cls(tuple(prompt for prompt, _ in rows), tuple(category for _, category in rows))
+        return cls(tuple(prompt for prompt, _ in prompts), tuple(category for _, category in prompts))
 
     @classmethod
     def everyday(cls) -> "PromptSet":
@@ -121,7 +126,10 @@ class PromptSet(Sequence[str]):
         return self.prompts[index]
 
 
-def _read_table(text: str, path: Path) -> Iterator[tuple[str, str]]:
+# A reader yields the prompt and the category of each row, or, for a row without a prompt, why there is none.
+
+
+def _read_table(text: str, path: Path) -> Iterator[tuple[str, str] | str]:
     """Prompts and categories of a table with headings. PartiPrompts quotes no field, so in a .tsv a quote is a quote."""
     tabbed = path.suffix.lower() == ".tsv"
     reader = csv.DictReader(
@@ -136,11 +144,13 @@ def _read_table(text: str, path: Path) -> Iterator[tuple[str, str]]:
     for row in reader:
         prompt = row[column]
         if prompt is None or not prompt.strip():
-            raise PromptError(f"{path.name!r}, line {reader.line_num}: the column {column} is empty.")
-        yield prompt, row.get("Category") or ""
+            yield f"line {reader.line_num}: the column {column} is empty"
+        else:
+            # DrawBench's categories end in a blank in some rows ("Gary Marcus et al. ").
+            yield prompt, (row.get("Category") or "").strip()
 
 
-def _read_json(text: str, path: Path) -> Iterator[tuple[str, str]]:
+def _read_json(text: str, path: Path) -> Iterator[tuple[str, str] | str]:
     try:
         items = json.loads(text)
     except json.JSONDecodeError as error:
@@ -150,11 +160,10 @@ def _read_json(text: str, path: Path) -> Iterator[tuple[str, str]]:
     for index, item in enumerate(items):
         prompt = item.get("prompt") if isinstance(item, dict) else item
         if not isinstance(prompt, str) or not prompt.strip():
-            raise PromptError(
-                f'{path.name!r}, item {index} is {item!r:.120}. Expected a text, or an object with a text "prompt".'
-            )
-        yield prompt, path.stem if isinstance(item, str) else str(item.get("category", ""))
+            yield f'item {index} is {item!r:.120}: expected a text, or an object with a text "prompt"'
+        else:
+            yield prompt, path.stem if isinstance(item, str) else str(item.get("category", "")).strip()
 
 
-def _read_lines(text: str, _path: Path) -> Iterator[tuple[str, str]]:
+def _read_lines(text: str, _path: Path) -> Iterator[tuple[str, str] | str]:
     return ((line, "") for line in text.split("\n") if line.strip())
