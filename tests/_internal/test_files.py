@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import stat
 import sys
 from hashlib import sha256
@@ -11,7 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from artaug._internal.files import SafetensorsHeader, atomic_write, file_sha256, load_tensors, save_tensors
+from artaug._internal.files import (
+    SafetensorsHeader,
+    atomic_write,
+    file_sha256,
+    load_tensors,
+    remove_abandoned,
+    save_tensors,
+)
 from artaug.errors import StorageError
 
 ROW = {"before": torch.zeros(64, 256), "after": torch.ones(64, 256)}
@@ -38,7 +46,7 @@ def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path):
     with atomic_write(path, what="the note", remedy="Make room.") as partial:
         partial.write_text("sec", encoding="utf-8")
         assert path.read_text(encoding="utf-8") == "first"
-        assert partial.parent == path.parent
+        assert path.parent in partial.parents  # on the same file system, so that it can replace the old one
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
@@ -78,6 +86,45 @@ def test_file_and_folder_are_flushed_to_the_disk_around_the_replacement(tmp_path
 
     folder = [] if sys.platform == "win32" else [("folder", None)]
     assert events == [("file", 4), ("replace", None), *folder]
+
+
+def killed_while_writing(folder):
+    with atomic_write(folder / "killed.txt", what="the note", remedy="Make room.") as partial:
+        (partial.parent / ".tmpAbC123").write_bytes(b"as safetensors does, which renames its own file")
+        partial.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks and kills")
+@pytest.mark.parametrize("kills", [1, 5])
+def test_the_next_write_in_a_folder_removes_all_that_killed_ones_left_there(tmp_path, kills):
+    for _ in range(kills):
+        process = multiprocessing.get_context("fork").Process(target=killed_while_writing, args=(tmp_path,))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 3  # the last one: half, hidden and its lock
+
+    write(tmp_path / "another.txt", "whole")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["another.txt"]
+
+
+def test_the_write_of_another_process_is_not_taken_for_abandoned(tmp_path):
+    with atomic_write(tmp_path / "long.txt", what="the note", remedy="Make room.") as partial:
+        partial.write_text("long", encoding="utf-8")
+        write(tmp_path / "short.txt", "short")
+        remove_abandoned(tmp_path)
+        assert partial.read_text(encoding="utf-8") == "long"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.txt", "short.txt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there modes are no permissions")
+def test_a_file_can_be_read_by_whom_any_new_file_can(tmp_path):
+    (tmp_path / "plain").touch()
+    with atomic_write(tmp_path / "row.safetensors", what="the row", remedy="Make room.") as partial:
+        save_tensors(ROW, partial)  # safetensors itself gives 0600, whatever the umask
+    assert (tmp_path / "row.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def write_rows(folder, count, queue, barrier):

@@ -372,7 +372,8 @@ def test_a_page_written_again_keeps_only_its_own_images_and_foreign_files(tmp_pa
     path, folder = tmp_path / "report.html", tmp_path / "report_images"
     write_report(path, comparison=make_comparison(light=110), images="folder")
     (folder / "note.txt").write_text("mine", encoding="utf-8")
-    (folder / f"{'0' * 32}.png.{'0' * 16}.partial").write_bytes(b"half")
+    (folder / ".artaug-partial" / "0123").mkdir(parents=True)
+    (folder / ".artaug-partial" / "0123" / ".lock").touch()  # of a process that was killed
 
     write_report(path, comparison=make_comparison(light=200), images="folder")
 
@@ -395,7 +396,7 @@ def test_a_report_that_fails_does_not_change_the_old_page(tmp_path):
         write_report(path, comparison=make_comparison(light=200), about={"critic": Unprintable()}, images="folder")
 
     assert all(file.read_bytes() == data for file, data in before.items())
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob(".artaug-partial"))
 
 
 def test_all_but_the_first_twelve_pairs_are_folded(tmp_path):

@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,6 +18,15 @@ from torch import Tensor
 
 from artaug.errors import StorageError
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+_SCRATCH = ".artaug-partial"
+"""The folder of unfinished files, beside the files that they will become: one for a folder, however many files it has."""
+_LOCK = ".lock"
+_MAX_ATTEMPTS = 100
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its JSON header, as a little-endian integer of 64 bits."""
@@ -28,9 +38,10 @@ _LONGEST_HEADER = 100_000_000
 def atomic_write(path: Path, *, what: str, remedy: str) -> Iterator[Path]:
     """Yield a temporary path to write to; at the end of the ``with`` block that file replaces ``path`` atomically.
 
-    The temporary file is in the folder of ``path`` (made if it is missing) and its name is unique, so several processes
-    can write the same path at once: the last one to finish wins. File and folder are flushed to the disk, so after a
-    power failure ``path`` holds either the old content or the new one.
+    The temporary file is in a folder of its own beside ``path``, on the same file system (folders above are made if they
+    are missing), so several processes can write the same path at once: the last one to finish wins. File and folder are
+    flushed to the disk, so after a power failure ``path`` holds either the old content or the new one. What killed
+    processes have left beside ``path``, hidden files of other libraries included, is removed first.
 
     Args:
         path: where the file is to be. Its old content stays until the new one is complete.
@@ -41,18 +52,94 @@ def atomic_write(path: Path, *, what: str, remedy: str) -> Iterator[Path]:
         StorageError: if the system cannot write it (no room, no permission, a file in the way). The temporary file is
             removed.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        sync_file(temporary)
-        temporary.replace(path)
+        remove_abandoned(path.parent)
+        with _scratch_folder(path.parent / _SCRATCH) as scratch:
+            temporary = scratch / path.name
+            yield temporary
+            # safetensors makes files that only their owner can read; the lock has the mode of any new file
+            shutil.copymode(scratch / _LOCK, temporary)
+            sync_file(temporary)
+            temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
         raise StorageError(f"{what} {path} could not be written: {error}. {remedy}") from error
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes have left in a folder while they were in `atomic_write`.
+
+    It touches nothing that a process still writes: that holds a lock, which the system releases when the process ends.
+    """
+    scratches = folder / _SCRATCH
+    for scratch in list(scratches.iterdir()) if scratches.is_dir() else ():
+        with suppress(OSError), (scratch / _LOCK).open("r+b") as lock:
+            _lock(lock)
+            _remove_scratch(scratch, lock)
+        with suppress(OSError):  # killed between the two steps that make a scratch folder
+            scratch.rmdir()
+    with suppress(OSError):
+        scratches.rmdir()
+
+
+@contextmanager
+def _scratch_folder(scratches: Path) -> Iterator[Path]:
+    """A new, locked folder in the folder ``scratches``. Both are removed at the end of the block, if they are empty."""
+    scratch, lock = _new_scratch(scratches)
+    try:
+        yield scratch
     finally:
+        with suppress(OSError), lock:
+            _remove_scratch(scratch, lock)
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            scratches.rmdir()
+
+
+def _new_scratch(scratches: Path) -> tuple[Path, BinaryIO]:
+    """Make a folder with a locked file in it; again if another process has meanwhile removed it as abandoned."""
+    for _ in range(_MAX_ATTEMPTS):
+        scratch = scratches / secrets.token_hex(8)
+        try:
+            scratch.mkdir(parents=True)
+            lock = (scratch / _LOCK).open("xb")
+        except FileNotFoundError:
+            continue
+        try:
+            _lock(lock)
+        except (BlockingIOError, PermissionError):
+            lock.close()
+            continue
+        except OSError:  # a file system without locks: here nothing is ever taken for abandoned
+            return scratch, lock
+        if (scratch / _LOCK).exists():
+            return scratch, lock
+        lock.close()
+    raise FileNotFoundError(f"another program keeps removing {scratches}")
+
+
+def _remove_scratch(scratch: Path, lock: BinaryIO) -> None:
+    """Remove a folder whose lock this process holds. The lock goes last: without it nothing would remove the rest."""
+    for file in scratch.iterdir():
+        if file.name != _LOCK:
+            file.unlink()
+    if sys.platform == "win32":  # where an open file cannot be removed
+        lock.close()
+    (scratch / _LOCK).unlink()
+    scratch.rmdir()
+
+
+def _lock(file: BinaryIO) -> None:
+    """Lock a file for this process until it is closed, also by the end of the process.
+
+    Raises:
+        BlockingIOError: if it is locked.
+        OSError: if the file system has no locks; on Windows also if it is locked.
+    """
+    if sys.platform == "win32":
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sync_file(path: Path) -> None:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from artaug._internal.digests import digest
-from artaug._internal.files import atomic_write
+from artaug._internal.files import atomic_write, remove_abandoned
 from artaug._internal.images import data_url
 from artaug.images.html import encode_image
 
@@ -20,7 +20,7 @@ REMEDY = "Write the report elsewhere, or make room; nothing else of the run is t
 
 ImagePlacement: TypeAlias = Literal["auto", "inline", "folder"]
 
-_STORED_NAME = re.compile(r"[0-9a-f]{32}\.(?:png|webp)(?:\.[0-9a-f]{16}\.partial)?")
+_STORED_NAME = re.compile(r"[0-9a-f]{32}\.(?:png|webp)")
 
 
 @dataclass(kw_only=True)
@@ -66,6 +66,7 @@ class ImageStore:
         """Remove images of an earlier page of this name that this one does not show, and no other file."""
         if not self.folder.is_dir():
             return
+        remove_abandoned(self.folder)
         for path in self.folder.iterdir():
             if _STORED_NAME.fullmatch(path.name) and path.name not in self._names:
                 path.unlink()

@@ -183,8 +183,6 @@ class Checkpoints:
         state.save(path, run_fingerprint=run_fingerprint)
         for old in self._files()[: -self.keep]:
             old.unlink()
-        for leftover in Path(self.folder).glob("step-*.partial"):  # of a training that was killed while it wrote
-            leftover.unlink()
 
     def _files(self) -> list[Path]:
         return sorted(Path(self.folder).glob("step-*.safetensors"))
