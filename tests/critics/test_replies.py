@@ -1,11 +1,14 @@
 """Every reply of a model is parsed as a critique or an abstention, and every repair is listed."""
 
+import gc
 import inspect
 import json
 import math
 import re
 import sys
+import time
 import tomllib
+import tracemalloc
 from importlib import import_module
 from pathlib import Path
 from re import _parser as patterns
@@ -32,6 +35,7 @@ SIZE = (640, 480)
 CONVENTIONS = {
     "yxyx": Coordinates("thousandths", order="yxyx"),
     "molmo": FAMILIES["molmo"],
+    "molmo2": FAMILIES["molmo2"],
     "percent": Coordinates("percent"),
 }
 CORPUS = {
@@ -360,6 +364,56 @@ def test_work_grows_no_faster_than_the_reply(piece):
     assert longer <= 4.5 * shorter + 200
 
 
+# What a match or a copy costs shows in no count of calls. Half of each is the second text again and again, half the last.
+HOSTILE_IN_ONE_CALL = {
+    **{name: ("", "", "", piece) for name, piece in HOSTILE.items()},
+    "round brackets in a box": ("<box>", "", "", "("),
+    "square brackets in a box": ("<box>", "", "", "["),
+    "boxes that do not end": ("", "", "", "a<box>"),
+    "boxes of a long label": ("<ref>", "a", "</ref><box>", "(1,2),(3,4)"),
+    "bad boxes of a hidden label": ("<ref>", "\x01", "</ref><box>", "(1,2),(903,904)"),
+    "boxes after a long line": ("", "a", "", "<box>"),
+    "numbers in brackets": ("", "a", "", "[[1,2,3,4]]"),
+    "numbers in brackets that do not end": ("a [[", "", "", "1],["),
+    "coordinates": ("<points coords='1", "", "", " 1 100 100"),
+    "coordinates that do not end": ("<points ", "", "", "coords='1 "),
+}
+
+
+def hostile_reply(name, length):
+    start, first, middle, last = HOSTILE_IN_ONE_CALL[name]
+    return start + first * (length // 2) + middle + last * (length // 2 // len(last)) + "</box>"
+
+
+def seconds(text):
+    """The time of this process alone, without the garbage collector, whose work depends on all that is alive."""
+    gc.disable()
+    try:
+        start = time.process_time()
+        parse_reply(text, size=SIZE, coordinates="thousandths")
+        return time.process_time() - start
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", HOSTILE_IN_ONE_CALL)
+def test_time_grows_no_faster_than_the_reply(name):
+    shorter, longer = (min(seconds(hostile_reply(name, length)) for _ in range(2)) for length in (5_000, 40_000))
+    assert longer <= 8 * 2.5 * shorter + 0.02  # what is quadratic takes 64 times as long
+
+
+@pytest.mark.parametrize("name", ["boxes of a long label", "bad boxes of a hidden label", "coordinates", "tags"])
+def test_memory_grows_no_faster_than_the_reply(name):
+    peaks = []
+    for length in (5_000, 40_000):
+        text = hostile_reply(name, length)
+        tracemalloc.start()
+        parse_reply(text, size=SIZE, coordinates="thousandths")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] <= 8 * 1.5 * peaks[0]
+
+
 def test_the_count_of_calls_can_grow_faster():
     def quadratic(length):
         return [index.bit_length() for index in range(length**2)]
@@ -384,7 +438,7 @@ def test_no_pattern_can_backtrack_without_bound(module):
     for pattern in candidates:
         if isinstance(pattern, re.Pattern):
             assert not unbounded(pattern.pattern, pattern.flags), pattern.pattern
-    assert "re.sub(" not in inspect.getsource(loaded) or module.endswith("markup")
+    assert "re.sub(" not in inspect.getsource(loaded)
 
 
 def unbounded(pattern, flags=0):

@@ -224,14 +224,19 @@ FAMILIES: Mapping[str, Coordinates] = MappingProxyType(
         "internvl_chat": Coordinates("thousandths"),
         "llava": Coordinates("relative", frame="padded"),
         "gemma3": Coordinates("thousandths", order="yxyx", key="box_2d"),
+        "glm4v": Coordinates("thousandths", key="bbox_2d"),
+        "glm4v_moe": Coordinates("thousandths", key="bbox_2d"),
+        "glm46v": Coordinates("thousandths", key="bbox_2d"),
         "molmo": Coordinates("percent", order="points", key="point"),
+        "molmo2": Coordinates("thousandths", order="points", key="point"),
     }
 )
 """Conventions by model family, the ``model_type`` of transformers' configurations.
 
 Qwen2-VL and Qwen3-VL: QwenLM/Qwen3-VL#866 and modelscope/ms-swift#6180. Qwen3.5: QwenLM/Qwen3.8-Flash-Next#4.
 Qwen2.5-VL: QwenLM/Qwen3-VL#676 and #830. InternVL: OpenGVLab/InternVL#844. LLaVA-1.5: haotian-liu/LLaVA#606; its
-checkpoints for transformers crop where the original pads, so fit it to the processor. Gemma 3 is assumed to write as
+checkpoints for transformers crop where the original pads, so fit it to the processor. GLM-4.1V, 4.5V and 4.6V: README of
+zai-org/GLM-V. Molmo 2: README of allenai/molmo-utils. Gemma 3 is assumed to write as
 Gemini does, and Molmo as its model card shows: no source by their authors was found for either, so probe them first.
 """
 

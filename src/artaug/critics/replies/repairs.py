@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from artaug._internal.text import shorten
 
@@ -58,21 +59,31 @@ def _number_list(numbers: list[int]) -> str:
 
 def sanitize(text: str, *, max_chars: int, repairs: Repairs, number: int | None = None) -> str:
     """Return the text on one line, without control characters and chat template tokens, at most ``max_chars`` long."""
+    text, notes = _cleaned(text, max_chars)
+    for note in notes:
+        repairs.note(note, number)
+    return text
+
+
+@lru_cache(maxsize=8)  # a reply may give one label to thousands of boxes
+def _cleaned(text: str, max_chars: int) -> tuple[str, tuple[str, ...]]:
+    """The text, and what was repaired in it."""
+    notes: list[str] = []
     if _SURROGATE.search(text):
         # The round trip through UTF-16 joins the two halves of a pair and replaces a half that stands alone.
         joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if joined.count(_REPLACEMENT) > text.count(_REPLACEMENT):
-            repairs.note("replaced unpaired surrogates", number)
+            notes.append("replaced unpaired surrogates")
         text = joined
     for pattern, content in ((_CHAT_TOKEN, "chat template tokens"), (_INVISIBLE, "invisible characters")):
         text, count = pattern.subn(" ", text)
         if count:
-            repairs.note(f"removed {content}", number)
+            notes.append(f"removed {content}")
     text = " ".join(text.split())
     if len(text) > max_chars:
-        repairs.note(f"truncated texts to {max_chars} characters", number)
+        notes.append(f"truncated texts to {max_chars} characters")
         text = text[:max_chars].rstrip()
-    return text
+    return text, tuple(notes)
 
 
 def excerpt(reply: str, *, max_chars: int = 60) -> str:
