@@ -231,7 +231,10 @@ def step_cost(setting: Setting, method: str) -> StepCost:
         passes = 1 + len(setting.regions) if method == "output_mix" else 1
         attention = 4 * (image + base) ** 2 * channels * layers
         return StepCost(passes * _linear_flops(setting, base), passes * attention, 0)
-    isolated = [setting.isolation.applies_to_block(block, num_blocks=layers) for block in range(layers)]
+    isolated = [
+        setting.isolation.applies_to_block(site.block, num_blocks=layers, stack_start=site.stack_start)
+        for site in setting.denoiser.sites
+    ]
     masks = {applies: mask_of(setting, isolated=applies) for applies in set(isolated)}
     costs = {applies: _mask_cost(mask, method, setting.geometry.dtype) for applies, mask in masks.items()}
     text = base + len(setting.regions) * setting.geometry.region_tokens

@@ -51,6 +51,26 @@ def test_a_stride_begins_with_the_first_block_of_the_range(num_blocks, stride):
     assert applied(isolation, num_blocks) == contiguous_blocks[::stride]
 
 
+@pytest.mark.parametrize("single_start", [19, 8])
+def test_a_stride_counts_the_single_blocks_of_flux_anew(single_start):
+    """FLUX.1 has 19 double and 38 single blocks, FLUX.2 8 and 48: InvokeAI masks every other one of each kind."""
+    blocks = [
+        block
+        for block in range(57)
+        if INVOKEAI.applies_to_block(block, num_blocks=57, stack_start=single_start if block >= single_start else 0)
+    ]
+    assert blocks == [*range(0, single_start, 2), *range(single_start, 57, 2)]
+
+
+def test_a_stride_in_a_range_begins_in_each_stack_where_the_range_does():
+    isolation = aa.Isolation(block_range=(0.3, 1.0), block_stride=2)
+    stacks = [0] * 4 + [4] * 6
+    applied_blocks = [
+        block for block in range(10) if isolation.applies_to_block(block, num_blocks=10, stack_start=stacks[block])
+    ]
+    assert applied_blocks == [3, 4, 6, 8]
+
+
 @given(edges=st.tuples(fractions, fractions), sigma=fractions)
 def test_both_ends_of_the_sigma_range_belong_to_it(edges, sigma):
     low, high = sorted(edges)

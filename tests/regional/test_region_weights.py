@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, reject, settings
+from hypothesis import strategies as st
 
 import artaug as aa
 from artaug.regional.region_weights import RegionWeights, split_grid
@@ -23,7 +25,6 @@ def test_every_token_keeps_a_prompt_and_no_weight_is_negative(layout):
     weights = layout.region_weights.weights
     assert (weights >= 0).all()
     assert (weights.sum(dim=0) > 0).all()
-    assert weights.any(dim=1)[1:].all()  # no region's prompt is without effect
 
 
 @given(layout=layouts())
@@ -54,9 +55,14 @@ def test_the_plans_prompt_fades_where_regions_cover():
     assert weights(half_a_token, base_weight=0.5) == [[0.5, 0.75, 1, 1], [3, 1.5, 0, 0]]
 
 
-def test_a_region_without_effect_is_refused():
-    with pytest.raises(aa.GuideError, match="under other regions everywhere"):
-        weights(aa.Region(LEFT, "hidden"), aa.Region(FULL, "above"), overlap="over")
+def test_a_region_under_others_everywhere_has_no_weight_and_no_members():
+    covered = split_grid([aa.Region(LEFT, "hidden"), aa.Region(FULL, "above")], (1, 4), base_weight=0.0, overlap="over")
+    assert covered.weights.tolist() == [[0] * 4, [0] * 4, [1] * 4]
+    assert not covered.members[:2].any()
+    assert covered.members[2].all()
+
+
+def test_a_region_that_covers_next_to_nothing_is_refused():
     with pytest.raises(aa.GuideError, match=r"covers less than 0\.4% .* its prompt would have no effect"):
         weights(aa.Region(aa.Box(0, 0, 0.0001, 1), "a hair"))
 
@@ -89,13 +95,94 @@ def test_a_negligible_rest_counts_as_nothing_on_tokens_that_only_some_regions_co
     assert base.tolist() == [0, 0, 1]
 
 
-def test_a_token_is_a_member_of_a_prompt_from_half_of_its_largest_weight_on():
-    region_weights = RegionWeights(torch.tensor([[1.0, 0.0, 0.5, 0.49], [0.2, 0.1, 0.05, 0.0]]))
-    assert region_weights.members.tolist() == [[True, False, True, False], [True, True, False, False]]
+def exact_coverage(region, grid):
+    """The part of each token that a region without feather covers, token by token, in plain Python: rows x columns."""
+    rows, columns = grid
+    if isinstance(region.area, aa.Box):
+        box, cells = region.area, None
+    else:
+        box, cells = None, region.area.to_array()
+
+    def part(low, high, count, index):
+        return max(0.0, min((index + 1) / count, high) - max(index / count, low)) * count
+
+    covered = np.zeros(grid)
+    for row, column in np.ndindex(grid):
+        if cells is None:
+            covered[row, column] = part(box.top, box.bottom, rows, row) * part(box.left, box.right, columns, column)
+        else:
+            height, width = cells.shape
+            covered[row, column] = sum(
+                cells[y, x]
+                * part(y / height, (y + 1) / height, rows, row)
+                * part(x / width, (x + 1) / width, columns, column)
+                for y, x in np.ndindex(cells.shape)
+            )
+    return covered.flatten()
+
+
+@settings(max_examples=60)
+@given(layout=layouts(max_regions=4), strength=st.sampled_from([1.0, 0.01, 100.0]))
+def test_weights_and_members_are_those_of_the_definition_written_out(layout, strength):
+    regions = [aa.Region(region.area, "a", weight=strength * region.weight) for region in layout.regions]
+    assume(regions)
+    base_weight, over = layout.isolation.base_weight, layout.overlap == "over"
+    try:
+        actual = split_grid(regions, layout.grid, base_weight=base_weight, overlap=layout.overlap)
+    except aa.GuideError:
+        reject()
+    covered = np.stack([exact_coverage(region, layout.grid) for region in regions])
+    uncovered = [np.prod(1 - covered[index + 1 :], axis=0) for index in range(len(regions))]
+    shares = covered * uncovered if over else covered / np.maximum(1, covered.sum(axis=0))
+    strengths = np.array([[region.weight] for region in regions])
+    expected = np.concatenate([1 - (1 - base_weight) * np.minimum(1, shares.sum(axis=0))[None], strengths * shares])
+    # What is dropped is less than 1/256 of a token, and less than 1/256 of what it reads, for each region.
+    assert (abs(actual.weights.numpy() - expected) <= 2 * len(regions) / 256 * expected.sum(axis=0) + 1e-6).all()
+    for members, parts, share in zip(actual.members[1:].numpy(), covered, shares, strict=True):
+        surely_seen = share > 1 / 250
+        assert members[surely_seen & (parts > 0.5 + 1e-6)].all()
+        if (parts[surely_seen] > 1 - 1e-6).any():
+            assert not members[parts < 0.5 - 1e-6].any()
+
+
+def test_a_token_that_three_regions_cover_is_a_member_of_all_three():
+    regions = [aa.Region(box, "a") for box in (FULL, FULL, LEFT)]
+    assert split_grid(regions, (1, 4), base_weight=0.0).members[1:].tolist() == [[True] * 4] * 2 + [
+        [True, True, False, False]
+    ]
+
+
+@settings(max_examples=60)
+@given(layout=layouts(max_regions=5))
+def test_no_token_that_a_region_covers_by_half_is_background(layout):
+    regions = [region for region in layout.regions if region.feather == 0]
+    assume(regions)
+    try:
+        members = split_grid(regions, layout.grid, base_weight=0.0, overlap=layout.overlap).members.numpy()
+    except aa.GuideError:
+        reject()
+    covered = np.stack([exact_coverage(region, layout.grid) for region in regions])
+    assert members[1:].any(axis=0)[(covered > 0.5 + 1e-6).any(axis=0)].all()
+
+
+def test_a_strong_region_keeps_its_small_shares():
+    sliver, rest = region_covering(1, 0.003), aa.Region(FULL, "b", weight=0.001)
+    strong = replace(sliver, weight=100.0)
+    kept = split_grid([strong], (1, 2), base_weight=0.0).weights
+    assert torch.allclose(kept, torch.tensor([[0, 1 - 0.003], [100, 0.3]]))
+    beside_a_weak_one = split_grid([sliver, rest], (1, 2), base_weight=0.0).weights[1]
+    assert beside_a_weak_one[1] == pytest.approx(0.003 / 1.003)  # three times what the weak region weighs there
+
+
+def test_a_weak_region_keeps_the_tokens_that_are_all_its_own():
+    weak = aa.Region(FULL, "a", weight=1e-4)
+    assert split_grid([weak], (1, 1), base_weight=0.3).weights[:, 0].tolist() == pytest.approx([0.3, 1e-4])
+    assert split_grid([weak], (1, 1), base_weight=1e-4).weights[:, 0].tolist() == pytest.approx([1e-4, 1e-4])
 
 
 def test_tokens_of_one_class_are_members_of_the_same_prompts():
-    region_weights = RegionWeights(torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]]))
+    members = torch.tensor([[True, False, True, True], [False, True, True, False]])
+    region_weights = RegionWeights(members.float(), members)
     first, second, third, fourth = region_weights.token_classes.tolist()
     assert first == fourth
     assert {first, second, third} == {0, 1, 2}

@@ -156,6 +156,21 @@ def test_nothing_remains_after_a_run_nor_after_an_exception(pipeline):
     assert (hooks_of(transformer), processors_of(transformer)) == before
 
 
+def test_a_region_under_others_is_left_out_with_a_warning(pipeline):
+    hidden, above = aa.Region(LEFT, "a blue door"), aa.Region(FULL, "ivy")
+    guide = aa.RegionalAttention(overlap="over")
+    with pytest.warns(UserWarning, match=r"no share of any image token to 1 of 2 regions .*'a blue door'.*no effect"):
+        drawn = draw(pipeline, aa.Plan(PROMPT, (hidden, above)), guide)
+    expected = draw(pipeline, aa.Plan(PROMPT, (above,)), guide)
+    assert abs(drawn.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_every_other_block_of_each_stack_is_isolated_as_in_invokeai(pipeline):
+    step = GuidedStep(pipeline, [[]])
+    sites = step.flux.denoiser(step.conditioning).sites
+    assert [(site.block, site.stack_start) for site in sites] == [(0, 0), (1, 1), (2, 1)]
+
+
 def test_a_second_guide_on_one_denoiser_is_refused(pipeline):
     plan = aa.Plan(PROMPT, (aa.Region(LEFT, "a blue door"),))
 

@@ -38,7 +38,7 @@ class Layout:
     def region_weights(self):
         try:
             return split_grid(self.regions, self.grid, base_weight=self.isolation.base_weight, overlap=self.overlap)
-        except aa.GuideError:  # a region that lies under others everywhere
+        except aa.GuideError:  # a region that covers next to nothing
             reject()
 
     @property

@@ -83,7 +83,7 @@ def text_mask(spans: Sequence[Span], isolation: Isolation | None) -> GroupMask:
     """The mask of attention among prompts alone."""
     texts = [span for span in spans if span.kind in {"text", "padding"}]
     # A joint mask needs region weights; those of a single token stand in, since this sequence has no image tokens.
-    no_regions = RegionWeights(torch.ones(1 + max(span.prompt for span in texts), 1))
+    no_regions = RegionWeights.of_one_token(1 + max(span.prompt for span in texts))
     return joint_mask(texts, no_regions, isolation)
 
 

@@ -85,6 +85,8 @@ class AttentionSite:
     """Whether image and texts attend to each other, the image to the texts, or texts to texts."""
     grid: tuple[int, int] | None = None
     """Rows and columns of its image tokens; None for those of the denoiser."""
+    stack_start: int = 0
+    """The number of the first block of its stack, where a model has several: FLUX's single blocks follow its double ones."""
 
 
 def bind_forward_args(module: nn.Module, args: Sequence[Any], kwargs: ForwardKwargs) -> dict[str, Any]:

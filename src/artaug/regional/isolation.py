@@ -14,8 +14,9 @@ _Fraction = Annotated[float, Field(ge=0, le=1)]
 class Isolation:
     """What image tokens and prompts attend to, in which layers, and at which noise levels.
 
-    An image token is a *member* of a region if it has at least half of the region's largest weight; a token that is a
-    member of no region is *background*. In layers outside ``block_range`` and ``block_stride`` every token attends to
+    An image token is a *member* of a region that covers at least half of it (half of what the region covers of any token,
+    if that is less); it may be a member of several, and one that is a member of none is *background*. It is a member of
+    the plan's prompt if it has at least half of that prompt's largest weight. In layers outside ``block_range`` and ``block_stride`` every token attends to
     all. At noise levels outside ``sigma_range`` only the plan's own prompt is used, as if there were no regions.
 
     Raises:
@@ -41,7 +42,8 @@ class Isolation:
     block_range: tuple[_Fraction, _Fraction] = (0.0, 1.0)
     """The part of the model's depth where this applies, as fractions."""
     block_stride: Annotated[int, Field(ge=1)] = 1
-    """Within that part, apply to every n-th layer, beginning with the first."""
+    """Within that part, apply to every n-th layer, beginning with the first of each stack of layers: FLUX's single blocks
+    are counted anew after its double blocks, as published systems do."""
     sigma_range: tuple[_Fraction, _Fraction] = (0.0, 1.0)
     """The noise levels at which regions count: sampling begins at 1 and ends at 0."""
 
@@ -50,12 +52,18 @@ class Isolation:
             if low >= high:
                 raise InvalidValueError(f"Isolation({name}={(low, high)}) is an empty range: need low < high.")
 
-    def applies_to_block(self, block: int, *, num_blocks: int) -> bool:
-        """Whether this applies in layer ``block``, counted from 0, of a model with ``num_blocks`` layers."""
+    def applies_to_block(self, block: int, *, num_blocks: int, stack_start: int = 0) -> bool:
+        """Whether this applies in layer ``block``, counted from 0, of a model with ``num_blocks`` layers.
+
+        Args:
+            block: the layer.
+            num_blocks: layers of the model, of all stacks together.
+            stack_start: the first layer of the stack that ``block`` is in.
+        """
         # Rounded to whole layers, half to even as Python does: (0.25, 0.75) of 6 layers is round(1.5), round(4.5) =
         # layers 2 and 3. A range narrower than a layer still gets one.
         first, last = (round(edge * num_blocks) for edge in self.block_range)
-        return first <= block < max(last, first + 1) and (block - first) % self.block_stride == 0
+        return first <= block < max(last, first + 1) and (block - max(first, stack_start)) % self.block_stride == 0
 
     def applies_at_sigma(self, sigma: float) -> bool:
         """Whether regions count at a noise level."""
@@ -79,4 +87,5 @@ INSTANTX = Isolation(image_to_image="regions", base_weight=0.2, sigma_range=(0.6
 after. There the plan's prompt is blended in with a second stream; here it is a weaker prompt of the one stream."""
 
 INVOKEAI = Isolation(image_to_image="background", block_stride=2)
-"""After InvokeAI's regional guidance for FLUX: isolated in every other layer, the background connected to all."""
+"""After InvokeAI's regional guidance for FLUX: isolated in every other layer, counted anew for the single blocks, the
+background connected to all."""

@@ -13,9 +13,10 @@ from artaug.errors import GuideError
 from artaug.plan import Region
 from artaug.regional.coverage import coverage
 
-_NEGLIGIBLE_SHARE = 1 / 256
-"""Shares of a token below this count as 0. The tail of a feathered edge never ends: without a limit nearly every token
-would have a little of every region, and each region would cost attention over the whole picture."""
+_NEGLIGIBLE = 1 / 256
+"""A share of a token below this counts as 0, if its weight is below this part of the token's weights, too. The tail of a
+feathered edge never ends: without a limit nearly every token would have a little of every region, and each region would
+cost attention over the whole picture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +26,13 @@ class RegionWeights:
     weights: Float[Tensor, "prompts tokens"]
     """Row 0 is the plan's prompt, row i the i-th region's. Float32; every token has a positive weight in its column."""
 
-    @property
-    def members(self) -> Bool[Tensor, "prompts tokens"]:
-        """Which tokens belong to each prompt: those with a positive weight of at least half the prompt's largest."""
-        largest = self.weights.amax(dim=1, keepdim=True)
-        members: Tensor = (self.weights >= largest / 2) & (self.weights > 0)
-        return members
+    members: Bool[Tensor, "prompts tokens"]
+    """Which tokens belong to each prompt, see `Isolation`: what a region covers, however many others cover it as well."""
+
+    @classmethod
+    def of_one_token(cls, prompts: int) -> "RegionWeights":
+        """Every prompt with weight 1 on a single token."""
+        return cls(torch.ones(prompts, 1), torch.ones(prompts, 1, dtype=torch.bool))
 
     @cached_property
     def token_classes(self) -> Int[Tensor, " tokens"]:
@@ -68,6 +70,9 @@ def split_grid(
     Its prompt weighs ``s_i p_i``, with s_i the region's weight; the plan's prompt weighs
     ``1 - (1 - base_weight) min(1, sum_i p_i)``.
 
+    A token is a member of region i if c_i is at least half of its largest where p_i is not 0. Sharing decides how much a
+    prompt weighs on a token, not whether it reaches the token: with p_i, none of three regions would have what all cover.
+
     Args:
         regions: of one picture, from back to front.
         grid: rows and columns of image tokens.
@@ -75,7 +80,8 @@ def split_grid(
         overlap: whether overlapping regions ``"share"`` a token or later ones lie ``"over"`` earlier ones.
 
     Raises:
-        GuideError: if a region gets no share of any token, since its prompt would have no effect.
+        GuideError: if a region covers so little of every token that its prompt would have no effect. A region that lies
+            under others everywhere has weight 0 on every token instead.
 
     >>> import artaug as aa
     >>> from artaug.regional.region_weights import split_grid
@@ -84,24 +90,50 @@ def split_grid(
             [2.0000, 2.0000, 0.0000, 0.0000]])
     """
     if not regions:
-        return RegionWeights(torch.ones(1, grid[0] * grid[1]))
-    shares = torch.stack([coverage(region, grid).flatten() for region in regions])  # c_i: (regions, tokens)
+        tokens = grid[0] * grid[1]
+        return RegionWeights(torch.ones(1, tokens), torch.ones(1, tokens, dtype=torch.bool))
+    covered = torch.stack([coverage(region, grid).flatten() for region in regions])  # c_i: (regions, tokens)
+    shares = covered
     if overlap == "over":
         # prod_{j>i} (1 - c_j) for all i at once: a cumulative product from the front, moved on by one region.
-        uncovered = torch.cumprod(1 - shares.flip(0), dim=0).flip(0)
-        shares = shares * torch.cat([uncovered[1:], torch.ones_like(uncovered[:1])])
+        uncovered = torch.cumprod(1 - covered.flip(0), dim=0).flip(0)
+        shares = covered * torch.cat([uncovered[1:], torch.ones_like(uncovered[:1])])
     # After "over" the shares of a token add up to at most 1, so that the division only acts on "share".
-    shares = torch.where(shares < _NEGLIGIBLE_SHARE, 0, shares / shares.sum(dim=0).clamp(min=1))
-    for region, share in zip(regions, shares, strict=True):
-        if not share.any():
-            raise GuideError(
-                f"{region!r} lies under other regions everywhere, or covers less than {_NEGLIGIBLE_SHARE:.1%} of every "
-                f"one of {grid[0]} x {grid[1]} image tokens: its prompt would have no effect. Enlarge the region, or "
-                "move it later in the list."
-            )
-    base = 1 - (1 - base_weight) * shares.sum(dim=0).clamp(max=1)
+    shares = shares / shares.sum(dim=0).clamp(min=1)
+    strengths = torch.tensor([region.weight for region in regions], dtype=shares.dtype)[:, None]  # s_i
+    total = _base_share(shares, base_weight) + (strengths * shares).sum(dim=0)
+    shares = _drop_negligible(shares, strengths * shares, total)
+    weights = strengths * shares
+    base = _base_share(shares, base_weight)
     # A negligible rest of the plan's prompt counts as 0 too, but never on a token that no region has: a token without
     # any prompt would be a softmax over nothing.
-    base = torch.where((base < _NEGLIGIBLE_SHARE) & shares.any(dim=0), 0, base)
-    weights = torch.tensor([region.weight for region in regions], dtype=shares.dtype)[:, None] * shares
-    return RegionWeights(torch.cat([base[None], weights]).float())
+    base = _drop_negligible(base, base, base + weights.sum(dim=0))
+    for region, parts, region_weights in zip(regions, covered, weights, strict=True):
+        if not region_weights.any() and (parts < _NEGLIGIBLE).all():
+            raise GuideError(
+                f"{region!r} covers less than {_NEGLIGIBLE:.1%} of every one of {grid[0]} x {grid[1]} image tokens: its "
+                "prompt would have no effect. Enlarge the region."
+            )
+    return RegionWeights(
+        weights=torch.cat([base[None], weights]).float(),
+        members=_at_least_half(torch.cat([base[None], covered * (shares > 0)]).float()),
+    )
+
+
+def _base_share(shares: Tensor, base_weight: float) -> Tensor:
+    """The weight of the plan's prompt, (tokens,)."""
+    return 1 - (1 - base_weight) * shares.sum(dim=0).clamp(max=1)
+
+
+def _drop_negligible(shares: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+    """Shares with 0 for those that count as nothing, by their weights beside the ``total`` of their token."""
+    # By the weight, since attention reads nothing else: 1/300 of a token at weight 100 is a quarter of what it reads. And
+    # by the share, which the plan's prompt gets instead, and so that a weak region keeps the tokens that are all its own.
+    negligible = (shares < _NEGLIGIBLE) & (torch.maximum(shares, weights) < _NEGLIGIBLE * total)
+    return torch.where(negligible, 0, shares)
+
+
+def _at_least_half(values: Tensor) -> Bool[Tensor, "prompts tokens"]:
+    """Which values, (prompts, tokens), are positive and at least half of their prompt's largest."""
+    largest = values.amax(dim=1, keepdim=True)
+    return (values >= largest / 2) & (values > 0)

@@ -1,6 +1,7 @@
 """The exact guide: one forward pass a step, with attention that keeps regions and their prompts apart."""
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -118,8 +119,19 @@ class _GuidedRun:
         self._attention_cache: dict[Any, AttentionFn] = {}
         loras = {encoded.region.lora: find_lora(encoded.region, guide.loras) for row in regions for encoded in row}
         self._loras = {name: lora for name, lora in loras.items() if name is not None and lora is not None}
-        for row in regions:  # a region without effect is refused before anything is drawn
-            self._split_grid(tuple(encoded.region for encoded in row), denoiser.token_grid)
+        for row in regions:
+            self._check_effect(tuple(encoded.region for encoded in row))
+
+    def _check_effect(self, regions: tuple[Region, ...]) -> None:
+        """Refuse a region that covers nothing before anything is drawn, and warn of one that others cover."""
+        weights = self._split_grid(regions, self._denoiser.token_grid).weights[1:]
+        covered = [region for region, row in zip(regions, weights, strict=True) if not row.any()]
+        if covered:
+            warnings.warn(
+                f"other regions leave no share of any image token to {len(covered)} of {len(regions)} regions (first: "
+                f"{covered[0]!r}), so their prompts have no effect. Move them later in the list, or leave them out.",
+                stacklevel=2,
+            )
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -181,7 +193,9 @@ class _GuidedRun:
         # took from each other there they would carry into every layer.
         depths = sorted({other.block for other in self._sites if other.kind != "text"})
         applies = site.kind == "text" or self._isolation.applies_to_block(
-            depths.index(site.block), num_blocks=len(depths)
+            depths.index(site.block),
+            num_blocks=len(depths),
+            stack_start=sum(depth < site.stack_start for depth in depths),
         )
 
         def attention_fn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from artaug.diffusion import DiffusersSynthesizer
 from artaug.diffusion.families.unet.family import StableDiffusion, StableDiffusionXL
 from artaug.regional import Branches, EncodedRegion, OutputMix, Span
 from artaug.training import EpsilonPrediction, VPrediction
+from support.family_laws import synthesizer_of
 from support.family_runs import (
     attending,
     calls_of,
@@ -491,6 +492,21 @@ def test_a_foreign_processor_is_refused_by_name():
     denoiser = unet.denoiser(unet.encode_prompts([BARN]))
     with pytest.raises(aa.GuideError, match=r"uses FusedAttnProcessor2_0.* Expected AttnProcessor2_0"):
         denoiser.processor(denoiser.sites[0], scaled_dot_product_attention)
+
+
+def test_the_error_names_what_takes_attention_slicing_off_again(unet):
+    pipeline = unet.pipeline
+    draw = synthesizer_of(unet, guide=aa.RegionalAttention(), steps=1).synthesize
+    plan = aa.Plan("a cat", (aa.Region(aa.Box(0, 0, 0.5, 1), "a dog"),))
+    pipeline.enable_attention_slicing()
+    try:
+        with pytest.raises(
+            aa.GuideError, match=r"SlicedAttnProcessor.*call pipeline\.disable_attention_slicing\(\) first"
+        ):
+            draw(plan, seed=0)
+    finally:
+        pipeline.disable_attention_slicing()
+    draw(plan, seed=0)
 
 
 def test_a_mask_over_prompts_is_refused(unet):

@@ -12,7 +12,15 @@ from torch.nn.functional import avg_pool2d
 
 from artaug._internal.images import as_rgb
 from artaug.errors import GuideError, InvalidValueError, ModelError
-from artaug.regional.denoiser import AttentionFn, AttentionLayer, Branches, Conditioning, EncodedPrompt, Span
+from artaug.regional.denoiser import (
+    AttentionFn,
+    AttentionLayer,
+    AttentionSite,
+    Branches,
+    Conditioning,
+    EncodedPrompt,
+    Span,
+)
 from artaug.training.noise_schedule import FlowMatching
 
 Pipeline: TypeAlias = Any
@@ -271,6 +279,33 @@ def mmdit_stream(layer: str) -> Literal["image", "text", "joint"] | None:
     return "text" if any(part in layer for part in text_layers) else "image"
 
 
+def double_and_single_sites(transformer: Any) -> list[AttentionSite]:  # noqa: ANN401 - FLUX, FLUX.2 and Chroma
+    """The attention of double-stream blocks, then of single-stream blocks, each a stack of its own."""
+    double, single = transformer.transformer_blocks, transformer.single_transformer_blocks
+    return [
+        *(AttentionSite(layer.attn, block) for block, layer in enumerate(double)),
+        *(
+            AttentionSite(layer.attn, block, stack_start=len(double))
+            for block, layer in enumerate(single, start=len(double))
+        ),
+    ]
+
+
+_UNDOING = {
+    "IPAdapter": "call pipeline.unload_ip_adapter()",
+    "Sliced": "call pipeline.disable_attention_slicing()",
+    "XFormers": "call pipeline.disable_xformers_memory_efficient_attention()",
+    "Fused": "call pipeline.unfuse_qkv_projections()",
+}
+"""What takes a processor of diffusers off a model again, by a part of its class name; the first that fits counts."""
+
+
+def _how_to_undo(processor_name: str) -> str:
+    """What to call so that the model has its own processors again."""
+    fitting = (undoing for part, undoing in _UNDOING.items() if part in processor_name)
+    return f"{next(fitting, 'take off what set it, such as an adapter or another guide,')} first"
+
+
 class RegionalProcessor:
     """A twin of one of diffusers' attention processors that computes attention with `attention_fn`.
 
@@ -296,7 +331,7 @@ class RegionalProcessor:
         if type(processor) is not cls.upstream:
             raise GuideError(
                 f"this model's attention uses {type(processor).__name__}, and regional attention would replace it. "
-                f"Expected {cls.upstream.__name__}, as a fresh pipeline has: unload IP-Adapters and other guides first."
+                f"Expected {cls.upstream.__name__}, as a fresh pipeline has: {_how_to_undo(type(processor).__name__)}."
             )
         if (backend := getattr(processor, "_attention_backend", None)) is not None:
             raise GuideError(

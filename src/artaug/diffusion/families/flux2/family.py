@@ -304,9 +304,7 @@ class Flux2Denoiser(AttentiveDenoiser):
 
     @property
     def sites(self) -> Sequence[AttentionSite]:
-        transformer: Any = self.module
-        layers = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-        return [AttentionSite(layer.attn, block) for block, layer in enumerate(layers)]
+        return common.double_and_single_sites(self.module)
 
     def noise_level(self, kwargs: ForwardKwargs) -> float:
         return float(kwargs["timestep"][0])
