@@ -57,7 +57,9 @@ UNREAD = "<!-- not executed: {} -->\n```python\n{}```\n"
         pytest.param(UNREAD.format("big", "aa.Plan('a cone', nonsense=1)\n"), TypeError, id="unknown-argument"),
         pytest.param(UNREAD.format("big", "aa.Plan('a cone').nonsense\n"), AssertionError, id="attribute-of-a-call"),
         pytest.param(
-            UNREAD.format("big", "from artaug.critics import Cached\ncritic = Cached(x, folder=y)\ncritic.nonsense()\n"),
+            UNREAD.format(
+                "big", "from artaug.critics import Cached\ncritic = Cached(x, folder=y)\ncritic.nonsense()\n"
+            ),
             AssertionError,
             id="method-of-a-variable",
         ),

@@ -1,6 +1,5 @@
 """VLMCritic: replies of tiny real models, batches, constrained decoding, and loading."""
 
-import builtins
 import json
 import logging
 import sys
@@ -199,15 +198,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 def test_without_llguidance_the_extra_is_named_before_anything_is_loaded(monkeypatch, tmp_path):
-    original = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("llguidance"):
-            raise ImportError(name)
-        return original(name, *rest)
-
-    monkeypatch.delitem(sys.modules, "llguidance", raising=False)
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(aa.MissingExtraError, match=r'constrained=True.*llguidance.*pip install "artaug\[vlm\]"'):
         VLMCritic.from_pretrained(str(tmp_path))
 

@@ -163,7 +163,7 @@ def test_nothing_to_show_is_an_error(draw, message):
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
     with pytest.raises(
         aa.MissingExtraError, match=r'plots needs the matplotlib package. Run: pip install "artaug\[rep'

@@ -88,7 +88,7 @@ def test_the_figure_has_a_bar_for_each_step(tmp_path):
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(aa.MissingExtraError, match=r"Funnel.figure needs the matplotlib package"):
         aa.Funnel.of([]).figure()
 

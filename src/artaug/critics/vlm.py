@@ -10,13 +10,14 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from artaug._internal.extras import optional
 from artaug._internal.images import as_rgb
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import Coordinates, coordinates_for
 from artaug.critics.dialogue import ChatReply, ChatRequest, run_dialogue
 from artaug.critics.probing import ProbeResult, probe_coordinates
 from artaug.critique import Abstention, Critic, Critique
-from artaug.errors import InvalidValueError, MissingExtraError, ModelError
+from artaug.errors import InvalidValueError, ModelError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
@@ -229,12 +230,8 @@ class VLMCritic(Critic):
 
 
 def _schema_decoding_class() -> "type[SchemaDecoding]":
-    try:
-        import llguidance  # noqa: F401, PLC0415 - an extra
-    except ImportError:
-        raise MissingExtraError("VLMCritic(constrained=True)", package="llguidance", extra="vlm") from None
-    from artaug.critics.constrained import SchemaDecoding  # noqa: PLC0415 - loads transformers and the extra
-
+    with optional("llguidance", required_by="VLMCritic(constrained=True)", extra="vlm"):
+        from artaug.critics.constrained import SchemaDecoding  # noqa: PLC0415 - loads transformers and the extra
     return SchemaDecoding
 
 

@@ -11,8 +11,9 @@ from typing import Any, Protocol, get_args, runtime_checkable
 
 from PIL import Image
 
+from artaug._internal.extras import optional
 from artaug._internal.files import atomic_write
-from artaug.errors import InvalidValueError, MissingExtraError
+from artaug.errors import InvalidValueError
 from artaug.evaluation.comparison import Comparison
 from artaug.pairs import Dropped, Kept
 from artaug.report.comparisons import gallery_context, headline_context, score_table, verdicts
@@ -61,10 +62,8 @@ def write_report(
         InvalidValueError: if there is neither a result nor a comparison, if ``max_pairs`` is negative, or for another
             value of ``images``.
     """
-    try:
+    with optional("jinja2", required_by="write_report", extra="report"):
         import jinja2  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise MissingExtraError("write_report", package="jinja2", extra="report") from None
     if result is None and comparison is None:
         raise InvalidValueError("write_report received neither a result nor a comparison: need one of them, or both.")
     if max_pairs < 0 or images not in get_args(ImagePlacement):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from artaug.errors import InvalidValueError, MissingExtraError
+from artaug._internal.extras import optional
+from artaug.errors import InvalidValueError
 from artaug.evaluation.comparison import Comparison
 from artaug.pairs import ImagePair
 from artaug.report.runs import running_mean
@@ -172,10 +173,8 @@ def _wrap_prompt(prompt: str, width: int = 22, max_lines: int = 3) -> str:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    try:
+    with optional("matplotlib", required_by="artaug.report.plots", extra="report"):
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise MissingExtraError("artaug.report.plots", package="matplotlib", extra="report") from None
     return Figure(figsize=(width, height), dpi=200, layout="constrained")
 
 

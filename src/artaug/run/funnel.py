@@ -8,7 +8,8 @@ from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING, final
 
-from artaug.errors import InvalidValueError, MissingExtraError
+from artaug._internal.extras import optional
+from artaug.errors import InvalidValueError
 from artaug.pairs import SKIPPING_STAGES, Attempt, Dropped, Skipped
 
 if TYPE_CHECKING:
@@ -96,10 +97,8 @@ class Funnel:
         Raises:
             MissingExtraError: if matplotlib is not installed.
         """
-        try:
+        with optional("matplotlib", required_by="Funnel.figure", extra="report"):
             from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-        except ImportError:
-            raise MissingExtraError("Funnel.figure", package="matplotlib", extra="report") from None
         figure = Figure(figsize=(6.4, 0.55 * len(self.steps) + 0.4), layout="constrained")
         axes = figure.add_subplot()
         names, counts = [step.name for step in self.steps], [step.count for step in self.steps]

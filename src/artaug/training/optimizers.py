@@ -10,7 +10,8 @@ from typing import final
 import torch
 from torch import nn
 
-from artaug.errors import InvalidValueError, MissingExtraError
+from artaug._internal.extras import check_installed, optional
+from artaug.errors import InvalidValueError
 
 
 class Optimizer(ABC):
@@ -60,13 +61,18 @@ class AdamW8bit(AdaptiveMoments):
     """AdamW whose two moments take one byte a parameter (Dettmers et al., arXiv 2110.02861), by bitsandbytes.
 
     A LoRA's moments are small beside the frozen model; below rank 64 or so plain `AdamW` costs little more.
+
+    Raises:
+        MissingExtraError: also without the package.
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()  # a package that a training needs is missed here, not after the pictures are drawn
+        check_installed("bitsandbytes", required_by="AdamW8bit", extra="optimizers")
+
     def build(self, parameters: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
-        try:
+        with optional("bitsandbytes", required_by="AdamW8bit", extra="optimizers"):
             from bitsandbytes import optim  # noqa: PLC0415 - an extra
-        except ImportError:
-            raise MissingExtraError("AdamW8bit", package="bitsandbytes", extra="optimizers") from None
         optimizer: torch.optim.Optimizer = optim.AdamW8bit(
             parameters, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas
         )
@@ -80,6 +86,7 @@ class Prodigy(AdaptiveMoments):
 
     Raises:
         InvalidValueError: also for a growth rate of at most 1.
+        MissingExtraError: without the package.
     """
 
     growth_rate: float = math.inf
@@ -91,12 +98,11 @@ class Prodigy(AdaptiveMoments):
             raise InvalidValueError(
                 f"{self}: need a growth_rate above 1, or the estimate of the step length cannot grow."
             )
+        check_installed("prodigyopt", required_by="Prodigy", extra="optimizers")
 
     def build(self, parameters: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
-        try:
+        with optional("prodigyopt", required_by="Prodigy", extra="optimizers"):
             from prodigyopt import Prodigy as ProdigyOptimizer  # noqa: PLC0415 - an extra
-        except ImportError:
-            raise MissingExtraError("Prodigy", package="prodigyopt", extra="optimizers") from None
         optimizer: torch.optim.Optimizer = ProdigyOptimizer(
             parameters,
             lr=learning_rate,
@@ -114,13 +120,18 @@ class ScheduleFree(AdaptiveMoments):
     """AdamW without a schedule: what is exported is a mean of all iterates (Defazio et al., arXiv 2405.15682).
 
     Leave the trainer's ``schedule`` constant.
+
+    Raises:
+        MissingExtraError: also without the package.
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_installed("schedulefree", required_by="ScheduleFree", extra="optimizers")
+
     def build(self, parameters: Sequence[nn.Parameter], *, learning_rate: float) -> torch.optim.Optimizer:
-        try:
+        with optional("schedulefree", required_by="ScheduleFree", extra="optimizers"):
             from schedulefree import AdamWScheduleFree  # noqa: PLC0415 - an extra
-        except ImportError:
-            raise MissingExtraError("ScheduleFree", package="schedulefree", extra="optimizers") from None
         optimizer: torch.optim.Optimizer = AdamWScheduleFree(
             parameters, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas, foreach=False
         )

@@ -1,7 +1,6 @@
 """OpenAICritic against a real server and one that misbehaves: retries, failures, requests, usage and the key."""
 
 import base64
-import builtins
 import dataclasses
 import io
 import json
@@ -434,14 +433,7 @@ def test_invalid_options_are_refused_at_construction(wrong, message):
 
 
 def test_without_openai_the_extra_is_named(monkeypatch):
-    original = builtins.__import__
-
-    def without(name, *rest):
-        if name == "openai":
-            raise ImportError(name)
-        return original(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(aa.MissingExtraError, match=r'OpenAICritic needs the openai package.*"artaug\[openai\]"'):
         OpenAICritic(base_url="http://127.0.0.1:1/v1", model="m", conversation=Conversation())
 

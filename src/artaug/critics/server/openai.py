@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from PIL.Image import Image, Resampling
 
+from artaug._internal.extras import optional
 from artaug._internal.images import as_rgb, data_url
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import FAMILIES, Coordinates
@@ -23,7 +24,7 @@ from artaug.critics.server.backoff import RetryGate
 from artaug.critics.server.client import HttpResponse, RequestFailure, RetryingClient, map_threads
 from artaug.critics.server.usage import Usage, UsageCounter
 from artaug.critique import Abstention, Critic, Critique
-from artaug.errors import InvalidValueError, MissingExtraError
+from artaug.errors import InvalidValueError
 
 _LOG = logging.getLogger(__name__)
 
@@ -102,10 +103,8 @@ class OpenAICritic(Critic):
             raise InvalidValueError(f"OpenAICritic(jpeg_quality={self.jpeg_quality}): need 1 to 95, or None for PNG.")
         if self.conversation is None:
             object.__setattr__(self, "conversation", Conversation(coordinates=_coordinates_by_name(self.model)))
-        try:
+        with optional("openai", required_by="OpenAICritic", extra="openai"):
             import openai  # noqa: F401, PLC0415 - an extra
-        except ImportError:
-            raise MissingExtraError("OpenAICritic", package="openai", extra="openai") from None
 
     @property
     def usage(self) -> Usage:
