@@ -17,7 +17,7 @@ from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import FAMILIES
 from artaug.errors import LoRAError, ModelError
 from artaug.lora.formats import KeyMap
-from artaug.lora.formats.load import ParsedLoRA, load_lora
+from artaug.lora.formats.load import ParsedLoRA, load_lora, read_tensors
 from artaug.lora.formats.low_rank import LowRank
 from artaug.lora.formats.verification import DEFINITION, Verification, key_stems, layer_errors, read_by_definition
 from artaug.lora.layers import weight_shape
@@ -161,6 +161,12 @@ def _read_by_diffusers(
         LoRAError: if they refuse it.
     """
     denoiser_name = _denoiser_name(loader)
+    negative = [key for key, tensor in read_tensors(path)[0].items() if key.endswith(".alpha") and (tensor < 0).any()]
+    if negative:
+        raise LoRAError(
+            f"{path}: {negative[0]!r} is negative, and diffusers never finishes to read that: it doubles alpha until it is "
+            "large enough. Write the file anew, with LoRA.load(path).save(...): alpha is the rank then."
+        )
     try:
         tensors, *alphas, metadata = loader.lora_state_dict(
             str(path.absolute()),

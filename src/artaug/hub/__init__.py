@@ -1,5 +1,6 @@
 """Push a LoRA to the Hub in one commit, with a model card, and pull it."""
 
+import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from http import HTTPStatus
@@ -21,6 +22,7 @@ from artaug.hub.contents import PEFT_FILE, RepoContents, list_files
 from artaug.hub.errors import check_repo_id, single_line, translate_errors
 from artaug.hub.values import Base, Push, PushedFile, Sample
 from artaug.lora.formats import KeyMap
+from artaug.lora.formats.adapter_config import PEFT_CONFIG, PEFT_WEIGHTS
 from artaug.lora.lora import LoRA
 from artaug.run.results import Enhancement
 
@@ -117,16 +119,20 @@ def pull(
     file: str | None = None,
     revision: str | None = None,
     key_map: KeyMap | None = None,
+    alpha: float | None = None,
+    denoiser_only: bool = False,
     token: str | None = None,
     endpoint: str | None = None,
 ) -> LoRA:
-    """Download a LoRA. Only safetensors files are read.
+    """Download a LoRA. Only safetensors files are read, and of PEFT's adapters their ``adapter_config.json``.
 
     Args:
         repo: ``owner/name``.
         file: which file, where there are several; the default is ``pytorch_lora_weights.safetensors``.
         revision: a branch, tag or commit.
         key_map: the model family, if the keys fit several.
+        alpha: of a file that does not state it, as in ``LoRA.load``.
+        denoiser_only: leave out layers of text encoders, as in ``LoRA.load``.
         token: of an account that may read; without it, the one that ``hf auth login`` has stored.
         endpoint: URL of another Hub than the public one.
 
@@ -142,6 +148,10 @@ def pull(
         files = {entry.rfilename: entry for entry in info.siblings or ()}
         chosen = _choose_file(repo, list(files), file)
         path = Path(api.hf_hub_download(repo, chosen, revision=info.sha))
+        folder, name = posixpath.split(chosen)
+        config = posixpath.join(folder, PEFT_CONFIG)
+        if name == PEFT_WEIGHTS and config in files:  # into the same folder, where LoRA.load finds it
+            api.hf_hub_download(repo, config, revision=info.sha)
     lfs = files[chosen].lfs
     if lfs is not None:
         found = file_sha256(path)
@@ -149,7 +159,7 @@ def pull(
             raise HubError(
                 f"{chosen!r} of {repo!r} has the digest {found}, and the Hub says {lfs.sha256}. Remove {path} and pull again."
             )
-    return LoRA.load(path, key_map=key_map)
+    return LoRA.load(path, key_map=key_map, alpha=alpha, denoiser_only=denoiser_only)
 
 
 def base_of(repo: str, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Base:

@@ -61,8 +61,12 @@ class LoRA:
         return max(layer.rank for layer in self.layers.values())
 
     def scaled(self, scale: float) -> "LoRA":
-        """The LoRA whose every update is ``scale`` times this one's."""
-        return LoRA({name: LowRank(layer.down, layer.up * scale) for name, layer in self.layers.items()})
+        """The LoRA whose every update is ``scale`` times this one's. See `LowRank.scaled` for the precision.
+
+        Raises:
+            LoRAError: if ``scale`` is not finite, or makes a factor too large for float32.
+        """
+        return LoRA({name: layer.scaled(scale) for name, layer in self.layers.items()})
 
     def save(
         self,
@@ -109,17 +113,33 @@ class LoRA:
         return path
 
     @classmethod
-    def load(cls, path: str | Path, *, key_map: KeyMap | None = None) -> Self:
-        """Read a file in any `Format`, recognised by its keys, and fold alpha into the factors.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        key_map: KeyMap | None = None,
+        alpha: float | None = None,
+        denoiser_only: bool = False,
+    ) -> Self:
+        """Read a file in any `Format`, recognised by its keys, or the folder of a PEFT adapter; fold alpha into the factors.
+
+        The strength is ``alpha / rank`` (rsLoRA: over the root of the rank). Alpha stands beside each layer (kohya), in the
+        header (diffusers) or in ``adapter_config.json`` beside ``adapter_model.safetensors`` (PEFT, with its patterns);
+        elsewhere it is the rank. Factors keep the file's precision where that holds the product with the strength exactly,
+        else `LowRank.scaled` says what becomes of them; float8 is read as bfloat16, which is exact. LoKr is read as the
+        exact LoRA that it is, in float32.
 
         Args:
-            path: the file.
+            path: the file, or the folder with ``adapter_model.safetensors`` and ``adapter_config.json``.
             key_map: the model family, if the keys fit several.
+            alpha: ``lora_alpha`` of a file that does not state it, such as a PEFT adapter without its config.
+            denoiser_only: leave out layers of text encoders, with a warning in the log. Without it they are an error.
 
         Raises:
-            LoRAError: if the file is missing, is no safetensors file, or holds anything this reader does not know.
+            LoRAError: if the file is missing, is no safetensors file, or holds anything this reader does not know; if its
+                strength is not stated and PEFT has no default for it; if ``alpha`` is given and the file states its own.
         """
-        parsed = load_lora(Path(path), key_map=key_map)
+        parsed = load_lora(Path(path), key_map=key_map, alpha=alpha, denoiser_only=denoiser_only)
         _log.info("%s is a %s file of %d layers", path, parsed.format, len(parsed.layers))
         return cls(parsed.layers)
 
@@ -160,7 +180,7 @@ class LoRA:
         with ExitStack() as hooks:
             for name, layer in layers.items():
                 weights = None if output_weights is None else functools.partial(output_weights, name)
-                handle = layer.register_forward_hook(_update_hook(self.layers[name], scale, weights))
+                handle = layer.register_forward_hook(_update_hook(self.layers[name].scaled(scale), weights))
                 hooks.callback(handle.remove)
             yield
 
@@ -186,10 +206,10 @@ class LoRA:
 
 
 def _update_hook(
-    layer: LowRank, scale: float, output_weights: Callable[[Tensor], Tensor | None] | None
+    layer: LowRank, output_weights: Callable[[Tensor], Tensor | None] | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """A forward hook that adds a low-rank update to a layer's output."""
-    down, up = layer.down, layer.up * scale
+    down, up = layer.down, layer.up
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         nonlocal down, up
@@ -197,8 +217,8 @@ def _update_hook(
         weights = None if output_weights is None else output_weights(output)
         if output_weights is not None and weights is None:
             return output
-        if down.device != inputs.device or down.dtype != inputs.dtype:
-            down, up = down.to(inputs), up.to(inputs)
+        if any(factor.device != inputs.device or factor.dtype != inputs.dtype for factor in (down, up)):
+            down, up = layer.factors_like(inputs)
         update = low_rank_forward(module, inputs, down, up)
         return output + (update if weights is None else weights.to(update) * update)
 
@@ -208,7 +228,8 @@ def _update_hook(
 def sum_loras(loras: Sequence[LoRA]) -> LoRA:
     """The LoRA whose update of every layer is the exact sum of their updates, by concatenation of the ranks.
 
-    ``B1 A1 + B2 A2 = [B1, B2] @ [A1; A2]``. Adding or averaging the factors would be wrong: ``(B1 + B2)(A1 + A2)`` has
+    ``B1 A1 + B2 A2 = [B1, B2] @ [A1; A2]``, in the smallest type that holds all factors exactly: float32 for float16 and
+    bfloat16 together. Adding or averaging the factors would be wrong: ``(B1 + B2)(A1 + A2)`` has
     the cross terms ``B1 A2 + B2 A1``.
 
     Raises:

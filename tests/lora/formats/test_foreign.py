@@ -173,17 +173,6 @@ def diffsynth_qwen_image():
     return a_b(name, pair, "default."), {}, {name: update(pair)}, QWEN_IMAGE
 
 
-def peft_alone():
-    """A model that PEFT wrapped and saved by itself."""
-    pair = factors(8, 8)
-    return (
-        a_b(f"base_model.model.{BLOCK}.attn.to_q", pair),
-        {"format": "pt"},
-        {f"{BLOCK}.attn.to_q": update(pair)},
-        None,
-    )
-
-
 TRAINERS = [
     sd_scripts_flux1,
     sd_scripts_sdxl,
@@ -197,7 +186,6 @@ TRAINERS = [
     one_trainer_flux1,
     diffsynth_flux1,
     diffsynth_qwen_image,
-    peft_alone,
 ]
 
 

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from artaug.errors import LoRAError
 
+FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_KERNEL_AXES = 3
+_SMALL_IN_FLOAT16 = 2.0**-8
+"""A factor with no larger element has many below 6e-5, where float16 loses bits."""
+_MAX_NUMEL = 1 << 28
+"""Most elements of a factor that is computed from smaller ones: 1 GiB. A file of a few kilobytes can describe more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +26,12 @@ class LowRank:
     convolutions, ``down`` has the kernel and ``up`` is 1 x 1. Stride, padding, dilation and groups belong to the layer
     and do not change what is added to its weight.
 
+    The factors are of any floating-point type of 16 bits or more, not necessarily of one. All sums are in float32
+    or better, whatever the types.
+
     Raises:
-        LoRAError: if the two factors do not share a rank of at least 1, or hold NaN or infinity.
+        LoRAError: if the two factors do not share a rank of at least 1, hold NaN or infinity, or are of another type
+            (integers, complex numbers, 8 bits).
 
     >>> import artaug as aa, torch
     >>> aa.LowRank(torch.ones(2, 4, 3, 3), torch.ones(8, 2)).delta().shape
@@ -42,6 +51,12 @@ class LowRank:
                 f"(outputs, rank), with a rank of at least 1. Received {tuple(self.down.shape)} and "
                 f"{tuple(self.up.shape)}."
             )
+        for factor in (self.down, self.up):
+            if factor.dtype not in FACTOR_DTYPES:
+                raise LoRAError(
+                    f"low-rank factors are of {', '.join(map(str, FACTOR_DTYPES))}; received {factor.dtype}. Convert "
+                    "them, with .float() for instance."
+                )
         if not (self.down.isfinite().all() and self.up.isfinite().all()):
             raise LoRAError("low-rank factors hold NaN or infinity. The training that made them diverged.")
 
@@ -58,6 +73,46 @@ class LowRank:
     def flat(self) -> "LowRank":
         """The same update with the kernel flattened into the inputs, as of a linear layer."""
         return self if self.down.ndim == 2 else LowRank(self.down.flatten(1), self.up)
+
+    def scaled(self, scale: float) -> "LowRank":
+        """The update times ``scale``. The factor ``up`` takes it, and ``down`` stays as it is.
+
+        The product is computed in float32 (float64 for factors of that type). ``up`` keeps its own type only where that
+        holds every product exactly, such as half of a bfloat16; else it becomes float32. Not even a power of two is exact
+        in float16, whose numbers lose bits below 6e-5: 1/128 of a usual factor loses a fifth of the update.
+
+        Raises:
+            LoRAError: if ``scale`` is not finite, or a product is too large for float32.
+
+        >>> import artaug as aa, torch
+        >>> layer = aa.LowRank(torch.ones(1, 4), torch.ones(4, 1, dtype=torch.float16))
+        >>> layer.scaled(0.5).up.dtype, layer.scaled(2.0**-20).up.dtype, layer.scaled(1 / 3).up.dtype
+        (torch.float16, torch.float32, torch.float32)
+        """
+        if scale == 1:
+            return self
+        exact = self.up.to(torch.promote_types(self.up.dtype, torch.float32)) * scale
+        if not exact.isfinite().all():
+            raise LoRAError(
+                f"times {scale}, a low-rank factor of up to {float(self.up.abs().max()):.3g} leaves the range of "
+                f"{exact.dtype}. Expected a smaller scale."
+            )
+        stored = exact.to(self.up.dtype)
+        return LowRank(self.down, stored if torch.equal(stored.to(exact.dtype), exact) else exact)
+
+    def factors_like(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """``down`` and ``up`` in the type and on the device of a tensor, to compute with.
+
+        For float16 a power of two goes from the larger factor to the smaller one, if that is near the lower end of the
+        type's range; the product of the two stays the same.
+        """
+        down, up = self.down, self.up
+        if tensor.dtype == torch.float16:
+            largest = [float(factor.abs().max()) for factor in (down, up)]
+            if 0 < min(largest) < _SMALL_IN_FLOAT16:
+                shift = 2.0 ** round(math.log2(largest[1] / largest[0]) / 2)
+                down, up = down.float() * shift, up.float() / shift
+        return down.to(tensor), up.to(tensor)
 
     def delta(self) -> Float[Tensor, "outputs inputs *kernel"]:
         """The dense update of the layer's weight, in float32 and of its ``shape``."""
@@ -109,9 +164,20 @@ def from_file_factors(down: Tensor, up: Tensor, mid: Tensor | None = None) -> Lo
             "low-rank factors with a middle one (lora_mid) need shapes (rank, inputs, 1, 1), (rank, rank, 3, 3) and "
             f"(outputs, rank, 1, 1); the middle one may have any kernel. Received {shapes}."
         )
+    check_numel(down.shape[0], down.shape[1], *mid.shape[2:])
     down_matrix = rearrange(down.float(), "rank_in inputs ... -> rank_in (inputs ...)")
     merged = einsum(mid.float(), down_matrix, "rank_out rank_in ..., rank_in inputs -> rank_out inputs ...")
     return LowRank(merged, up.flatten(1))
+
+
+def check_numel(*sizes: int) -> None:
+    """Refuse to compute a factor of that shape if it is absurdly large.
+
+    Raises:
+        LoRAError: if it has more than 2^28 elements.
+    """
+    if math.prod(sizes) > _MAX_NUMEL:
+        raise LoRAError(f"as a LoRA it would need factors of {sizes}, more than {_MAX_NUMEL:,} numbers in one of them.")
 
 
 def relative_error(actual: LowRank, expected: LowRank) -> float:

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from artaug.errors import LoRAError
+from artaug.lora.formats.adapter_config import ADAPTER_METADATA
 from artaug.lora.formats.key_maps import Format, KeyMap, KeyMatch
 from artaug.lora.formats.known_maps import KEY_MAPS
-from artaug.lora.formats.load import ADAPTER_METADATA
 from artaug.lora.formats.low_rank import LowRank, relative_error, to_file_factors
 
 _UNET_PREFIXES = (

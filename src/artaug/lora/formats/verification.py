@@ -1,22 +1,22 @@
 """Verification of a LoRA file by a second reader, which knows only the definition of the formats.
 
-It shares with the first reader (``load.py``) the tables of names and the opening of the file, and nothing else. The definition: a layer adds
-``alpha / rank * up @ down``, where alpha is the layer's own, else the header's, else the rank. A layer that the original
-model fuses holds the updates of its parts as blocks of rows. The factors of a convolution are two convolutions in sequence.
+It shares with the first reader (``load.py``) the tables of names, the opening of the file and of PEFT's config, and nothing
+else. The definition: a layer adds ``alpha / rank * up @ down``, where alpha is the layer's own, else the config's, else the
+rank. A layer that the original model fuses holds the updates of its parts as blocks of rows. The factors of a convolution
+are two convolutions in sequence.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor
 
 from artaug.errors import LoRAError
+from artaug.lora.formats.adapter_config import AdapterConfig, read_config
 from artaug.lora.formats.key_maps import Format, KeyMap, KeyMatch
 from artaug.lora.formats.known_maps import KEY_MAPS
 from artaug.lora.formats.load import read_tensors
@@ -106,7 +106,7 @@ def read_by_definition(
         LoRAError: if a key of the file belongs to none of those layers, or a layer is there twice.
     """
     tensors, header = read_tensors(path)
-    layers, adapter = _group_by_stem(tensors, path), _header_config(header)
+    layers, config = _group_by_stem(tensors, path), read_config(header, path)
     updates: dict[str, LowRank] = {}
     used: set[str] = set()
     key_maps = KEY_MAPS if key_map is None else (*KEY_MAPS, key_map)
@@ -116,7 +116,7 @@ def read_by_definition(
             raise LoRAError(f"{path} holds {name!r} {len(present)} times: as {' and as '.join(present)}.")
         for stem, match in present.items():
             if stem not in used:
-                layer = _scaled_layer(name, layers[stem], adapter)
+                layer = _scaled_layer(name, layers[stem], config)
                 updates |= {name: layer} if match is None else _cut_rows(layer, match)
             used.add(stem)
     if unused := layers.keys() - used:
@@ -156,12 +156,7 @@ def _possible_stems(name: str, key_maps: Sequence[KeyMap]) -> Iterator[tuple[str
         yield from ((prefix + key.replace(".", "_"), match) for prefix in _FLAT_PREFIXES)
 
 
-def _header_config(header: Mapping[str, str]) -> dict[str, Any]:
-    config = json.loads(header.get("lora_adapter_metadata", "{}"))
-    return {key.removeprefix("transformer.").removeprefix("unet."): value for key, value in config.items()}
-
-
-def _scaled_layer(name: str, factors: Mapping[str, Tensor], adapter: Mapping[str, Any]) -> LowRank:
+def _scaled_layer(name: str, factors: Mapping[str, Tensor], config: AdapterConfig | None) -> LowRank:
     """A layer in float64, with ``alpha / rank`` in its factor ``up``."""
     down, up = factors["down"], factors["up"]
     rank = down.shape[0]
@@ -170,14 +165,13 @@ def _scaled_layer(name: str, factors: Mapping[str, Tensor], adapter: Mapping[str
         # down is 1 x 1, mid has the kernel: mid[r, s, k] down[s, i] summed over s gives a kernel of shape (r, i, k)
         inputs = down.double().reshape(rank, -1)
         down = (factors["mid"].double().movedim(1, -1) @ inputs).movedim(-1, 1)
-    alpha = adapter.get("lora_alpha", rank)
-    for pattern, pattern_alpha in adapter.get("alpha_pattern", {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            alpha = pattern_alpha
-            break
+    alpha: float = rank
+    if config is not None:
+        pattern_alpha = config.alpha_pattern.find(name)
+        alpha = pattern_alpha or config.alpha or rank
     if "alpha" in factors:
         alpha = float(factors["alpha"])
-    return LowRank(down, up.double() * (alpha / (rank**0.5 if adapter.get("use_rslora") else rank)))
+    return LowRank(down, up.double() * (alpha / (rank**0.5 if config is not None and config.use_rslora else rank)))
 
 
 def _cut_rows(layer: LowRank, match: KeyMatch) -> dict[str, LowRank]:
