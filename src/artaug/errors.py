@@ -31,7 +31,19 @@ from typing import Any
 
 
 class ArtAugError(Exception):
-    """Base class of every error artaug raises on purpose."""
+    """Base class of every error artaug raises on purpose. Every one can be pickled, with its attributes."""
+
+    def __reduce__(self) -> "tuple[Any, ...]":
+        # An exception is unpickled by a call with its args, its message that is, and some classes take other arguments.
+        # That error would be raised in a thread of the parent's process pool, which then waits for ever.
+        return _restore, (type(self), self.args), vars(self)
+
+
+def _restore(cls: type[ArtAugError], args: tuple[Any, ...]) -> ArtAugError:
+    """An error as it was when it was pickled: made by the builtin's constructor, not by that of its own class."""
+    error = cls.__new__(cls, *args)
+    super(ArtAugError, error).__init__(*args)
+    return error
 
 
 class InvalidValueError(ArtAugError, ValueError):

@@ -426,16 +426,138 @@ def test_a_tensor_that_two_shards_hold_is_an_error(tmp_path):
         bake(folder, layer_lora(low_rank((4, 4))), tmp_path / "out", progress=False)
 
 
-def test_links_of_the_hubs_cache_are_followed(tmp_path):
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshot").mkdir()
-    write_checkpoint(tmp_path / "blobs" / "abc")
-    (tmp_path / "snapshot" / WEIGHTS_FILE).symlink_to(tmp_path / "blobs" / "abc")
+@pytest.mark.parametrize("part", ["", "transformer"])
+def test_links_of_the_hubs_cache_are_followed(part, tmp_path):
+    repo = tmp_path / "models--me--tiny"
+    snapshot = repo / "snapshots" / "0123"
+    (repo / "blobs").mkdir(parents=True)
+    (snapshot / "transformer").mkdir(parents=True)
+    write_checkpoint(repo / "blobs" / "abc")
+    (snapshot / "transformer" / WEIGHTS_FILE).symlink_to("../../../blobs/abc")
 
-    bake(tmp_path / "snapshot", layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
+    bake(snapshot / part, layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
 
-    assert not (tmp_path / "out" / WEIGHTS_FILE).is_symlink()
-    assert load_file(tmp_path / "out" / WEIGHTS_FILE).keys() == load_file(tmp_path / "blobs" / "abc").keys()
+    baked = tmp_path / "out" / ("" if part else "transformer") / WEIGHTS_FILE
+    assert not baked.is_symlink()
+    assert load_file(baked).keys() == load_file(repo / "blobs" / "abc").keys()
+
+
+def hostile_entries():
+    """What a foreign folder may hold that must not be copied or waited for: by name, a function that puts it there."""
+    return {
+        "a link to a file outside": lambda folder, secret: (folder / "NOTICE").symlink_to(secret),
+        "a link to a file outside, in a folder": lambda folder, secret: (folder / "sub" / "NOTICE").symlink_to(secret),
+        "a link to a folder outside": lambda folder, secret: (folder / "extra").symlink_to(secret.parent),
+        "a link to the folder itself": lambda folder, _: (folder / "loop").symlink_to("."),
+        "a link to a folder inside": lambda folder, _: (folder / "other").symlink_to("sub"),
+        "a link round": lambda folder, _: (folder / "round").symlink_to("round"),
+        "a link to nothing": lambda folder, _: (folder / "gone").symlink_to("nowhere"),
+        "a chain of links that leaves": lambda folder, secret: [
+            (folder / "a").symlink_to("b"),
+            (folder / "b").symlink_to(secret),
+        ],
+        "weights outside": lambda folder, secret: [
+            (folder / WEIGHTS_FILE).rename(secret.parent / "weights"),
+            (folder / WEIGHTS_FILE).symlink_to(secret.parent / "weights"),
+        ],
+        "a FIFO": lambda folder, _: os.mkfifo(folder / "pipe"),
+        "a FIFO as index": lambda folder, _: os.mkfifo(folder / INDEX),
+        "a link to a FIFO": lambda folder, secret: [
+            os.mkfifo(secret.parent / "pipe"),
+            (folder / "pipe").symlink_to(secret.parent / "pipe"),
+        ],
+        "a device": lambda folder, _: (folder / "random").symlink_to("/dev/zero"),
+        "a link to blobs that are not the cache's": lambda folder, secret: [
+            (secret.parent / "blobs").mkdir(),
+            (secret.parent / "blobs" / "key").write_text("PRIVATE"),
+            (folder / "key").symlink_to(secret.parent / "blobs" / "key"),
+        ],
+    }
+
+
+@pytest.mark.parametrize("entry", hostile_entries())
+def test_nothing_from_outside_of_a_folder_gets_into_the_copy(entry, tmp_path):
+    folder, private = tmp_path / "foreign", tmp_path / "private"
+    (folder / "sub").mkdir(parents=True)
+    private.mkdir()
+    (private / "key").write_text("PRIVATE")
+    write_checkpoint(folder / WEIGHTS_FILE)
+    hostile_entries()[entry](folder, private / "key")
+    with pytest.raises(ModelError, match=r"is a link|neither a file"):
+        bake(folder, layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_within_the_folder_is_copied_as_the_file_it_leads_to(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_checkpoint(tmp_path / "in" / WEIGHTS_FILE)
+    (tmp_path / "in" / "LICENSE").write_text("free")
+    (tmp_path / "in" / "COPYING").symlink_to("LICENSE")
+    bake(tmp_path / "in", layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "COPYING").read_text() == "free"
+    assert not (tmp_path / "out" / "COPYING").is_symlink()
+
+
+def test_folders_nested_deeper_than_python_recurses_are_an_error(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_checkpoint(folder / WEIGHTS_FILE)
+    deep = folder
+    for _ in range(1100):
+        deep = deep / "d"
+        deep.mkdir()
+    with pytest.raises(ModelError, match="nested deeper than 100"):
+        bake(folder, layer_lora(low_rank((40, 24))), tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": null}}',
+        '{"weight_map": {"a": ["b"]}}',
+        '{"weight_map": {"a": "../secret"}}',
+        '{"weight_map": {"a": "a\\u0000b"}}',
+        "[" * 100_000,
+        "1e400",
+        "\xff",
+    ],
+)
+def test_an_index_that_names_no_neighbours_is_an_error(text, tmp_path):
+    (tmp_path / "secret").write_text("PRIVATE")
+    folder = folder_of(tmp_path, SHARDS)
+    (folder / INDEX).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ModelError, match=r"is no index|which is not there"):
+        bake(folder, layer_lora(low_rank((4, 4))), tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b"[1, 2]",
+        b"3",
+        b'{"\xff": 1}',
+        b'{"a": 1}',
+        b'{"a": []}',
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [1e400, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [NaN, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "0"]}}',
+        b'{"a": {"dtype": "F32", "shape": 1, "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 0]}}',
+        b'{"a": {"shape": [1], "data_offsets": [0, 0]}}',
+        b'{"__metadata__": 3}',
+        b'{"__metadata__": {"a": 3}}',
+    ],
+    ids=lambda header: header[:60].decode("latin-1"),
+)
+def test_a_header_of_any_shape_is_an_error_of_ours(header, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ModelError):
+        bake(path, layer_lora(low_rank((4, 4))), tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "broken link"])

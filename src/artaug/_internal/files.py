@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from artaug._internal.decoding import decode_json
 from artaug.errors import StorageError
 
 if sys.platform == "win32":
@@ -159,6 +161,16 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_regular(path: Path) -> None:
+    """Refuse to open what is no regular file: reading a FIFO waits for a writer that may never come.
+
+    Raises:
+        OSError: if there is nothing at ``path``, or something else than a file (or a link to one).
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is no regular file")
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
@@ -185,15 +197,18 @@ class SafetensorsHeader:
             OSError: if the file cannot be read.
             ValueError: if it is no safetensors file, or ends before its header does.
         """
+        check_regular(path)
         with path.open("rb") as file:
             file_size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if not 2 <= length <= min(file_size - _LENGTH_BYTES, _LONGEST_HEADER):
                 raise ValueError("it is cut short, or no safetensors file")
-            tensors = json.loads(file.read(length))
+            tensors = decode_json(file.read(length))
         if not isinstance(tensors, dict):
             raise ValueError("its header is no JSON object")  # noqa: TRY004 - of the file, not of an argument
-        metadata = tensors.pop(_METADATA, {})
+        metadata = tensors.pop(_METADATA, None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are not texts by name")
         return cls(tensors, metadata, _LENGTH_BYTES + length, file_size)
 
 
@@ -218,6 +233,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         OSError: if it cannot be read, or is no safetensors file.
     """
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping

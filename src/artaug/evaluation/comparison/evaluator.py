@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import isfinite, nan
-from types import MappingProxyType
 from typing import Protocol
 
 from PIL.Image import Image
@@ -114,7 +113,7 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
         prompts=evaluator.prompts,
         seeds=seeds,
         base=base_arm,
-        candidates=MappingProxyType(candidate_arms),
+        candidates=candidate_arms,
         guardrails=tuple(guardrails),
         failures=tuple(log.failures),
     )
@@ -253,7 +252,7 @@ class Evaluator:
                 kept += images_by_seed[0][: self.keep_images - len(kept)]
         return Arm(
             synthesizer=repr(synthesizer),
-            scores=MappingProxyType({row: tuple(row_scores) for row, row_scores in scores.items()}),
+            scores={row: tuple(row_scores) for row, row_scores in scores.items()},
             images=tuple(kept),
         )
 

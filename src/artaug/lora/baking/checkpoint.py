@@ -1,16 +1,18 @@
 """The files of a checkpoint: safetensors files with the position of every tensor in them, and all other files."""
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from artaug._internal.decoding import decode_json
 from artaug._internal.files import SafetensorsHeader
 from artaug.errors import ModelError
 
 _WEIGHTS_STEM = "diffusion_pytorch_model"
 _DENOISERS = ("transformer", "unet")
+_DEEPEST = 100
+"""Folders of a checkpoint within each other; pipelines have two."""
 _EXPECTED = (
     "Expected a safetensors file, or a folder of diffusers with diffusion_pytorch_model*.safetensors in it, in its "
     "transformer/ or in its unet/."
@@ -56,7 +58,7 @@ class Shard:
             raise ModelError(f"{path} cannot be read as safetensors: {error}. {_EXPECTED}") from None
         try:
             tensors = _tensor_infos(header)
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError):
             tensors = None
         if tensors is None:
             raise ModelError(
@@ -69,14 +71,14 @@ def _tensor_infos(header: SafetensorsHeader) -> dict[str, TensorInfo] | None:
     """The tensors by position; None if they have gaps, overlap, or do not end where the file ends.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: if the header describes something else than tensors.
+        LookupError, TypeError, ValueError: if the header describes something else than tensors.
     """
     infos = {}
     for name, entry in header.tensors.items():
-        if any(not isinstance(size, int) or size < 0 for size in entry["shape"]):
+        shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (*shape, start, end)):
             return None
-        start, end = (header.data_start + int(offset) for offset in entry["data_offsets"])
-        infos[name] = TensorInfo(str(entry["dtype"]), tuple(entry["shape"]), start, end)
+        infos[name] = TensorInfo(str(entry["dtype"]), shape, header.data_start + start, header.data_start + end)
     ordered = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)))
     position = header.data_start
     for info in ordered.values():
@@ -94,21 +96,26 @@ class Checkpoint:
     """The folder, or the folder that the one file is in."""
     shards: tuple[Shard, ...]
     others: tuple[Path, ...] = ()
-    """All other files of the folder and its subfolders, except hidden ones."""
+    """All other files of the folder and its subfolders, except hidden ones; of links, the files they lead to."""
 
     @classmethod
     def find(cls, path: Path) -> "Checkpoint":
         """Find the weights of the denoiser in a folder, or take one file.
 
         Raises:
-            ModelError: if there are no weights, several sets of them, or weights that are no safetensors files.
+            ModelError: if there are no weights, several sets of them, or weights that are no safetensors files; if the
+                folder holds a link out of it, a link to a folder, or something that is no file.
         """
         if path.is_file():
             return cls(path.parent, (Shard.read(path),))
         if not path.is_dir():
             raise ModelError(f"{str(path)!r} does not exist. {_EXPECTED}")
-        weights = _weight_files(_denoiser_folder(path))
-        others = (file for file in _visible_files(path) if file not in weights)
+        try:
+            files = _visible_files(path)
+            weights = _weight_files(_denoiser_folder(path))
+        except OSError as error:
+            raise ModelError(f"{str(path)!r} cannot be read: {error}. {_EXPECTED}") from error
+        others = (file for file in files if file not in weights)
         return cls(path, tuple(map(Shard.read, weights)), tuple(others))
 
     @property
@@ -150,7 +157,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """
     indices = sorted(folder.glob(f"{_WEIGHTS_STEM}*.safetensors.index*.json"))
     files = set(folder.glob(f"{_WEIGHTS_STEM}*.safetensors"))
-    sets = [_indexed_files(index) for index in indices]
+    sets = [_indexed_files(index, {file.name for file in files}) for index in indices]
     sets += [{file} for file in sorted(files.difference(*sets)) if "-of-" not in file.name]
     unknown = {file for file in folder.glob(f"{_WEIGHTS_STEM}*") if file not in files and file not in indices}
     if len(sets) != 1 or unknown or files != sets[0]:
@@ -162,23 +169,53 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _indexed_files(index: Path) -> set[Path]:
+def _indexed_files(index: Path, present: Container[str]) -> set[Path]:
+    """The files that an index names. They are its neighbours in ``present``; a path in an index is not followed."""
     try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        names = set(decode_json(index.read_bytes())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is no index of shards: {error!r}. Expected JSON with a 'weight_map'.") from None
-    missing = sorted(name for name in names if not (index.parent / name).is_file())
+    missing = [name for name in names if name not in present]
     if missing:
-        raise ModelError(f"{index} names {missing[0]!r}, which is not there. Fetch the model again.")
+        raise ModelError(f"{index} names {missing[0]!r:.120}, which is not there. Fetch the model again.")
     return {index.parent / name for name in names}
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
-    """All files in a folder and its subfolders: links to files are included, hidden entries are not."""
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _visible_files(entry)
-        else:
-            yield entry
+def _visible_files(folder: Path) -> list[Path]:
+    """All files in a folder and its subfolders, except hidden ones, sorted.
+
+    The folder may come from anybody. So what it links to has to lie in it, or in the cache of the Hub that it is part of;
+    no folder is entered by a link, which could lead round for ever, and nothing is opened that is no file.
+
+    Raises:
+        ModelError: naming the first entry that is anything else.
+    """
+    roots = (folder.resolve(), *_hub_blobs(folder.resolve()))
+    files, folders = [], [folder]
+    while folders:
+        for entry in sorted(folders.pop().iterdir()):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                if len(entry.relative_to(folder).parts) > _DEEPEST:  # deeper than Python can recurse, in the end
+                    raise ModelError(f"{str(folder)!r} has folders nested deeper than {_DEEPEST}. {_EXPECTED}")
+                folders.append(entry)
+            elif not entry.is_file():
+                what = "a link that leads to no file" if entry.is_symlink() else "neither a file nor a folder"
+                raise ModelError(f"{str(entry)!r} is {what}. Remove it, or put there what it stands for.")
+            elif not any(entry.resolve().is_relative_to(root) for root in roots):
+                raise ModelError(
+                    f"{str(entry)!r} is a link to {str(entry.resolve())!r}, outside of the checkpoint: it could make any "
+                    "file of yours part of the copy. Put a copy of the file in its place, or remove it."
+                )
+            else:
+                files.append(entry)
+    return sorted(files)
+
+
+def _hub_blobs(folder: Path) -> Iterator[Path]:
+    """Where the Hub's cache keeps the files of a snapshot, ``models--owner--name/snapshots/<commit>``, which holds links."""
+    for parent in folder.parents:
+        blobs = parent.parent / "blobs"
+        if parent.name == "snapshots" and not blobs.is_symlink():
+            yield blobs

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from types import MappingProxyType
 
 from torch import Tensor
 
@@ -42,9 +41,6 @@ class Verification:
     """Names of the readers."""
     errors: Mapping[str, float]
     """By layer the largest relative error of any reader: ``|actual - expected| / |expected|`` in Frobenius norms of updates."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "errors", MappingProxyType(dict(self.errors)))
 
     @property
     def worst(self) -> tuple[str, float]:
