@@ -10,6 +10,8 @@ from PIL import Image
 
 import artaug as aa
 from artaug.critics import Cached, Ensemble, PhotometricCritic, Retried
+from artaug.critics.wrappers import _CacheEntry
+from artaug.errors import InvalidValueError
 from artaug.testing import FixedCritic, check_critic
 from support.strategies import boxes, critiques
 
@@ -327,3 +329,21 @@ def test_a_member_that_breaks_its_contract_is_named(tmp_path):
     ):
         with pytest.raises(aa.ContractError, match=r"Wrong.critique_batch returned str .* for picture 0 \('a pear'\)"):
             critiques_of(critic)
+
+
+def test_every_bit_of_a_cached_answer_that_flips_is_noticed(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    scripted = Scripted((ADVICE,))
+    critiques_of(Cached(scripted, folder=tmp_path, identity="scripted"))
+    (file,) = tmp_path.rglob("*.json")
+    content = file.read_bytes()
+    for bit in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        with pytest.raises(InvalidValueError):
+            _CacheEntry.read(file)
+    asked = len(scripted.prompts)
+    assert critiques_of(Cached(scripted, folder=tmp_path, identity="scripted")) == [ADVICE]
+    assert len(scripted.prompts) == asked + 1
+    assert "is criticised again" in caplog.text

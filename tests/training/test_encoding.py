@@ -106,8 +106,22 @@ def test_a_broken_file_of_a_cache_is_named(tmp_path, make_model, two_pairs):
     rows = encoded(make_model(), two_pairs, cache=tmp_path)
     path = next(tmp_path.iterdir())
     path.write_bytes(b"no tensors")
-    with pytest.raises(StorageError, match=rf"{path.name} of the latent cache cannot be read.*Delete it"):
+    with pytest.raises(StorageError, match=rf"{path.name} is no pair of the latent cache, or a damaged one.*Delete it"):
         [dict(row) for row in rows]
+
+
+def test_bits_of_a_cache_that_flip_are_noticed(tmp_path, make_model, two_pairs):
+    rows = encoded(make_model(), two_pairs, cache=tmp_path)
+    path = rows[0].path
+    content = path.read_bytes()
+    for bit in range(0, 8 * len(content), 37):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises(
+            StorageError, match=rf"{path.name} is no pair of the latent cache, or a damaged one.*Delete it"
+        ):
+            dict(rows[0])
 
 
 def test_a_cache_that_cannot_be_written_says_so(tmp_path, make_model, two_pairs):

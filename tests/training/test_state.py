@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import artaug as aa
+from artaug._internal.sealed import save_sealed
 from artaug.errors import StorageError
 from artaug.lora.lora import LoRA, LowRank
 from artaug.training import Checkpoints, TrainingState, ValidationResult
@@ -139,6 +140,41 @@ def test_a_file_that_was_cut_is_refused(tmp_path, kept):
         TrainingState.load(path, run_fingerprint=FINGERPRINT)
 
 
+def test_bits_of_a_file_that_flip_are_noticed(tmp_path):
+    path = tmp_path / "state"
+    TrainingState(step=1, losses=(0.5,), adapter=tensors_of("a")).save(path, run_fingerprint={"seed": "0"})
+    content = path.read_bytes()
+    for bit in range(0, 8 * len(content), 31):  # test_sealed.py flips every bit of a smaller file
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises(StorageError, match=r"Delete it to go on from the one before"):
+            TrainingState.load(path, run_fingerprint={"seed": "0"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "x"},
+        {"step": None},
+        {"validations": "[3]"},
+        {"validations": '[{"step": 1}]'},
+        {"validations": "[" * 100_000},
+        {"optimizer": '{"__tensor__": "gone"}'},
+        {"optimizer": '{"__tensor__": []}'},
+        {"optimizer": '{"pairs": [3]}'},
+        {"optimizer": '{"pairs": [[[], 3]]}'},
+        {"optimizer": "{"},
+    ],
+)
+def test_a_header_that_was_sealed_but_says_nonsense_is_refused(tmp_path, change):
+    header = {"version": "4", "step": "1", "validations": "[]", "optimizer": "null", **change}
+    tensors = {name: torch.zeros(0, dtype=torch.float64) for name in ("losses", "base_scores")}
+    save_sealed(tensors, tmp_path / "state", {name: text for name, text in header.items() if text is not None})
+    with pytest.raises(StorageError, match=r"is no checkpoint that artaug wrote.*Delete it"):
+        TrainingState.load(tmp_path / "state", run_fingerprint={})
+
+
 def test_a_write_that_fails_halfway_leaves_the_file_before_it(tmp_path, monkeypatch):
     path = tmp_path / "state"
     TrainingState(step=1).save(path, run_fingerprint=FINGERPRINT)
@@ -147,7 +183,7 @@ def test_a_write_that_fails_halfway_leaves_the_file_before_it(tmp_path, monkeypa
         partial.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("artaug.training.state.save_tensors", save_half)
+    monkeypatch.setattr("artaug.training.state.save_sealed", save_half)
     with pytest.raises(StorageError, match=r"no space left on device.*go on from the last"):
         FULL.save(path, run_fingerprint=FINGERPRINT)
     assert [file.name for file in tmp_path.iterdir()] == ["state"]

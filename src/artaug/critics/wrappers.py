@@ -11,7 +11,7 @@ from typing import final
 from PIL.Image import Image
 
 from artaug._internal.digests import digest
-from artaug._internal.files import atomic_write
+from artaug._internal.files import atomic_write, check_regular
 from artaug._internal.values import from_json, to_json, value
 from artaug.critique import Abstention, Critic, Critique, Suggestion, run_critic
 from artaug.errors import InvalidValueError
@@ -112,6 +112,26 @@ class _CacheEntry:
 
     prompt: str
     answer: Critique | Abstention
+    digest: str
+    """Of both, so that a bit that flipped on the disk is noticed."""
+
+    @classmethod
+    def of(cls, prompt: str, answer: Critique | Abstention) -> "_CacheEntry":
+        return cls(prompt, answer, digest(prompt, to_json(answer)))
+
+    @classmethod
+    def read(cls, path: Path) -> "_CacheEntry":
+        """The entry in a file.
+
+        Raises:
+            OSError: if it cannot be read.
+            InvalidValueError: if it is no entry, or not as it was written.
+        """
+        check_regular(path)
+        entry = from_json(cls, path.read_bytes())
+        if entry != cls.of(entry.prompt, entry.answer):
+            raise InvalidValueError("its digest is not that of its content")
+        return entry
 
 
 @final
@@ -163,7 +183,7 @@ class Cached(Critic):
                 answers[path] = answer
                 if self._cacheable(answer):
                     with atomic_write(path, what="the critic's answer", remedy=_REMEDY) as temporary:
-                        temporary.write_text(to_json(_CacheEntry(prompts[index], answer)), encoding="utf-8")
+                        temporary.write_text(to_json(_CacheEntry.of(prompts[index], answer)), encoding="utf-8")
         return [answers[path] for path in paths]
 
     def _cacheable(self, answer: Critique | Abstention) -> bool:
@@ -179,10 +199,10 @@ class Cached(Critic):
 def _read_answer(path: Path) -> Critique | Abstention | None:
     """The answer in a file; None if there is no such file, or it holds no answer."""
     try:
-        return from_json(_CacheEntry, path.read_bytes()).answer
+        return _CacheEntry.read(path).answer
     except FileNotFoundError:
         return None
-    except InvalidValueError as error:
+    except (OSError, InvalidValueError) as error:
         _LOG.warning("%s holds no answer of a critic; the picture is criticised again: %s", path, error)
         return None
 

@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from artaug._internal.decoding import decode_json
+from artaug._internal.files import check_regular
 from artaug.errors import StorageError
 from artaug.pairs import ImagePair, pair_digest
 
@@ -17,12 +19,16 @@ def read_decisions(path: Path) -> dict[str, bool]:
     confirmed it.
 
     Raises:
-        StorageError: for a line that is not a decision, with its number.
+        StorageError: for a line that is not a decision, with its number; if the file cannot be read.
     """
     if not path.exists():
         return {}
     decisions: dict[str, bool] = {}
-    *lines, _incomplete = path.read_bytes().split(b"\n")
+    try:
+        check_regular(path)
+        *lines, _incomplete = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise StorageError(f"the decisions in {str(path)!r} cannot be read: {error}. Expected a file.") from error
     for number, line in enumerate(lines, start=1):
         digest, keep = _parse_decision(line, number, path)
         decisions.pop(digest, None)  # so that the pair moves to the end of the dict
@@ -54,7 +60,7 @@ def append_decision(path: Path, pair: ImagePair, keep: bool | None) -> None:
 
 def _parse_decision(line: bytes, number: int, path: Path) -> tuple[str, bool | None]:
     try:
-        decision = json.loads(line)
+        decision = decode_json(line)
         digest, keep = decision["pair"], decision["keep"]
     except (ValueError, TypeError, KeyError):
         digest = keep = None

@@ -1,19 +1,20 @@
 """Encoding pairs once by the model's VAE and text encoders: kept in memory, or in a cache of files named by content."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from artaug._internal.contracts import contract_error
 from artaug._internal.digests import digest, tensors_digest
-from artaug._internal.files import atomic_write, save_tensors
-from artaug.errors import NonFiniteError, StorageError
+from artaug._internal.files import atomic_write
+from artaug._internal.sealed import SealedFile, open_sealed, save_sealed
+from artaug.errors import NonFiniteError
 from artaug.pairs import ImagePair, pair_digest
 from artaug.regional.coverage import coverage
 from artaug.training.distributed import World
@@ -50,38 +51,33 @@ def encode_pairs(
     remedy = "What the latent cache holds already is complete: make room and go on, or train without a cache."
     for index, tensors in zip(missing, encoded, strict=True):
         with atomic_write(files[index], what="the encoded pair", remedy=remedy) as partial:
-            save_tensors(tensors, partial)
+            save_sealed(tensors, partial, {})
     world.barrier()
     return [CachedPair(file) for file in files]
 
 
 @dataclass(frozen=True)
 class CachedPair(Mapping[str, Tensor]):
-    """An encoded pair on disk, read whenever it is used."""
+    """An encoded pair on disk, read, and compared with its digests, whenever it is used."""
 
     path: Path
 
     def __getitem__(self, name: str) -> Tensor:
         with self._open() as file:
-            if name not in file.keys():  # noqa: SIM118 - no mapping
+            if name not in file.names:
                 raise KeyError(name)
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+            return file.read(name)
 
     def __iter__(self) -> Iterator[str]:
         with self._open() as file:
-            return iter(list(file.keys()))
+            return iter(sorted(file.names))
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        with self._open() as file:
+            return len(file.names)
 
-    def _open(self) -> safe_open:
-        try:
-            return safe_open(self.path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise StorageError(
-                f"{self.path} of the latent cache cannot be read: {error}. Delete it, and it is made again."
-            ) from None
+    def _open(self) -> AbstractContextManager[SealedFile]:
+        return open_sealed(self.path, what="pair of the latent cache", remedy="Delete it, and it is made again.")
 
 
 def _encoder_fingerprint(model: DiffusionModel, size: tuple[int, int]) -> str:

@@ -13,13 +13,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from artaug._internal.files import atomic_write, load_tensors, save_tensors
+from artaug._internal.decoding import decode_json
+from artaug._internal.files import atomic_write
+from artaug._internal.sealed import open_sealed, save_sealed
 from artaug.errors import InvalidValueError, StorageError
 from artaug.lora.lora import LoRA, LowRank, sum_loras
 from artaug.training.adapters import AdapterTensors
 from artaug.training.validation import ValidationResult
 
-_VERSION = "3"
+_VERSION = "4"
 _TENSOR_KEY = "__tensor__"
 
 OptimizerState: TypeAlias = Any
@@ -94,32 +96,42 @@ class TrainingState:
             "Those before it are whole: make room and call train again with the same arguments to go on from the last."
         )
         with atomic_write(path, what="the checkpoint", remedy=remedy) as partial:
-            save_tensors(tensors, partial, {**header, **run_fingerprint})
+            save_sealed(tensors, partial, {**header, **run_fingerprint})
 
     @classmethod
     def load(cls, path: Path, *, run_fingerprint: Mapping[str, str]) -> "TrainingState":
         """Read what `save` wrote.
 
         Raises:
-            StorageError: if it is no checkpoint, or one of another training, naming what differs.
+            StorageError: if it is no checkpoint, one with as much as a bit that is not as it was written, or one of
+                another training, naming what differs.
         """
+        remedy = "Delete it to go on from the one before."
+        with open_sealed(path, what="checkpoint", remedy=remedy) as file:
+            header = file.metadata
+            if header.get("version") != _VERSION:
+                raise StorageError(
+                    f"{path} is no checkpoint of this version of artaug (its version: {header.get('version')}, expected "
+                    f"{_VERSION}). Give the training another folder."
+                )
+            differing = [name for name in run_fingerprint if header.get(name) != run_fingerprint[name]]
+            if differing:
+                both = "; ".join(
+                    f"{name}: {header.get(name)} there, {run_fingerprint[name]} here" for name in differing
+                )
+                raise StorageError(
+                    f"{path} belongs to another training ({both}). Give this one another folder, or the arguments of that "
+                    "one."
+                )
+            # Copied, since the originals are mapped to a file that is deleted later.
+            tensors = {name: file.read(name).clone() for name in sorted(file.names)}
         try:
-            stored, header = load_tensors(path)
-        except OSError as error:
-            raise StorageError(f"{path} is no checkpoint: {error}. Delete it to go on from the one before.") from None
-        # Copied, since the originals are mapped to a file that is deleted later.
-        tensors = {name: tensor.clone() for name, tensor in stored.items()}
-        if header.get("version") != _VERSION:
-            raise StorageError(
-                f"{path} is no checkpoint of this version of artaug (its version: {header.get('version')}, expected "
-                f"{_VERSION}). Give the training another folder."
-            )
-        differing = [name for name in run_fingerprint if header.get(name) != run_fingerprint[name]]
-        if differing:
-            both = "; ".join(f"{name}: {header.get(name)} there, {run_fingerprint[name]} here" for name in differing)
-            raise StorageError(
-                f"{path} belongs to another training ({both}). Give this one another folder, or the arguments of that one."
-            )
+            return cls._from_file(tensors, header)
+        except (LookupError, TypeError, ValueError, RecursionError) as error:  # sealed, and not by this program
+            raise StorageError(f"{path} is no checkpoint that artaug wrote: {error!r}. {remedy}") from error
+
+    @classmethod
+    def _from_file(cls, tensors: dict[str, Tensor], header: Mapping[str, str]) -> "TrainingState":
         return cls(
             step=int(header["step"]),
             losses=tuple(tensors.pop("losses").tolist()),
@@ -128,9 +140,9 @@ class TrainingState:
             adapter=_adapter_from_tensors(tensors, "adapter"),
             ema=_adapter_from_tensors(tensors, "ema"),
             base_scores=tuple(tensors.pop("base_scores").tolist()),
-            validations=tuple(ValidationResult(**result) for result in json.loads(header["validations"])),
+            validations=tuple(ValidationResult(**result) for result in decode_json(header["validations"])),
             best_lora=LoRA(layers) if (layers := _layers_from_tensors(tensors, "best_lora")) else None,
-            optimizer=_insert_tensors(json.loads(header["optimizer"]), tensors),
+            optimizer=_insert_tensors(decode_json(header["optimizer"]), tensors),
         )
 
 

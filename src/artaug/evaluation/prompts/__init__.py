@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import final, overload
 
 import numpy as np
 
+from artaug._internal.decoding import decode_json
 from artaug.errors import InvalidValueError, PromptError
 from artaug.evaluation.prompts.skipping import check_skipped
 
@@ -75,7 +75,10 @@ class PromptSet(Sequence[str]):
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             raise PromptError(f"{path.name!r} is not UTF-8 text. Expected {_FORMATS}.") from None
-        rows = list(readers[path.suffix.lower()](text, path))
+        try:
+            rows = list(readers[path.suffix.lower()](text, path))
+        except csv.Error as error:
+            raise PromptError(f"{path.name!r} is no table: {error}. Expected {_FORMATS}.") from error
         prompts = [row for row in rows if isinstance(row, tuple)]
         check_skipped(path, [row for row in rows if isinstance(row, str)], read=len(prompts), stacklevel=2)
         if not prompts:
@@ -152,8 +155,8 @@ def _read_table(text: str, path: Path) -> Iterator[tuple[str, str] | str]:
 
 def _read_json(text: str, path: Path) -> Iterator[tuple[str, str] | str]:
     try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
+        items = decode_json(text)
+    except ValueError as error:
         raise PromptError(f"{path.name!r} is not JSON: {error}.") from None
     if not isinstance(items, list):
         raise PromptError(f"{path.name!r} holds a JSON {type(items).__name__}. Expected a list, as HPD has.")

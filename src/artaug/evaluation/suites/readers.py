@@ -2,11 +2,11 @@
 
 import csv
 import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from artaug._internal.decoding import decode_json
 from artaug.errors import ArtAugError, PromptError
 from artaug.evaluation.prompts.skipping import check_skipped
 from artaug.evaluation.suites.suite import Case, Clause, ObjectCheck, Question, QuestionCheck, Suite
@@ -37,8 +37,8 @@ def read_geneval(path: str | Path) -> Suite:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                cases.append(_geneval_case(json.loads(line)))
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ArtAugError) as error:
+                cases.append(_geneval_case(decode_json(line)))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 skipped.append(
                     f"line {number} is not a line of GenEval ({_describe(error)}): {line:.120}. Expected JSON with prompt, "
                     "tag and include"
@@ -62,13 +62,13 @@ def read_dpg(path: str | Path) -> Suite:
         PromptError: for another format: missing columns, or half of the prompts cannot be read.
     """
     path = Path(path)
-    reader = csv.DictReader(io.StringIO(_read_text(path)))
+    reader = _read_table(path)
     if missing := [column for column in _DPG_COLUMNS if column not in (reader.fieldnames or ())]:
         raise PromptError(f"{path.name!r} has the columns {reader.fieldnames}. DPG-Bench has {missing} too.")
     prompts: dict[str, str] = {}
     questions: dict[str, list[Question]] = {}
     skipped: dict[str, str] = {}
-    for row in reader:
+    for row in _rows(reader, path):
         item = row["item_id"]
         prompts.setdefault(item, row["text"])
         try:
@@ -113,7 +113,7 @@ def read_oneig(prompts: str | Path, questions: Iterable[str | Path]) -> Suite:
                 if (category, prompt_id) not in prompts_by_id:
                     raise PromptError(f"{table.name!r} has no prompt {prompt_id!r} of {category!r}")
                 read.append(Case(prompts_by_id[category, prompt_id], _oneig_check(item), category))
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError, ArtAugError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
                 skipped.append(f"{prompt_id!r}: {_describe(error)}")
         check_skipped(path, skipped, read=len(read), stacklevel=2)
         cases += read
@@ -154,18 +154,20 @@ def _dpg_question(row: Mapping[str, str]) -> Question:
 
 def _read_oneig_prompts(path: Path) -> dict[tuple[str, str], str]:
     """The prompts by category and id."""
-    reader = csv.DictReader(io.StringIO(_read_text(path)))
+    reader = _read_table(path)
     headings: Sequence[str] = reader.fieldnames or ()
     column = next((name for name in ("prompt_en", "prompt_cn") if name in headings), None)
     if column is None or not {"category", "id"} <= set(headings):
         raise PromptError(f"{path.name!r} has the columns {list(headings)}. Expected category, id and prompt_en.")
-    return {((row["category"] or "").strip(), (row["id"] or "").strip()): row[column] or "" for row in reader}
+    return {
+        ((row["category"] or "").strip(), (row["id"] or "").strip()): row[column] or "" for row in _rows(reader, path)
+    }
 
 
 def _read_oneig_questions(path: Path) -> Mapping[str, Any]:
     try:
-        items = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+        items = decode_json(_read_text(path))
+    except ValueError as error:
         items = error
     if not isinstance(items, dict):
         described = items if isinstance(items, Exception) else f"a JSON {type(items).__name__}"
@@ -179,18 +181,34 @@ def _read_oneig_questions(path: Path) -> Mapping[str, Any]:
 def _oneig_check(item: Mapping[str, Any]) -> QuestionCheck:
     """Questions and dependencies, each a mapping by number, as JSON or as a text that holds JSON."""
     texts, dependencies = (
-        json.loads(part) if isinstance(part, str) else part for part in (item["question"], item["dependency"])
+        decode_json(part) if isinstance(part, str) else part for part in (item["question"], item["dependency"])
     )
     # The published files have questions that depend on themselves; its program only ever lowers the score of one whose
     # parent scores 0, so that has no effect, and it goes past a parent that does not exist.
     numbers = {int(number) for number in texts}
     parents = {
-        int(number): tuple(int(parent) for parent in listed if int(parent) in numbers - {int(number)})
+        int(number): tuple(int(parent) for parent in listed if int(parent) in numbers and int(parent) != int(number))
         for number, listed in dependencies.items()
     }
     return QuestionCheck(
         tuple(Question(int(number), text, parents.get(int(number), ())) for number, text in texts.items())
     )
+
+
+def _read_table(path: Path) -> "csv.DictReader[str]":
+    reader = csv.DictReader(io.StringIO(_read_text(path)))
+    try:
+        reader.fieldnames  # noqa: B018 - it reads the first line
+    except csv.Error as error:
+        raise PromptError(f"{path.name!r} is no table: {error}.") from error
+    return reader
+
+
+def _rows(reader: "csv.DictReader[str]", path: Path) -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise PromptError(f"{path.name!r}, line {reader.line_num} is no line of a table: {error}.") from error
 
 
 def _read_text(path: Path) -> str:

@@ -96,8 +96,9 @@ class QuestionCheck:
         numbers = [question.number for question in self.questions]
         if not numbers or len(set(numbers)) < len(numbers):
             raise InvalidValueError(f"a QuestionCheck received questions numbered {numbers}: need different ones.")
+        known = set(numbers)
         for question in self.questions:
-            if not set(question.parents) <= set(numbers) - {question.number}:
+            if question.number in question.parents or not known.issuperset(question.parents):
                 raise InvalidValueError(f"{question!r} has parents that are not among the other questions, {numbers}.")
 
     def apply_dependencies(self, answers: Sequence[bool]) -> tuple[bool, ...]:
