@@ -39,7 +39,7 @@ class SealedFile:
 
     names: frozenset[str]
     metadata: Mapping[str, str]
-    _file: safe_open
+    _read: Callable[[str], Tensor]
     _digests: Mapping[str, str]
     _damage: Callable[[object], StorageError]
 
@@ -50,7 +50,7 @@ class SealedFile:
             StorageError: if it is not what was written.
         """
         try:
-            tensor: Tensor = self._file.get_tensor(name)
+            tensor = self._read(name)
         except SafetensorError as error:
             raise self._damage(error) from None
         if digest(tensor) != self._digests[name]:
@@ -86,7 +86,7 @@ def open_sealed(path: Path, *, what: str, remedy: str) -> Iterator[SealedFile]:
             raise damage("it has no digests, so another program or an earlier version of artaug wrote it")
         if digests.keys() != {_METADATA, *names} or digests[_METADATA] != _metadata_digest(metadata):
             raise damage("its header is not that of its digests")
-        yield SealedFile(names, metadata, file, digests, damage)
+        yield SealedFile(names, metadata, file.get_tensor, digests, damage)
 
 
 def _metadata_digest(metadata: Mapping[str, str]) -> str:
