@@ -98,8 +98,8 @@ class TrainingDivergedError(NonFiniteError):
     def __init__(self, step: int, loss: float, *, gradient_norm: float = math.nan) -> None:
         what = f"the gradient norm was {gradient_norm}" if math.isfinite(loss) else f"the loss was {loss}"
         super().__init__(
-            f"{what} at step {step}. Lower the learning rate (or check the pairs for broken images); the step was not "
-            "taken, and a checkpoint of the steps before it can be used."
+            f"{what} at step {step}. Lower the learning rate, check the pairs for broken images, or load a model in float16, "
+            "which ends at 65,504, in bfloat16; the step was not taken, and a checkpoint of the steps before it can be used."
         )
         self.step = step
         self.loss = loss

@@ -6,12 +6,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
+from hypothesis import given
+from hypothesis import strategies as st
 
 import artaug as aa
 from artaug.errors import ContractError, TrainingDivergedError
 from artaug.training.batches import StepBatch
 from artaug.training.distributed import SINGLE_PROCESS, World
-from artaug.training.optimizer_loop import OptimizerLoop
+from artaug.training.optimizer_loop import OptimizerLoop, ema_decay
 from support.training_steps import batch_of, perturb, student_of
 
 OBJECTIVE = aa.PairedDifference()
@@ -96,15 +99,17 @@ def test_a_gradient_is_clipped_to_the_largest_norm_and_reported_as_it_was(tiny_m
 
 
 def test_the_moving_average_follows_its_recursion(tiny_model, two_pairs):
-    batch, decay = batch_of(tiny_model, two_pairs), 0.75
+    batch, decay = batch_of(tiny_model, two_pairs), 0.25
     with student_of(tiny_model) as student:
         perturb(student)
         optimizer_loop = OptimizerLoop(student, sgd(student), ema=decay)
         average = parameters_of(student)
-        for number in range(1, 4):
+        for number in range(1, 6):
             take_step(optimizer_loop, tiny_model, [batch], number=number)
+            updates = number - 1
+            rising = min(decay, (1 + updates) / (10 + updates)) if updates else 0.0
             average = [
-                decay * value + (1 - decay) * parameter.detach()
+                rising * value + (1 - rising) * parameter.detach()
                 for value, parameter in zip(average, student.parameters(), strict=True)
             ]
         snapshot = optimizer_loop.snapshot(export=True)
@@ -114,6 +119,27 @@ def test_the_moving_average_follows_its_recursion(tiny_model, two_pairs):
         for name, tensor in tensors.items():
             torch.testing.assert_close(snapshot.ema[layer][name], tensor)
         torch.testing.assert_close(snapshot.lora.layers[layer].delta(), exported.layers[layer].delta())
+
+
+@given(decay=st.floats(0.01, 0.9999), path=st.lists(st.floats(-10, 10), min_size=1, max_size=30))
+def test_the_moving_average_is_that_of_diffusers(decay, path):
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    reference, average = EMAModel([parameter], decay=decay), 0.0
+    for updates, value in enumerate(path):
+        parameter.data.fill_(value)
+        reference.step([parameter])
+        average = value + ema_decay(decay, updates) * (average - value)
+    assert average == pytest.approx(reference.shadow_params[0].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("decay", "steps"), [(0.9, 20), (0.99, 100), (0.999, 400), (0.9999, 2000)])
+def test_a_moving_average_keeps_nothing_of_the_start_and_nine_tenths_of_a_steady_change(decay, steps):
+    of_start, average = 1.0, 0.0
+    for updates in range(steps):
+        of_start *= ema_decay(decay, updates)
+        average = (updates + 1) / steps + ema_decay(decay, updates) * (average - (updates + 1) / steps)
+    assert of_start == 0
+    assert average > 0.75
 
 
 @pytest.mark.parametrize(
@@ -135,7 +161,7 @@ def test_a_restored_loop_takes_the_same_step_to_the_bit(make_model, two_pairs, o
         ends.append(optimizer_loop.snapshot(export=True))
     with student_of(model) as student:
         optimizer_loop = OptimizerLoop(student, optimizer.build(student.parameters(), learning_rate=1e-2), ema=ema)
-        optimizer_loop.restore(saved.adapter, saved.ema, saved.optimizer)
+        optimizer_loop.restore(saved.adapter, saved.ema, saved.optimizer, ema_updates=saved.ema_updates)
         take_step(optimizer_loop, model, [batch], number=3)
         ends.append(optimizer_loop.snapshot(export=True))
     never_stopped, restored = ends

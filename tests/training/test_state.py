@@ -12,6 +12,7 @@ from artaug._internal.sealed import save_sealed
 from artaug.errors import StorageError
 from artaug.lora.lora import LoRA, LowRank
 from artaug.training import Checkpoints, TrainingState, ValidationResult
+from artaug.training.loss_scale import LossScale
 
 FINGERPRINT = {"trainer": "DifferentialLoRATrainer(rank=4)", "seed": "0", "pairs": "ab", "model": "Tiny 12"}
 
@@ -40,6 +41,8 @@ FULL = TrainingState(
     stage_loras=(lora_of("blocks.0.attn", "blocks.down.up", seed=20),),
     adapter=tensors_of("blocks.0.attn", "blocks.1.ff.net.0"),
     ema=tensors_of("blocks.0.attn", "blocks.1.ff.net.0", seed=1),
+    ema_updates=6,
+    loss_scale=LossScale(value=2.0**12, steps_since_change=3, skipped_steps=4),
     optimizer={
         "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 3, dtype=torch.bfloat16)}, 1: {}},
         "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999), "params": [0, 1], "foreach": None, "amsgrad": False}],
@@ -197,8 +200,8 @@ def test_after_a_stage_its_lora_is_applied_and_after_the_last_it_is_the_groups_r
     after = between.after_phase(second, is_last_stage=True)
     assert (after.stage_loras, after.group_loras) == ((), (*FULL.group_loras, second))
     for state in (between, after):
-        assert (state.adapter, state.ema, state.optimizer) == ({}, {}, None)
-        assert (state.step, state.losses) == (FULL.step, FULL.losses)
+        assert (state.adapter, state.ema, state.ema_updates, state.optimizer) == ({}, {}, 0, None)
+        assert (state.step, state.losses, state.loss_scale) == (FULL.step, FULL.losses, FULL.loss_scale)
 
 
 def test_what_has_been_learned_is_the_mean_over_the_groups():

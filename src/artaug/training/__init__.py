@@ -3,6 +3,7 @@
 from artaug.training.adapters import Adapter, AdapterTensors, DoRA, LayerWeights, LoKr, PlainLoRA
 from artaug.training.config import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, TrainingConfig
 from artaug.training.distributed import shard
+from artaug.training.loss_scale import LossScale
 from artaug.training.model import DiffusionModel, Predictor, Trainable
 from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, NoiseSchedule, VPrediction
 from artaug.training.objectives import (
@@ -42,6 +43,7 @@ __all__ = [
     "FlowMatching",
     "LayerWeights",
     "LoKr",
+    "LossScale",
     "NoiseSchedule",
     "Objective",
     "Optimizer",

@@ -52,7 +52,9 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to it."""
     ema: float | None = None
-    """Decay of an exponential moving average of the factors, in (0, 1), that is exported in their place; None for none."""
+    """Decay of an exponential moving average of the factors, in (0, 1), that is exported in their place; None for none. It
+    rises to its value as in diffusers' ``EMAModel``, ``(1 + n) / (10 + n)`` after ``n`` steps, so nothing of the untrained
+    factors stays: 0.999 counts from about 9,000 steps on."""
     sigma_range: tuple[float, float] = (0.0, 1.0)
     """Lowest and highest noise level to train at: high levels decide composition, low ones texture."""
     logit_normal: bool = False

@@ -20,6 +20,7 @@ from artaug.synthesis import Synthesizer
 from artaug.training.batches import EncodedPairs, init_generator
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import World
+from artaug.training.loss_scale import LossScale, computes_in_float16
 from artaug.training.model import DiffusionModel, Trainable
 from artaug.training.optimizer_loop import OptimizerLoop
 from artaug.training.phases import Phase
@@ -27,6 +28,7 @@ from artaug.training.progress import ProgressLog
 from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.student import inject_adapter
 from artaug.training.teacher_cache import TeacherCache
+from artaug.training.unused_layers import UnusedLayerCheck
 from artaug.training.validation import Validation, best_result
 
 
@@ -52,6 +54,7 @@ class TrainingLoop:
     _encoded: EncodedPairs | None = field(default=None, init=False)
     _teacher_caches: dict[int, TeacherCache] = field(default_factory=dict, init=False)
     """Of the current phase, by its start."""
+    _unused_layers: UnusedLayerCheck = field(default_factory=UnusedLayerCheck, init=False)
 
     def run(self, state: TrainingState) -> TrainingState:
         """Train from ``state`` to the last step, or until the scores of held-out pictures stop rising."""
@@ -63,6 +66,7 @@ class TrainingLoop:
             if self.validation is not None:
                 state = self._validate(state, self.validation)
                 self._write_checkpoint(state)
+        self._unused_layers.finish()
         return state
 
     def _is_done(self, state: TrainingState) -> bool:
@@ -137,16 +141,23 @@ class TrainingLoop:
             )
             injected.enter_context(_gradient_checkpointing(model.module, enable=config.gradient_checkpointing))
             optimizer = config.optimizer.build(student.parameters(), learning_rate=config.learning_rate)
-            optimizer_loop = OptimizerLoop(student, optimizer, ema=config.ema)
+            half = computes_in_float16(model.module, model.device)
+            loss_scale = (state.loss_scale or LossScale()) if half else None
+            optimizer_loop = OptimizerLoop(student, optimizer, ema=config.ema, loss_scale=loss_scale)
             if state.adapter:
-                optimizer_loop.restore(state.adapter, state.ema, state.optimizer)
+                optimizer_loop.restore(state.adapter, state.ema, state.optimizer, ema_updates=state.ema_updates)
             losses = self._take_steps(optimizer_loop, encoded, model, phase, range(state.step + 1, stop + 1))
             snapshot = optimizer_loop.snapshot(export=export)
-        state = replace(state, step=stop, losses=(*state.losses, *losses))
+        state = replace(state, step=stop, losses=(*state.losses, *losses), loss_scale=snapshot.loss_scale)
         if stop == phase.stop and snapshot.lora is not None:
             return state.after_phase(snapshot.lora, is_last_stage=phase.is_last_stage)
         return replace(
-            state, adapter=snapshot.adapter, ema=snapshot.ema, optimizer=snapshot.optimizer, current_lora=snapshot.lora
+            state,
+            adapter=snapshot.adapter,
+            ema=snapshot.ema,
+            ema_updates=snapshot.ema_updates,
+            optimizer=snapshot.optimizer,
+            current_lora=snapshot.lora,
         )
 
     def _teacher_cache(self, phase: Phase) -> TeacherCache | None:
@@ -188,12 +199,16 @@ class TrainingLoop:
                     world=self.world,
                 )
                 losses.append(result.loss)
+                if self.world.is_main and not result.is_skipped:
+                    self._unused_layers.observe(optimizer_loop.trained, gradient_norm=result.gradient_norm)
                 self.progress.log_step(
                     step,
                     loss=result.loss,
                     gradient_norm=result.gradient_norm,
                     learning_rate=learning_rate,
                     pairs=config.batch_size,
+                    loss_scale=result.loss_scale,
+                    is_skipped=result.is_skipped,
                 )
         return losses
 

@@ -1,5 +1,6 @@
 """One run of the optimizer over a student's parameters: a step, and saving and restoring between two steps."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from artaug.lora.lora import LoRA
 from artaug.training.adapters import AdapterTensors
 from artaug.training.batches import StepBatch
 from artaug.training.distributed import World
+from artaug.training.loss_scale import LossScale
 from artaug.training.objectives import Loss, compute_loss
 from artaug.training.state import OptimizerState
 from artaug.training.student import AdapterStudent
@@ -22,6 +24,10 @@ class StepResult:
 
     loss: float
     gradient_norm: float
+    loss_scale: float | None
+    """What the loss was multiplied by in the backward pass; None unless the model computes in float16."""
+    is_skipped: bool
+    """Whether the gradient overflowed float16, so that the step was not taken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +38,10 @@ class Snapshot:
     """The trained tensors, by layer."""
     ema: Mapping[str, AdapterTensors]
     """Their moving average; empty if none is kept."""
+    ema_updates: int
+    """How many parameters it has averaged."""
+    loss_scale: LossScale | None
+    """None unless the model computes in float16."""
     optimizer: OptimizerState
     """The optimizer's ``state_dict``."""
     lora: LoRA | None
@@ -41,20 +51,40 @@ class Snapshot:
 class OptimizerLoop:
     """A student, its optimizer, and the moving average of its parameters if one is kept."""
 
-    def __init__(self, student: AdapterStudent, optimizer: torch.optim.Optimizer, *, ema: float | None) -> None:
+    def __init__(
+        self,
+        student: AdapterStudent,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ema: float | None,
+        loss_scale: LossScale | None = None,
+    ) -> None:
         self._student = student
         self._parameters = student.parameters()
         self._optimizer = optimizer
         self._decay = ema
         self._ema = None if ema is None else [parameter.detach().clone() for parameter in self._parameters]
+        self._ema_updates = 0
+        self._loss_scale = loss_scale
         self._set_mode("train")
 
+    @property
+    def trained(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
+        """The parameters by layer; after a step they hold its gradients."""
+        return self._student.trained
+
     def restore(
-        self, adapter: Mapping[str, AdapterTensors], ema: Mapping[str, AdapterTensors], optimizer: OptimizerState
+        self,
+        adapter: Mapping[str, AdapterTensors],
+        ema: Mapping[str, AdapterTensors],
+        optimizer: OptimizerState,
+        *,
+        ema_updates: int,
     ) -> None:
-        """Restore what a `Snapshot` holds."""
+        """Restore what a `Snapshot` holds; its loss scale is given when the loop is made."""
         self._student.load(adapter)
         self._optimizer.load_state_dict(optimizer)
+        self._ema_updates = ema_updates
         if self._ema is not None:
             saved = (ema[layer][name] for layer, parameters in self._student.trained.items() for name in parameters)
             for average, tensor in zip(self._ema, saved, strict=True):
@@ -74,7 +104,8 @@ class OptimizerLoop:
 
         Raises:
             ContractError: if the objective does not return a scalar with gradient.
-            TrainingDivergedError: if the loss or its gradient is not finite; the step is not taken then.
+            TrainingDivergedError: if the loss is not finite, or its gradient is not and no smaller loss scale can help; the
+                step is not taken then.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -83,23 +114,40 @@ class OptimizerLoop:
         # processes, the losses and their gradients add up to those of the mean over the step's batch.
         total_pairs = world.size * sum(len(micro_batch.sigmas) for micro_batch in batch.micro_batches)
         student = self._student.with_model(batch.model)
+        scale = 1.0 if self._loss_scale is None else self._loss_scale.value
         total_loss = torch.zeros((), device=self._parameters[0].device)
         for micro_batch in batch.micro_batches:
             weighted = compute_loss(loss, student, micro_batch) * (len(micro_batch.sigmas) / total_pairs)
-            weighted.backward()  # adds to .grad, and frees the activations of this micro batch
+            (scale * weighted).backward()  # adds to .grad, and frees the activations of this micro batch
             total_loss += weighted.detach()
         if world.size > 1:
             self._reduce_gradients(total_loss, world)
-        norm = nn.utils.clip_grad_norm_(self._parameters, max_grad_norm)
-        result = StepResult(total_loss.item(), norm.item())
-        if not (total_loss.isfinite() and norm.isfinite()):
-            raise TrainingDivergedError(number, result.loss, gradient_norm=result.gradient_norm)
+        if scale != 1:  # in float32, before anything reads their size: clipping, the optimizer
+            torch._foreach_div_([p.grad for p in self._parameters if p.grad is not None], scale)
+        norm = nn.utils.clip_grad_norm_(self._parameters, max_grad_norm).item()
+        loss_value, loss_scale = total_loss.item(), self._loss_scale
+        overflows = math.isfinite(loss_value) and not math.isfinite(norm)
+        if overflows and loss_scale is not None and loss_scale.can_shrink:
+            self._loss_scale = loss_scale.after_overflow()
+            return StepResult(loss_value, norm, scale, is_skipped=True)
+        if not (math.isfinite(loss_value) and math.isfinite(norm)):
+            raise TrainingDivergedError(number, loss_value, gradient_norm=norm)
         self._optimizer.step()
-        if self._ema is not None and self._decay is not None:
-            # average <- decay * average + (1 - decay) * parameters. It starts at the initial parameters, not at zero, so it
-            # needs no bias correction.
-            torch._foreach_lerp_(self._ema, list(self._parameters), 1 - self._decay)
-        return result
+        self._average()
+        if loss_scale is None:
+            return StepResult(loss_value, norm, None, is_skipped=False)
+        self._loss_scale = loss_scale.after_step()
+        return StepResult(loss_value, norm, scale, is_skipped=False)
+
+    def _average(self) -> None:
+        """``average <- decay * average + (1 - decay) * parameters``, with a decay that rises to its value.
+
+        At a constant decay ``d``, ``d^t`` of the untrained parameters would be left after ``t`` steps: 0.67 at 0.999 and 400.
+        """
+        if self._ema is None or self._decay is None:
+            return
+        torch._foreach_lerp_(self._ema, list(self._parameters), 1 - ema_decay(self._decay, self._ema_updates))
+        self._ema_updates += 1
 
     def _reduce_gradients(self, total_loss: Tensor, world: World) -> None:
         """Sum the loss and all gradients over the processes, in one exchange; all of them clip and step the same then."""
@@ -113,7 +161,7 @@ class OptimizerLoop:
         adapter = self._student.tensors()
         ema = {} if self._ema is None else self._student.group_by_layer(self._ema)
         lora = self._export(adapter, ema) if export else None
-        return Snapshot(adapter, ema, self._optimizer.state_dict(), lora)
+        return Snapshot(adapter, ema, self._ema_updates, self._loss_scale, self._optimizer.state_dict(), lora)
 
     def _export(self, adapter: Mapping[str, AdapterTensors], ema: Mapping[str, AdapterTensors]) -> LoRA:
         if ema or not hasattr(self._optimizer, "eval"):
@@ -128,3 +176,12 @@ class OptimizerLoop:
         """Schedule-free optimizers use different weights for training and for evaluation; others have no modes."""
         if hasattr(self._optimizer, mode):
             getattr(self._optimizer, mode)()
+
+
+def ema_decay(decay: float, updates: int) -> float:
+    """The decay of a moving average after ``updates`` updates: ``(1 + n) / (10 + n)`` until that is ``decay``, and 0 at first.
+
+    This is the warmup of TensorFlow's ``ExponentialMovingAverage`` and diffusers' ``EMAModel``: the average is over about the
+    last tenth of the steps until it is over as many as ``decay`` says.
+    """
+    return min(decay, (1 + updates) / (10 + updates)) if updates else 0.0

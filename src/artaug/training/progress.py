@@ -19,7 +19,7 @@ class StepEvent:
     """How many there will be."""
     loss: float
     gradient_norm: float
-    """Norm of the gradient over all trained parameters, before it is clipped."""
+    """Norm of the gradient over all trained parameters, before it is clipped; not finite if the step was skipped."""
     learning_rate: float
     pairs_per_second: float
     """Of this step."""
@@ -27,6 +27,10 @@ class StepEvent:
     """Most accelerator memory torch has held since the process began; 0 on a CPU."""
     seconds: float
     """Since training began, or was resumed."""
+    loss_scale: float | None = None
+    """What the loss was multiplied by in the backward pass of a model that computes in float16; None for any other."""
+    is_skipped: bool = False
+    """Whether the gradient overflowed float16: the step was not taken, and the next loss scale is half of this one."""
 
 
 class ProgressLog:
@@ -53,7 +57,17 @@ class ProgressLog:
         """Exclude the time since the last step from the throughput: pictures were drawn, or a checkpoint written."""
         self._last_step = time.perf_counter()
 
-    def log_step(self, step: int, *, loss: float, gradient_norm: float, learning_rate: float, pairs: int) -> None:
+    def log_step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        gradient_norm: float,
+        learning_rate: float,
+        pairs: int,
+        loss_scale: float | None = None,
+        is_skipped: bool = False,
+    ) -> None:
         """Show and report a step of ``pairs`` pairs that is done."""
         duration, self._last_step = time.perf_counter() - self._last_step, time.perf_counter()
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
@@ -71,5 +85,7 @@ class ProgressLog:
                     pairs_per_second=pairs / duration,
                     peak_bytes=peak,
                     seconds=self.seconds,
+                    loss_scale=loss_scale,
+                    is_skipped=is_skipped,
                 )
             )

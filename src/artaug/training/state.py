@@ -6,7 +6,7 @@ of a random generator and no position in a data set has to be kept.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from artaug._internal.sealed import open_sealed, save_sealed
 from artaug.errors import InvalidValueError, StorageError
 from artaug.lora.lora import LoRA, LowRank, sum_loras
 from artaug.training.adapters import AdapterTensors
+from artaug.training.loss_scale import LossScale
 from artaug.training.validation import ValidationResult
 
 _VERSION = "4"
@@ -44,6 +45,10 @@ class TrainingState:
     """The trained tensors of the current stage, by layer; empty where a stage is about to begin."""
     ema: Mapping[str, AdapterTensors] = field(default_factory=dict)
     """Their moving average, if one is kept."""
+    ema_updates: int = 0
+    """How many parameters it has averaged."""
+    loss_scale: LossScale | None = None
+    """Of a model that computes in float16; it goes on from stage to stage."""
     optimizer: OptimizerState = None
     """The optimizer's ``state_dict``."""
     base_scores: tuple[float, ...] = ()
@@ -56,7 +61,7 @@ class TrainingState:
 
     def after_phase(self, lora: LoRA, *, is_last_stage: bool) -> "TrainingState":
         """The state after a phase that learned ``lora``."""
-        state = replace(self, adapter={}, ema={}, optimizer=None, current_lora=None)
+        state = replace(self, adapter={}, ema={}, ema_updates=0, optimizer=None, current_lora=None)
         if is_last_stage:
             return replace(state, group_loras=(*self.group_loras, lora), stage_loras=())
         return replace(state, stage_loras=(*self.stage_loras, lora))
@@ -89,6 +94,8 @@ class TrainingState:
         header = {
             "version": _VERSION,
             "step": str(self.step),
+            "ema_updates": str(self.ema_updates),
+            "loss_scale": json.dumps(None if self.loss_scale is None else asdict(self.loss_scale)),
             "validations": json.dumps([result.to_dict() for result in self.validations]),
             "optimizer": json.dumps(_extract_tensors(self.optimizer, "optimizer", tensors)),
         }
@@ -139,6 +146,8 @@ class TrainingState:
             stage_loras=_loras_from_tensors(tensors, "stage_loras"),
             adapter=_adapter_from_tensors(tensors, "adapter"),
             ema=_adapter_from_tensors(tensors, "ema"),
+            ema_updates=int(header["ema_updates"]),
+            loss_scale=None if (scale := json.loads(header["loss_scale"])) is None else LossScale(**scale),
             base_scores=tuple(tensors.pop("base_scores").tolist()),
             validations=tuple(ValidationResult(**result) for result in decode_json(header["validations"])),
             best_lora=LoRA(layers) if (layers := _layers_from_tensors(tensors, "best_lora")) else None,

@@ -67,7 +67,8 @@ class AdapterStudent:
         """The prediction with ``scale`` times the update: float32, with gradient.
 
         Raises:
-            ModelError: if the adapter's update cannot be scaled, as DoRA's, and ``scale`` is not 1.
+            ModelError: if the adapter's update cannot be scaled, as DoRA's, and ``scale`` is not 1; or if the prediction
+                depends on no layer in training.
         """
         if scale != 1 and self.adapter.use_dora:
             raise ModelError(
@@ -79,6 +80,12 @@ class AdapterStudent:
             prediction = self.model.predict(noisy, sigmas, conditioning).float()
         finally:
             self.set_scale(1.0)
+        if torch.is_grad_enabled() and not prediction.requires_grad:
+            raise ModelError(
+                f"the prediction of {type(self.model.module).__name__} depends on none of the {len(self.wrapped)} layers in "
+                f"training ({next(iter(self.wrapped))!r} is one): the model does not call them. If its projections are "
+                "fused, call unfuse_qkv_projections() first; else choose other targets."
+            )
         return backward_at_scale(prediction, self.set_scale, scale)
 
     def set_scale(self, scale: float) -> None:

@@ -29,6 +29,8 @@ class Tracker:
             "train/pairs_per_second": event.pairs_per_second,
             "train/peak_gib": event.peak_bytes / 2**30,
         }
+        if event.loss_scale is not None:
+            values |= {"train/loss_scale": event.loss_scale, "train/is_skipped": float(event.is_skipped)}
         self._tracker.log(values, step=event.step)
 
     def log_validation(self, result: ValidationResult) -> None:

@@ -32,6 +32,8 @@ from artaug.training.validation import Validation, ValidationResult, best_result
 _log = logging.getLogger(__name__)
 _DIGESTED_SIZE = 4096
 """Parameters of at most so many numbers identify a model's weights."""
+_SKIPPED_SHARE = 0.05
+"""Share of skipped steps above which there is a warning."""
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 """In the repr of an object whose class defines none; it differs from process to process."""
 
@@ -51,6 +53,8 @@ class TrainingResult:
     """Wall-clock time, encoding included; of the last run only, if it was resumed."""
     validations: tuple[ValidationResult, ...] = ()
     """Every validation, if there was one."""
+    skipped_steps: int = 0
+    """Steps of a float16 model whose gradient overflowed, so that they were not taken; they count in ``steps``."""
 
     @property
     def best_validation(self) -> ValidationResult | None:
@@ -152,6 +156,13 @@ class DifferentialLoRATrainer(TrainingConfig):
             lora = state.lora()
         else:
             lora = state.best_lora.scaled(best_result(state.validations).strength)
+        skipped_steps = 0 if state.loss_scale is None else state.loss_scale.skipped_steps
+        if skipped_steps > _SKIPPED_SHARE * state.step:
+            _log.warning(
+                "the gradients of %d of %d steps overflowed float16, and these steps were skipped: load the model in "
+                "bfloat16, or give it more steps.",
+                *(skipped_steps, state.step),
+            )
         return TrainingResult(
             lora=lora,
             losses=state.losses,
@@ -159,6 +170,7 @@ class DifferentialLoRATrainer(TrainingConfig):
             steps=state.step,
             seconds=log.seconds,
             validations=state.validations,
+            skipped_steps=skipped_steps,
         )
 
     def _run_fingerprint(self, pairs: Sequence[ImagePair], seed: int, validation: Validation | None) -> dict[str, str]:
