@@ -61,3 +61,16 @@ def picture_seeds(seed: int, count: int) -> list[int]:
     True
     """
     return [int(word) for word in np.random.SeedSequence(seed).generate_state(count)]
+
+
+def held_out_seed(seed: int) -> int:
+    """A seed for pictures that are only measured, unrelated to those that a run with ``seed`` learns from.
+
+    `picture_seeds` of one seed are the same words wherever they are used: a model would be judged on the very noise that
+    it was trained on.
+
+    >>> from artaug.synthesis import held_out_seed, picture_seeds
+    >>> set(picture_seeds(held_out_seed(0), 1000)).isdisjoint(picture_seeds(0, 1000))
+    True
+    """
+    return int(np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1)[0])

@@ -274,6 +274,25 @@ def test_several_seeds_a_prompt_still_count_it_once():
     assert "20 prompts, each drawn with the same 3 seeds" in comparison.table()
 
 
+def test_prompts_that_are_listed_twice_are_one_sample():
+    twice = [*PROMPTS[:10], *(f" {prompt.upper()}." for prompt in PROMPTS[:10])]
+    comparison = make_comparison(prompts=twice, seed=2)
+    row = comparison.row("Light", "round 2")
+    differences = np.subtract(comparison.candidates["round 2"].scores["Light"], comparison.base.scores["Light"])
+    per_prompt = differences.reshape(2, 10).mean(axis=0)
+    interval = paired_bootstrap(per_prompt, seed=2)
+    assert (row.n, row.win_rate, row.tie_rate) == (10, win_rate(per_prompt), tie_rate(per_prompt))
+    assert [row.delta, row.ci_low, row.ci_high] == pytest.approx([per_prompt.mean(), interval.low, interval.high])
+    assert row.p_value == sign_flip(per_prompt, seed=2)
+    assert "20 prompts (10 different ones, each counts once), each drawn" in comparison.table()
+    base, enhanced = comparison.paired_scores("Light", "round 2")
+    assert enhanced - base == pytest.approx(per_prompt)
+    with pytest.raises(aa.InvalidValueError, match="has no row"):
+        comparison.paired_scores("Light", "round 3")
+    with pytest.raises(aa.PromptError, match="at least 2 prompts, received 3, all the same"):
+        make_comparison(prompts=["a hill", "A hill", "a hill."])
+
+
 def test_the_first_seeds_are_those_of_a_comparison_with_one():
     assert make_comparison(images_per_prompt=3).base.scores["Light"][:20] == make_comparison().base.scores["Light"]
     assert make_comparison(images_per_prompt=3).base.images == make_comparison().base.images

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import artaug as aa
-from artaug.evaluation.comparison.rows import describe_row, finite_pairs
+from artaug.evaluation.comparison.rows import FEWEST_PROMPTS, describe_row, exceeds, finite_pairs
 
 
 def row(*, base=5.0, delta=0.0, low=-1.0, high=1.0, p_value=0.001, filtered_by=False):
@@ -85,6 +85,30 @@ def test_a_change_is_printed_in_percent_only_under_a_relative_guardrail():
     assert describe_row(change) == "taste up 0.50 [0.25, 0.75]"
     assert describe_row(change, aa.Guardrail("taste", 0.1)).startswith("taste up 12% (0.50) [0.25, 0.75], inside")
     assert describe_row(change, aa.Guardrail("taste", 0.1, relative=False)).startswith("taste up 0.50 [0.25, 0.75],")
+
+
+@pytest.mark.parametrize("count", [2, 5, 6, 8, 20])
+def test_a_candidate_without_effect_exceeds_zero_at_most_one_time_in_forty(count):
+    generator = np.random.default_rng(count)
+    # Skewed scores, means of two pictures a prompt; base and candidate draw from the same distribution.
+    exceeded = [exceeds(*generator.exponential(size=(2, 2, count)).mean(axis=0), 0.0, seed=run) for run in range(400)]
+    assert np.mean(exceeded) <= (0.04 if count >= FEWEST_PROMPTS else 0.0)  # standard deviation: 0.008
+
+
+def test_with_fewer_than_six_prompts_nothing_is_significant_and_with_six_something_is():
+    assert FEWEST_PROMPTS == 6
+    gains = np.array([1.0, 1.1, 0.9, 1.0, 1.2, 0.8])
+    assert exceeds(np.zeros(6), gains, 0.0, seed=0)
+    assert not exceeds(np.zeros(5), gains[:5], 0.0, seed=0)
+    assert not exceeds(np.zeros(6), -gains, 0.0, seed=0)
+    assert not exceeds(np.zeros(6), gains, 1.0, seed=0)
+    assert exceeds(np.zeros(6), gains, -1.0, seed=0)
+
+
+def test_scores_of_a_prompt_that_is_listed_again_count_once_by_their_mean():
+    clusters = np.array([0, 1, 0, 2, 1])
+    base, enhanced = finite_pairs(np.array([1.0, 2.0, 3.0, 4.0, np.nan]), np.array([2.0, 2.0, 4.0, 5.0, 9.0]), clusters)
+    assert (base.tolist(), enhanced.tolist()) == ([2.0, 2.0, 4.0], [3.0, 2.0, 5.0])
 
 
 def test_pairs_are_finite_in_both_arms_and_stay_paired():

@@ -9,10 +9,12 @@ import torch
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer
+from artaug.training import TrainingResult
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
 ADVICE = FixedCritic(aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.5, 1), "a bright window"),)))
 PROMPTS = ["a kitchen", "a harbour", "a garden"]
+HELD_OUT = [f"held-out picture {number}" for number in range(6)]
 TRAINER = aa.DifferentialLoRATrainer(rank=2, steps=2, batch_size=2, learning_rate=1e-2)
 
 
@@ -24,6 +26,16 @@ class ScriptedScorer(aa.Scorer):
 
     def score(self, image, prompt):
         return self.numbers.pop(0)
+
+
+class NeverDraws(aa.Synthesizer):
+    fingerprint = "a fake"
+
+    def synthesize(self, plan, *, seed):
+        raise AssertionError(plan, seed)
+
+    def training(self):
+        raise AssertionError
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +57,9 @@ def enhanced(synthesizer, *, prompts=PROMPTS, critic=ADVICE, keep=None, rounds=2
         critic=critic,
         planner=aa.GreedyPlanner(),
         keep=FixedFilter(keep=True) if keep is None else keep,
-        trainer=TRAINER,
-        fuser=aa.ConcatFuser(),
         rounds=rounds,
         batch_size=2,
-        **{"seed": 0, "progress": False, **options},
+        **{"trainer": TRAINER, "fuser": aa.ConcatFuser(), "seed": 0, "progress": False, **options},
     )
 
 
@@ -105,7 +115,7 @@ def test_the_base_model_is_bitwise_what_it_was(flux):
 
 def test_every_stage_is_timed_and_every_prompt_counted(flux):
     keep = FixedFilter(keep=True)
-    result = enhanced(flux, keep=keep, rounds=1, stop=aa.StopRule(ScriptedScorer([0.0] * 4), PROMPTS[:2]))
+    result = enhanced(flux, keep=keep, rounds=1, stop=aa.StopRule(ScriptedScorer([0.0] * 12), HELD_OUT))
     (only,) = result.rounds
     assert set(only.seconds) == {"draw", "critique", "redraw", "judge", "train", "combine", "measure"}
     assert min(only.seconds.values()) > 0
@@ -115,20 +125,23 @@ def test_every_stage_is_timed_and_every_prompt_counted(flux):
     assert summary["rounds"][0]["steps"] == 2
 
 
-# A stop rule with two prompts scores before, before, after, after.
+# A stop rule with six prompts scores six pictures before, then six after.
 @pytest.mark.parametrize(
-    ("scores", "accepted"),
+    ("after", "accepted"),
     [
-        ([0.0, 0.0, 1.0, 1.0], True),
-        ([0.0, 0.0, 0.0, 0.0], False),
-        ([1.0, 1.0, 0.0, 0.0], False),
-        ([0, 0, 1, -1], False),
+        ([1.0, 1.1, 1.0, 1.2, 1.0, 0.9], True),
+        ([0.0] * 6, False),
+        ([-1.0] * 6, False),
+        ([1, -1, 1, 1, -1, 1], False),
+        # The whole interval lies above zero, and the p-value is 4 / 64: a comparison's verdict would not call it a gain.
+        ([1.0, 1.1, 1.0, 1.2, 1.0, -0.05], False),
     ],
-    ids=["all better", "no change", "all worse", "not settled"],
+    ids=["all better", "no change", "all worse", "not settled", "not significant"],
 )
-def test_a_round_counts_only_if_its_whole_interval_lies_above_zero(flux, scores, accepted):
-    result = enhanced(flux, rounds=1, stop=aa.StopRule(ScriptedScorer(list(scores)), PROMPTS[:2]))
-    assert result.rounds[0].accepted is accepted
+def test_a_round_counts_only_if_a_verdict_would_call_it_a_gain(flux, after, accepted):
+    result = enhanced(flux, rounds=1, stop=aa.StopRule(ScriptedScorer([0.0] * 6 + list(after)), HELD_OUT))
+    (only,) = result.rounds
+    assert only.accepted is accepted is (only.gain.significant and only.gain.direction > 0)
     if not accepted:
         assert result.stop_reason == "round 1 did not help on held-out prompts"
         with pytest.raises(aa.NothingToLearnError, match="no round helped"):
@@ -136,10 +149,109 @@ def test_a_round_counts_only_if_its_whole_interval_lies_above_zero(flux, scores,
 
 
 def test_a_last_round_that_did_not_help_is_left_out_of_the_result(flux):
-    result = enhanced(flux, rounds=3, stop=aa.StopRule(ScriptedScorer([0, 0, 1, 1, 0, 0, 0, 0]), PROMPTS[:2]))
+    scores = [0] * 6 + [1] * 6 + [0] * 12
+    result = enhanced(flux, rounds=3, stop=aa.StopRule(ScriptedScorer(scores), HELD_OUT))
     assert [finished.accepted for finished in result.rounds] == [True, False]
     assert result.lora is result.rounds[0].lora
     assert result.stop_reason == "round 2 did not help on held-out prompts"
+
+
+@pytest.mark.parametrize(
+    "prompts", [HELD_OUT[:5], [*HELD_OUT[:5], HELD_OUT[0]], [*HELD_OUT[:5], f" {HELD_OUT[0].upper()}. "]], ids=str
+)
+def test_a_stop_rule_says_how_many_different_prompts_it_needs(prompts):
+    with pytest.raises(aa.PromptError, match="received 5 different prompts and needs at least 6"):
+        aa.StopRule(ScriptedScorer([]), prompts)
+    with pytest.raises(aa.PromptError, match="received one string"):
+        aa.StopRule(ScriptedScorer([]), "a hill")
+    with pytest.raises(aa.PromptError, match="prompt number 1 is ' '"):
+        aa.StopRule(ScriptedScorer([]), ["a hill", " "])
+
+
+@pytest.mark.parametrize("same", ["a kitchen", "A  Kitchen.", "\uff21 kitchen"])  # the last has a full-width letter
+def test_held_out_prompts_that_are_training_prompts_are_refused_by_name_before_anything_is_drawn(same):
+    stop = aa.StopRule(ScriptedScorer([]), [*HELD_OUT, same])
+    validation = aa.Validation(scorer=ScriptedScorer([]), prompts=["a moor", same])
+    with pytest.raises(aa.PromptError, match=f"StopRule has 1 prompts that are training prompts: {same!r}"):
+        enhanced(NeverDraws(), stop=stop)
+    with pytest.raises(aa.PromptError, match=f"Validation has 1 prompts that are training prompts: {same!r}"):
+        enhanced(NeverDraws(), validation=validation)
+    with pytest.raises(aa.PromptError, match="StopRule has 1 prompts that are the Validation's too: 'A MOOR'"):
+        enhanced(
+            NeverDraws(),
+            stop=aa.StopRule(ScriptedScorer([]), [*HELD_OUT, "A MOOR"]),
+            validation=aa.Validation(scorer=ScriptedScorer([]), prompts=["a moor"]),
+        )
+
+
+def test_held_out_pictures_have_seeds_that_no_training_picture_has(flux, monkeypatch):
+    drawn = []
+    synthesize = DiffusersSynthesizer.synthesize_batch
+
+    def recording(self, plans, *, seeds):
+        drawn.extend((plan.prompt in PROMPTS, seed) for plan, seed in zip(plans, seeds, strict=True))
+        return synthesize(self, plans, seeds=seeds)
+
+    monkeypatch.setattr(DiffusersSynthesizer, "synthesize_batch", recording)
+    stop = aa.StopRule(ScriptedScorer([0.0] * 6 + [1.0] * 12 + [2.0] * 6), HELD_OUT)
+    rounds = enhanced(flux, stop=stop).rounds
+    learned, measured = ({seed for training, seed in drawn if training is wanted} for wanted in (True, False))
+    assert (len(rounds), len(learned), len(measured)) == (2, 2 * len(PROMPTS), 2 * len(HELD_OUT))
+    assert learned.isdisjoint(measured)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnsWhatIsMissing(aa.DifferentialLoRATrainer):
+    """Learns exactly what is missing to a wanted update, as a fake that draws with a sum of LoRAs tells."""
+
+    def train(self, pairs, synthesizer, **_):
+        left, values, right = torch.linalg.svd(WANTED - synthesizer.update())
+        roots = values.sqrt()
+        lora = aa.LoRA({"x": aa.LowRank(roots[:, None] * right, left * roots)})
+        return TrainingResult(lora=lora, losses=(1.0,), pairs=len(pairs), steps=1, seconds=0.0)
+
+
+@dataclass(frozen=True)
+class SumOfLoRAs(SwatchSynthesizer):
+    loras: tuple = ()
+    fingerprint = "a fake"
+
+    def with_lora(self, lora, *, scale=1.0):
+        return SumOfLoRAs(loras=(*self.loras, lora.scaled(scale)))
+
+    def training(self):
+        raise AssertionError("the trainer is a fake")
+
+    def update(self):
+        return sum((delta(lora, "x") for lora in self.loras), torch.zeros(4, 4))
+
+
+WANTED = torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("fuser", "distance"),
+    [
+        (aa.ConcatFuser(), 0.0),
+        (aa.SvdFuser(rank=2), 5**0.5),
+        (aa.SvdFuser(rank=3), 1.0),
+        (aa.SvdFuser(energy=0.95), 1.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rounds", [1, 2, 3, 4])
+def test_with_a_fuser_that_cuts_ranks_no_round_moves_away_from_what_is_wanted(fuser, distance, rounds):
+    result = enhanced(SumOfLoRAs(), fuser=fuser, trainer=LearnsWhatIsMissing(), rounds=rounds)
+    assert len(result.rounds) == rounds
+    assert (delta(result.lora, "x") - WANTED).norm().item() == pytest.approx(distance, abs=1e-5)
+
+
+def test_without_loss_the_lora_is_bitwise_the_sum_of_all_trainings(flux):
+    rounds = enhanced(flux, rounds=3).rounds
+    summed = aa.ConcatFuser().fuse([finished.training.lora for finished in rounds])
+    for name, layer in summed.layers.items():
+        assert torch.equal(rounds[-1].lora.layers[name].down, layer.down)
+        assert torch.equal(rounds[-1].lora.layers[name].up, layer.up)
 
 
 def test_a_first_round_without_pairs_reports_how_its_prompts_ended(flux):
@@ -169,12 +281,12 @@ def test_a_later_round_that_keeps_nothing_ends_the_loop_with_the_rounds_before(f
 
 
 def test_a_synthesizer_without_a_model_to_train_is_refused_before_anything_is_drawn():
-    class NeverDraws(aa.Synthesizer):
+    class HasNoModel(aa.Synthesizer):
         def synthesize(self, plan, *, seed):
             raise AssertionError(plan, seed)
 
-    with pytest.raises(aa.ModelError, match="NeverDraws has no model to train"):
-        enhanced(NeverDraws())
+    with pytest.raises(aa.ModelError, match="HasNoModel has no model to train"):
+        enhanced(HasNoModel())
 
 
 def test_by_default_there_are_three_rounds_of_seed_0_in_chunks_of_eight_with_progress_bars():
@@ -189,9 +301,9 @@ def test_progress_bars_are_shown_only_if_wanted(flux, capsys, progress):
     assert ("round 1: improve: 100%" in capsys.readouterr().err) is progress
 
 
-@pytest.mark.parametrize(("at_least", "accepted"), [(0.5, True), (1.0, False)])
+@pytest.mark.parametrize(("at_least", "accepted"), [(0.5, True), (1.0, False), (-0.5, True)])
 def test_the_whole_interval_has_to_exceed_the_gain_that_a_stop_rule_requires(flux, at_least, accepted):
-    stop = aa.StopRule(ScriptedScorer([0.0, 0.0, 1.0, 1.0]), PROMPTS[:2], at_least=at_least)
+    stop = aa.StopRule(ScriptedScorer([0.0] * 6 + [1.0] * 6), HELD_OUT, at_least=at_least)
     assert enhanced(flux, rounds=1, stop=stop).rounds[0].accepted is accepted
 
 
@@ -204,7 +316,7 @@ def test_held_out_pictures_choose_what_a_round_has_learned(flux):
     results = []
     held_out = aa.Validation(
         scorer=ScriptedScorer([0.0] * 2 + [1.0, 1.0] + [2.0, 2.0]),
-        prompts=PROMPTS[:2],
+        prompts=HELD_OUT[:2],
         every=1,
         on_validation=results.append,
     )

@@ -7,17 +7,19 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from artaug._internal.prompts import check_disjoint, prompt_clusters
 from artaug.critique import Critic
-from artaug.errors import InvalidValueError, ModelError, NothingToLearnError
-from artaug.evaluation.comparison import ScoreRow, compare
+from artaug.errors import InvalidValueError, ModelError, NothingToLearnError, PromptError
+from artaug.evaluation.comparison import Comparison, ScoreRow, compare
+from artaug.evaluation.comparison.rows import FEWEST_PROMPTS, exceeds
 from artaug.filtering import BestOf, PairFilter
 from artaug.lora.fusing import ConcatFuser, Fuser, fuse_loras
 from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.plan import RegionPlanner
-from artaug.run.improve import StageEvent, improve, stage_timer
+from artaug.run.improve import StageEvent, check_prompts, improve, stage_timer
 from artaug.run.results import Enhancement, Round
 from artaug.scoring import Scorer
-from artaug.synthesis import Synthesizer, picture_seeds
+from artaug.synthesis import Synthesizer, held_out_seed, picture_seeds
 from artaug.training import Checkpoints, DifferentialLoRATrainer, Trainable, Validation
 
 
@@ -25,16 +27,38 @@ from artaug.training import Checkpoints, DifferentialLoRATrainer, Trainable, Val
 class StopRule:
     """Ends the loop when a round does not raise the scores of pictures of held-out prompts.
 
-    A round is accepted only if the whole 95% interval of the paired difference to the round before lies above
-    ``at_least``; otherwise the loop ends there and the round is left out of the result.
+    A round is accepted only if a comparison to the round before would call it a gain above ``at_least``: if the whole 95%
+    interval of the paired difference lies above it, and the sign-flip p-value is below 0.05. A round without effect is so
+    accepted at most 1 time in 40. Otherwise the loop ends there and the round is left out of the result.
+
+    It needs at least 6 different prompts, as no p-value of fewer can be below 0.05. To accept 8 of 10 rounds that gain d
+    standard deviations of the difference, it needs about ``8 / d**2`` of them: 32 for half a standard deviation.
+
+    Raises:
+        PromptError: for fewer than 6 different prompts, a blank one, or one string in place of a list.
     """
 
     scorer: Scorer
     """Measures progress. It should not be one that the pairs are filtered by."""
     prompts: Sequence[str]
-    """Drawn before and after each round; best held out from the training prompts."""
+    """Drawn before and after each round, with seeds that no training picture has; none of the training prompts."""
     at_least: float = 0.0
     """The gain, in the scorer's units, that the whole interval has to exceed."""
+
+    def __post_init__(self) -> None:
+        check_prompts(self.prompts)
+        different = len(set(prompt_clusters(self.prompts)))
+        if different < FEWEST_PROMPTS:
+            raise PromptError(
+                f"a StopRule received {different} different prompts and needs at least {FEWEST_PROMPTS}: with fewer no p-value "
+                "can be below 0.05, and no round would be accepted. Small gains need 30 or more."
+            )
+
+    def accepts(self, comparison: Comparison, *, seed: int) -> bool:
+        """Whether the only candidate of a comparison gained enough; ``seed`` is that of the statistics."""
+        (candidate,) = comparison.candidates
+        base, enhanced = comparison.paired_scores(self.scorer.name, candidate)
+        return exceeds(base, enhanced, self.at_least, seed=seed)
 
 
 def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good default or none possible
@@ -67,7 +91,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         planner: see `improve`.
         keep: see `improve`.
         trainer: learns a LoRA from the kept pairs of a round.
-        fuser: combines the LoRAs of all rounds into one.
+        fuser: combines the LoRA of each round with that of the rounds before, which it was learned on.
         rounds: at most this many, at least 1.
         candidates: see `improve`.
         validation: chooses each round's step and strength by pictures; without it the last step counts, at strength 1.
@@ -83,13 +107,16 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
 
     Raises:
         NothingToLearnError: if the first round keeps no pair; the message counts what happened to the prompts.
-        PromptError: if there are no prompts.
+        PromptError: if there are no prompts, or if those of ``stop`` or ``validation`` are not held out: a training
+            prompt is among them, or both of them have the same.
         ModelError: if the synthesizer has no model to train.
         StorageError: if a checkpoint cannot be written, or belongs to a run with other arguments or other pictures.
     """
     if rounds < 1:
         raise InvalidValueError(f"enhance(rounds={rounds}) would do nothing: need at least 1.")
     _as_trainable(synthesizer)
+    check_prompts(prompts)
+    _check_held_out(prompts, stop=stop, validation=validation)
     stages = _RoundStages(
         synthesizer=synthesizer,
         critic=critic,
@@ -161,11 +188,12 @@ class _RoundStages:
                 progress=self.progress,
             )
         with timed("combine"):
-            # Each training starts from the base plus all rounds before, so its update is added to theirs: the
-            # LoRA after this round is the sum of all updates, as in the paper.
-            lora = fuse_loras(self.fuser, [*(before.training.lora for before in finished), training.lora])
+            # A training learns what is missing to what it draws with: the base and the LoRA of the round before, as that
+            # was fused. So that LoRA, not the trainings behind it, is what its update is added to. Without loss the sums
+            # are the same, the paper's; a fuser that cuts ranks would else leave out twice what it left out once.
+            lora = fuse_loras(self.fuser, [*(before.lora for before in finished[-1:]), training.lora])
         with timed("measure"):
-            gain = self._measure_gain(current, self.synthesizer.with_lora(lora), seed=seed)
+            gain, accepted = self._measure_gain(current, self.synthesizer.with_lora(lora), seed=held_out_seed(seed))
         return Round(
             number=number,
             attempts=attempts,
@@ -173,7 +201,7 @@ class _RoundStages:
             lora=lora,
             seconds=dict(seconds),
             gain=gain,
-            accepted=gain is None or self.stop is None or gain.ci_low > self.stop.at_least,
+            accepted=accepted,
         )
 
     def _improve(
@@ -203,9 +231,10 @@ class _RoundStages:
             return None
         return replace(self.checkpoints, folder=Path(self.checkpoints.folder) / f"round-{number}")
 
-    def _measure_gain(self, before: Synthesizer, after: Synthesizer, *, seed: int) -> ScoreRow | None:
+    def _measure_gain(self, before: Synthesizer, after: Synthesizer, *, seed: int) -> tuple[ScoreRow | None, bool]:
+        """The gain on held-out prompts, and whether it is enough."""
         if self.stop is None:
-            return None
+            return None, True
         comparison = compare(
             before,
             {"after": after},
@@ -217,7 +246,19 @@ class _RoundStages:
             keep_images=0,
             progress=self.progress,
         )
-        return comparison.rows[0]
+        return comparison.rows[0], self.stop.accepts(comparison, seed=seed)
+
+
+def _check_held_out(prompts: Sequence[str], *, stop: StopRule | None, validation: Validation | None) -> None:
+    """Refuse to judge by what was learned from, or by what a step and strength were chosen by, before anything is drawn."""
+    learned = "What is learned from says nothing of other prompts."
+    if stop is not None:
+        check_disjoint(stop.prompts, prompts, owner="StopRule", are="training prompts", why=learned)
+    if validation is not None:
+        check_disjoint(validation.prompts, prompts, owner="Validation", are="training prompts", why=learned)
+    if stop is not None and validation is not None:
+        chosen = "They chose the step and the strength of what they would judge, which flatters it."
+        check_disjoint(stop.prompts, validation.prompts, owner="StopRule", are="the Validation's too", why=chosen)
 
 
 def _as_trainable(synthesizer: Synthesizer) -> Trainable:

@@ -64,7 +64,9 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
         CriticError: if the critic raises; a critic that cannot tell abstains.
         ContractError: if the synthesizer, critic, planner or filter returns something its seam does not allow.
     """
-    _check_arguments(prompts, batch_size)
+    check_prompts(prompts)
+    if batch_size < 1:
+        raise InvalidValueError(f"batch_size is {batch_size}: need at least 1 prompt in a chunk.")
     count = 1 if candidates is None else candidates.count
     # One row of seeds for the first candidate of every prompt, one for the second, ... The first row is the whole of
     # what a run without candidates draws with, and rows are cut into chunks as the prompts are.
@@ -129,7 +131,12 @@ class _Stages:
         return plan
 
 
-def _check_arguments(prompts: Sequence[object], batch_size: int) -> None:
+def check_prompts(prompts: Sequence[object]) -> None:
+    """Refuse what is no list of prompts.
+
+    Raises:
+        PromptError: if there are none, one is blank, or it is one string.
+    """
     if isinstance(prompts, str):
         raise PromptError(f"expected a list of prompts, received one string: {prompts!r}. Write [{prompts!r}].")
     if not prompts:
@@ -137,8 +144,6 @@ def _check_arguments(prompts: Sequence[object], batch_size: int) -> None:
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise PromptError(f"prompt number {index} is {prompt!r}: need a text that says what to draw.")
-    if batch_size < 1:
-        raise InvalidValueError(f"batch_size is {batch_size}: need at least 1 prompt in a chunk.")
 
 
 def stage_timer(on_stage: Callable[[StageEvent], None] | None) -> StageTimer:

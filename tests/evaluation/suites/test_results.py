@@ -214,6 +214,27 @@ def test_a_comparison_is_taken_apart_by_category():
         assert row.n == 6
 
 
+def test_a_prompt_that_a_suite_lists_twice_is_one_sample_of_its_intervals_and_two_cases_of_its_scores():
+    check = ObjectCheck((Clause("dog"),))
+    cases = tuple(Case(prompt, check, "dogs") for prompt in ("a dog", "A dog.", "two dogs", "a black dog"))
+    right = (True, False, True, True)
+    results = [[outcome(float(one), ("dogs", one))] for one in right]
+    result = SuiteResult.of(object_score(Suite("dogs", cases)), results)
+    interval = share_bootstrap([np.array([[1, 1, 1], [2, 1, 1]])])
+    for score in (result.overall, *result.categories):
+        assert (score.score, score.n) == (0.75, 3)
+        assert (score.ci_low, score.ci_high) == (interval.low, interval.high)
+
+
+def test_a_category_of_one_prompt_listed_twice_has_no_spread():
+    captions = ("a red cone at noon", "a red cone at noon", "a red ball at noon", "a blue ball at noon")
+    prompts = aa.PromptSet(captions, ("cones", "cones", "balls", "balls"))
+    scorer = FunctionScorer(function=lambda *_: 1.0, name="one")
+    comparison = aa.compare(Painter(), {"same": Painter()}, prompts, scorers=[scorer], progress=False)
+    with pytest.raises(aa.InvalidValueError, match=r"\['cones'\] have a single prompt"):
+        by_category(comparison, prompts)
+
+
 def test_a_category_of_one_prompt_has_no_spread():
     suite = shapes(7)
     comparison = aa.compare(

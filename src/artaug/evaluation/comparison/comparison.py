@@ -1,6 +1,6 @@
 """The result of a comparison as a value: its rows, the scores they are computed from, the table and the verdicts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from math import isnan
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.prompts import prompt_clusters
 from artaug._internal.text import table_html
 from artaug.errors import InvalidValueError
-from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailure, describe_row
+from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailure, describe_row, finite_pairs
 
 _HEADINGS = ("scorer", "candidate", "base", "enhanced", "difference", "95% interval", "wins")
 _LEFT_ALIGNED = (0, 1)
@@ -35,6 +36,12 @@ class Arm:
         """One score a prompt, the mean over its seeds: (prompts,), from (seeds x prompts,)."""
         means: np.ndarray = np.reshape(self.scores[scorer], (-1, prompts)).mean(axis=0)
         return means
+
+
+def paired_scores(base: Arm, candidate: Arm, scorer: str, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The scores of two arms, one a different prompt, without those on which the scorer failed."""
+    before, after = (arm.by_prompt(scorer, len(prompts)) for arm in (base, candidate))
+    return finite_pairs(before, after, prompt_clusters(prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +83,15 @@ class Comparison:
             describe_row(row, guardrails.get(row.scorer)) for row in self.rows if row.candidate == candidate
         )
 
+    def paired_scores(self, scorer: str, candidate: str) -> tuple[np.ndarray, np.ndarray]:
+        """The scores of base and candidate that a row is computed from: one a different prompt, (different prompts,) each.
+
+        Raises:
+            InvalidValueError: if there is no such row, naming those there are.
+        """
+        self.row(scorer, candidate)
+        return paired_scores(self.base, self.candidates[candidate], scorer, self.prompts)
+
     def row(self, scorer: str, candidate: str) -> ScoreRow:
         """The row of one scorer and candidate.
 
@@ -105,7 +121,9 @@ class Comparison:
     def notes(self) -> list[str]:
         """How to read the rows, one sentence an item."""
         seeds = "seed" if self.images_per_prompt == 1 else f"{self.images_per_prompt} seeds"
-        design = f"{len(self.prompts)} prompts, each drawn with the same {seeds} by every candidate"
+        different = int(prompt_clusters(self.prompts).max()) + 1
+        repeated = f" ({different} different ones, each counts once)" if different < len(self.prompts) else ""
+        design = f"{len(self.prompts)} prompts{repeated}, each drawn with the same {seeds} by every candidate"
         notes = [f"{design}; interval: bootstrap over prompts; wins: ties count half."]
         if any(row.filtered_by for row in self.rows):
             notes.append("† The training pairs were filtered by this scorer, so it says less than the others.")

@@ -13,9 +13,10 @@ from typing import Protocol
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
+from artaug._internal.prompts import prompt_clusters
 from artaug.errors import InvalidValueError, PromptError, ScoringError
-from artaug.evaluation.comparison.comparison import Arm, Comparison
-from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailure, finite_pairs
+from artaug.evaluation.comparison.comparison import Arm, Comparison, paired_scores
+from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailure
 from artaug.evaluation.statistics import holm, sign_flip
 from artaug.images.similarity import SimilarityMetric
 from artaug.images.similarity import diversity as diversity_of
@@ -56,9 +57,11 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
     Args:
         base: what the candidates are measured against.
         candidates: by their names in tables.
-        prompts: what to draw, at least 2; best held out from training.
+        prompts: what to draw, at least 2 different ones; best held out from training. One that is listed more than once
+            counts once, by the mean of its pictures; letter case, blanks and punctuation at the ends make no difference.
         scorers: score the pictures; their names must differ.
-        seed: of the pictures and of the bootstrap; the same arguments give the same comparison.
+        seed: of the pictures and of the bootstrap; the same arguments give the same comparison. Take another than that of
+            an `improve` whose pairs the candidates learned from, or they are judged on the noise that they saw.
         images_per_prompt: pictures of a prompt, each with a seed of its own; a prompt still counts once, by the mean
             of its pictures.
         diversity: how alike two pictures are (`ImageSimilarity`, or a function of two pictures); adds a row
@@ -258,9 +261,8 @@ class Evaluator:
 
     def has_enough_scores(self, base: Arm, candidates: Mapping[str, Arm]) -> bool:
         """Whether every row has at least two prompts, without which it has no interval."""
-        count = len(self.prompts)
         return all(
-            len(finite_pairs(base.by_prompt(row, count), arm.by_prompt(row, count))[0]) >= 2
+            len(paired_scores(base, arm, row, self.prompts)[0]) >= 2
             for row, arm in product(self.row_dependencies, candidates.values())
         )
 
@@ -271,9 +273,8 @@ class Evaluator:
 
         The p-values of one candidate are Holm-corrected over its rows: the family is all comparisons of that candidate.
         """
-        count = len(self.prompts)
         pairs = {
-            (row, name): finite_pairs(base.by_prompt(row, count), arm.by_prompt(row, count))
+            (row, name): paired_scores(base, arm, row, self.prompts)
             for row, (name, arm) in product(self.row_dependencies, candidates.items())
         }
         p_values: dict[tuple[str, str], float] = {}
@@ -316,8 +317,10 @@ def scorer_names(filtered_by: Collection[str | HasScorers]) -> frozenset[str]:
 
 def _check_arguments(candidates: Mapping[str, Synthesizer], prompts: Sequence[str], scorers: Sequence[Scorer]) -> None:
     """Refuse arguments that cannot be compared, before anything is drawn."""
-    if isinstance(prompts, str) or len(prompts) < 2:
-        received = repr(prompts) if isinstance(prompts, str) else f"{len(prompts)}"
+    if isinstance(prompts, str) or len(set(prompt_clusters(prompts))) < 2:
+        received = (
+            repr(prompts) if isinstance(prompts, str) else f"{len(prompts)}" + ", all the same" * (len(prompts) > 1)
+        )
         raise PromptError(
             f"compare needs a list of at least 2 prompts, received {received}. More prompts narrow the interval."
         )

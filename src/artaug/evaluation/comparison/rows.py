@@ -1,6 +1,6 @@
 """The rows of a comparison, its guardrails, and what both say in words."""
 
-from math import floor, isfinite, log10
+from math import ceil, floor, isfinite, log2, log10
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -8,9 +8,11 @@ from pydantic import Field
 
 from artaug._internal.values import value
 from artaug.errors import InvalidValueError
-from artaug.evaluation.statistics import paired_bootstrap, tie_rate, win_rate
+from artaug.evaluation.statistics import paired_bootstrap, sign_flip, tie_rate, win_rate
 
 _ALPHA = 0.05
+FEWEST_PROMPTS = ceil(log2(2 / _ALPHA))
+"""With fewer prompts no row can be significant: the smallest p-value of n sign flips is 2 / 2^n."""
 
 
 @value
@@ -32,7 +34,7 @@ class ScoreRow:
     win_rate: Annotated[float, Field(ge=0, le=1)]
     """Share of prompts on which the candidate scores higher; ties count half."""
     n: Annotated[int, Field(gt=0)]
-    """Number of prompts."""
+    """Number of different prompts; one that is listed more than once counts once, by its mean."""
     filtered_by: bool = False
     """Whether the training pairs were filtered by this scorer or a part of it, which then says less than the others."""
     tie_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -87,10 +89,36 @@ class ScoreRow:
         return self.direction != 0 and self.p_value < _ALPHA
 
 
-def finite_pairs(base: np.ndarray, enhanced: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The scores of the prompts that both arms have a score for, without the prompts on which a scorer failed (NaN)."""
+def exceeds(base: np.ndarray, enhanced: np.ndarray, at_least: float, *, seed: int) -> bool:
+    """Whether the gain lies above ``at_least`` by the criterion of `ScoreRow.significant`, with a single scorer.
+
+    The whole interval of the differences less ``at_least`` has to lie above zero, and their p-value below 0.05.
+    """
+    p_value = sign_flip(enhanced - base - at_least, seed=seed)
+    shifted = ScoreRow.of(
+        "", "", base=base + at_least, enhanced=enhanced, p_value=p_value, filtered_by=False, seed=seed
+    )
+    return shifted.significant and shifted.direction > 0
+
+
+def finite_pairs(
+    base: np.ndarray, enhanced: np.ndarray, clusters: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scores that both arms have, one a cluster of equal prompts, without those on which a scorer failed (NaN).
+
+    Args:
+        base: one score a prompt.
+        enhanced: likewise.
+        clusters: one number a prompt; prompts of one number are repetitions, and count once, by their mean: two pictures
+            of a prompt are no independent evidence. None if all prompts are different.
+    """
     both = np.isfinite(base) & np.isfinite(enhanced)
-    return base[both], enhanced[both]
+    if clusters is None:
+        return base[both], enhanced[both]
+    members = np.unique(clusters[both], return_inverse=True)[1]
+    counts = np.bincount(members)
+    base, enhanced = (np.bincount(members, weights=scores[both]) / counts for scores in (base, enhanced))
+    return base, enhanced
 
 
 @value

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from artaug._internal.contracts import check_batch
+from artaug._internal.prompts import prompt_clusters
 from artaug._internal.values import value
 from artaug.errors import InvalidValueError
 from artaug.evaluation.comparison import Comparison, ScoreRow
@@ -35,7 +36,7 @@ class CategoryScore:
     ci_high: float
     """Upper end of it."""
     n: int
-    """Number of prompts."""
+    """Number of different prompts; the interval is computed as if one that is listed more than once were one sample."""
 
 
 @final
@@ -64,7 +65,8 @@ class SuiteResult:
             raise InvalidValueError(
                 f"{len(outcomes)} lists of outcomes for {len(cases)} cases: need one each, not empty."
             )
-        tallies = _category_tallies(outcomes)
+        clusters = prompt_clusters(case.prompt for case in cases)
+        tallies = _category_tallies(outcomes, clusters)
         categories = tuple(
             CategoryScore(name, *_share([tally], seed=seed), n=tally.shape[1]) for name, tally in tallies.items()
         )
@@ -72,11 +74,11 @@ class SuiteResult:
             groups = list(tallies.values())
         else:
             means = [np.mean([outcome.score for outcome in case_outcomes]) for case_outcomes in outcomes]
-            groups = [np.array([means, np.ones(len(means))])]
+            groups = [np.array([np.bincount(clusters, weights=means), np.bincount(clusters)])]
         return cls(
             suite=scorer.suite,
             scorer=scorer.name,
-            overall=CategoryScore(_OVERALL, *_share(groups, seed=seed), n=len(cases)),
+            overall=CategoryScore(_OVERALL, *_share(groups, seed=seed), n=int(clusters.max()) + 1),
             categories=categories,
             outcomes=tuple(tuple(case_outcomes) for case_outcomes in outcomes),
         )
@@ -185,7 +187,8 @@ def by_category(comparison: Comparison, prompts: PromptSet, *, seed: int = 0) ->
     indices: defaultdict[str, list[int]] = defaultdict(list)
     for index, category in enumerate(prompts.categories):
         indices[category].append(index)
-    if single := [category for category, members in indices.items() if len(members) < 2]:
+    clusters = prompt_clusters(prompts)
+    if single := [category for category, members in indices.items() if len(set(clusters[members])) < 2]:
         raise InvalidValueError(f"by_category: {single} have a single prompt, which has no spread: need at least 2.")
     return tuple(row for name in comparison.candidates for row in _category_rows(comparison, name, indices, seed=seed))
 
@@ -193,12 +196,18 @@ def by_category(comparison: Comparison, prompts: PromptSet, *, seed: int = 0) ->
 def _category_rows(
     comparison: Comparison, candidate: str, indices: Mapping[str, Sequence[int]], *, seed: int
 ) -> Iterator[ScoreRow]:
-    count, arm = len(comparison.prompts), comparison.candidates[candidate]
+    count, arm, clusters = (
+        len(comparison.prompts),
+        comparison.candidates[candidate],
+        prompt_clusters(comparison.prompts),
+    )
     rows = [row for row in comparison.rows if row.candidate == candidate]
     cells = []
     for row, (category, members) in product(rows, indices.items()):
         base, enhanced = finite_pairs(
-            comparison.base.by_prompt(row.scorer, count)[members], arm.by_prompt(row.scorer, count)[members]
+            comparison.base.by_prompt(row.scorer, count)[members],
+            arm.by_prompt(row.scorer, count)[members],
+            clusters[members],
         )
         if len(base) < 2:
             raise InvalidValueError(f"by_category: {row.scorer} raised on all but {len(base)} prompts of {category!r}.")
@@ -216,17 +225,15 @@ def _category_rows(
         )
 
 
-def _category_tallies(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, np.ndarray]:
-    """For each category the number of right and of all results of each prompt that has any: (2, prompts)."""
-    columns: defaultdict[str, list[list[float]]] = defaultdict(list)
-    for case_outcomes in outcomes:
-        tallies: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+def _category_tallies(outcomes: Sequence[Sequence[Outcome]], clusters: np.ndarray) -> dict[str, np.ndarray]:
+    """For each category the number of right and of all results of each different prompt that has any: (2, prompts)."""
+    tallies: defaultdict[str, dict[int, list[float]]] = defaultdict(dict)
+    for case_outcomes, cluster in zip(outcomes, clusters.tolist(), strict=True):
         for category, right in (result for outcome in case_outcomes for result in outcome.category_results):
-            tallies[category][0] += right
-            tallies[category][1] += 1
-        for category, tally in tallies.items():
-            columns[category].append(tally)
-    return {category: np.array(tallies).T for category, tallies in columns.items()}
+            tally = tallies[category].setdefault(cluster, [0.0, 0.0])
+            tally[0] += right
+            tally[1] += 1
+    return {category: np.array([*by_cluster.values()]).T for category, by_cluster in tallies.items()}
 
 
 def _share(groups: Sequence[np.ndarray], *, seed: int) -> tuple[float, float, float]:
