@@ -160,3 +160,13 @@ def test_alphas_that_differ_which_diffusers_loses_in_a_unets_kohya_file_are_foun
     save_file(tensors, tmp_path / "lora.safetensors")
     with pytest.raises(LoRAError, match="StableDiffusionPipeline finds another update"):
         verify_export(tmp_path / "lora.safetensors", LoRA(expected), key_map=SD15)
+
+
+def test_a_negative_alpha_which_diffusers_never_finishes_to_read_is_an_error(tmp_path):
+    key = "lora_unet_double_blocks_0_img_attn_proj"
+    factors = {f"{key}.lora_down.weight": torch.randn(4, 32), f"{key}.lora_up.weight": torch.randn(32, 4)}
+    save_file({**factors, f"{key}.alpha": torch.tensor(-2.0)}, tmp_path / "a.safetensors")
+    with pytest.raises(LoRAError, match=r"alpha' is negative.*Write the file anew"):
+        verify_export(tmp_path / "a.safetensors")
+    again = LoRA.load(tmp_path / "a.safetensors").save(tmp_path / "b.safetensors", format=Format.KOHYA, key_map=FLUX1)
+    assert verify_export(again).worst[1] < 1e-6

@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save
 
 import artaug as aa
 from artaug import hub
@@ -415,6 +416,21 @@ def test_a_repository_without_one_file_to_pull_is_an_error(held, file, message, 
     server.add("me/taste", **held)
     with pytest.raises(HubError, match=message):
         hub.pull("me/taste", file=file, endpoint=server.url, token=READER)
+
+
+@pytest.mark.parametrize("folder", ["", "adapters/first/"])
+def test_an_adapter_of_peft_is_pulled_with_the_strength_of_its_config(folder, server):
+    layer = aa.LowRank(torch.randn(2, 8), torch.randn(8, 2))
+    key = "base_model.model.transformer_blocks.0.attn.to_q"
+    held = {
+        f"{folder}adapter_model.safetensors": save(
+            {f"{key}.lora_A.weight": layer.down, f"{key}.lora_B.weight": layer.up}
+        ),
+        f"{folder}adapter_config.json": b'{"peft_type": "LORA", "r": 2, "lora_alpha": 16, "use_rslora": false}',
+    }
+    server.add("me/peft", **held)
+    pulled = hub.pull("me/peft", endpoint=server.url, token=READER)
+    torch.testing.assert_close(pulled.layers["transformer_blocks.0.attn.to_q"].delta(), 8 * layer.delta())
 
 
 def test_what_is_not_there_cannot_be_pulled(server):

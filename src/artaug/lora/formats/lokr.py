@@ -56,8 +56,14 @@ def lokr_layer(parts: Mapping[str, Tensor]) -> LowRank:
         raise LoRAError(f"the factors of a LoKr do not fit together: {shapes}.")
     check_numel(up1.shape[0] * up2.shape[0], up1.shape[1] * up2.shape[1])
     check_numel(down1.shape[0] * down2.shape[0], down1.shape[1] * down2.shape[1], *down2.shape[2:])
-    kernel = (1 for _ in down2.shape[2:])
-    return LowRank(torch.kron(down1.reshape(*down1.shape, *kernel), down2), torch.kron(up1, up2))
+    return LowRank(_kronecker(down1, down2), _kronecker(up1, up2))
+
+
+def _kronecker(first: Tensor, second: Tensor) -> Tensor:
+    """The Kronecker product of (m, n) and (p, q, kernel...): (m p, n q, kernel...). torch.kron fails on some strides."""
+    kernel = second.shape[2:]
+    products = first.reshape(first.shape[0], 1, first.shape[1], 1, *(1 for _ in kernel)) * second[None, :, None]
+    return products.reshape(first.shape[0] * second.shape[0], first.shape[1] * second.shape[1], *kernel)
 
 
 def _factors(parts: Mapping[str, Tensor], role: str) -> tuple[Tensor, Tensor]:
