@@ -1,10 +1,12 @@
 """Drawing with a real, tiny FluxPipeline: compared with diffusers itself, and with the laws of the design."""
 
 import dataclasses
+import json
 import math
 import os
 import subprocess
 import sys
+import warnings
 from itertools import pairwise
 
 import accelerate
@@ -15,6 +17,7 @@ from diffusers import DPMSolverMultistepScheduler, FluxPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 import artaug as aa
 from artaug._internal.images import as_rgb
@@ -473,3 +476,59 @@ def test_the_fingerprint_is_the_same_in_every_process(synthesizer):
         dataclasses.replace(synthesizer, max_sequence_length=8),
     ]
     assert len({other.fingerprint for other in (synthesizer, *others)}) == 4
+
+
+class RunsCode:
+    """A pickle that would leave a trace."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return open, (str(self.trace), "w")
+
+
+def as_pickle(folder, part="vae"):
+    """Replace the safetensors weights of a part by pickled ones."""
+    weights = folder / part / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    return weights
+
+
+def test_pickled_weights_are_read_only_if_asked_for(tmp_path, synthesizer):
+    synthesizer.pipeline.save_pretrained(tmp_path)
+    as_pickle(tmp_path)
+    with pytest.raises(aa.ModelError, match=r"safetensors.*only with allow_pickle=True"):
+        DiffusersSynthesizer.from_pretrained(tmp_path, **DRAWING)
+    assert DiffusersSynthesizer.from_pretrained(tmp_path, allow_pickle=True, **DRAWING).pipeline.vae is not None
+
+
+def test_an_index_that_names_pickles_is_refused(tmp_path, synthesizer):
+    synthesizer.pipeline.save_pretrained(tmp_path)
+    weights = as_pickle(tmp_path)
+    torch.save(RunsCode(tmp_path / "trace"), weights.with_suffix(".bin"))
+    names = {"weight_map": {"decoder.conv_in.weight": "diffusion_pytorch_model.bin"}}
+    weights.with_name(weights.name + ".index.json").write_text(json.dumps(names))
+    with pytest.raises(aa.ModelError, match=r"names 'diffusion_pytorch_model\.bin', which is no safetensors file"):
+        DiffusersSynthesizer.from_pretrained(tmp_path, **DRAWING)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("tile", [TINY_SIZE // 2, TINY_SIZE, 2 * TINY_SIZE])
+def test_a_vae_that_works_in_tiles_is_warned_of_where_it_has_seams(tile):
+    pipeline = tiny_flux()
+    vae = pipeline.vae
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // pipeline.vae_scale_factor
+    synthesizer = make_synthesizer(pipeline)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image = synthesizer.synthesize(BARN, seed=0)
+        with synthesizer.training() as model:
+            model.encode_images([image])
+    expected = 2 * (tile < max(image.size))
+    assert len([warning for warning in caught if "disable_tiling()" in str(warning.message)]) == expected
+    vae.disable_tiling()
+    vae.enable_slicing()
+    synthesizer.synthesize(BARN, seed=0)  # a warning would be an error

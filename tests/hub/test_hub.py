@@ -1,11 +1,14 @@
 """Pushing to and pulling from a Hub on this machine through the real client: the files, the card and the errors."""
 
+import dataclasses
 import logging
 import traceback
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
@@ -14,6 +17,7 @@ import artaug as aa
 from artaug import hub
 from artaug.errors import HubError, InvalidValueError, LoRAError, NothingToLearnError
 from support.hub_server import READER, WRITER, hub_server
+from support.strategies import prompts
 
 pytestmark = [
     pytest.mark.loopback,
@@ -157,12 +161,12 @@ def test_the_card_holds_the_metadata_and_the_facts_of_the_run(server):
         'DiffusionPipeline.from_pretrained("lab/base", revision="0123abc", dtype=torch.bfloat16)',
         'pipeline.set_adapters("artaug", 0.8)',
         f"put `{KOHYA_FILE}` where they look for LoRAs",
-        "| 1 | 5 | 3 | 2 | Exposure +0.1 (+0.05 to +0.15, 32) | yes |",
-        "- critic: `` a `critic` ``",
+        "| 1 | 5 | 3 | 2 | `Exposure` +0.1 (+0.05 to +0.15, 32) | yes |",
+        "- `critic`: `` a `critic` ``",
         "objective=PairedDifference(",
-        "| Chroma\\|x † | round 1 | 64 | 0.500 | 0.600 | +0.100 | +0.050 to +0.150 | 80.0% | 0.01 |",
+        "| `Chroma\\|x` † | `round 1` | 64 | 0.500 | 0.600 | +0.100 | +0.050 to +0.150 | 80.0% | 0.01 |",
         "no evidence of a gain: the training pairs were filtered by it",
-        "comes under its licence: [lab-non-commercial](https://lab.example/licence)",
+        "comes under its licence: [`lab-non-commercial`](https://lab.example/licence)",
     ):
         assert text in card.text
 
@@ -453,3 +457,78 @@ def test_a_safetensors_file_that_is_no_lora_is_an_error(server):
     server.add("me/taste", **{"a.safetensors": b"x" * 100})
     with pytest.raises(LoRAError, match="is not a LoRA file"):
         hub.pull("me/taste", endpoint=server.url, token=READER)
+
+
+# --- what others said ---------------------------------------------------------------------------------------------------
+
+MARKUP = (
+    "![x](https://evil.example/pixel.png) [Get the fixed weights](https://evil.example/w)",
+    "https://evil.example www.evil.example me@evil.example @someone #1",
+    "<img src=x onerror=alert(1)> <!-- <script>",
+    "a\n\n# A heading\n\n---\n\n- item\n\n| a | b |\n|---|---|",
+    "a\r\rb\u2028c\x85d\x0be\x00f",
+    "`code` ``more`` ``` | \\| \\",
+    "`", "```\n# out of the fence\n", "*a* _b_ ~~c~~ $x$ &lt; &#35;", "a\n---\nlicense: mit", ": - {a: b} 'q' \"",
+)  # fmt: skip
+
+
+def card_of(text):
+    """The card of a push in which everything that is not artaug's own is ``text``."""
+    row = aa.ScoreRow(text, text, 0.5, 0.6, 0.1, 0.05, 0.15, 0.8, 64, filtered_by=True, p_value=0.01)
+    arm = aa.Arm(synthesizer=text, scores={}, images=())
+    failure = aa.ScoringFailure(text, text, text, 0, text)
+    comparison = aa.Comparison(
+        rows=(row,), prompts=(text,), seeds=(0,), base=arm, candidates={text: arm}, failures=(failure,)
+    )
+    return hub.push(
+        dataclasses.replace(run(gain=row), stop_reason=text),
+        "me/taste",
+        base=hub.Base("lab/base", text, "other", text, f"https://lab.example/{text}"),
+        comparison=comparison,
+        about={text: text},
+        samples=[hub.Sample(prompt=text, image=Image.new("RGB", (8, 8)))],
+        dry_run=True,
+    ).card
+
+
+def structure(card):
+    """What the body of a card is made of, by a reader of Markdown: everything but the text in code and of headings."""
+    body = card.partition("\n---\n")[2]
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    flat = [inner for token in tokens for inner in (token, *(token.children or ()))]
+    texts = [token.content for token in flat if token.type == "text"]
+    links = [token.attrs["href"].partition("lab.example/")[:2] for token in flat if token.type == "link_open"]
+    return [token.type for token in flat if token.type != "inline"], texts, links
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_nothing_that_others_said_is_live_on_the_card(text):
+    assert structure(card_of(text)) == structure(card_of("a plain word"))
+
+
+@settings(max_examples=30)
+@given(text=prompts.filter(str.strip))
+def test_no_text_is_live_on_the_card(text):
+    assert structure(card_of(text)) == structure(card_of("a plain word"))
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_the_header_of_the_card_holds_what_it_was_given(text):
+    data = ModelCard(card_of(text)).data
+    assert (data.base_model, data.license) == ("lab/base", "other")
+    assert data.widget[0]["output"] == {"url": "images/sample-1.png"}
+    assert data.license_link.startswith("https://lab.example/")
+    assert set(data.to_dict()) == set(ModelCard(card_of("a plain word")).data.to_dict())
+
+
+def test_reasons_stay_off_the_card():
+    card = card_of("the words of a server")
+    assert "It ended because" not in card
+    stopped = dataclasses.replace(run(), stop_reason="SECRET REASON")
+    assert "SECRET REASON" not in hub.push(stopped, "me/taste", dry_run=True).card
+
+
+@pytest.mark.parametrize("link", ["javascript:alert(1)", "data:text/html,x", "//evil.example", "LICENSE.md"])
+def test_a_licence_link_that_is_no_page_of_the_web_is_no_link(link):
+    card = hub.push(flux_lora(), "me/taste", base=hub.Base("lab/x", None, "other", "own", link), dry_run=True).card
+    assert link not in card

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,7 +12,9 @@ import textwrap
 import threading
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import pytest
@@ -352,3 +355,33 @@ def test_a_kill_loses_no_confirmed_decision(tmp_path, signal_number):
             program.kill()
     assert output == ("interrupted\n" if signal_number is signal.SIGINT else "")
     assert aa.ManualReview(path).progress(PAIRS) == aa.ReviewProgress(1, 1, 2)
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.loopback
+def test_the_secret_reaches_the_browser_by_a_file_that_only_this_user_can_read(tmp_path, monkeypatch):
+    opened = {}
+
+    def read_as_a_browser(address):
+        file = Path(url2pathname(urlsplit(address).path))
+        opened.update(address=address, file=file, modes=[path.stat().st_mode & 0o077 for path in (file, file.parent)])
+        page = file.read_text()
+        opened["url"] = re.search(r'url=(http://127[^"]*)"', page).group(1)
+        opened["client"] = client = Client(opened["url"])
+        tab = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+        opened["page"] = client.request("GET", client.path, None, tab)[0]
+        opened["state"] = client.request("GET", client.path + "state", None, tab)[0]
+        opened["frame"] = client.request("GET", client.path, None, {**tab, "Sec-Fetch-Dest": "iframe"})[0]
+        client.finish()
+
+    monkeypatch.setattr("webbrowser.open", read_as_a_browser)
+    aa.ManualReview(tmp_path / "new" / "x.jsonl").serve(PAIRS)
+
+    secret = urlsplit(opened["url"]).path.strip("/")
+    assert len(secret) > 20
+    assert secret not in opened["address"]
+    assert opened["modes"] == [0, 0]
+    assert (opened["page"], opened["state"], opened["frame"]) == (200, 403, 403)
+    assert not opened["file"].parent.exists()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from artaug._internal.extras import optional
 from artaug._internal.images import as_rgb
+from artaug._internal.weights import check_safetensors
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import Coordinates, coordinates_for
 from artaug.critics.dialogue import ChatReply, ChatRequest, run_dialogue
@@ -94,6 +95,7 @@ class VLMCritic(Critic):
         constrained: bool = True,
         max_new_tokens: int = 1024,
         batch_size: int = 8,
+        allow_pickle: bool = False,
     ) -> Self:
         """Load a model and its processor.
 
@@ -110,9 +112,11 @@ class VLMCritic(Critic):
             constrained: see the field.
             max_new_tokens: see the field.
             batch_size: see the field.
+            allow_pickle: also read weights that are not in safetensors, which can run code when they are read.
 
         Raises:
-            ModelError: if there is no image-text-to-text model at ``source``.
+            ModelError: if there is no image-text-to-text model at ``source``, or none in safetensors without
+                ``allow_pickle``.
             InvalidValueError: if ``coordinates`` are not given and the model's family is unknown; no weights are read then.
             MissingExtraError: for ``constrained`` decoding without llguidance; nothing is read then.
         """
@@ -124,6 +128,8 @@ class VLMCritic(Critic):
             config = AutoConfig.from_pretrained(source, revision=revision)
             preset = coordinates_for(config.model_type) if coordinates is None else coordinates
             processor = AutoProcessor.from_pretrained(source, revision=revision)
+            if not allow_pickle:
+                check_safetensors(source)
             model = AutoModelForImageTextToText.from_pretrained(
                 source,
                 revision=revision,
@@ -131,13 +137,14 @@ class VLMCritic(Critic):
                 device_map=None if device is None else {"": device},
                 attn_implementation=attn_implementation,
                 quantization_config=quantization,
+                use_safetensors=None if allow_pickle else True,
             )
         except InvalidValueError:
             raise
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{source!r} could not be loaded: {error} Expected an image-text-to-text model with its processor: a "
-                "folder written by save_pretrained, or a name on the Hub."
+                "folder written by save_pretrained, or a name on the Hub. Pickled weights are read only with allow_pickle=True."
             ) from error
         make_conversation = Conversation.in_two_stages if analyze_first else Conversation
         return cls(

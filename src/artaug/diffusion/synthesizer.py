@@ -14,6 +14,8 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from artaug._internal.digests import digest
+from artaug._internal.weights import check_safetensors
+from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_at, family_of
 from artaug.diffusion.offload import check_trainable
@@ -99,6 +101,7 @@ class DiffusersSynthesizer(Synthesizer):
         negative_prompt: str | None = None,
         true_cfg_scale: float = 1.0,
         max_sequence_length: int | None = None,
+        allow_pickle: bool = False,
     ) -> Self:
         """Load a pipeline from a folder or the Hub and draw with it.
 
@@ -108,11 +111,24 @@ class DiffusersSynthesizer(Synthesizer):
             dtype: of the weights; None for float32. FLUX.1 is made for ``torch.bfloat16``.
             device: where to put the pipeline; None for the CPU. To offload, load it yourself and use the constructor.
             width, height, steps, guidance_scale, negative_prompt, true_cfg_scale, max_sequence_length: the fields.
+            allow_pickle: also read weights that are not in safetensors, which can run code when they are read.
 
         Raises:
-            ModelError: if there is no pipeline at ``source``, or one of an unknown family; no weights are read then.
+            ModelError: if there is no pipeline at ``source``, or one of an unknown family; no weights are read then. If a
+                part of it has no weights in safetensors and ``allow_pickle`` is False.
         """
-        pipeline = family_at(source).pipeline_class.from_pretrained(source, dtype=dtype)  # type: ignore[attr-defined]
+        family = family_at(source)
+        if not allow_pickle:
+            check_safetensors(source)
+        try:
+            pipeline = family.pipeline_class.from_pretrained(  # type: ignore[attr-defined]
+                source, dtype=dtype, use_safetensors=None if allow_pickle else True
+            )
+        except OSError as error:
+            raise ModelError(
+                f"{str(source)!r} could not be loaded: {error} Expected weights in safetensors; pickled ones (.bin), which "
+                "can run code, are read only with allow_pickle=True."
+            ) from error
         return cls(
             pipeline=pipeline if device is None else pipeline.to(device),
             guide=guide,
@@ -149,6 +165,7 @@ class DiffusersSynthesizer(Synthesizer):
         if not plans:
             return []
         family = self._bound_family
+        common.warn_if_tiled(self.pipeline, width=self.width, height=self.height)
         with torch.no_grad(), self._active_loras(family.module), without_progress_bar(self.pipeline):
             conditioning = family.encode_prompts([plan.prompt for plan in plans])
             with self._guidance(family, conditioning, plans):

@@ -1,8 +1,10 @@
 """The model card of a push: what the LoRA is, how to load it, how it was trained, what was measured, its licence."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
 
@@ -12,12 +14,14 @@ from artaug.run.results import Enhancement
 
 TAG = "artaug"
 """The tag of repositories that artaug has pushed to."""
+_BAR = "\\|"
+"""A vertical bar within the cell of a table."""
 _TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", TAG)
 _LOAD = """\
 import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{base}", {revision}dtype=torch.bfloat16).to("cuda")
+pipeline = DiffusionPipeline.from_pretrained({base}, {revision}dtype=torch.bfloat16).to("cuda")
 pipeline.load_lora_weights("{repo}", adapter_name="{adapter}")
 pipeline.set_adapters("{adapter}", {multiplier:g})
 """
@@ -36,8 +40,8 @@ class CardFields:
     multiplier: float
     peft_file: str
     kohya_file: str
-    no_kohya_reason: str
-    """Why there is no file in kohya's format; empty if there is one."""
+    has_kohya_file: bool
+    """False where the format has no names for the layers."""
     enhancement: Enhancement | None
     comparison: Comparison | None
     about: Mapping[str, object]
@@ -55,7 +59,7 @@ def _metadata(fields: CardFields) -> ModelCardData:
     """The YAML header, which the Hub reads."""
     base = fields.base
     widget = [
-        {"text": sample.prompt, "output": {"url": path}}
+        {"text": _one_line(sample.prompt), "output": {"url": path}}
         for sample, path in zip(fields.samples, fields.image_paths, strict=True)
     ]
     return ModelCardData(
@@ -63,8 +67,8 @@ def _metadata(fields: CardFields) -> ModelCardData:
         base_model_relation=None if base is None else "adapter",
         library_name="diffusers",
         license=None if base is None else base.license,
-        license_name=None if base is None else base.license_name,
-        license_link=None if base is None else base.license_link,
+        license_name=None if base is None or base.license_name is None else _one_line(base.license_name),
+        license_link=None if base is None else _web_link(base.license_link),
         pipeline_tag="text-to-image",
         tags=list(_TAGS),
         widget=widget or None,
@@ -94,21 +98,23 @@ def _sections(fields: CardFields) -> Iterator[str]:
 
 
 def _link(base: Base, endpoint: str) -> str:
-    revision = "" if base.revision is None else f" (revision `{base.revision}`)"
-    return f"[{base.repo}]({endpoint}/{base.repo}){revision}"
+    revision = "" if base.revision is None else f" (revision {_code(base.revision)})"
+    return f"[{base.repo}]({endpoint}/{base.repo}){revision}"  # a checked name: letters, digits, "-", "_", "."
 
 
 def _loading(fields: CardFields) -> str:
     base = fields.base
     code = _LOAD.format(
-        base="the base model" if base is None else base.repo,
-        revision="" if base is None or base.revision is None else f'revision="{base.revision}", ',
+        base=json.dumps("the base model" if base is None else base.repo),
+        revision="" if base is None or base.revision is None else f"revision={json.dumps(base.revision)}, ",
         repo=fields.repo,
         adapter=TAG,
         multiplier=fields.multiplier,
     )
-    if fields.no_kohya_reason:
-        kohya_note = f"There is no file for programs that read kohya's names only: {_inline(fields.no_kohya_reason)}"
+    if not fields.has_kohya_file:
+        kohya_note = (
+            "There is no file for programs that read kohya's names only: that format has no names for these layers."
+        )
     else:
         kohya_note = (
             f"ComfyUI and other programs that read kohya's names: put `{fields.kohya_file}` where they look for LoRAs "
@@ -124,21 +130,20 @@ def _training_details(fields: CardFields) -> Iterator[str]:
         for round_ in fields.enhancement.rounds:
             gain = "not measured"
             if (row := round_.gain) is not None:
-                gain = f"{row.scorer} {row.delta:+.4g} ({row.ci_low:+.4g} to {row.ci_high:+.4g}, {row.n})"
+                gain = f"{_code(row.scorer)} {row.delta:+.4g} ({row.ci_low:+.4g} to {row.ci_high:+.4g}, {row.n})"
             counts = (round_.number, len(round_.attempts), round_.training.pairs, round_.training.steps)
             rows.append((*map(str, counts), gain, "yes" if round_.accepted else "no"))
         yield _table(headings, rows)
-        yield f"It ended because {_inline(fields.enhancement.stop_reason)}."
     if fields.about:
-        yield "\n".join(f"- {_inline(name)}: {_code(value)}" for name, value in fields.about.items())
+        yield "\n".join(f"- {_code(name)}: {_code(value)}" for name, value in fields.about.items())
 
 
 def _measurements(comparison: Comparison) -> str:
     headings = ("scorer", "candidate", "n", "base", "enhanced", "difference", "95% interval", "wins", "p")
     rows = (
         (
-            row.scorer + " †" * row.filtered_by,
-            row.candidate,
+            _code(row.scorer) + " †" * row.filtered_by,
+            _code(row.candidate),
             str(row.n),
             f"{row.base:.{row.decimals}f}",
             f"{row.enhanced:.{row.decimals}f}",
@@ -149,9 +154,9 @@ def _measurements(comparison: Comparison) -> str:
         )
         for row in comparison.rows
     )
-    verdicts = (f"- {_inline(name)}: {_inline(comparison.verdict(name))}." for name in comparison.candidates)
-    notes = " ".join(_inline(note) for note in comparison.notes())
-    return "\n\n".join([_table(headings, rows), "\n".join(verdicts), notes])
+    verdicts = (f"- {_code(name)}: {_code(comparison.verdict(name))}." for name in comparison.candidates)
+    # Not the notes on failures: they quote an exception, which may quote anything.
+    return "\n\n".join([_table(headings, rows), "\n".join(verdicts), " ".join(comparison.design_notes())])
 
 
 def _licence(base: Base | None, endpoint: str) -> str:
@@ -159,25 +164,37 @@ def _licence(base: Base | None, endpoint: str) -> str:
         return "The base model was not named when this was pushed. Its licence governs what may be done with this file."
     if base.license is None:
         return f"{_link(base, endpoint)} states no licence that could be passed on. Ask its authors before using this file."
-    name = base.license_name or base.license
-    terms = name if base.license_link is None else f"[{name}]({base.license_link})"
+    name, link = _code(base.license_name or base.license), _web_link(base.license_link)
+    terms = name if link is None else f"[{name}]({link})"
     return f"This is a derivative of {_link(base, endpoint)} and comes under its licence: {terms}."
 
 
 def _table(headings: Sequence[str], rows: Iterable[tuple[str, ...]]) -> str:
+    """A table of cells that are Markdown. A bar ends a cell wherever it stands, in code too."""
     lines = [tuple(headings), ("---",) * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(_inline(cell) for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell.replace('|', _BAR) for cell in line)} |" for line in lines)
 
 
-def _inline(text: str) -> str:
-    """Text on one line, with the characters escaped that would end a table cell or be HTML."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+# What is not ours (names, prompts, the licence of somebody's model) stands on the card as code. In plain text no escape
+# holds everywhere: a reader makes links of bare addresses and of names after @, also where their characters are escaped.
 
 
 def _code(value: object) -> str:
     """Inline code of a ``repr``, or of text as it is: between more backticks than it contains in a row."""
-    text = " ".join((value if isinstance(value, str) else repr(value)).split())
+    text = _one_line(value if isinstance(value, str) else repr(value)) or "(nothing)"
     longest = max(map(len, re.findall("`+", text)), default=0)
     ticks = "`" * (longest + 1)
     pad = " " if longest else ""
     return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def _one_line(text: str) -> str:
+    """Text without line breaks and control characters, none of which may end a paragraph or the header."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _web_link(link: str | None) -> str | None:
+    """A link to a page of the web, with every character escaped that could end it; None for any other."""
+    if link is None or not link.startswith(("https://", "http://")):
+        return None
+    return quote(link, safe=":/?#@!$&*+,;=%~-._")

@@ -1,5 +1,6 @@
 """The content of a repository: its files, written to a folder before they are uploaded."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from artaug.run.results import Enhancement
 PEFT_FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for."""
 _CARD = "README.md"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +40,12 @@ class RepoContents:
         """Write every file; return the text of the card."""
         lora = self.result if isinstance(self.result, LoRA) else self.result.lora
         lora.save(folder / PEFT_FILE, key_map=self.key_map, metadata=self._header())
-        kohya_file, no_kohya_reason = f"{self.repo.partition('/')[2]}_comfyui_kohya.safetensors", ""
+        kohya_file, has_kohya_file = f"{self.repo.partition('/')[2]}_comfyui_kohya.safetensors", True
         try:
             lora.save(folder / kohya_file, format=Format.KOHYA, key_map=self.key_map, metadata=self._header())
         except LoRAError as error:  # the family has no such format
-            no_kohya_reason = str(error)
+            has_kohya_file = False
+            _LOG.warning("there is no file in kohya's format: %s", error)
         text = render_card(
             CardFields(
                 repo=self.repo,
@@ -53,7 +56,7 @@ class RepoContents:
                 multiplier=self.multiplier,
                 peft_file=PEFT_FILE,
                 kohya_file=kohya_file,
-                no_kohya_reason=no_kohya_reason,
+                has_kohya_file=has_kohya_file,
                 enhancement=self.result if isinstance(self.result, Enhancement) else None,
                 comparison=self.comparison,
                 about=self.about,

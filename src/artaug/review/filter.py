@@ -14,13 +14,6 @@ from artaug.review.session import serve_pairs
 _MAX_PORT = 65535
 
 
-def open_in_browser(address: str) -> None:
-    """Open an address in this machine's browser."""
-    import webbrowser  # noqa: PLC0415 - only needed when a page is shown
-
-    webbrowser.open(address)
-
-
 @final
 @dataclass(frozen=True)
 class ReviewProgress:
@@ -79,8 +72,9 @@ class ManualReview(PairFilter):
     """The file of decisions, one line each, which is only ever appended to."""
     prefilter: PairFilter | None = field(default=None, kw_only=True)
     """Only pairs that this filter keeps are shown; the others are dropped with its verdicts."""
-    announce: Callable[[str], object] = field(default=open_in_browser, kw_only=True, repr=False)
-    """Called with the address of the page when it is ready; ``print`` on a machine without a browser."""
+    announce: Callable[[str], object] | None = field(default=None, kw_only=True, repr=False)
+    """Called with the address of the page when it is ready: ``print`` on a machine without a browser. None opens the page in
+    this machine's browser, by a file in the folder of ``path`` that only this user can read."""
 
     @property
     def scorers(self) -> frozenset[str]:

@@ -6,11 +6,14 @@ import logging
 import re
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -24,28 +27,58 @@ _PAGE = Path(__file__).parent / "page.html"
 _HOSTS = {"127.0.0.1", "localhost"}
 _OWN_SITE = {None, "none", "same-origin"}  # Sec-Fetch-Site of this page, of the address bar, and of older browsers
 _CONTENT_LENGTH, _PNG_NAME = re.compile(r"[0-9]{1,9}"), re.compile(r"[0-9]{1,9}\.png")
+_REDIRECT = """<!doctype html><meta charset="utf-8"><meta name="referrer" content="no-referrer">
+<meta http-equiv="refresh" content="0; url={address}"><a href="{address}">Review the pairs</a>
+"""
 _TEXT = "text/plain; charset=utf-8"
 _MAX_BODY_BYTES = 4096
 _WAIT_S, _POLL_S = 0.5, 0.05
 _IDLE_TIMEOUT_S = 30
 
 
-def serve_pairs(pairs: Sequence[ImagePair], path: Path, *, announce: Callable[[str], object], port: int = 0) -> None:
+def serve_pairs(
+    pairs: Sequence[ImagePair], path: Path, *, announce: Callable[[str], object] | None, port: int = 0
+) -> None:
     """Serve the page until the person has finished. The decisions are in the file at ``path``.
+
+    Its address is passed to ``announce``, or opened in this machine's browser if that is None.
 
     Raises:
         OSError: if the port is in use.
         StorageError: for a file with a line that is not a decision.
     """
     session = ReviewSession.of(pairs, path)
-    with _ReviewServer(session, port=port) as server:
+    with ExitStack() as stack:
+        server = stack.enter_context(_ReviewServer(session, port=port))
         Thread(target=server.serve_forever, args=(_POLL_S,), daemon=True, name="artaug review").start()
         try:
-            announce(f"http://127.0.0.1:{server.server_port}/{session.token}/")
+            address = f"http://127.0.0.1:{server.server_port}/{session.token}/"
+            if announce is None:
+                stack.enter_context(_shown_in_browser(address, path.parent))
+            else:
+                announce(address)
             while not session.finished.wait(_WAIT_S):  # a wait without timeout cannot be interrupted on Windows
                 pass
         finally:
             server.shutdown()
+
+
+@contextmanager
+def _shown_in_browser(address: str, folder: Path) -> Iterator[None]:
+    """Open an address in this machine's browser; a file in ``folder`` leads there for the ``with`` block.
+
+    Every user of the machine can read the command line of a browser, so the secret address must not stand there. The file
+    is not among the temporary ones, nor hidden: a browser in a sandbox, such as a snap, reads neither.
+    """
+    import webbrowser  # noqa: PLC0415 - only needed when a page is shown
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="artaug-review-", dir=folder) as private:  # that only its owner can enter
+        page = Path(private).resolve() / "open.html"
+        page.touch(mode=0o600)
+        page.write_text(_REDIRECT.format(address=escape(address)), encoding="utf-8")
+        webbrowser.open(page.as_uri())
+        yield
 
 
 @dataclass(frozen=True)
@@ -164,9 +197,12 @@ class _RequestHandler(BaseHTTPRequestHandler):
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if host.partition(":")[0] not in _HOSTS:  # DNS rebinding: the name of another site that resolves to 127.0.0.1
             raise _RequestError(HTTPStatus.FORBIDDEN, "This page is for this machine only.")
-        if origin not in {None, f"http://{host}"} or self.headers.get("Sec-Fetch-Site") not in _OWN_SITE:
-            raise _RequestError(HTTPStatus.FORBIDDEN, "Requests from other pages are refused.")
         token, *parts = self.path.partition("?")[0].removeprefix("/").split("/")
+        # The file that opens the page is of another site. It shows the page, in a tab of its own, and reads nothing.
+        shows_page = parts == [""] and self.command == "GET" and self.headers.get("Sec-Fetch-Dest") == "document"
+        is_foreign = not shows_page and self.headers.get("Sec-Fetch-Site") not in _OWN_SITE
+        if origin not in {None, f"http://{host}"} or is_foreign:
+            raise _RequestError(HTTPStatus.FORBIDDEN, "Requests from other pages are refused.")
         if not secrets.compare_digest(token.encode(), self.server.session.token.encode()):
             raise _RequestError(HTTPStatus.NOT_FOUND, "There is no such page: use the whole address, with its secret.")
         return parts

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from artaug._internal.images import as_rgb
 from artaug._internal.truncation import warn_if_truncated
+from artaug._internal.weights import check_safetensors
 from artaug.errors import InvalidValueError, ModelError
 
 Model: TypeAlias = Any
@@ -77,6 +78,7 @@ def load_model(
         ModelError: if there is no such model, its weights are pickled, or some are missing, which transformers would
             initialize at random.
     """
+    check_safetensors(source)
     try:
         model, report = model_class.from_pretrained(
             source,

@@ -185,12 +185,18 @@ def _copy_weight_casting(module: nn.Module, twin: nn.Module, dtype: torch.dtype)
             apply_layerwise_casting(twin.get_submodule(name), storage_dtype, dtype, skip_modules_pattern=None)
 
 
+_LIBRARIES = ("diffusers", "transformers")
+"""Those that a pipeline's index may name beside parts of diffusers' own pipelines."""
+
+
 def _component(
     source: str | os.PathLike[str], name: str, library: str | None, class_name: str | None, *, dtype: torch.dtype
 ) -> object:
     """One component of the pipeline at ``source``, from its own config."""
     if library is None or class_name is None:
         return None
+    if not hasattr(pipelines, library) and library not in _LIBRARIES:  # an import runs code, and the index may name any
+        raise ModelError(f"{name!r} of {str(source)!r} is of the library {library!r}. Expected one of {_LIBRARIES}.")
     package = getattr(pipelines, library) if hasattr(pipelines, library) else importlib.import_module(library)
     component_class: Any = getattr(package, class_name, None)
     try:

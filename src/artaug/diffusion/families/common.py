@@ -1,6 +1,7 @@
 """What several families share: checks of a pipeline, latents of a VAE, guidance branches, joined prompts, processors."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
@@ -162,9 +163,26 @@ def image_pixels(pipeline: Pipeline, images: Sequence[Image], *, width: int, hei
                 f"a picture of {image.width} x {image.height} pixels cannot be encoded at {width} x "
                 f"{height}. Resize it, or set the synthesizer's width and height."
             )
+    warn_if_tiled(pipeline, width=width, height=height)
     pixels = pipeline.image_processor.preprocess([as_rgb(image) for image in images], height=height, width=width)
     device = pipeline._execution_device  # noqa: SLF001 - .device is wrong under offload
     return pixels.to(device, pipeline.vae.dtype)  # type: ignore[no-any-return]
+
+
+def warn_if_tiled(pipeline: Pipeline, *, width: int, height: int) -> None:
+    """Warn if the VAE decodes and encodes pictures of this size in tiles, whose seams are learned with everything else."""
+    vae = getattr(pipeline, "vae", None)
+    if not getattr(vae, "use_tiling", False):
+        return
+    side = getattr(vae, "tile_sample_min_size", 0)
+    tile_width, tile_height = getattr(vae, "tile_sample_min_width", side), getattr(vae, "tile_sample_min_height", side)
+    if width > tile_width or height > tile_height:
+        warnings.warn(
+            f"the VAE works in tiles of {tile_width} x {tile_height} pixels on pictures of {width} x {height}, which leaves "
+            "seams: a critic sees them, and a LoRA that learns from the pictures draws a grid. Call "
+            "pipeline.vae.disable_tiling(); pipeline.vae.enable_slicing() and smaller batches save memory without seams.",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

@@ -119,7 +119,16 @@ class Comparison:
         return "\n".join([*aligned, "", *self.notes()])
 
     def notes(self) -> list[str]:
-        """How to read the rows, one sentence an item."""
+        """How to read the rows, one sentence an item, and where scorers failed."""
+        notes = self.design_notes()
+        for scorer in dict.fromkeys(failure.scorer for failure in self.failures):
+            failures = [failure for failure in self.failures if failure.scorer == scorer]
+            first = f"first on {failures[0].arm}'s of {failures[0].prompt!r} ({failures[0].error:.120})"
+            notes.append(f"{scorer} raised on {len(failures)} pictures, {first}: its rows leave their prompts out.")
+        return notes
+
+    def design_notes(self) -> list[str]:
+        """How to read the rows, one sentence an item, in words of artaug alone."""
         seeds = "seed" if self.images_per_prompt == 1 else f"{self.images_per_prompt} seeds"
         different = int(prompt_clusters(self.prompts).max()) + 1
         repeated = f" ({different} different ones, each counts once)" if different < len(self.prompts) else ""
@@ -127,10 +136,6 @@ class Comparison:
         notes = [f"{design}; interval: bootstrap over prompts; wins: ties count half."]
         if any(row.filtered_by for row in self.rows):
             notes.append("† The training pairs were filtered by this scorer, so it says less than the others.")
-        for scorer in dict.fromkeys(failure.scorer for failure in self.failures):
-            failures = [failure for failure in self.failures if failure.scorer == scorer]
-            first = f"first on {failures[0].arm}'s of {failures[0].prompt!r} ({failures[0].error:.120})"
-            notes.append(f"{scorer} raised on {len(failures)} pictures, {first}: its rows leave their prompts out.")
         return notes
 
     def to_dict(self) -> dict[str, Any]:
