@@ -81,6 +81,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Fuzz every reader of foreign bytes for ten minutes; after --, readers and --minutes. Findings go to tests/corpus."""
+    install(session, "--editable", ".", group="tests")
+    session.run("python", "tools/fuzz.py", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Run every benchmark; arguments after -- are handed to each, such as --quick."""
     install(session, "--editable", ".[optimizers,report]")

@@ -73,7 +73,7 @@ def read_dpg(path: str | Path) -> Suite:
         prompts.setdefault(item, row["text"])
         try:
             questions.setdefault(item, []).append(_dpg_question(row))
-        except (ValueError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             skipped.setdefault(item, f"line {reader.line_num} is not a question ({_describe(error)}): {row}")
     cases = []
     for item, text in prompts.items():

@@ -1,0 +1,247 @@
+"""Every reader of foreign bytes, with seeds, and how to spoil them: for the fuzz test and for ``python tools/fuzz.py``."""
+
+import random
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from html.parser import HTMLParser
+from pathlib import Path
+
+import torch
+from markdown_it import MarkdownIt
+from PIL import Image
+from safetensors.torch import save
+
+import artaug as aa
+from artaug._internal.sealed import save_sealed
+from artaug._internal.values import to_json
+from artaug.critics.replies import parse_reply
+from artaug.critics.wrappers import _CacheEntry
+from artaug.errors import ArtAugError
+from artaug.evaluation.suites import read_dpg, read_geneval, read_oneig
+from artaug.hub.card import _code, _table
+from artaug.images.html import CritiqueView
+from artaug.lora.baking.checkpoint import Shard, _indexed_files
+from artaug.lora.formats import FLUX1
+from artaug.review.decisions import read_decisions
+from artaug.training import TrainingState
+from artaug.training.encoding import CachedPair
+
+CORPUS = Path(__file__).parents[1] / "corpus"
+"""Inputs that found something, one folder a reader: the test reads them all again."""
+_TOKENS = (
+    *(b'"', b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r", b"\t", b"\0", b"\xff", b"\\", b"\\u0000", b"\\ud800"),
+    *(b"null", b"true", b"NaN", b"-1", b"1e400", b"9" * 5000, b"[" * 5000, b'{"a":' * 2000, b"F32", b"F8_E4M3"),
+    *(b"__metadata__", b"<box>((", b"<ref>", b"```json", b"|", b"`", b"<", b"&lt;", b"](", b"![", b"https://a.b"),
+)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A reader of foreign bytes: it returns, or raises an error of artaug's own; anything else is a finding."""
+
+    read: Callable[[bytes], object]
+    seeds: tuple[bytes, ...]
+    unit: bytes
+    """What a hostile input repeats: time and memory may grow with its number, and no faster."""
+
+    def check(self, data: bytes) -> None:
+        """Read ``data``.
+
+        Raises:
+            Exception: of any other kind than artaug's own: a finding.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with suppress(ArtAugError):
+                self.read(data)
+
+    def mutants(self, *, seed: int) -> Iterator[bytes]:
+        """Spoiled seeds, without end; the same for the same seed."""
+        chance = random.Random(seed)
+        while True:
+            data = bytearray(chance.choice(self.seeds))
+            for _ in range(chance.choice((1, 1, 2, 4, 16))):
+                _spoil(data, chance, self.seeds)
+            yield bytes(data)
+
+
+def _spoil(data: bytearray, chance: random.Random, seeds: tuple[bytes, ...]) -> None:
+    start, end = sorted((chance.randint(0, len(data)), chance.randint(0, len(data))))
+    match chance.randrange(6):
+        case 0 if data:
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        case 1:
+            del data[start:end]
+        case 2:
+            data[start:start] = data[start : min(end, start + 1000)]
+        case 3:
+            data[start:end] = chance.choice(_TOKENS)
+        case 4:
+            data[start:start] = chance.choice(_TOKENS)
+        case _:
+            other = chance.choice(seeds)
+            data[start:] = other[chance.randint(0, len(other)) :]
+
+
+def _of_file(read: Callable[[Path], object], name: str = "file") -> Callable[[bytes], object]:
+    """A reader of files as one of bytes."""
+
+    def read_bytes(data: bytes) -> object:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(data)
+            return read(path)
+
+    return read_bytes
+
+
+def _written(write: Callable[[Path], object]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "file.safetensors")
+        return (Path(folder) / "file.safetensors").read_bytes()
+
+
+def _lora_seeds() -> tuple[bytes, ...]:
+    layer = "transformer_blocks.0.attn.to_q"
+    lora = aa.LoRA({layer: aa.LowRank(torch.ones(1, 4), torch.ones(4, 1))})
+    plain = {
+        f"transformer.{layer}.lora_A.weight": torch.ones(1, 4),
+        f"transformer.{layer}.lora_B.weight": torch.ones(4, 1),
+    }
+    return (
+        _written(lora.save),
+        _written(lambda path: lora.save(path, format=aa.Format.KOHYA, key_map=FLUX1)),
+        save(plain, {"lora_adapter_metadata": '{"transformer.r": 1, "transformer.alpha_pattern": {"a.*": 2}}'}),
+    )
+
+
+def _state() -> bytes:
+    state = TrainingState(step=1, losses=(0.5,), adapter={"a": {"down": torch.ones(1, 2)}}, optimizer={"state": [1]})
+    return _written(lambda path: state.save(path, run_fingerprint={"seed": "0"}))
+
+
+def _sealed_state(header: bytes) -> object:
+    """A checkpoint whose digests are right, and whose optimizer is foreign."""
+    text = header.decode("latin-1")
+    numbers = {name: torch.zeros(0, dtype=torch.float64) for name in ("losses", "base_scores")}
+    fields = {"version": "4", "step": "1", "validations": "[]", "optimizer": text}
+    with tempfile.TemporaryDirectory() as folder:
+        save_sealed(numbers, Path(folder) / "state", fields)
+        return TrainingState.load(Path(folder) / "state", run_fingerprint={})
+
+
+def _index(path: Path) -> object:
+    return _indexed_files(path, {"a.safetensors"})
+
+
+def _markdown(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    assert _markdown_structure(text) == _markdown_structure("a word"), "the text is live Markdown"
+
+
+def _markdown_structure(text: str) -> list[str]:
+    page = f"{_table(('a', 'b'), [(_code(text), 'c')])}\n\n- {_code(text)}: {_code(text)}.\n\nend"
+    tokens = MarkdownIt("commonmark").enable("table").parse(page)
+    return [inner.type for token in tokens for inner in (token, *(token.children or ()))]
+
+
+class _Tags(HTMLParser):
+    """The tags of a page, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(f"{tag} {sorted(name for name, _ in attrs)}")
+
+
+def _html(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    assert _html_tags(text) == _html_tags("a word"), "the text is live HTML"
+
+
+def _html_tags(text: str) -> list[str]:
+    critique = aa.Critique((aa.Suggestion(aa.Box(0, 0, 1, 1), f"a {text}", f"b {text}"),), f"c {text}", (f"d {text}",))
+    parser = _Tags()
+    parser.feed(CritiqueView(Image.new("RGB", (4, 4)), critique, f"e {text}")._repr_html_())
+    return parser.tags
+
+
+_DPG = (
+    b"item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
+    b'a,a pear,1,0,entity - whole (pear),"Is there a pear?"\na,a pear,2,1,attribute (green),Is it green?\n'
+)
+_ONEIG = b"category,id,prompt_en\nGeneral_Object,000,a pear\n"
+_CRITIQUE = aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.5, 1), "a lamp", "dark"),), "fine")
+_WORDS = (b"a plain word", b"`code` | ![x](https://a.b) <img src=x> @me", b"# a\n\n- b\n\n---\n", b"\\`| \\| &#35;")
+READERS = {
+    "lora": Reader(_of_file(aa.LoRA.load, "a.safetensors"), _lora_seeds(), b'"a.lora_A.weight":{},'),
+    "checkpoint": Reader(
+        _of_file(lambda path: TrainingState.load(path, run_fingerprint={"seed": "0"})), (_state(),), b'"a":{},'
+    ),
+    "sealed checkpoint": Reader(
+        _sealed_state,
+        (b'{"pairs": [["a", {"items": [1, 2.5, null], "tuple": true}]]}', b'{"__tensor__": "losses"}', b"null"),
+        b"[1],",
+    ),
+    "latent cache": Reader(
+        _of_file(lambda path: dict(CachedPair(path))),
+        (_written(lambda path: save_sealed({"before": torch.ones(2), "after": torch.zeros(2)}, path, {})),),
+        b'"a":{},',
+    ),
+    "critic cache": Reader(
+        _of_file(_CacheEntry.read), (to_json(_CacheEntry.of("a hall", _CRITIQUE)).encode(),), b"[1],"
+    ),
+    "weights": Reader(_of_file(Shard.read), (save({"a.weight": torch.ones(2, 2)}, {"format": "pt"}),), b'"a":{},'),
+    "index": Reader(_of_file(_index), (b'{"weight_map": {"a": "a.safetensors"}}',), b'"a":{},'),
+    "reply": Reader(
+        lambda data: parse_reply(data.decode("utf-8", "replace"), size=(64, 64), coordinates="thousandths"),
+        (
+            b'```json\n[{"bbox_2d": [1, 2, 500, 999], "prompt": "a lamp", "reason": "dark"}]\n```',
+            b"<ref>a lamp</ref><box>((1,2),(500,999))</box> and <points coords='1 2'>",
+            b'{"suggestions": [{"box": {"left": 0.1, "top": 0, "right": 0.5, "bottom": 1}, "prompt": "a door"}]}',
+        ),
+        b"<box>((((",
+    ),
+    "decisions": Reader(
+        _of_file(read_decisions),
+        (b'{"pair": "ab", "keep": true, "prompt": "x", "seed": 1}\n{"pair": "ab", "keep": null}\n',),
+        b'{"pair": "ab", "keep": true}\n',
+    ),
+    "GenEval": Reader(
+        _of_file(read_geneval, "a.jsonl"),
+        (
+            b'{"tag": "counting", "prompt": "two pears", "include": [{"class": "pear", "count": 2}], "exclude": []}\n',
+            b'{"tag": "x", "prompt": "p", "include": [{"class": "b", "count": 1, "position": ["left of", 0]}]}\n',
+        ),
+        b'{"tag": "x", "prompt": "p", "include": [{"class": "a", "count": 1}]}\n',
+    ),
+    "DPG-Bench": Reader(_of_file(read_dpg, "a.csv"), (_DPG,), b"a,a pear,3,1,entity (x),Is it?\n"),
+    "OneIG prompts": Reader(
+        _of_file(lambda path: read_oneig(path, [])),
+        (_ONEIG, _ONEIG.replace(b"en", b"cn")),
+        b"General_Object,1,a pear\n",
+    ),
+    "prompts.txt": Reader(_of_file(aa.PromptSet.read, "a.txt"), (b"a pear\na plum\n",), b"a pear\n"),
+    "prompts.csv": Reader(_of_file(aa.PromptSet.read, "a.csv"), (b'Prompts,Category\n"a, b",x\nc,y\n',), b"a pear,x\n"),
+    "prompts.tsv": Reader(_of_file(aa.PromptSet.read, "a.tsv"), (b"Prompt\tCategory\na\tb\n",), b"a pear\tx\n"),
+    "prompts.json": Reader(
+        _of_file(aa.PromptSet.read, "a.json"), (b'["a pear", {"prompt": "b", "category": "c"}]',), b'"a pear",'
+    ),
+    "card": Reader(_markdown, _WORDS, b"`|<![a](b)"),
+    "report": Reader(_html, _WORDS, b"<b>&'\""),
+}
+"""All of them, by name."""
+
+
+def keep(name: str, data: bytes) -> Path:
+    """Add an input to the corpus of a reader."""
+    path = CORPUS / name / f"{sha256(data).hexdigest()[:16]}.bin"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
