@@ -24,6 +24,7 @@ from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.tracking import Tracker, open_tracker
 from artaug.training.trainer import DifferentialLoRATrainer, TrainingResult
 from artaug.training.validation import Validation, ValidationResult
+from artaug.training.weighting import BellShaped, LossWeighting, MinSNR
 
 __all__ = [
     "ATTENTION",
@@ -33,6 +34,7 @@ __all__ = [
     "AdamW8bit",
     "Adapter",
     "AdapterTensors",
+    "BellShaped",
     "Bipolar",
     "Checkpoints",
     "DifferentialLoRATrainer",
@@ -44,6 +46,8 @@ __all__ = [
     "LayerWeights",
     "LoKr",
     "LossScale",
+    "LossWeighting",
+    "MinSNR",
     "NoiseSchedule",
     "Objective",
     "Optimizer",

@@ -105,7 +105,7 @@ class EncodedPairs:
             sized = model.at_size(*bucket.size)
             order = (_draw(members, n, seed=(seed, queue)) for n in range(count * size, (count + 1) * size))
             generator = _generator(seed, _NOISE, index)
-            noise_schedule = _with_distribution(sized.noise_schedule, config)
+            noise_schedule = with_distribution(sized.noise_schedule, config)
             sigmas = noise_schedule.sample_sigmas(size, generator, sigma_range=config.sigma_range)
             encoded = [bucket.pairs[member] for member in order]
             noise = torch.randn((size, *encoded[0]["before"].shape), generator=generator)
@@ -155,7 +155,12 @@ def _generator(*words: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
-def _with_distribution(noise_schedule: NoiseSchedule, config: TrainingConfig) -> NoiseSchedule:
+def with_distribution(noise_schedule: NoiseSchedule, config: TrainingConfig) -> NoiseSchedule:
+    """The schedule that draws levels as ``config`` says.
+
+    Raises:
+        ModelError: for ``logit_normal`` and a model that is no flow model.
+    """
     if not config.logit_normal:
         return noise_schedule
     if not isinstance(noise_schedule, FlowMatching):

@@ -109,9 +109,13 @@ class FlowMatching:
             bounds = torch.special.ndtr(torch.logit(bounds))  # the logit-normal's CDF, Phi(logit(s))
         uniform = 1 - torch.rand(count, generator=generator, dtype=torch.float64)  # (0, 1]: every picture gets noise
         quantiles = bounds[0] + (bounds[1] - bounds[0]) * uniform
+        return self.sigmas_at(quantiles).clamp(low, high).float()
+
+    def sigmas_at(self, quantiles: Sigmas) -> Sigmas:
+        """The levels below which these shares, in [0, 1], of all levels lie."""
         unshifted = torch.sigmoid(torch.special.ndtri(quantiles)) if self.logit_normal else quantiles
         shifted = self.shift * unshifted / (1 + (self.shift - 1) * unshifted)
-        return (1 - (1 - self.shift_terminal) * (1 - shifted)).clamp(low, high).float()
+        return 1 - (1 - self.shift_terminal) * (1 - shifted)
 
     def add_noise(self, clean: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
         sigma = _per_row(sigmas, clean)

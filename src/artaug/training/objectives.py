@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias, final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -18,6 +19,7 @@ from artaug._internal.contracts import contract_error
 from artaug.errors import InvalidValueError
 from artaug.regional.denoiser import Conditioning
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
+from artaug.training.weighting import LossWeighting
 
 LatentWeights: TypeAlias = Float[Tensor, "..."]
 """A number for every latent, of a shape that broadcasts to theirs."""
@@ -120,6 +122,13 @@ class Objective(ABC):
         """How a training on this many pairs proceeds; unless overridden, all of them together in one stage."""
         return TrainingPlan((tuple(range(pairs)),), (Stage(self.loss),))
 
+    def check(self, noise_schedule: NoiseSchedule) -> None:  # noqa: B027 - most can be minimized for every model
+        """Called before anything is encoded; override it for an objective that not every model can minimize.
+
+        Raises:
+            ModelError: unless a model with this noise schedule can minimize it.
+        """
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +161,14 @@ class PairedDifference(Objective):
     """Weight of an error outside the plan's regions, where one inside counts 1. At 0 the LoRA is free there."""
     composite: bool = False
     """Learn from ``before + region_mask * (after - before)``: outside the regions the picture should stay as it was."""
+    weighting: LossWeighting | None = None
+    """How much an error counts by its noise level; None for all the same."""
 
     def __post_init__(self) -> None:
         _check_outside_weight(self, self.outside_weight)
+
+    def check(self, noise_schedule: NoiseSchedule) -> None:
+        _check_weighting(self.weighting, noise_schedule)
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         after = batch.after  # (batch, ...), as all latents here
@@ -166,7 +180,8 @@ class PairedDifference(Objective):
         teacher = model.teacher_predict(noisy_before, batch.sigmas, batch.conditioning)
         target = model.noise_schedule.paired_target(teacher, after - batch.before, batch.sigmas)
         prediction = model.predict(noisy_after, batch.sigmas, batch.conditioning)
-        return mean_squared_errors(prediction, target, weights=batch.loss_weights(self.outside_weight)).mean()
+        errors = mean_squared_errors(prediction, target, weights=batch.loss_weights(self.outside_weight))
+        return weight_by_level(errors, model, batch, self.weighting).mean()
 
 
 @final
@@ -215,6 +230,9 @@ class Bipolar(Objective):
                 f"Bipolar(objective={self.objective}): an objective with a training plan of its own cannot be reversed. "
                 "Expected one with a loss alone, as PairedDifference or SupervisedFineTuning."
             )
+
+    def check(self, noise_schedule: NoiseSchedule) -> None:
+        self.objective.check(noise_schedule)
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         forward = compute_loss(self.objective.loss, _ScaledStudent(model, self.scale), batch)
@@ -326,12 +344,19 @@ class SupervisedFineTuning(Objective):
 
     outside_weight: float = 1.0
     """Weight of an error outside the plan's regions, where one inside counts 1."""
+    weighting: LossWeighting | None = None
+    """How much an error counts by its noise level; None for all the same."""
 
     def __post_init__(self) -> None:
         _check_outside_weight(self, self.outside_weight)
 
+    def check(self, noise_schedule: NoiseSchedule) -> None:
+        _check_weighting(self.weighting, noise_schedule)
+
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
-        return _fine_tuning_loss(model, batch, batch.after, outside_weight=self.outside_weight)
+        return _fine_tuning_loss(
+            model, batch, batch.after, outside_weight=self.outside_weight, weighting=self.weighting
+        )
 
 
 @final
@@ -349,6 +374,9 @@ class TwoStage(Objective):
     ``v(W + A + B) - v(W + A)`` equals ``v(W + B) - v(W)`` up to terms that hold both ``A`` and ``B``: the recipe is right to
     first order in ``A``.
 
+    How the paper weights noise levels is not published. DiffSynth-Studio, whose authors wrote it, multiplies the loss of both
+    stages by 0 to 1.8, depending on the level: ``weighting=BellShaped()``.
+
     Raises:
         InvalidValueError: unless ``copy_fraction`` lies strictly between 0 and 1.
     """
@@ -357,6 +385,9 @@ class TwoStage(Objective):
     """Train every pair alone and average the second LoRAs exactly (rank: pairs x rank); else pool all pairs."""
     copy_fraction: float = 0.5
     """Share of the steps for the first LoRA, in (0, 1)."""
+    weighting: LossWeighting | None = None
+    """How much an error counts by its noise level, in both stages. DiffSynth-Studio's is `BellShaped`; None for all the
+    same."""
 
     def __post_init__(self) -> None:
         if not 0 < self.copy_fraction < 1:
@@ -364,14 +395,23 @@ class TwoStage(Objective):
                 f"TwoStage(copy_fraction={self.copy_fraction}): need a share of the steps, above 0 and below 1."
             )
 
+    def check(self, noise_schedule: NoiseSchedule) -> None:
+        _check_weighting(self.weighting, noise_schedule)
+
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
-        return _fine_tuning_loss(model, batch, batch.after)
+        return _fine_tuning_loss(model, batch, batch.after, weighting=self.weighting)
+
+    def _copy_loss(self, model: Student, batch: PairBatch) -> Tensor:
+        """The first stage: reproduce the pictures before."""
+        return _fine_tuning_loss(model, batch, batch.before, weighting=self.weighting)
 
     def training_plan(self, pairs: int) -> TrainingPlan:
         together = tuple(range(pairs))
         groups = tuple((index,) for index in together) if self.per_pair else (together,)
         # Shares are relative within a group, so every pair gets the same number of steps, up to rounding.
-        return TrainingPlan(groups, (Stage(_copy_loss, self.copy_fraction), Stage(self.loss, 1 - self.copy_fraction)))
+        return TrainingPlan(
+            groups, (Stage(self._copy_loss, self.copy_fraction), Stage(self.loss, 1 - self.copy_fraction))
+        )
 
 
 def compute_loss(loss: Loss, student: Student, batch: PairBatch) -> Tensor:
@@ -404,16 +444,26 @@ def mean_squared_errors(prediction: Latents, target: Latents, *, weights: Latent
     return (errors if weights is None else weights * errors).flatten(1).mean(1)
 
 
-def _copy_loss(model: Student, batch: PairBatch) -> Tensor:
-    """The first stage of `TwoStage`: reproduce the pictures before."""
-    return _fine_tuning_loss(model, batch, batch.before)
+def weight_by_level(errors: Sigmas, model: Student, batch: PairBatch, weighting: LossWeighting | None) -> Sigmas:
+    """Errors (batch,) of predictions, weighted by their noise levels. Weights are not normalized over the batch."""
+    if weighting is None:
+        return errors
+    return weighting.weights(model.noise_schedule, batch.sigmas) * errors
 
 
-def _fine_tuning_loss(model: Student, batch: PairBatch, clean: Latents, *, outside_weight: float = 1.0) -> Tensor:
+def _fine_tuning_loss(
+    model: Student,
+    batch: PairBatch,
+    clean: Latents,
+    *,
+    outside_weight: float = 1.0,
+    weighting: LossWeighting | None = None,
+) -> Tensor:
     noisy = model.noise_schedule.add_noise(clean, batch.noise, batch.sigmas)
     target = model.noise_schedule.target(clean, batch.noise, batch.sigmas)
     prediction = model.predict(noisy, batch.sigmas, batch.conditioning)
-    return mean_squared_errors(prediction, target, weights=batch.loss_weights(outside_weight)).mean()
+    errors = mean_squared_errors(prediction, target, weights=batch.loss_weights(outside_weight))
+    return weight_by_level(errors, model, batch, weighting).mean()
 
 
 def _check_outside_weight(objective: Objective, outside_weight: float) -> None:
@@ -422,3 +472,8 @@ def _check_outside_weight(objective: Objective, outside_weight: float) -> None:
             f"{type(objective).__name__}(outside_weight={outside_weight}): need a finite weight of at least 0; at 1 all "
             "errors count the same."
         )
+
+
+def _check_weighting(weighting: LossWeighting | None, noise_schedule: NoiseSchedule) -> None:
+    if weighting is not None:
+        weighting.weights(noise_schedule, torch.ones(1))

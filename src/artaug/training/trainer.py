@@ -18,6 +18,7 @@ from artaug.errors import InvalidValueError, NothingToLearnError
 from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair, pair_digest
 from artaug.synthesis import picture_seeds
+from artaug.training.batches import with_distribution
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import World
 from artaug.training.loop import TrainingLoop
@@ -76,7 +77,7 @@ class DifferentialLoRATrainer(TrainingConfig):
     >>> import artaug as aa
     >>> trainer = aa.DifferentialLoRATrainer(rank=8, steps=100, learning_rate=1e-3)
     >>> trainer.objective
-    PairedDifference(outside_weight=1.0, composite=False)
+    PairedDifference(outside_weight=1.0, composite=False, weighting=None)
     """
 
     def train(
@@ -109,7 +110,8 @@ class DifferentialLoRATrainer(TrainingConfig):
             InvalidValueError: if there are fewer steps than the objective needs for this many pairs, or a batch cannot
                 be shared equally by all processes.
             ModelError: if the pictures are of a size the model does not take, ``validation`` is given and the synthesizer
-                draws no pictures, or the model is loaded in a way that the adapter cannot learn on.
+                draws no pictures, the objective or ``logit_normal`` is for models of another prediction type, or the model is
+                loaded in a way that the adapter cannot learn on.
             LoRAMismatchError: if ``targets`` selects no layer.
             StorageError: if a checkpoint cannot be written or belongs to another training, or the cache cannot be written.
             TrainingDivergedError: if a loss or its gradient is not finite; that step is not taken.
@@ -129,7 +131,9 @@ class DifferentialLoRATrainer(TrainingConfig):
         with synthesizer.training() as model:
             trainable_layers(
                 model.module, self.targets, self.adapter, model.device
-            )  # raises before anything is encoded
+            )  # raises before anything is encoded, as the next two do
+            self.objective.check(model.noise_schedule)
+            with_distribution(model.noise_schedule, self)
             weights = f"{_model_fingerprint(model.module)} {synthesizer.fingerprint}".rstrip()
         run_fingerprint = {**self._run_fingerprint(pairs, seed, validation), "model": weights}
         _warn_of_unused_pairs(phases, self)
