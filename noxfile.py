@@ -48,7 +48,7 @@ def tests(session: nox.Session) -> None:
 
     What follows ``--`` goes to pytest, which then runs alone: one process, no coverage.
     """
-    install(session, "--editable", ".[openai,optimizers,report,vlm]", group="tests")
+    install(session, "--editable", ".[optimizers,report,vlm]", group="tests")
     if session.posargs:
         session.run("pytest", *session.posargs)
         return
@@ -61,7 +61,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device."""
-    install(session, "--editable", ".[openai,optimizers,report,vlm]", group="tests")
+    install(session, "--editable", ".[optimizers,report,vlm]", group="tests")
     session.run("pytest", "-m", "gpu", *session.posargs)
 
 
@@ -131,7 +131,7 @@ print(f"artaug {artaug.__version__}: py.typed and {sum(path.stat().st_size for p
 def constraints(session: nox.Session) -> None:
     """Resolve everything afresh, at the newest versions, and write constraints.txt."""
     session.install(
-        ".[openai,optimizers,report,vlm]", *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"])
+        ".[optimizers,report,vlm]", *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"])
     )
     frozen = session.run("python", "-m", "pip", "freeze", "--exclude", "artaug", silent=True)
     pins = "\n".join(line.partition("+")[0] for line in str(frozen).splitlines())

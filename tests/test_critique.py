@@ -1,6 +1,7 @@
 """Critique, Abstention, and run_critic, which calls a critic and checks its answers."""
 
 import pytest
+import torch
 from PIL import Image
 
 import artaug as aa
@@ -68,9 +69,19 @@ def test_a_critic_that_raises_stops_the_run_and_is_the_cause():
     assert caught.value.__cause__ is error
 
 
-def test_running_out_of_memory_is_not_wrapped():
-    with pytest.raises(MemoryError):
-        run_critic(Raising(MemoryError()), [PICTURE], ["a pear"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_running_out_of_memory_is_not_wrapped(error):
+    with pytest.raises(type(error)) as caught:
+        run_critic(Raising(error), [PICTURE], ["a pear"])
+    assert caught.value is error
 
 
 def test_too_few_answers_are_an_error_that_names_the_critic():

@@ -31,6 +31,6 @@ def test_divergence_says_when_and_what_to_do():
 
 
 def test_a_missing_extra_says_what_to_run():
-    error = aa.MissingExtraError("OpenAICritic", package="openai", extra="openai")
-    assert str(error) == 'OpenAICritic needs the openai package. Run: pip install "artaug[openai]"'
-    assert error.extra == "openai"
+    error = aa.MissingExtraError("VLMCritic", package="llguidance", extra="vlm")
+    assert str(error) == 'VLMCritic needs the llguidance package. Run: pip install "artaug[vlm]"'
+    assert error.extra == "vlm"

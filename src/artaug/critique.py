@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from PIL.Image import Image
 
 from artaug._internal.contracts import check_batch
+from artaug._internal.memory import is_out_of_memory
 from artaug._internal.values import value
 from artaug.errors import CriticError, InvalidValueError
 from artaug.geometry import Box
@@ -89,7 +90,7 @@ def run_critic(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) 
 
     Raises:
         InvalidValueError: if there is not one picture for each prompt; then the critic is not called.
-        CriticError: if the critic raised; the original exception is its cause.
+        CriticError: if the critic raised; the original exception is its cause. Where memory ran out, that error is raised.
         ContractError: if it returned too few answers, or something that is neither a `Critique` nor an `Abstention`.
     """
     name = type(critic).__name__
@@ -100,9 +101,9 @@ def run_critic(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) 
         )
     try:
         answers = critic.critique_batch(images, prompts)
-    except MemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise CriticError(
             f"{name} raised {type(error).__name__}: {error}, while criticising {len(prompts)} picture(s), "
             f"first prompt {next(iter(prompts), None)!r}. A critic that cannot tell returns artaug.Abstention(reason)."

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import artaug as aa
@@ -509,6 +510,12 @@ def test_two_scores_in_every_row_are_enough_for_a_comparison():
     with pytest.raises(aa.ScoringError) as caught:
         make_comparison(scorers=[Brittle(prompts=tuple(PROMPTS[2:]))], batch_size=20)
     assert [row.n for row in caught.value.comparison.rows] == [2, 2]
+
+
+def test_running_out_of_memory_on_a_single_picture_is_raised_as_it_is():
+    scorers = [Brittle(prompts=tuple(PROMPTS[2:]), error=torch.OutOfMemoryError)]
+    with pytest.raises(torch.OutOfMemoryError):
+        make_comparison(scorers=scorers, batch_size=20)
 
 
 def test_a_batch_that_fails_though_its_pictures_do_not_is_reported():

@@ -60,6 +60,11 @@ def test_a_siglip_score_is_the_probability_that_the_model_computes_itself():
     assert len(set(scores)) == 4
 
 
+def test_a_siglip_2_reads_lower_case_as_it_was_trained():
+    second = encoder(tiny_siglip)  # its tokenizer keeps the case, as Gemma's, which SigLIP 2 has, does
+    assert torch.equal(second.embed_texts(["A Red BALL"]), second.embed_texts(["a red ball"]))
+
+
 def test_a_siglip_attends_to_its_padding():
     siglip = encoder(tiny_siglip)
     short = siglip.tokenizer(["fog"], return_tensors="pt")["input_ids"]

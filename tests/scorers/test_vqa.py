@@ -60,6 +60,22 @@ def test_a_model_that_answers_yes_scores_1():
     assert sure.score(PICTURES[0], "a wall") > 0.999
 
 
+@pytest.mark.parametrize("answer", ["Y", "a"])
+def test_a_model_that_thinks_before_it_answers_is_reported(answer):
+    model, processor = tiny_llava(fixed_reply="So, the picture")
+    thinking = VQAScore(model=model, processor=processor, answer=answer)
+    with pytest.warns(
+        UserWarning, match=r"the next token after the question is not an answer, but most likely 'So, the"
+    ):
+        scores = thinking.score_batch(PICTURES, PROMPTS)
+    assert max(scores) < 1e-10
+
+
+def test_a_model_that_answers_no_is_not_reported():
+    model, processor = tiny_llava(fixed_reply="No")
+    assert VQAScore(model=model, processor=processor, answer="Y").score(PICTURES[0], "a wall") < 1e-10
+
+
 def test_another_question_replaces_the_prompt_and_is_part_of_the_name():
     fixed = scorer(question="Are all hands well drawn?")
     assert fixed.score(PICTURES[0], "a wall") == fixed.score(PICTURES[0], "fog")

@@ -81,12 +81,40 @@ def drips(exchange):
         exchange.handler.wfile.write(b" ")
 
 
+def drips_headers(exchange):
+    exchange.handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    while not exchange.server.stopped.wait(0.05):
+        exchange.handler.wfile.write(b"X")
+
+
+def drips_error(exchange):
+    exchange.handler.send_response(400)
+    exchange.handler.end_headers()
+    while not exchange.server.stopped.wait(0.05):
+        exchange.handler.wfile.write(b"X")
+
+
+def endless(part, *, status=200):
+    def respond(exchange):
+        exchange.handler.send_response(status)
+        exchange.handler.end_headers()
+        while not exchange.server.stopped.is_set():
+            exchange.handler.wfile.write(part)
+
+    return respond
+
+
+def endless_informational(exchange):
+    while not exchange.server.stopped.is_set():
+        exchange.handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
+
+
 def refuses(status, body=b'{"error": {"message": "no"}}', **headers):
     return lambda exchange: exchange.send(body, status=status, **headers)
 
 
-def sends(body, *, content_type=JSON):
-    return lambda exchange: exchange.send(body, content_type=content_type)
+def sends(body, *, content_type=JSON, **headers):
+    return lambda exchange: exchange.send(body, content_type=content_type, **headers)
 
 
 def half(text):

@@ -5,6 +5,7 @@ from artaug.critics.coordinates import FAMILIES, Coordinates, SmartResize, coord
 from artaug.critics.photometric import PhotometricCritic, PromptVocabulary
 from artaug.critics.probing import ProbeResult
 from artaug.critics.replies import parse_reply
+from artaug.critics.server.key import ApiKey
 from artaug.critics.server.openai import OpenAICritic
 from artaug.critics.server.usage import Usage
 from artaug.critics.vlm import VLMCritic
@@ -12,6 +13,7 @@ from artaug.critics.wrappers import Cached, Ensemble, Retried
 
 __all__ = [
     "FAMILIES",
+    "ApiKey",
     "Cached",
     "Conversation",
     "Coordinates",

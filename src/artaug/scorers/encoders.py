@@ -36,8 +36,8 @@ _MODEL_TYPES = ("clip", "siglip")
 class DualEncoder:
     """CLIP or SigLIP: an image tower and a text tower into one space. Several scorers can share it.
 
-    Vectors have length 1 and are float32 whatever the dtype of the weights. Prompts are padded to the length the model
-    was trained on, without which SigLIP scores are wrong, and longer ones are truncated with a warning.
+    Vectors have length 1 and are float32 whatever the dtype of the weights. Prompts are read in lower case and padded to
+    the length the model was trained on, without which SigLIP scores are wrong; longer ones are truncated with a warning.
 
     Raises:
         ModelError: for a model of another type, or one in training mode.
@@ -97,6 +97,15 @@ class DualEncoder:
         """What SigLIP adds to scaled cosines; 0 for CLIP."""
         return float(self.model.logit_bias.detach()) if self.model.config.model_type == "siglip" else 0.0
 
+    @property
+    def _reads_lower_case(self) -> bool:
+        """Whether the model was trained on lower case and its tokenizer does not see to it.
+
+        The tokenizers of CLIP and of the first SigLIP do. SigLIP 2 of fixed resolution has SigLIP's ``model_type`` and
+        Gemma's tokenizer, which keeps the case (huggingface/transformers#43101, NVlabs/RADIO#142).
+        """
+        return self.model.config.model_type == "siglip" and type(self.tokenizer).__name__ != "SiglipTokenizer"
+
     def cosines(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
         """The cosine of each picture and its prompt, in [-1, 1].
 
@@ -123,6 +132,8 @@ class DualEncoder:
     @torch.inference_mode()
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
         """A vector of length 1 for each prompt: (prompts, features), float32, on the CPU."""
+        if self._reads_lower_case:
+            prompts = [prompt.lower() for prompt in prompts]
         distinct = list(dict.fromkeys(prompts))  # the two pictures of a pair share a prompt: encode it once
         max_length = self.model.config.text_config.max_position_embeddings
         outputs = []

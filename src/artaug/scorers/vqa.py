@@ -1,6 +1,7 @@
 """VQAScore: the probability that a vision-language model answers yes to a question about a picture and its prompt."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 """The question of Lin et al. (2024)."""
 _DEFAULT_BATCH_SIZE = 8
+_MIN_ANSWERED = 1e-5  # a model that thinks first gives 1e-10 and less, one that answers 0.5 and more
 
 
 @final
@@ -37,7 +39,8 @@ class VQAScore(Scorer):
     """``P("Yes" | picture, question)``: the probability of the next token, in [0, 1] (Lin et al. 2024, eq. 1).
 
     The probability is over the whole vocabulary, at temperature 1, of the token right after the question. A more confident
-    model scores higher without being more accurate: compare scores of one model only.
+    model scores higher without being more accurate: compare scores of one model only. A model that reasons before it
+    answers gives nothing to either answer; a warning says so.
 
     Raises:
         InvalidValueError: if ``answer`` is not one token of this model, or ``batch_size`` is below 1.
@@ -121,11 +124,14 @@ class VQAScore(Scorer):
         check_counts(images, prompts)
         rgb, probabilities = to_rgb(images), []
         for batch in batch_slices(len(rgb), self.batch_size):
-            probabilities += self._probabilities(rgb[batch], prompts[batch])
+            next_token = self._next_token(rgb[batch], prompts[batch])
+            self._warn_unless_answered(next_token)
+            probabilities += next_token[:, self._answer_ids[0]].tolist()
         return probabilities
 
     @torch.inference_mode()
-    def _probabilities(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+    def _next_token(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """The probabilities of the token after the question: (pictures, vocabulary), float32."""
         inputs = self.processor.apply_chat_template(
             [
                 _conversation(image, self.question.replace("{prompt}", prompt))
@@ -140,8 +146,31 @@ class VQAScore(Scorer):
         ).to(self.model.device, self.model.dtype)
         # By generate, not a forward call: it computes the position ids of every architecture under left padding.
         output = self.model.generate(**inputs, generation_config=self._single_token_config)
-        logits: Tensor = output.logits[0]  # of the first new token: (pictures, vocabulary)
-        return [float(probability) for probability in logits.float().softmax(dim=-1)[:, self._answer_ids[0]]]
+        logits: Tensor = output.logits[0]  # of the first new token
+        return logits.float().softmax(dim=-1).cpu()
+
+    def _warn_unless_answered(self, next_token: Tensor) -> None:
+        """Warn where neither yes nor no may follow the question, as after the template of a model that thinks first."""
+        answered = next_token[:, list(self._yes_no_ids)].sum(dim=-1)  # (pictures,)
+        if len(answered) and float(answered.max()) < _MIN_ANSWERED:
+            words = self.processor.tokenizer.decode([int(next_token[0].argmax())])
+            warnings.warn(
+                f"{self.name}: the next token after the question is not an answer, but most likely {words!r}: yes and no "
+                f"have a probability of {float(answered.max()):.0e} together, so the scores say nothing. A model that "
+                "thinks before it answers (Qwen3-VL-Thinking, GLM-4.1V-Thinking) cannot be scored this way: load its "
+                "Instruct version, or one whose chat template takes enable_thinking=False.",
+                stacklevel=2,
+            )
+
+    @cached_property
+    def _yes_no_ids(self) -> frozenset[int]:
+        """The tokens that are yes or no in any spelling, and the answer."""
+        ids = [
+            self.processor.tokenizer.encode(f"{space}{word}", add_special_tokens=False)
+            for space in ("", " ")
+            for word in ("Yes", "yes", "YES", "No", "no", "NO")
+        ]
+        return frozenset({*self._answer_ids, *(tokens[0] for tokens in ids if len(tokens) == 1)})
 
     @cached_property
     def _answer_ids(self) -> list[int]:

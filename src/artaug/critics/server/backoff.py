@@ -33,6 +33,11 @@ class RetryGate:
         """Cancel the requests that wait, and all later ones."""
         self._closed.set()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether all requests are cancelled."""
+        return self._closed.is_set()
+
     def wait(self, *, delay_s: float = 0.0) -> None:
         """Wait for ``delay_s`` seconds and until the gate is open.
 
@@ -70,6 +75,6 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
             return max(seconds, 0.0)
     try:
         date = email.utils.parsedate_to_datetime(headers["retry-after"])
-    except (KeyError, ValueError):
+        return max(date.timestamp() - time.time(), 0.0)
+    except (KeyError, ValueError, OverflowError, OSError):  # the last two for a year that the clock does not have
         return None
-    return max(date.timestamp() - time.time(), 0.0)

@@ -1,27 +1,31 @@
 """`OpenAICritic`: a model behind any OpenAI-compatible server, such as vLLM, SGLang, llama.cpp or a hosted one."""
 
 import io
+import json
 import logging
 import os
 import re
-import threading
-import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
+from http.client import HTTPException
 from typing import Any, Literal, final
 from urllib.parse import urlsplit
 
 from PIL.Image import Image, Resampling
 
-from artaug._internal.extras import optional
 from artaug._internal.images import as_rgb, data_url
+from artaug._internal.text import shorten
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import FAMILIES, Coordinates
 from artaug.critics.dialogue import ChatReply, ChatRequest, run_dialogue
 from artaug.critics.probing import ProbeResult, probe_coordinates
-from artaug.critics.server.backoff import RetryGate
-from artaug.critics.server.client import HttpResponse, RequestFailure, RetryingClient, map_threads
+from artaug.critics.server.backoff import RequestCancelled, RetryGate
+from artaug.critics.server.client import RetryingClient, map_threads
+from artaug.critics.server.completion import RequestFailure
+from artaug.critics.server.http import Exchange, HttpResponse, UnusableResponseError
+from artaug.critics.server.key import ApiKey
 from artaug.critics.server.usage import Usage, UsageCounter
 from artaug.critique import Abstention, Critic, Critique
 from artaug.errors import InvalidValueError
@@ -29,15 +33,23 @@ from artaug.errors import InvalidValueError
 _LOG = logging.getLogger(__name__)
 
 _KEY_VARIABLE = "OPENAI_API_KEY"
-_NO_KEY = "none"  # the client needs a key; a local server accepts any
 _MAX_RESPONSE_BYTES = 16 * 2**20
-_SCHEMA_REFUSED_STATUS = frozenset({400, 404, 415, 422, 501})
+_MAX_ERROR_CHARS = 200
+_SCHEMA_REFUSED_STATUS = frozenset({400, 404, 415, 422, 500, 501})  # 500 where the compiler of the schema fails
 _FAMILY_PATTERNS = {  # families whose convention does not depend on the processor, by the names of their checkpoints
     "qwen2_vl": r"qwen[-_ ]?2[-_]vl\b",
     "qwen3_vl": r"qwen[-_ ]?3[-_]vl\b",
     "internvl": r"internvl",
     "gemma3": r"gemma[-_ ]?3[-_:]\d",
 }
+
+
+class _State:
+    """What a critic learns while it is used."""
+
+    def __init__(self) -> None:
+        self.usage = UsageCounter()
+        self.schema_refused = False
 
 
 @final
@@ -47,12 +59,14 @@ class OpenAICritic(Critic):
 
     Every picture gets a critique, or an abstention with the error that was left after all attempts. Temporary errors (no
     connection, a timeout, a truncated response, status 408, 409, 425, 429, 500, 502, 503, 504, 529) are retried with
-    exponential backoff, or after the time that the server asks for; then all requests of the critic wait.
+    exponential backoff, or after the time that the server asks for; then all requests of the critic wait. An error in a
+    response with status 200 is retried as its own status would be. A response is read up to 16 MiB, and a redirect is
+    followed inside the server's own origin only. Proxies are those of the environment (``HTTPS_PROXY``, ``NO_PROXY``).
 
     Raises:
-        InvalidValueError: for a URL that is invalid or holds a password, a number out of range, or if no conversation is
-            given and the model's name does not say how it writes boxes.
-        MissingExtraError: if openai is not installed.
+        InvalidValueError: for a URL that is invalid or may hold a secret, a key that no header can carry or that stands in
+            another field too, a number out of range, or if no conversation is given and the model's name does not say
+            how it writes boxes.
     """
 
     base_url: str
@@ -76,16 +90,19 @@ class OpenAICritic(Critic):
     """Pictures whose longer side is longer are reduced to it before they are sent."""
     jpeg_quality: int | None = None
     """Pictures are sent as JPEG of this quality, 1 to 95; None for PNG, which is lossless."""
-    api_key: str | None = field(default=None, repr=False)
-    """The key; None to read the environment variable ``OPENAI_API_KEY``, if it is set. It never appears in outputs."""
+    api_key: str | ApiKey | None = field(default=None, repr=False)
+    """The key, without white space around it; None to read the environment variable ``OPENAI_API_KEY``, if it is set, and
+    ``""`` to send none. It appears in no output, also where the server quotes it, and in no pickle: a critic for other
+    processes needs the variable."""
     concurrency: int = field(default=8, repr=False)
     """The largest number of concurrent requests."""
     timeout_s: float = field(default=120.0, repr=False)
-    """A request fails if its response is not complete after this time."""
+    """A request fails if its response is not complete after this time, from looking up the server's name on."""
     max_attempts: int = field(default=5, repr=False)
     """The largest number of attempts for a request."""
     retry_deadline_s: float = field(default=600.0, repr=False)
     """No further attempt starts this long after the first."""
+    _state: _State = field(init=False, repr=False, compare=False, default_factory=_State)
 
     def __post_init__(self) -> None:
         _check_url(self.base_url)
@@ -103,13 +120,19 @@ class OpenAICritic(Critic):
             raise InvalidValueError(f"OpenAICritic(jpeg_quality={self.jpeg_quality}): need 1 to 95, or None for PNG.")
         if self.conversation is None:
             object.__setattr__(self, "conversation", Conversation(coordinates=_coordinates_by_name(self.model)))
-        with optional("openai", required_by="OpenAICritic", extra="openai"):
-            import openai  # noqa: F401, PLC0415 - an extra
+        if isinstance(self.api_key, str):
+            object.__setattr__(self, "api_key", ApiKey(self.api_key))
+        shown = repr(self)
+        if _key_of(self).redact(shown) != shown:
+            raise InvalidValueError(
+                "the api_key stands in another field of this OpenAICritic too (base_url, model, extra_body or a prompt), "
+                "which reprs and reports show: remove it there."
+            )
 
     @property
     def usage(self) -> Usage:
         """The requests and tokens of this critic so far."""
-        return self._usage.total
+        return self._state.usage.total
 
     def critique(self, image: Image, prompt: str) -> Critique | Abstention:
         return self.critique_batch([image], [prompt])[0]
@@ -130,7 +153,7 @@ class OpenAICritic(Critic):
         return self.conversation or Conversation()
 
     def _generate(self, data_urls: dict[int, str], requests: Sequence[ChatRequest]) -> list[ChatReply | Abstention]:
-        connection = _Connection(self, self._usage)
+        connection = _Connection(self, self._state.usage)
         try:
             return map_threads(
                 lambda request: self._complete(connection, request, data_urls), requests, max_workers=self.concurrency
@@ -142,7 +165,7 @@ class OpenAICritic(Critic):
         self, connection: "_Connection", request: ChatRequest, data_urls: dict[int, str]
     ) -> ChatReply | Abstention:
         payload = self._payload(request, data_urls)
-        schema = request.schema if self.structured and not self._schema_refused.is_set() else None
+        schema = request.schema if self.structured and not self._state.schema_refused else None
         structured_payload = payload
         if schema is not None:
             json_schema = {"name": "critique", "strict": True, "schema": schema}
@@ -150,12 +173,12 @@ class OpenAICritic(Critic):
         outcome = connection.client.complete(structured_payload)
         without_schema = self.structured and request.schema is not None and schema is None
         if schema is not None and isinstance(outcome, RequestFailure) and outcome.status in _SCHEMA_REFUSED_STATUS:
-            unstructured = connection.client.complete(payload)
+            unstructured = connection.client.complete(payload, max_attempts=1 if outcome.status == 500 else None)
             if isinstance(unstructured, ChatReply):  # so the schema was what the server refused
                 self._note_schema_refused(outcome.reason)
                 outcome, without_schema = unstructured, True
         if isinstance(outcome, RequestFailure):
-            self._usage.add(Usage(failures=1))
+            self._state.usage.add(Usage(failures=1))
             return Abstention(outcome.reason)
         notes = ("the server refused the JSON schema, so the model was asked for free text",) if without_schema else ()
         return replace(outcome, notes=(*notes, *outcome.notes))
@@ -194,82 +217,85 @@ class OpenAICritic(Critic):
             image.save(file, "JPEG", quality=self.jpeg_quality, subsampling=0)
         return data_url(file.getvalue(), "png" if self.jpeg_quality is None else "jpeg")
 
-    @cached_property
-    def _usage(self) -> UsageCounter:
-        return UsageCounter()
-
-    @cached_property
-    def _schema_refused(self) -> threading.Event:
-        return threading.Event()
-
     def _note_schema_refused(self, reason: str) -> None:
-        if not self._schema_refused.is_set():
+        if not self._state.schema_refused:
             _LOG.warning(
                 "%s refused the JSON schema; the model is asked for free text from now on: %s", self.base_url, reason
             )
-        self._schema_refused.set()
+        self._state.schema_refused = True
 
 
 class _Connection:
     """The connection of a critic to its server, for one batch of requests."""
 
     def __init__(self, critic: OpenAICritic, usage: UsageCounter) -> None:
-        import openai  # noqa: PLC0415 - an extra
-
-        self._key = critic.api_key or os.environ.get(_KEY_VARIABLE) or _NO_KEY
-        self._openai = openai.OpenAI(base_url=critic.base_url, api_key=self._key, max_retries=0)
+        self._url = f"{critic.base_url.rstrip('/')}/chat/completions"
+        self._key = _key_of(critic)
         self._extra_body, self._timeout_s = dict(critic.extra_body), critic.timeout_s
         self._gate = RetryGate()
+        self._exchanges: set[Exchange] = set()
         self.client = RetryingClient(
             self._send,
             self._gate,
             usage,
             max_attempts=critic.max_attempts,
             retry_deadline_s=critic.retry_deadline_s,
+            redact=self._key.redact,
         )
 
     def close(self) -> None:
-        """Cancel all requests."""
+        """Cancel all requests, those that wait for the server too."""
         self._gate.close()
-        self._openai.close()
+        for exchange in tuple(self._exchanges):
+            exchange.abort()
 
     def _send(self, payload: Mapping[str, Any]) -> HttpResponse | RequestFailure:
-        import httpx2  # noqa: PLC0415 - openai sends with it, and does not wrap its errors while a body is read
-        import openai  # noqa: PLC0415 - an extra
-
-        timeout = RequestFailure(f"no whole answer within {self._timeout_s:g} s", retryable=True)
-        # The timeout of the client is for each read, so a server that sends a byte now and then would never reach it:
-        # the body is read in parts, with a deadline for all of it.
-        deadline = time.monotonic() + self._timeout_s
-        create = self._openai.chat.completions.with_streaming_response.create
+        headers = {"User-Agent": "artaug", "Accept": "application/json", "Accept-Encoding": "identity"}
+        headers["Content-Type"] = "application/json"
+        if key := self._key.reveal():
+            headers["Authorization"] = f"Bearer {key}"
+        body = json.dumps({**payload, **self._extra_body}).encode()
+        exchange = Exchange(self._url, headers, body, timeout_s=self._timeout_s, max_bytes=_MAX_RESPONSE_BYTES)
+        self._exchanges.add(exchange)
         try:
-            with create(**payload, extra_body=self._extra_body, timeout=self._timeout_s) as response:
-                body = b""
-                for part in response.iter_bytes():
-                    body += part
-                    if time.monotonic() > deadline:
-                        return timeout
-                    if len(body) > _MAX_RESPONSE_BYTES:
-                        return RequestFailure(f"the server's answer goes on after {_MAX_RESPONSE_BYTES:,} bytes")
-                return HttpResponse(response.status_code, response.headers, body)
-        except openai.APIStatusError as error:
-            body = error.response.content
-            if self._key != _NO_KEY:  # some servers quote the key in their error
-                body = body.replace(self._key.encode(), b"***")
-            return HttpResponse(error.status_code, error.response.headers, body)
-        except (openai.APITimeoutError, httpx2.TimeoutException):
-            return timeout
-        except (openai.APIConnectionError, httpx2.RequestError) as error:
-            cause = error.__cause__ or error
-            return RequestFailure(f"the connection failed: {type(cause).__name__}: {cause}", retryable=True)
+            if self._gate.is_closed:  # after `close` has gone through the exchanges
+                raise RequestCancelled
+            return exchange.run()
+        except CancelledError:
+            raise RequestCancelled from None
+        except TimeoutError:
+            return RequestFailure(f"no whole answer within {self._timeout_s:g} s", retryable=True)
+        except UnusableResponseError as error:
+            return RequestFailure(str(error))
+        except (OSError, HTTPException) as error:
+            text = shorten(self._key.redact(f"{type(error).__name__}: {error}"), _MAX_ERROR_CHARS)
+            return RequestFailure(f"the connection failed: {text}", retryable=True)
+        finally:
+            self._exchanges.discard(exchange)
+
+
+def _key_of(critic: OpenAICritic) -> ApiKey:
+    """The key that requests carry: that of the critic, or that of the environment."""
+    return critic.api_key if isinstance(critic.api_key, ApiKey) else ApiKey(os.environ.get(_KEY_VARIABLE, ""))
 
 
 def _check_url(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise InvalidValueError(f"{url!r} is no address of a server: need one like 'http://127.0.0.1:8000/v1'.")
-    if parts.password or parts.query:
-        raise InvalidValueError("the base_url holds a password or a query, which reprs would show: use api_key.")
+    """Refuse what is no address, or holds what may be secret; the error shows no more of it than scheme and host."""
+    no_address = InvalidValueError("the base_url is no address of a server: need one like 'http://127.0.0.1:8000/v1'.")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")
+    except ValueError:  # a host or a port that cannot be
+        raise no_address from None
+    visible = all("!" <= letter <= "~" for letter in url)
+    if not (host and visible) or port == 0 or parts.scheme not in {"http", "https"}:
+        raise no_address
+    if "@" in parts.netloc or parts.query or parts.fragment or ";" in parts.path:
+        raise InvalidValueError(
+            f"the base_url of {host} holds a user, a password, a query, parameters or a fragment, which reprs would show: "
+            "use api_key, and extra_body for what else the server needs."
+        )
 
 
 def _coordinates_by_name(model: str) -> Coordinates:

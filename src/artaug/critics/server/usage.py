@@ -1,7 +1,7 @@
 """Token and request counts of a critic whose model runs behind a server."""
 
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 from artaug.errors import InvalidValueError
@@ -46,12 +46,12 @@ class Usage:
         return (self.input_tokens * input_per_million + self.output_tokens * output_per_million) / 1e6
 
 
-@dataclass(eq=False)
 class UsageCounter:
-    """Adds up usages from many threads."""
+    """Adds up usages from many threads. No dataclass: `dataclasses.asdict` would copy the lock of one."""
 
-    _total: Usage = Usage()
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, total: Usage = Usage()) -> None:
+        self._total = total
+        self._lock = threading.Lock()
 
     @property
     def total(self) -> Usage:
@@ -62,3 +62,6 @@ class UsageCounter:
         """Add a usage."""
         with self._lock:
             self._total += usage
+
+    def __reduce__(self) -> tuple[type["UsageCounter"], tuple[Usage]]:
+        return UsageCounter, (self._total,)  # a lock cannot be pickled

@@ -13,6 +13,7 @@ from typing import Protocol
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
+from artaug._internal.memory import is_out_of_memory
 from artaug._internal.prompts import prompt_clusters
 from artaug.errors import InvalidValueError, PromptError, ScoringError
 from artaug.evaluation.comparison.comparison import Arm, Comparison, paired_scores
@@ -142,7 +143,7 @@ class ScoringLog:
 
         Raises:
             ScoringError: if no picture of the batch can be scored, but earlier ones were; it holds their scores.
-            Exception: the scorer's own, if nothing was scored yet.
+            Exception: the scorer's own, if nothing was scored yet, or if memory ran out for a single picture.
         """
         try:
             return score_images(scorer, images, prompts)
@@ -152,7 +153,9 @@ class ScoringLog:
         for image, prompt, seed in zip(images, prompts, seeds, strict=True):
             try:
                 scores += score_images(scorer, [image], [prompt])
-            except Exception as error:  # noqa: BLE001 - likewise
+            except Exception as error:
+                if is_out_of_memory(error):  # it would happen to the pictures after it too
+                    raise
                 scores.append(nan)
                 self._add(error, ScoringFailure(scorer.name, arm, prompt, seed, _describe(error)))
         if all(map(isfinite, scores)):
