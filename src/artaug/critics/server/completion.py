@@ -92,7 +92,7 @@ def excerpt(body: bytes, redact: Redact) -> str:
     return repr(shorten(redact(text), _MAX_EXCERPT_CHARS))
 
 
-class _Message(BaseModel):
+class _CompletionMessage(BaseModel):
     content: Any = None
     refusal: Any = None
     tool_calls: Any = None
@@ -102,7 +102,7 @@ class _Message(BaseModel):
 
 
 class _Choice(BaseModel):
-    message: _Message | None
+    message: _CompletionMessage | None
     finish_reason: Any = None
     error: Any = None
 
@@ -138,7 +138,7 @@ def _http_error(code: object) -> int | None:
 
 def _reply(choice: _Choice) -> ChatReply | RequestFailure:
     """The text of a choice: its content, or what servers put elsewhere by mistake."""
-    message, finish_reason = choice.message or _Message(), str(choice.finish_reason)
+    message, finish_reason = choice.message or _CompletionMessage(), str(choice.finish_reason)
     cut = (_CUT,) if finish_reason.lower() in _CUT_REASONS else ()
     text = _joined(message.content)
     if text.strip():
@@ -177,13 +177,13 @@ def _part_text(part: object) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _refusal(message: _Message) -> str:
+def _refusal(message: _CompletionMessage) -> str:
     parts = message.content if isinstance(message.content, list) else []
     stated = [message.refusal, *(part.get("refusal") for part in parts if isinstance(part, dict))]
     return next((text for text in stated if isinstance(text, str) and text.strip()), "")
 
 
-def _tool_arguments(message: _Message) -> Iterator[str]:
+def _tool_arguments(message: _CompletionMessage) -> Iterator[str]:
     """The arguments of the calls of tools: some gateways ask for JSON on a schema by way of a tool."""
     calls = message.tool_calls if isinstance(message.tool_calls, list) else []
     functions = [*(call.get("function") for call in calls if isinstance(call, dict)), message.function_call]
