@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from artaug.diffusion import DiffusersSynthesizer, verify_export
 from artaug.lora.formats import FLUX1, FLUX2, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE, Format, KeyMap
+from artaug.lora.formats.programs import DIFFUSERS
 from artaug.lora.lora import LoRA, LowRank
 from artaug.pairs import ImagePair
 from artaug.plan import Plan
@@ -46,7 +47,12 @@ FAMILIES = {
     "Qwen-Image": (QWEN_IMAGE, tiny_qwen_image),
     "Z-Image": (Z_IMAGE, tiny_z_image),
 }
-EXPORTS = [(family, kind) for family, (key_map, _) in FAMILIES.items() for kind in key_map.key_formats]
+EXPORTS = [
+    (family, kind)
+    for family, (key_map, _) in FAMILIES.items()
+    for kind in key_map.key_formats
+    if not DIFFUSERS.dropped(key_map, kind)
+]
 
 
 @dataclass(frozen=True, eq=False)

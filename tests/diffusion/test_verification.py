@@ -1,5 +1,7 @@
 """One call proves a LoRA file, and lets nothing wrong pass."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
@@ -7,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from artaug.diffusion import verification, verify_export
 from artaug.errors import LoRAError, LoRAMismatchError, ModelError
-from artaug.lora.formats import FLUX1, SD15, SDXL, Format
+from artaug.lora.formats import FLUX1, SD15, SDXL, Format, KeyFormat, KeyMap, KeyRow
 from artaug.lora.formats.load import ParsedLoRA
 from artaug.lora.lora import LoRA, LowRank
 from support.tiny_flux import tiny_flux
@@ -102,7 +104,8 @@ def test_what_only_diffusers_misses_is_found(tmp_path, pipeline):
     tensors = {f"diffusion_model.{name}.lora_A.weight": layer.down, f"diffusion_model.{name}.lora_B.weight": layer.up}
     save_file(tensors, tmp_path / "lora.safetensors")
     expected = LoRA({name: layer})
-    assert len(verify_export(tmp_path / "lora.safetensors", expected).readers) == 2
+    with pytest.raises(LoRAError, match=r"only artaug reads it whole\. diffusers knows none of its keys"):
+        verify_export(tmp_path / "lora.safetensors", expected)
     with pytest.raises(LoRAError, match="FluxPipeline"):
         verify_export(tmp_path / "lora.safetensors", expected, pipeline=pipeline)
 
@@ -126,12 +129,78 @@ def test_a_pipeline_that_loads_no_loras_is_refused(tmp_path):
         verify_export(saved(tmp_path), pipeline=DDPMPipeline(unet=None, scheduler=DDPMScheduler()))
 
 
-def test_a_file_of_an_unknown_model_has_two_readers(tmp_path):
+def test_names_that_no_key_map_has_prove_nothing(tmp_path):
     lora = LoRA({"blocks.0.proj": low_rank(2, 4, 4)})
-    assert verify_export(lora.save(tmp_path / "lora.safetensors"), lora).readers == (
-        "LoRA.load",
-        "the format's definition",
+    path = lora.save(tmp_path / "lora.safetensors")
+    assert LoRA.load(path).layers.keys() == lora.layers.keys()
+    with pytest.raises(LoRAError, match=r"no key map \(FLUX.*'blocks\.0\.proj', so nothing is proved"):
+        verify_export(path, lora)
+
+
+def test_a_file_of_ones_own_key_map_needs_a_pipeline_that_reads_it(tmp_path):
+    own = KeyMap(
+        name="own", rows=KeyRow.unchanged("blocks.{}.proj"), key_formats={Format.PEFT: KeyFormat.peft("transformer")}
     )
+    path = LoRA({"blocks.0.proj": low_rank(2, 4, 4)}).save(tmp_path / "lora.safetensors", key_map=own)
+    with pytest.raises(LoRAError, match="only artaug reads it whole"):
+        verify_export(path, key_map=own)
+
+
+@pytest.mark.parametrize("alpha", [-2.0, -1e-3])
+def test_a_negative_alpha_ends_in_an_error_where_diffusers_would_never_return(tmp_path, alpha):
+    key = "lora_unet_double_blocks_0_img_attn_proj"
+    pair = low_rank(4, 32, 32)
+    tensors = {
+        f"{key}.lora_down.weight": pair.down,
+        f"{key}.lora_up.weight": pair.up,
+        f"{key}.alpha": torch.tensor(alpha),
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    lora = LoRA.load(tmp_path / "lora.safetensors")
+    torch.testing.assert_close(lora.layers["transformer_blocks.0.attn.to_out.0"].delta(), pair.delta() * alpha / 4)
+    with pytest.raises(LoRAError, match="is negative, and diffusers never finishes to read that"):
+        verify_export(tmp_path / "lora.safetensors")
+
+
+def test_programs_that_read_less_are_named_with_what_they_drop(tmp_path):
+    names = [f"mid_block.attentions.0.{name}" for name in ("proj_in", "transformer_blocks.0.attn1.to_q")]
+    lora = LoRA({name: low_rank(2, 8, 8) for name in names})
+    whole = verify_export(lora.save(tmp_path / "default.safetensors", key_map=SDXL), lora, key_map=SDXL)
+    assert whole.whole == ("diffusers", "ComfyUI", "sd-scripts")
+    assert not whole.partial
+    path = lora.save(tmp_path / "peft.safetensors", format=Format.PEFT, key_map=SDXL)
+    peft = verify_export(path, lora, key_map=SDXL)
+    assert peft.whole == ("diffusers",)
+    assert peft.partial["ComfyUI"] == f"drops 1 of 2 layers, {names[1]!r} first"
+    assert f"whole in diffusers; ComfyUI drops 1 of 2 layers, {names[1]!r} first" in repr(peft)
+
+
+def test_a_strength_in_the_header_that_a_program_does_not_see_is_said(tmp_path):
+    layer = LORA.layers[TO_Q]
+    tensors = {f"transformer.{TO_Q}.lora_A.weight": layer.down, f"transformer.{TO_Q}.lora_B.weight": layer.up}
+    adapter = {"transformer.r": 2, "transformer.lora_alpha": 8, "transformer.target_modules": ["to_q"]}
+    header = {"lora_adapter_metadata": json.dumps(adapter)}
+    save_file(tensors, tmp_path / "lora.safetensors", header)
+    found = verify_export(tmp_path / "lora.safetensors", LoRA({TO_Q: layer}).scaled(4), key_map=FLUX1)
+    assert found.whole == ("diffusers",)
+    assert found.partial["ComfyUI"] == f"reads another update of {TO_Q!r}"
+
+
+@pytest.mark.parametrize(
+    ("names", "broken"),
+    [
+        (("attn.to_q",), True),
+        (("attn.to_q", "attn.to_k", "attn.to_v"), False),
+        (("attn.add_v_proj",), True),
+        (("ff.net.2",), False),
+    ],
+)
+def test_diffsynth_fuses_the_parts_of_flux_itself_and_wants_them_all(tmp_path, names, broken):
+    lora = LoRA({f"transformer_blocks.0.{name}": low_rank(2, 8, 8) for name in names})
+    found = verify_export(lora.save(tmp_path / "lora.safetensors", key_map=FLUX1), lora, key_map=FLUX1)
+    assert ("DiffSynth-Studio" in found.partial) is broken
+    path = lora.save(tmp_path / "kohya.safetensors", format=Format.KOHYA, key_map=FLUX1)
+    assert "DiffSynth-Studio" in verify_export(path, lora, key_map=FLUX1).whole
 
 
 def test_a_wrong_strength_in_a_unet_is_found(tmp_path):

@@ -1,7 +1,8 @@
-"""Proof that a LoRA file works: every layer rebuilt by several readers, diffusers' own among them."""
+"""Proof that a LoRA file works: every layer rebuilt by several readers, diffusers' own and other programs' among them."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,10 @@ from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import FAMILIES
 from artaug.errors import LoRAError, ModelError
 from artaug.lora.formats import KeyMap
-from artaug.lora.formats.load import ParsedLoRA, load_lora, read_tensors
+from artaug.lora.formats.load import load_lora, read_tensors
 from artaug.lora.formats.low_rank import LowRank
-from artaug.lora.formats.verification import DEFINITION, Verification, key_stems, layer_errors, read_by_definition
+from artaug.lora.formats.programs import DIFFUSERS, PROGRAMS, Program
+from artaug.lora.formats.verification import DEFINITION, Verification, layer_errors, read_by_definition, reading_by
 from artaug.lora.layers import weight_shape
 from artaug.lora.lora import LoRA
 
@@ -38,25 +40,28 @@ def verify_export(
     key_map: KeyMap | None = None,
     tolerance: float = 1e-3,
 ) -> Verification:
-    """Prove that a LoRA file, in any format, holds every layer's update and nothing else.
+    """Prove that a LoRA file, in any format, holds every layer's update and nothing else, and say who will read it whole.
 
-    The file is read three times, and each time every layer's update is rebuilt and compared: by ``LoRA.load``, by the
-    definition of its format, and by diffusers, whose own loader puts it onto empty layers with PEFT, as it would onto a
-    model. No update is formed, and no model is needed or changed.
+    The file is read several times, and each time every layer's update is rebuilt and compared: by ``LoRA.load``, by the
+    definition of its format, by diffusers, whose own loader puts it onto empty layers with PEFT as it would onto a model,
+    and by the rules of other programs, such as ComfyUI. No update is formed, and no model is needed or changed.
+
+    artaug's own readers prove nothing alone: diffusers, or one of the programs, has to read the whole file. The result
+    names the programs that do (``whole``), and says what those make of it that know the model and do not (``partial``).
 
     Args:
         path: the file.
         lora: what it should hold; without it, what ``LoRA.load`` makes of it.
         pipeline: whose loader and whose layers to use.
         family: the model family that the file is for, also one of your own: its ``pipeline_class`` loads the file, and
-            its ``key_map`` names the layers. Without a pipeline and a family, the loader is that of the first published
-            family whose names the file has, and there is none for formats that only artaug reads: see
-            ``Verification.readers``.
+            its ``key_map`` names the layers. Without a pipeline and a family, it is the first published family whose
+            names the file has.
         key_map: names of the layers, where neither the file's keys nor ``family`` settle them.
         tolerance: largest relative error of a layer's update. Files in ``torch.bfloat16`` need 5e-3.
 
     Raises:
-        LoRAError: if a reader cannot read the file, misses a layer, finds one more, or finds another update.
+        LoRAError: if a reader cannot read the file, misses a layer, finds one more, or finds another update; if no key
+            map has the names; if nobody but artaug reads the whole file.
         LoRAMismatchError: if the layers are none of the pipeline's, or have other shapes there.
         ModelError: if the pipeline loads no LoRAs.
 
@@ -68,20 +73,27 @@ def verify_export(
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = lora.save(f"{folder}/lora.safetensors", format=aa.Format.KOHYA, key_map=FLUX1)
-    ...     verify_export(path, lora).readers
+    ...     verification = verify_export(path, lora)
+    >>> verification.readers
     ('LoRA.load', "the format's definition", 'FluxPipeline')
+    >>> verification.whole
+    ('diffusers', 'ComfyUI', 'DiffSynth-Studio', 'sd-scripts')
     """
     path = Path(path)
+    loader: Any = None
+    if pipeline is not None or family is not None:
+        loader = type(pipeline) if pipeline is not None else getattr(family, "pipeline_class", None)
+        if not hasattr(loader, "lora_state_dict"):
+            raise ModelError(f"{loader.__name__} loads no LoRAs: it has no lora_state_dict.")
     if key_map is None and family is not None:
         key_map = family.key_map
     parsed = load_lora(path, key_map=key_map)
     expected = parsed.layers if lora is None else lora.layers
     readings = {"LoRA.load": parsed.layers, DEFINITION: read_by_definition(path, expected, key_map=key_map)}
-    loader: Any = _find_loader(path, parsed, key_map)
-    if pipeline is not None or family is not None:
-        loader = type(pipeline) if pipeline is not None else getattr(family, "pipeline_class", None)
-        if not hasattr(loader, "lora_state_dict"):
-            raise ModelError(f"{loader.__name__} loads no LoRAs: it has no lora_state_dict.")
+    key_maps = [key_map] if key_map is not None else _key_maps_of(loader)
+    verdict = _ask_programs(path, expected, key_maps, tolerance)
+    if loader is None and verdict.reads(DIFFUSERS):
+        loader = next((one.pipeline_class for one in FAMILIES if one.key_map == verdict.key_map), None)
     if loader is not None:
         shapes = None if pipeline is None else _weight_shapes(getattr(pipeline, _denoiser_name(loader)), LoRA(expected))
         config = getattr(getattr(pipeline, "unet", None), "config", _UNET)
@@ -90,24 +102,72 @@ def verify_export(
         layer_errors(layers, expected, path=path, reader=reader, tolerance=tolerance)
         for reader, layers in readings.items()
     ]
-    worst = {name: max(reader_errors[name] for reader_errors in errors) for name in expected}
-    return Verification(path=path, format=parsed.format, readers=tuple(readings), errors=worst)
+    if loader is None:
+        _check_witness(path, expected, verdict, key_maps)
+    return Verification(
+        path=path,
+        format=parsed.format,
+        readers=tuple(readings),
+        errors={name: max(reader_errors[name] for reader_errors in errors) for name in expected},
+        whole=tuple(program.name for program in verdict.readings if verdict.reads(program)),
+        partial={program.name: reading for program, reading in verdict.readings.items() if reading},
+    )
 
 
-def _find_loader(path: Path, parsed: ParsedLoRA, key_map: KeyMap | None) -> type | None:
-    """The pipeline class of the first published family that names all layers as the file does."""
-    stems = key_stems(path)
-    for family in FAMILIES:
-        if family.key_map is None or (key_map is not None and family.key_map != key_map):
-            continue
-        key_format = family.key_map.key_formats.get(parsed.format)
-        if key_format is None:
-            continue
-        matches = {name: family.key_map.match(name) for name in parsed.layers}
-        names = {match.original if key_format.original_names else name for name, match in matches.items() if match}
-        if all(matches.values()) and all(key_format.stem(name) in stems for name in names):
-            return family.pipeline_class
-    return None
+@dataclass(frozen=True)
+class _Verdict:
+    """What the programs that know a family make of a file, by their rules."""
+
+    key_map: KeyMap | None
+    readings: Mapping[Program, str]
+
+    def reads(self, program: Program) -> bool:
+        """Whether it reads the whole file."""
+        return self.readings.get(program) == ""
+
+
+def _key_maps_of(loader: Any) -> list[KeyMap]:  # noqa: ANN401 - a pipeline's class, which diffusers gives no type
+    """The key maps of the published families, or of those that a pipeline's class draws."""
+    families = [one for one in FAMILIES if loader is None or issubclass(loader, one.pipeline_class)]
+    return list(dict.fromkeys(one.key_map for one in families if one.key_map is not None))
+
+
+def _ask_programs(
+    path: Path, expected: Mapping[str, LowRank], key_maps: Iterable[KeyMap], tolerance: float
+) -> _Verdict:
+    """The readings for the first family that has all layers and that diffusers, else any program, reads the file for."""
+    verdicts = [
+        _Verdict(
+            key_map,
+            {
+                program: reading_by(program, path, expected, key_map=key_map, tolerance=tolerance)
+                for program in PROGRAMS
+                if key_map.name in program.styles
+            },
+        )
+        for key_map in key_maps
+        if all(map(key_map.match, expected))
+    ]
+    by_diffusers = [verdict for verdict in verdicts if verdict.reads(DIFFUSERS)]
+    by_any = [verdict for verdict in verdicts if "" in verdict.readings.values()]
+    return next(iter([*by_diffusers, *by_any, *verdicts]), _Verdict(None, {}))
+
+
+def _check_witness(path: Path, expected: Mapping[str, LowRank], verdict: _Verdict, key_maps: Iterable[KeyMap]) -> None:
+    """Refuse to prove what nobody reads but artaug."""
+    if verdict.key_map is None:
+        key_maps = list(key_maps)
+        name = next((name for name in expected if not any(one.match(name) for one in key_maps)), next(iter(expected)))
+        raise LoRAError(
+            f"{path}: no key map ({', '.join(one.name for one in key_maps)}) has all of its layers, the first without is "
+            f"{name!r}, so nothing is proved. Pass the pipeline that it is for, or your model's family."
+        )
+    if "" not in verdict.readings.values():
+        others = "".join(f" {program.name} {reading}." for program, reading in verdict.readings.items())
+        raise LoRAError(
+            f"{path}: nothing is proved, since only artaug reads it whole.{others} Save it in another format, or pass "
+            "the pipeline or the family that loads it."
+        )
 
 
 def _denoiser_name(loader: Any) -> str:  # noqa: ANN401 - a pipeline's class, which diffusers gives no type

@@ -39,7 +39,7 @@ class RepoContents:
     def write(self, folder: Path) -> str:
         """Write every file; return the text of the card."""
         lora = self.result if isinstance(self.result, LoRA) else self.result.lora
-        lora.save(folder / PEFT_FILE, key_map=self.key_map, metadata=self._header())
+        lora.save(folder / PEFT_FILE, format=Format.PEFT, key_map=self.key_map, metadata=self._header())
         kohya_file, has_kohya_file = f"{self.repo.partition('/')[2]}_comfyui_kohya.safetensors", True
         try:
             lora.save(folder / kohya_file, format=Format.KOHYA, key_map=self.key_map, metadata=self._header())

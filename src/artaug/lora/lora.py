@@ -72,21 +72,27 @@ class LoRA:
         self,
         path: str | Path,
         *,
-        format: Format | str = Format.PEFT,  # noqa: A002 - the field's word
+        format: Format | str | None = None,  # noqa: A002 - the field's word
         key_map: KeyMap | None = None,
         metadata: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Path:
         """Write one safetensors file, atomically.
 
-        In PEFT format, the universal one, all layers are padded with zeros to one rank, and alpha equals it, so that
-        readers that know alpha and readers that ignore it see the same update. In the other formats each layer keeps its
-        rank, except for U-Nets, where diffusers loses alphas that differ. Layers that the original model fuses are
-        written as blocks of one layer. ``artaug.diffusion.verify_export`` verifies the file.
+        Without a format it is written in the one that the programs of the family's users read whole: kohya's for the
+        U-Nets of Stable Diffusion, of whose PEFT files ComfyUI drops the attention, and PEFT's for the others. Which
+        program reads which file whole is a table in the LoRA files page of the documentation, and
+        ``artaug.diffusion.verify_export`` says it of a file, and proves it.
+
+        In PEFT format all layers are padded with zeros to one rank, and alpha equals it, so that readers that know alpha
+        and readers that ignore it see the same update. In the other formats each layer keeps its rank, except for
+        U-Nets, where diffusers loses alphas that differ. Layers that the original model fuses are written as blocks of
+        one layer.
 
         Args:
             path: where to write; missing folders are created.
-            format: the convention of the keys: a `Format`, or its name.
+            format: the convention of the keys: a `Format`, or its name; without it, the family's
+                ``KeyMap.default_format``.
             key_map: the model family, if several families have these layers.
             metadata: strings for the file's header, provenance for instance.
             dtype: of the factors. Without it they are written as they are, so a trained LoRA in float32, exactly. Half

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from artaug.diffusion import verify_export
+from artaug.errors import LoRAError
 from artaug.lora.formats import FLUX1, FLUX2, QWEN_IMAGE, SD15, SDXL, Z_IMAGE
 from artaug.lora.lora import LoRA, LowRank
 
@@ -130,7 +131,7 @@ def simple_tuner_flux1():
 
 
 def simple_tuner_comfyui_flux1():
-    """SimpleTuner with ``--lora_format comfyui``: diffusers' names behind ComfyUI's prefix, which diffusers cannot read."""
+    """SimpleTuner with ``--lora_format comfyui``: diffusers' names behind ComfyUI's prefix, which nobody else reads."""
     pair, key = factors(8, 8), f"diffusion_model.{SINGLE}.attn.to_v"
     tensors = {**a_b(key, pair), f"{key}.alpha": torch.tensor(16.0)}
     return tensors, {"format": "pt"}, {f"{SINGLE}.attn.to_v": update(pair, 4.0)}, None
@@ -162,7 +163,8 @@ def diffsynth_flux1():
         **{f"{SINGLE}.attn.to_{part}": update(linear1, 1, row) for part, row in zip("qkv", rows, strict=True)},
         f"{SINGLE}.proj_mlp": update(linear1, 1, slice(24, None)),
         f"{BLOCK}.ff.net.2": update(pair),
-        "norm_out.linear": update(pair),
+        # rows of the original checkpoint, (shift, scale), which DiffSynth-Studio renames only
+        "norm_out.linear": update(pair, 1, [4, 5, 6, 7, 0, 1, 2, 3]),
     }
     return tensors, {}, expected, None
 
@@ -189,6 +191,9 @@ TRAINERS = [
 ]
 
 
+NO_WITNESS = [simple_tuner_comfyui_flux1, diffsynth_flux1]
+
+
 def written(folder, trainer):
     tensors, header, expected, key_map = trainer()
     save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / "lora.safetensors", header)
@@ -207,8 +212,13 @@ def test_a_file_is_read_as_its_trainer_means_it(tmp_path, trainer):
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
 def test_the_other_readers_agree(tmp_path, trainer):
     path, expected, key_map = written(tmp_path, trainer)
+    if trainer in NO_WITNESS:
+        with pytest.raises(LoRAError, match="only artaug reads it whole"):
+            verify_export(path, expected)
+        return
     found = verify_export(path, expected, key_map=key_map)
-    assert len(found.readers) == (2 if key_map is None else 3)
+    assert found.whole
+    assert len(found.readers) == (3 if "diffusers" in found.whole else 2)
     assert found.worst[1] < 1e-6
 
 
@@ -219,3 +229,75 @@ def test_a_loaded_lora_is_saved_again_without_loss(tmp_path, trainer):
     for kind in key_map.key_formats:
         again = lora.save(tmp_path / f"{kind}.safetensors", format=kind, key_map=key_map)
         assert verify_export(again, expected, key_map=key_map).worst[1] < 1e-6
+
+
+# Names in names
+
+NAME = "transformer_blocks.0.attn.to_q"
+DOWN_BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k"
+
+
+@pytest.mark.parametrize(
+    ("stem", "layers"),
+    [
+        (f"transformer._orig_mod.{NAME}", {NAME}),
+        ("transformer.transformer_blocks.0._orig_mod.attn.to_q", {NAME}),
+        (f"transformer._fsdp_wrapped_module.{NAME}", {NAME}),
+        ("transformer.transformer_blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.attn.to_q", {NAME}),
+        (f"{'transformer.transformer_blocks.0.attn.to_q'}._checkpoint_wrapped_module", {NAME}),
+        (f"transformer.module.{NAME}", {NAME}),
+        (f"module.transformer.{NAME}", {NAME}),
+        (f"_orig_mod.{NAME}", {NAME}),
+        (f"transformer.base_model.model.{NAME}", {NAME}),
+        (f"base_model.model.transformer.{NAME}", {NAME}),
+        (f"base_model.model.base_model.model.{NAME}", {NAME}),
+        (f"diffusion_model._orig_mod.{NAME}", {NAME}),
+        (f"model.diffusion_model.{NAME}", {NAME}),
+        ("base_model.model.double_blocks.0.img_attn.qkv", {NAME, NAME.replace("_q", "_k"), NAME.replace("_q", "_v")}),
+        ("base_model.model._orig_mod.double_blocks.0.img_attn.proj", {NAME.replace("to_q", "to_out.0")}),
+        ("transformer.joint_blocks.0.x_block.attn2.proj", {"transformer_blocks.0.attn2.to_out.0"}),
+        ("unet.input_blocks.4.1.transformer_blocks.0.attn1.to_k", {DOWN_BLOCK}),
+        (f"unet.base_model.model.{DOWN_BLOCK}", {DOWN_BLOCK}),
+        (f"lora_unet__orig_mod_{DOWN_BLOCK.replace('.', '_')}", {DOWN_BLOCK}),
+        (f"lora_unet_{DOWN_BLOCK.replace('.', '_').replace('attentions_0', 'attentions_0__orig_mod')}", {DOWN_BLOCK}),
+        ("lora_unet_diffusion_model_double_blocks_0_img_attn_proj", {NAME.replace("to_q", "to_out.0")}),
+    ],
+)
+def test_prefixes_and_wrappers_of_other_programs_are_taken_off(tmp_path, stem, layers):
+    tensors = {**a_b(stem, factors(12, 8)), f"{stem}.alpha": torch.tensor(4.0)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert LoRA.load(tmp_path / "lora.safetensors").layers.keys() == layers
+
+
+@pytest.mark.parametrize(
+    "stems",
+    [
+        ["transformer._orig_mod.blocks.0.proj"],
+        ["transformer.module.blocks.0.proj"],
+        ["transformer.transformer.blocks.0.proj"],
+        ["base_model.model.unet.blocks.0.proj"],
+        [f"transformer.{NAME}", f"transformer._orig_mod.{NAME}_elsewhere"],
+        ["base_model.model.double_blocks.0.img_attn.qkv", "base_model.model.double_blocks.0.img_attn.other"],
+        ["unet.input_blocks.4.1.proj_in", "unet.elsewhere"],
+    ],
+)
+def test_names_that_no_model_has_are_refused(tmp_path, stems):
+    tensors = {key: tensor for stem in stems for key, tensor in a_b(stem, factors(12, 8)).items()}
+    tensors |= {f"{stem}.alpha": torch.tensor(4.0) for stem in stems}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(LoRAError, match="of a model artaug does not know"):
+        LoRA.load(tmp_path / "lora.safetensors")
+
+
+def test_a_wrapped_layer_beside_the_same_unwrapped_is_refused(tmp_path):
+    tensors = {**a_b(f"transformer.{NAME}", factors(8, 8)), **a_b(f"transformer._orig_mod.{NAME}", factors(8, 8))}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(LoRAError, match="twice"):
+        LoRA.load(tmp_path / "lora.safetensors")
+
+
+def test_a_key_map_that_is_given_names_the_layers_of_a_peft_file(tmp_path):
+    save_file(a_b("transformer.blocks.0.proj", factors(8, 8)), tmp_path / "lora.safetensors")
+    assert LoRA.load(tmp_path / "lora.safetensors").layers.keys() == {"blocks.0.proj"}
+    with pytest.raises(LoRAError, match="does not know"):
+        LoRA.load(tmp_path / "lora.safetensors", key_map=FLUX1)

@@ -4,10 +4,15 @@ import re
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
 from artaug.diffusion import verify_export
-from artaug.lora.formats import SD3, Format
+from artaug.diffusion.families.registry import FAMILIES
+from artaug.errors import LoRAError
+from artaug.lora.formats import FLUX1, SD3, Format
 from artaug.lora.formats.key_maps import KeyRow
+from artaug.lora.formats.programs import DIFFUSERS
+from artaug.lora.formats.save import to_state_dict
 from artaug.lora.lora import LoRA, LowRank
 from support.real_configs import MODELS, weight_shapes
 
@@ -15,6 +20,7 @@ BLOCK = re.compile(r"^(.*?(?:transformer_blocks|layers))\.(\d+)\.")
 COUNTS = {"FLUX.1-dev": 504, "FLUX.2-dev": 203, "SDXL": 794, "SD1.5": 282, "Qwen-Image": 846, "Z-Image": 276}
 SMALLEST = ["FLUX.1-dev", "FLUX.2-klein-4B", "SD3.5-medium", "SDXL", "SD1.5", "SD2.1", "Qwen-Image", "Z-Image"]
 WRITTEN = [(model, kind) for model in SMALLEST for kind in MODELS[model][0].key_formats]
+READ_BY_DIFFUSERS = [(model, kind) for model, kind in WRITTEN if not DIFFUSERS.dropped(MODELS[model][0], kind)]
 
 
 def lora_of(model, *, kind=None, every_block=True):
@@ -87,7 +93,7 @@ def test_a_missing_row_would_be_found(row):
     assert key_map.match("transformer_blocks.0.attn.to_q") is None
 
 
-@pytest.mark.parametrize(("model", "kind"), WRITTEN, ids=str)
+@pytest.mark.parametrize(("model", "kind"), READ_BY_DIFFUSERS, ids=str)
 def test_diffusers_reads_the_same_updates_of_the_layers_of_a_published_model(tmp_path, model, kind):
     key_map, *_ = MODELS[model]
     lora = lora_of(model, kind=kind, every_block=False)
@@ -97,6 +103,52 @@ def test_diffusers_reads_the_same_updates_of_the_layers_of_a_published_model(tmp
     assert found.readers[2].endswith("Pipeline")
     assert found.errors.keys() == lora.layers.keys()
     assert found.worst[1] < 1e-6
+
+
+@pytest.mark.parametrize(("model", "kind"), sorted(set(WRITTEN) - set(READ_BY_DIFFUSERS)), ids=str)
+def test_what_diffusers_does_not_read_has_another_witness(tmp_path, model, kind):
+    key_map, *_ = MODELS[model]
+    lora = lora_of(model, kind=kind, every_block=False)
+    found = verify_export(lora.save(tmp_path / "lora.safetensors", format=kind, key_map=key_map), lora, key_map=key_map)
+    assert len(found.readers) == 2
+    assert found.whole
+    with pytest.raises(LoRAError):
+        verify_export(found.path, lora, family=next(one for one in FAMILIES if one.key_map == key_map))
+
+
+def test_original_names_of_sd3_hold_what_the_original_checkpoint_holds():
+    """Diffusers' converter of checkpoints, on numbers that tell which row went where."""
+    layers = {
+        name: LowRank(torch.zeros(1, *rest), torch.arange(outputs, dtype=torch.float32).reshape(-1, 1) + 1e5 * number)
+        for number, (name, (outputs, *rest)) in enumerate(sample_blocks(weight_shapes("SD3.5-medium")).items())
+    }
+    last = max(int(block[2]) for name in layers if (block := BLOCK.search(name)))
+    renamed = {name: name.replace(f".{last}.", ".2.") for name in layers}  # the converter counts the blocks
+    written, _ = to_state_dict({renamed[name]: layer for name, layer in layers.items()}, Format.COMFYUI, key_map=SD3)
+    checkpoint = {"pos_embed": torch.zeros(1)}
+    for key, factor in written.items():
+        if key.endswith(".lora_B.weight"):
+            # a fused layer's rows have one number each
+            rows = factor.flatten(1).sum(1)
+            stem = key.removeprefix("diffusion_model.").removesuffix(".lora_B.weight")
+            width = 1536 if stem == "context_embedder" else 1
+            checkpoint |= {f"{stem}.weight": rows.reshape(-1, 1).expand(-1, width), f"{stem}.bias": rows}
+    for key in [key for key in checkpoint if key.endswith(".qkv.weight")]:
+        checkpoint |= {key.replace("qkv", norm): torch.zeros(1) for norm in ("ln_q", "ln_k")}
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
+    for name, layer in layers.items():
+        torch.testing.assert_close(converted[f"{renamed[name]}.bias"], layer.up[:, 0])
+
+
+def test_a_layer_that_another_program_renames_keeps_the_rows_of_the_original():
+    """DiffSynth-Studio's converter of FLUX.1's checkpoint renames and moves no row; so its layers are the original's."""
+    for alias in FLUX1.aliases:
+        original = FLUX1.match(alias.diffusers[0].replace("{}", "0"))
+        assert (alias.diffusers, alias.split_sizes, alias.swapped) == (
+            original.row.diffusers,
+            original.row.split_sizes,
+            original.row.swapped,
+        )
 
 
 def test_diffusers_reads_a_file_of_every_layer_of_flux(tmp_path):

@@ -54,6 +54,8 @@ class KeyRow:
     """Outputs over inputs of the original layer, if that distinguishes families with equal names."""
     swapped: bool = False
     """The first and the second half of the output rows are exchanged."""
+    swapped_aspect: Fraction | None = None
+    """They are only in layers with these outputs over inputs: one name may stand for layers of different sizes."""
 
     @classmethod
     def unchanged(cls, *names: str) -> tuple[Self, ...]:
@@ -64,6 +66,10 @@ class KeyRow:
     def renamed(cls, original: str, diffusers: str, suffixes: Mapping[str, str]) -> tuple[Self, ...]:
         """Layers of one block: its name in the original and in diffusers, and below it original to diffusers' names."""
         return tuple(cls(f"{original}.{old}", (f"{diffusers}.{new}",)) for old, new in suffixes.items())
+
+    def swaps(self, *, outputs: int, inputs: int) -> bool:
+        """Whether the halves of the output rows are exchanged in a layer of this size."""
+        return self.swapped and self.swapped_aspect in {None, Fraction(outputs, inputs)}
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,8 @@ class KeyMap:
     """A format that is missing was not verified against a reader other than artaug's, and is refused."""
     aliases: tuple[KeyRow, ...] = field(default=(), repr=False)
     """Names that other trainers give the layers: read, never written."""
+    default_format: Format = Format.PEFT
+    """What `LoRA.save` writes without a format: one that the programs of the family's users read whole."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key_formats", MappingProxyType(dict(self.key_formats)))
@@ -168,9 +176,9 @@ class KeyMap:
     def __hash__(self) -> int:
         return hash(self.name)
 
-    def __reduce__(self) -> tuple[object, tuple[str, tuple[KeyRow, ...], dict[Format, KeyFormat], tuple[KeyRow, ...]]]:
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         # a mapping proxy cannot be pickled, and a constructor with keyword-only fields cannot be called by pickle
-        return _key_map, (self.name, self.rows, dict(self.key_formats), self.aliases)
+        return _key_map, (self.name, self.rows, dict(self.key_formats), self.aliases, self.default_format)
 
     def match(self, layer: str) -> KeyMatch | None:
         """The row of a layer, given the denoiser's module path; None if it has none."""
@@ -211,9 +219,13 @@ class KeyMap:
 
 
 def _key_map(
-    name: str, rows: tuple[KeyRow, ...], key_formats: Mapping[Format, KeyFormat], aliases: tuple[KeyRow, ...]
+    name: str,
+    rows: tuple[KeyRow, ...],
+    key_formats: Mapping[Format, KeyFormat],
+    aliases: tuple[KeyRow, ...],
+    default_format: Format,
 ) -> KeyMap:
-    return KeyMap(name=name, rows=rows, key_formats=key_formats, aliases=aliases)
+    return KeyMap(name=name, rows=rows, key_formats=key_formats, aliases=aliases, default_format=default_format)
 
 
 class _NameKind(NamedTuple):

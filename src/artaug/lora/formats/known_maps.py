@@ -93,7 +93,8 @@ _FLUX1_DIFFSYNTH = (
         )
         for number in range(2)
     ),
-    KeyRow("final_norm_out.linear", ("norm_out.linear",)),  # (scale, shift), as in diffusers
+    # DiffSynth-Studio renames the original checkpoint's layers and leaves their rows as they are: (shift, scale)
+    KeyRow("final_norm_out.linear", ("norm_out.linear",), swapped=True),
     KeyRow("final_proj_out", ("proj_out",)),
 )
 
@@ -159,51 +160,77 @@ FLUX2 = KeyMap(
         ),
         # diffusers swaps the halves of this layer in a checkpoint and not in a LoRA: one of the two must be wrong
         Format.COMFYUI: KeyFormat.comfyui(original_names=True, unsupported={_FLUX2_SWAPPED}),
+        Format.DIFFSYNTH: KeyFormat.diffsynth(),
     },
 )
 """FLUX.2, dev and klein."""
 
-# Stable Diffusion 3 and Qwen-Image: what they have in common
-
-_JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-_TIMESTEP_EMBEDDER = tuple(f"time_text_embed.timestep_embedder.linear_{number}" for number in (1, 2))
-
 # Stable Diffusion 3
+
+_SD3_BLOCK, _SD3_BLOCK_ORIGINAL = "transformer_blocks.{}", "joint_blocks.{}"
+_SD3_STREAMS = (("x_block", "ff", "to_out.0"), ("context_block", "ff_context", "to_add_out"))
 
 SD3 = KeyMap(
     name="Stable Diffusion 3",
-    rows=KeyRow.unchanged(
-        *(f"transformer_blocks.{{}}.attn.{name}" for name in _JOINT),
-        *(f"transformer_blocks.{{}}.attn2.{name}" for name in _JOINT[:4]),
+    rows=(
         *(
-            f"transformer_blocks.{{}}.{stream}.{name}"
-            for stream in ("ff", "ff_context")
-            for name in ("net.0.proj", "net.2")
+            KeyRow(f"{_SD3_BLOCK_ORIGINAL}.{original}.qkv", tuple(f"{_SD3_BLOCK}.{path.format(p)}" for p in "qkv"), QKV)
+            for original, path in (
+                ("x_block.attn", "attn.to_{}"),
+                ("x_block.attn2", "attn2.to_{}"),
+                ("context_block.attn", "attn.add_{}_proj"),
+            )
         ),
-        *(f"transformer_blocks.{{}}.{name}.linear" for name in ("norm1", "norm1_context")),
-        *_TIMESTEP_EMBEDDER,
-        *(f"time_text_embed.text_embedder.linear_{number}" for number in (1, 2)),
-        "context_embedder",
-        "pos_embed.proj",
-        "norm_out.linear",
-        "proj_out",
+        KeyRow(f"{_SD3_BLOCK_ORIGINAL}.x_block.attn2.proj", (f"{_SD3_BLOCK}.attn2.to_out.0",)),
+        *(
+            row
+            for stream, mlp, output in _SD3_STREAMS
+            for row in KeyRow.renamed(
+                f"{_SD3_BLOCK_ORIGINAL}.{stream}",
+                _SD3_BLOCK,
+                {"attn.proj": f"attn.{output}", "mlp.fc1": f"{mlp}.net.0.proj", "mlp.fc2": f"{mlp}.net.2"},
+            )
+        ),
+        KeyRow(f"{_SD3_BLOCK_ORIGINAL}.x_block.adaLN_modulation.1", (f"{_SD3_BLOCK}.norm1.linear",)),
+        # the last block modulates the text by two vectors in place of six: (shift, scale), in diffusers (scale, shift)
+        KeyRow(
+            f"{_SD3_BLOCK_ORIGINAL}.context_block.adaLN_modulation.1",
+            (f"{_SD3_BLOCK}.norm1_context.linear",),
+            swapped=True,
+            swapped_aspect=Fraction(2),
+        ),
+        *(
+            KeyRow(f"{original}.mlp.{2 * number}", (f"time_text_embed.{diffusers}.linear_{number + 1}",))
+            for original, diffusers in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder"))
+            for number in range(2)
+        ),
+        *KeyRow.unchanged("context_embedder"),
+        KeyRow("x_embedder.proj", ("pos_embed.proj",)),
+        KeyRow("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),  # (shift, scale)
+        KeyRow("final_layer.linear", ("proj_out",)),
     ),
-    key_formats={Format.PEFT: KeyFormat.peft("transformer")},
+    key_formats={
+        Format.PEFT: KeyFormat.peft("transformer"),
+        Format.KOHYA: KeyFormat.kohya(original_names=True),
+        Format.COMFYUI: KeyFormat.comfyui(original_names=True),
+    },
 )
 """Stable Diffusion 3 and 3.5."""
 
 # Qwen-Image
 
+_QWEN_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
 QWEN_IMAGE = KeyMap(
     name="Qwen-Image",
     rows=KeyRow.unchanged(
-        *(f"transformer_blocks.{{}}.attn.{name}" for name in _JOINT),
+        *(f"transformer_blocks.{{}}.attn.{name}" for name in _QWEN_ATTENTION),
         *(
             f"transformer_blocks.{{}}.{stream}_{name}"
             for stream in ("img", "txt")
             for name in ("mlp.net.0.proj", "mlp.net.2", "mod.1")
         ),
-        *_TIMESTEP_EMBEDDER,
+        *(f"time_text_embed.timestep_embedder.linear_{number}" for number in (1, 2)),
         "img_in",
         "txt_in",
         "norm_out.linear",
@@ -221,6 +248,11 @@ QWEN_IMAGE = KeyMap(
 # Z-Image
 
 _Z_BLOCKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
+_Z_PATCHES = {
+    "x_embedder": "all_x_embedder.2-1",
+    "final_layer.linear": "all_final_layer.2-1.linear",
+    "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+}
 
 Z_IMAGE = KeyMap(
     name="Z-Image",
@@ -233,17 +265,16 @@ Z_IMAGE = KeyMap(
         *KeyRow.unchanged(
             *(f"{block}.feed_forward.w{number}" for block in _Z_BLOCKS for number in (1, 2, 3)),
             *(f"{block}.adaLN_modulation.0" for block in _Z_BLOCKS[:2]),
-            "all_x_embedder.2-1",
-            "all_final_layer.2-1.linear",
-            "all_final_layer.2-1.adaLN_modulation.1",
             "cap_embedder.1",
             "t_embedder.mlp.0",
             "t_embedder.mlp.2",
         ),
+        *(KeyRow(original, (diffusers,)) for original, diffusers in _Z_PATCHES.items()),
     ),
     key_formats={
         Format.PEFT: KeyFormat.peft("transformer"),
-        Format.KOHYA: KeyFormat.kohya(),
+        # ComfyUI looks for the layers' original names here, and diffusers, which reads both, loses the patches' layers
+        Format.KOHYA: KeyFormat.kohya(original_names=True, unsupported=_Z_PATCHES),
         Format.COMFYUI: KeyFormat.comfyui(),
         Format.DIFFSYNTH: KeyFormat.diffsynth(),
     },
@@ -310,6 +341,7 @@ SDXL = KeyMap(
         Format.PEFT: KeyFormat.peft("unet"),
         Format.KOHYA: KeyFormat.kohya(original_names=True, uniform_rank=True),
     },
+    default_format=Format.KOHYA,  # of a PEFT file ComfyUI drops the attention
 )
 """Stable Diffusion XL."""
 
@@ -320,6 +352,7 @@ SD15 = KeyMap(
     rows=_unet(attention_at_lowest_resolution=False),
     # sd-scripts trains SDXL on the original U-Net, and this one on diffusers'
     key_formats={Format.PEFT: KeyFormat.peft("unet"), Format.KOHYA: KeyFormat.kohya(uniform_rank=True)},
+    default_format=Format.KOHYA,  # of a PEFT file ComfyUI drops the attention
 )
 """Stable Diffusion 1.x, and 2.x."""
 

@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -22,22 +21,12 @@ from artaug.lora.formats.adapter_config import (
     with_config_beside,
 )
 from artaug.lora.formats.key_maps import Format, KeyMap, KeyMatch
-from artaug.lora.formats.known_maps import KEY_MAPS
 from artaug.lora.formats.lokr import LOKR_ROLES, is_complete_lokr, lokr_layer, lokr_rank
 from artaug.lora.formats.low_rank import FACTOR_DTYPES, LowRank, from_file_factors
+from artaug.lora.formats.resolve import FORMATS_BY_PREFIX, find_prefix, resolve_names
 
 _log = logging.getLogger(__name__)
 
-_PREFIXES = {
-    PEFT_PREFIX: Format.PEFT,
-    "transformer.": Format.PEFT,
-    "unet.": Format.PEFT,
-    "lora_unet_": Format.KOHYA,
-    "lora_transformer_": Format.ONETRAINER,
-    "diffusion_model.": Format.COMFYUI,
-    "": Format.DIFFSYNTH,
-}
-_FLAT_FORMATS = {Format.KOHYA, Format.ONETRAINER}
 _SUFFIXES = {
     ".lora_A.weight": "down",
     ".lora_A.default.weight": "down",
@@ -85,15 +74,6 @@ class ParsedLoRA:
     """By module path of the denoiser, alpha folded in."""
 
 
-@dataclass(frozen=True)
-class _ResolvedKey:
-    """The row of the key map that a layer of a file belongs to."""
-
-    match: KeyMatch
-    original: bool
-    """The file uses the original name or an alias of it, so that the layer may be several of diffusers' layers."""
-
-
 def load_lora(
     path: Path, *, key_map: KeyMap | None = None, alpha: float | None = None, denoiser_only: bool = False
 ) -> ParsedLoRA:
@@ -110,16 +90,10 @@ def load_lora(
     """
     tensors, header = read_tensors(path)
     format_, layers = _read_layers(tensors, read_config(header, path), path, alpha=alpha, denoiser_only=denoiser_only)
-    if format_ is Format.PEFT:
-        return ParsedLoRA(format_, layers)
-    resolved = _resolve_names(layers, format_, key_map, path)
     updates: dict[str, LowRank] = {}
-    for name, layer in layers.items():
-        match = resolved[name].match
-        if resolved[name].original:
-            parts_of_layer = _split_fused(match, layer, path)
-        else:
-            parts_of_layer = {_diffusers_name(match, name, format_): layer}
+    for name, resolved in resolve_names(layers, format_, key_map, path).items():
+        layer = layers[name]
+        parts_of_layer = {resolved: layer} if isinstance(resolved, str) else _split_fused(resolved, layer, path)
         if duplicates := updates.keys() & parts_of_layer.keys():
             raise LoRAError(
                 f"{path} updates {min(duplicates)!r} twice, the second time as {name!r}. Remove one of the two."
@@ -221,7 +195,7 @@ def _read_layers(
                 _check_lokr_numel(numel)
     except LoRAError as error:
         raise LoRAError(f"{path} is not a LoRA artaug can read: {error}") from None
-    return _PREFIXES[prefix], read
+    return FORMATS_BY_PREFIX[prefix], read
 
 
 def _check_lokr_numel(numel: int) -> None:
@@ -256,7 +230,7 @@ def _group_by_layer(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dic
                 f"{path} holds {key!r} of shape {tuple(tensor.shape)}: this is {adapter}, which artaug cannot read. "
                 "Expected a plain LoRA of linear layers and convolutions."
             )
-    prefix = next((prefix for prefix in _PREFIXES if tensors and all(key.startswith(prefix) for key in tensors)), "")
+    prefix = find_prefix(tensors)
     layers: dict[str, dict[str, Tensor]] = {}
     unknown = next(_unknown_keys(tensors, prefix, layers, path), None) if tensors else "no tensor at all"
     if unknown is not None:
@@ -314,57 +288,6 @@ def _fold_alpha(name: str, parts: Mapping[str, Tensor], config: AdapterConfig | 
     return scaled
 
 
-def _resolve_names(
-    layers: Mapping[str, LowRank], format_: Format, key_map: KeyMap | None, path: Path
-) -> dict[str, _ResolvedKey]:
-    """The rows of all names in a file, from the one family that has them all.
-
-    Families that give the names the same meaning are not ambiguous.
-    """
-    candidates = KEY_MAPS if key_map is None else (key_map,)
-    readings: dict[tuple[str, ...], dict[str, _ResolvedKey]] = {}
-    fitting, missing = [], ""
-    for candidate in candidates:
-        rows = {name: candidate.resolve(name, flat=format_ in _FLAT_FORMATS) for name in layers}
-        resolved = {name: _ResolvedKey(*row) for name, row in rows.items() if row is not None}
-        if len(resolved) < len(layers):
-            missing = missing or next(name for name in layers if name not in resolved)
-        elif key_map is not None or all(_fits_aspect(row, layers[name]) for name, row in resolved.items()):
-            fitting.append(candidate.name)
-            readings[_meaning(resolved, format_)] = resolved
-    if len(readings) == 1:
-        return next(iter(readings.values()))
-    if readings:
-        raise LoRAError(
-            f"{path} could be a LoRA of {' or '.join(fitting)}. "
-            "Choose one, for example with key_map=artaug.lora.formats.FLUX1."
-        )
-    families = ", ".join(candidate.name for candidate in candidates)
-    raise LoRAError(
-        f"{path} is a {format_} file of a model artaug does not know ({families}): first unknown is "
-        f"{missing or next(iter(layers))!r}, or its shape is."
-    )
-
-
-def _meaning(resolved: Mapping[str, _ResolvedKey], format_: Format) -> tuple[str, ...]:
-    """The module paths of diffusers that the names of a file stand for."""
-    paths: list[str] = []
-    for name, row in resolved.items():
-        paths += row.match.diffusers if row.original else (_diffusers_name(row.match, name, format_),)
-    return tuple(paths)
-
-
-def _fits_aspect(resolved: _ResolvedKey, layer: LowRank) -> bool:
-    aspect = resolved.match.row.aspect
-    return not resolved.original or aspect is None or aspect == Fraction(layer.up.shape[0], layer.down.shape[1])
-
-
-def _diffusers_name(match: KeyMatch, name: str, format_: Format) -> str:
-    """The module path that a name of diffusers with dots or underscores stands for."""
-    flat = format_ in _FLAT_FORMATS
-    return next(path for path in match.diffusers if (path.replace(".", "_") if flat else path) == name)
-
-
 def _split_fused(match: KeyMatch, layer: LowRank, path: Path) -> dict[str, LowRank]:
     """A layer of the original as diffusers' layers: each takes its rows of ``up``.
 
@@ -372,12 +295,13 @@ def _split_fused(match: KeyMatch, layer: LowRank, path: Path) -> dict[str, LowRa
     the columns that are not, and the rows of ``down`` that belong to them, so it has the rank that it was trained with.
     """
     outputs, units = layer.up.shape[0], sum(match.row.split_sizes)
-    if outputs % units or (match.row.swapped and outputs % 2):
+    swapped = match.row.swaps(outputs=outputs, inputs=layer.down.shape[1])
+    if outputs % units or (swapped and outputs % 2):
         raise LoRAError(
             f"{path} updates {match.original!r} with {outputs} outputs, which are no multiple of {units}, the parts "
             "that it is split into. Is it of another model?"
         )
-    up = layer.up.roll(outputs // 2, 0) if match.row.swapped else layer.up
+    up = layer.up.roll(outputs // 2, 0) if swapped else layer.up
     blocks = up.split([size * outputs // units for size in match.row.split_sizes])
     parts = {}
     for name, block in zip(match.diffusers, blocks, strict=True):

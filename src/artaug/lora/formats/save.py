@@ -30,12 +30,12 @@ _MAX_CAST_ERROR = 0.01
 
 def to_state_dict(
     layers: Mapping[str, LowRank],
-    format: Format | str,  # noqa: A002 - the field's word
+    format: Format | str | None,  # noqa: A002 - the field's word
     *,
     key_map: KeyMap | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a file.
+    """The tensors and the header of a file; without a format, in that of the family's users.
 
     Raises:
         LoRAError: if there is no such format, if the layers fit no family or several, if the family does not have that
@@ -43,6 +43,8 @@ def to_state_dict(
     """
     if dtype is not None:
         layers = {name: _cast(name, layer, dtype) for name, layer in layers.items()}
+    if format is None:
+        format, key_map = _default_format(layers, key_map)  # noqa: A001 - the field's word
     if format not in set(Format):
         raise LoRAError(f"there is no format {format!r}: choose one of {', '.join(map(repr, map(str, Format)))}.")
     format = Format(format)  # noqa: A001 - the field's word
@@ -60,10 +62,25 @@ def to_state_dict(
     return tensors, {"format": "pt"}
 
 
+def _default_format(layers: Mapping[str, LowRank], key_map: KeyMap | None) -> tuple[Format, KeyMap | None]:
+    """The format that all families with these layers are read in, and the one of them to name the layers by.
+
+    The U-Nets of Stable Diffusion share most names. sd-scripts trains one by the original names and the others by
+    diffusers'; the programs that draw know diffusers' for all of them.
+    """
+    fitting = [key_map] if key_map is not None else [one for one in KEY_MAPS if all(map(one.match, layers))]
+    defaults = {candidate.default_format for candidate in fitting}
+    if len(defaults) != 1 or defaults == {Format.PEFT}:
+        return Format.PEFT, key_map
+    (default,) = defaults
+    return default, min(fitting, key=lambda candidate: candidate.key_formats[default].original_names)
+
+
 def _peft(layers: Mapping[str, LowRank], key_map: KeyMap | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All layers at one rank, and alpha equal to it: alpha / rank is 1 for every reader, also one that ignores alpha."""
     prefix = "unet." if any(name.startswith(_UNET_PREFIXES) for name in layers) else "transformer."
     if key_map is not None:
+        _check_format(key_map, Format.PEFT)
         prefix = key_map.key_formats[Format.PEFT].prefix
     tensors: dict[str, Tensor] = {}
     for name, layer in _pad_ranks(layers).items():
@@ -121,19 +138,23 @@ def _find_key_map(layers: Mapping[str, LowRank], format_: Format, key_map: KeyMa
             "Choose one, for example with key_map=artaug.lora.formats.FLUX1."
         )
     (family,) = fitting
-    if format_ not in family.key_formats:
-        raise LoRAError(
-            f"artaug does not write {format_} files for {family.name}: no other reader has verified them. "
-            f"Choose of: {', '.join(family.key_formats)}."
-        )
+    _check_format(family, format_)
     for name in layers:
         match = family.match(name)
         if match is not None and match.row.original in family.key_formats[format_].unsupported:
             raise LoRAError(
-                f"a {format_} file cannot carry the update of {name!r}: diffusers would not read it correctly. "
+                f"a {format_} file cannot carry the update of {name!r}: not every program would read it correctly. "
                 "Leave the layer out, or save in PEFT format."
             )
     return family
+
+
+def _check_format(key_map: KeyMap, format_: Format) -> None:
+    if format_ not in key_map.key_formats:
+        raise LoRAError(
+            f"artaug does not write {format_} files for {key_map.name}: no other reader has verified them. "
+            f"Choose of: {', '.join(key_map.key_formats)}."
+        )
 
 
 def _fuse_layers(layers: Mapping[str, LowRank], key_map: KeyMap) -> dict[str, LowRank]:
@@ -163,7 +184,8 @@ def _fuse(match: KeyMatch, layers: Mapping[str, LowRank]) -> LowRank:
     down_dtype = _promoted_dtype(layer.down for layer in layers.values())
     up = torch.block_diag(*(block.to("cpu", up_dtype) for block in blocks))
     down = torch.cat([layers[name].down.to("cpu", down_dtype) for name in sizes if name in layers])
-    return LowRank(down, up.roll(up.shape[0] // 2, 0) if match.row.swapped else up)
+    swapped = match.row.swaps(outputs=up.shape[0], inputs=down.shape[1])
+    return LowRank(down, up.roll(up.shape[0] // 2, 0) if swapped else up)
 
 
 def _promoted_dtype(tensors: Iterable[Tensor]) -> torch.dtype:

@@ -8,10 +8,11 @@ are two convolutions in sequence.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from artaug.errors import LoRAError
@@ -20,6 +21,7 @@ from artaug.lora.formats.key_maps import Format, KeyMap, KeyMatch
 from artaug.lora.formats.known_maps import KEY_MAPS
 from artaug.lora.formats.load import read_tensors
 from artaug.lora.formats.low_rank import LowRank, relative_error
+from artaug.lora.formats.programs import Program
 
 DEFINITION = "the format's definition"
 """The name of the second reader in `Verification.readers`."""
@@ -38,9 +40,13 @@ class Verification:
     format: Format
     """The convention of its keys."""
     readers: tuple[str, ...]
-    """Names of the readers."""
+    """Names of the readers that ran: artaug's two, and the pipeline of diffusers if that can read the file."""
     errors: Mapping[str, float]
     """By layer the largest relative error of any reader: ``|actual - expected| / |expected|`` in Frobenius norms of updates."""
+    whole: tuple[str, ...] = ()
+    """Programs that read the whole file, by their published rules."""
+    partial: Mapping[str, str] = field(default_factory=dict)
+    """By program that knows the model and does not read the whole file: what it makes of it."""
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -51,8 +57,14 @@ class Verification:
         name, error = self.worst
         return (
             f"Verification({str(self.path)!r}: {self.format} file of {len(self.errors)} layers, largest relative error "
-            f"{error:.1e} in {name!r}, read by {', '.join(self.readers)})"
+            f"{error:.1e} in {name!r}, read by {', '.join(self.readers)}{'; ' if self._programs else ''}{self._programs})"
         )
+
+    @property
+    def _programs(self) -> str:
+        """Which programs will read the file whole, in one sentence."""
+        whole = [f"whole in {', '.join(self.whole)}"] if self.whole else []
+        return "; ".join([*whole, *(f"{program} {reading}" for program, reading in self.partial.items())])
 
     def _repr_html_(self) -> str:
         name, error = self.worst
@@ -61,6 +73,7 @@ class Verification:
             "layers": len(self.errors),
             "largest relative error": f"{error:.1e} in {name}",
             "read by": ", ".join(self.readers),
+            **({"programs": self._programs} if self._programs else {}),
         }
         rows = "".join(f"<tr><th>{label}</th><td>{escape(str(fact))}</td></tr>" for label, fact in facts.items())
         return f"<table>{rows}</table>"
@@ -120,13 +133,33 @@ def read_by_definition(
     return updates
 
 
-def key_stems(path: Path) -> set[str]:
-    """The keys of a file's layers, with the prefix and without the ending.
+def reading_by(
+    program: Program, path: Path, expected: Mapping[str, LowRank], *, key_map: KeyMap, tolerance: float
+) -> str:
+    """What a program does with a file of a family, by its rules; nothing, if it reads the whole file rightly.
 
     Raises:
-        LoRAError: if it holds a key that is no part of a LoRA.
+        LoRAError: if the file holds a key that is no part of a LoRA.
     """
-    return set(_group_by_stem(read_tensors(path)[0], path))
+    tensors, header = read_tensors(path)
+    layers, config = _group_by_stem(tensors, path), read_config(header, path) if program.reads_header else None
+    matches = {name: match for name in expected if (match := key_map.match(name)) is not None}
+    found = program.find(matches, tensors.keys(), key_map)
+    if not found:
+        return "knows none of its keys"
+    if missing := [name for name in expected if name not in found]:
+        return f"drops {len(missing)} of {len(expected)} layers, {missing[0]!r} first"
+    strengths = [float(parts["alpha"]) / len(parts["down"]) for parts in layers.values() if "alpha" in parts]
+    for name, (stem, style) in found.items():
+        parts = dict(layers[stem])
+        if style.one_strength and strengths:
+            parts["alpha"] = torch.tensor(strengths[0] * len(parts["down"]))
+        layer = _scaled_layer(name, parts, config)
+        if style.original_names:
+            layer = _cut_rows(layer, matches[name])[name]
+        if not relative_error(layer, expected[name]) <= tolerance:
+            return f"reads another update of {name!r}"
+    return ""
 
 
 def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
@@ -173,7 +206,7 @@ def _scaled_layer(name: str, factors: Mapping[str, Tensor], config: AdapterConfi
 def _cut_rows(layer: LowRank, match: KeyMatch) -> dict[str, LowRank]:
     """The parts of a fused layer, by rows."""
     rows = layer.up
-    if match.row.swapped:
+    if match.row.swaps(outputs=len(rows), inputs=layer.down.shape[1]):
         first, second = rows.chunk(2)
         rows = rows.new_empty(rows.shape)
         rows[: len(second)], rows[len(second) :] = second, first
