@@ -91,9 +91,9 @@ def verify_export(
     expected = parsed.layers if lora is None else lora.layers
     readings = {"LoRA.load": parsed.layers, DEFINITION: read_by_definition(path, expected, key_map=key_map)}
     key_maps = [key_map] if key_map is not None else _key_maps_of(loader)
-    verdict = _ask_programs(path, expected, key_maps, tolerance)
-    if loader is None and verdict.reads(DIFFUSERS):
-        loader = next((one.pipeline_class for one in FAMILIES if one.key_map == verdict.key_map), None)
+    programs = _ask_programs(path, expected, key_maps, tolerance)
+    if loader is None and programs.reads(DIFFUSERS):
+        loader = next((one.pipeline_class for one in FAMILIES if one.key_map == programs.key_map), None)
     if loader is not None:
         shapes = None if pipeline is None else _weight_shapes(getattr(pipeline, _denoiser_name(loader)), LoRA(expected))
         config = getattr(getattr(pipeline, "unet", None), "config", _UNET)
@@ -103,19 +103,20 @@ def verify_export(
         for reader, layers in readings.items()
     ]
     if loader is None:
-        _check_witness(path, expected, verdict, key_maps)
+        _check_witness(path, expected, programs, key_maps)
+    verdicts = {**programs.readings, **({DIFFUSERS: ""} if loader is not None else {})}  # what ran is no longer a rule
     return Verification(
         path=path,
         format=parsed.format,
         readers=tuple(readings),
         errors={name: max(reader_errors[name] for reader_errors in errors) for name in expected},
-        whole=tuple(program.name for program in verdict.readings if verdict.reads(program)),
-        partial={program.name: reading for program, reading in verdict.readings.items() if reading},
+        whole=tuple(program.name for program, reading in verdicts.items() if not reading),
+        partial={program.name: reading for program, reading in verdicts.items() if reading},
     )
 
 
 @dataclass(frozen=True)
-class _Verdict:
+class _ProgramReadings:
     """What the programs that know a family make of a file, by their rules."""
 
     key_map: KeyMap | None
@@ -134,10 +135,10 @@ def _key_maps_of(loader: Any) -> list[KeyMap]:  # noqa: ANN401 - a pipeline's cl
 
 def _ask_programs(
     path: Path, expected: Mapping[str, LowRank], key_maps: Iterable[KeyMap], tolerance: float
-) -> _Verdict:
+) -> _ProgramReadings:
     """The readings for the first family that has all layers and that diffusers, else any program, reads the file for."""
-    verdicts = [
-        _Verdict(
+    candidates = [
+        _ProgramReadings(
             key_map,
             {
                 program: reading_by(program, path, expected, key_map=key_map, tolerance=tolerance)
@@ -148,22 +149,24 @@ def _ask_programs(
         for key_map in key_maps
         if all(map(key_map.match, expected))
     ]
-    by_diffusers = [verdict for verdict in verdicts if verdict.reads(DIFFUSERS)]
-    by_any = [verdict for verdict in verdicts if "" in verdict.readings.values()]
-    return next(iter([*by_diffusers, *by_any, *verdicts]), _Verdict(None, {}))
+    by_diffusers = [programs for programs in candidates if programs.reads(DIFFUSERS)]
+    by_any = [programs for programs in candidates if "" in programs.readings.values()]
+    return next(iter([*by_diffusers, *by_any, *candidates]), _ProgramReadings(None, {}))
 
 
-def _check_witness(path: Path, expected: Mapping[str, LowRank], verdict: _Verdict, key_maps: Iterable[KeyMap]) -> None:
+def _check_witness(
+    path: Path, expected: Mapping[str, LowRank], programs: _ProgramReadings, key_maps: Iterable[KeyMap]
+) -> None:
     """Refuse to prove what nobody reads but artaug."""
-    if verdict.key_map is None:
+    if programs.key_map is None:
         key_maps = list(key_maps)
         name = next((name for name in expected if not any(one.match(name) for one in key_maps)), next(iter(expected)))
         raise LoRAError(
             f"{path}: no key map ({', '.join(one.name for one in key_maps)}) has all of its layers, the first without is "
             f"{name!r}, so nothing is proved. Pass the pipeline that it is for, or your model's family."
         )
-    if "" not in verdict.readings.values():
-        others = "".join(f" {program.name} {reading}." for program, reading in verdict.readings.items())
+    if "" not in programs.readings.values():
+        others = "".join(f" {program.name} {reading}." for program, reading in programs.readings.items())
         raise LoRAError(
             f"{path}: nothing is proved, since only artaug reads it whole.{others} Save it in another format, or pass "
             "the pipeline or the family that loads it."
