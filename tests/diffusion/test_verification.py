@@ -146,22 +146,6 @@ def test_a_file_of_ones_own_key_map_needs_a_pipeline_that_reads_it(tmp_path):
         verify_export(path, key_map=own)
 
 
-@pytest.mark.parametrize("alpha", [-2.0, -1e-3])
-def test_a_negative_alpha_ends_in_an_error_where_diffusers_would_never_return(tmp_path, alpha):
-    key = "lora_unet_double_blocks_0_img_attn_proj"
-    pair = low_rank(4, 32, 32)
-    tensors = {
-        f"{key}.lora_down.weight": pair.down,
-        f"{key}.lora_up.weight": pair.up,
-        f"{key}.alpha": torch.tensor(alpha),
-    }
-    save_file(tensors, tmp_path / "lora.safetensors")
-    lora = LoRA.load(tmp_path / "lora.safetensors")
-    torch.testing.assert_close(lora.layers["transformer_blocks.0.attn.to_out.0"].delta(), pair.delta() * alpha / 4)
-    with pytest.raises(LoRAError, match="is negative, and diffusers never finishes to read that"):
-        verify_export(tmp_path / "lora.safetensors")
-
-
 def test_programs_that_read_less_are_named_with_what_they_drop(tmp_path):
     names = [f"mid_block.attentions.0.{name}" for name in ("proj_in", "transformer_blocks.0.attn1.to_q")]
     lora = LoRA({name: low_rank(2, 8, 8) for name in names})
