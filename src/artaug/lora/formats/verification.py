@@ -146,7 +146,7 @@ def reading_by(
     matches = {name: match for name in expected if (match := key_map.match(name)) is not None}
     found = program.find(matches, tensors.keys(), key_map)
     if not found:
-        return "knows none of its keys"
+        return f"drops all {len(expected)} layers"
     if missing := [name for name in expected if name not in found]:
         return f"drops {len(missing)} of {len(expected)} layers, {missing[0]!r} first"
     strengths = [float(parts["alpha"]) / len(parts["down"]) for parts in layers.values() if "alpha" in parts]
