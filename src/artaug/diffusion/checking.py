@@ -6,6 +6,7 @@ It raises `AssertionError` with a sentence that says what was expected and what 
 # ruff: noqa: S101 - a check asserts, as in artaug.testing
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -299,6 +300,7 @@ class _FamilyChecks:
         before, predictions, step = _hooks_and_processors(module), [], scheduler.step
         synthesizer = dataclasses.replace(self.synthesizer, guide=guide)
 
+        @functools.wraps(step)
         def recording_step(prediction: Tensor, *args: object, **kwargs: object) -> object:
             predictions.append(prediction.clone())
             return step(prediction, *args, **kwargs)

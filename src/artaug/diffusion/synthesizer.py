@@ -18,8 +18,10 @@ from artaug._internal.weights import check_safetensors
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_at, family_of
+from artaug.diffusion.locking import exclusive_drawing, exclusive_use
 from artaug.diffusion.offload import check_trainable
-from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError
+from artaug.diffusion.seeding import check_reproducible, seeded_scheduler
+from artaug.errors import GuideError, InvalidValueError, NonFiniteError
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
@@ -43,11 +45,14 @@ class DiffusersSynthesizer(Synthesizer):
 
     A plan without regions draws bit for bit what ``pipeline(...)`` draws with the same options and
     ``generator=torch.Generator().manual_seed(seed)``. The pipeline is shared and never copied: guides and LoRAs are
-    installed for one call and removed after it. One synthesizer draws one batch at a time.
+    installed for one call and removed after it. Threads take turns: while one draws or trains with a pipeline, others
+    that use it, or a part of it, wait.
+
+    A scheduler that adds noise draws it from each picture's own generator.
 
     Raises:
-        ModelError: for a pipeline of an unknown family or with a part in training mode, or a size or option that its
-            family does not support.
+        ModelError: for a pipeline of an unknown family, with a part in training mode or a scheduler whose noise no seed
+            decides, or a size or option that its family does not support.
         InvalidValueError: for fewer than one step, or a negative prompt and ``true_cfg_scale`` that would be ignored.
         LoRAMismatchError: for a LoRA that names layers the model does not have.
     """
@@ -79,12 +84,9 @@ class DiffusersSynthesizer(Synthesizer):
         if self.steps < 1:
             raise InvalidValueError(f"DiffusersSynthesizer(steps={self.steps}) would draw noise: need at least 1.")
         module = self._bound_family.module
-        training = [name for name, part in self.pipeline.components.items() if getattr(part, "training", False)]
-        if training:
-            raise ModelError(f"{training} of the pipeline are in training mode, where dropout is random. Call .eval().")
+        check_reproducible(self.pipeline)
         for active in self.loras:
-            with active.lora.applied_to(module):  # it raises where layers are missing
-                pass
+            active.lora.check_fits(module)
 
     @classmethod
     def from_pretrained(  # noqa: D417, PLR0913 - the class's own fields, documented there
@@ -158,6 +160,7 @@ class DiffusersSynthesizer(Synthesizer):
 
         Raises:
             GuideError: if a plan has regions and this synthesizer no guide.
+            ModelError: if a hook or callback of a drawing calls this, or the scheduler draws from torch's global state.
             NonFiniteError: if latents or pixels hold NaN or infinity.
         """
         if len(plans) != len(seeds):
@@ -166,7 +169,15 @@ class DiffusersSynthesizer(Synthesizer):
             return []
         family = self._bound_family
         common.warn_if_tiled(self.pipeline, width=self.width, height=self.height)
-        with torch.no_grad(), self._active_loras(family.module), without_progress_bar(self.pipeline):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with (
+            torch.no_grad(),
+            exclusive_drawing(self.pipeline),
+            self._active_loras(family.module),
+            without_progress_bar(self.pipeline),
+            seeded_scheduler(self.pipeline.scheduler, generators),
+        ):
+            check_reproducible(self.pipeline)
             conditioning = family.encode_prompts([plan.prompt for plan in plans])
             with self._guidance(family, conditioning, plans):
                 output = self.pipeline(
@@ -174,7 +185,7 @@ class DiffusersSynthesizer(Synthesizer):
                     width=self.width,
                     height=self.height,
                     num_inference_steps=self.steps,
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                    generator=generators,
                     callback_on_step_end=_check_latents,
                     output_type="pt",
                 )
@@ -196,11 +207,12 @@ class DiffusersSynthesizer(Synthesizer):
         """Yield the model to a trainer for a ``with`` block: frozen, with the LoRAs of this synthesizer active.
 
         Raises:
-            ModelError: if the denoiser is offloaded in a way that does not allow a backward pass.
+            ModelError: if the denoiser is offloaded in a way that does not allow a backward pass, or a hook or callback of
+                a drawing calls this.
         """
         family = self._bound_family
         check_trainable(family.module)
-        with self._active_loras(family.module), _frozen(family.module):
+        with exclusive_use(self.pipeline), self._active_loras(family.module), _frozen(family.module):
             yield family
 
     @property

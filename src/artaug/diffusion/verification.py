@@ -181,8 +181,7 @@ def _denoiser_name(loader: Any) -> str:  # noqa: ANN401 - a pipeline's class, wh
 
 def _weight_shapes(denoiser: nn.Module, lora: LoRA) -> dict[str, tuple[int, ...]]:
     """The shapes of a denoiser's weights that a LoRA can update, if this one fits it."""
-    with lora.applied_to(denoiser):
-        pass
+    lora.check_fits(denoiser)
     return {name: shape for name, layer in denoiser.named_modules() if (shape := weight_shape(layer))}
 
 

@@ -190,6 +190,14 @@ class LoRA:
                 hooks.callback(handle.remove)
             yield
 
+    def check_fits(self, module: nn.Module) -> None:
+        """Refuse a module that this LoRA does not fit; the module is not touched.
+
+        Raises:
+            LoRAMismatchError: if a layer is missing or has another shape.
+        """
+        self._find_layers(module)
+
     def _find_layers(self, module: nn.Module) -> dict[str, nn.Module]:
         """The submodules that this LoRA names; all of them must be there and fit."""
         modules = dict(module.named_modules())
