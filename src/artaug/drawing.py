@@ -7,6 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from artaug._internal.images import as_rgb
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box, Mask
 
@@ -52,7 +53,7 @@ def draw_boxes(
         )
     if scale < 1:
         raise InvalidValueError(f"draw_boxes(scale={scale}) would shrink the picture. Pass a scale of at least 1.")
-    large = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+    large = as_rgb(image).resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(large)
     for number, box in enumerate(boxes):
         _outline(pen, box, color=BOX_COLORS[number % len(BOX_COLORS)], size=large.size)
@@ -109,7 +110,7 @@ def draw_areas(image: Image.Image, areas: Sequence[Area], *, heading: str = "") 
     Returns:
         An RGB picture as wide as ``image``, and higher by the lines of text.
     """
-    picture = image.convert("RGB")
+    picture = as_rgb(image)
     for number, area in enumerate(areas):
         if isinstance(area.shape, Mask) or area.feather:
             color = Image.new("RGB", picture.size, BOX_COLORS[number % len(BOX_COLORS)])

@@ -7,7 +7,7 @@ from PIL.Image import Image
 from pydantic import Field
 
 from artaug._internal.digests import digest
-from artaug._internal.images import as_rgb
+from artaug._internal.images import rgb_parts
 from artaug._internal.values import to_json, value
 from artaug.errors import InvalidValueError
 from artaug.plan import Plan
@@ -72,8 +72,7 @@ def pair_digest(pair: ImagePair, *, include_plan: bool = False) -> str:
     Raises:
         InvalidValueError: for a picture that has no RGB pixels (32-bit modes ``I`` and ``F``).
     """
-    images = [as_rgb(pair.before), as_rgb(pair.after)]
-    pixels = [part for image in images for part in (f"{image.width}x{image.height}", image.tobytes())]
+    pixels = (*rgb_parts(pair.before), *rgb_parts(pair.after))
     return digest(pair.prompt, *pixels, *([to_json(pair.plan)] if include_plan else []))
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from pydantic import Field
 
 from artaug._internal.contracts import check_result
+from artaug._internal.images import as_rgb
 from artaug._internal.values import value
 from artaug.critique import Critique, Suggestion
 from artaug.drawing import Area, draw_areas
@@ -84,7 +85,7 @@ class Plan:
             raise InvalidValueError(
                 f"Plan.preview(size={size}) leaves nothing to see: need at least 1 pixel in width and height."
             )
-        canvas = image or Image.new("RGB", size or (_PREVIEW_PX, _PREVIEW_PX), _GREY)
+        canvas = as_rgb(image) if image else Image.new("RGB", size or (_PREVIEW_PX, _PREVIEW_PX), _GREY)
         scale = max(_PREVIEW_PX // max(canvas.size), 1)
         enlarged = canvas.resize(size or (canvas.width * scale, canvas.height * scale), Image.Resampling.BICUBIC)
         areas = [Area(shape=region.area, text=_caption(region), feather=region.feather) for region in self.regions]

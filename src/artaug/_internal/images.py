@@ -3,16 +3,17 @@
 import base64
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 from artaug.errors import InvalidValueError
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB.
+    """Convert an image of any mode to 8-bit RGB: the one way in which artaug reads a picture.
 
-    Greyscale, palette, CMYK and the other 8-bit modes are converted; transparent pixels are composited over white, as a
-    page would show them; of 16-bit greyscale the upper 8 bits are kept.
+    Greyscale, palette, CMYK, Lab and the other 8-bit modes are converted; transparent pixels are composited over white, as
+    a page would show them; of 16-bit greyscale the upper 8 bits are kept. Pixels count alone: an orientation, a color
+    profile or a gamma that a file names is left out, so that a copy that is shown or sent is not read another way.
 
     Raises:
         InvalidValueError: for an image without pixels, or of 32-bit numbers (modes ``I`` and ``F``), whose white level
@@ -26,10 +27,32 @@ def as_rgb(image: Image.Image) -> Image.Image:
             "Scale it to 0..255 and convert it to 'L' or 'RGB' first."
         )
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        image = _eight_bits(image)
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+    if image.mode == "La":  # premultiplied, which PIL converts to its plain mode only
+        image = image.convert("LA")
     if image.has_transparency_data:
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def rgb_parts(image: Image.Image) -> tuple[str, bytes]:
+    """What a digest of an image is made of: its size, and the pixels that every part of artaug sees of it."""
+    rgb = as_rgb(image)
+    return f"{rgb.width}x{rgb.height}", rgb.tobytes()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit greyscale as 8 bits, with an alpha channel if the file names a transparent level."""
+    values, transparent = np.asarray(image), image.info.get("transparency")
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def data_url(data: bytes, image_format: str) -> str:

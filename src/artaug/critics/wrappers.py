@@ -1,6 +1,5 @@
 """Critics around other critics: an ensemble that votes, a cache on disk, and retries after abstentions."""
 
-import json
 import logging
 import statistics
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from PIL.Image import Image
 
 from artaug._internal.digests import digest
 from artaug._internal.files import atomic_write, check_regular
+from artaug._internal.images import rgb_parts
 from artaug._internal.values import from_json, to_json, value
 from artaug.critique import Abstention, Critic, Critique, Suggestion, run_critic
 from artaug.errors import InvalidValueError
@@ -190,9 +190,8 @@ class Cached(Critic):
         return self.cache_abstentions or isinstance(answer, Critique)
 
     def _entry_path(self, image: Image, prompt: str) -> Path:
-        appearance = [image.mode, image.size, image.getpalette() if image.mode in {"P", "PA"} else None]
-        question = json.dumps([self.identity or repr(self.critic), prompt, *appearance])
-        name = digest(question, image.tobytes())
+        # Of the pixels that critics see: a file's mode and palette do not count, and what they hide does not.
+        name = digest(self.identity or repr(self.critic), prompt, *rgb_parts(image))
         return self.folder / name[:2] / f"{name[2:]}.json"
 
 

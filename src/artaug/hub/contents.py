@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from artaug._internal.files import file_sha256
+from artaug._internal.images import as_rgb
 from artaug.errors import LoRAError
 from artaug.evaluation.comparison import Comparison
 from artaug.hub.card import CardFields, render_card
@@ -81,9 +82,9 @@ class RepoContents:
         for number, sample in enumerate(self.samples, start=1):
             path = folder / "images" / f"sample-{number}.png"
             path.parent.mkdir(exist_ok=True)
-            sample.image.save(path)
+            as_rgb(sample.image).save(path)
             if sample.before is not None:
-                sample.before.save(path.with_stem(f"{path.stem}-before"))
+                as_rgb(sample.before).save(path.with_stem(f"{path.stem}-before"))
             yield path.relative_to(folder).as_posix()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL.Image import Image
 
 from artaug._internal.contracts import check_numbers
+from artaug._internal.images import as_rgb
 from artaug.errors import ContractError, InvalidValueError, NonFiniteError
 from artaug.images.photometry import luma, srgb
 
@@ -174,7 +175,7 @@ class StructuralSimilarity(ImageSimilarity):
 
     def _luma(self, image: Image) -> np.ndarray:
         if self.side_px is not None:
-            image = image.copy()
+            image = as_rgb(image)  # first: a palette's indices cannot be averaged
             image.thumbnail((self.side_px, self.side_px))
         return luma(srgb(image))
 

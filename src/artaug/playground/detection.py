@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from artaug._internal.images import as_rgb
 from artaug.geometry import Box
 from artaug.playground import oklab
 from artaug.playground.rendering import HUES, SIZE_PX
@@ -59,7 +60,7 @@ def detect(image: Image.Image) -> list[DetectedThing]:
     >>> [(thing.color, thing.shape, thing.place) for thing in playground.detect(image)]
     [('red', 'cone', 'on the left')]
     """
-    picture = image.convert("RGB")
+    picture = as_rgb(image)
     if picture.size != (SIZE_PX, SIZE_PX):
         picture = picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
     lab = oklab.from_srgb(torch.from_numpy(np.asarray(picture, dtype=np.float64) / 255)).numpy()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from artaug._internal.extras import optional
+from artaug._internal.images import as_rgb
 from artaug.errors import InvalidValueError
 from artaug.evaluation.comparison import Comparison
 from artaug.pairs import ImagePair
@@ -159,7 +160,7 @@ def _image_grid(rows: Sequence[Sequence["Image"]], names: Sequence[str], prompts
     for axes_row, images, name in zip(grid, rows, names, strict=True):
         axes_row[0].set_ylabel(name, fontsize=8, color=_INK)
         for axes, image in zip(axes_row, images, strict=True):
-            axes.imshow(np.asarray(image.convert("RGB")), interpolation="lanczos")
+            axes.imshow(np.asarray(as_rgb(image)), interpolation="lanczos")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
     for axes, prompt in zip(grid[-1], prompts, strict=True):

@@ -1,13 +1,15 @@
 """A run for the report's template: summary, rounds, funnels, losses, times and pairs."""
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
+from artaug._internal.images import data_url
 from artaug._internal.text import duration
 from artaug.geometry import Box, Mask
-from artaug.images.html import BOX_COLORS, image_data_url
+from artaug.images.html import BOX_COLORS
 from artaug.pairs import Dropped, Kept
 from artaug.plan import Region
 from artaug.report.image_store import ImageStore
@@ -107,7 +109,9 @@ def _region(index: int, region: Region) -> TemplateContext:
         edges = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
         layer = Image.new("RGB", (weights.shape[1], weights.shape[0]), color)
         layer.putalpha(Image.fromarray((weights * 150).round().astype(np.uint8)))
-        tint = image_data_url(layer)
+        png = io.BytesIO()
+        layer.save(png, "png", optimize=True)
+        tint = data_url(png.getvalue(), "png")  # a layer over a picture, whose transparency stays
         area = Box.from_pixels(*edges, size=weights.shape[::-1])
     return {"number": index + 1, "prompt": region.prompt, "color": color, "box": area, "tint": tint}
 

@@ -7,6 +7,7 @@ from typing import final
 from PIL import Image
 from torch.nn.functional import normalize
 
+from artaug._internal.images import as_rgb
 from artaug.errors import InvalidValueError
 from artaug.evaluation.suites import Detection
 from artaug.scorers.encoders import DualEncoder
@@ -55,7 +56,7 @@ class ClipColors:
 
 
 def _cut_out(image: Image.Image, detection: Detection) -> Image.Image:
-    picture = image.convert("RGB")
+    picture = as_rgb(image)
     if detection.mask is not None:
         if detection.mask.size != image.size:
             raise InvalidValueError(

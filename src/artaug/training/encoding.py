@@ -13,6 +13,7 @@ from torch import Tensor
 from artaug._internal.contracts import contract_error
 from artaug._internal.digests import digest, tensors_digest
 from artaug._internal.files import atomic_write
+from artaug._internal.images import as_rgb
 from artaug._internal.sealed import SealedFile, open_sealed, save_sealed
 from artaug.errors import NonFiniteError
 from artaug.pairs import ImagePair, pair_digest
@@ -91,8 +92,8 @@ def _encode(model: DiffusionModel, pairs: Sequence[ImagePair], *, micro_batch_si
     for start in range(0, len(pairs), micro_batch_size):
         micro_batch = pairs[start : start + micro_batch_size]
         latents = {
-            "before": model.encode_images([pair.before for pair in micro_batch]),
-            "after": model.encode_images([pair.after for pair in micro_batch]),
+            "before": model.encode_images([as_rgb(pair.before) for pair in micro_batch]),
+            "after": model.encode_images([as_rgb(pair.after) for pair in micro_batch]),
         }
         texts = model.encode_prompts([pair.prompt for pair in micro_batch])
         _check_lengths(model, "encode_images", latents, len(micro_batch), "picture")

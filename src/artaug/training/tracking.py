@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from artaug._internal.images import as_rgb
 from artaug.errors import InvalidValueError, MissingExtraError
 from artaug.training.progress import StepEvent
 from artaug.training.validation import ValidationResult
@@ -38,7 +39,7 @@ class Tracker:
         prefix = f"validation/strength_{result.strength:g}"
         self._tracker.log({f"{prefix}/win_rate": result.win_rate, f"{prefix}/gain": result.gain}, step=result.step)
         if result.images and hasattr(self._tracker, "log_images"):
-            pixels = np.stack([np.asarray(image.convert("RGB")) for image in result.images])
+            pixels = np.stack([np.asarray(as_rgb(image)) for image in result.images])
             layout = {"dataformats": "NHWC"} if self._tracker.name == "tensorboard" else {}
             self._tracker.log_images({prefix: pixels}, step=result.step, **layout)
 
