@@ -83,7 +83,7 @@ class _NoGlobalRandomness(TorchDispatchMode):
 
     # A mode, and no comparison of the global state before and after: another thread may draw from it at any time.
     def __init__(self, owner: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self._owner = owner
 
     def __torch_dispatch__(
