@@ -1,6 +1,7 @@
 """The one door: every check, the demo and the benchmarks. `nox --list` says what there is."""
 
 import re
+import tarfile
 from pathlib import Path
 
 import nox
@@ -59,6 +60,28 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def lowest(session: nox.Session) -> None:
+    """Run the test suite on the lowest versions that pyproject.toml declares; torch stays as in constraints.txt.
+
+    A lower torch has no CPU wheel for Linux on the index: its build for CUDA is several gigabytes.
+    """
+    install(session, group="lowest")
+    folder = Path(session.create_tmp()).resolve()
+    torch, pins = folder / "torch.txt", folder / "lowest.txt"
+    tested = Path("constraints.txt").read_text("utf-8").splitlines()
+    torch.write_text(next(line for line in tested if line.startswith("torch==")), "utf-8")
+    resolve = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--all-extras", "pyproject.toml"]
+    resolved = session.run(*resolve, "--resolution", "lowest-direct", "--override", str(torch), silent=True)
+    lines = str(resolved).splitlines()
+    pins.write_text("\n".join(line for line in lines if not line.startswith(("cuda-", "nvidia-", "triton"))), "utf-8")
+    session.install("--constraint", str(pins), "--editable", ".[openai,optimizers,report,vlm]")
+    session.install("--constraint", str(pins), *nox.project.dependency_groups(PYPROJECT, "tests"))
+    # Warnings of old versions about their own dependencies are not ours to heed.
+    options = ["-o", "filterwarnings=default", "--numprocesses", "auto", "--dist", "worksteal"]
+    session.run("pytest", *options, *session.posargs)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device."""
     install(session, "--editable", ".[optimizers,report,vlm]", group="tests")
@@ -104,25 +127,35 @@ def train_playground(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=False)
 def package(session: nox.Session) -> None:
-    """Build the wheel, install it into an empty environment and look at it from outside."""
-    wheels = Path(session.create_tmp()).resolve()
-    for old in wheels.glob("*.whl"):
+    """Build sdist and wheel, install the wheel into an empty environment and look at it from outside."""
+    dist = Path(session.create_tmp()).resolve()
+    for old in dist.glob("artaug-*"):
         old.unlink()
-    session.run("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(wheels), ".")
-    (wheel,) = wheels.glob("*.whl")
-    install(session, str(wheel), group="package")
-    with session.chdir(wheels):
+    install(session, group="package")
+    session.run("python", "-m", "build", "--outdir", str(dist))  # the wheel is built from the sdist
+    (wheel,) = dist.glob("*.whl")
+    (sdist,) = dist.glob("*.tar.gz")
+    session.run("twine", "check", "--strict", str(wheel), str(sdist))
+    tracked = str(session.run("git", "ls-files", external=True, silent=True, log=False)).split()
+    with tarfile.open(sdist) as archive:
+        shipped = {name.partition("/")[2] for name in archive.getnames()}
+    if missing := sorted(set(tracked) - shipped):
+        session.error(f"the sdist lacks what its own sessions need: {missing}")
+    install(session, str(wheel))
+    with session.chdir(dist):
         session.run("python", "-c", LOOK)
         session.run("pyright", "--ignoreexternal", "--verifytypes", "artaug")
 
 
 LOOK = """
-import importlib.resources, artaug
+import importlib.metadata, importlib.resources, re, artaug
 root = importlib.resources.files("artaug")
 assert "site-packages" in str(root), f"{root} is the checkout, not the wheel"
 assert (root / "py.typed").is_file(), "the wheel has no py.typed"
 weights = [path for path in root.joinpath("playground").rglob("*.safetensors")]
 assert weights, "the wheel has no playground weights"
+readme = importlib.metadata.metadata("artaug").get_payload()
+assert "teach" in readme.lower() and not re.findall(r"\\]\\((?!https?:)", readme), "links that an index cannot follow"
 print(f"artaug {artaug.__version__}: py.typed and {sum(path.stat().st_size for path in weights) / 2**20:.1f} MiB of weights")
 """
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
@@ -32,16 +33,20 @@ class SchemaDecoding:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, eos_token_ids: Sequence[int]) -> None:
         try:
-            self.tokenizer = from_tokenizer(tokenizer, eos_token=list(eos_token_ids))
+            self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, eos_token=list(eos_token_ids))
         except ValueError as error:
             raise ModelError(
                 f"llguidance cannot read the vocabulary of {type(tokenizer).__name__}: {error}. Load a fast tokenizer, or "
                 "pass constrained=False to parse the model's free replies."
             ) from error
         token_bytes = [self.tokenizer.decode_bytes([token]) for token in range(self.tokenizer.vocab_size)]
-        self.eos_token_ids = list(eos_token_ids)
-        self.starts_with = {mark: np.array([text.startswith(mark) for text in token_bytes]) for mark in _CLOSERS}
-        self.is_letter = np.array([text == b"z" for text in token_bytes])  # allowed only inside a string
+        self.eos_token_ids: list[int] = list(eos_token_ids)
+        self.starts_with: dict[bytes, NDArray[np.bool_]] = {
+            mark: np.array([text.startswith(mark) for text in token_bytes]) for mark in _CLOSERS
+        }
+        self.is_letter: NDArray[np.bool_] = np.array(
+            [text == b"z" for text in token_bytes]
+        )  # allowed only inside a string
 
     def logits_processor(self, schemas: Sequence[dict[str, Any]], *, max_new_tokens: int) -> LogitsProcessor:
         """A processor for one ``generate`` call that constrains each row of the batch to its schema.

@@ -222,7 +222,7 @@ class Factor(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.weight: nn.Parameter = nn.Parameter(weight)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return F.linear(inputs, self.weight.to(inputs.dtype))
@@ -244,7 +244,8 @@ class KroneckerFactor(nn.Module):
 
     def __init__(self, outer: Tensor, inner: Tensor) -> None:
         super().__init__()
-        self.outer, self.inner = nn.Parameter(outer), nn.Parameter(inner)
+        self.outer: nn.Parameter = nn.Parameter(outer)
+        self.inner: nn.Parameter = nn.Parameter(inner)
 
     def forward(self, inputs: Tensor) -> Tensor:
         # (C (x) B) vec(X) = vec(C X B^T), X the input as rows (columns of C, columns of B). C first: B makes rows longer.

@@ -48,9 +48,9 @@ class MemoryTracker(TorchDispatchMode):
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
-        self.live_bytes = 0
-        self.peak_bytes = 0
-        self.flops = 0
+        self.live_bytes: int = 0
+        self.peak_bytes: int = 0
+        self.flops: int = 0
         self._live: set[int] = set()
         for tensor in existing:
             self._track(tensor.untyped_storage())
