@@ -141,7 +141,7 @@ def package(session: nox.Session) -> None:
         shipped = {name.partition("/")[2] for name in archive.getnames()}
     if missing := sorted(set(tracked) - shipped):
         session.error(f"the sdist lacks what its own sessions need: {missing}")
-    install(session, str(wheel))
+    install(session, f"{wheel}[openai,optimizers,report,vlm]")
     with session.chdir(dist):
         session.run("python", "-c", LOOK)
         session.run("pyright", "--ignoreexternal", "--verifytypes", "artaug")
