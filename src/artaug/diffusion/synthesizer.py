@@ -22,10 +22,11 @@ from artaug.diffusion.locking import exclusive_drawing, exclusive_use
 from artaug.diffusion.offload import check_trainable
 from artaug.diffusion.seeding import check_reproducible, seeded_scheduler
 from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError
+from artaug.lora.applied import check_called
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
-from artaug.regional.guide import Guide, steer
+from artaug.regional.guide import Guide, SteeredRun, steer
 from artaug.synthesis import Synthesizer
 from artaug.training.model import DiffusionModel
 
@@ -179,14 +180,14 @@ class DiffusersSynthesizer(Synthesizer):
         ):
             check_reproducible(self.pipeline)
             conditioning = family.encode_prompts([plan.prompt for plan in plans])
-            with self._guidance(family, conditioning, plans):
+            with self._guidance(family, conditioning, plans) as run:
                 output = self.pipeline(
                     **family.pipeline_kwargs(conditioning, self._encode_negative(family, len(plans))),
                     width=self.width,
                     height=self.height,
                     num_inference_steps=self.steps,
                     generator=generators,
-                    callback_on_step_end=_check_latents,
+                    callback_on_step_end=_StepCheck(family.module, run),
                     output_type="pt",
                 )
         _warn_of_black_images(output, plans)
@@ -253,10 +254,10 @@ class DiffusersSynthesizer(Synthesizer):
 
     def _guidance(
         self, family: Family, conditioning: Conditioning, plans: Sequence[Plan]
-    ) -> AbstractContextManager[None]:
-        """The guide, installed where a plan has regions; a batch without regions is drawn by the plain pipeline."""
+    ) -> AbstractContextManager[SteeredRun | None]:
+        """The guide, installed where it may act; otherwise the plain pipeline draws."""
         regional = [plan for plan in plans if plan.regions]
-        if not regional:
+        if not regional and (self.guide is None or self.guide.needs_regions):
             return nullcontext()
         if self.guide is None:
             raise GuideError(
@@ -295,15 +296,27 @@ def _warn_of_black_images(output: object, plans: Sequence[Plan]) -> None:
         )
 
 
-def _check_latents(
-    _pipeline: DiffusionPipeline, step: int, _timestep: Tensor, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    if not tensors["latents"].isfinite().all():
-        raise NonFiniteError(
-            f"the latents hold NaN or infinity after step {step + 1}. "
-            "Check the weights and the active LoRAs; a float16 model may need bfloat16."
-        )
-    return {}
+class _StepCheck:
+    """The pipeline's callback: latents are finite after every step, and LoRAs and guide acted in the first."""
+
+    def __init__(self, module: nn.Module, run: SteeredRun | None) -> None:
+        self._module, self._run = module, run
+        self._is_first = True
+
+    def __call__(
+        self, _pipeline: DiffusionPipeline, step: int, _timestep: Tensor, tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if self._is_first:
+            check_called(self._module)
+            if self._run is not None:
+                self._run.check_called()
+            self._is_first = False
+        if not tensors["latents"].isfinite().all():
+            raise NonFiniteError(
+                f"the latents hold NaN or infinity after step {step + 1}. "
+                "Check the weights and the active LoRAs; a float16 model may need bfloat16."
+            )
+        return {}
 
 
 @contextmanager

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import FAMILIES
 from artaug.errors import LoRAError, ModelError
+from artaug.lora.applied import updatable_shapes
 from artaug.lora.formats import KeyMap
 from artaug.lora.formats.load import load_lora, read_tensors
 from artaug.lora.formats.low_rank import LowRank
 from artaug.lora.formats.programs import DIFFUSERS, PROGRAMS, Program
 from artaug.lora.formats.verification import DEFINITION, Verification, layer_errors, read_by_definition, reading_by
-from artaug.lora.layers import weight_shape
 from artaug.lora.lora import LoRA
 
 _ADAPTER = "artaug"
@@ -182,7 +182,7 @@ def _denoiser_name(loader: Any) -> str:  # noqa: ANN401 - a pipeline's class, wh
 def _weight_shapes(denoiser: nn.Module, lora: LoRA) -> dict[str, tuple[int, ...]]:
     """The shapes of a denoiser's weights that a LoRA can update, if this one fits it."""
     lora.check_fits(denoiser)
-    return {name: shape for name, layer in denoiser.named_modules() if (shape := weight_shape(layer))}
+    return updatable_shapes(denoiser)
 
 
 class _EmptyLayers(nn.Module, PeftAdapterMixin):  # type: ignore[misc]  # untyped in diffusers

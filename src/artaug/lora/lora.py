@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from artaug._internal.digests import tensors_digest
 from artaug._internal.files import atomic_write, save_tensors
+from artaug._internal.modules import named_modules, unwrap
 from artaug.errors import LoRAError, LoRAMismatchError
+from artaug.lora.applied import compute_dtype, fused_layers, updatable_shapes, update_applied
 from artaug.lora.formats.key_maps import Format, KeyMap
 from artaug.lora.formats.load import load_lora
 from artaug.lora.formats.low_rank import LowRank
 from artaug.lora.formats.save import to_state_dict
-from artaug.lora.layers import low_rank_forward, weight_shape
 
 __all__ = ["LoRA", "LowRank", "sum_loras"]
 
@@ -170,8 +171,8 @@ class LoRA:
     ) -> Iterator[None]:
         """Add this LoRA to ``module`` inside the ``with`` block; after it the module computes exactly as before.
 
-        The update is added by forward hooks on the named layers, linear ones and convolutions, so the weights are
-        neither copied nor changed: quantized, offloaded and shared layers work, and several LoRAs can be applied at once.
+        The update is added in the layers' ``forward``, so the weights are neither copied nor changed: quantized, offloaded,
+        compiled and shared layers work, and several LoRAs can be applied at once.
 
         Args:
             module: the denoiser.
@@ -180,28 +181,29 @@ class LoRA:
                 pixel, of a shape that multiplies the output, or None to skip the update. Without it the weight is 1.
 
         Raises:
-            LoRAMismatchError: before anything changes, if a layer is missing or has another shape.
+            LoRAMismatchError: before anything changes, if a layer is missing, has another shape, or is out of use.
         """
-        layers = self._find_layers(module)
-        with ExitStack() as hooks:
+        layers, dtype = self._find_layers(module), compute_dtype(module)
+        with ExitStack() as applied:
             for name, layer in layers.items():
                 weights = None if output_weights is None else functools.partial(output_weights, name)
-                handle = layer.register_forward_hook(_update_hook(self.layers[name].scaled(scale), weights))
-                hooks.callback(handle.remove)
+                applied.enter_context(
+                    update_applied(layer, self.layers[name].scaled(scale), dtype=dtype, output_weights=weights)
+                )
             yield
 
     def check_fits(self, module: nn.Module) -> None:
         """Refuse a module that this LoRA does not fit; the module is not touched.
 
         Raises:
-            LoRAMismatchError: if a layer is missing or has another shape.
+            LoRAMismatchError: if a layer is missing, has another shape, or is out of use.
         """
         self._find_layers(module)
 
     def _find_layers(self, module: nn.Module) -> dict[str, nn.Module]:
-        """The submodules that this LoRA names; all of them must be there and fit."""
-        modules = dict(module.named_modules())
-        shapes = {name: shape for name, submodule in modules.items() if (shape := weight_shape(submodule))}
+        """The submodules that this LoRA names; all of them must be there, fit, and be in use."""
+        module = unwrap(module)
+        modules, shapes = named_modules(module), updatable_shapes(module)
         missing = [name for name in self.layers if name not in shapes]
         if missing:
             example = next(iter(shapes), "(no linear layer)")
@@ -216,27 +218,14 @@ class LoRA:
                     f"this LoRA updates {name!r} with shape {layer.shape}, and in {type(module).__name__} it has "
                     f"{shapes[name]}. It was trained for a model of another size."
                 )
-        return {name: modules[name] for name in self.layers}
-
-
-def _update_hook(
-    layer: LowRank, output_weights: Callable[[Tensor], Tensor | None] | None
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook that adds a low-rank update to a layer's output."""
-    down, up = layer.down, layer.up
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        nonlocal down, up
-        inputs = args[0]
-        weights = None if output_weights is None else output_weights(output)
-        if output_weights is not None and weights is None:
-            return output
-        if any(factor.device != inputs.device or factor.dtype != inputs.dtype for factor in (down, up)):
-            down, up = layer.factors_like(inputs)
-        update = low_rank_forward(module, inputs, down, up)
-        return output + (update if weights is None else weights.to(update) * update)
-
-    return hook
+        fused = fused_layers(module)
+        if unused := [name for name in self.layers if name in fused]:
+            raise LoRAMismatchError(
+                f"this LoRA updates {unused[0]!r}, which {type(module).__name__} does not use: {fused[unused[0]]!r} "
+                f"computes in its place ({len(unused)} of {len(self.layers)} layers). Call the model's "
+                "unfuse_qkv_projections() first."
+            )
+        return {name: modules[name].module for name in self.layers}
 
 
 def sum_loras(loras: Sequence[LoRA]) -> LoRA:

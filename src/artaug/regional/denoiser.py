@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from einops import rearrange
 from torch import Tensor, nn
 
+from artaug._internal.modules import unwrap
 from artaug.regional.isolation import BALANCED, Isolation
 
 Conditioning: TypeAlias = Mapping[str, Any]
@@ -91,7 +92,7 @@ class AttentionSite:
 
 def bind_forward_args(module: nn.Module, args: Sequence[Any], kwargs: ForwardKwargs) -> dict[str, Any]:
     """The arguments of a module's call, all by name: a few pipelines pass some by position."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    names = list(inspect.signature(type(unwrap(module)).forward).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
@@ -100,7 +101,7 @@ class Denoiser(ABC):
     """The interface of a model to a guide, in one run. This much is enough for `OutputMix`."""
 
     module: nn.Module
-    """The denoiser, whose first output is the prediction."""
+    """The denoiser without wrappers, whose first output is the prediction."""
     grid: tuple[int, int]
     """Rows and columns of a prediction: of image tokens, or of latent pixels if it predicts those."""
 

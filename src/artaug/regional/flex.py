@@ -98,8 +98,11 @@ def _compiled_flex_attention(
     query: Tensor, key: Tensor, value: Tensor, *, score_mod: Callable[..., Tensor] | None, block_mask: BlockMask
 ) -> Tensor:
     """One kernel for each length. Past its limit the compiler would run without one and hold all scores: fail there."""
-    with torch._dynamo.config.patch(  # noqa: SLF001 - there is no public setting
-        recompile_limit=_MAX_KERNELS, accumulated_recompile_limit=4 * _MAX_KERNELS, fail_on_recompile_limit_hit=True
+    with (
+        torch.compiler.set_stance("default"),  # the model around it runs uncompiled
+        torch._dynamo.config.patch(  # noqa: SLF001 - there is no public setting
+            recompile_limit=_MAX_KERNELS, accumulated_recompile_limit=4 * _MAX_KERNELS, fail_on_recompile_limit_hit=True
+        ),
     ):
         return _compile()(query, key, value, score_mod=score_mod, block_mask=block_mask)
 

@@ -2,13 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from artaug._internal.contracts import contract_error
+from artaug._internal.modules import outside_graphs, uncompiled
 from artaug.errors import GuideError
 from artaug.plan import Region
 from artaug.regional.denoiser import Denoiser, EncodedPrompt
@@ -28,16 +30,48 @@ class EncodedRegion:
 class Guide(ABC):
     """Makes regions take effect while a denoiser samples. It is installed for one run and leaves no trace."""
 
+    needs_regions: ClassVar[bool] = False
+    """Whether the guide does nothing where no plan of a batch has regions, so that it need not be installed then."""
+    runs_compiled: ClassVar[bool] = False
+    """Whether the guide puts nothing into a denoiser but a hook around the whole call, so that compiled blocks may stay
+    compiled in its runs. All others run as they are written: compiled code would pass over what is put into it."""
+
     @abstractmethod
     def steering(self, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> AbstractContextManager[None]:
-        """Steer ``denoiser`` inside a ``with`` block; ``regions`` holds those of each picture of the batch."""
+        """Steer ``denoiser`` inside a ``with`` block; ``regions`` holds those of each picture of the batch, possibly none."""
 
 
-def steer(guide: Guide, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> AbstractContextManager[None]:
-    """Call a guide and check that it returned a context manager.
+@dataclass
+class SteeredRun:
+    """What shows that a guide acts: a run in which the denoiser was never called cannot have been steered."""
+
+    guide: Guide
+    denoiser: Denoiser
+    called: bool = False
+    """Whether the denoiser has been called while the guide was installed."""
+
+    def check_called(self) -> None:
+        """Refuse to go on after a first step without a call of the denoiser.
+
+        Raises:
+            GuideError: naming the guide.
+        """
+        if not self.called:
+            raise GuideError(
+                f"{self.guide!r} had no effect: a step was drawn without a call of the {type(self.denoiser.module).__name__} that "
+                "it steers. The pipeline calls another model (one that was exported, compiled ahead of time, or put in its "
+                "place). Put the model itself into the pipeline."
+            )
+
+
+def steer(
+    guide: Guide, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]
+) -> AbstractContextManager[SteeredRun]:
+    """Install a guide for a ``with`` block, and see whether the denoiser is called in it.
 
     Raises:
-        ContractError: if it did not; a ``steering`` that yields needs ``@contextlib.contextmanager``.
+        ContractError: if ``steering`` did not return a context manager; one that yields needs
+            ``@contextlib.contextmanager``.
     """
     block: object = guide.steering(denoiser, regions)
     if not isinstance(block, AbstractContextManager):
@@ -48,7 +82,25 @@ def steer(guide: Guide, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRe
             inputs=f"a {type(denoiser).__name__} and the regions of {len(regions)} picture(s)",
             expected="a context manager, as of a method with @contextlib.contextmanager",
         )
-    return block
+    return _run(SteeredRun(guide, denoiser), block)
+
+
+@contextmanager
+def _run(run: SteeredRun, block: AbstractContextManager[None]) -> Iterator[SteeredRun]:
+    """The run of an installed guide, compiled where the guide allows it."""
+
+    def note_call(_module: nn.Module, _args: object) -> None:
+        run.called = True
+
+    module = run.denoiser.module
+    # A module that was compiled in place (`module.compile()`) has its own hooks in the compiled code.
+    is_compiled = getattr(module, "_compiled_call_impl", None) is not None
+    with block, nullcontext() if run.guide.runs_compiled and not is_compiled else uncompiled():
+        hook = module.register_forward_pre_hook(outside_graphs(note_call))
+        try:
+            yield run
+        finally:
+            hook.remove()
 
 
 _ACTIVE_GUIDES: WeakKeyDictionary[nn.Module, Guide] = WeakKeyDictionary()

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 
+from artaug._internal.modules import outside_graphs
 from artaug.errors import GuideError, NonFiniteError
+from artaug.lora.applied import check_called
 from artaug.lora.lora import LoRA
 from artaug.regional.coverage import token_weights
 from artaug.regional.denoiser import Denoiser, EncodedPrompt, ForwardKwargs, Output, bind_forward_args
@@ -41,6 +43,9 @@ class OutputMix(Guide):
     OutputMix()
     """
 
+    needs_regions: ClassVar[bool] = True
+    runs_compiled: ClassVar[bool] = True
+
     loras: Mapping[str, LoRA] = field(default_factory=dict, repr=False, hash=False)
     """The LoRAs that regions may name (`Region.lora`)."""
 
@@ -56,7 +61,8 @@ class OutputMix(Guide):
             if not terms:
                 yield
                 return
-            handle = denoiser.module.register_forward_hook(_MixHook(denoiser, terms, len(regions)), with_kwargs=True)
+            mix = _MixHook(denoiser, terms, len(regions))
+            handle = denoiser.module.register_forward_hook(outside_graphs(mix.after_forward), with_kwargs=True)
             try:
                 yield
             finally:
@@ -109,10 +115,12 @@ class _MixHook:
         self._terms = terms
         self._batch_size = batch_size
         self._step = 0
+        self._called_loras: set[str | None] = set()
+        """Names of LoRAs whose layers are known to be called."""
         self._is_mixing = False
         """Predicting a term calls the module again, and with it this hook, which then has to pass the output on."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> Output:
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> Output:
         if self._is_mixing:
             return None
         kwargs = bind_forward_args(module, args, kwargs)
@@ -165,6 +173,9 @@ class _MixHook:
         with nullcontext() if lora is None else lora.applied_to(self._denoiser.module):
             # The module itself is called, not its forward, so that every other hook on it runs as well.
             prediction = self._denoiser.prediction(self._denoiser.module(**kwargs))
+            if lora is not None and batch[0].term.lora_name not in self._called_loras:
+                check_called(self._denoiser.module)
+                self._called_loras.add(batch[0].term.lora_name)
         if not prompts:
             prediction = prediction[rows]
         self._check_finite(prediction, f"the region prompt(s) {[item.term.description for item in batch]}")

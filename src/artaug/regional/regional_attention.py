@@ -1,16 +1,16 @@
 """The exact guide: one forward pass a step, with attention that keeps regions and their prompts apart."""
 
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, ClassVar, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from artaug._internal.modules import uncompiled
 from artaug.errors import GuideError
 from artaug.lora.lora import LoRA
 from artaug.plan import Region
@@ -57,6 +57,8 @@ class RegionalAttention(Guide):
     >>> aa.RegionalAttention(method="merged").trim_padding
     True
     """
+
+    needs_regions: ClassVar[bool] = True
 
     isolation: Isolation | None = None
     """What attends to what; None for the default of the model's family."""
@@ -116,6 +118,8 @@ class _GuidedRun:
                 f"{type(denoiser.module).__name__} guides reach cross-attention only. Use image_to_image='open'."
             )
         self._current = CurrentCall()
+        self._uncalled = {site.attention for site in self._sites}
+        """Layers that have not attended to regions yet."""
         self._attention_cache: dict[Any, AttentionFn] = {}
         loras = {encoded.region.lora: find_lora(encoded.region, guide.loras) for row in regions for encoded in row}
         self._loras = {name: lora for name, lora in loras.items() if name is not None and lora is not None}
@@ -138,12 +142,17 @@ class _GuidedRun:
         """Put the hook and the processors in place, and everything back afterwards."""
         processors = [self._denoiser.processor(site, self._attention_fn(site)) for site in self._sites]
         with ExitStack() as undo:
+            # Each site has an attention of its own, and what it does depends on the call under way: compiled blocks would
+            # be compiled anew for each of them, or pass over the hook.
+            undo.enter_context(uncompiled())
             undo.enter_context(self._denoiser.patched())
             for site, processor in zip(self._sites, processors, strict=True):
                 undo.callback(site.attention.set_processor, site.attention.processor)
                 site.attention.set_processor(processor)
             hook = self._denoiser.module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             undo.callback(hook.remove)
+            proof = self._denoiser.module.register_forward_hook(self._check_called)
+            undo.callback(proof.remove)
             undo.enter_context(
                 token_loras_applied(self._denoiser, self._loras, current=self._current, split_grid=self._split_grid)
             )
@@ -154,6 +163,15 @@ class _GuidedRun:
     ) -> tuple[tuple[()], dict[str, Any]] | None:
         self._current.value, kwargs = self._guided_call(bind_forward_args(module, args, kwargs))
         return ((), kwargs) if self._current.value.rows else None
+
+    def _check_called(self, module: nn.Module, _args: object, _output: object) -> None:
+        """Raise after a call with regions if layers have not attended to any."""
+        if self._uncalled and self._current.value.has_prompts:
+            raise GuideError(
+                f"{len(self._uncalled)} of {len(self._sites)} attention layers of this {type(module).__name__} did not compute "
+                "regional attention, so regions would not count there. Its blocks were exported or compiled ahead of time, or "
+                "do not use their processors: put the model itself into the pipeline, or use OutputMix."
+            )
 
     def _guided_call(self, kwargs: dict[str, Any]) -> tuple[GuidedCall, dict[str, Any]]:
         """The call under way as a value, and its arguments with the prompts of regions added."""
@@ -202,6 +220,7 @@ class _GuidedRun:
             call = self._current.value
             if not call.has_prompts:
                 return functional.scaled_dot_product_attention(query, key, value)
+            self._uncalled.discard(site.attention)
             if len(call.row_numbers) == 1:
                 return self._row_attention(site, call.rows[0], applies, query)(query, key, value)
             out = torch.empty_like(query)
@@ -210,9 +229,7 @@ class _GuidedRun:
                 out[numbers] = row_attention(query[numbers], key[numbers], value[numbers])
             return out
 
-        # Compiled blocks call it from outside their graphs: what it does depends on the layout, not on tensors. If
-        # nothing was compiled in this process, the compiler is not loaded for it.
-        return torch.compiler.disable(attention_fn) if "torch._dynamo" in sys.modules else attention_fn
+        return attention_fn
 
     def _row_attention(self, site: AttentionSite, row: GuidedRow, applies: bool, query: Tensor) -> AttentionFn:
         """Attention for rows like this one at sites like this one, prepared once for each layout."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from artaug.errors import ModelError
+from artaug.lora.applied import check_called
 from artaug.pairs import ImagePair
 from artaug.synthesis import Synthesizer
 from artaug.training.batches import EncodedPairs, init_generator
@@ -198,6 +199,8 @@ class TrainingLoop:
                     max_grad_norm=config.max_grad_norm,
                     world=self.world,
                 )
+                if not losses:
+                    check_called(model.module)  # the LoRAs of the teacher and of earlier stages
                 losses.append(result.loss)
                 if self.world.is_main and not result.is_skipped:
                     self._unused_layers.observe(optimizer_loop.trained, gradient_norm=result.gradient_norm)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from artaug._internal.modules import named_modules
 from artaug.errors import ModelError
 
 _PROBE_ROWS = 16
@@ -44,7 +45,8 @@ def prepare_for_training(module: nn.Module) -> None:
     Raises:
         ModelError: if a layer is packed already: bitsandbytes does not unpack the same weights.
     """
-    for name, layer in module.named_modules():
+    for name, item in named_modules(module).items():
+        layer = item.module
         state = getattr(getattr(layer, "weight", None), "quant_state", None)
         if state is None:
             continue

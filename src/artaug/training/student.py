@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from artaug._internal.modules import named_modules, unwrap
 from artaug.errors import ContractError, LoRAMismatchError, ModelError
+from artaug.lora.applied import fused_layers, unused_layers
 from artaug.lora.lora import LoRA
 from artaug.regional.denoiser import Conditioning
 from artaug.training.adapters import Adapter, AdapterTensors, LayerWeights, PlainLoRA
@@ -175,14 +177,15 @@ def inject_adapter(
         ModelError: if the model carries PEFT adapters already, is quantized in a way that gives no true gradient, or has
             weights that the adapter cannot read.
     """
-    module, device = model.module, model.device  # read once: a pipeline searches all its parts for its device
+    module, device = unwrap(model.module), model.device  # read once: a pipeline searches all its parts for its device
     layers = trainable_layers(module, targets, adapter, device)
-    with restored_on_exit(module, layers):
+    paths = {name: item.path for name, item in named_modules(module).items() if name in layers}
+    with restored_on_exit(module, {paths[name]: layer for name, layer in layers.items()}):
         module.eval()  # dropout would make student and teacher differ
         prepare_for_training(module)
         check_gradients(module, layers)
-        _wrap_layers(module, layers, rank, use_dora=adapter.use_dora)
-        wrapped = {name: cast("LoRALayer", module.get_submodule(name)) for name in layers}
+        _wrap_layers(module, paths.values(), rank, use_dora=adapter.use_dora)
+        wrapped = {name: cast("LoRALayer", module.get_submodule(paths[name])) for name in layers}
         trained = {name: _install_factors(layer, adapter, rank, generator, device) for name, layer in wrapped.items()}
         yield AdapterStudent(model, adapter, wrapped, trained, teacher_cache)
 
@@ -206,12 +209,19 @@ def trainable_layers(module: nn.Module, targets: str, adapter: Adapter, device: 
 
 
 def find_target_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:
-    """The linear layers of ``module`` in whose path the regular expression ``targets`` is found.
+    """The linear layers of ``module`` in whose name the regular expression ``targets`` is found.
 
     Raises:
         LoRAMismatchError: if there is none, naming one that could have been meant.
+        ModelError: if some of them are out of use, since their projections are fused.
     """
-    linear = {name: layer for name, layer in module.named_modules() if name and hasattr(layer, "in_features")}
+    module = unwrap(module)
+    unused = unused_layers(module)
+    linear = {
+        name: item.module
+        for name, item in named_modules(module).items()
+        if name and hasattr(item.module, "in_features") and name not in unused
+    }
     layers = {name: layer for name, layer in linear.items() if re.search(targets, name)}
     if not layers:
         example = list(linear)[len(linear) // 2] if linear else "(no linear layer)"
@@ -219,12 +229,19 @@ def find_target_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:
             f"the targets {targets!r} select none of the {len(linear)} linear layers of {type(module).__name__}; "
             f"names there look like {example!r}."
         )
+    fused = fused_layers(module)
+    if fused_targets := [name for name in layers if name in fused or name in fused.values()]:
+        raise ModelError(
+            f"{len(fused_targets)} of the {len(layers)} layers that the targets select are in attention with fused projections "
+            f"(first: {fused_targets[0]!r}), where nothing could be learned that fits an ordinary pipeline. Call the "
+            f"unfuse_qkv_projections() of the {type(module).__name__} first."
+        )
     return layers
 
 
 @contextmanager
 def restored_on_exit(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put back ``layers`` and every flag and attribute of ``module`` when the block ends, after an exception too."""
+    """Put back ``layers``, which are by their paths, and every flag and attribute of ``module`` when the block ends, after an exception too."""
     training = [(submodule, submodule.training) for submodule in module.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
@@ -240,14 +257,14 @@ def restored_on_exit(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iter
             parameter.requires_grad_(flag)
 
 
-def _wrap_layers(module: nn.Module, layers: Mapping[str, nn.Module], rank: int, *, use_dora: bool) -> None:
+def _wrap_layers(module: nn.Module, paths: Iterable[str], rank: int, *, use_dora: bool) -> None:
     from peft import LoraConfig  # noqa: PLC0415 - loads transformers
     from peft.tuners.lora import LoraModel  # noqa: PLC0415
 
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules="|".join(re.escape(name) for name in layers),  # a string is matched against the whole path
+        target_modules="|".join(map(re.escape, paths)),  # a string is matched against the whole path
         init_lora_weights=False,
         use_dora=use_dora,
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from artaug._internal.digests import digest
+from artaug._internal.modules import plain_name, unwrap
 from artaug.errors import InvalidValueError, NothingToLearnError
 from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair, pair_digest
@@ -214,8 +215,10 @@ def _warn_of_unused_pairs(phases: Sequence[Phase], config: TrainingConfig) -> No
 
 def _model_fingerprint(module: nn.Module) -> str:
     """The class of a model and a digest of its small parameters, which every fine-tuning changes, too."""
+    module = unwrap(module)
     parts: list[str | Tensor] = []
-    for name, parameter in module.named_parameters():
+    for path, parameter in module.named_parameters():
+        name = plain_name(path)
         if is_quantized(parameter):  # bitsandbytes changes the layout of its weights when it draws on a CPU
             parts += [name, type(parameter).__name__]
             continue

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import BatchEncoding, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from artaug._internal.modules import named_modules, unwrap
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_at
 from artaug.errors import ModelError
@@ -148,7 +149,8 @@ def _meta_twin(component: Any, dtype: torch.dtype) -> object:  # noqa: ANN401 - 
     Raises:
         ModelError: for a component with weights of which no twin can be made.
     """
-    component = getattr(component, "_orig_mod", component)  # as torch.compile wraps it
+    if isinstance(component, nn.Module):
+        component = unwrap(component)
     if isinstance(component, ModelMixin):
         config = {name: entry for name, entry in component.config.items() if name != "quantization_config"}
         if adapters := component.__dict__.get("peft_config"):
@@ -175,7 +177,8 @@ def _copy_weight_casting(module: nn.Module, twin: nn.Module, dtype: torch.dtype)
     Diffusers' layerwise casting does, and so do layers of torchao: autograd keeps what they unpack. Weights that stay
     packed until the backward pass is over (bitsandbytes, quanto) are not covered here.
     """
-    for name, layer in module.named_modules():
+    for name, item in named_modules(module).items():
+        layer = item.module
         hook: Any = getattr(getattr(layer, "_diffusers_hook", None), "hooks", {}).get("layerwise_casting")
         weight = getattr(layer, "weight", None)
         storage_dtype = None if hook is None else hook.storage_dtype

@@ -11,6 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.modules import unwrap
 from artaug.diffusion.offload import encoders_of, on_cpu
 from artaug.lora.formats import KeyMap
 from artaug.plan import Plan, Region
@@ -108,9 +109,11 @@ class Family(ABC):
 
     @property
     def module(self) -> nn.Module:
-        """The denoiser itself, which LoRAs are put on: the pipeline's transformer, unless a family overrides this."""
-        transformer: nn.Module = self.pipeline.transformer
-        return transformer
+        """The denoiser without wrappers, which LoRAs are put on: the pipeline's transformer, unless a family overrides this.
+
+        The pipeline's own is called to predict, since it may be compiled or sharded by its wrapper.
+        """
+        return unwrap(self.pipeline.transformer)
 
     @property
     @abstractmethod

@@ -146,7 +146,7 @@ class Chroma1(Family):
             len(noisy), *self._grid, embeds.device, embeds.dtype
         )
         with _checkpointing_keeps_mask(self.module, attention_mask):
-            velocity: Tensor = self.module(
+            velocity: Tensor = self.pipeline.transformer(
                 hidden_states=noisy.to(embeds),
                 timestep=sigmas.to(embeds),
                 encoder_hidden_states=embeds,

@@ -129,7 +129,7 @@ class Flux(Family):
         img_ids = self.pipeline._prepare_latent_image_ids(  # noqa: SLF001 - diffusers' own trainers do
             batch, *self._grid, embeds.device, embeds.dtype
         )
-        velocity: Tensor = self.module(
+        velocity: Tensor = self.pipeline.transformer(
             hidden_states=noisy.to(embeds),
             timestep=sigmas.to(embeds),
             guidance=None if self._guidance is None else torch.full((batch,), self._guidance, device=embeds.device),

@@ -122,7 +122,7 @@ class Flux2Family(Family):
             noisy.new_empty(noisy.shape[0], 1, *self._grid)
         )
         txt_ids = self.pipeline._prepare_text_ids(embeds)  # noqa: SLF001 - likewise
-        velocity: Tensor = self.module(
+        velocity: Tensor = self.pipeline.transformer(
             hidden_states=noisy.to(embeds),
             timestep=sigmas.to(embeds),
             guidance=None if guidance is None else torch.full((len(noisy),), guidance, device=embeds.device),

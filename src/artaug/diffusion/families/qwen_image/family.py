@@ -139,7 +139,7 @@ class QwenImage(Family):
 
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         embeds = conditioning["prompt_embeds"]
-        velocity: Tensor = self.module(
+        velocity: Tensor = self.pipeline.transformer(
             hidden_states=noisy.to(embeds),
             timestep=sigmas.to(embeds),
             encoder_hidden_states=embeds,

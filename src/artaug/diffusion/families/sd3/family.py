@@ -138,7 +138,7 @@ class StableDiffusion3(Family):
 
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         embeds = conditioning["prompt_embeds"]
-        velocity: Tensor = self.module(
+        velocity: Tensor = self.pipeline.transformer(
             hidden_states=noisy.to(embeds),
             timestep=sigmas.to(embeds.device, torch.float32) * self._timesteps,
             encoder_hidden_states=embeds,

@@ -25,6 +25,7 @@ from diffusers import (
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.modules import unwrap
 from artaug._internal.truncation import warn_if_truncated
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
@@ -110,8 +111,7 @@ class UNetFamily(Family):
 
     @property
     def module(self) -> nn.Module:
-        unet: nn.Module = self.pipeline.unet
-        return unet
+        return unwrap(self.pipeline.unet)
 
     @property
     def noise_schedule(self) -> EpsilonPrediction | VPrediction:
@@ -151,7 +151,7 @@ class UNetFamily(Family):
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         """As in `Family`, at the whole timestep whose noise level is nearest: the model was trained at no others."""
         embeds = conditioning["prompt_embeds"]
-        prediction: Tensor = self.module(
+        prediction: Tensor = self.pipeline.unet(
             noisy.to(embeds),
             self._nearest_timesteps(sigmas).to(embeds.device),
             encoder_hidden_states=embeds,

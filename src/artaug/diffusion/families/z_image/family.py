@@ -144,7 +144,7 @@ class ZImage(Family):
         captions = _unpad(conditioning)
         images = noisy.to(captions[0].device, self.pipeline.transformer.dtype).unsqueeze(2)
         timestep = (1000 - 1000 * sigmas.to(images.device, torch.float32)) / 1000  # rounded as the pipeline rounds it
-        outputs = self.module(list(images.unbind(0)), timestep, captions, return_dict=False)[0]
+        outputs = self.pipeline.transformer(list(images.unbind(0)), timestep, captions, return_dict=False)[0]
         return -torch.stack(outputs).squeeze(2).to(noisy)
 
     def _chat_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
