@@ -112,7 +112,7 @@ def test_a_lora_acts_on_a_compiled_model_before_and_after_a_plain_picture(way):
         assert np.abs(pixels(synthesizer) - plain).max() <= 1
 
 
-@ways
+@pytest.mark.parametrize("way", [compile_blocks, compile_in_place, compile_by_wrapping])
 @pytest.mark.parametrize("guide", [aa.OutputMix, aa.RegionalAttention])
 def test_a_guide_with_a_regions_lora_acts_on_a_compiled_model(way, guide):
     options = {"guide": guide(loras={"own": flux_lora()})}
@@ -124,7 +124,7 @@ def test_a_guide_with_a_regions_lora_acts_on_a_compiled_model(way, guide):
         assert np.abs(pixels(synthesizer) - plain).max() <= 1
 
 
-@ways
+@pytest.mark.parametrize("way", [compile_by_wrapping, wrap_blocks])
 def test_training_on_a_compiled_model_learns_the_same_under_plain_names(way):
     trainer = aa.DifferentialLoRATrainer(rank=2, steps=2, batch_size=1, targets="to_q|proj_out")
     reference, synthesizer = synthesizer_of(tiny_flux()), compiled(way)
@@ -138,7 +138,7 @@ def test_training_on_a_compiled_model_learns_the_same_under_plain_names(way):
         torch.testing.assert_close(layer.delta(), plain[name].delta(), rtol=1e-2, atol=1e-7)
 
 
-@ways
+@pytest.mark.parametrize("way", [compile_by_wrapping, wrap_blocks])
 def test_wrappers_are_in_no_message_and_no_estimate(way):
     synthesizer = compiled(way)
     with pytest.raises(LoRAMismatchError) as caught:
@@ -276,7 +276,7 @@ class Whole(aa.Guide):
             hook.remove()
 
 
-@ways
+@pytest.mark.parametrize("way", [compile_in_place, compile_by_wrapping])
 def test_a_guide_of_ones_own_is_asked_for_every_plan_and_its_hooks_run(way):
     reference, synthesizer = synthesizer_of(tiny_flux()), compiled(way)
     halved, plain = pixels(dataclasses.replace(reference, guide=Whole())), pixels(reference)
