@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-_WRAPPED_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPED_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Where `torch.compile`, FSDP and activation checkpointing keep the module that they wrap."""
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 """These keep it as ``module``, a name that other modules may have for a layer of their own."""
@@ -51,7 +51,7 @@ def plain_name(path: str) -> str:
     >>> plain_name("_orig_mod.blocks.0._checkpoint_wrapped_module.to_q")
     'blocks.0.to_q'
     """
-    return ".".join(part for part in path.split(".") if part not in _WRAPPED_NAMES)
+    return ".".join(part for part in path.split(".") if part not in WRAPPED_NAMES)
 
 
 def uncompiled() -> AbstractContextManager[None]:
@@ -95,7 +95,7 @@ def _wrapped(module: nn.Module) -> tuple[str, nn.Module] | None:
     if len(children) != 1:
         return None
     name, _ = children[0]
-    is_wrapper = name in _WRAPPED_NAMES or (name == "module" and isinstance(module, _PARALLEL))
+    is_wrapper = name in WRAPPED_NAMES or (name == "module" and isinstance(module, _PARALLEL))
     return children[0] if is_wrapper else None
 
 

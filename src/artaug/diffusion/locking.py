@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from artaug._internal.modules import unwrap
 from artaug.errors import ModelError
 
 _SHARED_PARTS = ("scheduler", "tokenizer")
@@ -96,7 +97,7 @@ def _all_held(locks: Sequence[_PartLock]) -> Iterator[None]:
 def _parts(pipeline: DiffusionPipeline) -> list[object]:
     """What a call of a pipeline changes or moves; a compiled model is the one it was compiled from."""
     return [
-        getattr(part, "_orig_mod", part)
+        unwrap(part) if isinstance(part, nn.Module) else part
         for name, part in pipeline.components.items()
         if isinstance(part, nn.Module) or (part is not None and name.startswith(_SHARED_PARTS))
     ]

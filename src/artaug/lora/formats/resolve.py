@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TypeAlias
 
+from artaug._internal.modules import WRAPPED_NAMES
 from artaug.errors import LoRAError
 from artaug.lora.formats.adapter_config import PEFT_PREFIX
 from artaug.lora.formats.key_maps import Format, KeyMap, KeyMatch
@@ -38,7 +39,7 @@ _NESTED_PREFIXES = (
 )
 _NESTED_FLAT_PREFIXES = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "module_")
 # What torch.compile, FSDP and activation checkpointing put into the names of what they wrap (kohya-ss/sd-scripts#1024).
-_WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+_WRAPPERS = "|".join(sorted(WRAPPED_NAMES))
 
 
 def find_prefix(keys: Collection[str]) -> str:

@@ -25,7 +25,7 @@ from diffusers import (
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug._internal.modules import unwrap
+from artaug._internal.modules import named_modules, unwrap
 from artaug._internal.truncation import warn_if_truncated
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
@@ -377,7 +377,9 @@ class UNetDenoiser(AttentiveDenoiser):
 
     @cached_property
     def _convolutions(self) -> frozenset[str]:
-        return frozenset(name for name, layer in self.module.named_modules() if isinstance(layer, nn.Conv2d))
+        return frozenset(
+            name for name, item in named_modules(self.module).items() if isinstance(item.module, nn.Conv2d)
+        )
 
     def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> RegionalCrossProcessor:
         return RegionalCrossProcessor.for_layer(site.attention, attention_fn)
