@@ -187,7 +187,7 @@ class TrainingLoop:
             indices=[phase.batch_index(step, echo=config.echo) for step in steps],
             world=self.world,
         )
-        losses = []
+        losses: list[float] = []
         with torch.enable_grad():
             for step, batch in zip(steps, batches, strict=True):
                 learning_rate = config.learning_rate_at(step - phase.start, steps=phase.steps)
