@@ -119,14 +119,14 @@ def test_the_table_is_aligned_and_marks_what_filtered_the_pairs():
     heading, rule, *lines = table.splitlines()[:6]
     assert heading.split() == ["scorer", "candidate", "base", "enhanced", "difference", "95%", "interval", "wins"]
     assert [line.split()[0] for line in lines] == ["Light", "round", "Chroma", "round"]
-    assert lines[2].startswith("Chroma †  round 1    0.250     0.250      +0.000")
+    assert lines[2].startswith("Chroma *  round 1    0.250     0.250      +0.000")
     assert {len(line) for line in (heading, rule, *lines)} == {len(rule)}
     assert "20 prompts" in table
-    assert table.endswith("† The training pairs were filtered by this scorer, so it says less than the others.")
+    assert table.endswith("* The training pairs were filtered by this scorer, so it says less than the others.")
 
 
 def test_a_table_without_filtering_scorers_has_no_dagger():
-    assert "†" not in make_comparison().table()
+    assert "*" not in make_comparison().table()
 
 
 @pytest.mark.parametrize(("half", "decimals"), [(0.0, 3), (2.5, 3), (0.03, 3), (0.0004, 4), (1e-12, 8)])

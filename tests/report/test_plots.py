@@ -74,7 +74,7 @@ def test_a_forest_plot_has_every_interval():
         lines = [tuple(line.get_xdata()) for line in axes.lines]
         assert (row.ci_low, row.ci_high) in lines
         assert (row.delta,) in lines
-    assert [panel.get_title(loc="left") for panel in panels] == ["Light", "Width †"]
+    assert [panel.get_title(loc="left") for panel in panels] == ["Light", "Width *"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["dim", "bright"]
 
 

@@ -210,7 +210,7 @@ def test_a_headline_by_a_scorer_that_filtered_says_so(tmp_path):
 def test_every_prompt_is_in_the_funnel_and_reasons_that_differ_in_numbers_are_merged(report):
     assert "prompts 6 drawn 6 critiqued 4" in report.text
     assert "−1 the critic suggested nothing −1 the critic abstained" in report.text  # noqa: RUF001
-    assert "redrawn 4 kept 2 −2 Light gained …, need …" in report.text  # noqa: RUF001
+    assert "redrawn 4 kept 2 −2 Light gained ..., need ..." in report.text  # noqa: RUF001
 
 
 def test_a_rejected_round_is_marked(tmp_path):

@@ -1,12 +1,61 @@
-"""Foreign weights are read from safetensors: the other format, pickles, can run code while it is read."""
+"""Foreign models: what fails while they load is an error of ours, and weights are read from safetensors.
+
+The other format, pickles, can run code while it is read.
+"""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from artaug._internal.decoding import decode_json
-from artaug.errors import ModelError
+from artaug._internal.memory import is_out_of_memory
+from artaug.errors import ArtAugError, InvalidValueError, ModelError
 
 _ADAPTER = "adapter_config.json"
+
+
+@contextmanager
+def model_errors(failure: str, *, expected: str = "") -> Iterator[None]:
+    """Load a foreign model in the ``with`` block: whatever the libraries raise there is the model's fault.
+
+    Args:
+        failure: what could not be done, for the error's text, such as ``"'a/b' could not be loaded"``.
+        expected: what was expected, and what to do, as sentences.
+
+    Raises:
+        ModelError: from the library's error. Errors of artaug and memory that runs out pass as they are.
+    """
+    try:
+        yield
+    except ArtAugError:
+        raise
+    except Exception as error:  # tokenizers and safetensors raise plain Exceptions, other libraries nearly all there are
+        if is_out_of_memory(error):
+            raise
+        text = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+        raise ModelError(f"{failure}: {text} {expected}".rstrip()) from error
+
+
+def check_placement(owner: str, *, dtype: object, device: str | torch.device | None) -> None:
+    """Refuse what is no type of weights, or no device, before anything is read: diffusers takes a wrong type for float32.
+
+    Args:
+        owner: the caller, for the error's text.
+        dtype: None where the caller has a default.
+        device: None for the CPU.
+
+    Raises:
+        InvalidValueError: for a ``dtype`` that is no floating-point type of torch, or a ``device`` that torch cannot name.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InvalidValueError(f"{owner}: dtype is {dtype!r}. Expected a type of torch, such as torch.bfloat16.")
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        raise InvalidValueError(f"{owner}: device is {device!r}. Expected 'cpu', 'cuda', 'cuda:1', 'mps' or the like.") from None
 
 
 def check_safetensors(source: str | os.PathLike[str]) -> None:

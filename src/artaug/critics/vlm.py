@@ -12,7 +12,7 @@ from torch import Tensor
 
 from artaug._internal.extras import optional
 from artaug._internal.images import as_rgb
-from artaug._internal.weights import check_safetensors
+from artaug._internal.weights import check_placement, check_safetensors, model_errors
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import Coordinates, coordinates_for
 from artaug.critics.dialogue import ChatReply, ChatRequest, run_dialogue
@@ -117,14 +117,19 @@ class VLMCritic(Critic):
         Raises:
             ModelError: if there is no image-text-to-text model at ``source``, or none in safetensors without
                 ``allow_pickle``.
-            InvalidValueError: if ``coordinates`` are not given and the model's family is unknown; no weights are read then.
+            InvalidValueError: for a ``dtype`` or ``device`` that torch does not have; if ``coordinates`` are not given and the model's family is unknown; no weights are read then.
             MissingExtraError: for ``constrained`` decoding without llguidance; nothing is read then.
         """
+        check_placement("VLMCritic.from_pretrained", dtype=None if dtype == "auto" else dtype, device=device)
         if constrained:
             _schema_decoding_class()  # raises now if the extra is missing
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor  # noqa: PLC0415 - slow to load
 
-        try:
+        expected = (
+            "Expected an image-text-to-text model with its processor: a folder written by save_pretrained, or a name on the "
+            "Hub. Pickled weights are read only with allow_pickle=True."
+        )
+        with model_errors(f"{source!r} could not be loaded", expected=expected):
             config = AutoConfig.from_pretrained(source, revision=revision)
             preset = coordinates_for(config.model_type) if coordinates is None else coordinates
             processor = AutoProcessor.from_pretrained(source, revision=revision)
@@ -139,13 +144,6 @@ class VLMCritic(Critic):
                 quantization_config=quantization,
                 use_safetensors=None if allow_pickle else True,
             )
-        except InvalidValueError:
-            raise
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{source!r} could not be loaded: {error} Expected an image-text-to-text model with its processor: a "
-                "folder written by save_pretrained, or a name on the Hub. Pickled weights are read only with allow_pickle=True."
-            ) from error
         make_conversation = Conversation.in_two_stages if analyze_first else Conversation
         return cls(
             model=model.eval(),

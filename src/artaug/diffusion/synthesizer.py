@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from artaug._internal.digests import digest
-from artaug._internal.weights import check_safetensors
+from artaug._internal.weights import check_placement, check_safetensors, model_errors
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_at, family_of
@@ -119,21 +119,25 @@ class DiffusersSynthesizer(Synthesizer):
         Raises:
             ModelError: if there is no pipeline at ``source``, or one of an unknown family; no weights are read then. If a
                 part of it has no weights in safetensors and ``allow_pickle`` is False.
+            InvalidValueError: for a ``dtype`` or ``device`` that torch does not have; nothing is read then.
         """
+        check_placement("DiffusersSynthesizer.from_pretrained", dtype=dtype, device=device)
         family = family_at(source)
         if not allow_pickle:
             check_safetensors(source)
-        try:
+        expected = (
+            f"Expected a {family.pipeline_class.__name__} with weights in safetensors; pickled ones (.bin), which can run "
+            "code, are read only with allow_pickle=True."
+        )
+        with model_errors(f"{str(source)!r} could not be loaded", expected=expected):
             pipeline = family.pipeline_class.from_pretrained(  # type: ignore[attr-defined]
                 source, dtype=dtype, use_safetensors=None if allow_pickle else True
             )
-        except OSError as error:
-            raise ModelError(
-                f"{str(source)!r} could not be loaded: {error} Expected weights in safetensors; pickled ones (.bin), which "
-                "can run code, are read only with allow_pickle=True."
-            ) from error
+        if device is not None:
+            with model_errors(f"{str(source)!r} could not be moved to {str(device)!r}"):
+                pipeline = pipeline.to(device)
         return cls(
-            pipeline=pipeline if device is None else pipeline.to(device),
+            pipeline=pipeline,
             guide=guide,
             width=width,
             height=height,

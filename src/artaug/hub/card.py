@@ -142,7 +142,7 @@ def _measurements(comparison: Comparison) -> str:
     headings = ("scorer", "candidate", "n", "base", "enhanced", "difference", "95% interval", "wins", "p")
     rows = (
         (
-            _code(row.scorer) + " †" * row.filtered_by,
+            _code(row.scorer) + " *" * row.filtered_by,
             _code(row.candidate),
             str(row.n),
             f"{row.base:.{row.decimals}f}",

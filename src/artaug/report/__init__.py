@@ -165,7 +165,7 @@ def _provenance_rows(
         rows.append(("result", repr(accepted[-1]) if accepted else "no LoRA: no round was accepted"))
     if comparison is not None:
         arms = {"base": comparison.base, **comparison.candidates}
-        seeds = ", ".join(map(str, comparison.seeds[:4])) + ", …" * (len(comparison.seeds) > 4)
+        seeds = ", ".join(map(str, comparison.seeds[:4])) + ", ..." * (len(comparison.seeds) > 4)
         rows += [(f"{name} drawn by", arm.synthesizer) for name, arm in arms.items()]
         rows.append(("picture seeds", f"{seeds} ({len(comparison.seeds)} in total, the same for every arm)"))
     return [

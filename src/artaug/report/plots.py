@@ -35,7 +35,7 @@ def intervals(comparison: Comparison) -> "Figure":
     """A forest plot with a panel for each scorer: mean difference and 95% interval of each candidate.
 
     Filled marks are significant (the whole interval on one side of zero, p below 0.05 after Holm's correction), hollow
-    ones are not. A dagger marks scorers that the training pairs were filtered by; a dotted line is a guardrail.
+    ones are not. An asterisk marks scorers that the training pairs were filtered by; a dotted line is a guardrail.
 
     Raises:
         MissingExtraError: if matplotlib is not installed.
@@ -57,7 +57,7 @@ def intervals(comparison: Comparison) -> "Figure":
         if name in guardrails:
             axes.axvline(-guardrails[name].margin(rows[0]), color=_SOFT, linewidth=1, linestyle=":")
         axes.axvline(0, color=_SOFT, linewidth=0.8, zorder=0)
-        axes.set_title(name + " †" * rows[0].filtered_by, fontsize=9, loc="left", color=_INK)
+        axes.set_title(name + " *" * rows[0].filtered_by, fontsize=9, loc="left", color=_INK)
         axes.set_ylim(len(candidates) - 0.5, -0.5)
         axes.set_yticks(range(len(candidates)), candidates)
         axes.margins(x=0.12)
@@ -170,7 +170,7 @@ def _image_grid(rows: Sequence[Sequence["Image"]], names: Sequence[str], prompts
 
 def _wrap_prompt(prompt: str, width: int = 22, max_lines: int = 3) -> str:
     lines = wrap(prompt.replace("$", r"\$"), width) or [""]
-    return "\n".join(lines if len(lines) <= max_lines else [*lines[: max_lines - 1], f"{lines[max_lines - 1]} …"])
+    return "\n".join(lines if len(lines) <= max_lines else [*lines[: max_lines - 1], f"{lines[max_lines - 1]} ..."])
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -26,11 +26,11 @@ def group_reasons(reasons: Iterable[str]) -> list[tuple[str, int]]:
 
     >>> from artaug.run.funnel import group_reasons
     >>> group_reasons(["Chroma fell by 0.2", "too dark", "Chroma fell by 0.3"])
-    [('Chroma fell by …', 2), ('too dark', 1)]
+    [('Chroma fell by ...', 2), ('too dark', 1)]
     """
     by_pattern: defaultdict[str, Counter[str]] = defaultdict(Counter)  # the reason without numbers, then as given
     for reason in reasons:
-        by_pattern[_NUMBER.sub("…", reason)][reason] += 1
+        by_pattern[_NUMBER.sub("...", reason)][reason] += 1
     groups = (
         (next(iter(exact)) if len(exact) == 1 else pattern, exact.total()) for pattern, exact in by_pattern.items()
     )
@@ -118,7 +118,7 @@ class Funnel:
         lines = []
         for step in self.steps:
             lines.append(
-                f"{step.name:>10}  {'█' * round(_WIDTH * self._fraction(step)):<{_WIDTH}}  {self._label(step)}"
+                f"{step.name:>10}  {'#' * round(_WIDTH * self._fraction(step)):<{_WIDTH}}  {self._label(step)}"
             )
             lines += [f"{'':>10}  - {count:,} {reason}" for reason, count in _most_frequent(step.lost)]
         return "\n".join(lines)
@@ -129,7 +129,7 @@ class Funnel:
 
     def _html_row(self, step: FunnelStep) -> str:
         bar = f'<div style="width:{100 * self._fraction(step):.2f}%;height:1em;background:{_BAR}"></div>'
-        lost = "".join(f"<br>−{count:,} {escape(reason)}" for reason, count in _most_frequent(step.lost))  # noqa: RUF001
+        lost = "".join(f"<br>&minus;{count:,} {escape(reason)}" for reason, count in _most_frequent(step.lost))
         return (
             f'<tr><th style="text-align:right">{step.name}</th>'
             f'<td style="width:16em"><div style="background:{_REST}">{bar}</div></td>'

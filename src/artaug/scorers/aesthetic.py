@@ -9,6 +9,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.weights import model_errors
 from artaug.errors import ModelError
 from artaug.scorers.encoders import DualEncoder
 from artaug.scorers.loading import DEFAULT_OPTIONS, LoadOptions, load_weights
@@ -62,7 +63,8 @@ class AestheticScore(Scorer):
         Raises:
             ModelError: for a pickled or unknown file, or a CLIP that cannot be loaded.
         """
-        head = linear_head(load_weights(source), source=source)
+        with model_errors(f"{str(source)!r} is no head of linear layers"):
+            head = linear_head(load_weights(source), source=source)
         return cls(encoder=DualEncoder.from_pretrained(clip, options=options), head=head)
 
     def score(self, image: Image, prompt: str) -> float:

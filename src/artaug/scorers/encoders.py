@@ -168,6 +168,8 @@ class ImageEncoder:
 
     def __post_init__(self) -> None:
         check_model(self, model=self.model, batch_size=self.batch_size)
+        if self.model.main_input_name != "pixel_values":
+            raise ModelError(f"{type(self.model).__name__} reads more than pictures. Expected a model such as DINOv2.")
         if not self.name:
             object.__setattr__(self, "name", self.model.config.name_or_path)
 

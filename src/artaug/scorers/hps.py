@@ -11,6 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from artaug._internal.weights import model_errors
 from artaug.errors import ModelError
 from artaug.scorers.encoders import DualEncoder
 from artaug.scorers.loading import (
@@ -86,18 +87,21 @@ class HPSv2(Scorer):
         Raises:
             ModelError: for a pickled file, or one whose weights are not exactly those of ``clip``.
         """
-        weights = from_open_clip(load_weights(source), source=source)
         from transformers import CLIPModel  # noqa: PLC0415 - slow to load
 
+        with model_errors(f"{str(source)!r} does not hold the weights of a CLIP of open_clip"):
+            weights = from_open_clip(load_weights(source), source=source)
         config = load_config(clip, revision=options.revision)
         image_processor = load_image_processor(clip, revision=options.revision)
-        encoder = DualEncoder(
-            model=model_from_weights(CLIPModel, config, weights, options, source=source),
-            image_processor=Letterbox(
+        with model_errors(f"{clip!r} is not of a CLIP"):
+            letterbox = Letterbox(
                 size_px=config.vision_config.image_size,
                 mean=tuple(image_processor.image_mean),
                 std=tuple(image_processor.image_std),
-            ),
+            )
+        encoder = DualEncoder(
+            model=model_from_weights(CLIPModel, config, weights, options, source=source),
+            image_processor=letterbox,
             tokenizer=load_tokenizer(clip, revision=options.revision),
             name=Path(source).stem,
             batch_size=options.batch_size or DEFAULT_BATCH_SIZE,

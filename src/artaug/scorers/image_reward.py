@@ -11,6 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.weights import model_errors
 from artaug.errors import ModelError
 from artaug.scorers.aesthetic import linear_head
 from artaug.scorers.loading import (
@@ -105,15 +106,15 @@ class ImageReward(Scorer):
         """
         from transformers import BlipTextModel, BlipVisionModel, CLIPImageProcessorPil  # noqa: PLC0415 - slow to load
 
-        vision, text, head = _split_weights(load_weights(source), source=source)
-        vision_config = _vision_config(vision, source)
+        with model_errors(f"{str(source)!r} does not hold the weights of ImageReward"):
+            vision, text, head = _split_weights(load_weights(source), source=source)
+            vision_config, text_config = _vision_config(vision, source), _text_config(text, source)
+            linear = linear_head(head, source=source)
         side = vision_config.image_size
         return cls(
             vision=model_from_weights(BlipVisionModel, vision_config, vision, options, source=source),
-            text=model_from_weights(
-                BlipTextModel, _text_config(text, source), text, options, source=source, pooler=False
-            ),
-            head=linear_head(head, source=source),
+            text=model_from_weights(BlipTextModel, text_config, text, options, source=source, pooler=False),
+            head=linear,
             image_processor=CLIPImageProcessorPil(
                 size={"shortest_edge": side}, crop_size={"height": side, "width": side}
             ),

@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from artaug._internal.files import check_regular
 from artaug._internal.images import as_rgb
 from artaug._internal.truncation import warn_if_truncated
-from artaug._internal.weights import check_safetensors
+from artaug._internal.weights import check_placement, check_safetensors, model_errors
 from artaug.errors import InvalidValueError, ModelError
 
 Model: TypeAlias = Any
@@ -24,8 +25,8 @@ TransformersProcessor: TypeAlias = Any
 
 DEFAULT_BATCH_SIZE = 16
 
-_PICKLED = """{path!r} is not a safetensors file. Pickled weights can run code when they are read, so they are refused. \
-Convert them once, if you trust them: safetensors.torch.save_file(torch.load({path!r}, weights_only=True), \
+_NO_SAFETENSORS = """{path!r} is not a safetensors file, or not a whole one: {error}. Fetch it again if it was cut short. \
+Pickled weights can run code when they are read, so they are refused. Convert them once, if you trust them: safetensors.torch.save_file(torch.load({path!r}, weights_only=True), \
 "weights.safetensors"), of nested ones the part that maps names to tensors."""
 _LAYOUT = "Expected the names and sizes of the published checkpoint."
 
@@ -36,7 +37,7 @@ class LoadOptions:
     """How a scorer loads and runs its model: one value for every ``from_pretrained``, so that scorers can share it.
 
     Raises:
-        InvalidValueError: if ``batch_size`` is below 1.
+        InvalidValueError: if ``batch_size`` is below 1, or for a ``dtype`` or ``device`` that torch does not have.
 
     >>> from artaug.scorers import LoadOptions
     >>> gpu = LoadOptions(device="cuda", batch_size=64)
@@ -52,6 +53,7 @@ class LoadOptions:
     """Pictures, or prompts, that go through the model together; None for the scorer's own default."""
 
     def __post_init__(self) -> None:
+        check_placement("LoadOptions", dtype=self.dtype, device=self.device)
         if self.batch_size is not None and self.batch_size < 1:
             raise InvalidValueError(f"LoadOptions(batch_size={self.batch_size}): need at least 1, or None.")
 
@@ -79,7 +81,11 @@ def load_model(
             initialize at random.
     """
     check_safetensors(source)
-    try:
+    expected = (
+        f"Expected a {model_class.__name__} with safetensors weights: a folder that save_pretrained wrote, or a name on the "
+        "Hub."
+    )
+    with model_errors(f"{source!r} could not be loaded", expected=expected):
         model, report = model_class.from_pretrained(
             source,
             revision=options.revision,
@@ -88,11 +94,6 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{source!r} could not be loaded: {error} Expected a {model_class.__name__} with safetensors weights: a "
-            "folder that save_pretrained wrote, or a name on the Hub."
-        ) from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{source!r} lacks {len(missing)} of the weights of {model_class.__name__}, {missing[0]!r} for one, which "
@@ -109,7 +110,7 @@ def load_image_processor(source: str | Path, *, revision: str) -> TransformersPr
     """
     from transformers import AutoImageProcessor  # noqa: PLC0415 - slow to load
 
-    return _from_pretrained(AutoImageProcessor, source, revision=revision, backend="pil")
+    return load_part(AutoImageProcessor, source, revision=revision, backend="pil")
 
 
 def load_tokenizer(source: str | Path, *, revision: str) -> TransformersProcessor:
@@ -120,7 +121,7 @@ def load_tokenizer(source: str | Path, *, revision: str) -> TransformersProcesso
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 - slow to load
 
-    return _from_pretrained(AutoTokenizer, source, revision=revision)
+    return load_part(AutoTokenizer, source, revision=revision)
 
 
 def load_config(source: str | Path, *, revision: str) -> Any:  # noqa: ANN401 - a configuration of transformers
@@ -131,21 +132,24 @@ def load_config(source: str | Path, *, revision: str) -> Any:  # noqa: ANN401 - 
     """
     from transformers import AutoConfig  # noqa: PLC0415 - slow to load
 
-    return _from_pretrained(AutoConfig, source, revision=revision)
+    return load_part(AutoConfig, source, revision=revision)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        ModelError: if it does not exist or is not a safetensors file; pickled weights are not.
+        ModelError: if it cannot be read or is not a safetensors file; pickled weights are not.
     """
     try:
+        check_regular(Path(path))
         return load_file(path)
     except FileNotFoundError:
         raise ModelError(f"there is no file {str(path)!r}. Expected weights in a safetensors file.") from None
-    except (SafetensorError, OSError):
-        raise ModelError(_PICKLED.format(path=str(path))) from None
+    except OSError as error:
+        raise ModelError(f"{str(path)!r} cannot be read: {error}. Expected weights in a safetensors file.") from error
+    except SafetensorError as error:
+        raise ModelError(_NO_SAFETENSORS.format(path=str(path), error=error)) from error
 
 
 def model_from_weights(
@@ -170,7 +174,7 @@ def model_from_weights(
     Raises:
         ModelError: naming a weight that is missing, unexpected or of another shape.
     """
-    try:
+    with model_errors(f"{str(source)!r} does not fit a {model_class.__name__}", expected=_LAYOUT):
         model, report = model_class.from_pretrained(
             None,
             config=config,
@@ -180,8 +184,6 @@ def model_from_weights(
             output_loading_info=True,
             **({} if pooler else {"add_pooling_layer": False}),
         )
-    except RuntimeError as error:  # a shape that differs
-        raise ModelError(f"{str(source)!r} does not fit a {model_class.__name__}: {error} {_LAYOUT}") from error
     for keys, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has an unknown")):
         if names := sorted(report[keys]):
             raise ModelError(f"{str(source)!r} {verb} {names[0]!r}. {_LAYOUT}")
@@ -266,8 +268,11 @@ def tokenize(
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-def _from_pretrained(auto_class: Any, source: str | Path, **options: Any) -> Any:  # noqa: ANN401 - the Auto classes of transformers
-    try:
+def load_part(auto_class: Any, source: str | Path, **options: Any) -> Any:  # noqa: ANN401 - the Auto classes of transformers
+    """What one of the ``Auto`` classes of transformers finds.
+
+    Raises:
+        ModelError: if there is nothing for it at ``source``.
+    """
+    with model_errors(f"{source!r} has nothing for {auto_class.__name__}"):
         return auto_class.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{source!r} has nothing for {auto_class.__name__}: {error}") from error

@@ -20,6 +20,7 @@ from artaug.scorers.loading import (
     check_counts,
     check_model,
     load_model,
+    load_part,
     to_rgb,
 )
 from artaug.scoring import Scorer
@@ -105,12 +106,8 @@ class VQAScore(Scorer):
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: PLC0415 - slow to load
 
-        try:
-            processor = AutoProcessor.from_pretrained(source, revision=options.revision)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{source!r} has no processor: {error}") from error
         return cls(
-            processor=processor,
+            processor=load_part(AutoProcessor, source, revision=options.revision),
             model=load_model(AutoModelForImageTextToText, source, options, default_dtype=torch.bfloat16),
             question=question,
             answer=answer,

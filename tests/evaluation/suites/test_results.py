@@ -142,7 +142,7 @@ def test_the_text_and_the_dict_hold_scores_and_reasons():
     )
     lines = str(result).splitlines()
     assert lines[0] == "asked (yes): share right, 95% interval, 1 picture a prompt"
-    assert lines[1].split() == ["entity", "50.0%", "0.0%", "…", "100.0%", "2", "prompts"]
+    assert lines[1].split() == ["entity", "50.0%", "0.0%", "to", "100.0%", "2", "prompts"]
     assert lines[2].split()[:2] == ["overall", "25.0%"]
     read = json.loads(json.dumps(result.to_dict()))
     assert read["prompts"][1] == {"prompt": "y", "pictures": [{"score": 0.0, "reasons": ["no to 'a?'"]}]}

@@ -15,6 +15,7 @@ from transformers import BatchEncoding, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from artaug._internal.modules import named_modules, unwrap
+from artaug._internal.weights import model_errors
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_at
 from artaug.errors import ModelError
@@ -200,9 +201,9 @@ def _component(
         return None
     if not hasattr(pipelines, library) and library not in _LIBRARIES:  # an import runs code, and the index may name any
         raise ModelError(f"{name!r} of {str(source)!r} is of the library {library!r}. Expected one of {_LIBRARIES}.")
-    package = getattr(pipelines, library) if hasattr(pipelines, library) else importlib.import_module(library)
-    component_class: Any = getattr(package, class_name, None)
-    try:
+    with model_errors(f"the config of {name!r} of {str(source)!r} cannot be read"):
+        package = getattr(pipelines, library) if hasattr(pipelines, library) else importlib.import_module(library)
+        component_class: Any = getattr(package, class_name, None)
         if _is_subclass(component_class, ModelMixin):
             return _on_meta(component_class, component_class.load_config(source, subfolder=name), dtype)
         if _is_subclass(component_class, SchedulerMixin):
@@ -212,8 +213,6 @@ def _component(
             return _on_meta(component_class, config, dtype)
         max_length = get_tokenizer_config(source, subfolder=name).get("model_max_length", _CLIP_LENGTH)
         return TokenizerStub(int(max_length))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the config of {name!r} of {str(source)!r} cannot be read: {error}") from error
 
 
 def _is_subclass(component_class: object, base: type) -> bool:

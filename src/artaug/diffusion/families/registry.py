@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
+from artaug._internal.weights import model_errors
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.chroma.family import Chroma1
 from artaug.diffusion.families.flux.family import Flux
@@ -52,16 +53,21 @@ def family_at(source: str | os.PathLike[str]) -> type[Family]:
     text = str(source)
     if not Path(source).exists() and (Path(source).is_absolute() or text.startswith(".") or text.count("/") > 1):
         raise ModelError(f"{text!r} does not exist, and is no name on the Hub either. {_EXPECTED} {_known_families()}")
-    try:
-        index = DiffusionPipeline.load_config(source)
-    except (OSError, ValueError) as error:
-        files = sorted(entry.name for entry in Path(source).iterdir()) if Path(source).is_dir() else None
-        state = "could not be read" if files is None else f"is a folder that holds {files or 'nothing'}"
-        raise ModelError(f"{text!r} {state}: {error} {_EXPECTED} {_known_families()}") from error
+    with model_errors(f"{text!r} {_state(Path(source))}", expected=f"{_EXPECTED} {_known_families()}"):
+        class_name = DiffusionPipeline.load_config(source).get("_class_name")
     for family in FAMILIES:
-        if index.get("_class_name") == family.pipeline_class.__name__:
+        if class_name == family.pipeline_class.__name__:
             return family
-    raise ModelError(f"{text!r} holds a {index.get('_class_name')!r}. {_known_families()}")
+    raise ModelError(f"{text!r} holds a {class_name!r}. {_known_families()}")
+
+
+def _state(source: Path) -> str:
+    """What a path is, for an error: a folder may be another than the user thinks."""
+    try:
+        files = sorted(entry.name for entry in source.iterdir())
+    except OSError:
+        return "could not be read"
+    return f"is a folder that holds {files or 'nothing'}"
 
 
 def _known_families() -> str:

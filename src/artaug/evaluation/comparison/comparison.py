@@ -105,10 +105,10 @@ class Comparison:
         raise InvalidValueError(f"this comparison has no row ({scorer!r}, {candidate!r}). There are: {names}.")
 
     def table(self) -> str:
-        """The rows as aligned text; a dagger marks scorers that the training pairs were filtered by."""
+        """The rows as aligned text; an asterisk marks scorers that the training pairs were filtered by."""
         lines = [_HEADINGS, *self._cells()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, tuple("─" * width for width in widths))
+        lines.insert(1, tuple("-" * width for width in widths))
         aligned = [
             "  ".join(
                 cell.ljust(width) if column in _LEFT_ALIGNED else cell.rjust(width)
@@ -135,7 +135,7 @@ class Comparison:
         design = f"{len(self.prompts)} prompts{repeated}, each drawn with the same {seeds} by every candidate"
         notes = [f"{design}; interval: bootstrap over prompts; wins: ties count half."]
         if any(row.filtered_by for row in self.rows):
-            notes.append("† The training pairs were filtered by this scorer, so it says less than the others.")
+            notes.append("* The training pairs were filtered by this scorer, so it says less than the others.")
         return notes
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,12 +167,12 @@ class Comparison:
         for row in self.rows:
             places = decimals[row.scorer]
             yield (
-                "" if row.scorer == previous else row.scorer + " †" * row.filtered_by,
+                "" if row.scorer == previous else row.scorer + " *" * row.filtered_by,
                 row.candidate,
                 f"{row.base:.{places}f}",
                 f"{row.enhanced:.{places}f}",
                 f"{row.delta:+.{places}f}",
-                f"{row.ci_low:+.{places}f} … {row.ci_high:+.{places}f}",
+                f"{row.ci_low:+.{places}f} to {row.ci_high:+.{places}f}",
                 f"{row.win_rate:.1%}" + f" ({row.tie_rate:.1%} ties)" * (row.tie_rate > 0),
             )
             previous = row.scorer

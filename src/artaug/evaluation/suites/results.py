@@ -103,7 +103,7 @@ class SuiteResult:
         rows = [row for row in self.categories if row.category] + [self.overall]
         width = max(len(row.category) for row in rows)
         lines = [
-            f"{row.category:<{width}}  {row.score:6.1%}  {row.ci_low:6.1%} … {row.ci_high:6.1%}  {row.n:4d} prompts"
+            f"{row.category:<{width}}  {row.score:6.1%}  {row.ci_low:6.1%} to {row.ci_high:6.1%}  {row.n:4d} prompts"
             for row in rows
         ]
         pictures = len(self.outcomes[0])
