@@ -32,7 +32,9 @@ def model_errors(failure: str, *, expected: str = "") -> Iterator[None]:
         yield
     except ArtAugError:
         raise
-    except Exception as error:  # tokenizers and safetensors raise plain Exceptions, other libraries nearly all there are
+    except (
+        Exception
+    ) as error:  # tokenizers and safetensors raise plain Exceptions, other libraries nearly all there are
         if is_out_of_memory(error):
             raise
         text = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
@@ -55,7 +57,9 @@ def check_placement(owner: str, *, dtype: object, device: str | torch.device | N
     try:
         torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError):
-        raise InvalidValueError(f"{owner}: device is {device!r}. Expected 'cpu', 'cuda', 'cuda:1', 'mps' or the like.") from None
+        raise InvalidValueError(
+            f"{owner}: device is {device!r}. Expected 'cpu', 'cuda', 'cuda:1', 'mps' or the like."
+        ) from None
 
 
 def check_safetensors(source: str | os.PathLike[str]) -> None:

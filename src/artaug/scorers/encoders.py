@@ -153,7 +153,7 @@ class ImageEncoder:
     `artaug.EmbeddingSimilarity` compares pictures by it, or by a `DualEncoder`.
 
     Raises:
-        ModelError: for a model in training mode.
+        ModelError: for a model in training mode, or one that reads texts as well.
         InvalidValueError: if ``batch_size`` is below 1.
     """
 

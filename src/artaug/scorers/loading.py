@@ -143,6 +143,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     """
     try:
         check_regular(Path(path))
+        Path(path).open("rb").close()  # safetensors says of a file that may not be read that there is none
         return load_file(path)
     except FileNotFoundError:
         raise ModelError(f"there is no file {str(path)!r}. Expected weights in a safetensors file.") from None
