@@ -10,6 +10,8 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.scorers.test_hps import base as hps_base
+from tests.scorers.test_safety import tiny_checker
 
 import artaug as aa
 from artaug.critics import Coordinates, VLMCritic
@@ -34,8 +36,6 @@ from support.open_clip_reference import open_clip_weights
 from support.tiny_flux import tiny_flux
 from support.tiny_llava import tiny_llava
 from support.tiny_scorers import letters, saved, tiny_classifier, tiny_clip, tiny_dino, tiny_siglip
-from tests.scorers.test_hps import base as hps_base
-from tests.scorers.test_safety import tiny_checker
 
 
 def critic(folder, **options):
@@ -287,7 +287,7 @@ def test_a_spoiled_file_is_named(name, spoil, copy, models):
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_may_not_be_read_is_not_called_a_pickle(name, copy, models):
     file = copy(f"{name}.safetensors")
-    with unreadable(file), pytest.raises(aa.ModelError, match="cannot be read.*denied"):
+    with unreadable(file), pytest.raises(aa.ModelError, match=r"cannot be read.*denied"):
         FILES[name](file, models)
 
 

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.test_pickling import public_values, sample
 
 import artaug as aa
 from artaug import playground
 from artaug.evaluation.suites import Case, Question, QuestionCheck, QuestionScore, Suite, evaluate
 from artaug.testing import FixedScorer, SwatchSynthesizer
-from tests.test_pickling import public_values, sample
 
 ROOT = Path(__file__).parents[1]
 IS_NOT_PRINTED = ("critics/replies/", "critics/conversation.py", "report/", "testing/loop.py", "_internal/values.py")
@@ -76,16 +76,18 @@ def test_an_output_that_is_not_utf_8_shows_the_results_of_a_run():
 
 def show_results():
     """Print what examples/quickstart.py prints, and the other results that are made to be printed."""
+    shown: list[object] = []
     prompts, scorer = playground.prompts(4, seed=0), FixedScorer(0.5)
     comparison = aa.compare(
         SwatchSynthesizer(), {"round 1": SwatchSynthesizer()}, prompts, scorers=[scorer], filtered_by=[scorer.name]
     )
-    print(comparison.table())
-    print(comparison)
+    shown.append(comparison.table())
+    shown.append(comparison)
     suite = Suite("colors", tuple(Case(prompt, QuestionCheck((Question(1, "red?"),))) for prompt in prompts))
-    print(evaluate(QuestionScore(suite=suite, vqa=scorer), SwatchSynthesizer()))
+    shown.append(evaluate(QuestionScore(suite=suite, vqa=scorer), SwatchSynthesizer()))
     picture = SwatchSynthesizer().synthesize(aa.Plan("a"), seed=0)
     pair = aa.ImagePair.unchanged(picture, prompt="a", seed=0)
     kept = aa.Kept(pair, aa.Verdict(keep=True, reason="good", scores={}))
     skipped = [aa.Skipped("b", number, f"too dark by {number}", "plan") for number in range(2)]
-    print(aa.Funnel.of([kept, *skipped]))
+    shown.append(aa.Funnel.of([kept, *skipped]))
+    sys.stdout.write("\n".join(map(str, shown)))

@@ -21,7 +21,7 @@ from artaug.diffusion.families.registry import family_at, family_of
 from artaug.diffusion.locking import exclusive_drawing, exclusive_use
 from artaug.diffusion.offload import check_trainable
 from artaug.diffusion.seeding import check_reproducible, seeded_scheduler
-from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError
+from artaug.errors import GuideError, InvalidValueError, NonFiniteError
 from artaug.lora.applied import check_called
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
