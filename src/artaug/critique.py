@@ -1,14 +1,16 @@
 """`Critique` and `Abstention`, the answers of a critic; `Critic`, the class to subclass; and the call that checks it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 from PIL.Image import Image
 
-from artaug._internal.contracts import check_batch
+from artaug._internal.contracts import check_batch, check_result, contract_error
 from artaug._internal.memory import is_out_of_memory
+from artaug._internal.transient import TransientErrors
 from artaug._internal.values import value
-from artaug.errors import CriticError, InvalidValueError
+from artaug.errors import ContractError, CriticError, InvalidValueError, StorageError
 from artaug.geometry import Box
 
 
@@ -52,6 +54,8 @@ class Abstention:
     """A critic's answer if it cannot judge the picture, with the reason. It is a result of its own, not a score of zero."""
 
     reason: str
+    transient: bool = False
+    """Whether the same call may succeed later, as after a timeout. `improve` puts such a prompt off to the end of the round."""
 
     def __post_init__(self) -> None:
         if not self.reason.strip():
@@ -64,7 +68,8 @@ class Critic(ABC):
     """Suggests what to improve in a picture, and where, given its prompt.
 
     Subclass it and write `critique`. If the critic cannot judge a picture, return an `Abstention` with the reason. An
-    exception is a bug and stops the run.
+    exception is a bug and stops the run, unless it is transient (see `artaug.critics.TransientErrors`), such as a timeout:
+    then the picture is without an answer for now.
 
     >>> import artaug as aa
     >>> class LeftCritic(aa.Critic):
@@ -83,15 +88,50 @@ class Critic(ABC):
         return [self.critique(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
 
-def run_critic(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
-    """Call a critic and check that it answered as its seam promises.
+Answer: TypeAlias = Critique | Abstention
 
-    Every call of a critic goes through this function.
+
+class StreamingCritic(Critic):
+    """A critic that gives each answer of a batch as soon as it has it, so that none is lost if a later one fails."""
+
+    @abstractmethod
+    def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+        """Criticise many pictures: the index of each and its answer, in any order."""
+
+    def critique(self, image: Image, prompt: str) -> Answer:
+        return self.critique_batch([image], [prompt])[0]
+
+    def critique_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Answer]:
+        answers = dict(self.critique_stream(images, prompts))
+        return [answers[index] for index in range(len(prompts))]
+
+
+def run_critic(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) -> list[Answer]:
+    """Call a critic and check that it answered as its seam promises: an answer for each picture, in their order.
+
+    See `stream_critic`, which gives the same answers as they come, for what it raises.
+    """
+    answers = dict(stream_critic(critic, images, prompts))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def stream_critic(
+    critic: Critic,
+    images: Sequence[Image],
+    prompts: Sequence[str],
+    *,
+    transient: TransientErrors = TransientErrors(),  # noqa: B008 - a frozen value
+) -> Iterator[tuple[int, Answer]]:
+    """Call a critic and check each answer as it comes: the index of a picture, and the answer.
+
+    Every call of a critic goes through this function. A critic without a `Critic.critique_batch` of its own is called
+    picture by picture. A transient exception is an `Abstention` for the pictures of the call that have no answer yet.
 
     Raises:
         InvalidValueError: if there is not one picture for each prompt; then the critic is not called.
         CriticError: if the critic raised; the original exception is its cause. Where memory ran out, that error is raised.
         ContractError: if it returned too few answers, or something that is neither a `Critique` nor an `Abstention`.
+        StorageError: if a critic that stores its answers could not.
     """
     name = type(critic).__name__
     if len(images) != len(prompts):
@@ -99,16 +139,50 @@ def run_critic(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) 
             f"received {len(images)} picture(s) for {len(prompts)} prompt(s), so {name} was not called: "
             "need one picture for each prompt."
         )
-    try:
+    size = 1 if type(critic).critique_batch is Critic.critique_batch else len(prompts)
+    for start in range(0, len(prompts), size or 1):
+        part = slice(start, start + size)
+        pending = list(range(len(prompts)))[part]
+        try:
+            for index, answer in _ask(critic, images[part], prompts[part]):
+                pending.remove(start + index)
+                yield start + index, answer
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            cause = error.__cause__ if isinstance(error, CriticError) else error
+            if transient.matches(cause):
+                passing = Abstention(f"{name} raised {type(cause).__name__}: {cause}", transient=True)
+                yield from ((index, passing) for index in pending)
+            elif isinstance(error, CriticError | ContractError | StorageError):
+                raise  # it names its source
+            else:
+                raise CriticError(
+                    f"{name} raised {type(error).__name__}: {error}, while criticising {len(pending)} picture(s), "
+                    f"first prompt {next((prompts[i] for i in pending), None)!r}. A critic that cannot tell returns artaug.Abstention(reason)."
+                ) from error
+
+
+def _ask(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+    """The checked answers of one call."""
+    name, count = type(critic).__name__, len(prompts)
+    if not isinstance(critic, StreamingCritic):
         answers = critic.critique_batch(images, prompts)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise CriticError(
-            f"{name} raised {type(error).__name__}: {error}, while criticising {len(prompts)} picture(s), "
-            f"first prompt {next(iter(prompts), None)!r}. A critic that cannot tell returns artaug.Abstention(reason)."
-        ) from error
-    checked: list[Critique | Abstention] = check_batch(
-        name, "critique_batch", answers, of=(Critique, Abstention), count=len(prompts), per="picture", prompts=prompts
-    )
-    return checked
+        yield from enumerate(
+            check_batch(
+                name, "critique_batch", answers, of=(Critique, Abstention), count=count, per="picture", prompts=prompts
+            )
+        )
+        return
+    each, pictures = "one answer to each picture", f"{count} picture(s)"
+    waiting = set(range(count))
+    for index, answer in critic.critique_stream(images, prompts):
+        if index not in waiting:
+            received = f"a further answer to picture {index}"
+            raise contract_error(name, "critique_stream", received=received, inputs=pictures, expected=each)
+        waiting.remove(index)
+        check_result(name, "critique_stream", answer, of=(Critique, Abstention), inputs=repr(prompts[index]))
+        yield index, answer
+    if waiting:
+        received = f"no answer to pictures {sorted(waiting)}"
+        raise contract_error(name, "critique_stream", received=received, inputs=pictures, expected=each)

@@ -111,6 +111,8 @@ class Skipped:
     reason: str
     stage: Literal["draw", "critique", "plan"] = "critique"
     """Where it ended: ``critique`` if the critic abstained, ``plan`` if the plan changes nothing."""
+    transient: bool = False
+    """Whether the critic may answer later: it, or its server, failed for a while."""
 
 
 SKIPPING_STAGES: tuple[str, ...] = ("draw", "critique", "plan")

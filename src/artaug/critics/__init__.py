@@ -1,5 +1,6 @@
 """Critics: they suggest what to improve in a picture, and where."""
 
+from artaug._internal.transient import TransientErrors
 from artaug.critics.conversation import Conversation, Message, prompt_text
 from artaug.critics.coordinates import FAMILIES, Coordinates, SmartResize, coordinates_for
 from artaug.critics.photometric import PhotometricCritic, PromptVocabulary
@@ -25,6 +26,7 @@ __all__ = [
     "PromptVocabulary",
     "Retried",
     "SmartResize",
+    "TransientErrors",
     "Usage",
     "VLMCritic",
     "coordinates_for",

@@ -2,7 +2,8 @@
 
 import logging
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import final
@@ -12,8 +13,10 @@ from PIL.Image import Image
 from artaug._internal.digests import digest
 from artaug._internal.files import atomic_write, check_regular
 from artaug._internal.images import rgb_parts
+from artaug._internal.transient import TransientErrors
 from artaug._internal.values import from_json, to_json, value
-from artaug.critique import Abstention, Critic, Critique, Suggestion, run_critic
+from artaug.critics.server.backoff import backoff_delay_s
+from artaug.critique import Abstention, Answer, Critic, Critique, StreamingCritic, Suggestion, run_critic, stream_critic
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box
 
@@ -70,7 +73,10 @@ class Ensemble(Critic):
         critiques = [answer for answer in answers if isinstance(answer, Critique)]
         if len(critiques) < self.min_votes:
             reasons = "; ".join(answer.reason for answer in answers if isinstance(answer, Abstention))
-            return Abstention(f"only {len(critiques)} of {len(answers)} critics could tell: {reasons}")
+            # With a vote of those that may answer later there could be enough.
+            final = sum(isinstance(answer, Abstention) and not answer.transient for answer in answers)
+            transient = len(answers) - final >= self.min_votes
+            return Abstention(f"only {len(critiques)} of {len(answers)} critics could tell: {reasons}", transient)
         clusters: list[_Cluster] = []
         for critic_index, critique in enumerate(critiques):
             for suggestion in critique.suggestions:
@@ -136,8 +142,10 @@ class _CacheEntry:
 
 @final
 @dataclass(frozen=True)
-class Cached(Critic):
+class Cached(StreamingCritic):
     """Keeps a critic's answers in a folder, so that no picture is criticised twice.
+
+    Each answer is written as soon as the critic has it: if a later one of the batch fails, those before it are kept.
 
     The file name is a digest of the picture's pixels, the prompt and the critic's identity, so another prompt, picture
     or critic is another entry. A file is written completely or not at all. A file that cannot be read is logged as a
@@ -154,7 +162,7 @@ class Cached(Critic):
     identity: str = ""
     """What distinguishes this critic from others, such as the model's name, revision and prompt; by default its repr."""
     cache_abstentions: bool = False
-    """Whether to keep abstentions too. A failure of a server is one, and may succeed the next time."""
+    """Whether to keep abstentions too, except transient ones, which may succeed the next time."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
@@ -164,30 +172,28 @@ class Cached(Critic):
                 "run to run. Make it a frozen dataclass, or pass identity='...' with all that its answers depend on."
             )
 
-    def critique(self, image: Image, prompt: str) -> Critique | Abstention:
-        return self.critique_batch([image], [prompt])[0]
-
-    def critique_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
-        paths = [self._entry_path(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-        answers: dict[Path, Critique | Abstention] = {}
-        for path in dict.fromkeys(paths):
+    def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+        # By the path of an entry: the indices of its question, which may occur twice in a batch but is asked once.
+        indices: dict[Path, list[int]] = {}
+        for index, question in enumerate(zip(images, prompts, strict=True)):
+            indices.setdefault(self._entry_path(*question), []).append(index)
+        missing: list[Path] = []
+        for path, same in indices.items():
             stored = _read_answer(path)
             if stored is not None and self._cacheable(stored):
-                answers[path] = stored
-        # One index for each missing path, so that a question that occurs twice in a batch is sent once.
-        missing = {path: index for index, path in enumerate(paths) if path not in answers}
-        if missing:
-            indices = list(missing.values())
-            new_answers = run_critic(self.critic, [images[i] for i in indices], [prompts[i] for i in indices])
-            for (path, index), answer in zip(missing.items(), new_answers, strict=True):
-                answers[path] = answer
-                if self._cacheable(answer):
-                    with atomic_write(path, what="the critic's answer", remedy=_REMEDY) as temporary:
-                        temporary.write_text(to_json(_CacheEntry.of(prompts[index], answer)), encoding="utf-8")
-        return [answers[path] for path in paths]
+                yield from ((index, stored) for index in same)
+            else:
+                missing.append(path)
+        first = [indices[path][0] for path in missing]
+        for position, answer in stream_critic(self.critic, [images[i] for i in first], [prompts[i] for i in first]):
+            path, index = missing[position], first[position]
+            if self._cacheable(answer):
+                with atomic_write(path, what="the critic's answer", remedy=_REMEDY) as temporary:
+                    temporary.write_text(to_json(_CacheEntry.of(prompts[index], answer)), encoding="utf-8")
+            yield from ((index, answer) for index in indices[path])
 
-    def _cacheable(self, answer: Critique | Abstention) -> bool:
-        return self.cache_abstentions or isinstance(answer, Critique)
+    def _cacheable(self, answer: Answer) -> bool:
+        return isinstance(answer, Critique) or (self.cache_abstentions and not answer.transient)
 
     def _entry_path(self, image: Image, prompt: str) -> Path:
         # Of the pixels that critics see: a file's mode and palette do not count, and what they hide does not.
@@ -208,43 +214,74 @@ def _read_answer(path: Path) -> Critique | Abstention | None:
 
 @final
 @dataclass(frozen=True)
-class Retried(Critic):
-    """Runs a critic again where it abstained, for critics whose answers vary.
+class Retried(StreamingCritic):
+    """Runs a critic again where it abstained or failed for a while; only the pictures without a critique.
 
-    Only the pictures without a critique are sent again, as one batch. If the last answer is an abstention too, it has
-    all the reasons. There is no wait between the tries: a critic that calls a server has its own backoff.
+    After an abstention it is run at most ``max_retries`` times more, without a wait, since its answers may vary. After a
+    transient fault (an exception that ``transient`` lists, or an `Abstention` that is transient) it is run again with
+    exponential backoff, at most 30 s between two tries, for ``retry_deadline_s``. A picture without a critique ends as an
+    abstention with all the reasons. All other exceptions are raised at once. `OpenAICritic` has its own retries of
+    transient faults.
 
     Raises:
-        InvalidValueError: if ``max_retries`` is below 1.
+        InvalidValueError: if ``max_retries`` is below 1 or ``retry_deadline_s`` below 0.
+
+    >>> import artaug as aa
+    >>> from artaug.critics import Retried
+    >>> from artaug.testing import FixedCritic
+    >>> from PIL import Image
+    >>> moody = FixedCritic(aa.Abstention("no JSON"))
+    >>> Retried(moody, max_retries=1).critique(Image.new("RGB", (64, 64)), "a hall")
+    Abstention(reason='asked 2 times: no JSON', transient=False)
     """
 
     critic: Critic
     _: KW_ONLY
     max_retries: int = 2
-    """The largest number of further tries."""
+    """The largest number of further tries after abstentions that are not transient."""
+    retry_deadline_s: float = field(default=600.0, repr=False)
+    """After a transient fault, no further try starts this many seconds after the critic last answered to anything."""
+    transient: TransientErrors = field(default=TransientErrors(), repr=False)
+    """Which exceptions of the critic are transient."""
 
     def __post_init__(self) -> None:
         if self.max_retries < 1:
             raise InvalidValueError(f"Retried(max_retries={self.max_retries}) would never try again: need at least 1.")
+        if not self.retry_deadline_s >= 0:
+            raise InvalidValueError(
+                f"Retried(retry_deadline_s={self.retry_deadline_s}): need a time of at least 0 seconds."
+            )
 
-    def critique(self, image: Image, prompt: str) -> Critique | Abstention:
-        return self.critique_batch([image], [prompt])[0]
+    def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+        history: dict[int, list[Abstention]] = {index: [] for index in range(len(prompts))}  # without a critique
+        silent_since, silent_tries = time.monotonic(), 0
+        while history:
+            pending, silent = list(history), True
+            questions = [images[i] for i in pending], [prompts[i] for i in pending]
+            for position, answer in stream_critic(self.critic, *questions, transient=self.transient):
+                index = pending[position]
+                if isinstance(answer, Critique):
+                    del history[index]
+                    yield index, answer
+                else:
+                    history[index].append(answer)
+                silent = silent and isinstance(answer, Abstention) and answer.transient
+            now = time.monotonic()
+            silent_since, silent_tries = (silent_since, silent_tries + 1) if silent else (now, 0)
+            delay_s = backoff_delay_s(silent_tries + 1)
+            in_time = now - silent_since + delay_s <= self.retry_deadline_s
+            for index in [index for index, tries in history.items() if not self._may_retry(tries, in_time=in_time)]:
+                yield index, _last_of(history.pop(index))
+            if any(tries[-1].transient for tries in history.values()):
+                time.sleep(delay_s)
 
-    def critique_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
-        answers = run_critic(self.critic, images, prompts)
-        reasons: dict[int, list[str]] = {
-            index: [answer.reason] for index, answer in enumerate(answers) if isinstance(answer, Abstention)
-        }
-        for _ in range(self.max_retries):
-            pending = [index for index in reasons if isinstance(answers[index], Abstention)]
-            if not pending:
-                break
-            retried = run_critic(self.critic, [images[i] for i in pending], [prompts[i] for i in pending])
-            for index, answer in zip(pending, retried, strict=True):
-                answers[index] = answer
-                if isinstance(answer, Abstention):
-                    reasons[index].append(answer.reason)
-        for index, abstentions in reasons.items():
-            if isinstance(answers[index], Abstention):
-                answers[index] = Abstention(f"asked {len(abstentions)} times: {'; '.join(dict.fromkeys(abstentions))}")
-        return answers
+    def _may_retry(self, tries: Sequence[Abstention], *, in_time: bool) -> bool:
+        return in_time if tries[-1].transient else sum(not each.transient for each in tries) <= self.max_retries
+
+
+def _last_of(tries: Sequence[Abstention]) -> Abstention:
+    """The last of several abstentions from one picture, with the reasons of all."""
+    if len(tries) == 1:
+        return tries[0]
+    reasons = "; ".join(dict.fromkeys(each.reason for each in tries))
+    return Abstention(f"asked {len(tries)} times: {reasons}", tries[-1].transient)

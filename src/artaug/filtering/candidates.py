@@ -80,4 +80,5 @@ class BestOf:
         if len({outcome.reason for outcome in skipped}) == 1:
             return furthest
         reason = f"none of {self.count} candidates became a pair; of the one that came furthest, {furthest.reason}"
-        return Skipped(furthest.prompt, furthest.seed, reason, furthest.stage)
+        transient = any(outcome.transient for outcome in skipped)
+        return Skipped(furthest.prompt, furthest.seed, reason, furthest.stage, transient)

@@ -3,15 +3,19 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from artaug.critique import Abstention, Critic, Critique, run_critic
-from artaug.errors import InvalidValueError, PromptError
+from artaug.errors import CriticError, InvalidValueError, PromptError
 from artaug.filtering import BestOf, PairFilter, judge_pairs
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped
 from artaug.plan import Plan, RegionPlanner, run_planner
 from artaug.synthesis import Synthesizer, draw, picture_seeds
+
+_MAX_SILENCE_S, _MANY_PICTURES = 600.0, 8
+"""A critic that has not answered for so long, at so many pictures in a row, stops the run: the prompts to come would all be
+drawn for nothing."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     Args:
         prompts: what to draw.
         synthesizer: draws before and after, with the same seed.
-        critic: says what to improve; where it abstains, the prompt is skipped.
+        critic: says what to improve; where it abstains, the prompt is skipped. Where that is transient, as after a timeout,
+            the prompt is put off: drawn and asked again at the end, in a chunk of its own, and skipped if that fails too.
         planner: turns the critique into a plan; where the plan changes nothing, the prompt is skipped.
         keep: decides which pairs got better. Filters that compare pairs, like `TopFraction`, see one chunk at a time.
         seed: of the run; each prompt gets a seed of its own from it.
@@ -57,11 +62,13 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
         on_stage: called after every stage of every chunk.
 
     Returns:
-        An iterator over one `Kept`, `Dropped` or `Skipped` for each prompt, in the order of the prompts.
+        An iterator over one `Kept`, `Dropped` or `Skipped` for each prompt, in the order of the prompts; those that were
+        put off come last.
 
     Raises:
         PromptError: at once, if there are no prompts or one is blank.
-        CriticError: if the critic raises; a critic that cannot tell abstains.
+        CriticError: if the critic raises (one that cannot tell abstains), or has had transient faults only, for 10 minutes
+            and at 8 pictures or more.
         ContractError: if the synthesizer, critic, planner or filter returns something its seam does not allow.
     """
     check_prompts(prompts)
@@ -73,13 +80,45 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     seeds = picture_seeds(seed, len(prompts) * count)
     rows = [seeds[first : first + len(prompts)] for first in range(0, len(seeds), len(prompts))]
     stages = _Stages(synthesizer, critic, planner, keep, candidates, stage_timer(on_stage))
-    chunks = (slice(start, start + batch_size) for start in range(0, len(prompts), batch_size))
-    return (attempt for chunk in chunks for attempt in stages.run_chunk(prompts[chunk], [row[chunk] for row in rows]))
+    return stages.run(prompts, rows, batch_size=batch_size)
+
+
+@dataclass
+class _Silence:
+    """How long, and at how many pictures in a row, a critic has had transient faults only."""
+
+    since_s: float = 0.0
+    pictures: int = 0
+    reason: str = ""
+
+    def note(self, answers: Sequence[Critique | Abstention], *, start_s: float) -> None:
+        """Note the answers of a call that began at ``start_s``."""
+        faults = [answer.reason for answer in answers if isinstance(answer, Abstention) and answer.transient]
+        if len(faults) < len(answers):
+            self.pictures = 0
+            return
+        if not self.pictures:
+            self.since_s = start_s
+        self.pictures += len(faults)
+        self.reason = faults[-1]
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the critic, or its server, is probably down: one picture alone may be what it fails at."""
+        return self.pictures >= _MANY_PICTURES and time.monotonic() - self.since_s >= _MAX_SILENCE_S
+
+    def error(self, critic: Critic) -> CriticError:
+        """The error that ends the run."""
+        return CriticError(
+            f"{type(critic).__name__} has not answered for {(time.monotonic() - self.since_s) / 60:.0f} minutes, at "
+            f"{self.pictures} pictures in a row; the last time, {self.reason}. Make sure that its server runs, then run the "
+            "same call to go on: what artaug.critics.Cached has stored is not asked again."
+        )
 
 
 @dataclass(frozen=True)
 class _Stages:
-    """The stages that a chunk of prompts goes through."""
+    """The stages that a round of prompts goes through, chunk by chunk."""
 
     synthesizer: Synthesizer
     critic: Critic
@@ -87,10 +126,35 @@ class _Stages:
     keep: PairFilter
     candidates: BestOf | None
     timed: StageTimer
+    silence: _Silence = field(default_factory=_Silence)
+
+    def run(self, prompts: Sequence[str], rows: Sequence[Sequence[int]], *, batch_size: int) -> Iterator[Attempt]:
+        """Bring each prompt to its one attempt; those put off come last."""
+
+        def run_chunk(indices: Sequence[int]) -> list[Attempt]:
+            return self.run_chunk([prompts[i] for i in indices], [[row[i] for i in indices] for row in rows])
+
+        put_off: dict[int, Skipped] = {}
+        for indices in _chunks(range(len(prompts)), batch_size):
+            for index, attempt in zip(indices, run_chunk(indices), strict=True):
+                if isinstance(attempt, Skipped) and attempt.transient:
+                    put_off[index] = attempt
+                else:
+                    yield attempt
+            if self.silence.is_long:
+                raise self.silence.error(self.critic)
+        for indices in _chunks(list(put_off), batch_size):
+            # After a long silence here, the round is complete but for these: they are left as they are.
+            yield from (put_off[i] for i in indices) if self.silence.is_long else run_chunk(indices)
 
     def run_chunk(self, prompts: Sequence[str], rows: Sequence[Sequence[int]]) -> list[Attempt]:
         """Bring each prompt to its one attempt; ``rows`` holds a seed for every prompt, for every candidate."""
         outcomes = self._make_pairs(list(prompts) * len(rows), [seed for row in rows for seed in row])
+        # A prompt waits for all its candidates: the best of those that happened to be answered is not the best of all.
+        waits = {
+            k % len(prompts): each for k, each in enumerate(outcomes) if isinstance(each, Skipped) and each.transient
+        }
+        outcomes = [waits.get(k % len(prompts), outcome) for k, outcome in enumerate(outcomes)]
         with self.timed("judge"):
             if self.candidates is not None:
                 outcomes = self.candidates.choose(outcomes, prompts=len(prompts))
@@ -109,7 +173,9 @@ class _Stages:
         with self.timed("draw"):
             before = draw(self.synthesizer, [Plan(prompt) for prompt in prompts], seeds=seeds)
         with self.timed("critique"):
+            start_s = time.monotonic()
             answers = run_critic(self.critic, before, prompts)
+            self.silence.note(answers, start_s=start_s)
         plans = [self._plan(*planned) for planned in zip(prompts, seeds, answers, strict=True)]
         with self.timed("redraw"):
             changes = [(plan, seed) for plan, seed in zip(plans, seeds, strict=True) if isinstance(plan, Plan)]
@@ -123,12 +189,16 @@ class _Stages:
 
     def _plan(self, prompt: str, seed: int, answer: Critique | Abstention) -> Plan | Skipped:
         if isinstance(answer, Abstention):
-            return Skipped(prompt, seed, f"the critic abstained: {answer.reason}", "critique")
+            return Skipped(prompt, seed, f"the critic abstained: {answer.reason}", "critique", answer.transient)
         plan = run_planner(self.planner, prompt, answer)
         if plan == Plan(prompt):
             why = "the planner kept no suggestion" if answer.suggestions else "the critic suggested nothing"
             return Skipped(prompt, seed, why, "plan")
         return plan
+
+
+def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (indices[start : start + size] for start in range(0, len(indices), size))
 
 
 def check_prompts(prompts: Sequence[object]) -> None:

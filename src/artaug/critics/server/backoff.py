@@ -1,4 +1,4 @@
-"""When to retry a request: retryable status codes, exponential backoff, ``Retry-After``, and a pause for all threads."""
+"""When to retry a request: exponential backoff, ``Retry-After``, and a pause for all threads."""
 
 import email.utils
 import math
@@ -7,9 +7,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-RETRYABLE_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-"""Status codes after which the same request may succeed. 409 is a lock, 529 is sent by overloaded hosts."""
 
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.5, 30.0
 
@@ -20,14 +17,21 @@ class RequestCancelled(Exception):  # noqa: N818  # control flow between threads
 
 @dataclass(eq=False)
 class RetryGate:
-    """Every request of a critic passes it, so that all threads wait when the server asks one of them to."""
+    """Every request of a batch passes it, so that all threads wait when the server asks one of them to."""
 
+    silent_since_s: float = field(default_factory=time.monotonic)
+    """When a request last succeeded, by `time.monotonic`; at first, when the batch began. All requests share it, so that
+    a server that is down costs its batch one deadline and not one for each request."""
     _open_at: float = 0.0
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def pause(self, seconds: float) -> None:
         """Let no request pass for ``seconds`` from now."""
         self._open_at = max(self._open_at, time.monotonic() + seconds)
+
+    def succeeded(self) -> None:
+        """Note that the server has just answered."""
+        self.silent_since_s = time.monotonic()
 
     def close(self) -> None:
         """Cancel the requests that wait, and all later ones."""

@@ -33,30 +33,40 @@ class RetryingClient:
     send: SendRequest
     gate: RetryGate
     usage: UsageCounter
-    max_attempts: int
+    max_attempts: int | None
+    """None for as many as the deadline allows."""
     retry_deadline_s: float
-    """No further attempt starts this many seconds after the first."""
+    """No further attempt starts this many seconds after the first, or after the last success of any request."""
     redact: Callable[[str], str]
     """Hides the key in all that leaves this class."""
 
-    def complete(self, request: Mapping[str, Any], *, max_attempts: int | None = None) -> ChatReply | RequestFailure:
+    def complete(
+        self, request: Mapping[str, Any], *, max_attempts: int | None = None, max_attempts_at_500: int | None = None
+    ) -> ChatReply | RequestFailure:
         """The reply to a request, or the last failure."""
-        outcome = self._complete(request, max_attempts or self.max_attempts)
+        outcome = self._complete(request, max_attempts or self.max_attempts, max_attempts_at_500)
         if isinstance(outcome, RequestFailure):
             return replace(outcome, reason=self.redact(outcome.reason))
         return replace(outcome, text=self.redact(outcome.text))
 
-    def _complete(self, request: Mapping[str, Any], max_attempts: int) -> ChatReply | RequestFailure:
+    def _complete(
+        self, request: Mapping[str, Any], max_attempts: int | None, max_attempts_at_500: int | None
+    ) -> ChatReply | RequestFailure:
         start, delay_s, attempt = time.monotonic(), 0.0, 0
         while True:
             attempt += 1
             self.gate.wait(delay_s=delay_s)
             outcome = self._attempt(request)
-            if isinstance(outcome, ChatReply) or not outcome.retryable:
+            if isinstance(outcome, ChatReply):
+                self.gate.succeeded()
+                return outcome
+            if not outcome.retryable:
                 return outcome
             delay_s = backoff_delay_s(attempt) if outcome.retry_after_s is None else outcome.retry_after_s
-            elapsed_s = time.monotonic() - start
-            if attempt == max_attempts or elapsed_s + delay_s > self.retry_deadline_s:
+            now = time.monotonic()
+            elapsed_s, waited_s = now - start, now - min(start, self.gate.silent_since_s)
+            at_500 = outcome.status == 500 and max_attempts_at_500 is not None and attempt >= max_attempts_at_500
+            if attempt == max_attempts or at_500 or waited_s + delay_s > self.retry_deadline_s:
                 server = "" if outcome.retry_after_s is None else f", and it asks to wait {outcome.retry_after_s:g} s"
                 return replace(outcome, reason=f"{outcome.reason} (tried {attempt} times in {elapsed_s:.1f} s{server})")
             if outcome.retry_after_s is not None:

@@ -8,8 +8,8 @@ from typing import Any, Self, TypeAlias
 from pydantic import BaseModel, ValidationError
 
 from artaug._internal.text import shorten
+from artaug._internal.transient import RETRYABLE_STATUS
 from artaug.critics.dialogue import ChatReply
-from artaug.critics.server.backoff import RETRYABLE_STATUS
 from artaug.critics.server.http import HttpResponse
 from artaug.critics.server.usage import Usage
 

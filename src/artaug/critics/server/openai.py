@@ -36,6 +36,7 @@ _KEY_VARIABLE = "OPENAI_API_KEY"
 _MAX_RESPONSE_BYTES = 16 * 2**20
 _MAX_ERROR_CHARS = 200
 _SCHEMA_REFUSED_STATUS = frozenset({400, 404, 415, 422, 500, 501})  # 500 where the compiler of the schema fails
+_ATTEMPTS_AT_500 = 3
 _FAMILY_PATTERNS = {  # families whose convention does not depend on the processor, by the names of their checkpoints
     "qwen2_vl": r"qwen[-_ ]?2[-_]vl\b",
     "qwen3_vl": r"qwen[-_ ]?3[-_]vl\b",
@@ -57,9 +58,10 @@ class _State:
 class OpenAICritic(Critic):
     """Criticises pictures with a model behind an OpenAI-compatible server, several requests at a time.
 
-    Every picture gets a critique, or an abstention with the error that was left after all attempts. Temporary errors (no
-    connection, a timeout, a truncated response, status 408, 409, 425, 429, 500, 502, 503, 504, 529) are retried with
-    exponential backoff, or after the time that the server asks for; then all requests of the critic wait. An error in a
+    Every picture gets a critique, or an abstention with the error that was left after all attempts, which is transient if
+    the error is. Transient errors (no connection, a timeout, a truncated response, status 408, 409, 425, 429 and from 500
+    up, except 501, 505 and 511) are retried with exponential backoff, or after the time that the server asks for, until
+    ``retry_deadline_s`` is over; if the server asks for a wait, all requests of the critic wait. An error in a
     response with status 200 is retried as its own status would be. A response is read up to 16 MiB, and a redirect is
     followed inside the server's own origin only. Proxies are those of the environment (``HTTPS_PROXY``, ``NO_PROXY``).
 
@@ -98,10 +100,11 @@ class OpenAICritic(Critic):
     """The largest number of concurrent requests."""
     timeout_s: float = field(default=120.0, repr=False)
     """A request fails if its response is not complete after this time, from looking up the server's name on."""
-    max_attempts: int = field(default=5, repr=False)
-    """The largest number of attempts for a request."""
+    max_attempts: int | None = field(default=None, repr=False)
+    """The largest number of attempts for a request; None for as many as ``retry_deadline_s`` allows."""
     retry_deadline_s: float = field(default=600.0, repr=False)
-    """No further attempt starts this long after the first."""
+    """No further attempt of a request starts this long after its first, nor this long after the server last answered any
+    request of the batch: a server that is down costs one deadline for the whole batch."""
     _state: _State = field(init=False, repr=False, compare=False, default_factory=_State)
 
     def __post_init__(self) -> None:
@@ -111,7 +114,9 @@ class OpenAICritic(Critic):
             **dict.fromkeys(("timeout_s", "retry_deadline_s"), 0),
         }
         if low := [
-            f"{name}={getattr(self, name)}" for name, least in minimum.items() if not getattr(self, name) >= least
+            f"{name}={number}"
+            for name, least in minimum.items()
+            if (number := getattr(self, name)) is not None and not number >= least
         ]:
             raise InvalidValueError(
                 f"OpenAICritic({', '.join(low)}): need counts of at least 1, and times of at least 0 seconds."
@@ -170,16 +175,21 @@ class OpenAICritic(Critic):
         if schema is not None:
             json_schema = {"name": "critique", "strict": True, "schema": schema}
             structured_payload = {**payload, "response_format": {"type": "json_schema", "json_schema": json_schema}}
-        outcome = connection.client.complete(structured_payload)
+        # A server whose compiler fails at this schema answers 500 for ever, so free text is tried early.
+        early = None if schema is None else _ATTEMPTS_AT_500
+        outcome = connection.client.complete(structured_payload, max_attempts_at_500=early)
         without_schema = self.structured and request.schema is not None and schema is None
         if schema is not None and isinstance(outcome, RequestFailure) and outcome.status in _SCHEMA_REFUSED_STATUS:
             unstructured = connection.client.complete(payload, max_attempts=1 if outcome.status == 500 else None)
             if isinstance(unstructured, ChatReply):  # so the schema was what the server refused
                 self._note_schema_refused(outcome.reason)
                 outcome, without_schema = unstructured, True
+            elif outcome.status == 500 and (self.max_attempts is None or self.max_attempts > _ATTEMPTS_AT_500):
+                left = None if self.max_attempts is None else self.max_attempts - _ATTEMPTS_AT_500
+                outcome = connection.client.complete(structured_payload, max_attempts=left)
         if isinstance(outcome, RequestFailure):
             self._state.usage.add(Usage(failures=1))
-            return Abstention(outcome.reason)
+            return Abstention(outcome.reason, outcome.retryable)
         notes = ("the server refused the JSON schema, so the model was asked for free text",) if without_schema else ()
         return replace(outcome, notes=(*notes, *outcome.notes))
 
