@@ -1,18 +1,22 @@
 """Atomic files under failure, power loss and competition; safetensors headers; digests of files."""
 
+import errno
 import multiprocessing
 import os
 import signal
 import stat
 import sys
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from artaug._internal import files
 from artaug._internal.files import (
+    _MACHINE,
     SafetensorsHeader,
     atomic_write,
     file_sha256,
@@ -117,6 +121,79 @@ def test_the_write_of_another_process_is_not_taken_for_abandoned(tmp_path):
         remove_abandoned(tmp_path)
         assert partial.read_text(encoding="utf-8") == "long"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.txt", "short.txt"]
+
+
+def abandoned(folder, machine):
+    scratch = folder / ".artaug-partial" / f"{machine}-0123"
+    scratch.mkdir(parents=True)
+    for name in (".lock", "half.txt"):
+        (scratch / name).touch()
+    return scratch
+
+
+def make_old(scratch):
+    for path in scratch.iterdir():
+        os.utime(path, (0, 0))
+
+
+def test_what_another_machine_left_is_removed_after_a_day(tmp_path):
+    """A cluster's file system may keep locks apart, so a free lock proves nothing of another machine."""
+    scratch = abandoned(tmp_path, "another")
+    remove_abandoned(tmp_path)
+    assert (scratch / "half.txt").exists()
+    make_old(scratch)
+    remove_abandoned(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks by fcntl")
+def test_without_locks_files_are_written_and_what_was_left_is_removed_after_a_day(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    scratch = abandoned(tmp_path, _MACHINE)
+    write(tmp_path / "note.txt", "whole")
+    assert (scratch / "half.txt").exists()
+    make_old(scratch)
+    write(tmp_path / "note.txt", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.parametrize("link", [".artaug-partial", ".artaug-partial/linked"])
+def test_no_link_is_followed_to_files_of_others(tmp_path, link):
+    kept = abandoned(tmp_path / "others", _MACHINE)
+    make_old(kept)
+    link = tmp_path / "foreign" / link
+    link.parent.mkdir(parents=True)
+    link.symlink_to(kept.parent if link.name == ".artaug-partial" else kept)
+    remove_abandoned(tmp_path / "foreign")
+    assert (kept / "half.txt").exists()
+
+
+def test_a_folder_that_another_process_removes_in_between_is_made_again(tmp_path, monkeypatch):
+    """``Path.mkdir(exist_ok=True)`` asks ``is_dir`` after it failed, and ``iterdir`` comes after ``is_dir``."""
+    mkdir, iterdir, calls = os.mkdir, Path.iterdir, []
+
+    def contested_mkdir(path, *options):
+        calls.append(path)
+        if len(calls) % 2 and Path(path).name == ".artaug-partial" and len(calls) < 6:
+            raise FileExistsError(path)
+        mkdir(path, *options)
+
+    def late_iterdir(path):
+        if path.name == ".artaug-partial":
+            raise FileNotFoundError(path)
+        return iterdir(path)
+
+    (tmp_path / ".artaug-partial").mkdir()
+    monkeypatch.setattr(Path, "iterdir", late_iterdir)
+    remove_abandoned(tmp_path)
+    monkeypatch.setattr(os, "mkdir", contested_mkdir)
+    write(tmp_path / "note.txt", "whole")
+    assert (tmp_path / "note.txt").read_text(encoding="utf-8") == "whole"
+    assert calls
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there modes are no permissions")

@@ -10,7 +10,7 @@ import artaug as aa
 from artaug import playground
 from artaug._internal.values import to_json
 from artaug.critics import Conversation, Coordinates, PhotometricCritic
-from artaug.critics.dialogue import MAX_CAPTION_CHARS, ChatReply, run_dialogue
+from artaug.critics.dialogue import MAX_ANALYSIS_CHARS, MAX_CAPTION_CHARS, ChatReply, run_dialogue
 from artaug.testing import FixedFilter, check_critic
 
 UNITS = ["relative", "thousandths", "pixels", "percent"]
@@ -141,6 +141,25 @@ def test_a_prompt_of_the_greatest_length_is_sent_whole():
         generate=lambda requests: [ChatReply('{"summary": "fine", "suggestions": []}')] * len(requests),
     )
     assert answer.repairs == ()
+
+
+@pytest.mark.parametrize("excess", [0, 1, 10_000_000])
+def test_of_a_long_analysis_a_bounded_part_is_sent_back_and_the_critique_notes_it(excess):
+    sent = []
+
+    def generate(requests):
+        sent.extend(requests)
+        if requests[0].schema is None:
+            return [ChatReply("x" * (MAX_ANALYSIS_CHARS + excess))]
+        return [ChatReply('{"summary": "fine", "suggestions": []}')]
+
+    two_stages = Conversation.in_two_stages(coordinates=Coordinates("thousandths"))
+    (answer,) = run_dialogue(two_stages, [RED], ["a pear"], generate=generate)
+    (analysis,) = (message.text for message in sent[1].messages if message.role == "assistant")
+    assert analysis == "x" * MAX_ANALYSIS_CHARS
+    total = f"{MAX_ANALYSIS_CHARS + excess:,}"
+    note = f"sent the model the first {MAX_ANALYSIS_CHARS:,} of {total} characters of its analysis"
+    assert answer.repairs == ((note,) if excess else ())
 
 
 def test_notes_on_a_reply_without_suggestions_go_into_the_reason():

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import artaug as aa
+from artaug._internal.files import _MACHINE
 from artaug.critics import Usage
 from artaug.images.html import BOX_COLORS
 from artaug.report import write_report
@@ -372,8 +373,8 @@ def test_a_page_written_again_keeps_only_its_own_images_and_foreign_files(tmp_pa
     path, folder = tmp_path / "report.html", tmp_path / "report_images"
     write_report(path, comparison=make_comparison(light=110), images="folder")
     (folder / "note.txt").write_text("mine", encoding="utf-8")
-    (folder / ".artaug-partial" / "0123").mkdir(parents=True)
-    (folder / ".artaug-partial" / "0123" / ".lock").touch()  # of a process that was killed
+    (folder / ".artaug-partial" / f"{_MACHINE}-0123").mkdir(parents=True)
+    (folder / ".artaug-partial" / f"{_MACHINE}-0123" / ".lock").touch()  # of a process that was killed
 
     write_report(path, comparison=make_comparison(light=200), images="folder")
 

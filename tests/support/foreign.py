@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,6 +27,7 @@ from artaug.hub.card import _code, _table
 from artaug.images.html import CritiqueView
 from artaug.lora.baking.checkpoint import Shard, _indexed_files
 from artaug.lora.formats import FLUX1
+from artaug.report import write_report
 from artaug.review.decisions import read_decisions
 from artaug.training import TrainingState
 from artaug.training.encoding import CachedPair
@@ -138,6 +140,12 @@ def _index(path: Path) -> object:
     return _indexed_files(path, {"a.safetensors"})
 
 
+def _oneig_questions(path: Path) -> object:
+    table = path.with_name("OneIG-Bench.csv")
+    table.write_bytes(_ONEIG)
+    return read_oneig(table, [path])
+
+
 def _markdown(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     assert _markdown_structure(text) == _markdown_structure("a word"), "the text is live Markdown"
@@ -163,6 +171,45 @@ class _Tags(HTMLParser):
 def _html(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     assert _html_tags(text) == _html_tags("a word"), "the text is live HTML"
+
+
+def _page(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    assert _page_tags(text) == _page_tags("a word"), "the text is live HTML"
+
+
+@cache
+def _picture() -> Image.Image:
+    return Image.new("RGB", (4, 4))
+
+
+def _page_tags(text: str) -> list[str]:
+    """The tags of a report in which every text is foreign: prompts, reasons, the critic's words, names, what stopped it."""
+    region = aa.Region(aa.Box(0, 0, 1, 1), f"a {text}")
+    pair = aa.ImagePair(
+        prompt=f"b {text}", seed=1, before=_picture(), after=_picture(), plan=aa.Plan(f"c {text}", (region,))
+    )
+    lora = aa.LoRA({"a": aa.LowRank(torch.ones(1, 2), torch.ones(2, 1))})
+    round_ = aa.Round(
+        number=1,
+        attempts=(
+            aa.Kept(pair, aa.Verdict(True, f"d {text}", {f"e {text}": 1.0})),
+            aa.Dropped(pair, aa.Verdict(False, f"f {text}", {})),
+            aa.Skipped(f"g {text}", 2, f"h {text}"),
+        ),
+        training=aa.TrainingResult(lora=lora, losses=(1.0,), pairs=1, steps=1, seconds=1.0),
+        lora=lora,
+        seconds={"draw": 1.0},
+        gain=None,
+        accepted=True,
+    )
+    result = aa.Enhancement(rounds=(round_,), stop_reason=f"i {text}")
+    with tempfile.TemporaryDirectory() as folder:
+        about = {f"j {text}": f"k {text}"}
+        path = write_report(Path(folder) / "page.html", result=result, title=f"l {text}", about=about)
+        parser = _Tags()
+        parser.feed(path.read_text(encoding="utf-8"))
+    return parser.tags
 
 
 def _html_tags(text: str) -> list[str]:
@@ -227,6 +274,14 @@ READERS = {
         (_ONEIG, _ONEIG.replace(b"en", b"cn")),
         b"General_Object,1,a pear\n",
     ),
+    "OneIG questions": Reader(
+        _of_file(_oneig_questions, "object.json"),
+        (
+            b'{"000": {"question": {"1": "Is there a pear?", "2": "Is it green?"}, "dependency": {"1": [0], "2": [1]}}}',
+            b'{"000": {"question": "{\\"1\\": \\"a pear?\\"}", "dependency": "{\\"1\\": [0]}"}}',
+        ),
+        b'"1":{},',
+    ),
     "prompts.txt": Reader(_of_file(aa.PromptSet.read, "a.txt"), (b"a pear\na plum\n",), b"a pear\n"),
     "prompts.csv": Reader(_of_file(aa.PromptSet.read, "a.csv"), (b'Prompts,Category\n"a, b",x\nc,y\n',), b"a pear,x\n"),
     "prompts.tsv": Reader(_of_file(aa.PromptSet.read, "a.tsv"), (b"Prompt\tCategory\na\tb\n",), b"a pear\tx\n"),
@@ -234,7 +289,8 @@ READERS = {
         _of_file(aa.PromptSet.read, "a.json"), (b'["a pear", {"prompt": "b", "category": "c"}]',), b'"a pear",'
     ),
     "card": Reader(_markdown, _WORDS, b"`|<![a](b)"),
-    "report": Reader(_html, _WORDS, b"<b>&'\""),
+    "critique's view": Reader(_html, _WORDS, b"<b>&'\""),
+    "report": Reader(_page, _WORDS, b"<b>&'\""),
 }
 """All of them, by name."""
 

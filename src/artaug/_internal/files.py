@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import platform
 import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +30,10 @@ else:
 _SCRATCH = ".artaug-partial"
 """The folder of unfinished files, beside the files that they will become: one for a folder, however many files it has."""
 _LOCK = ".lock"
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""The names of this machine's scratch folders begin with it: file systems of clusters may show a lock to one machine only."""
+_ABANDONED_AFTER_S = 24 * 3600
+"""Without a change, for scratch folders whose locks say nothing."""
 _MAX_ATTEMPTS = 100
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
@@ -73,16 +79,38 @@ def remove_abandoned(folder: Path) -> None:
     """Remove what killed processes have left in a folder while they were in `atomic_write`.
 
     It touches nothing that a process still writes: that holds a lock, which the system releases when the process ends.
+    Where locks say nothing (another machine's, or a file system without them), what has not changed for a day is removed.
     """
     scratches = folder / _SCRATCH
-    for scratch in list(scratches.iterdir()) if scratches.is_dir() else ():
+    for scratch in _list_scratches(scratches):
         with suppress(OSError), (scratch / _LOCK).open("r+b") as lock:
-            _lock(lock)
-            _remove_scratch(scratch, lock)
-        with suppress(OSError):  # killed between the two steps that make a scratch folder
+            if _is_abandoned(scratch, lock):
+                _empty(scratch, lock)
+        with suppress(OSError):  # also if it is empty since its process was killed before it had the lock
             scratch.rmdir()
     with suppress(OSError):
         scratches.rmdir()
+
+
+def _list_scratches(scratches: Path) -> list[Path]:
+    """The folders in ``scratches``. A link may lead to anything, so none is followed."""
+    with suppress(OSError):  # there is no such folder, or no more
+        return [] if scratches.is_symlink() else [path for path in scratches.iterdir() if not path.is_symlink()]
+    return []
+
+
+def _is_abandoned(scratch: Path, lock: BinaryIO) -> bool:
+    """Whether no process writes in the folder any more; if so, this process holds its lock, where there are locks."""
+    idle_s = time.time() - max(path.stat().st_mtime for path in scratch.iterdir())
+    if idle_s < _ABANDONED_AFTER_S and not scratch.name.startswith(_MACHINE):
+        return False
+    try:
+        _lock(lock)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        return idle_s >= _ABANDONED_AFTER_S
+    return True
 
 
 @contextmanager
@@ -93,17 +121,20 @@ def _scratch_folder(scratches: Path) -> Iterator[Path]:
         yield scratch
     finally:
         with suppress(OSError), lock:
-            _remove_scratch(scratch, lock)
-        with suppress(OSError):
-            scratches.rmdir()
+            _empty(scratch, lock)
+        for folder in (scratch, scratches):  # after the lock is closed: NFS keeps an open file under another name
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _new_scratch(scratches: Path) -> tuple[Path, BinaryIO]:
     """Make a folder with a locked file in it; again if another process has meanwhile removed it as abandoned."""
     for _ in range(_MAX_ATTEMPTS):
-        scratch = scratches / secrets.token_hex(8)
+        scratch = scratches / f"{_MACHINE}-{secrets.token_hex(8)}"
+        with suppress(FileExistsError):  # Path.mkdir(exist_ok=True) raises it where the folder goes in between
+            scratches.mkdir()
         try:
-            scratch.mkdir(parents=True)
+            scratch.mkdir()
             lock = (scratch / _LOCK).open("xb")
         except FileNotFoundError:
             continue
@@ -112,7 +143,7 @@ def _new_scratch(scratches: Path) -> tuple[Path, BinaryIO]:
         except (BlockingIOError, PermissionError):
             lock.close()
             continue
-        except OSError:  # a file system without locks: here nothing is ever taken for abandoned
+        except OSError:  # a file system without locks
             return scratch, lock
         if (scratch / _LOCK).exists():
             return scratch, lock
@@ -120,15 +151,14 @@ def _new_scratch(scratches: Path) -> tuple[Path, BinaryIO]:
     raise FileNotFoundError(f"another program keeps removing {scratches}")
 
 
-def _remove_scratch(scratch: Path, lock: BinaryIO) -> None:
-    """Remove a folder whose lock this process holds. The lock goes last: without it nothing would remove the rest."""
+def _empty(scratch: Path, lock: BinaryIO) -> None:
+    """Remove the files of a folder whose lock this process holds. That goes last: without it, nothing removes the rest."""
     for file in scratch.iterdir():
         if file.name != _LOCK:
             file.unlink()
     if sys.platform == "win32":  # where an open file cannot be removed
         lock.close()
     (scratch / _LOCK).unlink()
-    scratch.rmdir()
 
 
 def _lock(file: BinaryIO) -> None:

@@ -4,8 +4,8 @@ The other format, pickles, can run code while it is read.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from artaug._internal.memory import is_out_of_memory
 from artaug.errors import ArtAugError, InvalidValueError, ModelError
 
 _ADAPTER = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ON_HUB = ("config.json", "model.safetensors.index.json", _ADAPTER, _ADAPTER_WEIGHTS)
 
 
 @contextmanager
@@ -62,16 +64,27 @@ def check_placement(owner: str, *, dtype: object, device: str | torch.device | N
         ) from None
 
 
-def check_safetensors(source: str | os.PathLike[str]) -> None:
-    """Refuse a folder whose safetensors weights are pickles by another name, which ``use_safetensors=True`` lets pass.
+def check_safetensors(
+    source: str | os.PathLike[str], *, fetch: Callable[[str], str | os.PathLike[str] | None] | None = None
+) -> None:
+    """Refuse a model whose safetensors weights are pickles by another name, which ``use_safetensors=True`` lets pass.
 
     diffusers and transformers choose the reader of a shard by its ending, and an index may name any file; a folder with
-    an adapter of peft makes transformers load that too, pickled or not. A name on the Hub is not looked up.
+    an adapter of peft makes transformers load that too, pickled or not.
+
+    Args:
+        source: a folder, or a name on the Hub.
+        fetch: gives the path of a file of a model of transformers on the Hub, in a folder with the others. It returns
+            None or raises ``OSError`` if there is no such file.
 
     Raises:
         ModelError: naming the file.
     """
     folder = Path(source)
+    if not folder.is_dir() and fetch is not None:
+        for name in _ON_HUB:
+            with suppress(OSError):
+                folder = Path(fetch(name) or folder / name).parent
     if not folder.is_dir():
         return
     for index in sorted((*folder.glob("*.index*.json"), *folder.glob("*/*.index*.json"))):
@@ -87,7 +100,7 @@ def check_safetensors(source: str | os.PathLike[str]) -> None:
                     "code when they are read: fetch the model from whoever made it, in safetensors."
                 )
     for adapter in sorted((*folder.glob(_ADAPTER), *folder.glob(f"*/{_ADAPTER}"))):
-        if not adapter.with_name("adapter_model.safetensors").is_file():
+        if not adapter.with_name(_ADAPTER_WEIGHTS).is_file():
             raise ModelError(
                 f"{adapter} makes transformers load an adapter, and there is none in safetensors beside it. Remove it, or "
                 "convert the adapter."

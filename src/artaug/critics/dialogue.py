@@ -13,6 +13,8 @@ from artaug.errors import InvalidValueError
 
 MAX_CAPTION_CHARS = 2000
 """Characters of a picture's prompt that are sent to the model; a longer one is truncated, and the critique notes it."""
+MAX_ANALYSIS_CHARS = 20_000
+"""The same for the model's analysis in the first of two stages, which is sent back to it."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,11 @@ class _Dialogue:
             return
         self.notes += reply.notes
         if not last:
-            self.analysis = reply.text
+            self.analysis = reply.text[:MAX_ANALYSIS_CHARS]
+            if len(reply.text) > MAX_ANALYSIS_CHARS:
+                self.notes.append(
+                    f"sent the model the first {MAX_ANALYSIS_CHARS:,} of {len(reply.text):,} characters of its analysis"
+                )
             return
         answer = self.conversation.parse(reply.text, size=self.image.size)
         if isinstance(answer, Critique):

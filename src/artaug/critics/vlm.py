@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, Self, final
 
 import torch
@@ -124,17 +124,19 @@ class VLMCritic(Critic):
         if constrained:
             _schema_decoding_class()  # raises now if the extra is missing
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor  # noqa: PLC0415 - slow to load
+        from transformers.utils import cached_file  # noqa: PLC0415 - slow to load
 
         expected = (
             "Expected an image-text-to-text model with its processor: a folder written by save_pretrained, or a name on the "
             "Hub. Pickled weights are read only with allow_pickle=True."
         )
         with model_errors(f"{source!r} could not be loaded", expected=expected):
-            config = AutoConfig.from_pretrained(source, revision=revision)
-            preset = coordinates_for(config.model_type) if coordinates is None else coordinates
-            processor = AutoProcessor.from_pretrained(source, revision=revision)
             if not allow_pickle:
-                check_safetensors(source)
+                check_safetensors(source, fetch=partial(cached_file, source, revision=revision))
+            # If trust_remote_code is not given, transformers asks on the terminal whether to run a repository's code.
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+            preset = coordinates_for(config.model_type) if coordinates is None else coordinates
+            processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
             model = AutoModelForImageTextToText.from_pretrained(
                 source,
                 revision=revision,
@@ -143,6 +145,7 @@ class VLMCritic(Critic):
                 attn_implementation=attn_implementation,
                 quantization_config=quantization,
                 use_safetensors=None if allow_pickle else True,
+                trust_remote_code=False,
             )
         make_conversation = Conversation.in_two_stages if analyze_first else Conversation
         return cls(

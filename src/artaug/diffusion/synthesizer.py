@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self, final
 
 import torch
@@ -123,13 +124,14 @@ class DiffusersSynthesizer(Synthesizer):
         """
         check_placement("DiffusersSynthesizer.from_pretrained", dtype=dtype, device=device)
         family = family_at(source)
-        if not allow_pickle:
-            check_safetensors(source)
         expected = (
             f"Expected a {family.pipeline_class.__name__} with weights in safetensors; pickled ones (.bin), which can run "
             "code, are read only with allow_pickle=True."
         )
         with model_errors(f"{str(source)!r} could not be loaded", expected=expected):
+            if not allow_pickle:
+                download = family.pipeline_class.download  # type: ignore[attr-defined]
+                check_safetensors(source if Path(source).is_dir() else download(source, use_safetensors=True))
             pipeline = family.pipeline_class.from_pretrained(  # type: ignore[attr-defined]
                 source, dtype=dtype, use_safetensors=None if allow_pickle else True
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, final
 
@@ -80,18 +81,21 @@ def load_model(
         ModelError: if there is no such model, its weights are pickled, or some are missing, which transformers would
             initialize at random.
     """
-    check_safetensors(source)
+    from transformers.utils import cached_file  # noqa: PLC0415 - slow to load
+
     expected = (
         f"Expected a {model_class.__name__} with safetensors weights: a folder that save_pretrained wrote, or a name on the "
         "Hub."
     )
     with model_errors(f"{source!r} could not be loaded", expected=expected):
+        check_safetensors(source, fetch=partial(cached_file, source, revision=options.revision))
         model, report = model_class.from_pretrained(
             source,
             revision=options.revision,
             dtype=options.dtype or default_dtype,
             device_map=None if options.device is None else {"": options.device},
             use_safetensors=True,
+            trust_remote_code=False,  # if it is not given, transformers asks on the terminal
             output_loading_info=True,
         )
     if missing := sorted(report["missing_keys"]):
@@ -276,4 +280,4 @@ def load_part(auto_class: Any, source: str | Path, **options: Any) -> Any:  # no
         ModelError: if there is nothing for it at ``source``.
     """
     with model_errors(f"{source!r} has nothing for {auto_class.__name__}"):
-        return auto_class.from_pretrained(source, **options)
+        return auto_class.from_pretrained(source, trust_remote_code=False, **options)

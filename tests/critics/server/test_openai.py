@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import os
 import pickle
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.parse
 import urllib.request
 import zlib
@@ -24,6 +26,7 @@ from PIL import Image
 import artaug as aa
 from artaug.critics import Cached, Conversation, Coordinates, OpenAICritic, Usage, coordinates_for
 from artaug.critics.server import backoff
+from artaug.critics.server.http import _proxy
 from artaug.testing import check_critic
 from support.faulty_server import (
     completion,
@@ -484,6 +487,9 @@ WAYS_TO_QUOTE = {
     "in a URL": lambda key: urllib.parse.quote(key, safe=""),
     "in HTML": lambda key: "".join(f"&#{ord(letter)};" for letter in key),
     "as base64": lambda key: base64.b64encode(f"Authorization: Bearer {key}\r\n".encode()).decode(),
+    "in one case": str.upper,
+    "after half a quote": lambda key: "x" * 45 + key,
+    "at the end of a quote": lambda key: "x" * 190 + key,
     "many times": lambda key: key * 3000,
 }
 WAYS_TO_ANSWER = {
@@ -495,7 +501,11 @@ WAYS_TO_ANSWER = {
     "a refusal": lambda text: says(None, refusal=text),
     "a finish reason": lambda text: says(None, finish=text),
     "a tool call": lambda text: says(None, tool_calls=[{"function": {"arguments": text}}]),
-    "a redirect": lambda text: refuses(302, Location=f"http://elsewhere/{text[-200:]}"),
+    "a redirect": lambda text: refuses(302, Location=f"http://elsewhere/{text[-280:]}"),
+    "a coding": lambda text: sends(b"x", Content_Encoding=text[-250:]),
+    "a type": lambda text: sends(b"x", content_type=text[-250:]),
+    "parts": lambda text: says([{"type": "text", "text": part} for part in (text[:-5], text[-5:])]),
+    "UTF-16": lambda text: sends(json.dumps({"error": text}).encode("utf-16")),
     "no HTTP": lambda text: lambda exchange: exchange.handler.wfile.write(text.encode() + b"\r\n\r\n"),
 }
 
@@ -508,7 +518,7 @@ def test_a_key_that_the_server_quotes_is_in_no_answer(place, way, caplog):
     with faulty_server(WAYS_TO_ANSWER[place](written)) as server:
         answer = critic(server, api_key=KEY, max_attempts=1).critique(RED, "a wall")
     for text in (repr(answer), caplog.text):
-        for leak in (KEY, KEY[:-2], written.strip()[:2000], urllib.parse.quote(KEY, safe="")):
+        for leak in (KEY, KEY[:-2], KEY[:7], written.strip()[:2000], urllib.parse.quote(KEY, safe="")):
             assert leak not in text
 
 
@@ -574,6 +584,112 @@ def test_the_key_comes_from_the_environment_where_none_is_given(monkeypatch):
     with faulty_server(GOOD) as server:
         critic(server).critique(RED, "a wall")
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+
+
+# --- answers of any bytes --------------------------------------------------------------------------------------------
+
+WHOLE = completion(suggestion_json())
+IN_CHUNKS = b"".join(b"%x;of=seven\r\n%b\r\n" % (len(part), part) for part in (WHOLE[:7], WHOLE[7:]))
+
+
+def raw(*parts):
+    return b"".join(parts)
+
+
+def writes(answer):
+    return lambda exchange: exchange.handler.wfile.write(answer)
+
+
+def head(status="200 OK", *, version="1.1", **headers):
+    lines = (f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return f"HTTP/{version} {status}\r\n{''.join(lines)}\r\n".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        raw(head(version="1.0"), WHOLE),
+        raw(head("200"), WHOLE),
+        raw(head("201 Created"), WHOLE),
+        raw(head("100 Continue"), head("102 Processing"), head("103 Early Hints", Link="<a>"), head(), WHOLE),
+        raw(head(Transfer_Encoding="chunked"), IN_CHUNKS, b"0\r\nX-Trailer: 1\r\n\r\n"),
+        raw(head(Transfer_Encoding="Chunked", Content_Length="3"), IN_CHUNKS, b"0\r\n\r\n"),
+        raw(head(Content_Length=len(WHOLE)), WHOLE, head(Content_Length=len(WHOLE)), WHOLE),
+        raw(head(Content_Length="9" * 5000), WHOLE),
+        raw(head(Content_Length="-5", Folded="a\r\n b"), WHOLE),
+        raw(head(), b"\xef\xbb\xbf", WHOLE),
+        raw(head(), WHOLE.decode().encode("utf-16")),
+        raw(head(), b'{"choices": [],', WHOLE[1:]),
+        raw(head(), WHOLE.replace(b": 100,", b": %b," % (b"9" * 4000))),
+        raw(head(), WHOLE.replace(b'"message"', b'"delta"')),
+        raw(head(), json.dumps({"choices": [{"text": suggestion_json()}]}).encode()),
+    ],
+)
+def test_an_unusual_answer_is_read(answer):
+    with faulty_server(writes(answer)) as server:
+        assert critic(server, max_attempts=1).critique(RED, "a wall") == ADVICE
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "attempts"),
+    [
+        (raw(head(Transfer_Encoding="chunked"), b"-5\r\n", WHOLE), "sizes of the answer's chunks are wrong", 2),
+        (raw(head(Transfer_Encoding="chunked"), b"f" * 300 + b"\r\n"), "IncompleteRead", 2),
+        (raw(head(Transfer_Encoding="chunked"), IN_CHUNKS), "IncompleteRead", 2),
+        (raw(head(Content_Length=2**63), WHOLE), "IncompleteRead", 2),
+        (raw(head("204 No Content", Content_Length=len(WHOLE)), WHOLE), "no JSON: ''", 1),
+        (raw(head("304 Not Modified"), WHOLE), "answered 304", 1),
+        (raw(head("101 Switching Protocols"), WHOLE), "answered 101", 1),
+        (raw(head("999 Denied"), b"go away"), "answered 999: 'go away'", 1),
+        (raw(head(version="2"), WHOLE), "UnknownProtocol", 2),
+        (raw(), "RemoteDisconnected", 2),
+        (raw(head(Content_Type="application/json"), WHOLE * 2), "no JSON", 2),
+        (raw(head(Content_Type="application/json"), b"[" * 100_000), "no JSON", 2),
+        (raw(head(Content_Type="text/event-stream"), b"data: ", WHOLE), "text/event-stream, is no JSON: 'data: {", 1),
+        (raw(head(), b'[{"error": {"code": 429, "message": "slower"}}]'), "429: 'slower'", 2),
+        (raw(head(), completion("half a", finish="error")), "finish_reason is 'error'", 2),
+        (raw(head("503 Busy", Retry_After="Mon, 99 Foo 99999999999 99:99:99 +9999999")), "answered 503: ''", 2),
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_an_abstention(answer, reason, attempts):
+    with faulty_server(writes(answer)) as server:
+        abstention = critic(server, max_attempts=2, structured=False).critique(RED, "a wall")
+    assert reason in abstention.reason
+    assert len(server.requests) == attempts
+
+
+def test_millions_of_wrong_choices_are_one_error():
+    """A report on each of them took gigabytes."""
+    with faulty_server(sends(b'{"choices": [' + b"0," * 1_000_000 + b"0]}")) as server:
+        tracemalloc.start()
+        abstention = critic(server).critique(RED, "a wall")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert "no chat completion" in abstention.reason
+    assert peak < 50e6
+
+
+@pytest.mark.parametrize("no_proxy", ["::1", "[::1]", "[::1]:1"])
+def test_an_exception_of_the_proxy_may_be_an_ipv6_address(no_proxy, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", no_proxy)
+    assert _proxy(urllib.parse.urlsplit("http://[::1]:1/v1")) is None
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://[::1", "http://a:99999", "socks5://a:1", f"http://{'a' * 70}:1", "http://:80"]
+)
+def test_a_proxy_that_cannot_be_is_an_abstention(proxy, monkeypatch):
+    monkeypatch.setenv("http_proxy", proxy)
+    with faulty_server(GOOD) as server:
+        assert "proxy for http is none" in critic(server).critique(RED, "a wall").reason
+    assert not server.requests
+
+
+def test_times_without_an_end_are_possible():
+    with faulty_server(refuses(503), GOOD) as server:
+        endless_patience = critic(server, timeout_s=math.inf, retry_deadline_s=math.inf)
+        assert endless_patience.critique(RED, "a wall") == ADVICE
 
 
 # --- bugs and interruptions ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.5, 30.0
+_LONGEST_SLEEP_S = 3600.0  # at a time: a wait of a thousand years is more than the system's clock takes
 
 
 class RequestCancelled(Exception):  # noqa: N818  # control flow between threads; no caller sees it
@@ -50,7 +51,7 @@ class RetryGate:
         """
         due = time.monotonic() + delay_s
         while (remaining := max(due, self._open_at) - time.monotonic()) > 0 or self._closed.is_set():
-            if self._closed.wait(max(remaining, 0)):
+            if self._closed.wait(min(max(remaining, 0), _LONGEST_SLEEP_S)):
                 raise RequestCancelled
 
 

@@ -38,7 +38,7 @@ class RetryingClient:
     retry_deadline_s: float
     """No further attempt starts this many seconds after the first, or after the last success of any request."""
     redact: Callable[[str], str]
-    """Hides the key in all that leaves this class."""
+    """Hides the key in all that leaves this class. A response holds it only where its parts make it up together."""
 
     def complete(
         self, request: Mapping[str, Any], *, max_attempts: int | None = None, max_attempts_at_500: int | None = None
@@ -77,11 +77,11 @@ class RetryingClient:
         response = self.send(request)
         if isinstance(response, RequestFailure):
             return response
-        if response.status != 200:
-            reason = f"the server answered {response.status}: {excerpt(response.body, self.redact)}"
+        if not response.is_success:
+            reason = f"the server answered {response.status}: {excerpt(response.body)}"
             outcome: Completion | RequestFailure = RequestFailure(reason, status=response.status).judged()
         else:
-            outcome = parse_completion(response, self.redact)
+            outcome = parse_completion(response)
         if isinstance(outcome, RequestFailure):
             wait_s = parse_retry_after(response.headers) if outcome.retryable else None
             return replace(outcome, retry_after_s=wait_s)

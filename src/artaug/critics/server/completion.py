@@ -1,9 +1,9 @@
 """The text in a chat completion, wherever the many servers that speak OpenAI's protocol put it, or why there is none."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 from pydantic import BaseModel, ValidationError
 
@@ -16,6 +16,7 @@ from artaug.critics.server.usage import Usage
 _MAX_EXCERPT_CHARS = 200
 _CUT = "the reply was cut at the limit of tokens"
 _CUT_REASONS = frozenset({"length", "max_tokens", "model_length"})
+_FAILED_REASONS = frozenset({"error", "abort", "network_error", "insufficient_system_resource"})
 _TEXT_PARTS = frozenset({None, "text", "output_text"})  # other parts of a list are reasoning, refusals, pictures
 _REASONING_FIELDS = ("reasoning_content", "reasoning")
 _STATUS_FIELDS = ("code", "status", "status_code")
@@ -29,8 +30,6 @@ _STATUS_OF_TYPE = {  # where an error has no status; the types of Anthropic's an
     "server_error": 500,
     "overloaded_error": 529,
 }
-
-Redact: TypeAlias = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -59,37 +58,38 @@ class Completion:
     usage: Usage
 
 
-def parse_completion(response: HttpResponse, redact: Redact) -> Completion | RequestFailure:
-    """Read a response with status 200, which may state an error all the same."""
+def parse_completion(response: HttpResponse) -> Completion | RequestFailure:
+    """Read a response with a status of success, which may state an error all the same."""
     content_type = response.headers.get("content-type", "of no type")
     try:
         document = json.loads(response.body)
     except (ValueError, RecursionError):
         truncated = "json" in content_type  # meant to be JSON, so a second attempt may get all of it
-        reason = f"the server's answer, {content_type:.80}, is no JSON: {excerpt(response.body, redact)}"
+        reason = f"the server's answer, {content_type:.80}, is no JSON: {excerpt(response.body)}"
         return RequestFailure(reason, retryable=truncated, status=200)
-    if isinstance(document, dict) and (failure := _stated_error(document, redact)):
+    if isinstance(document, list) and len(document) == 1:
+        document = document[0]  # as Google's servers wrap an error
+    if isinstance(document, dict) and (failure := _stated_error(document)):
         return failure
     try:
         completion = _ChatCompletion.model_validate(document)
+        choice = _Choice.model_validate(completion.choices[0]) if completion.choices else None
     except ValidationError as report:
         error = report.errors()[0]
         where = ".".join(map(str, error["loc"])) or "the whole"
         return RequestFailure(
-            f"the server's answer is no chat completion ({where}: {error['msg']}): {excerpt(response.body, redact)}"
+            f"the server's answer is no chat completion ({where}: {error['msg']}): {excerpt(response.body)}"
         )
-    if not completion.choices:
+    if choice is None:
         return RequestFailure("the server's chat completion has no choices", retryable=True)
-    choice = completion.choices[0]
-    if choice.error and (failure := _stated_error({"error": choice.error}, redact)):
+    if failure := _stated_error({"error": choice.error}) or _gave_up(choice):
         return failure
     return Completion(_reply(choice), _usage(completion.usage))
 
 
-def excerpt(body: bytes, redact: Redact) -> str:
-    """The beginning of a response, quoted, for a reason. The key is hidden before the cut, which would leave a part."""
-    text = " ".join(body.decode("utf-8", errors="replace").split())
-    return repr(shorten(redact(text), _MAX_EXCERPT_CHARS))
+def excerpt(body: bytes) -> str:
+    """The beginning of a response, quoted, for a reason."""
+    return repr(shorten(" ".join(body.decode("utf-8", errors="replace").split()), _MAX_EXCERPT_CHARS))
 
 
 class _CompletionMessage(BaseModel):
@@ -102,17 +102,19 @@ class _CompletionMessage(BaseModel):
 
 
 class _Choice(BaseModel):
-    message: _CompletionMessage | None
+    message: _CompletionMessage | None = None
+    delta: _CompletionMessage | None = None  # of a stream
+    text: Any = None  # of a completion that is no chat
     finish_reason: Any = None
     error: Any = None
 
 
 class _ChatCompletion(BaseModel):
-    choices: list[_Choice] | None
+    choices: list[Any] | None  # only the first is looked at: millions of wrong ones would be as many errors
     usage: Any = None
 
 
-def _stated_error(document: Mapping[str, Any], redact: Redact) -> RequestFailure | None:
+def _stated_error(document: Mapping[str, Any]) -> RequestFailure | None:
     """The error that a response with status 200 states: gateways answer before they know how their own server does."""
     error = document if document.get("object") == "error" else document.get("error")
     if not error:
@@ -124,11 +126,17 @@ def _stated_error(document: Mapping[str, Any], redact: Redact) -> RequestFailure
     message = fields.get("message") or _as_json(fields)
     stated = "without a status" if status is None else status
     failure = RequestFailure(
-        f"the server answered 200 with an error, {stated}: {excerpt(str(message).encode(errors='replace'), redact)}",
+        f"the server answered 200 with an error, {stated}: {excerpt(str(message).encode(errors='replace'))}",
         retryable=True,
         status=status,
     )
     return failure if status is None else failure.judged()
+
+
+def _gave_up(choice: _Choice) -> RequestFailure | None:
+    if str(choice.finish_reason).lower() not in _FAILED_REASONS:
+        return None
+    return RequestFailure(f"the server gave up: its finish_reason is {choice.finish_reason!r}", retryable=True)
 
 
 def _http_error(code: object) -> int | None:
@@ -138,7 +146,10 @@ def _http_error(code: object) -> int | None:
 
 def _reply(choice: _Choice) -> ChatReply | RequestFailure:
     """The text of a choice: its content, or what servers put elsewhere by mistake."""
-    message, finish_reason = choice.message or _CompletionMessage(), str(choice.finish_reason)
+    message, finish_reason = (
+        choice.message or choice.delta or _CompletionMessage(content=choice.text),
+        str(choice.finish_reason),
+    )
     cut = (_CUT,) if finish_reason.lower() in _CUT_REASONS else ()
     text = _joined(message.content)
     if text.strip():

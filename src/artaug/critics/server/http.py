@@ -17,18 +17,16 @@ import zlib
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
-from http.client import HTTPResponse, IncompleteRead
+from dataclasses import dataclass, field, replace
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from typing import Any
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
-
-from artaug._internal.text import shorten
 
 _PART_BYTES = 2**16
 _MAX_ERROR_BYTES = 2**16  # of the body of an error, which is only quoted
 _MAX_HEAD_BYTES = 2**20  # of headers, trailers and the frames of chunks, all together
 _MAX_REDIRECTS = 4
-_MAX_QUOTED_CHARS = 200
+_LONGEST_WAIT_S = 1e6  # what every system's clock takes, infinity being none
 _REDIRECTS_WITH_BODY = frozenset({307, 308})  # after the others the request would become a GET
 _PORTS = {"http": 80, "https": 443}
 
@@ -41,6 +39,11 @@ class HttpResponse:
     headers: Mapping[str, str]
     """The names are in lower case."""
     body: bytes
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the status is one of success: some gateways answer 201 to every POST request."""
+        return 200 <= self.status < 300
 
 
 class UnusableResponseError(Exception):
@@ -75,7 +78,7 @@ class Exchange:
         """
         threading.Thread(target=self._work, name="artaug-exchange", daemon=True).start()
         try:
-            return self._response.result(self.timeout_s)
+            return self._response.result(min(self.timeout_s, _LONGEST_WAIT_S))
         finally:
             self.abort()
 
@@ -113,8 +116,8 @@ class Exchange:
             target = _redirected(url, location) if response.status in _REDIRECTS_WITH_BODY else None
             if target is None:
                 raise UnusableResponseError(
-                    f"the server redirects ({response.status}) to {shorten(repr(location), _MAX_QUOTED_CHARS)}; neither "
-                    "picture nor key is sent there. Set base_url to where the server is"
+                    f"the server redirects ({response.status}) to {location!r}; neither picture nor key is sent "
+                    "there. Set base_url to where the server is"
                 )
             url = target
         raise UnusableResponseError(f"the server redirects more than {_MAX_REDIRECTS} times")
@@ -151,7 +154,7 @@ class Exchange:
                 self._shut_down()
 
     def _connect(self, parts: SplitResult) -> None:
-        deadline, failure = time.monotonic() + self.timeout_s, OSError("the name has no address")
+        deadline, failure = time.monotonic() + min(self.timeout_s, _LONGEST_WAIT_S), OSError("the name has no address")
         addresses = socket.getaddrinfo(parts.hostname, _port(parts), type=socket.SOCK_STREAM)
         for index, (family, kind, protocol, _, address) in enumerate(addresses):
             connection = socket.socket(family, kind, protocol)
@@ -186,9 +189,11 @@ class Exchange:
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # perhaps it has answered before it closed
             connection.sendall(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode("ascii") + body)
-        response = HTTPResponse(_Readable(self), method=method)  # type: ignore[arg-type]  # it only calls makefile
-        response.begin()
-        return response
+        while True:
+            response = HTTPResponse(_Readable(self), method=method)  # type: ignore[arg-type]  # it only calls makefile
+            response.begin()
+            if not 101 < response.status < 200:  # such as 103, hints that come before the response
+                return response
 
     def _connected(self) -> socket.socket:
         if self._socket is None or self._ended:
@@ -205,17 +210,17 @@ class Exchange:
 
     def _receive(self, response: HTTPResponse) -> HttpResponse:
         headers = {name.lower(): value for name, value in response.getheaders()}
-        is_error = response.status != 200
-        limit = min(_MAX_ERROR_BYTES, self.max_bytes) if is_error else self.max_bytes
+        answer = HttpResponse(response.status, headers, b"")
+        limit = self.max_bytes if answer.is_success else min(_MAX_ERROR_BYTES, self.max_bytes)
         body = bytearray()
         try:
             for part in _decoded(response, headers.get("content-encoding", ""), limit):
                 body += part
         except UnusableResponseError:
-            if not is_error:
+            if answer.is_success:
                 raise
             body = (body.rsplit(None, 1) or [body])[0]  # half a word may be half a key, which nothing would hide
-        return HttpResponse(response.status, headers, bytes(body))
+        return replace(answer, body=bytes(body))
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +230,7 @@ class _Readable:
     exchange: Exchange
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_Stream(self.exchange))
+        return io.BufferedReader(_Stream(self.exchange), 1)  # nothing is read ahead: another response may follow
 
 
 class _Stream(io.RawIOBase):
@@ -247,10 +252,10 @@ def _decoded(response: HTTPResponse, encoding: str, limit: int) -> Iterator[byte
     """
     names = [name for name in encoding.lower().replace(" ", "").split(",") if name not in {"", "identity"}]
     if names and names not in (["gzip"], ["x-gzip"], ["deflate"]):
-        raise UnusableResponseError(f"the server's answer is compressed by {encoding!r:.60}, which was not asked for")
+        raise UnusableResponseError(f"the server's answer is compressed by {encoding!r}, which was not asked for")
     decompressor = zlib.decompressobj(zlib.MAX_WBITS | 32) if names else None  # 32: a header of gzip or of zlib
     size = 0
-    while part := response.read(_PART_BYTES):
+    while part := _part(response):
         if decompressor is not None:
             try:
                 part = decompressor.decompress(part, limit + 1 - size)
@@ -264,16 +269,29 @@ def _decoded(response: HTTPResponse, encoding: str, limit: int) -> Iterator[byte
         raise IncompleteRead(b"", response.length)
 
 
+def _part(response: HTTPResponse) -> bytes:
+    try:
+        return response.read(_PART_BYTES)
+    except ValueError as error:  # http.client reads as many bytes as a chunk has, also fewer than none
+        raise HTTPException(f"the sizes of the answer's chunks are wrong: {error}") from None
+
+
 def _proxy(parts: SplitResult) -> SplitResult | None:
     """The proxy that the environment names (``HTTPS_PROXY``, ``NO_PROXY`` and so on), if any."""
     proxies = urllib.request.getproxies()
     address = proxies.get(parts.scheme) or proxies.get("all")
-    if not address or urllib.request.proxy_bypass(_host(parts)):
+    # NO_PROXY may name a host with its port or without, and an IPv6 address without its brackets.
+    if not address or any(map(urllib.request.proxy_bypass, (_authority(parts), _host(parts), parts.hostname or ""))):
         return None
-    proxy = urlsplit(address if "://" in address else f"http://{address}")
-    if proxy.scheme != "http" or not proxy.hostname:
-        raise UnusableResponseError(f"the proxy for {parts.scheme} is a {proxy.scheme!r} proxy: need http, or NO_PROXY")
-    return proxy
+    try:
+        proxy = urlsplit(address if "://" in address else f"http://{address}")
+        if proxy.scheme == "http" and _port(proxy) and (proxy.hostname or "").encode("idna"):
+            return proxy
+    except ValueError:
+        pass  # a host or a port that cannot be
+    raise UnusableResponseError(
+        f"the environment's proxy for {parts.scheme} is none: need http://host:port, or NO_PROXY"
+    )
 
 
 def _proxy_authorization(proxy: SplitResult) -> dict[str, str]:

@@ -17,7 +17,8 @@ _MIN_SECRET_CHARS = 8
 class ApiKey:
     """A key, without the white space around it. It shows as ``***``, and a pickle of it holds no key.
 
-    Keys of fewer than 8 characters, such as the ``"EMPTY"`` that local servers accept, are placeholders and not hidden.
+    Keys of fewer than 8 characters, such as the ``"EMPTY"`` that local servers accept, are placeholders: they are not
+    hidden in texts, and stay in pickles.
 
     Raises:
         InvalidValueError: if it has a character that no HTTP header may have; the key is not quoted.
@@ -51,10 +52,15 @@ class ApiKey:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str] | None:
-        if self._key is None or len(self._key) < _MIN_SECRET_CHARS:
+        if self._key is None or not self._is_secret:
             return None
         written = "".join(map(_written, self._key))
-        return re.compile("|".join([written, *map(re.escape, _encoded(self._key.encode()))]))
+        ways = [written, *map(re.escape, _encoded(self._key.encode()))]
+        return re.compile("|".join(ways), re.IGNORECASE)  # a server may quote headers in one case
+
+    @property
+    def _is_secret(self) -> bool:
+        return self._key is None or len(self._key) >= _MIN_SECRET_CHARS
 
     def __repr__(self) -> str:
         return _MASK
@@ -65,22 +71,24 @@ class ApiKey:
     def __hash__(self) -> int:
         return hash(self._key)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "ApiKey":
+    def __copy__(self) -> "ApiKey":
         return self  # it never changes; by way of a pickle the copy would lose the key
 
-    def __getstate__(self) -> dict[str, None]:
-        return {"_key": None}
+    def __deepcopy__(self, memo: dict[int, object]) -> "ApiKey":
+        return self
+
+    def __getstate__(self) -> dict[str, str | None]:
+        return {"_key": None if self._is_secret else self._key}
 
 
 def _written(letter: str) -> str:
     """A pattern for a character: itself or an escape of JSON, a URL or HTML, perhaps escaped once more. All is bounded."""
     code = f"{ord(letter):02x}"
-    digits = "".join(f"[{digit}{digit.upper()}]" if digit.isalpha() else digit for digit in code)
     ways = [
         rf"\\{{0,8}}{re.escape(letter)}",
-        rf"\\{{1,8}}(?:u\{{?0{{0,4}}{digits}\}}?|x{digits})",
-        rf"%(?:25){{0,4}}{digits}",
-        rf"&(?:amp;){{0,4}}#(?:0{{0,4}}{ord(letter)}|[xX]0{{0,4}}{digits});",
+        rf"\\{{1,8}}(?:u\{{?0{{0,4}}{code}\}}?|x{code})",
+        rf"%(?:25){{0,4}}{code}",
+        rf"&(?:amp;){{0,4}}#(?:0{{0,4}}{ord(letter)}|x0{{0,4}}{code});",
     ]
     if (name := html.escape(letter)) != letter:
         ways.append(rf"&(?:amp;){{0,4}}(?:{name[1:-1]}|apos);")
@@ -95,4 +103,4 @@ def _encoded(key: bytes) -> list[str]:
         first, last = -(-8 * before // 6), (8 * (before + len(key))) // 6  # of characters that no other bytes reach
         cores += [core[first:last], core[first:last].translate(str.maketrans("+/", "-_"))]
     percent = [quote(core, safe="") for core in cores]
-    return list(dict.fromkeys([*cores, *percent, key.hex(), key.hex().upper()]))
+    return list(dict.fromkeys([*cores, *percent, key.hex()]))

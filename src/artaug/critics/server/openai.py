@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 
 _KEY_VARIABLE = "OPENAI_API_KEY"
 _MAX_RESPONSE_BYTES = 16 * 2**20
-_MAX_ERROR_CHARS = 200
+_MAX_ERROR_CHARS = 300
 _SCHEMA_REFUSED_STATUS = frozenset({400, 404, 415, 422, 500, 501})  # 500 where the compiler of the schema fails
 _ATTEMPTS_AT_500 = 3
 _FAMILY_PATTERNS = {  # families whose convention does not depend on the processor, by the names of their checkpoints
@@ -270,18 +270,24 @@ class _Connection:
         try:
             if self._gate.is_closed:  # after `close` has gone through the exchanges
                 raise RequestCancelled
-            return exchange.run()
+            return self._without_key(exchange.run())
         except CancelledError:
             raise RequestCancelled from None
         except TimeoutError:
             return RequestFailure(f"no whole answer within {self._timeout_s:g} s", retryable=True)
         except UnusableResponseError as error:
-            return RequestFailure(str(error))
+            return RequestFailure(shorten(self._key.redact(str(error)), _MAX_ERROR_CHARS))
         except (OSError, HTTPException) as error:
             text = shorten(self._key.redact(f"{type(error).__name__}: {error}"), _MAX_ERROR_CHARS)
             return RequestFailure(f"the connection failed: {text}", retryable=True)
         finally:
             self._exchanges.discard(exchange)
+
+    def _without_key(self, response: HttpResponse) -> HttpResponse:
+        """The response in UTF-8, without the key. It is hidden before anything is cut, which might leave half of it."""
+        text = response.body.decode(json.detect_encoding(response.body), errors="replace")
+        headers = {name: self._key.redact(value) for name, value in response.headers.items()}
+        return HttpResponse(response.status, headers, self._key.redact(text).encode())
 
 
 def _key_of(critic: OpenAICritic) -> ApiKey:
