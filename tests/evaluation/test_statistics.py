@@ -24,6 +24,11 @@ from artaug.evaluation.statistics import (
 DIFFERENCES = st.lists(st.floats(-100, 100), min_size=2, max_size=40)
 
 
+def test_differences_that_are_equal_but_for_rounding_have_a_point_for_an_interval():
+    interval = paired_bootstrap([0.1 + 0.2, 0.3, 0.6 - 0.3])
+    assert interval.low == interval.high == pytest.approx(0.3)
+
+
 def test_the_interval_is_scipys():
     scipy_stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(3).gamma(2.0, size=120) - 1.0

@@ -84,7 +84,7 @@ def _studentised_interval(values: np.ndarray, *, seed: int, resamples: int, leve
     """
     count, mean = len(values), values.mean()
     error = values.std(ddof=1) / count**0.5
-    if error == 0:
+    if np.ptp(values) <= _SUM_TOLERANCE * np.abs(values).max():  # equal, but for rounding
         return Interval(mean, mean)
     generator, centered = np.random.default_rng(seed), values - mean
     (noise,) = generator.spawn(1)  # of its own, so that the size of the chunks changes nothing
