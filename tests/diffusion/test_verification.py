@@ -15,6 +15,7 @@ from artaug.lora.lora import LoRA, LowRank
 from support.tiny_flux import tiny_flux
 
 TO_Q, FF = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.0.proj"
+NAMES = {"A": "down", "B": "up"}
 
 
 def low_rank(rank, inputs, outputs, *, seed=0):
@@ -223,3 +224,69 @@ def test_a_negative_alpha_which_diffusers_never_finishes_to_read_is_an_error(tmp
         verify_export(tmp_path / "a.safetensors")
     again = LoRA.load(tmp_path / "a.safetensors").save(tmp_path / "b.safetensors", format=Format.KOHYA, key_map=FLUX1)
     assert verify_export(again).worst[1] < 1e-6
+
+
+def with_header(folder, **settings):
+    adapter = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q"], **settings}
+    header = {"lora_adapter_metadata": json.dumps({f"transformer.{name}": value for name, value in adapter.items()})}
+    layer = LORA.layers[TO_Q]
+    tensors = {f"transformer.{TO_Q}.lora_A.weight": layer.down, f"transformer.{TO_Q}.lora_B.weight": layer.up}
+    save_file(tensors, folder / "lora.safetensors", header)
+    return folder / "lora.safetensors"
+
+
+ENDLESS = r"(.|\w|[a-z])*!"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ENDLESS},
+        {"exclude_modules": ENDLESS},
+        {"layers_to_transform": [0], "layers_pattern": [ENDLESS]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_regular_expressions_that_choose_layers_and_never_end_are_not_matched(tmp_path, settings):
+    assert verify_export(with_header(tmp_path, **settings)).whole == ("diffusers", "ComfyUI")
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_of_strength_that_peft_would_match_forever_is_refused(tmp_path, name):
+    path = with_header(tmp_path, **{name: {".*" * 20 + "X": 2}})
+    with pytest.raises(LoRAError, match="may match forever"):
+        verify_export(path)
+    assert verify_export(with_header(tmp_path, **{name: {r".*\.[0-9]+\.attn\.(to_q|to_k)": 2}})).worst[1] < 1e-6
+
+
+@pytest.mark.parametrize("key_format", FLUX1.key_formats)
+def test_a_part_of_a_fused_layer_may_be_zero(tmp_path, key_format):
+    zero = LowRank(torch.randn(2, 3072), torch.zeros(3072, 2))
+    names = [f"single_transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+    lora = LoRA({names[0]: low_rank(2, 3072, 3072), names[1]: zero, names[2]: zero})
+    path = lora.save(tmp_path / "lora.safetensors", format=key_format, key_map=FLUX1)
+    assert verify_export(path, lora, key_map=FLUX1).errors.keys() == lora.layers.keys()
+
+
+def test_programs_do_not_see_a_config_beside_the_file(tmp_path):
+    """FLUX.2's loader takes such keys, and the strength from the file's header only."""
+    layer = low_rank(2, 8, 8)
+    tensors = {f"base_model.model.{TO_Q}.lora_{name}.weight": getattr(layer, factor) for name, factor in NAMES.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    for alpha, proved in ((2, True), (4, False)):
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        if proved:
+            assert verify_export(tmp_path, LoRA({TO_Q: layer})).readers[2] == "Flux2Pipeline"
+        else:
+            with pytest.raises(LoRAError, match="only artaug reads it whole"):
+                verify_export(tmp_path, LoRA({TO_Q: layer}).scaled(2))
+
+
+def test_a_lokr_is_not_proved_and_said_so(tmp_path):
+    key = "lycoris_transformer_blocks_0_attn_to_q"
+    save_file({f"{key}.lokr_w1": torch.ones(2, 2), f"{key}.lokr_w2": torch.ones(4, 4)}, tmp_path / "lokr.safetensors")
+    with pytest.raises(LoRAError, match=r"is a LoKr.*LoRA\.load\(path\)\.save"):
+        verify_export(tmp_path / "lokr.safetensors")
+    again = LoRA.load(tmp_path / "lokr.safetensors").save(tmp_path / "lora.safetensors")
+    assert verify_export(again).whole

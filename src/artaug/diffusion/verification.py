@@ -14,6 +14,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from artaug._internal.text import shorten
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import FAMILIES
 from artaug.errors import LoRAError, ModelError
@@ -27,6 +28,10 @@ from artaug.lora.lora import LoRA
 
 _ADAPTER = "artaug"
 _CONVOLUTIONS: Mapping[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CHOICES = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Settings of PEFT's config that leave layers out."""
+_MAX_QUANTIFIERS = 3
+"""Of one pattern: ``re`` takes a time of the name's length to that power."""
 _UNET = SimpleNamespace(layers_per_block=2)
 """The part of a U-Net's config that diffusers needs to translate original names: that of Stable Diffusion's."""
 
@@ -246,12 +251,34 @@ def _read_by_diffusers(
                 prefix=denoiser_name,
                 network_alphas=alphas[0] if alphas else None,
                 adapter_name=_ADAPTER,
-                metadata=metadata,
+                metadata=_without_regexes(metadata, denoiser_name, path),
                 low_cpu_mem_usage=True,
             )
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise LoRAError(f"{path}: {loader.__name__} refuses it ({type(error).__name__}: {error}).") from error
     return dict(_loaded_adapters(layers))
+
+
+def _without_regexes(metadata: Mapping[str, Any] | None, denoiser_name: str, path: Path) -> dict[str, Any] | None:
+    """A config whose regular expressions end in a time that one can wait for.
+
+    Those that choose layers are taken out: PEFT matches them, but diffusers loads what the file holds, whatever they say.
+    Those of strengths stay; ``LoRA.load`` has refused the worst of them.
+    """
+    if metadata is None:
+        return None
+    prefix, targets = f"{denoiser_name}.", f"{denoiser_name}.target_modules"
+    kept = {key: value for key, value in metadata.items() if key.removeprefix(prefix) not in _CHOICES}
+    if isinstance(kept.get(targets), str):
+        kept[targets] = [kept[targets]]  # a name then
+    patterns = {**(kept.get(f"{prefix}rank_pattern") or {}), **(kept.get(f"{prefix}alpha_pattern") or {})}
+    slow = next((one for one in patterns if sum(map(one.count, "*+?")) > _MAX_QUANTIFIERS), None)
+    if slow is not None:
+        raise LoRAError(
+            f"{path}: its header has the pattern {shorten(slow, 120)!r}, which PEFT may match forever. Write the file anew, "
+            "with LoRA.load(path).save(...): that needs no patterns."
+        )
+    return kept
 
 
 def _shapes_of_state_dict(tensors: Mapping[str, Tensor], denoiser_name: str) -> dict[str, tuple[int, ...]]:

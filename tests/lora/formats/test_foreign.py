@@ -148,6 +148,19 @@ def one_trainer_flux1():
     return tensors, {"format": "pt"}, expected, None
 
 
+def simple_tuner_lycoris_z_image():
+    """SimpleTuner through LyCORIS: diffusers' names with underscores, an alpha for each layer."""
+    pair, name = factors(8, 8), "layers.0.attention.to_q"
+    tensors = down_up(f"lycoris_{name.replace('.', '_')}", pair, torch.tensor(2.0))
+    return tensors, {}, {name: update(pair, 0.5)}, None
+
+
+def simple_tuner_lycoris_sdxl():
+    pair, name = factors(8, 8), "down_blocks.2.attentions.0.transformer_blocks.9.attn1.to_out.0"
+    tensors = down_up(f"lycoris_{name.replace('.', '_')}", pair, torch.tensor(2.0))
+    return tensors, {}, {name: update(pair, 0.5)}, SDXL
+
+
 def diffsynth_flux1():
     """DiffSynth-Studio, FLUX.1: the names of its own model, fused, alpha equal to the rank and not written."""
     pair, fused, linear1 = factors(8, 8), factors(24, 8, seed=1), factors(56, 8, seed=2)
@@ -186,6 +199,8 @@ TRAINERS = [
     simple_tuner_flux1,
     simple_tuner_comfyui_flux1,
     one_trainer_flux1,
+    simple_tuner_lycoris_z_image,
+    simple_tuner_lycoris_sdxl,
     diffsynth_flux1,
     diffsynth_qwen_image,
 ]

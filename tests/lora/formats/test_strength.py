@@ -288,7 +288,22 @@ def test_a_lokr_with_missing_or_surplus_factors_is_refused(tmp_path, roles):
 
 
 @pytest.mark.parametrize(
-    "other", ["lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te_x", "text_encoder_2.layers.0"]
+    "other",
+    [
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+        "lora_te_x",
+        "lora_text_model_encoder_x",
+        "lycoris_text_encoder_2_x",
+        "text_encoder_2.layers.0",
+        "base_model.model.text_encoder.layers.0",
+        "base_model.model.text_model.encoder.layers.0",
+        "text_encoder._orig_mod.layers.0",
+        "_orig_mod.text_encoder.layers.0",
+        "text_encoders.clip_l.transformer.layers.0",
+        "qwen25_7b.transformer.layers.0",
+        "cond_stage_model.transformer.layers.0",
+        "conditioner.embedders.1.layers.0",
+    ],
 )
 def test_layers_of_text_encoders_are_left_out_on_request_and_said(tmp_path, caplog, other):
     layer = {"lora_down.weight": torch.randn(2, 8), "lora_up.weight": torch.randn(8, 2), "alpha": torch.tensor(1.0)}
@@ -298,6 +313,29 @@ def test_layers_of_text_encoders_are_left_out_on_request_and_said(tmp_path, capl
         LoRA.load(tmp_path / "a.safetensors", key_map=SD15)
     only_layer(tmp_path / "a.safetensors", denoiser_only=True)
     assert "3 tensors of text encoders are left out" in caplog.text
+
+
+@pytest.mark.parametrize("other", ["bundle_emb.word.string_to_param", "lora_te1_norm.w_norm", "lora_te1_fc.diff_b"])
+def test_other_tensors_of_text_encoders_are_left_out_on_request(tmp_path, other):
+    tensors = {f"{KEY}.lora_down.weight": torch.randn(2, 8), f"{KEY}.lora_up.weight": torch.randn(8, 2)}
+    save_file({**tensors, other: torch.ones(8)}, tmp_path / "a.safetensors")
+    with pytest.raises(LoRAError, match=r"text encoder.*denoiser_only=True"):
+        LoRA.load(tmp_path / "a.safetensors", key_map=SD15)
+    assert only_layer(tmp_path / "a.safetensors", denoiser_only=True).rank == 2
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 2, 2)])
+def test_factors_of_any_number_of_axes_are_read_or_refused(tmp_path, shape):
+    with pytest.raises(LoRAError, match="low-rank factors need shapes"):
+        LoRA.load(kohya(tmp_path, {"lora_down.weight": torch.ones(shape), "lora_up.weight": torch.ones(shape)}))
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-6, 1e-4, 1.0])
+def test_a_small_update_is_saved_in_float16_as_precisely_as_a_large_one(tmp_path, size):
+    """A power of two goes from one factor to the other; below 6e-5 float16 loses bits."""
+    layer = LowRank(torch.randn(4, 64), torch.randn(64, 4) * size)
+    path = LoRA({"mid_block.attentions.0.proj_in": layer}).save(tmp_path / "a.safetensors", dtype=torch.float16)
+    assert relative_error(only_layer(path), layer) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["lora_B.bias", "diff", "diff_b", "lora_up.bias"])

@@ -95,7 +95,7 @@ class AdapterConfig:
 
 
 def with_config_beside(path: Path, header: Mapping[str, str], keys: Collection[str]) -> dict[str, str]:
-    """The header of a file, with PEFT's config if it lies beside the file as PEFT keeps it.
+    """The header of a file, with PEFT's config as an entry ``adapter_config.json`` if that lies beside the file.
 
     Raises:
         LoRAError: if the config cannot be read, or the file holds keys that PEFT would not read.
@@ -117,25 +117,24 @@ def with_config_beside(path: Path, header: Mapping[str, str], keys: Collection[s
         raise LoRAError(f"{config} cannot be read ({error}), so the strength of the adapter is unknown.") from None
     settings = _parse_object(text, f"{config}")
     # what PEFT takes for settings that are left out
-    return {**header, ADAPTER_METADATA: json.dumps({"r": 8, _alpha_name(settings): 8, **settings})}
+    return {**header, PEFT_CONFIG: json.dumps({"r": 8, _alpha_name(settings): 8, **settings})}
 
 
 def read_config(header: Mapping[str, str], path: Path) -> AdapterConfig | None:
-    """The config in a file's header; None if it has none.
+    """The config beside a file, as `with_config_beside` finds it, else that in the file's header; None if it has none.
 
     Raises:
         LoRAError: if it is broken, or of an adapter that is no LoRA and no LoKr.
     """
-    text = header.get(ADAPTER_METADATA)
+    entry = PEFT_CONFIG if PEFT_CONFIG in header else ADAPTER_METADATA
+    text = header.get(entry)
     if text is None:
         return None
-    everything = _parse_object(text, f"the header {ADAPTER_METADATA!r} of {path}")
+    everything = _parse_object(text, f"the header {entry!r} of {path}")
     settings = _of_denoiser(everything)
     if not settings:
         if everything:
-            raise LoRAError(
-                f"{path} has a header {ADAPTER_METADATA!r} of a text encoder only, so its strength is unknown."
-            )
+            raise LoRAError(f"{path} has a header {entry!r} of a text encoder only, so its strength is unknown.")
         return None
     try:
         return _validated(settings)

@@ -33,7 +33,7 @@ class Format(StrEnum):
     DIFFSYNTH = "diffsynth"
     """``*.lora_A.default.weight``: names without a prefix, as DiffSynth-Studio writes them."""
     ONETRAINER = "onetrainer"
-    """``lora_transformer_*``: diffusers' names with underscores. Read, never written."""
+    """``lora_transformer_*``, or ``lycoris_*`` of LyCORIS: diffusers' names with underscores. Read, never written."""
 
 
 QKV = (1, 1, 1)

@@ -49,9 +49,11 @@ _OTHER_ADAPTERS = {
     "modules_to_save": "a whole layer",
 }
 _TEXT_ENCODERS = re.compile(
-    r"lora_te\d*_|lycoris_(te\d*|text_encoder(_\d)?)_|text_encoders?(_\d)?\.|(clip_[lgh]|t5xxl)\."
+    r"((base_model\.model|module|_orig_mod)\.)*"
+    r"((lora|lycoris)_(te\d*|text_encoder(_\d)?|text_model)_|text_encoders?(_\d)?\.|text_model\."
+    r"|(clip_[lgh]|t5xxl|qwen\w+|cond_stage_model|conditioner|bundle_emb)\.)"
 )
-"""Beginnings of keys of text encoders, as kohya, LyCORIS, diffusers and ComfyUI write them."""
+"""Beginnings of keys of text encoders, as kohya, LyCORIS, diffusers, PEFT, ComfyUI and OneTrainer write them."""
 _ADDITIONS = re.compile(r"(?P<stem>.+)\.(diff|diff_b|w_norm|b_norm|(lora_B(\.default)?|lora_up|lora\.up)\.bias)")
 """Tensors that are added to a weight or a bias. Zeros add nothing; some trainers write them for every layer."""
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
@@ -105,7 +107,7 @@ def load_lora(
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a file that change something, in types one can compute with, and its header.
 
-    Where the file is one of a PEFT adapter, its config is in the header, as diffusers writes it. Factors of 8 bits become
+    Where the file is one of a PEFT adapter, its config is in the header, too. Factors of 8 bits become
     bfloat16, which is exact. Zeros that would be added to a weight or a bias are left out.
 
     Raises:
@@ -148,7 +150,8 @@ def _readable(key: str, tensor: Tensor, path: Path) -> Tensor:
 
 def _without_zero_additions(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The tensors without those that add zeros to a weight or a bias, and without the alpha of layers of only those."""
-    additions = {key: match["stem"] for key in tensors if (match := _ADDITIONS.fullmatch(key))}
+    others = {key for key in tensors if _TEXT_ENCODERS.match(key)}  # left out or refused as a whole, later
+    additions = {key: match["stem"] for key in tensors.keys() - others if (match := _ADDITIONS.fullmatch(key))}
     for key in additions:
         if tensors[key].any():
             raise LoRAError(

@@ -151,7 +151,7 @@ def from_file_factors(down: Tensor, up: Tensor, mid: Tensor | None = None) -> Lo
         LoRAError: if their shapes are not those of one layer.
     """
     shapes = ", ".join(str(tuple(factor.shape)) for factor in (down, mid, up) if factor is not None)
-    if down.ndim != up.ndim or any(size != 1 for size in up.shape[2:]):
+    if not down.ndim == up.ndim >= 2 or any(size != 1 for size in up.shape[2:]):
         raise LoRAError(
             "low-rank factors need shapes (rank, inputs) and (outputs, rank), or those of two convolutions, the second "
             f"with a kernel of 1, as (rank, inputs, 3, 3) and (outputs, rank, 1, 1). Received {shapes}."

@@ -151,7 +151,7 @@ _COMFYUI_ORIGINAL = (KeyStyle("lora_unet_", True, True), KeyStyle("diffusion_mod
 _COMFYUI_FLUX = (
     *(
         KeyStyle(prefix, False, flat, ignored=f"{_FLUX2_STREAMS}|time_guidance_embed|distilled_guidance_layer")
-        for prefix, flat in (("transformer.", False), ("", False), ("lora_transformer_", True))
+        for prefix, flat in (("transformer.", False), ("", False), ("lora_transformer_", True), ("lycoris_", True))
     ),
     *_COMFYUI_ORIGINAL,
 )
@@ -160,6 +160,7 @@ _COMFYUI_UNET = (
     KeyStyle("unet.", ignored=r"\.to_"),
     KeyStyle("", ignored=r"\.to_"),
     KeyStyle("lora_unet_", False, True),
+    KeyStyle("lycoris_", False, True),
     *_COMFYUI_ORIGINAL,
 )
 COMFYUI = Program(
@@ -176,8 +177,14 @@ COMFYUI = Program(
         ),
         "Stable Diffusion XL": _COMFYUI_UNET,
         "Stable Diffusion 1.5": _COMFYUI_UNET,
-        "Qwen-Image": (KeyStyle(""), KeyStyle("transformer."), *_COMFYUI_ORIGINAL),
-        "Z-Image": (KeyStyle("diffusion_model."), KeyStyle("transformer."), KeyStyle(""), *_COMFYUI_ORIGINAL),
+        "Qwen-Image": (KeyStyle(""), KeyStyle("transformer."), KeyStyle("lycoris_", flat=True), *_COMFYUI_ORIGINAL),
+        "Z-Image": (
+            KeyStyle("diffusion_model."),
+            KeyStyle("transformer."),
+            KeyStyle("lycoris_", flat=True),
+            KeyStyle(""),
+            *_COMFYUI_ORIGINAL,
+        ),
     },
 )
 

@@ -23,6 +23,7 @@ FORMATS_BY_PREFIX = {
     "unet.": Format.PEFT,
     "lora_unet_": Format.KOHYA,
     "lora_transformer_": Format.ONETRAINER,
+    "lycoris_": Format.ONETRAINER,
     "diffusion_model.": Format.COMFYUI,
     "": Format.DIFFSYNTH,
 }

@@ -107,7 +107,7 @@ def _cast(name: str, layer: LowRank, dtype: torch.dtype) -> LowRank:
     """A layer in another precision, if that can hold it."""
     if dtype not in _DTYPES:
         raise LoRAError(f"a LoRA file cannot be of {dtype}: not every reader takes it. Choose of {_DTYPES}.")
-    down, up = layer.down.to(dtype), layer.up.to(dtype)
+    down, up = layer.factors_like(layer.down.new_empty(0, dtype=dtype))
     finite = bool(down.isfinite().all() and up.isfinite().all())
     error = relative_error(LowRank(down, up), layer) if finite else 1.0
     if error > _MAX_CAST_ERROR:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from artaug.errors import LoRAError
-from artaug.lora.formats.adapter_config import AdapterConfig, read_config
+from artaug.lora.formats.adapter_config import PEFT_CONFIG, AdapterConfig, read_config
 from artaug.lora.formats.key_maps import Format, KeyMap, KeyMatch
 from artaug.lora.formats.known_maps import KEY_MAPS
 from artaug.lora.formats.load import read_tensors
@@ -28,7 +28,7 @@ DEFINITION = "the format's definition"
 
 _FACTOR = re.compile(r"(?P<stem>.+)\.lora[_.](?P<role>A|B|down|up|mid)(\.default)?\.weight")
 _DOTTED_PREFIXES = ("transformer.", "unet.", "base_model.model.", "diffusion_model.", "")
-_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
+_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,15 +86,16 @@ def layer_errors(
 
     Raises:
         LoRAError: if a layer is missing, if there is one too many and it is not zero, or if an error is above
-            ``tolerance``.
+            ``tolerance``. An update of zero may be missing.
     """
     if extra := [name for name, layer in actual.items() if name not in expected and layer.energy()]:
         raise LoRAError(f"{path}: {reader} finds an update of {extra[0]!r}, which the LoRA does not have.")
-    if missing := [name for name in expected if name not in actual]:
+    # of a layer that the original fuses, a part that is zero leaves no trace
+    if missing := [name for name, layer in expected.items() if name not in actual and layer.energy()]:
         raise LoRAError(
             f"{path}: {reader} finds {len(expected) - len(missing)} of {len(expected)} layers; missing is {missing[0]!r}."
         )
-    errors = {name: relative_error(actual[name], layer) for name, layer in expected.items()}
+    errors = {name: relative_error(actual[name], layer) if name in actual else 0.0 for name, layer in expected.items()}
     name, error = max(errors.items(), key=lambda item: item[1])
     if not error <= tolerance:
         raise LoRAError(
@@ -142,6 +143,7 @@ def reading_by(
         LoRAError: if the file holds a key that is no part of a LoRA.
     """
     tensors, header = read_tensors(path)
+    header.pop(PEFT_CONFIG, None)  # only PEFT reads the file beside
     layers, config = _group_by_stem(tensors, path), read_config(header, path) if program.reads_header else None
     matches = {name: match for name in expected if (match := key_map.match(name)) is not None}
     found = program.find(matches, tensors.keys(), key_map)
@@ -171,6 +173,11 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
         elif matched := _FACTOR.fullmatch(key):
             role = {"A": "down", "B": "up"}.get(matched["role"], matched["role"])
             layers.setdefault(matched["stem"], {})[role] = tensor
+        elif ".lokr_" in key:
+            raise LoRAError(
+                f"{path} holds {key!r}: it is a LoKr, which no second reader here rebuilds. Verify what LoRA.load makes of it: "
+                "LoRA.load(path).save(...)."
+            )
         else:
             raise LoRAError(f"{path} holds {key!r}, which is no part of a LoRA.")
     return layers
