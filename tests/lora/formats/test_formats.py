@@ -190,7 +190,7 @@ def test_a_file_has_the_given_precision_and_the_documented_error(tmp_path, kind,
         assert least <= (layer.delta() - expected).norm() / expected.norm() <= most
 
 
-@pytest.mark.parametrize("size", [1e-9, 1e9])
+@pytest.mark.parametrize("size", [1e-14, 1e9])
 def test_a_precision_that_cannot_hold_a_layer_is_refused_before_anything_is_written(tmp_path, size):
     layer = low_rank(2, (4, 4))
     lora = LoRA({LAYER: LowRank(layer.down, layer.up * size)})
