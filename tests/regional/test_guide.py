@@ -49,3 +49,20 @@ def test_a_guide_with_a_context_manager_is_entered_and_left_once():
     with steer(guide, DENOISER, []):
         assert guide.log == ["entered"]
     assert guide.log == ["entered", "left"]
+
+
+def test_a_second_guide_on_one_denoiser_is_refused():
+    with (
+        aa.OutputMix().steering(DENOISER, [[]]),
+        pytest.raises(aa.GuideError, match=r"OutputMix\(\) cannot steer a Identity that OutputMix\(\) is steering"),
+        aa.OutputMix().steering(DENOISER, [[]]),
+    ):
+        pass
+
+
+def test_a_run_in_which_the_denoiser_was_not_called_is_told_from_one_in_which_it_was():
+    with steer(Complete(), DENOISER, [[]]) as run:
+        with pytest.raises(aa.GuideError, match="had no effect: a step was drawn without a call of the Identity"):
+            run.check_called()
+        DENOISER.module(1)
+        run.check_called()

@@ -171,21 +171,6 @@ def test_every_other_block_of_each_stack_is_isolated_as_in_invokeai(pipeline):
     assert [(site.block, site.stack_start) for site in sites] == [(0, 0), (1, 1), (2, 1)]
 
 
-def test_a_second_guide_on_one_denoiser_is_refused(pipeline):
-    plan = aa.Plan(PROMPT, (aa.Region(LEFT, "a blue door"),))
-
-    def draw_again(*_):
-        draw(pipeline, plan, aa.OutputMix())
-
-    with (
-        pipeline.transformer.register_forward_hook(draw_again),
-        pytest.raises(
-            aa.GuideError, match=r"OutputMix\(\) cannot steer a FluxTransformer2DModel that RegionalAttention"
-        ),
-    ):
-        draw(pipeline, plan, aa.RegionalAttention())
-
-
 def test_an_attention_processor_that_would_be_lost_is_refused_by_name(pipeline):
     plan = aa.Plan(PROMPT, (aa.Region(LEFT, "a blue door"),))
     attention = pipeline.transformer.transformer_blocks[0].attn
