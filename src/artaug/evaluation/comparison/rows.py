@@ -1,6 +1,7 @@
 """The rows of a comparison, its guardrails, and what both say in words."""
 
 from math import ceil, floor, isfinite, log2, log10
+from sys import float_info
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -76,7 +77,8 @@ class ScoreRow:
     def decimals(self) -> int:
         """Decimals worth printing: those that show the first digit of the interval's half width, from 3 to 8."""
         half_width = (self.ci_high - self.ci_low) / 2
-        return min(max(-floor(log10(half_width)), 3), 8) if half_width > 0 else 3
+        rounding = 16 * float_info.epsilon * max(abs(self.base), abs(self.enhanced))  # of means of equal differences
+        return min(max(-floor(log10(half_width)), 3), 8) if half_width > rounding else 3
 
     @property
     def direction(self) -> int:
