@@ -55,3 +55,20 @@ def test_an_answer_that_is_not_finite_names_the_prompt(answer):
         aa.NonFiniteError, match=rf"FixedScores.score_batch returned {answer} for picture 0 \('a pear'\)"
     ):
         score_images(FixedScores(answer), [PICTURE], ["a pear"])
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_what_a_scorer_raises_is_raised_as_it_is_and_names_the_scorer_and_the_prompt(in_batches):
+    class Broken(aa.Scorer):
+        def score(self, image, prompt):
+            raise TimeoutError("read timed out")
+
+    class BrokenInBatches(Broken):
+        def score_batch(self, images, prompts):
+            return [self.score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+    with pytest.raises(TimeoutError) as caught:
+        score_images(BrokenInBatches() if in_batches else Broken(), [PICTURE] * 2, ["a pear", "a fig"])
+    (note,) = caught.value.__notes__
+    assert note.startswith("Raised by the scorer 'Broken")
+    assert "'a pear'" in note

@@ -56,6 +56,16 @@ def score_images(scorer: Scorer, images: Sequence[Image], prompts: Sequence[str]
     Raises:
         ContractError: if it returned another number of scores, or something that is not a number.
         NonFiniteError: if a score is NaN or infinite, naming the prompt.
+
+    What the scorer raises is raised as it is, with a note that names the scorer and the prompt.
     """
-    answers = scorer.score_batch(images, prompts)
+    try:
+        answers = scorer.score_batch(images, prompts)
+    except Exception as error:
+        if type(scorer).score_batch is not Scorer.score_batch:  # the loop there has named the very prompt
+            first = next(iter(prompts), None)
+            error.add_note(
+                f"Raised by the scorer {scorer.name!r}, for {len(prompts)} picture(s), first prompt {first!r}."
+            )
+        raise
     return check_numbers(scorer.name, "score_batch", answers, count=len(images), per="picture", prompts=prompts)

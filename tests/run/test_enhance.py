@@ -1,7 +1,7 @@
 """Rounds on a tiny real FLUX: what they learn, when they stop, and what their result records."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -278,6 +278,36 @@ def test_a_later_round_that_keeps_nothing_ends_the_loop_with_the_rounds_before(f
     assert len(result.rounds) == 1
     assert result.stop_reason.startswith("round 2 kept none of 3 prompts: 0 dropped, 3 skipped")
     assert result.lora is result.rounds[0].lora
+
+
+@dataclass(frozen=True)
+class Raises(aa.Critic):
+    """Answers the first pictures and raises at the one after them."""
+
+    after: int
+    error: Exception
+    asked: list = field(default_factory=list)
+
+    def critique(self, image, prompt):
+        self.asked.append(prompt)
+        if len(self.asked) == self.after + 1:
+            raise self.error
+        return ADVICE.answer
+
+
+def test_a_bug_in_round_two_carries_the_rounds_before(flux):
+    with pytest.raises(aa.CriticError, match="Raises raised KeyError: 'boxes'") as caught:
+        enhanced(flux, critic=Raises(4, KeyError("boxes")))
+    carried = caught.value.enhancement
+    assert [finished.number for finished in carried.rounds] == [1]
+    assert carried.stop_reason.startswith("round 2 stopped with CriticError: Raises raised KeyError")
+    assert carried.lora is carried.rounds[0].lora
+
+
+def test_a_timeout_in_round_two_loses_no_prompt_and_no_round(flux):
+    result = enhanced(flux, critic=Raises(4, TimeoutError("read timed out")))
+    assert [len(finished.attempts) for finished in result.rounds] == [3, 3]
+    assert all(isinstance(attempt, aa.Kept) for finished in result.rounds for attempt in finished.attempts)
 
 
 def test_a_synthesizer_without_a_model_to_train_is_refused_before_anything_is_drawn():

@@ -8,7 +8,7 @@ calls that function, so that a wrong answer is named at its source::
 | seam | the function that calls it |
 |---|---|
 | `Synthesizer` | `artaug.synthesis.draw` |
-| `Critic` | `artaug.critique.run_critic` |
+| `Critic` | `artaug.critique.run_critic`, `artaug.critique.stream_critic` |
 | `RegionPlanner` | `artaug.plan.run_planner` |
 | `Scorer` | `artaug.scoring.score_images` |
 | `PairFilter` | `artaug.filtering.judge_pairs` |

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from artaug._internal.prompts import check_disjoint, prompt_clusters
 from artaug.critique import Critic
-from artaug.errors import InvalidValueError, ModelError, NothingToLearnError, PromptError
+from artaug.errors import ArtAugError, InvalidValueError, ModelError, NothingToLearnError, PromptError
 from artaug.evaluation.comparison import Comparison, ScoreRow, compare
 from artaug.evaluation.comparison.rows import FEWEST_PROMPTS, exceeds
 from artaug.filtering import BestOf, PairFilter
@@ -111,6 +111,9 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
             prompt is among them, or both of them have the same.
         ModelError: if the synthesizer has no model to train.
         StorageError: if a checkpoint cannot be written, or belongs to a run with other arguments or other pictures.
+        CriticError: if the critic raises or stays away, see `improve`.
+
+    Every `ArtAugError` that a round raises has the rounds before it as its ``enhancement``.
     """
     if rounds < 1:
         raise InvalidValueError(f"enhance(rounds={rounds}) would do nothing: need at least 1.")
@@ -133,7 +136,12 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     )
     finished: list[Round] = []
     for number, round_seed in enumerate(picture_seeds(seed, rounds), start=1):
-        outcome = stages.run_round(prompts, finished, seed=round_seed)
+        try:
+            outcome = stages.run_round(prompts, finished, seed=round_seed)
+        except ArtAugError as error:  # the rounds before took hours; the error carries them
+            reason = f"round {number} stopped with {type(error).__name__}: {error}"
+            error.enhancement = Enhancement(rounds=tuple(finished), stop_reason=reason)
+            raise
         if isinstance(outcome, str):
             return Enhancement(rounds=tuple(finished), stop_reason=outcome)
         finished.append(outcome)
