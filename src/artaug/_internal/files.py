@@ -1,5 +1,6 @@
 """Files on disk: written atomically, safetensors files with their headers, and the digest of a file."""
 
+import errno
 import hashlib
 import json
 import os
@@ -35,6 +36,8 @@ _MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _ABANDONED_AFTER_S = 24 * 3600
 """Without a change, for scratch folders whose locks say nothing."""
 _MAX_ATTEMPTS = 100
+_NOT_OF_FOLDERS = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
+"""What a file system says that flushes files and no folders."""
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its JSON header, as a little-endian integer of 64 bits."""
@@ -177,18 +180,38 @@ def _lock(file: BinaryIO) -> None:
 def sync_file(path: Path) -> None:
     """Flush the content of a file to the disk."""
     with path.open("r+b") as file:  # Windows flushes only what is open for writing
-        os.fsync(file.fileno())
+        flush(file.fileno())
+
+
+def flush(descriptor: int) -> None:
+    """Flush an open file to the disk itself: on a Mac fsync leaves the bytes in the disk's own cache."""
+    if sys.platform == "darwin":
+        with suppress(OSError):  # a file system that cannot, such as a network's
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
 
 
 def sync_folder(path: Path) -> None:
-    """Flush the entries of a folder to the disk, so that a new name survives a power failure; not on Windows."""
+    """Flush the entries of a folder to the disk, so that a new name survives a power failure.
+
+    Windows, and file systems of networks and of other systems, do not do that for a program; what is in the folder is
+    as whole there, and only later on the disk.
+
+    Raises:
+        OSError: if the disk failed, or is full.
+    """
     if sys.platform == "win32":
         return
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            flush(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_OF_FOLDERS:
+            raise
 
 
 def check_regular(path: Path) -> None:

@@ -21,7 +21,7 @@ from artaug.errors import InvalidValueError
 from artaug.geometry import Box
 
 _LOG = logging.getLogger(__name__)
-_REMEDY = "The answers written before are complete: make room and call again, or critique without a cache."
+_REMEDY = "The answers written before are complete: call again once the folder can be written to, or critique without a cache."
 
 
 @final

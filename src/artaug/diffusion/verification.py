@@ -299,4 +299,4 @@ def _loaded_adapters(layers: nn.Module) -> Iterator[tuple[str, LowRank]]:
     for name, layer in layers.named_modules():
         if isinstance(layer, LoraLayer) and _ADAPTER in layer.lora_A:
             down, up = layer.lora_A[_ADAPTER].weight.detach(), layer.lora_B[_ADAPTER].weight.detach()
-            yield name, LowRank(down, up.flatten(1).double() * layer.scaling[_ADAPTER])
+            yield name, LowRank(down.cpu(), up.flatten(1).cpu().double() * layer.scaling[_ADAPTER])

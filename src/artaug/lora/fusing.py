@@ -182,7 +182,7 @@ class SvdFuser(Fuser):
         q_up, r_up = torch.linalg.qr(layer.up.float())  # (outputs, k), (k, r) with k = min(outputs, r)
         q_down, r_down = torch.linalg.qr(layer.down.float().flatten(1).T)  # the same with inputs
         left, singular_values, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
-        energies = singular_values.double().square().cumsum(0)
+        energies = singular_values.cpu().double().square().cumsum(0)
         rank = min(self._sufficient_rank(energies), self.rank or len(singular_values))
         roots = singular_values[:rank].sqrt()
         down = (roots[:, None] * (right[:rank] @ q_down.T)).reshape(-1, *layer.down.shape[1:])

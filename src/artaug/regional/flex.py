@@ -127,12 +127,12 @@ def _pad_to_tiles(numbers: Tensor, padding: int) -> Tensor:
 def _count_tiles(class_of: Tensor, group_of: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """Which tiles are partial and which are full: two of bool, (query tiles, key tiles)."""
     # A tile's visible pairs are sum over classes c and groups g of n_c m_g visible(c, g), with n_c of its queries in c
-    # and m_g of its keys in g. So two small histograms decide, and never the 128 x 128 pairs.
+    # and m_g of its keys in g: at most 128 x 128, exact in float32. So two small histograms decide, and never the 128 x 128 pairs.
     class_counts, group_counts = (
-        functional.one_hot(rearrange(numbers, "(tiles token) -> tiles token", token=TILE), count).sum(dim=1).double()
+        functional.one_hot(rearrange(numbers, "(tiles token) -> tiles token", token=TILE), count).sum(dim=1).float()
         for numbers, count in ((class_of, visible.shape[0]), (group_of, visible.shape[1]))
     )
-    visible_pairs = class_counts @ visible.double() @ group_counts.T
+    visible_pairs = class_counts @ visible.float() @ group_counts.T
     full = visible_pairs == TILE * TILE
     return (visible_pairs > 0) & ~full, full
 

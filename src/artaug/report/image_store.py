@@ -16,7 +16,7 @@ from artaug.images.html import encode_image
 
 INLINE_BYTES = 8_000_000
 """Images of more bytes than this go to a folder where ``placement`` is ``auto``."""
-REMEDY = "Write the report elsewhere, or make room; nothing else of the run is touched."
+REMEDY = "Write the report elsewhere, or let the folder be written to; nothing else of the run is touched."
 
 ImagePlacement: TypeAlias = Literal["auto", "inline", "folder"]
 

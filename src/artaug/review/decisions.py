@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from artaug._internal.decoding import decode_json
-from artaug._internal.files import check_regular
+from artaug._internal.files import check_regular, flush
 from artaug.errors import StorageError
 from artaug.pairs import ImagePair, pair_digest
 
@@ -55,7 +55,7 @@ def append_decision(path: Path, pair: ImagePair, keep: bool | None) -> None:
         _truncate_incomplete_line(file)
         file.write(json.dumps(decision, ensure_ascii=False).encode() + b"\n")
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
 
 
 def _parse_decision(line: bytes, number: int, path: Path) -> tuple[str, bool | None]:

@@ -90,7 +90,7 @@ class DualEncoder:
     @property
     def temperature(self) -> float:
         """``exp(logit_scale)``, the factor of the cosines in training; 100 for most CLIPs."""
-        return float(self.model.logit_scale.detach().double().exp())
+        return float(self.model.logit_scale.detach().cpu().double().exp())
 
     @property
     def bias(self) -> float:

@@ -171,7 +171,7 @@ class DoRA(Adapter):
         for name, tensors in layers.items():
             update = _dora_update(weights(name), tensors)
             exported[name] = _best_low_rank(update, self.export_rank)
-            update_energy += float(update.double().square().sum())
+            update_energy += float(update.cpu().double().square().sum())
         kept = sum(layer.energy() for layer in exported.values()) / update_energy if update_energy else 1.0
         if kept < _ENERGY_KEPT:
             _log.warning(

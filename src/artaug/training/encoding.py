@@ -49,7 +49,7 @@ def encode_pairs(
     # Split before looking for files: other processes may be writing their files.
     missing = [index for index in world.split(range(len(pairs))) if not files[index].exists()]
     encoded = _encode(model, [pairs[index] for index in missing], micro_batch_size=micro_batch_size)
-    remedy = "What the latent cache holds already is complete: make room and go on, or train without a cache."
+    remedy = "What the latent cache holds already is complete: go on once the folder can be written to, or train without a cache."
     for index, tensors in zip(missing, encoded, strict=True):
         with atomic_write(files[index], what="the encoded pair", remedy=remedy) as partial:
             save_sealed(tensors, partial, {})

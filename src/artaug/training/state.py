@@ -100,7 +100,8 @@ class TrainingState:
             "optimizer": json.dumps(_extract_tensors(self.optimizer, "optimizer", tensors)),
         }
         remedy = (
-            "Those before it are whole: make room and call train again with the same arguments to go on from the last."
+            "Those before it are whole: once the folder can be written to, call train again with the same arguments to go on "
+            "from the last."
         )
         with atomic_write(path, what="the checkpoint", remedy=remedy) as partial:
             save_sealed(tensors, partial, {**header, **run_fingerprint})

@@ -53,12 +53,14 @@ class MinSNR:
         Raises:
             ModelError: for a model that predicts neither noise nor v.
         """
-        sigma2 = sigmas.double().square()
+        sigma2 = sigmas.cpu().double().square()
         alpha2 = 1 - sigma2
         if isinstance(noise_schedule, VPrediction):
-            return torch.minimum(alpha2, self.gamma * sigma2).to(sigmas)
+            return torch.minimum(alpha2, self.gamma * sigma2).to(sigmas.dtype).to(sigmas.device)
         if isinstance(noise_schedule, EpsilonPrediction):
-            return (self.gamma * sigma2 / alpha2).clamp(max=1).to(sigmas)  # at alpha 0 infinite, so 1
+            return (
+                (self.gamma * sigma2 / alpha2).clamp(max=1).to(sigmas.dtype).to(sigmas.device)
+            )  # at alpha 0 infinite, so 1
         raise ModelError(
             f"MinSNR is for models that predict noise or v, and this one has {type(noise_schedule).__name__}: in a flow model "
             "no level outweighs the others this way. Leave weighting out, or choose sigma_range and logit_normal."
@@ -88,7 +90,7 @@ class BellShaped:
                 f"BellShaped is for flow models, and this one has {type(noise_schedule).__name__}. Leave weighting out, or "
                 "take MinSNR()."
             )
-        return (_bell(sigmas.double()) / _mean_bell(noise_schedule)).to(sigmas)
+        return (_bell(sigmas.cpu().double()) / _mean_bell(noise_schedule)).to(sigmas.dtype).to(sigmas.device)
 
 
 LossWeighting: TypeAlias = MinSNR | BellShaped

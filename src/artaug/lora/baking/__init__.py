@@ -39,7 +39,7 @@ def bake(
 
     Each weight that the LoRA names becomes its stored value plus the whole update, summed in float32 and cast once to the
     stored type. Everything else is copied byte for byte: other tensors, the header, their order, and all other files of
-    the folder except hidden ones. Memory stays at a few megabytes and the LoRA, whatever the size of the model.
+    the folder except hidden ones. Memory stays at some tens of megabytes and the LoRA, whatever the size of the model.
 
     In bfloat16 a small update is lost in part: about 17% of one with 1% of the weights' norm, most of one with 0.1%. The
     report says how much. With stochastic rounding single weights have a larger error, but the mean of many is right.

@@ -1,5 +1,6 @@
 """Copy and transform files in one pass: read in chunks while threads hash and write. And an output that appears atomically."""
 
+import errno
 import os
 import shutil
 import sys
@@ -13,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Protocol, Self
 
-from artaug._internal.files import sync_folder
+from artaug._internal.files import flush, sync_folder
 from artaug.errors import StorageError
 from artaug.lora.baking.report import BakedFile
 
@@ -83,7 +84,11 @@ class StreamWriter:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:
             if size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
+                try:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                except OSError as error:
+                    if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:  # of file systems that cannot
+                        raise
 
     def copy(self, source: Path, target: Path, ranges: Sequence[ByteRange]) -> BakedFile:
         """Write a reserved file from ``source``; the ranges are all its bytes from first to last."""
@@ -180,6 +185,8 @@ def _locked(folder: Path) -> Iterator[None]:
             acquired = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
         except BlockingIOError:
             acquired = False
+        except OSError:  # a file system without locks
+            acquired = True
         if not acquired:
             raise StorageError(f"another process is writing to {str(folder)!r}. Wait for it, or choose another place.")
         yield
@@ -212,6 +219,6 @@ def _read(file: FileIO, chunk: memoryview) -> None:
 
 def _sync_and_close(descriptor: int) -> None:
     try:
-        os.fsync(descriptor)
+        flush(descriptor)
     finally:
         os.close(descriptor)

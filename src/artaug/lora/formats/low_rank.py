@@ -123,7 +123,7 @@ class LowRank:
 
         ``|U D|^2 = trace(D^T U^T U D) = sum((U^T U) * (D D^T))``: two Gram matrices of shape (rank, rank).
         """
-        up, down = self.up.double(), self.down.double().flatten(1)
+        up, down = self.up.cpu().double(), self.down.cpu().double().flatten(1)
         return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0))  # rounding may end below 0
 
 
@@ -195,8 +195,8 @@ def relative_error(actual: LowRank, expected: LowRank) -> float:
     if actual.shape != expected.shape:
         return math.inf
     # actual - expected = [U_f, -U_w] @ [D_f; D_w], again low-rank
-    down = torch.cat([actual.down.double().cpu(), expected.down.double().cpu()])
-    up = torch.cat([actual.up.double().cpu(), -expected.up.double().cpu()], dim=1)
+    down = torch.cat([actual.down.cpu().double(), expected.down.cpu().double()])
+    up = torch.cat([actual.up.cpu().double(), -expected.up.cpu().double()], dim=1)
     error, reference = LowRank(down, up).energy(), expected.energy()
     if reference == 0:
         return math.inf if error else 0.0

@@ -175,8 +175,8 @@ class UNetFamily(Family):
 
     def _nearest_timesteps(self, sigmas: Tensor) -> Tensor:
         # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, so sigma of timestep t is sqrt(1 - alpha_bar_t).
-        timestep_sigmas: Tensor = (1 - self.pipeline.scheduler.alphas_cumprod.double().cpu()).sqrt()
-        return (sigmas.double().cpu()[:, None] - timestep_sigmas).abs().argmin(dim=1)
+        timestep_sigmas: Tensor = (1 - self.pipeline.scheduler.alphas_cumprod.cpu().double()).sqrt()
+        return (sigmas.cpu().double()[:, None] - timestep_sigmas).abs().argmin(dim=1)
 
     def _embedded_guidance(self, embeds: Tensor) -> Tensor | None:
         """The guidance scale as an input, for a model distilled to take it (LCM): None for any other."""
