@@ -83,3 +83,70 @@ def objectives():
 def test_a_table_of_the_training_page_is_that_of_the_results(table):
     missing = [row for row in table() if row not in PAGE.splitlines()]
     assert not missing
+
+
+def page(name):
+    """A page without its line breaks."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def test_the_levels_of_the_stop_rule_are_those_of_the_simulation():
+    simulated = [row for row in rows("2-core-epyc/levels.json") if row["pictures"] == 1]
+    without = [row for row in simulated if row["gain"] == 0 and row["prompts"] >= 6]
+    evened = max(row["accepted"] for row in without if row["differences"].startswith("mean 0"))
+    none = max(row["accepted"] for row in without if not row["differences"].startswith("mean 0"))
+    half = {row["prompts"]: row["accepted"] for row in simulated if row["gain"] == 0.5}
+    text = page("docs/loop.md")
+    assert f"accepted in at most {none:.1%} of cases" in text
+    assert f"accepted in up to {evened:.1%}, at 8 prompts" in text
+    powers = f"{half[8]:.0%} at 8 prompts, {half[16]:.0%} at 16, {half[32]:.0%} at 32 and {half[64]:.0%} at 64"
+    assert powers in text
+    assert all(row["accepted"] == 0 for row in simulated if row["prompts"] < 6)
+
+
+def test_the_boxes_of_the_photometric_critic_are_as_good_as_measured():
+    dull, vivid = (rows("2-core-xeon/critic.json", pictures=pictures)[0] for pictures in ("dull", "vivid"))
+    text = page("docs/critics.md")
+    assert f"hold {dull['found']:.0%} of the objects" in text
+    assert f"with {100 * dull['extra']:.0f} boxes in 100 scenes" in text
+    assert f"they hold {vivid['found']:.0%} (" in text
+
+
+def test_the_playground_draws_what_was_measured():
+    plain, praised = (
+        rows("2-core-xeon/playground.json", **{"drawn by": "model", "adjectives": adjectives})[0]
+        for adjectives in ("nothing", "everything")
+    )
+    text = page("docs/playground.md")
+    shares = f"colour for {plain['color']:.0%} of the things, the right shape for {plain['shape']:.0%} and"
+    assert shares in text
+    assert f"place for {plain['place']:.0%}." in text
+    for name, row in (("drawn, no adjectives", plain), ("drawn, all four", praised)):
+        assert line(name, *(f"{row[scorer]:.2f}" for scorer in ("Exposure", "Chroma", "Contrast", "Sharpness"))) in text
+
+
+def test_the_memory_of_baking_is_what_was_measured():
+    peaks = [row["peak_bytes"] / 2**20 for row in rows("2-core-epyc/bake.json")]
+    assert f"({min(peaks):.0f} to {max(peaks):.0f} MiB in" in page("docs/lora-files.md")
+
+
+def test_the_readme_has_the_memory_of_a_step_with_its_conditions():
+    (step,) = rows("h200/training.json", method="PairedDifference", storage="fp8", pixels=1024, batch=1)
+    assert step["recomputing"]
+    assert f"[with {step['peak_bytes'] / 2**30:.1f} GiB allocated]" in page("README.md")
+    assert "stored in fp8, one pair is learned at a time and activations are computed again" in page("README.md")
+
+
+def test_the_report_of_rounding_to_bfloat16_is_measured_again():
+    import torch  # noqa: PLC0415 - only here
+
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(1 << 20, generator=generator).bfloat16()
+    text = (ROOT / "docs" / "lora-files.md").read_text(encoding="utf-8")
+    for share, lost, unchanged in ((0.1, 0.017, 0.02), (0.01, 0.17, 0.18), (0.001, 0.79, 0.78)):
+        update = share * torch.randn(1 << 20, generator=generator)
+        baked = (weights.float() + update).bfloat16()
+        error = (baked.float() - weights.float() - update).norm() / update.norm()
+        assert float(error) == pytest.approx(lost, rel=0.06)
+        assert float((baked == weights).float().mean()) == pytest.approx(unchanged, abs=0.01)
+        assert f"| {100 * share:g} % | {100 * lost:g} % | {100 * unchanged:.0f} % |" in text
