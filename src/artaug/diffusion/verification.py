@@ -14,6 +14,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from artaug._internal.modules import named_modules
 from artaug._internal.text import shorten
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import FAMILIES
@@ -187,7 +188,7 @@ def _denoiser_name(loader: Any) -> str:  # noqa: ANN401 - a pipeline's class, wh
 def _weight_shapes(denoiser: nn.Module, lora: LoRA) -> dict[str, tuple[int, ...]]:
     """The shapes of a denoiser's weights that a LoRA can update, if this one fits it."""
     lora.check_fits(denoiser)
-    return updatable_shapes(denoiser)
+    return updatable_shapes(named_modules(denoiser))
 
 
 class _EmptyLayers(nn.Module, PeftAdapterMixin):  # type: ignore[misc]  # untyped in diffusers

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from artaug._internal.modules import named_modules
+from artaug._internal.modules import NamedModule, named_modules
 from artaug.errors import LoRAError
 from artaug.lora.formats.low_rank import LowRank
 from artaug.lora.layers import low_rank_forward, weight_shape
@@ -115,24 +115,24 @@ def check_called(module: nn.Module) -> None:
         )
 
 
-def fused_layers(module: nn.Module) -> dict[str, str]:
+def fused_layers(modules: Mapping[str, NamedModule]) -> dict[str, str]:
     """Layers that ``fuse_qkv_projections`` of diffusers put out of use, with the layers that stand for them."""
     return {
         f"{name}.{original}": f"{name}.{fused}"
-        for name, fused, in_use in _fused_projections(module)
+        for name, fused, in_use in _fused_projections(modules)
         if in_use
         for original in _FUSED_PROJECTIONS[fused]
     }
 
 
-def unused_layers(module: nn.Module) -> set[str]:
+def unused_layers(modules: Mapping[str, NamedModule]) -> set[str]:
     """Layers that ``fuse_qkv_projections`` made and that were left over when it was undone, as in U-Nets and SD3."""
-    return {f"{name}.{fused}" for name, fused, in_use in _fused_projections(module) if not in_use}
+    return {f"{name}.{fused}" for name, fused, in_use in _fused_projections(modules) if not in_use}
 
 
-def _fused_projections(module: nn.Module) -> Iterator[tuple[str, str, bool]]:
+def _fused_projections(modules: Mapping[str, NamedModule]) -> Iterator[tuple[str, str, bool]]:
     """Attention layers with fused projections: their names, those of the projections, and whether these are in use."""
-    for name, item in named_modules(module).items():
+    for name, item in modules.items():
         attention: Any = item.module
         if getattr(attention, "fused_projections", False):
             # Attention of diffusers' newer kind looks at this flag and can be unfused. The older kind keeps flag and
@@ -142,8 +142,6 @@ def _fused_projections(module: nn.Module) -> Iterator[tuple[str, str, bool]]:
             yield from ((name, fused, in_use) for fused in _FUSED_PROJECTIONS if hasattr(attention, fused))
 
 
-def updatable_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+def updatable_shapes(modules: Mapping[str, NamedModule]) -> dict[str, tuple[int, ...]]:
     """The shapes of the layers that a LoRA can update, by name without wrappers."""
-    return {
-        name: shape for name, item in named_modules(module).items() if (shape := weight_shape(item.module)) is not None
-    }
+    return {name: shape for name, item in modules.items() if (shape := weight_shape(item.module)) is not None}

@@ -203,7 +203,8 @@ class LoRA:
     def _find_layers(self, module: nn.Module) -> dict[str, nn.Module]:
         """The submodules that this LoRA names; all of them must be there, fit, and be in use."""
         module = unwrap(module)
-        modules, shapes = named_modules(module), updatable_shapes(module)
+        modules = named_modules(module)
+        shapes = updatable_shapes(modules)
         missing = [name for name in self.layers if name not in shapes]
         if missing:
             example = next(iter(shapes), "(no linear layer)")
@@ -218,7 +219,7 @@ class LoRA:
                     f"this LoRA updates {name!r} with shape {layer.shape}, and in {type(module).__name__} it has "
                     f"{shapes[name]}. It was trained for a model of another size."
                 )
-        fused = fused_layers(module)
+        fused = fused_layers(modules)
         if unused := [name for name in self.layers if name in fused]:
             raise LoRAMismatchError(
                 f"this LoRA updates {unused[0]!r}, which {type(module).__name__} does not use: {fused[unused[0]]!r} "

@@ -216,10 +216,11 @@ def find_target_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:
         ModelError: if some of them are out of use, since their projections are fused.
     """
     module = unwrap(module)
-    unused = unused_layers(module)
+    modules = named_modules(module)
+    unused = unused_layers(modules)
     linear = {
         name: item.module
-        for name, item in named_modules(module).items()
+        for name, item in modules.items()
         if name and hasattr(item.module, "in_features") and name not in unused
     }
     layers = {name: layer for name, layer in linear.items() if re.search(targets, name)}
@@ -229,7 +230,7 @@ def find_target_layers(module: nn.Module, targets: str) -> dict[str, nn.Module]:
             f"the targets {targets!r} select none of the {len(linear)} linear layers of {type(module).__name__}; "
             f"names there look like {example!r}."
         )
-    fused = fused_layers(module)
+    fused = fused_layers(modules)
     if fused_targets := [name for name in layers if name in fused or name in fused.values()]:
         raise ModelError(
             f"{len(fused_targets)} of the {len(layers)} layers that the targets select are in attention with fused projections "
