@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from math import isnan
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,16 @@ class Arm:
     """
     images: tuple[Image, ...]
     """The pictures of the first prompts, drawn with their first seeds."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", MappingProxyType(dict(self.scores)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "scores": dict(self.scores)}  # a mapping proxy cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
 
     def by_prompt(self, scorer: str, prompts: int) -> np.ndarray:
         """One score a prompt, the mean over its seeds: (prompts,), from (seeds x prompts,)."""
@@ -60,6 +71,16 @@ class Comparison:
     """How far scorers may fall."""
     failures: tuple[ScoringFailure, ...] = ()
     """Pictures on which a scorer raised. Empty, except in the comparison that a `ScoringError` holds."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "candidates", MappingProxyType(dict(self.candidates)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "candidates": dict(self.candidates)}  # a mapping proxy cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
 
     @property
     def images_per_prompt(self) -> int:
