@@ -53,10 +53,11 @@ from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
 from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
 from artaug.report import write_report
 from artaug.review import ManualReview, RecordedDecisions, ReviewProgress
-from artaug.run.enhance import StopRule, enhance
+from artaug.run.enhance import enhance
 from artaug.run.funnel import Funnel, FunnelStep
 from artaug.run.improve import StageEvent, improve
 from artaug.run.results import Enhancement, Round
+from artaug.run.stop_rule import StopRule
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer
 from artaug.training import (

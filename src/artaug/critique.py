@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from html import escape
 from typing import TypeAlias
 
 from PIL.Image import Image
 
 from artaug._internal.contracts import check_batch, check_result, contract_error
 from artaug._internal.memory import is_out_of_memory
+from artaug._internal.text import table_html
 from artaug._internal.transient import TransientErrors
 from artaug._internal.values import value
 from artaug.errors import ContractError, CriticError, InvalidValueError, StorageError
@@ -47,6 +49,14 @@ class Critique:
     """A remark on the whole picture, in free text."""
     repairs: tuple[str, ...] = ()
     """What was repaired or dropped to parse the reply of the critic's model, one sentence each."""
+
+    def _repr_html_(self) -> str:
+        """Its suggestions as a table, for notebooks; with the picture, see ``artaug.images.html.CritiqueView``."""
+        rows = [
+            (", ".join(f"{edge:.2f}" for edge in (box.left, box.top, box.right, box.bottom)), prompt, reason)
+            for box, prompt, reason in ((item.box, item.prompt, item.reason) for item in self.suggestions)
+        ]
+        return f"<p>{escape(self.summary)}</p>" * bool(self.summary) + table_html(("box", "prompt", "reason"), rows)
 
 
 @value

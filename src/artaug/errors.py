@@ -17,7 +17,7 @@ ArtAugError
 ├── NonFiniteError (ArithmeticError)     NaN or infinity where numbers were expected
 │   └── TrainingDivergedError            the loss or its gradient is not finite
 ├── StorageError (OSError)               a file of artaug's own could not be written, or is not what it should be
-├── ScoringError (RuntimeError)          a scorer raised on some pictures; the comparison was finished without them
+├── ScoringError (RuntimeError)          a scorer raised: in a filter, or on some pictures of a comparison
 ├── UndecidedError (LookupError)         a pair that no person has decided on yet
 ├── HubError (RuntimeError)               the Hub refused something, or could not be reached
 ├── NothingToLearnError (RuntimeError)   no pair was kept, so there is nothing to train on
@@ -118,17 +118,24 @@ class StorageError(ArtAugError, OSError):
 
 
 class ScoringError(ArtAugError, RuntimeError):
-    """A scorer raised on some pictures of a comparison, after others had been scored.
+    """A scorer raised: in a filter, or on some pictures of a comparison after others had been scored.
 
     Attributes:
-        comparison: the `Comparison` of all that was scored, ``failures`` included; None if that is too little for one.
+        comparison: the `Comparison` of all that was scored, ``failures`` included; None if that is too little for one, and
+            in a filter.
         scores: by arm and scorer all numbers there are, NaN for those there are not.
     """
 
-    def __init__(self, message: str, *, comparison: Any, scores: Mapping[str, Mapping[str, Sequence[float]]]) -> None:  # noqa: ANN401 - of a floor above
+    def __init__(
+        self,
+        message: str,
+        *,
+        comparison: Any = None,  # noqa: ANN401 - of a floor above
+        scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    ) -> None:
         super().__init__(message)
         self.comparison = comparison
-        self.scores = scores
+        self.scores = scores or {}
 
 
 class UndecidedError(ArtAugError, LookupError):

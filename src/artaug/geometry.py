@@ -6,7 +6,7 @@ The origin is top left, both axes run from 0 to 1. Methods that need pixels take
 import base64
 import math
 import zlib
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 from pydantic import Field
@@ -143,6 +143,7 @@ class Mask:
     (2, 2, [[1.0, 0.0], [0.0, 1.0]])
     """
 
+    _advice: ClassVar[str] = ". Make a Mask of an array with Mask.from_array(weights)."
     height: Annotated[int, Field(gt=0)]
     width: Annotated[int, Field(gt=0)]
     data: str = Field(repr=False)

@@ -1,13 +1,16 @@
 """Pairs of pictures, verdicts on them, and the three ways in which a prompt of a run ends."""
 
 from dataclasses import dataclass
+from html import escape
 from typing import Annotated, Literal, Self, TypeAlias
 
 from PIL.Image import Image
 from pydantic import Field
 
+from artaug._internal.arguments import check_argument
 from artaug._internal.digests import digest
-from artaug._internal.images import rgb_parts
+from artaug._internal.images import preview_url, rgb_parts
+from artaug._internal.text import shorten
 from artaug._internal.values import to_json, value
 from artaug.errors import InvalidValueError
 from artaug.plan import Plan
@@ -18,7 +21,7 @@ class ImagePair:
     """The pictures of one prompt and seed, before and after a critique.
 
     Raises:
-        InvalidValueError: if the two pictures differ in size, since their pixels then do not correspond.
+        InvalidValueError: for a field of another type, or if the two pictures differ in size, since their pixels then do not correspond.
     """
 
     prompt: str
@@ -51,7 +54,27 @@ class ImagePair:
         """
         return cls(prompt=prompt, seed=seed, before=image, after=image, plan=Plan(prompt))
 
+    def __repr__(self) -> str:
+        """Prompt, seed, size and number of regions, on one line."""
+        width, height = self.before.size
+        return (
+            f"ImagePair({shorten(self.prompt, 80)!r}, seed={self.seed}, {width} x {height} pixels, "
+            f"{len(self.plan.regions)} regions)"
+        )
+
+    def _repr_html_(self) -> str:
+        """Both pictures side by side, for notebooks."""
+        regions = "; ".join(region.prompt for region in self.plan.regions)
+        pictures = "".join(
+            f"<figure style='display:inline-block;margin:4px'><img src='{preview_url(image)}' alt='{side}'>"
+            f"<figcaption>{side}</figcaption></figure>"
+            for side, image in (("before", self.before), ("after", self.after))
+        )
+        return f"<p>{escape(self.prompt)}<br><small>{escape(regions)}</small></p>{pictures}"
+
     def __post_init__(self) -> None:
+        for name, of in (("prompt", str), ("before", Image), ("after", Image), ("plan", Plan)):
+            check_argument("ImagePair", name, getattr(self, name), of)
         if self.before.size != self.after.size:
             raise InvalidValueError(
                 f"the two pictures of {self.prompt!r} differ in size: before {self.before.size}, "
@@ -93,6 +116,9 @@ class Kept:
     pair: ImagePair
     verdict: Verdict
 
+    def _repr_html_(self) -> str:
+        return _judged_html("kept", self.pair, self.verdict)
+
 
 @dataclass(frozen=True)
 class Dropped:
@@ -100,6 +126,14 @@ class Dropped:
 
     pair: ImagePair
     verdict: Verdict
+
+    def _repr_html_(self) -> str:
+        return _judged_html("dropped", self.pair, self.verdict)
+
+
+def _judged_html(how: str, pair: ImagePair, verdict: Verdict) -> str:
+    """A pair and the verdict on it, for notebooks."""
+    return f"{pair._repr_html_()}<p><b>{how}</b>: {escape(verdict.reason)}</p>"
 
 
 @dataclass(frozen=True)

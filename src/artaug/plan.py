@@ -8,6 +8,7 @@ from typing import Annotated, final
 from PIL import Image
 from pydantic import Field
 
+from artaug._internal.arguments import check_count, check_finite_number
 from artaug._internal.contracts import check_result
 from artaug._internal.images import as_rgb
 from artaug._internal.values import value
@@ -111,6 +112,11 @@ def _caption(region: Region) -> str:
 class RegionPlanner(ABC):
     """Turns a critique into a plan. A prompt rewriter is a planner whose plans have another prompt and no regions."""
 
+    @property
+    def makes_regions(self) -> bool:
+        """Whether its plans may have regions, so that a run asks for a guide before it begins; False unless overridden."""
+        return False
+
     @abstractmethod
     def plan(self, prompt: str, critique: Critique) -> Plan:
         """Make the plan for drawing ``prompt`` again. For a plan that changes nothing, the prompt is skipped."""
@@ -150,14 +156,17 @@ class GreedyPlanner(RegionPlanner):
     """Feather of every region."""
 
     def __post_init__(self) -> None:
-        if self.max_regions < 1:
-            raise InvalidValueError(
-                f"GreedyPlanner(max_regions={self.max_regions}) could plan nothing: need at least 1."
-            )
+        check_count("GreedyPlanner", "max_regions", self.max_regions)
+        for name in ("max_iou", "min_area", "weight", "feather"):
+            check_finite_number("GreedyPlanner", name, getattr(self, name))
         if self.weight <= 0 or not all(0 <= fraction <= 1 for fraction in (self.max_iou, self.min_area, self.feather)):
             raise InvalidValueError(
                 f"{self!r} could plan no region: need weight > 0, and max_iou, min_area and feather in [0, 1]."
             )
+
+    @property
+    def makes_regions(self) -> bool:
+        return True
 
     def plan(self, prompt: str, critique: Critique) -> Plan:
         selected: list[Suggestion] = []

@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.arguments import check_count
 from artaug._internal.contracts import check_batch
 from artaug.errors import ModelError
 from artaug.lora.lora import LoRA
@@ -15,6 +16,16 @@ from artaug.plan import Plan
 
 class Synthesizer(ABC):
     """Draws pictures from plans. The same plan and seed give the same picture, whatever was drawn before."""
+
+    @property
+    def draws_regions(self) -> bool:
+        """Whether it draws plans with regions; a run with a planner that makes regions asks before it begins."""
+        return True
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Width and height in pixels of what it draws, for the stand-ins of a check before a run; 64 by 64 if not said."""
+        return 64, 64
 
     @abstractmethod
     def synthesize(self, plan: Plan, *, seed: int) -> Image:
@@ -60,6 +71,7 @@ def picture_seeds(seed: int, count: int) -> list[int]:
     >>> picture_seeds(0, 3) == picture_seeds(0, 5)[:3]
     True
     """
+    check_count("picture_seeds", "seed", seed, least=0)
     return [int(word) for word in np.random.SeedSequence(seed).generate_state(count)]
 
 
@@ -73,4 +85,5 @@ def held_out_seed(seed: int) -> int:
     >>> set(picture_seeds(held_out_seed(0), 1000)).isdisjoint(picture_seeds(0, 1000))
     True
     """
+    check_count("held_out_seed", "seed", seed, least=0)
     return int(np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1)[0])

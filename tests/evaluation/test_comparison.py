@@ -186,9 +186,9 @@ def test_a_missing_row_names_those_there_are():
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        pytest.param({"prompts": []}, aa.PromptError, "at least 2 prompts, received 0", id="no-prompts"),
+        pytest.param({"prompts": []}, aa.PromptError, "there are no prompts", id="no-prompts"),
         pytest.param({"prompts": ["a hill"]}, aa.PromptError, "at least 2 prompts, received 1", id="one-prompt"),
-        pytest.param({"prompts": "a hill"}, aa.PromptError, "received 'a hill'", id="a-string"),
+        pytest.param({"prompts": "a hill"}, aa.PromptError, "received one string: 'a hill'", id="a-string"),
         pytest.param(
             {"scorers": []}, aa.InvalidValueError, r"scorers named \[\]. Expected at least one", id="no-scorers"
         ),
@@ -205,8 +205,13 @@ def test_a_missing_row_names_those_there_are():
         pytest.param({"filtered_by": "Light"}, aa.InvalidValueError, "received one str", id="no-list"),
         pytest.param({"filtered_by": aa.Gain(Light())}, aa.InvalidValueError, "received one Gain", id="one-filter"),
         pytest.param({"filtered_by": [3]}, aa.InvalidValueError, "received 3 among them", id="no-filter"),
-        pytest.param({"batch_size": 0}, aa.InvalidValueError, "need batch_size >= 1", id="no-batch"),
-        pytest.param({"images_per_prompt": 0}, aa.InvalidValueError, "images_per_prompt >= 1", id="no-draw"),
+        pytest.param(
+            {"batch_size": 0},
+            aa.InvalidValueError,
+            r"batch_size=0\): expected a whole number of at least 1",
+            id="no-batch",
+        ),
+        pytest.param({"images_per_prompt": 0}, aa.InvalidValueError, r"images_per_prompt=0\): expected", id="no-draw"),
         pytest.param(
             {"diversity": aa.StructuralSimilarity()},
             aa.InvalidValueError,
@@ -219,7 +224,9 @@ def test_a_missing_row_names_those_there_are():
             r"Expected different ones of",
             id="no-row",
         ),
-        pytest.param({"keep_images": -1}, aa.InvalidValueError, "keep_images >= 0", id="less-than-no-picture"),
+        pytest.param(
+            {"keep_images": -1}, aa.InvalidValueError, r"keep_images=-1\): expected a whole", id="less-than-no-picture"
+        ),
         pytest.param(
             {"scorers": [Constant("Broken", math.nan)]},
             aa.NonFiniteError,

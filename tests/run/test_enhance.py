@@ -28,14 +28,21 @@ class ScriptedScorer(aa.Scorer):
         return self.numbers.pop(0)
 
 
+@dataclass
 class NeverDraws(aa.Synthesizer):
+    """Lends its model, and draws nothing."""
+
+    model: DiffusersSynthesizer
     fingerprint = "a fake"
 
     def synthesize(self, plan, *, seed):
         raise AssertionError(plan, seed)
 
+    def with_lora(self, lora, *, scale=1.0):
+        raise AssertionError(lora)
+
     def training(self):
-        raise AssertionError
+        return self.model.training()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,8 @@ def enhanced(synthesizer, *, prompts=PROMPTS, critic=ADVICE, keep=None, rounds=2
         keep=FixedFilter(keep=True) if keep is None else keep,
         rounds=rounds,
         batch_size=2,
-        **{"trainer": TRAINER, "fuser": aa.ConcatFuser(), "seed": 0, "progress": False, **options},
+        # Scripted scorers may not be heard before the run.
+        **{"trainer": TRAINER, "seed": 0, "progress": False, "check": "arguments", **options},
     )
 
 
@@ -169,16 +177,16 @@ def test_a_stop_rule_says_how_many_different_prompts_it_needs(prompts):
 
 
 @pytest.mark.parametrize("same", ["a kitchen", "A  Kitchen.", "\uff21 kitchen"])  # the last has a full-width letter
-def test_held_out_prompts_that_are_training_prompts_are_refused_by_name_before_anything_is_drawn(same):
+def test_held_out_prompts_that_are_training_prompts_are_refused_by_name_before_anything_is_drawn(flux, same):
     stop = aa.StopRule(ScriptedScorer([]), [*HELD_OUT, same])
     validation = aa.Validation(scorer=ScriptedScorer([]), prompts=["a moor", same])
     with pytest.raises(aa.PromptError, match=f"StopRule has 1 prompts that are training prompts: {same!r}"):
-        enhanced(NeverDraws(), stop=stop)
+        enhanced(NeverDraws(flux), stop=stop)
     with pytest.raises(aa.PromptError, match=f"Validation has 1 prompts that are training prompts: {same!r}"):
-        enhanced(NeverDraws(), validation=validation)
+        enhanced(NeverDraws(flux), validation=validation)
     with pytest.raises(aa.PromptError, match="StopRule has 1 prompts that are the Validation's too: 'A MOOR'"):
         enhanced(
-            NeverDraws(),
+            NeverDraws(flux),
             stop=aa.StopRule(ScriptedScorer([]), [*HELD_OUT, "A MOOR"]),
             validation=aa.Validation(scorer=ScriptedScorer([]), prompts=["a moor"]),
         )
@@ -203,6 +211,9 @@ def test_held_out_pictures_have_seeds_that_no_training_picture_has(flux, monkeyp
 @dataclass(frozen=True, kw_only=True)
 class LearnsWhatIsMissing(aa.DifferentialLoRATrainer):
     """Learns exactly what is missing to a wanted update, as a fake that draws with a sum of LoRAs tells."""
+
+    def check(self, synthesizer, *, pairs):
+        """It has no use for a model."""
 
     def train(self, pairs, synthesizer, **_):
         left, values, right = torch.linalg.svd(WANTED - synthesizer.update())
@@ -338,7 +349,7 @@ def test_the_whole_interval_has_to_exceed_the_gain_that_a_stop_rule_requires(flu
 
 
 def test_zero_rounds_are_refused():
-    with pytest.raises(aa.InvalidValueError, match=r"enhance\(rounds=0\) would do nothing"):
+    with pytest.raises(aa.InvalidValueError, match=r"enhance\(rounds=0\): expected a whole number of at least 1"):
         enhanced(SwatchSynthesizer(), rounds=0)
 
 

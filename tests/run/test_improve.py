@@ -117,7 +117,7 @@ def test_a_chunk_has_at_most_batch_size_prompts_and_at_least_one():
     assert stages_of(["a"] * 4, batch_size=4) == chunk
     assert stages_of(["a"] * 5, batch_size=4) == chunk * 2
     assert stages_of(["a"] * 2, batch_size=1) == chunk * 2
-    with pytest.raises(aa.InvalidValueError, match="batch_size is 0: need at least 1 prompt in a chunk"):
+    with pytest.raises(aa.InvalidValueError, match=r"improve\(batch_size=0\): expected a whole number of at least 1"):
         attempts(["a"], batch_size=0)
 
 

@@ -185,9 +185,19 @@ def test_patience_counts_validations_and_not_strengths():
 
 @pytest.mark.parametrize(
     "options",
-    [{"prompts": ()}, {"every": 0}, {"strengths": ()}, {"strengths": (0.0,)}, {"patience": 0}, {"batch_size": 0}],
+    [
+        {"prompts": ()},
+        {"prompts": "a hill"},
+        {"scorer": mean_lightness},
+        {"every": 0},
+        {"strengths": ()},
+        {"strengths": (0.0,)},
+        {"strengths": 0.5},
+        {"patience": 0},
+        {"batch_size": 0},
+    ],
     ids=repr,
 )
 def test_an_option_out_of_range_is_refused(options):
-    with pytest.raises(InvalidValueError, match="need at least one prompt and one strength"):
+    with pytest.raises(InvalidValueError, match=r"Validation|prompts"):
         validation_of(**options)

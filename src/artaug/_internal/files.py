@@ -9,6 +9,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -76,6 +77,27 @@ def atomic_write(path: Path, *, what: str, remedy: str) -> Iterator[Path]:
         sync_folder(path.parent)
     except OSError as error:
         raise StorageError(f"{what} {path} could not be written: {error}. {remedy}") from error
+
+
+def check_writable(folder: Path, *, what: str) -> None:
+    """Refuse a folder in which no file can be made, or that cannot be made itself. Nothing is left there.
+
+    Args:
+        folder: it need not exist.
+        what: its name, for the error's text.
+
+    Raises:
+        StorageError: if the system says so.
+    """
+    whole = folder.absolute()
+    try:
+        existing = next(path for path in (whole, *whole.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"{what} {folder} cannot be written to: {error}. Give it a folder of yours, with room in it."
+        ) from error
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -1,11 +1,14 @@
 """The pixels that every part of artaug sees of an image, and images inside HTML and JSON."""
 
 import base64
+import io
 
 import numpy as np
 from PIL import Image, ImageCms
 
 from artaug.errors import InvalidValueError
+
+_PREVIEW_PX = 256
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -67,3 +70,18 @@ def data_url(data: bytes, image_format: str) -> str:
     'data:image/png;base64,Li4u'
     """
     return f"data:image/{image_format};base64,{base64.b64encode(data).decode()}"
+
+
+def preview_url(image: Image.Image) -> str:
+    """A picture of at most 256 pixels a side as a ``data:`` URL, for notebooks.
+
+    >>> from artaug._internal.images import preview_url
+    >>> from PIL import Image
+    >>> preview_url(Image.new("RGB", (64, 64)))[:22]
+    'data:image/png;base64,'
+    """
+    small = as_rgb(image)
+    small.thumbnail((_PREVIEW_PX, _PREVIEW_PX))
+    buffer = io.BytesIO()
+    small.save(buffer, "png")
+    return data_url(buffer.getvalue(), "png")

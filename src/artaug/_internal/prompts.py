@@ -38,6 +38,26 @@ def prompt_clusters(prompts: Iterable[str]) -> np.ndarray:
     return np.array([numbers.setdefault(prompt_key(prompt), len(numbers)) for prompt in prompts], dtype=int)
 
 
+def check_prompts(prompts: object) -> None:
+    """Refuse what is no list of prompts.
+
+    Raises:
+        PromptError: if there are none, one is blank, or it is one string, or a generator, which can be read once only.
+    """
+    if isinstance(prompts, str):
+        raise PromptError(f"expected a list of prompts, received one string: {prompts!r}. Write [{prompts!r}].")
+    if not isinstance(prompts, Sequence):
+        raise PromptError(
+            f"expected a list of prompts, received {type(prompts).__name__} {shorten(repr(prompts), 60)}. Write "
+            "list(prompts)."
+        )
+    if not prompts:
+        raise PromptError("there are no prompts: received an empty list, need at least one prompt.")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise PromptError(f"prompt number {index} is {prompt!r}: need a text that says what to draw.")
+
+
 def check_disjoint(prompts: Sequence[str], others: Sequence[str], *, owner: str, are: str, why: str) -> None:
     """Refuse prompts that are also among ``others``.
 

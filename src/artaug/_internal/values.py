@@ -25,7 +25,7 @@ def value(cls: type[T]) -> type[T]:
     """Make a class a frozen, validated pydantic dataclass whose errors are artaug's own.
 
     Unknown arguments are refused; numbers are coerced to plain Python numbers (numpy scalars too), so reprs and
-    JSON show no numpy types. A rule of the class itself goes into ``__post_init__`` and raises an `ArtAugError`, which
+    JSON show no numpy types. What to do instead is added to their text from the class's ``_advice``, if it has one. A rule of the class itself goes into ``__post_init__`` and raises an `ArtAugError`, which
     reaches the caller as it is, not wrapped in pydantic's report.
 
     >>> from artaug._internal.values import value
@@ -39,6 +39,7 @@ a number; received 'a lot'
     """
     validated: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=False))(cls)
     pydantic_init: Callable[..., None] = validated.__init__
+    advice: str = getattr(cls, "_advice", "")
     names = [attribute.name for attribute in fields(validated)]
 
     @wraps(pydantic_init)
@@ -46,7 +47,7 @@ a number; received 'a lot'
         try:
             pydantic_init(self, *args, **kwargs)
         except ValidationError as report:
-            raise _as_artaug_error(report, names) from None
+            raise _as_artaug_error(report, names, advice=advice) from None
         for name in names:
             _check_encodable(validated.__name__, name, getattr(self, name))
 
@@ -91,7 +92,7 @@ def _check_encodable(cls: str, name: str, attribute: object) -> None:
         )
 
 
-def _as_artaug_error(report: ValidationError, names: Sequence[str] = ()) -> ArtAugError:
+def _as_artaug_error(report: ValidationError, names: Sequence[str] = (), *, advice: str = "") -> ArtAugError:
     """Turn pydantic's report into one artaug error: that of the class's own rule if there is one, else a line per field.
 
     Arguments that were passed by position are called by their place in ``names``.
@@ -105,7 +106,7 @@ def _as_artaug_error(report: ValidationError, names: Sequence[str] = ()) -> ArtA
         f"{_field_path(error['loc'], names)}: {error['msg']}; received {shorten(repr(error['input']), _LONGEST_QUOTE)}"
         for error in errors
     ]
-    return InvalidValueError(f"{report.title}: " + "; ".join(lines))
+    return InvalidValueError(f"{report.title}: " + "; ".join(lines) + advice)
 
 
 def _field_path(location: Sequence[int | str], names: Sequence[str]) -> str:

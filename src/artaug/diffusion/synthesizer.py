@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.arguments import check_argument, check_items
 from artaug._internal.digests import digest
 from artaug._internal.weights import check_placement, check_safetensors, model_errors
 from artaug.diffusion.families import common
@@ -90,6 +91,13 @@ class DiffusersSynthesizer(Synthesizer):
         for active in self.loras:
             active.lora.check_fits(module)
 
+    def __repr__(self) -> str:
+        """The pipeline's class and where it is from, then the settings."""
+        source = "/".join(Path(getattr(self.pipeline.config, "_name_or_path", "") or "").parts[-2:])  # not a whole path
+        model = f"{type(self.pipeline).__name__} {source!r}" if source else type(self.pipeline).__name__
+        settings = (f"{item.name}={getattr(self, item.name)!r}" for item in dataclasses.fields(self) if item.repr)
+        return f"DiffusersSynthesizer({', '.join([model, *settings])})"
+
     @classmethod
     def from_pretrained(  # noqa: D417, PLR0913 - the class's own fields, documented there
         cls,
@@ -157,6 +165,7 @@ class DiffusersSynthesizer(Synthesizer):
             GuideError: if the plan has regions and this synthesizer no guide.
             NonFiniteError: if latents or pixels hold NaN or infinity.
         """
+        check_argument("synthesize", "plan", plan, Plan)
         return self.synthesize_batch([plan], seeds=[seed])[0]
 
     def synthesize_batch(self, plans: Sequence[Plan], *, seeds: Sequence[int]) -> list[Image]:
@@ -172,6 +181,7 @@ class DiffusersSynthesizer(Synthesizer):
         """
         if len(plans) != len(seeds):
             raise InvalidValueError(f"each plan needs its seed: received {len(plans)} plans and {len(seeds)} seeds.")
+        check_items("synthesize_batch", "plans", plans, Plan)
         if not plans:
             return []
         family = self._bound_family
@@ -221,6 +231,16 @@ class DiffusersSynthesizer(Synthesizer):
         check_trainable(family.module)
         with exclusive_use(self.pipeline), self._active_loras(family.module), _frozen(family.module):
             yield family
+
+    @property
+    def draws_regions(self) -> bool:
+        """Whether it has a guide."""
+        return self.guide is not None
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.width, self.height
 
     @property
     def fingerprint(self) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from artaug._internal.arguments import check_argument
 from artaug._internal.contracts import check_batch
 from artaug.errors import ContractError
 from artaug.pairs import ImagePair, Verdict
@@ -27,6 +28,13 @@ class PairFilter(ABC):
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
         """Judge many pairs. Override it where a batch is faster, or where pairs are compared with each other."""
         return [self.judge(pair) for pair in pairs]
+
+    def rehearse(self, pair: ImagePair) -> None:
+        """Judge a stand-in for a pair before a run, so that a filter that cannot judge says so now.
+
+        Override it, to do nothing, for a filter that asks a person.
+        """
+        judge_pairs(self, [pair])
 
     @property
     def scorers(self) -> frozenset[str]:
@@ -77,12 +85,20 @@ class _Combined(PairFilter):
     require_both: bool
     """True for ``&``, False for ``|``."""
 
+    def __post_init__(self) -> None:
+        check_argument("& or |", "left", self.first, PairFilter)
+        check_argument("& or |", "right", self.second, PairFilter)
+
     def __repr__(self) -> str:
         return f"({self.first!r} {'&' if self.require_both else '|'} {self.second!r})"
 
     @property
     def scorers(self) -> frozenset[str]:
         return self.first.scorers | self.second.scorers
+
+    def rehearse(self, pair: ImagePair) -> None:
+        self.first.rehearse(pair)
+        self.second.rehearse(pair)
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]
@@ -113,6 +129,9 @@ class _Not(PairFilter):
     @property
     def scorers(self) -> frozenset[str]:
         return self.inverted.scorers
+
+    def rehearse(self, pair: ImagePair) -> None:
+        self.inverted.rehearse(pair)
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]

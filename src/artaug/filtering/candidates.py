@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from artaug.errors import ContractError, InvalidValueError
+from artaug._internal.arguments import check_argument, check_count
+from artaug.errors import ContractError
 from artaug.filtering.deltas import score_deltas
 from artaug.pairs import SKIPPING_STAGES, ImagePair, Skipped, Verdict
 from artaug.scoring import Scorer
@@ -21,7 +22,7 @@ class BestOf:
     the best never falls; ``count=1`` is `improve` without candidates.
 
     Raises:
-        InvalidValueError: if ``count`` is below 1.
+        InvalidValueError: if ``count`` is no whole number of at least 1, or ``by`` no scorer.
 
     >>> import artaug as aa
     >>> from artaug.scorers import Photometric
@@ -35,8 +36,8 @@ class BestOf:
     """The scorer whose gain decides which is best; of equals, the first."""
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise InvalidValueError(f"{self!r}: need at least 1 candidate for each prompt.")
+        check_count("BestOf", "count", self.count)
+        check_argument("BestOf", "by", self.by, Scorer)
 
     @property
     def scorers(self) -> frozenset[str]:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from artaug._internal.arguments import check_argument, check_finite_number, check_items, check_number
 from artaug.errors import InvalidValueError
 from artaug.filtering.algebra import PairFilter
-from artaug.filtering.deltas import ScoreDelta, check_finite, score_deltas
-from artaug.images.similarity import SimilarityMetric, compare_pairs, metric_name
+from artaug.filtering.deltas import ScoreDelta, score_deltas
+from artaug.images.similarity import ImageSimilarity, SimilarityMetric, compare_pairs, metric_name
 from artaug.pairs import ImagePair, Verdict
 from artaug.scoring import Scorer
 
@@ -40,14 +41,19 @@ class ParetoGain(PairFilter):
     """How far a score may fall, in the scorer's own units: one number for all scorers, or one for each."""
 
     def __post_init__(self) -> None:
+        check_items("ParetoGain", "by", self.by, Scorer)
         names = [scorer.name for scorer in self.by]
         if not names or len(set(names)) < len(names):
             raise InvalidValueError(
                 f"ParetoGain received scorers named {names}. Expected at least one, and different names."
             )
         object.__setattr__(self, "by", tuple(self.by))
-        if not isinstance(self.tolerance, int | float):
+        if isinstance(self.tolerance, Sequence):
+            for limit in self.tolerance:
+                check_number("ParetoGain", "tolerance", limit)
             object.__setattr__(self, "tolerance", tuple(self.tolerance))
+        else:
+            check_number("ParetoGain", "tolerance", self.tolerance)
         tolerances = self._tolerances()
         if len(tolerances) != len(names) or not all(math.isfinite(limit) and limit >= 0 for limit in tolerances):
             raise InvalidValueError(
@@ -110,7 +116,9 @@ class Similarity(PairFilter):
     """In the units of the metric; 1 is the same picture."""
 
     def __post_init__(self) -> None:
-        check_finite(self, self.at_least)
+        if not callable(self.metric):
+            check_argument("Similarity", "metric", self.metric, ImageSimilarity)
+        check_finite_number("Similarity", "at_least", self.at_least)
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]

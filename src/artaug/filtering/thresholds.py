@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import final
 
+from artaug._internal.arguments import check_argument, check_finite_number, check_number
 from artaug.errors import InvalidValueError
 from artaug.filtering.algebra import PairFilter
-from artaug.filtering.deltas import check_finite, score_deltas
+from artaug.filtering.deltas import score_deltas, score_pictures
 from artaug.pairs import ImagePair, Verdict
-from artaug.scoring import Scorer, score_images
+from artaug.scoring import Scorer
 
 
 @final
@@ -22,7 +23,7 @@ class Gain(PairFilter):
     ask for a gain that matters in the scorer's units, such as 0.01.
 
     Raises:
-        InvalidValueError: if ``at_least`` is not finite.
+        InvalidValueError: for a scorer that is none, or if ``at_least`` is not finite.
 
     >>> import artaug as aa
     >>> from artaug.scorers import Chroma
@@ -38,7 +39,8 @@ class Gain(PairFilter):
     """In the scorer's own units."""
 
     def __post_init__(self) -> None:
-        check_finite(self, self.at_least)
+        check_argument("Gain", "scorer", self.scorer, Scorer)
+        check_finite_number("Gain", "at_least", self.at_least)
 
     @property
     def scorers(self) -> frozenset[str]:
@@ -60,7 +62,7 @@ class Floor(PairFilter):
     """Keeps a pair if ``score(after) >= at_least``, whatever ``before`` scored. The threshold is inclusive.
 
     Raises:
-        InvalidValueError: if ``at_least`` is not finite.
+        InvalidValueError: for a scorer that is none, or if ``at_least`` is not finite.
     """
 
     scorer: Scorer
@@ -68,7 +70,8 @@ class Floor(PairFilter):
     """In the scorer's own units."""
 
     def __post_init__(self) -> None:
-        check_finite(self, self.at_least)
+        check_argument("Floor", "scorer", self.scorer, Scorer)
+        check_finite_number("Floor", "at_least", self.at_least)
 
     @property
     def scorers(self) -> frozenset[str]:
@@ -79,7 +82,7 @@ class Floor(PairFilter):
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
         name = self.scorer.name
-        after = score_images(self.scorer, [pair.after for pair in pairs], [pair.prompt for pair in pairs])
+        after = score_pictures(self.scorer, [pair.after for pair in pairs], [pair.prompt for pair in pairs])
         return [
             Verdict(
                 score >= self.at_least,
@@ -101,7 +104,7 @@ class TopFraction(PairFilter):
     those that the other side drops.
 
     Raises:
-        InvalidValueError: unless ``0 < fraction <= 1``.
+        InvalidValueError: for a scorer that is none, or unless ``0 < fraction <= 1``.
     """
 
     scorer: Scorer
@@ -109,6 +112,8 @@ class TopFraction(PairFilter):
     """Of the pairs judged together, in (0, 1]."""
 
     def __post_init__(self) -> None:
+        check_argument("TopFraction", "scorer", self.scorer, Scorer)
+        check_number("TopFraction", "fraction", self.fraction)
         if not 0 < self.fraction <= 1:
             raise InvalidValueError(f"{self!r} cannot rank pairs: need a fraction in (0, 1], such as 0.5.")
 

@@ -16,7 +16,7 @@ from artaug.lora.lora import LoRA
 from artaug.regional.coverage import token_weights
 from artaug.regional.denoiser import Denoiser, EncodedPrompt, ForwardKwargs, Output, bind_forward_args
 from artaug.regional.guide import EncodedRegion, Guide, exclusive
-from artaug.regional.token_lora import find_lora
+from artaug.regional.token_lora import check_loras, find_lora
 
 
 @final
@@ -48,6 +48,9 @@ class OutputMix(Guide):
 
     loras: Mapping[str, LoRA] = field(default_factory=dict, repr=False, hash=False)
     """The LoRAs that regions may name (`Region.lora`)."""
+
+    def __post_init__(self) -> None:
+        check_loras("OutputMix", self.loras)
 
     @contextmanager
     def steering(self, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> Iterator[None]:

@@ -30,7 +30,7 @@ from artaug.regional.guided_call import CurrentCall, GuidedCall, GuidedRow
 from artaug.regional.isolation import Isolation
 from artaug.regional.region_weights import RegionWeights, split_grid
 from artaug.regional.split_plan import plan_splits
-from artaug.regional.token_lora import find_lora, token_loras_applied
+from artaug.regional.token_lora import check_loras, find_lora, token_loras_applied
 
 Method: TypeAlias = Literal["auto", "grouped", "merged", "flex", "dense"]
 
@@ -71,6 +71,9 @@ class RegionalAttention(Guide):
     """How to compute it."""
     loras: Mapping[str, LoRA] = field(default_factory=dict, repr=False, hash=False)
     """The LoRAs that regions may name (`Region.lora`)."""
+
+    def __post_init__(self) -> None:
+        check_loras("RegionalAttention", self.loras)
 
     @contextmanager
     def steering(self, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> Iterator[None]:

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from artaug._internal.arguments import argument_error, check_argument
 from artaug.errors import GuideError
 from artaug.lora.lora import LoRA
 from artaug.plan import Region
@@ -35,6 +36,18 @@ def find_lora(region: Region, loras: Mapping[str, LoRA]) -> LoRA | None:
             f"Pass it to the guide: RegionalAttention(loras={{{region.lora!r}: artaug.LoRA.load(...)}})."
         )
     return loras[region.lora]
+
+
+def check_loras(owner: str, loras: object) -> None:
+    """Refuse what is no LoRA by name.
+
+    Raises:
+        InvalidValueError: naming the first that is none, such as the path of one.
+    """
+    if not isinstance(loras, Mapping):
+        raise argument_error(owner, "loras", loras, expected="a LoRA by name", advice="Such as {'ink': lora}.")
+    for name, lora in loras.items():
+        check_argument(owner, f"loras[{name!r}]", lora, LoRA)
 
 
 @contextmanager

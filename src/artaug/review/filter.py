@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
+from artaug._internal.arguments import check_argument
 from artaug.errors import InvalidValueError, UndecidedError
 from artaug.filtering.algebra import PairFilter, judge_pairs
 from artaug.pairs import ImagePair, Verdict, pair_digest
@@ -37,6 +38,9 @@ class RecordedDecisions(PairFilter):
 
     path: str | Path
     """The file of decisions."""
+
+    def rehearse(self, pair: ImagePair) -> None:
+        read_decisions(Path(self.path))  # nobody has decided on a stand-in
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]
@@ -75,6 +79,14 @@ class ManualReview(PairFilter):
     announce: Callable[[str], object] | None = field(default=None, kw_only=True, repr=False)
     """Called with the address of the page when it is ready: ``print`` on a machine without a browser. None opens the page in
     this machine's browser, by a file in the folder of ``path`` that only this user can read."""
+
+    def __post_init__(self) -> None:
+        check_argument("ManualReview", "prefilter", self.prefilter, PairFilter, optional=True)
+
+    def rehearse(self, pair: ImagePair) -> None:
+        read_decisions(Path(self.path))
+        if self.prefilter is not None:  # a person is not asked about a stand-in
+            self.prefilter.rehearse(pair)
 
     @property
     def scorers(self) -> frozenset[str]:

@@ -7,58 +7,19 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from artaug._internal.prompts import check_disjoint, prompt_clusters
 from artaug.critique import Critic
-from artaug.errors import ArtAugError, InvalidValueError, ModelError, NothingToLearnError, PromptError
-from artaug.evaluation.comparison import Comparison, ScoreRow, compare
-from artaug.evaluation.comparison.rows import FEWEST_PROMPTS, exceeds
+from artaug.errors import ArtAugError, NothingToLearnError
+from artaug.evaluation.comparison import ScoreRow, compare
 from artaug.filtering import BestOf, PairFilter
 from artaug.lora.fusing import ConcatFuser, Fuser, fuse_loras
 from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.plan import RegionPlanner
-from artaug.run.improve import StageEvent, check_prompts, improve, stage_timer
+from artaug.run.checking import Check, Learning, as_trainable, check_run
+from artaug.run.improve import StageEvent, improve, stage_timer
 from artaug.run.results import Enhancement, Round
-from artaug.scoring import Scorer
+from artaug.run.stop_rule import StopRule
 from artaug.synthesis import Synthesizer, held_out_seed, picture_seeds
-from artaug.training import Checkpoints, DifferentialLoRATrainer, Trainable, Validation
-
-
-@dataclass(frozen=True)
-class StopRule:
-    """Ends the loop when a round does not raise the scores of pictures of held-out prompts.
-
-    A round is accepted only if a comparison to the round before would call it a gain above ``at_least``: if the whole 95%
-    interval of the paired difference lies above it, and the sign-flip p-value is below 0.05. A round without effect is so
-    accepted at most 1 time in 40. Otherwise the loop ends there and the round is left out of the result.
-
-    It needs at least 6 different prompts, as no p-value of fewer can be below 0.05. To accept 8 of 10 rounds that gain d
-    standard deviations of the difference, it needs about ``8 / d**2`` of them: 32 for half a standard deviation.
-
-    Raises:
-        PromptError: for fewer than 6 different prompts, a blank one, or one string in place of a list.
-    """
-
-    scorer: Scorer
-    """Measures progress. It should not be one that the pairs are filtered by."""
-    prompts: Sequence[str]
-    """Drawn before and after each round, with seeds that no training picture has; none of the training prompts."""
-    at_least: float = 0.0
-    """The gain, in the scorer's units, that the whole interval has to exceed."""
-
-    def __post_init__(self) -> None:
-        check_prompts(self.prompts)
-        different = len(set(prompt_clusters(self.prompts)))
-        if different < FEWEST_PROMPTS:
-            raise PromptError(
-                f"a StopRule received {different} different prompts and needs at least {FEWEST_PROMPTS}: with fewer no p-value "
-                "can be below 0.05, and no round would be accepted. Small gains need 30 or more."
-            )
-
-    def accepts(self, comparison: Comparison, *, seed: int) -> bool:
-        """Whether the only candidate of a comparison gained enough; ``seed`` is that of the statistics."""
-        (candidate,) = comparison.candidates
-        base, enhanced = comparison.paired_scores(self.scorer.name, candidate)
-        return exceeds(base, enhanced, self.at_least, seed=seed)
+from artaug.training import Checkpoints, DifferentialLoRATrainer, Validation
 
 
 def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good default or none possible
@@ -78,6 +39,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     seed: int = 0,
     batch_size: int = 8,
     progress: bool = True,
+    check: Check = "scorers",
 ) -> Enhancement:
     """Improve, train and combine, round after round, until a round does not help.
 
@@ -101,25 +63,41 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         seed: of the run; the same arguments give the same LoRA.
         batch_size: prompts in a chunk, see `improve`.
         progress: show progress bars.
+        check: how far to check before the first picture, see `improve`.
 
     Returns:
         The rounds and why they ended; ``.lora`` combines those that helped.
 
     Raises:
-        NothingToLearnError: if the first round keeps no pair; the message counts what happened to the prompts.
+        InvalidValueError: before anything is drawn, as all that follow but the last two: if an argument is of another type
+            or out of its range, if there would be fewer steps than the objective needs should every prompt become a pair,
+            or, with a line for each, if several things are wrong.
         PromptError: if there are no prompts, or if those of ``stop`` or ``validation`` are not held out: a training
             prompt is among them, or both of them have the same.
-        ModelError: if the synthesizer has no model to train.
+        GuideError: if the planner makes regions and the synthesizer has no guide.
+        ModelError: if the synthesizer has no model to train, or one that cannot be trained in this way.
+        LoRAMismatchError: if the trainer's targets select no layer of the model.
         StorageError: if a checkpoint cannot be written, or belongs to a run with other arguments or other pictures.
+        NothingToLearnError: if the first round keeps no pair; the message counts what happened to the prompts.
         CriticError: if the critic raises or stays away, see `improve`.
 
     Every `ArtAugError` that a round raises has the rounds before it as its ``enhancement``.
     """
-    if rounds < 1:
-        raise InvalidValueError(f"enhance(rounds={rounds}) would do nothing: need at least 1.")
-    _as_trainable(synthesizer)
-    check_prompts(prompts)
-    _check_held_out(prompts, stop=stop, validation=validation)
+    check_run(
+        "enhance",
+        prompts,
+        synthesizer=synthesizer,
+        critic=critic,
+        planner=planner,
+        keep=keep,
+        candidates=candidates,
+        seed=seed,
+        batch_size=batch_size,
+        learning=Learning(
+            trainer=trainer, fuser=fuser, rounds=rounds, validation=validation, stop=stop, checkpoints=checkpoints
+        ),
+        check=check,
+    )
     stages = _RoundStages(
         synthesizer=synthesizer,
         critic=critic,
@@ -189,7 +167,7 @@ class _RoundStages:
         with timed("train"):
             training = self.trainer.train(
                 pairs,
-                _as_trainable(current),
+                as_trainable(current),
                 seed=seed,
                 checkpoints=self._round_checkpoints(number),
                 validation=self.validation,
@@ -231,6 +209,7 @@ class _RoundStages:
             candidates=self.candidates,
             batch_size=self.batch_size,
             on_stage=on_stage,
+            check="arguments",  # the scorers have been heard
         )
         return tuple(tqdm(attempts, total=len(prompts), desc=f"round {number}: improve", disable=not self.progress))
 
@@ -255,32 +234,6 @@ class _RoundStages:
             progress=self.progress,
         )
         return comparison.rows[0], self.stop.accepts(comparison, seed=seed)
-
-
-def _check_held_out(prompts: Sequence[str], *, stop: StopRule | None, validation: Validation | None) -> None:
-    """Refuse to judge by what was learned from, or by what a step and strength were chosen by, before anything is drawn."""
-    learned = "What is learned from says nothing of other prompts."
-    if stop is not None:
-        check_disjoint(stop.prompts, prompts, owner="StopRule", are="training prompts", why=learned)
-    if validation is not None:
-        check_disjoint(validation.prompts, prompts, owner="Validation", are="training prompts", why=learned)
-    if stop is not None and validation is not None:
-        chosen = "They chose the step and the strength of what they would judge, which flatters it."
-        check_disjoint(stop.prompts, validation.prompts, owner="StopRule", are="the Validation's too", why=chosen)
-
-
-def _as_trainable(synthesizer: Synthesizer) -> Trainable:
-    """Return the synthesizer if it has a model to train.
-
-    Raises:
-        ModelError: if it has none.
-    """
-    if not isinstance(synthesizer, Trainable):
-        raise ModelError(
-            f"{type(synthesizer).__name__} has no model to train: it has no method training(). "
-            "Use a DiffusersSynthesizer, or implement artaug.training.Trainable."
-        )
-    return synthesizer
 
 
 def _no_pairs_reason(number: int, attempts: Sequence[Attempt]) -> str:

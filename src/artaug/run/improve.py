@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from artaug.critique import Abstention, Critic, Critique, run_critic
-from artaug.errors import CriticError, InvalidValueError, PromptError
+from artaug.errors import CriticError
 from artaug.filtering import BestOf, PairFilter, judge_pairs
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped
 from artaug.plan import Plan, RegionPlanner, run_planner
+from artaug.run.checking import Check, check_run
 from artaug.synthesis import Synthesizer, draw, picture_seeds
 
 _MAX_SILENCE_S, _MANY_PICTURES = 600.0, 8
@@ -43,6 +44,7 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     candidates: BestOf | None = None,
     batch_size: int = 8,
     on_stage: Callable[[StageEvent], None] | None = None,
+    check: Check = "scorers",
 ) -> Iterator[Attempt]:
     """Draw every prompt, critique the picture, redraw it by the critic's plan and judge the pair.
 
@@ -60,6 +62,9 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
         candidates: tries every prompt several times and keeps the best pair of it; once if not given.
         batch_size: prompts in a chunk.
         on_stage: called after every stage of every chunk.
+        check: how far to check before the first picture. ``"arguments"``: that all is of the right type and fits together;
+            ``"scorers"``: also that the filter and every scorer can judge a plain grey picture; ``"everything"``: also
+            that the critic answers, which may cost, as that of a server does.
 
     Returns:
         An iterator over one `Kept`, `Dropped` or `Skipped` for each prompt, in the order of the prompts; those that were
@@ -69,11 +74,24 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
         PromptError: at once, if there are no prompts or one is blank.
         CriticError: if the critic raises (one that cannot tell abstains), or has had transient faults only, for 10 minutes
             and at 8 pictures or more.
+        GuideError: at once, if the planner makes regions and the synthesizer has no guide.
+        InvalidValueError: at once, if an argument is of another type or out of its range; with a line for each thing if
+            several are wrong.
         ContractError: if the synthesizer, critic, planner or filter returns something its seam does not allow.
     """
-    check_prompts(prompts)
-    if batch_size < 1:
-        raise InvalidValueError(f"batch_size is {batch_size}: need at least 1 prompt in a chunk.")
+    check_run(
+        "improve",
+        prompts,
+        synthesizer=synthesizer,
+        critic=critic,
+        planner=planner,
+        keep=keep,
+        candidates=candidates,
+        seed=seed,
+        batch_size=batch_size,
+        on_stage=on_stage,
+        check=check,
+    )
     count = 1 if candidates is None else candidates.count
     # One row of seeds for the first candidate of every prompt, one for the second, ... The first row is the whole of
     # what a run without candidates draws with, and rows are cut into chunks as the prompts are.
@@ -199,21 +217,6 @@ class _Stages:
 
 def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (indices[start : start + size] for start in range(0, len(indices), size))
-
-
-def check_prompts(prompts: Sequence[object]) -> None:
-    """Refuse what is no list of prompts.
-
-    Raises:
-        PromptError: if there are none, one is blank, or it is one string.
-    """
-    if isinstance(prompts, str):
-        raise PromptError(f"expected a list of prompts, received one string: {prompts!r}. Write [{prompts!r}].")
-    if not prompts:
-        raise PromptError("there are no prompts: received an empty list, need at least one prompt.")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise PromptError(f"prompt number {index} is {prompt!r}: need a text that says what to draw.")
 
 
 def stage_timer(on_stage: Callable[[StageEvent], None] | None) -> StageTimer:

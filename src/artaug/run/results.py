@@ -36,6 +36,13 @@ class Round:
     accepted: bool
     """False for a last round that did not help, which is left out of the result."""
 
+    def __repr__(self) -> str:
+        """Its numbers on one line."""
+        return (
+            f"Round(number={self.number}, kept {self.training.pairs} of {len(self.attempts)} prompts, "
+            f"{self.training.steps} steps, accepted={self.accepted})"
+        )
+
     def _repr_html_(self) -> str:
         """Numbers and funnel for notebooks."""
         return table_html(_HEADINGS, [_table_row(self)]) + Funnel.of(self.attempts)._repr_html_()

@@ -3,7 +3,9 @@
 import math
 import re
 from dataclasses import dataclass, field
+from numbers import Real
 
+from artaug._internal.arguments import check_argument, check_items, check_number
 from artaug.errors import InvalidValueError
 from artaug.training.adapters import Adapter, PlainLoRA
 from artaug.training.objectives import Objective, PairedDifference
@@ -71,6 +73,11 @@ class TrainingConfig:
                     f"{type(self).__name__}({name}={value!r}): need a value of artaug.training.{expected.__name__}, made "
                     "with its parentheses (aa.LoKr(factor=4), aa.AdamW(), aa.Schedule.COSINE)."
                 )
+        check_argument(type(self).__name__, "targets", self.targets, str)
+        for name in ("learning_rate", "warmup", *(() if self.ema is None else ("ema",))):
+            check_number(type(self).__name__, name, getattr(self, name))
+        check_argument(type(self).__name__, "max_grad_norm", self.max_grad_norm, Real)
+        check_items(type(self).__name__, "sigma_range", self.sigma_range, Real)
         is_legal = {
             **{name: _is_count(getattr(self, name)) for name in ("rank", "steps", "batch_size", "echo")},
             "micro_batch_size": self.micro_batch_size is None or _is_count(self.micro_batch_size),
@@ -78,7 +85,7 @@ class TrainingConfig:
             "max_grad_norm": self.max_grad_norm > 0,
             "warmup": 0 <= self.warmup <= 1,
             "ema": self.ema is None or 0 < self.ema < 1,
-            "sigma_range": 0 <= self.sigma_range[0] < self.sigma_range[1] <= 1,
+            "sigma_range": len(self.sigma_range) == 2 and 0 <= self.sigma_range[0] < self.sigma_range[1] <= 1,
         }
         illegal = [f"{name}={getattr(self, name)!r}" for name, legal in is_legal.items() if not legal]
         if illegal:

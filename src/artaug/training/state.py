@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from artaug._internal.decoding import decode_json
-from artaug._internal.files import atomic_write
+from artaug._internal.files import atomic_write, check_writable
 from artaug._internal.sealed import open_sealed, save_sealed
 from artaug.errors import InvalidValueError, StorageError
 from artaug.lora.lora import LoRA, LowRank, sum_loras
@@ -185,6 +185,14 @@ class Checkpoints:
                 f"Checkpoints(every={self.every!r}, keep={self.keep!r}): need whole numbers of at least 1, steps between "
                 "two files and files that stay."
             )
+
+    def check(self) -> None:
+        """Refuse a folder that cannot be written to; nothing is made or changed.
+
+        Raises:
+            StorageError: if the system says so.
+        """
+        check_writable(Path(self.folder), what="the folder of checkpoints")
 
     def latest(self, *, run_fingerprint: Mapping[str, str]) -> TrainingState | None:
         """The state in the newest file; None if there is none yet.

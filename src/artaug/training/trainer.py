@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from artaug._internal.arguments import Faults, check_argument, check_items
 from artaug._internal.digests import digest
 from artaug._internal.modules import plain_name, unwrap
 from artaug.errors import InvalidValueError, NothingToLearnError
@@ -23,7 +24,8 @@ from artaug.training.batches import with_distribution
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import World
 from artaug.training.loop import TrainingLoop
-from artaug.training.model import Trainable
+from artaug.training.model import DiffusionModel, Trainable
+from artaug.training.objectives import TrainingPlan
 from artaug.training.phases import Phase, split_into_phases
 from artaug.training.progress import ProgressLog, StepEvent
 from artaug.training.quantized import is_quantized
@@ -117,24 +119,19 @@ class DifferentialLoRATrainer(TrainingConfig):
             StorageError: if a checkpoint cannot be written or belongs to another training, or the cache cannot be written.
             TrainingDivergedError: if a loss or its gradient is not finite; that step is not taken.
         """
+        check_items("train", "pairs", pairs, ImagePair)
         if not pairs:
             raise NothingToLearnError(
                 "received 0 pairs, and training needs at least one. Ask for more prompts, or loosen the filter."
             )
-        plan = self.objective.training_plan(len(pairs))
-        phases = split_into_phases(plan, self.steps, self.objective)
+        check_argument("train", "synthesizer", synthesizer, Trainable)
+        check_argument("train", "checkpoints", checkpoints, Checkpoints, optional=True)
+        check_argument("train", "validation", validation, Validation, optional=True)
+        plan, phases = self._plan_training(len(pairs))
         *seeds, validation_seed = picture_seeds(seed, len(plan.groups) + 1)
         world = World.current()
-        if self.batch_size % world.size:  # a sharded model needs all processes in every forward pass
-            raise InvalidValueError(
-                f"batch_size={self.batch_size} cannot be shared equally by {world.size} processes: make it a multiple."
-            )
         with synthesizer.training() as model:
-            trainable_layers(
-                model.module, self.targets, self.adapter, model.device
-            )  # raises before anything is encoded, as the next two do
-            self.objective.check(model.noise_schedule)
-            with_distribution(model.noise_schedule, self)
+            self._check_model(model)
             weights = f"{_model_fingerprint(model.module)} {synthesizer.fingerprint}".rstrip()
         run_fingerprint = {**self._run_fingerprint(pairs, seed, validation), "model": weights}
         _warn_of_unused_pairs(phases, self)
@@ -177,6 +174,42 @@ class DifferentialLoRATrainer(TrainingConfig):
             validations=state.validations,
             skipped_steps=skipped_steps,
         )
+
+    def check(self, synthesizer: Trainable, *, pairs: int) -> None:
+        """Refuse now what `train` would refuse after the pairs were drawn; nothing is encoded or changed.
+
+        Args:
+            synthesizer: what `train` will get.
+            pairs: how many pairs there will be, at most.
+
+        Raises:
+            InvalidValueError: if there are fewer steps than the objective needs for so many pairs, or a batch cannot be
+                shared equally by all processes.
+            ModelError: if the model cannot be trained in this way.
+            LoRAMismatchError: if ``targets`` selects no layer.
+        """
+        faults = Faults("train")
+        with faults.collected():
+            self._plan_training(pairs)
+        with faults.collected(), synthesizer.training() as model:
+            self._check_model(model)
+        faults.raise_any()
+
+    def _plan_training(self, pairs: int) -> tuple[TrainingPlan, Sequence[Phase]]:
+        """What the objective wants done with so many pairs, laid out over the steps."""
+        world = World.current()
+        if self.batch_size % world.size:  # a sharded model needs all processes in every forward pass
+            raise InvalidValueError(
+                f"batch_size={self.batch_size} cannot be shared equally by {world.size} processes: make it a multiple."
+            )
+        plan = self.objective.training_plan(pairs)
+        return plan, split_into_phases(plan, self.steps, self.objective)
+
+    def _check_model(self, model: DiffusionModel) -> None:
+        """Everything about a model that raises before anything is encoded."""
+        trainable_layers(model.module, self.targets, self.adapter, model.device)
+        self.objective.check(model.noise_schedule)
+        with_distribution(model.noise_schedule, self)
 
     def _run_fingerprint(self, pairs: Sequence[ImagePair], seed: int, validation: Validation | None) -> dict[str, str]:
         """What decides the result beside the model, by name: a training is resumed only if all of it is the same."""

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 from PIL.Image import Image
 
+from artaug._internal.arguments import check_argument, check_count, check_items
 from artaug._internal.digests import digest
+from artaug._internal.prompts import check_prompts
 from artaug.errors import InvalidValueError
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
@@ -46,7 +49,8 @@ class Validation:
     user gets. The one with the highest win rate over the base is the training's result, its strength folded in.
 
     Raises:
-        InvalidValueError: without prompts, or for a number out of its range.
+        PromptError: without prompts, for a blank one, or for one string in place of a list.
+        InvalidValueError: for a scorer that is none, or a number out of its range.
 
     >>> import artaug as aa
     >>> from artaug.scorers import Exposure
@@ -71,18 +75,13 @@ class Validation:
     """Called with every result, images included."""
 
     def __post_init__(self) -> None:
-        legal = (
-            self.prompts
-            and self.every >= 1
-            and self.strengths
-            and all(0 < strength < math.inf for strength in self.strengths)
-            and (self.patience is None or self.patience >= 1)
-            and self.batch_size >= 1
-        )
-        if not legal:
-            raise InvalidValueError(
-                f"{self}: need at least one prompt and one strength above 0; every, patience and batch_size of at least 1."
-            )
+        check_argument("Validation", "scorer", self.scorer, Scorer)
+        check_prompts(self.prompts)
+        check_items("Validation", "strengths", self.strengths, Real)
+        if not self.strengths or not all(0 < strength < math.inf for strength in self.strengths):
+            raise InvalidValueError(f"{self}: need at least one strength, all above 0 and finite.")
+        for name in ("every", "batch_size", *(() if self.patience is None else ("patience",))):
+            check_count("Validation", name, getattr(self, name))
 
     @property
     def fingerprint(self) -> str:

@@ -1,7 +1,7 @@
 """The result of a comparison as a value: its rows, the scores they are computed from, the table and the verdicts."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from math import isnan
 from types import MappingProxyType
@@ -25,12 +25,12 @@ class Arm:
 
     synthesizer: str
     """The synthesizer, as its ``repr``."""
-    scores: Mapping[str, tuple[float, ...]]
+    scores: Mapping[str, tuple[float, ...]] = field(repr=False)
     """By scorer, one score a picture: those of the first seed in the order of the prompts, then those of the second.
 
     Diversity has one score a prompt, however many seeds there are. NaN stands where the scorer raised.
     """
-    images: tuple[Image, ...]
+    images: tuple[Image, ...] = field(repr=False)
     """The pictures of the first prompts, drawn with their first seeds."""
 
     def __post_init__(self) -> None:
@@ -61,8 +61,8 @@ class Comparison:
 
     rows: tuple[ScoreRow, ...]
     """One for each scorer and candidate, in the order they were given, scorers first."""
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
+    prompts: tuple[str, ...] = field(repr=False)
+    seeds: tuple[int, ...] = field(repr=False)
     """One a picture, the same for every arm: the first of every prompt, then the second of every prompt."""
     base: Arm
     candidates: Mapping[str, Arm]

@@ -13,8 +13,9 @@ from typing import Protocol
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
+from artaug._internal.arguments import Faults, argument_error, check_argument, check_count, check_items
 from artaug._internal.memory import is_out_of_memory
-from artaug._internal.prompts import prompt_clusters
+from artaug._internal.prompts import check_prompts, prompt_clusters
 from artaug.errors import InvalidValueError, PromptError, ScoringError
 from artaug.evaluation.comparison.comparison import Arm, Comparison, paired_scores
 from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailure
@@ -100,9 +101,22 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
     >>> round(row.delta, 3), row.win_rate, row.n
     (0.2, 1.0, 2)
     """
-    _check_arguments(candidates, prompts, scorers)
+    faults = Faults("compare")
+    for name, number, least in (
+        ("seed", seed, 0),
+        ("images_per_prompt", images_per_prompt, 1),
+        ("batch_size", batch_size, 1),
+        ("keep_images", keep_images, 0),
+    ):
+        with faults.collected():
+            check_count("compare", name, number, least=least)
+    with faults.collected():
+        check_items("compare", "guardrails", guardrails, Guardrail)
+    _check_arms(faults, base, candidates)
+    _check_prompts_and_scorers(faults, prompts, scorers)
+    faults.raise_any()
     filter_scorers = scorer_names(filtered_by)
-    seeds = tuple(picture_seeds(seed, len(prompts) * max(images_per_prompt, 0)))
+    seeds = tuple(picture_seeds(seed, len(prompts) * images_per_prompt))
     evaluator = Evaluator(tuple(prompts), seeds, tuple(scorers), diversity, batch_size, keep_images)
     evaluator.check_guardrails(guardrails)
     log = ScoringLog()
@@ -198,12 +212,6 @@ class Evaluator:
     keep_images: int
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.keep_images < 0 or self.images_per_prompt < 1:
-            raise InvalidValueError(
-                f"compare(batch_size={self.batch_size}, keep_images={self.keep_images}, "
-                f"images_per_prompt={self.images_per_prompt}): need batch_size >= 1, keep_images >= 0 and "
-                "images_per_prompt >= 1."
-            )
         if self.diversity is not None and (
             self.images_per_prompt < 2 or _DIVERSITY in {scorer.name for scorer in self.scorers}
         ):
@@ -318,24 +326,39 @@ def scorer_names(filtered_by: Collection[str | HasScorers]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _check_arguments(candidates: Mapping[str, Synthesizer], prompts: Sequence[str], scorers: Sequence[Scorer]) -> None:
-    """Refuse arguments that cannot be compared, before anything is drawn."""
-    if isinstance(prompts, str) or len(set(prompt_clusters(prompts))) < 2:
-        received = (
-            repr(prompts) if isinstance(prompts, str) else f"{len(prompts)}" + ", all the same" * (len(prompts) > 1)
-        )
-        raise PromptError(
-            f"compare needs a list of at least 2 prompts, received {received}. More prompts narrow the interval."
-        )
-    if not candidates or "base" in candidates:
-        raise InvalidValueError(
-            f"compare received candidates {list(candidates)}. Expected at least one, by name, and none called 'base'."
-        )
-    names = [scorer.name for scorer in scorers]
-    if not names or len(set(names)) < len(names):
-        raise InvalidValueError(
-            f"compare received scorers named {names}. Expected at least one, and different names: override Scorer.name."
-        )
+def _check_arms(faults: Faults, base: Synthesizer, candidates: Mapping[str, Synthesizer]) -> None:
+    """Refuse a base that is no synthesizer, and candidates that are not synthesizers by name."""
+    with faults.collected():
+        check_argument("compare", "base", base, Synthesizer)
+    with faults.collected():
+        if not isinstance(candidates, Mapping):
+            advice = "Give it a name, such as {'round 1': synthesizer}."
+            raise argument_error("compare", "candidates", candidates, expected="synthesizers by name", advice=advice)
+        if not candidates or "base" in candidates:
+            raise InvalidValueError(
+                f"compare received candidates {list(candidates)}. Expected at least one, by name, and none called 'base'."
+            )
+        for name, candidate in candidates.items():
+            check_argument("compare", f"candidates[{name!r}]", candidate, Synthesizer)
+
+
+def _check_prompts_and_scorers(faults: Faults, prompts: Sequence[str], scorers: Sequence[Scorer]) -> None:
+    """Refuse prompts that are too few, and scorers that cannot be told apart."""
+    with faults.collected():
+        check_prompts(prompts)
+        if len(set(prompt_clusters(prompts))) < 2:
+            raise PromptError(
+                f"compare needs at least 2 prompts, received {len(prompts)}{', all the same' * (len(prompts) > 1)}. More "
+                "prompts narrow the interval."
+            )
+    with faults.collected():
+        check_items("compare", "scorers", scorers, Scorer)
+        names = [scorer.name for scorer in scorers]
+        if not names or len(set(names)) < len(names):
+            raise InvalidValueError(
+                f"compare received scorers named {names}. Expected at least one, and different names: override "
+                "Scorer.name."
+            )
 
 
 def _describe(error: Exception) -> str:

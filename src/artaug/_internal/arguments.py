@@ -1,0 +1,164 @@
+"""The check of what a user passed, in one grammar of error text, and one error for all that is wrong with a call.
+
+What a user's object *returned* is checked in `artaug._internal.contracts`. Here is what was passed, to a function or to a
+constructor::
+
+    <owner>(<name>=<value>): expected <what is allowed>, received <what came>. <What to do.>
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral, Real
+
+from artaug._internal.text import shorten
+from artaug.errors import ArtAugError, InvalidValueError
+
+_QUOTED = 120
+"""Characters of a value that an error quotes."""
+
+_ADVICE = {
+    "BestOf": "Such as artaug.BestOf(4, by=scorer).",
+    "Checkpoints": "Such as artaug.Checkpoints(folder='runs/first').",
+    "Critic": "Such as artaug.critics.PhotometricCritic(), or an object of a subclass of yours.",
+    "DifferentialLoRATrainer": "Such as artaug.DifferentialLoRATrainer(rank=16, steps=400).",
+    "Fuser": "Such as artaug.ConcatFuser().",
+    "Guide": "Such as artaug.RegionalAttention().",
+    "Image": "Open a file with PIL.Image.open(path).",
+    "ImagePair": "The pair of an attempt is attempt.pair, and a Skipped has none.",
+    "LoRA": "Read a file with artaug.LoRA.load(path).",
+    "PairFilter": "Make one of a scorer, artaug.Gain(scorer, at_least=0.02), or subclass artaug.PairFilter.",
+    "Plan": "Make one of a prompt, artaug.Plan('a red cone').",
+    "RegionPlanner": "Such as artaug.GreedyPlanner().",
+    "Scorer": "Make one of a function, artaug.scorers.FunctionScorer(function=...), or subclass artaug.Scorer.",
+    "StopRule": "Such as artaug.StopRule(scorer, prompts).",
+    "Synthesizer": "Give it the pipeline, artaug.diffusion.DiffusersSynthesizer(pipeline=pipeline).",
+    "Trainable": "Such as an artaug.diffusion.DiffusersSynthesizer.",
+    "Validation": "Such as artaug.Validation(scorer=scorer, prompts=prompts).",
+}
+"""What to do, by the name of the class that was expected."""
+
+
+def argument_error(owner: str, name: str, value: object, *, expected: str, advice: str = "") -> InvalidValueError:
+    """Make the error that names an argument, what came, what was expected and what to do.
+
+    >>> from artaug._internal.arguments import argument_error
+    >>> print(argument_error("enhance", "rounds", 2.5, expected="a whole number of at least 1"))
+    enhance(rounds=2.5): expected a whole number of at least 1, received a float.
+    """
+    kind = type(value).__name__
+    received = "None" if value is None else f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
+    if isinstance(value, type):
+        received = f"the class {value.__name__}"
+    said = f"{owner}({name}={shorten(repr(value), _QUOTED)}): expected {expected}, received {received}."
+    return InvalidValueError(f"{said} {advice}".rstrip())
+
+
+def check_argument(owner: str, name: str, value: object, of: type, *, optional: bool = False) -> None:
+    """Refuse an argument of another type.
+
+    Args:
+        owner: the function or class that it was passed to.
+        name: of the argument.
+        value: what came.
+        of: the class that is expected.
+        optional: whether None is allowed.
+
+    Raises:
+        InvalidValueError: if it is not an instance, naming what would be one.
+    """
+    if isinstance(value, of) or (optional and value is None):
+        return
+    is_class = isinstance(value, type) and issubclass(value, of)
+    advice = f"Make one of the class: {value.__name__}(...)." if is_class else _ADVICE.get(of.__name__, "")  # type: ignore[attr-defined]
+    raise argument_error(owner, name, value, expected=f"an instance of {_type_name(of)}", advice=advice)
+
+
+def check_items(owner: str, name: str, values: object, of: type) -> None:
+    """Refuse what is no list or tuple of instances of a class.
+
+    Raises:
+        InvalidValueError: naming the first item that is of another type.
+    """
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise argument_error(owner, name, values, expected=f"a list of {_type_name(of)}", advice="Put it in a list.")
+    for index, item in enumerate(values):
+        check_argument(owner, f"{name}[{index}]", item, of)
+
+
+def check_count(owner: str, name: str, value: object, *, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``; numpy's are taken.
+
+    Raises:
+        InvalidValueError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise argument_error(owner, name, value, expected=f"a whole number of at least {least}")
+
+
+def check_number(owner: str, name: str, value: object) -> None:
+    """Refuse what is no number; numpy's are taken. The range is for the caller to check.
+
+    Raises:
+        InvalidValueError: if it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise argument_error(owner, name, value, expected="a number")
+
+
+def check_finite_number(owner: str, name: str, value: object) -> None:
+    """Refuse what is no finite number; numpy's are taken.
+
+    Raises:
+        InvalidValueError: if it is not.
+    """
+    check_number(owner, name, value)
+    if not math.isfinite(float(value)):  # type: ignore[arg-type] - a number, as the line above says
+        raise argument_error(owner, name, value, expected="a finite number")
+
+
+class Faults:
+    """All that is wrong with one call, so that one error lists it.
+
+    >>> from artaug._internal.arguments import Faults, check_count
+    >>> faults = Faults("improve")
+    >>> for name, value in {"batch_size": 0, "seed": None}.items():
+    ...     with faults.collected():
+    ...         check_count("improve", name, value)
+    >>> faults.raise_any()
+    Traceback (most recent call last):
+    artaug.InvalidValueError: improve: 2 things are wrong, and nothing was begun:
+    - improve(batch_size=0): expected a whole number of at least 1, received an int.
+    - improve(seed=None): expected a whole number of at least 1, received None.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self._errors: list[ArtAugError] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep an error of artaug that is raised in the ``with`` block, instead of raising it; a bug is raised."""
+        try:
+            yield
+        except ArtAugError as error:
+            self._errors.append(error)
+
+    def raise_any(self) -> None:
+        """Raise what was collected.
+
+        Raises:
+            ArtAugError: the only one as it is, of its own class.
+            InvalidValueError: for several, with a line for each.
+        """
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            lines = "".join(f"\n- {error}" for error in self._errors)
+            raise InvalidValueError(
+                f"{self._owner}: {len(self._errors)} things are wrong, and nothing was begun:{lines}"
+            )
+
+
+def _type_name(of: type) -> str:
+    return of.__qualname__ if of.__module__ == "builtins" else f"{of.__module__}.{of.__qualname__}"

@@ -1,0 +1,52 @@
+"""When the loop ends: the gain on held-out prompts that a round has to show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from artaug._internal.arguments import check_argument, check_finite_number
+from artaug._internal.prompts import check_prompts, prompt_clusters
+from artaug.errors import PromptError
+from artaug.evaluation.comparison import Comparison
+from artaug.evaluation.comparison.rows import FEWEST_PROMPTS, exceeds
+from artaug.scoring import Scorer
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """Ends the loop when a round does not raise the scores of pictures of held-out prompts.
+
+    A round is accepted only if a comparison to the round before would call it a gain above ``at_least``: if the whole 95%
+    interval of the paired difference lies above it, and the sign-flip p-value is below 0.05. A round without effect is so
+    accepted at most 1 time in 40. Otherwise the loop ends there and the round is left out of the result.
+
+    It needs at least 6 different prompts, as no p-value of fewer can be below 0.05. To accept 8 of 10 rounds that gain d
+    standard deviations of the difference, it needs about ``8 / d**2`` of them: 32 for half a standard deviation.
+
+    Raises:
+        InvalidValueError: for a scorer that is none, or a gain that is not finite.
+        PromptError: for fewer than 6 different prompts, a blank one, or one string in place of a list.
+    """
+
+    scorer: Scorer
+    """Measures progress. It should not be one that the pairs are filtered by."""
+    prompts: Sequence[str]
+    """Drawn before and after each round, with seeds that no training picture has; none of the training prompts."""
+    at_least: float = 0.0
+    """The gain, in the scorer's units, that the whole interval has to exceed."""
+
+    def __post_init__(self) -> None:
+        check_argument("StopRule", "scorer", self.scorer, Scorer)
+        check_prompts(self.prompts)
+        check_finite_number("StopRule", "at_least", self.at_least)
+        different = len(set(prompt_clusters(self.prompts)))
+        if different < FEWEST_PROMPTS:
+            raise PromptError(
+                f"a StopRule received {different} different prompts and needs at least {FEWEST_PROMPTS}: with fewer no p-value "
+                "can be below 0.05, and no round would be accepted. Small gains need 30 or more."
+            )
+
+    def accepts(self, comparison: Comparison, *, seed: int) -> bool:
+        """Whether the only candidate of a comparison gained enough; ``seed`` is that of the statistics."""
+        (candidate,) = comparison.candidates
+        base, enhanced = comparison.paired_scores(self.scorer.name, candidate)
+        return exceeds(base, enhanced, self.at_least, seed=seed)
