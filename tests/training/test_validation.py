@@ -188,11 +188,10 @@ def test_patience_counts_validations_and_not_strengths():
     [
         {"prompts": ()},
         {"prompts": "a hill"},
-        {"scorer": mean_lightness},
+        {"prompts": ("a hill", " ")},
         {"every": 0},
         {"strengths": ()},
         {"strengths": (0.0,)},
-        {"strengths": 0.5},
         {"patience": 0},
         {"batch_size": 0},
     ],

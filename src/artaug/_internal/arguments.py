@@ -113,7 +113,7 @@ def check_finite_number(owner: str, name: str, value: object) -> None:
         InvalidValueError: if it is not.
     """
     check_number(owner, name, value)
-    if not math.isfinite(float(value)):  # type: ignore[arg-type] - a number, as the line above says
+    if isinstance(value, Real) and not math.isfinite(value):
         raise argument_error(owner, name, value, expected="a finite number")
 
 

@@ -78,6 +78,7 @@ class TrainingConfig:
             check_number(type(self).__name__, name, getattr(self, name))
         check_argument(type(self).__name__, "max_grad_norm", self.max_grad_norm, Real)
         check_items(type(self).__name__, "sigma_range", self.sigma_range, Real)
+        sigmas: tuple[float, ...] = self.sigma_range  # as it came, of any length
         is_legal = {
             **{name: _is_count(getattr(self, name)) for name in ("rank", "steps", "batch_size", "echo")},
             "micro_batch_size": self.micro_batch_size is None or _is_count(self.micro_batch_size),
@@ -85,7 +86,7 @@ class TrainingConfig:
             "max_grad_norm": self.max_grad_norm > 0,
             "warmup": 0 <= self.warmup <= 1,
             "ema": self.ema is None or 0 < self.ema < 1,
-            "sigma_range": len(self.sigma_range) == 2 and 0 <= self.sigma_range[0] < self.sigma_range[1] <= 1,
+            "sigma_range": len(sigmas) == 2 and 0 <= sigmas[0] < sigmas[1] <= 1,
         }
         illegal = [f"{name}={getattr(self, name)!r}" for name, legal in is_legal.items() if not legal]
         if illegal:
