@@ -100,19 +100,24 @@ def check_called(module: nn.Module) -> None:
     Raises:
         LoRAError: naming such layers.
     """
+    if all(update.called for submodule in module.modules() if (update := _update_of(submodule)) is not None):
+        return  # names, which take longer, are for the error only
     updates = {
         name.removesuffix(".base_layer"): update  # as PEFT names a layer that is being trained
         for name, item in named_modules(module).items()
-        if (update := getattr(vars(item.module).get("forward"), "update", None)) is not None
+        if (update := _update_of(item.module)) is not None
     }
     uncalled = [name for name, update in updates.items() if not update.called]
-    if uncalled:
-        raise LoRAError(
-            f"{len(uncalled)} of {len(updates)} layers with a LoRA were not called in the first step (first: "
-            f"{uncalled[0]!r}), so the LoRA has no effect there. Something computes in place of these layers: an attention "
-            "processor of another library, fused projections, or code that was exported or compiled ahead of time. Use "
-            f"the {type(module).__name__} without it."
-        )
+    raise LoRAError(
+        f"{len(uncalled)} of {len(updates)} layers with a LoRA were not called in the first step (first: "
+        f"{uncalled[0]!r}), so the LoRA has no effect there. Something computes in place of these layers: an attention "
+        "processor of another library, fused projections, or code that was exported or compiled ahead of time. Use "
+        f"the {type(module).__name__} without it."
+    )
+
+
+def _update_of(module: nn.Module) -> AppliedUpdate | None:
+    return getattr(vars(module).get("forward"), "update", None)
 
 
 def fused_layers(modules: Mapping[str, NamedModule]) -> dict[str, str]:
