@@ -86,7 +86,7 @@ class LowRank:
 
         >>> import artaug as aa, torch
         >>> layer = aa.LowRank(torch.ones(1, 4), torch.ones(4, 1, dtype=torch.float16))
-        >>> layer.scaled(0.5).up.dtype, layer.scaled(2.0**-20).up.dtype, layer.scaled(1 / 3).up.dtype
+        >>> layer.scaled(0.5).up.dtype, layer.scaled(2.0**-30).up.dtype, layer.scaled(1 / 3).up.dtype
         (torch.float16, torch.float32, torch.float32)
         """
         if scale == 1:
