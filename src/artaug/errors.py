@@ -134,8 +134,8 @@ class ScoringError(ArtAugError, RuntimeError):
         scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     ) -> None:
         super().__init__(message)
-        self.comparison = comparison
-        self.scores = scores or {}
+        self.comparison: Any = comparison
+        self.scores: Mapping[str, Mapping[str, Sequence[float]]] = scores or {}
 
 
 class UndecidedError(ArtAugError, LookupError):
