@@ -9,10 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import artaug as aa
-from artaug.diffusion import DiffusersSynthesizer, estimate
-from artaug.lora.lora import LowRank
+from artaug.diffusion import DiffusersSynthesizer
 from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, VPrediction
-from support.tiny_flux import TINY_SIZE, tiny_flux
 from support.tiny_unet import tiny_sd15
 
 SOURCES = sorted((Path(__file__).parents[1] / "src" / "artaug").rglob("*.py"))
@@ -65,36 +63,11 @@ def test_weights_by_noise_level(weighting, noise_schedule):
     assert (weights.device.type, weights.dtype) == ("meta", torch.float32)
 
 
-def test_norms_and_errors_of_loras():
-    with Meta32():
-        layer = LowRank(on_meta(2, 4), on_meta(4, 2))
-        assert layer.energy() == 16 * 4
-
-
 def test_the_timesteps_of_a_unet():
     pipeline = tiny_sd15()
     family = DiffusersSynthesizer(pipeline=pipeline, width=64, height=64)._bound_family  # noqa: SLF001 - no other way to its timesteps
     with Meta32():
         assert family._nearest_timesteps(on_meta(2)).shape == (2,)  # noqa: SLF001 - likewise
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"objective": aa.TwoStage(per_pair=False, weighting=aa.BellShaped())},
-        {"objective": aa.Bipolar()},
-        {"objective": aa.PairedDifference(outside_weight=0.5)},
-        {"adapter": aa.DoRA(export_rank=4)},
-        {"adapter": aa.LoKr(factor=4)},
-    ],
-    ids=str,
-)
-def test_a_step_of_training(options):
-    pipeline = tiny_flux()
-    trainer = aa.DifferentialLoRATrainer(rank=4, batch_size=2, **options)
-    with Meta32():
-        assert estimate(pipeline, trainer=trainer, width=TINY_SIZE, height=TINY_SIZE).flops_per_step
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)

@@ -198,5 +198,5 @@ def test_patience_counts_validations_and_not_strengths():
     ids=repr,
 )
 def test_an_option_out_of_range_is_refused(options):
-    with pytest.raises(InvalidValueError, match=r"Validation|prompts"):
+    with pytest.raises(InvalidValueError, match=r"Validation|prompt"):
         validation_of(**options)

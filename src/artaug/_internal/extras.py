@@ -35,7 +35,7 @@ def optional(package: str, *, required_by: str, extra: str | None = None) -> Ite
     >>> with optional("no_such_package", required_by="This example"):
     ...     import no_such_package
     Traceback (most recent call last):
-    artaug.errors.MissingExtraError: This example needs the no_such_package package. Run: pip install no_such_package
+    artaug.MissingExtraError: This example needs the no_such_package package. Run: pip install no_such_package
     """
     check_installed(package, required_by=required_by, extra=extra)
     try:
