@@ -74,7 +74,7 @@ def lowest(session: nox.Session) -> None:
     resolved = session.run(*resolve, "--resolution", "lowest-direct", "--override", str(torch), silent=True)
     lines = str(resolved).splitlines()
     pins.write_text("\n".join(line for line in lines if not line.startswith(("cuda-", "nvidia-", "triton"))), "utf-8")
-    session.install("--constraint", str(pins), "--editable", ".[openai,optimizers,report,vlm]")
+    session.install("--constraint", str(pins), "--editable", ".[optimizers,report,vlm]")
     session.install("--constraint", str(pins), *nox.project.dependency_groups(PYPROJECT, "tests"))
     # Warnings of old versions about their own dependencies are not ours to heed.
     options = ["-o", "filterwarnings=default", "--numprocesses", "auto", "--dist", "worksteal"]
@@ -141,7 +141,7 @@ def package(session: nox.Session) -> None:
         shipped = {name.partition("/")[2] for name in archive.getnames()}
     if missing := sorted(set(tracked) - shipped):
         session.error(f"the sdist lacks what its own sessions need: {missing}")
-    install(session, f"{wheel}[openai,optimizers,report,vlm]")
+    install(session, f"{wheel}[optimizers,report,vlm]")
     with session.chdir(dist):
         session.run("python", "-c", LOOK)
         session.run("pyright", "--ignoreexternal", "--verifytypes", "artaug")
