@@ -65,15 +65,16 @@ def lowest(session: nox.Session) -> None:
 
     A lower torch has no CPU wheel for Linux on the index: its build for CUDA is several gigabytes.
     """
-    install(session, group="lowest")
-    folder = Path(session.create_tmp()).resolve()
-    torch, pins = folder / "torch.txt", folder / "lowest.txt"
+    project = PYPROJECT["project"]
+    declared = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
     tested = Path("constraints.txt").read_text("utf-8").splitlines()
-    torch.write_text(next(line for line in tested if line.startswith("torch==")), "utf-8")
-    resolve = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--all-extras", "pyproject.toml"]
-    resolved = session.run(*resolve, "--resolution", "lowest-direct", "--override", str(torch), silent=True)
-    lines = str(resolved).splitlines()
-    pins.write_text("\n".join(line for line in lines if not line.startswith(("cuda-", "nvidia-", "triton"))), "utf-8")
+    (torch,) = (line for line in tested if line.startswith("torch=="))
+    pins = Path(session.create_tmp()).resolve() / "lowest.txt"
+    floors = [line.replace(">=", "==") for line in declared if not line.startswith("torch>")]
+    pins.write_text("\n".join([torch, *floors]), "utf-8")
     session.install("--constraint", str(pins), "--editable", ".[optimizers,report,vlm]")
     session.install("--constraint", str(pins), *nox.project.dependency_groups(PYPROJECT, "tests"))
     # Warnings of old versions about their own dependencies are not ours to heed.
