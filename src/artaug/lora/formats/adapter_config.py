@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from artaug._internal.text import shorten
 from artaug.errors import LoRAError
-from artaug.lora.formats.patterns import PatternTable
+from artaug.lora.formats.patterns import match_patterns
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 """Header entry in which diffusers keeps the LoraConfig of PEFT as JSON."""
@@ -57,18 +57,21 @@ class AdapterConfig:
     """None if not stated."""
     alpha: float | None
     """None if not stated."""
-    rank_pattern: PatternTable
-    alpha_pattern: PatternTable
+    rank_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, float]
     use_rslora: bool
 
-    def check_cost(self, names: Collection[str]) -> None:
-        """Refuse patterns that would take too long for so many layers.
+    def for_layers(self, names: Collection[str]) -> "AdapterConfig":
+        """The same config with the layers' own names in place of the patterns, as `scale` needs it.
 
         Raises:
-            LoRAError: if they do.
+            LoRAError: for a pattern that cannot be matched.
         """
-        self.rank_pattern.check_cost(names)
-        self.alpha_pattern.check_cost(names)
+        return replace(
+            self,
+            rank_pattern=match_patterns(self.rank_pattern, names),
+            alpha_pattern=match_patterns(self.alpha_pattern, names),
+        )
 
     def scale(self, name: str, rank: int | None) -> float:
         """``alpha / rank`` of a layer, or ``alpha / sqrt(rank)`` with rsLoRA.
@@ -80,15 +83,13 @@ class AdapterConfig:
         Raises:
             LoRAError: if the config states another rank, or no alpha.
         """
-        pattern_rank = self.rank_pattern.find(name)
-        stated = self.rank if pattern_rank is None else pattern_rank
+        stated = self.rank_pattern.get(name, self.rank)
         rank = rank or (None if stated is None else int(stated))
         if rank is None or (stated is not None and stated != rank):
             raise LoRAError(
                 f"{name!r} has rank {rank}, and the adapter's config says {stated}, so its strength is unknown."
             )
-        pattern_alpha = self.alpha_pattern.find(name)
-        alpha = self.alpha if pattern_alpha is None else pattern_alpha
+        alpha = self.alpha_pattern.get(name, self.alpha)
         if alpha is None:
             raise LoRAError(f"the adapter's config states no alpha of {name!r}, so its strength is unknown.")
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -203,17 +204,17 @@ def _validated(settings: Mapping[str, Any]) -> AdapterConfig:
         peft_type=settings.get("peft_type") or "LORA",
         rank=rank,
         alpha=alpha,
-        rank_pattern=_pattern_table(settings, "rank_pattern"),
-        alpha_pattern=_pattern_table(settings, "alpha_pattern"),
+        rank_pattern=_checked_patterns(settings, "rank_pattern"),
+        alpha_pattern=_checked_patterns(settings, "alpha_pattern"),
         use_rslora=use_rslora,
     )
 
 
-def _pattern_table(settings: Mapping[str, Any], name: str) -> PatternTable:
+def _checked_patterns(settings: Mapping[str, Any], name: str) -> dict[str, float]:
     patterns = {} if settings.get(name) is None else settings[name]
     if not isinstance(patterns, dict):
         raise LoRAError(f"its {name} is {_quote(patterns)}. Expected numbers by layer name.")
-    return PatternTable({key: check_alpha(value, what=f"{name} of {_quote(key)}") for key, value in patterns.items()})
+    return {key: check_alpha(value, what=f"{name} of {_quote(key)}") for key, value in patterns.items()}
 
 
 def check_alpha(alpha: object, *, what: str) -> float:

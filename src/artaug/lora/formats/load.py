@@ -189,7 +189,7 @@ def _read_layers(
         )
     try:
         if config is not None:
-            config.check_cost(layers)
+            config = config.for_layers(layers)
         numel, read = 0, {}
         for name, parts in layers.items():
             read[name] = layer = _fold_alpha(name, parts, config, alpha)

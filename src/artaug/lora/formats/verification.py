@@ -7,7 +7,7 @@ are two convolutions in sequence.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -116,7 +116,7 @@ def read_by_definition(
         LoRAError: if a key of the file belongs to none of those layers, or a layer is there twice.
     """
     tensors, header = read_tensors(path)
-    layers, config = _group_by_stem(tensors, path), read_config(header, path)
+    layers, config = _group_by_stem(tensors, path), _config_of(expected, header, path)
     updates: dict[str, LowRank] = {}
     used: set[str] = set()
     key_maps = KEY_MAPS if key_map is None else (*KEY_MAPS, key_map)
@@ -144,7 +144,7 @@ def reading_by(
     """
     tensors, header = read_tensors(path)
     header.pop(PEFT_CONFIG, None)  # only PEFT reads the file beside
-    layers, config = _group_by_stem(tensors, path), read_config(header, path) if program.reads_header else None
+    layers, config = _group_by_stem(tensors, path), _config_of(expected, header if program.reads_header else {}, path)
     matches = {name: match for name in expected if (match := key_map.match(name)) is not None}
     found = program.find(matches, tensors.keys(), key_map)
     if not found:
@@ -162,6 +162,11 @@ def reading_by(
         if not relative_error(layer, expected[name]) <= tolerance:
             return f"reads another update of {name!r}"
     return ""
+
+
+def _config_of(names: Collection[str], header: Mapping[str, str], path: Path) -> AdapterConfig | None:
+    config = read_config(header, path)
+    return None if config is None else config.for_layers(names)
 
 
 def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
@@ -203,8 +208,7 @@ def _scaled_layer(name: str, factors: Mapping[str, Tensor], config: AdapterConfi
         down = (factors["mid"].double().movedim(1, -1) @ inputs).movedim(-1, 1)
     alpha: float = rank
     if config is not None:
-        pattern_alpha = config.alpha_pattern.find(name)
-        alpha = pattern_alpha or config.alpha or rank
+        alpha = config.alpha_pattern.get(name) or config.alpha or rank
     if "alpha" in factors:
         alpha = float(factors["alpha"])
     return LowRank(down, up.double() * (alpha / (rank**0.5 if config is not None and config.use_rslora else rank)))
