@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from artaug._internal.digests import tensors_digest
 from artaug._internal.files import atomic_write, save_tensors
+from artaug._internal.mappings import FrozenDict
 from artaug._internal.modules import named_modules, unwrap
 from artaug.errors import LoRAError, LoRAMismatchError
 from artaug.lora.applied import compute_dtype, fused_layers, updatable_shapes, update_applied
@@ -48,10 +48,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if not self.layers:
             raise LoRAError("a LoRA needs at least one layer, received none.")
-        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
-
-    def __reduce__(self) -> tuple[type["LoRA"], tuple[dict[str, LowRank]]]:
-        return LoRA, (dict(self.layers),)  # a mapping proxy cannot be copied or pickled
+        object.__setattr__(self, "layers", FrozenDict(self.layers))
 
     def __repr__(self) -> str:
         return f"LoRA({len(self.layers)} layers, rank {self.rank})"

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from math import isnan
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.mappings import FrozenDict
 from artaug._internal.prompts import prompt_clusters
 from artaug._internal.text import table_html
 from artaug.errors import InvalidValueError
@@ -34,14 +34,7 @@ class Arm:
     """The pictures of the first prompts, drawn with their first seeds."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scores", MappingProxyType(dict(self.scores)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "scores": dict(self.scores)}  # a mapping proxy cannot be pickled
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.__post_init__()
+        object.__setattr__(self, "scores", FrozenDict(self.scores))
 
     def by_prompt(self, scorer: str, prompts: int) -> np.ndarray:
         """One score a prompt, the mean over its seeds: (prompts,), from (seeds x prompts,)."""
@@ -73,14 +66,7 @@ class Comparison:
     """Pictures on which a scorer raised. Empty, except in the comparison that a `ScoringError` holds."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "candidates", MappingProxyType(dict(self.candidates)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "candidates": dict(self.candidates)}  # a mapping proxy cannot be pickled
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.__post_init__()
+        object.__setattr__(self, "candidates", FrozenDict(self.candidates))
 
     @property
     def images_per_prompt(self) -> int:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
 from functools import cached_property
-from types import MappingProxyType
 from typing import NamedTuple, Self, TypeAlias
+
+from artaug._internal.mappings import FrozenDict
 
 
 class Format(StrEnum):
@@ -171,14 +172,10 @@ class KeyMap:
     """What `LoRA.save` writes without a format: one that the programs of the family's users read whole."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key_formats", MappingProxyType(dict(self.key_formats)))
+        object.__setattr__(self, "key_formats", FrozenDict(self.key_formats))
 
     def __hash__(self) -> int:
         return hash(self.name)
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        # a mapping proxy cannot be pickled, and a constructor with keyword-only fields cannot be called by pickle
-        return _key_map, (self.name, self.rows, dict(self.key_formats), self.aliases, self.default_format)
 
     def match(self, layer: str) -> KeyMatch | None:
         """The row of a layer, given the denoiser's module path; None if it has none."""
@@ -216,16 +213,6 @@ class KeyMap:
             kind: _compile(self.aliases if kind.aliases else self.rows, original=kind.original, flat=kind.flat)
             for kind in kinds
         }
-
-
-def _key_map(
-    name: str,
-    rows: tuple[KeyRow, ...],
-    key_formats: Mapping[Format, KeyFormat],
-    aliases: tuple[KeyRow, ...],
-    default_format: Format,
-) -> KeyMap:
-    return KeyMap(name=name, rows=rows, key_formats=key_formats, aliases=aliases, default_format=default_format)
 
 
 class _NameKind(NamedTuple):

@@ -8,8 +8,8 @@ whole, and is a witness where diffusers has no reader. And the table in the docu
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
+from artaug._internal.mappings import FrozenDict
 from artaug.lora.formats.key_maps import Format, KeyMap, KeyMatch
 
 _DOWN_UP = (".lora_down.weight",)
@@ -55,7 +55,7 @@ class Program:
     """It takes alpha from the header, where PEFT keeps its config; the others see factors and alphas alone."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "styles", MappingProxyType(dict(self.styles)))
+        object.__setattr__(self, "styles", FrozenDict(self.styles))
 
     def dropped(self, key_map: KeyMap, format_: Format) -> tuple[str, ...]:
         """The layers, as the key map writes them, that the program does not find in files that `LoRA.save` writes."""
