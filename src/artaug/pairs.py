@@ -21,7 +21,8 @@ class ImagePair:
     """The pictures of one prompt and seed, before and after a critique.
 
     Raises:
-        InvalidValueError: for a field of another type, or if the two pictures differ in size, since their pixels then do not correspond.
+        InvalidValueError: for a field of another type, or if the two pictures differ in size, since their pixels then do
+            not correspond.
     """
 
     prompt: str

@@ -50,8 +50,8 @@ def argument_error(owner: str, name: str, value: object, *, expected: str, advic
     received = "None" if value is None else f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
     if isinstance(value, type):
         received = f"the class {value.__name__}"
-    said = f"{owner}({name}={shorten(repr(value), _QUOTED)}): expected {expected}, received {received}."
-    return InvalidValueError(f"{said} {advice}".rstrip())
+    message = f"{owner}({name}={shorten(repr(value), _QUOTED)}): expected {expected}, received {received}."
+    return InvalidValueError(f"{message} {advice}".rstrip())
 
 
 def check_argument(owner: str, name: str, value: object, of: type, *, optional: bool = False) -> None:

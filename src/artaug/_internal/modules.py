@@ -77,16 +77,16 @@ def outside_graphs(function: Function) -> Function:
     return excluded
 
 
-def _walk(name: str, path: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[NamedModule]:
+def _walk(name: str, path: str, module: nn.Module, visited: set[nn.Module]) -> Iterator[NamedModule]:
     while (wrapped := _wrapped(module)) is not None:
         child_name, module = wrapped
         path = _joined(path, child_name)
-    if module in seen:  # shared: as in torch, it has the first of its names
+    if module in visited:  # shared: as in torch, it has the first of its names
         return
-    seen.add(module)
+    visited.add(module)
     yield NamedModule(name, path, module)
     for child_name, child in module.named_children():
-        yield from _walk(_joined(name, child_name), _joined(path, child_name), child, seen)
+        yield from _walk(_joined(name, child_name), _joined(path, child_name), child, visited)
 
 
 def _wrapped(module: nn.Module) -> tuple[str, nn.Module] | None:

@@ -25,8 +25,9 @@ def value(cls: type[T]) -> type[T]:
     """Make a class a frozen, validated pydantic dataclass whose errors are artaug's own.
 
     Unknown arguments are refused; numbers are coerced to plain Python numbers (numpy scalars too), so reprs and
-    JSON show no numpy types. What to do instead is added to their text from the class's ``_advice``, if it has one. A rule of the class itself goes into ``__post_init__`` and raises an `ArtAugError`, which
-    reaches the caller as it is, not wrapped in pydantic's report.
+    JSON show no numpy types. The text of an error ends with the class's ``_advice``, if it has one. A rule of the class
+    itself goes into ``__post_init__`` and raises an `ArtAugError`, which reaches the caller as it is, not wrapped in
+    pydantic's report.
 
     >>> from artaug._internal.values import value
     >>> @value

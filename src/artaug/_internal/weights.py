@@ -34,9 +34,8 @@ def model_errors(failure: str, *, expected: str = "") -> Iterator[None]:
         yield
     except ArtAugError:
         raise
-    except (
-        Exception
-    ) as error:  # tokenizers and safetensors raise plain Exceptions, other libraries nearly all there are
+    except Exception as error:
+        # tokenizers and safetensors raise plain Exceptions, other libraries nearly all there are
         if is_out_of_memory(error):
             raise
         text = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"

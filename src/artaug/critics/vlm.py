@@ -117,7 +117,8 @@ class VLMCritic(Critic):
         Raises:
             ModelError: if there is no image-text-to-text model at ``source``, or none in safetensors without
                 ``allow_pickle``.
-            InvalidValueError: for a ``dtype`` or ``device`` that torch does not have; if ``coordinates`` are not given and the model's family is unknown; no weights are read then.
+            InvalidValueError: for a ``dtype`` or ``device`` that torch does not have; if ``coordinates`` are not given
+                and the model's family is unknown; no weights are read then.
             MissingExtraError: for ``constrained`` decoding without llguidance; nothing is read then.
         """
         check_placement("VLMCritic.from_pretrained", dtype=None if dtype == "auto" else dtype, device=device)

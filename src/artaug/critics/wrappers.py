@@ -276,12 +276,12 @@ class Retried(StreamingCritic):
                 time.sleep(delay_s)
 
     def _may_retry(self, tries: Sequence[Abstention], *, in_time: bool) -> bool:
-        return in_time if tries[-1].transient else sum(not each.transient for each in tries) <= self.max_retries
+        return in_time if tries[-1].transient else sum(not answer.transient for answer in tries) <= self.max_retries
 
 
 def _last_of(tries: Sequence[Abstention]) -> Abstention:
     """The last of several abstentions from one picture, with the reasons of all."""
     if len(tries) == 1:
         return tries[0]
-    reasons = "; ".join(dict.fromkeys(each.reason for each in tries))
+    reasons = "; ".join(dict.fromkeys(answer.reason for answer in tries))
     return Abstention(f"asked {len(tries)} times: {reasons}", tries[-1].transient)

@@ -99,7 +99,7 @@ def verify_export(
     key_maps = [key_map] if key_map is not None else _key_maps_of(loader)
     programs = _ask_programs(path, expected, key_maps, tolerance)
     if loader is None and programs.reads(DIFFUSERS):
-        loader = next((one.pipeline_class for one in FAMILIES if one.key_map == programs.key_map), None)
+        loader = next((known.pipeline_class for known in FAMILIES if known.key_map == programs.key_map), None)
     if loader is not None:
         shapes = None if pipeline is None else _weight_shapes(getattr(pipeline, _denoiser_name(loader)), LoRA(expected))
         config = getattr(getattr(pipeline, "unet", None), "config", _UNET)
@@ -135,8 +135,8 @@ class _ProgramReadings:
 
 def _key_maps_of(loader: Any) -> list[KeyMap]:  # noqa: ANN401 - a pipeline's class, which diffusers gives no type
     """The key maps of the published families, or of those that a pipeline's class draws."""
-    families = [one for one in FAMILIES if loader is None or issubclass(loader, one.pipeline_class)]
-    return list(dict.fromkeys(one.key_map for one in families if one.key_map is not None))
+    families = [known for known in FAMILIES if loader is None or issubclass(loader, known.pipeline_class)]
+    return list(dict.fromkeys(known.key_map for known in families if known.key_map is not None))
 
 
 def _ask_programs(
@@ -166,9 +166,11 @@ def _check_witness(
     """Refuse to prove what nobody reads but artaug."""
     if programs.key_map is None:
         key_maps = list(key_maps)
-        name = next((name for name in expected if not any(one.match(name) for one in key_maps)), next(iter(expected)))
+        name = next(
+            (name for name in expected if not any(known.match(name) for known in key_maps)), next(iter(expected))
+        )
         raise LoRAError(
-            f"{path}: no key map ({', '.join(one.name for one in key_maps)}) has all of its layers, the first without is "
+            f"{path}: no key map ({', '.join(known.name for known in key_maps)}) has all of its layers, the first without is "
             f"{name!r}, so nothing is proved. Pass the pipeline that it is for, or your model's family."
         )
     if "" not in programs.readings.values():
@@ -273,7 +275,7 @@ def _without_regexes(metadata: Mapping[str, Any] | None, denoiser_name: str, pat
     if isinstance(kept.get(targets), str):
         kept[targets] = [kept[targets]]  # a name then
     patterns = {**(kept.get(f"{prefix}rank_pattern") or {}), **(kept.get(f"{prefix}alpha_pattern") or {})}
-    slow = next((one for one in patterns if sum(map(one.count, "*+?")) > _MAX_QUANTIFIERS), None)
+    slow = next((pattern for pattern in patterns if sum(map(pattern.count, "*+?")) > _MAX_QUANTIFIERS), None)
     if slow is not None:
         raise LoRAError(
             f"{path}: its header has the pattern {shorten(slow, 120)!r}, which PEFT may match forever. Write the file anew, "

@@ -50,7 +50,8 @@ class FlexMask:
         patterns, query_classes = torch.unique(weights > 0, dim=0, return_inverse=True)
         query_order, key_order = query_classes.argsort(stable=True), mask.groups.argsort(stable=True)
         visible = _pad_to_powers_of_two(patterns)
-        # The tokens that fill up the last tile have the last class and group, which attend to nothing and to which nothing attends.
+        # The tokens that fill up the last tile have the last class and group, which attend to nothing and to which nothing
+        # attends.
         class_of = _pad_to_tiles(query_classes[query_order], visible.shape[0] - 1)
         group_of = _pad_to_tiles(mask.groups[key_order], visible.shape[1] - 1)
         partial_tiles, full_tiles = _count_tiles(class_of, group_of, visible)
@@ -127,7 +128,8 @@ def _pad_to_tiles(numbers: Tensor, padding: int) -> Tensor:
 def _count_tiles(class_of: Tensor, group_of: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """Which tiles are partial and which are full: two of bool, (query tiles, key tiles)."""
     # A tile's visible pairs are sum over classes c and groups g of n_c m_g visible(c, g), with n_c of its queries in c
-    # and m_g of its keys in g: at most 128 x 128, exact in float32. So two small histograms decide, and never the 128 x 128 pairs.
+    # and m_g of its keys in g: at most 128 x 128, exact in float32. So two small histograms decide, and never the
+    # 128 x 128 pairs.
     class_counts, group_counts = (
         functional.one_hot(rearrange(numbers, "(tiles token) -> tiles token", token=TILE), count).sum(dim=1).float()
         for numbers, count in ((class_of, visible.shape[0]), (group_of, visible.shape[1]))

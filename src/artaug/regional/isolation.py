@@ -14,10 +14,11 @@ _Fraction = Annotated[float, Field(ge=0, le=1)]
 class Isolation:
     """What image tokens and prompts attend to, in which layers, and at which noise levels.
 
-    An image token is a *member* of a region that covers at least half of it (half of what the region covers of any token,
-    if that is less); it may be a member of several, and one that is a member of none is *background*. It is a member of
-    the plan's prompt if it has at least half of that prompt's largest weight. In layers outside ``block_range`` and ``block_stride`` every token attends to
-    all. At noise levels outside ``sigma_range`` only the plan's own prompt is used, as if there were no regions.
+    An image token is a *member* of a region that covers at least half of it (half of what the region covers of any
+    token, if that is less); it may be a member of several, and one that is a member of none is *background*. It is a
+    member of the plan's prompt if it has at least half of that prompt's largest weight. In layers outside
+    ``block_range`` and ``block_stride`` every token attends to all. At noise levels outside ``sigma_range`` only the
+    plan's own prompt is used, as if there were no regions.
 
     Raises:
         InvalidValueError: if a range is empty or a number out of bounds.

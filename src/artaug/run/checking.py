@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from PIL import Image
@@ -16,6 +15,7 @@ from artaug.geometry import Box
 from artaug.lora.fusing import Fuser
 from artaug.pairs import ImagePair
 from artaug.plan import Plan, Region, RegionPlanner
+from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.stop_rule import StopRule
 from artaug.scoring import Scorer, score_images
 from artaug.synthesis import Synthesizer
@@ -29,75 +29,41 @@ _GREYS = ((96, 96, 96), (128, 128, 128))
 """Of the stand-ins for the pictures before and after."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Learning:
-    """What `enhance` is given and `improve` is not."""
-
-    trainer: DifferentialLoRATrainer
-    fuser: Fuser
-    rounds: int
-    validation: Validation | None
-    stop: StopRule | None
-    checkpoints: Checkpoints | None
-
-
-def check_run(  # noqa: PLR0913 - what one verb over many nouns was given
+def check_run(
     owner: str,
     prompts: Sequence[str],
+    parts: LoopParts,
+    learning: LearningParts | None = None,
     *,
-    synthesizer: Synthesizer,
-    critic: Critic,
-    planner: RegionPlanner,
-    keep: PairFilter,
-    candidates: BestOf | None,
     seed: int,
     batch_size: int,
     on_stage: Callable[..., object] | None = None,
-    learning: Learning | None = None,
     check: Check,
 ) -> None:
     """Refuse a run that could not end well, with one error that lists all that is wrong.
 
     Args:
         owner: the function that was called.
-        prompts: this and the others are its arguments.
-        synthesizer: likewise.
-        critic: likewise.
-        planner: likewise.
-        keep: likewise.
-        candidates: likewise.
-        seed: likewise.
-        batch_size: likewise.
-        on_stage: likewise.
-        learning: the arguments that only `enhance` has.
+        prompts: its prompts, as those that follow.
+        parts: that draw and judge.
+        learning: that learn, in `enhance`.
+        seed: of the run.
+        batch_size: prompts in a chunk.
+        on_stage: called after every stage.
         check: how far to go.
 
     Raises:
         ArtAugError: of the class of what is wrong if that is one thing, else an `InvalidValueError`.
     """
     faults = Faults(owner)
-    types: list[tuple[str, object, type, bool]] = [
-        ("synthesizer", synthesizer, Synthesizer, False),
-        ("critic", critic, Critic, False),
-        ("planner", planner, RegionPlanner, False),
-        ("keep", keep, PairFilter, False),
-        ("candidates", candidates, BestOf, True),
-    ]
-    counts = [("batch_size", batch_size, 1), ("seed", seed, 0)]
-    if learning is not None:
-        types += [
-            ("trainer", learning.trainer, DifferentialLoRATrainer, False),
-            ("fuser", learning.fuser, Fuser, False),
-            ("validation", learning.validation, Validation, True),
-            ("stop", learning.stop, StopRule, True),
-            ("checkpoints", learning.checkpoints, Checkpoints, True),
-        ]
-        counts.append(("rounds", learning.rounds, 1))
     with faults.collected():
         check_prompts(prompts)
-    for name, value, of, optional in types:
+    for name, value, of, optional in _types(parts, learning):
         with faults.collected():
             check_argument(owner, name, value, of, optional=optional)
+    counts = [("batch_size", batch_size, 1), ("seed", seed, 0)]
+    if learning is not None:
+        counts.append(("rounds", learning.rounds, 1))
     for name, number, least in counts:
         with faults.collected():
             check_count(owner, name, number, least=least)
@@ -108,19 +74,35 @@ def check_run(  # noqa: PLR0913 - what one verb over many nouns was given
         if check not in get_args(Check):
             raise argument_error(owner, "check", check, expected=f"one of {', '.join(map(repr, get_args(Check)))}")
     with faults.collected():
-        _check_guide(planner, synthesizer)
+        _check_guide(parts.planner, parts.synthesizer)
     if learning is not None:
-        _check_learning(faults, prompts, synthesizer, learning)
+        _check_learning(faults, prompts, parts.synthesizer, learning)
     faults.raise_any()
-    if check != "arguments":
-        dark, lit = (Image.new("RGB", synthesizer.picture_size, grey) for grey in _GREYS)
-        plan = Plan(prompts[0], (Region(Box(0, 0, 0.5, 1), prompts[0]),))
-        stand_in = ImagePair(prompt=prompts[0], seed=0, before=dark, after=lit, plan=plan)
-        _rehearse(faults, stand_in, keep=keep, candidates=candidates, learning=learning)
-        if check == "everything":
-            with faults.collected(), _named_rehearsal():
-                run_critic(critic, [dark], prompts[:1])
-        faults.raise_any()
+    if check == "arguments":
+        return
+    dark, lit = (Image.new("RGB", parts.synthesizer.picture_size, grey) for grey in _GREYS)
+    plan = Plan(prompts[0], (Region(Box(0, 0, 0.5, 1), prompts[0]),))
+    stand_in = ImagePair(prompt=prompts[0], seed=0, before=dark, after=lit, plan=plan)
+    _rehearse(faults, stand_in, parts, learning)
+    if check == "everything":
+        with faults.collected(), _named_rehearsal():
+            run_critic(parts.critic, [dark], prompts[:1])
+    faults.raise_any()
+
+
+def _types(parts: LoopParts, learning: LearningParts | None) -> Iterator[tuple[str, object, type, bool]]:
+    """The name of each part, the part, its class, and whether it may be None."""
+    yield "synthesizer", parts.synthesizer, Synthesizer, False
+    yield "critic", parts.critic, Critic, False
+    yield "planner", parts.planner, RegionPlanner, False
+    yield "keep", parts.keep, PairFilter, False
+    yield "candidates", parts.candidates, BestOf, True
+    if learning is not None:
+        yield "trainer", learning.trainer, DifferentialLoRATrainer, False
+        yield "fuser", learning.fuser, Fuser, False
+        yield "validation", learning.validation, Validation, True
+        yield "stop", learning.stop, StopRule, True
+        yield "checkpoints", learning.checkpoints, Checkpoints, True
 
 
 def _check_guide(planner: RegionPlanner, synthesizer: Synthesizer) -> None:
@@ -138,7 +120,7 @@ def _is(value: object, of: type) -> bool:
     return isinstance(value, of)
 
 
-def _check_learning(faults: Faults, prompts: Sequence[str], synthesizer: Synthesizer, learning: Learning) -> None:
+def _check_learning(faults: Faults, prompts: Sequence[str], synthesizer: Synthesizer, learning: LearningParts) -> None:
     """Whether the model can be trained in this way, and judged by prompts that it did not learn from."""
     with faults.collected():
         if _is(synthesizer, Synthesizer):
@@ -192,13 +174,11 @@ def _check_held_out(
             check_disjoint(stop.prompts, validation.prompts, owner="StopRule", are="the Validation's too", why=chosen)
 
 
-def _rehearse(
-    faults: Faults, stand_in: ImagePair, *, keep: PairFilter, candidates: BestOf | None, learning: Learning | None
-) -> None:
+def _rehearse(faults: Faults, stand_in: ImagePair, parts: LoopParts, learning: LearningParts | None) -> None:
     """Let the filter and every scorer judge a stand-in, so that one that cannot says so now."""
     with faults.collected(), _named_rehearsal():
-        keep.rehearse(stand_in)
-    scorers: list[tuple[Scorer, str]] = [] if candidates is None else [(candidates.by, stand_in.prompt)]
+        parts.keep.rehearse(stand_in)
+    scorers: list[tuple[Scorer, str]] = [] if parts.candidates is None else [(parts.candidates.by, stand_in.prompt)]
     if learning is not None:
         rules = (learning.stop, learning.validation)
         scorers += [(rule.scorer, rule.prompts[0]) for rule in rules if rule is not None]

@@ -14,8 +14,9 @@ from artaug.filtering import BestOf, PairFilter
 from artaug.lora.fusing import ConcatFuser, Fuser, fuse_loras
 from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.plan import RegionPlanner
-from artaug.run.checking import Check, Learning, as_trainable, check_run
+from artaug.run.checking import Check, as_trainable, check_run
 from artaug.run.improve import StageEvent, improve, stage_timer
+from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.results import Enhancement, Round
 from artaug.run.stop_rule import StopRule
 from artaug.synthesis import Synthesizer, held_out_seed, picture_seeds
@@ -83,35 +84,12 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
 
     Every `ArtAugError` that a round raises has the rounds before it as its ``enhancement``.
     """
-    check_run(
-        "enhance",
-        prompts,
-        synthesizer=synthesizer,
-        critic=critic,
-        planner=planner,
-        keep=keep,
-        candidates=candidates,
-        seed=seed,
-        batch_size=batch_size,
-        learning=Learning(
-            trainer=trainer, fuser=fuser, rounds=rounds, validation=validation, stop=stop, checkpoints=checkpoints
-        ),
-        check=check,
+    parts = LoopParts(synthesizer=synthesizer, critic=critic, planner=planner, keep=keep, candidates=candidates)
+    learning = LearningParts(
+        trainer=trainer, fuser=fuser, rounds=rounds, validation=validation, stop=stop, checkpoints=checkpoints
     )
-    stages = _RoundStages(
-        synthesizer=synthesizer,
-        critic=critic,
-        planner=planner,
-        keep=keep,
-        candidates=candidates,
-        trainer=trainer,
-        fuser=fuser,
-        validation=validation,
-        stop=stop,
-        checkpoints=checkpoints,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    check_run("enhance", prompts, parts, learning, seed=seed, batch_size=batch_size, check=check)
+    stages = _RoundStages(parts, learning, batch_size=batch_size, progress=progress)
     finished: list[Round] = []
     for number, round_seed in enumerate(picture_seeds(seed, rounds), start=1):
         try:
@@ -133,24 +111,16 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
 class _RoundStages:
     """The stages of a round, the same in every round: improve, train, combine, measure."""
 
-    synthesizer: Synthesizer
-    """The base, without a LoRA."""
-    critic: Critic
-    planner: RegionPlanner
-    keep: PairFilter
-    candidates: BestOf | None
-    trainer: DifferentialLoRATrainer
-    fuser: Fuser
-    validation: Validation | None
-    stop: StopRule | None
-    checkpoints: Checkpoints | None
+    parts: LoopParts
+    """Its synthesizer is the base, without a LoRA."""
+    learning: LearningParts
     batch_size: int
     progress: bool
 
     def run_round(self, prompts: Sequence[str], finished: Sequence[Round], *, seed: int) -> Round | str:
         """Run the round after those ``finished``; the answer is a reason, in words, where no pair was kept."""
         number = len(finished) + 1
-        current = self.synthesizer.with_lora(finished[-1].lora) if finished else self.synthesizer
+        current = self.parts.synthesizer.with_lora(finished[-1].lora) if finished else self.parts.synthesizer
         seconds: defaultdict[str, float] = defaultdict(float)
 
         def add(event: StageEvent) -> None:
@@ -165,21 +135,23 @@ class _RoundStages:
                 raise NothingToLearnError(f"{reason}. Look at what the critic answers, or loosen the filter.")
             return reason
         with timed("train"):
-            training = self.trainer.train(
+            training = self.learning.trainer.train(
                 pairs,
                 as_trainable(current),
                 seed=seed,
                 checkpoints=self._round_checkpoints(number),
-                validation=self.validation,
+                validation=self.learning.validation,
                 progress=self.progress,
             )
         with timed("combine"):
             # A training learns what is missing to what it draws with: the base and the LoRA of the round before, as that
             # was fused. So that LoRA, not the trainings behind it, is what its update is added to. Without loss the sums
             # are the same, the paper's; a fuser that cuts ranks would else leave out twice what it left out once.
-            lora = fuse_loras(self.fuser, [*(before.lora for before in finished[-1:]), training.lora])
+            lora = fuse_loras(self.learning.fuser, [*(before.lora for before in finished[-1:]), training.lora])
         with timed("measure"):
-            gain, accepted = self._measure_gain(current, self.synthesizer.with_lora(lora), seed=held_out_seed(seed))
+            gain, accepted = self._measure_gain(
+                current, self.parts.synthesizer.with_lora(lora), seed=held_out_seed(seed)
+            )
         return Round(
             number=number,
             attempts=attempts,
@@ -202,11 +174,11 @@ class _RoundStages:
         attempts = improve(
             prompts,
             synthesizer=synthesizer,
-            critic=self.critic,
-            planner=self.planner,
-            keep=self.keep,
+            critic=self.parts.critic,
+            planner=self.parts.planner,
+            keep=self.parts.keep,
             seed=seed,
-            candidates=self.candidates,
+            candidates=self.parts.candidates,
             batch_size=self.batch_size,
             on_stage=on_stage,
             check="arguments",  # the scorers have been heard
@@ -214,26 +186,28 @@ class _RoundStages:
         return tuple(tqdm(attempts, total=len(prompts), desc=f"round {number}: improve", disable=not self.progress))
 
     def _round_checkpoints(self, number: int) -> Checkpoints | None:
-        if self.checkpoints is None:
+        if self.learning.checkpoints is None:
             return None
-        return replace(self.checkpoints, folder=Path(self.checkpoints.folder) / f"round-{number}")
+        return replace(self.learning.checkpoints, folder=Path(self.learning.checkpoints.folder) / f"round-{number}")
 
     def _measure_gain(self, before: Synthesizer, after: Synthesizer, *, seed: int) -> tuple[ScoreRow | None, bool]:
         """The gain on held-out prompts, and whether it is enough."""
-        if self.stop is None:
+        if self.learning.stop is None:
             return None, True
         comparison = compare(
             before,
             {"after": after},
-            self.stop.prompts,
-            scorers=[self.stop.scorer],
-            filtered_by=[self.keep] if self.candidates is None else [self.keep, self.candidates],
+            self.learning.stop.prompts,
+            scorers=[self.learning.stop.scorer],
+            filtered_by=[self.parts.keep]
+            if self.parts.candidates is None
+            else [self.parts.keep, self.parts.candidates],
             seed=seed,
             batch_size=self.batch_size,
             keep_images=0,
             progress=self.progress,
         )
-        return comparison.rows[0], self.stop.accepts(comparison, seed=seed)
+        return comparison.rows[0], self.learning.stop.accepts(comparison, seed=seed)
 
 
 def _no_pairs_reason(number: int, attempts: Sequence[Attempt]) -> str:

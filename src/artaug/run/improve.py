@@ -12,6 +12,7 @@ from artaug.filtering import BestOf, PairFilter, judge_pairs
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped
 from artaug.plan import Plan, RegionPlanner, run_planner
 from artaug.run.checking import Check, check_run
+from artaug.run.parts import LoopParts
 from artaug.synthesis import Synthesizer, draw, picture_seeds
 
 _MAX_SILENCE_S, _MANY_PICTURES = 600.0, 8
@@ -79,25 +80,14 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
             several are wrong.
         ContractError: if the synthesizer, critic, planner or filter returns something its seam does not allow.
     """
-    check_run(
-        "improve",
-        prompts,
-        synthesizer=synthesizer,
-        critic=critic,
-        planner=planner,
-        keep=keep,
-        candidates=candidates,
-        seed=seed,
-        batch_size=batch_size,
-        on_stage=on_stage,
-        check=check,
-    )
+    parts = LoopParts(synthesizer=synthesizer, critic=critic, planner=planner, keep=keep, candidates=candidates)
+    check_run("improve", prompts, parts, seed=seed, batch_size=batch_size, on_stage=on_stage, check=check)
     count = 1 if candidates is None else candidates.count
     # One row of seeds for the first candidate of every prompt, one for the second, ... The first row is the whole of
     # what a run without candidates draws with, and rows are cut into chunks as the prompts are.
     seeds = picture_seeds(seed, len(prompts) * count)
     rows = [seeds[first : first + len(prompts)] for first in range(0, len(seeds), len(prompts))]
-    stages = _Stages(synthesizer, critic, planner, keep, candidates, stage_timer(on_stage))
+    stages = _Stages(parts, stage_timer(on_stage))
     return stages.run(prompts, rows, batch_size=batch_size)
 
 
@@ -138,11 +128,7 @@ class _Silence:
 class _Stages:
     """The stages that a round of prompts goes through, chunk by chunk."""
 
-    synthesizer: Synthesizer
-    critic: Critic
-    planner: RegionPlanner
-    keep: PairFilter
-    candidates: BestOf | None
+    parts: LoopParts
     timed: StageTimer
     silence: _Silence = field(default_factory=_Silence)
 
@@ -160,7 +146,7 @@ class _Stages:
                 else:
                     yield attempt
             if self.silence.is_long:
-                raise self.silence.error(self.critic)
+                raise self.silence.error(self.parts.critic)
         for indices in _chunks(list(put_off), batch_size):
             # After a long silence here, the round is complete but for these: they are left as they are.
             yield from (put_off[i] for i in indices) if self.silence.is_long else run_chunk(indices)
@@ -169,17 +155,19 @@ class _Stages:
         """Bring each prompt to its one attempt; ``rows`` holds a seed for every prompt, for every candidate."""
         outcomes = self._make_pairs(list(prompts) * len(rows), [seed for row in rows for seed in row])
         # A prompt waits for all its candidates: the best of those that happened to be answered is not the best of all.
-        waits = {
-            k % len(prompts): each for k, each in enumerate(outcomes) if isinstance(each, Skipped) and each.transient
+        waiting = {
+            index % len(prompts): outcome
+            for index, outcome in enumerate(outcomes)
+            if isinstance(outcome, Skipped) and outcome.transient
         }
-        outcomes = [waits.get(k % len(prompts), outcome) for k, outcome in enumerate(outcomes)]
+        outcomes = [waiting.get(index % len(prompts), outcome) for index, outcome in enumerate(outcomes)]
         with self.timed("judge"):
-            if self.candidates is not None:
-                outcomes = self.candidates.choose(outcomes, prompts=len(prompts))
+            if self.parts.candidates is not None:
+                outcomes = self.parts.candidates.choose(outcomes, prompts=len(prompts))
             pairs = [outcome for outcome in outcomes if isinstance(outcome, ImagePair)]
-            verdicts = judge_pairs(self.keep, pairs)
-        if self.candidates is not None:
-            verdicts = [self.candidates.annotate(verdict) for verdict in verdicts]
+            verdicts = judge_pairs(self.parts.keep, pairs)
+        if self.parts.candidates is not None:
+            verdicts = [self.parts.candidates.annotate(verdict) for verdict in verdicts]
         judged = (
             Kept(pair, verdict) if verdict.keep else Dropped(pair, verdict)
             for pair, verdict in zip(pairs, verdicts, strict=True)
@@ -189,15 +177,17 @@ class _Stages:
     def _make_pairs(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[ImagePair | Skipped]:
         """Draw, critique, plan and redraw, each stage over all prompts: a pair for each, or why there is none."""
         with self.timed("draw"):
-            before = draw(self.synthesizer, [Plan(prompt) for prompt in prompts], seeds=seeds)
+            before = draw(self.parts.synthesizer, [Plan(prompt) for prompt in prompts], seeds=seeds)
         with self.timed("critique"):
             start_s = time.monotonic()
-            answers = run_critic(self.critic, before, prompts)
+            answers = run_critic(self.parts.critic, before, prompts)
             self.silence.note(answers, start_s=start_s)
         plans = [self._plan(*planned) for planned in zip(prompts, seeds, answers, strict=True)]
         with self.timed("redraw"):
             changes = [(plan, seed) for plan, seed in zip(plans, seeds, strict=True) if isinstance(plan, Plan)]
-            after = iter(draw(self.synthesizer, [plan for plan, _ in changes], seeds=[seed for _, seed in changes]))
+            after = iter(
+                draw(self.parts.synthesizer, [plan for plan, _ in changes], seeds=[seed for _, seed in changes])
+            )
             return [
                 plan
                 if isinstance(plan, Skipped)
@@ -208,7 +198,7 @@ class _Stages:
     def _plan(self, prompt: str, seed: int, answer: Critique | Abstention) -> Plan | Skipped:
         if isinstance(answer, Abstention):
             return Skipped(prompt, seed, f"the critic abstained: {answer.reason}", "critique", answer.transient)
-        plan = run_planner(self.planner, prompt, answer)
+        plan = run_planner(self.parts.planner, prompt, answer)
         if plan == Plan(prompt):
             why = "the planner kept no suggestion" if answer.suggestions else "the critic suggested nothing"
             return Skipped(prompt, seed, why, "plan")

@@ -9,8 +9,8 @@ from torch import nn
 
 _log = logging.getLogger(__name__)
 _STEPS = 25
-"""Steps with a gradient until layers without one are named. A factor that starts at zero passes no gradient to the other one, but
-gets its own in the first step; more steps are for layers that act at some noise levels only."""
+"""Steps with a gradient until layers without one are named. A factor that starts at zero passes no gradient to the other
+one, but gets its own in the first step; more steps are for layers that act at some noise levels only."""
 _NAMED = 12
 
 

@@ -47,10 +47,10 @@ def parse_reply(
     """Parse a model's reply as a critique.
 
     JSON is expected, with any of the keys that models use. It is also parsed when it is fenced, surrounded by prose,
-    truncated, or not quite JSON, and so is the markup in which Qwen-VL, InternVL, DeepSeek-VL2, GLM-V, Seed-VL, Molmo and
-    Molmo 2 give boxes or points. Of several answers the last complete one counts; the model's reasoning before it (between ``<think>`` and
-    ``</think>``) is ignored. The critique lists every repair. A suggestion that cannot be used is dropped with a
-    reason; if none is left, the answer is an abstention with all the reasons.
+    truncated, or not quite JSON, and so is the markup in which Qwen-VL, InternVL, DeepSeek-VL2, GLM-V, Seed-VL, Molmo
+    and Molmo 2 give boxes or points. Of several answers the last complete one counts; the model's reasoning before it
+    (between ``<think>`` and ``</think>``) is ignored. The critique lists every repair. A suggestion that cannot be
+    used is dropped with a reason; if none is left, the answer is an abstention with all the reasons.
 
     Args:
         text: the reply, of which the first ``MAX_REPLY_CHARS`` characters are parsed.

@@ -8,6 +8,7 @@ whole, and is a witness where diffusers has no reader. And the table in the docu
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 from artaug._internal.mappings import FrozenDict
 from artaug.lora.formats.key_maps import Format, KeyMap, KeyMatch
@@ -18,15 +19,24 @@ _DEFAULT = (".lora_A.default.weight",)
 _ANY = (*_DOWN_UP, *_A_B, *_DEFAULT, ".lora.down.weight")
 
 
+class Names(Enum):
+    """How a program calls layers: by diffusers' names or by the original ones, with dots or, flat, with underscores."""
+
+    DIFFUSERS = (False, False)
+    FLAT_DIFFUSERS = (False, True)
+    ORIGINAL = (True, False)
+    FLAT_ORIGINAL = (True, True)
+
+    def __init__(self, is_original: bool, is_flat: bool) -> None:
+        self.is_original, self.is_flat = is_original, is_flat
+
+
 @dataclass(frozen=True)
 class KeyStyle:
     """Keys that a program looks up for the layers of one family."""
 
     prefix: str
-    original_names: bool = False
-    """Original names, fused layers included; else diffusers' names."""
-    flat: bool = False
-    """Underscores in place of dots."""
+    names: Names = Names.DIFFUSERS
     endings: tuple[str, ...] = _ANY
     """Of the keys of ``LowRank.down`` that it knows."""
     ignored: str = ""
@@ -40,8 +50,8 @@ class KeyStyle:
         """The key of a layer without its ending; None if the program does not look for the layer."""
         if self.ignored and re.search(self.ignored, name):
             return None
-        key = match.original if self.original_names else name
-        return self.prefix + (key.replace(".", "_") if self.flat else key)
+        key = match.original if self.names.is_original else name
+        return self.prefix + (key.replace(".", "_") if self.names.is_flat else key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +96,11 @@ class Program:
                 stem = style.stem(name, match)
                 if stem is not None and any(stem + ending in keys for ending in style.endings):
                     found.setdefault(name, (stem, style))
-        return {name: one for name, one in found.items() if not one[1].whole_rows or _is_whole(matches[name], found)}
+        return {
+            name: (stem, style)
+            for name, (stem, style) in found.items()
+            if not style.whole_rows or _is_whole(matches[name], found)
+        }
 
 
 def _is_whole(match: KeyMatch, found: Collection[str]) -> bool:
@@ -104,40 +118,40 @@ DIFFUSERS = Program(
     {
         "FLUX.1": (
             KeyStyle("transformer."),
-            KeyStyle("lora_unet_", True, True, _DOWN_UP, _OUTSIDE_BLOCKS),
-            KeyStyle("diffusion_model.", True, False, _DOWN_UP, _OUTSIDE_BLOCKS),
+            KeyStyle("lora_unet_", Names.FLAT_ORIGINAL, _DOWN_UP, _OUTSIDE_BLOCKS),
+            KeyStyle("diffusion_model.", Names.ORIGINAL, _DOWN_UP, _OUTSIDE_BLOCKS),
         ),
         "Chroma": (
             KeyStyle("transformer."),
-            KeyStyle("lora_unet_", True, True, _DOWN_UP, _OUTSIDE_BLOCKS),
-            KeyStyle("diffusion_model.", True, False, _DOWN_UP, _OUTSIDE_BLOCKS),
+            KeyStyle("lora_unet_", Names.FLAT_ORIGINAL, _DOWN_UP, _OUTSIDE_BLOCKS),
+            KeyStyle("diffusion_model.", Names.ORIGINAL, _DOWN_UP, _OUTSIDE_BLOCKS),
         ),
         "FLUX.2": (
             KeyStyle("transformer."),
-            KeyStyle("lora_unet_", True, True, _DOWN_UP, rf"{_FLUX2_STREAMS}|guidance_embedder|norm_out"),
+            KeyStyle("lora_unet_", Names.FLAT_ORIGINAL, _DOWN_UP, rf"{_FLUX2_STREAMS}|guidance_embedder|norm_out"),
             # it swaps the halves of norm_out in a checkpoint and not in a LoRA
-            KeyStyle("diffusion_model.", True, False, _A_B, "norm_out"),
-            KeyStyle("base_model.model.", True, False, _A_B, "norm_out"),
+            KeyStyle("diffusion_model.", Names.ORIGINAL, _A_B, "norm_out"),
+            KeyStyle("base_model.model.", Names.ORIGINAL, _A_B, "norm_out"),
             KeyStyle("diffusion_model.", endings=_A_B, ignored=_OUTSIDE_BLOCKS),
             KeyStyle("base_model.model.", endings=_A_B, ignored=_OUTSIDE_BLOCKS),
         ),
         "Stable Diffusion 3": (KeyStyle("transformer."),),
         "Stable Diffusion XL": (
             KeyStyle("unet."),
-            KeyStyle("lora_unet_", True, True, _DOWN_UP),
-            KeyStyle("lora_unet_", False, True, _DOWN_UP, "add_embedding"),
+            KeyStyle("lora_unet_", Names.FLAT_ORIGINAL, _DOWN_UP),
+            KeyStyle("lora_unet_", Names.FLAT_DIFFUSERS, _DOWN_UP, "add_embedding"),
         ),
-        "Stable Diffusion 1.5": (KeyStyle("unet."), KeyStyle("lora_unet_", False, True, _DOWN_UP)),
+        "Stable Diffusion 1.5": (KeyStyle("unet."), KeyStyle("lora_unet_", Names.FLAT_DIFFUSERS, _DOWN_UP)),
         "Qwen-Image": (
             KeyStyle("transformer."),
-            KeyStyle("lora_unet_", False, True, _DOWN_UP),
+            KeyStyle("lora_unet_", Names.FLAT_DIFFUSERS, _DOWN_UP),
             KeyStyle("diffusion_model."),
             KeyStyle("", endings=_DEFAULT),
         ),
         "Z-Image": (
             KeyStyle("transformer."),
-            KeyStyle("lora_unet_", True, True, _DOWN_UP, "all_"),
-            KeyStyle("lora_unet_", False, True, _DOWN_UP),
+            KeyStyle("lora_unet_", Names.FLAT_ORIGINAL, _DOWN_UP, "all_"),
+            KeyStyle("lora_unet_", Names.FLAT_DIFFUSERS, _DOWN_UP),
             KeyStyle("diffusion_model."),
             KeyStyle("", endings=_DEFAULT),
         ),
@@ -147,11 +161,16 @@ DIFFUSERS = Program(
 
 # comfy/lora.py at 17358c8f (load_lora, model_lora_keys_unet), comfy/utils.py at 09708eae (…_to_diffusers): the original
 # names for every model, and tables of diffusers' names for some
-_COMFYUI_ORIGINAL = (KeyStyle("lora_unet_", True, True), KeyStyle("diffusion_model.", True))
+_COMFYUI_ORIGINAL = (KeyStyle("lora_unet_", Names.FLAT_ORIGINAL), KeyStyle("diffusion_model.", Names.ORIGINAL))
 _COMFYUI_FLUX = (
     *(
-        KeyStyle(prefix, False, flat, ignored=f"{_FLUX2_STREAMS}|time_guidance_embed|distilled_guidance_layer")
-        for prefix, flat in (("transformer.", False), ("", False), ("lora_transformer_", True), ("lycoris_", True))
+        KeyStyle(prefix, names, ignored=f"{_FLUX2_STREAMS}|time_guidance_embed|distilled_guidance_layer")
+        for prefix, names in (
+            ("transformer.", Names.DIFFUSERS),
+            ("", Names.DIFFUSERS),
+            ("lora_transformer_", Names.FLAT_DIFFUSERS),
+            ("lycoris_", Names.FLAT_DIFFUSERS),
+        )
     ),
     *_COMFYUI_ORIGINAL,
 )
@@ -159,8 +178,8 @@ _COMFYUI_FLUX = (
 _COMFYUI_UNET = (
     KeyStyle("unet.", ignored=r"\.to_"),
     KeyStyle("", ignored=r"\.to_"),
-    KeyStyle("lora_unet_", False, True),
-    KeyStyle("lycoris_", False, True),
+    KeyStyle("lora_unet_", Names.FLAT_DIFFUSERS),
+    KeyStyle("lycoris_", Names.FLAT_DIFFUSERS),
     *_COMFYUI_ORIGINAL,
 )
 COMFYUI = Program(
@@ -172,16 +191,21 @@ COMFYUI = Program(
         "Stable Diffusion 3": (
             KeyStyle("transformer."),
             KeyStyle("base_model.model."),
-            KeyStyle("lora_transformer_", False, True),
+            KeyStyle("lora_transformer_", Names.FLAT_DIFFUSERS),
             *_COMFYUI_ORIGINAL,
         ),
         "Stable Diffusion XL": _COMFYUI_UNET,
         "Stable Diffusion 1.5": _COMFYUI_UNET,
-        "Qwen-Image": (KeyStyle(""), KeyStyle("transformer."), KeyStyle("lycoris_", flat=True), *_COMFYUI_ORIGINAL),
+        "Qwen-Image": (
+            KeyStyle(""),
+            KeyStyle("transformer."),
+            KeyStyle("lycoris_", names=Names.FLAT_DIFFUSERS),
+            *_COMFYUI_ORIGINAL,
+        ),
         "Z-Image": (
             KeyStyle("diffusion_model."),
             KeyStyle("transformer."),
-            KeyStyle("lycoris_", flat=True),
+            KeyStyle("lycoris_", names=Names.FLAT_DIFFUSERS),
             KeyStyle(""),
             *_COMFYUI_ORIGINAL,
         ),
@@ -195,8 +219,8 @@ DIFFSYNTH_STUDIO = Program(
     "DiffSynth-Studio",
     {
         "FLUX.1": (
-            KeyStyle("transformer.", False, False, _A_B, _OUTSIDE_BLOCKS, whole_rows=True),
-            KeyStyle("lora_unet_", True, True, _DOWN_UP, _OUTSIDE_BLOCKS, one_strength=True),
+            KeyStyle("transformer.", Names.DIFFUSERS, _A_B, _OUTSIDE_BLOCKS, whole_rows=True),
+            KeyStyle("lora_unet_", Names.FLAT_ORIGINAL, _DOWN_UP, _OUTSIDE_BLOCKS, one_strength=True),
         ),
         "FLUX.2": _DIFFSYNTH_GENERAL,
         "Qwen-Image": _DIFFSYNTH_GENERAL,
@@ -204,14 +228,15 @@ DIFFSYNTH_STUDIO = Program(
     },
 )
 
-# networks/lora.py, lora_flux.py at 450630c6, lora_sd3.py at 077f6a4f: layers of the classes that it trains
+# networks/lora.py at 02298e3c, lora_flux.py at 450630c6, lora_sd3.py at 077f6a4f: layers of the classes that it trains; of a
+# U-Net the linear layers and convolutions of Transformer2DModel, ResnetBlock2D, Downsample2D and Upsample2D
 SD_SCRIPTS = Program(
     "sd-scripts",
     {
-        "FLUX.1": (KeyStyle("lora_unet_", True, True, _DOWN_UP, "^(norm_out|proj_out)"),),
-        "Stable Diffusion 3": (KeyStyle("lora_unet_", True, True, _DOWN_UP),),
-        "Stable Diffusion XL": (KeyStyle("lora_unet_", True, True, _DOWN_UP, _OUTSIDE_UNET_BLOCKS),),
-        "Stable Diffusion 1.5": (KeyStyle("lora_unet_", False, True, _DOWN_UP, _OUTSIDE_UNET_BLOCKS),),
+        "FLUX.1": (KeyStyle("lora_unet_", Names.FLAT_ORIGINAL, _DOWN_UP, "^(norm_out|proj_out)"),),
+        "Stable Diffusion 3": (KeyStyle("lora_unet_", Names.FLAT_ORIGINAL, _DOWN_UP),),
+        "Stable Diffusion XL": (KeyStyle("lora_unet_", Names.FLAT_ORIGINAL, _DOWN_UP, _OUTSIDE_UNET_BLOCKS),),
+        "Stable Diffusion 1.5": (KeyStyle("lora_unet_", Names.FLAT_DIFFUSERS, _DOWN_UP, _OUTSIDE_UNET_BLOCKS),),
     },
 )
 
@@ -219,9 +244,9 @@ SD_SCRIPTS = Program(
 MUSUBI_TUNER = Program(
     "musubi-tuner",
     {
-        "FLUX.2": (KeyStyle("lora_unet_", True, True, _DOWN_UP),),
-        "Qwen-Image": (KeyStyle("lora_unet_", False, True, _DOWN_UP),),
-        "Z-Image": (KeyStyle("lora_unet_", False, True, _DOWN_UP),),
+        "FLUX.2": (KeyStyle("lora_unet_", Names.FLAT_ORIGINAL, _DOWN_UP),),
+        "Qwen-Image": (KeyStyle("lora_unet_", Names.FLAT_DIFFUSERS, _DOWN_UP),),
+        "Z-Image": (KeyStyle("lora_unet_", Names.FLAT_DIFFUSERS, _DOWN_UP),),
     },
 )
 

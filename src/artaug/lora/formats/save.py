@@ -68,7 +68,7 @@ def _default_format(layers: Mapping[str, LowRank], key_map: KeyMap | None) -> tu
     The U-Nets of Stable Diffusion share most names. sd-scripts trains one by the original names and the others by
     diffusers'; the programs that draw know diffusers' for all of them.
     """
-    fitting = [key_map] if key_map is not None else [one for one in KEY_MAPS if all(map(one.match, layers))]
+    fitting = [key_map] if key_map is not None else [known for known in KEY_MAPS if all(map(known.match, layers))]
     defaults = {candidate.default_format for candidate in fitting}
     if len(defaults) != 1 or defaults == {Format.PEFT}:
         return Format.PEFT, key_map

@@ -157,7 +157,7 @@ def reading_by(
         if style.one_strength and strengths:
             parts["alpha"] = torch.tensor(strengths[0] * len(parts["down"]))
         layer = _scaled_layer(name, parts, config)
-        if style.original_names:
+        if style.names.is_original:
             layer = _cut_rows(layer, matches[name])[name]
         if not relative_error(layer, expected[name]) <= tolerance:
             return f"reads another update of {name!r}"
