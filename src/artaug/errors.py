@@ -34,11 +34,11 @@ class ArtAugError(Exception):
     """Base class of every error artaug raises on purpose. Every one can be pickled, with its attributes.
 
     Attributes:
-        enhancement: where `enhance` raised it, the `Enhancement` of the rounds that had finished, their LoRAs included;
+        result: where `enhance` raised it, the `Enhancement` of the rounds that had finished, their LoRAs included;
             elsewhere None.
     """
 
-    enhancement: Any = None  # of a floor above
+    result: Any = None  # of a floor above
 
     def __reduce__(self) -> "tuple[Any, ...]":
         # An exception is unpickled by a call with its args, its message that is, and some classes take other arguments.

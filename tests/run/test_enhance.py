@@ -309,7 +309,7 @@ class Raises(aa.Critic):
 def test_a_bug_in_round_two_carries_the_rounds_before(flux):
     with pytest.raises(aa.CriticError, match="Raises raised KeyError: 'boxes'") as caught:
         enhanced(flux, critic=Raises(4, KeyError("boxes")))
-    carried = caught.value.enhancement
+    carried = caught.value.result
     assert [finished.number for finished in carried.rounds] == [1]
     assert carried.stop_reason.startswith("round 2 stopped with CriticError: Raises raised KeyError")
     assert carried.lora is carried.rounds[0].lora

@@ -82,7 +82,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         NothingToLearnError: if the first round keeps no pair; the message counts what happened to the prompts.
         CriticError: if the critic raises or stays away, see `improve`.
 
-    Every `ArtAugError` that a round raises has the rounds before it as its ``enhancement``.
+    Every `ArtAugError` that a round raises has the rounds before it as its ``result``.
     """
     parts = LoopParts(synthesizer=synthesizer, critic=critic, planner=planner, keep=keep, candidates=candidates)
     learning = LearningParts(
@@ -96,7 +96,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
             outcome = stages.run_round(prompts, finished, seed=round_seed)
         except ArtAugError as error:  # the rounds before took hours; the error carries them
             reason = f"round {number} stopped with {type(error).__name__}: {error}"
-            error.enhancement = Enhancement(rounds=tuple(finished), stop_reason=reason)
+            error.result = Enhancement(rounds=tuple(finished), stop_reason=reason)
             raise
         if isinstance(outcome, str):
             return Enhancement(rounds=tuple(finished), stop_reason=outcome)
