@@ -1,7 +1,8 @@
 """Every error artaug raises on purpose.
 
 Each is an `ArtAugError` and also the builtin that fits, so that both ``except ArtAugError`` and
-``except ValueError`` catch it. Bugs and out-of-memory errors are never wrapped.
+``except ValueError`` catch it. What a user's object raises is wrapped once, in a `PartError`; other bugs and out-of-memory
+errors are never wrapped.
 
 ```
 ArtAugError
@@ -9,7 +10,9 @@ ArtAugError
 │   ├── GeometryError                    a box or a mask that does not describe a part of an image
 │   └── PromptError                      no prompts, or one that cannot be used
 ├── ContractError (TypeError)            a user's object returned something its seam does not allow
-├── CriticError (RuntimeError)           a critic raised instead of abstaining
+├── PartError (RuntimeError)             a user's object raised
+│   ├── CriticError                      a critic raised instead of abstaining
+│   └── ScoringError                     a scorer raised, perhaps on some pictures of a comparison only
 ├── ModelError (ValueError)              a folder, pipeline or size the adapter cannot work with
 ├── GuideError (RuntimeError)            a guide cannot be installed, or a region would have no effect
 ├── LoRAError (ValueError)               a malformed LoRA file or value
@@ -17,7 +20,6 @@ ArtAugError
 ├── NonFiniteError (ArithmeticError)     NaN or infinity where numbers were expected
 │   └── TrainingDivergedError            the loss or its gradient is not finite
 ├── StorageError (OSError)               a file of artaug's own could not be written, or is not what it should be
-├── ScoringError (RuntimeError)          a scorer raised: in a filter, or on some pictures of a comparison
 ├── UndecidedError (LookupError)         a pair that no person has decided on yet
 ├── HubError (RuntimeError)               the Hub refused something, or could not be reached
 ├── NothingToLearnError (RuntimeError)   no pair was kept, so there is nothing to train on
@@ -69,7 +71,15 @@ class ContractError(ArtAugError, TypeError):
     """An object of the user's (a critic, planner, synthesizer, scorer, filter, ...) broke the contract of its seam."""
 
 
-class CriticError(ArtAugError, RuntimeError):
+class PartError(ArtAugError, RuntimeError):
+    """An object of the user's (a synthesizer, planner, scorer, filter, ...) raised; its exception is the cause.
+
+    What passes by itself, such as a timeout, has been tried again for ten minutes before. An `ArtAugError` that such an object
+    raises is not wrapped: it gets a note that names the object and its prompts.
+    """
+
+
+class CriticError(PartError):
     """A critic raised an exception where it should have returned an `Abstention`."""
 
 
@@ -117,12 +127,12 @@ class StorageError(ArtAugError, OSError):
     """A file of artaug's own (a checkpoint, a cache) could not be written, or does not hold what it should."""
 
 
-class ScoringError(ArtAugError, RuntimeError):
-    """A scorer raised: in a filter, or on some pictures of a comparison after others had been scored.
+class ScoringError(PartError):
+    """A scorer raised; in a comparison, perhaps on some pictures after others had been scored.
 
     Attributes:
         comparison: the `Comparison` of all that was scored, ``failures`` included; None if that is too little for one, and
-            in a filter.
+            outside a comparison.
         scores: by arm and scorer all numbers there are, NaN for those there are not.
     """
 

@@ -1,17 +1,25 @@
 """The seam that draws pictures from plans, and the seeds of a run's pictures."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from PIL.Image import Image
 
 from artaug._internal.arguments import check_count
+from artaug._internal.calls import call_part, describe_inputs
 from artaug._internal.contracts import check_batch
+from artaug._internal.memory import FittingBatches
 from artaug.errors import ModelError
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
+
+_TOO_LARGE = (
+    "Offload the pipeline (enable_model_cpu_offload), draw smaller pictures, load the model in lower precision or quantized, or "
+    "free what else is on the device; fewer steps need as much memory."
+)
 
 
 class Synthesizer(ABC):
@@ -45,23 +53,56 @@ class Synthesizer(ABC):
         raise ModelError(f"{type(self).__name__} cannot draw with a LoRA: it does not override with_lora.")
 
 
+@dataclass(frozen=True, eq=False)
+class DrawingCall:
+    """What one call of a synthesizer drew. The size of a call changes how a model rounds: a store records it, to draw again."""
+
+    members: tuple[int, ...]
+    """The indices of its plans among all that were to be drawn."""
+    images: tuple[Image, ...]
+    """A picture for each of them."""
+
+
 def draw(synthesizer: Synthesizer, plans: Sequence[Plan], *, seeds: Sequence[int]) -> list[Image]:
-    """Draw pictures and check that there is one for each plan; without plans, the synthesizer is not called.
+    """Draw pictures, in one call of the synthesizer if they fit into memory; without plans, it is not called.
+
+    See `draw_in_calls`, which gives the same pictures call by call, for what it raises.
+    """
+    calls = draw_in_calls(synthesizer, plans, seeds=seeds, batches=FittingBatches(max(len(plans), 1)))
+    return [image for call in calls for image in call.images]
+
+
+def draw_in_calls(
+    synthesizer: Synthesizer, plans: Sequence[Plan], *, seeds: Sequence[int], batches: FittingBatches
+) -> Iterator[DrawingCall]:
+    """Draw pictures and check that there is one for each plan: the pictures of each call of the synthesizer, as they come.
+
+    Every call of a synthesizer goes through this function. Where memory runs out, ``batches.largest`` is halved and what was
+    not drawn is drawn again; pass the same ``batches`` to go on with calls of that size. A synthesizer without a
+    `Synthesizer.synthesize_batch` of its own draws picture by picture. What passes by itself, such as a timeout, is tried
+    again for ten minutes.
 
     Raises:
-        ContractError: if the synthesizer returned too few or too many pictures, or something that is not a PIL image.
+        PartError: if the synthesizer raised; an `ArtAugError` of its own is raised as it is, with a note.
+        ContractError: if it returned too few or too many pictures, or something that is not a PIL image.
+        MemoryError, RuntimeError: the synthesizer's own, if not even one picture fits into memory.
     """
-    if not plans:
-        return []
-    return check_batch(
-        type(synthesizer).__name__,
-        "synthesize_batch",
-        synthesizer.synthesize_batch(plans, seeds=seeds),
-        of=Image,
-        count=len(plans),
-        per="plan",
-        prompts=[plan.prompt for plan in plans],
-    )
+    owner = type(synthesizer).__name__
+
+    def call(members: Sequence[int]) -> list[Image]:
+        part = [plans[index] for index in members]
+        prompts = [plan.prompt for plan in part]
+        images = call_part(
+            lambda: synthesizer.synthesize_batch(part, seeds=[seeds[index] for index in members]),
+            owner=owner,
+            inputs=describe_inputs("plan", prompts),
+        )
+        return check_batch(owner, "synthesize_batch", images, of=Image, count=len(part), per="plan", prompts=prompts)
+
+    if type(synthesizer).synthesize_batch is Synthesizer.synthesize_batch:
+        batches = FittingBatches(1)
+    for members, images in batches.run(call, range(len(plans)), owner=owner, item="picture", remedy=_TOO_LARGE):
+        yield DrawingCall(tuple(members), tuple(images))
 
 
 def picture_seeds(seed: int, count: int) -> list[int]:

@@ -20,6 +20,7 @@ from artaug.critics.server.completion import RequestFailure
 from artaug.critics.server.usage import UsageCounter
 from artaug.critique import StreamingCritic, run_critic
 from artaug.testing import FixedCritic
+from support.clock import FakeTime
 from support.faulty_server import faulty_server, refuses
 
 PICTURE = Image.new("RGB", (16, 16), "teal")
@@ -54,21 +55,6 @@ class InBatches(aa.Critic):
 
     def critique_batch(self, images, prompts):
         raise self.error
-
-
-@dataclass
-class FakeTime:
-    """Time that passes while somebody sleeps."""
-
-    now: float = 0.0
-    slept: list = field(default_factory=list)
-
-    def monotonic(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.slept.append(seconds)
-        self.now += seconds
 
 
 @pytest.fixture
@@ -390,7 +376,7 @@ def test_a_server_that_fails_for_a_while_gives_a_transient_abstention():
 
 @pytest.mark.loopback
 def test_a_lasting_500_is_told_early_from_a_schema_that_is_refused_and_then_waited_for(monkeypatch):
-    monkeypatch.setattr("artaug.critics.server.backoff._FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr("artaug._internal.transient._FIRST_DELAY_S", 0.001)
     with_schema = []
     with faulty_server(*itertools.repeat(refuses(500), 8), refuses(401)) as server:
         answer = OpenAICritic(base_url=server.url, model="m", conversation=Conversation()).critique(PICTURE, "a wall")

@@ -1,7 +1,12 @@
-"""Which exceptions are expected to pass by themselves, so that the same call may succeed later."""
+"""Which exceptions are expected to pass by themselves, so that the same call may succeed later, and when to try it again."""
 
 import errno
+import random
 from dataclasses import dataclass
+
+DEADLINE_S = 600.0
+"""How long a server may stay away before a run ends in order: a restart, or the loading of a large model, takes minutes."""
+_FIRST_DELAY_S, _MAX_DELAY_S = 0.5, 30.0
 
 RETRYABLE_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)}) - {501, 505, 511}
 """HTTP status codes after which the same request may succeed: 409 is a lock, 425 and 429 are too early and too often, 529
@@ -64,3 +69,12 @@ class TransientErrors:
             return True
         reason = getattr(error, "reason", None)
         return isinstance(reason, Exception) and reason is not error and self.matches(reason)
+
+
+def backoff_delay_s(attempt: int) -> float:
+    """Seconds to wait after attempt ``attempt``, counted from 1: exponential with jitter, at most 30.
+
+    ``min(0.5 * 2 ** (attempt - 1), 30)`` times a random factor in [0.5, 1].
+    """
+    longest = min(_FIRST_DELAY_S * 2.0 ** (attempt - 1), _MAX_DELAY_S)
+    return longest * random.uniform(0.5, 1)

@@ -13,9 +13,8 @@ from PIL.Image import Image
 from artaug._internal.digests import digest
 from artaug._internal.files import atomic_write, check_regular
 from artaug._internal.images import rgb_parts
-from artaug._internal.transient import TransientErrors
+from artaug._internal.transient import DEADLINE_S, TransientErrors, backoff_delay_s
 from artaug._internal.values import from_json, to_json, value
-from artaug.critics.server.backoff import backoff_delay_s
 from artaug.critique import Abstention, Answer, Critic, Critique, StreamingCritic, Suggestion, run_critic, stream_critic
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box
@@ -239,7 +238,7 @@ class Retried(StreamingCritic):
     _: KW_ONLY
     max_retries: int = 2
     """The largest number of further tries after abstentions that are not transient."""
-    retry_deadline_s: float = field(default=600.0, repr=False)
+    retry_deadline_s: float = field(default=DEADLINE_S, repr=False)
     """After a transient fault, no further try starts this many seconds after the critic last answered to anything."""
     transient: TransientErrors = field(default=TransientErrors(), repr=False)
     """Which exceptions of the critic are transient."""

@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 
 import artaug as aa
+from artaug._internal import transient
 from artaug.critics import Cached, Conversation, Coordinates, OpenAICritic, Usage, coordinates_for
 from artaug.critics.server import backoff
 from artaug.critics.server.http import _proxy
@@ -56,7 +57,7 @@ KEY = "sk-very-secret"
 
 @pytest.fixture(autouse=True)
 def _short_delays(monkeypatch):
-    monkeypatch.setattr(backoff, "_FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(transient, "_FIRST_DELAY_S", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for proxy in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(proxy, raising=False)
@@ -286,7 +287,7 @@ def test_retry_after_headers_are_parsed(headers, seconds):
 
 
 def test_backoff_delays_grow_to_a_maximum():
-    delays = [backoff.backoff_delay_s(attempt) for attempt in range(1, 30)]
+    delays = [transient.backoff_delay_s(attempt) for attempt in range(1, 30)]
     assert all(0 < delay <= 30 for delay in delays)
     assert max(delays[:2]) < 0.03 < min(delays[8:])
 

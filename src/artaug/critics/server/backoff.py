@@ -1,14 +1,12 @@
-"""When to retry a request: exponential backoff, ``Retry-After``, and a pause for all threads."""
+"""When to retry a request: ``Retry-After``, and a pause for all threads."""
 
 import email.utils
 import math
-import random
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-_FIRST_DELAY_S, _MAX_DELAY_S = 0.5, 30.0
 _LONGEST_SLEEP_S = 3600.0  # at a time: a wait of a thousand years is more than the system's clock takes
 
 
@@ -53,15 +51,6 @@ class RetryGate:
         while (remaining := max(due, self._open_at) - time.monotonic()) > 0 or self._closed.is_set():
             if self._closed.wait(min(max(remaining, 0), _LONGEST_SLEEP_S)):
                 raise RequestCancelled
-
-
-def backoff_delay_s(attempt: int) -> float:
-    """Seconds to wait after attempt ``attempt``, counted from 1: exponential with jitter, at most 30.
-
-    ``min(0.5 * 2 ** (attempt - 1), 30)`` times a random factor in [0.5, 1].
-    """
-    longest = min(_FIRST_DELAY_S * 2.0 ** (attempt - 1), _MAX_DELAY_S)
-    return longest * random.uniform(0.5, 1)
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:

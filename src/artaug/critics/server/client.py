@@ -12,8 +12,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
+from artaug._internal.transient import backoff_delay_s
 from artaug.critics.dialogue import ChatReply
-from artaug.critics.server.backoff import RetryGate, backoff_delay_s, parse_retry_after
+from artaug.critics.server.backoff import RetryGate, parse_retry_after
 from artaug.critics.server.completion import Completion, RequestFailure, excerpt, parse_completion
 from artaug.critics.server.http import HttpResponse
 from artaug.critics.server.usage import Usage, UsageCounter

@@ -17,6 +17,7 @@ from PIL.Image import Image, Resampling
 
 from artaug._internal.images import as_rgb, data_url
 from artaug._internal.text import shorten
+from artaug._internal.transient import DEADLINE_S
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import FAMILIES, Coordinates
 from artaug.critics.dialogue import ChatReply, ChatRequest, run_dialogue
@@ -102,7 +103,7 @@ class OpenAICritic(Critic):
     """A request fails if its response is not complete after this time, from looking up the server's name on."""
     max_attempts: int | None = field(default=None, repr=False)
     """The largest number of attempts for a request; None for as many as ``retry_deadline_s`` allows."""
-    retry_deadline_s: float = field(default=600.0, repr=False)
+    retry_deadline_s: float = field(default=DEADLINE_S, repr=False)
     """No further attempt of a request starts this long after its first, nor this long after the server last answered any
     request of the batch: a server that is down costs one deadline for the whole batch."""
     _state: _State = field(init=False, repr=False, compare=False, default_factory=_State)
