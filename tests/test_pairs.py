@@ -1,11 +1,15 @@
 """Pairs, verdicts and attempts."""
 
+import copy
 import dataclasses
+import pickle
+import typing
 
 import pytest
 from PIL import Image
 
 import artaug as aa
+from artaug.image_files import ImageFile, image_digest
 from artaug.pairs import pair_digest
 from support.strategies import pair
 
@@ -69,3 +73,96 @@ def test_the_digest_of_a_pair_sees_the_colours_of_a_palette():
     original = dataclasses.replace(pair(1, 2), before=Image.new("RGB", (4, 4)), after=warm)
     assert pair_digest(dataclasses.replace(original, after=cold)) != pair_digest(original)
     assert pair_digest(dataclasses.replace(original, after=warm.convert("RGB"))) == pair_digest(original)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A pair in memory, and the same with its pictures in a folder."""
+    original = dataclasses.replace(pair(1, 2), plan=aa.Plan("brighter"))
+    return original, original.stored_in(aa.ImageFolder(tmp_path))
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """From now on, a file that is read is an error."""
+
+    def refuse(_file):
+        raise AssertionError("a file was read")
+
+    return lambda: monkeypatch.setattr(ImageFile, "load", refuse)
+
+
+def test_a_pair_by_reference_reads_as_the_pair_it_was_and_keeps_no_picture(stored):
+    original, referenced = stored
+    for side in ("before", "after"):
+        assert getattr(referenced, side).tobytes() == getattr(original, side).convert("RGB").tobytes()
+        assert getattr(referenced, side) is not getattr(referenced, side)
+    assert all(isinstance(picture, ImageFile) for picture in referenced.references)
+    assert original.references == (original.before, original.after)
+
+
+def test_size_digest_equality_repr_pickle_and_copy_of_a_pair_by_reference_read_no_file(stored, unread):
+    original, referenced = stored
+    digests = image_digest(original.before), image_digest(original.after)
+    unread()
+    assert referenced.size == original.size
+    assert pair_digest(referenced, include_plan=True) == pair_digest(original, include_plan=True)
+    assert tuple(map(image_digest, referenced.references)) == digests
+    assert repr(referenced) == repr(original)
+    assert referenced == original
+    copies = [copy.copy(referenced), copy.deepcopy(referenced), pickle.loads(pickle.dumps(referenced))]
+    assert all(other == referenced and other.references == referenced.references for other in copies)
+    assert len(pickle.dumps(referenced)) < 2000
+    assert referenced.holding(*referenced.references) == original
+
+
+def test_a_pair_is_equal_by_prompt_seed_plan_and_pixels(stored):
+    original, referenced = stored
+    for changes in ({"prompt": "another"}, {"seed": 99}, {"plan": aa.Plan("darker")}, {"before": original.after}):
+        other = dataclasses.replace(referenced, **changes)
+        assert other != referenced
+        assert other != original
+    assert dataclasses.replace(referenced) == referenced
+    assert referenced != "a pair"
+    assert {original, referenced} == {original}
+
+
+def test_a_pair_stays_frozen_and_its_pictures_have_no_default(stored):
+    for pair_ in stored:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            pair_.before = pair_.after
+    with pytest.raises(TypeError, match="missing 2 required keyword-only arguments: 'before' and 'after'"):
+        aa.ImagePair(prompt="a pear")
+    assert [field.name for field in dataclasses.fields(aa.ImagePair)] == ["prompt", "seed", "before", "after", "plan"]
+    assert typing.get_type_hints(aa.ImagePair)["before"] == Image.Image | ImageFile
+
+
+def test_a_pair_without_a_plan_or_a_seed_is_a_pair():
+    picture = Image.new("RGB", (8, 8))
+    bare = aa.ImagePair(prompt="a pear", before=picture, after=picture)
+    assert (bare.seed, bare.plan) == (None, aa.Plan("a pear"))
+    assert bare == dataclasses.replace(bare, plan=None)
+    assert repr(bare) == "ImagePair('a pear', seed=None, 8 x 8 pixels, 0 regions)"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("before", "a.png"), ("after", None), ("plan", "a pear"), ("seed", "1"), ("prompt", None)]
+)
+def test_a_pair_refuses_a_field_of_another_type(name, value):
+    with pytest.raises(aa.InvalidValueError, match=rf"ImagePair\({name}="):
+        dataclasses.replace(pair(1, 2), **{name: value})
+
+
+def test_pictures_of_two_sizes_are_refused_without_reading_them(tmp_path, unread):
+    small, large = aa.ImageFolder(tmp_path).add_all([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))])
+    unread()
+    with pytest.raises(aa.InvalidValueError, match="differ in size"):
+        aa.ImagePair(prompt="a pear", before=small, after=large)
+
+
+def test_a_picture_that_is_gone_is_an_error_of_the_look_not_of_the_pair(stored):
+    _, referenced = stored
+    referenced.references[0].path.unlink()
+    assert referenced.after.size == referenced.size
+    with pytest.raises(aa.StorageError, match="there is no such file"):
+        _ = referenced.before

@@ -44,6 +44,7 @@ from artaug.filtering import (
     calibrate,
 )
 from artaug.geometry import Box, Mask
+from artaug.image_files import ImageFile, ImageFolder
 from artaug.images.similarity import EmbeddingSimilarity, ImageSimilarity, StructuralSimilarity
 from artaug.lora.baking import BakedCheckpoint, BakedFile, BakedLayer, bake
 from artaug.lora.formats import Format
@@ -133,6 +134,8 @@ __all__ = [
     "Guide",
     "GuideError",
     "HubError",
+    "ImageFile",
+    "ImageFolder",
     "ImagePair",
     "ImageSimilarity",
     "InvalidValueError",

@@ -1,24 +1,56 @@
 """Pairs of pictures, verdicts on them, and the three ways in which a prompt of a run ends."""
 
+import copy
 from dataclasses import dataclass
 from html import escape
-from typing import Annotated, Literal, Self, TypeAlias
+from numbers import Integral
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias, overload
 
 from PIL.Image import Image
 from pydantic import Field
 
 from artaug._internal.arguments import check_argument
 from artaug._internal.digests import digest
-from artaug._internal.images import preview_url, rgb_parts
+from artaug._internal.images import preview_url
 from artaug._internal.text import shorten
 from artaug._internal.values import to_json, value
 from artaug.errors import InvalidValueError
+from artaug.image_files import ImageFile, ImageFolder, image_digest
 from artaug.plan import Plan
 
 
-@dataclass(frozen=True, kw_only=True)
+class _PictureField:
+    """A field that is given a picture or an `ImageFile`, and read as a picture, which a file loads anew each time."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, pair: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, pair: object, owner: type) -> Image: ...
+    def __get__(self, pair: object | None, owner: type) -> Self | Image:
+        if pair is None:  # dataclass asks the class for a default, and there is none
+            raise AttributeError(self._name)
+        held: Image | ImageFile = vars(pair)[self._name]
+        return held.load() if isinstance(held, ImageFile) else held
+
+    def __set__(self, pair: object, picture: Image | ImageFile) -> None:
+        vars(pair)[self._name] = picture  # under its own name, as pickle, copy and vars() expect it
+
+
+if TYPE_CHECKING:
+    _Picture: TypeAlias = _PictureField
+else:  # what a program that reads the annotations may pass
+    _Picture = Image | ImageFile
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ImagePair:
-    """The pictures of one prompt and seed, before and after a critique.
+    """Two pictures of one prompt, before and after a critique, or a better and a worse one of any origin.
+
+    Each is a PIL image, or an `ImageFile`: then the attribute reads the file whenever it is looked at, and keeps nothing,
+    so that many pairs fit into memory. ``dataclasses.replace`` looks at both.
 
     Raises:
         InvalidValueError: for a field of another type, or if the two pictures differ in size, since their pixels then do
@@ -26,16 +58,17 @@ class ImagePair:
     """
 
     prompt: str
-    seed: int
-    before: Image
+    seed: int | None = None
+    """What the pictures were drawn with; None if that is not known, as of pictures of others."""
+    before: _Picture = _PictureField()
     """Drawn from the prompt alone."""
-    after: Image
+    after: _Picture = _PictureField()
     """Drawn from the plan, with the same seed."""
-    plan: Plan
-    """What ``after`` was drawn from."""
+    plan: Plan = None  # type: ignore[assignment]  # a Plan in every pair that exists
+    """What ``after`` was drawn from. Without one, ``Plan(prompt)``, which has no regions."""
 
     @classmethod
-    def unchanged(cls, image: Image, *, prompt: str, seed: int) -> Self:
+    def unchanged(cls, image: Image | ImageFile, *, prompt: str, seed: int | None = None) -> Self:
         """A pair in which nothing changed: among others, it keeps the model's predictions for the prompt as they are.
 
         In `PairedDifference` such a pair is exactly a prior-preservation term: its target is the prediction of the frozen
@@ -45,7 +78,7 @@ class ImagePair:
         Args:
             image: what the model draws of the prompt, and should continue to draw.
             prompt: the prompt.
-            seed: the seed it was drawn with.
+            seed: the seed it was drawn with, if it is known.
 
         >>> from PIL import Image
         >>> import artaug as aa
@@ -53,11 +86,61 @@ class ImagePair:
         >>> pair.before is pair.after, pair.plan.regions
         (True, ())
         """
-        return cls(prompt=prompt, seed=seed, before=image, after=image, plan=Plan(prompt))
+        return cls(prompt=prompt, seed=seed, before=image, after=image)
+
+    @property
+    def references(self) -> tuple[Image | ImageFile, Image | ImageFile]:
+        """Before and after as the pair holds them: no file is read."""
+        held = vars(self)
+        return held["before"], held["after"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of both pictures, in pixels. No file is read."""
+        return self.references[0].size
+
+    def stored_in(self, folder: ImageFolder) -> Self:
+        """This pair, with both pictures in the folder and no longer in memory; see `ImageFolder.add_all`.
+
+        Raises:
+            StorageError: if they cannot be written.
+
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> import artaug as aa
+        >>> pair = aa.ImagePair.unchanged(Image.new("RGB", (64, 64)), prompt="a red cone", seed=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     stored = pair.stored_in(aa.ImageFolder(folder))
+        ...     stored == pair, [type(picture).__name__ for picture in stored.references]
+        (True, ['ImageFile', 'ImageFile'])
+        """
+        return self.holding(*folder.add_all(self.references))
+
+    def holding(self, before: Image | ImageFile, after: Image | ImageFile) -> Self:
+        """This pair with other pictures; unlike ``dataclasses.replace``, it reads no file.
+
+        Raises:
+            InvalidValueError: for what are no pictures of one size.
+        """
+        pair = copy.copy(self)
+        vars(pair).update(before=before, after=after)
+        pair.__post_init__()
+        return pair
+
+    def __eq__(self, other: object) -> bool:
+        """Whether prompt, seed, plan and the pixels are the same; of files whose digests are known, none is read."""
+        if not isinstance(other, ImagePair):
+            return NotImplemented
+        if (self.prompt, self.seed, self.plan) != (other.prompt, other.seed, other.plan):
+            return False
+        return pair_digest(self) == pair_digest(other)
+
+    def __hash__(self) -> int:
+        return hash((self.prompt, self.seed))
 
     def __repr__(self) -> str:
         """Prompt, seed, size and number of regions, on one line."""
-        width, height = self.before.size
+        width, height = self.size
         return (
             f"ImagePair({shorten(self.prompt, 80)!r}, seed={self.seed}, {width} x {height} pixels, "
             f"{len(self.plan.regions)} regions)"
@@ -74,20 +157,27 @@ class ImagePair:
         return f"<p>{escape(self.prompt)}<br><small>{escape(regions)}</small></p>{pictures}"
 
     def __post_init__(self) -> None:
-        for name, of in (("prompt", str), ("before", Image), ("after", Image), ("plan", Plan)):
-            check_argument("ImagePair", name, getattr(self, name), of)
-        if self.before.size != self.after.size:
+        check_argument("ImagePair", "prompt", self.prompt, str)
+        check_argument("ImagePair", "seed", self.seed, Integral, optional=True)
+        check_argument("ImagePair", "plan", self.plan, Plan, optional=True)
+        if self.plan is None:
+            object.__setattr__(self, "plan", Plan(self.prompt))
+        for name, picture in zip(("before", "after"), self.references, strict=True):
+            if not isinstance(picture, ImageFile):
+                check_argument("ImagePair", name, picture, Image)
+        before, after = self.references
+        if before.size != after.size:
             raise InvalidValueError(
-                f"the two pictures of {self.prompt!r} differ in size: before {self.before.size}, "
-                f"after {self.after.size}. A pair needs two pictures of one size."
+                f"the two pictures of {self.prompt!r} differ in size: before {before.size}, "
+                f"after {after.size}. A pair needs two pictures of one size."
             )
 
 
 def pair_digest(pair: ImagePair, *, include_plan: bool = False) -> str:
     """SHA-256 of what a pair shows, as 64 hexadecimal digits: its prompt and the RGB pixels of both pictures.
 
-    The same pictures of the same prompt have the same digest after a round trip through a PNG file, in another run, and
-    whatever the seed was.
+    The same pictures of the same prompt have the same digest after a round trip through a file without loss, in another
+    run, and whatever the seed was. A file whose digest is known is not read.
 
     Args:
         pair: the pair.
@@ -96,8 +186,10 @@ def pair_digest(pair: ImagePair, *, include_plan: bool = False) -> str:
     Raises:
         InvalidValueError: for a picture that has no RGB pixels (32-bit modes ``I`` and ``F``).
     """
-    pixels = (*rgb_parts(pair.before), *rgb_parts(pair.after))
-    return digest(pair.prompt, *pixels, *([to_json(pair.plan)] if include_plan else []))
+    before, after = pair.references
+    first = image_digest(before)
+    second = first if after is before else image_digest(after)
+    return digest(pair.prompt, first, second, *([to_json(pair.plan)] if include_plan else []))
 
 
 @value

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -11,7 +12,8 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ _MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _ABANDONED_AFTER_S = 24 * 3600
 """Without a change, for scratch folders whose locks say nothing."""
 _MAX_ATTEMPTS = 100
+_SYNC_THREADS = 8
 _NOT_OF_FOLDERS = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 """What a file system says that flushes files and no folders."""
 _METADATA = "__metadata__"
@@ -64,19 +67,60 @@ def atomic_write(path: Path, *, what: str, remedy: str) -> Iterator[Path]:
         StorageError: if the system cannot write it (no room, no permission, a file in the way). The temporary file is
             removed.
     """
+    with atomic_writes(path.parent, what=f"{what} {path}", remedy=remedy) as place:
+        yield place(path)
+
+
+@contextmanager
+def atomic_writes(folder: Path, *, what: str, remedy: str) -> Iterator[Callable[[Path], Path]]:
+    """As `atomic_write`, for many files at once: at the end of the block all are flushed, and then placed.
+
+    Yields a function from where a file of the folder, or of folders in it, is to be to the temporary path to write it to;
+    threads may call it. An exception in the block places none. The system places them one by one, after all are on the
+    disk, so a power failure may leave some: each is whole.
+
+    Args:
+        folder: which the files are to be in.
+        what: name of what is written, for the error's text.
+        remedy: what to do about the error, as a sentence.
+
+    Raises:
+        StorageError: if the system cannot write one of them.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path.parent)
-        with _scratch_folder(path.parent / _SCRATCH) as scratch:
-            temporary = scratch / path.name
-            yield temporary
-            # safetensors makes files that only their owner can read; the lock has the mode of any new file
-            shutil.copymode(scratch / _LOCK, temporary)
-            sync_file(temporary)
-            temporary.replace(path)
-        sync_folder(path.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder)
+        with _scratch_folder(folder / _SCRATCH) as scratch:
+            placed: list[tuple[Path, Path]] = []
+            numbers = itertools.count()
+
+            def place(path: Path) -> Path:
+                temporary = scratch / f"{next(numbers)}{path.suffix}"
+                placed.append((temporary, path))
+                return temporary
+
+            yield place
+            _finish([temporary for temporary, _ in placed], mode_of=scratch / _LOCK)
+            for temporary, path in placed:
+                path.parent.mkdir(exist_ok=True)
+                temporary.replace(path)
+        for changed in {folder, *(path.parent for _, path in placed)}:
+            sync_folder(changed)
+    except StorageError:  # of the block
+        raise
     except OSError as error:
-        raise StorageError(f"{what} {path} could not be written: {error}. {remedy}") from error
+        raise StorageError(f"{what} could not be written: {error}. {remedy}") from error
+
+
+def _finish(temporaries: Sequence[Path], *, mode_of: Path) -> None:
+    """Flush files to the disk. safetensors makes files that only their owner can read; ``mode_of`` has a new file's mode."""
+    for temporary in temporaries:
+        shutil.copymode(mode_of, temporary)
+    if len(temporaries) == 1:  # a program that ends starts no more threads
+        sync_file(temporaries[0])
+        return
+    with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # a file system flushes several together in about the time of one
+        list(pool.map(sync_file, temporaries))
 
 
 def check_writable(folder: Path, *, what: str) -> None:

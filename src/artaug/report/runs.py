@@ -85,7 +85,7 @@ def _funnel(funnel: Funnel) -> list[TemplateContext]:
 
 def _pair_card(attempt: Kept | Dropped, store: ImageStore) -> TemplateContext:
     pair, verdict = attempt.pair, attempt.verdict
-    width, height = pair.before.size
+    width, height = pair.size
     return {
         "prompt": pair.prompt,
         "ratio": f"{width} / {height}",

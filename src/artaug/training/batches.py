@@ -65,9 +65,9 @@ class EncodedPairs:
     ) -> "EncodedPairs":
         """Encode pairs, at most ``micro_batch_size`` at a time; see `encode_pairs`."""
         buckets = []
-        for width, height in sorted({pair.before.size for pair in pairs}):
+        for width, height in sorted({pair.size for pair in pairs}):
             sized = model.at_size(width, height)
-            indices = [index for index, pair in enumerate(pairs) if pair.before.size == (width, height)]
+            indices = [index for index, pair in enumerate(pairs) if pair.size == (width, height)]
             members = [pairs[index] for index in indices]
             encoded = encode_pairs(sized, members, micro_batch_size=micro_batch_size, cache=cache, world=world)
             buckets.append(SizeBucket((width, height), dict(zip(indices, encoded, strict=True))))

@@ -44,7 +44,7 @@ def encode_pairs(
     """
     if cache is None:
         return list(_encode(model, pairs, micro_batch_size=micro_batch_size))
-    encoder = _encoder_fingerprint(model, pairs[0].before.size)
+    encoder = _encoder_fingerprint(model, pairs[0].size)
     files = [cache / f"{digest(encoder, pair_digest(pair, include_plan=True))}.safetensors" for pair in pairs]
     # Split before looking for files: other processes may be writing their files.
     missing = [index for index in world.split(range(len(pairs))) if not files[index].exists()]
@@ -116,7 +116,7 @@ def _encode(model: DiffusionModel, pairs: Sequence[ImagePair], *, micro_batch_si
 
 def _region_mask(pair: ImagePair) -> Tensor:
     """The highest coverage of every pixel by the plan's regions, (height, width); 1 everywhere for a plan without any."""
-    width, height = pair.before.size
+    width, height = pair.size
     if not pair.plan.regions:
         return torch.ones(height, width)
     return torch.stack([coverage(region, (height, width)) for region in pair.plan.regions]).amax(0).float()
