@@ -77,6 +77,18 @@ from artaug.lora.baking.stream import atomic_output
 with atomic_output(folder / "baked.safetensors", folder=False) as partial:
     partial.write_bytes(b"x")
 assert (folder / "baked.safetensors").read_bytes() == b"x"
+from artaug.run.lock import RunLock
+(folder / "run").mkdir()
+with RunLock(folder / "run") as lock:
+    lock.check()
+    try:
+        RunLock(folder / "run").__enter__()
+    except aa.errors.StorageError as error:
+        assert "in use: this process" in str(error)
+    else:
+        raise AssertionError
+with RunLock(folder / "run"):
+    pass
 assert not [path for path in folder.rglob("*") if "partial" in path.name]
 """
 

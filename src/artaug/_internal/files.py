@@ -174,7 +174,7 @@ def _is_abandoned(scratch: Path, lock: BinaryIO) -> bool:
     if idle_s < _ABANDONED_AFTER_S and not scratch.name.startswith(_MACHINE):
         return False
     try:
-        _lock(lock)
+        lock_file(lock)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:  # a file system without locks
@@ -208,7 +208,7 @@ def _new_scratch(scratches: Path) -> tuple[Path, BinaryIO]:
         except FileNotFoundError:
             continue
         try:
-            _lock(lock)
+            lock_file(lock)
         except (BlockingIOError, PermissionError):
             lock.close()
             continue
@@ -230,17 +230,24 @@ def _empty(scratch: Path, lock: BinaryIO) -> None:
     (scratch / _LOCK).unlink()
 
 
-def _lock(file: BinaryIO) -> None:
+def lock_file(file: BinaryIO) -> None:
     """Lock a file for this process until it is closed, also by the end of the process.
 
     Raises:
-        BlockingIOError: if it is locked.
-        OSError: if the file system has no locks; on Windows also if it is locked.
+        BlockingIOError: if it is locked; on Windows PermissionError.
+        OSError: if the file system has no locks.
     """
     if sys.platform == "win32":
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def unlock_file(file: BinaryIO) -> None:
+    """Release the lock of a file and close it, also if a child that was forked at this moment has the file open too."""
+    with suppress(OSError), file:
+        if sys.platform != "win32":
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def sync_file(path: Path) -> None:
