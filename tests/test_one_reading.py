@@ -76,6 +76,6 @@ def test_a_training_learns_from_the_same_picture(picture, synthesizer):
         encoded = [
             EncodedPairs.encode(sized, [pair_of(image)], micro_batch_size=1) for image in (picture, as_rgb(picture))
         ]
-        latents = [item.buckets[0].pairs[0]["before"] for item in encoded]
+        latents = [item.buckets[0].pairs[0].load()["before"] for item in encoded]
         assert torch.equal(latents[0], latents[1])
         assert torch.equal(sized.encode_images([picture]), sized.encode_images([as_rgb(picture)]))

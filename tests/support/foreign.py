@@ -30,7 +30,7 @@ from artaug.lora.formats import FLUX1
 from artaug.report import write_report
 from artaug.review.decisions import read_decisions
 from artaug.training import TrainingState
-from artaug.training.encoding import CachedPair
+from artaug.training.encoding import EncodedPair
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 """Inputs that found something, one folder a reader: the test reads them all again."""
@@ -237,7 +237,7 @@ READERS = {
         b"[1],",
     ),
     "latent cache": Reader(
-        _of_file(lambda path: dict(CachedPair(path))),
+        _of_file(lambda path: EncodedPair(path, {}).load()),
         (_written(lambda path: save_sealed({"before": torch.ones(2), "after": torch.zeros(2)}, path, {})),),
         b'"a":{},',
     ),

@@ -10,6 +10,7 @@ from artaug.training import EpsilonPrediction, FlowMatching
 from artaug.training.batches import EncodedPairs, SizeBucket
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import SINGLE_PROCESS, World
+from artaug.training.encoding import EncodedPair, compress_mask
 
 
 class Sized:
@@ -26,7 +27,8 @@ class Sized:
 
 def encoded_pair(number, *, side=1, tokens=2):
     latent = torch.full((side,), float(number))
-    return {"before": latent, "after": latent + 100, "text.embeds": torch.full((tokens, 3), float(number))}
+    text = {"embeds": torch.full((tokens, 3), float(number))}
+    return EncodedPair({"before": latent, "after": latent + 100}, text)
 
 
 def pairs_numbered(pairs):
@@ -134,7 +136,8 @@ def test_prompts_of_different_lengths_are_padded_at_the_end():
 def test_a_plan_without_regions_has_a_mask_of_ones(regional):
     rows = {number: encoded_pair(number, side=3) for number in range(2)}
     for number in regional:
-        rows[number] = {**rows[number], "region_mask": torch.tensor([1.0, 0.5, 0.0])}
+        mask = compress_mask(torch.tensor([1.0, 0.5, 0.0]))
+        rows[number] = EncodedPair({**rows[number].latents, **mask}, rows[number].text)
     (step_batch,) = batches_of(EncodedPairs([SizeBucket((8, 8), rows)]), [0, 1], size=2, count=1)
     (batch,) = step_batch.micro_batches
     for row, number in enumerate(batch.before[:, 0].int().tolist()):

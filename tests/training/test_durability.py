@@ -1,5 +1,6 @@
 """A training that is killed, resumed, interrupted or out of room ends with the same result, or says why not."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -133,10 +134,61 @@ def test_killed_at_random_steps_it_ends_with_the_same_file(tmp_path, make_model,
 def test_a_finished_training_is_not_run_again(tmp_path, make_model, two_pairs):
     checkpoints = Checkpoints(folder=tmp_path, every=5)
     first = trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
-    steps = []
-    again = trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=steps.append)
+    steps, model = [], make_model()
+    again = trainer_of().train(two_pairs, model, seed=0, checkpoints=checkpoints, on_step=steps.append)
     assert not steps
+    assert (model.calls.images, model.calls.prompts) == (0, 0)
     assert_same(again, first)
+    assert again.seconds == first.seconds
+
+
+def test_the_seconds_of_a_resumed_training_are_those_of_all_its_runs(tmp_path, make_model, two_pairs):
+    checkpoints, seconds = Checkpoints(folder=tmp_path, every=2), []
+
+    def stop(event):
+        seconds.append(event.seconds)
+        if event.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of().train(two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=stop)
+    resumed = trainer_of().train(
+        two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=lambda event: seconds.append(event.seconds)
+    )
+    assert seconds[5] > seconds[3]  # step 5 again, after the time of the four before it
+    assert resumed.seconds >= seconds[-1]
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"damaged")], ids=["lost", "damaged"])
+@pytest.mark.parametrize("part", ["pairs", "prompts"])
+def test_a_file_of_the_latent_cache_that_is_spoiled_is_made_again(tmp_path, caplog, make_model, two_pairs, part, spoil):
+    plain = trainer_of().train(two_pairs, make_model(), seed=0)
+
+    def spoil_one(event):
+        if event.step == 5:
+            spoil(min((tmp_path / part).iterdir()))
+
+    model = make_model()
+    training = trainer_of().train(two_pairs, model, seed=0, cache=tmp_path, on_step=spoil_one)
+    assert_same(training, plain)
+    assert re.search(r"is no file of the latent cache, or a damaged one.*encoded again from the pictures", caplog.text)
+    assert all(path.stat().st_size > 100 for path in (tmp_path / part).iterdir())
+
+
+def test_a_file_of_the_latent_cache_that_cannot_be_made_again_ends_the_training(tmp_path, make_model, two_pairs):
+    model = make_model()
+
+    def spoil(event):
+        if event.step == 5:
+            for path in (tmp_path / "pairs").iterdir():
+                path.unlink()
+            model.encode_images = gone
+
+    def gone(_images):
+        raise StorageError("the pictures are gone")
+
+    with pytest.raises(StorageError, match="the pictures are gone"):
+        trainer_of().train(two_pairs, model, seed=0, cache=tmp_path, on_step=spoil)
 
 
 def test_only_the_newest_files_stay(tmp_path, make_model, two_pairs):

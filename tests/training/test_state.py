@@ -37,6 +37,7 @@ def tensors_of(*names, seed=0):
 FULL = TrainingState(
     step=7,
     losses=(0.5, 1 / 3, 0.1),
+    seconds=100 / 7,
     group_loras=tuple(lora_of("blocks.0.attn", "down", seed=seed) for seed in range(11)),
     stage_loras=(lora_of("blocks.0.attn", "blocks.down.up", seed=20),),
     adapter=tensors_of("blocks.0.attn", "blocks.1.ff.net.0"),
@@ -171,7 +172,7 @@ def test_bits_of_a_file_that_flip_are_noticed(tmp_path):
     ],
 )
 def test_a_header_that_was_sealed_but_says_nonsense_is_refused(tmp_path, change):
-    header = {"version": "4", "step": "1", "validations": "[]", "optimizer": "null", **change}
+    header = {"version": "5", "step": "1", "seconds": "1.5", "validations": "[]", "optimizer": "null", **change}
     tensors = {name: torch.zeros(0, dtype=torch.float64) for name in ("losses", "base_scores")}
     save_sealed(tensors, tmp_path / "state", {name: text for name, text in header.items() if text is not None})
     with pytest.raises(StorageError, match=r"is no checkpoint that artaug wrote.*Delete it"):

@@ -1,5 +1,7 @@
 """Data echoing: the same bits as computing the teacher every time, without computing it."""
 
+import gc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +15,9 @@ def inputs_of(number, *, text=0.0):
     return {"noisy": torch.full((2, 3), float(number)), "sigmas": torch.ones(2), "text.embeds": torch.full((2,), text)}
 
 
-def test_a_prediction_is_computed_once_for_the_bits_of_its_inputs():
-    teacher_cache, calls = TeacherCache(), []
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_prediction_is_computed_once_for_the_bits_of_its_inputs(tmp_path, on_disk):
+    teacher_cache, calls = TeacherCache(folder=tmp_path if on_disk else None), []
 
     def compute(value):
         def predict():
@@ -30,6 +33,35 @@ def test_a_prediction_is_computed_once_for_the_bits_of_its_inputs():
     assert teacher_cache.get_or_compute(inputs_of(0.0), compute(50)) == 50
     assert teacher_cache.get_or_compute(inputs_of(-0.0), compute(60)) == 60  # other bits
     assert calls == [10, 20, 40, 50, 60]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predictions_on_disk_take_no_memory_and_leave_no_file(tmp_path, dtype):
+    teacher_cache = TeacherCache(folder=tmp_path / "latents")
+    expected = [torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(5)]
+    for number, prediction in enumerate(expected):
+        teacher_cache.get_or_compute(inputs_of(number), prediction.clone)
+    assert sum(type(item) is torch.Tensor and item.shape == (2, 3, 7) for item in gc.get_objects()) == 5
+    for number in reversed(range(5)):
+        kept = teacher_cache.get_or_compute(inputs_of(number), unexpected)
+        assert kept.dtype == dtype
+        assert torch.equal(kept, expected[number])
+    del teacher_cache
+    assert not list((tmp_path / "latents").iterdir())
+
+
+def unexpected():
+    raise AssertionError("it was computed before")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_predictions_that_the_disk_has_no_room_for_are_computed_again(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115, PTH123
+    teacher_cache = TeacherCache(folder=tmp_path)
+    for number in (1, 1, 2):
+        prediction = torch.full((2,), float(number))
+        assert torch.equal(teacher_cache.get_or_compute(inputs_of(number), prediction.clone), prediction)
+    assert caplog.text.count("the disk of the latent cache is full") == 1
 
 
 def trainer_of(**options):
@@ -66,6 +98,12 @@ def test_a_cached_prediction_is_the_one_that_would_be_computed(monkeypatch, make
     computed = trainer_of(echo=3).train(two_pairs, make_model(), seed=0, progress=False)
     assert cached.losses == computed.losses
     assert cached.losses != trainer_of().train(two_pairs, make_model(), seed=0, progress=False).losses
+
+
+def test_a_cache_on_disk_changes_no_bit(tmp_path, make_model, two_pairs):
+    plain = trainer_of(echo=3).train(two_pairs, make_model(), seed=0, progress=False)
+    on_disk = trainer_of(echo=3).train(two_pairs, make_model(), seed=0, progress=False, cache=tmp_path)
+    assert on_disk.losses == plain.losses
 
 
 def test_a_training_resumed_within_an_echo_ends_with_the_same_bits(tmp_path, make_model, two_pairs):

@@ -120,6 +120,43 @@ def test_a_resumed_training_validates_nothing_twice_and_chooses_the_same(tmp_pat
     assert (resumed.validations, resumed.losses) == (validated.validations, validated.losses)
 
 
+def test_a_training_that_its_validation_ended_is_not_run_again(tmp_path, synthesizer, pairs):
+    def train(**callbacks):
+        validation = validation_of(scorer=DARKNESS, every=1, patience=2, on_validation=callbacks.get("on_validation"))
+        return trainer_of(steps=40).train(
+            pairs,
+            synthesizer,
+            seed=0,
+            validation=validation,
+            checkpoints=Checkpoints(folder=tmp_path, every=1000),
+            on_step=callbacks.get("on_step"),
+        )
+
+    first, events = train(), []
+    again = train(on_step=events.append, on_validation=events.append)
+    assert not events
+    assert (again.validations, again.losses, again.seconds) == (first.validations, first.losses, first.seconds)
+    assert again.lora.digest == first.lora.digest
+
+
+def test_base_pictures_of_a_validation_are_drawn_once(tmp_path, pairs):
+    checkpoints, plain = Checkpoints(folder=tmp_path, every=1000), TinySynthesizer()
+    drawn = []
+
+    def counted(plan, *, seed):
+        drawn.append(plan.prompt)
+        return TinySynthesizer.synthesize(plain, plan, seed=seed)
+
+    def stop(_event):
+        raise KeyboardInterrupt
+
+    plain.synthesize = counted
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trainer_of().train(pairs, plain, seed=0, validation=validation_of(), checkpoints=checkpoints, on_step=stop)
+    assert len(drawn) == len(set(drawn))
+
+
 @pytest.mark.parametrize("step", [4, 6])
 def test_a_training_killed_in_a_validation_repeats_it(tmp_path, synthesizer, pairs, validated, step):
     checkpoints = Checkpoints(folder=tmp_path, every=2)

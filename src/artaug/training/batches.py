@@ -4,7 +4,8 @@ A batch is a function of the seed and its index alone: batch 10 is the same whet
 resumed there, and whether one process works on it or several split it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from artaug.errors import ModelError
+from artaug.errors import ModelError, StorageError
 from artaug.pairs import ImagePair
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import SINGLE_PROCESS, World
@@ -24,6 +25,7 @@ from artaug.training.model import DiffusionModel, Predictor
 from artaug.training.noise_schedule import FlowMatching, NoiseSchedule
 from artaug.training.objectives import PairBatch
 
+_log = logging.getLogger(__name__)
 _ORDER, _NOISE, _INIT = range(3)
 """The independent random streams of a training: order of the pairs, noise and its levels, initial factors."""
 
@@ -52,6 +54,8 @@ class EncodedPairs:
     """All pairs of a training, encoded, by size."""
 
     buckets: Sequence[SizeBucket]
+    encode_again: Callable[[], object] | None = None
+    """Encodes what is missing in the latent cache; called when a file there turns out to be damaged or gone."""
 
     @classmethod
     def encode(
@@ -64,13 +68,18 @@ class EncodedPairs:
         world: World = SINGLE_PROCESS,
     ) -> "EncodedPairs":
         """Encode pairs, at most ``micro_batch_size`` at a time; see `encode_pairs`."""
-        buckets = []
-        for width, height in sorted({pair.size for pair in pairs}):
-            sized = model.at_size(width, height)
-            indices = [index for index, pair in enumerate(pairs) if pair.size == (width, height)]
-            members = [pairs[index] for index in indices]
-            encoded = encode_pairs(sized, members, micro_batch_size=micro_batch_size, cache=cache, world=world)
-            buckets.append(SizeBucket((width, height), dict(zip(indices, encoded, strict=True))))
+        buckets, sizes = [], [pair.size for pair in pairs]
+        for size in sorted(set(sizes)):
+            indices = [index for index, other in enumerate(sizes) if other == size]
+            encoded = encode_pairs(
+                model.at_size(*size),
+                [pairs[index] for index in indices],
+                size=size,
+                micro_batch_size=micro_batch_size,
+                cache=cache,
+                world=world,
+            )
+            buckets.append(SizeBucket(size, dict(zip(indices, encoded, strict=True))))
         return cls(buckets)
 
     def batches(
@@ -93,7 +102,10 @@ class EncodedPairs:
             config: batch and micro batch size, and the range and distribution of noise levels.
             seed: decides order and noise.
             indices: of the batches. The same index is the same batch, noise included, whatever came before it.
-            world: the processes that split each batch.
+            world: the processes that split each batch; each loads the pairs of its own rows only.
+
+        Raises:
+            StorageError: if a pair cannot be loaded, and ``encode_again`` is not set or has not helped.
         """
         size, device = config.batch_size, model.device
         queues = [(bucket, [index for index in pairs if index in bucket.pairs]) for bucket in self.buckets]
@@ -103,20 +115,32 @@ class EncodedPairs:
             queue, count = turns[index]  # the batch is number ``count`` of its queue
             bucket, members = queues[queue]
             sized = model.at_size(*bucket.size)
-            order = (_draw(members, n, seed=(seed, queue)) for n in range(count * size, (count + 1) * size))
+            order = [_draw(members, n, seed=(seed, queue)) for n in range(count * size, (count + 1) * size)]
             generator = _generator(seed, _NOISE, index)
             noise_schedule = with_distribution(sized.noise_schedule, config)
             sigmas = noise_schedule.sample_sigmas(size, generator, sigma_range=config.sigma_range)
-            encoded = [bucket.pairs[member] for member in order]
-            noise = torch.randn((size, *encoded[0]["before"].shape), generator=generator)
-            # Every process draws the whole batch, and then takes its rows: the split changes no number.
             rows = list(world.split(range(size)))
+            encoded = {row: self._load(bucket.pairs[order[row]]) for row in rows}
+            # Every process draws the noise of the whole batch, and then takes its rows: the split changes no number.
+            noise = torch.randn((size, *encoded[rows[0]]["before"].shape), generator=generator)
             width = config.micro_batch_size or size
             chunks = [rows[start : start + width] for start in range(0, len(rows), width)]
             yield StepBatch(
                 sized,
                 [_collate([encoded[row] for row in chunk], noise[chunk], sigmas[chunk], device) for chunk in chunks],
             )
+
+    def _load(self, pair: EncodedPair) -> dict[str, Tensor]:
+        """Load a pair; if its files are damaged, encode it again: a training may have run for days by now."""
+        try:
+            return pair.load()
+        except StorageError as error:
+            if self.encode_again is None:
+                raise
+            _log.warning("%s Now it is encoded again from the pictures.", error)
+            pair.discard_damaged()
+            self.encode_again()
+        return pair.load()
 
 
 def init_generator(seed: int, stage: int) -> torch.Generator:
@@ -171,7 +195,7 @@ def with_distribution(noise_schedule: NoiseSchedule, config: TrainingConfig) -> 
     return replace(noise_schedule, logit_normal=True)
 
 
-def _collate(pairs: Sequence[EncodedPair], noise: Tensor, sigmas: Tensor, device: torch.device) -> PairBatch:
+def _collate(pairs: Sequence[Mapping[str, Tensor]], noise: Tensor, sigmas: Tensor, device: torch.device) -> PairBatch:
     texts = [name for name in pairs[0] if name.startswith(TEXT_PREFIX)]
     return PairBatch(
         before=torch.stack([pair["before"] for pair in pairs]).to(device).float(),
@@ -185,7 +209,7 @@ def _collate(pairs: Sequence[EncodedPair], noise: Tensor, sigmas: Tensor, device
     )
 
 
-def _stack_masks(pairs: Sequence[EncodedPair]) -> Tensor:
+def _stack_masks(pairs: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """Region masks; a plan without regions counts as one that covers the picture."""
     everywhere = next(torch.ones_like(pair["region_mask"]) for pair in pairs if "region_mask" in pair)
     return torch.stack([pair.get("region_mask", everywhere) for pair in pairs]).float()

@@ -40,8 +40,8 @@ class TrainingConfig:
     """Pairs a process works on at a time; less than its share of ``batch_size`` saves memory, and changes nothing else."""
     echo: int = 1
     """How many steps use each batch, noise included (data echoing, arXiv 1907.05550). The teacher predicts once per batch, and
-    its predictions are held in memory in float32, a number per latent, for each of ``batch_size * steps / echo`` pairs:
-    once for `PairedDifference`, twice for `Bipolar` and `DirectPreference`."""
+    its predictions are held in memory, or with a ``cache`` of latents on that disk, a number per latent, for each of
+    ``batch_size * steps / echo`` pairs: once for `PairedDifference`, twice for `Bipolar` and `DirectPreference`."""
     learning_rate: float = 1e-4
     targets: str = ATTENTION_AND_MLP
     """Regular expression, searched for in the paths of linear layers: those where it is found learn."""

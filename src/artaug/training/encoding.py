@@ -1,11 +1,16 @@
-"""Encoding pairs once by the model's VAE and text encoders: kept in memory, or in a cache of files named by content."""
+"""Encoding pairs once by the model's VAE and text encoders: kept in memory, or in a cache of files named by content.
 
+What is kept is small where it can be: the text of a prompt once, however many pairs have it, and region masks, which are
+flat nearly everywhere, compressed.
+"""
+
+import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,112 +19,181 @@ from artaug._internal.contracts import contract_error
 from artaug._internal.digests import digest, tensors_digest
 from artaug._internal.files import atomic_write
 from artaug._internal.images import as_rgb
-from artaug._internal.sealed import SealedFile, open_sealed, save_sealed
-from artaug.errors import NonFiniteError
+from artaug._internal.sealed import open_sealed, save_sealed
+from artaug.errors import NonFiniteError, StorageError
 from artaug.pairs import ImagePair, pair_digest
 from artaug.regional.coverage import coverage
 from artaug.training.distributed import World
 from artaug.training.model import DiffusionModel
 
-EncodedPair: TypeAlias = Mapping[str, Tensor]
-"""Latents ``before`` and ``after``, ``region_mask`` if the plan has regions, and the encoded prompt as ``text.*``."""
-
 TEXT_PREFIX = "text."
-_PROBE_PROMPT = "a picture of a red cone"
+_MASK = "region_mask"
+_MASK_SHAPE = "region_mask_shape"
+_PROBE_PROMPTS = ("a picture of a red cone", "word " * 2048)
+"""One that every encoder reads whole, and one that every encoder cuts: the latter tells how many tokens it reads."""
+_REMEDY = "What the latent cache holds already is complete: go on once the folder can be written to, or train without a cache."
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPair:
+    """An encoded pair, in memory or in files of the latent cache, which are read whenever it is loaded."""
+
+    latents: Mapping[str, Tensor] | Path
+    """``before`` and ``after``, and the region mask, compressed, if the plan has regions."""
+    text: Mapping[str, Tensor] | Path
+    """The encoded prompt; pairs of one prompt share it."""
+
+    def load(self) -> dict[str, Tensor]:
+        """Latents ``before`` and ``after``, ``region_mask`` if the plan has regions, and the encoded prompt as ``text.*``.
+
+        Raises:
+            StorageError: if a file of the cache is missing, or not as it was written.
+        """
+        latents = dict(_read(self.latents))
+        if _MASK in latents:
+            try:
+                latents[_MASK] = _decompress(latents[_MASK], latents.pop(_MASK_SHAPE))
+            except (LookupError, ValueError, RuntimeError, zlib.error) as error:  # sealed, and not by this program
+                raise StorageError(f"{self.latents} is no file of the latent cache: {error!r}. Delete it.") from error
+        return {**latents, **{f"{TEXT_PREFIX}{name}": tensor for name, tensor in _read(self.text).items()}}
+
+    def discard_damaged(self) -> None:
+        """Remove those of its files that cannot be read, so that `encode_pairs` makes them again."""
+        for file in (self.latents, self.text):
+            if isinstance(file, Path):
+                try:
+                    _read(file)
+                except StorageError:
+                    file.unlink(missing_ok=True)
 
 
 def encode_pairs(
-    model: DiffusionModel, pairs: Sequence[ImagePair], *, micro_batch_size: int, cache: Path | None, world: World
+    model: DiffusionModel,
+    pairs: Sequence[ImagePair],
+    *,
+    size: tuple[int, int],
+    micro_batch_size: int,
+    cache: Path | None,
+    world: World,
 ) -> list[EncodedPair]:
     """Encode pairs of one size, at most ``micro_batch_size`` at a time.
 
-    With a ``cache``, pairs that are in that folder are not encoded again, the others are added to it, several processes
-    split the work, and tensors are read from disk whenever they are used.
+    Each picture is looked at once, and dropped with its micro batch. With a ``cache``, what is in that folder is not
+    encoded again, the rest is added to it, and several processes split the work.
+
+    How a matrix product rounds depends on its size. So that a pair has the same bits whether the cache was filled by one
+    process or several, in one go or in two, micro batches are always made of the same pairs, and prompts are encoded one by
+    one.
 
     Raises:
         ModelError: if the pictures are of a size the model does not take.
         NonFiniteError: if latents hold NaN or infinity, naming the prompt.
         ContractError: if the model returns another number of rows.
-        StorageError: if the cache cannot be written.
+        StorageError: if the cache cannot be written, or a picture that has to be encoded cannot be read.
     """
+    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+    micro_batches = [
+        range(len(pairs))[start : start + micro_batch_size] for start in range(0, len(pairs), micro_batch_size)
+    ]
     if cache is None:
-        return list(_encode(model, pairs, micro_batch_size=micro_batch_size))
-    encoder = _encoder_fingerprint(model, pairs[0].size)
-    files = [cache / f"{digest(encoder, pair_digest(pair, include_plan=True))}.safetensors" for pair in pairs]
+        texts = {prompt: _encode_text(model, prompt) for prompt in prompts}
+        encoded = (row for rows in micro_batches for row in _encode_latents(model, [pairs[i] for i in rows], size))
+        return [EncodedPair(latents, texts[pair.prompt]) for pair, latents in zip(pairs, encoded, strict=True)]
+
+    text_encoder, image_encoder = _text_fingerprint(model), _image_fingerprint(model, size)
+    text_files = {prompt: cache / "prompts" / f"{digest(text_encoder, prompt)}.safetensors" for prompt in prompts}
+    files = [
+        cache / "pairs" / f"{digest(image_encoder, pair_digest(pair, include_plan=True))}.safetensors" for pair in pairs
+    ]
     # Split before looking for files: other processes may be writing their files.
-    missing = [index for index in world.split(range(len(pairs))) if not files[index].exists()]
-    encoded = _encode(model, [pairs[index] for index in missing], micro_batch_size=micro_batch_size)
-    remedy = "What the latent cache holds already is complete: go on once the folder can be written to, or train without a cache."
-    for index, tensors in zip(missing, encoded, strict=True):
-        with atomic_write(files[index], what="the encoded pair", remedy=remedy) as partial:
-            save_sealed(tensors, partial, {})
+    for prompt in world.split(prompts):
+        if not text_files[prompt].exists():
+            _write(_encode_text(model, prompt), text_files[prompt], what="the encoded prompt")
+    for rows in world.split(micro_batches):
+        if all(files[row].exists() for row in rows):
+            continue
+        for row, latents in zip(rows, _encode_latents(model, [pairs[row] for row in rows], size), strict=True):
+            if not files[row].exists():
+                _write(latents, files[row], what="the encoded pair")
     world.barrier()
-    return [CachedPair(file) for file in files]
+    return [EncodedPair(file, text_files[pair.prompt]) for pair, file in zip(pairs, files, strict=True)]
 
 
-@dataclass(frozen=True)
-class CachedPair(Mapping[str, Tensor]):
-    """An encoded pair on disk, read, and compared with its digests, whenever it is used."""
-
-    path: Path
-
-    def __getitem__(self, name: str) -> Tensor:
-        with self._open() as file:
-            if name not in file.names:
-                raise KeyError(name)
-            return file.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        with self._open() as file:
-            return iter(sorted(file.names))
-
-    def __len__(self) -> int:
-        with self._open() as file:
-            return len(file.names)
-
-    def _open(self) -> AbstractContextManager[SealedFile]:
-        return open_sealed(self.path, what="pair of the latent cache", remedy="Delete it, and it is made again.")
+def _write(tensors: Mapping[str, Tensor], path: Path, *, what: str) -> None:
+    with atomic_write(path, what=what, remedy=_REMEDY) as partial:
+        save_sealed(tensors, partial, {})
 
 
-def _encoder_fingerprint(model: DiffusionModel, size: tuple[int, int]) -> str:
-    """A digest of what the encoders return for a fixed picture and prompt: it changes with their weights."""
+def _read(source: Mapping[str, Tensor] | Path) -> Mapping[str, Tensor]:
+    """Tensors in memory as they are; all those of a file at once, compared with their digests."""
+    if not isinstance(source, Path):
+        return source
+    with open_sealed(source, what="file of the latent cache", remedy="Delete it, and it is made again.") as file:
+        return {name: file.read(name) for name in file.names}
+
+
+def _text_fingerprint(model: DiffusionModel) -> str:
+    """A digest of what the text encoders return for fixed prompts: it changes with their weights, and with the length read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the words that are cut
+        return digest(*(tensors_digest(model.encode_prompts([prompt])) for prompt in _PROBE_PROMPTS))
+
+
+def _image_fingerprint(model: DiffusionModel, size: tuple[int, int]) -> str:
+    """A digest of what the VAE returns for a fixed picture."""
+    return tensors_digest({"": model.encode_images([Image.linear_gradient("L").resize(size).convert("RGB")])})
+
+
+def _encode_text(model: DiffusionModel, prompt: str) -> dict[str, Tensor]:
+    columns = model.encode_prompts([prompt])
+    _check_lengths(model, "encode_prompts", columns, 1, "prompt")
+    return _row(columns, 0)
+
+
+def _encode_latents(
+    model: DiffusionModel, pairs: Sequence[ImagePair], size: tuple[int, int]
+) -> Iterator[dict[str, Tensor]]:
+    """Latents, and compressed region masks, of one micro batch."""
+    columns = {
+        "before": model.encode_images([as_rgb(pair.before) for pair in pairs]),
+        "after": model.encode_images([as_rgb(pair.after) for pair in pairs]),
+    }
+    _check_lengths(model, "encode_images", columns, len(pairs), "picture")
+    for index, pair in enumerate(pairs):
+        latents = _row(columns, index)
+        for name, tensor in latents.items():
+            if not tensor.isfinite().all():
+                raise NonFiniteError(
+                    f"the latents of the picture {name} of {pair.prompt!r} hold NaN or infinity. Expected finite "
+                    "numbers: check the picture, and whether the VAE needs float32."
+                )
+        if pair.plan.regions:
+            masks = model.encode_masks(_region_mask(pair, size)[None])
+            _check_lengths(model, "encode_masks", {_MASK: masks}, 1, "mask")
+            latents |= compress_mask(masks[0])
+        yield latents
+
+
+def _row(columns: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    return {name: column[index].detach().cpu().clone() for name, column in columns.items()}
+
+
+def _region_mask(pair: ImagePair, size: tuple[int, int]) -> Tensor:
+    """The highest coverage of every pixel by the plan's regions: (height, width)."""
     width, height = size
-    picture = Image.linear_gradient("L").resize((width, height)).convert("RGB")
-    return tensors_digest({"": model.encode_images([picture]), **model.encode_prompts([_PROBE_PROMPT])})
-
-
-def _encode(model: DiffusionModel, pairs: Sequence[ImagePair], *, micro_batch_size: int) -> Iterator[EncodedPair]:
-    for start in range(0, len(pairs), micro_batch_size):
-        micro_batch = pairs[start : start + micro_batch_size]
-        latents = {
-            "before": model.encode_images([as_rgb(pair.before) for pair in micro_batch]),
-            "after": model.encode_images([as_rgb(pair.after) for pair in micro_batch]),
-        }
-        texts = model.encode_prompts([pair.prompt for pair in micro_batch])
-        _check_lengths(model, "encode_images", latents, len(micro_batch), "picture")
-        _check_lengths(model, "encode_prompts", texts, len(micro_batch), "prompt")
-        columns = {**latents, **{f"{TEXT_PREFIX}{name}": text for name, text in texts.items()}}
-        if any(pair.plan.regions for pair in micro_batch):
-            masks = model.encode_masks(torch.stack([_region_mask(pair) for pair in micro_batch]))
-            _check_lengths(model, "encode_masks", {"region_mask": masks}, len(micro_batch), "mask")
-            columns["region_mask"] = masks
-        for index, pair in enumerate(micro_batch):
-            encoded = {name: column[index].detach().cpu().clone() for name, column in columns.items()}
-            for name in ("before", "after"):
-                if not encoded[name].isfinite().all():
-                    raise NonFiniteError(
-                        f"the latents of the picture {name} of {pair.prompt!r} hold NaN or infinity. Expected finite "
-                        "numbers: check the picture, and whether the VAE needs float32."
-                    )
-            yield encoded
-
-
-def _region_mask(pair: ImagePair) -> Tensor:
-    """The highest coverage of every pixel by the plan's regions, (height, width); 1 everywhere for a plan without any."""
-    width, height = pair.size
-    if not pair.plan.regions:
-        return torch.ones(height, width)
     return torch.stack([coverage(region, (height, width)) for region in pair.plan.regions]).amax(0).float()
+
+
+def compress_mask(mask: Tensor) -> dict[str, Tensor]:
+    """A mask as the latents of an `EncodedPair` have it, without loss: bytes, a hundredth of the mask, and its shape."""
+    data = zlib.compress(mask.detach().cpu().float().contiguous().numpy().data, level=1)
+    return {_MASK: torch.from_numpy(np.frombuffer(data, np.uint8).copy()), _MASK_SHAPE: torch.tensor(mask.shape)}
+
+
+def _decompress(data: Tensor, shape: Tensor) -> Tensor:
+    """The mask that `compress_mask` was given, in float32."""
+    mask = np.frombuffer(zlib.decompress(data.numpy().data), np.float32).copy()
+    return torch.from_numpy(mask).reshape(shape.tolist())
 
 
 def _check_lengths(model: DiffusionModel, method: str, columns: Mapping[str, Tensor], count: int, per: str) -> None:

@@ -7,8 +7,9 @@ where pictures are drawn, checkpoints where the state is written. `TrainingLoop.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from artaug.pairs import ImagePair
 from artaug.synthesis import Synthesizer
 from artaug.training.batches import EncodedPairs, init_generator
 from artaug.training.config import TrainingConfig
-from artaug.training.distributed import World
+from artaug.training.distributed import SINGLE_PROCESS, World
 from artaug.training.loss_scale import LossScale, computes_in_float16
 from artaug.training.model import DiffusionModel, Trainable
 from artaug.training.optimizer_loop import OptimizerLoop
@@ -61,12 +62,12 @@ class TrainingLoop:
         """Train from ``state`` to the last step, or until the scores of held-out pictures stop rising."""
         if self.validation is not None and not state.base_scores:
             scores, _ = self.validation.score(self._renderer(), seed=self.validation_seed)
-            state = replace(state, base_scores=scores)
+            state = self._save(replace(state, base_scores=scores))
         while not self._is_done(state):
             state = self._run_until(self._next_validation(state.step), state)
             if self.validation is not None:
-                state = self._validate(state, self.validation)
-                self._write_checkpoint(state)
+                # Due or not: pictures were drawn for it, and a training that is over has to be found so.
+                state = self._save(self._validate(state, self.validation))
         self._unused_layers.finish()
         return state
 
@@ -86,10 +87,13 @@ class TrainingLoop:
     def _run_until(self, last: int, state: TrainingState) -> TrainingState:
         """Borrow the model and train up to step ``last``, writing checkpoints when they are due."""
         with self.synthesizer.training() as model, ExitStack() as offloaded:
-            with nullcontext() if self._encoded is not None else model.without_denoiser():
-                encoded = self._encode_pairs(model)
-                # Entered here, so that the encoders make room before the denoiser is back.
+            if self._encoded is None:
+                self._encoded = self._encode_pairs(model, offloaded, world=self.world)
+            else:
                 offloaded.enter_context(model.without_encoders())
+            # A process that finds a file damaged is alone with it: the others go on.
+            encode_again = partial(self._encode_pairs, model, offloaded, world=SINGLE_PROCESS)
+            encoded = replace(self._encoded, encode_again=encode_again)
             while state.step < last:
                 phase = next(phase for phase in self.phases if state.step < phase.stop)
                 stop = min(last, phase.stop)
@@ -99,17 +103,24 @@ class TrainingLoop:
                 state = self._run_phase(model, encoded, phase, state, stop, export=stop in {last, phase.stop})
                 # A validation that is due comes before the checkpoint: a kill in between would lose it, and its choice.
                 if stop < last or self.validation is None:
-                    self._write_checkpoint(state)
+                    state = self._save(state, is_due=stop == self.phases[-1].stop)
         return state
 
-    def _encode_pairs(self, model: DiffusionModel) -> EncodedPairs:
-        """The pairs, encoded at the first call."""
-        if self._encoded is None:
-            micro_batch_size = self.config.micro_batch_size or self.config.batch_size
-            self._encoded = EncodedPairs.encode(
-                model, self.pairs, micro_batch_size=micro_batch_size, cache=self.cache, world=self.world
+    @torch.no_grad()
+    def _encode_pairs(self, model: DiffusionModel, offloaded: ExitStack, *, world: World) -> EncodedPairs:
+        """Encode the pairs while the denoiser makes room; the encoders do so from then on, until ``offloaded`` is left."""
+        offloaded.close()
+        with model.without_denoiser():
+            encoded = EncodedPairs.encode(
+                model,
+                self.pairs,
+                micro_batch_size=self.config.micro_batch_size or self.config.batch_size,
+                cache=self.cache,
+                world=world,
             )
-        return self._encoded
+            # Entered here, so that the encoders make room before the denoiser is back.
+            offloaded.enter_context(model.without_encoders())
+        return encoded
 
     def _run_phase(
         self,
@@ -166,7 +177,7 @@ class TrainingLoop:
         if self.config.echo == 1:
             return None
         if phase.start not in self._teacher_caches:
-            self._teacher_caches = {phase.start: TeacherCache(self.world)}
+            self._teacher_caches = {phase.start: TeacherCache(self.world, folder=self.cache)}
         return self._teacher_caches[phase.start]
 
     def _take_steps(
@@ -231,14 +242,14 @@ class TrainingLoop:
             )
         return self.synthesizer
 
-    def _write_checkpoint(self, state: TrainingState) -> None:
-        """Write a checkpoint if one is due: the main process writes, the others wait."""
-        if self.checkpoints is None:
-            return
-        is_due = state.step % self.checkpoints.every == 0 or state.step == self.phases[-1].stop
-        if self.world.is_main and is_due:
-            self.checkpoints.write(state, run_fingerprint=self.run_fingerprint)
-        self.world.barrier()
+    def _save(self, state: TrainingState, *, is_due: bool = True) -> TrainingState:
+        """Write a checkpoint if it is due, always or by its step: the main process writes, the others wait."""
+        state = replace(state, seconds=self.progress.seconds)
+        if self.checkpoints is not None:
+            if self.world.is_main and (is_due or state.step % self.checkpoints.every == 0):
+                self.checkpoints.write(state, run_fingerprint=self.run_fingerprint)
+            self.world.barrier()
+        return state
 
 
 def _next_multiple(step: int, every: int) -> int:

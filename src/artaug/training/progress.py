@@ -26,7 +26,7 @@ class StepEvent:
     peak_bytes: int
     """Most accelerator memory torch has held since the process began; 0 on a CPU."""
     seconds: float
-    """Since training began, or was resumed."""
+    """Since training began; of a training that was resumed, what its runs took up to their last checkpoints, too."""
     loss_scale: float | None = None
     """What the loss was multiplied by in the backward pass of a model that computes in float16; None for any other."""
     is_skipped: bool = False
@@ -36,10 +36,19 @@ class StepEvent:
 class ProgressLog:
     """Shows losses in a bar and reports steps to a callback."""
 
-    def __init__(self, steps: int, on_step: Callable[[StepEvent], None] | None, *, initial: int, show: bool) -> None:
+    def __init__(
+        self,
+        steps: int,
+        on_step: Callable[[StepEvent], None] | None,
+        *,
+        initial: int,
+        seconds: float = 0.0,
+        show: bool,
+    ) -> None:
         self._on_step = on_step
         self._steps = steps
-        self._start = self._last_step = time.perf_counter()
+        self._last_step = time.perf_counter()
+        self._start = self._last_step - seconds
         self._bar = tqdm(total=steps, initial=initial, desc="Training the LoRA", unit="step", disable=not show)
 
     def __enter__(self) -> Self:
@@ -50,7 +59,7 @@ class ProgressLog:
 
     @property
     def seconds(self) -> float:
-        """Since it was made."""
+        """Since it was made, and those it was given."""
         return time.perf_counter() - self._start
 
     def reset_timer(self) -> None:

@@ -22,7 +22,7 @@ from artaug.training.adapters import AdapterTensors
 from artaug.training.loss_scale import LossScale
 from artaug.training.validation import ValidationResult
 
-_VERSION = "4"
+_VERSION = "5"
 _TENSOR_KEY = "__tensor__"
 
 OptimizerState: TypeAlias = Any
@@ -37,6 +37,8 @@ class TrainingState:
     """Optimizer steps taken."""
     losses: tuple[float, ...] = ()
     """Of those steps."""
+    seconds: float = 0.0
+    """Wall-clock time they took, encoding and validations included, over all runs of a training that was resumed."""
     group_loras: tuple[LoRA, ...] = ()
     """The results of the groups of pairs that are done."""
     stage_loras: tuple[LoRA, ...] = ()
@@ -94,6 +96,7 @@ class TrainingState:
         header = {
             "version": _VERSION,
             "step": str(self.step),
+            "seconds": repr(self.seconds),
             "ema_updates": str(self.ema_updates),
             "loss_scale": json.dumps(None if self.loss_scale is None else asdict(self.loss_scale)),
             "validations": json.dumps([result.to_dict() for result in self.validations]),
@@ -143,6 +146,7 @@ class TrainingState:
         return cls(
             step=int(header["step"]),
             losses=tuple(tensors.pop("losses").tolist()),
+            seconds=float(header["seconds"]),
             group_loras=_loras_from_tensors(tensors, "group_loras"),
             stage_loras=_loras_from_tensors(tensors, "stage_loras"),
             adapter=_adapter_from_tensors(tensors, "adapter"),
@@ -174,7 +178,7 @@ class Checkpoints:
     folder: str | Path
     """Made if it does not exist."""
     every: int = 100
-    """Steps between two files."""
+    """Steps between two files. There is one after each validation and after the last step, too."""
     keep: int = 2
     """How many of the newest files stay."""
 

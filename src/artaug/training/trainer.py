@@ -54,7 +54,7 @@ class TrainingResult:
     steps: int
     """How many were taken: all, unless the validation stopped the training before."""
     seconds: float
-    """Wall-clock time, encoding included; of the last run only, if it was resumed."""
+    """Wall-clock time, encoding and validations included; of all its runs, if it was resumed."""
     validations: tuple[ValidationResult, ...] = ()
     """Every validation, if there was one."""
     skipped_steps: int = 0
@@ -103,8 +103,8 @@ class DifferentialLoRATrainer(TrainingConfig):
             seed: decides the start, the order of the pairs, and the noise.
             checkpoints: where to write the state of the training; if its own checkpoints are there, it goes on from the newest.
             validation: chooses the step and strength by pictures; without it the last step counts, at strength 1.
-            cache: folder for latents and encoded prompts, named by content and shared by all trainings; without it they
-                are held in memory.
+            cache: folder for latents and encoded prompts, named by content and shared by all trainings, which batches read
+                their pairs from; without it they are held in memory.
             on_step: called after every step; an exception it raises ends the training.
             progress: show a progress bar.
 
@@ -139,7 +139,7 @@ class DifferentialLoRATrainer(TrainingConfig):
         if state is None:
             state = TrainingState()
         show = progress and world.is_main
-        with ProgressLog(self.steps, on_step, initial=state.step, show=show) as log:
+        with ProgressLog(self.steps, on_step, initial=state.step, seconds=state.seconds, show=show) as log:
             state = TrainingLoop(
                 config=self,
                 pairs=pairs,
@@ -170,7 +170,7 @@ class DifferentialLoRATrainer(TrainingConfig):
             losses=state.losses,
             pairs=len(pairs),
             steps=state.step,
-            seconds=log.seconds,
+            seconds=state.seconds,
             validations=state.validations,
             skipped_steps=skipped_steps,
         )
