@@ -1,10 +1,9 @@
 """Pairs of pictures, verdicts on them, and the three ways in which a prompt of a run ends."""
 
-import copy
 from dataclasses import dataclass
 from html import escape
 from numbers import Integral
-from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias, overload
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
 from PIL.Image import Image
 from pydantic import Field
@@ -20,29 +19,19 @@ from artaug.plan import Plan
 
 
 class _PictureField:
-    """A field that is given a picture or an `ImageFile`, and read as a picture, which a file loads anew each time."""
+    """A field that holds a picture or an `ImageFile`, and is read as a picture, which a file loads anew each time."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    @overload
-    def __get__(self, pair: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, pair: object, owner: type) -> Image: ...
-    def __get__(self, pair: object | None, owner: type) -> Self | Image:
+    def __get__(self, pair: object | None, owner: type) -> Image:
         if pair is None:  # dataclass asks the class for a default, and there is none
             raise AttributeError(self._name)
         held: Image | ImageFile = vars(pair)[self._name]
         return held.load() if isinstance(held, ImageFile) else held
 
     def __set__(self, pair: object, picture: Image | ImageFile) -> None:
-        vars(pair)[self._name] = picture  # under its own name, as pickle, copy and vars() expect it
-
-
-if TYPE_CHECKING:
-    _Picture: TypeAlias = _PictureField
-else:  # what a program that reads the annotations may pass
-    _Picture = Image | ImageFile
+        vars(pair)[self._name] = picture  # under its own name, as pickle and copy expect it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,12 +49,39 @@ class ImagePair:
     prompt: str
     seed: int | None = None
     """What the pictures were drawn with; None if that is not known, as of pictures of others."""
-    before: _Picture = _PictureField()
+    before: Image
     """Drawn from the prompt alone."""
-    after: _Picture = _PictureField()
+    after: Image
     """Drawn from the plan, with the same seed."""
-    plan: Plan = None  # type: ignore[assignment]  # a Plan in every pair that exists
+    plan: Plan
     """What ``after`` was drawn from. Without one, ``Plan(prompt)``, which has no regions."""
+
+    if not TYPE_CHECKING:  # to which the two are plain pictures
+        before, after = _PictureField(), _PictureField()
+
+    def __init__(
+        self,
+        *,
+        prompt: str,
+        before: Image | ImageFile,
+        after: Image | ImageFile,
+        seed: int | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        check_argument("ImagePair", "prompt", prompt, str)
+        check_argument("ImagePair", "seed", seed, Integral, optional=True)
+        check_argument("ImagePair", "plan", plan, Plan, optional=True)
+        for name, picture in (("before", before), ("after", after)):
+            if not isinstance(picture, ImageFile):
+                check_argument("ImagePair", name, picture, Image)
+        if before.size != after.size:
+            raise InvalidValueError(
+                f"the two pictures of {prompt!r} differ in size: before {before.size}, "
+                f"after {after.size}. A pair needs two pictures of one size."
+            )
+        vars(self).update(
+            prompt=prompt, seed=seed, before=before, after=after, plan=Plan(prompt) if plan is None else plan
+        )
 
     @classmethod
     def unchanged(cls, image: Image | ImageFile, *, prompt: str, seed: int | None = None) -> Self:
@@ -122,10 +138,7 @@ class ImagePair:
         Raises:
             InvalidValueError: for what are no pictures of one size.
         """
-        pair = copy.copy(self)
-        vars(pair).update(before=before, after=after)
-        pair.__post_init__()
-        return pair
+        return type(self)(prompt=self.prompt, seed=self.seed, before=before, after=after, plan=self.plan)
 
     def __eq__(self, other: object) -> bool:
         """Whether prompt, seed, plan and the pixels are the same; of files whose digests are known, none is read."""
@@ -155,22 +168,6 @@ class ImagePair:
             for side, image in (("before", self.before), ("after", self.after))
         )
         return f"<p>{escape(self.prompt)}<br><small>{escape(regions)}</small></p>{pictures}"
-
-    def __post_init__(self) -> None:
-        check_argument("ImagePair", "prompt", self.prompt, str)
-        check_argument("ImagePair", "seed", self.seed, Integral, optional=True)
-        check_argument("ImagePair", "plan", self.plan, Plan, optional=True)
-        if self.plan is None:
-            object.__setattr__(self, "plan", Plan(self.prompt))
-        for name, picture in zip(("before", "after"), self.references, strict=True):
-            if not isinstance(picture, ImageFile):
-                check_argument("ImagePair", name, picture, Image)
-        before, after = self.references
-        if before.size != after.size:
-            raise InvalidValueError(
-                f"the two pictures of {self.prompt!r} differ in size: before {before.size}, "
-                f"after {after.size}. A pair needs two pictures of one size."
-            )
 
 
 def pair_digest(pair: ImagePair, *, include_plan: bool = False) -> str:
