@@ -9,6 +9,7 @@ from PIL import Image
 from pydantic import Field
 
 from artaug._internal.arguments import check_count, check_finite_number
+from artaug._internal.calls import call_part
 from artaug._internal.contracts import check_result
 from artaug._internal.images import as_rgb
 from artaug._internal.values import value
@@ -125,11 +126,15 @@ class RegionPlanner(ABC):
 def run_planner(planner: RegionPlanner, prompt: str, critique: Critique) -> Plan:
     """Make a plan and check that it is one.
 
+    What passes by itself, such as a timeout, is tried again for ten minutes.
+
     Raises:
-        ContractError: if the planner returned something that is not a `Plan`.
+        PartError: if the planner raised; an `ArtAugError` of its own is raised as it is, with a note.
+        ContractError: if it returned something that is not a `Plan`.
     """
-    plan = planner.plan(prompt, critique)
-    return check_result(type(planner).__name__, "plan", plan, of=Plan, inputs=repr(prompt))
+    owner = type(planner).__name__
+    plan = call_part(lambda: planner.plan(prompt, critique), owner=owner, inputs=f"the prompt {prompt!r}")
+    return check_result(owner, "plan", plan, of=Plan, inputs=repr(prompt))
 
 
 @final

@@ -5,7 +5,12 @@ from collections.abc import Sequence
 
 from PIL.Image import Image
 
+from artaug._internal.calls import call_part, describe_inputs
 from artaug._internal.contracts import check_numbers
+from artaug._internal.memory import FittingBatches
+from artaug.errors import InvalidValueError, ScoringError
+
+_TOO_LARGE = "Load its model in lower precision or on another device, or free what else is on the device."
 
 
 class Scorer(ABC):
@@ -36,36 +41,41 @@ class Scorer(ABC):
         """Score ``image``, which was drawn from ``prompt``."""
 
     def score_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        """Score many pictures. Override it where a batch is faster than a loop.
-
-        An exception raised by `score` gets a note that names the scorer and the prompt.
-        """
-        scores = []
-        for image, prompt in zip(images, prompts, strict=True):
-            try:
-                scores.append(self.score(image, prompt))
-            except Exception as error:
-                error.add_note(f"Raised by the scorer {self.name!r}, for the prompt {prompt!r}.")
-                raise
-        return scores
+        """Score many pictures. Override it where a batch is faster than a loop."""
+        return [self.score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
 
 def score_images(scorer: Scorer, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-    """Call a scorer and check what it returned: one finite number for each picture.
+    """Call a scorer and check what it returned: one finite number for each picture; without pictures, it is not called.
+
+    Every call of a scorer goes through this function. A scorer without a `Scorer.score_batch` of its own scores picture by
+    picture. Where memory runs out, the batch is halved. What passes by itself, such as a timeout, is tried again for ten
+    minutes.
 
     Raises:
+        InvalidValueError: if there is not one picture for each prompt.
+        ScoringError: if the scorer raised; an `ArtAugError` of its own is raised as it is, with a note.
         ContractError: if it returned another number of scores, or something that is not a number.
         NonFiniteError: if a score is NaN or infinite, naming the prompt.
-
-    What the scorer raises is raised as it is, with a note that names the scorer and the prompt.
+        MemoryError, RuntimeError: the scorer's own, if not even one picture fits into memory.
     """
-    try:
-        answers = scorer.score_batch(images, prompts)
-    except Exception as error:
-        if type(scorer).score_batch is not Scorer.score_batch:  # the loop there has named the very prompt
-            first = next(iter(prompts), None)
-            error.add_note(
-                f"Raised by the scorer {scorer.name!r}, for {len(prompts)} picture(s), first prompt {first!r}."
-            )
-        raise
-    return check_numbers(scorer.name, "score_batch", answers, count=len(images), per="picture", prompts=prompts)
+    owner = f"the scorer {scorer.name!r}"
+    if len(images) != len(prompts):
+        raise InvalidValueError(
+            f"received {len(images)} picture(s) for {len(prompts)} prompt(s), so {owner} was not called: need one picture for "
+            "each prompt."
+        )
+
+    def call(members: Sequence[int]) -> list[float]:
+        texts = [prompts[index] for index in members]
+        scores = call_part(
+            lambda: scorer.score_batch([images[index] for index in members], texts),
+            owner=owner,
+            inputs=describe_inputs("picture", texts),
+            error_class=ScoringError,
+        )
+        return check_numbers(scorer.name, "score_batch", scores, count=len(texts), per="picture", prompts=texts)
+
+    batches = FittingBatches(1 if type(scorer).score_batch is Scorer.score_batch else max(len(images), 1))
+    parts = batches.run(call, range(len(images)), owner=owner, item="picture", remedy=_TOO_LARGE)
+    return [score for _, scores in parts for score in scores]

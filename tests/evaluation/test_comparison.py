@@ -14,6 +14,7 @@ import artaug as aa
 from artaug.evaluation.statistics import holm, paired_bootstrap, sign_flip, tie_rate, win_rate
 from artaug.scorers import Chroma, Photometric, Sharpness
 from artaug.synthesis import picture_seeds
+from support.clock import FakeTime
 
 PROMPTS = [f"picture {number}" for number in range(20)]
 
@@ -452,7 +453,6 @@ def test_a_scorer_that_raises_on_one_picture_loses_no_other_score_and_is_reporte
 
     comparison, cause = caught.value.comparison, caught.value.__cause__
     assert isinstance(cause, OSError)
-    assert cause.__notes__ == ["Raised by the scorer 'Brittle', for the prompt 'picture 3'."]
     assert [(failure.arm, failure.prompt, failure.error) for failure in comparison.failures] == [
         (arm, "picture 3", "OSError: no memory card") for arm in ("base", "round 1", "round 2")
     ]
@@ -490,11 +490,21 @@ def test_a_nan_on_one_picture_is_a_scoring_failure_too():
     assert caught.value.comparison.rows[0].n == 19
 
 
-def test_a_scorer_that_fails_on_everything_raises_its_own_error_at_once():
+def test_a_scorer_that_fails_on_everything_raises_at_once():
     base = Grey(drawn=[])
-    with pytest.raises(KeyError, match="no memory card"):
+    with pytest.raises(aa.ScoringError, match="the scorer 'Brittle' raised KeyError: 'no memory card'") as caught:
         make_comparison(base, scorers=[Brittle(prompts=tuple(PROMPTS), error=KeyError)])
+    assert isinstance(caught.value.__cause__, KeyError)
     assert len(base.drawn) == 8
+
+
+def test_a_scorer_that_stays_away_ends_a_comparison_after_ten_minutes_and_gives_back_what_it_had_scored(monkeypatch):
+    clock = FakeTime()
+    monkeypatch.setattr("artaug._internal.calls.time", clock)
+    with pytest.raises(aa.ScoringError, match="'Brittle' has not answered for 10 minutes") as caught:
+        make_comparison(scorers=[Brittle(prompts=tuple(PROMPTS[8:]), error=TimeoutError)])
+    assert sum(clock.slept) <= 600
+    assert caught.value.scores["base"]["Brittle"][:8] == list(make_comparison().base.scores["Light"][:8])
 
 
 def test_a_scorer_that_fails_later_gives_back_what_it_had_scored():

@@ -152,7 +152,9 @@ def test_a_scorer_that_raises_on_one_picture_says_which_prompt_and_scorer():
         def score(self, image, prompt):
             return 1 / image.getpixel((0, 0))
 
-    with pytest.raises(aa.ScoringError, match=r"'Brittle' raised ZeroDivisionError.*for the prompt 'a pear'") as caught:
+    with pytest.raises(
+        aa.ScoringError, match=r"'Brittle' raised ZeroDivisionError.*for the picture of 'a pear'"
+    ) as caught:
         judge_pairs(aa.ParetoGain([Brittle()]), [pair(1, 2), pair(0, 2)])
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 

@@ -26,15 +26,15 @@ def test_it_depends_on_itself_and_on_its_components():
     assert ASPECT_RATIO.depends_on == {"aspect ratio"}
 
 
-def test_an_exception_on_one_picture_of_a_batch_gets_a_note_with_its_prompt():
+def test_an_exception_on_one_picture_names_the_scorer_and_its_prompt():
     def brittle(_, prompt):
         if prompt == "b":
             raise KeyError(prompt)
         return 1.0
 
-    with pytest.raises(KeyError) as caught:
-        FunctionScorer(function=brittle, name="brittle").score_batch([Image.new("L", (1, 1))] * 3, ["a", "b", "c"])
-    assert caught.value.__notes__ == ["Raised by the scorer 'brittle', for the prompt 'b'."]
+    scorer = FunctionScorer(function=brittle, name="brittle")
+    with pytest.raises(aa.ScoringError, match="the scorer 'brittle' raised KeyError: 'b', for the picture of 'b'"):
+        score_images(scorer, [Image.new("L", (1, 1))] * 3, ["a", "b", "c"])
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])

@@ -12,6 +12,7 @@ from artaug.errors import ArtAugError, ContractError, PartError
 T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
+_RAISED_BY = "Raised by"
 
 
 def call_part(
@@ -50,7 +51,8 @@ def call_part(
             raise  # it names its source
         except Exception as error:
             if isinstance(error, ArtAugError) or is_out_of_memory(error):
-                error.add_note(f"Raised by {owner}, for {inputs}.")
+                if not any(note.startswith(_RAISED_BY) for note in getattr(error, "__notes__", ())):
+                    error.add_note(f"{_RAISED_BY} {owner}, for {inputs}.")  # not by what called it in its turn
                 raise
             raised = f"{type(error).__name__}: {error}"
             if not retry or not TransientErrors().matches(error):
@@ -66,6 +68,11 @@ def call_part(
                 "%s raised %s, for %s; it is tried again for up to %.0f minutes", owner, raised, inputs, DEADLINE_S / 60
             )
         time.sleep(delay_s)
+
+
+def stays_away(error: Exception) -> bool:
+    """Whether an error of `call_part` says that a part has not answered for ten minutes: others would wait as long again."""
+    return isinstance(error, PartError) and TransientErrors().matches(error.__cause__)
 
 
 def describe_inputs(per: str, prompts: Sequence[str]) -> str:

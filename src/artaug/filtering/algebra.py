@@ -3,9 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 from artaug._internal.arguments import check_argument
+from artaug._internal.calls import call_part, describe_inputs
 from artaug._internal.contracts import check_batch
 from artaug.errors import ContractError
 from artaug.pairs import ImagePair, Verdict
@@ -61,20 +63,21 @@ class PairFilter(ABC):
 def judge_pairs(keep: PairFilter, pairs: Sequence[ImagePair]) -> list[Verdict]:
     """Judge pairs together and check that there is one `Verdict` for each; without pairs, the filter is not called.
 
+    Every call of a filter goes through this function. A filter without a `PairFilter.judge_batch` of its own judges pair by
+    pair. What passes by itself, such as a timeout, is tried again for ten minutes.
+
     Raises:
+        PartError: if the filter raised; an `ArtAugError` of its own or of its scorers is raised as it is, with a note.
         ContractError: if it returned too few or too many answers, or something that is no `Verdict`.
     """
-    if not pairs:
-        return []
-    return check_batch(
-        f"{keep!r:.120}",
-        "judge_batch",
-        keep.judge_batch(pairs),
-        of=Verdict,
-        count=len(pairs),
-        per="pair",
-        prompts=[pair.prompt for pair in pairs],
-    )
+    owner, verdicts = f"{keep!r:.120}", list[Verdict]()
+    size = 1 if type(keep).judge_batch is PairFilter.judge_batch else max(len(pairs), 1)
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        prompts = [pair.prompt for pair in part]
+        answers = call_part(partial(keep.judge_batch, part), owner=owner, inputs=describe_inputs("pair", prompts))
+        verdicts += check_batch(owner, "judge_batch", answers, of=Verdict, count=len(part), per="pair", prompts=prompts)
+    return verdicts
 
 
 @final

@@ -9,9 +9,9 @@ from typing import final
 from artaug._internal.arguments import check_argument, check_finite_number, check_number
 from artaug.errors import InvalidValueError
 from artaug.filtering.algebra import PairFilter
-from artaug.filtering.deltas import score_deltas, score_pictures
+from artaug.filtering.deltas import score_deltas
 from artaug.pairs import ImagePair, Verdict
-from artaug.scoring import Scorer
+from artaug.scoring import Scorer, score_images
 
 
 @final
@@ -82,7 +82,7 @@ class Floor(PairFilter):
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
         name = self.scorer.name
-        after = score_pictures(self.scorer, [pair.after for pair in pairs], [pair.prompt for pair in pairs])
+        after = score_images(self.scorer, [pair.after for pair in pairs], [pair.prompt for pair in pairs])
         return [
             Verdict(
                 score >= self.at_least,

@@ -10,8 +10,10 @@ from typing import Protocol, TypeAlias, final
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.calls import call_part
 from artaug._internal.contracts import check_numbers
 from artaug._internal.images import as_rgb
+from artaug._internal.memory import FittingBatches
 from artaug.errors import ContractError, InvalidValueError, NonFiniteError
 from artaug.images.photometry import luma, srgb
 
@@ -59,16 +61,34 @@ def metric_name(metric: SimilarityMetric) -> str:
 def compare_pairs(metric: SimilarityMetric, first: Sequence[Image], second: Sequence[Image]) -> list[float]:
     """Compare images in pairs and check what the metric returned: one finite number a pair.
 
+    Where memory runs out, the batch is halved.
+
     Raises:
+        PartError: if the metric raised; an `ArtAugError` of its own is raised as it is, with a note.
         ContractError: if there are too few numbers, or something that is not a number.
         NonFiniteError: if a number is NaN or infinite.
     """
-    name = metric_name(metric)
-    if isinstance(metric, ImageSimilarity):
-        numbers, method = metric.compare_batch(first, second), "compare_batch"
-    else:
-        numbers, method = [metric(*pair) for pair in zip(first, second, strict=True)], ""
-    return check_numbers(name, method, numbers, count=len(first), per="pair")
+    name, method = metric_name(metric), "compare_batch" if isinstance(metric, ImageSimilarity) else ""
+
+    def compare(members: Sequence[int]) -> Sequence[float]:
+        left, right = [first[index] for index in members], [second[index] for index in members]
+        if isinstance(metric, ImageSimilarity):
+            return metric.compare_batch(left, right)
+        return [metric(*pair) for pair in zip(left, right, strict=True)]
+
+    def call(members: Sequence[int]) -> list[float]:
+        inputs = f"{len(members)} pairs of pictures"
+        numbers = call_part(lambda: compare(members), owner=name, inputs=inputs)
+        return check_numbers(name, method, numbers, count=len(members), per="pair")
+
+    parts = FittingBatches(max(len(first), 1)).run(
+        call,
+        range(len(first)),
+        owner=name,
+        item="pair",
+        remedy="Load its model in lower precision or on another device.",
+    )
+    return [number for _, numbers in parts for number in numbers]
 
 
 def diversity(metric: SimilarityMetric, images: Sequence[Image]) -> float:

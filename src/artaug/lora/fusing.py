@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from artaug._internal.calls import call_part
 from artaug._internal.contracts import check_result, contract_error
 from artaug._internal.text import table_html
 from artaug._internal.values import value
@@ -41,11 +42,13 @@ def fuse_loras(fuser: Fuser, loras: Sequence[LoRA]) -> LoRA:
     """Fuse LoRAs and check the result.
 
     Raises:
-        ContractError: if the fuser returned something that is not a `LoRA`, or a LoRA that lacks a layer, has one that
+        PartError: if the fuser raised; an `ArtAugError` of its own is raised as it is, with a note.
+        ContractError: if it returned something that is not a `LoRA`, or a LoRA that lacks a layer, has one that
             none of ``loras`` has, or has one with another shape.
     """
     owner, inputs = type(fuser).__name__, f"{len(loras)} LoRA{'s' * (len(loras) != 1)}"
-    fused = check_result(owner, "fuse", fuser.fuse(loras), of=LoRA, inputs=inputs)
+    fused = call_part(lambda: fuser.fuse(loras), owner=owner, inputs=inputs)
+    check_result(owner, "fuse", fused, of=LoRA, inputs=inputs)
     expected = {name: layer.shape for lora in loras for name, layer in lora.layers.items()}
     shapes = {name: layer.shape for name, layer in fused.layers.items()}
     # that the factors are finite, LowRank has checked

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from artaug._internal.calls import call_part
 from artaug._internal.contracts import contract_error
 from artaug.errors import InvalidValueError
 from artaug.regional.denoiser import Conditioning
@@ -418,22 +419,24 @@ def compute_loss(loss: Loss, student: Student, batch: PairBatch) -> Tensor:
     """Call an objective's loss and check that an optimizer can minimize what it returns.
 
     Raises:
+        PartError: if the objective raised; an `ArtAugError` of its own is raised as it is, with a note.
         ContractError: unless it is a scalar tensor with gradient.
     """
-    value: object = loss(student, batch)
+    objective = getattr(loss, "__self__", None)  # of a method; a stage may have a plain function, too
+    name = getattr(loss, "__name__", repr(loss))
+    owner, inputs = name if objective is None else type(objective).__name__, f"a batch of {len(batch.sigmas)}"
+    value: object = call_part(lambda: loss(student, batch), owner=owner, inputs=inputs, retry=False)
     if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad:
         return value
     if isinstance(value, Tensor):
         received = f"a tensor of shape {tuple(value.shape)} {'with' if value.requires_grad else 'without'} gradient"
     else:
         received = repr(value)
-    objective = getattr(loss, "__self__", None)  # of a method; a stage may have a plain function, too
-    name = getattr(loss, "__name__", repr(loss))
     raise contract_error(
-        name if objective is None else type(objective).__name__,
+        owner,
         "" if objective is None else name,
         received=received,
-        inputs=f"a batch of {len(batch.sigmas)}",
+        inputs=inputs,
         expected="a scalar tensor with gradient, computed from model.predict",
     )
 

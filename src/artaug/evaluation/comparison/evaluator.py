@@ -14,6 +14,7 @@ from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from artaug._internal.arguments import Faults, argument_error, check_argument, check_count, check_items
+from artaug._internal.calls import stays_away
 from artaug._internal.memory import is_out_of_memory
 from artaug._internal.prompts import check_prompts, prompt_clusters
 from artaug.errors import InvalidValueError, PromptError, ScoringError
@@ -81,8 +82,8 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
         InvalidValueError: without scorers or candidates, for scorers of one name, for diversity of a single picture a
             prompt, or for a guardrail on a row that does not exist.
         ScoringError: if a scorer raises, or gives no finite number, for some pictures. All others are drawn and scored
-            first, and the comparison of those is in the error. A scorer that fails on all of the first pictures raises
-            its own exception at once.
+            first, and the comparison of those is in the error. At once, if a scorer fails on all of the first pictures, or
+            has not answered for ten minutes.
         ContractError: if a synthesizer or scorer returns something its interface does not allow.
         NonFiniteError: if all scores of the first pictures are NaN or infinite, naming the prompt.
 
@@ -147,7 +148,7 @@ class ScoringLog:
     scores: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """By arm and scorer, one score a picture; NaN where it failed or was not scored yet."""
     failures: list[ScoringFailure] = field(default_factory=list)
-    exceptions: list[Exception] = field(default_factory=list)
+    exceptions: list[BaseException] = field(default_factory=list)
     """The exception behind each failure, in the same order."""
 
     def score(
@@ -156,20 +157,21 @@ class ScoringLog:
         """Score a batch. If that raises, score its pictures one by one and give NaN to those that fail alone too.
 
         Raises:
-            ScoringError: if no picture of the batch can be scored, but earlier ones were; it holds their scores.
-            Exception: the scorer's own, if nothing was scored yet, or if memory ran out for a single picture.
+            ScoringError: if no picture of the batch can be scored, or the scorer stays away; it holds the scores of earlier
+                ones.
+            Exception: where nothing was scored yet, what `score_images` raised; also if memory ran out for a single picture.
         """
         try:
             return score_images(scorer, images, prompts)
         except Exception as error:  # noqa: BLE001 - a user's scorer may raise anything; compare raises it at the end
             batch_error = error
+        self._raise_if_lasting(batch_error)
         scores = []
         for image, prompt, seed in zip(images, prompts, seeds, strict=True):
             try:
                 scores += score_images(scorer, [image], [prompt])
-            except Exception as error:
-                if is_out_of_memory(error):  # it would happen to the pictures after it too
-                    raise
+            except Exception as error:  # noqa: BLE001 - as above
+                self._raise_if_lasting(error)
                 scores.append(nan)
                 self._add(error, ScoringFailure(scorer.name, arm, prompt, seed, _describe(error)))
         if all(map(isfinite, scores)):
@@ -191,11 +193,19 @@ class ScoringLog:
             scores=self.scores,
         )
 
+    def _raise_if_lasting(self, error: Exception) -> None:
+        """Raise what would happen to the pictures after it too."""
+        if isinstance(error, ScoringError) and stays_away(error):
+            error.scores = self.scores
+            raise error
+        if is_out_of_memory(error):
+            raise error
+
     def _has_scores(self) -> bool:
         return any(isfinite(score) for arm in self.scores.values() for scores in arm.values() for score in scores)
 
     def _add(self, exception: Exception, failure: ScoringFailure) -> None:
-        self.exceptions.append(exception)
+        self.exceptions.append(_original(exception))
         self.failures.append(failure)
 
 
@@ -361,5 +371,11 @@ def _check_prompts_and_scorers(faults: Faults, prompts: Sequence[str], scorers: 
             )
 
 
+def _original(error: BaseException) -> BaseException:
+    """What the scorer raised: the error that wraps it names the scorer and the prompt, which a `ScoringFailure` does too."""
+    return error.__cause__ if isinstance(error, ScoringError) and error.__cause__ is not None else error
+
+
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    original = _original(error)
+    return f"{type(original).__name__}: {original}"
