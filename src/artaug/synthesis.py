@@ -105,15 +105,40 @@ def draw_in_calls(
         yield DrawingCall(tuple(members), tuple(images))
 
 
+_PICTURES, _HELD_OUT, _ATTEMPTS = range(3)
+"""The independent streams of seeds of a run: of its pictures by their place, of what is only measured, and of attempts."""
+_SEED_BITS = 53
+"""Of a picture's seed: readers of JSON in other languages hold whole numbers of so many bits exactly."""
+
+
 def picture_seeds(seed: int, count: int) -> list[int]:
-    """Seeds for ``count`` pictures of a run: the same for the same ``seed``, unrelated to those of any other.
+    """Seeds for ``count`` pictures: the same for the same ``seed``, unrelated to those of any other, and different.
 
     >>> from artaug.synthesis import picture_seeds
     >>> picture_seeds(0, 3) == picture_seeds(0, 5)[:3]
     True
     """
     check_count("picture_seeds", "seed", seed, least=0)
-    return [int(word) for word in np.random.SeedSequence(seed).generate_state(count)]
+    return [_derive_seed(seed, _PICTURES, index) for index in range(count)]
+
+
+def attempt_seed(seed: int, *, round_number: int, prompt_index: int, candidate: int = 0) -> int:
+    """The seed of one picture of a run, which depends on nothing but its key.
+
+    More prompts, rounds or candidates leave the seeds of all others as they are.
+
+    Args:
+        seed: of the run.
+        round_number: counted from 1.
+        prompt_index: the place of the prompt in the run's list, from 0.
+        candidate: from 0, see `BestOf`.
+
+    >>> from artaug.synthesis import attempt_seed
+    >>> attempt_seed(0, round_number=1, prompt_index=7) == attempt_seed(0, round_number=2, prompt_index=7)
+    False
+    """
+    check_count("attempt_seed", "seed", seed, least=0)
+    return _derive_seed(seed, _ATTEMPTS, round_number, prompt_index, candidate)
 
 
 def held_out_seed(seed: int) -> int:
@@ -127,4 +152,9 @@ def held_out_seed(seed: int) -> int:
     True
     """
     check_count("held_out_seed", "seed", seed, least=0)
-    return int(np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1)[0])
+    return _derive_seed(seed, _HELD_OUT)
+
+
+def _derive_seed(seed: int, *key: int) -> int:
+    (word,) = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
+    return int(word) >> (64 - _SEED_BITS)

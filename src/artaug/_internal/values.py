@@ -5,7 +5,7 @@ A value that exists is valid, so that no code that receives one checks it again.
 
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -65,7 +65,7 @@ def to_json(instance: object) -> str:
     >>> to_json(aa.Box(0, 0, 0.5, 1))
     '{"left":0.0,"top":0.0,"right":0.5,"bottom":1.0}'
     """
-    return TypeAdapter(type(instance)).dump_json(instance).decode()
+    return _adapter(type(instance)).dump_json(instance).decode()
 
 
 def from_json(cls: type[T], text: str | bytes) -> T:
@@ -80,9 +80,15 @@ def from_json(cls: type[T], text: str | bytes) -> T:
     Box(left=0.0, top=0.0, right=0.5, bottom=1.0)
     """
     try:
-        return TypeAdapter(cls).validate_json(text)
+        return _adapter(cls).validate_json(text)
     except ValidationError as report:
         raise _as_artaug_error(report) from None
+
+
+@lru_cache(maxsize=64)
+def _adapter(cls: type[T]) -> TypeAdapter[T]:
+    """Made once a type: it compiles the type's schema, which takes longer than reading a value."""
+    return TypeAdapter(cls)
 
 
 def _check_encodable(cls: str, name: str, attribute: object) -> None:

@@ -156,7 +156,7 @@ class Cached(StreamingCritic):
 
     critic: Critic
     _: KW_ONLY
-    folder: Path
+    folder: Path = field(repr=False)
     """The folder of the answers; created when the first one is written."""
     identity: str = ""
     """What distinguishes this critic from others, such as the model's name, revision and prompt; by default its repr."""

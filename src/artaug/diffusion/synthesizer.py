@@ -254,6 +254,22 @@ class DiffusersSynthesizer(Synthesizer):
         )
 
     @property
+    def identity(self) -> Mapping[str, object]:
+        """All that decides its pictures, by name: settings, guide, LoRAs, and every part of the pipeline with its place."""
+        parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+        scheduler = {name: item for name, item in self.pipeline.scheduler.config.items() if name[0] != "_"}
+        settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.repr}
+        return {
+            "pipeline": type(self.pipeline),
+            "components": parts,
+            "dtypes": {name: part.dtype for name, part in parts.items() if hasattr(part, "dtype")},
+            "device": str(self.pipeline.device),
+            "scheduler": {"class": type(self.pipeline.scheduler), **dict(sorted(scheduler.items()))},
+            **settings,
+            "loras": [f"{active.lora.digest} x {active.scale!r}" for active in self.loras],
+        }
+
+    @property
     def _bound_family(self) -> Family:
         family = self.family or family_of(self.pipeline)
         return family(

@@ -87,12 +87,12 @@ class TrainingState:
         numbers = {"losses": self.losses, "base_scores": self.base_scores}
         tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in numbers.items()}
         for index, lora in enumerate(self.group_loras):
-            tensors |= _lora_to_tensors(f"group_loras.{index}", lora)
+            tensors |= lora_to_tensors(f"group_loras.{index}", lora)
         for index, lora in enumerate(self.stage_loras):
-            tensors |= _lora_to_tensors(f"stage_loras.{index}", lora)
+            tensors |= lora_to_tensors(f"stage_loras.{index}", lora)
         tensors |= _adapter_to_tensors("adapter", self.adapter) | _adapter_to_tensors("ema", self.ema)
         if self.best_lora is not None:
-            tensors |= _lora_to_tensors("best_lora", self.best_lora)
+            tensors |= lora_to_tensors("best_lora", self.best_lora)
         header = {
             "version": _VERSION,
             "step": str(self.step),
@@ -240,21 +240,23 @@ def _adapter_from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[st
     return layers
 
 
-def _lora_to_tensors(prefix: str, lora: LoRA) -> dict[str, Tensor]:
+def lora_to_tensors(prefix: str, lora: LoRA) -> dict[str, Tensor]:
+    """The factors of a LoRA under names that begin with ``prefix``, to the bit."""
     sides = ((name, side, getattr(layer, side)) for name, layer in lora.layers.items() for side in ("down", "up"))
     # Copied, since safetensors refuses tensors that share memory, as the factors of two layers may.
     return {f"{prefix}.{name}.{side}": factor.clone() for name, side, factor in sides}
 
 
-def _layers_from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, LowRank]:
+def lora_from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> LoRA:
+    """The LoRA that `lora_to_tensors` took apart."""
     start, end = f"{prefix}.", ".down"
     names = [key[len(start) : -len(end)] for key in tensors if key.startswith(start) and key.endswith(end)]
-    return {name: LowRank(tensors[f"{start}{name}.down"], tensors[f"{start}{name}.up"]) for name in names}
+    return LoRA({name: LowRank(tensors[f"{start}{name}.down"], tensors[f"{start}{name}.up"]) for name in names})
 
 
 def _loras_from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> tuple[LoRA, ...]:
     indices = sorted({int(key.split(".")[1]) for key in tensors if key.startswith(f"{prefix}.")})
-    return tuple(LoRA(_layers_from_tensors(tensors, f"{prefix}.{index}")) for index in indices)
+    return tuple(lora_from_tensors(tensors, f"{prefix}.{index}") for index in indices)
 
 
 def _extract_tensors(value: OptimizerState, name: str, tensors: dict[str, Tensor]) -> OptimizerState:

@@ -11,11 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import Tensor, nn
-
 from artaug._internal.arguments import Faults, check_argument, check_items
 from artaug._internal.digests import digest
-from artaug._internal.modules import plain_name, unwrap
 from artaug.errors import InvalidValueError, NothingToLearnError
 from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair, pair_digest
@@ -23,19 +20,17 @@ from artaug.synthesis import picture_seeds
 from artaug.training.batches import with_distribution
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import World
+from artaug.training.fingerprints import module_fingerprint
 from artaug.training.loop import TrainingLoop
 from artaug.training.model import DiffusionModel, Trainable
 from artaug.training.objectives import TrainingPlan
 from artaug.training.phases import Phase, split_into_phases
 from artaug.training.progress import ProgressLog, StepEvent
-from artaug.training.quantized import is_quantized
 from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.student import trainable_layers
 from artaug.training.validation import Validation, ValidationResult, best_result
 
 _log = logging.getLogger(__name__)
-_DIGESTED_SIZE = 4096
-"""Parameters of at most so many numbers identify a model's weights."""
 _SKIPPED_SHARE = 0.05
 """Share of skipped steps above which there is a warning."""
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -132,7 +127,7 @@ class DifferentialLoRATrainer(TrainingConfig):
         world = World.current()
         with synthesizer.training() as model:
             self._check_model(model)
-            weights = f"{_model_fingerprint(model.module)} {synthesizer.fingerprint}".rstrip()
+            weights = f"{module_fingerprint(model.module)} {synthesizer.fingerprint}".rstrip()
         run_fingerprint = {**self._run_fingerprint(pairs, seed, validation), "model": weights}
         _warn_of_unused_pairs(phases, self)
         state = None if checkpoints is None else checkpoints.latest(run_fingerprint=run_fingerprint)
@@ -244,19 +239,3 @@ def _warn_of_unused_pairs(phases: Sequence[Phase], config: TrainingConfig) -> No
                 "more steps, larger batches or less echo.",
                 *(steps, config.batch_size, config.echo, used, len(members[0].pairs)),
             )
-
-
-def _model_fingerprint(module: nn.Module) -> str:
-    """The class of a model and a digest of its small parameters, which every fine-tuning changes, too."""
-    module = unwrap(module)
-    parts: list[str | Tensor] = []
-    for path, parameter in module.named_parameters():
-        name = plain_name(path)
-        if is_quantized(parameter):  # bitsandbytes changes the layout of its weights when it draws on a CPU
-            parts += [name, type(parameter).__name__]
-            continue
-        parts += [name, str(tuple(parameter.shape))]
-        if parameter.numel() <= _DIGESTED_SIZE and parameter.device.type != "meta":
-            # Gathered if it is sharded, so that every process gets the same digest.
-            parts.append(parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter)
-    return f"{type(module).__name__} {digest(*parts)[:16]}"

@@ -1,0 +1,56 @@
+"""What a round remembers of its chunks: the seam between the stages and where their results are kept."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from PIL.Image import Image
+
+from artaug.critique import Abstention, Critique
+from artaug.pairs import Verdict
+from artaug.run.records import Chunk, DrawingStage, Member
+
+
+class ChunkJournal(ABC):
+    """What is kept of the chunk under way, as it comes."""
+
+    def drawn(self, stage: DrawingStage) -> Mapping[Member, Image]:
+        """The pictures of a stage that are kept already, by member."""
+        return {}
+
+    def answers(self) -> Mapping[Member, Critique | Abstention]:
+        """The critic's answers that are kept already, by member."""
+        return {}
+
+    @abstractmethod
+    def add_call(self, stage: DrawingStage, members: Sequence[Member], images: Sequence[Image], *, limit: int) -> None:
+        """Keep the pictures of one call of the synthesizer."""
+
+    @abstractmethod
+    def add_answer(self, member: Member, answer: Critique | Abstention) -> None:
+        """Keep one answer of the critic."""
+
+    @abstractmethod
+    def finish(self, chunk: Chunk) -> Chunk:
+        """Keep the whole chunk: the same, with its pictures where they stay."""
+
+
+class RoundJournal(ABC):
+    """What is kept of a round."""
+
+    call_limit: int | None = None
+    """The most pictures that a call of the synthesizer has room for, as far as this round knows."""
+
+    def finished(self, name: str) -> Chunk | None:
+        """The chunk of this name, if it is finished."""
+        return None
+
+    @abstractmethod
+    def begin(self, name: str) -> ChunkJournal:
+        """Begin a chunk, or go on with it."""
+
+    def verdicts(self) -> Mapping[int, Verdict] | None:
+        """Those of the end of the round by the index of the prompt, if they are kept."""
+        return None
+
+    def add_verdicts(self, verdicts: Mapping[int, Verdict]) -> None:
+        """Keep the verdicts of the end of the round."""

@@ -1,0 +1,103 @@
+"""The journal of a run without a store: pictures stay in memory while they are few, others go to a temporary folder."""
+
+import logging
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from PIL.Image import Image
+
+from artaug.critique import Abstention, Critique
+from artaug.image_files import ImageFile, ImageFolder
+from artaug.run.journal import ChunkJournal, RoundJournal
+from artaug.run.records import Candidate, Chunk, DrawingStage, Member, Picture
+
+_log = logging.getLogger(__name__)
+
+_BUDGET = 256 * 2**20
+"""Bytes of pictures in memory, beside those of the chunk under way."""
+_BYTES_PER_PIXEL = 4
+"""PIL keeps RGB in four bytes."""
+
+
+class PictureMemory:
+    """Holds the pictures of attempts: in memory up to a budget, and from there on in a temporary folder.
+
+    Only pictures that somebody still holds count. The folder goes when the last picture of it does.
+    """
+
+    def __init__(self, budget: int = _BUDGET) -> None:
+        self._budget = budget
+        self._held = 0
+        self._folder: TemporaryDirectory[str] | None = None
+
+    def keep(self, picture: Picture) -> Picture:
+        """The same picture, where it stays."""
+        if isinstance(picture, ImageFile):
+            return picture
+        size = picture.width * picture.height * _BYTES_PER_PIXEL
+        if self._held + size > self._budget:
+            return self._to_disk(picture)
+        self._held += size
+        weakref.finalize(picture, self._release, size)
+        return picture
+
+    def _release(self, size: int) -> None:
+        self._held -= size
+
+    def _to_disk(self, picture: Image) -> ImageFile:
+        if self._folder is None:
+            self._folder = TemporaryDirectory(prefix="artaug-", ignore_cleanup_errors=True)
+            _log.info(
+                "more than %d MiB of pictures: the others are in %s as long as they are used. With store='runs/first' a run "
+                "keeps everything in a folder of its own.",
+                *(self._budget // 2**20, self._folder.name),
+            )
+        file = ImageFolder(Path(self._folder.name)).add(picture)
+        weakref.finalize(file, _keep_alive, self._folder)
+        return file
+
+
+def _keep_alive(folder: TemporaryDirectory[str]) -> None:
+    """Hold a temporary folder: it goes when nothing refers to it."""
+
+
+class MemoryJournal(RoundJournal):
+    """Remembers what the stages need, and nothing after the end of the process."""
+
+    def __init__(self, memory: PictureMemory) -> None:
+        self._memory = memory
+
+    def begin(self, name: str) -> ChunkJournal:
+        return _MemoryChunk(self, self._memory)
+
+
+class _MemoryChunk(ChunkJournal):
+    def __init__(self, round_journal: RoundJournal, memory: PictureMemory) -> None:
+        self._round = round_journal
+        self._memory = memory
+
+    def add_call(self, stage: DrawingStage, members: Sequence[Member], images: Sequence[Image], *, limit: int) -> None:
+        self._round.call_limit = limit
+
+    def add_answer(self, member: Member, answer: Critique | Abstention) -> None:
+        pass
+
+    def finish(self, chunk: Chunk) -> Chunk:
+        """Keep the pictures of the candidates that were chosen, and of the prompts that are put off."""
+        return replace(chunk, candidates=dict(self._kept(chunk)))
+
+    def _kept(self, chunk: Chunk) -> Iterator[tuple[Member, Candidate]]:
+        put_off = {end.prompt_index for end in chunk.ends if end.transient}
+        chosen = {Member(end.prompt_index, end.candidate): end for end in chunk.ends}
+        for member, candidate in chunk.candidates.items():
+            if member.prompt_index in put_off or (member in chosen and not chosen[member].reason):
+                yield member, replace(
+                    candidate,
+                    before=None if candidate.before is None else self._memory.keep(candidate.before),
+                    after=None if candidate.after is None else self._memory.keep(candidate.after),
+                )
+            elif member in chosen:
+                yield member, replace(candidate, before=None, after=None)

@@ -1,0 +1,192 @@
+"""What a run keeps of its prompts: candidates with their pictures, how each prompt ended, and both as they are written."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeAlias
+
+from PIL.Image import Image
+
+from artaug._internal.values import value
+from artaug.critique import Abstention, Critique
+from artaug.image_files import ImageFile
+from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
+from artaug.plan import Plan
+
+Picture: TypeAlias = Image | ImageFile
+"""In memory, or on disk."""
+DrawingStage: TypeAlias = Literal["draw", "redraw"]
+
+
+class Member(NamedTuple):
+    """Which picture of a round: the key of all that is kept about it."""
+
+    prompt_index: int
+    """The prompt's place in the list, from 0."""
+    candidate: int
+    """From 0, see `BestOf`."""
+
+
+@dataclass
+class Candidate:
+    """One picture of one prompt on its way through the stages; what a stage has made is no longer None after it."""
+
+    member: Member
+    prompt: str
+    seed: int
+    before: Picture | None = None
+    answer: Critique | Abstention | None = None
+    plan: Plan | None = None
+    """None where the critic abstained, or nothing would change."""
+    after: Picture | None = None
+
+    def outcome(self) -> ImagePair | Skipped:
+        """The pair, or why there is none."""
+        if isinstance(self.answer, Abstention):
+            reason = f"the critic abstained: {self.answer.reason}"
+            return Skipped(self.prompt, self.seed, reason, "critique", self.answer.transient)
+        if self.plan is None:
+            suggests = self.answer is not None and self.answer.suggestions
+            why = "the planner kept no suggestion" if suggests else "the critic suggested nothing"
+            return Skipped(self.prompt, self.seed, why, "plan")
+        assert self.before is not None
+        assert self.after is not None
+        return ImagePair(prompt=self.prompt, seed=self.seed, before=self.before, after=self.after, plan=self.plan)
+
+
+@value
+class End:
+    """How a prompt ended: the verdict on the pair of one candidate, or why it was skipped."""
+
+    prompt_index: int
+    candidate: int
+    """That was chosen; of a prompt that was skipped, the one that came furthest."""
+    verdict: Verdict | None = None
+    """None for a prompt that was skipped, and for a pair that waits for the end of the round to be judged."""
+    reason: str = ""
+    """Why it was skipped; empty for a pair."""
+    stage: Literal["draw", "critique", "plan"] = "critique"
+    """Where it was skipped."""
+    transient: bool = False
+    """Whether the critic may answer later."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompts that went through the stages together."""
+
+    candidates: Mapping[Member, Candidate]
+    ends: Sequence[End]
+    """One for each prompt, in their order."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """By stage, of this chunk."""
+
+    def attempt(self, end: End, verdict: Verdict | None = None) -> Attempt:
+        """The attempt of a prompt of this chunk; ``verdict`` for a pair that was judged at the end of the round."""
+        candidate = self.candidates[Member(end.prompt_index, end.candidate)]
+        verdict = verdict or end.verdict
+        if verdict is None:
+            return Skipped(candidate.prompt, candidate.seed, end.reason, end.stage, end.transient)
+        pair = candidate.outcome()
+        assert isinstance(pair, ImagePair)
+        return Kept(pair, verdict) if verdict.keep else Dropped(pair, verdict)
+
+
+@value
+class CallRecord:
+    """One call of the synthesizer: which pictures were drawn together, since that decides their last bits."""
+
+    stage: DrawingStage
+    members: tuple[tuple[int, int], ...]
+    """In their order in the call."""
+    images: tuple[str, ...]
+    """The digests of their pictures."""
+    width: int
+    height: int
+    limit: int
+    """The most pictures that a call might have then: halved where memory ran out."""
+    threads: int
+    """Of torch, on the CPU."""
+
+
+@value
+class AnswerRecord:
+    """An answer of the critic, while its chunk is under way."""
+
+    prompt_index: int
+    candidate: int
+    answer: Critique | Abstention
+
+
+@value
+class CandidateRecord:
+    """A `Candidate` with the digests of its pictures."""
+
+    prompt_index: int
+    candidate: int
+    prompt: str
+    seed: int
+    before: str | None
+    answer: Critique | Abstention | None
+    plan: Plan | None
+    after: str | None
+
+    @classmethod
+    def of(cls, candidate: Candidate) -> "CandidateRecord":
+        """Of a candidate whose pictures are on disk."""
+        return cls(
+            *candidate.member,
+            candidate.prompt,
+            candidate.seed,
+            candidate.before.digest if isinstance(candidate.before, ImageFile) else None,
+            candidate.answer,
+            candidate.plan,
+            candidate.after.digest if isinstance(candidate.after, ImageFile) else None,
+        )
+
+    def to_candidate(self, picture: Callable[[str], ImageFile]) -> Candidate:
+        """The candidate, with references to its pictures."""
+        return Candidate(
+            Member(self.prompt_index, self.candidate),
+            self.prompt,
+            self.seed,
+            None if self.before is None else picture(self.before),
+            self.answer,
+            self.plan,
+            None if self.after is None else picture(self.after),
+        )
+
+
+@value
+class ChunkRecord:
+    """A `Chunk` as it is written."""
+
+    candidates: tuple[CandidateRecord, ...]
+    ends: tuple[End, ...]
+    calls: tuple[CallRecord, ...]
+    seconds: dict[str, float]
+
+    @classmethod
+    def of(cls, chunk: Chunk, calls: Sequence[CallRecord]) -> "ChunkRecord":
+        """Of a chunk whose pictures are on disk."""
+        candidates = tuple(map(CandidateRecord.of, chunk.candidates.values()))
+        return cls(candidates, tuple(chunk.ends), tuple(calls), dict(chunk.seconds))
+
+    def to_chunk(self, picture: Callable[[str], ImageFile]) -> Chunk:
+        """The chunk, with references to its pictures."""
+        candidates = (record.to_candidate(picture) for record in self.candidates)
+        return Chunk({candidate.member: candidate for candidate in candidates}, self.ends, self.seconds)
+
+
+@value
+class VerdictRecord:
+    """The verdict on a pair that was judged at the end of its round."""
+
+    prompt_index: int
+    verdict: Verdict
+
+
+@value
+class VerdictsRecord:
+    """The verdicts of a filter that compares the pairs of a round."""
+
+    verdicts: tuple[VerdictRecord, ...]

@@ -1,0 +1,250 @@
+"""The folder of a run: what is in it, and the check that a call goes on with the run that began there.
+
+::
+
+    run.json                 every call that worked on this run: settings, versions, seeds
+    images/ab/<digest>.webp  pictures, lossless, named by the SHA-256 of their pixels
+    metadata.jsonl           the pairs, for people and for ``datasets.load_dataset("imagefolder", ...)``; derived
+    latents/                 what the trainer encoded; can be deleted
+    round-1/
+      round.json             how many prompts it has
+      attempts/0-00000.json  a finished chunk: candidates, answers, plans, verdicts, drawing calls
+      work/0-00001/          the chunk under way, one file a drawing call and an answer
+      verdicts.json          of a filter that compares the pairs of a round
+      measure/               drawing calls of held-out pictures
+      checkpoints-96/        of the training, while it goes
+      result.safetensors     losses, gain, and the LoRAs of the round to the bit
+      lora.safetensors       the LoRA of all rounds so far, for other programs
+
+Every file appears whole or not at all, is written once, and holds a digest of its content.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import final
+
+from artaug._internal.arguments import check_argument
+from artaug._internal.digests import digest
+from artaug._internal.files import check_writable
+from artaug._internal.segments import read_segment, write_segment
+from artaug._internal.values import value
+from artaug.errors import InvalidValueError, StorageError
+from artaug.image_files import ImageFolder
+from artaug.run.provenance import installed_versions
+from artaug.run.round_folder import RoundFolder
+
+_VERSION = 1
+_MAX_LISTED = 12
+"""Differences that an error lists."""
+_MORE = ("prompts", "rounds")
+"""Settings of which there may be more, if that is allowed by name."""
+_REMEDY = "What the run has finished is complete: run the same call to go on once the folder can be written to."
+
+
+@final
+@dataclass(frozen=True)
+class Store:
+    """The folder that keeps a run of `improve` or `enhance`, so that the same call goes on where it stopped.
+
+    A call whose arguments differ from those that began the run is refused, with the names of all that differs: settings of
+    every part, their models and weights, prompts, versions of packages, threads. Names in ``allow`` may differ, for
+    instance ``{"prompts"}`` to add prompts at the end of the list, ``{"rounds"}`` for more rounds, or ``{"critic"}``.
+
+    >>> import artaug as aa
+    >>> aa.Store("runs/first", allow={"prompts"})
+    Store(folder='runs/first', allow={'prompts'}, take_over=False)
+    """
+
+    folder: str | Path
+    """Made if it does not exist. Of a path alone, ``store="runs/first"`` is short for this."""
+    _: KW_ONLY
+    allow: Collection[str] = ()
+    """Names, or beginnings of dotted names, of what may differ from the call before."""
+    take_over: bool = False
+    """Run although another process seems to hold the folder, which died on another machine."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str | Path):
+            check_argument("Store", "folder", self.folder, Path)
+        if isinstance(self.allow, str):
+            raise InvalidValueError(f"Store(allow={self.allow!r}): need a collection of names, such as {{{self.allow!r}}}.")
+
+    @classmethod
+    def of(cls, store: "Store | str | Path | None") -> "Store | None":
+        """The store that an argument ``store`` means."""
+        return store if store is None or isinstance(store, Store) else cls(store)
+
+
+@value
+class CallRecord:
+    """One call of `improve` or `enhance` on a run: all that counts."""
+
+    started: str
+    """UTC, ISO 8601."""
+    prompts: int
+    prompts_digest: str
+    settings: dict[str, str]
+    """By dotted name, see `artaug.run.identity.identity_of`."""
+    versions: dict[str, str]
+    """Of packages, Python and the device."""
+
+
+@value
+class RunRecord:
+    """The content of ``run.json``."""
+
+    version: int
+    calls: tuple[CallRecord, ...]
+    """The first, and each later one that differed from the one before."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run."""
+
+    path: Path
+
+    @property
+    def images(self) -> ImageFolder:
+        """Its pictures."""
+        return ImageFolder(self.path / "images")
+
+    @property
+    def latents(self) -> Path:
+        """The trainer's cache."""
+        return self.path / "latents"
+
+    def round(self, number: int) -> RoundFolder:
+        """The folder of a round, counted from 1."""
+        return RoundFolder(self.path / f"round-{number}", self.images)
+
+    def begun_rounds(self) -> list[int]:
+        """The numbers of the rounds that have begun."""
+        numbers = (folder.name.removeprefix("round-") for folder in self.path.glob("round-*") if folder.is_dir())
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def read(self) -> RunRecord | None:
+        """What ``run.json`` says; None for a folder in which no run has begun.
+
+        Raises:
+            StorageError: if it is damaged, of a later version, or if the folder holds something else.
+        """
+        path = self.path / "run.json"
+        remedy = "Take another folder, or restore the file from a copy."
+        try:
+            record = read_segment(path, RunRecord, what="record of a run", remedy=remedy)
+        except FileNotFoundError:
+            others = [] if not self.path.is_dir() else sorted(entry.name for entry in self.path.iterdir())
+            foreign = [name for name in others if name not in _OWN and name[0] != "."]
+            if foreign:
+                raise StorageError(
+                    f"{self.path} holds other files than a run's, such as {foreign[0]!r}, and no run.json. Give the run a "
+                    "folder of its own."
+                ) from None
+            return None
+        if record.version != _VERSION:
+            raise StorageError(
+                f"{path} is of version {record.version}, and this artaug reads version {_VERSION}. Install the artaug that "
+                "began the run, or take another folder."
+            )
+        return record
+
+    def check(self, call: CallRecord, prompts: Sequence[str], *, allow: Collection[str]) -> None:
+        """Refuse a call that would not go on with the run that is here; nothing is written.
+
+        Raises:
+            StorageError: if the folder cannot be written to, or something differs that is not allowed to, naming it.
+            InvalidValueError: for a name in ``allow`` that nothing has.
+        """
+        check_writable(self.path, what="the run's folder")
+        record = self.read()
+        if record is None:
+            return
+        last = record.calls[-1]
+        names = {*last.settings, *call.settings, *last.versions, *call.versions, "prompts"}
+        unknown = [name for name in allow if not any(_is_under(other, name) for other in names)]
+        if unknown:
+            known = sorted({name.partition(".")[0] for name in names})
+            raise InvalidValueError(f"Store(allow={set(allow)!r}): nothing is called {unknown[0]!r}. There are: {', '.join(known)}.")
+        differences = [
+            line
+            for name, line in _differences(last, call, prompts)
+            if not any(_is_under(name, allowed) for allowed in allow)
+        ]
+        if differences:
+            more = len(differences) - _MAX_LISTED
+            listed = "\n- ".join(differences[:_MAX_LISTED] + [f"and {more} more"] * (more > 0))
+            raise StorageError(
+                f"{self.path} holds a run that was called with other arguments, which would be another run:\n- {listed}\n"
+                "Call it as before, take another folder, or allow what may differ by name, such as "
+                f"store=artaug.Store({str(self.path)!r}, allow={{{differences[0].partition(':')[0]!r}}})."
+            )
+
+    def begin(self, call: CallRecord) -> None:
+        """Write the call down, if it is the first or differs from the one before.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        record = self.read()
+        calls = () if record is None else record.calls
+        if calls and (calls[-1].settings, calls[-1].versions, calls[-1].prompts_digest) == (
+            call.settings,
+            call.versions,
+            call.prompts_digest,
+        ):
+            return
+        write_segment(self.path / "run.json", RunRecord(_VERSION, (*calls, call)), what="the record of the run", remedy=_REMEDY)
+
+    def groups(self, number: int, prompts: int) -> tuple[int, ...]:
+        """The numbers of prompts that a round has had, the last one all of it; begins the round if it has not.
+
+        Prompts that are added take part in the newest round that has begun, and in those after it. If that was finished, it
+        is opened again: its training will learn from all pairs.
+
+        Raises:
+            StorageError: if that cannot be written.
+        """
+        begun, folder = self.begun_rounds(), self.round(number)
+        groups = folder.groups()
+        if groups is None or (prompts > groups[-1] and number == begun[-1]):
+            groups = (*(groups or ()), prompts)
+            folder.begin(groups)
+        return groups
+
+
+_OWN = {"run.json", "images", "latents", "lock", "owner.json", "metadata.jsonl"}
+
+
+def describe_call(settings: Mapping[str, str], prompts: Sequence[str]) -> CallRecord:
+    """The record of a call that begins now."""
+    return CallRecord(
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        len(prompts),
+        digest(*prompts),
+        dict(settings),
+        installed_versions(),
+    )
+
+
+def _is_under(name: str, beginning: str) -> bool:
+    return name == beginning or name.startswith(f"{beginning}.")
+
+
+def _differences(before: CallRecord, now: CallRecord, prompts: Sequence[str]) -> list[tuple[str, str]]:
+    """The name of each thing that differs, and a line that says how."""
+    lines = []
+    if before.prompts_digest != now.prompts_digest:
+        added = now.prompts - before.prompts
+        if added > 0 and digest(*prompts[: before.prompts]) == before.prompts_digest:
+            lines.append(("prompts", f"prompts: {added} more than the {before.prompts} before"))
+        else:
+            # Not allowed by any name: attempts are keyed by the place of their prompt.
+            lines.append(("", f"prompts: other ones, or in another order ({before.prompts} then, {now.prompts} now)"))
+    for then, here in ((before.settings, now.settings), (before.versions, now.versions)):
+        for name in sorted({*then, *here}):
+            if then.get(name) != here.get(name):
+                lines.append((name, f"{name}: {then.get(name, 'nothing')} then, {here.get(name, 'nothing')} now"))
+    return lines
