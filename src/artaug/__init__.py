@@ -56,10 +56,12 @@ from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
 from artaug.report import write_report
 from artaug.review import ManualReview, RecordedDecisions, ReviewProgress
 from artaug.run.enhance import enhance
+from artaug.run.events import AttemptEvent, ProgressEvent, RoundEvent, RunEvent, StageEvent
 from artaug.run.funnel import Funnel, FunnelStep
-from artaug.run.improve import StageEvent, improve
+from artaug.run.improve import improve
 from artaug.run.results import Enhancement, Round
 from artaug.run.stop_rule import StopRule
+from artaug.run.store import Store
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer
 from artaug.training import (
@@ -99,6 +101,7 @@ __all__ = [
     "Arm",
     "ArtAugError",
     "Attempt",
+    "AttemptEvent",
     "BakedCheckpoint",
     "BakedFile",
     "BakedLayer",
@@ -163,6 +166,7 @@ __all__ = [
     "PlainLoRA",
     "Plan",
     "Prodigy",
+    "ProgressEvent",
     "PromptError",
     "PromptSet",
     "RecordedDecisions",
@@ -171,6 +175,8 @@ __all__ = [
     "RegionalAttention",
     "ReviewProgress",
     "Round",
+    "RoundEvent",
+    "RunEvent",
     "Schedule",
     "ScheduleFree",
     "ScoreRow",
@@ -183,6 +189,7 @@ __all__ = [
     "StepEvent",
     "StopRule",
     "StorageError",
+    "Store",
     "StructuralSimilarity",
     "Suggestion",
     "SupervisedFineTuning",

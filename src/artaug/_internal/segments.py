@@ -33,7 +33,7 @@ def write_segment(path: Path, content: object, *, what: str, remedy: str) -> Non
         StorageError: if it cannot be written.
     """
     with atomic_write(path, what=what, remedy=remedy) as temporary:
-        temporary.write_bytes(_seal(content))
+        temporary.write_bytes(_seal(to_json(content).encode()))
 
 
 def write_provisional(path: Path, content: object, *, what: str, remedy: str) -> None:
@@ -47,15 +47,21 @@ def write_provisional(path: Path, content: object, *, what: str, remedy: str) ->
     """
     temporary = path.with_name(f".{path.name}")
     try:
-        temporary.write_bytes(_seal(content))
+        temporary.write_bytes(_seal(to_json(content).encode()))
         temporary.replace(path)
     except OSError as error:
         raise StorageError(f"{what} {path} could not be written: {error}. {remedy}") from error
 
 
-def _seal(content: object) -> bytes:
-    text = to_json(content).encode()
+def _seal(text: bytes) -> bytes:
     return b"".join((_HEAD, sha256(text).hexdigest().encode(), _MIDDLE, text, _TAIL))
+
+
+def _unseal(whole: bytes) -> bytes:
+    text = whole[_CONTENT_START : -len(_TAIL)]
+    if whole != _seal(text):
+        raise InvalidValueError("its bytes are not those of its digest")
+    return text
 
 
 def read_segment(path: Path, of: type[T], *, what: str, remedy: str) -> T:
@@ -73,11 +79,7 @@ def read_segment(path: Path, of: type[T], *, what: str, remedy: str) -> T:
     """
     try:
         check_regular(path)
-        whole = path.read_bytes()
-        text = whole[_CONTENT_START : -len(_TAIL)]
-        if whole != b"".join((_HEAD, sha256(text).hexdigest().encode(), _MIDDLE, text, _TAIL)):
-            raise InvalidValueError("its bytes are not those of its digest")
-        return from_json(of, text)
+        return from_json(of, _unseal(path.read_bytes()))
     except FileNotFoundError:
         raise
     except (OSError, InvalidValueError) as error:

@@ -39,6 +39,11 @@ class PairFilter(ABC):
         judge_pairs(self, [pair])
 
     @property
+    def needs_all_pairs(self) -> bool:
+        """Whether a run is to judge all pairs of a round together, since a verdict depends on the other pairs."""
+        return False
+
+    @property
     def scorers(self) -> frozenset[str]:
         """Names of the scorers this filter decides by; they overrate the pairs that it kept."""
         return frozenset()
@@ -96,6 +101,10 @@ class _Combined(PairFilter):
         return f"({self.first!r} {'&' if self.require_both else '|'} {self.second!r})"
 
     @property
+    def needs_all_pairs(self) -> bool:
+        return self.first.needs_all_pairs or self.second.needs_all_pairs
+
+    @property
     def scorers(self) -> frozenset[str]:
         return self.first.scorers | self.second.scorers
 
@@ -128,6 +137,10 @@ class _Not(PairFilter):
 
     def __repr__(self) -> str:
         return f"~{self.inverted!r}"
+
+    @property
+    def needs_all_pairs(self) -> bool:
+        return self.inverted.needs_all_pairs
 
     @property
     def scorers(self) -> frozenset[str]:

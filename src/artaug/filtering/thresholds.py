@@ -98,8 +98,7 @@ class Floor(PairFilter):
 class TopFraction(PairFilter):
     """Keeps the pairs that gained most: the best ``ceil(fraction * n)`` of n judged together; of equals, the first.
 
-    Together means: in one call of `judge_batch`. `improve` judges a chunk of ``batch_size`` prompts at a time, so that
-    a larger batch compares more pairs. A pair judged alone ranks first and is kept even if its score fell; to keep only
+    Together means: in one call of `judge_batch`. `improve` judges all pairs of a round together, at its end. A pair judged alone ranks first and is kept even if its score fell; to keep only
     gains, write ``TopFraction(scorer, 0.5) & Gain(scorer)``. Both sides of ``&`` and ``|`` see the same pairs, also
     those that the other side drops.
 
@@ -116,6 +115,10 @@ class TopFraction(PairFilter):
         check_number("TopFraction", "fraction", self.fraction)
         if not 0 < self.fraction <= 1:
             raise InvalidValueError(f"{self!r} cannot rank pairs: need a fraction in (0, 1], such as 0.5.")
+
+    @property
+    def needs_all_pairs(self) -> bool:
+        return True
 
     @property
     def scorers(self) -> frozenset[str]:

@@ -89,6 +89,11 @@ class ManualReview(PairFilter):
             self.prefilter.rehearse(pair)
 
     @property
+    def needs_all_pairs(self) -> bool:
+        """A person is asked once a round."""
+        return True
+
+    @property
     def scorers(self) -> frozenset[str]:
         return frozenset() if self.prefilter is None else self.prefilter.scorers
 

@@ -1,7 +1,8 @@
 """The check at the door: what `improve` and `enhance` were given, all of it, before anything is drawn."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from PIL import Image
@@ -15,8 +16,11 @@ from artaug.geometry import Box
 from artaug.lora.fusing import Fuser
 from artaug.pairs import ImagePair
 from artaug.plan import Plan, Region, RegionPlanner
+from artaug.run.events import OnEvent
 from artaug.run.parts import LearningParts, LoopParts
+from artaug.run.session import check_store
 from artaug.run.stop_rule import StopRule
+from artaug.run.store import Store
 from artaug.scoring import Scorer, score_images
 from artaug.synthesis import Synthesizer
 from artaug.training import Checkpoints, DifferentialLoRATrainer, Trainable, Validation
@@ -36,8 +40,8 @@ def check_run(
     learning: LearningParts | None = None,
     *,
     seed: int,
-    batch_size: int,
-    on_stage: Callable[..., object] | None = None,
+    store: Store | str | Path | None,
+    on_event: OnEvent | None,
     check: Check,
 ) -> None:
     """Refuse a run that could not end well, with one error that lists all that is wrong.
@@ -48,8 +52,8 @@ def check_run(
         parts: that draw and judge.
         learning: that learn, in `enhance`.
         seed: of the run.
-        batch_size: prompts in a chunk.
-        on_stage: called after every stage.
+        store: that keeps it.
+        on_event: called with every event.
         check: how far to go.
 
     Raises:
@@ -61,15 +65,19 @@ def check_run(
     for name, value, of, optional in _types(parts, learning):
         with faults.collected():
             check_argument(owner, name, value, of, optional=optional)
-    counts = [("batch_size", batch_size, 1), ("seed", seed, 0)]
-    if learning is not None:
-        counts.append(("rounds", learning.rounds, 1))
-    for name, number, least in counts:
+    for name, number, least in _counts(parts, learning, seed=seed):
         with faults.collected():
             check_count(owner, name, number, least=least)
+    for name, function, event in (
+        ("on_event", on_event, "RunEvent"),
+        ("on_step", learning and learning.on_step, "StepEvent"),
+    ):
+        with faults.collected():
+            if function is not None and not callable(function):
+                raise argument_error(owner, name, function, expected=f"a function of a {event}")
     with faults.collected():
-        if on_stage is not None and not callable(on_stage):
-            raise argument_error(owner, "on_stage", on_stage, expected="a function of a StageEvent")
+        if store is not None and not isinstance(store, Store | str | Path):
+            raise argument_error(owner, "store", store, expected="a path or an artaug.Store")
     with faults.collected():
         if check not in get_args(Check):
             raise argument_error(owner, "check", check, expected=f"one of {', '.join(map(repr, get_args(Check)))}")
@@ -78,6 +86,10 @@ def check_run(
     if learning is not None:
         _check_learning(faults, prompts, parts.synthesizer, learning)
     faults.raise_any()
+    if store is not None:
+        with faults.collected():
+            check_store(Store.of(store), owner, prompts, parts, learning, seed=seed)
+        faults.raise_any()
     if check == "arguments":
         return
     dark, lit = (Image.new("RGB", parts.synthesizer.picture_size, grey) for grey in _GREYS)
@@ -103,6 +115,16 @@ def _types(parts: LoopParts, learning: LearningParts | None) -> Iterator[tuple[s
         yield "validation", learning.validation, Validation, True
         yield "stop", learning.stop, StopRule, True
         yield "checkpoints", learning.checkpoints, Checkpoints, True
+
+
+def _counts(parts: LoopParts, learning: LearningParts | None, *, seed: int) -> Iterator[tuple[str, int, int]]:
+    """The name of each number, the number, and the least that it may be."""
+    yield "seed", seed, 0
+    yield "batch_size", parts.batch_size, 1
+    if parts.chunk_size is not None:
+        yield "chunk_size", parts.chunk_size, 1
+    if learning is not None:
+        yield "rounds", learning.rounds, 1
 
 
 def _check_guide(planner: RegionPlanner, synthesizer: Synthesizer) -> None:

@@ -1,26 +1,39 @@
-"""Rounds of the loop: improve, train, combine, until a round does not help."""
+"""`enhance`: rounds of the loop, improve, train, combine, until a round does not help."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
+from artaug._internal.memory import FittingBatches
 from artaug.critique import Critic
 from artaug.errors import ArtAugError, NothingToLearnError
 from artaug.evaluation.comparison import ScoreRow, compare
 from artaug.filtering import BestOf, PairFilter
 from artaug.lora.fusing import ConcatFuser, Fuser, fuse_loras
+from artaug.lora.lora import LoRA
 from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.plan import RegionPlanner
+from artaug.run.attempts import StoredAttempts
 from artaug.run.checking import Check, as_trainable, check_run
-from artaug.run.improve import StageEvent, improve, stage_timer
+from artaug.run.events import OnEvent, RoundEvent, StageClock, ignore_event
+from artaug.run.measuring import RecordedSynthesizer
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.results import Enhancement, Round
+from artaug.run.round_folder import ResultRecord
+from artaug.run.session import RunSession, open_session
+from artaug.run.stages import RoundStages
 from artaug.run.stop_rule import StopRule
+from artaug.run.store import Store
 from artaug.synthesis import Synthesizer, held_out_seed, picture_seeds
-from artaug.training import Checkpoints, DifferentialLoRATrainer, Validation
+from artaug.training import (
+    Checkpoints,
+    DifferentialLoRATrainer,
+    StepEvent,
+    TrainingResult,
+    Validation,
+    ValidationResult,
+)
 
 
 def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good default or none possible
@@ -36,16 +49,24 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     candidates: BestOf | None = None,
     validation: Validation | None = None,
     stop: StopRule | None = None,
+    store: Store | str | Path | None = None,
     checkpoints: Checkpoints | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    chunk_size: int | None = None,
     progress: bool = True,
+    on_event: OnEvent | None = None,
+    on_step: Callable[[StepEvent], None] | None = None,
     check: Check = "scorers",
 ) -> Enhancement:
     """Improve, train and combine, round after round, until a round does not help.
 
     Every round draws all prompts with new seeds and with the LoRA of the rounds before, and learns only what the
     critic still finds to improve. The base model is never changed.
+
+    With a ``store``, everything is kept in a folder as it comes. Whatever ended a call, a kill, Ctrl-C, a full disk or an
+    error: the same call on the same folder goes on where it was, draws and asks nothing again, and ends with the same
+    attempts and the same LoRA to the bit.
 
     Args:
         prompts: what to draw and learn from.
@@ -59,11 +80,16 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         candidates: see `improve`.
         validation: chooses each round's step and strength by pictures; without it the last step counts, at strength 1.
         stop: ends the loop when a round has not helped on held-out prompts; without it all rounds run.
-        checkpoints: where trainings save their state, each round in a folder of its own. A run that was killed draws
-            its pictures again; its trainings resume, or return at once if they had finished.
+        store: the folder that keeps the run, see `Store`; without it a run is held in memory, and nothing of it outlives an
+            error but the rounds before, as the error's ``result``.
+        checkpoints: how often a training saves its state, and how many of them stay. With a ``store`` they are in its folder,
+            and ``folder`` does not count; without one, ``folder`` is the store.
         seed: of the run; the same arguments give the same LoRA.
-        batch_size: prompts in a chunk, see `improve`.
+        batch_size: see `improve`.
+        chunk_size: see `improve`.
         progress: show progress bars.
+        on_event: called with every `RunEvent`, the steps of the trainings among them.
+        on_step: called after every step of a training, such as ``tracker.log_step``.
         check: how far to check before the first picture, see `improve`.
 
     Returns:
@@ -78,136 +104,205 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         GuideError: if the planner makes regions and the synthesizer has no guide.
         ModelError: if the synthesizer has no model to train, or one that cannot be trained in this way.
         LoRAMismatchError: if the trainer's targets select no layer of the model.
-        StorageError: if a checkpoint cannot be written, or belongs to a run with other arguments or other pictures.
+        StorageError: if the store cannot be written to, belongs to a run with other arguments, or is in use.
         NothingToLearnError: if the first round keeps no pair; the message counts what happened to the prompts.
         CriticError: if the critic raises or stays away, see `improve`.
 
     Every `ArtAugError` that a round raises has the rounds before it as its ``result``.
     """
-    parts = LoopParts(synthesizer=synthesizer, critic=critic, planner=planner, keep=keep, candidates=candidates)
-    learning = LearningParts(
-        trainer=trainer, fuser=fuser, rounds=rounds, validation=validation, stop=stop, checkpoints=checkpoints
+    parts = LoopParts(
+        synthesizer=synthesizer,
+        critic=critic,
+        planner=planner,
+        keep=keep,
+        candidates=candidates,
+        batch_size=batch_size,
+        chunk_size=chunk_size,
     )
-    check_run("enhance", prompts, parts, learning, seed=seed, batch_size=batch_size, check=check)
-    stages = _RoundStages(parts, learning, batch_size=batch_size, progress=progress)
+    learning = LearningParts(
+        trainer=trainer,
+        fuser=fuser,
+        rounds=rounds,
+        validation=validation,
+        stop=stop,
+        checkpoints=checkpoints,
+        on_step=on_step,
+    )
+    if store is None and isinstance(checkpoints, Checkpoints):
+        store = checkpoints.folder
+    check_run("enhance", prompts, parts, learning, seed=seed, store=store, on_event=on_event, check=check)
     finished: list[Round] = []
-    for number, round_seed in enumerate(picture_seeds(seed, rounds), start=1):
-        try:
-            outcome = stages.run_round(prompts, finished, seed=round_seed)
-        except ArtAugError as error:  # the rounds before took hours; the error carries them
-            reason = f"round {number} stopped with {type(error).__name__}: {error}"
-            error.result = Enhancement(rounds=tuple(finished), stop_reason=reason)
-            raise
-        if isinstance(outcome, str):
-            return Enhancement(rounds=tuple(finished), stop_reason=outcome)
-        finished.append(outcome)
-        if not outcome.accepted:
-            reason = f"round {number} did not help on held-out prompts"
-            return Enhancement(rounds=tuple(finished), stop_reason=reason)
+    with open_session(
+        "enhance", prompts, parts, learning, seed=seed, store=None if store is None else Store.of(store)
+    ) as session:
+        stages = _Rounds(parts, learning, session, seed=seed, progress=progress, emit=on_event or ignore_event)
+        for number in range(1, rounds + 1):
+            try:
+                outcome = stages.run_round(prompts, finished, number=number)
+            except ArtAugError as error:  # the rounds before took hours; the error carries them
+                reason = f"round {number} stopped with {type(error).__name__}: {error}"
+                error.result = Enhancement(rounds=tuple(finished), stop_reason=reason)
+                raise
+            if isinstance(outcome, str):
+                return Enhancement(rounds=tuple(finished), stop_reason=outcome)
+            finished.append(outcome)
+            if not outcome.accepted:
+                reason = f"round {number} did not help on held-out prompts"
+                return Enhancement(rounds=tuple(finished), stop_reason=reason)
     return Enhancement(rounds=tuple(finished), stop_reason=f"all {rounds} rounds ran")
 
 
 @dataclass(frozen=True)
-class _RoundStages:
-    """The stages of a round, the same in every round: improve, train, combine, measure."""
+class _Rounds:
+    """The rounds of one call: improve, train, combine, measure, the same every time."""
 
     parts: LoopParts
     """Its synthesizer is the base, without a LoRA."""
     learning: LearningParts
-    batch_size: int
+    session: RunSession
+    seed: int
     progress: bool
+    emit: OnEvent
 
-    def run_round(self, prompts: Sequence[str], finished: Sequence[Round], *, seed: int) -> Round | str:
-        """Run the round after those ``finished``; the answer is a reason, in words, where no pair was kept."""
-        number = len(finished) + 1
+    def run_round(self, prompts: Sequence[str], finished: Sequence[Round], *, number: int) -> Round | str:
+        """Run a round, or read it from the store; the answer is a reason, in words, where no pair was kept."""
+        groups = self.session.groups(number, prompts)
+        stored = self._stored_round(number)
+        if stored is not None:
+            return stored
         current = self.parts.synthesizer.with_lora(finished[-1].lora) if finished else self.parts.synthesizer
-        seconds: defaultdict[str, float] = defaultdict(float)
-
-        def add(event: StageEvent) -> None:
-            seconds[event.stage] += event.seconds
-
-        timed = stage_timer(add)
-        attempts = self._improve(prompts, current, number=number, seed=seed, on_stage=add)
+        clock = StageClock(number, self.emit)
+        parts = replace(self.parts, synthesizer=current)
+        stages = RoundStages(
+            parts,
+            self.session.journal(number),
+            clock,
+            seed=self.seed,
+            batches=FittingBatches(parts.batch_size),
+            poll=self.session.poll,
+        )
+        attempts = self.session.collected(number, stages.attempts(prompts, groups=groups))
         pairs = [attempt.pair for attempt in attempts if isinstance(attempt, Kept)]
         if not pairs:
             reason = _no_pairs_reason(number, attempts)
             if number == 1:
                 raise NothingToLearnError(f"{reason}. Look at what the critic answers, or loosen the filter.")
             return reason
-        with timed("train"):
+        seed = picture_seeds(self.seed, number)[-1]
+        with clock.stage("train", len(pairs)):
             training = self.learning.trainer.train(
                 pairs,
                 as_trainable(current),
                 seed=seed,
-                checkpoints=self._round_checkpoints(number),
+                checkpoints=self._checkpoints(number, prompts=groups[-1]),
                 validation=self.learning.validation,
+                cache=None if self.session.folder is None else self.session.folder.latents,
+                on_step=self._on_step,
                 progress=self.progress,
             )
-        with timed("combine"):
+        with clock.stage("combine", number):
             # A training learns what is missing to what it draws with: the base and the LoRA of the round before, as that
             # was fused. So that LoRA, not the trainings behind it, is what its update is added to. Without loss the sums
             # are the same, the paper's; a fuser that cuts ranks would else leave out twice what it left out once.
             lora = fuse_loras(self.learning.fuser, [*(before.lora for before in finished[-1:]), training.lora])
-        with timed("measure"):
-            gain, accepted = self._measure_gain(
-                current, self.parts.synthesizer.with_lora(lora), seed=held_out_seed(seed)
-            )
-        return Round(
+        with clock.stage("measure", 0 if self.learning.stop is None else len(self.learning.stop.prompts)):
+            gain, accepted = self._measure_gain(finished, lora, number=number, seed=held_out_seed(seed))
+        result = Round(
             number=number,
             attempts=attempts,
             training=training,
             lora=lora,
-            seconds=dict(seconds),
+            seconds=clock.seconds,
             gain=gain,
             accepted=accepted,
         )
+        self._store_round(result)
+        self.emit(RoundEvent(round=result))
+        return result
 
-    def _improve(
-        self,
-        prompts: Sequence[str],
-        synthesizer: Synthesizer,
-        *,
-        number: int,
-        seed: int,
-        on_stage: Callable[[StageEvent], None],
-    ) -> tuple[Attempt, ...]:
-        attempts = improve(
-            prompts,
-            synthesizer=synthesizer,
-            critic=self.parts.critic,
-            planner=self.parts.planner,
-            keep=self.parts.keep,
-            seed=seed,
-            candidates=self.parts.candidates,
-            batch_size=self.batch_size,
-            on_stage=on_stage,
-            check="arguments",  # the scorers have been heard
-        )
-        return tuple(tqdm(attempts, total=len(prompts), desc=f"round {number}: improve", disable=not self.progress))
+    def _on_step(self, event: StepEvent) -> None:
+        self.emit(event)
+        if self.learning.on_step is not None:
+            self.learning.on_step(event)
+        self.session.poll()
 
-    def _round_checkpoints(self, number: int) -> Checkpoints | None:
-        if self.learning.checkpoints is None:
+    def _checkpoints(self, number: int, *, prompts: int) -> Checkpoints | None:
+        """In the store, a folder for the training of so many prompts: more prompts are another training."""
+        folder = self.session.round_folder(number)
+        if folder is None:
             return None
-        return replace(self.learning.checkpoints, folder=Path(self.learning.checkpoints.folder) / f"round-{number}")
+        place = folder.path / f"checkpoints-{prompts}"
+        given = self.learning.checkpoints
+        return Checkpoints(folder=place) if given is None else replace(given, folder=place)
 
-    def _measure_gain(self, before: Synthesizer, after: Synthesizer, *, seed: int) -> tuple[ScoreRow | None, bool]:
-        """The gain on held-out prompts, and whether it is enough."""
+    def _measure_gain(
+        self, finished: Sequence[Round], lora: LoRA, *, number: int, seed: int
+    ) -> tuple[ScoreRow | None, bool]:
+        """The gain on held-out prompts over the round before, and whether it is enough."""
         if self.learning.stop is None:
             return None, True
+        base = self.parts.synthesizer
+        if self.session.folder is not None:
+            place = self.session.folder.round(number).path / "measure"
+            base = RecordedSynthesizer(base, place, self.session.folder.images)
         comparison = compare(
-            before,
-            {"after": after},
+            base.with_lora(finished[-1].lora) if finished else base,
+            {"after": base.with_lora(lora)},
             self.learning.stop.prompts,
             scorers=[self.learning.stop.scorer],
             filtered_by=[self.parts.keep]
             if self.parts.candidates is None
             else [self.parts.keep, self.parts.candidates],
             seed=seed,
-            batch_size=self.batch_size,
+            batch_size=self.parts.batch_size,
             keep_images=0,
             progress=self.progress,
         )
         return comparison.rows[0], self.learning.stop.accepts(comparison, seed=seed)
+
+    def _stored_round(self, number: int) -> Round | None:
+        """The round, if it is finished in the store."""
+        folder = self.session.round_folder(number)
+        stored = None if folder is None else folder.result()
+        if folder is None or stored is None:
+            return None
+        record, learned, combined = stored
+        return Round(
+            number=number,
+            attempts=StoredAttempts(folder),
+            training=TrainingResult(
+                lora=learned,
+                losses=record.losses,
+                pairs=record.pairs,
+                steps=record.steps,
+                seconds=record.training_seconds,
+                validations=tuple(ValidationResult(**result) for result in record.validations),
+                skipped_steps=record.skipped_steps,
+            ),
+            lora=combined,
+            seconds=record.seconds,
+            gain=record.gain,
+            accepted=record.accepted,
+        )
+
+    def _store_round(self, result: Round) -> None:
+        folder = self.session.round_folder(result.number)
+        if folder is None:
+            return
+        training = result.training
+        record = ResultRecord(
+            losses=training.losses,
+            pairs=training.pairs,
+            steps=training.steps,
+            training_seconds=training.seconds,
+            validations=tuple(item.to_dict() for item in training.validations),
+            skipped_steps=training.skipped_steps,
+            seconds=dict(result.seconds),
+            gain=result.gain,
+            accepted=result.accepted,
+        )
+        folder.write_result(record, learned=training.lora, combined=result.lora)
+        folder.remove_checkpoints()
 
 
 def _no_pairs_reason(number: int, attempts: Sequence[Attempt]) -> str:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from artaug.pairs import Attempt
@@ -67,13 +67,17 @@ OnEvent: TypeAlias = Callable[[RunEvent], object]
 """A function of a `RunEvent`; an exception that it raises ends the run."""
 
 
+def ignore_event(event: RunEvent) -> None:
+    """The ``on_event`` of a run that nobody listens to."""
+
+
 @dataclass
 class StageClock:
     """Times the stages of one round."""
 
     round_number: int
     emit: OnEvent
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
     """By stage, the sum."""
 
     @contextmanager

@@ -52,5 +52,6 @@ class RoundJournal(ABC):
         """Those of the end of the round by the index of the prompt, if they are kept."""
         return None
 
+    @abstractmethod
     def add_verdicts(self, verdicts: Mapping[int, Verdict]) -> None:
         """Keep the verdicts of the end of the round."""

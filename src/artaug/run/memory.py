@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +11,7 @@ from PIL.Image import Image
 
 from artaug.critique import Abstention, Critique
 from artaug.image_files import ImageFile, ImageFolder
+from artaug.pairs import Verdict
 from artaug.run.journal import ChunkJournal, RoundJournal
 from artaug.run.records import Candidate, Chunk, DrawingStage, Member, Picture
 
@@ -73,6 +74,9 @@ class MemoryJournal(RoundJournal):
     def begin(self, name: str) -> ChunkJournal:
         return _MemoryChunk(self, self._memory)
 
+    def add_verdicts(self, verdicts: Mapping[int, Verdict]) -> None:
+        pass
+
 
 class _MemoryChunk(ChunkJournal):
     def __init__(self, round_journal: RoundJournal, memory: PictureMemory) -> None:
@@ -94,10 +98,7 @@ class _MemoryChunk(ChunkJournal):
         chosen = {Member(end.prompt_index, end.candidate): end for end in chunk.ends}
         for member, candidate in chunk.candidates.items():
             if member.prompt_index in put_off or (member in chosen and not chosen[member].reason):
-                yield member, replace(
-                    candidate,
-                    before=None if candidate.before is None else self._memory.keep(candidate.before),
-                    after=None if candidate.after is None else self._memory.keep(candidate.after),
-                )
+                after = None if candidate.after is None else self._memory.keep(candidate.after)
+                yield member, replace(candidate, before=self._memory.keep(candidate.before), after=after)
             elif member in chosen:
-                yield member, replace(candidate, before=None, after=None)
+                yield member, candidate

@@ -1,5 +1,6 @@
 """What `improve` and `enhance` are given, as two values: the parts that draw and judge, and those that learn."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from artaug.critique import Critic
@@ -8,18 +9,27 @@ from artaug.lora.fusing import Fuser
 from artaug.plan import RegionPlanner
 from artaug.run.stop_rule import StopRule
 from artaug.synthesis import Synthesizer
-from artaug.training import Checkpoints, DifferentialLoRATrainer, Validation
+from artaug.training import Checkpoints, DifferentialLoRATrainer, StepEvent, Validation
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopParts:
-    """The parts that draw pictures, say what to improve, and judge the pairs."""
+    """The parts that draw pictures, say what to improve, and judge the pairs, and how many they do at a time."""
 
     synthesizer: Synthesizer
     critic: Critic
     planner: RegionPlanner
     keep: PairFilter
     candidates: BestOf | None
+    batch_size: int
+    """The most pictures in a call of the synthesizer."""
+    chunk_size: int | None
+    """Prompts that go through the stages together; None for ``batch_size``."""
+
+    @property
+    def prompts_per_chunk(self) -> int:
+        """The size of a chunk."""
+        return self.batch_size if self.chunk_size is None else self.chunk_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +42,4 @@ class LearningParts:
     validation: Validation | None
     stop: StopRule | None
     checkpoints: Checkpoints | None
+    on_step: Callable[[StepEvent], None] | None = None

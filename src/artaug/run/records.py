@@ -1,6 +1,6 @@
 """What a run keeps of its prompts: candidates with their pictures, how each prompt ended, and both as they are written."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -8,7 +8,7 @@ from PIL.Image import Image
 
 from artaug._internal.values import value
 from artaug.critique import Abstention, Critique
-from artaug.image_files import ImageFile
+from artaug.image_files import ImageFile, ImageFolder, image_digest
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
 from artaug.plan import Plan
 
@@ -26,30 +26,28 @@ class Member(NamedTuple):
     """From 0, see `BestOf`."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Candidate:
-    """One picture of one prompt on its way through the stages; what a stage has made is no longer None after it."""
+    """One picture of one prompt that went through the stages."""
 
     member: Member
     prompt: str
     seed: int
-    before: Picture | None = None
-    answer: Critique | Abstention | None = None
-    plan: Plan | None = None
+    before: Picture
+    answer: Critique | Abstention
+    plan: Plan | None
     """None where the critic abstained, or nothing would change."""
-    after: Picture | None = None
+    after: Picture | None
+    """None where there is no plan."""
 
     def outcome(self) -> ImagePair | Skipped:
         """The pair, or why there is none."""
         if isinstance(self.answer, Abstention):
             reason = f"the critic abstained: {self.answer.reason}"
             return Skipped(self.prompt, self.seed, reason, "critique", self.answer.transient)
-        if self.plan is None:
-            suggests = self.answer is not None and self.answer.suggestions
-            why = "the planner kept no suggestion" if suggests else "the critic suggested nothing"
+        if self.plan is None or self.after is None:
+            why = "the planner kept no suggestion" if self.answer.suggestions else "the critic suggested nothing"
             return Skipped(self.prompt, self.seed, why, "plan")
-        assert self.before is not None
-        assert self.after is not None
         return ImagePair(prompt=self.prompt, seed=self.seed, before=self.before, after=self.after, plan=self.plan)
 
 
@@ -83,12 +81,10 @@ class Chunk:
     def attempt(self, end: End, verdict: Verdict | None = None) -> Attempt:
         """The attempt of a prompt of this chunk; ``verdict`` for a pair that was judged at the end of the round."""
         candidate = self.candidates[Member(end.prompt_index, end.candidate)]
-        verdict = verdict or end.verdict
-        if verdict is None:
+        outcome, verdict = candidate.outcome(), verdict or end.verdict
+        if verdict is None or isinstance(outcome, Skipped):
             return Skipped(candidate.prompt, candidate.seed, end.reason, end.stage, end.transient)
-        pair = candidate.outcome()
-        assert isinstance(pair, ImagePair)
-        return Kept(pair, verdict) if verdict.keep else Dropped(pair, verdict)
+        return Kept(outcome, verdict) if verdict.keep else Dropped(outcome, verdict)
 
 
 @value
@@ -100,8 +96,8 @@ class CallRecord:
     """In their order in the call."""
     images: tuple[str, ...]
     """The digests of their pictures."""
-    width: int
-    height: int
+    size: tuple[int, int]
+    """Width and height."""
     limit: int
     """The most pictures that a call might have then: halved where memory ran out."""
     threads: int
@@ -125,10 +121,12 @@ class CandidateRecord:
     candidate: int
     prompt: str
     seed: int
-    before: str | None
-    answer: Critique | Abstention | None
+    before: str
+    answer: Critique | Abstention
     plan: Plan | None
     after: str | None
+    size: tuple[int, int]
+    """Width and height of both pictures."""
 
     @classmethod
     def of(cls, candidate: Candidate) -> "CandidateRecord":
@@ -137,22 +135,23 @@ class CandidateRecord:
             *candidate.member,
             candidate.prompt,
             candidate.seed,
-            candidate.before.digest if isinstance(candidate.before, ImageFile) else None,
+            image_digest(candidate.before),
             candidate.answer,
             candidate.plan,
-            candidate.after.digest if isinstance(candidate.after, ImageFile) else None,
+            None if candidate.after is None else image_digest(candidate.after),
+            candidate.before.size,
         )
 
-    def to_candidate(self, picture: Callable[[str], ImageFile]) -> Candidate:
+    def to_candidate(self, images: ImageFolder) -> Candidate:
         """The candidate, with references to its pictures."""
         return Candidate(
             Member(self.prompt_index, self.candidate),
             self.prompt,
             self.seed,
-            None if self.before is None else picture(self.before),
+            images.get(self.before, size=self.size),
             self.answer,
             self.plan,
-            None if self.after is None else picture(self.after),
+            None if self.after is None else images.get(self.after, size=self.size),
         )
 
 
@@ -171,9 +170,9 @@ class ChunkRecord:
         candidates = tuple(map(CandidateRecord.of, chunk.candidates.values()))
         return cls(candidates, tuple(chunk.ends), tuple(calls), dict(chunk.seconds))
 
-    def to_chunk(self, picture: Callable[[str], ImageFile]) -> Chunk:
+    def to_chunk(self, images: ImageFolder) -> Chunk:
         """The chunk, with references to its pictures."""
-        candidates = (record.to_candidate(picture) for record in self.candidates)
+        candidates = (record.to_candidate(images) for record in self.candidates)
         return Chunk({candidate.member: candidate for candidate in candidates}, self.ends, self.seconds)
 
 

@@ -23,8 +23,8 @@ class Round:
 
     number: int
     """Counted from 1."""
-    attempts: tuple[Attempt, ...]
-    """How every prompt ended."""
+    attempts: Sequence[Attempt]
+    """How every prompt ended; read from the run's store when they are looked at, if there is one."""
     training: TrainingResult
     """The training of this round alone."""
     lora: LoRA

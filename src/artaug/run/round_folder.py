@@ -17,7 +17,7 @@ from artaug._internal.values import from_json, to_json, value
 from artaug.critique import Abstention, Critique
 from artaug.errors import LoRAError, StorageError
 from artaug.evaluation.comparison import ScoreRow
-from artaug.image_files import ImageFile, ImageFolder
+from artaug.image_files import ImageFile, ImageFolder, image_digest
 from artaug.lora.lora import LoRA
 from artaug.pairs import Verdict
 from artaug.run.journal import ChunkJournal, RoundJournal
@@ -155,7 +155,7 @@ class FolderJournal(RoundJournal):
         if record.calls:
             self.call_limit = record.calls[-1].limit
         shutil.rmtree(self._folder.path / "work" / name, ignore_errors=True)  # left by a kill between both
-        return record.to_chunk(self._folder.images.get)
+        return record.to_chunk(self._folder.images)
 
     def begin(self, name: str) -> ChunkJournal:
         return _ChunkFolder(self, self._folder, name)
@@ -178,7 +178,9 @@ class _ChunkFolder(ChunkJournal):
         try:
             self._path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"the folder of the chunk under way, {self._path}, could not be made: {error}. {_REMEDY}") from error
+            raise StorageError(
+                f"the folder of the chunk under way, {self._path}, could not be made: {error}. {_REMEDY}"
+            ) from error
         self._calls = [record for _, record in self._read_all("call", CallRecord)]
         self._files: dict[tuple[str, Member], ImageFile] = {}
         self._kept: dict[tuple[str, Member], Image] = {}
@@ -196,8 +198,8 @@ class _ChunkFolder(ChunkJournal):
         record = CallRecord(
             stage,
             tuple(tuple(member) for member in members),
-            tuple(file.digest for file in files),
-            *images[0].size,
+            tuple(map(image_digest, files)),
+            images[0].size,
             limit,
             torch.get_num_threads(),
         )
@@ -224,7 +226,7 @@ class _ChunkFolder(ChunkJournal):
         """Read the pictures of the chunk; a call with one that is damaged did not happen, and none after it."""
         for place, call in enumerate(self._calls):
             members = [Member(*member) for member in call.members]
-            files = [self._folder.images.get(digest) for digest in call.images]
+            files = [self._folder.images.get(digest, size=call.size) for digest in call.images]
             try:
                 images = [file.load() for file in files]
             except StorageError as error:

@@ -6,11 +6,13 @@ through the same lines as one that is resumed.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from PIL.Image import Image
 
-from artaug.critique import Abstention, Critic, Critique, stream_critic
+from artaug._internal.memory import FittingBatches
+from artaug.critique import Abstention, Answer, Critic, stream_critic
 from artaug.errors import CriticError
 from artaug.filtering import judge_pairs
 from artaug.image_files import ImageFile
@@ -35,7 +37,7 @@ class Silence:
     pictures: int = 0
     reason: str = ""
 
-    def note(self, answers: Sequence[Critique | Abstention], *, start_s: float) -> None:
+    def note(self, answers: Sequence[Answer], *, start_s: float) -> None:
         """Note the answers of a call that began at ``start_s``."""
         faults = [answer.reason for answer in answers if isinstance(answer, Abstention) and answer.transient]
         if len(faults) < len(answers):
@@ -71,23 +73,22 @@ class RoundStages:
     clock: StageClock
     seed: int
     """Of the run."""
-    batch_size: int
-    """The most pictures in a call of the synthesizer."""
+    batches: FittingBatches
+    """How many pictures a call of the synthesizer has; halved where memory runs out."""
     poll: Callable[[], None]
     """Called where a run can stop without losing anything; raises to stop it."""
     silence: Silence = field(default_factory=Silence)
 
-    def attempts(self, prompts: Sequence[str], groups: Sequence[int], *, chunk_size: int) -> Iterator[Attempt]:
+    def attempts(self, prompts: Sequence[str], *, groups: Sequence[int]) -> Iterator[Attempt]:
         """Bring each prompt to its one attempt; those whose critic failed for a while come last.
 
         Args:
             prompts: of the round.
             groups: the numbers of prompts that the run was called with, the last one all of them: prompts that came later
                 make chunks of their own.
-            chunk_size: prompts in a chunk.
         """
         waiting: list[tuple[Chunk, End]] = []  # pairs for a filter that compares them all
-        for chunk, end in self._ends(prompts, groups, chunk_size):
+        for chunk, end in self._ends(prompts, groups):
             if end.verdict is None and not end.reason:
                 waiting.append((chunk, end))
             else:
@@ -96,13 +97,13 @@ class RoundStages:
         for chunk, end in waiting:
             yield self._report(chunk, end, verdicts[end.prompt_index])
 
-    def _ends(self, prompts: Sequence[str], groups: Sequence[int], chunk_size: int) -> Iterator[tuple[Chunk, End]]:
+    def _ends(self, prompts: Sequence[str], groups: Sequence[int]) -> Iterator[tuple[Chunk, End]]:
         """How each prompt ends, group after group, and in each those that were put off last."""
-        start = 0
+        start, chunk_size = 0, self.parts.prompts_per_chunk
         for number, stop in enumerate(groups):
             put_off: dict[int, tuple[Chunk, End]] = {}
             for place, indices in enumerate(_slices(range(start, stop), chunk_size)):
-                chunk = self._run_chunk(f"{number}-{place:05d}", self._candidates(prompts, indices))
+                chunk = self._run_chunk(f"{number}-{place:05d}", prompts, indices)
                 for end in chunk.ends:
                     if end.transient:
                         put_off[end.prompt_index] = (chunk, end)
@@ -116,98 +117,144 @@ class RoundStages:
                     # After a long silence here, the round is complete but for these: they are left as they are.
                     yield from (put_off[index] for index in indices)
                     continue
-                candidates = [
-                    _ask_again(candidate)
+                known = {
+                    member: candidate
                     for index in indices
-                    for candidate in put_off[index][0].candidates.values()
-                    if candidate.member.prompt_index == index
-                ]
-                chunk = self._run_chunk(name, candidates)
+                    for member, candidate in put_off[index][0].candidates.items()
+                    if member.prompt_index == index
+                }
+                chunk = self._run_chunk(name, prompts, indices, known)
                 yield from ((chunk, end) for end in chunk.ends)
             start = stop
 
-    def _candidates(self, prompts: Sequence[str], indices: Sequence[int]) -> list[Candidate]:
-        """The first candidate of every prompt, then the second of every prompt, and so on."""
-        count = 1 if self.parts.candidates is None else self.parts.candidates.count
-        return [
-            Candidate(
-                Member(index, candidate),
-                prompts[index],
-                attempt_seed(
-                    self.seed, round_number=self.clock.round_number, prompt_index=index, candidate=candidate
-                ),
-            )
-            for candidate in range(count)
-            for index in indices
-        ]
+    def _run_chunk(
+        self,
+        name: str,
+        prompts: Sequence[str],
+        indices: Sequence[int],
+        known: Mapping[Member, Candidate] = MappingProxyType({}),
+    ) -> Chunk:
+        """Bring some prompts through all stages, one stage after the other.
 
-    def _run_chunk(self, name: str, candidates: Sequence[Candidate]) -> Chunk:
-        """Bring the candidates of some prompts through all stages, one stage after the other."""
+        Args:
+            name: of the chunk.
+            prompts: of the round.
+            indices: which of them.
+            known: candidates of prompts that were put off: what they have is not made again.
+        """
         finished = self.journal.finished(name)
         if finished is not None:
-            for stage, count in (("draw", len(candidates)), ("critique", len(candidates)), ("judge", len(finished.ends))):
-                self._progress(stage, count, resumed=True)
+            for stage in ("draw", "critique"):
+                self._progress(stage, len(finished.candidates), resumed=True)
+            self._progress("judge", len(finished.ends), resumed=True)
             return finished
         self.poll()
-        journal = self.journal.begin(name)
         start_s = dict(self.clock.seconds)
-        self._draw("draw", [(each, Plan(each.prompt)) for each in candidates if each.before is None], journal)
-        self._critique(candidates, journal)
-        for candidate in candidates:
-            if isinstance(candidate.answer, Critique):
-                plan = run_planner(self.parts.planner, candidate.prompt, candidate.answer)
-                candidate.plan = None if plan == Plan(candidate.prompt) else plan
-        changes = [(each, each.plan) for each in candidates if each.plan is not None and each.after is None]
-        self._draw("redraw", changes, journal)
-        ends = self._judge(candidates)
+        journal = self.journal.begin(name)
+        candidates = self._make_candidates(journal, prompts, indices, known)
+        ends = self._judge(list(candidates.values()), indices)
         seconds = {stage: total - start_s.get(stage, 0.0) for stage, total in self.clock.seconds.items()}
-        return journal.finish(Chunk({candidate.member: candidate for candidate in candidates}, ends, seconds))
+        return journal.finish(Chunk(candidates, ends, seconds))
+
+    def _make_candidates(
+        self, journal: ChunkJournal, prompts: Sequence[str], indices: Sequence[int], known: Mapping[Member, Candidate]
+    ) -> dict[Member, Candidate]:
+        """Draw, critique, plan and redraw: the first candidate of every prompt, then the second of every prompt, and so on."""
+        count = 1 if self.parts.candidates is None else self.parts.candidates.count
+        members = [Member(index, candidate) for candidate in range(count) for index in indices]
+        seeds = {
+            member: attempt_seed(
+                self.seed, round_number=self.clock.round_number, prompt_index=index, candidate=candidate
+            )
+            for member in members
+            for index, candidate in (member,)
+        }
+        before: dict[Member, Picture] = {member: candidate.before for member, candidate in known.items()}
+        fresh = {member: Plan(prompts[member.prompt_index]) for member in members if member not in before}
+        before |= self._draw("draw", fresh, seeds, journal)
+        answers = {
+            member: candidate.answer for member, candidate in known.items() if not _is_transient(candidate.answer)
+        }
+        asked = {member: before[member] for member in members if member not in answers}
+        answers |= self._critique(asked, prompts, journal)
+        plans = {member: self._plan(prompts[member.prompt_index], answers[member]) for member in members}
+        after = {member: candidate.after for member, candidate in known.items() if candidate.after is not None}
+        changes = {member: plan for member, plan in plans.items() if plan is not None and member not in after}
+        after |= self._draw("redraw", changes, seeds, journal)
+        return {
+            member: Candidate(
+                member,
+                prompts[member.prompt_index],
+                seeds[member],
+                before[member],
+                answers[member],
+                plans[member],
+                after.get(member),
+            )
+            for member in members
+        }
 
     def _draw(
-        self, stage: DrawingStage, wanted: Sequence[tuple[Candidate, Plan]], journal: ChunkJournal
-    ) -> None:
+        self, stage: DrawingStage, plans: Mapping[Member, Plan], seeds: Mapping[Member, int], journal: ChunkJournal
+    ) -> dict[Member, Image]:
         """Draw what is not drawn yet, one call of the synthesizer after the other."""
-        drawn = dict(journal.drawn(stage))
-        missing = [(candidate, plan) for candidate, plan in wanted if candidate.member not in drawn]
-        self._progress(stage, len(wanted) - len(missing), resumed=True)
+        drawn = {member: image for member, image in journal.drawn(stage).items() if member in plans}
+        missing = [member for member in plans if member not in drawn]
+        self._progress(stage, len(drawn), resumed=True)
+        if not missing:
+            return drawn
+        if self.journal.call_limit is not None:
+            self.batches.largest = self.journal.call_limit
         with self.clock.stage(stage, len(missing)):
-            plans, seeds = [plan for _, plan in missing], [candidate.seed for candidate, _ in missing]
-            limit = min(self.batch_size, self.journal.call_limit or self.batch_size)
-            for call in draw_in_calls(self.parts.synthesizer, plans, seeds=seeds, limit=limit):
-                members = [missing[index][0].member for index in call.indices]
-                journal.add_call(stage, members, call.images, limit=call.limit)
+            calls = draw_in_calls(
+                self.parts.synthesizer,
+                [plans[member] for member in missing],
+                seeds=[seeds[member] for member in missing],
+                batches=self.batches,
+            )
+            for call in calls:
+                members = [missing[index] for index in call.members]
+                journal.add_call(stage, members, call.images, limit=self.batches.largest)
                 drawn.update(zip(members, call.images, strict=True))
                 self._progress(stage, len(members))
                 self.poll()
-        for candidate, _ in wanted:
-            setattr(candidate, "before" if stage == "draw" else "after", drawn[candidate.member])
+        return drawn
 
-    def _critique(self, candidates: Sequence[Candidate], journal: ChunkJournal) -> None:
+    def _critique(
+        self, pictures: Mapping[Member, Picture], prompts: Sequence[str], journal: ChunkJournal
+    ) -> dict[Member, Answer]:
         """Ask the critic about what it has not answered yet, and keep each answer as it comes."""
-        kept = journal.answers()
-        for candidate in candidates:
-            candidate.answer = kept.get(candidate.member, candidate.answer)
-        missing = [candidate for candidate in candidates if candidate.answer is None]
-        self._progress("critique", len(candidates) - len(missing), resumed=True)
+        answers = {member: answer for member, answer in journal.answers().items() if member in pictures}
+        missing = [member for member in pictures if member not in answers]
+        self._progress("critique", len(answers), resumed=True)
         if not missing:
-            return
+            return answers
         start_s = time.monotonic()
         with self.clock.stage("critique", len(missing)):
-            images = [load(candidate.before) for candidate in missing]
-            for index, answer in stream_critic(self.parts.critic, images, [each.prompt for each in missing]):
-                missing[index].answer = answer
-                if not (isinstance(answer, Abstention) and answer.transient):
-                    journal.add_answer(missing[index].member, answer)
+            images = [load(pictures[member]) for member in missing]
+            asked = [prompts[member.prompt_index] for member in missing]
+            for index, answer in stream_critic(self.parts.critic, images, asked):
+                answers[missing[index]] = answer
+                if not _is_transient(answer):
+                    journal.add_answer(missing[index], answer)
                 self._progress("critique", 1)
                 self.poll()
-        self.silence.note([each.answer for each in missing if each.answer is not None], start_s=start_s)
+        self.silence.note([answers[member] for member in missing], start_s=start_s)
+        return answers
 
-    def _judge(self, candidates: Sequence[Candidate]) -> list[End]:
-        """How each prompt of a chunk ends; without a verdict for a pair whose filter compares the pairs of a round."""
+    def _plan(self, prompt: str, answer: Answer) -> Plan | None:
+        """The plan for a prompt; None where the critic abstained, or nothing would change."""
+        if isinstance(answer, Abstention):
+            return None
+        plan = run_planner(self.parts.planner, prompt, answer)
+        return None if plan == Plan(prompt) else plan
+
+    def _judge(self, candidates: Sequence[Candidate], indices: Sequence[int]) -> list[End]:
+        """How each prompt of a chunk ends; without a verdict for a pair whose filter judges the pairs of a round together."""
         outcomes = [candidate.outcome() for candidate in candidates]
-        members = {id(outcome): candidate.member for outcome, candidate in zip(outcomes, candidates, strict=True)}
-        seeds = {(candidate.member.prompt_index, candidate.seed): candidate.member for candidate in candidates}
-        prompts = list(dict.fromkeys(candidate.member.prompt_index for candidate in candidates))
+        places = {
+            id(outcome): candidate.member.candidate for outcome, candidate in zip(outcomes, candidates, strict=True)
+        }
         # A prompt waits for all its candidates: the best of those that happened to be answered is not the best of all.
         waiting = {
             candidate.member.prompt_index: outcome
@@ -218,24 +265,21 @@ class RoundStages:
             waiting.get(candidate.member.prompt_index, outcome)
             for outcome, candidate in zip(outcomes, candidates, strict=True)
         ]
-        with self.clock.stage("judge", len(prompts)):
+        with self.clock.stage("judge", len(indices)):
             if self.parts.candidates is not None:
-                outcomes = self.parts.candidates.choose(outcomes, prompts=len(prompts))
+                outcomes = self.parts.candidates.choose(outcomes, prompts=len(indices))
             verdicts = iter(self._judge_now([outcome for outcome in outcomes if isinstance(outcome, ImagePair)]))
-        ends = []
-        for prompt_index, outcome in zip(prompts, outcomes, strict=True):
-            if isinstance(outcome, ImagePair):
-                ends.append(End(prompt_index, members[id(outcome)].candidate, next(verdicts)))
-            else:
-                chosen = seeds[prompt_index, outcome.seed].candidate
-                ends.append(
-                    End(prompt_index, chosen, None, outcome.reason, outcome.stage, outcome.transient)
-                )
-        self._progress("judge", len(prompts))
-        return ends
+        by_seed = {candidate.seed: candidate.member.candidate for candidate in candidates}
+        self._progress("judge", len(indices))
+        return [
+            End(index, by_seed[outcome.seed], None, outcome.reason, outcome.stage, outcome.transient)
+            if isinstance(outcome, Skipped)
+            else End(index, places[id(outcome)], next(verdicts))
+            for index, outcome in zip(indices, outcomes, strict=True)
+        ]
 
     def _judge_now(self, pairs: Sequence[ImagePair]) -> list[Verdict | None]:
-        if self.parts.keep.compares_pairs:
+        if self.parts.keep.needs_all_pairs:
             return [None] * len(pairs)
         return [self._annotate(verdict) for verdict in judge_pairs(self.parts.keep, pairs)]
 
@@ -245,11 +289,8 @@ class RoundStages:
         indices = [end.prompt_index for _, end in waiting]
         if kept is not None and set(kept) == set(indices):
             return kept
-        pairs = []
-        for chunk, end in waiting:
-            pair = chunk.candidates[Member(end.prompt_index, end.candidate)].outcome()
-            assert isinstance(pair, ImagePair)
-            pairs.append(pair)
+        outcomes = [chunk.candidates[Member(end.prompt_index, end.candidate)].outcome() for chunk, end in waiting]
+        pairs = [outcome for outcome in outcomes if isinstance(outcome, ImagePair)]
         with self.clock.stage("judge", len(pairs)):
             verdicts = dict(zip(indices, map(self._annotate, judge_pairs(self.parts.keep, pairs)), strict=True))
         self.journal.add_verdicts(verdicts)
@@ -272,16 +313,13 @@ class RoundStages:
             )
 
 
-def load(picture: Picture | None) -> Image:
+def load(picture: Picture) -> Image:
     """The picture, from memory or from disk."""
-    assert picture is not None
     return picture.load() if isinstance(picture, ImageFile) else picture
 
 
-def _ask_again(candidate: Candidate) -> Candidate:
-    """The candidate with what it has, but without the critic's answer where that was a transient fault."""
-    answer = candidate.answer
-    return replace(candidate, answer=None if isinstance(answer, Abstention) and answer.transient else answer)
+def _is_transient(answer: Answer) -> bool:
+    return isinstance(answer, Abstention) and answer.transient
 
 
 def _slices(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -69,12 +69,14 @@ class Store:
         if not isinstance(self.folder, str | Path):
             check_argument("Store", "folder", self.folder, Path)
         if isinstance(self.allow, str):
-            raise InvalidValueError(f"Store(allow={self.allow!r}): need a collection of names, such as {{{self.allow!r}}}.")
+            raise InvalidValueError(
+                f"Store(allow={self.allow!r}): need a collection of names, such as {{{self.allow!r}}}."
+            )
 
     @classmethod
-    def of(cls, store: "Store | str | Path | None") -> "Store | None":
+    def of(cls, store: "Store | str | Path") -> "Store":
         """The store that an argument ``store`` means."""
-        return store if store is None or isinstance(store, Store) else cls(store)
+        return store if isinstance(store, Store) else cls(store)
 
 
 @value
@@ -167,7 +169,9 @@ class RunFolder:
         unknown = [name for name in allow if not any(_is_under(other, name) for other in names)]
         if unknown:
             known = sorted({name.partition(".")[0] for name in names})
-            raise InvalidValueError(f"Store(allow={set(allow)!r}): nothing is called {unknown[0]!r}. There are: {', '.join(known)}.")
+            raise InvalidValueError(
+                f"Store(allow={set(allow)!r}): nothing is called {unknown[0]!r}. There are: {', '.join(known)}."
+            )
         differences = [
             line
             for name, line in _differences(last, call, prompts)
@@ -196,7 +200,9 @@ class RunFolder:
             call.prompts_digest,
         ):
             return
-        write_segment(self.path / "run.json", RunRecord(_VERSION, (*calls, call)), what="the record of the run", remedy=_REMEDY)
+        write_segment(
+            self.path / "run.json", RunRecord(_VERSION, (*calls, call)), what="the record of the run", remedy=_REMEDY
+        )
 
     def groups(self, number: int, prompts: int) -> tuple[int, ...]:
         """The numbers of prompts that a round has had, the last one all of it; begins the round if it has not.
@@ -243,8 +249,10 @@ def _differences(before: CallRecord, now: CallRecord, prompts: Sequence[str]) ->
         else:
             # Not allowed by any name: attempts are keyed by the place of their prompt.
             lines.append(("", f"prompts: other ones, or in another order ({before.prompts} then, {now.prompts} now)"))
-    for then, here in ((before.settings, now.settings), (before.versions, now.versions)):
-        for name in sorted({*then, *here}):
-            if then.get(name) != here.get(name):
-                lines.append((name, f"{name}: {then.get(name, 'nothing')} then, {here.get(name, 'nothing')} now"))
-    return lines
+    pairs = ((before.settings, now.settings), (before.versions, now.versions))
+    return lines + [
+        (name, f"{name}: {then.get(name, 'nothing')} then, {here.get(name, 'nothing')} now")
+        for then, here in pairs
+        for name in sorted({*then, *here})
+        if then.get(name) != here.get(name)
+    ]

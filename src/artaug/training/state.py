@@ -155,7 +155,9 @@ class TrainingState:
             loss_scale=None if (scale := json.loads(header["loss_scale"])) is None else LossScale(**scale),
             base_scores=tuple(tensors.pop("base_scores").tolist()),
             validations=tuple(ValidationResult(**result) for result in decode_json(header["validations"])),
-            best_lora=LoRA(layers) if (layers := _layers_from_tensors(tensors, "best_lora")) else None,
+            best_lora=lora_from_tensors(tensors, "best_lora")
+            if any(name.startswith("best_lora.") for name in tensors)
+            else None,
             optimizer=_insert_tensors(decode_json(header["optimizer"]), tensors),
         )
 

@@ -1,0 +1,124 @@
+"""One call of `improve` or `enhance` while it runs: its folder, if it has one, locked, and when it is to stop."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from artaug.pairs import Attempt
+from artaug.run.attempts import StoredAttempts
+from artaug.run.identity import identity_of
+from artaug.run.journal import RoundJournal
+from artaug.run.memory import MemoryJournal, PictureMemory
+from artaug.run.parts import LearningParts, LoopParts
+from artaug.run.round_folder import RoundFolder
+from artaug.run.store import CallRecord, RunFolder, Store, describe_call
+
+
+@dataclass(frozen=True)
+class RunSession:
+    """What the stages of a call keep their results in."""
+
+    folder: RunFolder | None
+    """None for a run in memory."""
+    poll: Callable[[], None]
+    """Raises if the run is to stop."""
+    _memory: PictureMemory = field(default_factory=PictureMemory)
+
+    def journal(self, number: int) -> RoundJournal:
+        """Where the chunks of a round are kept."""
+        return MemoryJournal(self._memory) if self.folder is None else self.folder.round(number).journal()
+
+    def groups(self, number: int, prompts: Sequence[str]) -> tuple[int, ...]:
+        """The numbers of prompts that a round has had, the last one all of it; see `RunFolder.groups`."""
+        return (len(prompts),) if self.folder is None else self.folder.groups(number, len(prompts))
+
+    def round_folder(self, number: int) -> RoundFolder | None:
+        """The folder of a round, if there is a store."""
+        return None if self.folder is None else self.folder.round(number)
+
+    def collected(self, number: int, attempts: Iterator[Attempt]) -> Sequence[Attempt]:
+        """All attempts of a round: in memory, or read from its folder when they are looked at."""
+        folder = self.round_folder(number)
+        if folder is None:
+            return tuple(attempts)
+        for _ in attempts:
+            pass
+        return StoredAttempts(folder)
+
+
+@contextmanager
+def open_session(
+    function: str,
+    prompts: Sequence[str],
+    parts: LoopParts,
+    learning: LearningParts | None = None,
+    *,
+    seed: int,
+    store: Store | None,
+) -> Iterator[RunSession]:
+    """Open the folder of a run for one call, for a ``with`` block.
+
+    Raises:
+        StorageError: if another process runs in the folder, or it belongs to a run with other arguments.
+    """
+    if store is None:
+        yield RunSession(None, poll=_go_on)
+        return
+    folder, call = check_store(store, function, prompts, parts, learning, seed=seed)
+    folder.begin(call)
+    yield RunSession(folder, poll=_go_on)
+
+
+def check_store(
+    store: Store,
+    function: str,
+    prompts: Sequence[str],
+    parts: LoopParts,
+    learning: LearningParts | None,
+    *,
+    seed: int,
+) -> tuple[RunFolder, CallRecord]:
+    """Refuse a store that this call would not go on in; nothing is written.
+
+    Raises:
+        StorageError: see `RunFolder.check`.
+        InvalidValueError: for a part that nothing distinguishes from another one.
+    """
+    folder = RunFolder(Path(store.folder))
+    call = describe_call(call_settings(function, parts, learning, seed=seed), prompts)
+    folder.check(call, prompts, allow=store.allow)
+    return folder, call
+
+
+def call_settings(function: str, parts: LoopParts, learning: LearningParts | None, *, seed: int) -> Mapping[str, str]:
+    """All arguments of a call that may decide its result, by dotted name.
+
+    Raises:
+        InvalidValueError: for a part that nothing distinguishes from another one.
+    """
+    settings: dict[str, object] = {
+        "function": function,
+        "seed": seed,
+        "batch_size": parts.batch_size,
+        "chunk_size": parts.prompts_per_chunk,
+        "synthesizer": parts.synthesizer,
+        "critic": parts.critic,
+        "planner": parts.planner,
+        "keep": parts.keep,
+        "candidates": parts.candidates,
+    }
+    if learning is not None:
+        settings |= {
+            # These two change the memory that a training takes, not its result.
+            "trainer": replace(learning.trainer, micro_batch_size=None, gradient_checkpointing=False),
+            "fuser": learning.fuser,
+            "rounds": learning.rounds,
+            "validation": learning.validation,
+            "stop": learning.stop,
+        }
+    return {name: text for key, value in settings.items() for name, text in identity_of(value, key).items()}
+
+
+def _go_on() -> None:
+    """Nothing stops a run that nobody can stop."""
