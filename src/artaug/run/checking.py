@@ -68,16 +68,9 @@ def check_run(
     for name, number, least in _counts(parts, learning, seed=seed):
         with faults.collected():
             check_count(owner, name, number, least=least)
-    for name, function, event in (
-        ("on_event", on_event, "RunEvent"),
-        ("on_step", learning and learning.on_step, "StepEvent"),
-    ):
-        with faults.collected():
-            if function is not None and not callable(function):
-                raise argument_error(owner, name, function, expected=f"a function of a {event}")
+    _check_callbacks(faults, owner, on_event=on_event, on_step=None if learning is None else learning.on_step)
     with faults.collected():
-        if store is not None and not isinstance(store, Store | str | Path):
-            raise argument_error(owner, "store", store, expected="a path or an artaug.Store")
+        store = None if store is None else Store.of(store)
     with faults.collected():
         if check not in get_args(Check):
             raise argument_error(owner, "check", check, expected=f"one of {', '.join(map(repr, get_args(Check)))}")
@@ -115,6 +108,13 @@ def _types(parts: LoopParts, learning: LearningParts | None) -> Iterator[tuple[s
         yield "validation", learning.validation, Validation, True
         yield "stop", learning.stop, StopRule, True
         yield "checkpoints", learning.checkpoints, Checkpoints, True
+
+
+def _check_callbacks(faults: Faults, owner: str, *, on_event: object, on_step: object) -> None:
+    for name, function, event in (("on_event", on_event, "RunEvent"), ("on_step", on_step, "StepEvent")):
+        with faults.collected():
+            if function is not None and not callable(function):
+                raise argument_error(owner, name, function, expected=f"a function of a {event}")
 
 
 def _counts(parts: LoopParts, learning: LearningParts | None, *, seed: int) -> Iterator[tuple[str, int, int]]:
