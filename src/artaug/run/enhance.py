@@ -20,7 +20,7 @@ from artaug.run.events import OnEvent, RoundEvent, StageClock, ignore_event
 from artaug.run.measuring import RecordedSynthesizer
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.results import Enhancement, Round
-from artaug.run.round_folder import ResultRecord
+from artaug.run.round_folder import ResultRecord, ValidationRecord
 from artaug.run.session import RunSession, open_session
 from artaug.run.stages import RoundStages
 from artaug.run.stop_rule import StopRule
@@ -276,7 +276,10 @@ class _Rounds:
                 pairs=record.pairs,
                 steps=record.steps,
                 seconds=record.training_seconds,
-                validations=tuple(ValidationResult(**result) for result in record.validations),
+                validations=tuple(
+                    ValidationResult(step=item.step, strength=item.strength, win_rate=item.win_rate, gain=item.gain)
+                    for item in record.validations
+                ),
                 skipped_steps=record.skipped_steps,
             ),
             lora=combined,
@@ -295,7 +298,7 @@ class _Rounds:
             pairs=training.pairs,
             steps=training.steps,
             training_seconds=training.seconds,
-            validations=tuple(item.to_dict() for item in training.validations),
+            validations=tuple(ValidationRecord(**item.to_dict()) for item in training.validations),
             skipped_steps=training.skipped_steps,
             seconds=dict(result.seconds),
             gain=result.gain,

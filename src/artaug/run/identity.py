@@ -106,8 +106,8 @@ def _(value: torch.Tensor) -> _Description:
     return _Description(f"tensor {digest(value)[:16]}")
 
 
-@_split.register
-def _(value: partial) -> _Description:
+@_split.register(partial)
+def _(value: partial[Any]) -> _Description:
     return _Description("functools.partial", {"func": value.func, "args": value.args, **value.keywords})
 
 
@@ -122,18 +122,18 @@ def _(value: MethodType) -> _Description:
     return _Description(parts={"function": value.__func__, "self": value.__self__})
 
 
-@_split.register
-def _(value: Mapping) -> _Description:
+@_split.register(Mapping)
+def _(value: Mapping[Any, Any]) -> _Description:
     return _Description(parts={str(key): item for key, item in value.items()})
 
 
-@_split.register
-def _(value: AbstractSet) -> _Description:
+@_split.register(AbstractSet)
+def _(value: AbstractSet[Any]) -> _Description:
     return _Description(repr(sorted(map(repr, value))))
 
 
-@_split.register
-def _(value: Sequence) -> _Description:
+@_split.register(Sequence)
+def _(value: Sequence[Any]) -> _Description:
     if all(isinstance(item, bool | int | float | str | NoneType) for item in value):
         return _Description(repr(list(value)))
     return _Description(parts={str(index): item for index, item in enumerate(value)})

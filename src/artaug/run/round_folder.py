@@ -50,6 +50,16 @@ class RoundRecord:
 
 
 @value
+class ValidationRecord:
+    """A `ValidationResult` as it is written."""
+
+    step: int
+    strength: float
+    win_rate: float
+    gain: float
+
+
+@value
 class ResultRecord:
     """The numbers of a finished round."""
 
@@ -57,7 +67,7 @@ class ResultRecord:
     pairs: int
     steps: int
     training_seconds: float
-    validations: tuple[dict[str, float], ...]
+    validations: tuple[ValidationRecord, ...]
     skipped_steps: int
     seconds: dict[str, float]
     gain: ScoreRow | None
@@ -197,7 +207,7 @@ class _ChunkFolder(ChunkJournal):
         files = self._folder.images.add_all(images)
         record = CallRecord(
             stage,
-            tuple(tuple(member) for member in members),
+            tuple((member.prompt_index, member.candidate) for member in members),
             tuple(map(image_digest, files)),
             images[0].size,
             limit,
