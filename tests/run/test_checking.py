@@ -265,5 +265,5 @@ def test_a_scorer_that_raises_at_the_door_says_where_it_was_asked():
 
 def test_the_right_arguments_are_let_through(synthesizer, drawn):
     prompts, given = arguments(synthesizer, {"critic": FixedCritic(aa.Critique())})
-    aa.improve(prompts, **given, candidates=aa.BestOf(2, by=Chroma()), on_stage=print, check="everything")
+    aa.improve(prompts, **given, candidates=aa.BestOf(2, by=Chroma()), on_event=print, check="everything")
     assert drawn == []

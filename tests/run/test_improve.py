@@ -16,7 +16,7 @@ HALF = aa.Box(0, 0, 0.5, 1)
 ADVICE = aa.Critique((aa.Suggestion(HALF, "a bright window"),))
 
 
-def attempts(prompts, *, synthesizer=None, critic=None, planner=None, keep=None, seed=0, batch_size=3, on_stage=None):
+def attempts(prompts, *, synthesizer=None, critic=None, planner=None, keep=None, seed=0, batch_size=3, on_event=None):
     return list(
         improve(
             prompts,
@@ -26,7 +26,7 @@ def attempts(prompts, *, synthesizer=None, critic=None, planner=None, keep=None,
             keep=FixedFilter(keep=True) if keep is None else keep,
             seed=seed,
             batch_size=batch_size,
-            on_stage=on_stage,
+            on_event=on_event,
         )
     )
 
@@ -97,7 +97,7 @@ def test_it_is_lazy_chunk_by_chunk():
         keep=FixedFilter(keep=True),
         seed=0,
         batch_size=2,
-        on_stage=lambda event: stages.append(event.stage),
+        on_event=lambda event: stages.append(event.stage) if isinstance(event, aa.StageEvent) else None,
     )
     assert stages == []
     next(iterator)
@@ -108,7 +108,9 @@ def test_it_is_lazy_chunk_by_chunk():
 
 def stages_of(prompts, **options):
     events = []
-    attempts(prompts, on_stage=events.append, **options)
+    attempts(
+        prompts, on_event=lambda event: events.append(event) if isinstance(event, aa.StageEvent) else None, **options
+    )
     return [event.stage for event in events]
 
 
@@ -132,7 +134,7 @@ def test_by_default_a_chunk_has_eight_prompts(count, chunks):
             planner=aa.GreedyPlanner(),
             keep=FixedFilter(keep=True),
             seed=0,
-            on_stage=events.append,
+            on_event=lambda event: events.append(event) if isinstance(event, aa.StageEvent) else None,
         )
     )
     assert [event.stage for event in events].count("draw") == chunks
@@ -140,9 +142,9 @@ def test_by_default_a_chunk_has_eight_prompts(count, chunks):
 
 def test_a_stage_takes_as_long_as_the_clock_says(monkeypatch):
     ticks = itertools.accumulate(itertools.count(1))  # 1, 3, 6, 10, ...: between them 2, 3, 4, ...
-    monkeypatch.setattr("artaug.run.improve.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("artaug.run.events.time.perf_counter", lambda: next(ticks))
     events = []
-    attempts(["a"], on_stage=events.append)
+    attempts(["a"], on_event=lambda event: events.append(event) if isinstance(event, aa.StageEvent) else None)
     assert [event.seconds for event in events] == [2, 4, 6, 8]
 
 

@@ -80,15 +80,14 @@ def from_json(cls: type[T], text: str | bytes) -> T:
     Box(left=0.0, top=0.0, right=0.5, bottom=1.0)
     """
     try:
-        return _adapter(cls).validate_json(text)
+        instance: T = _adapter(cls).validate_json(text)
     except ValidationError as report:
         raise _as_artaug_error(report) from None
+    return instance
 
 
-@lru_cache(maxsize=64)
-def _adapter(cls: type[T]) -> TypeAdapter[T]:
-    """Made once a type: it compiles the type's schema, which takes longer than reading a value."""
-    return TypeAdapter(cls)
+_adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(maxsize=64)(TypeAdapter)
+"""Made once a type: it compiles the type's schema, which takes longer than reading a value."""
 
 
 def _check_encodable(cls: str, name: str, attribute: object) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from artaug._internal.memory import FittingBatches
 from artaug.critique import Critic
 from artaug.errors import ArtAugError, NothingToLearnError
@@ -181,7 +183,9 @@ class _Rounds:
             batches=FittingBatches(parts.batch_size),
             poll=self.session.poll,
         )
-        attempts = self.session.collected(number, stages.attempts(prompts, groups=groups))
+        stream = stages.attempts(prompts, groups=groups)
+        bar = tqdm(stream, total=groups[-1], desc=f"round {number}: improve", unit="prompt", disable=not self.progress)
+        attempts = self.session.collected(number, iter(bar))
         pairs = [attempt.pair for attempt in attempts if isinstance(attempt, Kept)]
         if not pairs:
             reason = _no_pairs_reason(number, attempts)

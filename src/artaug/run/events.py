@@ -12,7 +12,7 @@ from artaug.training import StepEvent
 if TYPE_CHECKING:
     from artaug.run.results import Round
 
-Stage: TypeAlias = Literal["draw", "critique", "redraw", "judge", "train", "combine", "measure"]
+RoundStage: TypeAlias = Literal["draw", "critique", "redraw", "judge", "train", "combine", "measure"]
 """The stages of a round, in their order; the last three in `enhance` only."""
 
 
@@ -22,7 +22,7 @@ class ProgressEvent:
 
     round_number: int
     """Counted from 1."""
-    stage: Stage
+    stage: RoundStage
     count: int
     """Pictures drawn, answers given or pairs judged since the event of this stage before; those on disk already count."""
     resumed: bool = False
@@ -33,7 +33,7 @@ class ProgressEvent:
 class StageEvent:
     """One stage of the loop has ended, for one chunk of prompts or one round."""
 
-    stage: Stage
+    stage: RoundStage
     seconds: float
     """Wall-clock time it took."""
     round_number: int = 1
@@ -81,7 +81,7 @@ class StageClock:
     """By stage, the sum."""
 
     @contextmanager
-    def stage(self, stage: Stage, count: int) -> Iterator[None]:
+    def stage(self, stage: RoundStage, count: int) -> Iterator[None]:
         """Time a stage and report it, unless it raises."""
         start = time.perf_counter()
         yield

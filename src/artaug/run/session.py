@@ -12,7 +12,7 @@ from artaug.run.journal import RoundJournal
 from artaug.run.memory import MemoryJournal, PictureMemory
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.round_folder import RoundFolder
-from artaug.run.store import CallRecord, RunFolder, Store, describe_call
+from artaug.run.store import RunCall, RunFolder, Store, describe_call
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def check_store(
     learning: LearningParts | None,
     *,
     seed: int,
-) -> tuple[RunFolder, CallRecord]:
+) -> tuple[RunFolder, RunCall]:
     """Refuse a store that this call would not go on in; nothing is written.
 
     Raises:

@@ -18,7 +18,7 @@ from artaug.filtering import judge_pairs
 from artaug.image_files import ImageFile
 from artaug.pairs import Attempt, ImagePair, Skipped, Verdict
 from artaug.plan import Plan, run_planner
-from artaug.run.events import AttemptEvent, ProgressEvent, Stage, StageClock
+from artaug.run.events import AttemptEvent, ProgressEvent, RoundStage, StageClock
 from artaug.run.journal import ChunkJournal, RoundJournal
 from artaug.run.parts import LoopParts
 from artaug.run.records import Candidate, Chunk, DrawingStage, End, Member, Picture
@@ -285,6 +285,8 @@ class RoundStages:
 
     def _judge_waiting(self, waiting: Sequence[tuple[Chunk, End]]) -> Mapping[int, Verdict]:
         """The verdicts of a filter that compares the pairs of a round, by the index of the prompt."""
+        if not waiting:
+            return {}
         kept = self.journal.verdicts()
         indices = [end.prompt_index for _, end in waiting]
         if kept is not None and set(kept) == set(indices):
@@ -306,7 +308,7 @@ class RoundStages:
         )
         return attempt
 
-    def _progress(self, stage: Stage, count: int, *, resumed: bool = False) -> None:
+    def _progress(self, stage: RoundStage, count: int, *, resumed: bool = False) -> None:
         if count:
             self.clock.emit(
                 ProgressEvent(round_number=self.clock.round_number, stage=stage, count=count, resumed=resumed)

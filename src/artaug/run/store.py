@@ -80,7 +80,7 @@ class Store:
 
 
 @value
-class CallRecord:
+class RunCall:
     """One call of `improve` or `enhance` on a run: all that counts."""
 
     started: str
@@ -98,7 +98,7 @@ class RunRecord:
     """The content of ``run.json``."""
 
     version: int
-    calls: tuple[CallRecord, ...]
+    calls: tuple[RunCall, ...]
     """The first, and each later one that differed from the one before."""
 
 
@@ -153,7 +153,7 @@ class RunFolder:
             )
         return record
 
-    def check(self, call: CallRecord, prompts: Sequence[str], *, allow: Collection[str]) -> None:
+    def check(self, call: RunCall, prompts: Sequence[str], *, allow: Collection[str]) -> None:
         """Refuse a call that would not go on with the run that is here; nothing is written.
 
         Raises:
@@ -186,7 +186,7 @@ class RunFolder:
                 f"store=artaug.Store({str(self.path)!r}, allow={{{differences[0].partition(':')[0]!r}}})."
             )
 
-    def begin(self, call: CallRecord) -> None:
+    def begin(self, call: RunCall) -> None:
         """Write the call down, if it is the first or differs from the one before.
 
         Raises:
@@ -224,9 +224,9 @@ class RunFolder:
 _OWN = {"run.json", "images", "latents", "lock", "owner.json", "metadata.jsonl"}
 
 
-def describe_call(settings: Mapping[str, str], prompts: Sequence[str]) -> CallRecord:
+def describe_call(settings: Mapping[str, str], prompts: Sequence[str]) -> RunCall:
     """The record of a call that begins now."""
-    return CallRecord(
+    return RunCall(
         datetime.now(UTC).isoformat(timespec="seconds"),
         len(prompts),
         digest(*prompts),
@@ -239,7 +239,7 @@ def _is_under(name: str, beginning: str) -> bool:
     return name == beginning or name.startswith(f"{beginning}.")
 
 
-def _differences(before: CallRecord, now: CallRecord, prompts: Sequence[str]) -> list[tuple[str, str]]:
+def _differences(before: RunCall, now: RunCall, prompts: Sequence[str]) -> list[tuple[str, str]]:
     """The name of each thing that differs, and a line that says how."""
     lines = []
     if before.prompts_digest != now.prompts_digest:
