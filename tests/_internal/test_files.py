@@ -8,6 +8,7 @@ import stat
 import sys
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +20,14 @@ from artaug._internal.files import (
     _MACHINE,
     SafetensorsHeader,
     atomic_write,
+    check_disk_space,
     file_sha256,
     load_tensors,
     remove_abandoned,
     save_tensors,
 )
 from artaug.errors import StorageError
+from support.disks import fill, read_only, small_disk
 
 ROW = {"before": torch.zeros(64, 256), "after": torch.ones(64, 256)}
 
@@ -294,3 +297,57 @@ def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"content")
     assert file_sha256(path) == sha256(b"content").hexdigest()
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else_and_can_be_gone_on_with(tmp_path):
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        write(disk / "note.txt", "first")
+        filling = fill(disk)
+        with pytest.raises(StorageError, match=r"note\.txt could not be written: .*No space left.* Make room\."):
+            write(disk / "note.txt", "x" * 100_000)
+        assert (disk / "note.txt").read_text(encoding="utf-8") == "first"
+        assert {path.name for path in disk.iterdir()} == {"note.txt", "filling"}
+        filling.unlink()
+        write(disk / "note.txt", "x" * 100_000)
+        assert (disk / "note.txt").stat().st_size == 100_000
+
+
+def test_a_disk_that_is_read_only_is_an_error_that_leaves_the_old_file(tmp_path):
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        write(disk / "note.txt", "first")
+        with read_only(disk):
+            with pytest.raises(StorageError, match=r"Read-only file system.* Make room\."):
+                write(disk / "note.txt", "second")
+            with pytest.raises(StorageError, match=r"the run folder .* cannot be written to: .*Read-only"):
+                files.check_writable(disk / "runs" / "first", what="the run folder")
+        assert [path.name for path in disk.iterdir()] == ["note.txt"]
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_at_the_door(tmp_path):
+    folder = tmp_path / "disk" / "runs" / "first"
+    with small_disk(tmp_path / "disk", "1m"):
+        check_disk_space(folder, 2**19, what="The run")
+        with pytest.raises(
+            StorageError, match=r"The run takes 3\.00 GiB, and 0\.00 GiB are free there .*runs/first.*Make"
+        ):
+            check_disk_space(folder, 3 * 2**30, what="The run")
+        fill(tmp_path / "disk")
+        with pytest.raises(StorageError, match="Make room"):
+            check_disk_space(folder, 1, what="The run")
+    assert not (tmp_path / "disk" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("total", "free"), [(0, 0), (0, 2**63), (100, 200), (100, -1)], ids=["nothing", "of nothing", "more", "less"]
+)
+def test_a_disk_that_does_not_say_how_much_is_free_is_not_judged(total, free, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=total, free=free))
+    check_disk_space(tmp_path, 2**40, what="The run")
+
+
+def test_a_disk_that_cannot_be_asked_is_not_judged(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("shutil.disk_usage", fail)
+    check_disk_space(tmp_path, 2**40, what="The run")

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
@@ -24,6 +23,7 @@ from artaug.errors import LoRAMismatchError, ModelError, NonFiniteError, Storage
 from artaug.lora.baking import bake, rounding, stream
 from artaug.lora.baking.rounding import stochastic_round, stochastic_round_bf16
 from artaug.lora.lora import LoRA, LowRank
+from support.disks import small_disk
 from support.tiny_flux import tiny_flux
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -647,26 +647,16 @@ def test_a_full_file_system_is_an_error_that_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here; the limit on file sizes is tested instead")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.parametrize("checked_before", [True, False], ids=["known before", "noticed on the way"])
-def test_a_full_disk_is_an_error_that_leaves_nothing(checked_before, small_disk, tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_that_leaves_nothing(checked_before, tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "in.safetensors", shape=(400, 240))
-    if not checked_before:
-        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**40))
     message = r"takes 0\.00 GiB, and 0\.00 GiB are free there" if checked_before else r"No space left.*make room"
-    with pytest.raises(StorageError, match=message):
-        bake(tmp_path / "in.safetensors", layer_lora(low_rank((400, 240))), small_disk / "out", progress=False)
-    assert not list(small_disk.iterdir())
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        if not checked_before:
+            monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=2**40, free=2**40))
+        with pytest.raises(StorageError, match=message):
+            bake(tmp_path / "in.safetensors", layer_lora(low_rank((400, 240))), disk / "out", progress=False)
+        assert not list(disk.iterdir())
 
 
 def test_a_source_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from artaug._internal.values import from_json
 from artaug.errors import StorageError
 from artaug.run import lock as module
 from artaug.run.lock import LockOwner, RunLock
+from support.disks import fill, small_disk
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="forks, and locks by fcntl")
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
@@ -407,6 +408,36 @@ def test_a_folder_that_is_read_only_is_an_error():
             if root:
                 os.seteuid(0)
             folder.chmod(0o755)
+
+
+def test_a_full_disk_refuses_a_run_and_ends_none(tmp_path):
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        filling = fill(disk)
+        with pytest.raises(StorageError, match=r"No space left.*Make room"):
+            RunLock(disk).__enter__()
+        filling.unlink()
+        with RunLock(disk, heartbeat_s=0.01) as lock:
+            filling = fill(disk)
+            time.sleep(0.1)
+            lock.check()
+            before = read(disk).heartbeat
+            filling.unlink()
+            while read(disk).heartbeat == before:
+                time.sleep(0.01)
+        assert [path.name for path in disk.iterdir()] == ["lock"]
+
+
+def test_a_run_ends_also_where_its_name_cannot_be_removed_and_the_next_one_is_let_in(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    lock = RunLock(tmp_path).__enter__()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        lock.__exit__()
+    assert read(tmp_path).process.pid == os.getpid()
+    with RunLock(tmp_path) as lock:
+        lock.check()
 
 
 def test_an_owner_that_cannot_be_written_leaves_the_folder_free(tmp_path):

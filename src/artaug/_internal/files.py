@@ -133,15 +133,47 @@ def check_writable(folder: Path, *, what: str) -> None:
     Raises:
         StorageError: if the system says so.
     """
-    whole = folder.absolute()
     try:
-        existing = next(path for path in (whole, *whole.parents) if path.exists())
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=_existing_folder(folder)):
             pass
     except OSError as error:
         raise StorageError(
             f"{what} {folder} cannot be written to: {error}. Give it a folder of yours, with room in it."
         ) from error
+
+
+def check_disk_space(folder: Path, needed_bytes: int, *, what: str) -> None:
+    """Refuse at the door what does not fit on the disk. A disk that does not say how much is free is not judged.
+
+    Args:
+        folder: where it is to be written. It need not exist.
+        needed_bytes: how much it takes.
+        what: its name, for the error's text.
+
+    Raises:
+        StorageError: if less is free.
+    """
+    try:
+        usage = shutil.disk_usage(_existing_folder(folder))
+    except OSError:
+        return
+    if not 0 <= usage.free <= usage.total or usage.total == 0:  # object stores and synced drives give any number
+        return
+    if usage.free < needed_bytes:
+        needed, free = (f"{size / 2**30:.2f} GiB" for size in (needed_bytes, usage.free))
+        raise StorageError(
+            f"{what} takes {needed}, and {free} are free there ({folder}). Make room, or choose another disk."
+        )
+
+
+def _existing_folder(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists.
+
+    Raises:
+        OSError: if that cannot be found out.
+    """
+    whole = folder.absolute()
+    return next(path for path in (whole, *whole.parents) if path.exists())
 
 
 def remove_abandoned(folder: Path) -> None:

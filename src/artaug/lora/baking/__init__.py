@@ -4,13 +4,13 @@ The checkpoint itself is never changed. The part of the update that its precisio
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from artaug._internal.files import check_disk_space
 from artaug.errors import LoRAMismatchError, ModelError, StorageError
 from artaug.lora.baking.checkpoint import Checkpoint, Shard, TensorInfo
 from artaug.lora.baking.report import BakedCheckpoint, BakedFile, BakedLayer
@@ -135,10 +135,7 @@ def _check_target(target: Path, source: Path, size: int) -> None:
         raise StorageError(
             f"{str(target)!r} lies in the checkpoint {str(source)!r}, which is only read. Choose another."
         )
-    existing_parent = next(folder for folder in target.absolute().parents if folder.exists())
-    free = shutil.disk_usage(existing_parent).free
-    if free < size:
-        raise StorageError(f"{str(target)!r} takes {_gib(size)}, and {_gib(free)} are free there. Make room.")
+    check_disk_space(target.absolute().parent, size, what=repr(str(target)))
 
 
 def _write_files(
