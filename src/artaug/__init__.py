@@ -50,6 +50,7 @@ from artaug.lora.baking import BakedCheckpoint, BakedFile, BakedLayer, bake
 from artaug.lora.formats import Format
 from artaug.lora.fusing import CompressedLayer, Compression, ConcatFuser, Fuser, SvdFuser
 from artaug.lora.lora import LoRA, LowRank
+from artaug.pair_folders import pairs_from_folder, pairs_to_folder
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
 from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
 from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
@@ -208,6 +209,8 @@ __all__ = [
     "compare",
     "enhance",
     "improve",
+    "pairs_from_folder",
+    "pairs_to_folder",
     "write_report",
 ]
 

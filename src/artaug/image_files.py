@@ -2,13 +2,14 @@
 
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, final
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from artaug._internal.arguments import argument_error, check_argument
 from artaug._internal.digests import digest
@@ -18,7 +19,7 @@ from artaug.errors import StorageError
 
 T = TypeVar("T")
 
-_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
+_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 """What PIL raises for bytes that are no picture, or only the beginning of one."""
 _REMEDY = "Put back a copy of the file, or go on without what refers to it."
 _LONGEST_WEBP_SIDE = 16_383
@@ -50,6 +51,8 @@ class ImageFile:
     """SHA-256 of its size and RGB pixels, which are compared with it when they are read; None if it is not known."""
     size: tuple[int, int]
     """(width, height) in pixels."""
+    resized: bool = False
+    """Whether a picture of another size in the file is cropped around its middle to the aspect of ``size``, and resized."""
 
     @classmethod
     def open(cls, path: str | Path) -> "ImageFile":
@@ -58,7 +61,7 @@ class ImageFile:
         Raises:
             StorageError: if there is no file, or no picture in it.
         """
-        return cls(Path(path), None, _read(Path(path), lambda image: image.size))
+        return cls(Path(path), None, read_image(Path(path), lambda image: image.size))
 
     def load(self) -> Image.Image:
         """Read the picture, in RGB, and close the file.
@@ -66,7 +69,9 @@ class ImageFile:
         Raises:
             StorageError: if the file is missing, damaged, or holds other pixels than those of ``digest`` or ``size``.
         """
-        image = _read(self.path, as_rgb)
+        image = read_image(self.path, as_rgb)
+        if self.resized:
+            image = ImageOps.fit(image, self.size, Image.Resampling.LANCZOS)
         if image.size != self.size or (self.digest is not None and image_digest(image) != self.digest):
             raise _unusable(self.path, "it holds another picture than the one that was stored in it")
         return image
@@ -142,7 +147,7 @@ class ImageFolder:
             return ImageFile(self._path(digest, size), digest, size)
         small, large = self._path(digest, (1, 1)), self._path(digest, (1, _LONGEST_WEBP_SIDE + 1))
         path = large if large.exists() else small
-        return ImageFile(path, digest, _read(path, lambda image: image.size))
+        return ImageFile(path, digest, read_image(path, lambda image: image.size))
 
     def _store(self, image: Image.Image | ImageFile, place: Callable[[Path], Path]) -> ImageFile:
         """Write a picture to the path that ``place`` gives for its name, unless it is there already."""
@@ -195,7 +200,7 @@ def _is_whole(file: ImageFile) -> bool:
     return True
 
 
-def _read(path: Path, look: Callable[[Image.Image], T]) -> T:
+def read_image(path: Path, look: Callable[[Image.Image], T]) -> T:
     """What ``look`` makes of the picture in a file, which is closed after that.
 
     Raises:

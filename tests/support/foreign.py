@@ -140,6 +140,11 @@ def _index(path: Path) -> object:
     return _indexed_files(path, {"a.safetensors"})
 
 
+def _captions(path: Path) -> object:
+    _picture().save(path.with_name("a.png"))
+    return aa.pairs_from_folder(path.parent, path.parent, captions=path)
+
+
 def _oneig_questions(path: Path) -> object:
     table = path.with_name("OneIG-Bench.csv")
     table.write_bytes(_ONEIG)
@@ -282,6 +287,20 @@ READERS = {
         ),
         b'"1":{},',
     ),
+    "picture": Reader(
+        _of_file(lambda path: aa.ImageFile.open(path).load()),
+        tuple(_written(lambda path, kind=kind: _picture().save(path, kind, lossless=True)) for kind in ("webp", "png")),
+        b"IDAT",
+    ),
+    "pairs": Reader(
+        _of_file(lambda path: aa.pairs_from_folder(path.parent), "metadata.jsonl"),
+        (
+            b'{"before_file_name": "a.png", "after_file_name": "metadata.jsonl", "prompt": "p", "seed": 1}\n',
+            b'{"before_file_name": "a", "after_file_name": "b", "prompt": "p", "plan": "{\\"prompt\\": \\"p\\"}"}\n',
+        ),
+        b'{"before_file_name": "a.png", "after_file_name": "a.png", "prompt": "p"}\n',
+    ),
+    "captions": Reader(_of_file(_captions, "captions.csv"), (b"file_name,text\na.png,an ant\n",), b"a.png,an ant\n"),
     "prompts.txt": Reader(_of_file(aa.PromptSet.read, "a.txt"), (b"a pear\na plum\n",), b"a pear\n"),
     "prompts.csv": Reader(_of_file(aa.PromptSet.read, "a.csv"), (b'Prompts,Category\n"a, b",x\nc,y\n',), b"a pear,x\n"),
     "prompts.tsv": Reader(_of_file(aa.PromptSet.read, "a.tsv"), (b"Prompt\tCategory\na\tb\n",), b"a pear\tx\n"),

@@ -13,6 +13,7 @@ from artaug.errors import (
     TrainingDivergedError,
 )
 from artaug.lora.lora import LoRA, LowRank
+from artaug.pair_folders import pairs_from_folder, pairs_to_folder
 from artaug.pairs import ImagePair
 from artaug.plan import Plan
 from artaug.training import (
@@ -98,6 +99,12 @@ def test_a_training_reports_every_step(tiny_model, two_pairs):
     assert [event.step for event in events] == [1, 2, 3, 4, 5]
     assert {event.steps for event in events} == {5}
     assert tuple(event.loss for event in events) == training.losses
+
+
+def test_pairs_of_a_folder_train_to_the_same_lora_as_in_memory(tiny_model, make_model, two_pairs, tmp_path):
+    pairs_to_folder(two_pairs, tmp_path)
+    stored = trainer_of().train(pairs_from_folder(tmp_path), make_model(), seed=0)
+    assert same(stored.lora, trainer_of().train(two_pairs, tiny_model, seed=0).lora)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
