@@ -159,6 +159,7 @@ def stream_critic(
                 yield start + index, answer
         except Exception as error:
             if is_out_of_memory(error):
+                error.add_note(f"Raised by {name}, at {len(pending)} picture(s) together.")
                 raise
             cause = error.__cause__ if isinstance(error, CriticError) else error
             if transient.matches(cause):

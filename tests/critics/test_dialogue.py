@@ -10,7 +10,8 @@ import artaug as aa
 from artaug import playground
 from artaug._internal.values import to_json
 from artaug.critics import Conversation, Coordinates, PhotometricCritic
-from artaug.critics.dialogue import MAX_ANALYSIS_CHARS, MAX_CAPTION_CHARS, ChatReply, run_dialogue
+from artaug.critics.dialogue import MAX_ANALYSIS_CHARS, MAX_CAPTION_CHARS, ChatReply, stream_dialogues
+from artaug.critique import StreamingCritic
 from artaug.testing import FixedFilter, check_critic
 
 UNITS = ["relative", "thousandths", "pixels", "percent"]
@@ -18,17 +19,14 @@ RED = Image.new("RGB", (64, 48), "red")
 
 
 @dataclass(frozen=True)
-class ScriptedCritic(aa.Critic):
+class ScriptedCritic(StreamingCritic):
     """A multimodal critic whose model measures what `PhotometricCritic` measures, and replies in JSON."""
 
     conversation: Conversation
 
-    def critique(self, image, prompt):
-        return self.critique_batch([image], [prompt])[0]
-
-    def critique_batch(self, images, prompts):
-        return run_dialogue(
-            self.conversation, images, prompts, generate=lambda requests: [self._reply(request) for request in requests]
+    def critique_stream(self, images, prompts):
+        return stream_dialogues(
+            self.conversation, images, prompts, generate=lambda requests: enumerate(map(self._reply, requests))
         )
 
     def _reply(self, request):
@@ -49,6 +47,16 @@ class ScriptedCritic(aa.Critic):
             for suggestion in answer.suggestions
         ]
         return ChatReply(f"```json\n{to_json({'summary': answer.summary, 'suggestions': suggestions})}\n```")
+
+
+def run_dialogues(conversation, images, prompts, *, generate):
+    """The answers in order, of a model whose replies come in the opposite order."""
+
+    def backwards(requests):
+        return reversed(list(enumerate(generate(requests))))
+
+    answers = dict(stream_dialogues(conversation, images, prompts, generate=backwards))
+    return [answers[index] for index in range(len(prompts))]
 
 
 def attempts(critic, prompts):
@@ -126,7 +134,7 @@ def test_a_long_prompt_is_truncated_and_the_critique_notes_it():
         sent.extend(requests)
         return [ChatReply('{"summary": "fine", "suggestions": []}', ("a note",))]
 
-    answers = run_dialogue(Conversation(), [RED], ["x" * 2001], generate=generate)
+    answers = run_dialogues(Conversation(), [RED], ["x" * 2001], generate=generate)
     assert "x" * MAX_CAPTION_CHARS in sent[0].messages[-1].text
     assert "x" * (MAX_CAPTION_CHARS + 1) not in sent[0].messages[-1].text
     note = f"sent the model the first {MAX_CAPTION_CHARS:,} of 2,001 characters of the prompt"
@@ -134,7 +142,7 @@ def test_a_long_prompt_is_truncated_and_the_critique_notes_it():
 
 
 def test_a_prompt_of_the_greatest_length_is_sent_whole():
-    (answer,) = run_dialogue(
+    (answer,) = run_dialogues(
         Conversation(),
         [RED],
         ["x" * MAX_CAPTION_CHARS],
@@ -154,7 +162,7 @@ def test_of_a_long_analysis_a_bounded_part_is_sent_back_and_the_critique_notes_i
         return [ChatReply('{"summary": "fine", "suggestions": []}')]
 
     two_stages = Conversation.in_two_stages(coordinates=Coordinates("thousandths"))
-    (answer,) = run_dialogue(two_stages, [RED], ["a pear"], generate=generate)
+    (answer,) = run_dialogues(two_stages, [RED], ["a pear"], generate=generate)
     (analysis,) = (message.text for message in sent[1].messages if message.role == "assistant")
     assert analysis == "x" * MAX_ANALYSIS_CHARS
     total = f"{MAX_ANALYSIS_CHARS + excess:,}"
@@ -163,7 +171,7 @@ def test_of_a_long_analysis_a_bounded_part_is_sent_back_and_the_critique_notes_i
 
 
 def test_notes_on_a_reply_without_suggestions_go_into_the_reason():
-    (answer,) = run_dialogue(
+    (answer,) = run_dialogues(
         Conversation(), [RED], ["a"], generate=lambda requests: [ChatReply("hm", ("it was cut",))] * len(requests)
     )
     assert answer == aa.Abstention("the reply holds no suggestions: 'hm'; it was cut")
@@ -179,15 +187,33 @@ def test_a_failure_in_the_first_stage_ends_only_the_dialogue_about_that_picture(
         return [ChatReply('{"summary": "", "suggestions": []}')]
 
     conversation = Conversation.in_two_stages(coordinates=Coordinates("thousandths"))
-    answers = run_dialogue(conversation, [RED, RED], ["a", "b"], generate=generate)
+    answers = run_dialogues(conversation, [RED, RED], ["a", "b"], generate=generate)
     assert batch_sizes == [2, 1]
     assert answers == [aa.Abstention("gone"), aa.Critique()]
+
+
+def test_each_answer_is_given_before_the_next_reply_comes_and_before_a_failure():
+    events = []
+
+    def generate(_requests):
+        for index in (2, 0):
+            events.append(f"reply {index}")
+            yield index, ChatReply('{"summary": "", "suggestions": []}')
+        raise KeyError("boxes")
+
+    def listen():
+        for index, _ in stream_dialogues(Conversation(), [RED] * 3, ["a", "b", "c"], generate=generate):
+            events.append(f"answer {index}")
+
+    with pytest.raises(KeyError):
+        listen()
+    assert events == ["reply 2", "answer 2", "reply 0", "answer 0"]
 
 
 def test_no_request_is_sent_for_a_picture_that_cannot_be_shown():
     def generate(_):
         raise AssertionError
 
-    (answer,) = run_dialogue(Conversation(), [Image.new("F", (8, 8))], ["a"], generate=generate)
+    (answer,) = run_dialogues(Conversation(), [Image.new("F", (8, 8))], ["a"], generate=generate)
     assert isinstance(answer, aa.Abstention)
     assert "mode 'F'" in answer.reason

@@ -18,7 +18,7 @@ from artaug.critics import Cached, Conversation, Ensemble, OpenAICritic, Retried
 from artaug.critics.server.client import RetryingClient
 from artaug.critics.server.completion import RequestFailure
 from artaug.critics.server.usage import UsageCounter
-from artaug.critique import StreamingCritic, run_critic
+from artaug.critique import StreamingCritic, run_critic, stream_critic
 from artaug.testing import FixedCritic
 from support.clock import FakeTime
 from support.faulty_server import faulty_server, refuses
@@ -224,6 +224,17 @@ def test_answers_before_a_failure_are_kept(tmp_path, error, around):
 def test_a_transient_abstention_is_never_cached(tmp_path):
     cached = Cached(Scripted((TimeoutError("read timed out"), ADVICE)), folder=tmp_path, cache_abstentions=True)
     assert [cached.critique(PICTURE, "a pear") for _ in range(2)] == [PASSING, ADVICE]
+
+
+# --- Ensemble ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_ensemble_gives_each_answer_when_its_last_critic_has_it():
+    last = Scripted((ADVICE, ADVICE, KeyError("boxes")))
+    received = []
+    with pytest.raises(aa.CriticError, match="Scripted raised KeyError"):
+        received.extend(stream_critic(Ensemble((FixedCritic(ADVICE), last)), [PICTURE] * 4, PROMPTS))
+    assert received == [(0, aa.Critique(summary="fine fine")), (1, aa.Critique(summary="fine fine"))]
 
 
 # --- Retried -------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def detecting_model(convention):
     """A model that finds whatever is not grey and writes its box in a convention of its own."""
 
     def generate(requests):
-        return [ChatReply(_detection(request.messages[-1].image, convention)) for request in requests]
+        return enumerate(ChatReply(_detection(request.messages[-1].image, convention)) for request in requests)
 
     return generate
 
@@ -57,7 +57,7 @@ def test_a_wrong_convention_is_noticed_and_the_right_one_named(convention):
 
 def test_without_replies_no_convention_fits():
     result = probe_coordinates(
-        lambda requests: [aa.Abstention("the server is gone") for _ in requests], Coordinates("relative")
+        lambda requests: enumerate([aa.Abstention("the server is gone")] * len(requests)), Coordinates("relative")
     )
     assert not result.conclusive
     assert result.replies == ("the server is gone",) * 6
@@ -67,7 +67,8 @@ def test_without_replies_no_convention_fits():
 def test_the_request_names_the_critics_convention():
     sent = []
     probe_coordinates(
-        lambda requests: sent.extend(requests) or [ChatReply("")] * len(requests), Coordinates("percent", key="box_2d")
+        lambda requests: sent.extend(requests) or enumerate([ChatReply("")] * len(requests)),
+        Coordinates("percent", key="box_2d"),
     )
     (message,) = sent[0].messages
     assert "from 0 to 100" in message.text

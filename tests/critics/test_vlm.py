@@ -14,6 +14,7 @@ import artaug as aa
 from artaug.critics import Conversation, Coordinates, VLMCritic
 from artaug.critics.conversation import Message
 from artaug.critics.dialogue import ChatRequest
+from artaug.critique import stream_critic
 from artaug.testing import check_critic
 from support.tiny_llava import suggestion_json, tiny_idefics3, tiny_llava
 
@@ -60,8 +61,8 @@ def test_random_weights_reply_on_the_schema_in_200_of_200_cases(make):
         conversation = Conversation(coordinates=Coordinates(unit), max_suggestions=2)
         vlm = critic(make, conversation=conversation, seed=seed)
         batch = requests(conversation, 25)
-        for request, reply in zip(batch, vlm._generate(batch), strict=True):  # noqa: SLF001 - the raw replies
-            jsonschema.validate(json.loads(reply.text), request.schema)
+        for index, reply in vlm._generate(batch):  # noqa: SLF001 - the raw replies
+            jsonschema.validate(json.loads(reply.text), batch[index].schema)
             assert isinstance(conversation.parse(reply.text, size=(64, 64)), aa.Critique | aa.Abstention)
             valid += 1
     assert valid == 100  # and as many of the other architecture
@@ -100,17 +101,57 @@ def test_requests_of_similar_length_share_a_batch_and_the_longest_come_first(mon
     assert batches == [["aaaaaaaa", "aaaaaa"], ["aa", "a"]]
 
 
+def test_each_batch_gives_its_answers_before_the_next_begins_and_before_one_fails(monkeypatch):
+    vlm, events = critic(batch_size=2), []
+    original = VLMCritic._generate_batch  # noqa: SLF001 - the batches show nowhere else
+
+    def failing_later(self, requests):
+        events.append("batch")
+        if len(events) > 5:
+            raise KeyError("pixel_values")
+        return original(self, requests)
+
+    monkeypatch.setattr(VLMCritic, "_generate_batch", failing_later)
+    with pytest.raises(aa.CriticError, match="VLMCritic raised KeyError"):
+        events.extend(
+            index for index, _ in stream_critic(vlm, [RED] * 6, ["a" * length for length in (5, 2, 9, 7, 1, 1)])
+        )
+    assert events == ["batch", 2, 3, "batch", 0, 1, "batch"]
+
+
+def test_a_batch_that_does_not_fit_is_halved_for_good_and_the_answers_are_the_same(monkeypatch, caplog):
+    prompts = ["aa", "aaaaaaaa", "a", "aaaaaa"]
+    expected = critic(batch_size=4).critique_batch([RED] * 4, prompts)
+    sizes, original = [], VLMCritic._generate_batch  # noqa: SLF001 - the batches show nowhere else
+
+    def limited(self, requests):
+        sizes.append(len(requests))
+        if len(requests) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, requests)
+
+    monkeypatch.setattr(VLMCritic, "_generate_batch", limited)
+    vlm = critic(batch_size=4)
+    assert [vlm.critique_batch([RED] * 4, prompts) for _ in range(2)] == [expected, expected]
+    assert sizes == [4, 2, 2, 2, 2]
+    assert (
+        sum("VLMCritic ran out of memory at 4 pictures together" in record.getMessage() for record in caplog.records)
+        == 1
+    )
+
+
 def test_the_first_of_two_stages_is_free_text_and_the_second_is_constrained(monkeypatch):
     stages, original = [], VLMCritic._generate  # noqa: SLF001 - the requests show nowhere else
 
     def recorded(self, requests):
-        stages.append((requests, original(self, requests)))
-        return stages[-1][1]
+        replies = list(original(self, requests))
+        stages.append((requests, replies))
+        return replies
 
     monkeypatch.setattr(VLMCritic, "_generate", recorded)
     vlm = critic(conversation=TWO_STAGES)
     assert isinstance(vlm.critique(RED, "a wall"), aa.Critique)
-    ((first,), (analysis,)), ((second,), (reply,)) = stages
+    ((first,), ((_, analysis),)), ((second,), ((_, reply),)) = stages
     assert first.schema is None
     assert [message.role for message in second.messages] == ["user", "assistant", "user"]
     assert second.messages[2].text == "Now."

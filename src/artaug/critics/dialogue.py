@@ -1,6 +1,6 @@
 """Running a `Conversation` about many pictures with any model: which requests to send, and what the replies give."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -8,7 +8,7 @@ from PIL.Image import Image
 
 from artaug._internal.images import as_rgb
 from artaug.critics.conversation import Conversation, Message
-from artaug.critique import Abstention, Critique
+from artaug.critique import Abstention, Answer, Critique
 from artaug.errors import InvalidValueError
 
 MAX_CAPTION_CHARS = 2000
@@ -36,41 +36,46 @@ class ChatReply:
     """What differed from the request, such as a reply cut at the token limit; they become repairs of the critique."""
 
 
-Generate: TypeAlias = Callable[[Sequence[ChatRequest]], Sequence[ChatReply | Abstention]]
-"""Sends requests to a model: a reply to each, or an abstention with the reason why there is none."""
+Generate: TypeAlias = Callable[[Sequence[ChatRequest]], Iterable[tuple[int, ChatReply | Abstention]]]
+"""Sends requests to a model: as they come and in any order, the index of each and its reply, or an abstention with the
+reason why there is none."""
 
 
-def run_dialogue(
+def stream_dialogues(
     conversation: Conversation,
     images: Sequence[Image],
     prompts: Sequence[str],
     *,
     generate: Generate,
     prepare: Callable[[Image], Image] = as_rgb,
-) -> list[Critique | Abstention]:
-    """Hold a conversation about each picture and parse the last replies.
+) -> Iterator[tuple[int, Answer]]:
+    """Hold a conversation about each picture and parse the last reply as soon as it comes.
 
     Args:
         conversation: the prompts, in one stage or two.
         images: the pictures.
         prompts: what they were drawn from.
-        generate: called once a stage with the requests of all pictures.
+        generate: called once a stage with the requests of all pictures; an exception of it is raised after the answers
+            before it.
         prepare: turns a picture into the one that the model sees. If it raises an `InvalidValueError`, the critic
             abstains from that picture.
 
-    Returns:
-        A critique or an abstention for each picture, in their order.
+    Yields:
+        The index of a picture, and a critique or an abstention; those that cannot be shown first.
     """
     dialogues = [
         _Dialogue.start(image, prompt, conversation, prepare) for image, prompt in zip(images, prompts, strict=True)
     ]
+    yield from ((index, dialogue.answer) for index, dialogue in enumerate(dialogues) if dialogue.answer is not None)
     for stage in range(1, conversation.stages + 1):
         last = stage == conversation.stages
-        pending = [dialogue for dialogue in dialogues if dialogue.answer is None]
-        replies = generate([dialogue.next_request(last=last) for dialogue in pending]) if pending else []
-        for dialogue, reply in zip(pending, replies, strict=True):
-            dialogue.receive(reply, last=last)
-    return [dialogue.answer for dialogue in dialogues if dialogue.answer is not None]
+        pending = [index for index, dialogue in enumerate(dialogues) if dialogue.answer is None]
+        requests = [dialogues[index].next_request(last=last) for index in pending]
+        for position, reply in generate(requests) if requests else ():
+            index = pending[position]
+            dialogues[index].receive(reply, last=last)
+            if (answer := dialogues[index].answer) is not None:
+                yield index, answer
 
 
 @dataclass(slots=True)

@@ -94,7 +94,8 @@ def probe_coordinates(generate: Generate, requested: Coordinates) -> ProbeResult
         requested: the convention that the model is asked to use; it may write another.
     """
     targets = probe_targets(side=2 * requested.point_radius if requested.order == "points" else _DEFAULT_SIDE)
-    replies = generate([_request(target, requested) for target in targets])
+    received = dict(generate([_request(target, requested) for target in targets]))
+    replies = [received[index] for index in range(len(targets))]
     mean_iou = {
         convention: sum(_iou(reply, target, convention) for reply, target in zip(replies, targets, strict=True))
         / len(targets)

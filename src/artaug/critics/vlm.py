@@ -12,12 +12,13 @@ from torch import Tensor
 
 from artaug._internal.extras import optional
 from artaug._internal.images import as_rgb
+from artaug._internal.memory import FittingBatches
 from artaug._internal.weights import check_placement, check_safetensors, model_errors
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import Coordinates, coordinates_for
-from artaug.critics.dialogue import ChatReply, ChatRequest, run_dialogue
+from artaug.critics.dialogue import ChatReply, ChatRequest, stream_dialogues
 from artaug.critics.probing import ProbeResult, probe_coordinates
-from artaug.critique import Abstention, Critic, Critique
+from artaug.critique import Answer, StreamingCritic
 from artaug.errors import InvalidValueError, ModelError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _PIXELS_PER_CHARACTER = 200  # for sorting: an image token covers about 800 pixe
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class VLMCritic(Critic):
+class VLMCritic(StreamingCritic):
     """Criticises pictures with a vision-language model of transformers, in batches.
 
     Decoding is greedy, so the same pictures in the same batches get the same critiques; in low precision the composition
@@ -163,30 +164,35 @@ class VLMCritic(Critic):
             batch_size=batch_size,
         )
 
-    def critique(self, image: Image, prompt: str) -> Critique | Abstention:
-        return self.critique_batch([image], [prompt])[0]
-
-    def critique_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
-        """Criticise many pictures, ``batch_size`` at a time.
+    def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+        """Criticise many pictures, ``batch_size`` at a time; half as many from then on, where memory runs out.
 
         It abstains from pictures that the model cannot be shown: without pixels, of mode ``I`` or ``F``, or with an
         aspect ratio above 200.
         """
-        return run_dialogue(self.conversation, images, prompts, generate=self._generate, prepare=_prepare)
+        return stream_dialogues(self.conversation, images, prompts, generate=self._generate, prepare=_prepare)
 
     def probe(self) -> ProbeResult:
         """Show the model a few rectangles and find out how it writes boxes."""
         return probe_coordinates(self._generate, self.conversation.coordinates)
 
-    def _generate(self, requests: Sequence[ChatRequest]) -> list[ChatReply]:
+    def _generate(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatReply]]:
         # Requests of similar length share a batch, so that little is padded; the longest first, so that running out of
         # memory shows at once.
         longest_first = sorted(range(len(requests)), key=lambda index: -_approximate_length(requests[index]))
-        replies: dict[int, ChatReply] = {}
-        for start in range(0, len(longest_first), self.batch_size):
-            batch = longest_first[start : start + self.batch_size]
-            replies |= zip(batch, self._generate_batch([requests[index] for index in batch]), strict=True)
-        return [replies[index] for index in range(len(requests))]
+        batches = self._batches.run(
+            lambda batch: list(self._generate_batch([requests[index] for index in batch])),
+            longest_first,
+            owner="VLMCritic",
+            item="picture",
+            remedy="Load the model quantized or in lower precision, or show it smaller pictures.",
+        )
+        for batch, replies in batches:
+            yield from zip(batch, replies, strict=True)
+
+    @cached_property
+    def _batches(self) -> FittingBatches:
+        return FittingBatches(self.batch_size)
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[ChatRequest]) -> Iterator[ChatReply]:

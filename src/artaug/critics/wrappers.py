@@ -15,7 +15,7 @@ from artaug._internal.files import atomic_write, check_regular
 from artaug._internal.images import rgb_parts
 from artaug._internal.transient import DEADLINE_S, TransientErrors, backoff_delay_s
 from artaug._internal.values import from_json, to_json, value
-from artaug.critique import Abstention, Answer, Critic, Critique, StreamingCritic, Suggestion, run_critic, stream_critic
+from artaug.critique import Abstention, Answer, Critic, Critique, StreamingCritic, Suggestion, stream_critic
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box
 
@@ -25,7 +25,7 @@ _REMEDY = "The answers written before are complete: call again once the folder c
 
 @final
 @dataclass(frozen=True)
-class Ensemble(Critic):
+class Ensemble(StreamingCritic):
     """Runs several critics and suggests what at least ``min_votes`` of them suggest for the same place.
 
     Two suggestions are for the same place if the intersection over union of their boxes is at least ``iou_threshold``.
@@ -61,12 +61,14 @@ class Ensemble(Critic):
                 "critics, and iou_threshold in (0, 1]."
             )
 
-    def critique(self, image: Image, prompt: str) -> Critique | Abstention:
-        return self.critique_batch([image], [prompt])[0]
-
-    def critique_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
-        answers_by_critic = [run_critic(critic, images, prompts) for critic in self.critics]
-        return [self._combine(answers) for answers in zip(*answers_by_critic, strict=True)]
+    def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+        """Criticise many pictures, one critic after the other, and give each answer when the last critic has answered."""
+        votes: list[list[Answer]] = [[] for _ in prompts]  # by picture, in the order of the critics
+        for critic in self.critics:
+            for index, answer in stream_critic(critic, images, prompts):
+                votes[index].append(answer)
+                if len(votes[index]) == len(self.critics):
+                    yield index, self._combine(votes[index])
 
     def _combine(self, answers: Sequence[Critique | Abstention]) -> Critique | Abstention:
         critiques = [answer for answer in answers if isinstance(answer, Critique)]

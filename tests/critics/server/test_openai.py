@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from artaug._internal import transient
 from artaug.critics import Cached, Conversation, Coordinates, OpenAICritic, Usage, coordinates_for
 from artaug.critics.server import backoff
 from artaug.critics.server.http import _proxy
+from artaug.critique import stream_critic
 from artaug.testing import check_critic
 from support.faulty_server import (
     completion,
@@ -719,6 +721,58 @@ def test_an_interruption_is_raised_at_once_and_the_critic_can_be_used_again(monk
         assert time.monotonic() - start < 10
         assert eventually(lambda: not any(thread.name.startswith("artaug-") for thread in threading.enumerate()))
         assert openai_critic.critique(RED, "a wall") == ADVICE
+
+
+# --- answers as they come --------------------------------------------------------------------------------------------
+
+
+def test_an_answer_does_not_wait_for_the_others_of_its_batch():
+    with faulty_server(slow(1.5, suggestion_json()), GOOD) as server:
+        start, times = time.monotonic(), []
+        for _, answer in critic(server, concurrency=2).critique_stream([RED] * 4, ["a wall"] * 4):
+            assert answer == ADVICE
+            times.append(time.monotonic() - start)
+    assert len(times) == 4
+    assert times[2] < 1.5 <= times[3]
+
+
+def test_answers_that_have_come_are_given_before_a_bug_is_raised(monkeypatch):
+    def fail_at_black(self, image):
+        if image.getpixel((0, 0)) == (0, 0, 0):
+            assert eventually(lambda: self.usage.replies == 2)
+            raise ZeroDivisionError
+        return original(self, image)
+
+    original, received = OpenAICritic._data_url, []  # noqa: SLF001 - the first step in a thread
+    monkeypatch.setattr(OpenAICritic, "_data_url", fail_at_black)
+    images = [RED, Image.new("RGB", (8, 8)), RED, RED, RED]
+    with faulty_server(GOOD, GOOD, hangs) as server, pytest.raises(aa.CriticError, match="ZeroDivisionError"):
+        received.extend(stream_critic(critic(server, timeout_s=30, concurrency=2), images, ["a wall"] * 5))
+    assert sorted(received, key=str) == [(0, ADVICE), (2, ADVICE)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal of Windows goes to one thread")
+def test_control_c_ends_a_batch_at_once_and_the_answers_before_it_have_been_given():
+    received = []
+    with faulty_server(GOOD, hangs) as server:
+        stream = stream_critic(critic(server, timeout_s=60, concurrency=4), [RED] * 8, ["a wall"] * 8)
+        main = threading.main_thread().ident
+        start = time.monotonic()
+        threading.Timer(0.7, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            received.extend(stream)
+        assert time.monotonic() - start < 10
+        assert [answer for _, answer in received] == [ADVICE]
+        assert eventually(lambda: not any(thread.name.startswith("artaug-") for thread in threading.enumerate()))
+
+
+def test_a_stream_that_is_closed_sends_no_further_request():
+    with faulty_server(slow(0.2, suggestion_json())) as server:
+        stream = stream_critic(critic(server, concurrency=1), [RED] * 8, ["a wall"] * 8)
+        next(stream)
+        stream.close()
+        assert eventually(lambda: not any(thread.name.startswith("artaug-") for thread in threading.enumerate()))
+        assert len(server.requests) <= 2
 
 
 # --- construction ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
@@ -90,31 +90,50 @@ class RetryingClient:
         return outcome.reply
 
 
-def map_threads(function: Callable[[Item], Result], items: Sequence[Item], *, max_workers: int) -> list[Result]:
-    """Apply ``function`` to the items in threads; return the results in order, or raise the first exception.
+def stream_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], *, max_workers: int
+) -> Iterator[tuple[int, Result]]:
+    """Apply ``function`` to the items in threads: the index of an item and its result, as soon as it is there.
 
-    Unlike those of ``ThreadPoolExecutor`` the threads are daemons: one that waits for a server must not keep an
-    interrupted program alive. After an exception no further item is started.
+    After an exception no further item is started; it is raised when the results that are there have been given. So it is
+    when the caller closes the iterator or is interrupted. Unlike those of ``ThreadPoolExecutor`` the threads are daemons:
+    one that waits for a server must not keep an interrupted program alive.
     """
-    tasks: queue.SimpleQueue[tuple[Item, Future[Result]]] = queue.SimpleQueue()
-    futures: list[Future[Result]] = [Future() for _ in items]
-    for task in zip(items, futures, strict=True):
+    tasks: queue.SimpleQueue[tuple[int, Item]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, Future[Result]]] = queue.SimpleQueue()
+    for task in enumerate(items):
         tasks.put(task)
 
     def worker() -> None:
-        while not tasks.empty():
-            with contextlib.suppress(queue.Empty):
-                item, future = tasks.get_nowait()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                index, item = tasks.get_nowait()
+                future: Future[Result] = Future()
                 try:
                     future.set_result(function(item))
-                except BaseException as error:  # noqa: BLE001 - raised again by future.result()
+                except BaseException as error:  # noqa: BLE001 - raised again by the iterator
                     future.set_exception(error)
+                done.put((index, future))
 
     for index in range(min(max_workers, len(items))):
         threading.Thread(target=worker, name=f"artaug-critic-{index}", daemon=True).start()
+    failure: BaseException | None = None
     try:
-        return [future.result() for future in futures]
-    finally:
         with contextlib.suppress(queue.Empty):
-            while True:
-                tasks.get_nowait()
+            for _ in items:
+                index, future = done.get(block=failure is None)
+                if (error := future.exception()) is None:
+                    yield index, future.result()
+                elif failure is None:
+                    failure = error
+                    _clear(tasks)
+    finally:
+        _clear(tasks)
+    if failure is not None:
+        raise failure
+
+
+def _clear(tasks: "queue.SimpleQueue[tuple[int, Item]]") -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            tasks.get_nowait()

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,15 +20,15 @@ from artaug._internal.text import shorten
 from artaug._internal.transient import DEADLINE_S
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import FAMILIES, Coordinates
-from artaug.critics.dialogue import ChatReply, ChatRequest, run_dialogue
+from artaug.critics.dialogue import ChatReply, ChatRequest, stream_dialogues
 from artaug.critics.probing import ProbeResult, probe_coordinates
 from artaug.critics.server.backoff import RequestCancelled, RetryGate
-from artaug.critics.server.client import RetryingClient, map_threads
+from artaug.critics.server.client import RetryingClient, stream_threads
 from artaug.critics.server.completion import RequestFailure
 from artaug.critics.server.http import Exchange, HttpResponse, UnusableResponseError
 from artaug.critics.server.key import ApiKey
 from artaug.critics.server.usage import Usage, UsageCounter
-from artaug.critique import Abstention, Critic, Critique
+from artaug.critique import Abstention, Answer, StreamingCritic
 from artaug.errors import InvalidValueError
 
 _LOG = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class _State:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class OpenAICritic(Critic):
+class OpenAICritic(StreamingCritic):
     """Criticises pictures with a model behind an OpenAI-compatible server, several requests at a time.
 
     Every picture gets a critique, or an abstention with the error that was left after all attempts, which is transient if
@@ -140,15 +140,12 @@ class OpenAICritic(Critic):
         """The requests and tokens of this critic so far."""
         return self._state.usage.total
 
-    def critique(self, image: Image, prompt: str) -> Critique | Abstention:
-        return self.critique_batch([image], [prompt])[0]
-
-    def critique_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Critique | Abstention]:
-        """Criticise many pictures, ``concurrency`` at a time."""
+    def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+        """Criticise many pictures, ``concurrency`` at a time, and give each answer when it comes."""
         # Kept for the batch, so that a picture is encoded once for both stages and all attempts.
         data_urls: dict[int, str] = {}
         generate = partial(self._generate, data_urls)
-        return run_dialogue(self._conversation, images, prompts, generate=generate, prepare=self._resized)
+        return stream_dialogues(self._conversation, images, prompts, generate=generate, prepare=self._resized)
 
     def probe(self) -> ProbeResult:
         """Show the model a few rectangles and find out how it writes boxes."""
@@ -158,10 +155,12 @@ class OpenAICritic(Critic):
     def _conversation(self) -> Conversation:
         return self.conversation or Conversation()
 
-    def _generate(self, data_urls: dict[int, str], requests: Sequence[ChatRequest]) -> list[ChatReply | Abstention]:
+    def _generate(
+        self, data_urls: dict[int, str], requests: Sequence[ChatRequest]
+    ) -> Iterator[tuple[int, ChatReply | Abstention]]:
         connection = _Connection(self, self._state.usage)
         try:
-            return map_threads(
+            yield from stream_threads(
                 lambda request: self._complete(connection, request, data_urls), requests, max_workers=self.concurrency
             )
         finally:  # after an interruption, the requests that are not sent yet are cancelled
