@@ -196,6 +196,20 @@ def test_a_handler_that_others_installed_inside_stays():
     assert current() == (signal.default_int_handler, theirs)
 
 
+def test_a_handler_put_on_top_inside_reaches_those_of_before_after_the_end():
+    calls = []
+    signal.signal(signal.SIGTERM, lambda number, _: calls.append(number))
+    with GracefulStop():
+        ours = signal.getsignal(signal.SIGTERM)
+
+        def on_top(number, frame):
+            ours(number, frame)
+
+        signal.signal(signal.SIGTERM, on_top)
+    signal.raise_signal(signal.SIGTERM)
+    assert calls == [signal.SIGTERM]
+
+
 def test_nested_blocks_both_know_and_the_line_is_written_once(capfd):
     before = current()
     with pytest.raises(KeyboardInterrupt, match=r"inner"), GracefulStop() as outer, GracefulStop() as inner:  # noqa: PT012 - the block itself raises
@@ -243,7 +257,8 @@ def test_a_task_of_asyncio_is_interrupted_in_order():
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
-def test_a_forked_child_ends_by_the_signal_as_if_there_were_no_block(in_thread):
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_forked_child_ends_by_the_signal_as_if_there_were_no_block(blocks, in_thread):
     """Else ``terminate`` of a pool, or of a data loader's worker, would end nothing."""
     children = []
 
@@ -254,7 +269,8 @@ def test_a_forked_child_ends_by_the_signal_as_if_there_were_no_block(in_thread):
             os._exit(0)
         children.append(child)
 
-    with GracefulStop() as stop:
+    with contextlib.ExitStack() as stack:
+        stop = [stack.enter_context(GracefulStop()) for _ in range(blocks)][-1]
         if in_thread:
             thread = threading.Thread(target=fork)
             thread.start()

@@ -75,7 +75,7 @@ class Inherited(Protocol):
         """Let go of it in a forked child, where only the thread that forked goes on."""
 
 
-_HELD: set[Inherited] = set()
+_HELD: list[Inherited] = []
 _FORK_LOCK = threading.RLock()
 
 
@@ -86,23 +86,23 @@ def dropped_in_children(held: Inherited) -> Iterator[None]:
     It is called off by `keep_in_children`, and by an exception in the block.
     """
     with _FORK_LOCK:
-        _HELD.add(held)
+        _HELD.append(held)
         try:
             yield
         except BaseException:
-            _HELD.discard(held)
+            _HELD.remove(held)
             raise
 
 
 def keep_in_children(held: Inherited) -> None:
     """Forget what has been let go of."""
-    with _FORK_LOCK:
-        _HELD.discard(held)
+    with _FORK_LOCK, suppress(ValueError):
+        _HELD.remove(held)
 
 
 def _drop_in_child() -> None:
     _FORK_LOCK.release()
-    for held in list(_HELD):
+    for held in reversed(_HELD):  # handlers of signals are put back in the order of their blocks
         held.drop_in_child()
     _HELD.clear()
 

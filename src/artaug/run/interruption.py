@@ -48,6 +48,7 @@ class GracefulStop:
         self._previous: dict[signal.Signals, Handler] = {}
         self._raised: BaseException | None = None  # by a handler that was there before
         self._nested = False
+        self._ended = False
 
     @property
     def requested(self) -> signal.Signals | None:
@@ -86,7 +87,7 @@ class GracefulStop:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         keep_in_children(self)
-        self._restore()
+        self._end()
         number = self._requested
         if number is None:
             return
@@ -102,18 +103,24 @@ class GracefulStop:
     def drop_in_child(self) -> None:
         """Put the handlers of before back in a forked child."""
         self._requested = None
-        self._restore()
+        self._end()
 
-    def _restore(self) -> None:
+    def _end(self) -> None:
         """Put back what was there before, but for a signal that somebody else has handled since, inside the block."""
         for number, previous in reversed(self._previous.items()):  # SIGINT last: from then on it may interrupt this
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, previous)
+        self._ended = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # It runs between two instructions of any function, also of print and logging, so it uses neither.
-        again = self._requested is not None
         name, previous = signal.Signals(number), self._previous[signal.Signals(number)]
+        if self._ended:  # called by a handler that somebody has put on top inside the block
+            if not callable(previous):
+                _end_by(name)
+            previous(number, frame)
+            return
+        again = self._requested is not None
         if not again:
             self._requested = name
             if not self._nested:  # the outer one says it

@@ -290,6 +290,11 @@ def _describe_refusal(folder: Path, owner: LockOwner | None, *, certain: bool = 
         )
     since = f"{owner.since.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
     what = f"{_name(owner)} has held it since {since} and was last alive {_describe_age(owner.last_alive)}"
+    if owner.process == ProcessIdentity.current():
+        return (
+            f"The run folder {folder} is in use: {what}. Let that call end, or give this one another folder. An iterator that "
+            "was left half way holds its folder until it is closed or deleted."
+        )
     if certain:
         return (
             f"The run folder {folder} is in use: {what}. Wait until it ends, or stop it (the first Ctrl-C or SIGTERM stops "
