@@ -19,6 +19,7 @@ from artaug.plan import RegionPlanner
 from artaug.run.attempts import StoredAttempts
 from artaug.run.checking import Check, as_trainable, check_run
 from artaug.run.events import OnEvent, RoundEvent, StageClock, ignore_event
+from artaug.run.interruption import GracefulStop
 from artaug.run.measuring import RecordedSynthesizer
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.results import Enhancement, Round
@@ -110,7 +111,8 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         NothingToLearnError: if the first round keeps no pair; the message counts what happened to the prompts.
         CriticError: if the critic raises or stays away, see `improve`.
 
-    Every `ArtAugError` that a round raises has the rounds before it as its ``result``.
+    Every `ArtAugError` that a round raises, and the ``KeyboardInterrupt`` of a run that is stopped, has the rounds before it as
+    its ``result``. A first Ctrl-C or SIGTERM stops the run at the next safe point, a second one at once.
     """
     parts = LoopParts(
         synthesizer=synthesizer,
@@ -134,16 +136,18 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         store = checkpoints.folder
     check_run("enhance", prompts, parts, learning, seed=seed, store=store, on_event=on_event, check=check)
     finished: list[Round] = []
-    with open_session(
-        "enhance", prompts, parts, learning, seed=seed, store=None if store is None else Store.of(store)
-    ) as session:
+    place = None if store is None else Store.of(store)
+    with (
+        GracefulStop() as stop_signal,
+        open_session("enhance", prompts, parts, learning, seed=seed, store=place, stop=stop_signal) as session,
+    ):
         stages = _Rounds(parts, learning, session, seed=seed, progress=progress, emit=on_event or ignore_event)
         for number in range(1, rounds + 1):
             try:
                 outcome = stages.run_round(prompts, finished, number=number)
-            except ArtAugError as error:  # the rounds before took hours; the error carries them
+            except (ArtAugError, KeyboardInterrupt) as error:  # the rounds before took hours; the error carries them
                 reason = f"round {number} stopped with {type(error).__name__}: {error}"
-                error.result = Enhancement(rounds=tuple(finished), stop_reason=reason)
+                error.result = Enhancement(rounds=tuple(finished), stop_reason=reason)  # type: ignore[union-attr]
                 raise
             if isinstance(outcome, str):
                 return Enhancement(rounds=tuple(finished), stop_reason=outcome)

@@ -5,14 +5,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from artaug.errors import InvalidValueError
 from artaug.pairs import Attempt
 from artaug.run.attempts import StoredAttempts
 from artaug.run.identity import identity_of
+from artaug.run.interruption import GracefulStop
 from artaug.run.journal import RoundJournal
+from artaug.run.lock import RunLock
 from artaug.run.memory import MemoryJournal, PictureMemory
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.round_folder import RoundFolder
 from artaug.run.store import RunCall, RunFolder, Store, describe_call
+from artaug.training.distributed import World
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,42 @@ def open_session(
     *,
     seed: int,
     store: Store | None,
+    stop: GracefulStop | None = None,
 ) -> Iterator[RunSession]:
     """Open the folder of a run for one call, for a ``with`` block.
+
+    Args:
+        function: that was called.
+        prompts: of the run.
+        parts: that draw and judge.
+        learning: that learn, in `enhance`.
+        seed: of the run.
+        store: its folder; None to hold it in memory.
+        stop: asked at safe points whether a signal has come.
 
     Raises:
         StorageError: if another process runs in the folder, or it belongs to a run with other arguments.
     """
     if store is None:
-        yield RunSession(None, poll=_go_on)
+        yield RunSession(None, poll=lambda: _stop_if_requested(stop, "It has no store, so its pictures are not kept."))
         return
     folder, call = check_store(store, function, prompts, parts, learning, seed=seed)
-    folder.begin(call)
-    yield RunSession(folder, poll=_go_on)
+    folder.make()
+    with RunLock(folder.path, take_over=store.take_over) as lock:
+        # Again, since another process may have run here between the check at the door and the lock.
+        folder.check(call, prompts, allow=store.allow)
+        folder.begin(call)
+
+        def poll() -> None:
+            lock.check()
+            _stop_if_requested(stop, f"All that was finished is in {folder.path}: make the same call again to go on.")
+
+        yield RunSession(folder, poll=poll)
+
+
+def _stop_if_requested(stop: GracefulStop | None, kept: str) -> None:
+    if stop is not None:
+        stop.raise_if_requested(kept)
 
 
 def check_store(
@@ -85,6 +113,12 @@ def check_store(
         StorageError: see `RunFolder.check`.
         InvalidValueError: for a part that nothing distinguishes from another one.
     """
+    processes = World.current().size
+    if processes > 1:
+        raise InvalidValueError(
+            f"{function} with a store runs in one process, and this is one of {processes}. Draw and judge in one process, and "
+            "train in several with DifferentialLoRATrainer.train, or leave the store out."
+        )
     folder = RunFolder(Path(store.folder))
     call = describe_call(call_settings(function, parts, learning, seed=seed), prompts)
     folder.check(call, prompts, allow=store.allow)
@@ -118,7 +152,3 @@ def call_settings(function: str, parts: LoopParts, learning: LearningParts | Non
             "stop": learning.stop,
         }
     return {name: text for key, value in settings.items() for name, text in identity_of(value, key).items()}
-
-
-def _go_on() -> None:
-    """Nothing stops a run that nobody can stop."""

@@ -118,6 +118,17 @@ class RunFolder:
         """The trainer's cache."""
         return self.path / "latents"
 
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            StorageError: if it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"the run's folder {self.path} could not be made: {error}. {_REMEDY}") from error
+
     def round(self, number: int) -> RoundFolder:
         """The folder of a round, counted from 1."""
         return RoundFolder(self.path / f"round-{number}", self.images)
