@@ -12,6 +12,7 @@ import time
 import pytest
 
 from artaug.run.interruption import GracefulStop
+from artaug.run.lock import RunLock
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="it has no kill")
 
@@ -321,6 +322,16 @@ def test_sigterm_ends_the_process_also_after_the_last_safe_point_and_after_an_er
             raise ValueError("a bug")
 
     assert in_child(complete) == in_child(failed) == -signal.SIGTERM
+
+
+def test_a_folder_is_let_go_of_before_sigterm_ends_the_process(tmp_path):
+    def run():
+        with GracefulStop() as stop, RunLock(tmp_path):
+            signal.raise_signal(signal.SIGTERM)
+            stop.raise_if_requested("All is kept.")
+
+    assert in_child(run) == -signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_a_signal_within_a_print_is_written_all_the_same(capfd):

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import Any, Self, final
+from typing import Any, NoReturn, Self, final
 
 from artaug._internal.processes import dropped_in_children, keep_in_children
 
@@ -141,7 +141,7 @@ class GracefulStop:
             raise KeyboardInterrupt(f"stopped at once by a second signal, {name.name}")
 
 
-def _end_by(number: signal.Signals) -> None:
+def _end_by(number: signal.Signals) -> NoReturn:
     """End this process as the signal ends one that has no handler.
 
     Raises:
