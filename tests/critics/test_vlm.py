@@ -218,6 +218,14 @@ def test_a_known_family_sets_the_convention_fitted_to_the_processor(tmp_path):
     assert vlm.conversation.system_role
 
 
+@pytest.mark.parametrize(
+    ("stored", "loaded"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)], ids=str
+)
+def test_a_model_keeps_the_precision_of_its_checkpoint(tmp_path, stored, loaded):
+    folder = saved(lambda: (tiny_llava()[0].to(stored), tiny_llava()[1]), tmp_path)
+    assert VLMCritic.from_pretrained(folder, device="cpu").model.dtype is loaded
+
+
 def test_an_unknown_family_needs_a_convention_before_weights_are_read(tmp_path):
     source = saved(tiny_idefics3, tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -84,6 +84,27 @@ def test_load_options_name_a_model_with_its_revision_and_refuse_an_empty_batch()
         LoadOptions(batch_size=0)
 
 
+@pytest.mark.parametrize(
+    ("stored", "loaded"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),  # which a CPU computes in faster, and exactly
+    ],
+    ids=str,
+)
+def test_a_model_keeps_the_precision_of_its_checkpoint(tmp_path, caplog, stored, loaded):
+    model, *others = tiny_clip()
+    folder = saved(tmp_path, model.to(stored), *others)
+    with caplog.at_level("INFO", logger="artaug"):
+        encoder = DualEncoder.from_pretrained(folder, options=LoadOptions(device="cpu"))
+    assert encoder.model.dtype == loaded
+    (said,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("loaded")]
+    assert f"{str(loaded).removeprefix('torch.')} on cpu" in said
+    twin = model_from_weights(CLIPModel, model.config, model.state_dict(), LoadOptions(device="cpu"), source="here")
+    assert twin.dtype == loaded
+
+
 def test_load_options_set_device_dtype_and_batch_size_of_every_loader(tmp_path):
     folder = saved(tmp_path, *tiny_clip())
     options = LoadOptions(device="cpu", dtype=torch.bfloat16, batch_size=3)

@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
-
 from artaug._internal.decoding import decode_json
 from artaug._internal.memory import is_out_of_memory
-from artaug.errors import ArtAugError, InvalidValueError, ModelError
+from artaug.errors import ArtAugError, ModelError
 
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -40,27 +38,6 @@ def model_errors(failure: str, *, expected: str = "") -> Iterator[None]:
             raise
         text = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
         raise ModelError(f"{failure}: {text} {expected}".rstrip()) from error
-
-
-def check_placement(owner: str, *, dtype: object, device: str | torch.device | None) -> None:
-    """Refuse what is no type of weights, or no device, before anything is read: diffusers takes a wrong type for float32.
-
-    Args:
-        owner: the caller, for the error's text.
-        dtype: None where the caller has a default.
-        device: None for the CPU.
-
-    Raises:
-        InvalidValueError: for a ``dtype`` that is no floating-point type of torch, or a ``device`` that torch cannot name.
-    """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InvalidValueError(f"{owner}: dtype is {dtype!r}. Expected a type of torch, such as torch.bfloat16.")
-    try:
-        torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError):
-        raise InvalidValueError(
-            f"{owner}: device is {device!r}. Expected 'cpu', 'cuda', 'cuda:1', 'mps' or the like."
-        ) from None
 
 
 def check_safetensors(

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 import torch
 from PIL.Image import Image
@@ -13,7 +13,8 @@ from torch import Tensor
 from artaug._internal.extras import optional
 from artaug._internal.images import as_rgb
 from artaug._internal.memory import FittingBatches
-from artaug._internal.weights import check_placement, check_safetensors, model_errors
+from artaug._internal.placement import DType, check_placement, computed_in, log_loaded, resolve_device
+from artaug._internal.weights import check_safetensors, model_errors
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import Coordinates, coordinates_for
 from artaug.critics.dialogue import ChatReply, ChatRequest, stream_dialogues
@@ -89,8 +90,8 @@ class VLMCritic(StreamingCritic):
         analyze_first: bool = False,
         max_suggestions: int = 4,
         revision: str = "main",
-        dtype: torch.dtype | Literal["auto"] = "auto",
-        device: str | torch.device | None = None,
+        dtype: DType = "auto",
+        device: str | torch.device = "auto",
         attn_implementation: str | None = None,
         quantization: "QuantizationConfigMixin | None" = None,
         constrained: bool = True,
@@ -106,8 +107,9 @@ class VLMCritic(StreamingCritic):
             analyze_first: ask for an analysis in free text before the reply: twice the time, better boxes.
             max_suggestions: the largest number of suggestions for a picture.
             revision: branch, tag or commit on the Hub.
-            dtype: of the weights; ``"auto"`` for that of the checkpoint.
-            device: the device of the model; None for the CPU.
+            dtype: of the weights; ``"auto"`` for that of the checkpoint, on a CPU float32 in place of float16, which is
+                slow there.
+            device: the device of the model; ``"auto"`` for the GPU where there is one, else the CPU.
             attn_implementation: such as ``"sdpa"`` or ``"flash_attention_2"``; None for transformers' default.
             quantization: a quantization config of transformers, such as ``BitsAndBytesConfig(load_in_4bit=True)``.
             constrained: see the field.
@@ -122,7 +124,8 @@ class VLMCritic(StreamingCritic):
                 and the model's family is unknown; no weights are read then.
             MissingExtraError: for ``constrained`` decoding without llguidance; nothing is read then.
         """
-        check_placement("VLMCritic.from_pretrained", dtype=None if dtype == "auto" else dtype, device=device)
+        check_placement("VLMCritic.from_pretrained", dtype=dtype, device=device)
+        placed_on = resolve_device(device)
         if constrained:
             _schema_decoding_class()  # raises now if the extra is missing
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor  # noqa: PLC0415 - slow to load
@@ -143,12 +146,15 @@ class VLMCritic(StreamingCritic):
                 source,
                 revision=revision,
                 dtype=dtype,
-                device_map=None if device is None else {"": device},
+                device_map=None if placed_on.type == "cpu" else {"": placed_on},
                 attn_implementation=attn_implementation,
                 quantization_config=quantization,
                 use_safetensors=None if allow_pickle else True,
                 trust_remote_code=False,
             )
+        if dtype == "auto" and quantization is None:
+            model = model.to(computed_in(model.dtype, placed_on))
+        log_loaded(source, {type(model).__name__: model})
         make_conversation = Conversation.in_two_stages if analyze_first else Conversation
         return cls(
             model=model.eval(),

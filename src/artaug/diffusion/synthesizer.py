@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from artaug._internal.arguments import check_argument, check_items
 from artaug._internal.digests import digest
-from artaug._internal.weights import check_placement, check_safetensors, model_errors
+from artaug._internal.placement import DType, check_placement, component_dtypes, log_loaded, resolve_device
+from artaug._internal.weights import check_safetensors, model_errors
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_at, family_of
 from artaug.diffusion.locking import exclusive_drawing, exclusive_use
 from artaug.diffusion.offload import check_trainable
+from artaug.diffusion.precision import mixed_precision
 from artaug.diffusion.seeding import check_reproducible, seeded_scheduler
 from artaug.errors import GuideError, InvalidValueError, NonFiniteError
 from artaug.lora.applied import check_called
@@ -104,8 +106,8 @@ class DiffusersSynthesizer(Synthesizer):
         source: str | os.PathLike[str],
         *,
         guide: Guide | None = None,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
+        dtype: DType = "auto",
+        device: str | torch.device = "auto",
         width: int = 1024,
         height: int = 1024,
         steps: int = 28,
@@ -120,8 +122,10 @@ class DiffusersSynthesizer(Synthesizer):
         Args:
             source: a folder that ``save_pretrained`` wrote, or a Hub name like ``"black-forest-labs/FLUX.1-dev"``.
             guide: how regions take effect.
-            dtype: of the weights; None for float32. FLUX.1 is made for ``torch.bfloat16``.
-            device: where to put the pipeline; None for the CPU. To offload, load it yourself and use the constructor.
+            dtype: of the weights; ``"auto"`` for what each part has in the checkpoint (FLUX.1: bfloat16), on a CPU float32
+                in place of float16, which is slow there.
+            device: where to put the pipeline; ``"auto"`` for the GPU where there is one, else the CPU. To offload, load it
+                yourself and use the constructor.
             width, height, steps, guidance_scale, negative_prompt, true_cfg_scale, max_sequence_length: the fields.
             allow_pickle: also read weights that are not in safetensors, which can run code when they are read.
 
@@ -137,15 +141,21 @@ class DiffusersSynthesizer(Synthesizer):
             "code, are read only with allow_pickle=True."
         )
         with model_errors(f"{str(source)!r} could not be loaded", expected=expected):
+            use_safetensors = None if allow_pickle else True
+            download = family.pipeline_class.download  # type: ignore[attr-defined]
+            folder = Path(source if Path(source).is_dir() else download(source, use_safetensors=use_safetensors))
             if not allow_pickle:
-                download = family.pipeline_class.download  # type: ignore[attr-defined]
-                check_safetensors(source if Path(source).is_dir() else download(source, use_safetensors=True))
+                check_safetensors(folder)
+            placed_on = resolve_device(device)
             pipeline = family.pipeline_class.from_pretrained(  # type: ignore[attr-defined]
-                source, dtype=dtype, use_safetensors=None if allow_pickle else True
+                source,
+                dtype={"default": torch.float32, **component_dtypes(folder, placed_on)} if dtype == "auto" else dtype,
+                use_safetensors=use_safetensors,
             )
-        if device is not None:
-            with model_errors(f"{str(source)!r} could not be moved to {str(device)!r}"):
-                pipeline = pipeline.to(device)
+        with model_errors(f"{str(source)!r} could not be moved to {str(placed_on)!r}"):
+            pipeline = pipeline.to(placed_on)
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        log_loaded(source, parts)
         return cls(
             pipeline=pipeline,
             guide=guide,
@@ -196,7 +206,8 @@ class DiffusersSynthesizer(Synthesizer):
         ):
             check_reproducible(self.pipeline)
             conditioning = family.encode_prompts([plan.prompt for plan in plans])
-            with self._guidance(family, conditioning, plans) as run:
+            # After the guide, whose hooks know the tensors that the pipeline was given.
+            with self._guidance(family, conditioning, plans) as run, mixed_precision(self.pipeline, family.module):
                 output = self.pipeline(
                     **family.pipeline_kwargs(conditioning, self._encode_negative(family, len(plans))),
                     width=self.width,
@@ -229,7 +240,12 @@ class DiffusersSynthesizer(Synthesizer):
         """
         family = self._bound_family
         check_trainable(family.module)
-        with exclusive_use(self.pipeline), self._active_loras(family.module), _frozen(family.module):
+        with (
+            exclusive_use(self.pipeline),
+            self._active_loras(family.module),
+            _frozen(family.module),
+            mixed_precision(self.pipeline, family.module),
+        ):
             yield family
 
     @property

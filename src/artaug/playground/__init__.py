@@ -8,6 +8,8 @@
 
 from pathlib import Path
 
+import torch
+
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.playground.detection import Alignment, DetectedThing, alignment, detect
 from artaug.playground.rendering import render
@@ -19,15 +21,18 @@ WEIGHTS = Path(__file__).parent / "weights"
 """The pipeline's folder, in the layout of ``diffusers``."""
 
 
-def synthesizer(*, guide: Guide | None = None, steps: int = 12) -> DiffusersSynthesizer:
-    """The playground's own FLUX: 64 x 64 pixels, a few million weights, loaded like any other model.
+def synthesizer(
+    *, guide: Guide | None = None, steps: int = 12, device: str | torch.device = "cpu"
+) -> DiffusersSynthesizer:
+    """The playground's own FLUX: 64 x 64 pixels, a few million weights in float32, loaded like any other model.
 
     Args:
         guide: how regions steer it; without one it draws plain pictures only.
         steps: sampling steps.
+        device: where it draws: on the CPU, so that it draws the same everywhere, unless another is given.
     """
     return DiffusersSynthesizer.from_pretrained(
-        WEIGHTS, guide=guide, width=64, height=64, steps=steps, max_sequence_length=24
+        WEIGHTS, guide=guide, device=device, width=64, height=64, steps=steps, max_sequence_length=24
     )
 
 

@@ -24,7 +24,7 @@ class ClipScore(Scorer):
 
     Example:
         >>> from artaug.scorers import ClipScore, LoadOptions
-        >>> score = ClipScore.from_pretrained(options=LoadOptions(device="cuda"))  # doctest: +SKIP
+        >>> score = ClipScore.from_pretrained(options=LoadOptions(batch_size=32))  # doctest: +SKIP
     """
 
     encoder: DualEncoder

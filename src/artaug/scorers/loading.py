@@ -14,8 +14,16 @@ from torch import Tensor
 
 from artaug._internal.files import check_regular
 from artaug._internal.images import as_rgb
+from artaug._internal.placement import (
+    DType,
+    check_placement,
+    computed_in,
+    log_loaded,
+    resolve_device,
+    stored_dtype,
+)
 from artaug._internal.truncation import warn_if_truncated
-from artaug._internal.weights import check_placement, check_safetensors, model_errors
+from artaug._internal.weights import check_safetensors, model_errors
 from artaug.errors import InvalidValueError, ModelError
 
 Model: TypeAlias = Any
@@ -46,10 +54,10 @@ class LoadOptions:
 
     revision: str = "main"
     """Branch, tag or commit on the Hub."""
-    device: str | torch.device | None = None
-    """Where to put the model; None for the CPU."""
-    dtype: torch.dtype | None = None
-    """Of the weights; None for the scorer's own default: float32, bfloat16 for `VQAScore`."""
+    device: str | torch.device = "auto"
+    """Where to put the model; "auto" for the GPU where there is one, else the CPU."""
+    dtype: DType = "auto"
+    """Of the weights; "auto" for that of the checkpoint, on a CPU float32 in place of float16, which is slow there."""
     batch_size: int | None = None
     """Pictures, or prompts, that go through the model together; None for the scorer's own default."""
 
@@ -66,16 +74,13 @@ class LoadOptions:
 DEFAULT_OPTIONS = LoadOptions()
 
 
-def load_model(
-    model_class: Model, source: str | Path, options: LoadOptions, *, default_dtype: torch.dtype = torch.float32
-) -> Model:
+def load_model(model_class: Model, source: str | Path, options: LoadOptions) -> Model:
     """Load weights from safetensors, and all of them.
 
     Args:
         model_class: a class with ``from_pretrained``, such as ``CLIPModel``.
         source: a folder or a name on the Hub.
         options: the revision, device and dtype.
-        default_dtype: of the weights, if ``options`` has none.
 
     Raises:
         ModelError: if there is no such model, its weights are pickled, or some are missing, which transformers would
@@ -89,11 +94,12 @@ def load_model(
     )
     with model_errors(f"{source!r} could not be loaded", expected=expected):
         check_safetensors(source, fetch=partial(cached_file, source, revision=options.revision))
+        device = resolve_device(options.device)
         model, report = model_class.from_pretrained(
             source,
             revision=options.revision,
-            dtype=options.dtype or default_dtype,
-            device_map=None if options.device is None else {"": options.device},
+            dtype=options.dtype,
+            device_map=None if device.type == "cpu" else {"": device},
             use_safetensors=True,
             trust_remote_code=False,  # if it is not given, transformers asks on the terminal
             output_loading_info=True,
@@ -103,6 +109,9 @@ def load_model(
             f"{source!r} lacks {len(missing)} of the weights of {model_class.__name__}, {missing[0]!r} for one, which "
             "would be random. Expected a complete checkpoint of that class."
         )
+    if options.dtype == "auto":
+        model = model.to(computed_in(model.dtype, device))
+    log_loaded(source, {type(model).__name__: model})
     return model.eval()
 
 
@@ -172,26 +181,29 @@ def model_from_weights(
         model_class: a class of transformers.
         config: its configuration.
         weights: its state dict.
-        options: the device and dtype; the weights are float32 if it has no dtype.
+        options: the device and dtype.
         source: where the weights were read, for errors.
         pooler: whether a ``BlipTextModel`` has its pooling layer on the first token.
 
     Raises:
         ModelError: naming a weight that is missing, unexpected or of another shape.
     """
+    device = resolve_device(options.device)
+    dtype = computed_in(stored_dtype(weights), device) if options.dtype == "auto" else options.dtype
     with model_errors(f"{str(source)!r} does not fit a {model_class.__name__}", expected=_LAYOUT):
         model, report = model_class.from_pretrained(
             None,
             config=config,
             state_dict=weights,
-            dtype=options.dtype or torch.float32,
-            device_map=None if options.device is None else {"": options.device},
+            dtype=dtype,
+            device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
             **({} if pooler else {"add_pooling_layer": False}),
         )
     for keys, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has an unknown")):
         if names := sorted(report[keys]):
             raise ModelError(f"{str(source)!r} {verb} {names[0]!r}. {_LAYOUT}")
+    log_loaded(source, {type(model).__name__: model})
     return model.eval()
 
 

@@ -99,7 +99,7 @@ class VQAScore(Scorer):
             source: a folder that ``save_pretrained`` wrote, or a Hub name like ``"Qwen/Qwen3-VL-8B-Instruct"``.
             question: the field.
             answer: the field.
-            options: revision, device, dtype (bfloat16 if None) and batch size (8 if None).
+            options: revision, device, dtype and batch size (8 if None).
 
         Raises:
             ModelError: if there is no image-text-to-text model at ``source``, or its weights are pickled or incomplete.
@@ -108,7 +108,7 @@ class VQAScore(Scorer):
 
         return cls(
             processor=load_part(AutoProcessor, source, revision=options.revision),
-            model=load_model(AutoModelForImageTextToText, source, options, default_dtype=torch.bfloat16),
+            model=load_model(AutoModelForImageTextToText, source, options),
             question=question,
             answer=answer,
             batch_size=options.batch_size or _DEFAULT_BATCH_SIZE,
