@@ -2,18 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from html import escape
 from typing import TypeAlias
 
 from PIL.Image import Image
 
 from artaug._internal.contracts import check_batch, check_result, contract_error
 from artaug._internal.memory import is_out_of_memory
-from artaug._internal.text import table_html
+from artaug._internal.text import short_html, short_repr, shorten, table_html
 from artaug._internal.transient import TransientErrors
 from artaug._internal.values import value
 from artaug.errors import ContractError, CriticError, InvalidValueError, StorageError
 from artaug.geometry import Box
+
+_MAX_ROWS = 20
+_LONGEST_CELL = 300
+"""Of a critique in a notebook, which shows the first suggestions; characters of a cell."""
 
 
 @value
@@ -35,6 +38,8 @@ class Suggestion:
     reason: str = ""
     """Why, in free text."""
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise InvalidValueError(f"a Suggestion needs a prompt that says what should be there, received {self!r}.")
@@ -50,13 +55,21 @@ class Critique:
     repairs: tuple[str, ...] = ()
     """What was repaired or dropped to parse the reply of the critic's model, one sentence each."""
 
+    __repr__ = short_repr
+
     def _repr_html_(self) -> str:
         """Its suggestions as a table, for notebooks; with the picture, see ``artaug.images.html.CritiqueView``."""
         rows = [
             (", ".join(f"{edge:.2f}" for edge in (box.left, box.top, box.right, box.bottom)), prompt, reason)
-            for box, prompt, reason in ((item.box, item.prompt, item.reason) for item in self.suggestions)
+            for box, prompt, reason in ((item.box, item.prompt, item.reason) for item in self.suggestions[:_MAX_ROWS])
         ]
-        return f"<p>{escape(self.summary)}</p>" * bool(self.summary) + table_html(("box", "prompt", "reason"), rows)
+        rest = len(self.suggestions) - len(rows)
+        table = table_html(
+            ("box", "prompt", "reason"), [[shorten(cell, _LONGEST_CELL) for cell in row] for row in rows]
+        )
+        return (
+            f"<p>{short_html(self.summary)}</p>" * bool(self.summary) + table + f"<p>and {rest} more</p>" * (rest > 0)
+        )
 
 
 @value
@@ -66,6 +79,8 @@ class Abstention:
     reason: str
     transient: bool = False
     """Whether the same call may succeed later, as after a timeout. `improve` puts such a prompt off to the end of the round."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if not self.reason.strip():

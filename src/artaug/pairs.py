@@ -1,7 +1,6 @@
 """Pairs of pictures, verdicts on them, and the three ways in which a prompt of a run ends."""
 
 from dataclasses import dataclass
-from html import escape
 from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
@@ -11,7 +10,7 @@ from pydantic import Field
 from artaug._internal.arguments import check_argument
 from artaug._internal.digests import digest
 from artaug._internal.images import preview_url
-from artaug._internal.text import shorten
+from artaug._internal.text import short_html, short_repr, shorten
 from artaug._internal.values import to_json, value
 from artaug.errors import InvalidValueError
 from artaug.image_files import ImageFile, ImageFolder, image_digest
@@ -152,7 +151,7 @@ class ImagePair:
         return hash((self.prompt, self.seed))
 
     def __repr__(self) -> str:
-        """Prompt, seed, size and number of regions, on one line."""
+        """Prompt, seed, size and number of regions, on one line. No file is read."""
         width, height = self.size
         return (
             f"ImagePair({shorten(self.prompt, 80)!r}, seed={self.seed}, {width} x {height} pixels, "
@@ -161,13 +160,13 @@ class ImagePair:
 
     def _repr_html_(self) -> str:
         """Both pictures side by side, for notebooks."""
-        regions = "; ".join(region.prompt for region in self.plan.regions)
+        regions = short_html("; ".join(region.prompt for region in self.plan.regions))
         pictures = "".join(
             f"<figure style='display:inline-block;margin:4px'><img src='{preview_url(image)}' alt='{side}'>"
             f"<figcaption>{side}</figcaption></figure>"
             for side, image in (("before", self.before), ("after", self.after))
         )
-        return f"<p>{escape(self.prompt)}<br><small>{escape(regions)}</small></p>{pictures}"
+        return f"<p>{short_html(self.prompt)}<br><small>{regions}</small></p>{pictures}"
 
 
 def pair_digest(pair: ImagePair, *, include_plan: bool = False) -> str:
@@ -198,6 +197,8 @@ class Verdict:
     scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
     """By name, every number that was considered: ``{"Exposure gain": 0.21, ...}``."""
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -205,6 +206,8 @@ class Kept:
 
     pair: ImagePair
     verdict: Verdict
+
+    __repr__ = short_repr
 
     def _repr_html_(self) -> str:
         return _judged_html("kept", self.pair, self.verdict)
@@ -217,13 +220,15 @@ class Dropped:
     pair: ImagePair
     verdict: Verdict
 
+    __repr__ = short_repr
+
     def _repr_html_(self) -> str:
         return _judged_html("dropped", self.pair, self.verdict)
 
 
 def _judged_html(how: str, pair: ImagePair, verdict: Verdict) -> str:
     """A pair and the verdict on it, for notebooks."""
-    return f"{pair._repr_html_()}<p><b>{how}</b>: {escape(verdict.reason)}</p>"
+    return f"{pair._repr_html_()}<p><b>{how}</b>: {short_html(verdict.reason)}</p>"
 
 
 @dataclass(frozen=True)
@@ -237,6 +242,8 @@ class Skipped:
     """Where it ended: ``critique`` if the critic abstained, ``plan`` if the plan changes nothing."""
     transient: bool = False
     """Whether the critic may answer later: it, or its server, failed for a while."""
+
+    __repr__ = short_repr
 
 
 SKIPPING_STAGES: tuple[str, ...] = ("draw", "critique", "plan")

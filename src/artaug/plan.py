@@ -12,6 +12,7 @@ from artaug._internal.arguments import check_count, check_finite_number
 from artaug._internal.calls import call_part
 from artaug._internal.contracts import check_result
 from artaug._internal.images import as_rgb
+from artaug._internal.text import short_repr
 from artaug._internal.values import value
 from artaug.critique import Critique, Suggestion
 from artaug.drawing import Area, draw_areas
@@ -47,6 +48,8 @@ class Region:
     lora: str | None = None
     """A LoRA that applies in it alone, by its name in ``loras`` of `OutputMix` or `RegionalAttention`."""
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise InvalidValueError(f"a Region needs a prompt that says what is in it, received {self!r}.")
@@ -65,6 +68,8 @@ class Plan:
     """Of the whole picture."""
     regions: tuple[Region, ...] = ()
     """Parts with prompts of their own."""
+
+    __repr__ = short_repr
 
     def preview(self, image: Image.Image | None = None, *, size: tuple[int, int] | None = None) -> Image.Image:
         """Draw the regions, numbered, over a copy of a picture, and their prompts below it.

@@ -1,7 +1,14 @@
 """Texts that people read: shortened quotes, durations, HTML tables."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from html import escape
+from typing import Any
+
+from artaug._internal.digests import digest
+
+_LONGEST_REPR = 280
+_LONGEST_HTML = 300
 
 
 def shorten(text: str, limit: int) -> str:
@@ -12,6 +19,33 @@ def shorten(text: str, limit: int) -> str:
     ('a red cone', 'a red...')
     """
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def short_repr(instance: Any) -> str:  # noqa: ANN401 - a dataclass; as a method, of any class
+    """The repr of a dataclass, cut where it is long; assign it to ``__repr__``.
+
+    What is cut ends in a digest of the whole: `artaug.critics.Cached` and others tell objects apart by their reprs.
+
+    >>> from dataclasses import dataclass
+    >>> from artaug._internal.text import short_repr
+    >>> @dataclass(repr=False)
+    ... class Note:
+    ...     text: str
+    ...     __repr__ = short_repr
+    >>> Note("brief"), len(repr(Note("long" * 1000)))
+    (Note(text='brief'), 280)
+    """
+    shown = ", ".join(f"{item.name}={getattr(instance, item.name)!r}" for item in fields(instance) if item.repr)
+    text = f"{type(instance).__name__}({shown})"
+    if len(text) <= _LONGEST_REPR:
+        return text
+    end = f" sha256:{digest(text)[:16]})"
+    return shorten(text, _LONGEST_REPR - len(end)) + end
+
+
+def short_html(text: str) -> str:
+    """A text for a page, cut at 300 characters; nothing in it is taken for HTML."""
+    return escape(shorten(text, _LONGEST_HTML))
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, final
 
 from artaug._internal.extras import optional
+from artaug._internal.text import short_repr, shorten
 from artaug.errors import InvalidValueError
 from artaug.pairs import SKIPPING_STAGES, Attempt, Dropped, Skipped
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 _BAR, _REST, _TEXT = "#0072b2", "#d9dee5", "#555"
 _MAX_REASONS = 3
+_LONGEST_REASON = 160
 _WIDTH = 40
 
 
@@ -47,6 +49,8 @@ class FunnelStep:
     count: int
     lost: tuple[tuple[str, int], ...] = ()
     """Reasons and their counts, most frequent first; reasons that differ only in numbers are counted as one."""
+
+    __repr__ = short_repr
 
 
 @final
@@ -114,6 +118,10 @@ class Funnel:
         axes.tick_params(labelsize=9, length=0)
         return figure
 
+    def __repr__(self) -> str:
+        """The counts on one line."""
+        return f"Funnel({', '.join(f'{step.count:,} {step.name}' for step in self.steps)})"
+
     def __str__(self) -> str:
         lines = []
         for step in self.steps:
@@ -145,6 +153,6 @@ class Funnel:
 
 def _most_frequent(lost: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:
     """The most frequent reasons, and the sum of the others."""
-    yield from lost[:_MAX_REASONS]
+    yield from ((shorten(reason, _LONGEST_REASON), count) for reason, count in lost[:_MAX_REASONS])
     if rest := lost[_MAX_REASONS:]:
         yield f"for {len(rest)} other reasons", sum(count for _, count in rest)

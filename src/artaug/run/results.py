@@ -3,18 +3,21 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
+from itertools import islice
 from typing import Any
 
-from artaug._internal.text import duration, table_html
+from artaug._internal.text import duration, short_html, shorten, table_html
 from artaug.errors import NothingToLearnError
 from artaug.evaluation.comparison import ScoreRow
 from artaug.lora.lora import LoRA
-from artaug.pairs import Attempt, Skipped
+from artaug.pairs import Attempt, Kept, Skipped
 from artaug.run.funnel import Funnel
 from artaug.training import TrainingResult
 
 _HEADINGS = ("round", "pairs", "steps", "final loss", "held-out gain", "time")
+_MAX_ROUNDS = 20
+_SHOWN_PAIRS = 3
+_LONGEST_STOP_REASON = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,8 @@ class Round:
         )
 
     def _repr_html_(self) -> str:
-        """Numbers and funnel for notebooks."""
-        return table_html(_HEADINGS, [_table_row(self)]) + Funnel.of(self.attempts)._repr_html_()
+        """Numbers, funnel and a few kept pairs, for notebooks."""
+        return table_html(_HEADINGS, [_table_row(self)]) + _attempts_html(self.attempts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +92,23 @@ class Enhancement:
             "stop_reason": self.stop_reason,
         }
 
+    def __repr__(self) -> str:
+        """Its numbers on one line."""
+        kept = sum(finished.training.pairs for finished in self.rounds)
+        prompts = sum(len(finished.attempts) for finished in self.rounds)
+        accepted = sum(finished.accepted for finished in self.rounds)
+        return (
+            f"Enhancement({len(self.rounds)} rounds, {accepted} accepted, kept {kept:,} of {prompts:,} prompts, "
+            f"stop_reason={shorten(self.stop_reason, _LONGEST_STOP_REASON)!r})"
+        )
+
     def _repr_html_(self) -> str:
-        """One row for each round, for notebooks."""
-        return table_html(_HEADINGS, map(_table_row, self.rounds)) + f"<small>{escape(self.stop_reason)}</small>"
+        """The last rounds, a row each; of the last one the funnel and a few kept pairs: for notebooks."""
+        left_out = len(self.rounds) - _MAX_ROUNDS
+        rows = table_html(_HEADINGS, map(_table_row, self.rounds[-_MAX_ROUNDS:]))
+        before = f"<p>after {left_out} other rounds</p>" if left_out > 0 else ""
+        last = f"<p>Round {self.rounds[-1].number}</p>{_attempts_html(self.rounds[-1].attempts)}" if self.rounds else ""
+        return f"{before}{rows}<p><small>{short_html(self.stop_reason)}</small></p>{last}"
 
 
 def _table_row(finished: Round) -> tuple[str, ...]:
@@ -105,6 +122,12 @@ def _table_row(finished: Round) -> tuple[str, ...]:
         f"{gain.scorer} {gain.delta:+.3g} [{gain.ci_low:+.3g}, {gain.ci_high:+.3g}]" if gain else "not measured",
         duration(sum(finished.seconds.values())),
     )
+
+
+def _attempts_html(attempts: Sequence[Attempt]) -> str:
+    """The funnel of a round and its first kept pairs. Pictures are small, and the page does not grow with the round."""
+    kept = islice((attempt for attempt in attempts if isinstance(attempt, Kept)), _SHOWN_PAIRS)
+    return Funnel.of(attempts)._repr_html_() + "".join(attempt._repr_html_() for attempt in kept)
 
 
 def _count_attempts(attempts: Sequence[Attempt]) -> dict[str, Any]:
