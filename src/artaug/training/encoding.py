@@ -4,7 +4,6 @@ What is kept is small where it can be: the text of a prompt once, however many p
 flat nearly everywhere, compressed.
 """
 
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +28,7 @@ from artaug.training.model import DiffusionModel
 TEXT_PREFIX = "text."
 _MASK = "region_mask"
 _MASK_SHAPE = "region_mask_shape"
-_PROBE_PROMPTS = ("a picture of a red cone", "word " * 2048)
-"""One that every encoder reads whole, and one that every encoder cuts: the latter tells how many tokens it reads."""
+_PROBE_PROMPT = "a picture of a red cone"
 _REMEDY = "What the latent cache holds already is complete: go on once the folder can be written to, or train without a cache."
 
 
@@ -133,10 +131,9 @@ def _read(source: Mapping[str, Tensor] | Path) -> Mapping[str, Tensor]:
 
 
 def _text_fingerprint(model: DiffusionModel) -> str:
-    """A digest of what the text encoders return for fixed prompts: it changes with their weights, and with the length read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the words that are cut
-        return digest(*(tensors_digest(model.encode_prompts([prompt])) for prompt in _PROBE_PROMPTS))
+    """A digest of what the text encoders return for a fixed prompt, and of the length they read, where the model has one."""
+    length = getattr(model, "max_sequence_length", None)
+    return digest(tensors_digest(model.encode_prompts([_PROBE_PROMPT])), repr(length))
 
 
 def _image_fingerprint(model: DiffusionModel, size: tuple[int, int]) -> str:
