@@ -52,6 +52,7 @@ from artaug.lora.fusing import CompressedLayer, Compression, ConcatFuser, Fuser,
 from artaug.lora.lora import LoRA, LowRank
 from artaug.pair_folders import pairs_from_folder, pairs_to_folder
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
+from artaug.placement import OneAtATime, Placement, Resident
 from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
 from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
 from artaug.report import write_report
@@ -158,12 +159,14 @@ __all__ = [
     "NonFiniteError",
     "NothingToLearnError",
     "Objective",
+    "OneAtATime",
     "Optimizer",
     "OutputMix",
     "PairFilter",
     "PairedDifference",
     "ParetoGain",
     "PartError",
+    "Placement",
     "PlainLoRA",
     "Plan",
     "Prodigy",
@@ -174,6 +177,7 @@ __all__ = [
     "Region",
     "RegionPlanner",
     "RegionalAttention",
+    "Resident",
     "ReviewProgress",
     "Round",
     "RoundEvent",

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from PIL.Image import Image
 
@@ -13,6 +13,9 @@ from artaug._internal.transient import TransientErrors
 from artaug._internal.values import value
 from artaug.errors import ContractError, CriticError, InvalidValueError, StorageError
 from artaug.geometry import Box
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _MAX_ROWS = 20
 _LONGEST_CELL = 300
@@ -103,6 +106,11 @@ class Critic(ABC):
     ...             return aa.Abstention(f"the picture is only {image.width} pixels wide")
     ...         return aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.5, 1), f"{prompt}, vivid"),))
     """
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        """What it computes with on a device, for `OneAtATime`, which moves these; whatever is not named stays where it is."""
+        return ()
 
     @abstractmethod
     def critique(self, image: Image, prompt: str) -> Critique | Abstention:

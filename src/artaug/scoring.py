@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
@@ -11,6 +12,9 @@ from artaug._internal.memory import FittingBatches
 from artaug.errors import InvalidValueError, ScoringError
 
 _TOO_LARGE = "Load its model in lower precision or on another device, or free what else is on the device."
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Scorer(ABC):
@@ -35,6 +39,11 @@ class Scorer(ABC):
     def depends_on(self) -> frozenset[str]:
         """Names of the scorers that this one is computed from, its own included."""
         return frozenset({self.name})
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        """What it computes with on a device, for `OneAtATime`, which moves these; whatever is not named stays where it is."""
+        return ()
 
     @abstractmethod
     def score(self, image: Image, prompt: str) -> float:

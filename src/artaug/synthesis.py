@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from PIL.Image import Image
@@ -15,6 +15,9 @@ from artaug._internal.memory import FittingBatches
 from artaug.errors import ModelError
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _TOO_LARGE = (
     "Offload the pipeline (enable_model_cpu_offload), draw smaller pictures, load the model in lower precision or quantized, or "
@@ -34,6 +37,11 @@ class Synthesizer(ABC):
     def picture_size(self) -> tuple[int, int]:
         """Width and height in pixels of what it draws, for the stand-ins of a check before a run; 64 by 64 if not said."""
         return 64, 64
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        """What it computes with on a device, for `OneAtATime`, which moves these; whatever is not named stays where it is."""
+        return ()
 
     @abstractmethod
     def synthesize(self, plan: Plan, *, seed: int) -> Image:

@@ -1,7 +1,6 @@
 """Placement of parts: which are moved to the CPU and when, and which are pinned."""
 
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +18,13 @@ from support.tiny_flux import TINY_SIZE, tiny_flux
 GPU = torch.device("cuda", 1)
 
 
+class Parameter:
+    """Reports a device, and nothing else."""
+
+    def __init__(self, device):
+        self.device = device
+
+
 class FakeGPUModule(nn.Module):
     """A part that reports a GPU as its device, and records where it is moved."""
 
@@ -28,7 +34,7 @@ class FakeGPUModule(nn.Module):
         self.moves = []
 
     def parameters(self, recurse=True):
-        return iter([SimpleNamespace(device=self.device)])
+        return iter([Parameter(self.device)])
 
     def to(self, device):
         self.device = torch.device(device)

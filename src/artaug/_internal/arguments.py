@@ -28,6 +28,7 @@ _ADVICE = {
     "ImagePair": "The pair of an attempt is attempt.pair, and a Skipped has none.",
     "LoRA": "Read a file with artaug.LoRA.load(path).",
     "PairFilter": "Make one of a scorer, artaug.Gain(scorer, at_least=0.02), or subclass artaug.PairFilter.",
+    "Placement": "Such as artaug.Resident() or artaug.OneAtATime().",
     "Plan": "Make one of a prompt, artaug.Plan('a red cone').",
     "RegionPlanner": "Such as artaug.GreedyPlanner().",
     "Scorer": "Make one of a function, artaug.scorers.FunctionScorer(function=...), or subclass artaug.Scorer.",

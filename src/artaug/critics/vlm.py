@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, final
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from artaug._internal.extras import optional
 from artaug._internal.images import as_rgb
@@ -169,6 +169,10 @@ class VLMCritic(StreamingCritic):
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        return (self.model,)
 
     def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         """Criticise many pictures, ``batch_size`` at a time; half as many from then on, where memory runs out.

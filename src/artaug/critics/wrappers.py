@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from PIL.Image import Image
 
@@ -18,6 +18,9 @@ from artaug._internal.values import from_json, to_json, value
 from artaug.critique import Abstention, Answer, Critic, Critique, StreamingCritic, Suggestion, stream_critic
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _LOG = logging.getLogger(__name__)
 _REMEDY = "The answers written before are complete: call again once the folder can be written to, or critique without a cache."
@@ -60,6 +63,10 @@ class Ensemble(StreamingCritic):
                 f"iou_threshold={self.iou_threshold} could never suggest anything: need 1 <= min_votes <= the number of "
                 "critics, and iou_threshold in (0, 1]."
             )
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return [model for critic in self.critics for model in critic.models]
 
     def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         """Criticise many pictures, one critic after the other, and give each answer when the last critic has answered."""
@@ -173,6 +180,10 @@ class Cached(StreamingCritic):
                 "run to run. Make it a frozen dataclass, or pass identity='...' with all that its answers depend on."
             )
 
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return self.critic.models
+
     def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         # By the path of an entry: the indices of its question, which may occur twice in a batch but is asked once.
         indices: dict[Path, list[int]] = {}
@@ -252,6 +263,10 @@ class Retried(StreamingCritic):
             raise InvalidValueError(
                 f"Retried(retry_deadline_s={self.retry_deadline_s}): need a time of at least 0 seconds."
             )
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return self.critic.models
 
     def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         history: dict[int, list[Abstention]] = {index: [] for index in range(len(prompts))}  # without a critique

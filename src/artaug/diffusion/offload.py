@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from artaug._internal.offloading import bring, is_brought, is_sharded, offload_hooks, take_off
 from artaug.errors import ModelError
 from artaug.training.quantized import is_quantized
 
 _ENCODERS = ("text_encoder", "vae")
-_HOOKS_IN_PLACE = {"layerwise_casting", "peft_autocast_disable"}
-"""Hooks of diffusers that do not move a part."""
 
 
 def encoders_of(pipeline: Any) -> list[nn.Module]:  # noqa: ANN401 - any diffusers pipeline
@@ -29,16 +28,15 @@ def on_cpu(parts: Sequence[nn.Module]) -> Iterator[None]:
     Parts that are on the CPU already (or on the meta device) and those that are pinned (`is_pinned`) are left alone.
     """
     movable: list[Any] = [part for part in parts if not (_is_off_device(part) or is_pinned(part))]
-    devices = [torch.device(part.device) for part in movable]
+    # Those that a run's placement brought to the device are in host memory, too: nothing is copied then.
+    moves = [(part, torch.device(part.device), bring if is_brought(part) else _move) for part in movable]
     try:
         for part in movable:
-            part.to("cpu")
-        if movable and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            take_off(part)
         yield
     finally:
-        for part, device in zip(movable, devices, strict=True):
-            part.to(device)
+        for part, device, move in moves:
+            move(part, device)
 
 
 def is_pinned(part: nn.Module) -> bool:
@@ -47,12 +45,7 @@ def is_pinned(part: nn.Module) -> bool:
     So it is with parts that hooks of diffusers or accelerate move (offload), with quantized ones, which their libraries
     bind to a device, and with those sharded over several.
     """
-    hooked = any(hasattr(module, "_hf_hook") or _has_moving_hook(module) for module in part.modules())
-    return (
-        hooked
-        or has_quantized_weights(part)
-        or any(hasattr(parameter, "device_mesh") for parameter in part.parameters())
-    )
+    return offload_hooks(part) or has_quantized_weights(part) or is_sharded(part)
 
 
 def has_quantized_weights(part: nn.Module) -> bool:
@@ -78,9 +71,8 @@ def check_trainable(denoiser: nn.Module) -> None:
         )
 
 
-def _has_moving_hook(module: nn.Module) -> bool:
-    registry: Any = getattr(module, "_diffusers_hook", None)
-    return registry is not None and bool(set(registry.hooks) - _HOOKS_IN_PLACE)
+def _move(part: nn.Module, device: torch.device) -> None:
+    part.to(device)
 
 
 def _is_off_device(part: nn.Module) -> bool:

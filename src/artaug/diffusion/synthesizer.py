@@ -259,6 +259,11 @@ class DiffusersSynthesizer(Synthesizer):
         return self.width, self.height
 
     @property
+    def models(self) -> Sequence[nn.Module]:
+        """The pipeline's denoiser, text encoders, VAE and whatever other modules it has."""
+        return [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
+
+    @property
     def fingerprint(self) -> str:
         """What the model's predictions depend on beside its weights: LoRAs, guidance, schedule, length of prompts."""
         loras = ", ".join(f"{active.lora.digest[:16]} x {active.scale!r}" for active in self.loras)

@@ -4,13 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from artaug._internal.arguments import check_argument
 from artaug._internal.calls import call_part, describe_inputs
 from artaug._internal.contracts import check_batch
 from artaug.errors import ContractError
 from artaug.pairs import ImagePair, Verdict
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class PairFilter(ABC):
@@ -47,6 +50,11 @@ class PairFilter(ABC):
     def scorers(self) -> frozenset[str]:
         """Names of the scorers this filter decides by; they overrate the pairs that it kept."""
         return frozenset()
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        """What it computes with on a device, for `OneAtATime`, which moves these; whatever is not named stays where it is."""
+        return ()
 
     def __and__(self, other: "PairFilter") -> "PairFilter":
         """Keep what both keep."""
@@ -108,6 +116,10 @@ class _Combined(PairFilter):
     def scorers(self) -> frozenset[str]:
         return self.first.scorers | self.second.scorers
 
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return (*self.first.models, *self.second.models)
+
     def rehearse(self, pair: ImagePair) -> None:
         self.first.rehearse(pair)
         self.second.rehearse(pair)
@@ -145,6 +157,10 @@ class _Not(PairFilter):
     @property
     def scorers(self) -> frozenset[str]:
         return self.inverted.scorers
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return self.inverted.models
 
     def rehearse(self, pair: ImagePair) -> None:
         self.inverted.rehearse(pair)

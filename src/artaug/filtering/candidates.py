@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from artaug._internal.arguments import check_argument, check_count
 from artaug.errors import ContractError
 from artaug.filtering.deltas import score_deltas
 from artaug.pairs import SKIPPING_STAGES, ImagePair, Skipped, Verdict
 from artaug.scoring import Scorer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @final
@@ -43,6 +46,11 @@ class BestOf:
     def scorers(self) -> frozenset[str]:
         """Names of the scorers it chooses by; they overrate what it chose, see `PairFilter.scorers`."""
         return self.by.depends_on
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        """Those of the scorer, see `Scorer.models`."""
+        return self.by.models
 
     def choose(self, outcomes: Sequence[ImagePair | Skipped], *, prompts: int) -> list[ImagePair | Skipped]:
         """Choose one outcome for each prompt.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from artaug._internal.arguments import check_argument, check_finite_number, check_items, check_number
 from artaug.errors import InvalidValueError
@@ -12,6 +12,9 @@ from artaug.filtering.deltas import ScoreDelta, score_deltas
 from artaug.images.similarity import ImageSimilarity, SimilarityMetric, compare_pairs, metric_name
 from artaug.pairs import ImagePair, Verdict
 from artaug.scoring import Scorer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @final
@@ -64,6 +67,10 @@ class ParetoGain(PairFilter):
     @property
     def scorers(self) -> frozenset[str]:
         return frozenset().union(*(scorer.depends_on for scorer in self.by))
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return [model for scorer in self.by for model in scorer.models]
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]
@@ -119,6 +126,10 @@ class Similarity(PairFilter):
         if not callable(self.metric):
             check_argument("Similarity", "metric", self.metric, ImageSimilarity)
         check_finite_number("Similarity", "at_least", self.at_least)
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return getattr(self.metric, "models", ())
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from artaug._internal.arguments import check_argument, check_finite_number, check_number
 from artaug.errors import InvalidValueError
@@ -12,6 +12,9 @@ from artaug.filtering.algebra import PairFilter
 from artaug.filtering.deltas import score_deltas
 from artaug.pairs import ImagePair, Verdict
 from artaug.scoring import Scorer, score_images
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @final
@@ -46,6 +49,10 @@ class Gain(PairFilter):
     def scorers(self) -> frozenset[str]:
         return self.scorer.depends_on
 
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return self.scorer.models
+
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]
 
@@ -76,6 +83,10 @@ class Floor(PairFilter):
     @property
     def scorers(self) -> frozenset[str]:
         return self.scorer.depends_on
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return self.scorer.models
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]
@@ -123,6 +134,10 @@ class TopFraction(PairFilter):
     @property
     def scorers(self) -> frozenset[str]:
         return self.scorer.depends_on
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return self.scorer.models
 
     def judge(self, pair: ImagePair) -> Verdict:
         return self.judge_batch([pair])[0]

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Protocol, TypeAlias, final
+from typing import TYPE_CHECKING, Protocol, TypeAlias, final
 
 import numpy as np
 from PIL.Image import Image
@@ -16,6 +16,9 @@ from artaug._internal.images import as_rgb
 from artaug._internal.memory import FittingBatches
 from artaug.errors import ContractError, InvalidValueError, NonFiniteError
 from artaug.images.photometry import luma, srgb
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _WINDOW_PX, _SIGMA_PX = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
@@ -39,6 +42,11 @@ class ImageSimilarity(ABC):
     def name(self) -> str:
         """Name of this metric in verdicts."""
         return type(self).__name__
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        """What it computes with on a device, for `OneAtATime`, which moves these; whatever is not named stays where it is."""
+        return ()
 
     @abstractmethod
     def compare(self, first: Image, second: Image) -> float:
@@ -135,6 +143,10 @@ class EmbeddingSimilarity(ImageSimilarity):
     @property
     def name(self) -> str:
         return self.embedder.name
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return getattr(self.embedder, "models", ())
 
     def compare(self, first: Image, second: Image) -> float:
         return self.compare_batch([first], [second])[0]

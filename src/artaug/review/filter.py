@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from artaug._internal.arguments import check_argument
 from artaug.errors import InvalidValueError, UndecidedError
@@ -11,6 +11,9 @@ from artaug.filtering.algebra import PairFilter, judge_pairs
 from artaug.pairs import ImagePair, Verdict, pair_digest
 from artaug.review.decisions import read_decisions
 from artaug.review.session import serve_pairs
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _MAX_PORT = 65535
 
@@ -96,6 +99,10 @@ class ManualReview(PairFilter):
     @property
     def scorers(self) -> frozenset[str]:
         return frozenset() if self.prefilter is None else self.prefilter.scorers
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return () if self.prefilter is None else self.prefilter.models
 
     def progress(self, pairs: Sequence[ImagePair]) -> ReviewProgress:
         """How many of these pairs are kept, dropped and undecided."""

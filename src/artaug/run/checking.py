@@ -15,6 +15,7 @@ from artaug.filtering import BestOf, PairFilter
 from artaug.geometry import Box
 from artaug.lora.fusing import Fuser
 from artaug.pairs import ImagePair
+from artaug.placement import Placement
 from artaug.plan import Plan, Region, RegionPlanner
 from artaug.run.events import OnEvent
 from artaug.run.parts import LearningParts, LoopParts
@@ -75,6 +76,10 @@ def check_run(
         if check not in get_args(Check):
             raise argument_error(owner, "check", check, expected=f"one of {', '.join(map(repr, get_args(Check)))}")
     with faults.collected():
+        if _is(parts.placement, Placement):
+            # A part of another type, which has been said already, has no models.
+            parts.placement.check(owner, {**parts.by_name(), **({} if learning is None else learning.by_name())})
+    with faults.collected():
         _check_guide(parts.planner, parts.synthesizer)
     if learning is not None:
         _check_learning(faults, prompts, parts.synthesizer, learning)
@@ -90,7 +95,7 @@ def check_run(
     stand_in = ImagePair(prompt=prompts[0], seed=0, before=dark, after=lit, plan=plan)
     _rehearse(faults, stand_in, parts, learning)
     if check == "everything":
-        with faults.collected(), _named_rehearsal():
+        with faults.collected(), _named_rehearsal(), parts.placement.stage(parts.critic):
             run_critic(parts.critic, [dark], prompts[:1])
     faults.raise_any()
 
@@ -102,6 +107,7 @@ def _types(parts: LoopParts, learning: LearningParts | None) -> Iterator[tuple[s
     yield "planner", parts.planner, RegionPlanner, False
     yield "keep", parts.keep, PairFilter, False
     yield "candidates", parts.candidates, BestOf, True
+    yield "placement", parts.placement, Placement, False
     if learning is not None:
         yield "trainer", learning.trainer, DifferentialLoRATrainer, False
         yield "fuser", learning.fuser, Fuser, False
@@ -198,14 +204,14 @@ def _check_held_out(
 
 def _rehearse(faults: Faults, stand_in: ImagePair, parts: LoopParts, learning: LearningParts | None) -> None:
     """Let the filter and every scorer judge a stand-in, so that one that cannot says so now."""
-    with faults.collected(), _named_rehearsal():
+    with faults.collected(), _named_rehearsal(), parts.placement.stage(parts.keep):
         parts.keep.rehearse(stand_in)
     scorers: list[tuple[Scorer, str]] = [] if parts.candidates is None else [(parts.candidates.by, stand_in.prompt)]
     if learning is not None:
         rules = (learning.stop, learning.validation)
         scorers += [(rule.scorer, rule.prompts[0]) for rule in rules if rule is not None]
     for scorer, prompt in scorers:
-        with faults.collected(), _named_rehearsal():
+        with faults.collected(), _named_rehearsal(), parts.placement.stage(scorer):
             score_images(scorer, [stand_in.after], [prompt])
 
 

@@ -15,6 +15,7 @@ from artaug.filtering import BestOf, PairFilter
 from artaug.lora.fusing import ConcatFuser, Fuser, fuse_loras
 from artaug.lora.lora import LoRA
 from artaug.pairs import Attempt, Dropped, Kept, Skipped
+from artaug.placement import Placement, Resident
 from artaug.plan import RegionPlanner
 from artaug.run.attempts import StoredAttempts
 from artaug.run.checking import Check, as_trainable, check_run
@@ -57,6 +58,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     seed: int = 0,
     batch_size: int = 8,
     chunk_size: int | None = None,
+    placement: Placement = Resident(),  # noqa: B008 - a frozen value
     progress: bool = True,
     on_event: OnEvent | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
@@ -90,6 +92,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         seed: of the run; the same arguments give the same LoRA.
         batch_size: see `improve`.
         chunk_size: see `improve`.
+        placement: see `improve`; trainings and the measuring of a round keep to it, too.
         progress: show progress bars.
         on_event: called with every `RunEvent`, the steps of the trainings among them.
         on_step: called after every step of a training, such as ``tracker.log_step``.
@@ -105,7 +108,8 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         PromptError: if there are no prompts, or if those of ``stop`` or ``validation`` are not held out: a training
             prompt is among them, or both of them have the same.
         GuideError: if the planner makes regions and the synthesizer has no guide.
-        ModelError: if the synthesizer has no model to train, or one that cannot be trained in this way.
+        ModelError: if the synthesizer has no model to train, or one that cannot be trained in this way, or ``placement`` is to
+            move a model that cannot be moved.
         LoRAMismatchError: if the trainer's targets select no layer of the model.
         StorageError: if the store cannot be written to, belongs to a run with other arguments, or is in use.
         NothingToLearnError: if the first round keeps no pair; the message counts what happened to the prompts.
@@ -122,6 +126,7 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         candidates=candidates,
         batch_size=batch_size,
         chunk_size=chunk_size,
+        placement=placement,
     )
     learning = LearningParts(
         trainer=trainer,
@@ -140,7 +145,9 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     with (
         GracefulStop() as stop_signal,
         open_session("enhance", prompts, parts, learning, seed=seed, store=place, stop=stop_signal) as session,
+        placement.opened(*parts.by_name().values(), *learning.by_name().values()) as opened,
     ):
+        parts = replace(parts, placement=opened)
         stages = _Rounds(parts, learning, session, seed=seed, progress=progress, emit=on_event or ignore_event)
         for number in range(1, rounds + 1):
             try:
@@ -205,6 +212,7 @@ class _Rounds:
                 checkpoints=self._checkpoints(number, prompts=groups[-1]),
                 validation=self.learning.validation,
                 cache=None if self.session.folder is None else self.session.folder.latents,
+                placement=self.parts.placement,
                 on_step=self._on_step,
                 progress=self.progress,
             )
@@ -264,6 +272,7 @@ class _Rounds:
             seed=seed,
             batch_size=self.parts.batch_size,
             keep_images=0,
+            placement=self.parts.placement,
             progress=self.progress,
         )
         return comparison.rows[0], self.learning.stop.accepts(comparison, seed=seed)

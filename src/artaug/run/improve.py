@@ -1,12 +1,14 @@
 """`improve`: draw, critique, plan, redraw, judge. Every prompt ends as one attempt, with a reason."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from artaug._internal.memory import FittingBatches
 from artaug.critique import Critic
 from artaug.filtering import BestOf, PairFilter
 from artaug.pairs import Attempt
+from artaug.placement import Placement, Resident
 from artaug.plan import RegionPlanner
 from artaug.run.checking import Check, check_run
 from artaug.run.events import OnEvent, StageClock, ignore_event
@@ -29,6 +31,7 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     store: Store | str | Path | None = None,
     batch_size: int = 8,
     chunk_size: int | None = None,
+    placement: Placement = Resident(),  # noqa: B008 - a frozen value
     on_event: OnEvent | None = None,
     check: Check = "scorers",
 ) -> Iterator[Attempt]:
@@ -53,6 +56,8 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
             else in a temporary folder.
         batch_size: the most pictures that are drawn at once; halved for the rest of the run where memory runs out.
         chunk_size: prompts in a chunk; None for ``batch_size``.
+        placement: where the models of synthesizer, critic and scorers are. `OneAtATime` brings them to the device for their
+            stage of a chunk, so that it needs memory for the largest only; give it a large ``chunk_size``.
         on_event: called with every `RunEvent`.
         check: how far to check before the first picture. ``"arguments"``: that all is of the right type and fits together;
             ``"scorers"``: also that the filter and every scorer can judge a plain grey picture; ``"everything"``: also
@@ -67,6 +72,7 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
         CriticError: if the critic raises (one that cannot tell abstains), or has had transient faults only, for 10 minutes
             and at 8 pictures or more.
         GuideError: at once, if the planner makes regions and the synthesizer has no guide.
+        ModelError: at once, if ``placement`` is to move a model that cannot be moved.
         StorageError: if the store cannot be written to, belongs to a run with other arguments, or is in use.
         InvalidValueError: at once, if an argument is of another type or out of its range; with a line for each thing if
             several are wrong.
@@ -80,6 +86,7 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
         candidates=candidates,
         batch_size=batch_size,
         chunk_size=chunk_size,
+        placement=placement,
     )
     check_run("improve", prompts, parts, seed=seed, store=store, on_event=on_event, check=check)
     return _attempts(
@@ -90,9 +97,12 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
 def _attempts(
     prompts: Sequence[str], parts: LoopParts, *, seed: int, store: Store | None, on_event: OnEvent
 ) -> Iterator[Attempt]:
-    with open_session("improve", prompts, parts, seed=seed, store=store) as session:
+    with (
+        open_session("improve", prompts, parts, seed=seed, store=store) as session,
+        parts.placement.opened(*parts.by_name().values()) as placement,
+    ):
         stages = RoundStages(
-            parts,
+            replace(parts, placement=placement),
             session.journal(1),
             StageClock(1, on_event),
             seed=seed,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self, final
 
 from PIL.Image import Image
+from torch import nn
 
 from artaug._internal.digests import digest
 from artaug._internal.segments import read_segment, write_segment
@@ -42,6 +43,10 @@ class RecordedSynthesizer(Synthesizer):
     @property
     def picture_size(self) -> tuple[int, int]:
         return self.synthesizer.picture_size
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        return self.synthesizer.models
 
     def __repr__(self) -> str:
         return repr(self.synthesizer)

@@ -205,7 +205,7 @@ class RoundStages:
             return drawn
         if self.journal.call_limit is not None:
             self.batches.largest = self.journal.call_limit
-        with self.clock.stage(stage, len(missing)):
+        with self.clock.stage(stage, len(missing)), self.parts.placement.stage(self.parts.synthesizer):
             calls = draw_in_calls(
                 self.parts.synthesizer,
                 [plans[member] for member in missing],
@@ -230,7 +230,7 @@ class RoundStages:
         if not missing:
             return answers
         start_s = time.monotonic()
-        with self.clock.stage("critique", len(missing)):
+        with self.clock.stage("critique", len(missing)), self.parts.placement.stage(self.parts.critic):
             images = [load(pictures[member]) for member in missing]
             asked = [prompts[member.prompt_index] for member in missing]
             for index, answer in stream_critic(self.parts.critic, images, asked):
@@ -267,7 +267,8 @@ class RoundStages:
         ]
         with self.clock.stage("judge", len(indices)):
             if self.parts.candidates is not None:
-                outcomes = self.parts.candidates.choose(outcomes, prompts=len(indices))
+                with self.parts.placement.stage(self.parts.candidates):
+                    outcomes = self.parts.candidates.choose(outcomes, prompts=len(indices))
             verdicts = iter(self._judge_now([outcome for outcome in outcomes if isinstance(outcome, ImagePair)]))
         by_seed = {candidate.seed: candidate.member.candidate for candidate in candidates}
         self._progress("judge", len(indices))
@@ -281,7 +282,13 @@ class RoundStages:
     def _judge_now(self, pairs: Sequence[ImagePair]) -> list[Verdict | None]:
         if self.parts.keep.needs_all_pairs:
             return [None] * len(pairs)
-        return [self._annotate(verdict) for verdict in judge_pairs(self.parts.keep, pairs)]
+        return [*self._verdicts(pairs)]
+
+    def _verdicts(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
+        if not pairs:
+            return []
+        with self.parts.placement.stage(self.parts.keep):
+            return [self._annotate(verdict) for verdict in judge_pairs(self.parts.keep, pairs)]
 
     def _judge_waiting(self, waiting: Sequence[tuple[Chunk, End]]) -> Mapping[int, Verdict]:
         """The verdicts of a filter that compares the pairs of a round, by the index of the prompt."""
@@ -294,7 +301,7 @@ class RoundStages:
         outcomes = [chunk.candidates[Member(end.prompt_index, end.candidate)].outcome() for chunk, end in waiting]
         pairs = [outcome for outcome in outcomes if isinstance(outcome, ImagePair)]
         with self.clock.stage("judge", len(pairs)):
-            verdicts = dict(zip(indices, map(self._annotate, judge_pairs(self.parts.keep, pairs)), strict=True))
+            verdicts = dict(zip(indices, self._verdicts(pairs), strict=True))
         self.journal.add_verdicts(verdicts)
         return verdicts
 

@@ -67,6 +67,10 @@ class AestheticScore(Scorer):
             head = linear_head(load_weights(source), source=source)
         return cls(encoder=DualEncoder.from_pretrained(clip, options=options), head=head)
 
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        return self.encoder.models
+
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, final
+from typing import TYPE_CHECKING, Self, final
 
 from PIL.Image import Image
 
@@ -11,6 +11,9 @@ from artaug.errors import ModelError
 from artaug.scorers.encoders import DualEncoder
 from artaug.scorers.loading import DEFAULT_OPTIONS, LoadOptions
 from artaug.scoring import Scorer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @final
@@ -40,6 +43,10 @@ class ClipScore(Scorer):
     @property
     def name(self) -> str:
         return f"CLIPScore ({self.encoder.name})"
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return self.encoder.models
 
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]
@@ -80,6 +87,10 @@ class SiglipScore(Scorer):
     @property
     def name(self) -> str:
         return f"SigLIP ({self.encoder.name})"
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return self.encoder.models
 
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]

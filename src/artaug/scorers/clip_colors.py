@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from PIL import Image
 from torch.nn.functional import normalize
@@ -11,6 +11,9 @@ from artaug._internal.images import as_rgb
 from artaug.errors import InvalidValueError
 from artaug.evaluation.suites import Detection
 from artaug.scorers.encoders import DualEncoder
+
+if TYPE_CHECKING:
+    from torch import nn
 
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 _TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
@@ -37,6 +40,11 @@ class ClipColors:
     def __post_init__(self) -> None:
         if len(set(self.colors)) < max(len(self.colors), 2):
             raise InvalidValueError(f"ClipColors(colors={self.colors!r}): need two or more, all different.")
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        """Those of the encoder, see `Scorer.models`."""
+        return self.encoder.models
 
     def __call__(self, image: Image.Image, detections: Sequence[Detection]) -> list[str]:
         """One colour for each detection."""

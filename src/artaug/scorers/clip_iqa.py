@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, final
+from typing import TYPE_CHECKING, Self, final
 
 from PIL.Image import Image
 
@@ -10,6 +10,9 @@ from artaug.errors import InvalidValueError
 from artaug.scorers.encoders import DualEncoder
 from artaug.scorers.loading import DEFAULT_OPTIONS, LoadOptions
 from artaug.scoring import Scorer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _LOGIT_SCALE = 100
 
@@ -57,6 +60,10 @@ class ClipIQA(Scorer):
     @property
     def name(self) -> str:
         return f"CLIP-IQA ({self.positive!r} or {self.negative!r}, {self.encoder.name})"
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return self.encoder.models
 
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]

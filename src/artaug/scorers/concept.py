@@ -21,6 +21,7 @@ from artaug.scorers.loading import (
 from artaug.scoring import Scorer
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -88,6 +89,10 @@ class ConceptProbability(Scorer):
             classes=classes,
             batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
         )
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return (self.model,)
 
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Self, final
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from artaug.errors import ModelError
 from artaug.scorers.loading import (
@@ -86,6 +86,11 @@ class DualEncoder:
             name=options.label(source),
             batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
         )
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """Its model, see `Scorer.models`."""
+        return (self.model,)
 
     @property
     def temperature(self) -> float:
@@ -188,6 +193,11 @@ class ImageEncoder:
             name=options.label(source),
             batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
         )
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """Its model, see `Scorer.models`."""
+        return (self.model,)
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image]) -> Tensor:

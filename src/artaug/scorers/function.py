@@ -1,13 +1,16 @@
 """Any Python function as a scorer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from PIL.Image import Image
 
 from artaug.errors import InvalidValueError
 from artaug.scoring import Scorer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @final
@@ -43,6 +46,10 @@ class FunctionScorer(Scorer):
     @property
     def depends_on(self) -> frozenset[str]:
         return frozenset({self.name}).union(*(scorer.depends_on for scorer in self.components))
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return [model for scorer in self.components for model in scorer.models]
 
     def score(self, image: Image, prompt: str) -> float:
         return self.function(image, prompt)

@@ -9,7 +9,7 @@ from typing import Self, final
 import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from artaug._internal.weights import model_errors
 from artaug.errors import ModelError
@@ -107,6 +107,10 @@ class HPSv2(Scorer):
             batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
         )
         return cls(encoder=encoder, name=f"HPSv2 ({Path(source).stem})")
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        return self.encoder.models
 
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]

@@ -122,6 +122,10 @@ class ImageReward(Scorer):
             batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
         )
 
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        return (self.vision, self.text)
+
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]
 

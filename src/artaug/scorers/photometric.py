@@ -5,7 +5,7 @@ The formulas, and where they come from, are those of `artaug.images.photometry`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 from PIL.Image import Image
@@ -13,6 +13,9 @@ from PIL.Image import Image
 from artaug.errors import InvalidValueError
 from artaug.images.photometry import METRICS, chroma, contrast, exposure, sharpness, srgb
 from artaug.scoring import Scorer, score_images
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @final
@@ -130,6 +133,10 @@ class MeanOf(Scorer):
     @property
     def depends_on(self) -> frozenset[str]:
         return frozenset({self.name}).union(*(scorer.depends_on for scorer in self.scorers))
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return [model for scorer in self.scorers for model in scorer.models]
 
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, final
+from typing import TYPE_CHECKING, Self, final
 
 from PIL.Image import Image
 
 from artaug.scorers.encoders import DualEncoder
 from artaug.scorers.loading import DEFAULT_OPTIONS, LoadOptions
 from artaug.scoring import Scorer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """The CLIP that PickScore and HPSv2 were tuned from: their tokenizer, image processor and configuration."""
@@ -38,6 +41,10 @@ class PickScore(Scorer):
     ) -> Self:
         """Load the tuned CLIP, and the processor of the one it was tuned from; see `DualEncoder.from_pretrained`."""
         return cls(encoder=DualEncoder.from_pretrained(source, processor=processor, options=options))
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return self.encoder.models
 
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]

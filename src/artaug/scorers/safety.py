@@ -85,6 +85,10 @@ class SafetyMargin(Scorer):
             batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
         )
 
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        return (self.model,)
+
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, final
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from artaug.errors import InvalidValueError, ModelError
 from artaug.scorers.loading import (
@@ -113,6 +113,10 @@ class VQAScore(Scorer):
             answer=answer,
             batch_size=options.batch_size or _DEFAULT_BATCH_SIZE,
         )
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        return (self.model,)
 
     def score(self, image: Image, prompt: str) -> float:
         return self.score_batch([image], [prompt])[0]

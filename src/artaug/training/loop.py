@@ -18,6 +18,7 @@ import torch
 from artaug.errors import ModelError
 from artaug.lora.applied import check_called
 from artaug.pairs import ImagePair
+from artaug.placement import Placement
 from artaug.synthesis import Synthesizer
 from artaug.training.batches import EncodedPairs, init_generator
 from artaug.training.config import TrainingConfig
@@ -53,6 +54,8 @@ class TrainingLoop:
     validation_seed: int
     cache: Path | None
     """Folder of the latent cache."""
+    placement: Placement
+    """Opened by the caller."""
     _encoded: EncodedPairs | None = field(default=None, init=False)
     _teacher_caches: dict[int, TeacherCache] = field(default_factory=dict, init=False)
     """Of the current phase, by its start."""
@@ -61,7 +64,7 @@ class TrainingLoop:
     def run(self, state: TrainingState) -> TrainingState:
         """Train from ``state`` to the last step, or until the scores of held-out pictures stop rising."""
         if self.validation is not None and not state.base_scores:
-            scores, _ = self.validation.score(self._renderer(), seed=self.validation_seed)
+            scores, _ = self.validation.score(self._renderer(), seed=self.validation_seed, placement=self.placement)
             state = self._save(replace(state, base_scores=scores))
         while not self._is_done(state):
             state = self._run_until(self._next_validation(state.step), state)
@@ -86,7 +89,11 @@ class TrainingLoop:
 
     def _run_until(self, last: int, state: TrainingState) -> TrainingState:
         """Borrow the model and train up to step ``last``, writing checkpoints when they are due."""
-        with self.synthesizer.training() as model, ExitStack() as offloaded:
+        with (
+            self.placement.stage(self.synthesizer),
+            self.synthesizer.training() as model,
+            ExitStack() as offloaded,
+        ):
             if self._encoded is None:
                 self._encoded = self._encode_pairs(model, offloaded, world=self.world)
             else:
@@ -229,7 +236,14 @@ class TrainingLoop:
     def _validate(self, state: TrainingState, validation: Validation) -> TrainingState:
         """Evaluate what would be exported now, and keep it if no earlier LoRA was better."""
         lora, step = state.lora(), state.step
-        results = validation.evaluate(lora, self._renderer(), state.base_scores, step=step, seed=self.validation_seed)
+        results = validation.evaluate(
+            lora,
+            self._renderer(),
+            state.base_scores,
+            step=step,
+            seed=self.validation_seed,
+            placement=self.placement,
+        )
         validations = (*state.validations, *results)
         is_best = best_result(validations).step == step
         return replace(state, validations=validations, best_lora=lora if is_best else state.best_lora)

@@ -16,6 +16,7 @@ from artaug._internal.digests import digest
 from artaug.errors import InvalidValueError, NothingToLearnError
 from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair, pair_digest
+from artaug.placement import Placement, Resident
 from artaug.synthesis import picture_seeds
 from artaug.training.batches import with_distribution
 from artaug.training.config import TrainingConfig
@@ -31,6 +32,7 @@ from artaug.training.student import trainable_layers
 from artaug.training.validation import Validation, ValidationResult, best_result
 
 _log = logging.getLogger(__name__)
+_RESIDENT = Resident()
 _SKIPPED_SHARE = 0.05
 """Share of skipped steps above which there is a warning."""
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -78,7 +80,7 @@ class DifferentialLoRATrainer(TrainingConfig):
     PairedDifference(outside_weight=1.0, composite=False, weighting=None)
     """
 
-    def train(
+    def train(  # noqa: PLR0913 - what a training takes is all here
         self,
         pairs: Sequence[ImagePair],
         synthesizer: Trainable,
@@ -87,6 +89,7 @@ class DifferentialLoRATrainer(TrainingConfig):
         checkpoints: Checkpoints | None = None,
         validation: Validation | None = None,
         cache: str | Path | None = None,
+        placement: Placement = _RESIDENT,
         on_step: Callable[[StepEvent], None] | None = None,
         progress: bool = True,
     ) -> TrainingResult:
@@ -100,6 +103,8 @@ class DifferentialLoRATrainer(TrainingConfig):
             validation: chooses the step and strength by pictures; without it the last step counts, at strength 1.
             cache: folder for latents and encoded prompts, named by content and shared by all trainings, which batches read
                 their pairs from; without it they are held in memory.
+            placement: where the model and the validation's scorer are while the other computes; with `OneAtATime` they
+                take turns on the device. While training, VAE and text encoders are in host memory with any.
             on_step: called after every step; an exception it raises ends the training.
             progress: show a progress bar.
 
@@ -122,6 +127,9 @@ class DifferentialLoRATrainer(TrainingConfig):
         check_argument("train", "synthesizer", synthesizer, Trainable)
         check_argument("train", "checkpoints", checkpoints, Checkpoints, optional=True)
         check_argument("train", "validation", validation, Validation, optional=True)
+        check_argument("train", "placement", placement, Placement)
+        scorer = None if validation is None else validation.scorer
+        placement.check("train", {"synthesizer": synthesizer, "validation.scorer": scorer})
         plan, phases = self._plan_training(len(pairs))
         *seeds, validation_seed = picture_seeds(seed, len(plan.groups) + 1)
         world = World.current()
@@ -134,7 +142,10 @@ class DifferentialLoRATrainer(TrainingConfig):
         if state is None:
             state = TrainingState()
         show = progress and world.is_main
-        with ProgressLog(self.steps, on_step, initial=state.step, seconds=state.seconds, show=show) as log:
+        with (
+            placement.opened(synthesizer, scorer) as opened,
+            ProgressLog(self.steps, on_step, initial=state.step, seconds=state.seconds, show=show) as log,
+        ):
             state = TrainingLoop(
                 config=self,
                 pairs=pairs,
@@ -148,6 +159,7 @@ class DifferentialLoRATrainer(TrainingConfig):
                 validation=validation,
                 validation_seed=validation_seed,
                 cache=None if cache is None else Path(cache),
+                placement=opened,
             ).run(state)
         if state.best_lora is None:
             lora = state.lora()

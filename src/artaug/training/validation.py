@@ -13,9 +13,12 @@ from artaug._internal.digests import digest
 from artaug._internal.prompts import check_prompts
 from artaug.errors import InvalidValueError
 from artaug.lora.lora import LoRA
+from artaug.placement import Placement, Resident
 from artaug.plan import Plan
 from artaug.scoring import Scorer, score_images
 from artaug.synthesis import Synthesizer, draw, picture_seeds
+
+_RESIDENT = Resident()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,22 +93,33 @@ class Validation:
         settings = f"every {self.every}, strengths {self.strengths}, patience {self.patience}"
         return f"{self.scorer.name} on {len(self.prompts)} prompts {prompts}, {settings}"
 
-    def score(self, synthesizer: Synthesizer, *, seed: int) -> tuple[tuple[float, ...], tuple[Image, ...]]:
+    def score(
+        self, synthesizer: Synthesizer, *, seed: int, placement: Placement = _RESIDENT
+    ) -> tuple[tuple[float, ...], tuple[Image, ...]]:
         """Draw all prompts and score them, each with a seed of its own."""
         seeds = picture_seeds(seed, len(self.prompts))
         images: list[Image] = []
-        for start in range(0, len(self.prompts), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            images += draw(synthesizer, [Plan(prompt) for prompt in self.prompts[batch]], seeds=seeds[batch])
-        return tuple(score_images(self.scorer, images, self.prompts)), tuple(images)
+        with placement.stage(synthesizer):
+            for start in range(0, len(self.prompts), self.batch_size):
+                batch = slice(start, start + self.batch_size)
+                images += draw(synthesizer, [Plan(prompt) for prompt in self.prompts[batch]], seeds=seeds[batch])
+        with placement.stage(self.scorer):
+            return tuple(score_images(self.scorer, images, self.prompts)), tuple(images)
 
     def evaluate(
-        self, lora: LoRA, synthesizer: Synthesizer, base_scores: Sequence[float], *, step: int, seed: int
+        self,
+        lora: LoRA,
+        synthesizer: Synthesizer,
+        base_scores: Sequence[float],
+        *,
+        step: int,
+        seed: int,
+        placement: Placement = _RESIDENT,
     ) -> list[ValidationResult]:
         """Judge a LoRA at every strength; ``base_scores`` are the scores without it, with the same seed."""
         results = []
         for strength in self.strengths:
-            scores, images = self.score(synthesizer.with_lora(lora, scale=strength), seed=seed)
+            scores, images = self.score(synthesizer.with_lora(lora, scale=strength), seed=seed, placement=placement)
             gains = [score - base for score, base in zip(scores, base_scores, strict=True)]
             wins = sum(0.5 if gain == 0 else float(gain > 0) for gain in gains)
             result = ValidationResult(

@@ -23,11 +23,13 @@ from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailur
 from artaug.evaluation.statistics import holm, sign_flip
 from artaug.images.similarity import SimilarityMetric
 from artaug.images.similarity import diversity as diversity_of
+from artaug.placement import Placement, Resident
 from artaug.plan import Plan
 from artaug.scoring import Scorer, score_images
 from artaug.synthesis import Synthesizer, draw, picture_seeds
 
 _DIVERSITY = "diversity"
+_RESIDENT = Resident()
 
 
 class HasScorers(Protocol):
@@ -51,6 +53,7 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
     batch_size: int = 8,
     filtered_by: Collection[str | HasScorers] = (),
     keep_images: int = 12,
+    placement: Placement = _RESIDENT,
     progress: bool = True,
 ) -> Comparison:
     """Draw the same prompts with the same seeds by a base and by candidates, and compare their scores in pairs.
@@ -75,6 +78,8 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
         filtered_by: what selected the training pairs, ``[keep, candidates]``: filters, a `BestOf`, or names of
             scorers. Rows of scorers that depend on one of these are marked.
         keep_images: how many pictures of each arm to keep, those of the first prompts with their first seeds.
+        placement: where the models of synthesizers and scorers are while others compute; with `OneAtATime` they move for
+            every batch, so give it a large ``batch_size``.
         progress: show a progress bar for each arm.
 
     Raises:
@@ -116,15 +121,20 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
     _check_arms(faults, base, candidates)
     _check_prompts_and_scorers(faults, prompts, scorers)
     faults.raise_any()
+    check_argument("compare", "placement", placement, Placement)
+    owners = {"base": base, **candidates, **{scorer.name: scorer for scorer in scorers}, "diversity": diversity}
+    placement.check("compare", owners)
     filter_scorers = scorer_names(filtered_by)
     seeds = tuple(picture_seeds(seed, len(prompts) * images_per_prompt))
     evaluator = Evaluator(tuple(prompts), seeds, tuple(scorers), diversity, batch_size, keep_images)
     evaluator.check_guardrails(guardrails)
     log = ScoringLog()
-    base_arm = evaluator.evaluate(base, "base", log=log, progress=progress)
-    candidate_arms = {
-        name: evaluator.evaluate(candidate, name, log=log, progress=progress) for name, candidate in candidates.items()
-    }
+    with placement.opened(*owners.values()) as opened:
+        base_arm, *others = (
+            evaluator.evaluate(arm, name, log=log, placement=opened, progress=progress)
+            for name, arm in {"base": base, **candidates}.items()
+        )
+    candidate_arms = dict(zip(candidates, others, strict=True))
     if log.failures and not evaluator.has_enough_scores(base_arm, candidate_arms):
         raise log.error(None) from log.exceptions[0]
     comparison = Comparison(
@@ -248,7 +258,9 @@ class Evaluator:
                 f"compare received guardrails on {guarded}. Expected different ones of {[*self.row_dependencies]}."
             )
 
-    def evaluate(self, synthesizer: Synthesizer, name: str, *, log: ScoringLog, progress: bool) -> Arm:
+    def evaluate(
+        self, synthesizer: Synthesizer, name: str, *, log: ScoringLog, placement: Placement, progress: bool
+    ) -> Arm:
         """Draw all prompts with all seeds and score the pictures; only the first ``keep_images`` are kept."""
         prompt_count = len(self.prompts)
         scores = {scorer.name: [nan] * len(self.seeds) for scorer in self.scorers}
@@ -264,15 +276,18 @@ class Evaluator:
                 for first in range(start, len(self.seeds), prompt_count):
                     batch = slice(first, first + len(prompts))
                     seeds = self.seeds[batch]
-                    images = draw(synthesizer, [Plan(prompt) for prompt in prompts], seeds=seeds)
+                    with placement.stage(synthesizer):
+                        images = draw(synthesizer, [Plan(prompt) for prompt in prompts], seeds=seeds)
                     for scorer in self.scorers:
-                        scores[scorer.name][batch] = log.score(scorer, images, prompts, seeds=seeds, arm=name)
+                        with placement.stage(scorer):
+                            scores[scorer.name][batch] = log.score(scorer, images, prompts, seeds=seeds, arm=name)
                     images_by_seed.append(images)
                     bar.update(len(prompts))
                 if self.diversity is not None:
-                    scores[_DIVERSITY][start : start + len(prompts)] = [
-                        diversity_of(self.diversity, images) for images in zip(*images_by_seed, strict=True)
-                    ]
+                    with placement.stage(self.diversity):
+                        scores[_DIVERSITY][start : start + len(prompts)] = [
+                            diversity_of(self.diversity, images) for images in zip(*images_by_seed, strict=True)
+                        ]
                 kept += images_by_seed[0][: self.keep_images - len(kept)]
         return Arm(
             synthesizer=repr(synthesizer),

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TypeAlias, final
+from typing import TYPE_CHECKING, TypeAlias, final
 
 import numpy as np
 from PIL.Image import Image
@@ -13,6 +13,9 @@ from artaug._internal.contracts import check_result
 from artaug.errors import ContractError, InvalidValueError
 from artaug.evaluation.suites.suite import Case, Clause, ObjectCheck, Outcome, Suite, SuiteScorer
 from artaug.geometry import Box
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _TOLERANCE = 0.1  # share of both boxes' extents that an offset of the centres has to exceed, as in GenEval
 _MIN_OFFSET_PX = 1e-3
@@ -99,6 +102,10 @@ class ObjectScore(SuiteScorer):
     @property
     def name(self) -> str:
         return f"{self.suite.name} ({self.detector.name})"
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return (*getattr(self.detector, "models", ()), *getattr(self.colors, "models", ()))
 
     def check_images(self, images: Sequence[Image], cases: Sequence[Case]) -> list[Outcome]:
         return [self._outcome(image, case) for image, case in zip(images, cases, strict=True)]

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from PIL.Image import Image
 
 from artaug.errors import InvalidValueError
 from artaug.evaluation.suites.suite import Case, Outcome, QuestionCheck, Suite, SuiteScorer
 from artaug.scoring import Scorer, score_images
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @final
@@ -41,6 +44,10 @@ class QuestionScore(SuiteScorer):
     @property
     def depends_on(self) -> frozenset[str]:
         return frozenset({self.name}) | self.vqa.depends_on
+
+    @property
+    def models(self) -> "Sequence[nn.Module]":
+        return self.vqa.models
 
     def check_images(self, images: Sequence[Image], cases: Sequence[Case]) -> list[Outcome]:
         checks = [_question_check(case) for case in cases]
