@@ -181,7 +181,8 @@ def test_another_critic_has_other_entries(tmp_path):
     first, second = FixedCritic(ADVICE), FixedCritic(aa.Critique())
     assert critiques_of(Cached(first, folder=tmp_path)) == [ADVICE]
     assert critiques_of(Cached(second, folder=tmp_path)) == [aa.Critique()]
-    assert critiques_of(Cached(second, folder=tmp_path, identity=repr(first))) == [ADVICE]
+    assert critiques_of(Cached(first, folder=tmp_path, identity="mine")) == [ADVICE]
+    assert critiques_of(Cached(second, folder=tmp_path, identity="mine")) == [ADVICE]
 
 
 def test_a_batch_criticises_only_what_is_missing_and_each_once(tmp_path):
@@ -252,12 +253,28 @@ def test_the_files_hold_nothing_about_the_critic(tmp_path):
     assert "sk-123" not in file.read_text()
 
 
+def test_a_critic_is_recognized_by_what_it_is_made_of(tmp_path):
+    class Strict(aa.Critic):
+        def __init__(self, limit):
+            self.limit = limit
+
+        def critique(self, image, prompt):
+            return aa.Critique(summary=f"limit {self.limit}")
+
+    for limit in (1, 2, 1):
+        assert critiques_of(Cached(Strict(limit), folder=tmp_path)) == [aa.Critique(summary=f"limit {limit}")]
+    assert len([path for path in tmp_path.rglob("*.json")]) == 2
+
+
 def test_a_critic_without_an_identity_is_refused(tmp_path):
     class Nameless(aa.Critic):
+        def __init__(self):
+            self.handle = object()
+
         def critique(self, image, prompt):
             return ADVICE
 
-    with pytest.raises(aa.InvalidValueError, match="cannot be distinguished from another Nameless"):
+    with pytest.raises(aa.InvalidValueError, match=r"critic\.handle: this builtins\.object cannot be distinguished"):
         Cached(Nameless(), folder=tmp_path)
     assert critiques_of(Cached(Nameless(), folder=tmp_path, identity="nameless, 1")) == [ADVICE]
 

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -18,6 +19,7 @@ from artaug._internal.values import from_json, to_json, value
 from artaug.critique import Abstention, Answer, Critic, Critique, StreamingCritic, Suggestion, stream_critic
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box
+from artaug.run.identity import identity_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -160,7 +162,7 @@ class Cached(StreamingCritic):
     warning, and its picture is criticised again. Several processes may share the folder.
 
     Raises:
-        InvalidValueError: if the critic has no identity, because its repr contains a memory address.
+        InvalidValueError: if nothing but its address in memory distinguishes the critic, or something in it.
     """
 
     critic: Critic
@@ -168,17 +170,14 @@ class Cached(StreamingCritic):
     folder: Path = field(repr=False)
     """The folder of the answers; created when the first one is written."""
     identity: str = ""
-    """What distinguishes this critic from others, such as the model's name, revision and prompt; by default its repr."""
+    """What distinguishes this critic from others, such as the model's name, revision and prompt; by default all that it is
+    made of, see the page on runs."""
     cache_abstentions: bool = False
     """Whether to keep abstentions too, except transient ones, which may succeed the next time."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
-        if not self.identity and " at 0x" in repr(self.critic):
-            raise InvalidValueError(
-                f"{self.critic!r} cannot be distinguished from another {type(self.critic).__name__}: its repr changes from "
-                "run to run. Make it a frozen dataclass, or pass identity='...' with all that its answers depend on."
-            )
+        self._critic_identity  # noqa: B018 - refuses now what has none
 
     @property
     def models(self) -> "Sequence[nn.Module]":
@@ -204,12 +203,18 @@ class Cached(StreamingCritic):
                     temporary.write_text(to_json(_CacheEntry.of(prompts[index], answer)), encoding="utf-8")
             yield from ((index, answer) for index in indices[path])
 
+    @cached_property
+    def _critic_identity(self) -> str:
+        if self.identity:
+            return self.identity
+        return digest(*(f"{name}={text}" for name, text in sorted(identity_of(self.critic, "critic").items())))
+
     def _cacheable(self, answer: Answer) -> bool:
         return isinstance(answer, Critique) or (self.cache_abstentions and not answer.transient)
 
     def _entry_path(self, image: Image, prompt: str) -> Path:
         # Of the pixels that critics see: a file's mode and palette do not count, and what they hide does not.
-        name = digest(self.identity or repr(self.critic), prompt, *rgb_parts(image))
+        name = digest(self._critic_identity, prompt, *rgb_parts(image))
         return self.folder / name[:2] / f"{name[2:]}.json"
 
 
