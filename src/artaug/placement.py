@@ -90,8 +90,7 @@ class OneAtATime(Placement):
     """Where stages compute. None: where the first model that is not on the CPU is; if all are, the accelerator that torch
     finds; without one, the CPU."""
     pin_memory: bool = True
-    """Keep waiting weights in pinned host memory, from which a CUDA device reads two to four times as fast. The system cannot
-    swap it out."""
+    """Keep waiting weights in pinned host memory, from which a CUDA device reads faster. The system cannot swap it out."""
 
     def __post_init__(self) -> None:
         if self.device is not None:
