@@ -1,5 +1,8 @@
 """Batches of encoded pairs: every pair its batch, always new noise, and any batch the same however one comes to it."""
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -121,6 +124,33 @@ def test_sizes_come_in_proportion_to_their_pairs(first, second, size):
         assert micro_batch.before.shape == (size, 1 if batch.model.size == (8, 8) else 2)
     resumed = batches_of(encoded, members, size=size, count=1, start=first)
     assert_same(batches[first].micro_batches[0], resumed[0].micro_batches[0])
+
+
+def test_few_pairs_are_in_memory_however_many_there_are(monkeypatch):
+    counts, load = SimpleNamespace(alive=0, most_alive=0), EncodedPair.load
+
+    def counted(pair):
+        row = load(pair)
+        row["before"] = row["before"].clone()  # as if it were read from a file
+        counts.alive += 1
+        counts.most_alive = max(counts.most_alive, counts.alive)
+        weakref.finalize(row["before"], lambda: setattr(counts, "alive", counts.alive - 1))
+        return row
+
+    monkeypatch.setattr(EncodedPair, "load", counted)
+    config = TrainingConfig(batch_size=2)
+    steps = 0
+    for _ in pairs_numbered(100).batches(Sized(), range(100), config, seed=0, indices=range(50)):
+        steps += 1
+    assert steps == 50
+    assert counts.most_alive <= 3 * config.batch_size  # of the step, of the next one, and the one that is read
+
+
+def test_each_process_loads_its_own_rows(monkeypatch):
+    loaded, load = [], EncodedPair.load
+    monkeypatch.setattr(EncodedPair, "load", lambda pair: loaded.append(pair) or load(pair))
+    batches_of(pairs_numbered(8), range(8), size=4, count=2, world=World(1, 2))
+    assert len(loaded) == 4
 
 
 def test_prompts_of_different_lengths_are_padded_at_the_end():

@@ -5,11 +5,14 @@ resumed there, and whether one process works on it or several split it.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -111,16 +114,24 @@ class EncodedPairs:
         queues = [(bucket, [index for index in pairs if index in bucket.pairs]) for bucket in self.buckets]
         queues = [(bucket, members) for bucket, members in queues if members]
         turns = list(islice(_interleave([len(members) for _, members in queues]), max(indices, default=-1) + 1))
-        for index in indices:
+
+        def own_pairs(index: int) -> dict[int, EncodedPair]:
+            """The pairs of this process in a batch, by their rows in it."""
             queue, count = turns[index]  # the batch is number ``count`` of its queue
             bucket, members = queues[queue]
+            return {
+                row: bucket.pairs[_draw(members, count * size + row, seed=(seed, queue))]
+                for row in world.split(range(size))
+            }
+
+        for index, loaded in zip(indices, _read_ahead(map(own_pairs, indices)), strict=True):
+            bucket, _ = queues[turns[index][0]]
             sized = model.at_size(*bucket.size)
-            order = [_draw(members, n, seed=(seed, queue)) for n in range(count * size, (count + 1) * size)]
             generator = _generator(seed, _NOISE, index)
             noise_schedule = with_distribution(sized.noise_schedule, config)
             sigmas = noise_schedule.sample_sigmas(size, generator, sigma_range=config.sigma_range)
-            rows = list(world.split(range(size)))
-            encoded = {row: self._load(bucket.pairs[order[row]]) for row in rows}
+            encoded = {row: self._intact(pair, content) for row, (pair, content) in loaded.items()}
+            rows = list(encoded)
             # Every process draws the noise of the whole batch, and then takes its rows: the split changes no number.
             noise = torch.randn((size, *encoded[rows[0]]["before"].shape), generator=generator)
             width = config.micro_batch_size or size
@@ -130,17 +141,42 @@ class EncodedPairs:
                 [_collate([encoded[row] for row in chunk], noise[chunk], sigmas[chunk], device) for chunk in chunks],
             )
 
-    def _load(self, pair: EncodedPair) -> dict[str, Tensor]:
-        """Load a pair; if its files are damaged, encode it again: a training may have run for days by now."""
-        try:
-            return pair.load()
-        except StorageError as error:
-            if self.encode_again is None:
-                raise
-            _log.warning("%s Now it is encoded again from the pictures.", error)
-            pair.discard_damaged()
-            self.encode_again()
+    def _intact(self, pair: EncodedPair, content: dict[str, Tensor] | StorageError) -> dict[str, Tensor]:
+        """What was loaded; if files were damaged, encode them again: a training may have run for days by now."""
+        if not isinstance(content, StorageError):
+            return content
+        if self.encode_again is None:
+            raise content
+        _log.warning("%s Now it is encoded again from the pictures.", content)
+        pair.discard_damaged()
+        self.encode_again()
         return pair.load()
+
+
+_Loaded: TypeAlias = dict[int, tuple[EncodedPair, dict[str, Tensor] | StorageError]]
+
+
+def _read_ahead(batches: Iterable[Mapping[int, EncodedPair]]) -> Iterator[_Loaded]:
+    """Load batches, each while the one before it is used, so that disk and digests cost a step nothing."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="artaug-batches") as reader:
+        pending: deque[Future[_Loaded]] = deque()
+        for batch in batches:
+            pending.append(reader.submit(_load, batch))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _load(batch: Mapping[int, EncodedPair]) -> _Loaded:
+    """Pairs with what is in their files, or the error: only the thread that trains can encode them again."""
+    loaded: _Loaded = {}
+    for row, pair in batch.items():
+        try:
+            loaded[row] = (pair, pair.load())
+        except StorageError as error:
+            loaded[row] = (pair, error)
+    return loaded
 
 
 def init_generator(seed: int, stage: int) -> torch.Generator:

@@ -127,7 +127,8 @@ def _read(source: Mapping[str, Tensor] | Path) -> Mapping[str, Tensor]:
     if not isinstance(source, Path):
         return source
     with open_sealed(source, what="file of the latent cache", remedy="Delete it, and it is made again.") as file:
-        return {name: file.read(name) for name in file.names}
+        # Copied, since what is mapped to a file changes, or ends the process, with what is written to the file later.
+        return {name: file.read(name).clone() for name in file.names}
 
 
 def _text_fingerprint(model: DiffusionModel) -> str:
