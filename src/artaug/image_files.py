@@ -3,11 +3,11 @@
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, final
+from typing import TypeVar, final, overload
 
 from PIL import Image, ImageOps
 
@@ -171,6 +171,27 @@ class ImageFolder:
     def _path(self, digest: str, size: tuple[int, int]) -> Path:
         suffix = "webp" if max(size) <= _LONGEST_WEBP_SIDE else "png"
         return self.path / digest[:2] / f"{digest}.{suffix}"
+
+
+@final
+@dataclass(frozen=True)
+class LoadedImages(Sequence[Image.Image]):
+    """Pictures of which each is loaded when it is looked at, and not kept; those in memory are as they are."""
+
+    references: Sequence[Image.Image | ImageFile]
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | Sequence[Image.Image]:
+        if isinstance(index, slice):
+            return LoadedImages(self.references[index])
+        held = self.references[index]
+        return held.load() if isinstance(held, ImageFile) else held
 
 
 def image_digest(image: Image.Image | ImageFile) -> str:

@@ -11,6 +11,8 @@ from artaug._internal.contracts import check_numbers
 from artaug._internal.memory import FittingBatches
 from artaug.errors import InvalidValueError, ScoringError
 
+_MAX_PICTURES_PER_CALL = 256
+"""Pictures that a scorer gets at once, and that are in memory at once where they are loaded from disk: 0.8 GB at 1,024 px."""
 _TOO_LARGE = "Load its model in lower precision or on another device, or free what else is on the device."
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def score_images(scorer: Scorer, images: Sequence[Image], prompts: Sequence[str]
     """Call a scorer and check what it returned: one finite number for each picture; without pictures, it is not called.
 
     Every call of a scorer goes through this function. A scorer without a `Scorer.score_batch` of its own scores picture by
-    picture. Where memory runs out, the batch is halved. What passes by itself, such as a timeout, is tried again for ten
+    picture, another one at most 256 at a time. Where memory runs out, the batch is halved. What passes by itself, such as a timeout, is tried again for ten
     minutes.
 
     Raises:
@@ -76,15 +78,15 @@ def score_images(scorer: Scorer, images: Sequence[Image], prompts: Sequence[str]
         )
 
     def call(members: Sequence[int]) -> list[float]:
-        texts = [prompts[index] for index in members]
+        pictures, texts = [images[index] for index in members], [prompts[index] for index in members]
         scores = call_part(
-            lambda: scorer.score_batch([images[index] for index in members], texts),
+            lambda: scorer.score_batch(pictures, texts),
             owner=owner,
             inputs=describe_inputs("picture", texts),
             error_class=ScoringError,
         )
         return check_numbers(scorer.name, "score_batch", scores, count=len(texts), per="picture", prompts=texts)
 
-    batches = FittingBatches(1 if type(scorer).score_batch is Scorer.score_batch else max(len(images), 1))
+    batches = FittingBatches(1 if type(scorer).score_batch is Scorer.score_batch else _MAX_PICTURES_PER_CALL)
     parts = batches.run(call, range(len(images)), owner=owner, item="picture", remedy=_TOO_LARGE)
     return [score for _, scores in parts for score in scores]

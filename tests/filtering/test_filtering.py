@@ -2,6 +2,7 @@
 
 import math
 import operator
+import weakref
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 import artaug as aa
 from artaug.filtering import judge_pairs
+from artaug.image_files import ImageFile
 from artaug.scorers import Exposure
 from artaug.testing import check_filter
 from support.strategies import Listed, pair, pairs
@@ -297,3 +299,41 @@ def test_a_filter_without_scorers_names_none_and_judges_one_by_one():
 )
 def test_every_filter_passes_its_check(keep):
     check_filter(keep)
+
+
+class Holder:
+    """Lives as long as its picture, and can be counted: a PIL image is not hashable."""
+
+
+class CountingBrightness(aa.Scorer):
+    """Brightness, and the most pictures that were in memory together while it was called."""
+
+    def __init__(self, living):
+        self.living, self.most = living, 0
+
+    def score(self, image, prompt):
+        return self.score_batch([image], [prompt])[0]
+
+    def score_batch(self, images, prompts):
+        self.most = max(self.most, len(self.living))
+        return [float(image.convert("L").getpixel((0, 0))) for image in images]
+
+
+def test_a_filter_that_compares_many_pairs_on_disk_holds_few_pictures_at_once(tmp_path, monkeypatch):
+    living, load = weakref.WeakSet(), ImageFile.load
+
+    def counted(file):
+        image = load(file)
+        image.holder = Holder()
+        living.add(image.holder)
+        return image
+
+    monkeypatch.setattr(ImageFile, "load", counted)
+    in_memory = [pair(number % 50, 10 + number % 90, seed=number) for number in range(300)]
+    folder = aa.ImageFolder(tmp_path)
+    on_disk = [one.stored_in(folder) for one in in_memory]
+    scorer = CountingBrightness(living)
+    similar = aa.Similarity(aa.StructuralSimilarity(), at_least=-1)
+    keep = aa.TopFraction(scorer, 0.5) & aa.Floor(scorer, at_least=20) & similar
+    assert judge_pairs(keep, on_disk) == judge_pairs(keep, in_memory)
+    assert 0 < scorer.most <= 256

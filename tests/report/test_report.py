@@ -1,6 +1,7 @@
 """The report is complete, runs no foreign script, and needs no other file."""
 
 import base64
+import dataclasses
 import io
 import re
 import sys
@@ -268,6 +269,22 @@ def test_a_loss_curve_of_any_length_is_drawn(count, tmp_path):
     assert len(curves) == 2 * bool(count)
     assert len(numbers) <= 2 * 2 * 240
     assert all(0 <= number <= 100 for number in numbers[::2])
+
+
+def test_pairs_on_disk_are_shown_and_a_seed_only_where_it_is_known(tmp_path):
+    folder = aa.ImageFolder(tmp_path / "images")
+    kept = aa.Kept(
+        dataclasses.replace(make_pair("a hill"), seed=None).stored_in(folder), aa.Verdict(True, "it rose", {})
+    )
+    stored, held = (
+        write_report(
+            tmp_path / name, result=make_result(dataclasses.replace(make_round(), attempts=(attempt,)))
+        ).read_text(encoding="utf-8")
+        for name, attempt in (("a.html", kept), ("b.html", aa.Kept(make_pair("a hill"), kept.verdict)))
+    )
+    assert "seed 3" in held
+    assert "seed None" not in stored
+    assert stored.count("data:image/") == held.count("data:image/")
 
 
 def test_at_most_max_pairs_are_shown(tmp_path):

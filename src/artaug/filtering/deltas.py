@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from artaug.image_files import LoadedImages
 from artaug.pairs import ImagePair
 from artaug.scoring import Scorer, score_images
 
@@ -28,8 +29,9 @@ class ScoreDelta:
 
 
 def score_deltas(scorer: Scorer, pairs: Sequence[ImagePair]) -> list[ScoreDelta]:
-    """Score both pictures of every pair, in one call of the scorer."""
-    images = [pair.before for pair in pairs] + [pair.after for pair in pairs]
+    """Score both pictures of every pair, those before first. Pictures on disk are loaded as the scorer comes to them."""
+    before_files, after_files = zip(*(pair.references for pair in pairs), strict=True) if pairs else ((), ())
+    images = LoadedImages([*before_files, *after_files])
     numbers = score_images(scorer, images, [pair.prompt for pair in pairs] * 2)
     before, after = numbers[: len(pairs)], numbers[len(pairs) :]
     return [ScoreDelta(scorer.name, *scores) for scores in zip(before, after, strict=True)]

@@ -9,6 +9,7 @@ from artaug._internal.arguments import check_argument, check_finite_number, chec
 from artaug.errors import InvalidValueError
 from artaug.filtering.algebra import PairFilter
 from artaug.filtering.deltas import ScoreDelta, score_deltas
+from artaug.image_files import LoadedImages
 from artaug.images.similarity import ImageSimilarity, SimilarityMetric, compare_pairs, metric_name
 from artaug.pairs import ImagePair, Verdict
 from artaug.scoring import Scorer
@@ -136,7 +137,11 @@ class Similarity(PairFilter):
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
         name = metric_name(self.metric)
-        numbers = compare_pairs(self.metric, [pair.before for pair in pairs], [pair.after for pair in pairs])
+        numbers = compare_pairs(
+            self.metric,
+            LoadedImages([pair.references[0] for pair in pairs]),
+            LoadedImages([pair.references[1] for pair in pairs]),
+        )
         return [
             Verdict(number >= self.at_least, f"{name} is {number:.3g}, threshold {self.at_least:.3g}", {name: number})
             for number in numbers

@@ -10,6 +10,7 @@ from artaug._internal.arguments import check_argument, check_finite_number, chec
 from artaug.errors import InvalidValueError
 from artaug.filtering.algebra import PairFilter
 from artaug.filtering.deltas import score_deltas
+from artaug.image_files import LoadedImages
 from artaug.pairs import ImagePair, Verdict
 from artaug.scoring import Scorer, score_images
 
@@ -93,7 +94,8 @@ class Floor(PairFilter):
 
     def judge_batch(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
         name = self.scorer.name
-        after = score_images(self.scorer, [pair.after for pair in pairs], [pair.prompt for pair in pairs])
+        pictures = LoadedImages([pair.references[1] for pair in pairs])
+        after = score_images(self.scorer, pictures, [pair.prompt for pair in pairs])
         return [
             Verdict(
                 score >= self.at_least,

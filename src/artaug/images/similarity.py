@@ -20,6 +20,7 @@ from artaug.images.photometry import luma, srgb
 if TYPE_CHECKING:
     from torch import nn
 
+_MAX_PAIRS_PER_CALL = 128
 _WINDOW_PX, _SIGMA_PX = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
 """The paper's constants for pixels in [0, 1]: they keep the quotients finite where an image is black or flat."""
@@ -78,18 +79,18 @@ def compare_pairs(metric: SimilarityMetric, first: Sequence[Image], second: Sequ
     """
     name, method = metric_name(metric), "compare_batch" if isinstance(metric, ImageSimilarity) else ""
 
-    def compare(members: Sequence[int]) -> Sequence[float]:
-        left, right = [first[index] for index in members], [second[index] for index in members]
+    def compare(left: Sequence[Image], right: Sequence[Image]) -> Sequence[float]:
         if isinstance(metric, ImageSimilarity):
             return metric.compare_batch(left, right)
         return [metric(*pair) for pair in zip(left, right, strict=True)]
 
     def call(members: Sequence[int]) -> list[float]:
         inputs = f"{len(members)} pairs of pictures"
-        numbers = call_part(lambda: compare(members), owner=name, inputs=inputs)
+        left, right = [first[index] for index in members], [second[index] for index in members]
+        numbers = call_part(lambda: compare(left, right), owner=name, inputs=inputs)
         return check_numbers(name, method, numbers, count=len(members), per="pair")
 
-    parts = FittingBatches(max(len(first), 1)).run(
+    parts = FittingBatches(_MAX_PAIRS_PER_CALL).run(
         call,
         range(len(first)),
         owner=name,
