@@ -263,7 +263,7 @@ def test_a_critic_is_recognized_by_what_it_is_made_of(tmp_path):
 
     for limit in (1, 2, 1):
         assert critiques_of(Cached(Strict(limit), folder=tmp_path)) == [aa.Critique(summary=f"limit {limit}")]
-    assert len([path for path in tmp_path.rglob("*.json")]) == 2
+    assert len(list(tmp_path.rglob("*.json"))) == 2
 
 
 def test_a_critic_without_an_identity_is_refused(tmp_path):
