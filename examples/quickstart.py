@@ -11,7 +11,10 @@ from artaug.scorers import Chroma, Contrast, Exposure, MeanOf, Photometric, Shar
 
 
 def main(folder: Path = Path("runs/quickstart")) -> None:
-    """Run two rounds, compare base and rounds on held-out prompts, and leave the LoRA and a report in ``folder``."""
+    """Run two rounds, compare base and rounds on held-out prompts, and leave the LoRA and a report in ``folder``.
+
+    Stop it when you like: called again, it goes on where it was, and ends in seconds if it had finished.
+    """
     synthesizer = playground.synthesizer(guide=aa.RegionalAttention())
     faithful = [playground.Accuracy(attribute) for attribute in ("color", "shape", "place")]
     keep = aa.Gain(Chroma(), at_least=0.03) & aa.Gain(Contrast(), at_least=0.01)
@@ -31,11 +34,13 @@ def main(folder: Path = Path("runs/quickstart")) -> None:
         stop=aa.StopRule(MeanOf((Exposure(), Sharpness())), held_out[:64]),
         seed=0,
         batch_size=32,
+        store=folder / "run",
     )
+    base = aa.CachedSynthesizer(synthesizer, folder=folder / "comparison")
 
     comparison = aa.compare(
-        synthesizer,
-        {f"round {finished.number}": synthesizer.with_lora(finished.lora) for finished in result.rounds},
+        base,
+        {f"round {finished.number}": base.with_lora(finished.lora) for finished in result.rounds},
         held_out[64:],
         scorers=[Photometric(), Exposure(), Sharpness(), Chroma(), Contrast(), *faithful],
         filtered_by=keep.scorers,

@@ -57,6 +57,7 @@ from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
 from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
 from artaug.report import write_report
 from artaug.review import ManualReview, RecordedDecisions, ReviewProgress
+from artaug.run.cached_synthesizer import CachedSynthesizer
 from artaug.run.enhance import enhance
 from artaug.run.events import AttemptEvent, ProgressEvent, RoundEvent, RunEvent, StageEvent
 from artaug.run.funnel import Funnel, FunnelStep
@@ -111,6 +112,7 @@ __all__ = [
     "BestOf",
     "Bipolar",
     "Box",
+    "CachedSynthesizer",
     "Calibration",
     "Checkpoints",
     "Comparison",

@@ -18,10 +18,10 @@ from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.placement import Placement, Resident
 from artaug.plan import RegionPlanner
 from artaug.run.attempts import StoredAttempts
+from artaug.run.cached_synthesizer import CachedSynthesizer
 from artaug.run.checking import Check, as_trainable, check_run
 from artaug.run.events import OnEvent, RoundEvent, StageClock, ignore_event
 from artaug.run.interruption import GracefulStop
-from artaug.run.measuring import RecordedSynthesizer
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.results import Enhancement, Round
 from artaug.run.round_folder import ResultRecord, ValidationRecord
@@ -260,7 +260,7 @@ class _Rounds:
         base = self.parts.synthesizer
         if self.session.folder is not None:
             place = self.session.folder.round(number).path / "measure"
-            base = RecordedSynthesizer(base, place, self.session.folder.images)
+            base = CachedSynthesizer(base, folder=place, images=self.session.folder.images)
         comparison = compare(
             base.with_lora(finished[-1].lora) if finished else base,
             {"after": base.with_lora(lora)},

@@ -1,0 +1,105 @@
+"""A synthesizer that keeps what it drew: held-out pictures of a run, and those of comparisons that are made again."""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Self, final
+
+from PIL.Image import Image
+from torch import nn
+
+from artaug._internal.arguments import check_argument
+from artaug._internal.digests import digest
+from artaug._internal.segments import read_segment, write_segment
+from artaug._internal.values import to_json, value
+from artaug.image_files import ImageFolder, image_digest
+from artaug.lora.lora import LoRA
+from artaug.plan import Plan
+from artaug.run.identity import identity_of
+from artaug.synthesis import Synthesizer, draw
+
+
+@value
+class DrawnRecord:
+    """The digests of the pictures of one call of a synthesizer."""
+
+    images: tuple[str, ...]
+    size: tuple[int, int]
+    """Width and height of all of them."""
+
+
+@final
+@dataclass(frozen=True)
+class CachedSynthesizer(Synthesizer):
+    """Keeps the pictures of every call of a synthesizer in a folder, so that the same call reads them.
+
+    A call is the same if the synthesizer is made of the same (settings, weights, LoRAs; the device does not count) and draws
+    the same plans with the same seeds together. Several processes may share the folder.
+
+    Raises:
+        InvalidValueError: for something else than a synthesizer, or one that nothing but its address distinguishes.
+
+    >>> import artaug as aa, tempfile
+    >>> from artaug.testing import SwatchSynthesizer
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     synthesizer = aa.CachedSynthesizer(SwatchSynthesizer(), folder=folder)
+    ...     first, again = (synthesizer.synthesize(aa.Plan("a harbour"), seed=0) for _ in range(2))
+    >>> first == again
+    True
+    """
+
+    synthesizer: Synthesizer
+    _: KW_ONLY
+    folder: str | Path
+    """Of the records of calls; made when the first one is written."""
+    images: ImageFolder | None = None
+    """Of the pictures; None for ``images`` in ``folder``."""
+
+    def __post_init__(self) -> None:
+        check_argument("CachedSynthesizer", "synthesizer", self.synthesizer, Synthesizer)
+        self._key  # noqa: B018 - refuses now what has none
+
+    @property
+    def draws_regions(self) -> bool:
+        return self.synthesizer.draws_regions
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        return self.synthesizer.picture_size
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        return self.synthesizer.models
+
+    def synthesize(self, plan: Plan, *, seed: int) -> Image:
+        return self.synthesize_batch([plan], seeds=[seed])[0]
+
+    def synthesize_batch(self, plans: Sequence[Plan], *, seeds: Sequence[int]) -> list[Image]:
+        """Read the pictures of this call, or draw and keep them.
+
+        Raises:
+            StorageError: if they cannot be written, or a file is damaged.
+        """
+        if not plans:
+            return []
+        images = self.images or ImageFolder(Path(self.folder) / "images")
+        path = Path(self.folder) / f"{digest(self._key, *map(to_json, plans), *map(str, seeds))[:32]}.json"
+        try:
+            record = read_segment(
+                path, DrawnRecord, what="record of a drawing", remedy="Delete it, and it is drawn again."
+            )
+            return [images.get(name, size=record.size).load() for name in record.images]
+        except FileNotFoundError:
+            pictures = draw(self.synthesizer, plans, seeds=seeds)
+        record = DrawnRecord(tuple(map(image_digest, images.add_all(pictures))), pictures[0].size)
+        write_segment(path, record, what="the record of a drawing", remedy="Make the same call again to go on.")
+        return pictures
+
+    def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
+        return replace(self, synthesizer=self.synthesizer.with_lora(lora, scale=scale))
+
+    @cached_property
+    def _key(self) -> str:
+        parts = identity_of(self.synthesizer, "synthesizer")
+        return digest(*(f"{name}={text}" for name, text in sorted(parts.items()) if name != "synthesizer.device"))
