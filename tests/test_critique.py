@@ -1,11 +1,14 @@
 """Critique, Abstention, and run_critic, which calls a critic and checks its answers."""
 
+import weakref
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from PIL import Image
 
 import artaug as aa
-from artaug.critique import run_critic
+from artaug.critique import StreamingCritic, run_critic
 
 PICTURE = Image.new("RGB", (8, 8))
 
@@ -122,3 +125,73 @@ def test_an_answer_that_is_not_a_list_is_an_error_that_names_the_critic():
 
     with pytest.raises(aa.ContractError, match=r"ReturnsNone\.critique_batch returned None for 1 picture\."):
         run_critic(ReturnsNone(), [PICTURE], ["a"])
+
+
+@dataclass
+class LimitedBatches(aa.Critic):
+    """Runs out of memory with more pictures together than fit."""
+
+    fits: int
+    sizes: list = field(default_factory=list)
+
+    def critique(self, image, prompt):
+        raise AssertionError
+
+    def critique_batch(self, images, prompts):
+        self.sizes.append(len(images))
+        if len(images) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [aa.Critique(summary=prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("fits", [1, 2, 3, 5])
+def test_a_batch_that_does_not_fit_is_halved_and_every_picture_has_its_answer(fits):
+    prompts = [f"scene {index}" for index in range(5)]
+    answers = run_critic(LimitedBatches(fits), [PICTURE] * 5, prompts)
+    assert [answer.summary for answer in answers] == prompts
+
+
+def test_a_smaller_batch_stays_for_the_rest_of_a_call():
+    critic = LimitedBatches(2)
+    run_critic(critic, [PICTURE] * 5, ["a"] * 5)
+    assert critic.sizes == [5, 2, 2, 1]
+
+
+def test_a_picture_that_alone_does_not_fit_names_the_critic_and_the_prompt():
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run_critic(LimitedBatches(0), [PICTURE] * 3, ["a pear", "a fig", "a plum"])
+    assert caught.value.__notes__ == ["Raised by LimitedBatches, for the picture of 'a pear'."]
+
+
+def test_of_a_stream_that_runs_out_of_memory_only_what_has_no_answer_is_asked_again():
+    asked = []
+
+    class Streaming(StreamingCritic):
+        def critique_stream(self, images, prompts):
+            asked.append(list(prompts))
+            for index, prompt in enumerate(prompts):
+                if len(prompts) > 1 and prompt == "a plum":
+                    raise MemoryError
+                yield index, aa.Critique(summary=prompt)
+
+    prompts = ["a pear", "a plum", "a fig", "a quince"]
+    answers = run_critic(Streaming(), [PICTURE] * 4, prompts)
+    assert [answer.summary for answer in answers] == prompts
+    assert asked == [prompts, ["a plum"], ["a fig"], ["a quince"]]
+
+
+def test_what_a_failed_batch_held_is_free_before_the_next_begins():
+    class Tensor:
+        pass
+
+    held, alive = [], []
+
+    class Holding(LimitedBatches):
+        def critique_batch(self, images, prompts):
+            alive.append([reference() for reference in held if reference() is not None])
+            tensor = Tensor()
+            held.append(weakref.ref(tensor))
+            return super().critique_batch(images, prompts)
+
+    run_critic(Holding(1), [PICTURE] * 4, ["a"] * 4)
+    assert alive == [[]] * 6

@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from PIL.Image import Image
 
+from artaug._internal.calls import describe_inputs
 from artaug._internal.contracts import check_batch, check_result, contract_error
-from artaug._internal.memory import is_out_of_memory
+from artaug._internal.memory import FittingBatches, is_out_of_memory
 from artaug._internal.text import short_html, short_repr, shorten, table_html
 from artaug._internal.transient import TransientErrors
 from artaug._internal.values import value
@@ -158,11 +159,13 @@ def stream_critic(
     """Call a critic and check each answer as it comes: the index of a picture, and the answer.
 
     Every call of a critic goes through this function. A critic without a `Critic.critique_batch` of its own is called
-    picture by picture. A transient exception is an `Abstention` for the pictures of the call that have no answer yet.
+    picture by picture. A transient exception is an `Abstention` for the pictures of the call that have no answer yet. Where
+    memory runs out, those are criticised in batches of half as many.
 
     Raises:
         InvalidValueError: if there is not one picture for each prompt; then the critic is not called.
-        CriticError: if the critic raised; the original exception is its cause. Where memory ran out, that error is raised.
+        CriticError: if the critic raised; the original exception is its cause. Where memory runs out at one picture, that
+            error is raised.
         ContractError: if it returned too few answers, or something that is neither a `Critique` nor an `Abstention`.
         StorageError: if a critic that stores its answers could not.
     """
@@ -172,29 +175,49 @@ def stream_critic(
             f"received {len(images)} picture(s) for {len(prompts)} prompt(s), so {name} was not called: "
             "need one picture for each prompt."
         )
-    size = 1 if type(critic).critique_batch is Critic.critique_batch else len(prompts)
-    for start in range(0, len(prompts), size or 1):
-        part = slice(start, start + size)
-        pending = list(range(len(prompts)))[part]
+    batches = FittingBatches(1 if type(critic).critique_batch is Critic.critique_batch else max(len(prompts), 1))
+    remaining = list(range(len(prompts)))
+    while remaining:
+        members = remaining[: batches.largest]
+        pending, out_of_memory = list(members), ""  # without an answer
         try:
-            for index, answer in _ask(critic, images[part], prompts[part]):
-                pending.remove(start + index)
-                yield start + index, answer
-        except Exception as error:
-            if is_out_of_memory(error):
-                error.add_note(f"Raised by {name}, at {len(pending)} picture(s) together.")
-                raise
-            cause = error.__cause__ if isinstance(error, CriticError) else error
-            if transient.matches(cause):
-                passing = Abstention(f"{name} raised {type(cause).__name__}: {cause}", transient=True)
-                yield from ((index, passing) for index in pending)
-            elif isinstance(error, CriticError | ContractError | StorageError):
-                raise  # it names its source
+            for position, answer in _ask(critic, [images[i] for i in members], [prompts[i] for i in members]):
+                pending.remove(members[position])
+                yield members[position], answer
+        except Exception as error:  # noqa: BLE001 - it is raised again, unless it passes
+            waiting = [prompts[i] for i in pending]
+            if is_out_of_memory(error) and len(waiting) > 1:
+                out_of_memory = (
+                    f"{type(error).__name__}: {error}"  # its text alone: the error holds the frames' tensors
+                )
             else:
-                raise CriticError(
-                    f"{name} raised {type(error).__name__}: {error}, while criticising {len(pending)} picture(s), "
-                    f"first prompt {next((prompts[i] for i in pending), None)!r}. A critic that cannot tell returns artaug.Abstention(reason)."
-                ) from error
+                fault = _transient_fault(error, transient)
+                if fault is None:
+                    _raise_named(error, name, waiting)
+                yield from ((index, Abstention(f"{name} raised {fault}", transient=True)) for index in pending)
+        remaining = remaining[len(members) :]
+        if out_of_memory:
+            remaining = pending + remaining
+            batches.halve(len(pending), owner=name, item="picture", what=out_of_memory)
+
+
+def _transient_fault(error: Exception, transient: TransientErrors) -> str | None:
+    """What a critic raised, in words, if that may pass; None if it does not."""
+    cause = error.__cause__ if isinstance(error, CriticError) else error
+    return f"{type(cause).__name__}: {cause}" if transient.matches(cause) and not is_out_of_memory(error) else None
+
+
+def _raise_named(error: Exception, name: str, prompts: Sequence[str]) -> NoReturn:
+    """Raise what a critic raised, in an error that names it and its first prompt without an answer."""
+    if is_out_of_memory(error):
+        error.add_note(f"Raised by {name}, for {describe_inputs('picture', prompts)}.")
+        raise error
+    if isinstance(error, CriticError | ContractError | StorageError):
+        raise error  # it names its source
+    raise CriticError(
+        f"{name} raised {type(error).__name__}: {error}, while criticising {len(prompts)} picture(s), "
+        f"first prompt {next(iter(prompts), None)!r}. A critic that cannot tell returns artaug.Abstention(reason)."
+    ) from error
 
 
 def _ask(critic: Critic, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:

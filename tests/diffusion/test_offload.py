@@ -11,6 +11,7 @@ from artaug.diffusion import DiffusersSynthesizer
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.flux.family import Flux
 from artaug.diffusion.offload import encoders_of, has_quantized_weights, is_pinned, on_cpu
+from artaug.synthesis import draw
 from support.quantized import fp8_stored
 from support.quantized import quantized as quantized_base
 from support.tiny_flux import TINY_SIZE, tiny_flux
@@ -145,3 +146,40 @@ def test_on_a_gpu_idle_parts_are_on_the_cpu_and_come_back():
     aa.DifferentialLoRATrainer(rank=2, steps=1).train([pair], synthesizer, seed=0, progress=False)
     assert devices == {"encoding": ("cpu", "cuda"), "training": ("cuda", "cpu")}
     assert {part.device.type for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder)} == {"cuda"}
+
+
+def test_a_batch_that_ran_out_of_memory_leaves_no_model_on_the_device_and_is_drawn_in_halves(monkeypatch):
+    pipeline = tiny_flux()
+    plans, seeds = [aa.Plan("a barn"), aa.Plan("a hill"), aa.Plan("a pond")], [1, 2, 3]
+    expected = [
+        DiffusersSynthesizer(pipeline=pipeline, width=TINY_SIZE, height=TINY_SIZE, steps=2).synthesize(plan, seed=seed)
+        for plan, seed in zip(plans, seeds, strict=True)
+    ]
+    on_device, decode = set(), pipeline.vae.decode
+
+    def decode_one(latents, **options):
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents, **options)
+
+    for model in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer):
+        model.register_forward_pre_hook(lambda called, _: on_device.add(called))
+    monkeypatch.setattr(pipeline.vae, "decode", decode_one)
+    monkeypatch.setattr(pipeline, "maybe_free_model_hooks", on_device.clear)  # what model offload does at a run's end
+    left = []
+
+    class Watched(aa.Synthesizer):
+        def synthesize(self, plan, *, seed):
+            raise AssertionError
+
+        def synthesize_batch(self, plans, *, seeds):
+            left.append(len(on_device))
+            images = DiffusersSynthesizer(
+                pipeline=pipeline, width=TINY_SIZE, height=TINY_SIZE, steps=2
+            ).synthesize_batch(plans, seeds=seeds)
+            on_device.clear()
+            return images
+
+    drawn = draw(Watched(), plans, seeds=seeds)
+    assert left == [0, 0, 0, 0]  # three together, then one by one
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in expected]

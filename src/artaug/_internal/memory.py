@@ -99,9 +99,13 @@ class FittingBatches:
                 yield batch, result
                 start += len(batch)
                 continue
-            release_memory()  # here, where the error and the tensors of its frames are gone
-            self.largest = len(batch) // 2
-            _LOG.warning(
-                "%s ran out of memory at %d %ss together, so they are %d at a time from now on (%s)",
-                *(owner, len(batch), item, self.largest, what),
-            )
+            self.halve(len(batch), owner=owner, item=item, what=what)
+
+    def halve(self, count: int, *, owner: str, item: str, what: str) -> None:
+        """Go on with half of a batch of ``count`` that did not fit. Call it where the error is gone, with its frames' tensors."""
+        release_memory()
+        self.largest = count // 2
+        _LOG.warning(
+            "%s ran out of memory at %d %ss together, so they are %d at a time from now on (%s)",
+            *(owner, count, item, self.largest, what),
+        )

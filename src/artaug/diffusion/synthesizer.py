@@ -200,6 +200,7 @@ class DiffusersSynthesizer(Synthesizer):
         with (
             torch.no_grad(),
             exclusive_drawing(self.pipeline),
+            _offloaded_after_error(self.pipeline),
             self._active_loras(family.module),
             without_progress_bar(self.pipeline),
             seeded_scheduler(self.pipeline.scheduler, generators),
@@ -380,6 +381,19 @@ class _StepCheck:
                 "Check the weights and the active LoRAs; a float16 model may need bfloat16."
             )
         return {}
+
+
+@contextmanager
+def _offloaded_after_error(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Take the models of a pipeline with model offload off the device after an exception in a ``with`` block.
+
+    A pipeline does so at its end only. A model that was left there would take the room that a smaller batch needs.
+    """
+    try:
+        yield
+    except BaseException:
+        pipeline.maybe_free_model_hooks()
+        raise
 
 
 @contextmanager
