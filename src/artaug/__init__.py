@@ -66,6 +66,7 @@ from artaug.run.results import Enhancement, Round
 from artaug.run.stop_rule import StopRule
 from artaug.run.store import Store
 from artaug.scoring import Scorer
+from artaug.stored_runs import Run
 from artaug.synthesis import Synthesizer
 from artaug.training import (
     AdamW,
@@ -183,6 +184,7 @@ __all__ = [
     "ReviewProgress",
     "Round",
     "RoundEvent",
+    "Run",
     "RunEvent",
     "Schedule",
     "ScheduleFree",

@@ -85,6 +85,27 @@ class ImageFile:
 
 @final
 @dataclass(frozen=True)
+class StoredImages(Sequence[Image.Image]):
+    """Pictures on disk as a sequence of pictures: each is read whenever it is looked at, and not kept."""
+
+    files: tuple[ImageFile, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> "StoredImages": ...
+    def __getitem__(self, index: int | slice) -> "Image.Image | StoredImages":
+        return StoredImages(self.files[index]) if isinstance(index, slice) else self.files[index].load()
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} pictures on disk>"
+
+
+@final
+@dataclass(frozen=True)
 class ImageFolder:
     """A folder of pictures without loss, each in the file ``ab/<digest>.webp``, where ``ab`` is the digest's beginning.
 
@@ -170,7 +191,7 @@ class ImageFolder:
 
     def _path(self, digest: str, size: tuple[int, int]) -> Path:
         suffix = "webp" if max(size) <= _LONGEST_WEBP_SIDE else "png"
-        return self.path / digest[:2] / f"{digest}.{suffix}"
+        return self.path / f"{digest[:2]}/{digest}.{suffix}"  # one join: runs have many pictures
 
 
 @final

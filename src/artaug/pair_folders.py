@@ -99,7 +99,8 @@ def pairs_from_folder(
     """Read pairs of any origin, by reference: here each picture is opened for its header, and read whenever it is used.
 
     Of two folders, two pictures are a pair if their names are the same but for the ending: ``before/pets/cat.png`` and
-    ``after/pets/cat.jpg``. One folder has a ``metadata.jsonl``, as `pairs_to_folder` writes it.
+    ``after/pets/cat.jpg``. One folder has a ``metadata.jsonl``, as `pairs_to_folder` writes it, and as the folder of a run has it,
+    of which the kept pairs are read.
 
     Args:
         before: the folder of the pictures to lead away from; or the only folder.
@@ -280,6 +281,8 @@ def _read_captions(path: str | Path, opener: _Opener) -> dict[str, str]:
 def _listed_pairs(folder: Path, opener: _Opener) -> Iterator[ImagePair]:
     """The pairs of a ``metadata.jsonl``."""
     for number, row in _rows(folder / _METADATA, opener):
+        if row.get("kept") is False:  # the folder of a run lists those that its filter dropped, too
+            continue
         try:
             paths = [_path_in(folder, row.get(f"{side}_file_name")) for side in ("before", "after")]
             kinds = {"prompt": str, "seed": int | None, "before_digest": str | None, "after_digest": str | None}

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, get_args, runtime_checkable
@@ -15,6 +16,7 @@ from artaug._internal.extras import optional
 from artaug._internal.files import atomic_write
 from artaug.errors import InvalidValueError
 from artaug.evaluation.comparison import Comparison
+from artaug.image_files import ImageFile
 from artaug.pairs import Dropped, Kept
 from artaug.report.comparisons import gallery_context, headline_context, score_table, verdicts
 from artaug.report.image_store import REMEDY, ImagePlacement, ImageStore
@@ -98,16 +100,18 @@ def write_report(
     return path
 
 
-def _shown_images(result: Enhancement | None, comparison: Comparison | None, max_pairs: int) -> Iterator[Image.Image]:
+def _shown_images(
+    result: Enhancement | None, comparison: Comparison | None, max_pairs: int
+) -> Iterator[Image.Image | ImageFile]:
     """Every image that the page will show."""
     if comparison is not None:
         for arm in (comparison.base, *comparison.candidates.values()):
             yield from arm.images
     for round_ in result.rounds if result else ():
         for ending in (Kept, Dropped):
-            pairs = [attempt.pair for attempt in round_.attempts if isinstance(attempt, ending)]
-            for pair in pairs[:max_pairs]:
-                yield from (pair.before, pair.after)
+            pairs = (attempt.pair for attempt in round_.attempts if isinstance(attempt, ending))
+            for pair in islice(pairs, max_pairs):
+                yield from pair.references
 
 
 def _comparison_context(comparison: Comparison | None, store: ImageStore) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from PIL import Image
 from artaug._internal.digests import digest
 from artaug._internal.files import atomic_write, remove_abandoned
 from artaug._internal.images import data_url
+from artaug.image_files import ImageFile, image_digest
 from artaug.images.html import encode_image
 
 INLINE_BYTES = 8_000_000
@@ -33,12 +34,12 @@ class ImageStore:
 
     folder: Path
     inline: bool
-    _encoded: dict[int, tuple[bytes, str]] = field(default_factory=dict)
-    """By identity, images that were encoded to add up their sizes; each is removed when it is used."""
+    _encoded: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+    """By digest, images that were encoded to add up their sizes."""
     _names: set[str] = field(default_factory=set)
 
     @classmethod
-    def for_page(cls, page: Path, placement: ImagePlacement, images: Iterable[Image.Image]) -> Self:
+    def for_page(cls, page: Path, placement: ImagePlacement, images: Iterable[Image.Image | ImageFile]) -> Self:
         """Make the store for a page that will show ``images``."""
         store = cls(folder=page.with_name(f"{page.stem}_images"), inline=placement != "folder")
         if placement == "auto":
@@ -50,9 +51,9 @@ class ImageStore:
         """The ``img-src`` of the page's content security policy."""
         return "data:" if self.inline else "data: 'self'"
 
-    def url(self, image: Image.Image) -> str:
+    def url(self, image: Image.Image | ImageFile) -> str:
         """The URL of an image; in a folder, its file exists when this returns."""
-        data, image_format = self._encoded.pop(id(image)) if id(image) in self._encoded else encode_image(image)
+        data, image_format = self._encode(image)
         if self.inline:
             return data_url(data, image_format)
         name = f"{digest(data)[:32]}.{image_format}"
@@ -73,11 +74,17 @@ class ImageStore:
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    def _fits_inline(self, images: Iterable[Image.Image]) -> bool:
+    def _fits_inline(self, images: Iterable[Image.Image | ImageFile]) -> bool:
         total = 0
         for image in images:
-            self._encoded[id(image)] = encode_image(image)
-            total += len(self._encoded[id(image)][0])
+            data, image_format = self._encode(image)
+            self._encoded[image_digest(image)] = data, image_format
+            total += len(data)
             if total > INLINE_BYTES:
                 return False
         return True
+
+    def _encode(self, image: Image.Image | ImageFile) -> tuple[bytes, str]:
+        """The bytes of an image and their format."""
+        known = self._encoded.get(image_digest(image)) if self._encoded else None
+        return known or encode_image(image.load() if isinstance(image, ImageFile) else image)

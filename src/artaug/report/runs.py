@@ -1,6 +1,7 @@
 """A run for the report's template: summary, rounds, funnels, losses, times and pairs."""
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from artaug._internal.images import data_url
 from artaug._internal.text import duration
 from artaug.geometry import Box, Mask
 from artaug.images.html import BOX_COLORS
-from artaug.pairs import Dropped, Kept
+from artaug.pairs import Dropped, Kept, Skipped
 from artaug.plan import Region
 from artaug.report.image_store import ImageStore
 from artaug.report.text import TemplateContext, format_number, row_context
@@ -23,12 +24,11 @@ _SHOWN_REASONS = 4
 
 def run_headline(result: Enhancement) -> TemplateContext:
     """The run as a sentence, for a page without a comparison."""
-    attempts = [attempt for round_ in result.rounds for attempt in round_.attempts]
-    kept = sum(isinstance(attempt, Kept) for attempt in attempts)
+    prompts, kept = _counts(result)
     gain = next((round_.gain for round_ in reversed(result.rounds) if round_.gain), None)
     return {
         "kept": f"{kept:,}",
-        "prompts": f"{len(attempts):,}",
+        "prompts": f"{prompts:,}",
         "rounds": len(result.rounds),
         "gain": gain and row_context(gain),
     }
@@ -36,11 +36,10 @@ def run_headline(result: Enhancement) -> TemplateContext:
 
 def run_summary(result: Enhancement) -> list[tuple[str, str]]:
     """The run in a few numbers, each with its label."""
-    attempts = [attempt for round_ in result.rounds for attempt in round_.attempts]
-    kept = sum(isinstance(attempt, Kept) for attempt in attempts)
+    prompts, kept = _counts(result)
     accepted = [round_.lora for round_ in result.rounds if round_.accepted]
     rows = [
-        (f"{len(attempts):,}", "prompts"),
+        (f"{prompts:,}", "prompts"),
         (f"{kept:,}", "training pairs"),
         (f"{len(accepted)} of {len(result.rounds)}", "rounds accepted"),
         (duration(sum(sum(round_.seconds.values()) for round_ in result.rounds)), "total time"),
@@ -48,19 +47,29 @@ def run_summary(result: Enhancement) -> list[tuple[str, str]]:
     return [*rows, (f"rank {accepted[-1].rank}", f"LoRA on {len(accepted[-1].layers)} layers")] if accepted else rows
 
 
+def _counts(result: Enhancement) -> tuple[int, int]:
+    """How many prompts all rounds had, and how many kept pairs."""
+    kept = Counter(isinstance(attempt, Kept) for round_ in result.rounds for attempt in round_.attempts)
+    return kept.total(), kept[True]
+
+
 def round_context(round_: Round, *, store: ImageStore, max_pairs: int) -> TemplateContext:
     """One round, with at most ``max_pairs`` of its kept pairs and as many of its dropped ones."""
-    kept = [attempt for attempt in round_.attempts if isinstance(attempt, Kept)]
-    dropped = [attempt for attempt in round_.attempts if isinstance(attempt, Dropped)]
+    shown: dict[type, list[TemplateContext]] = {Kept: [], Dropped: []}
+    total: Counter[type] = Counter()
+    for attempt in round_.attempts:
+        total[type(attempt)] += 1
+        if not isinstance(attempt, Skipped) and total[type(attempt)] <= max_pairs:
+            shown[type(attempt)].append(_pair_card(attempt, store))
     return {
         "number": round_.number,
         "accepted": round_.accepted,
         "funnel": _funnel(Funnel.of(round_.attempts)),
         "gain": round_.gain and row_context(round_.gain),
-        "kept": [_pair_card(attempt, store) for attempt in kept[:max_pairs]],
-        "kept_total": len(kept),
-        "dropped": [_pair_card(attempt, store) for attempt in dropped[:max_pairs]],
-        "dropped_total": len(dropped),
+        "kept": shown[Kept],
+        "kept_total": total[Kept],
+        "dropped": shown[Dropped],
+        "dropped_total": total[Dropped],
         "loss": _loss_curve(round_.training.losses),
         "training": round_.training,
         "times": [
@@ -86,11 +95,12 @@ def _funnel(funnel: Funnel) -> list[TemplateContext]:
 def _pair_card(attempt: Kept | Dropped, store: ImageStore) -> TemplateContext:
     pair, verdict = attempt.pair, attempt.verdict
     width, height = pair.size
+    before, after = pair.references
     return {
         "prompt": pair.prompt,
         "ratio": f"{width} / {height}",
-        "before": {"name": "before", "src": store.url(pair.before)},
-        "afters": [{"name": "after", "src": store.url(pair.after)}],
+        "before": {"name": "before", "src": store.url(before)},
+        "afters": [{"name": "after", "src": store.url(after)}],
         "rewritten_prompt": pair.plan.prompt if pair.plan.prompt != pair.prompt else "",
         "regions": [_region(index, region) for index, region in enumerate(pair.plan.regions)],
         "reason": verdict.reason,

@@ -1,4 +1,4 @@
-"""The attempts of a round that is on disk: read when they are looked at, one chunk at a time."""
+"""The attempts and candidates of a round that is on disk: read when they are looked at, one chunk at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from itertools import groupby, islice
 from typing import final, overload
 
 from artaug.errors import StorageError
-from artaug.pairs import Attempt
-from artaug.run.records import Chunk, End
+from artaug.pairs import Attempt, Verdict
+from artaug.run.records import Candidate, ChunkRecord, End, attempt_of
 from artaug.run.round_folder import RoundFolder
 
 
@@ -47,39 +47,72 @@ class StoredAttempts(Sequence[Attempt]):
 def read_attempts(folder: RoundFolder) -> Iterator[tuple[int, Attempt]]:
     """The attempts that a round has so far, each with the index of its prompt.
 
+    Those that wait for the verdicts of the end of the round come last, and are read a second time rather than held.
+
     Raises:
         StorageError: if a file is damaged.
     """
-    waiting: list[tuple[Chunk, End]] = []
-    for _, names in groupby(folder.chunk_names(), key=lambda name: name.partition("-")[0]):
-        for chunk, end in _ends_of_group(folder, list(names)):
-            if end.verdict is None and not end.reason:
-                waiting.append((chunk, end))
-            else:
-                yield end.prompt_index, chunk.attempt(end)
-    verdicts = folder.verdicts() or {}
-    for chunk, end in waiting:
-        if end.prompt_index in verdicts:  # otherwise the round is under way
-            yield end.prompt_index, chunk.attempt(end, verdicts[end.prompt_index])
-
-
-def _ends_of_group(folder: RoundFolder, names: Sequence[str]) -> Iterator[tuple[Chunk, End]]:
-    """How the prompts of a group ended: those that were put off last, by the last time that their critic was asked."""
-    again = [name for name in names if "again" in name]
-    asked_again = {end.prompt_index for name in again for end in _read(folder, name).ends}
-    left: list[tuple[Chunk, End]] = []
-    for name in names:
+    waiting: list[str] = []
+    for name, chunk, ends in _final_ends(folder):
+        judged = [end for end in ends if end.verdict is not None or end.reason]
+        yield from _attempts(folder, chunk, [(end, end.verdict) for end in judged])
+        if len(judged) < len(ends):
+            waiting.append(name)
+    if not waiting:
+        return
+    verdicts = folder.verdicts() or {}  # without them, the round is under way
+    for name in waiting:
         chunk = _read(folder, name)
-        for end in chunk.ends:
-            if not end.transient or name in again:
-                yield chunk, end
-            elif end.prompt_index not in asked_again:
-                left.append((chunk, end))
-    yield from left
+        ends = [end for end in chunk.ends if end.prompt_index in verdicts and not end.reason]
+        yield from _attempts(folder, chunk, [(end, verdicts[end.prompt_index]) for end in ends])
 
 
-def _read(folder: RoundFolder, name: str) -> Chunk:
-    record = folder.chunk(name)
-    if record is None:
+def read_candidates(folder: RoundFolder) -> Iterator[Candidate]:
+    """All candidates that a round has so far, those that were not chosen among them.
+
+    Raises:
+        StorageError: if a file is damaged.
+    """
+    for _, chunk, ends in _final_ends(folder):
+        indices = {end.prompt_index for end in ends}
+        for record in chunk.candidates:
+            if record.prompt_index in indices:
+                yield record.to_candidate(folder.images)
+
+
+def _final_ends(folder: RoundFolder) -> Iterator[tuple[str, ChunkRecord, Sequence[End]]]:
+    """Each chunk, by name, with the ends of its prompts that hold.
+
+    A prompt that was put off ended when its critic was asked again, which is in a chunk of its own; if that has not been yet, it
+    comes after the others of its group.
+    """
+    for _, group in groupby(folder.chunk_names(), key=lambda name: name.partition("-")[0]):
+        names = list(group)
+        again = [name for name in names if "again" in name]
+        asked_again = {end.prompt_index for name in again for end in _read(folder, name).ends}
+        left: list[str] = []
+        for name in names:
+            chunk = _read(folder, name)
+            yield name, chunk, [end for end in chunk.ends if not end.transient or name in again]
+            if name not in again and any(end.transient and end.prompt_index not in asked_again for end in chunk.ends):
+                left.append(name)
+        for name in left:
+            chunk = _read(folder, name)
+            ends = [end for end in chunk.ends if end.transient and end.prompt_index not in asked_again]
+            yield name, chunk, ends
+
+
+def _attempts(
+    folder: RoundFolder, chunk: ChunkRecord, ends: Sequence[tuple[End, Verdict | None]]
+) -> Iterator[tuple[int, Attempt]]:
+    records = {(record.prompt_index, record.candidate): record for record in chunk.candidates}
+    for end, verdict in ends:
+        candidate = records[end.prompt_index, end.candidate].to_candidate(folder.images)
+        yield end.prompt_index, attempt_of(candidate, end, verdict)
+
+
+def _read(folder: RoundFolder, name: str) -> ChunkRecord:
+    chunk = folder.chunk(name)
+    if chunk is None:
         raise StorageError(f"the chunk {name} of {folder.path} is gone, while it was read. Read again.")
-    return record.to_chunk(folder.images)
+    return chunk

@@ -1,6 +1,5 @@
 """`enhance`: rounds of the loop, improve, train, combine, until a round does not help."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,34 +9,34 @@ from tqdm.auto import tqdm
 from artaug._internal.memory import FittingBatches
 from artaug.critique import Critic
 from artaug.errors import ArtAugError, NothingToLearnError
-from artaug.evaluation.comparison import ScoreRow, compare
+from artaug.evaluation.comparison import Comparison, compare
 from artaug.filtering import BestOf, PairFilter
 from artaug.lora.fusing import ConcatFuser, Fuser, fuse_loras
 from artaug.lora.lora import LoRA
-from artaug.pairs import Attempt, Dropped, Kept, Skipped
+from artaug.pairs import Kept
 from artaug.placement import Placement, Resident
 from artaug.plan import RegionPlanner
-from artaug.run.attempts import StoredAttempts
 from artaug.run.cached_synthesizer import CachedSynthesizer
 from artaug.run.checking import Check, as_trainable, check_run
 from artaug.run.events import OnEvent, RoundEvent, StageClock, ignore_event
 from artaug.run.interruption import GracefulStop
 from artaug.run.parts import LearningParts, LoopParts
-from artaug.run.results import Enhancement, Round
-from artaug.run.round_folder import ResultRecord, ValidationRecord
+from artaug.run.results import Enhancement, Round, end_of_rounds, no_pairs_reason
 from artaug.run.session import RunSession, open_session
 from artaug.run.stages import RoundStages
 from artaug.run.stop_rule import StopRule
 from artaug.run.store import Store
+from artaug.run.stored_rounds import read_round, write_round
 from artaug.synthesis import Synthesizer, held_out_seed, picture_seeds
 from artaug.training import (
     Checkpoints,
     DifferentialLoRATrainer,
     StepEvent,
-    TrainingResult,
     Validation,
-    ValidationResult,
 )
+
+_KEPT_IMAGES = 12
+"""Held-out pictures of a round that its comparison refers to, where there is a store."""
 
 
 def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good default or none possible
@@ -159,10 +158,9 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
             if isinstance(outcome, str):
                 return Enhancement(rounds=tuple(finished), stop_reason=outcome)
             finished.append(outcome)
-            if not outcome.accepted:
-                reason = f"round {number} did not help on held-out prompts"
-                return Enhancement(rounds=tuple(finished), stop_reason=reason)
-    return Enhancement(rounds=tuple(finished), stop_reason=f"all {rounds} rounds ran")
+            if (end := end_of_rounds(finished, rounds=rounds)) is not None:
+                return Enhancement(rounds=tuple(finished), stop_reason=end)
+    raise AssertionError("the last of all rounds ends the run")
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,8 @@ class _Rounds:
     def run_round(self, prompts: Sequence[str], finished: Sequence[Round], *, number: int) -> Round | str:
         """Run a round, or read it from the store; the answer is a reason, in words, where no pair was kept."""
         groups = self.session.groups(number, prompts)
-        stored = self._stored_round(number)
+        folder = self.session.round_folder(number)
+        stored = None if folder is None else read_round(folder, number)
         if stored is not None:
             return stored
         current = self.parts.synthesizer.with_lora(finished[-1].lora) if finished else self.parts.synthesizer
@@ -198,8 +197,8 @@ class _Rounds:
         bar = tqdm(stream, total=groups[-1], desc=f"round {number}: improve", unit="prompt", disable=not self.progress)
         attempts = self.session.collected(number, iter(bar))
         pairs = [attempt.pair for attempt in attempts if isinstance(attempt, Kept)]
-        if not pairs:
-            reason = _no_pairs_reason(number, attempts)
+        reason = no_pairs_reason(number, attempts)
+        if reason is not None:
             if number == 1:
                 raise NothingToLearnError(f"{reason}. Look at what the critic answers, or loosen the filter.")
             return reason
@@ -222,17 +221,19 @@ class _Rounds:
             # are the same, the paper's; a fuser that cuts ranks would else leave out twice what it left out once.
             lora = fuse_loras(self.learning.fuser, [*(before.lora for before in finished[-1:]), training.lora])
         with clock.stage("measure", 0 if self.learning.stop is None else len(self.learning.stop.prompts)):
-            gain, accepted = self._measure_gain(finished, lora, number=number, seed=held_out_seed(seed))
+            comparison, accepted = self._measure_gain(finished, lora, number=number, seed=held_out_seed(seed))
         result = Round(
             number=number,
             attempts=attempts,
             training=training,
             lora=lora,
             seconds=clock.seconds,
-            gain=gain,
+            gain=None if comparison is None else comparison.rows[0],
             accepted=accepted,
+            comparison=comparison,
         )
-        self._store_round(result)
+        if folder is not None:
+            result = write_round(folder, result)
         self.emit(RoundEvent(round=result))
         return result
 
@@ -253,8 +254,8 @@ class _Rounds:
 
     def _measure_gain(
         self, finished: Sequence[Round], lora: LoRA, *, number: int, seed: int
-    ) -> tuple[ScoreRow | None, bool]:
-        """The gain on held-out prompts over the round before, and whether it is enough."""
+    ) -> tuple[Comparison | None, bool]:
+        """The comparison with the round before on held-out prompts, and whether the gain is enough."""
         if self.learning.stop is None:
             return None, True
         base = self.parts.synthesizer
@@ -271,67 +272,8 @@ class _Rounds:
             else [self.parts.keep, self.parts.candidates],
             seed=seed,
             batch_size=self.parts.batch_size,
-            keep_images=0,
+            keep_images=0 if self.session.folder is None else _KEPT_IMAGES,
             placement=self.parts.placement,
             progress=self.progress,
         )
-        return comparison.rows[0], self.learning.stop.accepts(comparison, seed=seed)
-
-    def _stored_round(self, number: int) -> Round | None:
-        """The round, if it is finished in the store."""
-        folder = self.session.round_folder(number)
-        stored = None if folder is None else folder.result()
-        if folder is None or stored is None:
-            return None
-        record, learned, combined = stored
-        return Round(
-            number=number,
-            attempts=StoredAttempts(folder),
-            training=TrainingResult(
-                lora=learned,
-                losses=record.losses,
-                pairs=record.pairs,
-                steps=record.steps,
-                seconds=record.training_seconds,
-                validations=tuple(
-                    ValidationResult(step=item.step, strength=item.strength, win_rate=item.win_rate, gain=item.gain)
-                    for item in record.validations
-                ),
-                skipped_steps=record.skipped_steps,
-            ),
-            lora=combined,
-            seconds=record.seconds,
-            gain=record.gain,
-            accepted=record.accepted,
-        )
-
-    def _store_round(self, result: Round) -> None:
-        folder = self.session.round_folder(result.number)
-        if folder is None:
-            return
-        training = result.training
-        record = ResultRecord(
-            losses=training.losses,
-            pairs=training.pairs,
-            steps=training.steps,
-            training_seconds=training.seconds,
-            validations=tuple(ValidationRecord(**item.to_dict()) for item in training.validations),
-            skipped_steps=training.skipped_steps,
-            seconds=dict(result.seconds),
-            gain=result.gain,
-            accepted=result.accepted,
-        )
-        folder.write_result(record, learned=training.lora, combined=result.lora)
-        folder.remove_checkpoints()
-
-
-def _no_pairs_reason(number: int, attempts: Sequence[Attempt]) -> str:
-    """Say how the prompts of a round without a kept pair ended, with the most frequent reason."""
-    reasons = Counter(
-        attempt.reason if isinstance(attempt, Skipped) else attempt.verdict.reason for attempt in attempts
-    )
-    dropped = sum(isinstance(attempt, Dropped) for attempt in attempts)
-    return (
-        f"round {number} kept none of {len(attempts)} prompts: {dropped} dropped, {len(attempts) - dropped} skipped; "
-        f"most often because {reasons.most_common(1)[0][0]!r}"
-    )
+        return comparison, self.learning.stop.accepts(comparison, seed=seed)

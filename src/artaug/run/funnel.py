@@ -1,7 +1,6 @@
 """How far the prompts of a run got, stage by stage, and why the others did not."""
 
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -23,20 +22,29 @@ _LONGEST_REASON = 160
 _WIDTH = 40
 
 
-def group_reasons(reasons: Iterable[str]) -> list[tuple[str, int]]:
-    """Count reasons, most frequent first; those that differ only in numbers are counted as one.
+class _Reasons:
+    """Counts reasons; those that differ only in numbers are counted as one.
 
-    >>> from artaug.run.funnel import group_reasons
-    >>> group_reasons(["Chroma fell by 0.2", "too dark", "Chroma fell by 0.3"])
-    [('Chroma fell by ...', 2), ('too dark', 1)]
+    >>> from artaug.run.funnel import _Reasons
+    >>> reasons = _Reasons()
+    >>> for reason in ["Chroma fell by 0.2", "too dark", "Chroma fell by 0.3"]:
+    ...     reasons.add(reason)
+    >>> reasons.groups()
+    (('Chroma fell by ...', 2), ('too dark', 1))
     """
-    by_pattern: defaultdict[str, Counter[str]] = defaultdict(Counter)  # the reason without numbers, then as given
-    for reason in reasons:
-        by_pattern[_NUMBER.sub("...", reason)][reason] += 1
-    groups = (
-        (next(iter(exact)) if len(exact) == 1 else pattern, exact.total()) for pattern, exact in by_pattern.items()
-    )
-    return sorted(groups, key=lambda group: -group[1])
+
+    def __init__(self) -> None:
+        self._groups: dict[str, tuple[str, int]] = {}  # by the reason without numbers: as it is shown, and its count
+
+    def add(self, reason: str) -> None:
+        """Count one."""
+        pattern = _NUMBER.sub("...", reason)
+        shown, count = self._groups.get(pattern, (reason, 0))
+        self._groups[pattern] = (shown if shown == reason else pattern, count + 1)
+
+    def groups(self) -> tuple[tuple[str, int], ...]:
+        """Reasons and their counts, most frequent first."""
+        return tuple(sorted(self._groups.values(), key=lambda group: -group[1]))
 
 
 @final
@@ -79,16 +87,21 @@ class Funnel:
 
     @classmethod
     def of(cls, attempts: Iterable[Attempt]) -> "Funnel":
-        """Count the attempts of a run, of a round, or of several."""
-        counted = list(attempts)
-        steps, left = [FunnelStep("prompts", len(counted))], len(counted)
-        skipped = [attempt for attempt in counted if isinstance(attempt, Skipped)]
-        for stage, name in zip(SKIPPING_STAGES, ("drawn", "critiqued", "redrawn"), strict=True):
-            lost = [attempt.reason for attempt in skipped if attempt.stage == stage]
-            left -= len(lost)
-            steps.append(FunnelStep(name, left, tuple(group_reasons(lost))))
-        dropped = [attempt.verdict.reason for attempt in counted if isinstance(attempt, Dropped)]
-        return cls((*steps, FunnelStep("kept", left - len(dropped), tuple(group_reasons(dropped)))))
+        """Count the attempts of a run, of a round, or of several; they are gone through once, and none is held."""
+        total = 0
+        lost = {stage: _Reasons() for stage in (*SKIPPING_STAGES, "judge")}
+        for attempt in attempts:
+            total += 1
+            if isinstance(attempt, Skipped):
+                lost[attempt.stage].add(attempt.reason)
+            elif isinstance(attempt, Dropped):
+                lost["judge"].add(attempt.verdict.reason)
+        steps, left = [FunnelStep("prompts", total)], total
+        for name, reasons in zip(("drawn", "critiqued", "redrawn", "kept"), lost.values(), strict=True):
+            groups = reasons.groups()
+            left -= sum(count for _, count in groups)
+            steps.append(FunnelStep(name, left, groups))
+        return cls(tuple(steps))
 
     @property
     def kept_fraction(self) -> float:

@@ -96,7 +96,7 @@ class RunLock:
         try:
             self._heart.join()
             with suppress(OSError, InvalidValueError):
-                if self._is_own(_read_owner(self.folder)):
+                if self._is_own(read_owner(self.folder)):
                     (self.folder / _OWNER).unlink()
         finally:
             self._let_go()
@@ -113,7 +113,7 @@ class RunLock:
                 "lock; write to the folder in the process that made the call."
             )
         try:
-            owner = _read_owner(self.folder)
+            owner = read_owner(self.folder)
         except (OSError, InvalidValueError) as error:  # replaced at this moment (Windows), or a network out of breath
             _LOG.debug("%s cannot be read: %s", self.folder / _OWNER, error)
             return
@@ -140,7 +140,7 @@ class RunLock:
         except (BlockingIOError, PermissionError):
             owner = None
             with suppress(OSError, InvalidValueError):
-                owner = _read_owner(self.folder)
+                owner = read_owner(self.folder)
             if (
                 owner is not None and owner.process.is_running() is False
             ):  # the last one's; the new one has yet to write its
@@ -171,7 +171,7 @@ class RunLock:
 
     def _check_free(self) -> None:
         try:
-            owner = _read_owner(self.folder)
+            owner = read_owner(self.folder)
         except (OSError, InvalidValueError) as error:
             if self._has_locks:  # cut by a full disk, or of another version
                 return
@@ -208,7 +208,7 @@ class RunLock:
         while time.monotonic() < deadline:
             time.sleep(min(1.0, owner.heartbeat_s / 4))
             with suppress(OSError, InvalidValueError):
-                latest = _read_owner(self.folder)
+                latest = read_owner(self.folder)
                 if latest is None:
                     return False
                 if (latest.token, latest.heartbeat) != (owner.token, owner.heartbeat):
@@ -220,7 +220,7 @@ class RunLock:
         owner, warned = self._owner, False
         while owner is not None and not self._ended.wait(self._heartbeat_s):
             with suppress(OSError, InvalidValueError):  # unreadable: written anew
-                if not self._is_own(_read_owner(self.folder)):
+                if not self._is_own(read_owner(self.folder)):
                     return
             owner = replace(owner, heartbeat=owner.heartbeat + 1, last_alive=datetime.now(UTC))
             try:
@@ -266,7 +266,7 @@ def _open_lock(folder: Path) -> BinaryIO:
         ) from error
 
 
-def _read_owner(folder: Path) -> LockOwner | None:
+def read_owner(folder: Path) -> LockOwner | None:
     """The run that holds a folder, None if nobody has written there that one does.
 
     Raises:

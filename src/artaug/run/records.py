@@ -80,11 +80,15 @@ class Chunk:
 
     def attempt(self, end: End, verdict: Verdict | None = None) -> Attempt:
         """The attempt of a prompt of this chunk; ``verdict`` for a pair that was judged at the end of the round."""
-        candidate = self.candidates[Member(end.prompt_index, end.candidate)]
-        outcome, verdict = candidate.outcome(), verdict or end.verdict
-        if verdict is None or isinstance(outcome, Skipped):
-            return Skipped(candidate.prompt, candidate.seed, end.reason, end.stage, end.transient)
-        return Kept(outcome, verdict) if verdict.keep else Dropped(outcome, verdict)
+        return attempt_of(self.candidates[Member(end.prompt_index, end.candidate)], end, verdict or end.verdict)
+
+
+def attempt_of(candidate: Candidate, end: End, verdict: Verdict | None) -> Attempt:
+    """The attempt of a prompt, from the candidate that was chosen for it."""
+    outcome = candidate.outcome()
+    if verdict is None or isinstance(outcome, Skipped):
+        return Skipped(candidate.prompt, candidate.seed, end.reason, end.stage, end.transient)
+    return Kept(outcome, verdict) if verdict.keep else Dropped(outcome, verdict)
 
 
 @value

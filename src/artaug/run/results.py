@@ -1,14 +1,14 @@
 """The result of a run: its rounds, how every prompt ended, and the LoRA of the rounds that helped."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 from artaug._internal.text import duration, short_html, shorten, table_html
 from artaug.errors import NothingToLearnError
-from artaug.evaluation.comparison import ScoreRow
+from artaug.evaluation.comparison import Comparison, ScoreRow
 from artaug.lora.lora import LoRA
 from artaug.pairs import Attempt, Kept, Skipped
 from artaug.run.funnel import Funnel
@@ -38,6 +38,9 @@ class Round:
     """Held-out gain over the round before, if a stop rule measured it."""
     accepted: bool
     """False for a last round that did not help, which is left out of the result."""
+    comparison: Comparison | None = field(default=None, repr=False)
+    """All of what ``gain`` is a row of: held-out pictures of the round before, and of this one. It has pictures if the run has
+    a store."""
 
     def __repr__(self) -> str:
         """Its numbers on one line."""
@@ -75,7 +78,7 @@ class Enhancement:
     def summary(self) -> dict[str, Any]:
         """The run in plain types that JSON takes: prompts by how they ended, and every round with its times."""
         return {
-            "prompts": _count_attempts([attempt for finished in self.rounds for attempt in finished.attempts]),
+            "prompts": _count_attempts(chain.from_iterable(finished.attempts for finished in self.rounds)),
             "rounds": [
                 {
                     "round": finished.number,
@@ -130,14 +133,39 @@ def _attempts_html(attempts: Sequence[Attempt]) -> str:
     return Funnel.of(attempts)._repr_html_() + "".join(attempt._repr_html_() for attempt in kept)
 
 
-def _count_attempts(attempts: Sequence[Attempt]) -> dict[str, Any]:
+def _count_attempts(attempts: Iterable[Attempt]) -> dict[str, Any]:
     """Count how prompts ended; total = kept + dropped + skipped."""
-    counts = Counter(type(attempt).__name__.lower() for attempt in attempts)
-    reasons = Counter(attempt.reason for attempt in attempts if isinstance(attempt, Skipped))
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for attempt in attempts:
+        counts[type(attempt).__name__.lower()] += 1
+        if isinstance(attempt, Skipped):
+            reasons[attempt.reason] += 1
     return {
-        "total": len(attempts),
+        "total": counts.total(),
         "kept": counts["kept"],
         "dropped": counts["dropped"],
         "skipped": counts["skipped"],
         "skipped_because": dict(reasons.most_common()),
     }
+
+
+def end_of_rounds(finished: Sequence[Round], *, rounds: int) -> str | None:
+    """Why a run ends after these rounds, in words; None if there is another one, of at most ``rounds``."""
+    if finished and not finished[-1].accepted:
+        return f"round {finished[-1].number} did not help on held-out prompts"
+    return f"all {rounds} rounds ran" if len(finished) >= rounds else None
+
+
+def no_pairs_reason(number: int, attempts: Iterable[Attempt]) -> str | None:
+    """How the prompts of a round without a kept pair ended, with the most frequent reason; None if one was kept."""
+    reasons: Counter[str] = Counter()
+    skipped = 0
+    for attempt in attempts:
+        if isinstance(attempt, Kept):
+            return None
+        skipped += isinstance(attempt, Skipped)
+        reasons[attempt.reason if isinstance(attempt, Skipped) else attempt.verdict.reason] += 1
+    total = reasons.total()
+    often = f"; most often because {reasons.most_common(1)[0][0]!r}" if reasons else ""
+    return f"round {number} kept none of {total} prompts: {total - skipped} dropped, {skipped} skipped{often}"

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -74,6 +74,25 @@ class ResultRecord:
     accepted: bool
 
 
+@value
+class ImageRecord:
+    """A picture of the run's folder."""
+
+    digest: str
+    size: tuple[int, int]
+    """Width and height."""
+
+
+@value
+class ComparisonRecord:
+    """The content of ``comparison.json``."""
+
+    comparison: dict[str, Any]
+    """See `Comparison.to_dict`."""
+    images: dict[str, tuple[ImageRecord, ...]]
+    """By arm, ``base`` and the names of the candidates, the pictures of the first prompts."""
+
+
 @dataclass(frozen=True)
 class RoundFolder:
     """The folder of one round."""
@@ -88,7 +107,8 @@ class RoundFolder:
 
     def begin(self, groups: Sequence[int]) -> None:
         """Begin the round, or open it again for more prompts: then what was learned from fewer is no result of it."""
-        (self.path / "result.safetensors").unlink(missing_ok=True)
+        for name in ("result.safetensors", "comparison.json"):
+            (self.path / name).unlink(missing_ok=True)
         self._write("round.json", RoundRecord(tuple(groups)), what="the record of the round")
 
     def journal(self) -> "FolderJournal":
@@ -97,7 +117,8 @@ class RoundFolder:
 
     def chunk_names(self) -> list[str]:
         """The names of its finished chunks, in the order in which they were run."""
-        return sorted(file.stem for file in (self.path / "attempts").glob("*.json"))
+        names = (file.stem for file in (self.path / "attempts").glob("*-*.json"))
+        return sorted(names, key=lambda name: (int(name.partition("-")[0]), name))
 
     def chunk(self, name: str) -> ChunkRecord | None:
         """A finished chunk as it is written; None if it is not finished."""
@@ -117,10 +138,23 @@ class RoundFolder:
         record = VerdictsRecord(tuple(VerdictRecord(index, verdict) for index, verdict in verdicts.items()))
         self._write("verdicts.json", record, what="the verdicts of the round")
 
+    def comparison(self) -> ComparisonRecord | None:
+        """The comparison of the round with the one before; None if none was made."""
+        return self._read("comparison.json", ComparisonRecord, what="comparison of a round")
+
+    def write_comparison(self, record: ComparisonRecord) -> None:
+        """Keep the comparison of the round with the one before."""
+        self._write("comparison.json", record, what="the comparison of the round")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the round has its result."""
+        return (self.path / "result.safetensors").exists()
+
     def result(self) -> tuple[ResultRecord, LoRA, LoRA] | None:
         """The numbers of the round, what was learned in it, and all rounds up to it combined; None if it is not finished."""
         path = self.path / "result.safetensors"
-        if not path.exists():
+        if not self.is_finished:
             return None
         with open_sealed(path, what="result of a round", remedy=_DAMAGED) as file:
             tensors = {name: file.read(name).clone() for name in file.names}

@@ -13,6 +13,7 @@ from artaug.run.interruption import GracefulStop
 from artaug.run.journal import RoundJournal
 from artaug.run.lock import RunLock
 from artaug.run.memory import MemoryJournal, PictureMemory
+from artaug.run.metadata import write_metadata
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.round_folder import RoundFolder
 from artaug.run.store import RunCall, RunFolder, Store, describe_call
@@ -43,12 +44,12 @@ class RunSession:
 
     def collected(self, number: int, attempts: Iterator[Attempt]) -> Sequence[Attempt]:
         """All attempts of a round: in memory, or read from its folder when they are looked at."""
-        folder = self.round_folder(number)
-        if folder is None:
+        if self.folder is None:
             return tuple(attempts)
         for _ in attempts:
             pass
-        return StoredAttempts(folder)
+        write_metadata(self.folder)  # before hours of training
+        return StoredAttempts(self.folder.round(number))
 
 
 @contextmanager
@@ -91,6 +92,7 @@ def open_session(
             _stop_if_requested(stop, f"All that was finished is in {folder.path}: make the same call again to go on.")
 
         yield RunSession(folder, poll=poll)
+        write_metadata(folder)
 
 
 def _stop_if_requested(stop: GracefulStop | None, kept: str) -> None:

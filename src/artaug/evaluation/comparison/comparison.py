@@ -1,9 +1,10 @@
 """The result of a comparison as a value: its rows, the scores they are computed from, the table and the verdicts."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
-from math import isnan
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,24 @@ from PIL.Image import Image
 from artaug._internal.mappings import FrozenDict
 from artaug._internal.prompts import prompt_clusters
 from artaug._internal.text import table_html
+from artaug._internal.values import from_json, value
 from artaug.errors import InvalidValueError
 from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailure, describe_row, finite_pairs
+
+
+@value
+class _ComparisonRecord:
+    """What `Comparison.to_dict` returns."""
+
+    rows: tuple[ScoreRow, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    scores: dict[str, dict[str, tuple[float | None, ...]]]
+    guardrails: tuple[Guardrail, ...]
+    failures: tuple[ScoringFailure, ...]
+    verdicts: dict[str, str]
+    synthesizers: dict[str, str]
+
 
 _HEADINGS = ("scorer", "candidate", "base", "enhanced", "difference", "95% interval", "wins")
 _LEFT_ALIGNED = (0, 1)
@@ -30,8 +47,8 @@ class Arm:
 
     Diversity has one score a prompt, however many seeds there are. NaN stands where the scorer raised.
     """
-    images: tuple[Image, ...] = field(repr=False)
-    """The pictures of the first prompts, drawn with their first seeds."""
+    images: Sequence[Image] = field(repr=False)
+    """The pictures of the first prompts, drawn with their first seeds; of a run's store, each is read when it is looked at."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", FrozenDict(self.scores))
@@ -164,6 +181,44 @@ class Comparison:
             "verdicts": {name: self.verdict(name) for name in self.candidates},
             "synthesizers": {name: arm.synthesizer for name, arm in arms.items()},
         }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Comparison":
+        """The comparison that `to_dict` wrote, without its pictures.
+
+        Raises:
+            InvalidValueError: for something else.
+        """
+        try:
+            record = from_json(_ComparisonRecord, json.dumps(content))
+        except (TypeError, ValueError) as error:
+            raise InvalidValueError(f"this is not what Comparison.to_dict returns: {error}") from None
+        arms = {
+            name: Arm(
+                synthesizer=synthesizer,
+                scores={
+                    scorer: tuple(nan if score is None else score for score in scores)
+                    for scorer, scores in record.scores.get(name, {}).items()
+                },
+                images=(),
+            )
+            for name, synthesizer in record.synthesizers.items()
+        }
+        try:
+            base = arms.pop("base")
+        except KeyError:
+            raise InvalidValueError(
+                f"this is not what Comparison.to_dict returns: there is no base among {[*arms]}."
+            ) from None
+        return cls(
+            rows=record.rows,
+            prompts=record.prompts,
+            seeds=record.seeds,
+            base=base,
+            candidates=arms,
+            guardrails=record.guardrails,
+            failures=record.failures,
+        )
 
     def _cells(self) -> Iterator[tuple[str, ...]]:
         """The table's cells, row by row: a scorer is named in its first row, and all its rows have the same decimals."""
