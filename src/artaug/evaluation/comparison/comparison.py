@@ -19,7 +19,7 @@ from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailur
 
 
 @value
-class _ComparisonRecord:
+class _ComparisonDict:
     """What `Comparison.to_dict` returns."""
 
     rows: tuple[ScoreRow, ...]
@@ -190,7 +190,7 @@ class Comparison:
             InvalidValueError: for something else.
         """
         try:
-            record = from_json(_ComparisonRecord, json.dumps(content))
+            record = from_json(_ComparisonDict, json.dumps(content))
         except (TypeError, ValueError) as error:
             raise InvalidValueError(f"this is not what Comparison.to_dict returns: {error}") from None
         arms = {
