@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from artaug._internal.memory import FittingBatches
 from artaug.critique import Critic
-from artaug.errors import ArtAugError, NothingToLearnError
+from artaug.errors import NothingToLearnError
 from artaug.evaluation.comparison import Comparison, compare
 from artaug.filtering import BestOf, PairFilter
 from artaug.lora.fusing import ConcatFuser, Fuser, fuse_loras
@@ -114,8 +114,8 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         NothingToLearnError: if the first round keeps no pair; the message counts what happened to the prompts.
         CriticError: if the critic raises or stays away, see `improve`.
 
-    Every `ArtAugError` that a round raises, and the ``KeyboardInterrupt`` of a run that is stopped, has the rounds before it as
-    its ``result``. A first Ctrl-C or SIGTERM stops the run at the next safe point, a second one at once.
+    Whatever a round raises, also the ``KeyboardInterrupt`` of a run that is stopped, has the rounds before it as its
+    ``result``. A first Ctrl-C or SIGTERM stops the run at the next safe point, a second one at once.
     """
     parts = LoopParts(
         synthesizer=synthesizer,
@@ -151,9 +151,9 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
         for number in range(1, rounds + 1):
             try:
                 outcome = stages.run_round(prompts, finished, number=number)
-            except (ArtAugError, KeyboardInterrupt) as error:  # the rounds before took hours; the error carries them
+            except BaseException as error:  # the rounds before took hours; what stops the run carries them
                 reason = f"round {number} stopped with {type(error).__name__}: {error}"
-                error.result = Enhancement(rounds=tuple(finished), stop_reason=reason)  # type: ignore[union-attr]
+                error.result = Enhancement(rounds=tuple(finished), stop_reason=reason)  # type: ignore[attr-defined]
                 raise
             if isinstance(outcome, str):
                 return Enhancement(rounds=tuple(finished), stop_reason=outcome)

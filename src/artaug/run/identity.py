@@ -38,7 +38,7 @@ def identity_of(value: object, name: str) -> dict[str, str]:
     >>> import artaug as aa
     >>> from artaug.run.identity import identity_of
     >>> identity_of(aa.ConcatFuser(), "fuser")["fuser"]
-    'artaug.lora.fusing.ConcatFuser'
+    'artaug.ConcatFuser'
     """
     items: dict[str, str] = {}
     _describe(value, name, items, _DEPTH)
