@@ -174,7 +174,7 @@ def test_a_bar_an_arm_shows_the_progress(capsys):
     make_comparison(progress=True)
 
     bars = capsys.readouterr().err
-    assert all(f"compare: {name}" in bars for name in ("base", "round 1", "round 2"))
+    assert all(f"compare {name}: " in bars for name in ("base", "round 1", "round 2"))
 
 
 def test_a_missing_row_names_those_there_are():

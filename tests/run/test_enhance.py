@@ -339,7 +339,7 @@ def test_by_default_there_are_three_rounds_of_seed_0_in_chunks_of_eight_with_pro
 @pytest.mark.parametrize("progress", [False, True])
 def test_progress_bars_are_shown_only_if_wanted(flux, capsys, progress):
     enhanced(flux, rounds=1, progress=progress)
-    assert ("round 1: improve: 100%" in capsys.readouterr().err) is progress
+    assert ("round 1/1: 3/3 prompts (100%)" in capsys.readouterr().err) is progress
 
 
 @pytest.mark.parametrize(("at_least", "accepted"), [(0.5, True), (1.0, False), (-0.5, True)])

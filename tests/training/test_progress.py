@@ -51,7 +51,7 @@ def test_a_resumed_training_shows_the_steps_it_has_behind_it(capsys):
     shown = capsys.readouterr().err
     assert "75%" in shown
     assert "100%" in shown
-    assert "loss=0.5" in shown
+    assert "loss 0.5" in shown
 
 
 def test_no_progress_is_shown_by_default(capsys):

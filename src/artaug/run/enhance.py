@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-
-from tqdm.auto import tqdm
 
 from artaug._internal.memory import FittingBatches
 from artaug.critique import Critic
@@ -16,9 +15,10 @@ from artaug.lora.lora import LoRA
 from artaug.pairs import Kept
 from artaug.placement import Placement, Resident
 from artaug.plan import RegionPlanner
+from artaug.run.bars import RunBars
 from artaug.run.cached_synthesizer import CachedSynthesizer
 from artaug.run.checking import Check, as_trainable, check_run
-from artaug.run.events import OnEvent, RoundEvent, StageClock, ignore_event
+from artaug.run.events import OnEvent, RoundEvent, RunEvent, StageClock
 from artaug.run.interruption import GracefulStop
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.results import Enhancement, Round, end_of_rounds, no_pairs_reason
@@ -34,6 +34,7 @@ from artaug.training import (
     StepEvent,
     Validation,
 )
+from artaug.training.distributed import World
 
 _KEPT_IMAGES = 12
 """Held-out pictures of a round that its comparison refers to, where there is a store."""
@@ -142,12 +143,19 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     finished: list[Round] = []
     place = None if store is None else Store.of(store)
     with (
+        RunBars(rounds=rounds, show=progress and World.current().is_main) as bars,
         GracefulStop() as stop_signal,
         open_session("enhance", prompts, parts, learning, seed=seed, store=place, stop=stop_signal) as session,
         placement.opened(*parts.by_name().values(), *learning.by_name().values()) as opened,
     ):
+
+        def emit(event: RunEvent) -> None:
+            bars.on_event(event)
+            if on_event is not None:
+                on_event(event)
+
         parts = replace(parts, placement=opened)
-        stages = _Rounds(parts, learning, session, seed=seed, progress=progress, emit=on_event or ignore_event)
+        stages = _Rounds(parts, learning, session, seed=seed, progress=progress, emit=emit)
         for number in range(1, rounds + 1):
             try:
                 outcome = stages.run_round(prompts, finished, number=number)
@@ -180,7 +188,9 @@ class _Rounds:
         groups = self.session.groups(number, prompts)
         folder = self.session.round_folder(number)
         stored = None if folder is None else read_round(folder, number)
+        steps_before = sum(before.training.steps for before in finished)
         if stored is not None:
+            self.emit(RoundEvent(round=stored, run_step=steps_before + stored.training.steps, resumed=True))
             return stored
         current = self.parts.synthesizer.with_lora(finished[-1].lora) if finished else self.parts.synthesizer
         clock = StageClock(number, self.emit)
@@ -194,8 +204,7 @@ class _Rounds:
             poll=self.session.poll,
         )
         stream = stages.attempts(prompts, groups=groups)
-        bar = tqdm(stream, total=groups[-1], desc=f"round {number}: improve", unit="prompt", disable=not self.progress)
-        attempts = self.session.collected(number, iter(bar))
+        attempts = self.session.collected(number, stream)
         pairs = [attempt.pair for attempt in attempts if isinstance(attempt, Kept)]
         reason = no_pairs_reason(number, attempts)
         if reason is not None:
@@ -212,7 +221,7 @@ class _Rounds:
                 validation=self.learning.validation,
                 cache=None if self.session.folder is None else self.session.folder.latents,
                 placement=self.parts.placement,
-                on_step=self._on_step,
+                on_step=partial(self._on_step, number, steps_before),
                 progress=self.progress,
             )
         with clock.stage("combine", number):
@@ -234,10 +243,11 @@ class _Rounds:
         )
         if folder is not None:
             result = write_round(folder, result)
-        self.emit(RoundEvent(round=result))
+        self.emit(RoundEvent(round=result, run_step=steps_before + training.steps))
         return result
 
-    def _on_step(self, event: StepEvent) -> None:
+    def _on_step(self, number: int, steps_before: int, event: StepEvent) -> None:
+        event = replace(event, round_number=number, steps_before=steps_before)
         self.emit(event)
         if self.learning.on_step is not None:
             self.learning.on_step(event)

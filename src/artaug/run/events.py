@@ -1,12 +1,13 @@
 """What a run reports while it goes: stages, attempts, steps of the training, rounds."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from artaug.pairs import Attempt
+from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.training import StepEvent
 
 if TYPE_CHECKING:
@@ -18,13 +19,25 @@ RoundStage: TypeAlias = Literal["draw", "critique", "redraw", "judge", "train", 
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressEvent:
-    """Part of a stage is done: one call of the synthesizer, one answer of the critic, one chunk that was judged."""
+    """Part of a stage is done: one call of the synthesizer, one answer of the critic, one chunk that was judged.
+
+    Of the stages draw, critique, redraw and judge. A round begins with one event for each of them, with a ``count`` of 0.
+
+    >>> import artaug as aa
+    >>> event = aa.ProgressEvent(round_number=1, stage="draw", count=8, total=24, seconds=2.0)
+    >>> f"{event.count / event.seconds} pictures a second"
+    '4.0 pictures a second'
+    """
 
     round_number: int
     """Counted from 1."""
     stage: RoundStage
     count: int
-    """Pictures drawn, answers given or pairs judged since the event of this stage before; those on disk already count."""
+    """Pictures drawn, answers given or prompts judged since the event of this stage before. A transient fault is no answer."""
+    total: int
+    """How many of them the round will have, at most: of redraws, those that are planned and those that may be."""
+    seconds: float = 0.0
+    """Time that this stage took since the event of it before; 0 for what was on disk already."""
     resumed: bool = False
     """Whether they were on disk already."""
 
@@ -33,18 +46,18 @@ class ProgressEvent:
 class StageEvent:
     """One stage of the loop has ended, for one chunk of prompts or one round."""
 
+    round_number: int
+    """Counted from 1."""
     stage: RoundStage
     seconds: float
     """Wall-clock time it took."""
-    round_number: int = 1
-    """Counted from 1."""
-    count: int = 0
+    count: int
     """Pictures, answers, pairs or steps it was about, those that were on disk already left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptEvent:
-    """A prompt has come to its end."""
+    """A prompt has come to its end, in this call or one before: each prompt of a round that is not finished has one."""
 
     round_number: int
     """Counted from 1."""
@@ -55,16 +68,38 @@ class AttemptEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundEvent:
-    """A round has ended."""
+    """A round of `enhance` has ended."""
 
     round: "Round"
+    run_step: int
+    """Steps of training in this round and those before."""
+    resumed: bool = False
+    """Whether it was read from the store whole; it had no other event then."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """How its prompts ended, the share kept, the gain if it was measured, and the seconds of each stage."""
+        ends = Counter(map(type, self.round.attempts))
+        kept, dropped, skipped = ends[Kept], ends[Dropped], ends[Skipped]
+        metrics = {
+            "round/number": self.round.number,
+            "round/kept": kept,
+            "round/dropped": dropped,
+            "round/skipped": skipped,
+            "round/yield": kept / (kept + dropped + skipped),
+            "round/accepted": float(self.round.accepted),
+            **{f"round/seconds_{stage}": seconds for stage, seconds in self.round.seconds.items()},
+        }
+        gain = self.round.gain
+        if gain is not None:
+            metrics |= {"round/gain": gain.delta, "round/gain_low": gain.ci_low, "round/gain_high": gain.ci_high}
+        return metrics
 
 
 RunEvent: TypeAlias = ProgressEvent | StageEvent | AttemptEvent | StepEvent | RoundEvent
 """What ``on_event`` of `improve` and `enhance` is called with."""
 
 OnEvent: TypeAlias = Callable[[RunEvent], object]
-"""A function of a `RunEvent`; an exception that it raises ends the run."""
+"""A function of a `RunEvent`; an exception that it raises ends the run, and what the store has by then stays."""
 
 
 def ignore_event(event: RunEvent) -> None:
@@ -73,18 +108,51 @@ def ignore_event(event: RunEvent) -> None:
 
 @dataclass
 class StageClock:
-    """Times the stages of one round."""
+    """Times the stages of one round, and reports them."""
 
     round_number: int
     emit: OnEvent
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage, the sum."""
+    totals: dict[RoundStage, int] = field(default_factory=dict)
+    """By stage, how much of it the round will have at most, as far as is known."""
+    _last: float = field(default=0.0, init=False)
+
+    def begin(self, totals: Mapping[RoundStage, int]) -> None:
+        """Report how much a round will have of each stage."""
+        self.totals |= totals
+        for stage in totals:
+            self._report(stage, 0)
 
     @contextmanager
     def stage(self, stage: RoundStage, count: int) -> Iterator[None]:
         """Time a stage and report it, unless it raises."""
-        start = time.perf_counter()
+        start = self._last = time.perf_counter()
         yield
         elapsed = time.perf_counter() - start
         self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
         self.emit(StageEvent(stage=stage, seconds=elapsed, round_number=self.round_number, count=count))
+
+    def progress(self, stage: RoundStage, count: int) -> None:
+        """Report that part of the stage under way is done."""
+        elapsed = time.perf_counter() - self._last
+        if count:
+            self._report(stage, count, seconds=elapsed)
+            self._last = time.perf_counter()
+
+    def resume(self, stage: RoundStage, count: int) -> None:
+        """Report what was on disk already."""
+        if count:
+            self._report(stage, count, resumed=True)
+
+    def _report(self, stage: RoundStage, count: int, *, seconds: float = 0.0, resumed: bool = False) -> None:
+        self.emit(
+            ProgressEvent(
+                round_number=self.round_number,
+                stage=stage,
+                count=count,
+                total=self.totals[stage],
+                seconds=seconds,
+                resumed=resumed,
+            )
+        )

@@ -34,6 +34,11 @@ class LoopParts:
         """The size of a chunk."""
         return self.batch_size if self.chunk_size is None else self.chunk_size
 
+    @property
+    def candidate_count(self) -> int:
+        """How often every prompt is tried."""
+        return 1 if self.candidates is None else self.candidates.count
+
     def by_name(self) -> dict[str, object]:
         """What computes, by the name of its argument."""
         return {

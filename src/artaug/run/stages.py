@@ -18,7 +18,7 @@ from artaug.filtering import judge_pairs
 from artaug.image_files import ImageFile
 from artaug.pairs import Attempt, ImagePair, Skipped, Verdict
 from artaug.plan import Plan, run_planner
-from artaug.run.events import AttemptEvent, ProgressEvent, RoundStage, StageClock
+from artaug.run.events import AttemptEvent, StageClock
 from artaug.run.journal import ChunkJournal, RoundJournal
 from artaug.run.parts import LoopParts
 from artaug.run.records import Candidate, Chunk, DrawingStage, End, Member, Picture
@@ -87,6 +87,8 @@ class RoundStages:
             groups: the numbers of prompts that the run was called with, the last one all of them: prompts that came later
                 make chunks of their own.
         """
+        pictures = groups[-1] * self.parts.candidate_count
+        self.clock.begin({"draw": pictures, "critique": pictures, "redraw": pictures, "judge": groups[-1]})
         waiting: list[tuple[Chunk, End]] = []  # pairs for a filter that compares them all
         for chunk, end in self._ends(prompts, groups):
             if end.verdict is None and not end.reason:
@@ -144,9 +146,7 @@ class RoundStages:
         """
         finished = self.journal.finished(name)
         if finished is not None:
-            for stage in ("draw", "critique"):
-                self._progress(stage, len(finished.candidates), resumed=True)
-            self._progress("judge", len(finished.ends), resumed=True)
+            self._report_resumed(finished, known)
             return finished
         self.poll()
         start_s = dict(self.clock.seconds)
@@ -160,8 +160,7 @@ class RoundStages:
         self, journal: ChunkJournal, prompts: Sequence[str], indices: Sequence[int], known: Mapping[Member, Candidate]
     ) -> dict[Member, Candidate]:
         """Draw, critique, plan and redraw: the first candidate of every prompt, then the second of every prompt, and so on."""
-        count = 1 if self.parts.candidates is None else self.parts.candidates.count
-        members = [Member(index, candidate) for candidate in range(count) for index in indices]
+        members = [Member(index, candidate) for candidate in range(self.parts.candidate_count) for index in indices]
         seeds = {
             member: attempt_seed(
                 self.seed, round_number=self.clock.round_number, prompt_index=index, candidate=candidate
@@ -180,6 +179,7 @@ class RoundStages:
         plans = {member: self._plan(prompts[member.prompt_index], answers[member]) for member in members}
         after = {member: candidate.after for member, candidate in known.items() if candidate.after is not None}
         changes = {member: plan for member, plan in plans.items() if plan is not None and member not in after}
+        self._note_unplanned(plans, answers, known)
         after |= self._draw("redraw", changes, seeds, journal)
         return {
             member: Candidate(
@@ -200,7 +200,7 @@ class RoundStages:
         """Draw what is not drawn yet, one call of the synthesizer after the other."""
         drawn = {member: image for member, image in journal.drawn(stage).items() if member in plans}
         missing = [member for member in plans if member not in drawn]
-        self._progress(stage, len(drawn), resumed=True)
+        self.clock.resume(stage, len(drawn))
         if not missing:
             return drawn
         if self.journal.call_limit is not None:
@@ -216,7 +216,7 @@ class RoundStages:
                 members = [missing[index] for index in call.members]
                 journal.add_call(stage, members, call.images, limit=self.batches.largest)
                 drawn.update(zip(members, call.images, strict=True))
-                self._progress(stage, len(members))
+                self.clock.progress(stage, len(members))
                 self.poll()
         return drawn
 
@@ -226,7 +226,7 @@ class RoundStages:
         """Ask the critic about what it has not answered yet, and keep each answer as it comes."""
         answers = {member: answer for member, answer in journal.answers().items() if member in pictures}
         missing = [member for member in pictures if member not in answers]
-        self._progress("critique", len(answers), resumed=True)
+        self.clock.resume("critique", len(answers))
         if not missing:
             return answers
         start_s = time.monotonic()
@@ -237,7 +237,7 @@ class RoundStages:
                 answers[missing[index]] = answer
                 if not _is_transient(answer):
                     journal.add_answer(missing[index], answer)
-                self._progress("critique", 1)
+                    self.clock.progress("critique", 1)
                 self.poll()
         self.silence.note([answers[member] for member in missing], start_s=start_s)
         return answers
@@ -270,8 +270,8 @@ class RoundStages:
                 with self.parts.placement.stage(self.parts.candidates):
                     outcomes = self.parts.candidates.choose(outcomes, prompts=len(indices))
             verdicts = iter(self._judge_now([outcome for outcome in outcomes if isinstance(outcome, ImagePair)]))
+            self.clock.progress("judge", sum(map(self._is_decided, outcomes)))
         by_seed = {candidate.seed: candidate.member.candidate for candidate in candidates}
-        self._progress("judge", len(indices))
         return [
             End(index, by_seed[outcome.seed], None, outcome.reason, outcome.stage, outcome.transient)
             if isinstance(outcome, Skipped)
@@ -297,11 +297,13 @@ class RoundStages:
         kept = self.journal.verdicts()
         indices = [end.prompt_index for _, end in waiting]
         if kept is not None and set(kept) == set(indices):
+            self.clock.resume("judge", len(kept))
             return kept
         outcomes = [chunk.candidates[Member(end.prompt_index, end.candidate)].outcome() for chunk, end in waiting]
         pairs = [outcome for outcome in outcomes if isinstance(outcome, ImagePair)]
         with self.clock.stage("judge", len(pairs)):
             verdicts = dict(zip(indices, self._verdicts(pairs), strict=True))
+            self.clock.progress("judge", len(pairs))
         self.journal.add_verdicts(verdicts)
         return verdicts
 
@@ -315,16 +317,43 @@ class RoundStages:
         )
         return attempt
 
-    def _progress(self, stage: RoundStage, count: int, *, resumed: bool = False) -> None:
-        if count:
-            self.clock.emit(
-                ProgressEvent(round_number=self.clock.round_number, stage=stage, count=count, resumed=resumed)
-            )
+    def _is_decided(self, outcome: ImagePair | Skipped) -> bool:
+        """Whether nothing is left to judge: not of a prompt that is put off, or a pair that waits for the others."""
+        return not outcome.transient if isinstance(outcome, Skipped) else not self.parts.keep.needs_all_pairs
+
+    def _note_unplanned(
+        self,
+        plans: Mapping[Member, Plan | None],
+        answers: Mapping[Member, Answer],
+        known: Mapping[Member, Candidate],
+    ) -> None:
+        """Take what was answered and will not be redrawn out of the redraws to come."""
+        self.clock.totals["redraw"] -= sum(
+            plan is None and not _is_transient(answers[member]) and not _is_answered(known.get(member))
+            for member, plan in plans.items()
+        )
+
+    def _report_resumed(self, chunk: Chunk, known: Mapping[Member, Candidate]) -> None:
+        """Report a chunk that was finished before, without what it had from another chunk."""
+        candidates = chunk.candidates
+        answers = {member: candidate.answer for member, candidate in candidates.items()}
+        self._note_unplanned({member: candidate.plan for member, candidate in candidates.items()}, answers, known)
+        self.clock.resume("draw", len(candidates.keys() - known.keys()))
+        answered = sum(_is_answered(candidate) for candidate in candidates.values())
+        self.clock.resume("critique", answered - sum(map(_is_answered, known.values())))
+        redrawn = sum(candidate.after is not None for candidate in candidates.values())
+        self.clock.resume("redraw", redrawn - sum(candidate.after is not None for candidate in known.values()))
+        decided = [end for end in chunk.ends if end.reason or end.verdict is not None]
+        self.clock.resume("judge", sum(not end.transient for end in decided))
 
 
 def load(picture: Picture) -> Image:
     """The picture, from memory or from disk."""
     return picture.load() if isinstance(picture, ImageFile) else picture
+
+
+def _is_answered(candidate: Candidate | None) -> bool:
+    return candidate is not None and not _is_transient(candidate.answer)
 
 
 def _is_transient(answer: Answer) -> bool:

@@ -1,17 +1,44 @@
-"""Progress of a training: a bar, and an event per step for a callback."""
+"""Progress of a training: a bar, and an event per step for a callback or a tracker."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self, runtime_checkable
 
 import torch
-from tqdm.auto import tqdm
+
+from artaug._internal.progress_bar import ProgressBar
+
+
+@runtime_checkable
+class TrackedEvent(Protocol):
+    """An event that has numbers for a tracker."""
+
+    @property
+    def run_step(self) -> int:
+        """Where on the axis of steps it lies, counted over all trainings of a run."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """Its numbers, by the name that a tracker shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepEvent:
-    """What a trainer reports after every step."""
+    """What a trainer reports after every step.
+
+    >>> import artaug as aa
+    >>> curve = {}
+    >>> def plot(event: aa.StepEvent) -> None:
+    ...     curve[event.run_step] = event.loss
+    >>> plot(
+    ...     aa.StepEvent(
+    ...         **{"round_number": 2, "steps_before": 200, "step": 1, "steps": 200, "loss": 0.25, "gradient_norm": 1.0},
+    ...         **{"learning_rate": 1e-4, "pairs_per_second": 8.0, "peak_bytes": 0, "seconds": 0.5},
+    ...     )
+    ... )
+    >>> curve
+    {201: 0.25}
+    """
 
     step: int
     """Counted from 1."""
@@ -31,6 +58,28 @@ class StepEvent:
     """What the loss was multiplied by in the backward pass of a model that computes in float16; None for any other."""
     is_skipped: bool = False
     """Whether the gradient overflowed float16: the step was not taken, and the next loss scale is half of this one."""
+    round_number: int | None = None
+    """The round of `enhance` that trains, counted from 1; None for a training on its own."""
+    steps_before: int = 0
+    """Steps that the rounds before took."""
+
+    @property
+    def run_step(self) -> int:
+        """Counted from 1 over all rounds."""
+        return self.steps_before + self.step
+
+    def metrics(self) -> Mapping[str, float]:
+        """What a tracker shows of it."""
+        metrics = {
+            "train/loss": self.loss,
+            "train/gradient_norm": self.gradient_norm,
+            "train/learning_rate": self.learning_rate,
+            "train/pairs_per_second": self.pairs_per_second,
+            "train/peak_gib": self.peak_bytes / 2**30,
+        }
+        if self.loss_scale is not None:
+            metrics |= {"train/loss_scale": self.loss_scale, "train/is_skipped": float(self.is_skipped)}
+        return metrics
 
 
 class ProgressLog:
@@ -49,7 +98,8 @@ class ProgressLog:
         self._steps = steps
         self._last_step = time.perf_counter()
         self._start = self._last_step - seconds
-        self._bar = tqdm(total=steps, initial=initial, desc="Training the LoRA", unit="step", disable=not show)
+        self._bar = ProgressBar("train", total=steps, unit="step", done=initial, show=show)
+        self._is_first = True
 
     def __enter__(self) -> Self:
         return self
@@ -65,6 +115,8 @@ class ProgressLog:
     def reset_timer(self) -> None:
         """Exclude the time since the last step from the throughput: pictures were drawn, or a checkpoint written."""
         self._last_step = time.perf_counter()
+        if self._is_first:
+            self._bar.reset_timer()
 
     def log_step(
         self,
@@ -80,9 +132,11 @@ class ProgressLog:
         """Show and report a step of ``pairs`` pairs that is done."""
         duration, self._last_step = time.perf_counter() - self._last_step, time.perf_counter()
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        postfix = {"loss": f"{loss:.4g}", "pairs/s": f"{pairs / duration:.3g}"}
-        self._bar.set_postfix(postfix | ({"GiB": f"{peak / 2**30:.1f}"} if peak else {}), refresh=False)
-        self._bar.update()
+        self._bar.note = f"loss {loss:.4g}, {pairs / duration:.3g} pairs/s" + (
+            f", {peak / 2**30:.1f} GiB" if peak else ""
+        )
+        self._bar.advance()
+        self._is_first = False
         if self._on_step is not None:
             self._on_step(
                 StepEvent(

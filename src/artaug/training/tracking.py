@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,37 +11,43 @@ import numpy as np
 
 from artaug._internal.images import as_rgb
 from artaug.errors import InvalidValueError, MissingExtraError
-from artaug.training.progress import StepEvent
+from artaug.training.progress import StepEvent, TrackedEvent
 from artaug.training.validation import ValidationResult
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tracker:
-    """Sends steps and validations to one of accelerate's trackers."""
+    """Sends what happens in a training or a run to one of accelerate's trackers.
+
+    All of it lies on one axis, the steps of all rounds: some trackers ignore a step that is lower than the last.
+    """
 
     _tracker: Any
+    _steps_before: int = field(default=0, init=False)
+
+    def log_event(self, event: object) -> None:
+        """Log the numbers of any `RunEvent` that has some: give it to `enhance` as ``on_event``.
+
+        They are those of every step, and how the prompts of every round ended, the share that was kept and the gain.
+        """
+        if isinstance(event, TrackedEvent):
+            self._tracker.log(dict(event.metrics()), step=event.run_step)
+        if isinstance(event, StepEvent):
+            self._steps_before = event.steps_before
 
     def log_step(self, event: StepEvent) -> None:
-        """Log a step: give it to ``train`` as ``on_step``."""
-        values = {
-            "train/loss": event.loss,
-            "train/gradient_norm": event.gradient_norm,
-            "train/learning_rate": event.learning_rate,
-            "train/pairs_per_second": event.pairs_per_second,
-            "train/peak_gib": event.peak_bytes / 2**30,
-        }
-        if event.loss_scale is not None:
-            values |= {"train/loss_scale": event.loss_scale, "train/is_skipped": float(event.is_skipped)}
-        self._tracker.log(values, step=event.step)
+        """Log a step: give it to ``train`` as ``on_step``. In `enhance`, ``log_event`` logs the steps, too."""
+        self.log_event(event)
 
     def log_validation(self, result: ValidationResult) -> None:
         """Log a validation with its images: give it to `Validation` as ``on_validation``."""
         prefix = f"validation/strength_{result.strength:g}"
-        self._tracker.log({f"{prefix}/win_rate": result.win_rate, f"{prefix}/gain": result.gain}, step=result.step)
+        step = self._steps_before + result.step
+        self._tracker.log({f"{prefix}/win_rate": result.win_rate, f"{prefix}/gain": result.gain}, step=step)
         if result.images and hasattr(self._tracker, "log_images"):
             pixels = np.stack([np.asarray(as_rgb(image)) for image in result.images])
             layout = {"dataformats": "NHWC"} if self._tracker.name == "tensorboard" else {}
-            self._tracker.log_images({prefix: pixels}, step=result.step, **layout)
+            self._tracker.log_images({prefix: pixels}, step=step, **layout)
 
 
 @contextmanager

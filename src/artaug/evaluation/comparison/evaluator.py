@@ -11,11 +11,11 @@ from math import isfinite, nan
 from typing import Protocol
 
 from PIL.Image import Image
-from tqdm.auto import tqdm
 
 from artaug._internal.arguments import Faults, argument_error, check_argument, check_count, check_items
 from artaug._internal.calls import stays_away
 from artaug._internal.memory import is_out_of_memory
+from artaug._internal.progress_bar import ProgressBar
 from artaug._internal.prompts import check_prompts, prompt_clusters
 from artaug.errors import InvalidValueError, PromptError, ScoringError
 from artaug.evaluation.comparison.comparison import Arm, Comparison, paired_scores
@@ -268,7 +268,7 @@ class Evaluator:
             scores[_DIVERSITY] = [nan] * prompt_count
         log.scores[name] = scores
         kept: list[Image] = []
-        with tqdm(total=len(self.seeds), desc=f"compare: {name}", unit="picture", disable=not progress) as bar:
+        with ProgressBar(f"compare {name}", total=len(self.seeds), unit="picture", show=progress) as bar:
             for start in range(0, prompt_count, self.batch_size):
                 prompts = self.prompts[start : start + self.batch_size]
                 images_by_seed = []
@@ -282,7 +282,7 @@ class Evaluator:
                         with placement.stage(scorer):
                             scores[scorer.name][batch] = log.score(scorer, images, prompts, seeds=seeds, arm=name)
                     images_by_seed.append(images)
-                    bar.update(len(prompts))
+                    bar.advance(len(prompts))
                 if self.diversity is not None:
                     with placement.stage(self.diversity):
                         scores[_DIVERSITY][start : start + len(prompts)] = [

@@ -7,9 +7,9 @@ from itertools import product
 from typing import Any, final
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from artaug._internal.contracts import check_batch
+from artaug._internal.progress_bar import ProgressBar
 from artaug._internal.prompts import prompt_clusters
 from artaug._internal.values import value
 from artaug.errors import InvalidValueError
@@ -145,7 +145,7 @@ def evaluate(
     cases = scorer.suite.cases
     seeds = picture_seeds(seed, len(cases) * images_per_prompt)
     outcomes: list[list[Outcome]] = [[] for _ in cases]
-    with tqdm(total=len(seeds), desc=scorer.suite.name, unit="picture", disable=not progress) as bar:
+    with ProgressBar(scorer.suite.name, total=len(seeds), unit="picture", show=progress) as bar:
         for first in range(0, len(seeds), len(cases)):
             for start in range(0, len(cases), batch_size):
                 batch = cases[start : start + batch_size]
@@ -162,7 +162,7 @@ def evaluate(
                 )
                 for case_outcomes, outcome in zip(outcomes[start : start + len(batch)], checked, strict=True):
                     case_outcomes.append(outcome)
-                bar.update(len(batch))
+                bar.advance(len(batch))
     return SuiteResult.of(scorer, outcomes, seed=seed)
 
 
