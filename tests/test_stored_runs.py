@@ -95,6 +95,7 @@ def test_a_run_that_was_left_half_way_shows_its_finished_chunks(tmp_path):
     given = list(islice(attempts, 3))
     run = aa.Run.open(tmp_path)
     assert run.is_running is True
+    assert "this process" in run.owner
     assert [attempt.pair.prompt for attempt in run.attempts()] == PROMPTS[:4]
     assert list(run.attempts())[:3] == given
     attempts.close()
@@ -168,6 +169,41 @@ def test_the_report_of_a_run_from_disk_is_that_of_the_process_that_ran_it(enhanc
     run = aa.Run.open(store)
     found = run.report(tmp_path / "found" / "report.html", comparison=run.comparison(2))
     assert ran.read_bytes() == found.read_bytes()
+
+
+def test_the_report_of_a_run_that_is_under_way_shows_its_pairs(tmp_path):
+    attempts = improved(tmp_path / "run", critic=Choosy())
+    next(attempts)
+    attempts.close()
+    run = aa.Run.open(tmp_path / "run")
+    so_far = list(run.attempts())
+    page = run.report(tmp_path / "report.html", images="inline")
+    given = aa.write_report(tmp_path / "given.html", attempts=so_far, images="inline")
+    for text in (page.read_text(encoding="utf-8"), given.read_text(encoding="utf-8")):
+        assert "nothing is trained on them yet" in text
+        assert so_far[0].pair.prompt in text
+
+
+def test_a_report_of_a_run_on_disk_opens_only_the_pictures_it_shows(tmp_path, monkeypatch):
+    list(improved(tmp_path / "run"))
+    opened = []
+    load = aa.ImageFile.load
+    monkeypatch.setattr(aa.ImageFile, "load", lambda file: opened.append(file.digest) or load(file))
+    aa.Run.open(tmp_path / "run").report(tmp_path / "report.html", max_pairs=2, images="folder")
+    assert len(opened) == len(set(opened)) == 4
+
+
+def test_pictures_that_are_read_anew_each_time_are_not_confused_in_a_report(tmp_path):
+    """A picture that is freed gives its place in memory, and so its ``id``, to the next one."""
+    given = list(improved(tmp_path / "run"))
+    in_memory = [
+        aa.Kept(attempt.pair.holding(attempt.pair.before, attempt.pair.after), attempt.verdict) for attempt in given
+    ]
+    pages = [
+        aa.write_report(tmp_path / name / "report.html", attempts=attempts, images="auto")
+        for name, attempts in (("disk", given), ("memory", in_memory))
+    ]
+    assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
 def test_the_list_of_pairs_is_what_image_folders_of_datasets_need(tmp_path):

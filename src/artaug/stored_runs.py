@@ -16,9 +16,9 @@ from artaug.lora.lora import LoRA
 from artaug.pairs import Attempt, ImagePair, Kept
 from artaug.report import write_report
 from artaug.report.image_store import ImagePlacement
-from artaug.run.attempts import read_attempts, read_candidates
+from artaug.run.attempts import StoredAttempts, read_attempts, read_candidates
 from artaug.run.funnel import Funnel
-from artaug.run.lock import LockOwner, read_owner
+from artaug.run.lock import LockOwner, describe_owner, read_owner
 from artaug.run.records import Candidate
 from artaug.run.results import Enhancement, Round, end_of_rounds, no_pairs_reason
 from artaug.run.store import RunCall, RunFolder, RunRecord
@@ -80,21 +80,23 @@ class Run:
         return self._record().calls
 
     @property
-    def owner(self) -> LockOwner | None:
-        """The process that runs in the folder, or that has ended there without a word, as after a kill; else None.
+    def owner(self) -> str | None:
+        """The process that runs in the folder, in words; None if `is_running` is False.
 
         Raises:
             StorageError: if that cannot be read.
         """
-        try:
-            return read_owner(self.folder)
-        except (OSError, InvalidValueError) as error:
-            raise StorageError(f"who runs in {self.folder} cannot be read: {error}. Look again.") from error
+        owner = self._owner()
+        return None if owner is None or self.is_running is False else describe_owner(owner)
 
     @property
     def is_running(self) -> bool | None:
-        """Whether a process runs in the folder now; None if that cannot be found out, as of one on another machine."""
-        owner = self.owner
+        """Whether a process runs in the folder now; None if that cannot be found out, as of one on another machine.
+
+        Raises:
+            StorageError: if that cannot be read.
+        """
+        owner = self._owner()
         return False if owner is None else owner.process.is_running()
 
     def attempts(self, round_number: int | None = None) -> Iterator[Attempt]:
@@ -187,10 +189,18 @@ class Run:
         max_pairs: int = 48,
         images: ImagePlacement = "auto",
     ) -> Path:
-        """Write a page about the finished rounds: `write_report` with `result`, whose arguments and errors it has."""
+        """Write a page about the run so far, the round that is under way included: see `write_report`.
+
+        Raises:
+            MissingExtraError: if jinja2 is not installed.
+            StorageError: if the system cannot write it, or a file of the run is damaged.
+        """
+        result = self.result
+        under_way = len(result.rounds) + 1
         return write_report(
             path,
-            result=self.result,
+            result=result,
+            attempts=StoredAttempts(self._files.round(under_way)) if under_way in self._begun() else (),
             comparison=comparison,
             title=title,
             about=about,
@@ -216,6 +226,12 @@ class Run:
     @property
     def _files(self) -> RunFolder:
         return RunFolder(self.folder)
+
+    def _owner(self) -> LockOwner | None:
+        try:
+            return read_owner(self.folder)
+        except (OSError, InvalidValueError) as error:
+            raise StorageError(f"who runs in {self.folder} cannot be read: {error}. Look again.") from error
 
     def _record(self) -> RunRecord:
         record = self._files.read()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import artaug as aa
@@ -556,3 +558,64 @@ def test_a_scorer_that_returns_too_few_scores_is_named():
 
     with pytest.raises(aa.ContractError, match=r"Short.score_batch returned 0 answers for 8 pictures"):
         make_comparison(scorers=[Short()])
+
+
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+shares = st.floats(0, 1)
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
+
+
+@st.composite
+def comparisons(draw):
+    prompts = tuple(draw(st.lists(names, min_size=1, max_size=4)))
+    scorers = draw(st.lists(names, min_size=1, max_size=3, unique=True))
+    candidates = draw(st.lists(names.filter(lambda name: name != "base"), min_size=1, max_size=3, unique=True))
+
+    def arm():
+        scores = st.tuples(*[numbers | st.just(math.nan)] * len(prompts))
+        return aa.Arm(synthesizer=draw(names), scores={scorer: draw(scores) for scorer in scorers}, images=())
+
+    rows = tuple(
+        aa.ScoreRow(scorer, candidate, *(draw(numbers) for _ in range(5)), draw(shares), 3, draw(st.booleans()))
+        for scorer in scorers
+        for candidate in candidates
+    )
+    return aa.Comparison(
+        rows=rows,
+        prompts=prompts,
+        seeds=tuple(draw(st.integers(0, 2**53)) for _ in prompts),
+        base=arm(),
+        candidates={name: arm() for name in candidates},
+        guardrails=tuple(draw(st.lists(st.builds(aa.Guardrail, st.sampled_from(scorers), shares), max_size=2))),
+        failures=tuple(
+            draw(st.lists(st.builds(aa.ScoringFailure, names, names, names, st.integers(), names), max_size=2))
+        ),
+    )
+
+
+@given(comparisons())
+def test_a_comparison_is_the_same_after_a_round_trip_through_json(comparison):
+    content = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
+    found = aa.Comparison.from_dict(content)
+    assert found.to_dict() == content
+    assert list(found.candidates) == list(comparison.candidates)
+    if not any(
+        math.isnan(score)
+        for arm in (comparison.base, *comparison.candidates.values())
+        for scores in arm.scores.values()
+        for score in scores
+    ):
+        assert found == comparison
+
+
+@pytest.mark.parametrize("content", [{}, [], {"rows": object()}, None])
+def test_something_else_than_a_comparison_is_refused(content):
+    with pytest.raises(aa.InvalidValueError, match=r"not what Comparison\.to_dict returns"):
+        aa.Comparison.from_dict(content)
+
+
+def test_a_comparison_without_its_base_is_refused():
+    content = make_comparison().to_dict()
+    del content["synthesizers"]["base"]
+    with pytest.raises(aa.InvalidValueError, match="no base"):
+        aa.Comparison.from_dict(content)

@@ -98,3 +98,22 @@ def test_lost_prompts_without_a_reason_are_refused():
         aa.InvalidValueError, match="has 5 prompts and 3 drawn, with reasons for 1 lost: need one for each of the 2"
     ):
         aa.Funnel((aa.FunnelStep("prompts", 5), aa.FunnelStep("drawn", 3, (("lost", 1),))))
+
+
+def test_attempts_are_gone_through_once_and_not_held():
+    class Passing(aa.Skipped):
+        """An attempt that notices how many of it there are."""
+
+        alive = most = 0
+
+        def __post_init__(self):
+            Passing.alive += 1
+            Passing.most = max(Passing.most, Passing.alive)
+
+        def __del__(self):
+            Passing.alive -= 1
+
+    stream = (Passing(f"prompt {number}", number, f"too dark by {number}") for number in range(200))
+    funnel = aa.Funnel.of(stream)
+    assert funnel.steps[2].lost == (("too dark by ...", 200),)
+    assert Passing.most <= 3

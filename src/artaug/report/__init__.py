@@ -2,7 +2,7 @@
 
 import base64
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import islice
@@ -17,10 +17,10 @@ from artaug._internal.files import atomic_write
 from artaug.errors import InvalidValueError
 from artaug.evaluation.comparison import Comparison
 from artaug.image_files import ImageFile
-from artaug.pairs import Dropped, Kept
+from artaug.pairs import Attempt, Dropped, Kept
 from artaug.report.comparisons import gallery_context, headline_context, score_table, verdicts
 from artaug.report.image_store import REMEDY, ImagePlacement, ImageStore
-from artaug.report.runs import round_context, run_headline, run_summary
+from artaug.report.runs import round_context, run_headline, run_summary, untrained_context
 from artaug.run.results import Enhancement
 
 __all__ = ["write_report"]
@@ -33,19 +33,21 @@ def write_report(
     path: str | Path,
     *,
     result: Enhancement | None = None,
+    attempts: Sequence[Attempt] = (),
     comparison: Comparison | None = None,
     title: str = "What the model learned",
     about: Mapping[str, object] = MappingProxyType({}),
     max_pairs: int = 48,
     images: ImagePlacement = "auto",
 ) -> Path:
-    """Write a page about a run, a comparison, or both: it needs no network and no server.
+    """Write a page about a run, attempts, a comparison, or all of them: it needs no network and no server.
 
     The same result and comparison give the same bytes. The page is written atomically, after all of its images.
 
     Args:
         path: where to write; missing folders are made.
         result: the run.
+        attempts: of a round without a training: those of `improve`, or of a round that is under way.
         comparison: base and candidates on held-out prompts; the headline is about its last candidate.
         title: heads the page.
         about: objects of the run by name (critic, trainer, ...), printed as their ``repr`` in the provenance; text is
@@ -61,20 +63,22 @@ def write_report(
     Raises:
         MissingExtraError: if jinja2 is not installed.
         StorageError: if the system cannot write it.
-        InvalidValueError: if there is neither a result nor a comparison, if ``max_pairs`` is negative, or for another
+        InvalidValueError: if there is neither a result nor attempts nor a comparison, if ``max_pairs`` is negative, or for another
             value of ``images``.
     """
     with optional("jinja2", required_by="write_report", extra="report"):
         import jinja2  # noqa: PLC0415 - an extra
-    if result is None and comparison is None:
-        raise InvalidValueError("write_report received neither a result nor a comparison: need one of them, or both.")
+    if result is None and comparison is None and not attempts:
+        raise InvalidValueError(
+            "write_report received neither a result nor a comparison nor attempts: need one of them."
+        )
     if max_pairs < 0 or images not in get_args(ImagePlacement):
         raise InvalidValueError(
             f"write_report(max_pairs={max_pairs}, images={images!r}): need a number of pairs to show, at least 0, and "
             "images 'auto', 'inline' or 'folder'."
         )
     path = Path(path)
-    store = ImageStore.for_page(path, images, _shown_images(result, comparison, max_pairs))
+    store = ImageStore.for_page(path, images, _shown_images(result, attempts, comparison, max_pairs))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -90,7 +94,7 @@ def write_report(
         script_digest=base64.b64encode(sha256(script.encode()).digest()).decode(),  # as a security policy writes it
         image_source=store.csp_source,
         **_comparison_context(comparison, store),
-        **_run_context(result, store, max_pairs),
+        **_run_context(result, attempts, store, max_pairs),
         usage=_usage_rows(about),
         provenance=_provenance_rows(result, comparison, about),
     )
@@ -101,15 +105,16 @@ def write_report(
 
 
 def _shown_images(
-    result: Enhancement | None, comparison: Comparison | None, max_pairs: int
+    result: Enhancement | None, attempts: Sequence[Attempt], comparison: Comparison | None, max_pairs: int
 ) -> Iterator[Image.Image | ImageFile]:
     """Every image that the page will show."""
     if comparison is not None:
         for arm in (comparison.base, *comparison.candidates.values()):
             yield from arm.images
-    for round_ in result.rounds if result else ():
+    rounds = [round_.attempts for round_ in result.rounds] if result else []
+    for each in (*rounds, attempts):
         for ending in (Kept, Dropped):
-            pairs = (attempt.pair for attempt in round_.attempts if isinstance(attempt, ending))
+            pairs = (attempt.pair for attempt in each if isinstance(attempt, ending))
             for pair in islice(pairs, max_pairs):
                 yield from pair.references
 
@@ -126,14 +131,20 @@ def _comparison_context(comparison: Comparison | None, store: ImageStore) -> dic
     }
 
 
-def _run_context(result: Enhancement | None, store: ImageStore, max_pairs: int) -> dict[str, Any]:
-    if result is None:
+def _run_context(
+    result: Enhancement | None, attempts: Sequence[Attempt], store: ImageStore, max_pairs: int
+) -> dict[str, Any]:
+    if result is None and not attempts:
         return {"run": None, "summary": [], "rounds": [], "stop_reason": ""}
+    rounds = result.rounds if result else ()
+    contexts = [round_context(round_, store=store, max_pairs=max_pairs) for round_ in rounds]
+    if attempts:
+        contexts.append(untrained_context(len(rounds) + 1, attempts, store=store, max_pairs=max_pairs))
     return {
-        "run": run_headline(result),
-        "summary": run_summary(result),
-        "rounds": [round_context(round_, store=store, max_pairs=max_pairs) for round_ in result.rounds],
-        "stop_reason": result.stop_reason,
+        "run": run_headline(rounds, attempts),
+        "summary": run_summary(rounds, attempts),
+        "rounds": contexts,
+        "stop_reason": result.stop_reason if result else "",
     }
 
 

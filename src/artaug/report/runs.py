@@ -2,7 +2,8 @@
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -11,71 +12,87 @@ from artaug._internal.images import data_url
 from artaug._internal.text import duration
 from artaug.geometry import Box, Mask
 from artaug.images.html import BOX_COLORS
-from artaug.pairs import Dropped, Kept, Skipped
+from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.plan import Region
 from artaug.report.image_store import ImageStore
 from artaug.report.text import TemplateContext, format_number, row_context
 from artaug.run.funnel import Funnel
-from artaug.run.results import Enhancement, Round
+from artaug.run.results import Round
 
 _CURVE_POINTS = 240
 _SHOWN_REASONS = 4
 
 
-def run_headline(result: Enhancement) -> TemplateContext:
-    """The run as a sentence, for a page without a comparison."""
-    prompts, kept = _counts(result)
-    gain = next((round_.gain for round_ in reversed(result.rounds) if round_.gain), None)
+def run_headline(rounds: Sequence[Round], attempts: Sequence[Attempt]) -> TemplateContext:
+    """The run as a sentence, for a page without a comparison; ``attempts`` are those of a round without a training."""
+    prompts, kept = _counts(rounds, attempts)
+    gain = next((round_.gain for round_ in reversed(rounds) if round_.gain), None)
     return {
         "kept": f"{kept:,}",
         "prompts": f"{prompts:,}",
-        "rounds": len(result.rounds),
+        "rounds": len(rounds) + bool(attempts),
         "gain": gain and row_context(gain),
     }
 
 
-def run_summary(result: Enhancement) -> list[tuple[str, str]]:
-    """The run in a few numbers, each with its label."""
-    prompts, kept = _counts(result)
-    accepted = [round_.lora for round_ in result.rounds if round_.accepted]
+def run_summary(rounds: Sequence[Round], attempts: Sequence[Attempt]) -> list[tuple[str, str]]:
+    """The run in a few numbers, each with its label; see `run_headline`."""
+    prompts, kept = _counts(rounds, attempts)
+    accepted = [round_.lora for round_ in rounds if round_.accepted]
     rows = [
         (f"{prompts:,}", "prompts"),
         (f"{kept:,}", "training pairs"),
-        (f"{len(accepted)} of {len(result.rounds)}", "rounds accepted"),
-        (duration(sum(sum(round_.seconds.values()) for round_ in result.rounds)), "total time"),
+        (f"{len(accepted)} of {len(rounds)}", "rounds accepted"),
+        (duration(sum(sum(round_.seconds.values()) for round_ in rounds)), "total time"),
     ]
     return [*rows, (f"rank {accepted[-1].rank}", f"LoRA on {len(accepted[-1].layers)} layers")] if accepted else rows
 
 
-def _counts(result: Enhancement) -> tuple[int, int]:
+def _counts(rounds: Sequence[Round], attempts: Sequence[Attempt]) -> tuple[int, int]:
     """How many prompts all rounds had, and how many kept pairs."""
-    kept = Counter(isinstance(attempt, Kept) for round_ in result.rounds for attempt in round_.attempts)
+    everything = chain(chain.from_iterable(round_.attempts for round_ in rounds), attempts)
+    kept = Counter(isinstance(attempt, Kept) for attempt in everything)
     return kept.total(), kept[True]
 
 
 def round_context(round_: Round, *, store: ImageStore, max_pairs: int) -> TemplateContext:
     """One round, with at most ``max_pairs`` of its kept pairs and as many of its dropped ones."""
-    shown: dict[type, list[TemplateContext]] = {Kept: [], Dropped: []}
-    total: Counter[type] = Counter()
-    for attempt in round_.attempts:
-        total[type(attempt)] += 1
-        if not isinstance(attempt, Skipped) and total[type(attempt)] <= max_pairs:
-            shown[type(attempt)].append(_pair_card(attempt, store))
     return {
-        "number": round_.number,
+        **untrained_context(round_.number, round_.attempts, store=store, max_pairs=max_pairs),
         "accepted": round_.accepted,
-        "funnel": _funnel(Funnel.of(round_.attempts)),
         "gain": round_.gain and row_context(round_.gain),
-        "kept": shown[Kept],
-        "kept_total": total[Kept],
-        "dropped": shown[Dropped],
-        "dropped_total": total[Dropped],
         "loss": _loss_curve(round_.training.losses),
         "training": round_.training,
         "times": [
             {"stage": stage, "seconds": seconds, "text": duration(seconds)} for stage, seconds in round_.seconds.items()
         ],
         "total_time": duration(sum(round_.seconds.values())),
+    }
+
+
+def untrained_context(
+    number: int, attempts: Iterable[Attempt], *, store: ImageStore, max_pairs: int
+) -> TemplateContext:
+    """One round that has no training; see `round_context`."""
+    shown: dict[type, list[TemplateContext]] = {Kept: [], Dropped: []}
+    total: Counter[type] = Counter()
+    for attempt in attempts:
+        total[type(attempt)] += 1
+        if not isinstance(attempt, Skipped) and total[type(attempt)] <= max_pairs:
+            shown[type(attempt)].append(_pair_card(attempt, store))
+    return {
+        "number": number,
+        "accepted": True,
+        "funnel": _funnel(Funnel.of(attempts)),
+        "gain": None,
+        "kept": shown[Kept],
+        "kept_total": total[Kept],
+        "dropped": shown[Dropped],
+        "dropped_total": total[Dropped],
+        "loss": _loss_curve(()),
+        "training": None,
+        "times": [],
+        "total_time": "",
     }
 
 

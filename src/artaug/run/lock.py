@@ -288,8 +288,7 @@ def _describe_refusal(folder: Path, owner: LockOwner | None, *, certain: bool = 
             f"The run folder {folder} is in use by another process. Wait until it ends, or stop it, and make the same call "
             "again."
         )
-    since = f"{owner.since.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
-    what = f"{_name(owner)} has held it since {since} and was last alive {_describe_age(owner.last_alive)}"
+    what = describe_owner(owner)
     if owner.process == ProcessIdentity.current():
         return (
             f"The run folder {folder} is in use: {what}. Let that call end, or give this one another folder. An iterator that "
@@ -304,6 +303,12 @@ def _describe_refusal(folder: Path, owner: LockOwner | None, *, certain: bool = 
         f"The run folder {folder} may be in use: {what}, and its file system has no locks that would tell whether it still "
         f"runs. Look on {owner.process.host}. If it does not run any more, make the same call again with take_over=True."
     )
+
+
+def describe_owner(owner: LockOwner) -> str:
+    """Which process has a folder, and since when."""
+    since = f"{owner.since.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return f"{_name(owner)} has held it since {since} and was last alive {_describe_age(owner.last_alive)}"
 
 
 def _name(owner: LockOwner) -> str:

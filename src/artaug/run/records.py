@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 from PIL.Image import Image
+from pydantic import Field
 
 from artaug._internal.values import value
 from artaug.critique import Abstention, Critique
@@ -15,6 +16,10 @@ from artaug.plan import Plan
 Picture: TypeAlias = Image | ImageFile
 """In memory, or on disk."""
 DrawingStage: TypeAlias = Literal["draw", "redraw"]
+
+
+StoredAnswer: TypeAlias = Annotated[Critique | Abstention, Field(union_mode="left_to_right")]
+"""Their fields have no name in common, so the first that fits is it; trying both takes a sixth of the time to read a run."""
 
 
 class Member(NamedTuple):
@@ -114,7 +119,7 @@ class AnswerRecord:
 
     prompt_index: int
     candidate: int
-    answer: Critique | Abstention
+    answer: StoredAnswer
 
 
 @value
@@ -126,7 +131,7 @@ class CandidateRecord:
     prompt: str
     seed: int
     before: str
-    answer: Critique | Abstention
+    answer: StoredAnswer
     plan: Plan | None
     after: str | None
     size: tuple[int, int]

@@ -12,6 +12,7 @@
       work/0-00001/          the chunk under way, one file a drawing call and an answer
       verdicts.json          of a filter that compares the pairs of a round
       measure/               drawing calls of held-out pictures
+      comparison.json        the round against the one before on held-out prompts
       checkpoints-96/        of the training, while it goes
       result.safetensors     losses, gain, and the LoRAs of the round to the bit
       lora.safetensors       the LoRA of all rounds so far, for other programs
