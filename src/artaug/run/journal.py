@@ -23,7 +23,10 @@ class ChunkJournal(ABC):
 
     @abstractmethod
     def add_call(self, stage: DrawingStage, members: Sequence[Member], images: Sequence[Image], *, limit: int) -> None:
-        """Keep the pictures of one call of the synthesizer."""
+        """Keep the pictures of one call of the synthesizer.
+
+        They may be written behind: an error of the one call is then raised by the next, or by `finish`.
+        """
 
     @abstractmethod
     def add_answer(self, member: Member, answer: Critique | Abstention) -> None:
@@ -39,6 +42,8 @@ class RoundJournal(ABC):
 
     call_limit: int | None = None
     """The most pictures that a call of the synthesizer has room for, as far as this round knows."""
+    writes_behind = False
+    """Whether pictures are still being written when `ChunkJournal.add_call` returns; `ChunkJournal.finish` waits for them."""
 
     def finished(self, name: str) -> Chunk | None:
         """The chunk of this name, if it is finished."""
@@ -55,3 +60,6 @@ class RoundJournal(ABC):
     @abstractmethod
     def add_verdicts(self, verdicts: Mapping[int, Verdict]) -> None:
         """Keep the verdicts of the end of the round."""
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to wait for
+        """Wait for what is still being written, whatever ended the round."""

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -187,10 +188,13 @@ class RoundFolder:
 
 
 class FolderJournal(RoundJournal):
-    """Keeps a round in its folder."""
+    """Keeps a round in its folder. One thread writes the pictures of a call, while the next ones are drawn."""
+
+    writes_behind = True
 
     def __init__(self, folder: RoundFolder) -> None:
         self._folder = folder
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="artaug-store")
 
     def finished(self, name: str) -> Chunk | None:
         record = self._folder.chunk(name)
@@ -210,6 +214,9 @@ class FolderJournal(RoundJournal):
     def add_verdicts(self, verdicts: Mapping[int, Verdict]) -> None:
         self._folder.write_verdicts(verdicts)
 
+    def close(self) -> None:
+        self.writer.shutdown()
+
 
 class _ChunkFolder(ChunkJournal):
     """The chunk under way: a file for each call of the synthesizer and each answer of the critic."""
@@ -228,6 +235,7 @@ class _ChunkFolder(ChunkJournal):
         self._calls = [record for _, record in self._read_all("call", CallRecord)]
         self._files: dict[tuple[str, Member], ImageFile] = {}
         self._kept: dict[tuple[str, Member], Image] = {}
+        self._pending: Future[None] | None = None
         self._load_pictures()
 
     def drawn(self, stage: DrawingStage) -> Mapping[Member, Image]:
@@ -238,24 +246,42 @@ class _ChunkFolder(ChunkJournal):
         return {Member(record.prompt_index, record.candidate): record.answer for record in records}
 
     def add_call(self, stage: DrawingStage, members: Sequence[Member], images: Sequence[Image], *, limit: int) -> None:
-        files = self._folder.images.add_all(images)
-        record = CallRecord(
-            stage,
-            tuple((member.prompt_index, member.candidate) for member in members),
-            tuple(map(image_digest, files)),
-            images[0].size,
-            limit,
-            torch.get_num_threads(),
-        )
-        self._write(f"call-{len(self._calls):05d}", record)
-        self._calls.append(record)
+        self._settle()
+        number, threads = len(self._calls), torch.get_num_threads()
+
+        def write() -> None:
+            files = self._folder.images.add_all(images)
+            record = CallRecord(
+                stage,
+                tuple((member.prompt_index, member.candidate) for member in members),
+                tuple(map(image_digest, files)),
+                images[0].size,
+                limit,
+                threads,
+            )
+            self._write(f"call-{number:05d}", record)
+            self._calls.append(record)
+            self._files.update({(stage, member): file for member, file in zip(members, files, strict=True)})
+
+        # After a kill, the pictures that were being written are drawn again: the call is not on record.
+        self._pending = self._journal.writer.submit(write)
         self._journal.call_limit = limit
-        self._files.update({(stage, member): file for member, file in zip(members, files, strict=True)})
+
+    def _settle(self) -> None:
+        """Wait until the call before is written.
+
+        Raises:
+            StorageError: if it could not be.
+        """
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
     def add_answer(self, member: Member, answer: Critique | Abstention) -> None:
         self._write(f"answer-{member.prompt_index}-{member.candidate}", AnswerRecord(*member, answer))
 
     def finish(self, chunk: Chunk) -> Chunk:
+        self._settle()
         candidates = {member: self._by_reference(candidate) for member, candidate in chunk.candidates.items()}
         chunk = replace(chunk, candidates=candidates)
         self._folder.write_chunk(self._name, ChunkRecord.of(chunk, self._calls))

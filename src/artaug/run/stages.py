@@ -5,9 +5,8 @@ through the same lines as one that is resumed.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from PIL.Image import Image
 
@@ -65,6 +64,32 @@ class Silence:
 
 
 @dataclass(frozen=True)
+class _Begun:
+    """A chunk whose first pictures are drawn."""
+
+    indices: Sequence[int]
+    """Of its prompts."""
+    known: Mapping[Member, Candidate]
+    seeds: Mapping[Member, int]
+    """Of all its members, in their order."""
+    before: Mapping[Member, Picture]
+    journal: ChunkJournal
+    start_s: Mapping[str, float]
+    """What the clock's stages had taken before it."""
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A chunk that went through all stages; its last pictures may not be written yet."""
+
+    journal: ChunkJournal
+    chunk: Chunk
+
+    def finish(self) -> Chunk:
+        return self.journal.finish(self.chunk)
+
+
+@dataclass(frozen=True)
 class RoundStages:
     """The stages of one round."""
 
@@ -89,6 +114,12 @@ class RoundStages:
         """
         pictures = groups[-1] * self.parts.candidate_count
         self.clock.begin({"draw": pictures, "critique": pictures, "redraw": pictures, "judge": groups[-1]})
+        try:
+            yield from self._attempts(prompts, groups)
+        finally:
+            self.journal.close()
+
+    def _attempts(self, prompts: Sequence[str], groups: Sequence[int]) -> Iterator[Attempt]:
         waiting: list[tuple[Chunk, End]] = []  # pairs for a filter that compares them all
         for chunk, end in self._ends(prompts, groups):
             if end.verdict is None and not end.reason:
@@ -104,8 +135,10 @@ class RoundStages:
         start, chunk_size = 0, self.parts.prompts_per_chunk
         for number, stop in enumerate(groups):
             put_off: dict[int, tuple[Chunk, End]] = {}
-            for place, indices in enumerate(_slices(range(start, stop), chunk_size)):
-                chunk = self._run_chunk(f"{number}-{place:05d}", prompts, indices)
+            slices = enumerate(_slices(range(start, stop), chunk_size))
+            for chunk in self._run_chunks(
+                prompts, ((f"{number}-{place:05d}", indices, {}) for place, indices in slices)
+            ):
                 for end in chunk.ends:
                     if end.transient:
                         put_off[end.prompt_index] = (chunk, end)
@@ -125,68 +158,90 @@ class RoundStages:
                     for member, candidate in put_off[index][0].candidates.items()
                     if member.prompt_index == index
                 }
-                chunk = self._run_chunk(name, prompts, indices, known)
-                yield from ((chunk, end) for end in chunk.ends)
+                for chunk in self._run_chunks(prompts, [(name, indices, known)]):
+                    yield from ((chunk, end) for end in chunk.ends)
             start = stop
 
-    def _run_chunk(
-        self,
-        name: str,
-        prompts: Sequence[str],
-        indices: Sequence[int],
-        known: Mapping[Member, Candidate] = MappingProxyType({}),
-    ) -> Chunk:
-        """Bring some prompts through all stages, one stage after the other.
+    def _run_chunks(
+        self, prompts: Sequence[str], chunks: Iterable[tuple[str, Sequence[int], Mapping[Member, Candidate]]]
+    ) -> Iterator[Chunk]:
+        """Bring chunks through all stages, one after the other.
+
+        The pictures that a store writes are many megabytes. So a chunk is finished when the first ones of the next chunk
+        are drawn: until then they are written by another thread.
 
         Args:
-            name: of the chunk.
             prompts: of the round.
-            indices: which of them.
-            known: candidates of prompts that were put off: what they have is not made again.
+            chunks: of each, its name, the indices of its prompts, and the candidates of prompts that were put off: what
+                they have is not made again.
         """
-        finished = self.journal.finished(name)
-        if finished is not None:
-            self._report_resumed(finished, known)
-            return finished
+        written: _UnderWay | None = None
+        for name, indices, known in chunks:
+            finished = self.journal.finished(name)
+            if finished is None:
+                try:
+                    begun = self._begin_chunk(name, prompts, indices, known)
+                finally:  # also if that raises: all of the chunk before is done
+                    done = None if written is None else written.finish()
+                if done is not None:
+                    yield done
+                written = self._judge_chunk(begun, prompts)
+                if self.journal.writes_behind:
+                    continue
+            if written is not None:
+                yield written.finish()
+                written = None
+            if finished is not None:
+                self._report_resumed(finished, known)
+                yield finished
+        if written is not None:
+            yield written.finish()
+
+    def _begin_chunk(
+        self, name: str, prompts: Sequence[str], indices: Sequence[int], known: Mapping[Member, Candidate]
+    ) -> "_Begun":
+        """Draw the first candidate of every prompt, then the second of every prompt, and so on."""
         self.poll()
         start_s = dict(self.clock.seconds)
-        journal = self.journal.begin(name)
-        candidates = self._make_candidates(journal, prompts, indices, known)
-        ends = self._judge(list(candidates.values()), indices)
-        seconds = {stage: total - start_s.get(stage, 0.0) for stage, total in self.clock.seconds.items()}
-        return journal.finish(Chunk(candidates, ends, seconds))
-
-    def _make_candidates(
-        self, journal: ChunkJournal, prompts: Sequence[str], indices: Sequence[int], known: Mapping[Member, Candidate]
-    ) -> dict[Member, Candidate]:
-        """Draw, critique, plan and redraw: the first candidate of every prompt, then the second of every prompt, and so on."""
-        members = [Member(index, candidate) for candidate in range(self.parts.candidate_count) for index in indices]
         seeds = {
-            member: attempt_seed(
+            Member(index, candidate): attempt_seed(
                 self.seed, round_number=self.clock.round_number, prompt_index=index, candidate=candidate
             )
-            for member in members
-            for index, candidate in (member,)
+            for candidate in range(self.parts.candidate_count)
+            for index in indices
         }
+        journal = self.journal.begin(name)
         before: dict[Member, Picture] = {member: candidate.before for member, candidate in known.items()}
-        fresh = {member: Plan(prompts[member.prompt_index]) for member in members if member not in before}
+        fresh = {member: Plan(prompts[member.prompt_index]) for member in seeds if member not in before}
         before |= self._draw("draw", fresh, seeds, journal)
+        return _Begun(indices, known, seeds, before, journal, start_s)
+
+    def _judge_chunk(self, begun: "_Begun", prompts: Sequence[str]) -> "_UnderWay":
+        """Critique, plan, redraw and judge."""
+        candidates = self._make_candidates(begun, prompts)
+        ends = self._judge(list(candidates.values()), begun.indices)
+        seconds = {stage: total - begun.start_s.get(stage, 0.0) for stage, total in self.clock.seconds.items()}
+        return _UnderWay(begun.journal, Chunk(candidates, ends, seconds))
+
+    def _make_candidates(self, begun: "_Begun", prompts: Sequence[str]) -> dict[Member, Candidate]:
+        """Critique, plan and redraw."""
+        known, journal, members = begun.known, begun.journal, list(begun.seeds)
         answers = {
             member: candidate.answer for member, candidate in known.items() if not _is_transient(candidate.answer)
         }
-        asked = {member: before[member] for member in members if member not in answers}
+        asked = {member: begun.before[member] for member in members if member not in answers}
         answers |= self._critique(asked, prompts, journal)
         plans = {member: self._plan(prompts[member.prompt_index], answers[member]) for member in members}
         after = {member: candidate.after for member, candidate in known.items() if candidate.after is not None}
         changes = {member: plan for member, plan in plans.items() if plan is not None and member not in after}
         self._note_unplanned(plans, answers, known)
-        after |= self._draw("redraw", changes, seeds, journal)
+        after |= self._draw("redraw", changes, begun.seeds, journal)
         return {
             member: Candidate(
                 member,
                 prompts[member.prompt_index],
-                seeds[member],
-                before[member],
+                begun.seeds[member],
+                begun.before[member],
                 answers[member],
                 plans[member],
                 after.get(member),
