@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -43,10 +43,11 @@ class Loop:
     critic: aa.Critic
     keep: aa.PairFilter
     prompts: Sequence[str]
+    repeats: int
 
-    def seconds(self, store: Path | None) -> float:
-        """Run the loop once."""
-        start = time.perf_counter()
+    def seconds(self, store: Path | None) -> tuple[float, float]:
+        """Run the loop once: wall-clock and processor time."""
+        start, cpu_start = time.perf_counter(), time.process_time()
         for _ in aa.improve(
             self.prompts,
             synthesizer=self.synthesizer,
@@ -57,23 +58,24 @@ class Loop:
             store=store,
         ):
             pass
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def measure(*, quick: bool) -> Iterator[record.Row]:
-    """Measure a run with a store beside the same run without one; files go to a temporary folder in the current one.
+    """Measure a run with a store beside the same run without one; files go to a temporary folder in ``runs``.
 
     ``ratio`` is the median over repeats of the time with a store over that without, which alternate, and ``low`` and
     ``high`` the least and the largest. ``kb per prompt`` is what the peak of the process's memory grows by between the two
-    numbers of prompts. Reading is of files that were just written, so from the system's cache.
+    numbers of prompts. ``cpu_ratio`` is that of processor time, in all threads. Reading is of files that were just written, so from the system's cache.
     """
-    with TemporaryDirectory(prefix="runs-benchmark-", dir=".") as name:
+    Path("runs").mkdir(exist_ok=True)
+    with TemporaryDirectory(dir="runs") as name:
         folder = Path(name)
-        yield from parts(folder, repeats=3 if quick else 15)
+        yield from parts(folder, repeats=2 if quick else 9)
         for case in loops(quick=quick):
-            yield loop_row(case, folder, repeats=2 if quick else 7)
-        yield from memory_rows(folder, (8, 24) if quick else (200, 2000), distinct=DISTINCT)
-        yield from memory_rows(folder, (8, 16) if quick else (200, 400), distinct=None)
+            yield loop_row(case, folder)
+        yield from memory_rows(folder, (8, 16) if quick else (200, 2000), distinct=DISTINCT)
+        yield from memory_rows(folder, (4, 8) if quick else (200, 400), distinct=None)
         yield from reading_rows(folder, (800, 4_000) if quick else (10_000, 100_000))
 
 
@@ -84,37 +86,42 @@ def loops(*, quick: bool) -> Iterator[Loop]:
         playground.synthesizer(guide=aa.RegionalAttention()),
         PhotometricCritic(),
         aa.Gain(Chroma(), at_least=0),
-        playground.prompts(8 if quick else 48, seed=3),
+        playground.prompts(8 if quick else 16, seed=3),
+        repeats=1 if quick else 7,
     )
     yield Loop(
         "0.1 s a picture of 1,024 px" if quick else "1 s a picture of 1,024 px",
         doubles.PhotoSynthesizer(SIZE, seconds=0.1 if quick else 1.0),
         doubles.ThreeBoxes(),
         doubles.EveryOther(),
-        doubles.prompts(16),
+        doubles.prompts(8 if quick else 32),
+        repeats=1 if quick else 3,
     )
 
 
-def loop_row(case: Loop, folder: Path, *, repeats: int) -> record.Row:
+def loop_row(case: Loop, folder: Path) -> record.Row:
     """Time a case with a store and without, in turn."""
-    case.seconds(None)  # what is loaded and compiled once
+    replace(case, prompts=case.prompts[:2]).seconds(None)  # what is loaded and compiled once
     without, with_store = [], []
-    for repeat in range(repeats):
+    for repeat in range(case.repeats):
         store = folder / f"loop-{repeat}"
         for arm in (None, store) if repeat % 2 else (store, None):
             (without if arm is None else with_store).append(case.seconds(arm))
         shutil.rmtree(store)
-    ratios = [ours / plain for ours, plain in zip(with_store, without, strict=True)]
+    ratios, cpu_ratios = (
+        [ours[clock] / plain[clock] for ours, plain in zip(with_store, without, strict=True)] for clock in (0, 1)
+    )
     return {
         "what": "loop",
         "case": case.name,
         "prompts": len(case.prompts),
-        "repeats": repeats,
-        "seconds": median(with_store),
-        "seconds_without": median(without),
+        "repeats": case.repeats,
+        "seconds": median(wall for wall, _ in with_store),
+        "seconds_without": median(wall for wall, _ in without),
         "ratio": median(ratios),
         "low": min(ratios),
         "high": max(ratios),
+        "cpu_ratio": median(cpu_ratios),
     }
 
 
@@ -240,7 +247,9 @@ def encode(image: Image) -> bytes:
 
 def in_process(work: Callable[..., Mapping[str, float]], *arguments: object) -> Mapping[str, float]:
     """What a function returns in a new process, whose peak of memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks._record", "benchmarks._run_doubles"])  # so that torch is imported once
+    with context.Pool(1) as pool:
         return pool.apply(work, arguments)
 
 

@@ -35,7 +35,7 @@ class Region:
     1.0
     """
 
-    area: Box | Mask
+    area: Annotated[Box | Mask, Field(union_mode="left_to_right")]
     """The part of the picture."""
     prompt: str
     """What is in it."""
