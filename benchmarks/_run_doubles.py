@@ -12,7 +12,7 @@ from PIL import Image
 import artaug as aa
 from artaug._internal.segments import write_provisional
 from artaug.image_files import image_digest
-from artaug.run.records import CallRecord, Candidate, Chunk, ChunkRecord, End, Member
+from artaug.run.records import CallRecord, Candidate, Chunk, ChunkRecord, DrawingStage, End, Member, Picture
 from artaug.run.round_folder import RoundFolder
 
 CHUNK = 8
@@ -33,7 +33,8 @@ def _first_photo(size: int) -> np.ndarray:
     rough = Image.fromarray(generator.integers(256, size=(8, 8, 3), dtype=np.uint8))
     smooth = np.asarray(rough.resize((size, size), Image.Resampling.BICUBIC), dtype=np.int16)
     noise = generator.integers(-12, 13, size=smooth.shape, dtype=np.int16)
-    return np.clip(smooth + noise, 0, 255).astype(np.uint8)
+    pixels: np.ndarray = np.clip(smooth + noise, 0, 255).astype(np.uint8)
+    return pixels
 
 
 @dataclass
@@ -134,10 +135,11 @@ def chunk_record(texts: Sequence[str], indices: Sequence[int], images: aa.ImageF
         ends.append(
             End(index, 0, verdict(index)) if plan else End(index, 0, None, "the critic suggested nothing", "plan")
         )
-    for stage, files in (
-        ("draw", {member: candidate.before for member, candidate in candidates.items()}),
-        ("redraw", {member: candidate.after for member, candidate in candidates.items() if candidate.after}),
-    ):
+    drawn: dict[DrawingStage, dict[Member, Picture]] = {
+        "draw": {member: candidate.before for member, candidate in candidates.items()},
+        "redraw": {member: candidate.after for member, candidate in candidates.items() if candidate.after},
+    }
+    for stage, files in drawn.items():
         digests = tuple(map(image_digest, files.values()))
         calls.append(CallRecord(stage, tuple(files), digests, (1024, 1024), CHUNK, 1))
     return ChunkRecord.of(Chunk(candidates, ends, {"draw": 9.1, "critique": 2.5, "redraw": 14.2, "judge": 0.4}), calls)

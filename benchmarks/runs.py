@@ -102,7 +102,8 @@ def loops(*, quick: bool) -> Iterator[Loop]:
 def loop_row(case: Loop, folder: Path) -> record.Row:
     """Time a case with a store and without, in turn."""
     replace(case, prompts=case.prompts[:2]).seconds(None)  # what is loaded and compiled once
-    without, with_store = [], []
+    without: list[tuple[float, float]] = []
+    with_store: list[tuple[float, float]] = []
     for repeat in range(case.repeats):
         store = folder / f"loop-{repeat}"
         for arm in (None, store) if repeat % 2 else (store, None):
@@ -127,7 +128,7 @@ def loop_row(case: Loop, folder: Path) -> record.Row:
 
 def memory_rows(folder: Path, counts: tuple[int, int], *, distinct: int | None) -> Iterator[record.Row]:
     """Peak memory of runs with two numbers of prompts, all attempts held, and then read from the disk."""
-    base: Mapping[str, Any] = {}
+    base: dict[str, Any] = {}
     for count in counts:
         store = folder / f"memory-{count}"
         found = in_process(run_in_memory, count, distinct, store)
@@ -140,7 +141,7 @@ def memory_rows(folder: Path, counts: tuple[int, int], *, distinct: int | None) 
             yield {"what": "memory", "case": "no store", "pictures": "all differ", "prompts": count, **found}
 
 
-def _growth(row: Mapping[str, Any], base: Mapping[str, Any]) -> Mapping[str, float]:
+def _growth(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
     more = row["prompts"] - base.get("prompts", 0)
     return {
         name.replace("_mb", "_kb_per_prompt"): (row[name] - base[name]) * 1000 / more
@@ -149,7 +150,7 @@ def _growth(row: Mapping[str, Any], base: Mapping[str, Any]) -> Mapping[str, flo
     }
 
 
-def run_in_memory(count: int, distinct: int | None, store: Path | None) -> Mapping[str, float]:
+def run_in_memory(count: int, distinct: int | None, store: Path | None) -> dict[str, float]:
     """Run the loop, hold its attempts, and read them again from the store with a look at some pictures."""
     start = time.perf_counter()
     attempts = list(
@@ -175,7 +176,7 @@ def run_in_memory(count: int, distinct: int | None, store: Path | None) -> Mappi
 
 def reading_rows(folder: Path, counts: Sequence[int]) -> Iterator[record.Row]:
     """Write rounds of so many attempts, and read all of them in a process of its own."""
-    base: Mapping[str, Any] = {}
+    base: dict[str, Any] = {}
     for count in counts:
         place = folder / f"round-of-{count}"
         doubles.write_round(doubles.round_folder(place), count)
@@ -185,7 +186,7 @@ def reading_rows(folder: Path, counts: Sequence[int]) -> Iterator[record.Row]:
         shutil.rmtree(place)
 
 
-def read_all(folder: Path) -> Mapping[str, float]:
+def read_all(folder: Path) -> dict[str, float]:
     """Look at every attempt of a round once."""
     before = peak_mb()
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -245,7 +246,7 @@ def encode(image: Image) -> bytes:
     return buffer.getvalue()
 
 
-def in_process(work: Callable[..., Mapping[str, float]], *arguments: object) -> Mapping[str, float]:
+def in_process(work: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
     """What a function returns in a new process, whose peak of memory is its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks._record", "benchmarks._run_doubles"])  # so that torch is imported once
