@@ -99,6 +99,11 @@ class Run:
         owner = self._owner()
         return False if owner is None else owner.process.is_running()
 
+    @property
+    def begun_rounds(self) -> tuple[int, ...]:
+        """The numbers of the rounds that have begun, from 1; the last one may be under way."""
+        return tuple(self._files.begun_rounds())
+
     def attempts(self, round_number: int | None = None) -> Iterator[Attempt]:
         """How every prompt ended so far, one after the other: of all rounds, or of one.
 
@@ -239,16 +244,16 @@ class Run:
             raise StorageError(f"{self.folder} holds no run: it has no run.json. {_hint(self.folder)}")
         return record
 
-    def _begun(self, number: int | None = None) -> list[int]:
+    def _begun(self, number: int | None = None) -> tuple[int, ...]:
         """The numbers of the rounds that have begun, or the only one that is meant."""
-        begun = self._files.begun_rounds()
+        begun = self.begun_rounds
         if number is None:
             return begun
         if number not in begun:
             raise InvalidValueError(
                 f"{self.folder} has no round {number!r}. Begun: {', '.join(map(str, begun)) or 'none'}."
             )
-        return [number]
+        return (number,)
 
     def _finished(self) -> Iterator[Round]:
         for number in self._begun():
@@ -273,7 +278,9 @@ class Run:
                 reason = no_pairs_reason(number, (attempt for _, attempt in read_attempts(folder)))
                 if reason is not None:
                     return reason
-        return self._state()
+        if self.is_running:
+            return f"round {number} is under way"
+        return f"round {number} is not finished: the same call on {self.folder} goes on there"
 
     def _state(self) -> str:
         """How far the run is, in a few words; no attempt is read."""

@@ -83,7 +83,7 @@ def sha_of(files: dict[str, bytes], commits: list[dict[str, bytes]]) -> str:
 
 
 def is_lfs(path: str) -> bool:
-    return path.endswith((".safetensors", ".png", ".bin"))
+    return path.endswith((".safetensors", ".png", ".bin", ".parquet"))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -331,19 +331,20 @@ def resolve(request: Handler, name: str, revision: str, path: str) -> None:
 
 
 NAME = r"([\w.-]+/[\w.-]+)"
+KIND = "(?:models|datasets)"
 ROUTES = [
     ("POST", "/api/repos/create", create),
     ("POST", "/api/validate-yaml", validate),
-    ("POST", f"/api/models/{NAME}/branch/(.+)", branch),
-    ("POST", f"/api/models/{NAME}/preupload/(.+)", preupload),
-    ("POST", f"/api/models/{NAME}/commit/(.+)", commit),
-    ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", batch),
-    ("GET", f"/api/models/{NAME}/xet-write-token/(.+)", xet_token),
+    ("POST", f"/api/{KIND}/{NAME}/branch/(.+)", branch),
+    ("POST", f"/api/{KIND}/{NAME}/preupload/(.+)", preupload),
+    ("POST", f"/api/{KIND}/{NAME}/commit/(.+)", commit),
+    ("POST", rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", batch),
+    ("GET", f"/api/{KIND}/{NAME}/xet-write-token/(.+)", xet_token),
     ("POST", "/xet/v1/xorbs/default/([0-9a-f]+)", xet_xorb),
     ("POST", "/xet/v1/shards", xet_shard),
     ("PUT", "/lfs/([0-9a-f]+)", upload),
-    ("GET", f"/api/models/{NAME}/revision/(.+)", info),
-    ("GET", f"/api/models/{NAME}", info),
+    ("GET", f"/api/{KIND}/{NAME}/revision/(.+)", info),
+    ("GET", f"/api/{KIND}/{NAME}", info),
     ("GET", f"/{NAME}/resolve/([^/]+)/(.+)", resolve),
 ]
 

@@ -1,4 +1,4 @@
-"""Push a LoRA to the Hub in one commit, with a model card, and pull it."""
+"""Push a LoRA to the Hub in one commit, with a model card, and pull it; push the pairs of a run as a dataset."""
 
 import posixpath
 from collections.abc import Mapping, Sequence
@@ -14,19 +14,22 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined] # public, but not re-exported
 
+from artaug._internal.arguments import check_argument
 from artaug._internal.files import file_sha256
 from artaug.errors import HubError, InvalidValueError
 from artaug.evaluation.comparison import Comparison
 from artaug.hub.card import TAG
 from artaug.hub.contents import PEFT_FILE, RepoContents, list_files
 from artaug.hub.errors import check_repo_id, single_line, translate_errors
+from artaug.hub.pairs import PairsContents
 from artaug.hub.values import Base, Push, PushedFile, Sample
 from artaug.lora.formats import KeyMap
 from artaug.lora.formats.adapter_config import PEFT_CONFIG, PEFT_WEIGHTS
 from artaug.lora.lora import LoRA
 from artaug.run.results import Enhancement
+from artaug.stored_runs import Run
 
-__all__ = ["Base", "Push", "PushedFile", "Sample", "base_of", "pull", "push"]
+__all__ = ["Base", "Push", "PushedFile", "Sample", "base_of", "pull", "push", "push_pairs"]
 
 _MAIN = "main"
 _PUSH_ADVICE = "A push is one commit, so nothing was uploaded in part: try again."
@@ -113,6 +116,64 @@ def push(  # noqa: PLR0913 - a card has many parts, and each may be left out
         return planned if dry_run else _upload(planned, folder, api, overwrite=overwrite)
 
 
+def push_pairs(  # noqa: PLR0913 - as `push`
+    run: Run,
+    repo: str,
+    *,
+    dropped: bool = False,
+    private: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    revision: str = _MAIN,
+    message: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> Push:
+    """Upload the pairs of a run to a dataset in one commit: Parquet files of about 500 MB, and a card.
+
+    ``datasets.load_dataset(repo)`` reads them, and the Hub shows them, with the pictures without loss in ``before`` and
+    ``after``. The files are written to a temporary folder first, which needs as much room as the pictures have.
+
+    Args:
+        run: in a folder, from `artaug.Run.open`.
+        repo: ``owner/name`` of the dataset. What is said of repositories at `push` is true of it, too.
+        dropped: upload the pairs that the filter dropped as well; the column ``kept`` says which are which.
+        private: see `push`, as all that follow.
+        overwrite: replace files that artaug did not push.
+        dry_run: write and describe the files, and send no request to the Hub.
+        revision: the branch, created if it is missing.
+        message: of the commit.
+        token: of an account that may write.
+        endpoint: URL of another Hub than the public one.
+
+    Returns:
+        The files that were sent, or would have been sent.
+
+    Raises:
+        MissingExtraError: if pyarrow is not installed.
+        InvalidValueError: if ``repo`` is not ``owner/name``, or ``run`` is no run.
+        NothingToLearnError: if the run has no pair yet.
+        StorageError: if a file of the run is damaged, or there is no room for the files.
+        HubError: see `push`.
+    """
+    check_argument("hub.push_pairs", "run", run, Run)
+    api = _client(token, endpoint)
+    contents = PairsContents(repo=check_repo_id(repo), run=run, dropped=dropped)
+    with TemporaryDirectory(prefix="artaug-push-") as name:
+        folder = Path(name)
+        card = contents.write(folder)
+        planned = Push(
+            repo=repo,
+            revision=revision,
+            private=private,
+            message=message or f"Pairs drawn with artaug {version('artaug')}",
+            files=list_files(folder),
+            card=card,
+            kind="dataset",
+        )
+        return planned if dry_run else _upload(planned, folder, api, overwrite=overwrite)
+
+
 def pull(
     repo: str,
     *,
@@ -194,7 +255,7 @@ def _client(token: str | None, endpoint: str | None) -> HfApi:
 
 def _upload(planned: Push, folder: Path, api: HfApi, *, overwrite: bool) -> Push:
     with translate_errors(f"pushing to {planned.repo!r}", api, default_advice=_PUSH_ADVICE):
-        _validate_card(planned.card, api)  # before a repository is created for a card that the Hub then refuses
+        _validate_card(planned, api)  # before a repository is created for a card that the Hub then refuses
         parent = _prepare_branch(planned, api, overwrite=overwrite)
         operations = [CommitOperationAdd(file.path, str(folder / file.path)) for file in planned.files]
         commit = api.create_commit(
@@ -203,11 +264,12 @@ def _upload(planned: Push, folder: Path, api: HfApi, *, overwrite: bool) -> Push
             commit_message=planned.message,
             revision=planned.revision,
             parent_commit=parent,
+            repo_type=planned.kind,
         )
     return replace(planned, commit=str(commit.commit_url))
 
 
-def _validate_card(card: str, api: HfApi) -> None:
+def _validate_card(planned: Push, api: HfApi) -> None:
     """Ask the Hub whether it takes this card.
 
     Raises:
@@ -215,7 +277,7 @@ def _validate_card(card: str, api: HfApi) -> None:
     """
     headers = build_hf_headers(token=api.token, library_name=api.library_name, library_version=api.library_version)
     response = get_session().post(
-        f"{api.endpoint}/api/validate-yaml", json={"content": card, "repoType": "model"}, headers=headers
+        f"{api.endpoint}/api/validate-yaml", json={"content": planned.card, "repoType": planned.kind}, headers=headers
     )
     if response.status_code == HTTPStatus.BAD_REQUEST:
         reply = single_line(response.text, api)
@@ -227,20 +289,21 @@ def _prepare_branch(planned: Push, api: HfApi, *, overwrite: bool) -> str | None
 
     With that commit as parent, the push fails if another commit comes in between, instead of replacing its files.
     """
+    look = api.model_info if planned.kind == "model" else api.dataset_info
     try:
-        info = api.model_info(planned.repo)
+        info = look(planned.repo)
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
-        api.create_repo(planned.repo, private=planned.private)
-        info = api.model_info(planned.repo)
+        api.create_repo(planned.repo, private=planned.private, repo_type=planned.kind)
+        info = look(planned.repo)
     if planned.private and not info.private:
         raise HubError(
             f"{planned.repo!r} is public, and private=True was given. Make it private on its page first, or choose another."
         )
     if planned.revision != _MAIN:
-        api.create_branch(planned.repo, branch=planned.revision, exist_ok=True)
-        info = api.model_info(planned.repo, revision=planned.revision)
+        api.create_branch(planned.repo, branch=planned.revision, exist_ok=True, repo_type=planned.kind)
+        info = look(planned.repo, revision=planned.revision)
     present = {entry.rfilename for entry in info.siblings or ()}
     replaced = sorted(present & {file.path for file in planned.files})
     if replaced and TAG not in (info.tags or ()) and not overwrite:

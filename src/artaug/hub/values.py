@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
-from typing import Annotated
+from typing import Annotated, Literal
 
 from PIL.Image import Image
 from pydantic import Field
@@ -88,6 +88,8 @@ class Push:
     """The text of README.md."""
     commit: str | None = None
     """The address of the commit; None in a dry run."""
+    kind: Literal["model", "dataset"] = "model"
+    """Of the repository."""
 
     def __str__(self) -> str:
         width = max(len(file.path) for file in self.files)
@@ -104,7 +106,7 @@ class Push:
 
     def _headline(self) -> str:
         visibility = "private" if self.private else "public"
-        target = f"{self.repo} ({visibility}, {self.revision})"
+        target = f"{'datasets/' * (self.kind == 'dataset')}{self.repo} ({visibility}, {self.revision})"
         return f"would push to {target}:" if self.commit is None else f"pushed to {target}, {self.commit}:"
 
     def _file_sizes(self) -> Iterator[tuple[PushedFile, str]]:
