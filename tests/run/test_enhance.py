@@ -383,3 +383,34 @@ def test_a_killed_run_goes_on_where_it_was(flux, tmp_path):
     assert again.lora.digest == uninterrupted.lora.digest
     with pytest.raises(aa.StorageError, match="seed: 0 then, 1 now"):
         enhanced(flux, checkpoints=checkpoints, seed=1)
+
+
+def test_events_say_which_round_they_are_of_and_count_steps_over_all_rounds(flux, tmp_path, capsys):
+    options = {"store": tmp_path / "run", "progress": True}
+    events = []
+    enhanced(flux, on_event=events.append, **options)
+    steps = [event for event in events if isinstance(event, aa.StepEvent)]
+    rounds = [event for event in events if isinstance(event, aa.RoundEvent)]
+    assert [(event.round_number, event.step, event.run_step) for event in steps] == [
+        (1, 1, 1),
+        (1, 2, 2),
+        (2, 1, 3),
+        (2, 2, 4),
+    ]
+    assert [(event.round.number, event.run_step, event.resumed) for event in rounds] == [(1, 2, False), (2, 4, False)]
+    capsys.readouterr()
+
+    again = []
+    enhanced(flux, on_event=again.append, **options)
+
+    assert [(event.round.number, event.run_step, event.resumed) for event in again] == [(1, 2, True), (2, 4, True)]
+    assert capsys.readouterr().err.splitlines() == [
+        f"round {number}/2: 3/3 prompts (100%), kept 3 of 3 (100%), read from the store" for number in (1, 2)
+    ]
+
+
+def test_on_step_gets_the_steps_with_their_round_as_on_event_does(flux):
+    events, steps = [], []
+    enhanced(flux, rounds=1, on_event=events.append, on_step=steps.append)
+    assert steps == [event for event in events if isinstance(event, aa.StepEvent)]
+    assert steps[0].round_number == 1

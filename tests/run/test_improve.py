@@ -1,6 +1,5 @@
 """Every prompt ends as one attempt, with a reason; a part that breaks its contract is named."""
 
-import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -141,11 +140,20 @@ def test_by_default_a_chunk_has_eight_prompts(count, chunks):
 
 
 def test_a_stage_takes_as_long_as_the_clock_says(monkeypatch):
-    ticks = itertools.accumulate(itertools.count(1))  # 1, 3, 6, 10, ...: between them 2, 3, 4, ...
-    monkeypatch.setattr("artaug.run.events.time.perf_counter", lambda: next(ticks))
+    now = [0.0]
+    monkeypatch.setattr("artaug.run.events.time.perf_counter", lambda: now[0])
+
+    class Slow(aa.Critic):
+        def critique(self, image, prompt):
+            now[0] += 3
+            return ADVICE
+
     events = []
-    attempts(["a"], on_event=lambda event: events.append(event) if isinstance(event, aa.StageEvent) else None)
-    assert [event.seconds for event in events] == [2, 4, 6, 8]
+    attempts(["a", "b"], critic=Slow(), on_event=events.append)
+    ended = [(event.stage, event.seconds, event.count) for event in events if isinstance(event, aa.StageEvent)]
+    assert ended == [("draw", 0, 2), ("critique", 6, 2), ("redraw", 0, 2), ("judge", 0, 2)]
+    answers = [event for event in events if isinstance(event, aa.ProgressEvent) and event.stage == "critique"]
+    assert [(event.count, event.seconds, event.total) for event in answers] == [(0, 0, 2), (1, 3, 2), (1, 3, 2)]
 
 
 def test_suggestions_that_the_planner_leaves_out_are_a_reason_of_their_own():

@@ -3,8 +3,9 @@
 import pytest
 from PIL import Image
 
+import artaug as aa
 from artaug.errors import InvalidValueError, MissingExtraError
-from artaug.training import DifferentialLoRATrainer, ValidationResult, open_tracker
+from artaug.training import DifferentialLoRATrainer, StepEvent, ValidationResult, open_tracker
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own, on this numpy and protobuf
@@ -42,3 +43,45 @@ def test_a_tracker_that_is_not_installed_names_what_to_install():
         open_tracker("aim", "first"),
     ):
         pytest.fail("the block ran")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own, on this numpy and protobuf
+def test_a_run_is_logged_on_one_axis_with_the_yield_and_the_gain_of_every_round(tmp_path, tiny_model, two_pairs):
+    training = DifferentialLoRATrainer(rank=2, steps=2).train(two_pairs, tiny_model, seed=0, progress=False)
+    step = {"steps": 2, "loss": 0.5, "gradient_norm": 1.0, "learning_rate": 1e-3, "pairs_per_second": 1.0}
+    kept = aa.Kept(two_pairs[0], aa.Verdict(True, "better", {}))
+    skipped = aa.Skipped("a hill", 0, "nothing to improve", "plan")
+    finished = aa.Round(
+        number=2,
+        attempts=(kept, skipped, skipped, kept),
+        training=training,
+        lora=training.lora,
+        seconds={"draw": 3.0},
+        gain=aa.ScoreRow("Chroma", "after", 0.0, 0.25, 0.25, 0.125, 0.5, 1.0, 9),
+        accepted=True,
+    )
+    with open_tracker("tensorboard", "first", folder=tmp_path) as tracker:
+        for number in (1, 2):
+            event = StepEvent(step=number, peak_bytes=0, seconds=1.0, round_number=2, steps_before=2, **step)
+            tracker.log_event(event)
+        tracker.log_event(aa.StageEvent(round_number=2, stage="train", seconds=1.0, count=2))  # no numbers of a run
+        tracker.log_validation(ValidationResult(step=2, strength=1.0, win_rate=0.75, gain=0.5))
+        tracker.log_event(aa.RoundEvent(round=finished, run_step=4))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+
+    written = EventAccumulator(str(tmp_path / "first"))
+    written.Reload()
+
+    def points(tag):
+        return [(event.step, event.value) for event in written.Scalars(tag)]
+
+    assert points("train/loss") == [(3, 0.5), (4, 0.5)]
+    assert points("validation/strength_1/win_rate") == [(4, 0.75)]
+    assert points("round/yield") == [(4, 0.5)]
+    assert [points(f"round/{name}") for name in ("kept", "dropped", "skipped")] == [[(4, 2)], [(4, 0)], [(4, 2)]]
+    assert [points(f"round/{name}") for name in ("gain", "gain_low", "gain_high")] == [
+        [(4, 0.25)],
+        [(4, 0.125)],
+        [(4, 0.5)],
+    ]
+    assert points("round/seconds_draw") == [(4, 3.0)]

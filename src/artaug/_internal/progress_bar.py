@@ -80,9 +80,13 @@ class ProgressBar:
     def move_to(self, done: int) -> None:
         """Show that so many are done, at a speed of which nothing is known."""
         step, self.done = done - self.done, done
-        self._bar.total = self.total
         self._bar.set_postfix_str(self._remarks(), refresh=False)
-        self._bar.update(step)
+        if self._bar.total == self.total:
+            self._bar.update(step)
+        else:
+            self._bar.reset(total=self.total)  # the one way to give a notebook's widget another end
+            self._bar.n = done
+            self._bar.refresh()
         if self._last_line is None or time.perf_counter() - self._last_line >= _LINE_EVERY_S:
             self._write_line()
 
