@@ -129,10 +129,10 @@ def test_what_is_on_disk_is_done_at_once_and_counts_in_no_speed(tmp_path, capsys
         improved(stop_after(2), store=tmp_path / "run")
     Clock.now = 1000.0
     shown(store=tmp_path / "run")
+    # A chunk is in the store when the next one is drawn: the second one has its first pictures, too.
     assert capsys.readouterr().err.splitlines() == [
         "round 1/1: 0/6 prompts (0%)",
-        "round 1/1: 2/6 prompts (33%), kept 1 of 2 (50%), judge 4/6 at 1 prompts/s, about 30 s to the training",
-        "round 1/1: 4/6 prompts (67%), kept 2 of 4 (50%), judge 6/6 at 1 prompts/s",
+        "round 1/1: 2/6 prompts (33%), kept 1 of 2 (50%), draw 6/6 at 5 s/picture, about 20 s to the training",
         "round 1/1: 6/6 prompts (100%), kept 3 of 6 (50%)",
     ]
 

@@ -302,7 +302,7 @@ def test_the_learning_rate_rises_over_the_warmup(make_model, pair_of):
 @pytest.mark.parametrize("progress", [True, False])
 def test_progress_is_shown_unless_switched_off(tiny_model, two_pairs, capsys, progress):
     trainer_of().train(two_pairs, tiny_model, seed=0, progress=progress)
-    assert ("Training the LoRA: 100%" in capsys.readouterr().err) is progress
+    assert ("train: 8/8 steps (100%)" in capsys.readouterr().err) is progress
 
 
 def test_a_flux_pipeline_is_trained_and_its_own_loader_reads_the_result(tmp_path):
