@@ -57,11 +57,14 @@ class PhotoSynthesizer(aa.Synthesizer):
         return self.size, self.size
 
     def synthesize(self, plan: aa.Plan, *, seed: int) -> Image.Image:
-        end = time.perf_counter() + self.seconds
-        number = 2 * (seed % 2**32) + bool(plan.regions)
-        image = photo(number if self.distinct is None else number % self.distinct, self.size)
+        return self.synthesize_batch([plan], seeds=[seed])[0]
+
+    def synthesize_batch(self, plans: Sequence[aa.Plan], *, seeds: Sequence[int]) -> list[Image.Image]:
+        end = time.perf_counter() + self.seconds * len(plans)
+        numbers = (2 * (seed % 2**32) + bool(plan.regions) for plan, seed in zip(plans, seeds, strict=True))
+        images = [photo(number % (self.distinct or 2**33), self.size) for number in numbers]
         time.sleep(max(end - time.perf_counter(), 0.0))
-        return image
+        return images
 
     def with_lora(self, lora: aa.LoRA, *, scale: float = 1.0) -> "PhotoSynthesizer":
         return self
