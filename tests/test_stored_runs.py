@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
@@ -103,6 +105,23 @@ def test_a_run_that_was_left_half_way_shows_its_finished_chunks(tmp_path):
     assert run.owner is None
     assert run.rounds == ()
     assert "improve" in repr(run)
+
+
+def test_a_run_that_was_killed_shows_what_it_has(tmp_path):
+    script = f"""
+import os, signal, artaug as aa
+from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer
+advice = aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.5, 1), "a bright window"),))
+parts = {{"synthesizer": SwatchSynthesizer(), "critic": FixedCritic(advice), "keep": FixedFilter(keep=True)}}
+attempts = aa.improve({PROMPTS}, **parts, planner=aa.GreedyPlanner(), seed=0, batch_size=2, store={str(tmp_path)!r})
+next(attempts)
+os.kill(os.getpid(), signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode != 0
+    run = aa.Run.open(tmp_path)
+    assert [attempt.pair.prompt for attempt in run.attempts()] == PROMPTS[:2]
+    assert run.is_running in {False, None}  # None where the system does not say which processes run
+    assert run.result.stop_reason == "improve was called, which trains nothing"
 
 
 def test_pairs_that_wait_for_the_end_of_the_round_are_no_attempts_yet(tmp_path):
@@ -258,7 +277,7 @@ def test_a_folder_without_a_run_is_refused_with_what_to_open(tmp_path):
     with pytest.raises(aa.StorageError, match="no such folder"):
         aa.Run.open(tmp_path / "nothing")
     list(improved(tmp_path / "second"))
-    with pytest.raises(aa.StorageError, match="second"):
+    with pytest.raises(aa.StorageError, match="There are runs in it: second"):
         aa.Run.open(tmp_path)
     with pytest.raises(aa.InvalidValueError, match="folder"):
         aa.Run.open(3)

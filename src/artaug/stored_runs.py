@@ -218,15 +218,15 @@ class Run:
         return f"Run({str(self.folder)!r}, {self._state()})"
 
     def _repr_html_(self) -> str:
-        """A row for each round, and the funnel of all, for notebooks."""
-        rows = []
-        for number in self._begun():
+        """A row for each round, and the funnel of the newest, for notebooks."""
+        rows, html = [], ""
+        for number in self.begun_rounds:
             funnel, folder = self.funnel(number), self._files.round(number)
             total = (folder.groups() or (0,))[-1]
-            state = "finished" if folder.is_finished else "under way"
+            state = "finished" if folder.is_finished else "not finished"
             rows.append((str(number), f"{funnel.steps[0].count:,} of {total:,}", f"{funnel.steps[-1].count:,}", state))
-        table = table_html(("round", "prompts", "kept", "state"), rows)
-        return f"<p>{escape(repr(self))}</p>{table}{self.funnel()._repr_html_()}"
+            html = funnel._repr_html_()
+        return f"<p>{escape(repr(self))}</p>{table_html(('round', 'prompts', 'kept', 'state'), rows)}{html}"
 
     @property
     def _files(self) -> RunFolder:
@@ -239,7 +239,7 @@ class Run:
             raise StorageError(f"who runs in {self.folder} cannot be read: {error}. Look again.") from error
 
     def _record(self) -> RunRecord:
-        record = self._files.read()
+        record = self._files.read() if (self.folder / "run.json").exists() else None
         if record is None:
             raise StorageError(f"{self.folder} holds no run: it has no run.json. {_hint(self.folder)}")
         return record
@@ -262,16 +262,16 @@ class Run:
                 return
             yield finished
 
-    def _function(self) -> str:
-        return self.calls[-1].settings.get("function", "").strip("'\"")
-
     def _stop_reason(self, rounds: tuple[Round, ...]) -> str:
         """Why the run ended, as `enhance` says it, or that it has not."""
-        planned = int(self.calls[-1].settings.get("rounds", "0"))
-        if planned and (reason := end_of_rounds(rounds, rounds=planned)) is not None:
+        settings = self.calls[-1].settings
+        if "rounds" not in settings:
+            return "improve was called, which trains nothing"
+        planned = int(settings["rounds"])
+        if (reason := end_of_rounds(rounds, rounds=planned)) is not None:
             return reason
-        number, begun = len(rounds) + 1, self._begun()
-        if number in begun:
+        number = len(rounds) + 1
+        if number in self.begun_rounds:
             folder = self._files.round(number)
             ended = sum(1 for _ in read_attempts(folder))
             if ended == (folder.groups() or (0,))[-1]:
@@ -284,11 +284,11 @@ class Run:
 
     def _state(self) -> str:
         """How far the run is, in a few words; no attempt is read."""
-        begun = self._begun()
+        begun = self.begun_rounds
         finished = sum(self._files.round(number).is_finished for number in begun)
         where = f"{finished} of {len(begun)} begun rounds finished"
         running = {True: "running", False: "not running", None: "perhaps running on another machine"}[self.is_running]
-        return f"{self._function() or 'run'}, {where}, {running}"
+        return f"{self.calls[-1].settings['function']}, {where}, {running}"
 
 
 def _hint(folder: Path) -> str:

@@ -11,6 +11,8 @@ from artaug.pairs import Kept, Skipped
 from artaug.run.attempts import read_attempts
 from artaug.run.store import RunFolder
 
+METADATA = "metadata.jsonl"
+
 
 def write_metadata(folder: RunFolder) -> None:
     """Write a line for each pair that the run has so far, kept or dropped; no file if there is none.
@@ -24,7 +26,7 @@ def write_metadata(folder: RunFolder) -> None:
         return
     what, remedy = "the list of a run's pairs", "Nothing else is touched: run the same call to go on."
     with (
-        atomic_write(folder.path / "metadata.jsonl", what=what, remedy=remedy) as partial,
+        atomic_write(folder.path / METADATA, what=what, remedy=remedy) as partial,
         partial.open("w", encoding="utf-8", newline="\n") as file,
     ):
         for row in chain([first], rows):

@@ -13,7 +13,7 @@ from artaug.run.interruption import GracefulStop
 from artaug.run.journal import RoundJournal
 from artaug.run.lock import RunLock
 from artaug.run.memory import MemoryJournal, PictureMemory
-from artaug.run.metadata import write_metadata
+from artaug.run.metadata import METADATA, write_metadata
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.round_folder import RoundFolder
 from artaug.run.store import RunCall, RunFolder, Store, describe_call
@@ -92,7 +92,8 @@ def open_session(
             _stop_if_requested(stop, f"All that was finished is in {folder.path}: make the same call again to go on.")
 
         yield RunSession(folder, poll=poll)
-        write_metadata(folder)
+        if function == "improve" or not (folder.path / METADATA).exists():  # `enhance` writes it round by round
+            write_metadata(folder)
 
 
 def _stop_if_requested(stop: GracefulStop | None, kept: str) -> None:
