@@ -41,7 +41,8 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     exactly one attempt, with a reason.
 
     With a ``store``, everything is kept in a folder as it comes: each call of the synthesizer, each answer of the critic, each
-    finished chunk. The same call on the same folder goes on where it stopped, and ends to the bit as if it never had.
+    finished chunk. The same call on the same folder goes on where it stopped, and ends to the bit as if it never had. While
+    another thread writes the last pictures of a chunk, the first ones of the next chunk are drawn.
 
     Args:
         prompts: what to draw.
