@@ -62,7 +62,9 @@ from artaug.run.enhance import enhance
 from artaug.run.events import AttemptEvent, ProgressEvent, RoundEvent, RunEvent, StageEvent
 from artaug.run.funnel import Funnel, FunnelStep
 from artaug.run.improve import improve
+from artaug.run.planning import plan_run
 from artaug.run.results import Enhancement, Round
+from artaug.run.run_plan import CriticPlan, RunPlan, StagePlan
 from artaug.run.stop_rule import StopRule
 from artaug.run.store import Store
 from artaug.scoring import Scorer
@@ -123,6 +125,7 @@ __all__ = [
     "ContractError",
     "Critic",
     "CriticError",
+    "CriticPlan",
     "Critique",
     "DifferentialLoRATrainer",
     "DirectPreference",
@@ -186,6 +189,7 @@ __all__ = [
     "RoundEvent",
     "Run",
     "RunEvent",
+    "RunPlan",
     "Schedule",
     "ScheduleFree",
     "ScoreRow",
@@ -195,6 +199,7 @@ __all__ = [
     "Similarity",
     "Skipped",
     "StageEvent",
+    "StagePlan",
     "StepEvent",
     "StopRule",
     "StorageError",
@@ -219,6 +224,7 @@ __all__ = [
     "improve",
     "pairs_from_folder",
     "pairs_to_folder",
+    "plan_run",
     "write_report",
 ]
 

@@ -14,6 +14,10 @@ class FakeTime:
         """The time now."""
         return self.now
 
+    def perf_counter(self) -> float:
+        """The time now."""
+        return self.now
+
     def sleep(self, seconds: float) -> None:
         """Note a sleep and move on."""
         self.slept.append(seconds)

@@ -31,6 +31,7 @@ _ADVICE = {
     "Placement": "Such as artaug.Resident() or artaug.OneAtATime().",
     "Plan": "Make one of a prompt, artaug.Plan('a red cone').",
     "RegionPlanner": "Such as artaug.GreedyPlanner().",
+    "RunPlan": "Make one with artaug.plan_run(prompts, ...).",
     "Scorer": "Make one of a function, artaug.scorers.FunctionScorer(function=...), or subclass artaug.Scorer.",
     "StopRule": "Such as artaug.StopRule(scorer, prompts).",
     "Synthesizer": "Give it the pipeline, artaug.diffusion.DiffusersSynthesizer(pipeline=pipeline).",

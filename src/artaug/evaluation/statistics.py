@@ -15,6 +15,7 @@ from artaug.errors import InvalidValueError, NonFiniteError
 _CHUNK_DRAWS = 1_000_000  # random numbers held in memory at a time
 _SUM_TOLERANCE = 1e-9  # relative: sums of the same numbers in another order count as equal
 _FEW = 50  # prompts; from here on the interval of percentiles is as good
+_Z_95 = 1.959963984540054  # the normal distribution has 95% of its mass between -z and z
 _BISECTIONS = 60  # 2 ** -60 is below the spacing of float64 near 1
 
 
@@ -199,6 +200,28 @@ def share_interval(kept: int, total: int, *, level: float = 0.95) -> Interval:
             f"share_interval({kept}, {total}, level={level}): need 1 <= kept <= total and a level in (0, 1)."
         )
     return Interval(*(_beta_quantile(kept, total, tail) for tail in ((1 - level) / 2, (1 + level) / 2)))
+
+
+def wilson_interval(hits: int, total: int) -> Interval:
+    """95% interval of a share of which ``hits`` of ``total`` were counted (Wilson 1927); all of [0, 1] for a total of 0.
+
+    Raises:
+        InvalidValueError: unless ``0 <= hits <= total``.
+
+    >>> from artaug.evaluation.statistics import wilson_interval
+    >>> interval = wilson_interval(2, 8)
+    >>> round(interval.low, 3), round(interval.high, 3)
+    (0.071, 0.591)
+    """
+    if not 0 <= hits <= total:
+        raise InvalidValueError(f"wilson_interval({hits}, {total}): need 0 <= hits <= total.")
+    if total == 0:
+        return Interval(0.0, 1.0)
+    # The shares p for which (hits / total - p)^2 <= z^2 p (1 - p) / total.
+    share, ratio = hits / total, _Z_95**2 / total
+    middle = (share + ratio / 2) / (1 + ratio)
+    half = (ratio * share * (1 - share) + ratio**2 / 4) ** 0.5 / (1 + ratio)
+    return Interval(max(middle - half, 0.0), min(middle + half, 1.0))
 
 
 def share_bootstrap(

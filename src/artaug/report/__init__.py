@@ -12,6 +12,7 @@ from typing import Any, Protocol, get_args, runtime_checkable
 
 from PIL import Image
 
+from artaug._internal.arguments import check_argument
 from artaug._internal.extras import optional
 from artaug._internal.files import atomic_write
 from artaug.errors import InvalidValueError
@@ -20,8 +21,9 @@ from artaug.image_files import ImageFile
 from artaug.pairs import Attempt, Dropped, Kept
 from artaug.report.comparisons import gallery_context, headline_context, score_table, verdicts
 from artaug.report.image_store import REMEDY, ImagePlacement, ImageStore
-from artaug.report.runs import round_context, run_headline, run_summary, untrained_context
+from artaug.report.runs import plan_context, round_context, run_headline, run_summary, untrained_context
 from artaug.run.results import Enhancement
+from artaug.run.run_plan import RunPlan
 
 __all__ = ["write_report"]
 
@@ -29,12 +31,13 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _PACKAGES = ("artaug", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 
 
-def write_report(
+def write_report(  # noqa: PLR0913 - keyword-only options of one page
     path: str | Path,
     *,
     result: Enhancement | None = None,
     attempts: Sequence[Attempt] = (),
     comparison: Comparison | None = None,
+    plan: RunPlan | None = None,
     title: str = "What the model learned",
     about: Mapping[str, object] = MappingProxyType({}),
     max_pairs: int = 48,
@@ -49,6 +52,7 @@ def write_report(
         result: the run.
         attempts: of a round without a training: those of `improve`, or of a round that is under way.
         comparison: base and candidates on held-out prompts; the headline is about its last candidate.
+        plan: made by `artaug.plan_run` before the run; the page shows it beside what the run took.
         title: heads the page.
         about: objects of the run by name (critic, trainer, ...), printed as their ``repr`` in the provenance; text is
             printed as it is. The usage of a critic behind a server so far is printed, too.
@@ -63,14 +67,19 @@ def write_report(
     Raises:
         MissingExtraError: if jinja2 is not installed.
         StorageError: if the system cannot write it.
-        InvalidValueError: if there is neither a result nor attempts nor a comparison, if ``max_pairs`` is negative, or for another
-            value of ``images``.
+        InvalidValueError: if there is neither a result nor attempts nor a comparison, a plan without a result, if
+            ``max_pairs`` is negative, or for another value of ``images``.
     """
     with optional("jinja2", required_by="write_report", extra="report"):
         import jinja2  # noqa: PLC0415 - an extra
     if result is None and comparison is None and not attempts:
         raise InvalidValueError(
             "write_report received neither a result nor a comparison nor attempts: need one of them."
+        )
+    check_argument("write_report", "plan", plan, RunPlan, optional=True)
+    if plan is not None and result is None:
+        raise InvalidValueError(
+            "write_report received a plan and no result of a run to compare it with: pass result, too."
         )
     if max_pairs < 0 or images not in get_args(ImagePlacement):
         raise InvalidValueError(
@@ -95,6 +104,7 @@ def write_report(
         image_source=store.csp_source,
         **_comparison_context(comparison, store),
         **_run_context(result, attempts, store, max_pairs),
+        plan=plan_context(plan, result) if plan and result else None,
         usage=_usage_rows(about),
         provenance=_provenance_rows(result, comparison, about),
     )

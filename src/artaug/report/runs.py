@@ -17,7 +17,8 @@ from artaug.plan import Region
 from artaug.report.image_store import ImageStore
 from artaug.report.text import TemplateContext, format_number, row_context
 from artaug.run.funnel import Funnel
-from artaug.run.results import Round
+from artaug.run.results import Enhancement, Round
+from artaug.run.run_plan import RunPlan
 
 _CURVE_POINTS = 240
 _SHOWN_REASONS = 4
@@ -93,6 +94,27 @@ def untrained_context(
         "training": None,
         "times": [],
         "total_time": "",
+    }
+
+
+def plan_context(plan: RunPlan, result: Enhancement) -> TemplateContext:
+    """What was planned beside what the rounds that ran took: by stage, in all, and the pairs that were kept."""
+    rows = plan.against(result)
+    planned_s, real_s = sum(planned for _, planned, _ in rows), sum(real for *_, real in rows)
+    prompts = sum(len(finished.attempts) for finished in result.rounds)
+    kept = sum(finished.training.pairs for finished in result.rounds)
+    ratio = f"{real_s / planned_s:.2f}" if planned_s else "-"
+    return {
+        "rows": [
+            *((stage, duration(planned), duration(real)) for stage, planned, real in rows if planned or real),
+            ("all", duration(planned_s), duration(real_s)),
+            ("pairs kept", f"{plan.pairs * len(result.rounds):,.0f}", f"{kept:,}"),
+            ("prompts", f"{plan.prompts * len(result.rounds):,}", f"{prompts:,}"),
+        ],
+        "ratio": ratio,
+        "sample": plan.sample,
+        "rounds": plan.rounds,
+        "ran": len(result.rounds),
     }
 
 

@@ -1,0 +1,293 @@
+"""The plan of a run: what it will take, by stage, and how that compares with what it took."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from artaug._internal.segments import read_segment, write_segment
+from artaug._internal.text import duration, table_html
+from artaug._internal.values import to_json, value
+from artaug.evaluation.statistics import Interval
+from artaug.run.events import RoundStage
+from artaug.run.results import Enhancement
+
+_HEADINGS = ("stage", "count", "time", "95% interval", "share", "moves", "GPU memory")
+_MANY_MOVES, _FEW_MOVES = 0.1, 0.05
+"""Shares of the time that moving models takes: above the first it is worth a word, and the second is the aim."""
+
+
+@value
+class StagePlan:
+    """What one stage of a run will take."""
+
+    stage: RoundStage
+    count: int
+    """Of ``unit``, over all rounds."""
+    unit: str
+    seconds_by_round: tuple[float, ...]
+    """Wall-clock time in each round, moves of models included."""
+    interval: Interval | None
+    """95% interval of ``seconds``, from the spread between the chunks or steps of the sample; None if there was but one."""
+    warm_up_seconds: float
+    """What the first call took longer than the others, as compiling does: paid once a process."""
+    moving_seconds: float
+    """Over all rounds, for models to come to the device and leave it."""
+    peak_bytes: int | None
+    """Most memory that torch held on one CUDA device during the stage; None if it was not measured."""
+
+    @property
+    def seconds(self) -> float:
+        """All rounds, and the warm-up."""
+        return sum(self.seconds_by_round) + self.warm_up_seconds
+
+
+@value
+class CriticPlan:
+    """What a critic that counts its usage, as `artaug.critics.OpenAICritic` does, will use in the whole run."""
+
+    requests: int
+    """Repeated ones included."""
+    retries: int
+    input_tokens: int
+    output_tokens: int
+    cost: float | None
+    """In the currency of the prices; None without prices."""
+    is_lower_bound: bool
+    """Whether the server left out the tokens of some replies."""
+
+
+@value
+class RunPlan:
+    """What a run of `enhance` will take, extrapolated by `plan_run` from a few prompts: time, memory, critic and disk.
+
+    ``print(plan)`` shows it as a table.
+    """
+
+    prompts: int
+    rounds: int
+    sample: int
+    """Prompts that were timed."""
+    sample_chunk: int
+    """Prompts that went through the stages together there."""
+    stages: tuple[StagePlan, ...]
+    pairs: float
+    """Pairs kept a round, as often as in the sample."""
+    pairs_interval: Interval
+    """Wilson's 95% interval of that number."""
+    redrawn: float
+    """Share of the pictures that are redrawn."""
+    disk: dict[str, int]
+    """Bytes of a run with a store, by what they are for; the checkpoints go when their round is finished."""
+    free_bytes: int | None
+    """Room on the disk of the store when the plan was made; None without a store."""
+    critic: CriticPlan | None
+    """None for a critic that counts nothing."""
+    advice: tuple[str, ...]
+    """What would help, where it follows from the numbers."""
+    notes: tuple[str, ...]
+    """What limits the plan."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def interval(self) -> Interval | None:
+        """Both ends of all stages added, which is wide rather than narrow; None if the sample was a single chunk."""
+        if self.stages[0].interval is None:
+            return None
+        ends = [stage.interval or Interval(stage.seconds, stage.seconds) for stage in self.stages]
+        return Interval(sum(end.low for end in ends), sum(end.high for end in ends))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of everything at once."""
+        return sum(self.disk.values())
+
+    @property
+    def bottleneck(self) -> StagePlan:
+        """The stage that takes the most time."""
+        return max(self.stages, key=lambda stage: stage.seconds)
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table's cells, a row a stage and one for all of them."""
+        total, interval = self.seconds, self.interval
+        moves = sum(stage.moving_seconds for stage in self.stages)
+        peaks = [stage.peak_bytes for stage in self.stages if stage.peak_bytes is not None]
+        last = (
+            *("all", "", duration(total), _span(interval), "100%", duration(moves) if moves >= 1 else "-"),
+            _size(max(peaks)) if peaks else "-",
+        )
+        return [*(self._row(stage) for stage in self.stages), last]
+
+    def _row(self, stage: StagePlan) -> tuple[str, ...]:
+        return (
+            stage.stage,
+            f"{stage.count:,} {stage.unit}",
+            duration(stage.seconds),
+            _span(stage.interval),
+            f"{stage.seconds / max(self.seconds, 1e-12):.0%}",
+            duration(stage.moving_seconds) if stage.moving_seconds >= 1 else "-",
+            "-" if stage.peak_bytes is None else _size(stage.peak_bytes),
+        )
+
+    def table(self) -> str:
+        """The stages as a table of text."""
+        lines = [_HEADINGS, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+    def __str__(self) -> str:
+        """The table, and the numbers that are not about stages."""
+        return "\n".join([self._headline(), "", self.table(), "", *self._lines()])
+
+    def __repr__(self) -> str:
+        """Its numbers on one line."""
+        return (
+            f"RunPlan({self.prompts:,} prompts, {self.rounds} rounds, {duration(self.seconds)}, "
+            f"{_size(self.disk_bytes)} on disk, bottleneck={self.bottleneck.stage!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The table and the other numbers, for notebooks."""
+        items = table_html(("", ""), [line.partition(": ")[::2] for line in self._lines()])
+        return f"<p>{self._headline()}</p>{table_html(_HEADINGS, self.rows)}{items}"
+
+    def _headline(self) -> str:
+        return (
+            f"Plan of {self.rounds} round{'s' * (self.rounds != 1)} of {self.prompts:,} prompts, from {self.sample} prompts "
+            f"in chunks of {self.sample_chunk}"
+        )
+
+    def _lines(self) -> Iterator[str]:
+        share = self.bottleneck.seconds / max(self.seconds, 1e-12)
+        yield f"bottleneck: {self.bottleneck.stage}, {share:.0%} of the time"
+        low, high = self.pairs_interval.low, self.pairs_interval.high
+        yield f"pairs: {self.pairs:,.0f} kept a round ({low:,.0f} to {high:,.0f}), {self.redrawn:.0%} of pictures redrawn"
+        if self.critic is not None:
+            bound = "at least " if self.critic.is_lower_bound else ""
+            cost = "" if self.critic.cost is None else f", cost {bound}{self.critic.cost:,.2f}"
+            yield (
+                f"critic: {self.critic.requests:,} requests, {bound}{self.critic.input_tokens:,} input and "
+                f"{self.critic.output_tokens:,} output tokens{cost}"
+            )
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in self.disk.items() if size)
+        free = "" if self.free_bytes is None else f"; {_size(self.free_bytes)} are free"
+        yield f"disk: {_size(self.disk_bytes)} with a store: {parts}{free}"
+        yield from (f"advice: {line}" for line in self.advice)
+        yield from (f"note: {line}" for line in self.notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in plain types that JSON takes, with the totals."""
+        fields: dict[str, Any] = json.loads(to_json(self))
+        return {
+            **fields,
+            "seconds": self.seconds,
+            "disk_bytes": self.disk_bytes,
+            "bottleneck": self.bottleneck.stage,
+        }
+
+    def against(self, result: Enhancement) -> list[tuple[str, float, float]]:
+        """What was planned beside what happened in a run, or in the rounds of it that ran.
+
+        Returns:
+            For each stage its name, the seconds that the plan has for so many rounds, and those that it took. Of a run that
+            was resumed, the latter are those of the calls that finished its rounds.
+        """
+        rounds = len(result.rounds)
+        return [
+            (
+                stage.stage,
+                sum(stage.seconds_by_round[:rounds]) + stage.warm_up_seconds * (rounds > 0),
+                sum(finished.seconds.get(stage.stage, 0.0) for finished in result.rounds),
+            )
+            for stage in self.stages
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file, to compare a run with it later.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        write_segment(Path(path), self, what="the plan", remedy="Choose a folder that can be written to.")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RunPlan":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            StorageError: if it is damaged, or no plan.
+        """
+        return read_segment(Path(path), cls, what="plan of a run", remedy="Make it again with artaug.plan_run.")
+
+
+def _span(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{duration(interval.low)} to {duration(interval.high)}"
+
+
+def _size(count: float) -> str:
+    """Bytes in a unit that fits them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def advise(
+    plan_stages: tuple[StagePlan, ...],
+    *,
+    prompts: int,
+    chunk: int,
+    candidates: int,
+    concurrency: int | None,
+    steps_s: float,
+    validations_s: float,
+) -> list[str]:
+    """What would help, where it follows from the numbers.
+
+    Args:
+        plan_stages: of the plan.
+        prompts: of the run.
+        chunk: prompts in a chunk of the run.
+        candidates: of each prompt.
+        concurrency: requests that the critic sends at a time, if it says so.
+        steps_s: seconds of all training steps.
+        validations_s: seconds of all validations.
+    """
+    seconds = {stage.stage: stage.seconds for stage in plan_stages}
+    total = max(sum(seconds.values()), 1e-12)
+    moves = sum(stage.moving_seconds for stage in plan_stages)
+    bottleneck = max(seconds, key=lambda name: seconds[name])
+    advice = []
+    if moves > _MANY_MOVES * total and chunk < prompts:
+        # The moves go with the number of chunks: n of c chunks take m n / c beside a rest of t - m.
+        chunks, rest = math.ceil(prompts / chunk), total - moves
+        fewer = max(math.floor(chunks * _FEW_MOVES * rest / ((1 - _FEW_MOVES) * moves)), 1)
+        larger, share = math.ceil(prompts / fewer), moves * fewer / chunks
+        advice.append(
+            f"Moving models takes {moves / total:.0%} of the time; with chunk_size={larger} in place of {chunk} it would be "
+            f"{share / (rest + share):.0%}."
+        )
+    if bottleneck == "critique" and concurrency is not None and concurrency > chunk * candidates:
+        advice.append(
+            f"The critic may send {concurrency} requests at a time, and a chunk has {chunk * candidates} pictures: give it a "
+            f"chunk_size of at least {-(-concurrency // candidates)}."
+        )
+    if candidates > 1 and bottleneck in {"draw", "critique", "redraw"}:
+        each = sum(seconds.get(name, 0.0) for name in ("draw", "critique", "redraw")) / candidates
+        advice.append(f"Each candidate of BestOf({candidates}) takes {duration(each)}.")
+    if bottleneck == "train" and validations_s > steps_s:
+        advice.append(
+            f"Validations take {duration(validations_s)}, the steps {duration(steps_s)}: validate less often, or at fewer "
+            "strengths or prompts."
+        )
+    return advice

@@ -1,0 +1,460 @@
+"""What a few prompts take: the stages of a round, timed on a sample in a temporary folder, for `plan_run` to extrapolate."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from PIL import ImageOps
+from PIL.Image import Image
+from tqdm.auto import tqdm
+
+from artaug._internal.images import as_rgb
+from artaug._internal.memory import FittingBatches
+from artaug.errors import InvalidValueError
+from artaug.image_files import ImageFile
+from artaug.lora.fusing import fuse_loras
+from artaug.lora.lora import LoRA
+from artaug.pairs import Attempt, ImagePair, Kept, Skipped
+from artaug.placement import Placement
+from artaug.plan import Plan
+from artaug.run.checking import as_trainable
+from artaug.run.events import RoundStage, RunEvent, StageClock, StageEvent
+from artaug.run.parts import LearningParts, LoopParts
+from artaug.run.records import Candidate
+from artaug.run.round_folder import ResultRecord
+from artaug.run.stages import RoundStages, load
+from artaug.run.stop_rule import StopRule
+from artaug.run.store import RunFolder
+from artaug.scoring import score_images
+from artaug.synthesis import draw, held_out_seed, picture_seeds
+from artaug.training import Checkpoints, DifferentialLoRATrainer, StepEvent, Validation
+from artaug.training.batches import EncodedPairs
+from artaug.training.phases import split_into_phases
+
+
+@dataclass(frozen=True)
+class StageTiming:
+    """A stage on one chunk."""
+
+    seconds: float
+    """Without the moves."""
+    moving_seconds: float
+    count: int
+
+    @property
+    def each_s(self) -> float:
+        """Seconds an item, without the moves."""
+        return self.seconds / self.count
+
+
+@dataclass(frozen=True)
+class TrainingCosts:
+    """What a training takes, in seconds and bytes."""
+
+    fixed_s: float
+    """A training, whatever its length: fingerprints, moves, the adapter."""
+    encode_s: float
+    """A pair, its prompt included."""
+    step_s: Sequence[float]
+    """Each step that was timed; the first ones, which warm up, left out."""
+    checkpoint_s: float
+    """A checkpoint."""
+    checkpoint_bytes: int
+    pair_bytes: float
+    """In the cache of latents."""
+    text_bytes: float
+    """A prompt in that cache."""
+    lora: LoRA
+    """What was learned."""
+
+
+@dataclass(frozen=True)
+class UsageCount:
+    """What a critic's server counted."""
+
+    requests: int = 0
+    retries: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    uncounted: int = 0
+
+    def __sub__(self, before: "UsageCount") -> "UsageCount":
+        return UsageCount(**{name: count - getattr(before, name) for name, count in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class SampleCosts:
+    """All that was measured."""
+
+    prompts: int
+    chunk: int
+    """Prompts in a chunk of the sample."""
+    calls: int
+    """The most pictures in a call of the synthesizer."""
+    was_halved: bool
+    """Whether memory ran out at calls of the size that was requested."""
+    stages: dict[RoundStage, list[StageTiming]]
+    """By chunk; without the chunk that warmed up."""
+    warm_up: dict[RoundStage, StageTiming]
+    peaks: dict[RoundStage, int]
+    """Bytes on a CUDA device."""
+    kept: int
+    pictures: int
+    """All candidates."""
+    redrawn: int
+    """Of them."""
+    stand_in: bool
+    """Whether no prompt made a pair, and the training was timed on a stand-in."""
+    usage: UsageCount | None
+    before_bytes: float
+    after_bytes: float
+    """Of a picture on disk."""
+    record_bytes: float
+    """Of a prompt, beside its pictures."""
+    training: TrainingCosts
+    lora_extra_s: float
+    """What a picture takes longer with the LoRA of a round."""
+    combine_s: tuple[float, float]
+    """In the first round, and in one of those that follow."""
+    result_bytes: tuple[int, int]
+    """Of the files of a round's LoRAs, likewise."""
+    validate: StageTiming
+    measure: StageTiming
+    """Of scoring pictures for a validation, and for the stop rule."""
+
+
+@dataclass
+class TimedPlacement(Placement):
+    """Another placement, with a clock for the moves."""
+
+    placement: Placement
+    seconds: float = 0.0
+
+    @contextmanager
+    def opened(self, *owners: object) -> Iterator[Placement]:
+        with self.placement.opened(*owners) as opened:
+            yield replace(self, placement=opened)
+
+    @contextmanager
+    def stage(self, *owners: object) -> Iterator[None]:
+        start = time.perf_counter()
+        with self.placement.stage(*owners):
+            self.seconds += time.perf_counter() - start
+            yield
+            start = time.perf_counter()
+        self.seconds += time.perf_counter() - start
+
+    def check(self, owner: str, owners: Mapping[str, object]) -> None:
+        self.placement.check(owner, owners)
+
+
+@dataclass
+class Sampler:
+    """Runs the stages of a round on some prompts and times them."""
+
+    parts: LoopParts
+    """Its placement opened."""
+    learning: LearningParts
+    seed: int
+    steps: int
+    """Of training to time."""
+    folder: Path
+    """For all that is written; removed by the caller."""
+    progress: bool
+    _peaks: dict[RoundStage, int] = field(default_factory=dict)
+
+    def measure(self, prompts: Sequence[str], *, chunk: int) -> SampleCosts:
+        """Time everything: a chunk that warms up, then the prompts in chunks, then the training on their pairs."""
+        run_folder = RunFolder(self.folder / "sample")
+        batches = FittingBatches(self.parts.batch_size)
+        warm_up, warm_attempts = self._run_stages(prompts[:chunk], RunFolder(self.folder / "warm-up"), batches, chunk)
+        counted = count_usage(self.parts.critic)
+        stages, attempts = self._run_stages(prompts, run_folder, batches, chunk)
+        usage = count_usage(self.parts.critic)
+        candidates = list(_candidates(run_folder))
+        pairs = [attempt.pair for attempt in attempts if not isinstance(attempt, Skipped)]
+        pairs = pairs or [attempt.pair for attempt in warm_attempts if not isinstance(attempt, Skipped)]
+        stand_in = not pairs
+        images = [load(candidate.before) for candidate in candidates[:chunk]]
+        if stand_in:
+            after = ImageOps.invert(as_rgb(images[0]))
+            pairs = [ImagePair(prompt=prompts[0], seed=0, before=images[0], after=after, plan=Plan(prompts[0]))]
+        training = time_training(
+            self.learning.trainer,
+            pairs,
+            self.parts,
+            seed=self.seed,
+            steps=self.steps,
+            folder=self.folder,
+        )
+        self._note_peak("train")
+        before_bytes, after_bytes, record_bytes = _bytes_on_disk(run_folder, candidates, prompts=len(prompts))
+        combine_s, result_bytes = self._time_combining(training.lora, run_folder)
+        stop, validation = self.learning.stop, self.learning.validation
+        return SampleCosts(
+            prompts=len(prompts),
+            chunk=chunk,
+            calls=batches.largest,
+            was_halved=batches.largest < self.parts.batch_size,
+            stages=stages,
+            warm_up={stage: _sum(timings) for stage, timings in warm_up.items()},
+            peaks=self._peaks,
+            kept=sum(isinstance(attempt, Kept) for attempt in attempts),
+            pictures=len(candidates),
+            redrawn=sum(candidate.after is not None for candidate in candidates),
+            stand_in=stand_in,
+            usage=None if usage is None or counted is None else usage - counted,
+            before_bytes=before_bytes,
+            after_bytes=after_bytes,
+            record_bytes=record_bytes,
+            training=training,
+            lora_extra_s=self._time_lora(training.lora, prompts, min(batches.largest, chunk)),
+            combine_s=combine_s,
+            result_bytes=result_bytes,
+            validate=self._time_scoring(validation, images, prompts),
+            measure=self._time_scoring(stop, images, prompts),
+        )
+
+    def _run_stages(
+        self, prompts: Sequence[str], folder: RunFolder, batches: FittingBatches, chunk: int
+    ) -> tuple[dict[RoundStage, list[StageTiming]], list[Attempt]]:
+        """Draw, critique, redraw and judge some prompts; the timings of each stage, and how the prompts ended."""
+        timings: dict[RoundStage, list[StageTiming]] = {}
+        placement = TimedPlacement(self.parts.placement)
+        moved = 0.0
+
+        def note(event: RunEvent) -> None:
+            nonlocal moved
+            if isinstance(event, StageEvent):
+                moving, moved = placement.seconds - moved, placement.seconds
+                timing = StageTiming(max(event.seconds - moving, 0.0), moving, event.count)
+                timings.setdefault(event.stage, []).append(timing)
+                self._note_peak(event.stage)
+
+        stages = RoundStages(
+            replace(self.parts, placement=placement, chunk_size=chunk),
+            folder.round(1).journal(),
+            StageClock(1, note),
+            seed=held_out_seed(self.seed) + (folder.path.name == "warm-up"),
+            batches=batches,
+            poll=lambda: None,
+        )
+        _take_peak()
+        stream = stages.attempts(prompts, groups=[len(prompts)])
+        bar = tqdm(stream, total=len(prompts), desc="plan", unit="prompt", disable=not self.progress)
+        return timings, list(bar)
+
+    def _note_peak(self, stage: RoundStage) -> None:
+        peak = _take_peak()
+        if peak is not None:
+            self._peaks[stage] = max(peak, self._peaks.get(stage, 0))
+
+    def _time_lora(self, lora: LoRA, prompts: Sequence[str], count: int) -> float:
+        """How much longer a picture takes with a LoRA, warmed up."""
+        if self.learning.rounds == 1 and self.learning.stop is None and self.learning.validation is None:
+            return 0.0
+        plain = self.parts.synthesizer
+        plans, seeds = [Plan(prompt) for prompt in prompts[:count]], picture_seeds(self.seed, len(prompts[:count]))
+        tuned = plain.with_lora(lora)
+        with self.parts.placement.stage(plain):
+            draw(tuned, plans, seeds=seeds)
+            plain_s, tuned_s = (_elapsed(partial(draw, one, plans, seeds=seeds)) for one in (plain, tuned))
+        self._note_peak("measure")
+        return max(tuned_s - plain_s, 0.0) / len(plans)
+
+    def _time_scoring(
+        self, rule: Validation | StopRule | None, images: Sequence[Image], prompts: Sequence[str]
+    ) -> StageTiming:
+        """Let the scorer of a rule judge some pictures, after a call that warms it up."""
+        if rule is None:
+            return StageTiming(0.0, 0.0, 1)
+        images = images[: len(prompts)]
+        placement = TimedPlacement(self.parts.placement)
+        with placement.stage(rule.scorer):
+            score = partial(score_images, rule.scorer, images, prompts[: len(images)])
+            score()
+            seconds = _elapsed(score)
+        return StageTiming(seconds, placement.seconds, len(images))
+
+    def _time_combining(self, lora: LoRA, folder: RunFolder) -> tuple[tuple[float, float], tuple[int, int]]:
+        """Seconds to combine the LoRA of the first round and of one after it, and the bytes of their files."""
+        seconds, sizes = [], []
+        for number, loras in ((1, [lora]), (2, [lora, lora])):
+            start = time.perf_counter()
+            combined = fuse_loras(self.learning.fuser, loras)
+            seconds.append(time.perf_counter() - start)
+            place = folder.round(number)
+            place.write_result(
+                ResultRecord((0.0,) * self.learning.trainer.steps, 0, 0, 0.0, (), 0, {}, None, accepted=True),
+                learned=lora,
+                combined=combined,
+            )
+            sizes.append(sum(file.stat().st_size for file in place.path.glob("*.safetensors")))
+        return (seconds[0], seconds[1]), (sizes[0], sizes[1])
+
+
+def time_training(
+    trainer: DifferentialLoRATrainer,
+    pairs: Sequence[ImagePair],
+    parts: LoopParts,
+    *,
+    seed: int,
+    steps: int,
+    folder: Path,
+) -> TrainingCosts:
+    """Time encoding, steps and a checkpoint of a training on some pairs, kept or not: it takes as long on either."""
+    steps = _enough_steps(trainer, steps, pairs=len(pairs))
+    synthesizer, latents = as_trainable(parts.synthesizer), folder / "latents"
+    micro_batch_size = trainer.micro_batch_size or trainer.batch_size
+    with (
+        parts.placement.stage(synthesizer),
+        synthesizer.training() as model,
+        model.without_denoiser(),
+        torch.no_grad(),
+    ):
+        encode = EncodedPairs.encode
+        encode(model, pairs[:1], micro_batch_size=micro_batch_size, cache=folder / "warm-up-latents")
+        new, again = (
+            _elapsed(lambda: encode(model, pairs, micro_batch_size=micro_batch_size, cache=latents)) for _ in range(2)
+        )
+    events: list[StepEvent] = []
+    checkpoints = Checkpoints(folder=folder / "checkpoints", every=math.ceil(steps / 2))
+    start = time.perf_counter()
+    result = replace(trainer, steps=steps).train(
+        pairs[: trainer.batch_size * math.ceil(steps / trainer.echo)],
+        synthesizer,
+        seed=seed,
+        checkpoints=checkpoints,
+        cache=latents,
+        placement=parts.placement,
+        on_step=events.append,
+        progress=False,
+    )
+    total_s = time.perf_counter() - start
+    durations = [trainer.batch_size / event.pairs_per_second for event in events]
+    # The step after a checkpoint builds adapter and optimizer anew, which is part of what the checkpoint takes.
+    after = checkpoints.every  # its index
+    steady = [duration for index, duration in enumerate(durations) if index not in {0, after}]
+    steady = steady or durations[1:] or durations
+    step_s, checkpoint_s = sum(steady) / len(steady), 0.0
+    if after < len(events):
+        writing_s = events[after].seconds - events[after - 1].seconds - durations[after]
+        checkpoint_s = max(writing_s + durations[after] - step_s, 0.0)
+    written = math.ceil(steps / checkpoints.every)
+    return TrainingCosts(
+        fixed_s=max(total_s - steps * step_s - written * checkpoint_s, 0.0),
+        encode_s=max(new - again, 0.0) / len(pairs),
+        step_s=steady,
+        checkpoint_s=checkpoint_s,
+        checkpoint_bytes=max(file.stat().st_size for file in Path(checkpoints.folder).glob("*.safetensors")),
+        pair_bytes=_mean_size(latents / "pairs"),
+        text_bytes=_mean_size(latents / "prompts"),
+        lora=result.lora,
+    )
+
+
+def _enough_steps(trainer: DifferentialLoRATrainer, steps: int, *, pairs: int) -> int:
+    """At least ``steps``, and as many as the objective needs for its groups and stages, or the batches for their echo."""
+    plan = trainer.objective.training_plan(pairs)
+    steps = max(steps, min(2 * trainer.echo, trainer.steps))
+    while steps < trainer.steps:  # as many are enough: the check at the door has found so, for no fewer pairs
+        try:
+            split_into_phases(plan, steps, trainer.objective)
+        except InvalidValueError:
+            steps *= 2
+        else:
+            break
+    return steps
+
+
+def _sum(timings: Sequence[StageTiming]) -> StageTiming:
+    return StageTiming(
+        sum(timing.seconds for timing in timings),
+        sum(timing.moving_seconds for timing in timings),
+        sum(timing.count for timing in timings),
+    )
+
+
+def _candidates(folder: RunFolder) -> Iterator[Candidate]:
+    place = folder.round(1)
+    for name in place.chunk_names():
+        record = place.chunk(name)
+        if record is not None:
+            yield from record.to_chunk(folder.images).candidates.values()
+
+
+def _bytes_on_disk(folder: RunFolder, candidates: Sequence[Candidate], *, prompts: int) -> tuple[float, float, float]:
+    """Bytes of a picture before and of one after, and of a prompt's records."""
+    before = {candidate.before.path for candidate in candidates if isinstance(candidate.before, ImageFile)}
+    # A picture that was redrawn to the same pixels is stored once.
+    after = {candidate.after.path for candidate in candidates if isinstance(candidate.after, ImageFile)} - before
+    redrawn = sum(candidate.after is not None for candidate in candidates)
+    sizes = [sum(path.stat().st_size for path in paths) for paths in (before, after)]
+    records = sum(file.stat().st_size for file in folder.round(1).path.rglob("*.json"))
+    return sizes[0] / len(candidates), sizes[1] / max(redrawn, 1), records / prompts
+
+
+def _mean_size(folder: Path) -> float:
+    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    return sum(sizes) / max(len(sizes), 1)
+
+
+def _elapsed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _take_peak() -> int | None:
+    """The most memory that torch has held on a CUDA device since the last call; None where there is none in use."""
+    if not torch.cuda.is_initialized():
+        return None
+    devices = range(torch.cuda.device_count())
+    peak = max(torch.cuda.max_memory_allocated(device) for device in devices)
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+@runtime_checkable
+class _CountsUsage(Protocol):
+    """What a client of a server has counted, as `artaug.critics.Usage` does."""
+
+    replies: int
+    retries: int
+    failures: int
+    input_tokens: int
+    output_tokens: int
+    uncounted: int
+
+
+def _usages(critic: object) -> Iterator[_CountsUsage]:
+    """What a critic, and those that it wraps, have counted so far."""
+    usage = getattr(critic, "usage", None)
+    if isinstance(usage, _CountsUsage):
+        yield usage
+        return
+    inner = getattr(critic, "critic", None)
+    for wrapped in ([] if inner is None else [inner], getattr(critic, "critics", ())):
+        for one in wrapped:
+            yield from _usages(one)
+
+
+def count_usage(critic: object) -> UsageCount | None:
+    """The sum of what a critic's servers have counted; None if it counts nothing."""
+    usages = list(_usages(critic))
+    if not usages:
+        return None
+    return UsageCount(
+        requests=sum(usage.replies + usage.retries + usage.failures for usage in usages),
+        retries=sum(usage.retries for usage in usages),
+        input_tokens=sum(usage.input_tokens for usage in usages),
+        output_tokens=sum(usage.output_tokens for usage in usages),
+        uncounted=sum(usage.uncounted for usage in usages),
+    )
