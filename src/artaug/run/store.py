@@ -89,7 +89,7 @@ class RunCall:
     prompts: int
     prompts_digest: str
     settings: dict[str, str]
-    """By dotted name, see `artaug.run.identity.identity_of`."""
+    """By dotted name: every setting of every part that counts."""
     versions: dict[str, str]
     """Of packages, Python and the device."""
 
