@@ -279,14 +279,15 @@ class DiffusersSynthesizer(Synthesizer):
     def identity(self) -> Mapping[str, object]:
         """All that decides its pictures, by name: settings, guide, LoRAs, and every part of the pipeline with its place."""
         parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
-        scheduler = {name: item for name, item in self.pipeline.scheduler.config.items() if name[0] != "_"}
         settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.repr}
         return {
             "pipeline": type(self.pipeline),
+            "family": self.family or family_of(self.pipeline),
             "components": parts,
+            "configs": {name: _public_config(part) for name, part in parts.items()},
             "dtypes": {name: part.dtype for name, part in parts.items() if hasattr(part, "dtype")},
             "device": str(self.pipeline.device),
-            "scheduler": {"class": type(self.pipeline.scheduler), **dict(sorted(scheduler.items()))},
+            "scheduler": {"class": type(self.pipeline.scheduler), **_public_config(self.pipeline.scheduler)},
             **settings,
             "loras": [f"{active.lora.digest} x {active.scale!r}" for active in self.loras],
         }
@@ -346,6 +347,14 @@ class DiffusersSynthesizer(Synthesizer):
         processor = self.pipeline.image_processor
         images: list[Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
         return images
+
+
+def _public_config(part: object) -> Mapping[str, object]:
+    """The configuration of a part of diffusers; names that begin with _ say where it is from, and by what version."""
+    config = getattr(part, "config", None)
+    if not isinstance(config, Mapping):  # of transformers, where the weights' shapes say as much
+        return {}
+    return {name: item for name, item in sorted(config.items()) if name[0] != "_"}
 
 
 def _warn_of_black_images(output: object, plans: Sequence[Plan]) -> None:

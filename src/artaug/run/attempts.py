@@ -16,7 +16,8 @@ from artaug.run.round_folder import RoundFolder
 class StoredAttempts(Sequence[Attempt]):
     """The attempts of a finished round, in the order in which `improve` gives them; pairs hold their pictures by reference.
 
-    Iterating reads one file after the other and keeps none. An index reads all files before it.
+    Iterating reads one file after the other and keeps none. An index reads all files before it. A file that is damaged or
+    gone is a `StorageError`.
     """
 
     folder: RoundFolder
@@ -26,7 +27,16 @@ class StoredAttempts(Sequence[Attempt]):
         return 0 if groups is None else groups[-1]
 
     def __iter__(self) -> Iterator[Attempt]:
-        return (attempt for _, attempt in read_attempts(self.folder))
+        count = 0
+        for _, attempt in read_attempts(self.folder):
+            count += 1
+            yield attempt
+        if count < len(self):
+            raise StorageError(
+                f"{self.folder.path} has {count} attempts of {len(self)}: files are gone, of its folder attempts or its "
+                "verdicts.json. Put back a copy, or delete its result.safetensors, if there is one, and make the same call "
+                "again: it makes what is missing, and trains again."
+            )
 
     @overload
     def __getitem__(self, index: int) -> Attempt: ...

@@ -1,6 +1,7 @@
 """A synthesizer that keeps what it drew: held-out pictures of a run, and those of comparisons that are made again."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,14 @@ from artaug._internal.arguments import check_argument
 from artaug._internal.digests import digest
 from artaug._internal.segments import read_segment, write_segment
 from artaug._internal.values import to_json, value
+from artaug.errors import StorageError
 from artaug.image_files import ImageFolder, image_digest
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
 from artaug.run.identity import identity_of
 from artaug.synthesis import Synthesizer, draw
+
+_log = logging.getLogger(__name__)
 
 
 @value
@@ -25,8 +29,6 @@ class DrawnRecord:
     """The digests of the pictures of one call of a synthesizer."""
 
     images: tuple[str, ...]
-    size: tuple[int, int]
-    """Width and height of all of them."""
 
 
 @final
@@ -69,6 +71,11 @@ class CachedSynthesizer(Synthesizer):
         return self.synthesizer.picture_size
 
     @property
+    def identity(self) -> Mapping[str, object]:
+        """What it draws, wherever that is kept."""
+        return {"synthesizer": self.synthesizer}
+
+    @property
     def models(self) -> Sequence[nn.Module]:
         return self.synthesizer.models
 
@@ -79,20 +86,21 @@ class CachedSynthesizer(Synthesizer):
         """Read the pictures of this call, or draw and keep them.
 
         Raises:
-            StorageError: if they cannot be written, or a file is damaged.
+            StorageError: if they cannot be written. What is damaged is drawn again.
         """
         if not plans:
             return []
         images = self.images or ImageFolder(Path(self.folder) / "images")
         path = Path(self.folder) / f"{digest(self._key, *map(to_json, plans), *map(str, seeds))[:32]}.json"
         try:
-            record = read_segment(
-                path, DrawnRecord, what="record of a drawing", remedy="Delete it, and it is drawn again."
-            )
-            return [images.get(name, size=record.size).load() for name in record.images]
+            record = read_segment(path, DrawnRecord, what="record of a drawing", remedy="It is made again.")
+            return [images.get(name).load() for name in record.images]
         except FileNotFoundError:
-            pictures = draw(self.synthesizer, plans, seeds=seeds)
-        record = DrawnRecord(tuple(map(image_digest, images.add_all(pictures))), pictures[0].size)
+            pass
+        except StorageError as error:
+            _log.warning("pictures that were drawn before are drawn again: %s", error)
+        pictures = draw(self.synthesizer, plans, seeds=seeds)
+        record = DrawnRecord(tuple(map(image_digest, images.add_all(pictures))))
         write_segment(path, record, what="the record of a drawing", remedy="Make the same call again to go on.")
         return pictures
 

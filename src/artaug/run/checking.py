@@ -8,9 +8,10 @@ from typing import Literal, TypeAlias, get_args
 from PIL import Image
 
 from artaug._internal.arguments import Faults, argument_error, check_argument, check_count
+from artaug._internal.files import check_disk_space
 from artaug._internal.prompts import check_disjoint, check_prompts
 from artaug.critique import Critic, run_critic
-from artaug.errors import GuideError, ModelError
+from artaug.errors import GuideError, ModelError, StorageError
 from artaug.filtering import BestOf, PairFilter
 from artaug.geometry import Box
 from artaug.lora.fusing import Fuser
@@ -21,7 +22,7 @@ from artaug.run.events import OnEvent
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.session import check_store
 from artaug.run.stop_rule import StopRule
-from artaug.run.store import Store
+from artaug.run.store import RunFolder, Store
 from artaug.scoring import Scorer, score_images
 from artaug.synthesis import Synthesizer
 from artaug.training import Checkpoints, DifferentialLoRATrainer, Trainable, Validation
@@ -86,7 +87,8 @@ def check_run(
     faults.raise_any()
     if store is not None:
         with faults.collected():
-            check_store(Store.of(store), owner, prompts, parts, learning, seed=seed)
+            folder, _ = check_store(Store.of(store), owner, prompts, parts, learning, seed=seed)
+            _check_room(folder, parts, pictures=2 * len(prompts) * (1 if learning is None else learning.rounds))
         faults.raise_any()
     if check == "arguments":
         return
@@ -98,6 +100,27 @@ def check_run(
         with faults.collected(), _named_rehearsal(), parts.placement.stage(parts.critic):
             run_critic(parts.critic, [dark], prompts[:1])
     faults.raise_any()
+
+
+def _check_room(folder: RunFolder, parts: LoopParts, *, pictures: int) -> None:
+    """Refuse a disk that the pictures to come do not fit on.
+
+    Args:
+        folder: of the run.
+        parts: that draw.
+        pictures: that the run takes, should every prompt become a pair, of one candidate.
+    """
+    count = 1 if parts.candidates is None else parts.candidates.count
+    width, height = parts.synthesizer.picture_size
+    # Photos of three bytes a pixel are 0.7 to 0.75 of that as lossless WebP: 2.2 MB for 1,024 x 1,024 pixels.
+    expected = round(pictures * count * width * height * 3 * 0.75)
+    what = f"a run with {pictures * count} pictures of {width} x {height} pixels"
+    try:
+        check_disk_space(folder.path, expected, what=what)
+    except StorageError:
+        # Only now, since there may be 40,000 files.
+        present = sum(path.stat().st_size for path in folder.images.path.glob("*/*"))
+        check_disk_space(folder.path, expected - present, what=f"the rest of {what}" if present else what)
 
 
 def _types(parts: LoopParts, learning: LearningParts | None) -> Iterator[tuple[str, object, type, bool]]:

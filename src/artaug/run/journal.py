@@ -7,14 +7,15 @@ from PIL.Image import Image
 
 from artaug.critique import Abstention, Critique
 from artaug.pairs import Verdict
+from artaug.plan import Plan
 from artaug.run.records import Chunk, DrawingStage, Member
 
 
 class ChunkJournal(ABC):
     """What is kept of the chunk under way, as it comes."""
 
-    def drawn(self, stage: DrawingStage) -> Mapping[Member, Image]:
-        """The pictures of a stage that are kept already, by member."""
+    def drawn(self, stage: DrawingStage, plans: Mapping[Member, Plan]) -> Mapping[Member, Image]:
+        """The pictures of these plans that are kept already, by member; one of another plan is none of them."""
         return {}
 
     def answers(self) -> Mapping[Member, Critique | Abstention]:
@@ -22,10 +23,13 @@ class ChunkJournal(ABC):
         return {}
 
     @abstractmethod
-    def add_call(self, stage: DrawingStage, members: Sequence[Member], images: Sequence[Image], *, limit: int) -> None:
-        """Keep the pictures of one call of the synthesizer.
+    def add_call(
+        self, stage: DrawingStage, plans: Mapping[Member, Plan], images: Sequence[Image], *, limit: int | None
+    ) -> None:
+        """Keep the pictures of one call of the synthesizer, one for each plan, in their order.
 
-        They may be written behind: an error of the one call is then raised by the next, or by `finish`.
+        They may be written behind: an error of the one call is then raised by the next, or by `finish`. ``limit`` is the
+        most pictures that a call has room for, if memory has run out.
         """
 
     @abstractmethod
@@ -41,7 +45,7 @@ class RoundJournal(ABC):
     """What is kept of a round."""
 
     call_limit: int | None = None
-    """The most pictures that a call of the synthesizer has room for, as far as this round knows."""
+    """The most pictures that a call of the synthesizer has room for, if this round has run out of memory."""
     writes_behind = False
     """Whether pictures are still being written when `ChunkJournal.add_call` returns; `ChunkJournal.finish` waits for them."""
 

@@ -1,17 +1,20 @@
 """The journal of a run without a store: pictures stay in memory while they are few, others go to a temporary folder."""
 
 import logging
+import os
+import shutil
+import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from PIL.Image import Image
 
 from artaug.critique import Abstention, Critique
 from artaug.image_files import ImageFile, ImageFolder
 from artaug.pairs import Verdict
+from artaug.plan import Plan
 from artaug.run.journal import ChunkJournal, RoundJournal
 from artaug.run.records import Candidate, Chunk, DrawingStage, Member, Picture
 
@@ -32,37 +35,53 @@ class PictureMemory:
     def __init__(self, budget: int = _BUDGET) -> None:
         self._budget = budget
         self._held = 0
-        self._folder: TemporaryDirectory[str] | None = None
+        self._counted: set[int] = set()
+        self._folder: _TemporaryFolder | None = None
 
     def keep(self, picture: Picture) -> Picture:
         """The same picture, where it stays."""
-        if isinstance(picture, ImageFile):
+        if isinstance(picture, ImageFile) or id(picture) in self._counted:
             return picture
         size = picture.width * picture.height * _BYTES_PER_PIXEL
         if self._held + size > self._budget:
             return self._to_disk(picture)
         self._held += size
-        weakref.finalize(picture, self._release, size)
+        self._counted.add(id(picture))
+        weakref.finalize(picture, self._release, id(picture), size)
         return picture
 
-    def _release(self, size: int) -> None:
+    def _release(self, counted: int, size: int) -> None:
         self._held -= size
+        self._counted.discard(counted)
 
     def _to_disk(self, picture: Image) -> ImageFile:
         if self._folder is None:
-            self._folder = TemporaryDirectory(prefix="artaug-", ignore_cleanup_errors=True)
+            self._folder = _TemporaryFolder()
             _log.info(
                 "more than %d MiB of pictures: the others are in %s as long as they are used. With store='runs/first' a run "
                 "keeps everything in a folder of its own.",
-                *(self._budget // 2**20, self._folder.name),
+                *(self._budget // 2**20, self._folder.path),
             )
-        file = ImageFolder(Path(self._folder.name)).add(picture)
+        file = ImageFolder(self._folder.path).add(picture)
         weakref.finalize(file, _keep_alive, self._folder)
         return file
 
 
-def _keep_alive(folder: TemporaryDirectory[str]) -> None:
-    """Hold a temporary folder: it goes when nothing refers to it."""
+class _TemporaryFolder:
+    """Goes when nothing refers to it, without a word: Python's own warns of that."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="artaug-"))
+        weakref.finalize(self, _remove, self.path, os.getpid())
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child that ends leaves it to its parent
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep_alive(folder: _TemporaryFolder) -> None:
+    """Hold a temporary folder."""
 
 
 class MemoryJournal(RoundJournal):
@@ -83,7 +102,9 @@ class _MemoryChunk(ChunkJournal):
         self._round = round_journal
         self._memory = memory
 
-    def add_call(self, stage: DrawingStage, members: Sequence[Member], images: Sequence[Image], *, limit: int) -> None:
+    def add_call(
+        self, stage: DrawingStage, plans: Mapping[Member, Plan], images: Sequence[Image], *, limit: int | None
+    ) -> None:
         self._round.call_limit = limit
 
     def add_answer(self, member: Member, answer: Critique | Abstention) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal, NamedTuple, TypeAlias
 from PIL.Image import Image
 from pydantic import Field
 
-from artaug._internal.values import value
+from artaug._internal.digests import digest
+from artaug._internal.values import to_json, value
 from artaug.critique import Abstention, Critique
 from artaug.image_files import ImageFile, ImageFolder, image_digest
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
@@ -96,6 +97,11 @@ def attempt_of(candidate: Candidate, end: End, verdict: Verdict | None) -> Attem
     return Kept(outcome, verdict) if verdict.keep else Dropped(outcome, verdict)
 
 
+def plan_digest(plan: Plan) -> str:
+    """What tells a plan from others: pictures of the chunk under way are looked up by it."""
+    return digest(to_json(plan))[:32]
+
+
 @value
 class CallRecord:
     """One call of the synthesizer: which pictures were drawn together, since that decides their last bits."""
@@ -103,12 +109,12 @@ class CallRecord:
     stage: DrawingStage
     members: tuple[tuple[int, int], ...]
     """In their order in the call."""
+    plans: tuple[str, ...]
+    """The digests of what they were drawn from, see `plan_digest`."""
     images: tuple[str, ...]
     """The digests of their pictures."""
-    size: tuple[int, int]
-    """Width and height."""
-    limit: int
-    """The most pictures that a call might have then: halved where memory ran out."""
+    limit: int | None
+    """The most pictures that a call had room for, if memory had run out before."""
     threads: int
     """Of torch, on the CPU."""
 

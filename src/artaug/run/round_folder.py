@@ -3,12 +3,12 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -23,6 +23,7 @@ from artaug.evaluation.comparison import ScoreRow
 from artaug.image_files import ImageFile, ImageFolder, image_digest
 from artaug.lora.lora import LoRA
 from artaug.pairs import Verdict
+from artaug.plan import Plan
 from artaug.run.journal import ChunkJournal, RoundJournal
 from artaug.run.records import (
     AnswerRecord,
@@ -34,6 +35,7 @@ from artaug.run.records import (
     Member,
     VerdictRecord,
     VerdictsRecord,
+    plan_digest,
 )
 from artaug.training.state import lora_from_tensors, lora_to_tensors
 
@@ -42,6 +44,8 @@ T = TypeVar("T")
 
 _REMEDY = "What the run has finished is complete: run the same call to go on once the folder can be written to."
 _DAMAGED = "Restore it from a copy, or delete it, and what it holds is made again."
+_NOT_MADE_AGAIN = "Restore it from a copy, or move the folder that it is in away, and the round is made again."
+_UNDER_WAY = "the chunk under way"
 
 
 @value
@@ -105,8 +109,13 @@ class RoundFolder:
 
     def groups(self) -> tuple[int, ...] | None:
         """See `RoundRecord`; None if the round has not begun."""
-        record = self._read("round.json", RoundRecord, what="record of a round")
-        return None if record is None else record.groups
+        path = self.path / "round.json"
+        try:
+            return read_segment(path, RoundRecord, what="record of a round", remedy=_NOT_MADE_AGAIN).groups
+        except FileNotFoundError:
+            if self.chunk_names():
+                raise StorageError(f"{path} is gone, and the round has attempts. {_NOT_MADE_AGAIN}") from None
+            return None
 
     def begin(self, groups: Sequence[int]) -> None:
         """Begin the round, or open it again for more prompts: then what was learned from fewer is no result of it."""
@@ -124,8 +133,7 @@ class RoundFolder:
             names = os.listdir(self.path / "attempts")  # noqa: PTH208 - 10,000 names, and no path of each
         except FileNotFoundError:
             return []
-        chunks = (name.removesuffix(".json") for name in names if fnmatchcase(name, "*-*.json"))
-        return sorted(chunks, key=lambda name: (int(name.partition("-")[0]), name))
+        return sorted((name.removesuffix(".json") for name in names if fnmatchcase(name, "*-*.json")), key=_chunk_order)
 
     def chunk(self, name: str) -> ChunkRecord | None:
         """A finished chunk as it is written; None if it is not finished."""
@@ -193,6 +201,12 @@ class RoundFolder:
         write_segment(self.path / name, record, what=what, remedy=_REMEDY)
 
 
+def _chunk_order(name: str) -> tuple[int, bool, int]:
+    """Of ``3-00012`` or ``3-again-00001``: by group, those that were asked again last, by place."""
+    group, *again, place = name.split("-")
+    return int(group), bool(again), int(place)
+
+
 class FolderJournal(RoundJournal):
     """Keeps a round in its folder. One thread writes the pictures of a call, while the next ones are drawn."""
 
@@ -224,6 +238,13 @@ class FolderJournal(RoundJournal):
         self.writer.shutdown()
 
 
+class _Drawn(NamedTuple):
+    """A picture of the chunk under way, and what it was drawn from."""
+
+    plan: str
+    file: ImageFile
+
+
 class _ChunkFolder(ChunkJournal):
     """The chunk under way: a file for each call of the synthesizer and each answer of the critic."""
 
@@ -238,36 +259,42 @@ class _ChunkFolder(ChunkJournal):
             raise StorageError(
                 f"the folder of the chunk under way, {self._path}, could not be made: {error}. {_REMEDY}"
             ) from error
-        self._calls = [record for _, record in self._read_all("call", CallRecord)]
-        self._files: dict[tuple[str, Member], ImageFile] = {}
-        self._kept: dict[tuple[str, Member], Image] = {}
+        self._calls: list[CallRecord] = []
+        self._drawn: dict[tuple[str, Member], _Drawn] = {}
         self._pending: Future[None] | None = None
-        self._load_pictures()
+        self._read_calls()
 
-    def drawn(self, stage: DrawingStage) -> Mapping[Member, Image]:
-        return {member: image for (made_in, member), image in self._kept.items() if made_in == stage}
+    def drawn(self, stage: DrawingStage, plans: Mapping[Member, Plan]) -> Mapping[Member, Image]:
+        kept = ((member, plan_digest(plan), self._drawn.get((stage, member))) for member, plan in plans.items())
+        # An answer that was lost is asked for anew, and its plan may be another one.
+        return {member: drawn.file.load() for member, plan, drawn in kept if drawn is not None and drawn.plan == plan}
 
     def answers(self) -> Mapping[Member, Critique | Abstention]:
-        records = (record for _, record in self._read_all("answer", AnswerRecord))
-        return {Member(record.prompt_index, record.candidate): record.answer for record in records}
+        answers = {}
+        for file in sorted(self._path.glob("answer-*.json")):
+            record = self._read(file, AnswerRecord)
+            if record is not None:
+                answers[Member(record.prompt_index, record.candidate)] = record.answer
+        return answers
 
-    def add_call(self, stage: DrawingStage, members: Sequence[Member], images: Sequence[Image], *, limit: int) -> None:
+    def add_call(
+        self, stage: DrawingStage, plans: Mapping[Member, Plan], images: Sequence[Image], *, limit: int | None
+    ) -> None:
         self._settle()
-        number, threads = len(self._calls), torch.get_num_threads()
+        path, threads = self._call_path(len(self._calls)), torch.get_num_threads()
 
         def write() -> None:
             files = self._folder.images.add_all(images)
             record = CallRecord(
                 stage,
-                tuple((member.prompt_index, member.candidate) for member in members),
+                tuple((member.prompt_index, member.candidate) for member in plans),
+                tuple(map(plan_digest, plans.values())),
                 tuple(map(image_digest, files)),
-                images[0].size,
                 limit,
                 threads,
             )
-            self._write(f"call-{number:05d}", record)
-            self._calls.append(record)
-            self._files.update({(stage, member): file for member, file in zip(members, files, strict=True)})
+            write_provisional(path, record, what=_UNDER_WAY, remedy=_REMEDY)
+            self._note_call(record, files)
 
         # After a kill, the pictures that were being written are drawn again: the call is not on record.
         self._pending = self._journal.writer.submit(write)
@@ -284,7 +311,8 @@ class _ChunkFolder(ChunkJournal):
             self._pending = None
 
     def add_answer(self, member: Member, answer: Critique | Abstention) -> None:
-        self._write(f"answer-{member.prompt_index}-{member.candidate}", AnswerRecord(*member, answer))
+        path = self._path / f"answer-{member.prompt_index}-{member.candidate}.json"
+        write_provisional(path, AnswerRecord(*member, answer), what=_UNDER_WAY, remedy=_REMEDY)
 
     def finish(self, chunk: Chunk) -> Chunk:
         self._settle()
@@ -295,35 +323,44 @@ class _ChunkFolder(ChunkJournal):
         return chunk
 
     def _by_reference(self, candidate: Candidate) -> Candidate:
-        before = self._files.get(("draw", candidate.member), candidate.before)
-        return replace(candidate, before=before, after=self._files.get(("redraw", candidate.member), candidate.after))
+        before, after = (self._drawn.get((stage, candidate.member)) for stage in ("draw", "redraw"))
+        return replace(
+            candidate,
+            before=candidate.before if before is None else before.file,
+            after=candidate.after if after is None or candidate.after is None else after.file,
+        )
 
-    def _load_pictures(self) -> None:
-        """Read the pictures of the chunk; a call with one that is damaged did not happen, and none after it."""
-        for place, call in enumerate(self._calls):
-            members = [Member(*member) for member in call.members]
-            files = [self._folder.images.get(digest, size=call.size) for digest in call.images]
+    def _read_calls(self) -> None:
+        """Read the calls and look at their pictures: one that is damaged did not happen, and none after it."""
+        while (path := self._call_path(len(self._calls))).exists():
+            record = self._read(path, CallRecord)
+            if record is None:
+                break
             try:
-                images = [file.load() for file in files]
+                files = [self._folder.images.get(digest) for digest in record.images]
+                for file in files:
+                    file.load()
             except StorageError as error:
-                _log.warning("a drawing call of the chunk under way is done again: %s", error)
-                for later in range(place, len(self._calls)):
-                    (self._path / f"call-{later:05d}.json").unlink(missing_ok=True)
-                del self._calls[place:]
-                return
-            self._files.update({(call.stage, member): file for member, file in zip(members, files, strict=True)})
-            self._kept.update({(call.stage, member): image for member, image in zip(members, images, strict=True)})
-            self._journal.call_limit = call.limit
+                _log.warning("a drawing call of the chunk under way is made again: %s", error)
+                break
+            self._note_call(record, files)
+            self._journal.call_limit = record.limit
+        for path in self._path.glob("call-*.json"):
+            if path not in {self._call_path(number) for number in range(len(self._calls))}:
+                path.unlink(missing_ok=True)
 
-    def _read_all(self, kind: str, of: type[T]) -> Iterator[tuple[str, T]]:
-        """The files of a kind, in the order of their names; after a power failure the last ones may be damaged."""
-        for file in sorted(self._path.glob(f"{kind}-*.json")):
-            try:
-                yield file.name, read_segment(file, of, what="file of the chunk under way", remedy="It is made again.")
-            except StorageError as error:
-                _log.warning("%s", error)
-                if kind == "call":
-                    return
+    def _note_call(self, record: CallRecord, files: Sequence[ImageFile]) -> None:
+        self._calls.append(record)
+        for member, plan, file in zip(record.members, record.plans, files, strict=True):
+            self._drawn[record.stage, Member(*member)] = _Drawn(plan, file)
 
-    def _write(self, name: str, record: object) -> None:
-        write_provisional(self._path / f"{name}.json", record, what="the chunk under way", remedy=_REMEDY)
+    def _call_path(self, number: int) -> Path:
+        return self._path / f"call-{number:05d}.json"
+
+    def _read(self, path: Path, of: type[T]) -> T | None:
+        """A file of the chunk; None for one that a power failure has damaged."""
+        try:
+            return read_segment(path, of, what="file of the chunk under way", remedy="It is made again.")
+        except StorageError as error:
+            _log.warning("%s", error)
+            return None

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from artaug.errors import InvalidValueError
+from artaug.errors import InvalidValueError, StorageError
 from artaug.pairs import Attempt
 from artaug.run.attempts import StoredAttempts
 from artaug.run.identity import identity_of
@@ -82,7 +82,7 @@ def open_session(
         return
     folder, call = check_store(store, function, prompts, parts, learning, seed=seed)
     folder.make()
-    with RunLock(folder.path, take_over=store.take_over) as lock:
+    with RunLock(folder.path, take_over=store.take_over) as lock, _damage_explained(folder):
         # Again, since another process may have run here between the check at the door and the lock.
         folder.check(call, prompts, allow=store.allow)
         folder.begin(call)
@@ -94,6 +94,20 @@ def open_session(
         yield RunSession(folder, poll=poll)
         if function == "improve" or not (folder.path / METADATA).exists():  # `enhance` writes it round by round
             write_metadata(folder)
+
+
+@contextmanager
+def _damage_explained(folder: RunFolder) -> Iterator[None]:
+    """Add to an error of a picture of the run which chunk it belongs to, and how that is made again."""
+    try:
+        yield
+    except StorageError as error:
+        for path in folder.segments_naming(str(error)):
+            error.add_note(
+                f"The picture belongs to {path}. Without a copy of it, delete that file: the same call draws the prompts of "
+                "this chunk again, and asks the critic again."
+            )
+        raise
 
 
 def _stop_if_requested(stop: GracefulStop | None, kept: str) -> None:

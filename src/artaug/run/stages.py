@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from PIL.Image import Image
 
+from artaug._internal.images import as_rgb
 from artaug._internal.memory import FittingBatches
 from artaug.critique import Abstention, Answer, Critic, stream_critic
-from artaug.errors import CriticError
+from artaug.errors import CriticError, StorageError
 from artaug.filtering import judge_pairs
 from artaug.image_files import ImageFile
 from artaug.pairs import Attempt, ImagePair, Skipped, Verdict
@@ -178,7 +179,9 @@ class RoundStages:
         written: _UnderWay | None = None
         for name, indices, known in chunks:
             finished = self.journal.finished(name)
-            if finished is None:
+            if finished is not None:
+                _check_prompts_of(finished, name, indices)
+            else:
                 try:
                     begun = self._begin_chunk(name, prompts, indices, known)
                 finally:  # also if that raises: all of the chunk before is done
@@ -253,13 +256,13 @@ class RoundStages:
         self, stage: DrawingStage, plans: Mapping[Member, Plan], seeds: Mapping[Member, int], journal: ChunkJournal
     ) -> dict[Member, Image]:
         """Draw what is not drawn yet, one call of the synthesizer after the other."""
-        drawn = {member: image for member, image in journal.drawn(stage).items() if member in plans}
+        drawn = dict(journal.drawn(stage, plans))
         missing = [member for member in plans if member not in drawn]
         self.clock.resume(stage, len(drawn))
         if not missing:
             return drawn
         if self.journal.call_limit is not None:
-            self.batches.largest = self.journal.call_limit
+            self.batches.largest = min(self.journal.call_limit, self.parts.batch_size)
         with self.clock.stage(stage, len(missing)), self.parts.placement.stage(self.parts.synthesizer):
             calls = draw_in_calls(
                 self.parts.synthesizer,
@@ -269,8 +272,15 @@ class RoundStages:
             )
             for call in calls:
                 members = [missing[index] for index in call.members]
-                journal.add_call(stage, members, call.images, limit=self.batches.largest)
-                drawn.update(zip(members, call.images, strict=True))
+                images = [image if image.mode == "RGB" else as_rgb(image) for image in call.images]  # as it is stored
+                largest = self.batches.largest
+                journal.add_call(
+                    stage,
+                    {member: plans[member] for member in members},
+                    images,
+                    limit=largest if largest < self.parts.batch_size else None,
+                )
+                drawn.update(zip(members, images, strict=True))
                 self.clock.progress(stage, len(members))
                 self.poll()
         return drawn
@@ -400,6 +410,16 @@ class RoundStages:
         self.clock.resume("redraw", redrawn - sum(candidate.after is not None for candidate in known.values()))
         decided = [end for end in chunk.ends if end.reason or end.verdict is not None]
         self.clock.resume("judge", sum(not end.transient for end in decided))
+
+
+def _check_prompts_of(chunk: Chunk, name: str, indices: Sequence[int]) -> None:
+    """Refuse a chunk of other prompts than those that are to be in it now: some would be there twice, and some not at all."""
+    held = [end.prompt_index for end in chunk.ends]
+    if held != list(indices):
+        raise StorageError(
+            f"the chunk {name} on disk has {len(held)} prompts, from number {held[0] if held else 0} on, and this call makes "
+            f"it of {len(indices)}, from number {indices[0]} on. Restore the folder of the run from a copy, or take another one."
+        )
 
 
 def load(picture: Picture) -> Image:

@@ -20,8 +20,9 @@
 Every file appears whole or not at all, is written once, and holds a digest of its content.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import final
@@ -39,8 +40,12 @@ from artaug.run.round_folder import RoundFolder
 _VERSION = 1
 _MAX_LISTED = 12
 """Differences that an error lists."""
-_MORE = ("prompts", "rounds")
-"""Settings of which there may be more, if that is allowed by name."""
+_FIXED = {
+    "chunk_size": "a chunk is finished as it was begun; pass it by name to keep it where batch_size changes",
+    "seed": "it decides every picture",
+}
+"""Settings that no name allows to differ, and why."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "What the run has finished is complete: run the same call to go on once the folder can be written to."
 
 
@@ -77,7 +82,9 @@ class Store:
     @classmethod
     def of(cls, store: "Store | str | Path") -> "Store":
         """The store that an argument ``store`` means."""
-        return store if isinstance(store, Store) else cls(store)
+        made = store if isinstance(store, Store) else cls(store)
+        # `improve` is lazy: by the time that it begins, the working directory may be another one.
+        return replace(made, folder=Path(made.folder).absolute())
 
 
 @value
@@ -108,6 +115,10 @@ class RunFolder:
     """The folder of a run."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        # Pictures are read whenever they are looked at, also after a change of the working directory.
+        object.__setattr__(self, "path", self.path.absolute())
 
     @property
     def images(self) -> ImageFolder:
@@ -152,6 +163,10 @@ class RunFolder:
         except FileNotFoundError:
             others = [] if not self.path.is_dir() else sorted(entry.name for entry in self.path.iterdir())
             foreign = [name for name in others if name not in _OWN and name[0] != "."]
+            if any(name.startswith("round-") for name in foreign):
+                raise StorageError(
+                    f"{path} is gone, and there are rounds beside it, of a run that nothing can be compared with. {remedy}"
+                ) from None
             if foreign:
                 raise StorageError(
                     f"{self.path} holds other files than a run's, such as {foreign[0]!r}, and no run.json. Give the run a "
@@ -184,19 +199,31 @@ class RunFolder:
             raise InvalidValueError(
                 f"Store(allow={set(allow)!r}): nothing is called {unknown[0]!r}. There are: {', '.join(known)}."
             )
-        differences = [
-            line
+        found = [
+            (name, line)
             for name, line in _differences(last, call, prompts)
             if not any(_is_under(name, allowed) for allowed in allow)
         ]
-        if differences:
+        if found:
+            differences = [line for _, line in found]
+            names = {*allow, *(name.partition(".")[0] if len(found) > _MAX_LISTED else name for name, _ in found)}
+            advice = (
+                ""  # what no name allows
+                if "" in names
+                else f"; or allow it by name, store=artaug.Store({str(self.path)!r}, allow={sorted(names)!r})"
+            )
             more = len(differences) - _MAX_LISTED
             listed = "\n- ".join(differences[:_MAX_LISTED] + [f"and {more} more"] * (more > 0))
             raise StorageError(
                 f"{self.path} holds a run that was called with other arguments, which would be another run:\n- {listed}\n"
-                "Call it as before, take another folder, or allow what may differ by name, such as "
-                f"store=artaug.Store({str(self.path)!r}, allow={{{differences[0].partition(':')[0]!r}}})."
+                f"Call it as before, or take another folder{advice}."
             )
+
+    def segments_naming(self, text: str) -> list[Path]:
+        """The finished chunks of pictures whose digest is in a text."""
+        digests = [found.encode() for found in _DIGEST.findall(text)]
+        chunks = sorted(self.path.glob("round-*/attempts/*.json")) if digests else []
+        return [path for path in chunks if any(name in path.read_bytes() for name in digests)]
 
     def begin(self, call: RunCall) -> None:
         """Write the call down, if it is the first or differs from the one before.
@@ -262,9 +289,12 @@ def _differences(before: RunCall, now: RunCall, prompts: Sequence[str]) -> list[
             # Not allowed by any name: attempts are keyed by the place of their prompt.
             lines.append(("", f"prompts: other ones, or in another order ({before.prompts} then, {now.prompts} now)"))
     pairs = ((before.settings, now.settings), (before.versions, now.versions))
-    return lines + [
-        (name, f"{name}: {then.get(name, 'nothing')} then, {here.get(name, 'nothing')} now")
-        for then, here in pairs
-        for name in sorted({*then, *here})
-        if then.get(name) != here.get(name)
-    ]
+    for then, here in pairs:
+        for name in sorted({*then, *here}):
+            if then.get(name) != here.get(name):
+                why = _FIXED.get(name, "")
+                if name == "rounds" and name in then and name in here and int(here[name]) < int(then[name]):
+                    why = "there may be more of them, not fewer"
+                line = f"{name}: {then.get(name, 'nothing')} then, {here.get(name, 'nothing')} now"
+                lines.append(("", f"{line} ({why})") if why else (name, line))
+    return lines

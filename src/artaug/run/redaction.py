@@ -1,0 +1,61 @@
+"""What must never be written to a run's folder: keys, tokens and passwords, by their names and by how they look."""
+
+import os
+import re
+from types import BuiltinFunctionType, FunctionType, MethodType
+
+_ALWAYS = {
+    *("secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd", "credential", "credentials"),
+    *("auth", "authorization", "bearer", "cookie", "cookies", "apikey", "apikeys", "authtoken", "accesstoken"),
+}
+_AT_THE_END = {"key", "keys", "token"}
+"""Of ``api_key`` or ``X-Auth-Token``, not of ``max_tokens`` or ``key_format``."""
+_OWNERS_OF_TOKENS = {"api", "access", "refresh", "session", "hf"}
+_SHORTEST = 8
+"""Characters of a value that is taken for a secret by how it looks."""
+
+_NAME = re.compile(r"([\w-]+)(?:['\"]?\s*[:=]|['\"],)\s*['\"]?")
+"""Of ``api_key=...``, ``{'Authorization': '...'}`` and ``('X-Auth-Token', '...')``."""
+_VALUE = re.compile(r"(?:(?:bearer|basic|token)\s+)?[^\s'\",}&#]{4,}", re.IGNORECASE)
+_PASSWORD_OF_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")
+_BY_LOOKS = re.compile(
+    r"\b(?:hf_|sk-|ghp_|gho_|ghs_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza|r8_|nvapi-|Bearer |Basic )"
+    rf"[\w\-./+=]{{{_SHORTEST},}}"
+)
+
+
+def is_secret_name(name: str, value: object) -> bool:
+    """Whether something of this name is a key, token or password; a number or a function is none, whatever its name.
+
+    >>> from artaug.run.redaction import is_secret_name
+    >>> [is_secret_name(name, "abc") for name in ("api_key", "X-Auth-Token", "openaiApiKey", "max_tokens")]
+    [True, True, True, False]
+    """
+    if isinstance(value, bool | int | float | type | FunctionType | BuiltinFunctionType | MethodType):
+        return False
+    words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
+    if not words:
+        return False
+    return (
+        words[-1] in _AT_THE_END
+        or not _ALWAYS.isdisjoint(words)
+        or (words[-1] == "tokens" and not _OWNERS_OF_TOKENS.isdisjoint(words))
+    )
+
+
+def hide_secrets(text: str) -> str:
+    """The text with stars for what looks like a secret, and for the secrets of this process's environment.
+
+    >>> from artaug.run.redaction import hide_secrets
+    >>> hide_secrets("https://me:abc@host/v1?api_key=12345&n=2")
+    'https://***@host/v1?api_key=***&n=2'
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and is_secret_name(name, value):
+            text = text.replace(value, "***")
+    text = _BY_LOOKS.sub("***", _PASSWORD_OF_URL.sub("***@", text))
+    for found in reversed(list(_NAME.finditer(text))):  # from the end on, so that the places of the others stay
+        shown = _VALUE.match(text, found.end())
+        if shown is not None and is_secret_name(found[1], shown[0]):
+            text = f"{text[: found.end()]}***{text[shown.end() :]}"
+    return text
