@@ -302,7 +302,7 @@ def test_a_disk_that_is_full_ends_the_run_in_order_and_with_room_again_it_goes_o
     with no_file_longer_than(size), pytest.raises(aa.StorageError, match="could not be written"):
         list(run(store=tmp_path, synthesizer=synthesizer))
     assert shown(run(store=tmp_path, synthesizer=synthesizer)) == shown(run())
-    assert len(synthesizer.drawn) <= 6 + 2
+    assert len(synthesizer.drawn) <= 6 + 4  # the chunk under way: an error of one call is raised by the next
 
 
 def test_a_small_disk_that_is_full_and_gets_room_again(tmp_path):
@@ -315,7 +315,7 @@ def test_a_small_disk_that_is_full_and_gets_room_again(tmp_path):
             list(stream)
         filling.unlink()
         assert shown(run(prompts, store=disk / "run", synthesizer=synthesizer)) == shown(run(prompts))
-        assert len(synthesizer.drawn) <= 12 + 2
+        assert len(synthesizer.drawn) <= 12 + 4
 
 
 def test_a_read_only_folder_is_refused_at_the_door(tmp_path):
