@@ -12,7 +12,17 @@ from PIL import Image
 import artaug as aa
 from artaug._internal.segments import write_provisional
 from artaug.image_files import image_digest
-from artaug.run.records import CallRecord, Candidate, Chunk, ChunkRecord, DrawingStage, End, Member, Picture
+from artaug.run.records import (
+    CallRecord,
+    Candidate,
+    Chunk,
+    ChunkRecord,
+    DrawingStage,
+    End,
+    Member,
+    Picture,
+    plan_digest,
+)
 from artaug.run.round_folder import RoundFolder
 
 CHUNK = 8
@@ -143,8 +153,8 @@ def chunk_record(texts: Sequence[str], indices: Sequence[int], images: aa.ImageF
         "redraw": {member: candidate.after for member, candidate in candidates.items() if candidate.after},
     }
     for stage, files in drawn.items():
-        digests = tuple(map(image_digest, files.values()))
-        calls.append(CallRecord(stage, tuple(files), digests, (1024, 1024), CHUNK, 1))
+        plans = tuple(plan_digest(candidates[member].plan or aa.Plan("")) for member in files)
+        calls.append(CallRecord(stage, tuple(files), plans, tuple(map(image_digest, files.values())), CHUNK, 1))
     return ChunkRecord.of(Chunk(candidates, ends, {"draw": 9.1, "critique": 2.5, "redraw": 14.2, "judge": 0.4}), calls)
 
 
