@@ -205,7 +205,7 @@ class Run:
         return write_report(
             path,
             result=result,
-            attempts=StoredAttempts(self._files.round(under_way)) if under_way in self._begun() else (),
+            attempts=StoredAttempts(self._files.round(under_way), whole=False) if under_way in self._begun() else (),
             comparison=comparison,
             title=title,
             about=about,

@@ -21,6 +21,8 @@ class StoredAttempts(Sequence[Attempt]):
     """
 
     folder: RoundFolder
+    whole: bool = True
+    """Whether all have ended, so that one that is missing is an error; not so of a round under way."""
 
     def __len__(self) -> int:
         groups = self.folder.groups()
@@ -31,7 +33,7 @@ class StoredAttempts(Sequence[Attempt]):
         for _, attempt in read_attempts(self.folder):
             count += 1
             yield attempt
-        if count < len(self):
+        if self.whole and count < len(self):
             raise StorageError(
                 f"{self.folder.path} has {count} attempts of {len(self)}: files are gone, of its folder attempts or its "
                 "verdicts.json. Put back a copy, or delete its result.safetensors, if there is one, and make the same call "
