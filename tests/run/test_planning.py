@@ -1,6 +1,7 @@
 """The plan of a run: exact where every part has a known cost, near where it is measured, and nothing is left behind."""
 
 import json
+import re
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from artaug.critics import PhotometricCritic, Usage
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.evaluation.statistics import wilson_interval
 from artaug.run import events, sampling
+from artaug.run.run_plan import advise
 from artaug.scorers import Chroma, Exposure
 from artaug.testing import FixedFilter, SwatchSynthesizer
 from artaug.training import progress
@@ -85,9 +87,11 @@ class TimedScorer(aa.Scorer):
 class TimedOptimizer(aa.Optimizer):
     clock: FakeTime = field(repr=False, compare=False)
     cost: float
+    build_cost: float = 0.0
 
     def build(self, parameters, *, learning_rate):
         clock, cost = self.clock, self.cost
+        clock.now += self.build_cost
 
         class Timed(torch.optim.SGD):
             def step(self, closure=None):
@@ -208,6 +212,87 @@ def test_moves_that_take_long_ask_for_chunks_in_which_they_do_not(clock, flux):
     share = sum(stage.moving_seconds for stage in after.stages) / after.seconds
     assert share <= 0.05
     assert f"it would be {share:.0%}" in advice
+
+
+def test_validations_of_a_training_are_part_of_its_time(clock, flux):
+    validation = aa.Validation(
+        scorer=TimedScorer(clock, 7.0), prompts=["a red door", "a blue door"], every=3, strengths=(0.5, 1.0)
+    )
+    options = arguments(clock, flux, lora_cost=5.0, rounds=1, stop=None, validation=validation)
+    plan = aa.plan_run(PROMPTS, **options, steps=2)
+    (training,) = (row for row in plan.against(aa.enhance(PROMPTS, **options)) if row[0] == "train")
+    looks = 1 + 2 * 2  # of the base, and after steps 3 and 4 at two strengths
+    assert training[1] == pytest.approx(4 * 1.0 + looks * 2 * (3.0 + 7.0) + (looks - 1) * 2 * 5.0)
+    assert training[1] == pytest.approx(training[2])
+
+
+def test_a_training_of_many_phases_is_planned_with_what_each_begins_with(clock, flux):
+    options = arguments(clock, flux, rounds=1, stop=None)
+    optimizer = TimedOptimizer(clock, 1.0, build_cost=11.0)
+    trainer = replace(options["trainer"], objective=aa.TwoStage(), optimizer=optimizer, steps=14)
+    options |= {"trainer": trainer}
+    plan = aa.plan_run(PROMPTS[:3], **options, steps=1)
+    result = aa.enhance(PROMPTS[:3], **options)
+    (training,) = (row for row in plan.against(result) if row[0] == "train")
+    assert training[1] == pytest.approx(14 * 1.0 + 3 * 2 * 11.0)
+    assert training[1] == pytest.approx(training[2])
+
+
+def test_memory_on_a_cuda_device_is_measured_by_stage(clock, flux, monkeypatch):
+    peak = [0]
+
+    @dataclass(frozen=True)
+    class Allocating(TimedCritic):
+        def critique(self, image, prompt):
+            peak[0] = max(peak[0], 5_000_000_000)
+            return super().critique(image, prompt)
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peak.__setitem__(0, 7))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    options = {**arguments(clock, flux, rounds=1), "critic": Allocating(clock, 1.0)}
+    plan = aa.plan_run(PROMPTS, **options, steps=2)
+    peaks = {stage.stage: stage.peak_bytes for stage in plan.stages}
+    assert peaks["critique"] == 5_000_000_000
+    assert peaks["redraw"] == peaks["judge"] == peaks["train"] == 7
+    assert "5 GB" in plan.table()
+
+
+def stage_plan(stage, seconds):
+    return aa.StagePlan(
+        stage=stage,
+        count=1,
+        unit="things",
+        seconds_by_round=(seconds,),
+        interval=None,
+        warm_up_seconds=0.0,
+        moving_seconds=0.0,
+        peak_bytes=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "situation", "words"),
+    [
+        ({"critique": 9, "draw": 1}, {"concurrency": 16}, "chunk_size of at least 16"),
+        ({"critique": 9, "draw": 1}, {"concurrency": 4}, None),
+        (
+            {"draw": 8, "train": 1},
+            {"candidates": 4, "concurrency": None},
+            r"Each candidate of BestOf\(4\) takes 2\.0 s",
+        ),
+        ({"draw": 1, "train": 9}, {"validations_s": 6.0}, "validate less often"),
+        ({"draw": 1, "train": 9}, {}, None),
+    ],
+)
+def test_advice_follows_from_the_numbers(seconds, situation, words):
+    stages = tuple(stage_plan(stage, float(number)) for stage, number in seconds.items())
+    common = {"prompts": 100, "chunk": 8, "candidates": 1, "concurrency": None, "steps_s": 3.0, "validations_s": 0.0}
+    advice = advise(stages, **{**common, **situation})
+    assert len(advice) == (words is not None)
+    assert words is None or re.search(words, advice[0])
 
 
 def test_pairs_and_redraws_are_as_frequent_as_in_the_sample(clock, flux):

@@ -253,9 +253,8 @@ class Extrapolation:
 
     def _loop_stage(self, stage: RoundStage, unit: str, count: float, counts: Interval | None = None) -> StagePlan:
         """A stage that goes through the chunks: seconds of each of ``count`` items a round, and moves of each chunk."""
-        timings = self.costs.stages.get(stage, [])
         each_s, each = self._each_s(stage), self._each_interval(stage)
-        moves = _mean([timing.moving_seconds for timing in timings]) * self.chunks
+        moves = self._moves_s(stage) * self.chunks
         slower_s = self.costs.lora_extra_s if stage in {"draw", "redraw"} else 0.0
         later = self.learning.rounds - 1
         seconds = (count * each_s + moves, *[count * (each_s + slower_s) + moves] * later)
@@ -279,6 +278,11 @@ class Extrapolation:
             peak_bytes=self.costs.peaks.get(stage),
         )
 
+    def _moves_s(self, stage: RoundStage) -> float:
+        """Seconds of moves a chunk; some chunks have nothing to redraw, and no moves for it."""
+        moves_s = sum(timing.moving_seconds for timing in self.costs.stages.get(stage, []))
+        return moves_s / math.ceil(self.costs.prompts / self.costs.chunk)
+
     def _chunk_rates(self, stage: RoundStage) -> list[float]:
         """Seconds an item of a stage takes, by chunk."""
         timings = self.costs.stages.get(stage, [])
@@ -301,15 +305,18 @@ class Extrapolation:
         warm_up, timings = self.costs.warm_up.get(stage), self.costs.stages.get(stage, [])
         if warm_up is None or not timings:
             return 0.0
-        moves = _mean([timing.moving_seconds for timing in timings])
         count = self.costs.chunk if stage == "judge" else warm_up.count
-        return max(warm_up.seconds + warm_up.moving_seconds - count * self._each_s(stage) - moves, 0.0)
+        later_s = count * self._each_s(stage) + self._moves_s(stage)
+        return max(warm_up.seconds + warm_up.moving_seconds - later_s, 0.0)
 
     def _training(self) -> StagePlan:
         costs, trainer, rounds = self.costs.training, self.learning.trainer, self.learning.rounds
         step_s = _mean(costs.step_s)
         others = [
-            costs.fixed_s + self._checkpoint_count() * costs.checkpoint_s + self._validations_s(number)
+            costs.fixed_s
+            + (self._phase_count() - 1) * costs.phase_s
+            + self.stored * self._checkpoint_count() * costs.checkpoint_s
+            + self._validations_s(number)
             for number in range(rounds)
         ]
         seconds = [other + trainer.steps * step_s + self.pairs * costs.encode_s for other in others]
@@ -331,14 +338,18 @@ class Extrapolation:
             peak_bytes=self.costs.peaks.get("train"),
         )
 
+    def _phase_count(self) -> int:
+        """Phases of a training on the pairs of a round."""
+        trainer = self.learning.trainer
+        plan = trainer.objective.training_plan(max(round(self.pairs), 1))
+        return len(split_into_phases(plan, trainer.steps, trainer.objective))
+
     def _validation_count(self) -> int:
-        """Validations of a training."""
-        validation, trainer = self.learning.validation, self.learning.trainer
+        """Validations of a training: one of several phases has only that of its last step."""
+        validation = self.learning.validation
         if validation is None:
             return 0
-        plan = trainer.objective.training_plan(max(round(self.pairs), 1))
-        phases = split_into_phases(plan, trainer.steps, trainer.objective)
-        return 1 if len(phases) > 1 else math.ceil(trainer.steps / validation.every)
+        return 1 if self._phase_count() > 1 else math.ceil(self.learning.trainer.steps / validation.every)
 
     def _validations_s(self, number: int) -> float:
         """Of the training of a round, from 0."""
@@ -351,13 +362,12 @@ class Extrapolation:
 
     def _held_out_s(self, pictures: int, scoring: StageTiming, *, calls: int, has_lora: bool) -> float:
         """To draw and score held-out pictures, with so many moves of each model."""
-        moves = _mean([timing.moving_seconds for timing in self.costs.stages.get("draw", [])]) + scoring.moving_seconds
+        moves = self._moves_s("draw") + scoring.moving_seconds
         drawing_s = self._each_s("draw") + self.costs.lora_extra_s * has_lora
         return pictures * (drawing_s + scoring.each_s) + calls * moves
 
     def _checkpoint_count(self) -> int:
-        if not self.stored:
-            return 0
+        """Checkpoints of a training with a store."""
         checkpoints = self.learning.checkpoints
         every = Checkpoints.every if checkpoints is None else checkpoints.every
         return (
@@ -436,6 +446,8 @@ class Extrapolation:
                 f"The run's chunks have {min(whole, self.prompts)} prompts; with sample={2 * min(whole, self.prompts)} the "
                 "sample's would have as many."
             )
+        if costs.usage is not None and costs.usage.requests == 0:
+            yield "The critic's server was not asked, as its answers were in a cache: what it takes is missing here."
         if costs.was_halved:
             yield f"Memory ran out at {self.parts.batch_size} pictures a call; {costs.calls} fit."
         if free_bytes is not None and disk_bytes > free_bytes:

@@ -59,6 +59,8 @@ class TrainingCosts:
 
     fixed_s: float
     """A training, whatever its length: fingerprints, moves, the adapter."""
+    phase_s: float
+    """The start of each phase after the first, see `artaug.training.phases`."""
     encode_s: float
     """A pair, its prompt included."""
     step_s: Sequence[float]
@@ -309,7 +311,6 @@ def time_training(
     folder: Path,
 ) -> TrainingCosts:
     """Time encoding, steps and a checkpoint of a training on some pairs, kept or not: it takes as long on either."""
-    steps = _enough_steps(trainer, steps, pairs=len(pairs))
     synthesizer, latents = as_trainable(parts.synthesizer), folder / "latents"
     micro_batch_size = trainer.micro_batch_size or trainer.batch_size
     with (
@@ -323,11 +324,15 @@ def time_training(
         new, again = (
             _elapsed(lambda: encode(model, pairs, micro_batch_size=micro_batch_size, cache=latents)) for _ in range(2)
         )
+    timed = pairs[: trainer.batch_size * math.ceil(steps / trainer.echo)]
+    if len(trainer.objective.training_plan(len(timed)).groups) > 1:  # each pair is learned by itself
+        timed = timed[:2]
+    steps, starts = _phase_starts(trainer, steps, pairs=len(timed))
     events: list[StepEvent] = []
     checkpoints = Checkpoints(folder=folder / "checkpoints", every=math.ceil(steps / 2))
     start = time.perf_counter()
     result = replace(trainer, steps=steps).train(
-        pairs[: trainer.batch_size * math.ceil(steps / trainer.echo)],
+        timed,
         synthesizer,
         seed=seed,
         checkpoints=checkpoints,
@@ -338,17 +343,21 @@ def time_training(
     )
     total_s = time.perf_counter() - start
     durations = [trainer.batch_size / event.pairs_per_second for event in events]
-    # The step after a checkpoint builds adapter and optimizer anew, which is part of what the checkpoint takes.
+    # The first step of a phase, and the one after a checkpoint, build adapter and optimizer anew: part of what those take.
     after = checkpoints.every  # its index
-    steady = [duration for index, duration in enumerate(durations) if index not in {0, after}]
+    steady = [duration for index, duration in enumerate(durations) if index not in {*starts, after}]
     steady = steady or durations[1:] or durations
-    step_s, checkpoint_s = sum(steady) / len(steady), 0.0
+    step_s = sum(steady) / len(steady)
+    later = [max(durations[start] - step_s, 0.0) for start in starts[1:] if start != after]
+    phase_s, checkpoint_s = sum(later) / max(len(later), 1), 0.0
     if after < len(events):
         writing_s = events[after].seconds - events[after - 1].seconds - durations[after]
-        checkpoint_s = max(writing_s + durations[after] - step_s, 0.0)
+        checkpoint_s = max(writing_s + durations[after] - step_s - phase_s * (after in starts), 0.0)
     written = math.ceil(steps / checkpoints.every)
+    others_s = steps * step_s + written * checkpoint_s + (len(starts) - 1) * phase_s
     return TrainingCosts(
-        fixed_s=max(total_s - steps * step_s - written * checkpoint_s, 0.0),
+        fixed_s=max(total_s - others_s, 0.0),
+        phase_s=phase_s,
         encode_s=max(new - again, 0.0) / len(pairs),
         step_s=steady,
         checkpoint_s=checkpoint_s,
@@ -359,18 +368,18 @@ def time_training(
     )
 
 
-def _enough_steps(trainer: DifferentialLoRATrainer, steps: int, *, pairs: int) -> int:
-    """At least ``steps``, and as many as the objective needs for its groups and stages, or the batches for their echo."""
+def _phase_starts(trainer: DifferentialLoRATrainer, steps: int, *, pairs: int) -> tuple[int, list[int]]:
+    """How many steps to time, as many as phases and echo need at least, and after which of them each phase starts."""
     plan = trainer.objective.training_plan(pairs)
-    steps = max(steps, min(2 * trainer.echo, trainer.steps))
-    while steps < trainer.steps:  # as many are enough: the check at the door has found so, for no fewer pairs
+    # Two steps a phase, so that one of them is not its first.
+    steps = max(steps, min(max(2 * trainer.echo, 2 * len(plan.groups) * len(plan.stages)), trainer.steps))
+    while True:  # the trainer's own are enough: the check at the door has found so, for no fewer pairs
         try:
-            split_into_phases(plan, steps, trainer.objective)
+            return steps, [phase.start for phase in split_into_phases(plan, steps, trainer.objective)]
         except InvalidValueError:
-            steps *= 2
-        else:
-            break
-    return steps
+            if steps >= trainer.steps:
+                raise
+            steps = min(2 * steps, trainer.steps)
 
 
 def _sum(timings: Sequence[StageTiming]) -> StageTiming:
