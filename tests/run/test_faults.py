@@ -96,7 +96,8 @@ def test_a_prompt_waits_for_all_its_candidates():
 def clock(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     fake = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
-    monkeypatch.setattr("artaug.run.stages.time", fake)
+    for module in ("stages", "silence"):
+        monkeypatch.setattr(f"artaug.run.{module}.time", fake)
     return clock
 
 

@@ -12,56 +12,18 @@ from PIL.Image import Image
 
 from artaug._internal.images import as_rgb
 from artaug._internal.memory import FittingBatches
-from artaug.critique import Abstention, Answer, Critic, stream_critic
-from artaug.errors import CriticError, StorageError
-from artaug.filtering import judge_pairs
+from artaug.critique import Abstention, Answer, stream_critic
+from artaug.errors import StorageError
 from artaug.image_files import ImageFile
-from artaug.pairs import Attempt, ImagePair, Skipped, Verdict
+from artaug.pairs import Attempt, Verdict
 from artaug.plan import Plan, run_planner
 from artaug.run.events import AttemptEvent, StageClock
 from artaug.run.journal import ChunkJournal, RoundJournal
+from artaug.run.judging import Judging
 from artaug.run.parts import LoopParts
 from artaug.run.records import Candidate, Chunk, DrawingStage, End, Member, Picture
+from artaug.run.silence import Silence
 from artaug.synthesis import attempt_seed, draw_in_calls
-
-_MAX_SILENCE_S, _MANY_PICTURES = 600.0, 8
-"""A critic that has not answered for so long, at so many pictures in a row, stops the run: the prompts to come would all be
-drawn for nothing."""
-
-
-@dataclass
-class Silence:
-    """How long, and at how many pictures in a row, a critic has had transient faults only."""
-
-    since_s: float = 0.0
-    pictures: int = 0
-    reason: str = ""
-
-    def note(self, answers: Sequence[Answer], *, start_s: float) -> None:
-        """Note the answers of a call that began at ``start_s``."""
-        faults = [answer.reason for answer in answers if isinstance(answer, Abstention) and answer.transient]
-        if len(faults) < len(answers):
-            self.pictures = 0
-            return
-        if not faults:
-            return
-        if not self.pictures:
-            self.since_s = start_s
-        self.pictures += len(faults)
-        self.reason = faults[-1]
-
-    @property
-    def is_long(self) -> bool:
-        """Whether the critic, or its server, is probably down: one picture alone may be what it fails at."""
-        return self.pictures >= _MANY_PICTURES and time.monotonic() - self.since_s >= _MAX_SILENCE_S
-
-    def error(self, critic: Critic) -> CriticError:
-        """The error that ends the run."""
-        return CriticError(
-            f"{type(critic).__name__} has not answered for {(time.monotonic() - self.since_s) / 60:.0f} minutes, at "
-            f"{self.pictures} pictures in a row; the last time, {self.reason}. Make sure that its server runs, then run the "
-            "same call to go on: what is in the run's store, or in the folder of artaug.critics.Cached, is not asked again."
-        )
 
 
 @dataclass(frozen=True)
@@ -105,6 +67,11 @@ class RoundStages:
     """Called where a run can stop without losing anything; raises to stop it."""
     silence: Silence = field(default_factory=Silence)
 
+    @property
+    def judging(self) -> Judging:
+        """The last of the stages."""
+        return Judging(self.parts, self.journal, self.clock)
+
     def attempts(self, prompts: Sequence[str], *, groups: Sequence[int]) -> Iterator[Attempt]:
         """Bring each prompt to its one attempt; those whose critic failed for a while come last.
 
@@ -127,7 +94,7 @@ class RoundStages:
                 waiting.append((chunk, end))
             else:
                 yield self._report(chunk, end)
-        verdicts = self._judge_waiting(waiting)
+        verdicts = self.judging.judge_waiting(waiting)
         for chunk, end in waiting:
             yield self._report(chunk, end, verdicts[end.prompt_index])
 
@@ -222,7 +189,7 @@ class RoundStages:
     def _judge_chunk(self, begun: "_Begun", prompts: Sequence[str]) -> "_UnderWay":
         """Critique, plan, redraw and judge."""
         candidates = self._make_candidates(begun, prompts)
-        ends = self._judge(list(candidates.values()), begun.indices)
+        ends = self.judging.judge(list(candidates.values()), begun.indices)
         seconds = {stage: total - begun.start_s.get(stage, 0.0) for stage, total in self.clock.seconds.items()}
         return _UnderWay(begun.journal, Chunk(candidates, ends, seconds))
 
@@ -314,77 +281,12 @@ class RoundStages:
         plan = run_planner(self.parts.planner, prompt, answer)
         return None if plan == Plan(prompt) else plan
 
-    def _judge(self, candidates: Sequence[Candidate], indices: Sequence[int]) -> list[End]:
-        """How each prompt of a chunk ends; without a verdict for a pair whose filter judges the pairs of a round together."""
-        outcomes = [candidate.outcome() for candidate in candidates]
-        places = {
-            id(outcome): candidate.member.candidate for outcome, candidate in zip(outcomes, candidates, strict=True)
-        }
-        # A prompt waits for all its candidates: the best of those that happened to be answered is not the best of all.
-        waiting = {
-            candidate.member.prompt_index: outcome
-            for outcome, candidate in zip(outcomes, candidates, strict=True)
-            if isinstance(outcome, Skipped) and outcome.transient
-        }
-        outcomes = [
-            waiting.get(candidate.member.prompt_index, outcome)
-            for outcome, candidate in zip(outcomes, candidates, strict=True)
-        ]
-        with self.clock.stage("judge", len(indices)):
-            if self.parts.candidates is not None:
-                with self.parts.placement.stage(self.parts.candidates):
-                    outcomes = self.parts.candidates.choose(outcomes, prompts=len(indices))
-            verdicts = iter(self._judge_now([outcome for outcome in outcomes if isinstance(outcome, ImagePair)]))
-            self.clock.progress("judge", sum(map(self._is_decided, outcomes)))
-        by_seed = {candidate.seed: candidate.member.candidate for candidate in candidates}
-        return [
-            End(index, by_seed[outcome.seed], None, outcome.reason, outcome.stage, outcome.transient)
-            if isinstance(outcome, Skipped)
-            else End(index, places[id(outcome)], next(verdicts))
-            for index, outcome in zip(indices, outcomes, strict=True)
-        ]
-
-    def _judge_now(self, pairs: Sequence[ImagePair]) -> list[Verdict | None]:
-        if self.parts.keep.needs_all_pairs:
-            return [None] * len(pairs)
-        return [*self._verdicts(pairs)]
-
-    def _verdicts(self, pairs: Sequence[ImagePair]) -> list[Verdict]:
-        if not pairs:
-            return []
-        with self.parts.placement.stage(self.parts.keep):
-            return [self._annotate(verdict) for verdict in judge_pairs(self.parts.keep, pairs)]
-
-    def _judge_waiting(self, waiting: Sequence[tuple[Chunk, End]]) -> Mapping[int, Verdict]:
-        """The verdicts of a filter that compares the pairs of a round, by the index of the prompt."""
-        if not waiting:
-            return {}
-        kept = self.journal.verdicts()
-        indices = [end.prompt_index for _, end in waiting]
-        if kept is not None and set(kept) == set(indices):
-            self.clock.resume("judge", len(kept))
-            return kept
-        outcomes = [chunk.candidates[Member(end.prompt_index, end.candidate)].outcome() for chunk, end in waiting]
-        pairs = [outcome for outcome in outcomes if isinstance(outcome, ImagePair)]
-        with self.clock.stage("judge", len(pairs)):
-            verdicts = dict(zip(indices, self._verdicts(pairs), strict=True))
-            self.clock.progress("judge", len(pairs))
-        self.journal.add_verdicts(verdicts)
-        return verdicts
-
-    def _annotate(self, verdict: Verdict) -> Verdict:
-        return verdict if self.parts.candidates is None else self.parts.candidates.annotate(verdict)
-
     def _report(self, chunk: Chunk, end: End, verdict: Verdict | None = None) -> Attempt:
         attempt = chunk.attempt(end, verdict)
         self.clock.emit(
             AttemptEvent(round_number=self.clock.round_number, prompt_index=end.prompt_index, attempt=attempt)
         )
         return attempt
-
-    def _is_decided(self, outcome: ImagePair | Skipped) -> bool:
-        """Whether nothing is left to judge: not of a prompt that is put off, or a pair that waits for the others."""
-        return not outcome.transient if isinstance(outcome, Skipped) else not self.parts.keep.needs_all_pairs
 
     def _note_unplanned(
         self,
