@@ -43,7 +43,7 @@ class ClipColors:
 
     @property
     def models(self) -> "Sequence[nn.Module]":
-        """Those of the encoder, see `Scorer.models`."""
+        """Those of the encoder, see `artaug.Scorer.models`."""
         return self.encoder.models
 
     def __call__(self, image: Image.Image, detections: Sequence[Detection]) -> list[str]:

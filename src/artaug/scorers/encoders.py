@@ -89,7 +89,7 @@ class DualEncoder:
 
     @property
     def models(self) -> Sequence[nn.Module]:
-        """Its model, see `Scorer.models`."""
+        """Its model, see `artaug.Scorer.models`."""
         return (self.model,)
 
     @property
@@ -196,7 +196,7 @@ class ImageEncoder:
 
     @property
     def models(self) -> Sequence[nn.Module]:
-        """Its model, see `Scorer.models`."""
+        """Its model, see `artaug.Scorer.models`."""
         return (self.model,)
 
     @torch.inference_mode()
