@@ -1,5 +1,6 @@
 """The plan of a run: exact where every part has a known cost, near where it is measured, and nothing is left behind."""
 
+import inspect
 import json
 import re
 import tempfile
@@ -192,6 +193,11 @@ def test_a_plan_is_exact_where_every_part_always_takes_the_same(flux, each, move
         assert planned == pytest.approx(real, abs=1e-6), stage
     assert plan.bottleneck.seconds == max(planned for _, planned, _ in plan.against(result))
     assert f"bottleneck: {plan.bottleneck.stage}" in str(plan)
+
+
+def test_the_arguments_of_a_run_are_those_of_its_plan():
+    run, plan = (dict(inspect.signature(function).parameters) for function in (aa.enhance, aa.plan_run))
+    assert {name: parameter for name, parameter in plan.items() if name in run} == run
 
 
 def test_what_the_first_call_takes_longer_is_paid_once(clock, flux):

@@ -25,6 +25,7 @@ from artaug.placement import Placement
 from artaug.plan import Plan
 from artaug.run.checking import as_trainable
 from artaug.run.events import RoundStage, RunEvent, StageClock, StageEvent
+from artaug.run.metadata import write_metadata
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.records import Candidate
 from artaug.run.round_folder import ResultRecord
@@ -405,7 +406,8 @@ def _bytes_on_disk(folder: RunFolder, candidates: Sequence[Candidate], *, prompt
     after = {candidate.after.path for candidate in candidates if isinstance(candidate.after, ImageFile)} - before
     redrawn = sum(candidate.after is not None for candidate in candidates)
     sizes = [sum(path.stat().st_size for path in paths) for paths in (before, after)]
-    records = sum(file.stat().st_size for file in folder.round(1).path.rglob("*.json"))
+    write_metadata(folder)
+    records = sum(file.stat().st_size for file in folder.path.rglob("*.json*"))
     return sizes[0] / len(candidates), sizes[1] / max(redrawn, 1), records / prompts
 
 
