@@ -17,7 +17,7 @@ from artaug import playground
 from artaug.critics import PhotometricCritic, Usage
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.evaluation.statistics import wilson_interval
-from artaug.run import events, sampling
+from artaug.run import events, sampling, training_costs
 from artaug.run.run_plan import advise
 from artaug.scorers import Chroma, Exposure
 from artaug.testing import FixedFilter, SwatchSynthesizer
@@ -134,7 +134,7 @@ def passing_time():
     """The time of the loop, the trainer and the plan, which passes in stand-in parts only."""
     fake = FakeTime()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (events, progress, sampling):
+        for module in (events, progress, sampling, training_costs):
             patch.setattr(module, "time", fake)
         yield fake
 

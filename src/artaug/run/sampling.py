@@ -1,8 +1,7 @@
 """What a few prompts take: the stages of a round, timed on a sample in a temporary folder, for `plan_run` to extrapolate."""
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,14 +15,12 @@ from tqdm.auto import tqdm
 
 from artaug._internal.images import as_rgb
 from artaug._internal.memory import FittingBatches
-from artaug.errors import InvalidValueError
 from artaug.image_files import ImageFile
 from artaug.lora.fusing import fuse_loras
 from artaug.lora.lora import LoRA
 from artaug.pairs import Attempt, ImagePair, Kept, Skipped
 from artaug.placement import Placement
 from artaug.plan import Plan
-from artaug.run.checking import as_trainable
 from artaug.run.events import RoundStage, RunEvent, StageClock, StageEvent
 from artaug.run.metadata import write_metadata
 from artaug.run.parts import LearningParts, LoopParts
@@ -32,11 +29,10 @@ from artaug.run.round_folder import ResultRecord
 from artaug.run.stages import RoundStages, load
 from artaug.run.stop_rule import StopRule
 from artaug.run.store import RunFolder
+from artaug.run.training_costs import TrainingCosts, elapsed, time_training
 from artaug.scoring import score_images
 from artaug.synthesis import draw, held_out_seed, picture_seeds
-from artaug.training import Checkpoints, DifferentialLoRATrainer, StepEvent, Validation
-from artaug.training.batches import EncodedPairs
-from artaug.training.phases import split_into_phases
+from artaug.training import Validation
 
 
 @dataclass(frozen=True)
@@ -52,29 +48,6 @@ class StageTiming:
     def each_s(self) -> float:
         """Seconds an item, without the moves."""
         return self.seconds / self.count
-
-
-@dataclass(frozen=True)
-class TrainingCosts:
-    """What a training takes, in seconds and bytes."""
-
-    fixed_s: float
-    """A training, whatever its length: fingerprints, moves, the adapter."""
-    phase_s: float
-    """The start of each phase after the first, see `artaug.training.phases`."""
-    encode_s: float
-    """A pair, its prompt included."""
-    step_s: Sequence[float]
-    """Each step that was timed; the first ones, which warm up, left out."""
-    checkpoint_s: float
-    """A checkpoint."""
-    checkpoint_bytes: int
-    pair_bytes: float
-    """In the cache of latents."""
-    text_bytes: float
-    """A prompt in that cache."""
-    lora: LoRA
-    """What was learned."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +240,7 @@ class Sampler:
         tuned = plain.with_lora(lora)
         with self.parts.placement.stage(plain):
             draw(tuned, plans, seeds=seeds)
-            plain_s, tuned_s = (_elapsed(partial(draw, one, plans, seeds=seeds)) for one in (plain, tuned))
+            plain_s, tuned_s = (elapsed(partial(draw, one, plans, seeds=seeds)) for one in (plain, tuned))
         self._note_peak("measure")
         return max(tuned_s - plain_s, 0.0) / len(plans)
 
@@ -282,7 +255,7 @@ class Sampler:
         with placement.stage(rule.scorer):
             score = partial(score_images, rule.scorer, images, prompts[: len(images)])
             score()
-            seconds = _elapsed(score)
+            seconds = elapsed(score)
         return StageTiming(seconds, placement.seconds, len(images))
 
     def _time_combining(self, lora: LoRA, folder: RunFolder) -> tuple[tuple[float, float], tuple[int, int]]:
@@ -300,87 +273,6 @@ class Sampler:
             )
             sizes.append(sum(file.stat().st_size for file in place.path.glob("*.safetensors")))
         return (seconds[0], seconds[1]), (sizes[0], sizes[1])
-
-
-def time_training(
-    trainer: DifferentialLoRATrainer,
-    pairs: Sequence[ImagePair],
-    parts: LoopParts,
-    *,
-    seed: int,
-    steps: int,
-    folder: Path,
-) -> TrainingCosts:
-    """Time encoding, steps and a checkpoint of a training on some pairs, kept or not: it takes as long on either."""
-    synthesizer, latents = as_trainable(parts.synthesizer), folder / "latents"
-    micro_batch_size = trainer.micro_batch_size or trainer.batch_size
-    with (
-        parts.placement.stage(synthesizer),
-        synthesizer.training() as model,
-        model.without_denoiser(),
-        torch.no_grad(),
-    ):
-        encode = EncodedPairs.encode
-        encode(model, pairs[:1], micro_batch_size=micro_batch_size, cache=folder / "warm-up-latents")
-        new, again = (
-            _elapsed(lambda: encode(model, pairs, micro_batch_size=micro_batch_size, cache=latents)) for _ in range(2)
-        )
-    timed = pairs[: trainer.batch_size * math.ceil(steps / trainer.echo)]
-    if len(trainer.objective.training_plan(len(timed)).groups) > 1:  # each pair is learned by itself
-        timed = timed[:2]
-    steps, starts = _phase_starts(trainer, steps, pairs=len(timed))
-    events: list[StepEvent] = []
-    checkpoints = Checkpoints(folder=folder / "checkpoints", every=math.ceil(steps / 2))
-    start = time.perf_counter()
-    result = replace(trainer, steps=steps).train(
-        timed,
-        synthesizer,
-        seed=seed,
-        checkpoints=checkpoints,
-        cache=latents,
-        placement=parts.placement,
-        on_step=events.append,
-        progress=False,
-    )
-    total_s = time.perf_counter() - start
-    durations = [trainer.batch_size / event.pairs_per_second for event in events]
-    # The first step of a phase, and the one after a checkpoint, build adapter and optimizer anew: part of what those take.
-    after = checkpoints.every  # its index
-    steady = [duration for index, duration in enumerate(durations) if index not in {*starts, after}]
-    steady = steady or durations[1:] or durations
-    step_s = sum(steady) / len(steady)
-    later = [max(durations[start] - step_s, 0.0) for start in starts[1:] if start != after]
-    phase_s, checkpoint_s = sum(later) / max(len(later), 1), 0.0
-    if after < len(events):
-        writing_s = events[after].seconds - events[after - 1].seconds - durations[after]
-        checkpoint_s = max(writing_s + durations[after] - step_s - phase_s * (after in starts), 0.0)
-    written = math.ceil(steps / checkpoints.every)
-    others_s = steps * step_s + written * checkpoint_s + (len(starts) - 1) * phase_s
-    return TrainingCosts(
-        fixed_s=max(total_s - others_s, 0.0),
-        phase_s=phase_s,
-        encode_s=max(new - again, 0.0) / len(pairs),
-        step_s=steady,
-        checkpoint_s=checkpoint_s,
-        checkpoint_bytes=max(file.stat().st_size for file in Path(checkpoints.folder).glob("*.safetensors")),
-        pair_bytes=_mean_size(latents / "pairs"),
-        text_bytes=_mean_size(latents / "prompts"),
-        lora=result.lora,
-    )
-
-
-def _phase_starts(trainer: DifferentialLoRATrainer, steps: int, *, pairs: int) -> tuple[int, list[int]]:
-    """How many steps to time, as many as phases and echo need at least, and after which of them each phase starts."""
-    plan = trainer.objective.training_plan(pairs)
-    # Two steps a phase, so that one of them is not its first.
-    steps = max(steps, min(max(2 * trainer.echo, 2 * len(plan.groups) * len(plan.stages)), trainer.steps))
-    while True:  # the trainer's own are enough: the check at the door has found so, for no fewer pairs
-        try:
-            return steps, [phase.start for phase in split_into_phases(plan, steps, trainer.objective)]
-        except InvalidValueError:
-            if steps >= trainer.steps:
-                raise
-            steps = min(2 * steps, trainer.steps)
 
 
 def _sum(timings: Sequence[StageTiming]) -> StageTiming:
@@ -409,17 +301,6 @@ def _bytes_on_disk(folder: RunFolder, candidates: Sequence[Candidate], *, prompt
     write_metadata(folder)
     records = sum(file.stat().st_size for file in folder.path.rglob("*.json*"))
     return sizes[0] / len(candidates), sizes[1] / max(redrawn, 1), records / prompts
-
-
-def _mean_size(folder: Path) -> float:
-    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
-    return sum(sizes) / max(len(sizes), 1)
-
-
-def _elapsed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def _take_peak() -> int | None:
