@@ -1,6 +1,7 @@
 """A run with a store is the run without one, whatever interrupts it, and goes on only as the run that it began as."""
 
 import hashlib
+import itertools
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -13,11 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import artaug as aa
+from artaug._internal.memory import FittingBatches
 from artaug.pairs import Kept
 from artaug.run.attempts import StoredAttempts
+from artaug.run.events import StageClock, ignore_event
+from artaug.run.parts import LoopParts
+from artaug.run.stages import RoundStages
 from artaug.run.store import RunFolder
 from artaug.scorers import Chroma
-from artaug.testing import FixedFilter, SwatchSynthesizer
+from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer
 
 HALF = aa.Box(0, 0, 0.5, 1)
 
@@ -474,3 +479,36 @@ def test_pictures_that_would_not_fit_on_the_disk_are_refused_before_the_first(tm
     (tmp_path / "images" / "ab").mkdir(parents=True)
     (tmp_path / "images" / "ab" / "there.webp").write_bytes(b"there already")
     run(["bx", "by", "bz"], store=tmp_path, synthesizer=Large(calls))
+
+
+def test_the_seconds_of_a_round_count_what_calls_before_took(tmp_path):
+    def round_seconds(stop_after=None):
+        clock = StageClock(1, ignore_event)
+        stages = RoundStages(parts, folder.journal(), clock, seed=0, batches=FittingBatches(2), poll=lambda: None)
+        attempts = stages.attempts(["a scene", "a moor", "a pond", "a hill"], groups=(4,))
+        for _ in itertools.islice(attempts, stop_after):
+            pass
+        attempts.close()
+        return clock.seconds
+
+    parts = LoopParts(
+        synthesizer=SwatchSynthesizer(),
+        critic=FixedCritic(aa.Critique((aa.Suggestion(HALF, "a lamp"),))),
+        planner=aa.GreedyPlanner(),
+        keep=FixedFilter(keep=True),
+        candidates=None,
+        batch_size=2,
+        chunk_size=None,
+        placement=aa.Resident(),
+    )
+    folder = RunFolder(tmp_path).round(1)
+    folder.begin((4,))
+    round_seconds(stop_after=1)
+    first = folder.chunk(folder.chunk_names()[0])
+    whole = round_seconds()  # the second chunk had been drawn
+    assert all(whole[stage] > first.seconds[stage] for stage in ("critique", "redraw", "judge"))
+    assert whole["draw"] >= first.seconds["draw"]
+    read = round_seconds()
+    assert read == pytest.approx(
+        {stage: sum(folder.chunk(name).seconds[stage] for name in folder.chunk_names()) for stage in read}
+    )

@@ -113,7 +113,7 @@ class StageClock:
     round_number: int
     emit: OnEvent
     seconds: dict[str, float] = field(default_factory=dict)
-    """By stage, the sum."""
+    """By stage, the sum over all calls."""
     totals: dict[RoundStage, int] = field(default_factory=dict)
     """By stage, how much of it the round will have at most, as far as is known."""
     _last: float = field(default=0.0, init=False)
@@ -130,8 +130,13 @@ class StageClock:
         start = self._last = time.perf_counter()
         yield
         elapsed = time.perf_counter() - start
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
+        self.add_seconds({stage: elapsed})
         self.emit(StageEvent(stage=stage, seconds=elapsed, round_number=self.round_number, count=count))
+
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Count the time of stages, also that of a call before this one."""
+        for stage, more in seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + more
 
     def progress(self, stage: RoundStage, count: int) -> None:
         """Report that part of the stage under way is done."""

@@ -301,7 +301,8 @@ class RoundStages:
         )
 
     def _report_resumed(self, chunk: Chunk, known: Mapping[Member, Candidate]) -> None:
-        """Report a chunk that was finished before, without what it had from another chunk."""
+        """Report a chunk that was finished before, without what it had from another chunk, and count the time it took."""
+        self.clock.add_seconds(chunk.seconds)
         candidates = chunk.candidates
         answers = {member: candidate.answer for member, candidate in candidates.items()}
         self._note_unplanned({member: candidate.plan for member, candidate in candidates.items()}, answers, known)
