@@ -26,6 +26,7 @@ import artaug as aa
 from artaug import critics, hub
 from artaug.evaluation.suites import Case, Question, QuestionCheck, QuestionScore, Suite
 from artaug.lora.formats import FLUX1, KeyMap
+from artaug.run.records import Member
 from artaug.testing import FixedCritic, FixedFilter, FixedScorer, SwatchSynthesizer
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
@@ -59,6 +60,8 @@ SAMPLES = {
     aa.Box: lambda: aa.Box(0, 0, 0.5, 1),
     aa.Mask: lambda: aa.Mask.from_array(np.eye(2)),
     aa.Scorer: FixedScorer,
+    aa.Synthesizer: SwatchSynthesizer,
+    Member: lambda: Member(0, 0),
     aa.PairFilter: lambda: FixedFilter(True),
     aa.Critic: lambda: FixedCritic(aa.Critique()),
     aa.ImageSimilarity: aa.StructuralSimilarity,

@@ -20,7 +20,7 @@ class Brightening(aa.Synthesizer):
     """Before is black; after is as bright as the seed says."""
 
     def synthesize(self, plan, *, seed):
-        return Image.new("L", (2, 2), seed % 251 if plan.regions else 0)
+        return Image.new("L", (2, 2), seed % 251 if plan.regions else 0).convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class AnswersBySeed(aa.Critic):
     """Answers by the picture of the seed: abstains, suggests nothing or suggests a change."""
 
     def critique(self, image, prompt):
-        level = image.getpixel((0, 0))
+        level = image.convert("L").getpixel((0, 0))
         return (aa.Abstention(f"it is {level}"), aa.Critique(), ADVICE)[level % 3]
 
 
@@ -99,7 +99,8 @@ def test_one_candidate_changes_nothing(seed):
 def test_more_candidates_never_gain_less_and_the_best_is_the_best(seed, count):
     def gains(count):
         return [
-            attempt.pair.after.getpixel((0, 0)) for attempt in run(seed=seed, candidates=aa.BestOf(count, by=Listed()))
+            attempt.pair.after.convert("L").getpixel((0, 0))
+            for attempt in run(seed=seed, candidates=aa.BestOf(count, by=Listed()))
         ]
 
     fewer, more = gains(count), gains(count + 1)
@@ -134,7 +135,7 @@ def test_the_verdict_names_the_choice_and_the_filter_sees_only_the_best():
 def test_a_prompt_without_a_pair_is_skipped_with_the_reason_of_the_candidate_that_came_furthest():
     class NeedsOdd(aa.Critic):
         def critique(self, image, prompt):
-            return aa.Critique() if image.getpixel((0, 0)) % 2 else aa.Abstention("an even picture")
+            return aa.Critique() if image.convert("L").getpixel((0, 0)) % 2 else aa.Abstention("an even picture")
 
     attempts = run(
         [f"{number}" for number in range(30)],

@@ -96,7 +96,7 @@ class Listed(aa.Scorer):
         return self.called
 
     def score(self, image, prompt):
-        return image.getpixel((0, 0)) / 10
+        return image.convert("L").getpixel((0, 0)) / 10
 
 
 def pair(before, after, *, seed=0):

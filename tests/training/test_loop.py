@@ -69,11 +69,14 @@ def events_of(folder, trainer, *, checkpoint_every, validate_every, stop_at=None
 
 
 def expected_events(steps, checkpoint_every, validate_every):
+    if validate_every:
+        yield "checkpoint", 0  # of what the base scores
     for step in range(1, steps + 1):
         yield "step", step
-        if validate_every and (step % validate_every == 0 or step == steps):
+        is_validated = validate_every and (step % validate_every == 0 or step == steps)
+        if is_validated:
             yield "validation", step
-        if step % checkpoint_every == 0 or step == steps:
+        if is_validated or step % checkpoint_every == 0 or step == steps:
             yield "checkpoint", step
 
 
@@ -114,7 +117,7 @@ def test_a_training_of_several_phases_is_validated_at_its_end_only(tmp_path):
     trainer = trainer_of(8, objective=TwoStage())
     events = events_of(tmp_path, trainer, checkpoint_every=3, validate_every=1)
     assert [step for kind, step in events if kind == "validation"] == [8]
-    assert [step for kind, step in events if kind == "checkpoint"] == [3, 6, 8]
+    assert [step for kind, step in events if kind == "checkpoint"] == [0, 3, 6, 8]
 
 
 @pytest.mark.parametrize("stop_at", [2, 3, 4, 5, 7])
@@ -133,7 +136,7 @@ def test_a_training_of_several_phases_resumes_within_any_of_them(tmp_path, stop_
 def test_a_training_whose_pictures_never_get_better_stops_after_its_patience(tmp_path, patience):
     trainer = trainer_of(30, learning_rate=1e-12)  # ties with the base: nothing is better than the first validation
     events = events_of(tmp_path, trainer, checkpoint_every=100, validate_every=2, patience=patience)
-    assert events[-1] == ("validation", 2 * (1 + patience))
+    assert events[-2:] == [("validation", 2 * (1 + patience)), ("checkpoint", 2 * (1 + patience))]
 
 
 class RecordingModel(TinyModel):
