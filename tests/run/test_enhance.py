@@ -1,6 +1,7 @@
 """Rounds on a tiny real FLUX: what they learn, when they stop, and what their result records."""
 
 import inspect
+import signal
 from dataclasses import dataclass, field
 
 import pytest
@@ -414,3 +415,25 @@ def test_on_step_gets_the_steps_with_their_round_as_on_event_does(flux):
     enhanced(flux, rounds=1, on_event=events.append, on_step=steps.append)
     assert steps == [event for event in events if isinstance(event, aa.StepEvent)]
     assert steps[0].round_number == 1
+
+
+def test_the_first_interrupt_stops_at_a_safe_point_and_says_how_to_go_on(flux, tmp_path):
+    uninterrupted = enhanced(flux)
+
+    def interrupt(event):
+        if isinstance(event, aa.ProgressEvent) and event.stage == "draw" and event.count:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="make the same call again to go on") as caught:
+        enhanced(flux, store=tmp_path, on_event=interrupt)
+    assert caught.value.result.rounds == ()
+    assert list(tmp_path.glob("images/*/*.webp"))
+    assert enhanced(flux, store=tmp_path).lora.digest == uninterrupted.lora.digest
+
+
+def test_more_rounds_go_on_after_those_that_are_finished(flux, tmp_path):
+    enhanced(flux, store=tmp_path, rounds=1)
+    with pytest.raises(aa.StorageError, match="rounds: 1 then, 2 now"):
+        enhanced(flux, store=tmp_path, rounds=2)
+    longer = enhanced(flux, store=aa.Store(tmp_path, allow={"rounds"}), rounds=2)
+    assert longer.lora.digest == enhanced(flux, rounds=2).lora.digest
