@@ -150,3 +150,15 @@ def test_the_report_of_rounding_to_bfloat16_is_measured_again():
         assert float(error) == pytest.approx(lost, rel=0.06)
         assert float((baked == weights).float().mean()) == pytest.approx(unchanged, abs=0.01)
         assert f"| {100 * share:g} % | {100 * lost:g} % | {100 * unchanged:.0f} % |" in text
+
+
+def test_the_costs_of_a_store_are_those_that_were_measured():
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+    path = "2-core-epyc/runs.json"
+    second, tiny = (rows(path, what="loop", case=case)[0] for case in ("1 s a picture of 1,024 px", "playground"))
+    assert f"| {second['ratio']:.3f} ({second['low']:.3f} to {second['high']:.3f}) |" in page
+    assert f"| {tiny['ratio']:.2f} ({tiny['low']:.2f} to {tiny['high']:.2f}) |" in page
+    (long,) = rows(path, what="memory", case="store", prompts=2000)
+    assert f"by {long['peak_kb_per_prompt']:.0f} kB a prompt" in page
+    (read,) = rows(path, what="reading", prompts=100000)
+    assert f"read in {read['seconds']:.1f} s" in page

@@ -46,7 +46,7 @@ class RoundJournal(ABC):
 
     call_limit: int | None = None
     """The most pictures that a call of the synthesizer has room for, if this round has run out of memory."""
-    writes_behind = False
+    writes_behind: bool = False
     """Whether pictures are still being written when `ChunkJournal.add_call` returns; `ChunkJournal.finish` waits for them."""
 
     def finished(self, name: str) -> Chunk | None:

@@ -210,11 +210,12 @@ def _chunk_order(name: str) -> tuple[int, bool, int]:
 class FolderJournal(RoundJournal):
     """Keeps a round in its folder. One thread writes the pictures of a call, while the next ones are drawn."""
 
-    writes_behind = True
+    call_limit: int | None = None
+    writes_behind: bool = True
 
     def __init__(self, folder: RoundFolder) -> None:
         self._folder = folder
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="artaug-store")
+        self.writer: ThreadPoolExecutor = ThreadPoolExecutor(1, thread_name_prefix="artaug-store")
 
     def finished(self, name: str) -> Chunk | None:
         record = self._folder.chunk(name)

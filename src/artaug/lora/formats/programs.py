@@ -28,7 +28,8 @@ class Names(Enum):
     FLAT_ORIGINAL = (True, True)
 
     def __init__(self, is_original: bool, is_flat: bool) -> None:
-        self.is_original, self.is_flat = is_original, is_flat
+        self.is_original: bool = is_original
+        self.is_flat: bool = is_flat
 
 
 @dataclass(frozen=True)
