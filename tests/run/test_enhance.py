@@ -417,6 +417,15 @@ def test_on_step_gets_the_steps_with_their_round_as_on_event_does(flux):
     assert steps[0].round_number == 1
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_first_interrupt_stops_at_a_safe_point_and_says_how_to_go_on(flux, tmp_path):
     uninterrupted = enhanced(flux)
 

@@ -79,7 +79,8 @@ def open_tracker(
         raise MissingExtraError(f"open_tracker({tracker!r})", package=tracker)
     cls = classes[tracker]
     opened = cls(run_name, logging_dir=str(folder)) if cls.requires_logging_directory else cls(run_name)
-    opened.start()
+    if hasattr(opened, "start"):  # earlier versions of accelerate start when they are made
+        opened.start()
     try:
         if config:
             opened.store_init_configuration(dict(config))

@@ -751,6 +751,15 @@ def test_answers_that_have_come_are_given_before_a_bug_is_raised(monkeypatch):
     assert sorted(received, key=str) == [(0, ADVICE), (2, ADVICE)]
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal of Windows goes to one thread")
 def test_control_c_ends_a_batch_at_once_and_the_answers_before_it_have_been_given():
     received = []
