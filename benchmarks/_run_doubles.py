@@ -12,7 +12,7 @@ from PIL import Image
 import artaug as aa
 from artaug._internal.segments import write_provisional
 from artaug.image_files import image_digest
-from artaug.run.records import (
+from artaug.run.storage.records import (
     CallRecord,
     Candidate,
     Chunk,
@@ -23,7 +23,7 @@ from artaug.run.records import (
     Picture,
     plan_digest,
 )
-from artaug.run.round_folder import RoundFolder
+from artaug.run.storage.round_folder import RoundFolder
 
 CHUNK = 8
 """Prompts."""

@@ -23,7 +23,7 @@ from artaug._internal.segments import write_segment
 from artaug.critics import PhotometricCritic
 from artaug.image_files import image_digest
 from artaug.pairs import pair_digest
-from artaug.run.attempts import StoredAttempts
+from artaug.run.storage.attempts import StoredAttempts
 from artaug.scorers import Chroma
 from benchmarks import _record as record
 from benchmarks import _run_doubles as doubles

@@ -7,7 +7,7 @@ from benchmarks import _run_doubles as doubles
 from benchmarks import runs
 
 import artaug as aa
-from artaug.run.attempts import StoredAttempts
+from artaug.run.storage.attempts import StoredAttempts
 
 
 @pytest.fixture

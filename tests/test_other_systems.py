@@ -77,7 +77,7 @@ from artaug.lora.baking.stream import atomic_output
 with atomic_output(folder / "baked.safetensors", folder=False) as partial:
     partial.write_bytes(b"x")
 assert (folder / "baked.safetensors").read_bytes() == b"x"
-from artaug.run.lock import RunLock
+from artaug.run.storage.lock import RunLock
 (folder / "run").mkdir()
 with RunLock(folder / "run") as lock:
     lock.check()

@@ -26,7 +26,7 @@ import artaug as aa
 from artaug import critics, hub
 from artaug.evaluation.suites import Case, Question, QuestionCheck, QuestionScore, Suite
 from artaug.lora.formats import FLUX1, KeyMap
-from artaug.run.records import Member
+from artaug.run.storage.records import Member
 from artaug.testing import FixedCritic, FixedFilter, FixedScorer, SwatchSynthesizer
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"

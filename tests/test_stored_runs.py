@@ -13,7 +13,7 @@ from PIL import Image
 import artaug as aa
 from artaug._internal.segments import read_segment, write_segment
 from artaug.diffusion import DiffusersSynthesizer
-from artaug.run.store import RunRecord
+from artaug.run.storage.store import RunRecord
 from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer
 from support.tiny_flux import TINY_SIZE, tiny_flux
 

@@ -57,16 +57,16 @@ from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
 from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
 from artaug.report import write_report
 from artaug.review import ManualReview, RecordedDecisions, ReviewProgress
-from artaug.run.cached_synthesizer import CachedSynthesizer
 from artaug.run.enhance import enhance
 from artaug.run.events import AttemptEvent, ProgressEvent, RoundEvent, RunEvent, StageEvent
 from artaug.run.funnel import Funnel, FunnelStep
 from artaug.run.improve import improve
-from artaug.run.planning import plan_run
+from artaug.run.planning.plan_run import plan_run
+from artaug.run.planning.run_plan import CriticPlan, RunPlan, StagePlan
 from artaug.run.results import Enhancement, Round
-from artaug.run.run_plan import CriticPlan, RunPlan, StagePlan
 from artaug.run.stop_rule import StopRule
-from artaug.run.store import Store
+from artaug.run.storage.cached_synthesizer import CachedSynthesizer
+from artaug.run.storage.store import Store
 from artaug.scoring import Scorer
 from artaug.stored_runs import Run
 from artaug.synthesis import Synthesizer

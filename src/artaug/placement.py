@@ -11,10 +11,10 @@ from torch import nn
 
 from artaug._internal.arguments import Faults
 from artaug._internal.contracts import contract_error
+from artaug._internal.devices import check_placement, resolve_device
 from artaug._internal.locking import all_held, locks_of
 from artaug._internal.modules import unwrap
 from artaug._internal.offloading import bring, device_of, pin, take_off, unmovable_reason, unpin
-from artaug._internal.placement import check_placement, resolve_device
 from artaug.errors import ModelError
 
 

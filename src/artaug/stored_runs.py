@@ -16,13 +16,13 @@ from artaug.lora.lora import LoRA
 from artaug.pairs import Attempt, ImagePair, Kept
 from artaug.report import write_report
 from artaug.report.image_store import ImagePlacement
-from artaug.run.attempts import StoredAttempts, read_attempts, read_candidates
 from artaug.run.funnel import Funnel
-from artaug.run.lock import LockOwner, describe_owner, read_owner
-from artaug.run.records import Candidate
 from artaug.run.results import Enhancement, Round, end_of_rounds, no_pairs_reason
-from artaug.run.store import RunCall, RunFolder, RunRecord
-from artaug.run.stored_rounds import read_comparison, read_round
+from artaug.run.storage.attempts import StoredAttempts, read_attempts, read_candidates
+from artaug.run.storage.lock import LockOwner, describe_owner, read_owner
+from artaug.run.storage.records import Candidate
+from artaug.run.storage.store import RunCall, RunFolder, RunRecord
+from artaug.run.storage.stored_rounds import read_comparison, read_round
 
 
 @final

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import artaug as aa
+from artaug._internal.segments import read_segment
 from artaug.critics import Cached, Ensemble, PhotometricCritic, Retried
 from artaug.critics.wrappers import _CacheEntry
-from artaug.errors import InvalidValueError
 from artaug.testing import FixedCritic, check_critic
 from support.strategies import boxes, critiques
 
@@ -231,7 +231,8 @@ def test_a_damaged_file_is_logged_and_replaced(tmp_path, caplog, damaged):
     with caplog.at_level(logging.WARNING, logger="artaug"):
         assert cached.critique(PICTURE, "a pear") == ADVICE
 
-    assert f"{file} holds no answer of a critic; the picture is criticised again" in caplog.text
+    assert f"{file} is no answer of a critic, or a damaged one: " in caplog.text
+    assert "The picture is criticised again" in caplog.text
     assert len(critic.prompts) == 2
     assert cached.critique(PICTURE, "a pear") == ADVICE
     assert len(critic.prompts) == 2
@@ -356,8 +357,8 @@ def test_every_bit_of_a_cached_answer_that_flips_is_noticed(tmp_path, caplog):
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         file.write_bytes(changed)
-        with pytest.raises(InvalidValueError):
-            _CacheEntry.read(file)
+        with pytest.raises(aa.StorageError):
+            read_segment(file, _CacheEntry, what="answer", remedy="")
     asked = len(scripted.prompts)
     assert critiques_of(Cached(scripted, folder=tmp_path, identity="scripted")) == [ADVICE]
     assert len(scripted.prompts) == asked + 1

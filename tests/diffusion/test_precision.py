@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import artaug as aa
 from artaug import playground
-from artaug._internal.placement import check_placement, component_dtypes, computed_in, resolve_device
+from artaug._internal.devices import check_placement, component_dtypes, computed_in, resolve_device
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.regional import OutputMix, RegionalAttention
 from support.tiny_flux import TINY_SIZE, tiny_flux

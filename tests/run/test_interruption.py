@@ -12,7 +12,7 @@ import time
 import pytest
 
 from artaug.run.interruption import GracefulStop
-from artaug.run.lock import RunLock
+from artaug.run.storage.lock import RunLock
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="it has no kill")
 

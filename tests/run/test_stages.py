@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from artaug.image_files import ImageFile
-from artaug.run.memory import PictureMemory
+from artaug.run.storage.memory import PictureMemory
 
 
 def picture(number):

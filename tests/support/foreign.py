@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from datetime import UTC, datetime
+from functools import cache, partial
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,8 +18,10 @@ from PIL import Image
 from safetensors.torch import save
 
 import artaug as aa
+from artaug._internal.processes import ProcessIdentity
 from artaug._internal.sealed import save_sealed
-from artaug._internal.values import to_json
+from artaug._internal.segments import read_segment, write_segment
+from artaug._internal.values import from_json, to_json
 from artaug.critics.replies import parse_reply
 from artaug.critics.wrappers import _CacheEntry
 from artaug.errors import ArtAugError
@@ -29,6 +32,10 @@ from artaug.lora.baking.checkpoint import Shard, _indexed_files
 from artaug.lora.formats import FLUX1
 from artaug.report import write_report
 from artaug.review.decisions import read_decisions
+from artaug.run.storage.lock import LockOwner
+from artaug.run.storage.records import CallRecord, CandidateRecord, ChunkRecord, End
+from artaug.run.storage.round_folder import ComparisonRecord
+from artaug.run.storage.store import RunCall, RunRecord
 from artaug.training import TrainingState
 from artaug.training.encoding import EncodedPair
 
@@ -230,6 +237,27 @@ _DPG = (
 )
 _ONEIG = b"category,id,prompt_en\nGeneral_Object,000,a pear\n"
 _CRITIQUE = aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.5, 1), "a lamp", "dark"),), "fine")
+_REGION = aa.Plan("a hall", (aa.Region(aa.Box(0, 0, 0.5, 1), "a lamp"),))
+_CHUNK = ChunkRecord(
+    (CandidateRecord(0, 0, "a hall", 7, "ab" * 32, _CRITIQUE, _REGION, "cd" * 32, (64, 64)),),
+    (End(0, 0, aa.Verdict(True, "it rose", {"Chroma gain": 0.1})),),
+    (CallRecord("draw", ((0, 0),), ("ef" * 16,), ("ab" * 32,), None, 1),),
+    {"draw": 1.5},
+)
+_RUN = RunRecord(1, (RunCall("2026-01-01T00:00:00+00:00", 1, "ab" * 32, {"seed": "0"}, {"torch": "2"}),))
+_OWNER = LockOwner(
+    ProcessIdentity("host", 1, "boot", "", "5"), "token", datetime(2026, 1, 1, tzinfo=UTC), datetime.now(UTC), 0, 30.0
+)
+_COMPARISON = {
+    "rows": [],
+    "prompts": ["a hall", "a pond"],
+    "seeds": [1, 2],
+    "scores": {"base": {"Chroma": [0.5, None]}, "after": {"Chroma": [0.5, 0.6]}},
+    "guardrails": [],
+    "failures": [],
+    "verdicts": {"after": ""},
+    "synthesizers": {"base": "a", "after": "b"},
+}
 _WORDS = (b"a plain word", b"`code` | ![x](https://a.b) <img src=x> @me", b"# a\n\n- b\n\n---\n", b"\\`| \\| &#35;")
 READERS = {
     "lora": Reader(_of_file(aa.LoRA.load, "a.safetensors"), _lora_seeds(), b'"a.lora_A.weight":{},'),
@@ -246,8 +274,22 @@ READERS = {
         (_written(lambda path: save_sealed({"before": torch.ones(2), "after": torch.zeros(2)}, path, {})),),
         b'"a":{},',
     ),
+    "segment": Reader(
+        _of_file(lambda path: read_segment(path, ChunkRecord, what="chunk", remedy="")),
+        (_written(lambda path: write_segment(path, _CHUNK, what="chunk", remedy="")),),
+        b'"members":[[0,0]],',
+    ),
+    # What a digest protects, should another program have written the digest.
     "critic cache": Reader(
-        _of_file(_CacheEntry.read), (to_json(_CacheEntry.of("a hall", _CRITIQUE)).encode(),), b"[1],"
+        partial(from_json, _CacheEntry), (to_json(_CacheEntry("a hall", _CRITIQUE)).encode(),), b"[1],"
+    ),
+    "chunk": Reader(partial(from_json, ChunkRecord), (to_json(_CHUNK).encode(),), b'"members":[[0,0]],'),
+    "run": Reader(partial(from_json, RunRecord), (to_json(_RUN).encode(),), b'"a":"b",'),
+    "owner": Reader(partial(from_json, LockOwner), (to_json(_OWNER).encode(),), b'"pid":1,'),
+    "comparison": Reader(
+        lambda data: aa.Comparison.from_dict(from_json(ComparisonRecord, data).comparison),
+        (to_json(ComparisonRecord(_COMPARISON, {"base": ()})).encode(),),
+        b'"a":[0.5],',
     ),
     "weights": Reader(_of_file(Shard.read), (save({"a.weight": torch.ones(2, 2)}, {"format": "pt"}),), b'"a":{},'),
     "index": Reader(_of_file(_index), (b'{"weight_map": {"a": "a.safetensors"}}',), b'"a":{},'),

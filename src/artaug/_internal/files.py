@@ -142,6 +142,16 @@ def check_writable(folder: Path, *, what: str) -> None:
         ) from error
 
 
+def free_bytes(folder: Path) -> int | None:
+    """How much room there is on the disk of a folder, which need not exist; None if the disk does not say."""
+    try:
+        usage = shutil.disk_usage(_existing_folder(folder))
+    except OSError:
+        return None
+    # object stores and synced drives give any number
+    return usage.free if 0 <= usage.free <= usage.total and usage.total else None
+
+
 def check_disk_space(folder: Path, needed_bytes: int, *, what: str) -> None:
     """Refuse at the door what does not fit on the disk. A disk that does not say how much is free is not judged.
 
@@ -153,16 +163,11 @@ def check_disk_space(folder: Path, needed_bytes: int, *, what: str) -> None:
     Raises:
         StorageError: if less is free.
     """
-    try:
-        usage = shutil.disk_usage(_existing_folder(folder))
-    except OSError:
-        return
-    if not 0 <= usage.free <= usage.total or usage.total == 0:  # object stores and synced drives give any number
-        return
-    if usage.free < needed_bytes:
-        needed, free = (f"{size / 2**30:.2f} GiB" for size in (needed_bytes, usage.free))
+    free = free_bytes(folder)
+    if free is not None and free < needed_bytes:
+        needed, room = (f"{size / 2**30:.2f} GiB" for size in (needed_bytes, free))
         raise StorageError(
-            f"{what} takes {needed}, and {free} are free there ({folder}). Make room, or choose another disk."
+            f"{what} takes {needed}, and {room} are free there ({folder}). Make room, or choose another disk."
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 WRAPPED_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Where `torch.compile`, FSDP and activation checkpointing keep the module that they wrap."""
@@ -101,3 +101,8 @@ def _wrapped(module: nn.Module) -> tuple[str, nn.Module] | None:
 
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def is_quantized(weight: object) -> bool:
+    """Whether a weight is of a class that is not torch's, so a quantization library's."""
+    return isinstance(weight, Tensor) and type(weight).__module__.partition(".")[0] != "torch"

@@ -10,10 +10,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.devices import DType, check_placement, computed_in, log_loaded, resolve_device
 from artaug._internal.extras import optional
 from artaug._internal.images import as_rgb
 from artaug._internal.memory import FittingBatches
-from artaug._internal.placement import DType, check_placement, computed_in, log_loaded, resolve_device
 from artaug._internal.weights import check_safetensors, model_errors
 from artaug.critics.conversation import Conversation, Message
 from artaug.critics.coordinates import Coordinates, coordinates_for

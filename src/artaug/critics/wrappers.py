@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, final
 from PIL.Image import Image
 
 from artaug._internal.digests import digest
-from artaug._internal.files import atomic_write, check_regular
 from artaug._internal.images import rgb_parts
+from artaug._internal.segments import read_segment, write_segment
 from artaug._internal.transient import DEADLINE_S, TransientErrors, backoff_delay_s
-from artaug._internal.values import from_json, to_json, value
+from artaug._internal.values import value
 from artaug.critique import Abstention, Answer, Critic, Critique, StreamingCritic, Suggestion, stream_critic
-from artaug.errors import InvalidValueError
+from artaug.errors import InvalidValueError, StorageError
 from artaug.geometry import Box
-from artaug.run.identity import identity_of
+from artaug.identity import identity_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,26 +128,6 @@ class _CacheEntry:
 
     prompt: str
     answer: Critique | Abstention
-    digest: str
-    """Of both, so that a bit that flipped on the disk is noticed."""
-
-    @classmethod
-    def of(cls, prompt: str, answer: Critique | Abstention) -> "_CacheEntry":
-        return cls(prompt, answer, digest(prompt, to_json(answer)))
-
-    @classmethod
-    def read(cls, path: Path) -> "_CacheEntry":
-        """The entry in a file.
-
-        Raises:
-            OSError: if it cannot be read.
-            InvalidValueError: if it is no entry, or not as it was written.
-        """
-        check_regular(path)
-        entry = from_json(cls, path.read_bytes())
-        if entry != cls.of(entry.prompt, entry.answer):
-            raise InvalidValueError("its digest is not that of its content")
-        return entry
 
 
 @final
@@ -199,8 +179,7 @@ class Cached(StreamingCritic):
         for position, answer in stream_critic(self.critic, [images[i] for i in first], [prompts[i] for i in first]):
             path, index = missing[position], first[position]
             if self._cacheable(answer):
-                with atomic_write(path, what="the critic's answer", remedy=_REMEDY) as temporary:
-                    temporary.write_text(to_json(_CacheEntry.of(prompts[index], answer)), encoding="utf-8")
+                write_segment(path, _CacheEntry(prompts[index], answer), what="the critic's answer", remedy=_REMEDY)
             yield from ((index, answer) for index in indices[path])
 
     @cached_property
@@ -221,11 +200,13 @@ class Cached(StreamingCritic):
 def _read_answer(path: Path) -> Critique | Abstention | None:
     """The answer in a file; None if there is no such file, or it holds no answer."""
     try:
-        return _CacheEntry.read(path).answer
+        return read_segment(
+            path, _CacheEntry, what="answer of a critic", remedy="The picture is criticised again."
+        ).answer
     except FileNotFoundError:
         return None
-    except (OSError, InvalidValueError) as error:
-        _LOG.warning("%s holds no answer of a critic; the picture is criticised again: %s", path, error)
+    except StorageError as error:
+        _LOG.warning("%s", error)
         return None
 
 

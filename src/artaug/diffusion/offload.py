@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from artaug._internal.modules import is_quantized
 from artaug._internal.offloading import bring, is_brought, is_sharded, offload_hooks, take_off
 from artaug.errors import ModelError
-from artaug.training.quantized import is_quantized
 
 _ENCODERS = ("text_encoder", "vae")
 

@@ -15,8 +15,8 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from artaug._internal.arguments import check_argument, check_items
+from artaug._internal.devices import DType, check_placement, component_dtypes, log_loaded, resolve_device
 from artaug._internal.digests import digest
-from artaug._internal.placement import DType, check_placement, component_dtypes, log_loaded, resolve_device
 from artaug._internal.weights import check_safetensors, model_errors
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family

@@ -22,8 +22,8 @@ from artaug.pairs import Attempt, Dropped, Kept
 from artaug.report.comparisons import gallery_context, headline_context, score_table, verdicts
 from artaug.report.image_store import REMEDY, ImagePlacement, ImageStore
 from artaug.report.runs import plan_context, round_context, run_headline, run_summary, untrained_context
+from artaug.run.planning.run_plan import RunPlan
 from artaug.run.results import Enhancement
-from artaug.run.run_plan import RunPlan
 
 __all__ = ["write_report"]
 

@@ -17,8 +17,8 @@ from artaug.plan import Region
 from artaug.report.image_store import ImageStore
 from artaug.report.text import TemplateContext, format_number, row_context
 from artaug.run.funnel import Funnel
+from artaug.run.planning.run_plan import RunPlan
 from artaug.run.results import Enhancement, Round
-from artaug.run.run_plan import RunPlan
 
 _CURVE_POINTS = 240
 _SHOWN_REASONS = 4

@@ -22,7 +22,7 @@ from artaug.run.events import OnEvent
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.session import check_store
 from artaug.run.stop_rule import StopRule
-from artaug.run.store import RunFolder, Store
+from artaug.run.storage.store import RunFolder, Store
 from artaug.scoring import Scorer, score_images
 from artaug.synthesis import Synthesizer
 from artaug.training import Checkpoints, DifferentialLoRATrainer, Trainable, Validation

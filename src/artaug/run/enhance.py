@@ -16,7 +16,6 @@ from artaug.pairs import Kept
 from artaug.placement import Placement, Resident
 from artaug.plan import RegionPlanner
 from artaug.run.bars import RunBars
-from artaug.run.cached_synthesizer import CachedSynthesizer
 from artaug.run.checking import Check, as_trainable, check_run
 from artaug.run.events import OnEvent, RoundEvent, RunEvent, StageClock
 from artaug.run.interruption import GracefulStop
@@ -25,8 +24,9 @@ from artaug.run.results import Enhancement, Round, end_of_rounds, no_pairs_reaso
 from artaug.run.session import RunSession, open_session
 from artaug.run.stages import RoundStages
 from artaug.run.stop_rule import StopRule
-from artaug.run.store import Store
-from artaug.run.stored_rounds import read_round, write_round
+from artaug.run.storage.cached_synthesizer import CachedSynthesizer
+from artaug.run.storage.store import Store
+from artaug.run.storage.stored_rounds import read_round, write_round
 from artaug.synthesis import Synthesizer, held_out_seed, picture_seeds
 from artaug.training import (
     Checkpoints,
@@ -140,7 +140,6 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     if store is None and isinstance(checkpoints, Checkpoints):
         store = checkpoints.folder
     check_run("enhance", prompts, parts, learning, seed=seed, store=store, on_event=on_event, check=check)
-    finished: list[Round] = []
     place = None if store is None else Store.of(store)
     with (
         RunBars(rounds=rounds, show=progress and World.current().is_main) as bars,
@@ -155,20 +154,8 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
                 on_event(event)
 
         parts = replace(parts, placement=opened)
-        stages = _Rounds(parts, learning, session, seed=seed, progress=progress, emit=emit)
-        for number in range(1, rounds + 1):
-            try:
-                outcome = stages.run_round(prompts, finished, number=number)
-            except BaseException as error:  # the rounds before took hours; what stops the run carries them
-                reason = f"round {number} stopped with {type(error).__name__}: {error}"
-                error.result = Enhancement(rounds=tuple(finished), stop_reason=reason)  # type: ignore[attr-defined]
-                raise
-            if isinstance(outcome, str):
-                return Enhancement(rounds=tuple(finished), stop_reason=outcome)
-            finished.append(outcome)
-            if (end := end_of_rounds(finished, rounds=rounds)) is not None:
-                return Enhancement(rounds=tuple(finished), stop_reason=end)
-    raise AssertionError("the last of all rounds ends the run")
+        result = _Rounds(parts, learning, session, seed=seed, progress=progress, emit=emit).run(prompts)
+    return result  # noqa: RET504 - for mypy, a with block may swallow what is raised in it
 
 
 @dataclass(frozen=True)
@@ -183,7 +170,24 @@ class _Rounds:
     progress: bool
     emit: OnEvent
 
-    def run_round(self, prompts: Sequence[str], finished: Sequence[Round], *, number: int) -> Round | str:
+    def run(self, prompts: Sequence[str]) -> Enhancement:
+        """Run rounds until one of them is the last."""
+        finished: list[Round] = []
+        while True:
+            number = len(finished) + 1
+            try:
+                outcome = self._run_round(prompts, finished, number=number)
+            except BaseException as error:  # the rounds before took hours; what stops the run carries them
+                reason = f"round {number} stopped with {type(error).__name__}: {error}"
+                error.result = Enhancement(rounds=tuple(finished), stop_reason=reason)  # type: ignore[attr-defined]
+                raise
+            if isinstance(outcome, str):
+                return Enhancement(rounds=tuple(finished), stop_reason=outcome)
+            finished.append(outcome)
+            if (end := end_of_rounds(finished, rounds=self.learning.rounds)) is not None:
+                return Enhancement(rounds=tuple(finished), stop_reason=end)
+
+    def _run_round(self, prompts: Sequence[str], finished: Sequence[Round], *, number: int) -> Round | str:
         """Run a round, or read it from the store; the answer is a reason, in words, where no pair was kept."""
         groups = self.session.groups(number, prompts)
         folder = self.session.round_folder(number)

@@ -15,7 +15,7 @@ from artaug.run.events import OnEvent, StageClock, ignore_event
 from artaug.run.parts import LoopParts
 from artaug.run.session import open_session
 from artaug.run.stages import RoundStages
-from artaug.run.store import Store
+from artaug.run.storage.store import Store
 from artaug.synthesis import Synthesizer
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from artaug.filtering import judge_pairs
 from artaug.pairs import ImagePair, Skipped, Verdict
 from artaug.run.events import StageClock
-from artaug.run.journal import RoundJournal
 from artaug.run.parts import LoopParts
-from artaug.run.records import Candidate, Chunk, End, Member
+from artaug.run.storage.journal import RoundJournal
+from artaug.run.storage.records import Candidate, Chunk, End, Member
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from artaug.errors import InvalidValueError, StorageError
+from artaug.identity import identity_of
 from artaug.pairs import Attempt
-from artaug.run.attempts import StoredAttempts
-from artaug.run.identity import identity_of
 from artaug.run.interruption import GracefulStop
-from artaug.run.journal import RoundJournal
-from artaug.run.lock import RunLock
-from artaug.run.memory import MemoryJournal, PictureMemory
-from artaug.run.metadata import METADATA, write_metadata
 from artaug.run.parts import LearningParts, LoopParts
-from artaug.run.round_folder import RoundFolder
-from artaug.run.store import RunCall, RunFolder, Store, describe_call
+from artaug.run.storage.attempts import StoredAttempts
+from artaug.run.storage.journal import RoundJournal
+from artaug.run.storage.lock import RunLock
+from artaug.run.storage.memory import MemoryJournal, PictureMemory
+from artaug.run.storage.metadata import METADATA, write_metadata
+from artaug.run.storage.round_folder import RoundFolder
+from artaug.run.storage.store import RunCall, RunFolder, Store, describe_call
 from artaug.training.distributed import World
 
 

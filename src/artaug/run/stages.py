@@ -14,15 +14,14 @@ from artaug._internal.images import as_rgb
 from artaug._internal.memory import FittingBatches
 from artaug.critique import Abstention, Answer, stream_critic
 from artaug.errors import StorageError
-from artaug.image_files import ImageFile
 from artaug.pairs import Attempt, Verdict
 from artaug.plan import Plan, run_planner
 from artaug.run.events import AttemptEvent, StageClock
-from artaug.run.journal import ChunkJournal, RoundJournal
 from artaug.run.judging import Judging
 from artaug.run.parts import LoopParts
-from artaug.run.records import Candidate, Chunk, DrawingStage, End, Member, Picture
 from artaug.run.silence import Silence
+from artaug.run.storage.journal import ChunkJournal, RoundJournal
+from artaug.run.storage.records import Candidate, Chunk, DrawingStage, End, Member, Picture, load_picture
 from artaug.synthesis import attempt_seed, draw_in_calls
 
 
@@ -263,7 +262,7 @@ class RoundStages:
             return answers
         start_s = time.monotonic()
         with self.clock.stage("critique", len(missing)), self.parts.placement.stage(self.parts.critic):
-            images = [load(pictures[member]) for member in missing]
+            images = [load_picture(pictures[member]) for member in missing]
             asked = [prompts[member.prompt_index] for member in missing]
             for index, answer in stream_critic(self.parts.critic, images, asked):
                 answers[missing[index]] = answer
@@ -323,11 +322,6 @@ def _check_prompts_of(chunk: Chunk, name: str, indices: Sequence[int]) -> None:
             f"the chunk {name} on disk has {len(held)} prompts, from number {held[0] if held else 0} on, and this call makes "
             f"it of {len(indices)}, from number {indices[0]} on. Restore the folder of the run from a copy, or take another one."
         )
-
-
-def load(picture: Picture) -> Image:
-    """The picture, from memory or from disk."""
-    return picture.load() if isinstance(picture, ImageFile) else picture
 
 
 def _is_answered(candidate: Candidate | None) -> bool:

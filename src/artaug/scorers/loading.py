@@ -12,9 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from artaug._internal.files import check_regular
-from artaug._internal.images import as_rgb
-from artaug._internal.placement import (
+from artaug._internal.devices import (
     DType,
     check_placement,
     computed_in,
@@ -22,6 +20,8 @@ from artaug._internal.placement import (
     resolve_device,
     stored_dtype,
 )
+from artaug._internal.files import check_regular
+from artaug._internal.images import as_rgb
 from artaug._internal.truncation import warn_if_truncated
 from artaug._internal.weights import check_safetensors, model_errors
 from artaug.errors import InvalidValueError, ModelError

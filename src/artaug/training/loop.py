@@ -6,7 +6,7 @@ where pictures are drawn, checkpoints where the state is written. `TrainingLoop.
 `TrainingState`, so a training resumed from a checkpoint takes the same way as one that was never stopped.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,7 +48,7 @@ class TrainingLoop:
     world: World
     progress: ProgressLog
     checkpoints: Checkpoints | None
-    run_fingerprint: dict[str, str]
+    run_fingerprint: Mapping[str, str]
     """What decides the result, by name; it is written into checkpoints."""
     validation: Validation | None
     validation_seed: int

@@ -9,17 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from artaug._internal.modules import named_modules
+from artaug._internal.modules import is_quantized, named_modules
 from artaug.errors import ModelError
 
 _PROBE_ROWS = 16
 _TRUE_GRADIENT = (0.5, 1.5)
 """Range of `_predicted_change` for a true gradient: 1, up to the rounding of int8 activations."""
-
-
-def is_quantized(weight: object) -> bool:
-    """Whether a weight is of a class that is not torch's, so a quantization library's."""
-    return isinstance(weight, Tensor) and type(weight).__module__.partition(".")[0] != "torch"
 
 
 def storage_tensors(weight: Tensor) -> Iterator[Tensor]:

@@ -6,14 +6,15 @@ checkpoint, and hands over to `artaug.training.loop`.
 
 import logging
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from artaug._internal.arguments import Faults, check_argument, check_items
 from artaug._internal.digests import digest
+from artaug._internal.fingerprints import module_fingerprint
 from artaug.errors import InvalidValueError, NothingToLearnError
+from artaug.identity import identity_of
 from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair, pair_digest
 from artaug.placement import Placement, Resident
@@ -21,7 +22,6 @@ from artaug.synthesis import picture_seeds
 from artaug.training.batches import with_distribution
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import World
-from artaug.training.fingerprints import module_fingerprint
 from artaug.training.loop import TrainingLoop
 from artaug.training.model import DiffusionModel, Trainable
 from artaug.training.objectives import TrainingPlan
@@ -35,8 +35,6 @@ _log = logging.getLogger(__name__)
 _RESIDENT = Resident()
 _SKIPPED_SHARE = 0.05
 """Share of skipped steps above which there is a warning."""
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-"""In the repr of an object whose class defines none; it differs from process to process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +133,10 @@ class DifferentialLoRATrainer(TrainingConfig):
         world = World.current()
         with synthesizer.training() as model:
             self._check_model(model)
-            weights = f"{module_fingerprint(model.module)} {synthesizer.fingerprint}".rstrip()
-        run_fingerprint = {**self._run_fingerprint(pairs, seed, validation), "model": weights}
+            run_fingerprint: Mapping[str, str] = {}  # without checkpoints, nothing is compared
+            if checkpoints is not None:
+                weights = f"{module_fingerprint(model.module)} {synthesizer.fingerprint}".rstrip()
+                run_fingerprint = {**self._run_fingerprint(pairs, seed, validation), "model": weights}
         _warn_of_unused_pairs(phases, self)
         state = None if checkpoints is None else checkpoints.latest(run_fingerprint=run_fingerprint)
         if state is None:
@@ -223,20 +223,11 @@ class DifferentialLoRATrainer(TrainingConfig):
         # These two change the memory that a training takes, not its result.
         settings = replace(self, micro_batch_size=None, gradient_checkpointing=False)
         return {
-            "trainer": _stable_repr(settings),
+            **identity_of(settings, "trainer"),
             "seed": str(seed),
             "pairs": digest(*(pair_digest(pair, include_plan=True) for pair in pairs)),
             "validation": "" if validation is None else validation.fingerprint,
         }
-
-
-def _stable_repr(value: object) -> str:
-    """The repr of a value, the same in every process: where it holds an address, class and attributes instead."""
-    text = repr(value)
-    if not _ADDRESS.search(text):
-        return text
-    attributes = sorted(getattr(value, "__dict__", {}).items())
-    return f"{type(value).__qualname__}({', '.join(f'{name}={_stable_repr(item)}' for name, item in attributes)})"
 
 
 def _warn_of_unused_pairs(phases: Sequence[Phase], config: TrainingConfig) -> None:

@@ -14,12 +14,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import BatchEncoding, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from artaug._internal.modules import named_modules, unwrap
+from artaug._internal.modules import is_quantized, named_modules, unwrap
 from artaug._internal.weights import model_errors
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.registry import family_at
 from artaug.errors import ModelError
-from artaug.training.quantized import is_quantized, storage_tensors
+from artaug.training.quantized import storage_tensors
 
 _CLIP_LENGTH = 77
 _LONGEST = 4096

@@ -19,6 +19,11 @@ Picture: TypeAlias = Image | ImageFile
 DrawingStage: TypeAlias = Literal["draw", "redraw"]
 
 
+def load_picture(picture: Picture) -> Image:
+    """The picture, from memory or from disk."""
+    return picture.load() if isinstance(picture, ImageFile) else picture
+
+
 StoredAnswer: TypeAlias = Annotated[Critique | Abstention, Field(union_mode="left_to_right")]
 """Their fields have no name in common, so the first that fits is it; trying both takes a sixth of the time to read a run."""
 

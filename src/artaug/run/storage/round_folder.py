@@ -24,8 +24,8 @@ from artaug.image_files import ImageFile, ImageFolder, image_digest
 from artaug.lora.lora import LoRA
 from artaug.pairs import Verdict
 from artaug.plan import Plan
-from artaug.run.journal import ChunkJournal, RoundJournal
-from artaug.run.records import (
+from artaug.run.storage.journal import ChunkJournal, RoundJournal
+from artaug.run.storage.records import (
     AnswerRecord,
     CallRecord,
     Candidate,

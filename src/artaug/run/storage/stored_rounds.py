@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from artaug.evaluation.comparison import Comparison
 from artaug.image_files import ImageFile, StoredImages, image_digest
-from artaug.run.attempts import StoredAttempts
 from artaug.run.results import Round
-from artaug.run.round_folder import ComparisonRecord, ImageRecord, ResultRecord, RoundFolder, ValidationRecord
+from artaug.run.storage.attempts import StoredAttempts
+from artaug.run.storage.round_folder import ComparisonRecord, ImageRecord, ResultRecord, RoundFolder, ValidationRecord
 from artaug.training import TrainingResult, ValidationResult
 
 

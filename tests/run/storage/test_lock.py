@@ -20,8 +20,8 @@ from artaug._internal import files
 from artaug._internal.processes import ProcessIdentity, _start_time
 from artaug._internal.values import from_json
 from artaug.errors import StorageError
-from artaug.run import lock as module
-from artaug.run.lock import LockOwner, RunLock
+from artaug.run.storage import lock as module
+from artaug.run.storage.lock import LockOwner, RunLock
 from support.disks import fill, small_disk
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="forks, and locks by fcntl")

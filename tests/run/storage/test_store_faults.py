@@ -16,11 +16,11 @@ import artaug.critics.wrappers
 from artaug.critics import Retried
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.lora.lora import LowRank
-from artaug.run.attempts import StoredAttempts
 from artaug.run.events import AttemptEvent, StageEvent
-from artaug.run.records import Member
-from artaug.run.round_folder import ResultRecord, RoundFolder
-from artaug.run.store import RunFolder
+from artaug.run.storage.attempts import StoredAttempts
+from artaug.run.storage.records import Member
+from artaug.run.storage.round_folder import ResultRecord, RoundFolder
+from artaug.run.storage.store import RunFolder
 from artaug.testing import FixedCritic, FixedFilter
 from support.clock import FakeTime
 from support.disks import fill, read_only, small_disk

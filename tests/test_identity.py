@@ -19,8 +19,8 @@ from PIL import Image
 import artaug as aa
 from artaug.critics import Cached, OpenAICritic, PhotometricCritic, Retried
 from artaug.diffusion import DiffusersSynthesizer
+from artaug.identity import identity_of
 from artaug.lora.lora import LowRank
-from artaug.run.identity import identity_of
 from artaug.scorers import Chroma
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
@@ -188,8 +188,8 @@ def test_what_differs_has_another_identity_and_what_does_not_the_same(number):
 
 
 def test_an_identity_is_the_same_in_every_process():
-    script = "import json; from tests.run.test_identity import identities; print(json.dumps(identities()))"
-    path = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), *sys.path])
+    script = "import json; from tests.test_identity import identities; print(json.dumps(identities()))"
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "7"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=120
@@ -197,7 +197,7 @@ def test_an_identity_is_the_same_in_every_process():
     assert done.returncode == 0, done.stderr
     here = [{name: text.replace(__name__, "M") for name, text in items.items()} for items in identities()]
     there = [
-        {name: text.replace("tests.run.test_identity", "M") for name, text in items.items()}
+        {name: text.replace("tests.test_identity", "M") for name, text in items.items()}
         for items in json.loads(done.stdout)
     ]
     assert there == here

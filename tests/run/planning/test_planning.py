@@ -17,8 +17,9 @@ from artaug import playground
 from artaug.critics import PhotometricCritic, Usage
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.evaluation.statistics import wilson_interval
-from artaug.run import events, sampling, training_costs
-from artaug.run.run_plan import advise
+from artaug.run import events
+from artaug.run.planning import sampling, training_costs
+from artaug.run.planning.run_plan import advise
 from artaug.scorers import Chroma, Exposure
 from artaug.testing import FixedFilter, SwatchSynthesizer
 from artaug.training import progress

@@ -7,8 +7,8 @@ from typing import final, overload
 
 from artaug.errors import StorageError
 from artaug.pairs import Attempt, Verdict
-from artaug.run.records import Candidate, ChunkRecord, End, attempt_of
-from artaug.run.round_folder import RoundFolder
+from artaug.run.storage.records import Candidate, ChunkRecord, End, attempt_of
+from artaug.run.storage.round_folder import RoundFolder
 
 
 @final

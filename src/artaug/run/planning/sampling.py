@@ -11,10 +11,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from PIL import ImageOps
 from PIL.Image import Image
-from tqdm.auto import tqdm
 
 from artaug._internal.images import as_rgb
 from artaug._internal.memory import FittingBatches
+from artaug._internal.progress_bar import ProgressBar
 from artaug.image_files import ImageFile
 from artaug.lora.fusing import fuse_loras
 from artaug.lora.lora import LoRA
@@ -22,14 +22,15 @@ from artaug.pairs import Attempt, ImagePair, Kept, Skipped
 from artaug.placement import Placement
 from artaug.plan import Plan
 from artaug.run.events import RoundStage, RunEvent, StageClock, StageEvent
-from artaug.run.metadata import write_metadata
 from artaug.run.parts import LearningParts, LoopParts
-from artaug.run.records import Candidate
-from artaug.run.round_folder import ResultRecord
-from artaug.run.stages import RoundStages, load
+from artaug.run.planning.training_costs import TrainingCosts, elapsed, time_training
+from artaug.run.stages import RoundStages
 from artaug.run.stop_rule import StopRule
-from artaug.run.store import RunFolder
-from artaug.run.training_costs import TrainingCosts, elapsed, time_training
+from artaug.run.storage.attempts import read_candidates
+from artaug.run.storage.metadata import write_metadata
+from artaug.run.storage.records import Candidate, load_picture
+from artaug.run.storage.round_folder import ResultRecord
+from artaug.run.storage.store import RunFolder
 from artaug.scoring import score_images
 from artaug.synthesis import draw, held_out_seed, picture_seeds
 from artaug.training import Validation
@@ -149,15 +150,18 @@ class Sampler:
         """Time everything: a chunk that warms up, then the prompts in chunks, then the training on their pairs."""
         run_folder = RunFolder(self.folder / "sample")
         batches = FittingBatches(self.parts.batch_size)
-        warm_up, warm_attempts = self._run_stages(prompts[:chunk], RunFolder(self.folder / "warm-up"), batches, chunk)
+        # Noise of its own: neither the run's nor that of the other part of the sample.
+        seed, warm_up_seed = picture_seeds(held_out_seed(self.seed), 2)
+        warm_up_folder = RunFolder(self.folder / "warm-up")
+        warm_up, warm_attempts = self._run_stages(prompts[:chunk], warm_up_folder, batches, chunk, seed=warm_up_seed)
         counted = count_usage(self.parts.critic)
-        stages, attempts = self._run_stages(prompts, run_folder, batches, chunk)
+        stages, attempts = self._run_stages(prompts, run_folder, batches, chunk, seed=seed)
         usage = count_usage(self.parts.critic)
-        candidates = list(_candidates(run_folder))
+        candidates = list(read_candidates(run_folder.round(1)))
         pairs = [attempt.pair for attempt in attempts if not isinstance(attempt, Skipped)]
         pairs = pairs or [attempt.pair for attempt in warm_attempts if not isinstance(attempt, Skipped)]
         stand_in = not pairs
-        images = [load(candidate.before) for candidate in candidates[:chunk]]
+        images = [load_picture(candidate.before) for candidate in candidates[:chunk]]
         if stand_in:
             after = ImageOps.invert(as_rgb(images[0]))
             pairs = [ImagePair(prompt=prompts[0], seed=0, before=images[0], after=after, plan=Plan(prompts[0]))]
@@ -198,7 +202,7 @@ class Sampler:
         )
 
     def _run_stages(
-        self, prompts: Sequence[str], folder: RunFolder, batches: FittingBatches, chunk: int
+        self, prompts: Sequence[str], folder: RunFolder, batches: FittingBatches, chunk: int, *, seed: int
     ) -> tuple[dict[RoundStage, list[StageTiming]], list[Attempt]]:
         """Draw, critique, redraw and judge some prompts; the timings of each stage, and how the prompts ended."""
         timings: dict[RoundStage, list[StageTiming]] = {}
@@ -217,14 +221,17 @@ class Sampler:
             replace(self.parts, placement=placement, chunk_size=chunk),
             folder.round(1).journal(),
             StageClock(1, note),
-            seed=held_out_seed(self.seed) + (folder.path.name == "warm-up"),
+            seed=seed,
             batches=batches,
             poll=lambda: None,
         )
         _take_peak()
-        stream = stages.attempts(prompts, groups=[len(prompts)])
-        bar = tqdm(stream, total=len(prompts), desc="plan", unit="prompt", disable=not self.progress)
-        return timings, list(bar)
+        attempts = []
+        with ProgressBar("plan", total=len(prompts), unit="prompt", show=self.progress) as bar:
+            for attempt in stages.attempts(prompts, groups=[len(prompts)]):
+                attempts.append(attempt)
+                bar.advance()
+        return timings, attempts
 
     def _note_peak(self, stage: RoundStage) -> None:
         peak = _take_peak()
@@ -281,14 +288,6 @@ def _sum(timings: Sequence[StageTiming]) -> StageTiming:
         sum(timing.moving_seconds for timing in timings),
         sum(timing.count for timing in timings),
     )
-
-
-def _candidates(folder: RunFolder) -> Iterator[Candidate]:
-    place = folder.round(1)
-    for name in place.chunk_names():
-        record = place.chunk(name)
-        if record is not None:
-            yield from record.to_chunk(folder.images).candidates.values()
 
 
 def _bytes_on_disk(folder: RunFolder, candidates: Sequence[Candidate], *, prompts: int) -> tuple[float, float, float]:

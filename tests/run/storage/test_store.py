@@ -16,11 +16,11 @@ from PIL import Image
 import artaug as aa
 from artaug._internal.memory import FittingBatches
 from artaug.pairs import Kept
-from artaug.run.attempts import StoredAttempts
 from artaug.run.events import StageClock, ignore_event
 from artaug.run.parts import LoopParts
 from artaug.run.stages import RoundStages
-from artaug.run.store import RunFolder
+from artaug.run.storage.attempts import StoredAttempts
+from artaug.run.storage.store import RunFolder
 from artaug.scorers import Chroma
 from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer
 
@@ -421,8 +421,8 @@ def test_what_changes_no_result_may_differ(tmp_path):
 
 def test_another_number_of_threads_or_another_version_is_named(tmp_path, monkeypatch):
     list(run(["bx"], store=tmp_path))
-    versions = aa.run.store.installed_versions()
-    monkeypatch.setattr(aa.run.store, "installed_versions", lambda: {**versions, "threads": "99", "torch": "0.1"})
+    versions = aa.run.storage.store.installed_versions()
+    monkeypatch.setattr(aa.run.storage.store, "installed_versions", lambda: {**versions, "threads": "99", "torch": "0.1"})
     with pytest.raises(aa.StorageError, match=r"(?s)threads: \d+ then, 99 now.*torch: .* then, 0.1 now"):
         run(["bx"], store=tmp_path)
     assert list(run(["bx"], store=aa.Store(tmp_path, allow={"threads", "torch"})))

@@ -8,8 +8,8 @@ from typing import Any
 from artaug._internal.files import atomic_write
 from artaug.pair_folders import metadata_row
 from artaug.pairs import Kept, Skipped
-from artaug.run.attempts import read_attempts
-from artaug.run.store import RunFolder
+from artaug.run.storage.attempts import read_attempts
+from artaug.run.storage.store import RunFolder
 
 METADATA = "metadata.jsonl"
 

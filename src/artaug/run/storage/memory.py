@@ -15,8 +15,8 @@ from artaug.critique import Abstention, Critique
 from artaug.image_files import ImageFile, ImageFolder
 from artaug.pairs import Verdict
 from artaug.plan import Plan
-from artaug.run.journal import ChunkJournal, RoundJournal
-from artaug.run.records import Candidate, Chunk, DrawingStage, Member, Picture
+from artaug.run.storage.journal import ChunkJournal, RoundJournal
+from artaug.run.storage.records import Candidate, Chunk, DrawingStage, Member, Picture
 
 _log = logging.getLogger(__name__)
 

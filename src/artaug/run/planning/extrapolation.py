@@ -8,8 +8,8 @@ from artaug.critique import Critic
 from artaug.evaluation.statistics import Interval, paired_bootstrap, wilson_interval
 from artaug.run.events import RoundStage
 from artaug.run.parts import LearningParts, LoopParts
-from artaug.run.run_plan import CriticPlan, RunPlan, StagePlan, advise
-from artaug.run.sampling import SampleCosts, StageTiming
+from artaug.run.planning.run_plan import CriticPlan, RunPlan, StagePlan, advise
+from artaug.run.planning.sampling import SampleCosts, StageTiming
 from artaug.training import Checkpoints
 from artaug.training.phases import split_into_phases
 
@@ -33,7 +33,7 @@ class Extrapolation:
     @property
     def pictures(self) -> int:
         """Drawn in a round, without those that are redrawn."""
-        return self.prompts * (1 if self.parts.candidates is None else self.parts.candidates.count)
+        return self.prompts * self.parts.candidate_count
 
     @property
     def pairs(self) -> float:

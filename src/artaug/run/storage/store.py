@@ -34,8 +34,8 @@ from artaug._internal.segments import read_segment, write_segment
 from artaug._internal.values import value
 from artaug.errors import InvalidValueError, StorageError
 from artaug.image_files import ImageFolder
-from artaug.run.provenance import installed_versions
-from artaug.run.round_folder import RoundFolder
+from artaug.run.storage.provenance import installed_versions
+from artaug.run.storage.round_folder import RoundFolder
 
 _VERSION = 1
 _MAX_LISTED = 12
@@ -45,6 +45,8 @@ _FIXED = {
     "seed": "it decides every picture",
 }
 """Settings that no name allows to differ, and why."""
+_OWN = {"run.json", "images", "latents", "lock", "owner.json", "metadata.jsonl"}
+"""What a folder may hold in which no run has begun: another program's files are left alone."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "What the run has finished is complete: run the same call to go on once the folder can be written to."
 
@@ -258,9 +260,6 @@ class RunFolder:
             groups = (*(groups or ()), prompts)
             folder.begin(groups)
         return groups
-
-
-_OWN = {"run.json", "images", "latents", "lock", "owner.json", "metadata.jsonl"}
 
 
 def describe_call(settings: Mapping[str, str], prompts: Sequence[str]) -> RunCall:

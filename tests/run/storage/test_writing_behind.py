@@ -9,7 +9,7 @@ import pytest
 
 import artaug as aa
 from artaug.run.improve import improve
-from artaug.run.store import RunFolder
+from artaug.run.storage.store import RunFolder
 from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer
 
 PROMPTS = [f"scene {number}" for number in range(6)]

@@ -16,11 +16,11 @@ from PIL.Image import Image
 from torch import nn
 
 from artaug._internal.digests import digest
+from artaug._internal.fingerprints import module_fingerprint
+from artaug._internal.redaction import hide_secrets, is_secret_name
 from artaug.errors import InvalidValueError
 from artaug.image_files import image_digest
 from artaug.lora.lora import LoRA
-from artaug.run.redaction import hide_secrets, is_secret_name
-from artaug.training.fingerprints import module_fingerprint
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _LONG = 300
@@ -48,7 +48,7 @@ def identity_of(value: object, name: str) -> dict[str, str]:
         InvalidValueError: for an object that nothing distinguishes but its address in memory, or hidden attributes.
 
     >>> import artaug as aa
-    >>> from artaug.run.identity import identity_of
+    >>> from artaug.identity import identity_of
     >>> identity_of(aa.ConcatFuser(), "fuser")["fuser"]
     'artaug.ConcatFuser'
     """

@@ -8,7 +8,7 @@ from PIL.Image import Image
 from artaug.critique import Abstention, Critique
 from artaug.pairs import Verdict
 from artaug.plan import Plan
-from artaug.run.records import Chunk, DrawingStage, Member
+from artaug.run.storage.records import Chunk, DrawingStage, Member
 
 
 class ChunkJournal(ABC):

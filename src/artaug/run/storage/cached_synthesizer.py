@@ -15,10 +15,10 @@ from artaug._internal.digests import digest
 from artaug._internal.segments import read_segment, write_segment
 from artaug._internal.values import to_json, value
 from artaug.errors import StorageError
+from artaug.identity import identity_of
 from artaug.image_files import ImageFolder, image_digest
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
-from artaug.run.identity import identity_of
 from artaug.synthesis import Synthesizer, draw
 
 _log = logging.getLogger(__name__)

@@ -5,8 +5,7 @@ from itertools import chain
 from torch import Tensor, nn
 
 from artaug._internal.digests import digest
-from artaug._internal.modules import plain_name, unwrap
-from artaug.training.quantized import is_quantized
+from artaug._internal.modules import is_quantized, plain_name, unwrap
 
 _DIGESTED_SIZE = 4096
 """Numbers of a parameter that are digested: all of a small one, evenly spaced ones of a larger one. Reading all of a large

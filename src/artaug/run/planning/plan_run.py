@@ -1,7 +1,6 @@
 """`plan_run`: what a run will take, from a few prompts that go through its real stages."""
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from artaug._internal.arguments import argument_error, check_count
+from artaug._internal.files import free_bytes
 from artaug.critique import Critic
 from artaug.filtering import BestOf, PairFilter
 from artaug.lora.fusing import ConcatFuser, Fuser
@@ -17,13 +17,13 @@ from artaug.placement import Placement, Resident
 from artaug.plan import RegionPlanner
 from artaug.run.checking import Check, check_run
 from artaug.run.events import OnEvent
-from artaug.run.extrapolation import Extrapolation
 from artaug.run.parts import LearningParts, LoopParts
-from artaug.run.run_plan import RunPlan
-from artaug.run.sampling import Sampler
+from artaug.run.planning.extrapolation import Extrapolation
+from artaug.run.planning.run_plan import RunPlan
+from artaug.run.planning.sampling import Sampler
 from artaug.run.session import check_store
 from artaug.run.stop_rule import StopRule
-from artaug.run.store import Store
+from artaug.run.storage.store import Store
 from artaug.synthesis import Synthesizer
 from artaug.training import Checkpoints, DifferentialLoRATrainer, StepEvent, Validation
 
@@ -141,7 +141,7 @@ def plan_run(  # noqa: PLR0913 - the arguments of `enhance`, and how far to samp
         )
         costs = sampler.measure(chosen, chunk=chunk)
     return Extrapolation(parts, learning, costs, prompts=len(prompts), stored=store is not None).plan(
-        free_bytes=None if store is None else _free_bytes(Path(Store.of(store).folder)), prices=price_per_million_tokens
+        free_bytes=None if store is None else free_bytes(Path(Store.of(store).folder)), prices=price_per_million_tokens
     )
 
 
@@ -166,9 +166,3 @@ def _choose(prompts: Sequence[str], count: int, *, seed: int) -> list[str]:
     """Prompts without replacement, in their order: the first ones may be unlike the rest."""
     chosen = np.random.default_rng(seed).choice(len(prompts), min(count, len(prompts)), replace=False)
     return [prompts[index] for index in sorted(chosen)]
-
-
-def _free_bytes(folder: Path) -> int | None:
-    whole = folder.absolute()
-    existing = next((path for path in (whole, *whole.parents) if path.exists()), None)
-    return None if existing is None else shutil.disk_usage(existing).free

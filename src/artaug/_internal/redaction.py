@@ -27,7 +27,7 @@ _BY_LOOKS = re.compile(
 def is_secret_name(name: str, value: object) -> bool:
     """Whether something of this name is a key, token or password; a number or a function is none, whatever its name.
 
-    >>> from artaug.run.redaction import is_secret_name
+    >>> from artaug._internal.redaction import is_secret_name
     >>> [is_secret_name(name, "abc") for name in ("api_key", "X-Auth-Token", "openaiApiKey", "max_tokens")]
     [True, True, True, False]
     """
@@ -46,7 +46,7 @@ def is_secret_name(name: str, value: object) -> bool:
 def hide_secrets(text: str) -> str:
     """The text with stars for what looks like a secret, and for the secrets of this process's environment.
 
-    >>> from artaug.run.redaction import hide_secrets
+    >>> from artaug._internal.redaction import hide_secrets
     >>> hide_secrets("https://me:abc@host/v1?api_key=12345&n=2")
     'https://***@host/v1?api_key=***&n=2'
     """
