@@ -422,7 +422,9 @@ def test_what_changes_no_result_may_differ(tmp_path):
 def test_another_number_of_threads_or_another_version_is_named(tmp_path, monkeypatch):
     list(run(["bx"], store=tmp_path))
     versions = aa.run.storage.store.installed_versions()
-    monkeypatch.setattr(aa.run.storage.store, "installed_versions", lambda: {**versions, "threads": "99", "torch": "0.1"})
+    monkeypatch.setattr(
+        aa.run.storage.store, "installed_versions", lambda: {**versions, "threads": "99", "torch": "0.1"}
+    )
     with pytest.raises(aa.StorageError, match=r"(?s)threads: \d+ then, 99 now.*torch: .* then, 0.1 now"):
         run(["bx"], store=tmp_path)
     assert list(run(["bx"], store=aa.Store(tmp_path, allow={"threads", "torch"})))
