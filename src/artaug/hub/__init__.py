@@ -1,7 +1,7 @@
 """Push a LoRA to the Hub in one commit, with a model card, and pull it; push the pairs of a run as a dataset."""
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from http import HTTPStatus
 from importlib.metadata import version
@@ -102,18 +102,15 @@ def push(  # noqa: PLR0913 - a card has many parts, and each may be left out
         about=about,
         samples=samples,
     )
-    with TemporaryDirectory(prefix="artaug-push-") as name:
-        folder = Path(name)
-        card = contents.write(folder)
-        planned = Push(
-            repo=repo,
-            revision=revision,
-            private=private,
-            message=message or f"A LoRA trained with artaug {version('artaug')}",
-            files=list_files(folder),
-            card=card,
-        )
-        return planned if dry_run else _upload(planned, folder, api, overwrite=overwrite)
+    planned = Push(
+        repo=repo,
+        revision=revision,
+        private=private,
+        message=message or f"A LoRA trained with artaug {version('artaug')}",
+        files=(),
+        card="",
+    )
+    return _send(planned, contents.write, api, overwrite=overwrite, dry_run=dry_run)
 
 
 def push_pairs(  # noqa: PLR0913 - as `push`
@@ -159,19 +156,16 @@ def push_pairs(  # noqa: PLR0913 - as `push`
     check_argument("hub.push_pairs", "run", run, Run)
     api = _client(token, endpoint)
     contents = PairsContents(repo=check_repo_id(repo), run=run, dropped=dropped)
-    with TemporaryDirectory(prefix="artaug-push-") as name:
-        folder = Path(name)
-        card = contents.write(folder)
-        planned = Push(
-            repo=repo,
-            revision=revision,
-            private=private,
-            message=message or f"Pairs drawn with artaug {version('artaug')}",
-            files=list_files(folder),
-            card=card,
-            kind="dataset",
-        )
-        return planned if dry_run else _upload(planned, folder, api, overwrite=overwrite)
+    planned = Push(
+        repo=repo,
+        revision=revision,
+        private=private,
+        message=message or f"Pairs drawn with artaug {version('artaug')}",
+        files=(),
+        card="",
+        kind="dataset",
+    )
+    return _send(planned, contents.write, api, overwrite=overwrite, dry_run=dry_run)
 
 
 def pull(
@@ -251,6 +245,15 @@ def base_of(repo: str, *, revision: str | None = None, token: str | None = None,
 
 def _client(token: str | None, endpoint: str | None) -> HfApi:
     return HfApi(endpoint=endpoint, token=token, library_name="artaug", library_version=version("artaug"))
+
+
+def _send(planned: Push, write: Callable[[Path], str], api: HfApi, *, overwrite: bool, dry_run: bool) -> Push:
+    """Write the files of a push to a temporary folder, whose card ``write`` returns, and upload them."""
+    with TemporaryDirectory(prefix="artaug-push-") as name:
+        folder = Path(name)
+        card = write(folder)
+        planned = replace(planned, files=list_files(folder), card=card)
+        return planned if dry_run else _upload(planned, folder, api, overwrite=overwrite)
 
 
 def _upload(planned: Push, folder: Path, api: HfApi, *, overwrite: bool) -> Push:
