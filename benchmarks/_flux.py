@@ -1,7 +1,7 @@
-"""FLUX transformers with random weights, regions for them, and counts of what a guided step costs."""
+"""FLUX transformers with random weights, and a step of a batch of pictures with regions."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,11 +12,7 @@ from torch import Tensor, nn
 
 import artaug as aa
 from artaug.diffusion.families.flux.family import FluxDenoiser
-from artaug.regional import EncodedPrompt, EncodedRegion, Isolation, Span
-from artaug.regional.attention_mask import GroupMask, joint_mask
-from artaug.regional.flex import TILE, FlexMask
-from artaug.regional.region_weights import split_grid
-from artaug.regional.split_plan import AttentionSplit, plan_splits
+from artaug.regional import EncodedPrompt, EncodedRegion
 
 LATENT_CHANNELS = 64
 _NOISE_LEVEL = 0.8
@@ -91,6 +87,18 @@ SCALED_DOWN = Geometry(
 )
 """A sixth of FLUX's width, a tenth of its depth: small enough for two cores."""
 
+PLAYGROUND = Geometry(
+    double_blocks=2,
+    single_blocks=5,
+    heads=4,
+    head_channels=32,
+    text_channels=96,
+    pooled_channels=64,
+    base_tokens=24,
+    region_tokens=12,
+)
+"""The playground's transformer, and the length of its prompts."""
+
 
 def with_storage(model: FluxTransformer2DModel, storage: str) -> FluxTransformer2DModel:
     """The model with its weights in ``"fp8"``, as diffusers stores them, or its blocks' in bitsandbytes' ``"nf4"``."""
@@ -118,31 +126,31 @@ def _to_nf4(layer: nn.Linear) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Setting:
-    """One step of one picture: the model, the arguments a pipeline would call it with, and the picture's regions."""
+    """One step of a batch: the model, the arguments a pipeline would call it with, and the regions of every picture."""
 
     geometry: Geometry
     model: FluxTransformer2DModel
     side: int
     """Image tokens on a side: a 16th of the picture's pixels."""
-    regions: tuple[aa.Region, ...]
-    isolation: Isolation
+    pictures: tuple[tuple[aa.Region, ...], ...]
+    """The regions of each picture of the batch, possibly none."""
 
     @cached_property
     def kwargs(self) -> Mapping[str, Any]:
         """The arguments of a pipeline's call, at a noise level where the regions of every preset count."""
-        geometry = self.geometry
+        geometry, batch = self.geometry, len(self.pictures)
         rows, columns = torch.meshgrid(torch.arange(self.side), torch.arange(self.side), indexing="ij")
         grid = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
         inputs = {
-            "timestep": torch.tensor([_NOISE_LEVEL]),
-            "guidance": torch.tensor([3.5]),
+            "timestep": torch.full((batch,), _NOISE_LEVEL),
+            "guidance": torch.full((batch,), 3.5),
             "img_ids": grid,
             "txt_ids": torch.zeros(geometry.base_tokens, 3),
         }
         return {
-            "hidden_states": self._random(1, self.side**2, LATENT_CHANNELS),
-            "encoder_hidden_states": self._random(1, geometry.base_tokens, geometry.text_channels),
-            "pooled_projections": self._random(1, geometry.pooled_channels),
+            "hidden_states": self._random(batch, self.side**2, LATENT_CHANNELS),
+            "encoder_hidden_states": self._random(batch, geometry.base_tokens, geometry.text_channels),
+            "pooled_projections": self._random(batch, geometry.pooled_channels),
             **{name: tensor.to(geometry.device, geometry.dtype) for name, tensor in inputs.items()},
             "return_dict": False,
         }
@@ -154,21 +162,23 @@ class Setting:
         return FluxDenoiser(module=self.model, grid=(self.side, self.side), prompt_embeds=embeds)
 
     @cached_property
-    def encoded(self) -> list[EncodedRegion]:
-        """The regions with random prompts, padded as the plan's."""
+    def encoded(self) -> list[list[EncodedRegion]]:
+        """The regions of every picture with random prompts, padded as the plan's."""
         token_slice = slice(0, self.geometry.region_tokens)
-        return [EncodedRegion(region, EncodedPrompt(self._prompt(), token_slice)) for region in self.regions]
+        return [
+            [EncodedRegion(region, EncodedPrompt(self._prompt(), token_slice)) for region in regions]
+            for regions in self.pictures
+        ]
 
     @property
-    def spans(self) -> tuple[Span, ...]:
-        """The joint sequence of a guided step."""
-        region_tokens = self.geometry.region_tokens
-        prompts = [Span("text", region_tokens, number + 1) for number in range(len(self.regions))]
-        return (Span("text", self.geometry.base_tokens), *prompts, Span("image", self.side**2))
+    def inputs(self) -> list[Tensor]:
+        """What a step holds before it begins: weights, and the arguments of the call."""
+        arguments = [value for value in self.kwargs.values() if isinstance(value, Tensor)]
+        return [*arguments, *self.model.parameters()]
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """The prediction of one step."""
+        """The predictions of one step."""
         prediction: Tensor = self.model(**self.kwargs)[0]
         return prediction
 
@@ -183,121 +193,33 @@ class Setting:
         return torch.randn(*shape, device=self.geometry.device, dtype=self.geometry.dtype)
 
 
-def boxes(count: int, *, side: int) -> list[aa.Box]:
-    """Boxes along the token grid, in rows and columns, an eighth of their cell (one token at least) free all around."""
+def boxes(count: int, *, side: int, variant: int = 0) -> list[aa.Box]:
+    """Boxes along the token grid, one in each of ``count`` equal cells in rows and columns.
+
+    Args:
+        count: of boxes, at most ``side``.
+        side: image tokens on a side.
+        variant: 0 for an eighth of the cell free all around; each other number for boxes of other sizes, at least half a
+            cell high and wide, somewhere in their cells.
+    """
     down = max(1, 2 ** ((count.bit_length() - 1) // 2))
     across = -(-count // down)
     height, width = side // down, side // across
-    gaps = max(1, height // 8), max(1, width // 8)
-    cells = [(number // across, number % across) for number in range(count)]
-    return [
-        aa.Box(
-            (column * width + gaps[1]) / side,
-            (row * height + gaps[0]) / side,
-            ((column + 1) * width - gaps[1]) / side,
-            ((row + 1) * height - gaps[0]) / side,
-        )
-        for row, column in cells
-    ]
+    rng = random.Random(variant)
+    found = []
+    for number in range(count):
+        top, bottom = _edges(height, rng if variant else None)
+        left, right = _edges(width, rng if variant else None)
+        row, column = number // across * height, number % across * width
+        found.append(aa.Box((column + left) / side, (row + top) / side, (column + right) / side, (row + bottom) / side))
+    return found
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """What one step of one picture costs."""
-
-    linear_flops: int
-    """Of the linear layers; a multiplication and an addition are two."""
-    attention_flops: int
-    """Of queries times keys and weights times values."""
-    mask_bytes: int
-    """Of masks and indices, as long as a run holds them, and of the copy that a call makes."""
-
-    @property
-    def flops(self) -> int:
-        """The sum of both."""
-        return self.linear_flops + self.attention_flops
-
-
-def step_cost(setting: Setting, method: str) -> StepCost:
-    """Count a step's floating point operations and the bytes of its masks.
-
-    Args:
-        setting: model, picture and regions.
-        method: one of a `RegionalAttention`, or ``"plain"`` or ``"output_mix"``.
-    """
-    image, base, channels = setting.side**2, setting.geometry.base_tokens, _channels(setting)
-    layers = len(setting.denoiser.sites)
-    if method in {"plain", "output_mix"}:
-        passes = 1 + len(setting.regions) if method == "output_mix" else 1
-        attention = 4 * (image + base) ** 2 * channels * layers
-        return StepCost(passes * _linear_flops(setting, base), passes * attention, 0)
-    isolated = [
-        setting.isolation.applies_to_block(site.block, num_blocks=layers, stack_start=site.stack_start)
-        for site in setting.denoiser.sites
-    ]
-    masks = {applies: mask_of(setting, isolated=applies) for applies in set(isolated)}
-    costs = {applies: _mask_cost(mask, method, setting.geometry.dtype) for applies, mask in masks.items()}
-    text = base + len(setting.regions) * setting.geometry.region_tokens
-    return StepCost(
-        _linear_flops(setting, text),
-        sum(4 * costs[applies][0] * channels for applies in isolated),
-        sum(mask_bytes for _, mask_bytes in costs.values()),
-    )
-
-
-def mask_of(setting: Setting, *, isolated: bool) -> GroupMask:
-    """The mask of a joint layer where the isolation applies, or of one where it does not."""
-    region_weights = split_grid(
-        setting.regions, (setting.side, setting.side), base_weight=setting.isolation.base_weight
-    )
-    return joint_mask(setting.spans, region_weights, setting.isolation if isolated else None)
-
-
-def _channels(setting: Setting) -> int:
-    return setting.geometry.heads * setting.geometry.head_channels
-
-
-def _linear_flops(setting: Setting, text: int) -> int:
-    """FLOPs of the linear layers: weights times tokens, summed over layers."""
-    image = setting.side**2
-    tokens = {"image": image, "text": text, "joint": image + text, None: 1}
-    layers = [(name, layer) for name, layer in setting.model.named_modules() if isinstance(layer, nn.Linear)]
-    return sum(2 * layer.weight.numel() * tokens[setting.denoiser.token_stream(name)] for name, layer in layers)
-
-
-def _mask_cost(mask: GroupMask, method: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Scores computed in one layer, and bytes held."""
-    if method == "dense":
-        copy_bytes = 0 if dtype == torch.float32 else dtype.itemsize
-        return mask.bias.numel(), mask.bias.numel() * (4 + copy_bytes)
-    if method == "flex":
-        flex_mask = FlexMask.of(mask, torch.device("cpu"))
-        block_mask = flex_mask.block_mask
-        tiles = int(block_mask.kv_num_blocks.sum()) + int(block_mask.full_kv_num_blocks.sum())  # type: ignore[union-attr]
-        return tiles * TILE**2, _num_bytes(_flex_tensors(flex_mask))
-    splits = plan_splits(mask, method)  # type: ignore[arg-type]
-    queries, keys = mask.bias.shape
-    scores = sum(_num_tokens([split.queries], queries) * _num_tokens(split.keys, keys) for split in splits)
-    return scores, _num_bytes(_split_tensors(splits))
-
-
-def _num_tokens(indices: Sequence[slice | Tensor], count: int) -> int:
-    return sum(len(range(count)[index]) if isinstance(index, slice) else len(index) for index in indices)
-
-
-def _split_tensors(splits: Sequence[AttentionSplit]) -> Iterator[Tensor]:
-    for split in splits:
-        parts = (split.queries, *split.keys, split.log_weights)
-        yield from (part for part in parts if isinstance(part, Tensor))
-
-
-def _flex_tensors(flex_mask: FlexMask) -> Iterator[Tensor]:
-    """The tensors of a block mask, and those that its functions have closed over."""
-    values = [*vars(flex_mask).values(), *vars(flex_mask.block_mask).values()]
-    for function in (flex_mask.block_mask.mask_mod, flex_mask.score_mod):
-        values += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    yield from {id(value): value for value in values if isinstance(value, Tensor)}.values()
-
-
-def _num_bytes(tensors: Iterator[Tensor]) -> int:
-    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
+def _edges(length: int, rng: random.Random | None) -> tuple[int, int]:
+    """Where a box begins and ends in a cell of ``length`` tokens."""
+    if rng is None:
+        gap = max(length // 8, int(length > 2))
+        return gap, length - gap
+    size = rng.randint(-(-length // 2), length)
+    start = rng.randint(0, length - size)
+    return start, start + size

@@ -49,10 +49,10 @@ class Layout:
         return aa.Plan(self.scene, tuple(regions))
 
 
-def layouts(count: int, *, seed: int) -> list[Layout]:
-    """Random layouts, of two, three and four regions in turn."""
+def layouts(count: int, *, seed: int, regions: int | None = None) -> list[Layout]:
+    """Random layouts of so many regions, or of two, three and four in turn."""
     rng = random.Random(seed)
-    return [_layout(rng, 2 + number % 3) for number in range(count)]
+    return [_layout(rng, regions or 2 + number % 3) for number in range(count)]
 
 
 def _layout(rng: random.Random, count: int) -> Layout:

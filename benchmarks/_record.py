@@ -15,13 +15,29 @@ import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
 
+from artaug._internal.files import atomic_write
+
 Row = Mapping[str, Any]
 
 
-def run(name: str, measure: Callable[..., Iterable[Row]], plot: Callable[[Sequence[Row]], Figure]) -> None:
-    """Read options from the command line, measure, print the table, write NAME.json and NAME.png.
+def run(
+    name: str,
+    measure: Callable[..., Iterable[Row]],
+    plot: Callable[[Sequence[Row]], Figure],
+    *,
+    report: Callable[[Sequence[Row]], str] | None = None,
+    summarize: Callable[[Sequence[Row]], Row] | None = None,
+) -> None:
+    """Read options from the command line, measure, print a report of the rows, write NAME.json and NAME.png.
 
-    The JSON is written anew after every row, so that an interrupted run keeps the rows measured so far.
+    The JSON is replaced after every row, so that a run that is killed or interrupted keeps the rows measured so far.
+
+    Args:
+        name: of the files.
+        measure: the benchmark. It takes ``quick``, and its docstring is the help.
+        plot: draws the rows.
+        report: the rows as text; None for `table`.
+        summarize: figures of all rows together, which are kept as ``summary``.
     """
     parser = argparse.ArgumentParser(description=measure.__doc__)
     parser.add_argument("--quick", action="store_true", help="a small run that ends within a minute on two cores")
@@ -31,14 +47,22 @@ def run(name: str, measure: Callable[..., Iterable[Row]], plot: Callable[[Sequen
     mpl.use("Agg")
     if options.without_cudnn_attention:
         torch.backends.cuda.enable_cudnn_sdp(False)
-    options.out.mkdir(parents=True, exist_ok=True)
     recorded = environment() | {"quick": options.quick}
     rows: list[Row] = []
     for row in measure(quick=options.quick):
         rows.append(row)
-        (options.out / f"{name}.json").write_text(json.dumps({"environment": recorded, "rows": rows}, indent=2) + "\n")
-    print(table(rows))
+        write(options.out / f"{name}.json", recorded, rows, summarize(rows) if summarize else None)
+    print((report or table)(rows))
     plot(rows).savefig(options.out / f"{name}.png", dpi=150, bbox_inches="tight")
+
+
+def write(path: Path, recorded: Row, rows: Sequence[Row], summary: Row | None = None) -> None:
+    """Write a benchmark's record: the environment, the rows so far, and figures of all of them. Replaces it atomically."""
+    content = {"environment": recorded, **({"summary": summary} if summary else {}), "rows": rows}
+    with atomic_write(
+        path, what="the result of a benchmark", remedy="Give --out a folder that can be written."
+    ) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -1,165 +1,161 @@
-"""The cost of a guided step relative to a plain one: every method of regional attention, and the paper's mixing."""
+"""The cost of regions over plain drawing: every method on a grid, and what the choice of ``auto`` costs over the best."""
 
 import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from statistics import median, quantiles
+from functools import partial
+from statistics import median
+from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
+from diffusers import FluxTransformer2DModel
 
-import artaug as aa
-from artaug.regional import ELIGEN, INSTANTX, Guide, Isolation
+from artaug.regional import Guide
+from benchmarks import _drawings as drawings
 from benchmarks import _flux as flux
+from benchmarks import _grid as grid
 from benchmarks import _memory as memory
 from benchmarks import _record as record
-
-METHODS = ("plain", "dense", "merged", "grouped", "flex", "output_mix")
+from benchmarks import _regional_report as report
+from benchmarks import _timing as timing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layouts:
-    """Layouts that differ in their number of regions only."""
+class Effort:
+    """How long a point is measured."""
 
-    feather: float = 0.0
-    isolation: Isolation = ELIGEN
-    methods: tuple[str, ...] = ("plain", "dense", "merged", "flex")
+    seconds: float
+    """About so long, if the limits allow it."""
+    min_rounds: int = 3
+    max_rounds: int = 15
+
+    def rounds(self, seconds_per_round: float) -> int:
+        """Rounds in that time, within the limits."""
+        return max(self.min_rounds, min(self.max_rounds, int(self.seconds / seconds_per_round)))
 
 
-LAYOUTS = {
-    "hard": Layouts(methods=METHODS),
-    "soft": Layouts(feather=0.03),
-    "apart": Layouts(isolation=INSTANTX),
-}
-"""Boxes along the token grid; the same boxes, feathered; and regions isolated, with a weak plan's prompt in them. Only
-the first can be grouped, and `OutputMix` takes equally long for each."""
-
-MIXING_ROUNDS = 3
-"""Rounds in which `OutputMix` is timed: each of its steps takes as long as 1 + regions others."""
+ON_CPU, ON_GPU = Effort(seconds=5.0), Effort(seconds=12.0, max_rounds=7)
+QUICK = Effort(seconds=1.5, min_rounds=2, max_rounds=5)
 
 
 def measure(*, quick: bool) -> Iterator[record.Row]:
-    """Time whole denoiser steps, interleaved, over picture size and number of regions; count what they compute.
+    """Measure every method of regional attention, and ``auto``, on a grid of batches, in turn.
 
-    With CUDA the transformer is FLUX.1-dev's own geometry in bfloat16, else a scaled-down one in float32; its weights are
-    random. A round takes every method once, each time beginning with another one: ``seconds`` is the median over rounds,
+    ``part`` ``step``: a whole denoiser step of a batch. With CUDA the transformer is FLUX.1-dev's own geometry in
+    bfloat16, else a scaled-down one, the smaller the longer its sequences; its weights are random. ``part`` ``drawing``,
+    without CUDA: whole drawings of the playground's model, each with prompts not drawn before.
+
+    A round takes every method once, each time beginning with another one: ``seconds`` is the median over rounds,
     ``ratio_to_plain`` the median of the ratios within rounds, low and high are quartiles. ``first_seconds`` is the first
-    step of a drawing, in which the layout is prepared. ``peak_bytes`` holds weights, inputs, and the most that torch's
-    allocator held at once beside them while a layout was prepared and a step computed.
+    step, in which the layouts are prepared; ``compile_seconds`` what it took longer than the second where it compiled.
+    ``peak_bytes`` holds weights, inputs, and the most that torch's allocator held at once beside them.
+    ``attention_calls`` counts calls of attention kernels in the denoiser. In a row of ``auto``, ``regret`` is its time over
+    that of the ``best`` method at the same point; ``choice`` is the method whose kernels it called, if it is one of
+    them, and ``choice_regret`` is that method's time over the best one's.
     """
-    on_gpu = torch.cuda.is_available()
-    geometry, sides = (flux.FLUX_DEV, (64, 128)) if on_gpu else (flux.SCALED_DOWN, (32, 48))
-    if quick:
-        small = replace(geometry, double_blocks=1, single_blocks=2)
-        return measured(small, [Series(kind="hard", side=sides[0], counts=(1, 4))], rounds=2)
-    # On a GPU flex compiles for each count, so there are fewer.
-    many, few = ((1, 4, 16), (4,)) if on_gpu else ((1, 2, 4, 8, 16), (1, 4, 16))
-    others = few if on_gpu else many
-    series = [Series(kind=kind, side=sides[0], counts=many if kind == "hard" else others) for kind in LAYOUTS]
-    return measured(geometry, [*series, Series(kind="hard", side=sides[1], counts=few)], rounds=5)
+    if torch.cuda.is_available():
+        points = grid.gpu_points()
+        if quick:
+            shallow = replace(flux.FLUX_DEV, double_blocks=1, single_blocks=2)
+            points = [replace(point, geometry=shallow) for point in points[:3]]
+        yield from measured(points, effort=QUICK if quick else ON_GPU)
+    elif quick:
+        yield from measured(grid.quick_points(), effort=QUICK)
+        yield from drawings.measured([drawings.Batch(size=4, rows="unlike")], rounds=2, steps=3)
+    else:
+        yield from drawings.measured(rounds=7)
+        yield from measured(grid.cpu_points(), effort=ON_CPU)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """Layouts of one kind on pictures of one size."""
-
-    kind: str
-    """One of `LAYOUTS`."""
-    side: int
-    """Image tokens on a side."""
-    counts: tuple[int, ...]
-    """Numbers of regions."""
-
-
-def measured(geometry: flux.Geometry, series: Sequence[Series], *, rounds: int) -> Iterator[record.Row]:
-    """Measure one model: a row for each layout and method."""
-    model = geometry.model()
-    for item in series:
-        layouts = LAYOUTS[item.kind]
-        for count in item.counts:
-            areas = flux.boxes(count, side=item.side)
-            setting = flux.Setting(
-                geometry=geometry,
-                model=model,
-                side=item.side,
-                regions=tuple(aa.Region(area, "a", feather=layouts.feather) for area in areas),
-                isolation=layouts.isolation,
-            )
-            yield from layout_rows(setting, item.kind, rounds)
-            torch.compiler.reset()  # one graph a size, and past eight of them torch stops compiling
-            gc.collect()
+def measured(points: Sequence[grid.Point], *, effort: Effort) -> Iterator[record.Row]:
+    """The rows of all points, each point's as soon as it is measured. A model is built once for a row of points."""
+    model: FluxTransformer2DModel | None = None
+    built: flux.Geometry | None = None
+    for point in points:
+        if model is None or point.geometry != built:
+            model = None  # so that two models are never held
+            model, built = point.geometry.model(), point.geometry
+        yield from point_rows(point, model, effort=effort)
+        torch.compiler.reset()  # one graph a size, and past eight of them torch stops compiling
+        gc.collect()
 
 
-def layout_rows(setting: flux.Setting, kind: str, rounds: int) -> list[record.Row]:
-    """One row for each method, for one layout."""
-    guides = {method: make_guide(method, setting.isolation) for method in LAYOUTS[kind].methods}
-    for guide in guides.values():
-        step_seconds(setting, guide, count=1)  # compiles, and warms the device up
-    peaks = {method: peak_bytes(setting, guide) for method, guide in guides.items()}
-    timed: dict[str, list[Sequence[float]]] = {method: [] for method in guides}
-    names = list(guides)
-    for number in range(rounds):
-        for method in (*names[number % len(names) :], *names[: number % len(names)]):
-            if method == "output_mix" and number >= MIXING_ROUNDS:
-                continue
-            prepares = method not in {"plain", "output_mix"}
-            timed[method].append(step_seconds(setting, guides[method], count=2 if prepares else 1))
-    return [row(setting, kind, method, timed, peaks) for method in guides]
+def point_rows(point: grid.Point, model: FluxTransformer2DModel, *, effort: Effort) -> list[dict[str, Any]]:
+    """One row for each method, for one point.
+
+    Args:
+        point: what to measure.
+        model: of the point's geometry.
+        effort: how long.
+    """
+    setting = flux.Setting(geometry=point.geometry, model=model, side=point.side, pictures=point.pictures)
+    guides = {method: point.guide(method) for method in point.methods}
+    # so that a kernel of an earlier run is not free
+    with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+        first = {method: step_seconds(setting, guide, count=2) for method, guide in guides.items()}
+    observed = {
+        method: memory.observe(partial(step_seconds, setting, guide, count=1), inputs=setting.inputs)
+        for method, guide in guides.items()
+    }
+    timed = _timed_steps(first["plain"][1])
+    rounds = effort.rounds((1 + timed) * sum(steps[1] for steps in first.values()))
+    ways = {method: partial(_visit, setting, guide, timed) for method, guide in guides.items()}
+    seconds = timing.interleaved(ways, rounds=rounds)
+    rows = [_row(point, method, seconds, first[method], observed) for method in guides]
+    choice = chosen(observed)
+    rows[-1] |= {"choice": choice, **timing.regret(seconds, "auto", among=grid.EXACT, choice=choice).columns}
+    return rows
 
 
-def row(
-    setting: flux.Setting,
-    kind: str,
+def _timed_steps(seconds: float) -> int:
+    """How many steps of so many seconds are timed at once: more of short ones, whose times vary more."""
+    return max(1, min(8, int(0.05 / seconds)))
+
+
+def _visit(setting: flux.Setting, guide: Guide | None, timed: int) -> float:
+    """Seconds of a step: the median of some, after one that prepares the layouts and warms the caches."""
+    return median(step_seconds(setting, guide, count=1 + timed)[1:])
+
+
+def chosen(observed: Mapping[str, memory.Observed]) -> str | None:
+    """The method whose attention kernels ``auto`` called, as often and on tensors of the same shapes."""
+    calls = observed["auto"].attention_calls
+    return next((name for name in grid.EXACT if name in observed and observed[name].attention_calls == calls), None)
+
+
+def _row(
+    point: grid.Point,
     method: str,
-    timed: Mapping[str, Sequence[Sequence[float]]],
-    peaks: Mapping[str, int],
-) -> record.Row:
-    """The row of one method."""
-    seconds = [step[-1] for step in timed[method]]
-    ratios = [guided / plain[-1] for guided, plain in zip(seconds, timed["plain"], strict=False)]
-    cost, plain_cost = flux.step_cost(setting, method), flux.step_cost(setting, "plain")
-    added = 0 if method in {"plain", "output_mix"} else len(setting.regions) * setting.geometry.region_tokens
+    seconds: timing.Seconds,
+    first: Sequence[float],
+    observed: Mapping[str, memory.Observed],
+) -> dict[str, Any]:
+    own, plain = observed[method], observed["plain"]
+    flops, plain_flops = own.flops, plain.flops
+    added = 0 if method in {"plain", "output_mix"} else point.regions * point.geometry.region_tokens
     return {
+        "part": "step",
+        **point.columns,
         "method": method,
-        "regions": len(setting.regions),
-        "layout": kind,
-        "pixels": 16 * setting.side,
-        "tokens": setting.side**2 + setting.geometry.base_tokens + added,
-        "seconds": median(seconds),
-        **spread("seconds", seconds),
-        "first_seconds": median(step[0] for step in timed[method]),
-        "ratio_to_plain": median(ratios),
-        **spread("ratio", ratios),
-        "peak_bytes": peaks[method],
-        "peak_to_plain": peaks[method] / peaks["plain"],
-        "flops": cost.flops,
-        "flops_to_plain": cost.flops / plain_cost.flops,
-        "attention_flops": cost.attention_flops,
-        "mask_bytes": cost.mask_bytes,
+        "pixels": 16 * point.side,
+        "tokens": point.tokens + point.geometry.base_tokens + added,
+        **timing.timed_columns(seconds, method),
+        "first_seconds": first[0],
+        "compile_seconds": first[0] - first[1] if flops is None else None,
+        "peak_bytes": own.peak_bytes,
+        "peak_to_plain": own.peak_bytes / plain.peak_bytes,
+        "flops": flops,
+        "flops_to_plain": flops / plain_flops if flops and plain_flops else None,
+        "attention_flops": own.attention_flops,
+        "attention_calls": own.num_attention_calls,
     }
 
 
-def spread(name: str, numbers: Sequence[float]) -> dict[str, float]:
-    """The quartiles."""
-    low, _, high = quantiles(numbers, n=4, method="inclusive")
-    return {f"{name}_low": low, f"{name}_high": high}
-
-
-def make_guide(method: str, isolation: Isolation) -> Guide | None:
-    """The guide of a method; None for plain drawing."""
-    if method == "plain":
-        return None
-    if method == "output_mix":
-        return aa.OutputMix()
-    return aa.RegionalAttention(method=method, isolation=isolation)  # type: ignore[arg-type]
-
-
 def steering(setting: flux.Setting, guide: Guide | None) -> AbstractContextManager[None]:
-    """A ``with`` block in which the guide steers one picture."""
-    return nullcontext() if guide is None else guide.steering(setting.denoiser, [setting.encoded])
+    """A ``with`` block in which the guide steers the batch."""
+    return nullcontext() if guide is None else guide.steering(setting.denoiser, setting.encoded)
 
 
 def step_seconds(setting: flux.Setting, guide: Guide | None, *, count: int) -> list[float]:
@@ -175,39 +171,5 @@ def step_seconds(setting: flux.Setting, guide: Guide | None, *, count: int) -> l
     return seconds
 
 
-def peak_bytes(setting: flux.Setting, guide: Guide | None) -> int:
-    """The most memory held at once in the first step of a drawing."""
-    inputs = [tensor for tensor in setting.kwargs.values() if isinstance(tensor, Tensor)]
-    return memory.peak_bytes(
-        lambda: step_seconds(setting, guide, count=1), inputs=[*inputs, *setting.model.parameters()]
-    )
-
-
-def plot(rows: Sequence[record.Row]) -> Figure:
-    """Time relative to a plain step over the number of regions: a panel for every size and kind of layout."""
-    panels = sorted({(row["pixels"], row["layout"]) for row in rows})
-    figure = Figure(figsize=(4 * len(panels), 3.6))
-    for number, (pixels, layout) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), number + 1, title=f"{pixels} x {pixels}, {layout}", xlabel="regions")
-        for method in METHODS[1:]:
-            method_rows = [
-                row for row in rows if (row["pixels"], row["layout"], row["method"]) == (pixels, layout, method)
-            ]
-            if method_rows:
-                errors = [[row["ratio_to_plain"] - row["ratio_low"] for row in method_rows]]
-                errors += [[row["ratio_high"] - row["ratio_to_plain"] for row in method_rows]]
-                counts = [row["regions"] for row in method_rows]
-                axes.errorbar(counts, [row["ratio_to_plain"] for row in method_rows], errors, label=method, marker=".")
-        axes.axhline(1, color="grey", linewidth=0.5)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-        if number == 0:
-            axes.set_ylabel("time of a step, plain = 1")
-            axes.legend(fontsize=7)
-    figure.tight_layout()
-    return figure
-
-
 if __name__ == "__main__":
-    record.run("regional", measure, plot)
+    record.run("regional", measure, report.plot, report=report.text, summarize=report.summarize)

@@ -1,87 +1,79 @@
-"""The benchmark of a guided step: what it counts is what torch counts, and every method has its row."""
+"""The grid of regional attention: it says what it measures, its counts are torch's, and its regret is arithmetic."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks import _drawings as drawings
 from benchmarks import _flux as flux
+from benchmarks import _grid as grid
+from benchmarks import _memory as memory
+from benchmarks import _regional_report as report
+from benchmarks import _timing as timing
 from benchmarks import regional
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-import artaug as aa
-from artaug.regional import ELIGEN, INSTANTX, INVOKEAI, OPEN
-from artaug.regional.flex import TILE
+from artaug import playground
 from support.tiny_geometry import TINY
 
 SDPA_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - has no other name
+ONCE = regional.Effort(seconds=0, min_rounds=1)
 
 
-def tiny_setting(*, count=4, side=16, feather=0.0, isolation=ELIGEN):
-    regions = tuple(aa.Region(box, "a", feather=feather) for box in flux.boxes(count, side=side))
-    return flux.Setting(geometry=TINY, model=TINY.model(), side=side, regions=regions, isolation=isolation)
+def tiny_point(**options):
+    return grid.Point(**{"tokens": 64, "regions": 4, "geometry": TINY, **options})
 
 
-def flops_by_torch(setting, method):
-    """FLOPs of linear layers and of attention; the preparation of the layout is neither."""
-    mapping = {SDPA_ON_CPU: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
-    counter = FlopCounterMode(display=False, custom_mapping=mapping)
-    with regional.steering(setting, regional.make_guide(method, setting.isolation)), counter:
-        setting.step()
-    counts = counter.get_flop_counts()["Global"]
-    return counts[torch.ops.aten.addmm], counts[SDPA_ON_CPU]
+def step_of(point, method):
+    """The work of one step, and the tensors that it is given."""
+    model = point.geometry.model()
+    setting = flux.Setting(geometry=point.geometry, model=model, side=point.side, pictures=point.pictures)
+    return lambda: regional.step_seconds(setting, point.guide(method), count=1), setting.inputs
 
 
 @pytest.mark.parametrize("method", ["plain", "dense", "merged", "grouped", "output_mix"])
-@pytest.mark.parametrize("isolation", [OPEN, ELIGEN, INVOKEAI], ids=["open", "eligen", "invokeai"])
-def test_flops_are_those_that_torch_counts(method, isolation):
-    if method == "grouped" and isolation is INVOKEAI:
-        isolation = aa.Isolation(image_to_image="regions", block_stride=2)
-    setting = tiny_setting(isolation=isolation)
+def test_flops_are_those_that_torch_counts(method):
+    work, inputs = step_of(tiny_point(), method)
+    mapping = {SDPA_ON_CPU: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        work()
+    counts = counter.get_flop_counts()["Global"]
 
-    cost = flux.step_cost(setting, method)
+    observed = memory.observe(work, inputs=inputs)
 
-    assert (cost.linear_flops, cost.attention_flops) == flops_by_torch(setting, method)
-
-
-@pytest.mark.parametrize("count", [1, 2, 8])
-def test_flops_of_soft_regions_too(count):
-    setting = tiny_setting(count=count, feather=0.05)
-
-    cost = flux.step_cost(setting, "merged")
-
-    assert (cost.linear_flops, cost.attention_flops) == flops_by_torch(setting, "merged")
+    assert (observed.linear_flops, observed.attention_flops) == (counts[torch.ops.aten.addmm], counts[SDPA_ON_CPU])
 
 
-def test_a_tile_with_a_visible_pair_counts_for_flex():
-    setting = tiny_setting(isolation=INSTANTX, side=32)
-    mask = flux.mask_of(setting, isolated=True)
-    flex_mask = flux.FlexMask.of(mask, torch.device("cpu"))
-    visible = (mask.weights[:, mask.groups] > 0)[flex_mask.query_order][:, flex_mask.key_order]
-    padded = torch.nn.functional.pad(visible, (0, -visible.shape[1] % TILE, 0, -visible.shape[0] % TILE))
-    tiles = padded.unfold(0, TILE, TILE).unfold(1, TILE, TILE).any(dim=-1).any(dim=-1)
+def test_a_plain_step_of_a_batch_is_one_attention_of_all_tokens_a_layer():
+    point = tiny_point(batch=3)
 
-    cost = flux.step_cost(setting, "flex")
+    observed = memory.observe(*step_of(point, "plain")[:1], inputs=())
 
-    layers, channels = 3, 32
-    assert cost.attention_flops == 4 * int(tiles.sum()) * TILE**2 * channels * layers
+    layers, tokens = 3, 64 + TINY.base_tokens
+    assert observed.num_attention_calls == layers
+    assert observed.attention_flops == 3 * layers * 4 * tokens**2 * TINY.heads * TINY.head_channels
 
 
-def test_only_dense_attention_holds_a_mask_of_queries_times_keys():
-    setting = tiny_setting()
-    tokens = 16 * 16 + 12 + 4 * 4
+def test_kernels_outside_the_named_block_are_not_counted():
+    query = torch.randn(1, 1, 4, 8)
 
-    mask_bytes = {method: flux.step_cost(setting, method).mask_bytes for method in regional.METHODS}
+    def work():
+        attend(query, query, query)
+        with torch.profiler.record_function("inside"):
+            attend(query, query, query)
 
-    assert mask_bytes["dense"] == 4 * tokens**2
-    assert mask_bytes["plain"] == mask_bytes["output_mix"] == 0
-    assert 0 < max(mask_bytes["merged"], mask_bytes["grouped"]) < mask_bytes["dense"] / 50
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert memory.observe(work, inputs=()).num_attention_calls == 2
+    assert memory.observe(work, inputs=(), within="inside").num_attention_calls == 1
 
 
-@given(st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([16, 32, 48, 64, 128]))
-def test_boxes_lie_along_the_grid_and_apart(count, side):
-    boxes = flux.boxes(count, side=side)
+@given(st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([8, 16, 32, 48, 64, 128]), st.integers(0, 40))
+def test_boxes_lie_along_the_grid_and_apart(count, side, variant):
+    boxes = flux.boxes(count, side=side, variant=variant)
 
     assert len(boxes) == count
     assert all(box.overlap(other) == 0 for number, box in enumerate(boxes) for other in boxes[:number])
@@ -89,20 +81,155 @@ def test_boxes_lie_along_the_grid_and_apart(count, side):
     assert edges == pytest.approx([round(edge) for edge in edges], abs=1e-9)
 
 
-def test_the_step_benchmark_has_a_row_for_every_method(monkeypatch):
-    methods = tuple(method for method in regional.METHODS if method != "flex")  # which takes a compiler half a minute
-    monkeypatch.setitem(regional.LAYOUTS, "hard", regional.Layouts(methods=methods))
+@pytest.mark.parametrize("points", [grid.cpu_points, grid.gpu_points, grid.quick_points])
+def test_a_point_is_the_batch_that_it_says(points):
+    for point in points():
+        pictures = point.pictures
+        counts = [len(regions) for regions in pictures]
 
-    rows = list(regional.measured(TINY, [regional.Series(kind="hard", side=16, counts=(1, 2))], rounds=2))
+        assert point.side**2 == point.tokens
+        assert (len(pictures), counts[0]) == (point.batch, point.regions)
+        with_regions = [regions for regions in pictures if regions]
+        assert len(set(with_regions)) == (1 if point.rows == "alike" else len(with_regions))
+        assert (set(counts) == {point.regions}) == (point.rows != "ragged")
+        assert {"plain", "dense", "merged", "auto"} <= set(point.methods)
+        assert ("grouped" in point.methods) == (point.layout == "hard")
 
-    assert [(row["method"], row["regions"]) for row in rows] == [
-        (method, count) for count in (1, 2) for method in methods
+
+def test_the_grid_reaches_all_that_it_has_to_show():
+    points = [point.columns for point in grid.cpu_points()]
+    extremes = {
+        "image_tokens": {64, 256, 1024, 4096, 16384},
+        "regions": {1, 2, 4, 8, 16},
+        "batch": {1, 2, 4, 8, 16},
+        "rows": {"alike", "unlike", "ragged"},
+        "layout": set(grid.ISOLATIONS),
+    }
+    for name, values in extremes.items():
+        assert {point[name] for point in points} == values
+    assert {name for point in grid.cpu_points() for name in point.extra} == {"flex", "output_mix"}
+    assert len({tuple(point.values()) for point in points}) == len(points)
+    assert {point["dtype"] for point in points} >= {"float32"}
+
+
+def test_the_most_valuable_points_come_first_on_a_gpu():
+    first = [(16 * point.side, point.regions, point.batch, point.rows) for point in grid.gpu_points()[:4]]
+    assert first == [(1024, 4, 1, "alike"), (1024, 16, 1, "alike"), (1024, 4, 4, "unlike"), (2048, 4, 1, "alike")]
+    assert {point.geometry for point in grid.gpu_points()} == {flux.FLUX_DEV}
+
+
+def test_a_round_takes_every_way_once_and_begins_with_another():
+    order = []
+    ways = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
+
+    seconds = timing.interleaved(ways, rounds=4)
+
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert seconds == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+
+
+def test_regret_is_the_choosers_time_over_the_best_ones_within_rounds():
+    # The third round was slow for all, and the median of the ratios does not see it.
+    seconds = {
+        "plain": [1.0, 1.0, 5.0],
+        "dense": [2.0, 2.0, 10.0],
+        "merged": [3.0, 3.0, 15.0],
+        "auto": [2.2, 3.0, 12.0],
+    }
+
+    regret = timing.regret(seconds, "auto", among=("dense", "merged", "flex"), choice="merged")
+
+    assert regret.best == "dense"
+    assert regret.ratio == pytest.approx(1.2)
+    assert (regret.ratio_low, regret.ratio_high) == pytest.approx((1.15, 1.35))
+    assert regret.choice_ratio == pytest.approx(1.5)
+    assert timing.regret(seconds, "auto", among=("dense", "merged")).choice_ratio is None
+
+
+def test_whose_choice_is_the_best_has_no_regret_of_it():
+    seconds = {"dense": [2.0, 2.5], "merged": [3.0, 3.5], "auto": [2.1, 2.4]}
+    assert timing.regret(seconds, "auto", among=("dense", "merged"), choice="dense").choice_ratio == 1
+
+
+def test_the_summary_has_the_worst_the_median_and_the_share_that_is_good():
+    assert timing.summary([1.0, 1.05, 1.06, 2.0]) == {
+        "points": 4,
+        "max": 2.0,
+        "median": pytest.approx(1.055),
+        "within_5_percent": 0.5,
+    }
+
+
+def test_rounds_stay_within_their_limits():
+    effort = regional.Effort(seconds=10, min_rounds=3, max_rounds=7)
+    assert [effort.rounds(seconds) for seconds in (0.01, 2.0, 60.0)] == [7, 5, 3]
+
+
+def test_the_choice_is_the_method_with_the_same_kernels():
+    model = TINY.model()
+    rows = regional.point_rows(tiny_point(rows="unlike", batch=2, layout="soft"), model, effort=ONCE)
+    observed = {
+        name: memory.Observed(1, 1, 1, calls) for name, calls in {"dense": {"a": 1}, "merged": {"b": 2}}.items()
+    }
+    assert regional.chosen({**observed, "auto": memory.Observed(1, 1, 1, {"b": 2})}) == "merged"
+    assert regional.chosen({**observed, "auto": memory.Observed(1, 1, 1, {"a": 1, "b": 1})}) is None
+    assert rows[-1]["method"] == "auto"
+    assert rows[-1]["choice"] in {"dense", "merged", None}
+
+
+def test_the_grid_has_a_row_for_every_method_and_a_figure_of_regret():
+    points = [
+        tiny_point(extra=("output_mix",)),
+        tiny_point(regions=2, batch=2, rows="unlike"),
+        tiny_point(layout="balanced", geometry=replace(TINY, single_blocks=1)),
     ]
-    assert {"method", "regions", "tokens", "seconds", "ratio_to_plain", "peak_bytes"} <= set(rows[0])
+
+    rows = list(regional.measured(points, effort=ONCE))
+
+    assert [(row["method"], row["regions"], row["batch"]) for row in rows] == [
+        (method, point.regions, point.batch) for point in points for method in point.methods
+    ]
     weights = sum(weight.numel() * 4 for weight in TINY.model().parameters())
-    assert all(row["peak_bytes"] > weights for row in rows)
+    assert all(row["peak_bytes"] > weights for row in rows if row["layout"] == "hard")
     assert {row["ratio_to_plain"] for row in rows if row["method"] == "plain"} == {1}
-    peaks = {row["method"]: row["peak_bytes"] for row in rows if row["regions"] == 2}
-    assert peaks["dense"] > peaks["merged"] > peaks["plain"]
-    json.dumps(rows)
-    assert len(regional.plot(rows).axes) == 1
+    assert {row["flops_to_plain"] for row in rows if row["method"] == "output_mix"} == {5}
+    assert all(row["regret"] > 0 and row["best"] in grid.EXACT for row in rows if row["method"] == "auto")
+    summary = report.summarize(rows)
+    assert summary["regret"]["points"] == 3
+    assert summary["regret"]["max"] == summary["worst"]["regret"]
+    assert report.text(rows).count("\n") >= 1 + len(points)
+    json.dumps([rows, summary])
+    assert len(report.plot(rows).axes) == 4
+
+
+def test_nothing_is_summarized_before_the_first_point_is_measured():
+    assert report.summarize([]) == {}
+
+
+def test_a_drawing_has_a_row_for_every_method_and_counts_its_calls():
+    synthesizer = playground.synthesizer(steps=1)
+    rows = drawings.batch_rows(synthesizer, drawings.Batch(size=2, rows="unlike"), rounds=1)
+
+    assert tuple(row["method"] for row in rows) == drawings.METHODS
+    calls = {row["method"]: row["attention_calls"] for row in rows}
+    layers = 7
+    assert calls["plain"] == layers, "one for both pictures"
+    assert calls["output_mix"] >= 2 * layers
+    assert all(row["encoder_calls"] >= 1 for row in rows)
+    assert not synthesizer.pipeline.transformer._forward_hooks  # noqa: SLF001 - has no other name
+    assert report.summarize(rows)["regret"]["points"] == 1
+    assert report.text(rows)
+
+
+def test_pictures_have_the_same_boxes_or_their_own_and_every_drawing_other_prompts():
+    alike, unlike = drawings.Batch(size=4).plans(3), drawings.Batch(size=4, rows="unlike").plans(3)
+
+    def boxes(plans):
+        return {tuple(region.area for region in plan.regions) for plan in plans}
+
+    assert (len(boxes(alike)), len(boxes(unlike))) == (1, 4)
+    prompts = [
+        {region.prompt for plan in drawings.Batch(size=2).plans(number) for region in plan.regions}
+        for number in range(12)
+    ]
+    assert all(one.isdisjoint(other) for one, other in itertools.combinations(prompts, 2))
