@@ -1,6 +1,7 @@
 """Rounds on a tiny real FLUX: what they learn, when they stop, and what their result records."""
 
 import inspect
+import itertools
 import signal
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import torch
 
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer
+from artaug.scorers import Chroma, Exposure
 from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer
 from artaug.training import TrainingResult
 from support.tiny_flux import TINY_SIZE, tiny_flux
@@ -134,7 +136,7 @@ def test_every_stage_is_timed_and_every_prompt_counted(flux):
     assert summary["rounds"][0]["steps"] == 2
 
 
-# A stop rule with six prompts scores six pictures before, then six after.
+# A stop rule with six prompts scores six pictures of the base, then six after each round.
 @pytest.mark.parametrize(
     ("after", "accepted"),
     [
@@ -158,7 +160,7 @@ def test_a_round_counts_only_if_a_verdict_would_call_it_a_gain(flux, after, acce
 
 
 def test_a_last_round_that_did_not_help_is_left_out_of_the_result(flux):
-    scores = [0] * 6 + [1] * 6 + [0] * 12
+    scores = [0] * 6 + [1] * 12
     result = enhanced(flux, rounds=3, stop=aa.StopRule(ScriptedScorer(scores), HELD_OUT))
     assert [finished.accepted for finished in result.rounds] == [True, False]
     assert result.lora is result.rounds[0].lora
@@ -193,20 +195,62 @@ def test_held_out_prompts_that_are_training_prompts_are_refused_by_name_before_a
         )
 
 
-def test_held_out_pictures_have_seeds_that_no_training_picture_has(flux, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Every picture that a model draws during the test: its prompt, seed and number of LoRAs."""
     drawn = []
     synthesize = DiffusersSynthesizer.synthesize_batch
 
     def recording(self, plans, *, seeds):
-        drawn.extend((plan.prompt in PROMPTS, seed) for plan, seed in zip(plans, seeds, strict=True))
+        drawn.extend((plan.prompt, seed, len(self.loras)) for plan, seed in zip(plans, seeds, strict=True))
         return synthesize(self, plans, seeds=seeds)
 
     monkeypatch.setattr(DiffusersSynthesizer, "synthesize_batch", recording)
-    stop = aa.StopRule(ScriptedScorer([0.0] * 6 + [1.0] * 12 + [2.0] * 6), HELD_OUT)
+    return drawn
+
+
+def test_held_out_pictures_have_seeds_that_no_training_picture_has(flux, drawn):
+    stop = aa.StopRule(ScriptedScorer([0.0] * 6 + [1.0] * 6 + [2.0] * 6), HELD_OUT)
     rounds = enhanced(flux, stop=stop).rounds
-    learned, measured = ({seed for training, seed in drawn if training is wanted} for wanted in (True, False))
-    assert (len(rounds), len(learned), len(measured)) == (2, 2 * len(PROMPTS), 2 * len(HELD_OUT))
+    learned, measured = (
+        {seed for prompt, seed, _ in drawn if (prompt in HELD_OUT) is held_out} for held_out in (False, True)
+    )
+    assert (len(rounds), len(learned), len(measured)) == (2, 2 * len(PROMPTS), len(HELD_OUT))
     assert learned.isdisjoint(measured)
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["in memory", "store"])
+def test_a_round_is_compared_with_what_the_round_before_has_drawn_and_scored(flux, drawn, tmp_path, stored):
+    numbers = [0.0] * 6 + [1.0] * 6 + [3.0] * 6 + [7.0] * 6
+    scorer = ScriptedScorer(numbers)
+    scorer.identity = "scripted"
+    result = enhanced(flux, rounds=3, stop=aa.StopRule(scorer, HELD_OUT), store=tmp_path / "run" if stored else None)
+
+    assert numbers == []
+    assert [finished.gain.delta for finished in result.rounds] == [1.0, 2.0, 4.0]
+    assert sum(prompt in HELD_OUT for prompt, _, _ in drawn) == 4 * len(HELD_OUT)
+    for before, after in itertools.pairwise(finished.comparison for finished in result.rounds):
+        assert after.base == before.candidates["after"]
+        assert after.seeds == before.seeds
+
+
+def test_a_resumed_run_reads_the_held_out_pictures_of_the_round_before_and_judges_them_anew(flux, drawn, tmp_path):
+    def run(scorer, rounds):
+        return enhanced(
+            flux,
+            rounds=rounds,
+            stop=aa.StopRule(scorer, HELD_OUT, at_least=-10),
+            store=aa.Store(tmp_path / "run", allow={"rounds", "stop"}),
+        )
+
+    run(Exposure(), rounds=1)
+    drawn.clear()
+    _, second = run(Chroma(), rounds=2).rounds
+
+    assert [count for prompt, _, count in drawn if prompt in HELD_OUT] == [1] * len(HELD_OUT)
+    whole = enhanced(flux, rounds=2, stop=aa.StopRule(Chroma(), HELD_OUT, at_least=-10)).rounds[1]
+    assert second.comparison.to_dict()["scores"] == whole.comparison.to_dict()["scores"]
+    assert second.gain == whole.gain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,15 @@
 """`enhance`: rounds of the loop, improve, train, combine, until a round does not help."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from artaug._internal.memory import FittingBatches
 from artaug.critique import Critic
 from artaug.errors import NothingToLearnError
-from artaug.evaluation.comparison import Comparison, compare
+from artaug.evaluation.comparison import Arm, Comparison
+from artaug.evaluation.comparison.evaluator import Evaluator, scorer_names
 from artaug.filtering import BestOf, PairFilter
 from artaug.lora.fusing import ConcatFuser, Fuser, fuse_loras
 from artaug.lora.lora import LoRA
@@ -169,6 +170,8 @@ class _Rounds:
     seed: int
     progress: bool
     emit: OnEvent
+    measured: dict[int, Arm] = field(default_factory=dict)
+    """By number, each round that this call has measured: its scores are the base's of the round after it."""
 
     def run(self, prompts: Sequence[str]) -> Enhancement:
         """Run rounds until one of them is the last."""
@@ -234,7 +237,7 @@ class _Rounds:
             # are the same, the paper's; a fuser that cuts ranks would else leave out twice what it left out once.
             lora = fuse_loras(self.learning.fuser, [*(before.lora for before in finished[-1:]), training.lora])
         with clock.stage("measure", 0 if self.learning.stop is None else len(self.learning.stop.prompts)):
-            comparison, accepted = self._measure_gain(finished, lora, number=number, seed=held_out_seed(seed))
+            comparison, accepted = self._measure_gain(finished, lora)
         result = Round(
             number=number,
             attempts=attempts,
@@ -247,6 +250,8 @@ class _Rounds:
         )
         if folder is not None:
             result = write_round(folder, result)
+        if result.comparison is not None:
+            self.measured[number] = result.comparison.candidates["after"]
         self.emit(RoundEvent(round=result, run_step=steps_before + training.steps))
         return result
 
@@ -266,28 +271,41 @@ class _Rounds:
         given = self.learning.checkpoints
         return Checkpoints(folder=place) if given is None else replace(given, folder=place)
 
-    def _measure_gain(
-        self, finished: Sequence[Round], lora: LoRA, *, number: int, seed: int
-    ) -> tuple[Comparison | None, bool]:
-        """The comparison with the round before on held-out prompts, and whether the gain is enough."""
-        if self.learning.stop is None:
+    def _measure_gain(self, finished: Sequence[Round], lora: LoRA) -> tuple[Comparison | None, bool]:
+        """The comparison with the round before on held-out prompts, and whether the gain is enough.
+
+        All rounds draw the same held-out pictures, so what is compared with is what the round before has drawn.
+        """
+        stop = self.learning.stop
+        if stop is None:
             return None, True
-        base = self.parts.synthesizer
-        if self.session.folder is not None:
-            place = self.session.folder.round(number).path / "measure"
-            base = CachedSynthesizer(base, folder=place, images=self.session.folder.images)
-        comparison = compare(
-            base.with_lora(finished[-1].lora) if finished else base,
-            {"after": base.with_lora(lora)},
-            self.learning.stop.prompts,
-            scorers=[self.learning.stop.scorer],
-            filtered_by=[self.parts.keep]
-            if self.parts.candidates is None
-            else [self.parts.keep, self.parts.candidates],
-            seed=seed,
+        seed = held_out_seed(picture_seeds(self.seed, 1)[0])
+        evaluator = Evaluator(
+            prompts=tuple(stop.prompts),
+            seeds=tuple(picture_seeds(seed, len(stop.prompts))),
+            scorers=(stop.scorer,),
+            diversity=None,
             batch_size=self.parts.batch_size,
             keep_images=0 if self.session.folder is None else _KEPT_IMAGES,
+        )
+        before = self.measured.get(len(finished))
+        comparison = evaluator.compare(
+            {
+                "base": self._held_out_artist(finished[-1].lora if finished else None) if before is None else before,
+                "after": self._held_out_artist(lora),
+            },
+            seed=seed,
+            filtered_by=scorer_names(
+                [self.parts.keep] if self.parts.candidates is None else [self.parts.keep, self.parts.candidates]
+            ),
             placement=self.parts.placement,
             progress=self.progress,
         )
-        return comparison, self.learning.stop.accepts(comparison, seed=seed)
+        return comparison, stop.accepts(comparison, seed=seed)
+
+    def _held_out_artist(self, lora: LoRA | None) -> Synthesizer:
+        """What draws held-out pictures; with a store, each call of it once, also after a kill."""
+        base = self.parts.synthesizer
+        artist = base if lora is None else base.with_lora(lora)
+        folder = self.session.folder
+        return artist if folder is None else CachedSynthesizer(artist, folder=folder.measure, images=folder.images)

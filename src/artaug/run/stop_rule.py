@@ -30,7 +30,7 @@ class StopRule:
     scorer: Scorer
     """Measures progress. It should not be one that the pairs are filtered by."""
     prompts: Sequence[str]
-    """Drawn before and after each round, with seeds that no training picture has; none of the training prompts."""
+    """Drawn by the base and after each round, with the same seeds, which no training picture has; no training prompts."""
     at_least: float = 0.0
     """The gain, in the scorer's units, that the whole interval has to exceed."""
 

@@ -128,27 +128,14 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
     seeds = tuple(picture_seeds(seed, len(prompts) * images_per_prompt))
     evaluator = Evaluator(tuple(prompts), seeds, tuple(scorers), diversity, batch_size, keep_images)
     evaluator.check_guardrails(guardrails)
-    log = ScoringLog()
-    with placement.opened(*owners.values()) as opened:
-        base_arm, *others = (
-            evaluator.evaluate(arm, name, log=log, placement=opened, progress=progress)
-            for name, arm in {"base": base, **candidates}.items()
-        )
-    candidate_arms = dict(zip(candidates, others, strict=True))
-    if log.failures and not evaluator.has_enough_scores(base_arm, candidate_arms):
-        raise log.error(None) from log.exceptions[0]
-    comparison = Comparison(
-        rows=evaluator.score_rows(base_arm, candidate_arms, seed=seed, filtered_by=filter_scorers),
-        prompts=evaluator.prompts,
-        seeds=seeds,
-        base=base_arm,
-        candidates=candidate_arms,
-        guardrails=tuple(guardrails),
-        failures=tuple(log.failures),
+    return evaluator.compare(
+        {"base": base, **candidates},
+        seed=seed,
+        filtered_by=filter_scorers,
+        guardrails=guardrails,
+        placement=placement,
+        progress=progress,
     )
-    if log.failures:
-        raise log.error(comparison) from log.exceptions[0]
-    return comparison
 
 
 @dataclass(frozen=True)
@@ -257,6 +244,55 @@ class Evaluator:
             raise InvalidValueError(
                 f"compare received guardrails on {guarded}. Expected different ones of {[*self.row_dependencies]}."
             )
+
+    def compare(
+        self,
+        arms: Mapping[str, Synthesizer | Arm],
+        *,
+        seed: int,
+        filtered_by: Collection[str] = (),
+        guardrails: Sequence[Guardrail] = (),
+        placement: Placement = _RESIDENT,
+        progress: bool = True,
+    ) -> Comparison:
+        """Evaluate synthesizers and compare them to the one called ``base``.
+
+        Args:
+            arms: by name; an `Arm` is what this evaluator made of a synthesizer before, and is not drawn and scored again.
+            seed: of the statistics.
+            filtered_by: names of scorers.
+            guardrails: see `check_guardrails`.
+            placement: of the models of all of them.
+            progress: show a bar for each synthesizer.
+
+        Raises:
+            ScoringError: see `artaug.compare`.
+        """
+        log = ScoringLog()
+        synthesizers = [arm for arm in arms.values() if not isinstance(arm, Arm)]
+        candidates: dict[str, Arm] = {}
+        with placement.opened(*synthesizers, *self.scorers, self.diversity) as opened:
+            for name, arm in arms.items():
+                if isinstance(arm, Arm):
+                    log.scores[name] = {row: [*scores] for row, scores in arm.scores.items()}
+                    candidates[name] = arm
+                else:
+                    candidates[name] = self.evaluate(arm, name, log=log, placement=opened, progress=progress)
+        base = candidates.pop("base")
+        if log.failures and not self.has_enough_scores(base, candidates):
+            raise log.error(None) from log.exceptions[0]
+        comparison = Comparison(
+            rows=self.score_rows(base, candidates, seed=seed, filtered_by=filtered_by),
+            prompts=self.prompts,
+            seeds=self.seeds,
+            base=base,
+            candidates=candidates,
+            guardrails=tuple(guardrails),
+            failures=tuple(log.failures),
+        )
+        if log.failures:
+            raise log.error(comparison) from log.exceptions[0]
+        return comparison
 
     def evaluate(
         self, synthesizer: Synthesizer, name: str, *, log: ScoringLog, placement: Placement, progress: bool

@@ -59,7 +59,7 @@ class Extrapolation:
             self._loop_stage("redraw", "pictures", self.pictures * self.redrawn, redrawn),
             self._loop_stage("judge", "prompts", self.prompts),
             self._training(),
-            self._constant_stage("combine", "LoRAs", 1, self.costs.combine_s),
+            self._constant_stage("combine", "LoRAs", self.learning.rounds, self.costs.combine_s),
             self._measuring(),
         )
         rounds = self.learning.rounds
@@ -217,13 +217,13 @@ class Extrapolation:
         stop = self.learning.stop
         count = 0 if stop is None else len(stop.prompts)
         calls = math.ceil(count / self.parts.batch_size)
-        before = [
-            self._held_out_s(count, self.costs.measure, calls=calls, has_lora=number > 0)
-            for number in range(self.learning.rounds)
-        ]
-        after_s = self._held_out_s(count, self.costs.measure, calls=calls, has_lora=True)
-        seconds = [(before_s + after_s) * (count > 0) for before_s in before]
-        return self._constant_stage("measure", "pictures", 2 * count, seconds)
+        base_s, after_s = (
+            self._held_out_s(count, self.costs.measure, calls=calls, has_lora=has_lora) * (count > 0)
+            for has_lora in (False, True)
+        )
+        # The first round draws the base, too; each later one is compared with what the round before has drawn.
+        pictures = (self.learning.rounds + 1) * count
+        return self._constant_stage("measure", "pictures", pictures, [base_s + after_s, after_s])
 
     def _constant_stage(self, stage: RoundStage, unit: str, count: int, seconds: Sequence[float]) -> StagePlan:
         """A stage that was timed as a whole, in the first round and in each later one as in the last of ``seconds``."""
@@ -231,7 +231,7 @@ class Extrapolation:
         by_round = [*seconds, *[seconds[-1]] * rounds][:rounds]
         return StagePlan(
             stage=stage,
-            count=count * rounds,
+            count=count,
             unit=unit,
             seconds_by_round=tuple(by_round),
             interval=None,
@@ -245,10 +245,10 @@ class Extrapolation:
         first, second = costs.result_bytes
         checkpoints = self.learning.checkpoints
         keep = Checkpoints.keep if checkpoints is None else checkpoints.keep
-        held_out = 0 if self.learning.stop is None else 2 * len(self.learning.stop.prompts)
+        held_out = 0 if self.learning.stop is None else (rounds + 1) * len(self.learning.stop.prompts)
         sizes = {
             "pictures": rounds * self.pictures * (costs.before_bytes + self.redrawn * costs.after_bytes),
-            "held-out pictures": rounds * held_out * costs.before_bytes,
+            "held-out pictures": held_out * costs.before_bytes,
             "records": rounds * self.prompts * costs.record_bytes,
             "latents": rounds * self.pairs * costs.training.pair_bytes
             + min(self.prompts, rounds * self.pairs) * costs.training.text_bytes,

@@ -6,12 +6,12 @@
     images/ab/<digest>.webp  pictures, lossless, named by the SHA-256 of their pixels
     metadata.jsonl           the pairs, for people and for ``datasets.load_dataset("imagefolder", ...)``; derived
     latents/                 what the trainer encoded; can be deleted
+  measure/                 drawing calls of held-out pictures; can be deleted
     round-1/
       round.json             how many prompts it has
       attempts/0-00000.json  a finished chunk: candidates, answers, plans, verdicts, drawing calls
       work/0-00001/          the chunk under way, one file a drawing call and an answer
       verdicts.json          of a filter that compares the pairs of a round
-      measure/               drawing calls of held-out pictures
       comparison.json        the round against the one before on held-out prompts
       checkpoints-96/        of the training, while it goes
       result.safetensors     losses, gain, and the LoRAs of the round to the bit
@@ -45,7 +45,7 @@ _FIXED = {
     "seed": "it decides every picture",
 }
 """Settings that no name allows to differ, and why."""
-_OWN = {"run.json", "images", "latents", "lock", "owner.json", "metadata.jsonl"}
+_OWN = {"run.json", "images", "latents", "measure", "lock", "owner.json", "metadata.jsonl"}
 """What a folder may hold in which no run has begun: another program's files are left alone."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "What the run has finished is complete: run the same call to go on once the folder can be written to."
@@ -131,6 +131,11 @@ class RunFolder:
     def latents(self) -> Path:
         """The trainer's cache."""
         return self.path / "latents"
+
+    @property
+    def measure(self) -> Path:
+        """What was drawn of held-out prompts, for all rounds: the round after one is compared with its pictures."""
+        return self.path / "measure"
 
     def make(self) -> None:
         """Make the folder.

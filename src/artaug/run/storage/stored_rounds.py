@@ -20,7 +20,10 @@ def write_round(folder: RoundFolder, finished: Round) -> Round:
     comparison, training = finished.comparison, finished.training
     if comparison is not None:
         arms = {"base": comparison.base, **comparison.candidates}
-        files = {name: folder.images.add_all(arm.images) for name, arm in arms.items()}
+        files = {
+            name: arm.images.files if isinstance(arm.images, StoredImages) else folder.images.add_all(arm.images)
+            for name, arm in arms.items()
+        }
         images = {name: tuple(ImageRecord(image_digest(file), file.size) for file in files[name]) for name in files}
         folder.write_comparison(ComparisonRecord(comparison.to_dict(), images))
         comparison = _with_images(comparison, files)
