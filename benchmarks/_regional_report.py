@@ -11,7 +11,15 @@ from benchmarks import _timing as timing
 
 POINT = ("part", "image_tokens", "regions", "batch", "rows", "layout", "dtype")
 """The columns that name a point."""
-METHODS = ("dense", "merged", "grouped", "flex", "output_mix", "auto")
+COLORS = {
+    "dense": "tab:blue",
+    "merged": "tab:orange",
+    "grouped": "tab:green",
+    "flex": "tab:red",
+    "output_mix": "tab:brown",
+    "auto": "black",
+}
+METHODS = tuple(COLORS)
 _AXES = {"image_tokens": "image tokens", "regions": "regions", "batch": "pictures in a batch"}
 
 
@@ -83,7 +91,7 @@ def _plot_regret(axes: Axes, points: Mapping[tuple[object, ...], Mapping[str, re
                 places.append(place)
                 over_best.append(methods[name]["ratio_to_plain"] / best)
         if places:
-            axes.plot(places, over_best, ".", label=name)
+            axes.plot(places, over_best, ".", color=COLORS[name], label=name)
     measured = [(place, methods["auto"]) for place, methods in enumerate(points.values()) if "auto" in methods]
     regrets = [row["regret"] for _, row in measured]
     errors = [
@@ -91,7 +99,9 @@ def _plot_regret(axes: Axes, points: Mapping[tuple[object, ...], Mapping[str, re
         [max(0.0, row["regret_high"] - row["regret"]) for _, row in measured],
     ]
     places = [place for place, _ in measured]
-    axes.errorbar(places, regrets, errors, fmt="o", color="black", markerfacecolor="none", linewidth=0.7, label="auto")
+    axes.errorbar(
+        places, regrets, errors, fmt="o", color=COLORS["auto"], markerfacecolor="none", linewidth=0.7, label="auto"
+    )
     labels = [" ".join(str(part) for part in key[1:]) for key in points]
     axes.set_xticks(range(len(points)), labels, rotation=90, fontsize=6)
     axes.set_yscale("log", base=2)
@@ -115,7 +125,7 @@ def _plot_slice(axes: Axes, axis: str, points: Mapping[tuple[object, ...], Mappi
             ratios = [row["ratio_to_plain"] for _, row in line]
             errors = [[row["ratio_to_plain"] - row["ratio_low"] for _, row in line]]
             errors += [[row["ratio_high"] - row["ratio_to_plain"] for _, row in line]]
-            axes.errorbar([value for value, _ in line], ratios, errors, label=name, marker=".")
+            axes.errorbar([value for value, _ in line], ratios, errors, color=COLORS[name], label=name, marker=".")
     axes.axhline(1, color="grey", linewidth=0.5)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(chosen), [str(value) for value in sorted(chosen)])

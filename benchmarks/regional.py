@@ -92,8 +92,7 @@ def point_rows(point: grid.Point, model: FluxTransformer2DModel, *, effort: Effo
     """
     setting = flux.Setting(geometry=point.geometry, model=model, side=point.side, pictures=point.pictures)
     guides = {method: point.guide(method) for method in point.methods}
-    # so that a kernel of an earlier run is not free
-    with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+    with uncached_kernels() if "flex" in guides else nullcontext():
         first = {method: step_seconds(setting, guide, count=2) for method, guide in guides.items()}
     observed = {
         method: memory.observe(partial(step_seconds, setting, guide, count=1), inputs=setting.inputs)
@@ -107,6 +106,13 @@ def point_rows(point: grid.Point, model: FluxTransformer2DModel, *, effort: Effo
     choice = chosen(observed)
     rows[-1] |= {"choice": choice, **timing.regret(seconds, "auto", among=grid.EXACT, choice=choice).columns}
     return rows
+
+
+def uncached_kernels() -> AbstractContextManager[None]:
+    """A ``with`` block in which torch's compiler finds no kernel of an earlier process, so that compiling takes its time."""
+    from torch._inductor.utils import fresh_cache  # noqa: PLC0415 - loads torch's compiler
+
+    return fresh_cache()
 
 
 def _timed_steps(seconds: float) -> int:
