@@ -172,6 +172,43 @@ def test_a_family_with_a_faulty_denoiser_fails(methods, message):
         check_family(synthesizer(tiny_flux(), family=broken(**methods)))
 
 
+class PaddedToTheLongest(Flux):
+    """Claims that its encoder does not see padding; T5 does."""
+
+    def encode_prompts(self, prompts):
+        encoded = super().encode_prompts(prompts)
+        tokens = self.pipeline.tokenizer_2(list(prompts), padding="longest", return_tensors="pt").input_ids
+        with torch.no_grad():
+            return {**encoded, "prompt_embeds": self.pipeline.text_encoder_2(tokens)[0]}
+
+
+class PaddedAndCut(PaddedToTheLongest):
+    def select_prompt(self, conditioning, row):
+        own = super().select_prompt(conditioning, row)
+        return {**own, "prompt_embeds": own["prompt_embeds"][:, :4]}
+
+    def token_slices(self, prompts):
+        return [slice(0, 4)] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        (
+            PaddedToTheLongest,
+            r"'a red barn' encoded with other prompts has 'prompt_embeds' of shape .* Expected the same",
+        ),
+        (
+            PaddedAndCut,
+            r"'a red barn' encoded with other prompts differs in 'prompt_embeds' by .* rows_are_independent",
+        ),
+    ],
+)
+def test_a_family_whose_prompts_depend_on_each_other_fails(family, message):
+    with pytest.raises(AssertionError, match=message):
+        check_family(synthesizer(tiny_flux(), family=family))
+
+
 def test_the_check_does_not_change_the_synthesizer():
     drawing = synthesizer(tiny_flux())
     before = drawing.family, drawing.synthesize(aa.Plan("a red barn"), seed=0).tobytes()

@@ -49,7 +49,7 @@ def check_family(
     """Check that a family draws and can be guided, with a synthesizer of its pipeline.
 
     Checked are: masks of pixels become masks of latents; a plan without regions draws what the pipeline draws, bit for
-    bit, with any guide; a region over the full picture that repeats the plan's prompt changes nothing; every method of
+    bit, with any guide; prompts that are encoded together are encoded as alone; a region over the full picture that repeats the plan's prompt changes nothing; every method of
     `RegionalAttention` agrees with the dense mask; another prompt in one half changes nothing that the tokens of the
     other half see in the first layer; a batch draws what each picture draws alone; noise levels fall; hooks and
     processors of the model are as before. A small model with random weights in float32 and two steps are enough.
@@ -65,6 +65,7 @@ def check_family(
     checks = _FamilyChecks(dataclasses.replace(synthesizer, steps=max(2, synthesizer.steps)), prompt, tolerance)
     checks.check_masks()
     checks.check_plain()
+    checks.check_prompts()
     checks.check_output_mix()
     if checks.is_attentive:
         checks.check_noise_levels()
@@ -221,6 +222,22 @@ class _FamilyChecks:
             assert image.tobytes() == reference.tobytes(), (
                 f"{self.name} with guide {guide!r} draws a plan without regions otherwise than its pipeline"
             )
+
+    def check_prompts(self) -> None:
+        prompts = [self.prompt, f"{self.prompt} at night", ""]
+        for prompt, encoded in zip(prompts, self.family.encode_separately(prompts), strict=True):
+            (alone,) = self.family.encode_separately([prompt])
+            subject = f"{self.name}: {prompt!r} encoded with other prompts"
+            remedy = "Expected the same as alone: leave rows_are_independent False, or override select_prompt"
+            assert encoded.token_slice == alone.token_slice, (
+                f"{subject} has its tokens at {encoded.token_slice}, alone at {alone.token_slice}. {remedy}"
+            )
+            for name, expected in alone.conditioning.items():
+                column = encoded.conditioning[name]
+                shapes = f"has {name!r} of shape {tuple(column.shape)}, alone {tuple(expected.shape)}"
+                assert column.shape == expected.shape, f"{subject} {shapes}. {remedy}"
+                gap = float((column - expected).abs().max() / expected.abs().max().clamp_min(_ROUNDING))
+                assert gap <= self.tolerance, f"{subject} differs in {name!r} by {gap:.1e}. {remedy}"
 
     def check_output_mix(self) -> None:
         plain = self._predictions([Plan(self.prompt)], None)

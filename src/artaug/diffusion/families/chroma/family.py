@@ -84,6 +84,7 @@ class Chroma1(Family):
 
     pipeline_class: ClassVar[type] = ChromaPipeline
     key_map: ClassVar[KeyMap | None] = CHROMA
+    rows_are_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         common.check_components(self.pipeline, _COMPONENTS)

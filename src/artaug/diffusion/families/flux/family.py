@@ -55,6 +55,7 @@ class Flux(Family):
 
     pipeline_class: ClassVar[type] = FluxPipeline
     key_map: ClassVar[KeyMap | None] = FLUX1
+    rows_are_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         common.check_components(self.pipeline, _COMPONENTS)

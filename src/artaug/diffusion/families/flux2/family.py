@@ -53,6 +53,7 @@ class Flux2Family(Family):
     """What dev and klein have in common: all but the language model and the meaning of guidance."""
 
     key_map: ClassVar[KeyMap | None] = FLUX2
+    rows_are_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         common.check_components(self.pipeline, _COMPONENTS)

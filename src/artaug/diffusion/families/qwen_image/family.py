@@ -48,6 +48,9 @@ class QwenImage(Family):
     Guidance is classifier-free, by ``negative_prompt`` and ``true_cfg_scale``; the model's authors recommend ``" "``
     and 4. There is no ``guidance_scale``.
 
+    Prompts of regions are encoded one by one: the encoder pads a batch to its longest prompt, so that the length of one
+    region's prompt would decide how the others are rounded.
+
     Raises:
         ModelError: for a pipeline that lacks a component, a size that is not whole image tokens, a guidance scale, a negative
             prompt or a ``true_cfg_scale`` that would be ignored, or a ``max_sequence_length`` outside [1, 1024].

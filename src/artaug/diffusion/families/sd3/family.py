@@ -59,6 +59,7 @@ class StableDiffusion3(Family):
 
     pipeline_class: ClassVar[type] = StableDiffusion3Pipeline
     key_map: ClassVar[KeyMap | None] = SD3
+    rows_are_independent: ClassVar[bool] = True
     default_max_sequence_length: ClassVar[int] = 256
 
     def __post_init__(self) -> None:

@@ -68,6 +68,7 @@ class UNetFamily(Family):
     without it.
     """
 
+    rows_are_independent: ClassVar[bool] = True
     _components: ClassVar[Sequence[str]]
     """What the pipeline cannot do without."""
     _default_guidance_scale: ClassVar[float]

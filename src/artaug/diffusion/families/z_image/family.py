@@ -63,6 +63,7 @@ class ZImage(Family):
 
     pipeline_class: ClassVar[type] = ZImagePipeline
     key_map: ClassVar[KeyMap | None] = Z_IMAGE
+    rows_are_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         common.check_components(self.pipeline, _COMPONENTS)
@@ -101,6 +102,10 @@ class ZImage(Family):
         )
         embeds, mask = llm_encoders.pad_rows(rows)
         return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+
+    def select_prompt(self, conditioning: Conditioning, row: int) -> Conditioning:
+        length = int(conditioning["prompt_embeds_mask"][row].sum())
+        return {name: column[row : row + 1, :length] for name, column in conditioning.items()}
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         return [slice(0, min(len(chat), self.max_sequence_length)) for chat in self._chat_tokens(prompts)]
