@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 import artaug as aa
 from artaug.regional.attention_mask import GroupMask, joint_mask
 from artaug.regional.denoiser import Span
-from artaug.regional.flex import TILE, FlexMask, masked_flex_attention
+from artaug.regional.attention_costs import TILE
+from artaug.regional.flex import FlexMask, masked_flex_attention
 from artaug.regional.region_weights import split_grid
 from support.layouts import layouts, random_qkv, reference_attention
 
@@ -31,7 +32,7 @@ def _uncompiled(monkeypatch):
 @given(layout=layouts(max_regions=6))
 def test_flex_attention_is_the_definition(layout):
     query, key, value = random_qkv(layout.mask)
-    result = masked_flex_attention(query, key, value, FlexMask.of(layout.mask, CPU), compiled=False)
+    result = masked_flex_attention(query, key, value, FlexMask.of([layout.mask], CPU), compiled=False)
     expected = reference_attention(query, key, value, layout.mask)
     torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=0)
 
@@ -40,8 +41,8 @@ def test_flex_attention_is_the_definition(layout):
 @given(layout=layouts(max_regions=5))
 def test_the_block_mask_lists_just_the_tiles_with_a_visible_pair(layout):
     mask = layout.mask
-    flex_mask = FlexMask.of(mask, CPU)
-    visible = mask.weights[flex_mask.query_order][:, mask.groups[flex_mask.key_order]] > 0
+    flex_mask = FlexMask.of([mask], CPU)
+    visible = mask.weights[flex_mask.query_order[0]][:, mask.groups[flex_mask.key_order[0]]] > 0
     rows, columns = (-(-length // TILE) for length in visible.shape)
     padded = torch.zeros(rows * TILE, columns * TILE)
     padded[: visible.shape[0], : visible.shape[1]] = visible
@@ -58,14 +59,14 @@ def test_the_block_mask_lists_just_the_tiles_with_a_visible_pair(layout):
 @settings(max_examples=40)
 @given(layout=layouts(max_regions=5))
 def test_sorting_puts_queries_of_equal_class_and_keys_of_one_group_side_by_side(layout):
-    flex_mask = FlexMask.of(layout.mask, CPU)
+    flex_mask = FlexMask.of([layout.mask], CPU)
     for order, numbers in (
         (flex_mask.query_order, torch.unique(layout.mask.weights > 0, dim=0, return_inverse=True)[1]),
         (flex_mask.key_order, layout.mask.groups),
     ):
-        runs = torch.unique_consecutive(numbers[order])
+        runs = torch.unique_consecutive(numbers[order[0]])
         assert len(runs) == len(torch.unique(numbers))
-    unsorted = flex_mask.query_order[flex_mask.inverse_query_order]
+    unsorted = flex_mask.query_order[0][flex_mask.inverse_query_order[0]]
     assert torch.equal(unsorted, torch.arange(len(unsorted)))
 
 
@@ -73,11 +74,11 @@ def test_whole_tiles_are_full_or_absent_and_a_border_is_partial():
     weights = torch.tensor([[1.0, 0.0]]).repeat(TILE, 1)
     weights = torch.cat([weights, torch.tensor([[0.0, 1.0]]).repeat(TILE, 1)])
     groups = torch.arange(2).repeat_interleave(TILE)
-    block_mask = FlexMask.of(GroupMask(weights, groups, (slice(0, 2 * TILE),)), CPU).block_mask
+    block_mask = FlexMask.of([GroupMask(weights, groups, (slice(0, 2 * TILE),))], CPU).block_mask
     assert block_mask.full_kv_num_blocks.tolist() == [[[1, 1]]]
     assert block_mask.kv_num_blocks.tolist() == [[[0, 0]]]
     weights[TILE - 1] = weights[TILE]
-    block_mask = FlexMask.of(GroupMask(weights, groups, (slice(0, 2 * TILE),)), CPU).block_mask
+    block_mask = FlexMask.of([GroupMask(weights, groups, (slice(0, 2 * TILE),))], CPU).block_mask
     assert block_mask.full_kv_num_blocks.sum() + block_mask.kv_num_blocks.sum() == 3
     assert block_mask.kv_num_blocks.sum() == 2
 
@@ -85,8 +86,8 @@ def test_whole_tiles_are_full_or_absent_and_a_border_is_partial():
 def test_a_hard_mask_changes_no_score_and_soft_weights_add_their_logarithm():
     groups = torch.tensor([0, 1])
     hard = GroupMask(torch.tensor([[2.0, 0.0], [3.0, 3.0]]), groups, (slice(0, 2),))
-    assert FlexMask.of(hard, CPU).score_mod is None
-    soft = FlexMask.of(GroupMask(torch.tensor([[4.0, 1.0]]), groups, (slice(0, 1),)), CPU)
+    assert FlexMask.of([hard], CPU).score_mod is None
+    soft = FlexMask.of([GroupMask(torch.tensor([[4.0, 1.0]]), groups, (slice(0, 1),))], CPU)
     zero, first = torch.zeros(()), torch.tensor(0)
     added = [soft.score_mod(zero, first, first, first, torch.tensor(key)).item() for key in (0, 1)]
     assert added == pytest.approx([0, -1.3862944])  # log(4/4) and log(1/4): the largest weight is divided out
@@ -99,7 +100,7 @@ def test_cuda_compiles_flex_to_the_definition(dtype):
     spans = (Span("text", 9, 1), Span("text", 7, 2), Span("text", 16, 0), Span("image", 256))
     mask = joint_mask(spans, split_grid(regions, (16, 16), base_weight=0.3), aa.Isolation(base_weight=0.3))
     query, key, value = torch.randn(3, 1, 2, len(mask.groups), 16, device="cuda", dtype=dtype)
-    result = masked_flex_attention(query, key, value, FlexMask.of(mask, query.device), compiled=True)
+    result = masked_flex_attention(query, key, value, FlexMask.of([mask], query.device), compiled=True)
     expected = reference_attention(query.cpu(), key.cpu(), value.cpu(), mask)
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(result.cpu().double(), expected, atol=tolerance, rtol=0)
@@ -120,7 +121,7 @@ for number, (box, length) in enumerate([((0, 0, 0.5, 0.5), 9), ((0, 0, 0.25, 0.7
     mask = joint_mask(spans, split_grid(regions, (16, 16), base_weight=0.3), aa.Isolation(base_weight=0.3))
     query, key, value = torch.randn(3, 1, 2, len(mask.groups), 16)
     with torch._dynamo.config.patch(error_on_recompile=number > 0), torch.no_grad():
-        result = masked_flex_attention(query, key, value, FlexMask.of(mask, query.device), compiled=True)
+        result = masked_flex_attention(query, key, value, FlexMask.of([mask], query.device), compiled=True)
     torch.testing.assert_close(result, dense_attention(query, key, value, mask.bias), atol=1e-5, rtol=0)
 """
 

@@ -65,6 +65,35 @@ def layouts(draw, *, hard=False, max_regions=16):
     return Layout(grid, regions, tuple(spans), isolation, overlap)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Rows whose layouts differ: other regions and prompts, on one grid, in sequences of one length."""
+
+    rows: tuple[Layout, ...]
+
+    @property
+    def masks(self):
+        return [row.mask for row in self.rows]
+
+
+@st.composite
+def batches(draw):
+    grid = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    isolation = draw(isolations)
+    region = st.builds(aa.Region, areas, st.just("a"), weight=st.floats(0.1, 4), feather=st.sampled_from([0.0, 0.1]))
+    regions = draw(st.lists(st.lists(region, max_size=4), min_size=2, max_size=3))
+    lengths = [draw(st.lists(st.integers(1, 4), min_size=len(row), max_size=len(row))) for row in regions]
+    own = draw(st.integers(1, 5))
+    longest = max(sum(row) for row in lengths)
+    rows = []
+    for row, row_lengths in zip(regions, lengths, strict=True):
+        texts = [Span("text", length, number) for number, length in enumerate(row_lengths, start=1)]
+        padding = [Span("padding", longest - sum(row_lengths))] if longest > sum(row_lengths) else []
+        spans = (*texts, *padding, Span("text", own), Span("image", grid[0] * grid[1]))
+        rows.append(Layout(grid, tuple(row), spans, isolation, "share"))
+    return Batch(tuple(rows))
+
+
 def random_tokens(count, *, seed=0, batch=1, dtype=torch.float32):
     """Random queries, keys or values: two heads of eight channels."""
     generator = torch.Generator().manual_seed(seed)

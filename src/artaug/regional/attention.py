@@ -1,8 +1,9 @@
-"""Attention under a group mask: the dense definition, and plain attentions merged by log-sum-exp.
+"""Attention under a group mask: the dense definition, and several attentions merged by log-sum-exp.
 
 For one query and a set of keys S, plain attention gives the result ``o_S = sum_{k in S} exp(s_k) v_k / Z_S`` and the
 log-sum-exp ``l_S = log Z_S``, with ``s_k = q k / sqrt(d)`` and ``Z_S = sum_{k in S} exp(s_k)``. If S has the weight w, all
-of its terms are multiplied by w, so ``o_S`` stays and ``l_S`` becomes ``l_S + log w``. Two disjoint sets A and B merge into
+of its terms are multiplied by w, so ``o_S`` stays and ``l_S`` becomes ``l_S + log w``; weights that differ from key to key are
+a bias ``log w_k`` of the scores. Two disjoint sets A and B merge into
 
     o = (Z_A o_A + Z_B o_B) / (Z_A + Z_B) = lerp(o_A, o_B, sigmoid(l_B - l_A)),    l = logaddexp(l_A, l_B).
 
@@ -20,11 +21,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from artaug.errors import GuideError
-from artaug.regional.split_plan import AttentionSplit, TokenIndex, gather
+from artaug.regional.splits import AttentionSplit, TokenIndex, gather
 
 _Context: TypeAlias = Any  # autograd's ctx, which takes any attribute
 _BACKWARD_QUERIES = 1024
 """Queries whose scores the backward pass holds in memory at a time."""
+_BIAS_ALIGNMENT = 16
+"""In numbers: what `scaled_dot_product_attention` itself pads a mask to."""
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
@@ -45,7 +48,8 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> 
 def split_attention(query: Tensor, key: Tensor, value: Tensor, splits: Sequence[AttentionSplit]) -> Tensor:
     """Attention in the splits of `artaug.regional.split_plan`; equals `dense_attention` up to rounding.
 
-    Differentiable in query, key and value. The forward pass never holds anything of the size queries x keys.
+    Differentiable in query, key and value. The forward pass never holds anything of the size queries x keys, but for the
+    biases that splits have.
 
     Raises:
         GuideError: if splits have to be merged on a device whose attention does not return its log-sum-exp.
@@ -53,12 +57,19 @@ def split_attention(query: Tensor, key: Tensor, value: Tensor, splits: Sequence[
     if any(split.stage != "only" for split in splits):
         merged: Tensor = _MergedAttention.apply(query, key, value, splits)  # type: ignore[no-untyped-call]
         return merged
+    if len(splits) == 1:  # of all queries
+        return _plain(query, key, value, splits[0])
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     for split in splits:
-        out[:, :, split.queries] = functional.scaled_dot_product_attention(
-            gather(query, (split.queries,)), gather(key, split.keys), gather(value, split.keys)
-        )
+        out[:, :, split.queries] = _plain(query, key, value, split)
     return out
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, split: AttentionSplit) -> Tensor:
+    """The attention of one split."""
+    return functional.scaled_dot_product_attention(
+        gather(query, (split.queries,)), gather(key, split.keys), gather(value, split.keys), attn_mask=split.bias
+    )
 
 
 def supports_merging(device: torch.device) -> bool:
@@ -94,10 +105,14 @@ class _MergedAttention(torch.autograd.Function):
         for split in ctx.splits:
             split_key, split_value = gather(key, split.keys).float(), gather(value, split.keys).float()
             # A kernel would recompute the scores tile by tile; here they are held, for some queries at a time.
-            for queries, log_weights in _query_chunks(split, query.shape[2]):
+            for queries, part in _query_chunks(split, query.shape[2]):
                 chunk_query, chunk_dout = query[:, :, queries].float(), dout[:, :, queries].float()
                 scores = chunk_query @ split_key.mT * scale - lse_total[:, :, queries, None]
-                probs = (scores if log_weights is None else scores + log_weights[:, None]).exp()
+                if split.log_weights is not None:
+                    scores = scores + split.log_weights[:, :, part, None]
+                if split.bias is not None:
+                    scores = scores + split.bias[:, :, part]
+                probs = scores.exp()
                 dscores = probs * (chunk_dout @ split_value.mT - delta[:, :, queries, None]) * scale
                 dquery[:, :, queries] += dscores @ split_key
                 _scatter_add(dkey, split.keys, dscores.mT @ chunk_query)
@@ -111,7 +126,7 @@ def _merge_splits(query: Tensor, key: Tensor, value: Tensor, splits: Sequence[At
     lse_total = query.new_empty(query.shape[:3], dtype=torch.float32)
     for split in splits:
         split_out, lse = attention_with_lse(
-            gather(query, (split.queries,)), gather(key, split.keys), gather(value, split.keys)
+            gather(query, (split.queries,)), gather(key, split.keys), gather(value, split.keys), split.bias
         )
         if split.log_weights is not None:
             lse = lse + split.log_weights
@@ -119,9 +134,13 @@ def _merge_splits(query: Tensor, key: Tensor, value: Tensor, splits: Sequence[At
             # sigmoid(l_B - l_A) = Z_B / (Z_A + Z_B), without an exponential of either that could overflow.
             lse_before = lse_total[:, :, split.queries]
             fraction = torch.sigmoid(lse - lse_before).unsqueeze(-1).to(split_out.dtype)
-            split_out = torch.lerp(out[:, :, split.queries], split_out, fraction)
+            if isinstance(split.queries, slice):
+                out[:, :, split.queries].lerp_(split_out, fraction)
+            else:
+                out[:, :, split.queries] = torch.lerp(out[:, :, split.queries], split_out, fraction)
             lse = torch.logaddexp(lse_before, lse)
-        out[:, :, split.queries] = split_out
+        else:
+            out[:, :, split.queries] = split_out
         lse_total[:, :, split.queries] = lse
     return out, lse_total
 
@@ -130,38 +149,48 @@ def attention_with_lse(
     query: Float[Tensor, "batch heads queries channels"],
     key: Float[Tensor, "batch heads keys channels"],
     value: Float[Tensor, "batch heads keys channels"],
+    bias: Float[Tensor, "rows 1 queries keys"] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Plain attention, and the log-sum-exp of each query's scaled scores: (batch, heads, queries) in float32.
+    """Attention, and the log-sum-exp of each query's scaled and biased scores: (batch, heads, queries) in float32.
 
     Raises:
         GuideError: on a device whose kernels do not return it.
     """
     aten = torch.ops.aten
     if query.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)  # noqa: SLF001
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)  # noqa: SLF001
     elif query.device.type != "cuda":
         raise GuideError(
             f"attention on {query.device} does not return its log-sum-exp, so splits cannot be merged there. "
             "Use method='grouped' with hard masks, or method='dense'."
         )
-    elif query.dtype == torch.float32:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)  # noqa: SLF001
+    elif query.dtype == torch.float32 or bias is not None:
+        full_bias = None if bias is None else _aligned(bias).expand(*query.shape[:2], -1, -1)
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, full_bias, True)  # noqa: SLF001
     else:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value)  # noqa: SLF001
     return out, lse[:, :, : query.shape[2]].float()  # CUDA kernels round the number of queries up
 
 
-def _query_chunks(split: AttentionSplit, num_queries: int) -> list[tuple[TokenIndex, Tensor | None]]:
-    """The queries of a split, `_BACKWARD_QUERIES` at a time, with their log_weights."""
-    chunks: list[TokenIndex]
+def _aligned(bias: Tensor) -> Tensor:
+    """The same bias with rows that begin at multiples of 16 numbers, as CUDA's kernels read them."""
+    keys = bias.shape[-1]
+    if bias.stride(-2) % _BIAS_ALIGNMENT == 0:
+        return bias
+    return functional.pad(bias, (0, -keys % _BIAS_ALIGNMENT))[..., :keys]
+
+
+def _query_chunks(split: AttentionSplit, num_queries: int) -> list[tuple[TokenIndex, slice]]:
+    """The queries of a split, `_BACKWARD_QUERIES` at a time, and which of the split's they are."""
     if isinstance(split.queries, slice):
         start, stop, _ = split.queries.indices(num_queries)
-        chunks = [slice(low, min(low + _BACKWARD_QUERIES, stop)) for low in range(start, stop, _BACKWARD_QUERIES)]
-    else:
-        chunks = list(split.queries.split(_BACKWARD_QUERIES))
-    if split.log_weights is None:
-        return [(chunk, None) for chunk in chunks]
-    return list(zip(chunks, split.log_weights.split(_BACKWARD_QUERIES), strict=True))
+        parts = [
+            slice(low, min(low + _BACKWARD_QUERIES, stop - start)) for low in range(0, stop - start, _BACKWARD_QUERIES)
+        ]
+        return [(slice(start + part.start, start + part.stop), part) for part in parts]
+    count = len(split.queries)
+    parts = [slice(low, min(low + _BACKWARD_QUERIES, count)) for low in range(0, count, _BACKWARD_QUERIES)]
+    return [(split.queries[part], part) for part in parts]
 
 
 def _scatter_add(total: Tensor, indices: Sequence[TokenIndex], tokens: Tensor) -> None:

@@ -1,11 +1,12 @@
 """A guided call: what the rows of one call of the denoiser hold, and how attention and LoRA layers get to know it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from artaug.plan import Region
 from artaug.regional.denoiser import Span
+from artaug.regional.prepared import PreparedAttention
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,19 @@ class GuidedRow:
     """All regions of the picture. Their LoRAs apply in the negative branch as well, whose sequence may lack their
     prompts: a LoRA in one branch only would be multiplied by the guidance scale."""
 
+    @property
+    def areas(self) -> tuple[Hashable, ...]:
+        """Where the regions are, and how strong: all of them that attention depends on."""
+        return tuple((region.area, region.weight, region.feather) for region in self.regions)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class GuidedCall:
-    """One call of a denoiser under a guide; without rows, a call in which no region counts."""
+    """One call of a denoiser under a guide; without rows, a call in which no region counts. Steps alike share it."""
 
     rows: tuple[GuidedRow, ...] = ()
+    prepared: dict[Hashable, PreparedAttention] = field(default_factory=dict, repr=False)
+    """Attention of these rows, for each kind of layer."""
 
     @property
     def has_prompts(self) -> bool:

@@ -4,17 +4,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias, final
+from typing import Any, ClassVar, Literal, final
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from artaug._internal.modules import uncompiled
-from artaug.errors import GuideError
+from artaug.errors import GuideError, InvalidValueError
 from artaug.lora.lora import LoRA
 from artaug.plan import Region
-from artaug.regional.attention import dense_attention, split_attention, supports_merging
+from artaug.regional.attention_costs import AttentionShape
 from artaug.regional.attention_mask import GroupMask, cross_mask, joint_mask, text_mask
 from artaug.regional.denoiser import (
     AttentionFn,
@@ -28,11 +27,12 @@ from artaug.regional.denoiser import (
 from artaug.regional.guide import EncodedRegion, Guide, exclusive
 from artaug.regional.guided_call import CurrentCall, GuidedCall, GuidedRow
 from artaug.regional.isolation import Isolation
+from artaug.regional.prepared import LayoutCache, Method, PreparedAttention, prepare_attention
 from artaug.regional.region_weights import RegionWeights, split_grid
-from artaug.regional.split_plan import plan_splits
 from artaug.regional.token_lora import check_loras, find_lora, token_loras_applied
 
-Method: TypeAlias = Literal["auto", "grouped", "merged", "flex", "dense"]
+_PREPARED = LayoutCache(64 << 20)
+"""Attention of the layouts drawn last: a loop draws the same ones again and again."""
 
 
 @final
@@ -44,14 +44,15 @@ class RegionalAttention(Guide):
     strongly. This is masked attention, softmax(q k / sqrt(d) + log w) v, with w a weight for each query and group of
     keys; it is computed exactly and without a mask in memory.
 
-    The ``method`` that computes it changes the speed, not the result:
+    The ``method`` that computes it changes the speed, not the result. Rows of a batch are computed together, whatever their
+    layouts, unless it is faster to take one layout after the other:
 
-    - ``"auto"``: grouped or merged, whichever copies fewer tokens; dense if merging is needed and the device (neither CPU
-      nor CUDA) cannot do it.
+    - ``"auto"``: the cheapest for the sizes at hand, by a model of their cost that was fitted to measurements. On CUDA it may
+      be flex, if that saves more than it takes to compile.
     - ``"grouped"``: one unmasked attention for all queries that attend to the same keys. Refuses soft weights.
-    - ``"merged"``: one unmasked attention for each group of keys, averaged by log-sum-exp.
+    - ``"merged"``: an unmasked attention to what all see alike, and small ones for the rest, averaged by log-sum-exp.
     - ``"flex"``: PyTorch's FlexAttention over sorted tokens. Compiles at first use; on the CPU not for training.
-    - ``"dense"``: a mask of queries x keys. The definition, slow and large.
+    - ``"dense"``: a mask of queries x keys. The definition; slow and large, except for small pictures.
 
     >>> import artaug as aa
     >>> aa.RegionalAttention(method="merged").trim_padding
@@ -69,11 +70,17 @@ class RegionalAttention(Guide):
     differently without it."""
     method: Method = "auto"
     """How to compute it."""
+    expected_drawings: int = 100
+    """How many drawings of one size are to come, about: ``"auto"`` compiles only what they pay back. It changes no result."""
     loras: Mapping[str, LoRA] = field(default_factory=dict, repr=False, hash=False)
     """The LoRAs that regions may name (`Region.lora`)."""
 
     def __post_init__(self) -> None:
         check_loras("RegionalAttention", self.loras)
+        if self.expected_drawings < 1:
+            raise InvalidValueError(
+                f"RegionalAttention(expected_drawings={self.expected_drawings}): expected 1 or more; 1 never compiles."
+            )
 
     @contextmanager
     def steering(self, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> Iterator[None]:
@@ -123,7 +130,7 @@ class _GuidedRun:
         self._current = CurrentCall()
         self._uncalled = {site.attention for site in self._sites}
         """Layers that have not attended to regions yet."""
-        self._attention_cache: dict[Any, AttentionFn] = {}
+        self._calls: dict[tuple[GuidedRow, ...], GuidedCall] = {}
         loras = {encoded.region.lora: find_lora(encoded.region, guide.loras) for row in regions for encoded in row}
         self._loras = {name: lora for name, lora in loras.items() if name is not None and lora is not None}
         for row in regions:
@@ -190,7 +197,7 @@ class _GuidedRun:
             GuidedRow(row_spans, request.regions, request.lora_regions)
             for row_spans, request in zip(spans, requests, strict=True)
         )
-        return GuidedCall(rows), kwargs
+        return self._calls.setdefault(rows, GuidedCall(rows)), kwargs
 
     def _row_requests(self, kwargs: ForwardKwargs) -> list[_RowRequest]:
         """What every row of a call's batch gets."""
@@ -224,58 +231,39 @@ class _GuidedRun:
             if not call.has_prompts:
                 return functional.scaled_dot_product_attention(query, key, value)
             self._uncalled.discard(site.attention)
-            if len(call.row_numbers) == 1:
-                return self._row_attention(site, call.rows[0], applies, query)(query, key, value)
-            out = torch.empty_like(query)
-            for row, numbers in call.row_numbers.items():
-                row_attention = self._row_attention(site, row, applies, query)
-                out[numbers] = row_attention(query[numbers], key[numbers], value[numbers])
-            return out
+            return self._prepared(site, call, query, applies=applies).attention(query, key, value)
 
         return attention_fn
 
-    def _row_attention(self, site: AttentionSite, row: GuidedRow, applies: bool, query: Tensor) -> AttentionFn:
-        """Attention for rows like this one at sites like this one, prepared once for each layout."""
+    def _prepared(self, site: AttentionSite, call: GuidedCall, query: Tensor, *, applies: bool) -> PreparedAttention:
+        """Attention of a call at sites like this one, prepared once."""
         grid = site.grid or self._denoiser.token_grid
-        needs_grad = torch.is_grad_enabled() and query.requires_grad
-        key = (row, site.kind, grid, applies, query.device, needs_grad)
-        if key not in self._attention_cache:
-            isolation = self._isolation if applies else None
-            if site.kind == "text":
-                mask = text_mask(row.spans, isolation)
-            else:
-                make_mask = cross_mask if site.kind == "cross" else joint_mask
-                mask = make_mask(row.spans, self._split_grid(row.regions, grid), isolation)
-            self._attention_cache[key] = _prepare_attention(
-                mask, self._guide.method, query.device, needs_grad=needs_grad
-            )
-        return self._attention_cache[key]
+        shape = AttentionShape.of(query, layers=len(self._sites), drawings=self._guide.expected_drawings)
+        key = (site.kind, grid, applies, shape)
+        if key not in call.prepared:
+            guide, isolation = self._guide, self._isolation if applies else None
+            # By places alone: prompts do not matter here.
+            layouts = tuple((row.spans, row.areas, tuple(numbers)) for row, numbers in call.row_numbers.items())
+            kept_key = (*key, layouts, isolation, self._isolation.base_weight, guide.overlap, guide.method)
+
+            def prepare() -> PreparedAttention:
+                masks = [self._mask(row, site.kind, grid, isolation) for row in call.row_numbers]
+                return prepare_attention(masks, list(call.row_numbers.values()), guide.method, shape)
+
+            call.prepared[key] = _PREPARED.get_or_prepare(kept_key, prepare)
+        return call.prepared[key]
+
+    def _mask(
+        self,
+        row: GuidedRow,
+        kind: Literal["joint", "cross", "text"],
+        grid: tuple[int, int],
+        isolation: Isolation | None,
+    ) -> GroupMask:
+        if kind == "text":
+            return text_mask(row.spans, isolation)
+        make_mask = cross_mask if kind == "cross" else joint_mask
+        return make_mask(row.spans, self._split_grid(row.regions, grid), isolation)
 
     def _split_grid(self, regions: tuple[Region, ...], grid: tuple[int, int]) -> RegionWeights:
         return split_grid(regions, grid, base_weight=self._isolation.base_weight, overlap=self._guide.overlap)
-
-
-def _prepare_attention(mask: GroupMask, method: Method, device: torch.device, *, needs_grad: bool) -> AttentionFn:
-    """Attention under a mask, ready to be called many times.
-
-    Raises:
-        GuideError: if the method cannot do it.
-    """
-    if method == "flex":
-        if needs_grad and device.type == "cpu":
-            raise GuideError("compiled FlexAttention has no backward on the CPU. Use method='auto' for training.")
-        from artaug.regional.flex import FlexMask, masked_flex_attention  # noqa: PLC0415 - loads torch's compiler
-
-        flex_mask = FlexMask.of(mask, device)
-        return lambda query, key, value: masked_flex_attention(query, key, value, flex_mask, compiled=True)
-    if method in {"auto", "grouped", "merged"}:
-        splits = tuple(split.to(device) for split in plan_splits(mask, method))
-        if supports_merging(device) or all(split.stage == "only" for split in splits):
-            return lambda query, key, value: split_attention(query, key, value, splits)
-        if method == "merged":
-            raise GuideError(
-                f"attention on {device} does not return its log-sum-exp, so splits cannot be merged there. "
-                "Use method='auto' or 'dense'."
-            )
-    bias = mask.bias.to(device)
-    return lambda query, key, value: dense_attention(query, key, value, bias)
