@@ -14,9 +14,10 @@ from torch.nn import functional
 import artaug as aa
 from artaug.regional import ELIGEN
 from artaug.regional.attention import attention_with_lse, split_attention
+from artaug.regional.attention_costs import TILE, AttentionShape, costs_on
 from artaug.regional.attention_mask import GroupMask, joint_mask
 from artaug.regional.denoiser import Span
-from artaug.regional.flex import TILE, FlexMask, masked_flex_attention
+from artaug.regional.flex import FlexMask, masked_flex_attention
 from artaug.regional.region_weights import split_grid
 from artaug.regional.split_plan import plan_splits
 from benchmarks import _flux as flux
@@ -196,8 +197,10 @@ def layout_rows(layer: Layer, side: int, regions: int, *, flex: bool, backward: 
     attend = partial(functional.scaled_dot_product_attention, query, query, query)
     works: dict[str, Work] = {"layout plain": attend, "layout dense": partial(attend, attn_mask=mask.bias.to(query))}
     notes: dict[str, record.Row] = {}
+    shape = AttentionShape.of(query, layers=1, drawings=1)
+    price = partial(costs_on(query.device, query.dtype).split_seconds, shape=shape)
     for method in ("merged", "grouped"):
-        splits = tuple(split.to(query.device) for split in plan_splits(mask, method))
+        splits = plan_splits([mask], method, price).splits(query.device, query.dtype)
         split = partial(split_attention, splits=splits)
         names = [f"layout {method}"]
         works[names[0]] = partial(split, query, query, query)
@@ -207,7 +210,7 @@ def layout_rows(layer: Layer, side: int, regions: int, *, flex: bool, backward: 
         notes |= {name: {"splits": len(splits)} for name in names}
     if flex:
         start = time.perf_counter()
-        flex_mask = FlexMask.of(mask, query.device)
+        flex_mask = FlexMask.of([mask], query.device)
         notes["layout flex"] = {"density": tile_density(flex_mask), "prepare_seconds": time.perf_counter() - start}
         works["layout flex"] = partial(masked_flex_attention, query, query, query, flex_mask, compiled=True)
     for row in timed(layer, works, batch=1, queries=tokens, keys=tokens):
@@ -224,10 +227,8 @@ def mask_of(layer: Layer, side: int, regions: int) -> GroupMask:
 
 def tile_density(mask: FlexMask) -> float:
     """The share of tiles that are computed."""
-    blocks = mask.block_mask
-    full = 0 if blocks.full_kv_num_blocks is None else int(blocks.full_kv_num_blocks.sum())
-    padded = -(-len(mask.query_order) // TILE) * -(-len(mask.key_order) // TILE)
-    return (int(blocks.kv_num_blocks.sum()) + full) / padded
+    padded = -(-mask.query_order.shape[1] // TILE) * -(-mask.key_order.shape[1] // TILE)
+    return mask.num_tiles / padded
 
 
 def with_backward(attend: Callable[..., Tensor], tokens: Tensor) -> Work:

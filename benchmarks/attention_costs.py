@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import product
+from itertools import pairwise, product
 from statistics import median
 
 import numpy as np
@@ -20,12 +20,13 @@ from artaug.regional.flex import FlexMask, masked_flex_attention
 from artaug.regional.region_weights import split_grid
 from artaug.regional.split_plan import SplitPlan, plan_splits
 from artaug.regional.splits import SplitSize
-from benchmarks import _flux as flux
 from benchmarks import _memory as memory
 from benchmarks import _record as record
 
 LINEAR = ("kernel", "score", "score_channel", "masked_score", "token_channel")
 """Constants that a price is linear in; the others follow from them."""
+_MOST_SCORES = 64**4
+"""Of a point on a CPU, in one head."""
 _NOTHING = AttentionCosts(**dict.fromkeys((item.name for item in fields(AttentionCosts)), 0.0))
 
 
@@ -59,7 +60,8 @@ class Point:
     @property
     def mask(self) -> GroupMask:
         """The layout: prompts of 16 tokens, a plan's prompt of an eighth of the image."""
-        regions = [aa.Region(area, "a") for area in flux.boxes(self.regions, side=self.side)]
+        edges = [round(number * self.side / self.regions) / self.side for number in range(self.regions + 1)]
+        regions = [aa.Region(aa.Box(left, 0.25, right, 1), "a") for left, right in pairwise(edges)]
         spans = [Span("text", 16, number + 1) for number in range(self.regions)]
         spans += [Span("text", max(16, self.side**2 // 8)), Span("image", self.side**2)]
         weights = split_grid(regions, (self.side, self.side), base_weight=self.isolation.base_weight)
@@ -90,39 +92,66 @@ def plans(mask: GroupMask) -> dict[str, SplitPlan]:
     return planned | {"dense": plan_splits([mask], "dense", len)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is varied; every combination that is not too long for a CPU is a point."""
+
+    dtypes: tuple[torch.dtype, ...]
+    heads: tuple[tuple[int, int], ...]
+    """Heads, and channels of a head."""
+    sides: tuple[int, ...]
+    regions: tuple[int, ...]
+    rows: tuple[int, ...]
+
+
+ON_CPU = Sizes(
+    dtypes=(torch.float32, torch.bfloat16),
+    heads=((4, 128), (4, 32)),
+    sides=(8, 16, 32, 64),
+    regions=(1, 3, 8),
+    rows=(1, 4, 16),
+)
+ON_GPU = Sizes(dtypes=(torch.bfloat16,), heads=((24, 128),), sides=(32, 64, 128), regions=(1, 4, 16), rows=(1, 4))
+"""FLUX's own heads."""
+
+
 def points(*, quick: bool) -> list[Point]:
-    """Where the constants are measured: FLUX's own heads on a GPU, smaller ones on a CPU."""
-    if torch.cuda.is_available():
-        sides, regions, rows, heads = (
-            ((64,), (4,), (1,), ((24, 128),)) if quick else ((32, 64, 128), (1, 4, 16), (1, 4), ((24, 128),))
-        )
-        dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
-    elif quick:
-        sides, regions, rows, heads, dtypes = (8, 16), (1, 4), (1, 4), ((4, 64),), (torch.float32,)
-    else:
-        sides, regions, rows, heads = (8, 16, 32, 64), (1, 3, 8), (1, 4, 16), ((4, 128), (4, 32))
-        dtypes = (torch.float32, torch.bfloat16)
+    """Where the constants are measured."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = ON_GPU if device == "cuda" else ON_CPU
+    if quick:
+        sizes = replace(
+            sizes,
+            dtypes=sizes.dtypes[:1],
+            heads=sizes.heads[-1:],
+            sides=sizes.sides[:2],
+            regions=sizes.regions[:2],
+            rows=sizes.rows[:2],
+        )
     chosen = [
         Point(
             side=side,
-            regions=count,
-            rows=batch,
-            heads=head[0],
-            channels=head[1],
+            regions=regions,
+            rows=rows,
+            heads=heads,
+            channels=channels,
             dtype=dtype,
             device=device,
             isolation=isolation,
         )
-        for dtype, head, batch, side, count, isolation in product(
-            dtypes, heads, rows, sides, regions, (ELIGEN, Isolation(base_weight=0.3))
+        for dtype, (heads, channels), rows, side, regions, isolation in product(
+            sizes.dtypes,
+            sizes.heads,
+            sizes.rows,
+            sizes.sides,
+            sizes.regions,
+            (ELIGEN, Isolation(base_weight=0.3)),
         )
-        if 2 * count <= side and (device == "cuda" or batch * side**4 <= 64**4)
+        if device == "cuda" or rows * side**4 <= _MOST_SCORES
     ]
-    grad = [
-        replace(point, needs_grad=True) for point in chosen if point.rows == 1 and point.side == sides[len(sides) // 2]
-    ]
-    return chosen + grad
+    middle = sizes.sides[len(sizes.sides) // 2]
+    with_grad = [replace(point, needs_grad=True) for point in chosen if (point.rows, point.side) == (1, middle)]
+    return chosen + with_grad
 
 
 def measure(*, quick: bool) -> Iterator[record.Row]:
@@ -143,7 +172,7 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
                 "seconds": seconds,
                 "price_to_seconds": costs.split_seconds(sizes, point.shape) / seconds,
             }
-        flexes = flex_rows(costs, dtype) if torch.cuda.is_available() else []
+        flexes = flex_rows(costs) if torch.cuda.is_available() else []
         yield from flexes
         errors = [abs(np.log(costs.split_seconds(sizes, point.shape) / seconds)) for point, _, sizes, seconds in rows]
         yield {
@@ -225,7 +254,7 @@ def nonnegative_least_squares(features: np.ndarray) -> list[float]:
     return [float(number) for number in result]
 
 
-def flex_rows(costs: AttentionCosts, dtype: torch.dtype) -> list[record.Row]:
+def flex_rows(costs: AttentionCosts) -> list[record.Row]:
     """FlexAttention on the same layouts: its time over the price of as many scores, and seconds to compile."""
     rows: list[record.Row] = []
     for point in points(quick=True):

@@ -10,7 +10,6 @@ from artaug.regional.attention_mask import cross_mask, text_mask
 from artaug.regional.split_plan import plan_splits
 from support.layouts import batches, layouts, random_qkv, random_tokens, reference_attention
 
-
 PRICES = [len, lambda sizes: sum(size.queries * size.keys * (1 + size.is_masked) for size in sizes)]
 """Few kernels, strips among them; or few scores."""
 

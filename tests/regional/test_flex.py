@@ -10,9 +10,9 @@ import torch.nn.attention.flex_attention as torch_flex_attention
 from hypothesis import HealthCheck, given, settings
 
 import artaug as aa
+from artaug.regional.attention_costs import TILE
 from artaug.regional.attention_mask import GroupMask, joint_mask
 from artaug.regional.denoiser import Span
-from artaug.regional.attention_costs import TILE
 from artaug.regional.flex import FlexMask, masked_flex_attention
 from artaug.regional.region_weights import split_grid
 from support.layouts import layouts, random_qkv, reference_attention

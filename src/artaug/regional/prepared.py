@@ -43,7 +43,7 @@ class PreparedAttention:
 
 
 @dataclass(frozen=True, eq=False)
-class _Option:
+class AttentionOption:
     """A way to compute attention, and its price."""
 
     method: str
@@ -66,15 +66,15 @@ def prepare_attention(
     Raises:
         GuideError: if the method cannot do it.
     """
-    options = list(_options(masks, rows, method, shape))
+    options = list(attention_options(masks, rows, method, shape))
     if method == "auto":
         options = [option for option in options if option.mask_bytes <= _MAX_MASK_BYTES] or options
     return min(options, key=lambda option: option.seconds).prepare()
 
 
-def _options(
+def attention_options(
     masks: Sequence[GroupMask], rows: Sequence[Sequence[int]], method: Method, shape: AttentionShape
-) -> Iterator[_Option]:
+) -> Iterator[AttentionOption]:
     """The ways that a method allows."""
     costs, merges = costs_on(shape.device, shape.dtype), supports_merging(shape.device)
     layout_of = {row: mask for mask, numbers in zip(masks, rows, strict=True) for row in numbers}
@@ -97,11 +97,13 @@ def _options(
         yield _flex_option(by_row, shape, costs, is_chosen=method == "auto")
 
 
-def _split_option(masks: Sequence[GroupMask], method: Method, shape: AttentionShape, costs: AttentionCosts) -> _Option:
+def _split_option(
+    masks: Sequence[GroupMask], method: Method, shape: AttentionShape, costs: AttentionCosts
+) -> AttentionOption:
     """All rows in the same splits."""
     plan = plan_splits(masks, method, lambda sizes: costs.split_seconds(sizes, shape))  # type: ignore[arg-type]
     seconds = costs.split_seconds(plan.sizes, shape)
-    return _Option(
+    return AttentionOption(
         method, seconds, plan.mask_numel * shape.dtype.itemsize, lambda: _prepare_splits(plan, method, shape)
     )
 
@@ -121,7 +123,7 @@ def _apart_option(
     method: Method,
     shape: AttentionShape,
     costs: AttentionCosts,
-) -> _Option:
+) -> AttentionOption:
     """The rows of each layout by themselves, one layout after the other."""
     parts = [
         _split_option([mask], method, replace(shape, rows=len(numbers)), costs)
@@ -131,7 +133,7 @@ def _apart_option(
         return parts[0]
     tokens = len(masks[0].weights) + 3 * len(masks[0].groups)
     copying = sum(3 * costs.kernel + costs.copy_seconds(tokens, len(numbers), shape) for numbers in rows)
-    return _Option(
+    return AttentionOption(
         "apart",
         copying + sum(part.seconds for part in parts),
         sum(part.mask_bytes for part in parts),
@@ -156,7 +158,7 @@ def _flex_can_win(shape: AttentionShape) -> bool:
 
 def _flex_option(
     masks: Sequence[GroupMask], shape: AttentionShape, costs: AttentionCosts, *, is_chosen: bool
-) -> _Option:
+) -> AttentionOption:
     if shape.needs_grad and shape.device.type == "cpu":
         raise GuideError("compiled FlexAttention has no backward on the CPU. Use method='auto' for training.")
     from artaug.regional.flex import FlexMask, masked_flex_attention  # noqa: PLC0415 - loads torch's compiler
@@ -174,7 +176,7 @@ def _flex_option(
             mask.tensors,
         )
 
-    return _Option("flex", seconds, 0, prepare)
+    return AttentionOption("flex", seconds, 0, prepare)
 
 
 @functools.cache
@@ -205,10 +207,9 @@ class LayoutCache:
                 self._kept.move_to_end(key)
                 return self._kept[key]
         prepared = prepare()
-        with self._lock:
-            self._kept[key] = prepared
-            while len(self._kept) > 1 and sum(item.num_bytes for item in self._kept.values()) > self._max_bytes:
-                self._kept.popitem(last=False)
-            if prepared.num_bytes > self._max_bytes:
-                self._kept.pop(key)
+        if prepared.num_bytes <= self._max_bytes:
+            with self._lock:
+                self._kept[key] = prepared
+                while sum(item.num_bytes for item in self._kept.values()) > self._max_bytes:
+                    self._kept.popitem(last=False)
         return prepared
