@@ -3,10 +3,10 @@
 import json
 
 import torch
-from benchmarks import _flux as flux
 from benchmarks import attention
 
 from artaug.regional.attention import attention_with_lse, dense_attention
+from artaug.regional.attention_costs import TILE
 from support.tiny_geometry import TINY
 
 LAYER = attention.Layer.of(TINY)
@@ -45,13 +45,10 @@ def test_what_is_timed_as_merging_merges():
     torch.testing.assert_close(total, attention_with_lse(query, key, value)[1])
 
 
-def test_the_density_is_the_share_of_tiles_that_the_cost_of_flex_counts():
-    side, regions = 32, 4
-    mask = attention.mask_of(LAYER, side, regions)
-    flex_mask = flux.FlexMask.of(mask, torch.device("cpu"))
-    tiles = attention.tile_density(flex_mask) * (-(-len(mask.groups) // flux.TILE)) ** 2
-    areas = tuple(attention.aa.Region(box, "a") for box in flux.boxes(regions, side=side))
-    setting = flux.Setting(geometry=TINY, model=TINY.model(), side=side, regions=areas, isolation=attention.ELIGEN)
-    layers, channels = 3, 32
-    counted = flux.step_cost(setting, "flex").attention_flops / (4 * channels * layers * flux.TILE**2)
-    assert round(tiles) == counted
+def test_the_density_is_the_share_of_tiles_with_a_visible_pair():
+    mask = attention.mask_of(LAYER, 32, 4)
+    flex_mask = attention.FlexMask.of([mask], torch.device("cpu"))
+    visible = (mask.weights[:, mask.groups] > 0)[flex_mask.query_order[0]][:, flex_mask.key_order[0]]
+    padded = torch.nn.functional.pad(visible, (0, -visible.shape[1] % TILE, 0, -visible.shape[0] % TILE))
+    tiles = padded.unfold(0, TILE, TILE).unfold(1, TILE, TILE).any(dim=-1).any(dim=-1)
+    assert attention.tile_density(flex_mask) == tiles.float().mean()
