@@ -73,8 +73,8 @@ lora.save(folder / "lora.safetensors")
 pair = aa.ImagePair.unchanged(Image.new("RGB", (8, 8)), prompt="a", seed=0)
 append_decision(folder / "decisions.jsonl", pair, True)
 assert list(read_decisions(folder / "decisions.jsonl").values()) == [True]
-from artaug.lora.baking.stream import atomic_output
-with atomic_output(folder / "baked.safetensors", folder=False) as partial:
+from artaug._internal.files import atomic_output
+with atomic_output(folder / "baked.safetensors") as partial:
     partial.write_bytes(b"x")
 assert (folder / "baked.safetensors").read_bytes() == b"x"
 from artaug.run.storage.lock import RunLock
@@ -155,8 +155,9 @@ def test_a_bake_needs_no_locks_of_the_file_system(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(stream.fcntl, "flock", flock)
-    with stream.atomic_output(tmp_path / "out", folder=True) as folder:
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.atomic_output(tmp_path / "out") as folder:
+        folder.mkdir()
         (folder / "file").write_bytes(b"1")
     assert (tmp_path / "out" / "file").read_bytes() == b"1"
 
@@ -168,9 +169,8 @@ def test_a_disk_that_cannot_reserve_room_is_told_from_a_full_one(code, passes, t
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
-    with stream.StreamWriter(on_bytes=lambda _: None) as writer:
-        if passes:
-            writer.reserve(tmp_path / "file", 10)
-        else:
-            with pytest.raises(OSError, match="No space"):
-                writer.reserve(tmp_path / "file", 10)
+    if passes:
+        stream.reserve_file(tmp_path / "file", 10)
+    else:
+        with pytest.raises(OSError, match="No space"):
+            stream.reserve_file(tmp_path / "file", 10)

@@ -19,6 +19,7 @@ from artaug._internal import files
 from artaug._internal.files import (
     _MACHINE,
     SafetensorsHeader,
+    atomic_output,
     atomic_write,
     check_disk_space,
     file_sha256,
@@ -351,3 +352,71 @@ def test_a_disk_that_cannot_be_asked_is_not_judged(tmp_path, monkeypatch):
 
     monkeypatch.setattr("shutil.disk_usage", fail)
     check_disk_space(tmp_path, 2**40, what="The run")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it flushes no folders")
+def test_a_new_folder_appears_when_all_that_it_holds_is_on_the_disk(tmp_path, monkeypatch):
+    flushed, rename, fsync = set(), os.rename, os.fsync
+
+    def noted_rename(source, target, **options):
+        inside = {Path(source), *Path(source).rglob("*")}
+        assert {path.stat().st_ino for path in inside} == flushed
+        rename(source, target, **options)
+
+    def noted_fsync(descriptor):
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "rename", noted_rename)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    with atomic_output(tmp_path / "above" / "out") as output:
+        (output / "sub").mkdir(parents=True)
+        (output / "sub" / "file").write_text("whole")
+        (output / "other").write_text("whole, too")
+
+    assert {path.name for path in (tmp_path / "above").rglob("*")} == {"out", "sub", "file", "other"}
+    assert tmp_path.joinpath("above").stat().st_ino in flushed
+
+
+def killed_while_making(folder):
+    with atomic_output(folder / "out") as output:
+        (output / "sub").mkdir(parents=True)
+        (output / "sub" / "file").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks and kills")
+def test_the_next_write_in_a_folder_removes_folders_that_killed_processes_left_there(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=killed_while_making, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2  # the half and its lock
+
+    with atomic_output(tmp_path / "out") as output:
+        output.write_text("whole")
+
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+
+
+def test_one_process_at_a_time_makes_an_output_and_others_beside_it_are_free(tmp_path):
+    with atomic_output(tmp_path / "out") as output:
+        with (
+            pytest.raises(StorageError, match="another process is writing the same output"),
+            atomic_output(tmp_path / "out"),
+        ):
+            pytest.fail("two processes write one output")
+        with atomic_output(tmp_path / "other") as other:
+            other.write_text("other")
+        output.write_text("first")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"out": "first", "other": "other"}
+
+
+def test_what_appears_in_the_place_of_an_output_meanwhile_stays(tmp_path):
+    def make_both():
+        with atomic_output(tmp_path / "out") as output:
+            output.write_text("ours")
+            (tmp_path / "out").write_text("theirs")
+
+    with pytest.raises(StorageError, match="exists already"):
+        make_both()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"out": "theirs"}

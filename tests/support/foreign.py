@@ -28,7 +28,7 @@ from artaug.errors import ArtAugError
 from artaug.evaluation.suites import read_dpg, read_geneval, read_oneig
 from artaug.hub.card import _code, _table
 from artaug.images.html import CritiqueView
-from artaug.lora.baking.checkpoint import Shard, _indexed_files
+from artaug.lora.baking.checkpoint import CheckpointFile, _indexed_files
 from artaug.lora.formats import FLUX1
 from artaug.report import write_report
 from artaug.review.decisions import read_decisions
@@ -291,7 +291,9 @@ READERS = {
         (to_json(ComparisonRecord(_COMPARISON, {"base": ()})).encode(),),
         b'"a":[0.5],',
     ),
-    "weights": Reader(_of_file(Shard.read), (save({"a.weight": torch.ones(2, 2)}, {"format": "pt"}),), b'"a":{},'),
+    "weights": Reader(
+        _of_file(CheckpointFile.read), (save({"a.weight": torch.ones(2, 2)}, {"format": "pt"}),), b'"a":{},'
+    ),
     "index": Reader(_of_file(_index), (b'{"weight_map": {"a": "a.safetensors"}}',), b'"a":{},'),
     "reply": Reader(
         lambda data: parse_reply(data.decode("utf-8", "replace"), size=(64, 64), coordinates="thousandths"),

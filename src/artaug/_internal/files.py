@@ -116,11 +116,49 @@ def _finish(temporaries: Sequence[Path], *, mode_of: Path) -> None:
     """Flush files to the disk. safetensors makes files that only their owner can read; ``mode_of`` has a new file's mode."""
     for temporary in temporaries:
         shutil.copymode(mode_of, temporary)
-    if len(temporaries) == 1:  # a program that ends starts no more threads
-        sync_file(temporaries[0])
+    _sync_files(temporaries)
+
+
+def _sync_files(paths: Sequence[Path]) -> None:
+    if len(paths) == 1:  # a program that ends starts no more threads
+        sync_file(paths[0])
         return
     with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # a file system flushes several together in about the time of one
-        list(pool.map(sync_file, temporaries))
+        list(pool.map(sync_file, paths))
+
+
+@contextmanager
+def atomic_output(out: Path) -> Iterator[Path]:
+    """Yield a path to make a file or a folder at; at the end of the block it is flushed, and appears as ``out``.
+
+    As `atomic_write`, for what must not exist yet, one process at a time. After an exception nothing is left.
+
+    Args:
+        out: where it is to be. Folders above it are made if they are missing.
+
+    Raises:
+        StorageError: if there is something at ``out``, or another process is writing it.
+        OSError: if the system cannot write it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(out.parent)
+    # one name for one output: the second process to make the folder fails
+    with _scratch_folder(out.parent / _SCRATCH, hashlib.sha256(out.name.encode()).hexdigest()[:16]) as scratch:
+        _check_absent(out)
+        output = scratch / out.name
+        yield output
+        inside = list(output.rglob("*"))
+        _sync_files([path for path in (output, *inside) if path.is_file()])
+        for folder in filter(Path.is_dir, (output, *inside)):
+            sync_folder(folder)
+        _check_absent(out)
+        output.rename(out)
+    sync_folder(out.parent)
+
+
+def _check_absent(out: Path) -> None:
+    if os.path.lexists(out):
+        raise StorageError(f"{str(out)!r} exists already, and is left as it is. Choose another place, or remove it.")
 
 
 def check_writable(folder: Path, *, what: str) -> None:
@@ -220,9 +258,14 @@ def _is_abandoned(scratch: Path, lock: BinaryIO) -> bool:
 
 
 @contextmanager
-def _scratch_folder(scratches: Path) -> Iterator[Path]:
-    """A new, locked folder in the folder ``scratches``. Both are removed at the end of the block, if they are empty."""
-    scratch, lock = _new_scratch(scratches)
+def _scratch_folder(scratches: Path, name: str | None = None) -> Iterator[Path]:
+    """A new, locked folder in the folder ``scratches``. Both are removed at the end of the block.
+
+    Args:
+        scratches: the folder of all.
+        name: for what one process at a time may do; None for a random one.
+    """
+    scratch, lock = _new_scratch(scratches, name)
     try:
         yield scratch
     finally:
@@ -233,16 +276,17 @@ def _scratch_folder(scratches: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _new_scratch(scratches: Path) -> tuple[Path, BinaryIO]:
+def _new_scratch(scratches: Path, name: str | None) -> tuple[Path, BinaryIO]:
     """Make a folder with a locked file in it; again if another process has meanwhile removed it as abandoned."""
+    scratch = scratches
     for _ in range(_MAX_ATTEMPTS):
-        scratch = scratches / f"{_MACHINE}-{secrets.token_hex(8)}"
+        scratch = scratches / f"{_MACHINE}-{name or secrets.token_hex(8)}"
         with suppress(FileExistsError):  # Path.mkdir(exist_ok=True) raises it where the folder goes in between
             scratches.mkdir()
         try:
             scratch.mkdir()
             lock = (scratch / _LOCK).open("xb")
-        except FileNotFoundError:
+        except (FileExistsError, FileNotFoundError):
             continue
         try:
             lock_file(lock)
@@ -254,14 +298,21 @@ def _new_scratch(scratches: Path) -> tuple[Path, BinaryIO]:
         if (scratch / _LOCK).exists():
             return scratch, lock
         lock.close()
+    if scratch.exists():
+        raise StorageError(
+            f"another process is writing the same output: its unfinished files are in {str(scratch)!r}. Wait for it, or "
+            "choose another place. If no process is, remove that folder."
+        )
     raise FileNotFoundError(f"another program keeps removing {scratches}")
 
 
 def _empty(scratch: Path, lock: BinaryIO) -> None:
-    """Remove the files of a folder whose lock this process holds. That goes last: without it, nothing removes the rest."""
-    for file in scratch.iterdir():
-        if file.name != _LOCK:
-            file.unlink()
+    """Empty a folder whose lock this process holds. The lock goes last: without it, nothing removes the rest."""
+    for path in scratch.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
     if sys.platform == "win32":  # where an open file cannot be removed
         lock.close()
     (scratch / _LOCK).unlink()

@@ -5,17 +5,17 @@ The checkpoint itself is never changed. The part of the update that its precisio
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from artaug._internal.files import check_disk_space
+from artaug._internal.files import atomic_output, check_disk_space
 from artaug.errors import LoRAMismatchError, ModelError, StorageError
-from artaug.lora.baking.checkpoint import Checkpoint, Shard, TensorInfo
+from artaug.lora.baking.checkpoint import Checkpoint, CheckpointFile
 from artaug.lora.baking.report import BakedCheckpoint, BakedFile, BakedLayer
 from artaug.lora.baking.rounding import DTYPES, WeightUpdate
-from artaug.lora.baking.stream import ByteRange, StreamWriter, atomic_output
+from artaug.lora.baking.stream import ByteRange, copy_file, reserve_file
 from artaug.lora.lora import LoRA
 
 __all__ = ["BakedCheckpoint", "BakedFile", "BakedLayer", "bake"]
@@ -50,7 +50,7 @@ def bake(
             whose tensors are named by module path and ``.weight``. It is only read.
         lora: what to add.
         out: a folder or file that does not exist yet. It appears atomically, also if the process is killed; a killed run
-            leaves a folder with the name of ``out`` and ``.partial``, which the next run removes.
+            leaves a hidden folder, ``.artaug-partial``, which the next one removes.
         scale: of every update.
         stochastic_seed: round up or down at random instead of to the nearest, with this seed. None rounds to the
             nearest, as casting does.
@@ -67,33 +67,50 @@ def bake(
         StorageError: if ``out`` exists or cannot be written, for a full disk for instance; nothing is left behind.
     """
     started = time.perf_counter()
-    source, target = Path(checkpoint), Path(out)
-    source_files = Checkpoint.find(source)
-    updates = _weight_updates(source_files, lora, scale=scale, seed=stochastic_seed)
+    source, target = Checkpoint.find(Path(checkpoint)), Path(out)
+    _check_fits(source, lora)
+    folder = source.root.is_dir()
+    if folder and target.resolve().is_relative_to(source.root.resolve()):
+        raise StorageError(
+            f"{str(target)!r} lies in the checkpoint {str(source.root)!r}, which is only read. Choose another."
+        )
+    files: dict[str, BakedFile] = {}
+    layers: dict[str, BakedLayer] = {}
     try:
-        _check_target(target, source, source_files.size)
         with (
-            atomic_output(target, folder=source.is_dir()) as output,
-            tqdm(total=source_files.size, desc="Baking", unit="B", unit_scale=True, disable=not progress) as bar,
-            StreamWriter(on_bytes=bar.update) as writer,
+            atomic_output(target) as output,
+            tqdm(total=source.size, desc="Baking", unit="B", unit_scale=True, disable=not progress) as bar,
         ):
-            files = _write_files(source_files, updates, writer, output)
-            layers = {name.removesuffix(_WEIGHT): update.report() for name, update in updates.items()}
+            check_disk_space(target.absolute().parent, source.size, what=repr(str(target)))
+            placed = [
+                (file, output / file.path.relative_to(source.root) if folder else output) for file in source.files
+            ]
+            for file, place in placed:
+                reserve_file(place, file.size)
+            for file, place in placed:
+                ranges = _byte_ranges(file, lora, layers, scale=scale, seed=stochastic_seed)
+                name = place.relative_to(output if folder else output.parent).as_posix()
+                files[name] = copy_file(file.path, place, ranges, on_bytes=bar.update)
     except StorageError:
         raise
     except OSError as error:
         raise StorageError(
-            f"{str(target)!r} could not be written, and nothing is left of it: {error}. It takes {_gib(source_files.size)}; "
+            f"{str(target)!r} could not be written, and nothing is left of it: {error}. It takes {_gib(source.size)}; "
             "make room, or choose another place."
         ) from error
-    baked = BakedCheckpoint(path=target, layers=layers, files=files, seconds=time.perf_counter() - started)
+    baked = BakedCheckpoint(
+        path=target,
+        layers={name: layers[name] for name in lora.layers},
+        files=files,
+        seconds=time.perf_counter() - started,
+    )
     if baked.relative_error > _WARN_ABOVE:
         _log.warning("%s lost %.0f%% of the update to rounding: see its report", target, 100 * baked.relative_error)
     return baked
 
 
-def _weight_updates(checkpoint: Checkpoint, lora: LoRA, *, scale: float, seed: int | None) -> dict[str, WeightUpdate]:
-    """The update of each tensor, by the tensor's name, in the order of the LoRA's layers."""
+def _check_fits(checkpoint: Checkpoint, lora: LoRA) -> None:
+    """Refuse a LoRA that is not for this checkpoint, and weights that cannot be baked into."""
     tensors = checkpoint.tensors()
     missing = [name for name in lora.layers if name + _WEIGHT not in tensors]
     if missing:
@@ -103,66 +120,39 @@ def _weight_updates(checkpoint: Checkpoint, lora: LoRA, *, scale: float, seed: i
             f"this LoRA names {len(lora.layers)} layers and {str(checkpoint.root)!r} has {present} of them; first missing is "
             f"{missing[0] + _WEIGHT!r}, names there look like {example!r}."
         )
-    updates = {}
     for name, layer in lora.layers.items():
-        key = name + _WEIGHT
-        _check_fits(key, tensors[key], layer.shape)
-        # a convolution's weight lies in the file as the matrix (outputs, inputs * kernel)
-        updates[key] = WeightUpdate(layer.flat(), scale=scale, dtype=tensors[key].dtype, seed=seed, name=key)
-    return updates
+        info = tensors[name + _WEIGHT]
+        if info.dtype not in DTYPES:
+            raise ModelError(
+                f"{name + _WEIGHT!r} is stored as {info.dtype}, which artaug does not bake into: most of a small update to "
+                f"quantized weights would be rounded away. Expected one of {', '.join(DTYPES)}. Bake first, then quantize; "
+                "or leave the LoRA unfused."
+            )
+        if info.shape != layer.shape:
+            raise LoRAMismatchError(
+                f"this LoRA updates {name + _WEIGHT!r} with shape {layer.shape}, and in the checkpoint it has "
+                f"{info.shape}. It was trained for a model of another size."
+            )
 
 
-def _check_fits(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
-    if info.dtype not in DTYPES:
-        raise ModelError(
-            f"{name!r} is stored as {info.dtype}, which artaug does not bake into: most of a small update to quantized "
-            f"weights would be rounded away. Expected one of {', '.join(DTYPES)}. Bake first, then quantize; or leave the "
-            "LoRA unfused."
-        )
-    if info.shape != shape:
-        raise LoRAMismatchError(
-            f"this LoRA updates {name!r} with shape {shape}, and in the checkpoint it has {info.shape}. It was "
-            "trained for a model of another size."
-        )
-    if not info.has_size(DTYPES[info.dtype].itemsize):
-        raise ModelError(
-            f"{name!r} is {info.dtype} of shape {info.shape}, and has {info.end - info.start} bytes. The file is damaged."
-        )
+def _byte_ranges(
+    file: CheckpointFile, lora: LoRA, layers: dict[str, BakedLayer], *, scale: float, seed: int | None
+) -> Iterator[ByteRange]:
+    """The bytes of a file from first to last: copied, except for the weights that have an update.
 
-
-def _check_target(target: Path, source: Path, size: int) -> None:
-    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
-        raise StorageError(
-            f"{str(target)!r} lies in the checkpoint {str(source)!r}, which is only read. Choose another."
-        )
-    check_disk_space(target.absolute().parent, size, what=repr(str(target)))
-
-
-def _write_files(
-    checkpoint: Checkpoint, updates: Mapping[str, WeightUpdate], writer: StreamWriter, output: Path
-) -> dict[str, BakedFile]:
-    """Write all files into the folder ``output``, or the only file of the checkpoint as ``output``."""
-    ranges = {shard.path: _byte_ranges(shard, updates) for shard in checkpoint.shards}
-    ranges |= {path: [ByteRange(path.stat().st_size)] for path in checkpoint.others}
-    targets = {path: output / path.relative_to(checkpoint.root) if output.is_dir() else output for path in ranges}
-    for path, target in targets.items():
-        writer.reserve(target, sum(byte_range.size for byte_range in ranges[path]))
-    base = output if output.is_dir() else output.parent
-    files = {
-        target.relative_to(base).as_posix(): writer.copy(path, target, ranges[path]) for path, target in targets.items()
-    }
-    writer.wait_synced()
-    return files
-
-
-def _byte_ranges(shard: Shard, updates: Mapping[str, WeightUpdate]) -> list[ByteRange]:
-    """The bytes of a shard from first to last: copied, except for the weights that have an update."""
-    ranges, position = [], 0
-    for name, info in shard.tensors.items():
-        if name in updates:
-            ranges += [ByteRange(info.start - position), ByteRange(info.end - info.start, updates[name])]
+    Between a weight and what follows it, the weight's report is put into ``layers``.
+    """
+    position = 0
+    for name, info in file.tensors.items():
+        layer = name.removesuffix(_WEIGHT)
+        if name.endswith(_WEIGHT) and layer in lora.layers:
+            yield ByteRange(info.start - position)
+            # a convolution's weight lies in the file as the matrix (outputs, inputs * kernel)
+            update = WeightUpdate(lora.layers[layer].flat(), scale=scale, dtype=info.dtype, seed=seed, name=name)
+            yield ByteRange(info.end - info.start, update.add_to, update.row_bytes)
+            layers[layer] = update.report()
             position = info.end
-    return [*ranges, ByteRange(shard.size - position)]
+    yield ByteRange(file.size - position)
 
 
 def _gib(size: int) -> str:

@@ -1,9 +1,10 @@
 """The files of a checkpoint: safetensors files with the position of every tensor in them, and all other files."""
 
-import math
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from artaug._internal.decoding import decode_json
 from artaug._internal.files import SafetensorsHeader
@@ -30,62 +31,35 @@ class TensorInfo:
     """In bytes from the beginning of the file."""
     end: int
 
-    def has_size(self, itemsize: int) -> bool:
-        """Whether its length is that of its shape, at ``itemsize`` bytes for each element."""
-        return self.end - self.start == math.prod(self.shape) * itemsize
-
 
 @dataclass(frozen=True)
-class Shard:
-    """One safetensors file."""
+class CheckpointFile:
+    """One file of a checkpoint."""
 
     path: Path
-    tensors: Mapping[str, TensorInfo]
-    """In the order of their bytes, which follow each other without gaps to the end of the file."""
     size: int
-    """Of the file, in bytes."""
+    """In bytes."""
+    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """Of the denoiser, in the order of their bytes, which follow each other without gaps to the end of the file."""
 
     @classmethod
-    def read(cls, path: Path) -> "Shard":
-        """Read the header and check it against the length of the file.
+    def read(cls, path: Path) -> "CheckpointFile":
+        """Read the header of a safetensors file; safetensors checks it against the length of the file.
 
         Raises:
             ModelError: if it is no safetensors file, or cut short.
         """
         try:
             header = SafetensorsHeader.read(path)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path} cannot be read as safetensors: {error}. {_EXPECTED}") from None
-        try:
-            tensors = _tensor_infos(header)
-        except (LookupError, TypeError, ValueError):
-            tensors = None
-        if tensors is None:
-            raise ModelError(
-                f"{path} is cut short or damaged: {header.file_size} bytes are not what its header describes."
-            )
-        return cls(path, tensors, header.file_size)
-
-
-def _tensor_infos(header: SafetensorsHeader) -> dict[str, TensorInfo] | None:
-    """The tensors by position; None if they have gaps, overlap, or do not end where the file ends.
-
-    Raises:
-        LookupError, TypeError, ValueError: if the header describes something else than tensors.
-    """
-    infos = {}
-    for name, entry in header.tensors.items():
-        shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-        if any(type(number) is not int or number < 0 for number in (*shape, start, end)):
-            return None
-        infos[name] = TensorInfo(str(entry["dtype"]), shape, header.data_start + start, header.data_start + end)
-    ordered = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)))
-    position = header.data_start
-    for info in ordered.values():
-        if info.start != position or info.end < position:
-            return None
-        position = info.end
-    return ordered if position == header.file_size else None
+            with safe_open(path, framework="pt"):  # has checked types, shapes and offsets
+                pass
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(f"{path} is no safetensors file, or cut short or damaged: {error}. {_EXPECTED}") from None
+        tensors = {}
+        for name, entry in sorted(header.tensors.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = (header.data_start + offset for offset in entry["data_offsets"])
+            tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), start, end)
+        return cls(path, header.file_size, tensors)
 
 
 @dataclass(frozen=True)
@@ -93,10 +67,9 @@ class Checkpoint:
     """The files of a model."""
 
     root: Path
-    """The folder, or the folder that the one file is in."""
-    shards: tuple[Shard, ...]
-    others: tuple[Path, ...] = ()
-    """All other files of the folder and its subfolders, except hidden ones; of links, the files they lead to."""
+    """The folder, or the one file."""
+    files: tuple[CheckpointFile, ...]
+    """All of the folder and its subfolders, except hidden ones; of links, the files they lead to."""
 
     @classmethod
     def find(cls, path: Path) -> "Checkpoint":
@@ -107,35 +80,36 @@ class Checkpoint:
                 folder holds a link out of it, a link to a folder, or something that is no file.
         """
         if path.is_file():
-            return cls(path.parent, (Shard.read(path),))
+            return cls(path, (CheckpointFile.read(path),))
         if not path.is_dir():
             raise ModelError(f"{str(path)!r} does not exist. {_EXPECTED}")
         try:
             files = _visible_files(path)
             weights = _weight_files(_denoiser_folder(path))
+            sizes = {file: file.stat().st_size for file in files}
         except OSError as error:
             raise ModelError(f"{str(path)!r} cannot be read: {error}. {_EXPECTED}") from error
-        others = (file for file in files if file not in weights)
-        return cls(path, tuple(map(Shard.read, weights)), tuple(others))
+        others = (CheckpointFile(file, size) for file, size in sizes.items() if file not in weights)
+        return cls(path, (*map(CheckpointFile.read, weights), *others))
 
     @property
     def size(self) -> int:
         """In bytes, all files."""
-        return sum(shard.size for shard in self.shards) + sum(file.stat().st_size for file in self.others)
+        return sum(file.size for file in self.files)
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """The tensors of all shards by name.
+        """The tensors of all files by name.
 
         Raises:
-            ModelError: if two shards hold one tensor.
+            ModelError: if two files hold one tensor.
         """
         tensors: dict[str, TensorInfo] = {}
-        for shard in self.shards:
-            if duplicates := tensors.keys() & shard.tensors.keys():
+        for file in self.files:
+            if duplicates := tensors.keys() & file.tensors.keys():
                 raise ModelError(
-                    f"{shard.path} holds {min(duplicates)!r}, which another shard holds too. Fetch the model again."
+                    f"{file.path} holds {min(duplicates)!r}, which another shard holds too. Fetch the model again."
                 )
-            tensors |= shard.tensors
+            tensors |= file.tensors
         return tensors
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from types import MappingProxyType
 
@@ -18,8 +17,6 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 )
 """Types that can be baked into, by their names in safetensors. In 8 bits most of a small update would be rounded away."""
-_BLOCK_ELEMENTS = 1 << 17
-"""Elements of a weight that are processed at a time: few enough for a processor's cache."""
 _INTEGER_TYPES = {2: torch.int16, 4: torch.int32}
 """Integer types by item size, to view the bits of floats."""
 
@@ -30,88 +27,69 @@ class WeightUpdate:
     Weight and update are summed in float32 and cast once. A sum in bfloat16, with its 8 bits of precision, would round
     the update before it is added, and every further addition would round the sum again.
 
-    The same weight, update and seed give the same bits, wherever the weight is in a file and in whatever chunks it
-    comes, if all chunks but the last are multiples of ``unit`` bytes.
+    The same weight, update and seed give the same bits, wherever the weight is in a file.
+
+    Args:
+        update: what to add.
+        scale: of the update.
+        dtype: of the stored weight, as safetensors calls it.
+        seed: of stochastic rounding; None rounds to the nearest.
+        name: of the weight.
     """
 
     def __init__(self, update: LowRank, *, scale: float, dtype: str, seed: int | None, name: str) -> None:
-        self._update, self._scale = update, scale
+        self._down, self._up = update.down.float().cpu(), update.up.float().cpu() * scale
+        self._update_norm = abs(scale) * update.energy() ** 0.5
         self._name, self._dtype_name, self._dtype = name, dtype, DTYPES[dtype]
-        self._outputs, self._inputs = update.up.shape[0], update.down.shape[1]
-        self._block_rows = min(max(_BLOCK_ELEMENTS // self._inputs, 1), self._outputs)
         self._rng = None if seed is None else np.random.default_rng(_layer_seed(seed, name))
-        self._scratch: _Scratch | None = None
-        self._next_row = self._unchanged = 0
+        self.row_bytes = self._down.shape[1] * self._dtype.itemsize
+        self._buffers: tuple[Tensor, Tensor, Tensor] | None = None
+        self._rows = self._unchanged = 0
         self._squared_error = 0.0
 
-    @property
-    def unit(self) -> int:
-        """Bytes of one block of rows."""
-        return self._block_rows * self._inputs * self._dtype.itemsize
-
-    def __call__(self, chunk: memoryview) -> None:
-        """Add the update to the next rows of the weight.
+    def add_to(self, data: memoryview) -> None:
+        """Add the update to the next rows of the weight. The first are the most.
 
         Raises:
             NonFiniteError: if a weight is, or becomes, NaN or infinite.
         """
-        if self._scratch is None:
-            shape = (self._block_rows, self._inputs)
-            self._scratch = _Scratch(self._factors(), torch.empty(shape), torch.empty(shape, dtype=self._dtype))
-        for block in torch.frombuffer(chunk, dtype=self._dtype).view(-1, self._inputs).split(self._block_rows):
-            self._add(block, self._scratch)
+        block = torch.frombuffer(data, dtype=self._dtype).view(-1, self._down.shape[1])
+        if self._buffers is None:  # memory that is new from the system is slow
+            self._buffers = torch.empty_like(block), torch.empty(block.shape), torch.empty(block.shape)
+        before, exact, rounded = (buffer[: len(block)] for buffer in self._buffers)
+        before.copy_(block)
+        exact.copy_(block).addmm_(self._up[self._rows : self._rows + len(block)], self._down)
+        self._round(exact, block)
+        self._unchanged += _count_equal_bits(block, before)
+        error = rounded.copy_(block).sub_(exact).view(-1)
+        self._squared_error += float(error @ error)
+        self._rows += len(block)
         if not math.isfinite(self._squared_error):  # NaN and infinity reach this sum from any weight
             raise NonFiniteError(
                 f"{self._name!r} holds NaN or infinity, or does once the LoRA is added ({self._dtype_name} reaches "
                 f"{torch.finfo(self._dtype).max:.3g}). Check the checkpoint, or use a smaller scale."
             )
-        if self._next_row == self._outputs:
-            self._scratch = None
 
     def report(self) -> BakedLayer:
         """The rounding error of the layer, after all rows were processed."""
         return BakedLayer(
             dtype=self._dtype_name,
-            numel=self._outputs * self._inputs,
+            numel=self._rows * self._down.shape[1],
             unchanged=self._unchanged,
-            update_norm=self._factors().energy() ** 0.5,
+            update_norm=self._update_norm,
             error_norm=self._squared_error**0.5,
         )
 
-    def _factors(self) -> LowRank:
-        return LowRank(self._update.down.float().cpu(), self._update.up.float().cpu() * self._scale)
-
-    def _add(self, block: Tensor, scratch: "_Scratch") -> None:
-        rows = len(block)
-        exact, rounded = scratch.exact[:rows], scratch.rounded[:rows]
-        exact.copy_(block)
-        exact.addmm_(scratch.update.up[self._next_row : self._next_row + rows], scratch.update.down)
+    def _round(self, exact: Tensor, block: Tensor) -> None:
         if self._rng is None:
-            rounded.copy_(exact)
+            block.copy_(exact)
         elif self._dtype == torch.bfloat16:
             # one draw of 64 bits is four of 16, which is all that bfloat16 needs
             words = self._rng.integers(1 << 64, size=-(-exact.numel() // 4), dtype=np.uint64)
-            stochastic_round_bf16(exact, rounded, words.view(np.uint16)[: exact.numel()])
+            stochastic_round_bf16(exact, block, words.view(np.uint16)[: exact.numel()])
         else:
             draws = self._rng.random(tuple(exact.shape), dtype=np.float32)
-            rounded.copy_(stochastic_round(exact, self._dtype, torch.from_numpy(draws)))
-        self._unchanged += _count_equal_bits(rounded, block)
-        block.copy_(rounded)
-        error = exact.sub_(rounded).view(-1)
-        self._squared_error += float(error @ error)
-        self._next_row += rows
-
-
-@dataclass(frozen=True, eq=False)
-class _Scratch:
-    """Buffers of a layer, held only while it is processed."""
-
-    update: LowRank
-    """In float32, scale included."""
-    exact: Tensor
-    """A block of the sum in float32: shape (rows, inputs)."""
-    rounded: Tensor
-    """The same block in the type of the weight."""
+            block.copy_(stochastic_round(exact, self._dtype, torch.from_numpy(draws)))
 
 
 def stochastic_round_bf16(exact: Tensor, rounded: Tensor, draws: np.ndarray) -> None:
