@@ -75,7 +75,7 @@ def copy_file(
             for chunk_size in byte_range.chunk_sizes():
                 while len(pending) >= 2 * _CHUNKS_AHEAD:
                     pending.popleft().result()
-                chunk = memoryview(np.empty(chunk_size, np.uint8))  # without the zeros that a bytearray is filled with
+                chunk = np.empty(chunk_size, np.uint8).data  # without the zeros that a bytearray is filled with
                 _read(reader, chunk)
                 if byte_range.change is not None:
                     byte_range.change(chunk)
