@@ -87,6 +87,7 @@ def batch_rows(synthesizer: DiffusersSynthesizer, batch: Batch, *, rounds: int) 
             "rows": batch.rows,
             "layout": "playground",
             "dtype": "float32",
+            "gradients": False,
             "method": name,
             "steps": synthesizer.steps,
             **timing.timed_columns(seconds, name),

@@ -134,6 +134,8 @@ class Setting:
     """Image tokens on a side: a 16th of the picture's pixels."""
     pictures: tuple[tuple[aa.Region, ...], ...]
     """The regions of each picture of the batch, possibly none."""
+    gradients: bool = False
+    """Whether a step is one of training: backward as well, to the noisy latents through every layer."""
 
     @cached_property
     def kwargs(self) -> Mapping[str, Any]:
@@ -148,7 +150,7 @@ class Setting:
             "txt_ids": torch.zeros(geometry.base_tokens, 3),
         }
         return {
-            "hidden_states": self._random(batch, self.side**2, LATENT_CHANNELS),
+            "hidden_states": self._random(batch, self.side**2, LATENT_CHANNELS).requires_grad_(self.gradients),
             "encoder_hidden_states": self._random(batch, geometry.base_tokens, geometry.text_channels),
             "pooled_projections": self._random(batch, geometry.pooled_channels),
             **{name: tensor.to(geometry.device, geometry.dtype) for name, tensor in inputs.items()},
@@ -176,11 +178,12 @@ class Setting:
         arguments = [value for value in self.kwargs.values() if isinstance(value, Tensor)]
         return [*arguments, *self.model.parameters()]
 
-    @torch.no_grad()
-    def step(self) -> Tensor:
-        """The predictions of one step."""
-        prediction: Tensor = self.model(**self.kwargs)[0]
-        return prediction
+    def step(self) -> None:
+        """One step: the predictions, and with `gradients` the way back."""
+        with torch.set_grad_enabled(self.gradients):
+            prediction: Tensor = self.model(**self.kwargs)[0]
+            if self.gradients:
+                prediction.float().square().mean().backward()
 
     def _prompt(self) -> dict[str, Tensor]:
         geometry = self.geometry

@@ -39,6 +39,8 @@ class Point:
     and again."""
     layout: Layout = "hard"
     """One of `ISOLATIONS`."""
+    gradients: bool = False
+    """Whether the steps are those of training, with a backward pass."""
     geometry: flux.Geometry
     extra: tuple[str, ...] = ()
     """Methods measured here beside those that are measured everywhere: ``flex``, which takes a compiler half a minute, and
@@ -75,6 +77,7 @@ class Point:
             "rows": self.rows,
             "layout": self.layout,
             "dtype": str(self.geometry.dtype).removeprefix("torch."),
+            "gradients": self.gradients,
         }
 
     def guide(self, method: str) -> Guide | None:
@@ -124,7 +127,8 @@ def cpu_points() -> list[Point]:
         for rows in _rows(batch)
         for regions in (1, 4, 16)
     ]
-    large = [_on_cpu(tokens, regions) for tokens in (1024, 4096, 16384) for regions in (1, 4, 16)]
+    large = [_on_cpu(tokens, regions) for tokens in (1024, 4096) for regions in (1, 4, 16)]
+    large += [_on_cpu(16384, 4), _on_cpu(16384, 16)]
     batches = [
         _on_cpu(64, 2, batch=8, rows="unlike"),
         _on_cpu(64, 8, batch=2, rows="unlike"),
@@ -142,12 +146,17 @@ def cpu_points() -> list[Point]:
         weighted += [_on_cpu(1024, 4, layout=layout)]
     weighted += [
         _on_cpu(1024, 16, layout="balanced"),
-        _on_cpu(1024, 4, batch=4, rows="unlike", layout="soft"),
         _on_cpu(4096, 4, layout="soft"),
         _on_cpu(4096, 4, layout="balanced"),
     ]
+    learned = [
+        _on_cpu(64, 4, batch=4, rows="unlike", gradients=True),
+        _on_cpu(256, 4, gradients=True),
+        _on_cpu(256, 4, layout="balanced", gradients=True),
+        _on_cpu(1024, 4, gradients=True),
+    ]
     compiled = [_on_cpu(256, 4, batch=2, rows="unlike", extra=("flex",)), _on_cpu(4096, 8, extra=("flex",))]
-    return [*small, *batches, *weighted, *large, *half_precision(), *compiled]
+    return [*small, *batches, *weighted, *large, *half_precision(), *learned, *compiled]
 
 
 def half_precision() -> list[Point]:
@@ -195,10 +204,19 @@ def _on_cpu(
     rows: Rows = "alike",
     layout: Layout = "hard",
     dtype: torch.dtype = torch.float32,
+    gradients: bool = False,
     extra: tuple[str, ...] = (),
 ) -> Point:
-    geometry = replace(ON_CPU[tokens], dtype=dtype)
-    return Point(tokens=tokens, regions=regions, batch=batch, rows=rows, layout=layout, geometry=geometry, extra=extra)
+    return Point(
+        tokens=tokens,
+        regions=regions,
+        batch=batch,
+        rows=rows,
+        layout=layout,
+        gradients=gradients,
+        geometry=replace(ON_CPU[tokens], dtype=dtype),
+        extra=extra,
+    )
 
 
 def _on_gpu(

@@ -23,10 +23,10 @@ class Observed:
     peak_bytes: int
     """The tensors that it was called with, and the most that it allocated beside them at once."""
     linear_flops: int
-    """FLOPs of its linear layers; a multiplication and an addition are two."""
+    """FLOPs of its linear layers, forward; a multiplication and an addition are two."""
     attention_flops: int | None
-    """FLOPs of queries times keys and probabilities times values, hidden pairs included where a kernel computes them;
-    None if compiled code ran, which does not tell."""
+    """FLOPs of queries times keys and probabilities times values, forward, hidden pairs included where a kernel computes
+    them; None if compiled code ran, which does not tell."""
     attention_calls: Mapping[str, int] = field(repr=False)
     """How often each attention kernel was called, by its name and the shapes of its tensors. Compiled code counts as one."""
 
@@ -34,6 +34,11 @@ class Observed:
     def flops(self) -> int | None:
         """The sum of both, if both are known."""
         return None if self.attention_flops is None else self.linear_flops + self.attention_flops
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled code ran."""
+        return _COMPILED in self.attention_calls
 
     @property
     def num_attention_calls(self) -> int:
@@ -60,13 +65,14 @@ def observe(work: Callable[[], object], *, inputs: Iterable[Tensor], within: str
     if within is not None:
         kernels = _inside([event for event in kernels if event.name() == within], kernels)
     attention = [event for event in kernels if event.name().startswith(_ATTENTION)]
+    forward = [event for event in attention if not event.name().endswith("_backward")]
     compiled = sum(event.name().startswith(_COMPILED) for event in kernels)
     calls = Counter(f"{event.name()} {event.shapes()}" for event in attention)
     return Observed(
         peak_bytes=int(peak),
         linear_flops=sum(_linear_flops(*event.shapes()[:2]) for event in kernels if event.name() == "aten::linear"),
-        attention_flops=None if compiled else sum(_attention_flops(*event.shapes()[:3]) for event in attention),
-        attention_calls=calls + Counter({_COMPILED: compiled}),
+        attention_flops=None if compiled else sum(_attention_flops(*event.shapes()[:3]) for event in forward),
+        attention_calls=calls + Counter({_COMPILED: compiled}),  # the sum drops a count of 0
     )
 
 

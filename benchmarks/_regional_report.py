@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from benchmarks import _record as record
 from benchmarks import _timing as timing
 
-POINT = ("part", "image_tokens", "regions", "batch", "rows", "layout", "dtype")
+POINT = ("part", "image_tokens", "regions", "batch", "rows", "layout", "dtype", "gradients")
 """The columns that name a point."""
 COLORS = {
     "dense": "tab:blue",
@@ -102,7 +102,7 @@ def _plot_regret(axes: Axes, points: Mapping[tuple[object, ...], Mapping[str, re
     axes.errorbar(
         places, regrets, errors, fmt="o", color=COLORS["auto"], markerfacecolor="none", linewidth=0.7, label="auto"
     )
-    labels = [" ".join(str(part) for part in key[1:]) for key in points]
+    labels = [_label(key) for key in points]
     axes.set_xticks(range(len(points)), labels, rotation=90, fontsize=6)
     axes.set_yscale("log", base=2)
     axes.set_yticks([1, 1.05, 1.25, 1.5, 2, 4], ["1", "1.05", "1.25", "1.5", "2", "4"])
@@ -110,6 +110,12 @@ def _plot_regret(axes: Axes, points: Mapping[tuple[object, ...], Mapping[str, re
     axes.set_ylabel("time over the best method's")
     axes.set_title("the regret of auto (tokens, regions, batch, rows, layout, dtype)", fontsize=9)
     axes.legend(fontsize=7, ncols=len(METHODS), loc="upper right")
+
+
+def _label(key: Sequence[object]) -> str:
+    """What a point, or a line of points, is: steps without gradients are the usual."""
+    part, *words, gradients = key
+    return " ".join(str(word) for word in (*[part] * (part != "step"), *words, *["gradients"] * bool(gradients)))
 
 
 def _plot_slice(axes: Axes, axis: str, points: Mapping[tuple[object, ...], Mapping[str, record.Row]]) -> None:
@@ -130,6 +136,6 @@ def _plot_slice(axes: Axes, axis: str, points: Mapping[tuple[object, ...], Mappi
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(chosen), [str(value) for value in sorted(chosen)])
     axes.set_xlabel(_AXES[axis])
-    axes.set_title(" ".join(str(part) for part in fixed[1:]), fontsize=7)
+    axes.set_title(_label(fixed), fontsize=7)
     axes.set_ylabel("time, plain = 1")
     axes.legend(fontsize=6)

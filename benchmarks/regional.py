@@ -90,7 +90,9 @@ def point_rows(point: grid.Point, model: FluxTransformer2DModel, *, effort: Effo
         model: of the point's geometry.
         effort: how long.
     """
-    setting = flux.Setting(geometry=point.geometry, model=model, side=point.side, pictures=point.pictures)
+    setting = flux.Setting(
+        geometry=point.geometry, model=model, side=point.side, pictures=point.pictures, gradients=point.gradients
+    )
     guides = {method: point.guide(method) for method in point.methods}
     with uncached_kernels() if "flex" in guides else nullcontext():
         first = {method: step_seconds(setting, guide, count=2) for method, guide in guides.items()}
@@ -149,7 +151,7 @@ def _row(
         "tokens": point.tokens + point.geometry.base_tokens + added,
         **timing.timed_columns(seconds, method),
         "first_seconds": first[0],
-        "compile_seconds": first[0] - first[1] if flops is None else None,
+        "compile_seconds": first[0] - first[1] if own.is_compiled else None,
         "peak_bytes": own.peak_bytes,
         "peak_to_plain": own.peak_bytes / plain.peak_bytes,
         "flops": flops,

@@ -31,7 +31,9 @@ def tiny_point(**options):
 def step_of(point, method):
     """The work of one step, and the tensors that it is given."""
     model = point.geometry.model()
-    setting = flux.Setting(geometry=point.geometry, model=model, side=point.side, pictures=point.pictures)
+    setting = flux.Setting(
+        geometry=point.geometry, model=model, side=point.side, pictures=point.pictures, gradients=point.gradients
+    )
     return lambda: regional.step_seconds(setting, point.guide(method), count=1), setting.inputs
 
 
@@ -46,6 +48,16 @@ def test_flops_are_those_that_torch_counts(method):
     observed = memory.observe(work, inputs=inputs)
 
     assert (observed.linear_flops, observed.attention_flops) == (counts[torch.ops.aten.addmm], counts[SDPA_ON_CPU])
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_step_with_gradients_reaches_the_latents(gradients):
+    work, inputs = step_of(tiny_point(gradients=gradients), "merged")
+
+    work()
+
+    latents = [tensor for tensor in inputs if tensor.shape == (1, 64, flux.LATENT_CHANNELS)]
+    assert [tensor.grad is not None for tensor in latents] == [gradients]
 
 
 def test_a_plain_step_of_a_batch_is_one_attention_of_all_tokens_a_layer():
@@ -110,6 +122,7 @@ def test_the_grid_reaches_all_that_it_has_to_show():
     assert {name for point in grid.cpu_points() for name in point.extra} == {"flex", "output_mix"}
     assert len({tuple(point.values()) for point in points}) == len(points)
     assert {point["dtype"] for point in points} >= {"float32"}
+    assert {point["gradients"] for point in points} == {False, True}
 
 
 def test_the_most_valuable_points_come_first_on_a_gpu():
@@ -181,7 +194,7 @@ def test_the_grid_has_a_row_for_every_method_and_a_figure_of_regret():
     points = [
         tiny_point(extra=("output_mix",)),
         tiny_point(regions=2, batch=2, rows="unlike"),
-        tiny_point(layout="balanced", geometry=replace(TINY, single_blocks=1)),
+        tiny_point(layout="balanced", geometry=replace(TINY, single_blocks=1), gradients=True),
     ]
 
     rows = list(regional.measured(points, effort=ONCE))
