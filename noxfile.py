@@ -120,6 +120,29 @@ def bench(session: nox.Session) -> None:
             session.run("python", "-m", f"benchmarks.{path.stem}", *session.posargs)
 
 
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Download into .whl what artaug and the tests marked ``gpu`` need beside torch, for a machine without a network.
+
+    What follows ``--`` is that machine's Python, 3.12 if nothing does; it is taken to be Linux on x86-64, with torch, NumPy,
+    pillow and matplotlib.
+    """
+    python = session.posargs[0] if session.posargs else "3.12"
+    platforms = [f"--platform=manylinux{tag}_x86_64" for tag in ("_2_28", "_2_27", "_2_24", "_2_17", "2014", "1")]
+    target = ["--only-binary=:all:", "--no-deps", "--implementation=cp", f"--python-version={python}", *platforms]
+    session.run("python", "-m", "pip", "download", "-c", "constraints.txt", *target, "--dest", ".whl", *CARRIED)
+
+
+CARRIED = """
+accelerate annotated-doc annotated-types anyio beartype certifi click diffusers einops filelock fsspec h11
+hatch-fancy-pypi-readme hatchling httpcore2 httpx2 huggingface_hub hypothesis idna importlib_metadata iniconfig jaxtyping
+lazy-importer packaging pathspec peft pluggy prodigyopt psutil pydantic pydantic_core pytest PyYAML regex requests
+safetensors schedulefree shellingham sortedcontainers tokenizers torchao tqdm transformers trove-classifiers truststore
+typer typing-inspection typing_extensions wadler_lindig zipp
+""".split()
+"""All wheels together are 38 MB. Without bitsandbytes (43 MB): the tests that need it are left out then."""
+
+
 @nox.session(name="train-playground")
 def train_playground(session: nox.Session) -> None:
     """Train the playground's model from its seed, as it was trained for the package."""

@@ -2,9 +2,7 @@
 
 from hashlib import sha256
 
-import bitsandbytes
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 from torchao.quantization import (
     Float8WeightOnlyConfig,
@@ -69,6 +67,8 @@ def stored_digest(module):
 
 
 def _bitsandbytes(linear, kind):
+    import bitsandbytes  # noqa: PLC0415 - not on every machine with a GPU that tests run on
+
     size, bias = (linear.in_features, linear.out_features), linear.bias is not None
     if kind == "int8":
         layer = bitsandbytes.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False)
@@ -83,6 +83,8 @@ def _bitsandbytes(linear, kind):
 
 def _values(weight):
     if (state := getattr(weight, "quant_state", None)) is not None:
+        from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - see above
+
         return dequantize_4bit(weight, state)
     if (scales := getattr(weight, "SCB", None)) is not None:
         return weight.float() * scales.view(-1, 1) / 127
