@@ -130,17 +130,19 @@ def wheels(session: nox.Session) -> None:
     python = session.posargs[0] if session.posargs else "3.12"
     platforms = [f"--platform=manylinux{tag}_x86_64" for tag in ("_2_28", "_2_27", "_2_24", "_2_17", "2014", "1")]
     target = ["--only-binary=:all:", "--no-deps", "--implementation=cp", f"--python-version={python}", *platforms]
-    session.run("python", "-m", "pip", "download", "-c", "constraints.txt", *target, "--dest", ".whl", *CARRIED)
-
-
-CARRIED = """
-accelerate annotated-doc annotated-types anyio beartype certifi click diffusers einops filelock fsspec h11
-hatch-fancy-pypi-readme hatchling httpcore2 httpx2 huggingface_hub hypothesis idna importlib_metadata iniconfig jaxtyping
-lazy-importer packaging pathspec peft pluggy prodigyopt psutil pydantic pydantic_core pytest PyYAML regex requests
-safetensors schedulefree shellingham sortedcontainers tokenizers torchao tqdm transformers trove-classifiers truststore
-typer typing-inspection typing_extensions wadler_lindig zipp
-""".split()
-"""All wheels together are 38 MB. Without bitsandbytes (43 MB): the tests that need it are left out then."""
+    session.run(
+        "python",
+        "-m",
+        "pip",
+        "download",
+        "-c",
+        "constraints.txt",
+        *target,
+        "--dest",
+        ".whl",
+        "-r",
+        "benchmarks/gpu.txt",
+    )
 
 
 @nox.session(name="train-playground")

@@ -9,12 +9,12 @@ from typing import Any, TextIO
 
 import pytest
 
-from benchmarks import _record as record
+from benchmarks._schedule import Row
 
 _MESSAGE = 1500
 
 
-def rows(selection: Sequence[str]) -> Iterator[record.Row]:
+def rows(selection: Sequence[str]) -> Iterator[Row]:
     """Run tests; a row for each as it ends. What pytest prints goes to standard error.
 
     Args:
@@ -24,10 +24,15 @@ def rows(selection: Sequence[str]) -> Iterator[record.Row]:
         RuntimeError: if pytest found no test, or ended before it ran them.
     """
     command = [sys.executable, "-m", "benchmarks._gpu_tests", *selection]
+    failed = False
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own
         for line in process.stdout or ():
-            yield json.loads(line)
-    if process.returncode not in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
+            row = json.loads(line)
+            failed |= row["outcome"] == "failed"
+            yield row
+    # Code 1 is that of a failed test, and of a Python that could not even begin.
+    expected = pytest.ExitCode.TESTS_FAILED if failed else pytest.ExitCode.OK
+    if process.returncode != expected:
         raise RuntimeError(f"pytest ended with code {process.returncode}; its own words are above. It got {selection}.")
 
 

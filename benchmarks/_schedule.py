@@ -29,6 +29,7 @@ would not have fitted."""
 
 _LONGEST = 3.0
 """A job is stopped after this many times its estimate: what hangs may not take the time of all others."""
+_GRACE_S = 5.0
 _PROCESSES = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 _MESSAGE = 2000
 
@@ -189,7 +190,7 @@ def run(
                 worker = None
     finally:
         if worker:
-            worker.kill()
+            worker.end()
 
 
 class Worker:
@@ -220,6 +221,12 @@ class Worker:
             self.process.join()
             return "failed", f"its process ended with code {self.process.exitcode}"
         return ("stopped", "the time was up") if until == ends else ("failed", f"had not ended after {at_most:.0f} s")
+
+    def end(self) -> None:
+        """Let it end by itself, if it waits for a job."""
+        self.connection.close()
+        self.process.join(_GRACE_S)
+        self.kill()
 
     def kill(self) -> None:
         """End it and all that it started."""

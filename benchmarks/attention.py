@@ -213,8 +213,10 @@ def layout_rows(layer: Layer, side: int, regions: int, *, flex: bool, backward: 
         flex_mask = FlexMask.of([mask], query.device)
         notes["layout flex"] = {"density": tile_density(flex_mask), "prepare_seconds": time.perf_counter() - start}
         works["layout flex"] = partial(masked_flex_attention, query, query, query, flex_mask, compiled=True)
-    for row in timed(layer, works, batch=1, queries=tokens, keys=tokens):
-        yield {**row, "regions": regions, **notes.get(row["operation"], {})}
+    torch.compiler.reset()  # so that no kernel of an earlier layout or run is free
+    with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+        for row in timed(layer, works, batch=1, queries=tokens, keys=tokens):
+            yield {**row, "regions": regions, **notes.get(row["operation"], {})}
 
 
 def mask_of(layer: Layer, side: int, regions: int) -> GroupMask:
@@ -289,9 +291,10 @@ def seconds_of(work: Work, *, calls: int) -> float:
 def plot(rows: Sequence[record.Row]) -> Figure:
     """Seconds over the number of scores (of tokens, where there are none): a line for every operation."""
     figure = Figure(figsize=(11, 4))
-    panels = {"attention": True, "other operations, over tokens": False}
+    panels = {"attention": True, "other operations": False}
     for place, (title, attends) in enumerate(panels.items()):
         axes = figure.add_subplot(1, 2, place + 1, title=title, xscale="log", yscale="log", ylabel="seconds")
+        axes.set_xlabel("pictures x queries x keys" if attends else "pictures x tokens")
         shown = [row for row in rows if bool(row["keys"]) == attends and "seconds" in row]
         for operation, dtype in dict.fromkeys((row["operation"], row["dtype"]) for row in shown):
             line = sorted(

@@ -15,11 +15,11 @@ from benchmarks import _gpu_jobs as gpu_jobs
 from benchmarks import _record as record
 from benchmarks import _schedule as schedule
 
-_START_SECONDS = 25
+START_SECONDS = 25
 """What a process takes to import everything, to start CUDA and to build FLUX.1-dev with random weights."""
 _CARD = ("driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "temperature.gpu", "power.draw")
 """What is recorded of the GPU before each job, as nvidia-smi calls it."""
-_LOG = "gpu.jsonl"
+LOG = "gpu.jsonl"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,14 +27,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=12, help="until the end; a job that would not fit is skipped")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/gpu"), help=f"where {_LOG} is; jobs finished there are done"
+        "--out", type=Path, default=Path("runs/gpu"), help=f"where {LOG} is; jobs finished there are done"
     )
     parser.add_argument("--rehearse", action="store_true", help="the same jobs at a reduced size, on a CPU as well")
     parser.add_argument("--list", action="store_true", help="print the jobs and their estimates, and end")
     parser.add_argument("--commit", help="recorded where the folder is no git repository")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write what is in the log to a folder of results")
     options = parser.parse_args(arguments)
-    log = schedule.Log(options.out / _LOG)
+    log = schedule.Log(options.out / LOG)
     if options.keep:
         keep(log.path, options.keep)
         return 0
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     log.write("session", {"minutes": options.minutes, "rehearsal": options.rehearse, "card": card()})
     prepare = partial(environment, quick=options.rehearse, commit=options.commit)
-    schedule.run(jobs, log, minutes=options.minutes, start_seconds=_START_SECONDS, prepare=prepare)
+    schedule.run(jobs, log, minutes=options.minutes, start_seconds=START_SECONDS, prepare=prepare)
     print(summary(log.path))
     return 0
 
@@ -113,7 +113,7 @@ def keep(log: Path, folder: Path) -> None:
         missing = [attempt.name for attempt in own if attempt.state != "finished"]
         found = dict(next(attempt.environment for attempt in own if attempt.rows))
         if missing:
-            found["cut_short"] = f"without {', '.join(missing)}"
+            found["cut_short"] = f"before all of {', '.join(missing)} was measured"
         gpu_jobs.write(folder, benchmark, found, rows)
     recorded = next((attempt.environment for attempt in attempts if attempt.environment), {})
     record.write(folder / "gpu.json", recorded, job_rows(attempts))
