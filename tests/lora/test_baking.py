@@ -597,7 +597,7 @@ def test_an_output_that_another_process_writes_is_an_error(tmp_path):
 
 def killed_at(write, source, out):
     """Bake in a process that kills itself in the middle of its n-th write."""
-    writes, original = 0, vars(stream)["_write"]
+    writes, original = 0, vars(stream)["write_chunk"]
 
     def write_or_die(file, chunk, position):
         nonlocal writes
@@ -607,7 +607,7 @@ def killed_at(write, source, out):
             os.kill(os.getpid(), signal.SIGKILL)
         original(file, chunk, position)
 
-    vars(stream)["_write"] = write_or_die
+    vars(stream)["write_chunk"] = write_or_die
     bake(source, tiny_lora(FluxTransformer2DModel.from_pretrained(source)), out, progress=False)
 
 

@@ -80,7 +80,7 @@ def copy_file(
                 if byte_range.change is not None:
                     byte_range.change(chunk)
                 pending.append(hash_thread.submit(digest.update, chunk))
-                pending.append(write_thread.submit(_write, writer, chunk, size))
+                pending.append(write_thread.submit(write_chunk, writer, chunk, size))
                 size += chunk_size
                 on_bytes(chunk_size)
         for future in pending:
@@ -97,7 +97,8 @@ def _read(file: FileIO, chunk: memoryview) -> None:
         filled += count
 
 
-def _write(file: FileIO, chunk: memoryview, position: int) -> None:
+def write_chunk(file: FileIO, chunk: memoryview, position: int) -> None:
+    """Write all bytes of a chunk where the file stands, at ``position``, and start their way to the disk."""
     written = 0
     while written < len(chunk):
         written += file.write(chunk[written : written + _WRITE_BYTES]) or 0
