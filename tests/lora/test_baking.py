@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from artaug._internal.files import atomic_output
 from artaug.errors import LoRAMismatchError, ModelError, NonFiniteError, StorageError
 from artaug.lora import baking
-from artaug.lora.baking import bake, stream
+from artaug.lora.baking import bake, rounding, stream
 from artaug.lora.baking.rounding import stochastic_round, stochastic_round_bf16
 from artaug.lora.lora import LoRA, LowRank
 from support.disks import small_disk
@@ -170,9 +170,11 @@ def test_the_result_does_not_depend_on_the_chunks(tmp_path, monkeypatch):
     assert unchunked.layers == in_chunks.layers
 
 
+@pytest.mark.parametrize("block_elements", [1, 23, 24, 25, 24 * 40 - 1, 24 * 40, 24 * 40 + 1], ids=str)
 @pytest.mark.parametrize("chunk_bytes", [1, 24 * 2, 24 * 2 + 1, 24 * 2 * 40 - 1, 24 * 2 * 40, 24 * 2 * 40 + 1], ids=str)
-def test_every_boundary_of_chunks_gives_the_same_weights(tmp_path, monkeypatch, chunk_bytes):
+def test_every_boundary_of_blocks_and_chunks_gives_the_same_weights(tmp_path, monkeypatch, block_elements, chunk_bytes):
     tensors, layer = write_checkpoint(tmp_path / "in.safetensors"), low_rank((40, 24))
+    monkeypatch.setattr(rounding, "_BLOCK_ELEMENTS", block_elements)
     monkeypatch.setattr(stream, "_CHUNK_BYTES", chunk_bytes)
 
     baked = bake(tmp_path / "in.safetensors", layer_lora(layer), tmp_path / "out.safetensors", progress=False)

@@ -17,6 +17,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 )
 """Types that can be baked into, by their names in safetensors. In 8 bits most of a small update would be rounded away."""
+_BLOCK_ELEMENTS = 1 << 19
+"""Elements of a weight that are processed at a time: few enough for a processor's cache, many enough for its instructions."""
 _INTEGER_TYPES = {2: torch.int16, 4: torch.int32}
 """Integer types by item size, to view the bits of floats."""
 
@@ -43,27 +45,21 @@ class WeightUpdate:
         self._name, self._dtype_name, self._dtype = name, dtype, DTYPES[dtype]
         self._rng = None if seed is None else np.random.default_rng(_layer_seed(seed, name))
         self.row_bytes = self._down.shape[1] * self._dtype.itemsize
-        self._buffers: tuple[Tensor, Tensor, Tensor] | None = None
+        block_shape = min(max(_BLOCK_ELEMENTS // self._down.shape[1], 1), len(self._up)), self._down.shape[1]
+        # kept for all blocks: memory that is new from the system is slow
+        self._before = torch.empty(block_shape, dtype=self._dtype)
+        self._exact, self._rounded = torch.empty(block_shape), torch.empty(block_shape)
         self._rows = self._unchanged = 0
         self._squared_error = 0.0
 
     def add_to(self, data: memoryview) -> None:
-        """Add the update to the next rows of the weight. The first are the most.
+        """Add the update to the next rows of the weight.
 
         Raises:
             NonFiniteError: if a weight is, or becomes, NaN or infinite.
         """
-        block = torch.frombuffer(data, dtype=self._dtype).view(-1, self._down.shape[1])
-        if self._buffers is None:  # memory that is new from the system is slow
-            self._buffers = torch.empty_like(block), torch.empty(block.shape), torch.empty(block.shape)
-        before, exact, rounded = (buffer[: len(block)] for buffer in self._buffers)
-        before.copy_(block)
-        exact.copy_(block).addmm_(self._up[self._rows : self._rows + len(block)], self._down)
-        self._round(exact, block)
-        self._unchanged += _count_equal_bits(block, before)
-        error = rounded.copy_(block).sub_(exact).view(-1)
-        self._squared_error += float(error @ error)
-        self._rows += len(block)
+        for block in torch.frombuffer(data, dtype=self._dtype).view(-1, self._down.shape[1]).split(len(self._exact)):
+            self._add(block)
         if not math.isfinite(self._squared_error):  # NaN and infinity reach this sum from any weight
             raise NonFiniteError(
                 f"{self._name!r} holds NaN or infinity, or does once the LoRA is added ({self._dtype_name} reaches "
@@ -79,6 +75,16 @@ class WeightUpdate:
             update_norm=self._update_norm,
             error_norm=self._squared_error**0.5,
         )
+
+    def _add(self, block: Tensor) -> None:
+        before, exact, rounded = (buffer[: len(block)] for buffer in (self._before, self._exact, self._rounded))
+        before.copy_(block)
+        exact.copy_(block).addmm_(self._up[self._rows : self._rows + len(block)], self._down)
+        self._round(exact, block)
+        self._unchanged += _count_equal_bits(block, before)
+        error = rounded.copy_(block).sub_(exact).view(-1)
+        self._squared_error += float(error @ error)
+        self._rows += len(block)
 
     def _round(self, exact: Tensor, block: Tensor) -> None:
         if self._rng is None:

@@ -20,7 +20,7 @@ _CHUNK_BYTES = 2 << 20
 _WRITE_BYTES = 256 << 10
 """Written at a time. Linux looks for a large page for a large write, and zeroing one can take longer than the writing."""
 _CHUNKS_AHEAD = 4
-"""Chunks that are read while earlier ones are hashed and written."""
+"""Chunks that are changed while earlier ones are hashed and written."""
 
 
 @dataclass(frozen=True)
@@ -68,33 +68,45 @@ def copy_file(
     with (
         source.open("rb", buffering=0) as reader,
         target.open("r+b", buffering=0) as writer,
+        ThreadPoolExecutor(1, "artaug-read") as read_thread,
         ThreadPoolExecutor(1, "artaug-hash") as hash_thread,
-        ThreadPoolExecutor(1, "artaug-write") as write_thread,  # both end before the files are closed
+        ThreadPoolExecutor(1, "artaug-write") as write_thread,  # all end before the files are closed
     ):
         for byte_range in byte_ranges:
-            for chunk_size in byte_range.chunk_sizes():
+            for chunk in _read_ahead(reader, byte_range, read_thread):
                 while len(pending) >= 2 * _CHUNKS_AHEAD:
                     pending.popleft().result()
-                chunk = np.empty(chunk_size, np.uint8).data  # without the zeros that a bytearray is filled with
-                _read(reader, chunk)
                 if byte_range.change is not None:
                     byte_range.change(chunk)
                 pending.append(hash_thread.submit(digest.update, chunk))
                 pending.append(write_thread.submit(write_chunk, writer, chunk, size))
-                size += chunk_size
-                on_bytes(chunk_size)
+                size += len(chunk)
+                on_bytes(len(chunk))
         for future in pending:
             future.result()
     return BakedFile(size=size, sha256=digest.hexdigest())
 
 
-def _read(file: FileIO, chunk: memoryview) -> None:
+def _read_ahead(file: FileIO, byte_range: ByteRange, thread: ThreadPoolExecutor) -> Iterator[memoryview]:
+    """The chunks of a range, each while the next one is read."""
+    following: Future[memoryview] | None = None
+    for chunk_size in byte_range.chunk_sizes():
+        current, following = following, thread.submit(_read, file, chunk_size)
+        if current is not None:
+            yield current.result()
+    if following is not None:
+        yield following.result()
+
+
+def _read(file: FileIO, size: int) -> memoryview:
+    chunk = np.empty(size, np.uint8).data  # without the zeros that a bytearray is filled with
     filled = 0
-    while filled < len(chunk):
+    while filled < size:
         count = file.readinto(chunk[filled:])
         if not count:
             raise StorageError(f"{file.name!r} became shorter while it was read. Is another program writing it?")
         filled += count
+    return chunk
 
 
 def write_chunk(file: FileIO, chunk: memoryview, position: int) -> None:
