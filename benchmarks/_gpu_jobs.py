@@ -11,12 +11,13 @@ import torch
 from diffusers import FluxTransformer2DModel
 from matplotlib.figure import Figure
 
+from artaug.regional import ELIGEN, Isolation
 from benchmarks import _flux as flux
 from benchmarks import _gpu_tests as gpu_tests
 from benchmarks import _grid as grid
 from benchmarks import _record as record
 from benchmarks import _regional_report as regional_report
-from benchmarks import attention, regional, training
+from benchmarks import attention, attention_costs, regional, training
 from benchmarks._schedule import Job
 
 _LEARNS = "tests/training/test_on_a_gpu.py::test_a_gpu_learns_what_a_cpu_learns"
@@ -52,6 +53,8 @@ class Scale:
     rounds: int
     """Of training steps."""
     operations: attention.Sizes
+    prices: tuple[attention_costs.Point, ...]
+    """Where the price of attention is measured, the most telling first."""
     guards: tuple[str, ...]
     """Arguments of pytest."""
     tests: tuple[str, ...]
@@ -61,12 +64,36 @@ class Scale:
         return self.side * pixels // 1024
 
 
+def price_points(*sides: int, geometry: flux.Geometry, regions: Sequence[int]) -> tuple[attention_costs.Point, ...]:
+    """One picture at every size, and four at the first ones; steps of training at the first."""
+    first = attention_costs.Point(
+        side=sides[0],
+        regions=4,
+        rows=1,
+        heads=geometry.heads,
+        channels=geometry.head_channels,
+        dtype=geometry.dtype,
+        device=geometry.device,
+    )
+    weighted = Isolation(base_weight=0.3)
+    points = [
+        replace(first, side=side, regions=count, rows=rows, isolation=isolation)
+        for rows, counted in ((1, sides), (4, sides[:2]))
+        for side in counted
+        for count in regions
+        for isolation in (ELIGEN, weighted)
+    ]
+    learned = [replace(first, isolation=isolation, needs_grad=True) for isolation in (ELIGEN, weighted)]
+    return (*points, *learned)
+
+
 ON_GPU = Scale(
     geometry=flux.FLUX_DEV,
     side=64,
     effort=_EFFORT,
     rounds=3,
     operations=attention.ON_GPU,
+    prices=price_points(64, 32, 128, geometry=flux.FLUX_DEV, regions=(4, 1, 16)),
     guards=("-m", "gpu", *GUARDS),
     tests=("-m", "gpu", *(option for test in GUARDS for option in ("--deselect", test)), *FILES),
 )
@@ -76,6 +103,7 @@ REHEARSAL = Scale(
     effort=regional.Effort(seconds=0.5, min_rounds=2, max_rounds=2),
     rounds=2,
     operations=attention.QUICK,
+    prices=price_points(16, 8, geometry=_SMALL, regions=(4, 1)),
     guards=("-k", "log_sum_exp", "tests/regional/test_attention.py"),
     tests=("-k", "compiled", "tests/training/test_on_a_gpu.py"),
 )
@@ -103,7 +131,10 @@ def jobs(*, rehearse: bool) -> list[Job]:
         train("training: 1,024 px", 50),
         train("training: 512 px", 40, pixels=512),
         step("grid: 2,048 px, R = 4", 120, two),
-        Job(name="operations of attention", benchmark="attention", seconds=100, rows=operations),
+        Job(
+            name="price of attention", benchmark="attention_costs", seconds=100, rows=partial(price_rows, scale.prices)
+        ),
+        Job(name="operations of attention", benchmark="attention", seconds=80, rows=operations),
         train("training: 1,024 px, batch of 4", 90, batch=4),
         step("grid: 1,024 px, R = 4, balanced", 50, replace(one, layout="balanced", extra=())),
         step("grid: 512 px, R = 4, unlike batch of 16", 90, replace(half, batch=16, rows="unlike")),
@@ -165,10 +196,34 @@ def training_rows(geometry: flux.Geometry, case: training.Case, rounds: int) -> 
     gc.collect()
 
 
+def price_rows(points: Sequence[attention_costs.Point]) -> Iterator[record.Row]:
+    """The seconds of attention in splits of every kind, then the constants fitted on all of them, and flex beside both."""
+    transformer.cache_clear()
+    measured = []
+    for point in points:
+        for name, plan, seconds in attention_costs.point_seconds(point, repeats=5):
+            measured.append((point, name, plan.sizes, seconds))
+            yield attention_costs.point_row(point, name) | {"seconds": seconds}
+    costs = attention_costs.fit(measured)
+    fitted = (*attention_costs.LINEAR, "backward", "merged_backward")
+    yield {"way": "fit", **{name: getattr(costs, name) for name in fitted}}
+    torch.compiler.reset()
+    with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+        for side in sorted({point.side for point in points}, reverse=True)[:2]:
+            yield from attention_costs.flex_rows(costs, [replace(points[0], side=side)])
+
+
 def operation_rows(geometry: flux.Geometry, sizes: attention.Sizes) -> Iterator[record.Row]:
     """Single operations of a layer."""
     transformer.cache_clear()  # their sizes reach into its memory
     yield from attention.measure_layer(attention.Layer.of(geometry), sizes)
+
+
+COLUMNS = {
+    "attention": ("operation", "queries", "regions", "seconds", "first_seconds", "error"),
+    "training": ("method", "pixels", "batch", "seconds_per_step", "ratio_to_sft", "peak_to_script"),
+}
+"""Of the tables at the end of a run."""
 
 
 def text(benchmark: str, rows: Sequence[record.Row]) -> str:
@@ -182,12 +237,11 @@ def text(benchmark: str, rows: Sequence[record.Row]) -> str:
         )
     if benchmark == "attention":
         rows = [row for row in rows if row["operation"].startswith("layout") or "error" in row]
-    columns = (
-        ("operation", "queries", "regions", "seconds", "first_seconds", "error")
-        if benchmark == "attention"
-        else ("method", "pixels", "batch", "seconds_per_step", "ratio_to_sft", "peak_to_script")
-    )
-    return record.table([{name: row[name] for name in columns if name in row} for row in rows])
+    if benchmark == "attention_costs":
+        fits = [row for row in rows if row["way"] in {"fit", "flex"}]
+        return "\n".join([f"{len(rows) - len(fits)} measured", *(str(dict(row)) for row in fits)])
+    columns = COLUMNS.get(benchmark.partition("_")[0], ())
+    return record.table([{name: row[name] for name in columns or row if name in row} for row in rows])
 
 
 def write(folder: Path, benchmark: str, recorded: record.Row, rows: Sequence[record.Row]) -> None:
@@ -196,9 +250,11 @@ def write(folder: Path, benchmark: str, recorded: record.Row, rows: Sequence[rec
     record.write(folder / f"{benchmark}.json", recorded, rows, regional_report.summarize(rows) if on_grid else None)
     plots: dict[str, Callable[[Sequence[record.Row]], Figure]] = {
         "regional": regional_report.plot,
+        "regional_without_cudnn": regional_report.plot,
         "training": training.plot,
+        "training_with_cudnn": training.plot,
         "attention": attention.plot,
     }
-    plot = plots.get(benchmark.partition("_")[0])
+    plot = plots.get(benchmark)
     if plot:
         plot(rows).savefig(folder / f"{benchmark}.png", dpi=150, bbox_inches="tight")

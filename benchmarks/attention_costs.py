@@ -172,7 +172,7 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
                 "seconds": seconds,
                 "price_to_seconds": costs.split_seconds(sizes, point.shape) / seconds,
             }
-        flexes = flex_rows(costs) if torch.cuda.is_available() else []
+        flexes = flex_rows(costs, points(quick=True)) if torch.cuda.is_available() else []
         yield from flexes
         errors = [abs(np.log(costs.split_seconds(sizes, point.shape) / seconds)) for point, _, sizes, seconds in rows]
         yield {
@@ -254,10 +254,10 @@ def nonnegative_least_squares(features: np.ndarray) -> list[float]:
     return [float(number) for number in result]
 
 
-def flex_rows(costs: AttentionCosts) -> list[record.Row]:
+def flex_rows(costs: AttentionCosts, points: Sequence[Point]) -> list[record.Row]:
     """FlexAttention on the same layouts: its time over the price of as many scores, and seconds to compile."""
     rows: list[record.Row] = []
-    for point in points(quick=True):
+    for point in points:
         query, key, value = point.tokens()
         mask = FlexMask.of([point.mask], query.device)
         seconds = []

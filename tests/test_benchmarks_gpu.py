@@ -12,6 +12,8 @@ from benchmarks import _record as record
 from benchmarks import _schedule as schedule
 from benchmarks import gpu
 
+from support.tiny_geometry import TINY
+
 ROOT = Path(__file__).parents[1]
 JOBS = gpu_jobs.jobs(rehearse=False)
 
@@ -29,6 +31,18 @@ def test_one_command_of_nine_and_a_half_minutes_has_time_for_the_grid_the_traini
     needed = JOBS[: names.index("grid: 2,048 px, R = 4") + 1]
     assert {"training: 1,024 px", "training: 512 px"} < {job.name for job in needed}
     assert sum(job.seconds for job in needed) + gpu.START_SECONDS <= 9.5 * 60
+
+
+def test_prices_come_one_by_one_with_the_fit_of_all_of_them_at_the_end(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(gpu_jobs.attention_costs, "flex_rows", lambda costs, points: compiled.append(points) or [])
+    points = gpu_jobs.price_points(6, 4, geometry=TINY, regions=(2,))
+    *measured, fitted = gpu_jobs.price_rows(points)
+    assert {(row["image_tokens"], row["rows"]) for row in measured} == {(36, 1), (16, 1), (36, 4), (16, 4)}
+    assert all(row["seconds"] > 0 for row in measured)
+    assert fitted["way"] == "fit"
+    assert {"kernel", "score", "backward", "merged_backward"} <= set(fitted)
+    assert [point.side for (point,) in compiled] == [6, 4]
 
 
 def test_every_test_that_needs_a_gpu_is_in_a_file_that_is_run():
