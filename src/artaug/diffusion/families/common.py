@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from artaug._internal.images import as_rgb
+from artaug._internal.truncation import warn_if_truncated
 from artaug.errors import GuideError, InvalidValueError, ModelError
 from artaug.regional.denoiser import (
     AttentionFn,
@@ -144,6 +145,31 @@ def check_no_cache(transformer: Any) -> None:  # noqa: ANN401 - any model with d
             "this transformer caches predictions from step to step (enable_cache), which cannot tell a region's "
             "prompt from the plan's. Call pipeline.transformer.disable_cache() before drawing with a guide."
         )
+
+
+def prompt_tokens(
+    prompts: Sequence[str], tokenizer: Tokenizer, *, reader: str | None, limit: int, remedy: str = ""
+) -> Hashable:
+    """The tokens of prompts, for `kept_encoding`, with a warning of every part that an encoder cuts.
+
+    Args:
+        prompts: the prompts of one call.
+        tokenizer: a tokenizer of transformers.
+        reader: name of the encoder, for the message; None for one that cuts what another cuts, so that one message does.
+        limit: number of tokens that the encoder reads, with the special ones.
+        remedy: what to do about it, as a sentence.
+    """
+    tokens = tokenizer(list(prompts), verbose=False).input_ids
+    for prompt, prompt_ids in zip(prompts, tokens, strict=True):
+        if reader is not None and len(prompt_ids) > limit:
+            warn_if_truncated(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy=remedy, stacklevel=4)
+    return limit, tokenizer_settings(tokenizer), tuple(map(tuple, tokens))
+
+
+def tokenizer_settings(tokenizer: Tokenizer) -> Hashable:
+    """How a tokenizer pads and cuts, and the tokens that it was given later, such as the words of a textual inversion."""
+    sides = (getattr(tokenizer, name, None) for name in ("padding_side", "truncation_side", "pad_token_id"))
+    return *sides, tuple(getattr(tokenizer, "added_tokens_encoder", {}).items())
 
 
 def prompt_kwargs(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:

@@ -1,38 +1,50 @@
 """Families whose text encoder is a language model: chat templates, prompts of any length, positions that start anew."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from artaug.diffusion.families.common import Tokenizer
+from artaug.diffusion.families.common import Tokenizer, tokenizer_settings
 from artaug.errors import GuideError
 from artaug.regional.denoiser import EncodedPrompt, Span
 
 
-def warn_if_chat_truncated(
-    prompt: str, tokens: Sequence[int], *, reader: str, tokenizer: Tokenizer, limit: int
-) -> None:
-    """Warn of the part of a prompt that an encoder cuts; the words of the chat around the prompt count.
+def chat_tokens(
+    prompts: Sequence[str],
+    chats: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    *,
+    reader: str,
+    limit: int,
+    start: int = 0,
+) -> Hashable:
+    """The tokens of prompts, for `kept_encoding`, with a warning of every part that an encoder cuts.
+
+    The words of the chat around a prompt count.
 
     Args:
-        prompt: as it was given.
-        tokens: of the whole chat, before the cut.
-        reader: the encoder's name.
+        prompts: as they were given.
+        chats: the tokens of the whole chat of each, before the cut.
         tokenizer: decodes what is cut.
+        reader: the encoder's name.
         limit: tokens of the chat that are read.
+        start: how many tokens before them are left out of what the encoder returns.
     """
-    if len(tokens) > limit:
-        from_left = tokenizer.truncation_side == "left"
-        cut = tokens[: len(tokens) - limit] if from_left else tokens[limit:]
-        warnings.warn(
-            f"{reader} reads {limit} tokens and the prompt {prompt!r} has {len(tokens)} with the chat around it: "
-            f"cut off is {tokenizer.decode(cut)!r}. Shorten it, or raise max_sequence_length.",
-            stacklevel=2,
-        )
+    for prompt, chat in zip(prompts, chats, strict=True):
+        tokens = chat[start:]
+        if len(tokens) > limit:
+            from_left = tokenizer.truncation_side == "left"
+            cut = tokens[: len(tokens) - limit] if from_left else tokens[limit:]
+            warnings.warn(
+                f"{reader} reads {limit} tokens and the prompt {prompt!r} has {len(tokens)} with the chat around it: "
+                f"cut off is {tokenizer.decode(cut)!r}. Shorten it, or raise max_sequence_length.",
+                stacklevel=3,
+            )
+    return limit, start, tokenizer_settings(tokenizer), tuple(map(tuple, chats))
 
 
 def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

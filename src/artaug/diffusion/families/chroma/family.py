@@ -18,7 +18,7 @@ from diffusers import ChromaPipeline
 from PIL.Image import Image
 from torch import Tensor
 
-from artaug._internal.truncation import warn_if_truncated
+from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.chroma.attention import RegionalChromaProcessor
@@ -104,13 +104,18 @@ class Chroma1(Family):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        limit, remedy = self.max_sequence_length, "Shorten it, or raise max_sequence_length."
-        for prompt in prompts:
-            warn_if_truncated(prompt, reader="T5", tokenizer=self.pipeline.tokenizer, limit=limit, remedy=remedy)
-        embeds, _, mask, *_ = self.pipeline.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=limit
+        pipeline, limit = self.pipeline, self.max_sequence_length
+        tokens = common.prompt_tokens(
+            prompts, pipeline.tokenizer, reader="T5", limit=limit, remedy="Shorten it, or raise max_sequence_length."
         )
-        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+        def encode() -> Conditioning:
+            embeds, _, mask, *_ = pipeline.encode_prompt(
+                list(prompts), do_classifier_free_guidance=False, max_sequence_length=limit
+            )
+            return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+        return kept_encoding(pipeline, (type(self), tokens), encode)
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         # The first padding token counts as the prompt's: Chroma was trained with it unmasked.

@@ -17,7 +17,7 @@ from diffusers import FluxPipeline
 from PIL.Image import Image
 from torch import Tensor
 
-from artaug._internal.truncation import warn_if_truncated
+from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.flux.attention import RegionalFluxProcessor
@@ -76,15 +76,24 @@ class Flux(Family):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        pipeline = self.pipeline
-        for prompt in prompts:
-            for reader, tokenizer, limit, remedy in (
-                ("CLIP", pipeline.tokenizer, pipeline.tokenizer_max_length, "Shorten it; T5 still reads it further."),
-                ("T5", pipeline.tokenizer_2, self.max_sequence_length, "Shorten it, or raise max_sequence_length."),
-            ):
-                warn_if_truncated(prompt, reader=reader, tokenizer=tokenizer, limit=limit, remedy=remedy)
-        embeds, pooled, _ = pipeline.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        pipeline, limit = self.pipeline, self.max_sequence_length
+        clip, remedy = pipeline.tokenizer, "Shorten it; T5 still reads it further."
+        tokens = (
+            common.prompt_tokens(prompts, clip, reader="CLIP", limit=pipeline.tokenizer_max_length, remedy=remedy),
+            common.prompt_tokens(
+                prompts,
+                pipeline.tokenizer_2,
+                reader="T5",
+                limit=limit,
+                remedy="Shorten it, or raise max_sequence_length.",
+            ),
+        )
+
+        def encode() -> Conditioning:
+            embeds, pooled, _ = pipeline.encode_prompt(list(prompts), max_sequence_length=limit)
+            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+        return kept_encoding(pipeline, (type(self), tokens), encode)
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         tokens = self.pipeline.tokenizer_2(list(prompts), truncation=True, max_length=self.max_sequence_length)

@@ -22,6 +22,7 @@ from einops import rearrange
 from PIL.Image import Image
 from torch import Tensor
 
+from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common, llm_encoders
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.flux2.attention import RegionalFlux2ParallelProcessor, RegionalFlux2Processor
@@ -74,12 +75,15 @@ class Flux2Family(Family):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        for prompt, chat in zip(prompts, self._chat_tokens(prompts), strict=True):
-            llm_encoders.warn_if_chat_truncated(
-                prompt, chat, reader="FLUX.2", tokenizer=self._tokenizer, limit=self.max_sequence_length
-            )
-        embeds, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
-        return {"prompt_embeds": embeds}
+        pipeline, limit = self.pipeline, self.max_sequence_length
+        chats = self._chat_tokens(prompts)
+        tokens = llm_encoders.chat_tokens(prompts, chats, self._tokenizer, reader="FLUX.2", limit=limit)
+
+        def encode() -> Conditioning:
+            embeds, _ = pipeline.encode_prompt(list(prompts), max_sequence_length=limit)
+            return {"prompt_embeds": embeds}
+
+        return kept_encoding(pipeline, (type(self), tokens), encode)
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         limit = self.max_sequence_length

@@ -18,6 +18,7 @@ from einops import rearrange
 from PIL.Image import Image
 from torch import Tensor
 
+from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common, llm_encoders
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.qwen_image.attention import RegionalQwenImageProcessor
@@ -79,19 +80,23 @@ class QwenImage(Family):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        start = self.pipeline.prompt_template_encode_start_idx
-        for prompt, chat in zip(prompts, self._chat_tokens(prompts), strict=True):
-            llm_encoders.warn_if_chat_truncated(
-                prompt,
-                chat[start:],
-                reader="Qwen-Image",
-                tokenizer=self.pipeline.tokenizer,
-                limit=self.max_sequence_length,
-            )
-        embeds, mask = self.pipeline.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
-        if mask is None:  # the pipeline makes none where it would hide nothing
-            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+        pipeline, limit = self.pipeline, self.max_sequence_length
+        tokens = llm_encoders.chat_tokens(
+            prompts,
+            self._chat_tokens(prompts),
+            pipeline.tokenizer,
+            reader="Qwen-Image",
+            limit=limit,
+            start=pipeline.prompt_template_encode_start_idx,
+        )
+
+        def encode() -> Conditioning:
+            embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=limit)
+            if mask is None:  # the pipeline makes none where it would hide nothing
+                mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+
+        return kept_encoding(pipeline, (type(self), pipeline.tokenizer_max_length, tokens), encode)
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         start = self.pipeline.prompt_template_encode_start_idx

@@ -7,7 +7,7 @@ and keys, SD3 does not. Noise: velocity at shifted sigmas. Latents are not packe
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
@@ -16,7 +16,7 @@ from diffusers import StableDiffusion3Pipeline
 from PIL.Image import Image
 from torch import Tensor
 
-from artaug._internal.truncation import warn_if_truncated
+from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.sd3.attention import RegionalSD3Processor
@@ -86,16 +86,19 @@ class StableDiffusion3(Family):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        for prompt in prompts:
-            self._warn_if_truncated(prompt)
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts),
-            None,
-            None,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-        )
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        pipeline, tokens = self.pipeline, self._tokens(prompts)
+
+        def encode() -> Conditioning:
+            embeds, _, pooled, _ = pipeline.encode_prompt(
+                list(prompts),
+                None,
+                None,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+            )
+            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+        return kept_encoding(pipeline, (type(self), self.max_sequence_length, tokens), encode)
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         clip_length = self.pipeline.tokenizer_max_length
@@ -169,16 +172,21 @@ class StableDiffusion3(Family):
     def _timesteps(self) -> int:
         return int(self.pipeline.scheduler.config.num_train_timesteps)
 
-    def _warn_if_truncated(self, prompt: str) -> None:
+    def _tokens(self, prompts: Sequence[str]) -> tuple[Hashable, ...]:
         # Both CLIPs share one vocabulary and are cut at one length, so one warning serves for both.
-        pipeline, limit = self.pipeline, self.max_sequence_length
+        pipeline, clip_length = self.pipeline, self.pipeline.tokenizer_max_length
         remedy = "Shorten it; T5 still reads it further." if self._has_t5 else "Shorten it."
-        warn_if_truncated(
-            prompt, reader="CLIP", tokenizer=pipeline.tokenizer, limit=pipeline.tokenizer_max_length, remedy=remedy
+        clips = (
+            common.prompt_tokens(prompts, pipeline.tokenizer, reader="CLIP", limit=clip_length, remedy=remedy),
+            common.prompt_tokens(prompts, pipeline.tokenizer_2, reader=None, limit=clip_length),
         )
-        if self._has_t5:
-            remedy = "Shorten it, or raise max_sequence_length."
-            warn_if_truncated(prompt, reader="T5", tokenizer=pipeline.tokenizer_3, limit=limit, remedy=remedy)
+        if not self._has_t5:
+            return clips
+        remedy = "Shorten it, or raise max_sequence_length."
+        t5 = common.prompt_tokens(
+            prompts, pipeline.tokenizer_3, reader="T5", limit=self.max_sequence_length, remedy=remedy
+        )
+        return *clips, t5
 
 
 @final

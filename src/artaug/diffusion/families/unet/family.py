@@ -8,7 +8,7 @@ preserving schedule of betas (Ho et al. 2020) with whole timesteps; the models p
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +26,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from artaug._internal.modules import named_modules, unwrap
-from artaug._internal.truncation import warn_if_truncated
+from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.unet.attention import RegionalCrossProcessor
@@ -188,11 +188,11 @@ class UNetFamily(Family):
         embedded: Tensor = self.pipeline.get_guidance_scale_embedding(scale, embedding_dim=embedding_dim)
         return embedded.to(embeds)
 
-    def _warn_if_truncated(self, prompt: str) -> None:
+    def _tokens(self, prompts: Sequence[str]) -> Hashable:
         # Where there are two CLIPs, they share one vocabulary and are cut at one length.
         tokenizer = self.pipeline.tokenizer
-        converted = self.pipeline.maybe_convert_prompt(prompt, tokenizer)  # the words of a textual inversion
-        warn_if_truncated(converted, reader="CLIP", tokenizer=tokenizer, limit=self._clip_length, remedy="Shorten it.")
+        converted = self.pipeline.maybe_convert_prompt(list(prompts), tokenizer)  # the words of a textual inversion
+        return common.prompt_tokens(converted, tokenizer, reader="CLIP", limit=self._clip_length, remedy="Shorten it.")
 
 
 @final
@@ -214,13 +214,13 @@ class StableDiffusion(UNetFamily):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        for prompt in prompts:
-            self._warn_if_truncated(prompt)
-        device = self.pipeline._execution_device  # noqa: SLF001 - .device is wrong under offload
-        embeds, _ = self.pipeline.encode_prompt(
-            list(prompts), device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        return {"prompt_embeds": embeds}
+        def encode() -> Conditioning:
+            embeds, _ = self.pipeline.encode_prompt(
+                list(prompts), self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+            return {"prompt_embeds": embeds}
+
+        return kept_encoding(self.pipeline, (type(self), self._tokens(prompts)), encode)
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {"prompt_embeds": (self._clip_length, self.pipeline.unet.config.cross_attention_dim)}
@@ -260,10 +260,12 @@ class StableDiffusionXL(UNetFamily):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        for prompt in prompts:
-            self._warn_if_truncated(prompt)
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        def encode() -> Conditioning:
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+        second = common.prompt_tokens(prompts, self.pipeline.tokenizer_2, reader=None, limit=self._clip_length)
+        return kept_encoding(self.pipeline, (type(self), self._tokens(prompts), second), encode)
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {

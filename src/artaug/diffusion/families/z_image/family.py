@@ -19,6 +19,7 @@ from diffusers import ZImagePipeline
 from PIL.Image import Image
 from torch import Tensor
 
+from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common, llm_encoders
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.z_image.attention import (
@@ -93,15 +94,18 @@ class ZImage(Family):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        for prompt, chat in zip(prompts, self._chat_tokens(prompts), strict=True):
-            llm_encoders.warn_if_chat_truncated(
-                prompt, chat, reader="Z-Image", tokenizer=self.pipeline.tokenizer, limit=self.max_sequence_length
+        pipeline, limit = self.pipeline, self.max_sequence_length
+        chats = self._chat_tokens(prompts)
+        tokens = llm_encoders.chat_tokens(prompts, chats, pipeline.tokenizer, reader="Z-Image", limit=limit)
+
+        def encode() -> Conditioning:
+            rows, _ = pipeline.encode_prompt(
+                list(prompts), do_classifier_free_guidance=False, max_sequence_length=limit
             )
-        rows, _ = self.pipeline.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
-        )
-        embeds, mask = llm_encoders.pad_rows(rows)
-        return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+            embeds, mask = llm_encoders.pad_rows(rows)
+            return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+
+        return kept_encoding(pipeline, (type(self), tokens), encode)
 
     def select_prompt(self, conditioning: Conditioning, row: int) -> Conditioning:
         length = int(conditioning["prompt_embeds_mask"][row].sum())
