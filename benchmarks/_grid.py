@@ -57,13 +57,12 @@ class Point:
         grouped = ("grouped",) if self.layout == "hard" else ()
         return ("plain", "dense", "merged", *grouped, *self.extra, "auto")
 
-    @property
-    def pictures(self) -> tuple[tuple[aa.Region, ...], ...]:
-        """The regions of every picture."""
-        variants, found = itertools.count(), []
+    def pictures(self, *, variant: int = 0) -> tuple[tuple[aa.Region, ...], ...]:
+        """The regions of every picture; another ``variant`` has other boxes of the same kind."""
+        variants, found = itertools.count(variant), []
         for number in range(self.batch):
             count = self.regions >> (number % (self.regions.bit_length() + 1) if self.rows == "ragged" else 0)
-            candidates = (self._regions(count, 0 if self.rows == "alike" else variant) for variant in variants)
+            candidates = (self._regions(count, variant if self.rows == "alike" else other) for other in variants)
             found.append(next(regions for regions in candidates if self._may_repeat(regions) or regions not in found))
         return tuple(found)
 

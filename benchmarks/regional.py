@@ -50,7 +50,8 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
     A round takes every method once, each time beginning with another one: ``seconds`` is the median over rounds,
     ``ratio_to_plain`` the median of the ratios within rounds, low and high are quartiles. ``first_seconds`` is the first
     step, in which the layouts are prepared; ``compile_seconds`` what it took longer than the second where it compiled.
-    ``peak_bytes`` holds weights, inputs, and the most that torch's allocator held at once beside them.
+    ``peak_bytes`` holds weights, inputs, and the most that torch's allocator held at once beside them in the first step
+    of a layout, what is kept of the layout included.
     ``attention_calls`` counts calls of attention kernels in the denoiser. In a row of ``auto``, ``regret`` is its time over
     that of the ``best`` method at the same point; ``choice`` is the method whose kernels it called, if it is one of
     them, and ``choice_regret`` is that method's time over the best one's.
@@ -90,12 +91,11 @@ def point_rows(point: grid.Point, model: FluxTransformer2DModel, *, effort: Effo
         model: of the point's geometry.
         effort: how long.
     """
-    setting = flux.Setting(
-        geometry=point.geometry, model=model, side=point.side, pictures=point.pictures, gradients=point.gradients
-    )
+    setting, other = (make_setting(point, model, variant=variant) for variant in (0, 1000))
     guides = {method: point.guide(method) for method in point.methods}
     with uncached_kernels() if "flex" in guides else nullcontext():
-        first = {method: step_seconds(setting, guide, count=2) for method, guide in guides.items()}
+        # Other boxes: a layout is prepared once a process, and what that holds in memory is observed below.
+        first = {method: step_seconds(other, guide, count=2) for method, guide in guides.items()}
     observed = {
         method: memory.observe(partial(step_seconds, setting, guide, count=1), inputs=setting.inputs)
         for method, guide in guides.items()
@@ -108,6 +108,17 @@ def point_rows(point: grid.Point, model: FluxTransformer2DModel, *, effort: Effo
     choice = chosen(observed)
     rows[-1] |= {"choice": choice, **timing.regret(seconds, "auto", among=grid.EXACT, choice=choice).columns}
     return rows
+
+
+def make_setting(point: grid.Point, model: FluxTransformer2DModel, *, variant: int = 0) -> flux.Setting:
+    """What a point is measured on; a setting for each variant, which differ in their boxes."""
+    return flux.Setting(
+        geometry=point.geometry,
+        model=model,
+        side=point.side,
+        pictures=point.pictures(variant=variant),
+        gradients=point.gradients,
+    )
 
 
 def uncached_kernels() -> AbstractContextManager[None]:

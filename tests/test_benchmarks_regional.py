@@ -30,10 +30,7 @@ def tiny_point(**options):
 
 def step_of(point, method):
     """The work of one step, and the tensors that it is given."""
-    model = point.geometry.model()
-    setting = flux.Setting(
-        geometry=point.geometry, model=model, side=point.side, pictures=point.pictures, gradients=point.gradients
-    )
+    setting = regional.make_setting(point, point.geometry.model())
     return lambda: regional.step_seconds(setting, point.guide(method), count=1), setting.inputs
 
 
@@ -96,13 +93,14 @@ def test_boxes_lie_along_the_grid_and_apart(count, side, variant):
 @pytest.mark.parametrize("points", [grid.cpu_points, grid.gpu_points, grid.quick_points])
 def test_a_point_is_the_batch_that_it_says(points):
     for point in points():
-        pictures = point.pictures
+        pictures = point.pictures()
         counts = [len(regions) for regions in pictures]
 
         assert point.side**2 == point.tokens
         assert (len(pictures), counts[0]) == (point.batch, point.regions)
         with_regions = [regions for regions in pictures if regions]
         assert len(set(with_regions)) == (1 if point.rows == "alike" else len(with_regions))
+        assert pictures != point.pictures(variant=1000), "another setting has other layouts"
         assert (set(counts) == {point.regions}) == (point.rows != "ragged")
         assert {"plain", "dense", "merged", "auto"} <= set(point.methods)
         assert ("grouped" in point.methods) == (point.layout == "hard")
@@ -204,6 +202,8 @@ def test_the_grid_has_a_row_for_every_method_and_a_figure_of_regret():
     ]
     weights = sum(weight.numel() * 4 for weight in TINY.model().parameters())
     assert all(row["peak_bytes"] > weights for row in rows if row["layout"] == "hard")
+    masks = {row["method"]: row["peak_bytes"] for row in rows if row["batch"] == 2}
+    assert masks["dense"] > masks["merged"] > masks["plain"]
     assert {row["ratio_to_plain"] for row in rows if row["method"] == "plain"} == {1}
     assert {row["flops_to_plain"] for row in rows if row["method"] == "output_mix"} == {5}
     assert all(row["regret"] > 0 and row["best"] in grid.EXACT for row in rows if row["method"] == "auto")
