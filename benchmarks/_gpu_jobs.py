@@ -17,7 +17,7 @@ from benchmarks import _gpu_tests as gpu_tests
 from benchmarks import _grid as grid
 from benchmarks import _record as record
 from benchmarks import _regional_report as regional_report
-from benchmarks import attention, attention_costs, regional, training
+from benchmarks import attention, attention_costs, compiled, regional, training
 from benchmarks._schedule import Job
 
 _LEARNS = "tests/training/test_on_a_gpu.py::test_a_gpu_learns_what_a_cpu_learns"
@@ -136,6 +136,7 @@ def jobs(*, rehearse: bool) -> list[Job]:
         ),
         Job(name="operations of attention", benchmark="attention", seconds=80, rows=operations),
         train("training: 1,024 px, batch of 4", 90, batch=4),
+        Job(name="compiled blocks: 512 px", benchmark="compiled", seconds=120, rows=partial(compiled_rows, half)),
         step("grid: 1,024 px, R = 4, balanced", 50, replace(one, layout="balanced", extra=())),
         step("grid: 512 px, R = 4, unlike batch of 16", 90, replace(half, batch=16, rows="unlike")),
         step("grid: 512 px, R = 4, batch of 4", 50, replace(half, batch=4)),
@@ -143,6 +144,7 @@ def jobs(*, rehearse: bool) -> list[Job]:
         _tests_job("tests: all others", 120, tests),
         step("grid: 1,024 px, R = 4, soft", 50, replace(one, layout="soft")),
         train("training: 512 px, batch of 4", 50, pixels=512, batch=4),
+        Job(name="compiled blocks: 1,024 px", benchmark="compiled", seconds=120, rows=partial(compiled_rows, one)),
         step("grid: 2,048 px, R = 16", 130, replace(two, regions=16)),
         train("training: 512 px, with cuDNN", 45, pixels=512, cudnn_attention=True),
     ]
@@ -196,6 +198,12 @@ def training_rows(geometry: flux.Geometry, case: training.Case, rounds: int) -> 
     gc.collect()
 
 
+def compiled_rows(point: grid.Point) -> Iterator[record.Row]:
+    """Plain and guided steps, with blocks compiled and without."""
+    transformer.cache_clear()  # blocks stay compiled: this job has a model of its own
+    yield from compiled.point_rows(point, rounds=5)
+
+
 def price_rows(points: Sequence[attention_costs.Point]) -> Iterator[record.Row]:
     """The seconds of attention in splits of every kind, then the constants fitted on all of them, and flex beside both."""
     transformer.cache_clear()
@@ -221,6 +229,7 @@ def operation_rows(geometry: flux.Geometry, sizes: attention.Sizes) -> Iterator[
 
 COLUMNS = {
     "attention": ("operation", "queries", "regions", "seconds", "first_seconds", "error"),
+    "compiled": ("method", "compiled", "pixels", "seconds", "ratio_to_plain", "ratio_to_compiled", "first_seconds"),
     "training": ("method", "pixels", "batch", "seconds_per_step", "ratio_to_sft", "peak_to_script"),
 }
 """Of the tables at the end of a run."""
@@ -254,6 +263,7 @@ def write(folder: Path, benchmark: str, recorded: record.Row, rows: Sequence[rec
         "training": training.plot,
         "training_with_cudnn": training.plot,
         "attention": attention.plot,
+        "compiled": compiled.plot,
     }
     plot = plots.get(benchmark)
     if plot:

@@ -35,7 +35,7 @@ def test_one_command_of_nine_and_a_half_minutes_has_time_for_the_grid_the_traini
 
 def test_prices_come_one_by_one_with_the_fit_of_all_of_them_at_the_end(monkeypatch):
     compiled = []
-    monkeypatch.setattr(gpu_jobs.attention_costs, "flex_rows", lambda costs, points: compiled.append(points) or [])
+    monkeypatch.setattr(gpu_jobs.attention_costs, "flex_rows", lambda _costs, points: compiled.append(points) or [])
     points = gpu_jobs.price_points(6, 4, geometry=TINY, regions=(2,))
     *measured, fitted = gpu_jobs.price_rows(points)
     assert {(row["image_tokens"], row["rows"]) for row in measured} == {(36, 1), (16, 1), (36, 4), (16, 4)}
