@@ -53,22 +53,22 @@ def encoder_state(pipeline: Any) -> Hashable | None:  # noqa: ANN401 - any diffu
     """
     if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:  # noqa: SLF001 - no public list
         return None
-    snapshot = _Snapshot({id(pipeline)})
+    encoders = _EncoderFacts({id(pipeline)})
     # Not `pipeline.components`, which reads signatures, nor its device, for which it walks through all its modules.
     for name, part in vars(pipeline).items():
         if isroutine(getattr(type(pipeline), name, None)):
-            snapshot.facts.append((name, snapshot.function(part)))
+            encoders.facts.append((name, encoders.function(part)))
         elif name.startswith("text_encoder"):
-            snapshot.add_encoder(name, part)
+            encoders.add_encoder(name, part)
         elif isinstance(part, nn.Module):
-            snapshot.facts.append((name, _computing_device(part)))  # encodings are returned where the pipeline computes
-    if not snapshot.is_known:
+            encoders.facts.append((name, _computing_device(part)))  # encodings are returned where the pipeline computes
+    if not encoders.is_known:
         return None
-    return type(pipeline).encode_prompt, _rounding(), tuple(snapshot.facts), _contents(snapshot.tensors)
+    return type(pipeline).encode_prompt, _rounding(), tuple(encoders.facts), _contents(encoders.tensors)
 
 
 @dataclass(eq=False)
-class _Snapshot:
+class _EncoderFacts:
     """What there is to know of some encoders, and whether that is all."""
 
     known_ids: set[int]
