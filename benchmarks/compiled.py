@@ -41,7 +41,7 @@ def point_rows(point: grid.Point, *, rounds: int, backend: str = "inductor") -> 
     """A row for each method and each way to run it."""
     model = point.geometry.model()
     model.compile_repeated_blocks(backend=backend)
-    setting = flux.Setting(geometry=point.geometry, model=model, side=point.side, pictures=point.pictures)
+    setting = flux.Setting(geometry=point.geometry, model=model, side=point.side, pictures=point.pictures())
     guides = {method: point.guide(method) for method in METHODS}
     ways = {
         method + COMPILED * compiled: partial(step_seconds, setting, guide, compiled=compiled)
