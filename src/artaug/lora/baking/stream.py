@@ -18,7 +18,8 @@ from artaug.lora.baking.report import BakedFile
 _CHUNK_BYTES = 2 << 20
 """Read, changed and hashed at a time."""
 _WRITE_BYTES = 256 << 10
-"""Written at a time. Linux looks for a large page for a large write, and zeroing one can take longer than the writing."""
+"""Written at a time. Linux takes memory of the size of a write: 300 MB in writes of 4 MiB took 0.5 s of ext4's time, in these
+0.07 s."""
 _CHUNKS_AHEAD = 4
 """Chunks that are changed while earlier ones are hashed and written."""
 
