@@ -125,14 +125,14 @@ def cpu_points() -> list[Point]:
         for batch in (1, 4, 16)
         for rows in _rows(batch)
         for regions in (1, 4, 16)
+        if tokens * batch < 4096 or (regions, rows) in {(4, "alike"), (4, "unlike"), (16, "unlike")}
     ]
     large = [_on_cpu(tokens, regions) for tokens in (1024, 4096) for regions in (1, 4, 16)]
-    large += [_on_cpu(16384, 4), _on_cpu(16384, 16)]
+    large += [_on_cpu(16384, 4)]
     batches = [
         _on_cpu(64, 2, batch=8, rows="unlike"),
         _on_cpu(64, 8, batch=2, rows="unlike"),
         _on_cpu(64, 4, batch=16, rows="ragged"),
-        _on_cpu(1024, 4, batch=4, rows="alike"),
         _on_cpu(1024, 4, batch=4, rows="unlike"),
         _on_cpu(1024, 4, batch=4, rows="ragged"),
         _on_cpu(4096, 4, batch=2, rows="unlike"),
@@ -145,7 +145,6 @@ def cpu_points() -> list[Point]:
         weighted += [_on_cpu(1024, 4, layout=layout)]
     weighted += [
         _on_cpu(1024, 16, layout="balanced"),
-        _on_cpu(4096, 4, layout="soft"),
         _on_cpu(4096, 4, layout="balanced"),
     ]
     learned = [

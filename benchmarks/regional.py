@@ -37,6 +37,8 @@ class Effort:
 
 
 ON_CPU, ON_GPU = Effort(seconds=5.0), Effort(seconds=12.0, max_rounds=7)
+GPU_LIMIT_S = 300.0
+"""After so long no further point is begun on a GPU, whose time is dear: a point takes up to a minute and a half."""
 QUICK = Effort(seconds=1.5, min_rounds=2, max_rounds=5)
 
 
@@ -61,20 +63,29 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
         if quick:
             shallow = replace(flux.FLUX_DEV, double_blocks=1, single_blocks=2)
             points = [replace(point, geometry=shallow) for point in points[:3]]
-        yield from measured(points, effort=QUICK if quick else ON_GPU)
+        yield from measured(points, effort=QUICK if quick else ON_GPU, limit_s=GPU_LIMIT_S)
     elif quick:
         yield from measured(grid.quick_points(), effort=QUICK)
         yield from drawings.measured([drawings.Batch(size=4, rows="unlike")], rounds=2, steps=3)
     else:
-        yield from drawings.measured(rounds=7)
+        yield from drawings.measured(rounds=5)
         yield from measured(grid.cpu_points(), effort=ON_CPU)
 
 
-def measured(points: Sequence[grid.Point], *, effort: Effort) -> Iterator[record.Row]:
-    """The rows of all points, each point's as soon as it is measured. A model is built once for a row of points."""
+def measured(points: Sequence[grid.Point], *, effort: Effort, limit_s: float = float("inf")) -> Iterator[record.Row]:
+    """The rows of the points, each point's as soon as it is measured. A model is built once for neighbors in the list.
+
+    Args:
+        points: what to measure, the most valuable first.
+        effort: how long each takes.
+        limit_s: seconds after which no further point is begun.
+    """
+    start = time.monotonic()
     model: FluxTransformer2DModel | None = None
     built: flux.Geometry | None = None
     for point in points:
+        if time.monotonic() - start > limit_s:
+            return
         if model is None or point.geometry != built:
             model = None  # so that two models are never held
             model, built = point.geometry.model(), point.geometry

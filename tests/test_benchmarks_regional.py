@@ -215,6 +215,10 @@ def test_the_grid_has_a_row_for_every_method_and_a_figure_of_regret():
     assert len(report.plot(rows).axes) == 4
 
 
+def test_no_point_begins_after_the_limit():
+    assert not list(regional.measured([tiny_point()], effort=ONCE, limit_s=-1))
+
+
 def test_nothing_is_summarized_before_the_first_point_is_measured():
     assert report.summarize([]) == {}
 
