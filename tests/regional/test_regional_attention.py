@@ -235,16 +235,6 @@ def test_a_call_outside_the_sigma_range_after_a_guided_one_is_plain(pipeline):
     assert not torch.allclose(guided, step.predict(), atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of torch, and takes an error for a fault
-def test_a_compiled_model_draws_the_same():
-    plan = aa.Plan(PROMPT, (aa.Region(SOFT, "a blue door"), aa.Region(RIGHT, "ivy")))
-    expected = draw(tiny_flux(), plan, aa.RegionalAttention())
-    compiled = tiny_flux()
-    compiled.transformer.compile_repeated_blocks(backend="eager")
-    assert np.abs(draw(compiled, plan, aa.RegionalAttention()) - expected).max() <= 1
-    assert np.abs(draw(compiled, aa.Plan(PROMPT), None) - draw(tiny_flux(), aa.Plan(PROMPT), None)).max() <= 1
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_draws_nearly_the_same(dtype):
     plan = aa.Plan(PROMPT, (aa.Region(SOFT, "a blue door"), aa.Region(RIGHT, "ivy")))

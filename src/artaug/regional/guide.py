@@ -33,8 +33,8 @@ class Guide(ABC):
     needs_regions: ClassVar[bool] = False
     """Whether the guide does nothing where no plan of a batch has regions, so that it need not be installed then."""
     runs_compiled: ClassVar[bool] = False
-    """Whether the guide puts nothing into a denoiser but a hook around the whole call, so that compiled blocks may stay
-    compiled in its runs. All others run as they are written: compiled code would pass over what is put into it."""
+    """Whether the guide acts in compiled code, so that a compiled denoiser stays compiled in its runs. In those of all others
+    it runs as it is written: compiled code would pass over hooks within it."""
 
     @abstractmethod
     def steering(self, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> AbstractContextManager[None]:
@@ -87,15 +87,13 @@ def steer(
 
 @contextmanager
 def _run(run: SteeredRun, block: AbstractContextManager[None]) -> Iterator[SteeredRun]:
-    """The run of an installed guide, compiled where the guide allows it."""
+    """The run of an installed guide, compiled where the guide allows it. Hooks of the whole module run outside graphs."""
 
     def note_call(_module: nn.Module, _args: object) -> None:
         run.called = True
 
     module = run.denoiser.module
-    # A module that was compiled in place (`module.compile()`) has its own hooks in the compiled code.
-    is_compiled = getattr(module, "_compiled_call_impl", None) is not None
-    with block, nullcontext() if run.guide.runs_compiled and not is_compiled else uncompiled():
+    with block, nullcontext() if run.guide.runs_compiled else uncompiled():
         hook = module.register_forward_pre_hook(outside_graphs(note_call))
         try:
             yield run

@@ -1,8 +1,12 @@
 """A guided call: what the rows of one call of the denoiser hold, and how attention and LoRA layers get to know it."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+
+import torch
+from torch import Tensor
 
 from artaug.plan import Region
 from artaug.regional.denoiser import Span
@@ -49,7 +53,6 @@ class GuidedCall:
         return numbers
 
 
-@dataclass
 class CurrentCall:
     """Carries the guided call to layers which the model calls, with tensors only: attention processors and LoRA hooks.
 
@@ -58,4 +61,26 @@ class CurrentCall:
     pass, after the forward, and they need the same call again.
     """
 
-    value: GuidedCall = field(default_factory=GuidedCall)
+    value: GuidedCall
+    """The call under way."""
+    number: Tensor
+    """Its number among the different calls of the run, for compiled code, which takes tensors only."""
+
+    def __init__(self) -> None:
+        self._calls: dict[tuple[GuidedRow, ...], GuidedCall] = {}  # few: branches of guidance, and one without rows
+        self.begin(())
+
+    def begin(self, rows: tuple[GuidedRow, ...]) -> None:
+        """Make a call of these rows the one under way."""
+        self.value = self._calls.setdefault(rows, GuidedCall(rows))
+        self.number = torch.tensor(list(self._calls).index(rows), device="cpu")
+
+    @contextmanager
+    def back_at(self, number: Tensor) -> Iterator[None]:
+        """Return to an earlier call in a ``with`` block: the backward pass may come after other calls."""
+        last = self.value
+        self.value = list(self._calls.values())[int(number)]
+        try:
+            yield
+        finally:
+            self.value = last

@@ -9,12 +9,13 @@ from typing import Any, ClassVar, Literal, final
 from torch import Tensor, nn
 from torch.nn import functional
 
-from artaug._internal.modules import uncompiled
+from artaug._internal.modules import outside_graphs, uncompiled
 from artaug.errors import GuideError, InvalidValueError
 from artaug.lora.lora import LoRA
 from artaug.plan import Region
 from artaug.regional.attention_costs import AttentionShape
 from artaug.regional.attention_mask import GroupMask, cross_mask, joint_mask, text_mask
+from artaug.regional.compiled_attention import SteeredAttention
 from artaug.regional.denoiser import (
     AttentionFn,
     AttentionSite,
@@ -60,6 +61,7 @@ class RegionalAttention(Guide):
     """
 
     needs_regions: ClassVar[bool] = True
+    runs_compiled: ClassVar[bool] = True
 
     isolation: Isolation | None = None
     """What attends to what; None for the default of the model's family."""
@@ -130,7 +132,6 @@ class _GuidedRun:
         self._current = CurrentCall()
         self._uncalled = {site.attention for site in self._sites}
         """Layers that have not attended to regions yet."""
-        self._calls: dict[tuple[GuidedRow, ...], GuidedCall] = {}
         loras = {encoded.region.lora: find_lora(encoded.region, guide.loras) for row in regions for encoded in row}
         self._loras = {name: lora for name, lora in loras.items() if name is not None and lora is not None}
         for row in regions:
@@ -150,18 +151,22 @@ class _GuidedRun:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Put the hook and the processors in place, and everything back afterwards."""
-        processors = [self._denoiser.processor(site, self._attention_fn(site)) for site in self._sites]
+        attentions = [SteeredAttention(self._attention_fn(site), self._current) for site in self._sites]
+        processors = [
+            self._denoiser.processor(site, attention) for site, attention in zip(self._sites, attentions, strict=True)
+        ]
         with ExitStack() as undo:
-            # Each site has an attention of its own, and what it does depends on the call under way: compiled blocks would
-            # be compiled anew for each of them, or pass over the hook.
-            undo.enter_context(uncompiled())
+            if self._loras:  # what they do to a layer depends on the call under way, which compiled code does not read
+                undo.enter_context(uncompiled())
             undo.enter_context(self._denoiser.patched())
             for site, processor in zip(self._sites, processors, strict=True):
                 undo.callback(site.attention.set_processor, site.attention.processor)
                 site.attention.set_processor(processor)
-            hook = self._denoiser.module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            hook = self._denoiser.module.register_forward_pre_hook(
+                outside_graphs(self._before_forward), with_kwargs=True
+            )
             undo.callback(hook.remove)
-            proof = self._denoiser.module.register_forward_hook(self._check_called)
+            proof = self._denoiser.module.register_forward_hook(outside_graphs(self._check_called))
             undo.callback(proof.remove)
             undo.enter_context(
                 token_loras_applied(self._denoiser, self._loras, current=self._current, split_grid=self._split_grid)
@@ -171,8 +176,9 @@ class _GuidedRun:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]] | None:
-        self._current.value, kwargs = self._guided_call(bind_forward_args(module, args, kwargs))
-        return ((), kwargs) if self._current.value.rows else None
+        rows, kwargs = self._guided_rows(bind_forward_args(module, args, kwargs))
+        self._current.begin(rows)
+        return ((), kwargs) if rows else None
 
     def _check_called(self, module: nn.Module, _args: object, _output: object) -> None:
         """Raise after a call with regions if layers have not attended to any."""
@@ -183,21 +189,21 @@ class _GuidedRun:
                 "do not use their processors: put the model itself into the pipeline, or use OutputMix."
             )
 
-    def _guided_call(self, kwargs: dict[str, Any]) -> tuple[GuidedCall, dict[str, Any]]:
-        """The call under way as a value, and its arguments with the prompts of regions added."""
+    def _guided_rows(self, kwargs: dict[str, Any]) -> tuple[tuple[GuidedRow, ...], dict[str, Any]]:
+        """The rows of a call, none if no region counts, and its arguments with the prompts of regions added."""
         if not self._isolation.applies_at_sigma(self._denoiser.noise_level(kwargs)):
-            return GuidedCall(), kwargs
+            return (), kwargs
         requests = self._row_requests(kwargs)
         has_loras = any(region.lora for request in requests for region in request.lora_regions)
         if not has_loras and not any(request.prompts for request in requests):
-            return GuidedCall(), kwargs
+            return (), kwargs
         prompts = [request.prompts for request in requests]
         kwargs, spans = self._denoiser.append_prompts(kwargs, prompts, trim_padding=self._guide.trim_padding)
         rows = tuple(
             GuidedRow(row_spans, request.regions, request.lora_regions)
             for row_spans, request in zip(spans, requests, strict=True)
         )
-        return self._calls.setdefault(rows, GuidedCall(rows)), kwargs
+        return rows, kwargs
 
     def _row_requests(self, kwargs: ForwardKwargs) -> list[_RowRequest]:
         """What every row of a call's batch gets."""
