@@ -11,7 +11,7 @@ from hypothesis import given, settings
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.regional.denoiser import AttentionSite, AttentiveDenoiser, Span
-from artaug.regional.guided_call import CurrentCall, GuidedCall, GuidedRow
+from artaug.regional.guided_call import CurrentCall, GuidedRow
 from artaug.regional.region_weights import split_grid
 from artaug.regional.token_lora import _TokenScales, find_lora
 from support.guided_flux import FULL, ISOLATED, LEFT, PROMPT, RIGHT, GuidedStep, draw
@@ -65,7 +65,8 @@ class LayersByStream(AttentiveDenoiser):
 
 def token_scales(layer, outputs, *rows, grid, site_grids=(), name="anna"):
     """Factors of a LoRA's update for a layer's outputs."""
-    current = CurrentCall(GuidedCall(tuple(rows)))
+    current = CurrentCall()
+    current.begin(tuple(rows))
 
     def split(regions, grid):
         return split_grid(regions, grid, base_weight=0.0)

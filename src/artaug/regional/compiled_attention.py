@@ -17,7 +17,8 @@ from artaug.errors import GuideError
 from artaug.regional.denoiser import AttentionFn
 from artaug.regional.guided_call import CurrentCall
 
-_Context: TypeAlias = Any  # autograd's ctx, which takes any attribute
+Autograd: TypeAlias = Any
+"""Autograd's ctx, which takes any attribute."""
 _LAYERS: "WeakValueDictionary[int, SteeredAttention]" = WeakValueDictionary()
 """The layers of all runs by number, as long as their runs last: an operator is given tensors only."""
 _NUMBERS = itertools.count()
@@ -90,11 +91,11 @@ def _(_dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *_numbers: Tenso
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _save_inputs(ctx: _Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001 - torch passes it by name
+def _save_inputs(ctx: Autograd, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001 - torch passes it by name
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: _Context, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+def _backward(ctx: Autograd, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
     """Attend once more, with gradients: the operator has no graph, and saves memory for it."""
     return (*_attention_backward(dout, *ctx.saved_tensors), None, None)
 
