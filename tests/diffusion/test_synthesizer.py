@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import artaug as aa
 from artaug._internal.images import as_rgb
@@ -384,6 +385,32 @@ def test_latents_that_are_not_finite_name_the_step():
     pipeline.transformer.proj_out.weight.data.fill_(math.nan)
     with pytest.raises(aa.NonFiniteError, match="latents hold NaN or infinity after step 1"):
         make_synthesizer(pipeline).synthesize(BARN, seed=1)
+
+
+class CountedReads(TorchDispatchMode):
+    """Counts the numbers that are read from tensors, for each of which a GPU has to finish all that it was given."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func) == "aten._local_scalar_dense.default"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_the_device_no_more_often_than_a_step_of_diffusers():
+    pipeline = tiny_flux()
+
+    def reads_of_a_step(draw):
+        counts = []
+        for steps in (3, 5):
+            with CountedReads() as reads:
+                draw(steps)
+            counts.append(reads.count)
+        return (counts[1] - counts[0]) / 2
+
+    ours = reads_of_a_step(lambda steps: make_synthesizer(pipeline, steps=steps).synthesize(BARN, seed=1))
+    size = {name: value for name, value in DRAWING.items() if name != "steps"}
+    assert ours == reads_of_a_step(lambda steps: pipeline(BARN.prompt, num_inference_steps=steps, **size))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")  # how diffusers finds out

@@ -209,15 +209,17 @@ class DiffusersSynthesizer(Synthesizer):
             conditioning = family.encode_prompts([plan.prompt for plan in plans])
             # After the guide, whose hooks know the tensors that the pipeline was given.
             with self._guidance(family, conditioning, plans) as run, mixed_precision(self.pipeline, family.module):
+                check = _StepCheck(family.module, run)
                 output = self.pipeline(
                     **family.pipeline_kwargs(conditioning, self._encode_negative(family, len(plans))),
                     width=self.width,
                     height=self.height,
                     num_inference_steps=self.steps,
                     generator=generators,
-                    callback_on_step_end=_StepCheck(family.module, run),
+                    callback_on_step_end=check,
                     output_type="pt",
                 )
+            check.raise_if_not_finite()
         _warn_of_black_images(output, plans)
         return self._to_pil(output.images)
 
@@ -370,26 +372,35 @@ def _warn_of_black_images(output: object, plans: Sequence[Plan]) -> None:
 
 
 class _StepCheck:
-    """The pipeline's callback: latents are finite after every step, and LoRAs and guide acted in the first."""
+    """The pipeline's callback: LoRAs and guide acted in the first step, and latents are finite after every step."""
 
     def __init__(self, module: nn.Module, run: SteeredRun | None) -> None:
         self._module, self._run = module, run
-        self._is_first = True
+        self._finite: list[Tensor] = []
+        """Of each step, on the device. To read one after each step, the device would have to wait for the next."""
 
     def __call__(
-        self, _pipeline: DiffusionPipeline, step: int, _timestep: Tensor, tensors: Mapping[str, Tensor]
+        self, _pipeline: DiffusionPipeline, _step: int, _timestep: Tensor, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        if self._is_first:
+        if not self._finite:
             check_called(self._module)
             if self._run is not None:
                 self._run.check_called()
-            self._is_first = False
-        if not tensors["latents"].isfinite().all():
+        self._finite.append(tensors["latents"].isfinite().all())
+        return {}
+
+    def raise_if_not_finite(self) -> None:
+        """Refuse what came out of a step that made NaN.
+
+        Raises:
+            NonFiniteError: naming the first such step.
+        """
+        finite = torch.stack(self._finite).tolist() if self._finite else []
+        if not all(finite):
             raise NonFiniteError(
-                f"the latents hold NaN or infinity after step {step + 1}. "
+                f"the latents hold NaN or infinity after step {finite.index(False) + 1}. "
                 "Check the weights and the active LoRAs; a float16 model may need bfloat16."
             )
-        return {}
 
 
 @contextmanager
