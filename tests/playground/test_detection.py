@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from artaug import playground
 from artaug.geometry import Box
+from artaug.playground import oklab
 from artaug.playground.detection import DetectedThing, align_things, alignment, detect
 from artaug.playground.rendering import render, render_batch
 from artaug.playground.world import ADJECTIVES, Scene, parse, prompts
@@ -112,3 +114,16 @@ def test_an_open_place_is_right_wherever_the_thing_is_and_surplus_is_counted() -
 def test_every_picture_matches_a_caption_that_asks_for_nothing() -> None:
     result = align_things([], parse("at night"))
     assert (result.color, result.shape, result.place) == (1, 1, 1)
+
+
+def test_a_picture_that_several_scorers_look_at_is_looked_at_once(monkeypatch):
+    looks = []
+    from_srgb = oklab.from_srgb
+    monkeypatch.setattr(oklab, "from_srgb", lambda pixels: looks.append(1) or from_srgb(pixels))
+    prompt = "a red cone on the left"
+    first, second = (playground.render(prompt, seed=seed) for seed in (70_001, 70_002))
+    for scorer in map(playground.Accuracy, ("color", "shape", "place")):
+        scorer.score_batch([first, second, first.copy()], [prompt] * 3)
+    assert len(looks) == 2
+    detect(first).clear()
+    assert len(detect(first)) == 1

@@ -3,7 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -63,12 +63,18 @@ def detect(image: Image.Image) -> list[DetectedThing]:
     picture = as_rgb(image)
     if picture.size != (SIZE_PX, SIZE_PX):
         picture = picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
-    lab = oklab.from_srgb(torch.from_numpy(np.asarray(picture, dtype=np.float64) / 255)).numpy()
+    return list(_detect_in(picture.tobytes()))
+
+
+@lru_cache(maxsize=256)  # 3 MB: several scorers look at the same pictures of a batch, one scorer after the other
+def _detect_in(rgb: bytes) -> tuple[DetectedThing, ...]:
+    pixels = np.frombuffer(rgb, dtype=np.uint8).reshape(SIZE_PX, SIZE_PX, 3)
+    lab = oklab.from_srgb(torch.from_numpy(pixels / 255)).numpy()
     seeds = _seeds(lab)
     # The hue of a patch is the mean of its pixels' hues, weighted by chroma.
     hues = [math.degrees(math.atan2(lab[seed, 2].sum(), lab[seed, 1].sum())) for seed in seeds]
     things = [_describe(lab, seed, hue, hues) for seed, hue in zip(seeds, hues, strict=True)]
-    return sorted(things, key=lambda thing: thing.box.center)
+    return tuple(sorted(things, key=lambda thing: thing.box.center))
 
 
 def alignment(image: Image.Image, caption: str) -> Alignment:
