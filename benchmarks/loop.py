@@ -52,8 +52,9 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
     ``share`` is a stage's part of the time of `enhance`; ``compare`` is a comparison of both rounds after it. ``rate`` is
     the pictures a second of the loop's drawing stage over those of the pipeline in a for loop with the same prompts, seeds
     and batches: the median over repeats, which alternate, with quartiles. ``whole_rate`` counts all of `improve`, with what
-    comes before the first picture and the files that are written after the last. Pictures are the same bits. Where there is
-    a GPU, FLUX.1-dev's geometry with random weights follows.
+    comes before the first picture and the files that are written after the last, and ``cpu_rate`` is that of processor time,
+    in all threads. ``same_bits`` says whether the pictures are the same. Where there is a GPU, FLUX.1-dev's geometry with
+    random weights follows.
     """
     Path("runs").mkdir(exist_ok=True)
     with TemporaryDirectory(dir="runs") as name:
@@ -137,6 +138,8 @@ class Drawing:
     """Of the last call of each way."""
     whole: dict[str, list[float]] = field(default_factory=dict)
     """Seconds of all of `improve`, by its way."""
+    cpu: dict[str, list[float]] = field(default_factory=dict)
+    """Processor time of each way, in all threads."""
 
     @property
     def prompts(self) -> Sequence[str]:
@@ -148,7 +151,7 @@ class Drawing:
         """Call the pipeline in a for loop, and return its seconds."""
         synthesizer, images = self.case.synthesizer, list[Image]()
         seeds = [attempt_seed(0, round_number=1, prompt_index=index) for index in range(len(self.prompts))]
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for first in range(0, len(self.prompts), self.batch_size):
             batch = slice(first, first + self.batch_size)
             images += synthesizer.pipeline(
@@ -160,6 +163,7 @@ class Drawing:
                 max_sequence_length=synthesizer.max_sequence_length or 512,
             ).images
         seconds = time.perf_counter() - start
+        self.cpu.setdefault("bare", []).append(time.process_time() - cpu_start)
         self.images["bare"] = images
         return seconds
 
@@ -172,7 +176,7 @@ class Drawing:
                 drawing.append(event.seconds)
 
         store = self.folder / "drawn" if way == "store" else None
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for _ in aa.improve(
             self.prompts,
             synthesizer=self.case.synthesizer,
@@ -187,6 +191,7 @@ class Drawing:
         ):
             pass
         self.whole.setdefault(way, []).append(time.perf_counter() - start)
+        self.cpu.setdefault(way, []).append(time.process_time() - cpu_start)
         if store is not None:
             shutil.rmtree(store)
         self.images[way] = critic.seen
@@ -204,6 +209,7 @@ def drawing_rows(case: Case, folder: Path, batch_size: int) -> Iterator[record.R
     timing.interleaved(ways, rounds=1)  # what is loaded and compiled once
     same = {way: [image.tobytes() for image in images] for way, images in drawing.images.items()}
     drawing.whole.clear()
+    drawing.cpu.clear()
     seconds = timing.interleaved(ways, rounds=case.repeats)
     for way in drawing.whole:
         rates = timing.ratios(seconds, "bare", way)
@@ -219,6 +225,7 @@ def drawing_rows(case: Case, folder: Path, batch_size: int) -> Iterator[record.R
             "rate": median(rates),
             **timing.spread("rate", rates),
             "whole_rate": median(timing.ratios({**seconds, way: drawing.whole[way]}, "bare", way)),
+            "cpu_rate": median(timing.ratios(drawing.cpu, "bare", way)),
             "same_bits": same[way] == same["bare"],
         }
 
@@ -276,7 +283,8 @@ def plot(rows: Sequence[record.Row]) -> Figure:
         shares.bar(places, [row["share"] for row in stages if row["case"] == case], width=0.4, label=case)
     shares.set_xticks(range(len(names)), names, rotation=45, ha="right")
     shares.set(title="two rounds of enhance, and a comparison", ylabel="time over that of enhance")
-    shares.legend(fontsize=7)
+    if cases:
+        shares.legend(fontsize=7)
     for place, row in enumerate(drawings):
         spread = [[row["rate"] - row["rate_low"]], [row["rate_high"] - row["rate"]]]
         rates.errorbar([place], [row["rate"]], yerr=spread, marker="o", capsize=4)
