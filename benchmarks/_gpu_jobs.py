@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -17,7 +18,7 @@ from benchmarks import _gpu_tests as gpu_tests
 from benchmarks import _grid as grid
 from benchmarks import _record as record
 from benchmarks import _regional_report as regional_report
-from benchmarks import attention, attention_costs, compiled, regional, training
+from benchmarks import attention, attention_costs, compiled, loop, regional, training
 from benchmarks._schedule import Job
 
 _LEARNS = "tests/training/test_on_a_gpu.py::test_a_gpu_learns_what_a_cpu_learns"
@@ -136,6 +137,7 @@ def jobs(*, rehearse: bool) -> list[Job]:
         ),
         Job(name="operations of attention", benchmark="attention", seconds=80, rows=operations),
         train("training: 1,024 px, batch of 4", 90, batch=4),
+        Job(name="loop: drawing", benchmark="loop", seconds=120, rows=partial(drawing_rows, quick=rehearse)),
         Job(name="compiled blocks: 512 px", benchmark="compiled", seconds=120, rows=partial(compiled_rows, half)),
         step("grid: 1,024 px, R = 4, balanced", 50, replace(one, layout="balanced", extra=())),
         step("grid: 512 px, R = 4, unlike batch of 16", 90, replace(half, batch=16, rows="unlike")),
@@ -144,6 +146,7 @@ def jobs(*, rehearse: bool) -> list[Job]:
         _tests_job("tests: all others", 120, tests),
         step("grid: 1,024 px, R = 4, soft", 50, replace(one, layout="soft")),
         train("training: 512 px, batch of 4", 50, pixels=512, batch=4),
+        Job(name="loop: stages", benchmark="loop", seconds=120, rows=partial(stage_rows, quick=rehearse)),
         Job(name="compiled blocks: 1,024 px", benchmark="compiled", seconds=120, rows=partial(compiled_rows, one)),
         step("grid: 2,048 px, R = 16", 130, replace(two, regions=16)),
         train("training: 512 px, with cuDNN", 45, pixels=512, cudnn_attention=True),
@@ -198,6 +201,25 @@ def training_rows(geometry: flux.Geometry, case: training.Case, rounds: int) -> 
     gc.collect()
 
 
+def loop_case(*, quick: bool) -> loop.Case:
+    """FLUX.1-dev's geometry in a whole pipeline; the playground's model for a rehearsal."""
+    transformer.cache_clear()
+    return loop.playground_case(quick=True) if quick else loop.stand_in_case(quick=False)
+
+
+def drawing_rows(*, quick: bool) -> Iterator[record.Row]:
+    """The loop's drawing beside the bare pipeline's, with the smallest batch."""
+    case = loop_case(quick=quick)
+    with TemporaryDirectory() as folder:
+        yield from loop.drawing_rows(case, Path(folder), case.batch_sizes[0])
+
+
+def stage_rows(*, quick: bool) -> Iterator[record.Row]:
+    """Where the time of `enhance` goes."""
+    with TemporaryDirectory() as folder:
+        yield from loop.stage_rows(loop_case(quick=quick), Path(folder))
+
+
 def compiled_rows(point: grid.Point) -> Iterator[record.Row]:
     """Plain and guided steps, with blocks compiled and without."""
     transformer.cache_clear()  # blocks stay compiled: this job has a model of its own
@@ -230,6 +252,7 @@ def operation_rows(geometry: flux.Geometry, sizes: attention.Sizes) -> Iterator[
 COLUMNS = {
     "attention": ("operation", "queries", "regions", "seconds", "first_seconds", "error"),
     "compiled": ("method", "compiled", "pixels", "seconds", "ratio_to_plain", "ratio_to_compiled", "first_seconds"),
+    "loop": ("what", "stage", "way", "batch", "seconds", "share", "ms_per_picture", "rate", "whole_rate", "same_bits"),
     "training": ("method", "pixels", "batch", "seconds_per_step", "ratio_to_sft", "peak_to_script"),
 }
 """Of the tables at the end of a run."""
@@ -264,6 +287,7 @@ def write(folder: Path, benchmark: str, recorded: record.Row, rows: Sequence[rec
         "training_with_cudnn": training.plot,
         "attention": attention.plot,
         "compiled": compiled.plot,
+        "loop": loop.plot,
     }
     plot = plots.get(benchmark)
     if plot:
