@@ -238,6 +238,16 @@ def test_a_drawing_has_a_row_for_every_method_and_counts_its_calls():
     assert report.text(rows)
 
 
+def test_kernels_are_compared_on_the_same_prompts():
+    synthesizer = playground.synthesizer(guide=grid.make_guide("dense", None), steps=1)
+    way = drawings.Way(synthesizer, drawings.Batch(size=1), itertools.count(1))
+
+    first, second = way.calls(), way.calls()
+
+    assert first.attention == second.attention
+    assert first.encoder_again == second.encoder_again == 0, "prompts are encoded once"
+
+
 def test_pictures_have_the_same_boxes_or_their_own_and_every_drawing_other_prompts():
     alike, unlike = drawings.Batch(size=4).plans(3), drawings.Batch(size=4, rows="unlike").plans(3)
 
