@@ -161,7 +161,7 @@ def _compiled_flex_attention(
 ) -> Tensor:
     """One kernel for each length. Past its limit the compiler would run without one and hold all scores: fail there."""
     with (
-        torch.compiler.set_stance("default"),  # the model around it runs uncompiled
+        torch.compiler.set_stance("default"),  # the model around it may run uncompiled
         torch._dynamo.config.patch(  # noqa: SLF001 - there is no public setting
             recompile_limit=_MAX_KERNELS, accumulated_recompile_limit=4 * _MAX_KERNELS, fail_on_recompile_limit_hit=True
         ),
