@@ -1,6 +1,7 @@
 """A training plan laid out over the steps: whole steps, by shares, and batches that every step can name."""
 
 import math
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from artaug.errors import InvalidValueError
-from artaug.training import PairedDifference, Stage, TrainingPlan, TwoStage
+from artaug.training import PairedDifference, Stage, SupervisedFineTuning, TrainingPlan, TwoStage
+from artaug.training.config import TrainingConfig
 from artaug.training.phases import split_into_phases
 
 OBJECTIVE = PairedDifference()
@@ -21,8 +23,12 @@ def plan_of(groups, shares):
     )
 
 
+def phases_of(plan, steps, *, objective=OBJECTIVE, **options):
+    return split_into_phases(plan, TrainingConfig(steps=steps, objective=objective, **options))
+
+
 def boundaries_of(plan, steps):
-    phases = split_into_phases(plan, steps, OBJECTIVE)
+    phases = phases_of(plan, steps)
     return [phases[0].start, *(phase.stop for phase in phases)]
 
 
@@ -30,7 +36,7 @@ def boundaries_of(plan, steps):
 def test_phases_follow_each_other_without_a_gap_and_take_all_steps(groups, shares, steps):
     plan = plan_of(groups, shares)
     try:
-        phases = split_into_phases(plan, steps, OBJECTIVE)
+        phases = phases_of(plan, steps)
     except InvalidValueError:
         assume(False)
     assert (phases[0].start, phases[-1].stop) == (0, steps)
@@ -75,16 +81,16 @@ def test_boundaries_are_rounded_at_the_cumulative_shares(shares, steps, boundari
 def test_each_stage_of_each_group_needs_a_step(steps, fits):
     plan = TwoStage().training_plan(2)
     if fits:
-        assert min(phase.steps for phase in split_into_phases(plan, steps, TwoStage())) >= 1
+        assert min(phase.steps for phase in phases_of(plan, steps, objective=TwoStage())) >= 1
         return
     with pytest.raises(InvalidValueError, match=r"steps=3 are too few for TwoStage.*2 group\(s\).*2 stage\(s\)"):
-        split_into_phases(plan, steps, TwoStage())
+        phases_of(plan, steps, objective=TwoStage())
 
 
 @given(steps=st.integers(1, 40), echo=st.integers(1, 5))
 def test_a_batch_comes_again_only_when_all_others_have_come(steps, echo):
-    (phase,) = split_into_phases(plan_of(1, (1,)), steps, OBJECTIVE)
-    indices = [phase.batch_index(step, echo=echo) for step in range(1, steps + 1)]
+    (phase,) = phases_of(plan_of(1, (1,)), steps, echo=echo)
+    indices = [phase.batch_index(step) for step in range(1, steps + 1)]
     distinct = -(-steps // echo)
     assert indices == [number % distinct for number in range(steps)]
     assert max(indices.count(index) for index in indices) <= echo
@@ -92,10 +98,10 @@ def test_a_batch_comes_again_only_when_all_others_have_come(steps, echo):
 
 @given(shares=st.lists(st.floats(0.5, 2.0), min_size=2, max_size=3), steps=st.integers(30, 60), echo=st.integers(1, 4))
 def test_stages_of_a_group_have_batches_of_their_own(shares, steps, echo):
-    phases = split_into_phases(plan_of(2, shares), steps, OBJECTIVE)
+    phases = phases_of(plan_of(2, shares), steps, echo=echo)
     for group in range(2):
         batches = [
-            {phase.batch_index(step, echo=echo) for step in range(phase.start + 1, phase.stop + 1)}
+            {phase.batch_index(step) for step in range(phase.start + 1, phase.stop + 1)}
             for phase in phases
             if phase.group == group
         ]
@@ -104,6 +110,45 @@ def test_stages_of_a_group_have_batches_of_their_own(shares, steps, echo):
 
 
 def test_batches_of_two_stages_with_echo():
-    first, second = split_into_phases(TwoStage(per_pair=False).training_plan(2), 10, TwoStage(per_pair=False))
+    objective = TwoStage(per_pair=False)
+    first, second = phases_of(objective.training_plan(2), 10, objective=objective, echo=2)
     steps = [(phase, step) for phase in (first, second) for step in range(phase.start + 1, phase.stop + 1)]
-    assert [phase.batch_index(step, echo=2) for phase, step in steps] == [0, 1, 2, 0, 1, 5, 6, 7, 5, 6]
+    assert [phase.batch_index(step) for phase, step in steps] == [0, 1, 2, 0, 1, 5, 6, 7, 5, 6]
+
+
+def one_phase(pairs, steps, **options):
+    plan = TrainingPlan((tuple(range(pairs)),), (Stage(OBJECTIVE.loss),))
+    (phase,) = phases_of(plan, steps, **options)
+    return phase
+
+
+@given(steps=st.integers(1, 1500), pairs=st.integers(1, 400), echo=st.integers(2, 4))
+def test_a_long_training_goes_through_its_batches_in_cycles_that_hold_every_pair(steps, pairs, echo):
+    phase = one_phase(pairs, steps, batch_size=2, echo=echo)
+    indices = [phase.batch_index(step) for step in range(1, steps + 1)]
+    uses = Counter(indices)
+    assert sorted(uses) == list(range(phase.batches))  # as many as without cycles, none left out
+    assert max(uses.values()) <= echo
+    cycle, cycles = phase.cycle(1), [phase.cycle(1)]
+    while cycle.stop <= steps:
+        assert phase.cycle(cycle[-1]) == cycle
+        cycle = phase.cycle(cycle.stop)
+        cycles.append(cycle)
+    assert [step for cycle in cycles for step in cycle] == list(range(1, steps + 1))
+    batches = [{indices[step - 1] for step in cycle} for cycle in cycles]
+    assert sum(map(len, batches)) == phase.batches  # no batch in two of them
+    enough = max(128, -(-pairs // 2))
+    assert max(map(len, batches)) < 2 * enough
+    assert min(map(len, batches)) >= min(enough, phase.batches)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "steps", "echo"),
+    [(8, 400, 4), (400, 400, 4), (401, 400, 3), (800, 400, 2), (1600, 400, 1), (5000, 400, 1), (8, 3, 1)],
+)
+def test_by_default_batches_are_used_as_often_as_the_objective_recommends_if_that_leaves_out_no_pair(
+    pairs, steps, echo
+):
+    assert one_phase(pairs, steps, batch_size=4).echo == echo
+    assert one_phase(pairs, steps, batch_size=4, objective=SupervisedFineTuning()).echo == 1
+    assert one_phase(pairs, steps, batch_size=4, objective=TwoStage(), echo=7).echo == 7

@@ -86,7 +86,7 @@ def count_calls(model):
 def test_the_teacher_predicts_once_per_batch(make_model, two_pairs, objective):
     plain_model, echoed_model = make_model(), make_model()
     plain, echoed = count_calls(plain_model), count_calls(echoed_model)
-    trainer_of(objective=objective).train(two_pairs, plain_model, seed=0, progress=False)
+    trainer_of(objective=objective, echo=1).train(two_pairs, plain_model, seed=0, progress=False)
     trainer_of(objective=objective, echo=2).train(two_pairs, echoed_model, seed=0, progress=False)
     assert echoed.student == plain.student
     assert 2 * echoed.teacher == plain.teacher > 0
@@ -97,7 +97,7 @@ def test_a_cached_prediction_is_the_one_that_would_be_computed(monkeypatch, make
     monkeypatch.setattr(TeacherCache, "get_or_compute", lambda _, __, compute: compute())
     computed = trainer_of(echo=3).train(two_pairs, make_model(), seed=0, progress=False)
     assert cached.losses == computed.losses
-    assert cached.losses != trainer_of().train(two_pairs, make_model(), seed=0, progress=False).losses
+    assert cached.losses != trainer_of(echo=1).train(two_pairs, make_model(), seed=0, progress=False).losses
 
 
 def test_a_cache_on_disk_changes_no_bit(tmp_path, make_model, two_pairs):
@@ -118,3 +118,46 @@ def test_a_training_resumed_within_an_echo_ends_with_the_same_bits(tmp_path, mak
         trainer_of(echo=2).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=stop, progress=False)
     resumed = trainer_of(echo=2).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints, progress=False)
     assert resumed.losses == uninterrupted.losses
+
+
+def test_by_default_the_paired_objective_asks_the_teacher_once_for_four_steps_and_fine_tuning_repeats_no_batch(
+    make_model, two_pairs
+):
+    model = make_model()
+    calls = count_calls(model)
+    default = trainer_of().train(two_pairs, model, seed=0, progress=False)
+    assert (calls.student, calls.teacher) == (8, 2)
+    assert default.losses == trainer_of(echo=4).train(two_pairs, make_model(), seed=0, progress=False).losses
+    plain = [
+        trainer_of(objective=aa.SupervisedFineTuning(), **options).train(
+            two_pairs, make_model(), seed=0, progress=False
+        )
+        for options in ({}, {"echo": 1})
+    ]
+    assert plain[0].losses == plain[1].losses
+
+
+def test_the_teachers_predictions_go_with_the_cycle_of_their_batches(monkeypatch, tmp_path, make_model, two_pairs):
+    monkeypatch.setattr("artaug.training.phases._CYCLE", 2)
+    sizes, get_or_compute = [], TeacherCache.get_or_compute
+
+    def recorded(cache, inputs, compute):
+        prediction = get_or_compute(cache, inputs, compute)
+        sizes.append(len(cache._predictions))  # noqa: SLF001 - what it holds is what it takes
+        return prediction
+
+    monkeypatch.setattr(TeacherCache, "get_or_compute", recorded)
+    trainer = trainer_of(steps=16, echo=2)  # eight batches, of which two are a cycle
+    uninterrupted = trainer.train(two_pairs, make_model(), seed=0, progress=False)
+    assert sizes == [1, 2, 2, 2] * 4
+
+    def stop(event):
+        if event.step == 7:
+            raise KeyboardInterrupt
+
+    checkpoints = aa.Checkpoints(folder=tmp_path, every=3)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=stop, progress=False)
+    resumed = trainer.train(two_pairs, make_model(), seed=0, checkpoints=checkpoints, progress=False)
+    assert resumed.losses == uninterrupted.losses
+    assert all(torch.equal(resumed.lora.layers[name].up, layer.up) for name, layer in uninterrupted.lora.layers.items())

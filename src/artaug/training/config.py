@@ -38,10 +38,13 @@ class TrainingConfig:
     """Pairs per step, over all processes."""
     micro_batch_size: int | None = None
     """Pairs a process works on at a time; less than its share of ``batch_size`` saves memory, and changes nothing else."""
-    echo: int = 1
-    """How many steps use each batch, noise included (data echoing, arXiv 1907.05550). The teacher predicts once per batch, and
-    its predictions are held in memory, or with a ``cache`` of latents on that disk, a number per latent, for each of
-    ``batch_size * steps / echo`` pairs: once for `PairedDifference`, twice for `Bipolar` and `DirectPreference`."""
+    echo: int | None = None
+    """How many steps use each batch, noise included (data echoing, arXiv 1907.05550). None: as many as the objective
+    recommends (`Objective.recommended_echo`), or fewer where the batches would not hold every pair otherwise.
+
+    The teacher predicts once per batch. Its predictions are held in memory, or with a ``cache`` of latents on that disk, until
+    its batches are done with: a float32 per latent and pair, of fewer than 256 batches or twice as many as hold every pair,
+    for each time that the objective asks (`PairedDifference` once, `Bipolar` and `DirectPreference` twice)."""
     learning_rate: float = 1e-4
     targets: str = ATTENTION_AND_MLP
     """Regular expression, searched for in the paths of linear layers: those where it is found learn."""
@@ -80,8 +83,11 @@ class TrainingConfig:
         check_items(type(self).__name__, "sigma_range", self.sigma_range, Real)
         sigmas: tuple[float, ...] = self.sigma_range  # as it came, of any length
         is_legal = {
-            **{name: _is_count(getattr(self, name)) for name in ("rank", "steps", "batch_size", "echo")},
-            "micro_batch_size": self.micro_batch_size is None or _is_count(self.micro_batch_size),
+            **{name: _is_count(getattr(self, name)) for name in ("rank", "steps", "batch_size")},
+            **{
+                name: getattr(self, name) is None or _is_count(getattr(self, name))
+                for name in ("micro_batch_size", "echo")
+            },
             "learning_rate": 0 < self.learning_rate < math.inf,
             "max_grad_norm": self.max_grad_norm > 0,
             "warmup": 0 <= self.warmup <= 1,

@@ -1,9 +1,10 @@
 """The training loop: phase after phase from any state on, with validations and checkpoints between steps.
 
-The steps of a training are cut three times. Phases (`artaug.training.phases`) cut them where a new LoRA begins, validations
-where pictures are drawn, checkpoints where the state is written. `TrainingLoop.run` goes from validation to validation,
-`_run_until` from one cut to the next, `_run_phase` takes the steps between two cuts. What lies between two cuts is a
-`TrainingState`, so a training resumed from a checkpoint takes the same way as one that was never stopped.
+The steps of a training are cut several times. Phases (`artaug.training.phases`) cut them where a new LoRA begins, and their
+cycles where batches are new, validations where pictures are drawn, checkpoints where the state is written. `TrainingLoop.run`
+goes from validation to validation, `_run_until` from one cut to the next, `_run_phase` takes the steps between two cuts. What
+lies between two cuts is a `TrainingState`, so a training resumed from a checkpoint takes the same way as one that was never
+stopped.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ class TrainingLoop:
     """Opened by the caller."""
     _encoded: EncodedPairs | None = field(default=None, init=False)
     _teacher_caches: dict[int, TeacherCache] = field(default_factory=dict, init=False)
-    """Of the current phase, by its start."""
+    """Of the current cycle, by its first step."""
     _unused_layers: UnusedLayerCheck = field(default_factory=UnusedLayerCheck, init=False)
 
     def run(self, state: TrainingState) -> TrainingState:
@@ -103,7 +104,7 @@ class TrainingLoop:
             encoded = replace(self._encoded, encode_again=encode_again)
             while state.step < last:
                 phase = next(phase for phase in self.phases if state.step < phase.stop)
-                stop = min(last, phase.stop)
+                stop = min(last, phase.cycle(state.step + 1)[-1])
                 if self.checkpoints is not None:
                     stop = min(stop, _next_multiple(state.step, self.checkpoints.every))
                 self.progress.reset_timer()
@@ -155,7 +156,7 @@ class TrainingLoop:
                     targets=config.targets,
                     generator=init_generator(seed, phase.stage),
                     adapter=config.adapter,
-                    teacher_cache=self._teacher_cache(phase),
+                    teacher_cache=self._teacher_cache(phase, state.step + 1),
                 )
             )
             injected.enter_context(_gradient_checkpointing(model.module, enable=config.gradient_checkpointing))
@@ -179,13 +180,14 @@ class TrainingLoop:
             current_lora=snapshot.lora,
         )
 
-    def _teacher_cache(self, phase: Phase) -> TeacherCache | None:
-        """The cache of the phase if batches are used several times: every phase has another teacher."""
-        if self.config.echo == 1:
+    def _teacher_cache(self, phase: Phase, step: int) -> TeacherCache | None:
+        """The cache of a step's cycle if batches are used several times; another cycle has other batches, or another teacher."""
+        if phase.echo == 1:
             return None
-        if phase.start not in self._teacher_caches:
-            self._teacher_caches = {phase.start: TeacherCache(self.world, folder=self.cache)}
-        return self._teacher_caches[phase.start]
+        first = phase.cycle(step).start
+        if first not in self._teacher_caches:
+            self._teacher_caches = {first: TeacherCache(self.world, folder=self.cache)}
+        return self._teacher_caches[first]
 
     def _take_steps(
         self,
@@ -202,7 +204,7 @@ class TrainingLoop:
             phase.pairs,
             config,
             seed=self.seeds[phase.group],
-            indices=[phase.batch_index(step, echo=config.echo) for step in steps],
+            indices=[phase.batch_index(step) for step in steps],
             world=self.world,
         )
         losses: list[float] = []

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias, final
+from typing import ClassVar, Protocol, TypeAlias, final
 
 import torch
 from jaxtyping import Float
@@ -115,6 +115,10 @@ class Objective(ABC):
     ...         return l1_loss(model.predict(noisy, batch.sigmas, batch.conditioning), target)
     """
 
+    recommended_echo: ClassVar[int] = 1
+    """How many steps use each batch unless the trainer says otherwise. More than 1 saves time where the loss asks the teacher,
+    which predicts once per batch; where it does not, it would only mean less noise."""
+
     @abstractmethod
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         """The loss of one batch: a scalar, the mean over its pairs."""
@@ -157,6 +161,9 @@ class PairedDifference(Objective):
     Raises:
         InvalidValueError: unless ``outside_weight`` is finite and at least 0.
     """
+
+    recommended_echo: ClassVar[int] = 4
+    """The teacher predicts once for four steps; ``benchmarks/echo.py`` finds no loss of quality."""
 
     outside_weight: float = 1.0
     """Weight of an error outside the plan's regions, where one inside counts 1. At 0 the LoRA is free there."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from artaug._internal.digests import digest, tensors_digest
+from artaug._internal.digests import digest, tensors_key
 from artaug.training.distributed import SINGLE_PROCESS, World
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class TeacherCache:
 
     def get_or_compute(self, inputs: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """The prediction for ``inputs``, by ``compute`` if it is not known; on the device of the first input."""
-        key, device = tensors_digest(inputs), next(iter(inputs.values())).device
+        key, device = tensors_key(inputs), next(iter(inputs.values())).device
         kept = self._predictions.get(key)
         if self._world.all_agree(kept is not None, device) and kept is not None:
             return kept.to(device)

@@ -5,7 +5,6 @@ checkpoint, and hands over to `artaug.training.loop`.
 """
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -210,7 +209,7 @@ class DifferentialLoRATrainer(TrainingConfig):
                 f"batch_size={self.batch_size} cannot be shared equally by {world.size} processes: make it a multiple."
             )
         plan = self.objective.training_plan(pairs)
-        return plan, split_into_phases(plan, self.steps, self.objective)
+        return plan, split_into_phases(plan, self)
 
     def _check_model(self, model: DiffusionModel) -> None:
         """Everything about a model that raises before anything is encoded."""
@@ -234,11 +233,11 @@ def _warn_of_unused_pairs(phases: Sequence[Phase], config: TrainingConfig) -> No
     """Warn if the steps do not cover every pair of a group."""
     for group in {phase.group for phase in phases}:
         members = [phase for phase in phases if phase.group == group]
-        used = config.batch_size * sum(math.ceil(phase.steps / config.echo) for phase in members)
+        used = config.batch_size * sum(phase.batches for phase in members)
         if used < len(members[0].pairs):
             steps = sum(phase.steps for phase in members)
             _log.warning(
                 "%d steps of %d pairs, each batch %d time(s), use %d of %d pairs: the others are not learned from. Give it "
                 "more steps, larger batches or less echo.",
-                *(steps, config.batch_size, config.echo, used, len(members[0].pairs)),
+                *(steps, config.batch_size, members[0].echo, used, len(members[0].pairs)),
             )

@@ -179,7 +179,7 @@ def _training_cost(run: DryRun) -> tuple[int, int, int]:
     """Peak bytes of all stages, mean FLOPs of an optimizer step, and the number of trainable parameters."""
     stages = run.config.objective.training_plan(1).stages
     total_share = math.fsum(stage.share for stage in stages)
-    echo = min(run.config.echo, run.config.steps)
+    echo = min(run.config.echo or run.config.objective.recommended_echo, run.config.steps)
     peak_bytes, trainable, flops = 0, 0, 0.0
     for index, stage in enumerate(stages):
         cost, trainable = run.step_cost(stage, active_loras=index)

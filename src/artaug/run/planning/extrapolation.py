@@ -181,7 +181,7 @@ class Extrapolation:
         """Phases of a training on the pairs of a round."""
         trainer = self.learning.trainer
         plan = trainer.objective.training_plan(max(round(self.pairs), 1))
-        return len(split_into_phases(plan, trainer.steps, trainer.objective))
+        return len(split_into_phases(plan, trainer))
 
     def _validation_count(self) -> int:
         """Validations of a training: one of several phases has only that of its last step."""

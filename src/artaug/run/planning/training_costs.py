@@ -64,10 +64,13 @@ def time_training(
         new, again = (
             elapsed(lambda: encode(model, pairs, micro_batch_size=micro_batch_size, cache=latents)) for _ in range(2)
         )
-    timed = pairs[: trainer.batch_size * math.ceil(steps / trainer.echo)]
+    # The steps of a training on few pairs would use each batch less often.
+    echo = trainer.echo or trainer.objective.recommended_echo
+    trainer = replace(trainer, echo=echo)
+    timed = pairs[: trainer.batch_size * math.ceil(steps / echo)]
     if len(trainer.objective.training_plan(len(timed)).groups) > 1:  # each pair is learned by itself
         timed = timed[:2]
-    steps, starts = _phase_starts(trainer, steps, pairs=len(timed))
+    steps, starts = _phase_starts(trainer, steps, echo=echo, pairs=len(timed))
     events: list[StepEvent] = []
     checkpoints = Checkpoints(folder=folder / "checkpoints", every=math.ceil(steps / 2))
     start = time.perf_counter()
@@ -108,14 +111,14 @@ def time_training(
     )
 
 
-def _phase_starts(trainer: DifferentialLoRATrainer, steps: int, *, pairs: int) -> tuple[int, list[int]]:
+def _phase_starts(trainer: DifferentialLoRATrainer, steps: int, *, echo: int, pairs: int) -> tuple[int, list[int]]:
     """How many steps to time, as many as phases and echo need at least, and after which of them each phase starts."""
     plan = trainer.objective.training_plan(pairs)
     # Two steps a phase, so that one of them is not its first.
-    steps = max(steps, min(max(2 * trainer.echo, 2 * len(plan.groups) * len(plan.stages)), trainer.steps))
+    steps = max(steps, min(max(2 * echo, 2 * len(plan.groups) * len(plan.stages)), trainer.steps))
     while True:  # the trainer's own are enough: the check at the door has found so, for no fewer pairs
         try:
-            return steps, [phase.start for phase in split_into_phases(plan, steps, trainer.objective)]
+            return steps, [phase.start for phase in split_into_phases(plan, replace(trainer, steps=steps))]
         except InvalidValueError:
             if steps >= trainer.steps:
                 raise
