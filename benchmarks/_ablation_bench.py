@@ -259,6 +259,7 @@ class Bench:
         steps = self.settings.steps * times
         trainer = aa.DifferentialLoRATrainer(
             objective=arm.objective,
+            echo=1,  # as `Arm.passes` counts
             rank=self.settings.rank,
             steps=steps,
             batch_size=self.settings.batch_size,
