@@ -24,7 +24,7 @@ NEEDS_NOTHING = ", vivid, softly lit, sharp, glowing"
 GAIN = 0.05
 """Four fifths of the gain that most methods reach in the end."""
 METHODS: dict[str, tuple[aa.Objective, int]] = {
-    "PairedDifference": (aa.PairedDifference(), 1),
+    "PairedDifference, echo=1": (aa.PairedDifference(), 1),
     "PairedDifference, echo=2": (aa.PairedDifference(), 2),
     "PairedDifference, echo=4": (aa.PairedDifference(), 4),
     "TwoStage pooled": (aa.TwoStage(per_pair=False), 1),

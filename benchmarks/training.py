@@ -37,19 +37,22 @@ SCRIPT = "diffusers' script"
 """The logic of ``train_dreambooth_lora_flux.py`` with cached latents and prompts, run here; its defaults otherwise. In
 bfloat16 under autocast, where ``accelerate`` puts the model of a script with ``--mixed_precision bf16``."""
 PLAIN = "SupervisedFineTuning"
+DEFAULT = "PairedDifference"
+ONCE = "PairedDifference, echo=1"
 OBJECTIVES: dict[str, tuple[aa.Objective, int]] = {
     PLAIN: (aa.SupervisedFineTuning(), 1),
-    "PairedDifference": (aa.PairedDifference(), 1),
+    DEFAULT: (aa.PairedDifference(), aa.PairedDifference.recommended_echo),
     "PairedDifference, echo=2": (aa.PairedDifference(), 2),
+    ONCE: (aa.PairedDifference(), 1),
     "DirectPreference": (aa.DirectPreference(), 1),
 }
-"""Objectives and their echo: with an echo of 2, a step that computes the teacher's prediction and one that reads the cache."""
+"""Objectives and their echo: with an echo of 4, a step that computes the teacher's prediction and three that read the cache."""
 
 SETTING = ("dtype", "storage", "pixels", "batch", "recomputing")
 """What is the same for a group of methods."""
-QUANTIZED = (PLAIN, "PairedDifference")
+QUANTIZED = (PLAIN, DEFAULT)
 """The methods measured on quantized bases: the ratio of the others to these is that of a plain base."""
-ON_GPU = (*QUANTIZED, "PairedDifference, echo=2", SCRIPT)
+ON_GPU = (*QUANTIZED, ONCE, SCRIPT)
 """The methods measured on a GPU."""
 
 Step = Callable[[], object]
@@ -235,7 +238,7 @@ def measure_case(
     for number in range(rounds):
         for name in (*names[number % len(names) :], *names[: number % len(names)]):
             with gradient_checkpointing(model, methods[name](), enable=case.recomputing) as step:
-                seconds[name].append(seconds_of(step) / OBJECTIVES.get(name, (None, 1))[1])
+                seconds[name].append(seconds_of(step) / echo_of(name))
     return [row(model, case, name, seconds, peaks) for name in methods]
 
 
@@ -249,6 +252,11 @@ def gradient_checkpointing(model: RandomFlux, method: AbstractContextManager[Ste
             yield step
         finally:
             model.module.disable_gradient_checkpointing()
+
+
+def echo_of(method: str) -> int:
+    """How many optimizer steps are one call of its step."""
+    return OBJECTIVES[method][1] if method in OBJECTIVES else 1
 
 
 def seconds_of(step: Step) -> float:
@@ -269,6 +277,7 @@ def row(
     low, _, high = quantiles(ratios, n=4, method="inclusive")
     return {
         "method": method,
+        "echo": echo_of(method),
         "dtype": str(model.geometry.dtype).removeprefix("torch."),
         "storage": model.geometry.storage,
         "pixels": 16 * model.side,

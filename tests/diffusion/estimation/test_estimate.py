@@ -66,7 +66,8 @@ def peak_bytes(operations):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_step_takes_the_memory_and_flops_estimated(batch_size, checkpointing):
-    trainer, pipeline = make_trainer(batch_size=batch_size, gradient_checkpointing=checkpointing), tiny_flux()
+    trainer = make_trainer(batch_size=batch_size, gradient_checkpointing=checkpointing, echo=1)
+    pipeline = tiny_flux()
     estimated = estimate(pipeline, trainer=trainer, **CPU)
     peak, flops = real_step(pipeline, trainer)
     assert estimated.activations_bytes == pytest.approx(peak, rel=0.15)
