@@ -262,7 +262,7 @@ def test_a_users_objective_is_recognized_in_another_process(tmp_path, make_model
             two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=stopping_at(5)
         )
     resumed = trainer_of(objective=UserObjective()).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
-    assert_same(resumed, trainer_of().train(two_pairs, make_model(), seed=0))
+    assert_same(resumed, trainer_of(echo=1).train(two_pairs, make_model(), seed=0))
 
 
 def test_what_only_saves_memory_may_change_between_two_runs(tmp_path, make_model, two_pairs):
