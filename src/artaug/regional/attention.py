@@ -11,6 +11,8 @@ This is the softmax over all keys, term by term, hence exact up to rounding. It 
 instead of a matrix of (queries, keys).
 """
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -19,9 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.attention import SDPBackend
 
 from artaug.errors import GuideError
 from artaug.regional.splits import AttentionSplit, TokenIndex, gather
+
+_log = logging.getLogger(__name__)
 
 _Context: TypeAlias = Any  # autograd's ctx, which takes any attribute
 _BACKWARD_QUERIES = 1024
@@ -167,9 +172,34 @@ def attention_with_lse(
     elif query.dtype == torch.float32 or bias is not None:
         full_bias = None if bias is None else _aligned(bias).expand(*query.shape[:2], -1, -1)
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, full_bias, True)  # noqa: SLF001
+    elif _prefers_cudnn(query, key, value) and _cudnn_agrees(query.device, query.dtype, query.shape[-1]):
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)  # noqa: SLF001
+        lse = lse.reshape(query.shape[:3])  # its last axis has length 1
     else:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value)  # noqa: SLF001
     return out, lse[:, :, : query.shape[2]].float()  # CUDA kernels round the number of queries up
+
+
+def _prefers_cudnn(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch itself would compute this plain attention by cuDNN, whose kernels are the fastest on recent GPUs."""
+    choice: int = torch._fused_sdp_choice(query, key, value)  # noqa: SLF001 - there is no public name
+    return choice == SDPBackend.CUDNN_ATTENTION.value
+
+
+@functools.cache
+def _cudnn_agrees(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+    """Whether cuDNN's log-sum-exp is what flash attention's is: nothing documents it, so it is compared once a process."""
+    generator = torch.Generator().manual_seed(0)  # torch's global state is not ours
+    query, key, value = torch.randn(3, 1, 1, 128, channels, generator=generator).to(device, dtype)
+    aten = torch.ops.aten
+    _, flash, *_ = aten._scaled_dot_product_flash_attention(query, key, value)  # noqa: SLF001
+    _, cudnn, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)  # noqa: SLF001
+    if cudnn.numel() == 128 and torch.allclose(cudnn.flatten().float(), flash[..., :128].flatten().float(), atol=0.02):
+        return True
+    _log.warning(
+        "cuDNN's attention returns another log-sum-exp than expected, so regions are merged by flash attention."
+    )
+    return False
 
 
 def _aligned(bias: Tensor) -> Tensor:
