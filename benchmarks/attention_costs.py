@@ -25,7 +25,7 @@ from benchmarks import _record as record
 
 LINEAR = ("kernel", "score", "score_channel", "masked_score", "token_channel")
 """Constants that a price is linear in; the others follow from them."""
-_MOST_SCORES = 64**4
+_MOST_SCORES = 4 * 32**4
 """Of a point on a CPU, in one head."""
 _NOTHING = AttentionCosts(**dict.fromkeys((item.name for item in fields(AttentionCosts)), 0.0))
 
@@ -163,7 +163,7 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
     """
     measured: dict[torch.dtype, list[tuple[Point, str, Sequence[SplitSize], float]]] = {}
     for point in points(quick=quick):
-        for name, plan, seconds in point_seconds(point, repeats=3 if quick else 7):
+        for name, plan, seconds in point_seconds(point, repeats=3 if quick else 5):
             measured.setdefault(point.dtype, []).append((point, name, plan.sizes, seconds))
     for dtype, rows in measured.items():
         costs = fit(rows)

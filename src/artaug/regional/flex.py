@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from artaug._internal.unique_rows import unique_rows
 from artaug.regional.attention_costs import TILE
 from artaug.regional.attention_mask import GroupMask
 
@@ -111,7 +112,7 @@ class _SortedRow:
     @classmethod
     def of(cls, mask: GroupMask) -> "_SortedRow":
         weights = mask.weights / mask.weights.amax(dim=1, keepdim=True)
-        patterns, query_classes = torch.unique(weights > 0, dim=0, return_inverse=True)
+        patterns, query_classes = unique_rows(weights > 0)
         query_order, key_order = query_classes.argsort(stable=True), mask.groups.argsort(stable=True)
         return cls(
             query_order,

@@ -17,6 +17,7 @@ from artaug.regional.attention_costs import AttentionCosts, AttentionShape, cost
 from artaug.regional.attention_mask import GroupMask
 from artaug.regional.denoiser import AttentionFn
 from artaug.regional.split_plan import SplitPlan, plan_splits
+from artaug.regional.splits import SplitSize
 
 _log = logging.getLogger(__name__)
 
@@ -85,16 +86,45 @@ def attention_options(
             f"attention on {shape.device} does not return its log-sum-exp, so splits cannot be merged there. "
             "Use method='auto' or 'dense'."
         )
-    if method in {"auto", "merged"} and merges:
-        yield _split_option(by_row, method, shape, costs)
-        if len(masks) > 1:
-            yield _apart_option(masks, rows, method, shape, costs)
+    together = [_split_option(by_row, name, shape, costs) for name in _together(method, can_merge=merges)]
+    yield from together
     if method == "grouped" or (method == "auto" and is_hard and not merges):
         yield _apart_option(masks, rows, "grouped", shape, costs)
-    if method in {"auto", "dense"}:
-        yield _split_option(by_row, "dense", shape, costs)
+    elif len(masks) > 1 and merges and method in {"auto", "merged"}:
+        # Planning takes a while for each layout, and need not begin where even the least price would be too high.
+        least = sum(_least_seconds(mask, len(numbers), shape, costs) for mask, numbers in zip(masks, rows, strict=True))
+        if least < min(option.seconds for option in together):
+            yield _apart_option(masks, rows, method, shape, costs)
     if method == "flex" or (method == "auto" and _flex_can_win(shape)):
         yield _flex_option(by_row, shape, costs, is_chosen=method == "auto")
+
+
+def _together(method: Method, *, can_merge: bool) -> list[Method]:
+    """The ways in splits that all rows share, which a method allows."""
+    if method == "auto":
+        return ["auto", "dense"] if can_merge else ["dense"]
+    return [method] if method in {"merged", "dense"} else []
+
+
+def _least_seconds(mask: GroupMask, rows: int, shape: AttentionShape, costs: AttentionCosts) -> float:
+    """A price below that of any splits of one layout: its visible pairs, in one kernel, and the copies of its rows."""
+    visible = (mask.weights > 0).float() @ mask.groups.bincount(minlength=mask.weights.shape[1]).float()
+    keys = len(mask.groups)
+    size = SplitSize(
+        queries=int(visible.sum()) // keys,
+        keys=keys,
+        gathers_queries=False,
+        gathers_keys=False,
+        is_masked=False,
+        stage="only",
+    )
+    return costs.split_seconds([size], replace(shape, rows=rows)) + _copy_seconds(mask, rows, shape, costs)
+
+
+def _copy_seconds(mask: GroupMask, rows: int, shape: AttentionShape, costs: AttentionCosts) -> float:
+    """Taking some rows out of a batch's queries, keys and values, and putting their result back."""
+    tokens = 2 * len(mask.weights) + 2 * len(mask.groups)
+    return 3 * costs.kernel + costs.copy_seconds(tokens, rows, shape)
 
 
 def _split_option(
@@ -131,8 +161,7 @@ def _apart_option(
     ]
     if len(parts) == 1:
         return parts[0]
-    tokens = len(masks[0].weights) + 3 * len(masks[0].groups)
-    copying = sum(3 * costs.kernel + costs.copy_seconds(tokens, len(numbers), shape) for numbers in rows)
+    copying = sum(_copy_seconds(mask, len(numbers), shape, costs) for mask, numbers in zip(masks, rows, strict=True))
     return AttentionOption(
         "apart",
         copying + sum(part.seconds for part in parts),

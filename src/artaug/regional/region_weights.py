@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from artaug._internal.unique_rows import unique_rows
 from artaug.errors import GuideError
 from artaug.plan import Region
 from artaug.regional.coverage import coverage
@@ -35,10 +36,14 @@ class RegionWeights:
         return cls(torch.ones(prompts, 1), torch.ones(prompts, 1, dtype=torch.bool))
 
     @cached_property
+    def _patterns(self) -> tuple[Tensor, Tensor]:
+        """The different sets of prompts that tokens are members of, (classes, prompts), and which of them each token has."""
+        return unique_rows(self.members.T)
+
+    @property
     def token_classes(self) -> Int[Tensor, " tokens"]:
         """A number from 0 for each image token, equal for tokens that are members of the same prompts."""
-        classes: Tensor = torch.unique(self.members.T, dim=0, return_inverse=True)[1]
-        return classes
+        return self._patterns[1]
 
     @property
     def num_classes(self) -> int:
@@ -48,7 +53,7 @@ class RegionWeights:
     def class_visibility(self, image_to_image: str) -> Bool[Tensor, "classes classes"]:
         """Whether tokens of one class attend to those of another, for an `Isolation.image_to_image`."""
         # (classes, regions): without the column of the plan's prompt, which all tokens may be members of.
-        regions = torch.unique(self.members.T, dim=0)[:, 1:].float()
+        regions = self._patterns[0][:, 1:].float()
         background = regions.sum(dim=1) == 0
         visible: Tensor = (regions @ regions.T > 0) | (background[:, None] & background)
         if image_to_image == "background":

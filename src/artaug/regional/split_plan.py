@@ -11,11 +11,13 @@ Every choice between them is made by its price, see `artaug.regional.attention_c
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from artaug._internal.unique_rows import unique_rows
 from artaug.errors import GuideError
 from artaug.regional.attention_mask import GroupMask
 from artaug.regional.splits import AttentionSplit, Price, SplitSize, SplitStage, as_slice, as_slices
@@ -107,6 +109,11 @@ class _Row:
         # The softmax divides a query's common factor out. A group with the largest weight, usually the image itself, then
         # needs no log_weights and can share a split with other queries.
         return cls(mask.weights / mask.weights.amax(dim=1, keepdim=True), mask.groups)
+
+    @cached_property
+    def patterns(self) -> tuple[Tensor, Tensor]:
+        """The different weights that queries give to the groups, (patterns, groups), and which of them each query gives."""
+        return unique_rows(self.weights)
 
     def of_queries(self, queries: Tensor) -> "_Row":
         return _Row(self.weights[queries], self.groups)
@@ -216,12 +223,12 @@ class _Planner:
 def _is_groupable(row: _Row) -> bool:
     """Whether grouping can follow these weights, in a number of splits that is worth it."""
     is_hard = ((row.weights == 0) | (row.weights == 1)).all()
-    return bool(is_hard) and len(torch.unique(row.weights, dim=0)) <= _MAX_GROUPED_SPLITS
+    return bool(is_hard) and len(row.patterns[0]) <= _MAX_GROUPED_SPLITS
 
 
 def _grouped(queries: Tensor, row: _Row) -> list[_Draft]:
     """One split for each set of queries with equal weights of all groups."""
-    patterns, pattern_of_query = torch.unique(row.weights, dim=0, return_inverse=True)
+    patterns, pattern_of_query = row.patterns
     return [
         _Draft(queries[pattern_of_query == number], (pattern[row.groups] > 0).nonzero()[:, 0])
         for number, pattern in enumerate(patterns)
@@ -230,9 +237,9 @@ def _grouped(queries: Tensor, row: _Row) -> list[_Draft]:
 
 def _merged(queries: Tensor, row: _Row) -> list[_Draft]:
     """One split for each set of groups that all queries weigh alike, the most queries first."""
-    columns, column_of_group = torch.unique(row.weights, dim=1, return_inverse=True)
+    columns, column_of_group = unique_rows(row.weights.T)
     drafts = []
-    for number, column in enumerate(columns.T):
+    for number, column in enumerate(columns):
         keys, seeing = (column_of_group[row.groups] == number).nonzero()[:, 0], (column > 0).nonzero()[:, 0]
         if len(keys) and len(seeing):
             log_weights = None if (column[seeing] == 1).all() else column[seeing].log()[None]
@@ -266,15 +273,12 @@ def _with_strips(queries: Tensor, rows: Sequence[_Row]) -> Iterable[list[_Draft]
 
 def _large_groups(queries: Tensor, keys: Tensor, rows: Sequence[_Row]) -> tuple[list[_Draft], Tensor]:
     """Splits of those keys that are one large group in every row, and the keys that are left."""
-    groups, set_of_key, sizes = torch.unique(
-        torch.stack([row.groups[keys] for row in rows]), dim=1, return_inverse=True, return_counts=True
-    )
+    groups, set_of_key = unique_rows(torch.stack([row.groups[keys] for row in rows], dim=1))
+    sizes = set_of_key.bincount()
     is_large = sizes >= _MIN_WEIGHTED_KEYS
     drafts = []
     for number in is_large.nonzero()[:, 0].tolist():
-        columns = torch.stack(
-            [row.weights[:, group] for row, group in zip(rows, groups[:, number].tolist(), strict=True)]
-        )
+        columns = torch.stack([row.weights[:, group] for row, group in zip(rows, groups[number].tolist(), strict=True)])
         drafts.append(_Draft(queries, keys[set_of_key == number], columns.log()))
     return drafts, keys[~is_large[set_of_key]]
 
@@ -284,16 +288,17 @@ def _join_equal_keys(drafts: Sequence[_Draft]) -> list[_Draft]:
 
     So image and plan's prompt, which are planned apart, attend to what both of them see in one large attention.
     """
-    queries_of: dict[tuple[int, ...], list[Tensor]] = {}
+    joined: dict[bytes, _Draft] = {}
     others: list[_Draft] = []
     for draft in drafts:
-        if draft.log_weights is None and not draft.is_masked:
-            queries_of.setdefault(tuple(draft.keys.tolist()), []).append(draft.queries)
-        else:
+        if draft.log_weights is not None or draft.is_masked:
             others.append(draft)
-    joined = [_Draft(torch.cat(parts).sort().values, torch.tensor(keys)) for keys, parts in queries_of.items()]
+            continue
+        key = draft.keys.numpy().tobytes()
+        before = [joined[key].queries] if key in joined else []
+        joined[key] = _Draft(torch.cat([*before, draft.queries]).sort().values, draft.keys)
     # What is plain comes first among equals: a strip may hide all its keys from a query, which no first split can.
-    return sorted([*joined, *others], key=lambda draft: -len(draft.queries))
+    return sorted([*joined.values(), *others], key=lambda draft: -len(draft.queries))
 
 
 def _schedule(drafts: Sequence[_Draft]) -> list[_Draft]:
