@@ -19,7 +19,7 @@ def unique_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     # Rows are told apart by one number each: their product with a fixed random vector. Different ones that get the same are
     # noticed; equal ones that get different numbers, by rounding, are made one among the few that are left.
-    products = (matrix.double() * _directions(matrix.shape[1])).sum(dim=1)
+    products = (matrix.cpu().double() * _directions(matrix.shape[1])).sum(dim=1)
     _, number_of_row = torch.unique(products, return_inverse=True)
     first = torch.full((len(matrix),), len(matrix)).scatter_reduce(0, number_of_row, torch.arange(len(matrix)), "amin")
     candidates = matrix[first[first < len(matrix)]]

@@ -118,14 +118,29 @@ class AttentionCosts:
 
 
 _CPU = AttentionCosts(
-    kernel=1.2e-5,
-    score=1.0e-9,
-    score_channel=5e-11,
-    masked_score=5e-10,
-    token_channel=5e-10,
+    kernel=8.9e-6,
+    score=4.2e-10,
+    score_channel=4.87e-11,
+    masked_score=5.4e-10,
+    token_channel=1.44e-9,
     flex=2.0,
     flex_compile=60.0,
+    backward=2.4,
+    merged_backward=3.8,
 )
+"""Float32 on an AMD EPYC, fitted (``benchmarks/results/2-core-epyc/attention_costs.json``). Flex never wins there."""
+_CPU_HALF = AttentionCosts(
+    kernel=1.3e-5,
+    score=6.3e-10,
+    score_channel=4.95e-11,
+    masked_score=4.6e-10,
+    token_channel=9.5e-10,
+    flex=2.0,
+    flex_compile=60.0,
+    backward=1.85,
+    merged_backward=3.6,
+)
+"""Bfloat16, on the same."""
 _CUDA = AttentionCosts(
     kernel=4.0e-6,
     score=0.0,
@@ -135,9 +150,12 @@ _CUDA = AttentionCosts(
     flex=1.1,
     flex_compile=20.0,
 )
+"""Worked out by hand from the steps of FLUX.1-dev that were measured on an H200 (``benchmarks/results/h200/regional.json``), in
+bfloat16: too few of them for a fit."""
 
 
 def costs_on(device: torch.device, dtype: torch.dtype) -> AttentionCosts:
     """The constants for tokens of a device and type."""
-    del dtype
-    return _CPU if device.type == "cpu" else _CUDA
+    if device.type == "cpu":
+        return _CPU if dtype == torch.float32 else _CPU_HALF
+    return _CUDA

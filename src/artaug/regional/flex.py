@@ -189,7 +189,7 @@ def _pad_to_tiles(numbers: Tensor, padding: int) -> Tensor:
 def _padded_length(length: int) -> int:
     """The next length that has a kernel: whole tiles, and at most eight lengths between a power of two and the next."""
     # Prompts differ in length, and every length is compiled for. The tiles between cost nothing: all of them are skipped.
-    step = max(TILE, 1 << (length.bit_length() - 4))
+    step = max(TILE, (1 << length.bit_length()) // 16)
     return -(-length // step) * step
 
 
