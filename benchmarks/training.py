@@ -204,7 +204,7 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
         for side, batch, recomputing in product((32, 64) if on_gpu else (16,), sizes, recomputing_settings)
     ]
     for geometry in geometries:
-        yield from measure_geometry(geometry, cases, rounds=2 if on_gpu else 3 if quick else 12)
+        yield from measure_geometry(geometry, cases, rounds=2 if on_gpu else 3 if quick else 5)
         gc.collect()
 
 

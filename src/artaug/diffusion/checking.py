@@ -247,7 +247,9 @@ class _FamilyChecks:
         assert not torch.equal(plain[0], changed[0]), f"{self.name}: OutputMix does not read a region's prompt"
 
     def check_noise_levels(self) -> None:
-        recording = self._record(self._plan(_LEFT, self.prompt), RegionalAttention())
+        # With the default of all levels, none is read.
+        reading = Isolation(sigma_range=(_ROUNDING, 1.0))
+        recording = self._record(self._plan(_LEFT, self.prompt), RegionalAttention(isolation=reading))
         levels = recording.noise_levels
         message = f"{self.name}: noise levels of a run are {levels}: expected them to fall, in [0, 1]"
         assert all(later <= earlier for earlier, later in pairwise(levels)), message

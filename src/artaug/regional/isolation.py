@@ -66,6 +66,11 @@ class Isolation:
         first, last = (round(edge * num_blocks) for edge in self.block_range)
         return first <= block < max(last, first + 1) and (block - max(first, stack_start)) % self.block_stride == 0
 
+    @property
+    def depends_on_sigma(self) -> bool:
+        """Whether there are noise levels at which regions do not count."""
+        return self.sigma_range != (0.0, 1.0)
+
     def applies_at_sigma(self, sigma: float) -> bool:
         """Whether regions count at a noise level."""
         return self.sigma_range[0] <= sigma <= self.sigma_range[1]

@@ -191,7 +191,9 @@ class _GuidedRun:
 
     def _guided_rows(self, kwargs: dict[str, Any]) -> tuple[tuple[GuidedRow, ...], dict[str, Any]]:
         """The rows of a call, none if no region counts, and its arguments with the prompts of regions added."""
-        if not self._isolation.applies_at_sigma(self._denoiser.noise_level(kwargs)):
+        isolation = self._isolation
+        # The level is on the device, which would have to finish all that it has been given before it could be read.
+        if isolation.depends_on_sigma and not isolation.applies_at_sigma(self._denoiser.noise_level(kwargs)):
             return (), kwargs
         requests = self._row_requests(kwargs)
         has_loras = any(region.lora for request in requests for region in request.lora_regions)

@@ -6,7 +6,7 @@
     images/ab/<digest>.webp  pictures, lossless, named by the SHA-256 of their pixels
     metadata.jsonl           the pairs, for people and for ``datasets.load_dataset("imagefolder", ...)``; derived
     latents/                 what the trainer encoded; can be deleted
-    measure/                drawing calls of held-out pictures; can be deleted
+    measure/                 drawing calls of held-out pictures; can be deleted
     round-1/
       round.json             how many prompts it has
       attempts/0-00000.json  a finished chunk: candidates, answers, plans, verdicts, drawing calls
