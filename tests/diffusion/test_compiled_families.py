@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of t
 def _nothing_compiled(caplog):
     caplog.set_level(logging.WARNING, logger="torch.__trace")  # whose records would take longer than compiling
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()  # noqa: SLF001 - which a reset leaves as they are
     jaxtyping.config.update("jaxtyping_disable", True)  # the checks of types would be compiled, too
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

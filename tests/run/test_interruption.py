@@ -262,10 +262,12 @@ def test_a_task_of_asyncio_is_interrupted_in_order():
 def test_a_forked_child_ends_by_the_signal_as_if_there_were_no_block(blocks, in_thread):
     """Else ``terminate`` of a pool, or of a data loader's worker, would end nothing."""
     children = []
+    ready, is_ready = os.pipe()
 
     def fork():
         child = os.fork()
         if child == 0:
+            os.write(is_ready, b".")
             time.sleep(60)
             os._exit(0)
         children.append(child)
@@ -278,10 +280,12 @@ def test_a_forked_child_ends_by_the_signal_as_if_there_were_no_block(blocks, in_
             thread.join()
         else:
             fork()
-        time.sleep(0.05)
+        os.read(ready, 1)  # a signal that comes while Python is still forking would be another test
         os.kill(children[0], signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == -signal.SIGTERM
         assert stop.requested is None
+    os.close(ready)
+    os.close(is_ready)
 
 
 def in_child(work):

@@ -70,7 +70,6 @@ def plan_splits(
     >>> import torch
     >>> from artaug.regional.split_plan import plan_splits
     >>> from artaug.regional.attention_mask import GroupMask
-    from artaug.regional.splits import AttentionSplit, Price, SplitSize, SplitStage, as_slice, as_slices
     >>> mask = GroupMask(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 0, 1]), (slice(0, 2),))
     >>> [size.stage for size in plan_splits([mask], "grouped", len).sizes]
     ['only', 'only']
