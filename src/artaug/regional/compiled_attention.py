@@ -32,10 +32,10 @@ class SteeredAttention:
 
     def __init__(self, attention_fn: AttentionFn, current: CurrentCall) -> None:
         """Attend with ``attention_fn``, which depends on the ``current`` call."""
-        self.attention_fn = attention_fn
-        self.current = current
+        self.attention_fn: AttentionFn = attention_fn
+        self.current: CurrentCall = current
         number = next(_NUMBERS)
-        self.number = torch.tensor(number, device="cpu")
+        self.number: Tensor = torch.tensor(number, device="cpu")
         _LAYERS[number] = self
 
     # No shapes in annotations: blocks that are compiled trace through this function.

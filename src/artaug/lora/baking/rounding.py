@@ -44,7 +44,7 @@ class WeightUpdate:
         self._update_norm = abs(scale) * update.energy() ** 0.5
         self._name, self._dtype_name, self._dtype = name, dtype, DTYPES[dtype]
         self._rng = None if seed is None else np.random.default_rng(_layer_seed(seed, name))
-        self.row_bytes = self._down.shape[1] * self._dtype.itemsize
+        self.row_bytes: int = self._down.shape[1] * self._dtype.itemsize
         block_shape = min(max(_BLOCK_ELEMENTS // self._down.shape[1], 1), len(self._up)), self._down.shape[1]
         # kept for all blocks: memory that is new from the system is slow
         self._before = torch.empty(block_shape, dtype=self._dtype)
