@@ -1,4 +1,4 @@
-"""The seconds of single operations of regional attention: what a model of its cost is fitted on."""
+"""The seconds of single operations of regional attention, kernel beside kernel: where a price that is off comes from."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

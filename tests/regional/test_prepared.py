@@ -1,5 +1,7 @@
 """Attention prepared for a batch: every method on rows of unlike layouts, the choice by price, and what is kept."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,7 +78,7 @@ def test_auto_holds_no_large_mask(monkeypatch):
 
 def costs_of_kernels_alone():
     """Costs of a processor that computes at once, and takes its time to launch a kernel."""
-    names = ("score", "score_channel", "masked_score", "token_channel", "flex", "flex_compile")
+    names = [item.name for item in fields(AttentionCosts) if item.name != "kernel"]
     return AttentionCosts(kernel=1.0, **dict.fromkeys(names, 0.0))
 
 
@@ -84,6 +86,29 @@ def two_halves(side):
     regions = [aa.Region(aa.Box(0, 0, 0.5, 1), "a"), aa.Region(aa.Box(0.5, 0, 1, 1), "b")]
     spans = (Span("text", 4, 1), Span("text", 4, 2), Span("text", 8, 0), Span("image", side**2))
     return joint_mask(spans, split_grid(regions, (side, side), base_weight=1.0), ELIGEN)
+
+
+def test_auto_takes_flex_where_it_pays_back_its_compilation_and_says_so_once(monkeypatch, caplog):
+    mask, costs = two_halves(side=16), replace(costs_on(CPU, torch.float32), flex=0.0, flex_compile=20.0)
+    monkeypatch.setattr(prepared, "costs_on", lambda *_: costs)
+    monkeypatch.setattr(prepared, "_flex_can_win", lambda _shape: True)  # as on CUDA
+    prepared._tell_of_compilation.cache_clear()  # noqa: SLF001
+    methods = [
+        prepare_attention([mask], [[0]], "auto", shape_of(1, calls=calls)).method for calls in (10, 10**7, 10**7)
+    ]
+    assert methods[0] != "flex"
+    assert methods[1:] == ["flex", "flex"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "takes about 20 s" in caplog.text
+    prepare_attention([mask], [[0]], "flex", shape_of(1))  # who asks for it knows
+    assert len(caplog.records) == 1
+
+
+def test_rows_of_a_bias_begin_where_cuda_reads_them():
+    mask = two_halves(side=3)  # 25 keys
+    (split,) = plan_splits([mask], "dense", len).splits(CPU, torch.float32)
+    assert split.bias.stride(-2) % 16 == 0
+    torch.testing.assert_close(split.bias[0, 0], mask.bias)
 
 
 def test_what_more_rows_cost_is_linear_in_them_but_for_the_kernels():

@@ -31,8 +31,6 @@ _log = logging.getLogger(__name__)
 _Context: TypeAlias = Any  # autograd's ctx, which takes any attribute
 _BACKWARD_QUERIES = 1024
 """Queries whose scores the backward pass holds in memory at a time."""
-_BIAS_ALIGNMENT = 16
-"""In numbers: what `scaled_dot_product_attention` itself pads a mask to."""
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
@@ -170,7 +168,7 @@ def attention_with_lse(
             "Use method='grouped' with hard masks, or method='dense'."
         )
     elif query.dtype == torch.float32 or bias is not None:
-        full_bias = None if bias is None else _aligned(bias).expand(*query.shape[:2], -1, -1)
+        full_bias = None if bias is None else bias.expand(*query.shape[:2], -1, -1)
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, full_bias, True)  # noqa: SLF001
     elif _prefers_cudnn(query, key, value) and _cudnn_agrees(query.device, query.dtype, query.shape[-1]):
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)  # noqa: SLF001
@@ -200,14 +198,6 @@ def _cudnn_agrees(device: torch.device, dtype: torch.dtype, channels: int) -> bo
         "cuDNN's attention returns another log-sum-exp than expected, so regions are merged by flash attention."
     )
     return False
-
-
-def _aligned(bias: Tensor) -> Tensor:
-    """The same bias with rows that begin at multiples of 16 numbers, as CUDA's kernels read them."""
-    keys = bias.shape[-1]
-    if bias.stride(-2) % _BIAS_ALIGNMENT == 0:
-        return bias
-    return functional.pad(bias, (0, -keys % _BIAS_ALIGNMENT))[..., :keys]
 
 
 def _query_chunks(split: AttentionSplit, num_queries: int) -> list[tuple[TokenIndex, slice]]:

@@ -72,9 +72,9 @@ class AttentionCosts:
     """How many times as long a score takes in FlexAttention."""
     flex_compile: float
     """Of compiling FlexAttention for one length of the sequence."""
-    backward: float = 2.5
+    backward: float
     """The backward pass of a score over its forward pass."""
-    merged_backward: float = 6.0
+    merged_backward: float
     """The same where splits are merged."""
 
     def split_seconds(self, sizes: Sequence[SplitSize], shape: AttentionShape) -> float:
@@ -149,6 +149,8 @@ _CUDA = AttentionCosts(
     token_channel=1.5e-12,
     flex=1.1,
     flex_compile=20.0,
+    backward=2.5,
+    merged_backward=6.0,
 )
 """Worked out by hand from the steps of FLUX.1-dev that were measured on an H200 (``benchmarks/results/h200/regional.json``), in
 bfloat16: too few of them for a fit."""

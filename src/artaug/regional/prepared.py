@@ -70,7 +70,10 @@ def prepare_attention(
     options = list(attention_options(masks, rows, method, shape))
     if method == "auto":
         options = [option for option in options if option.mask_bytes <= _MAX_MASK_BYTES] or options
-    return min(options, key=lambda option: option.seconds).prepare()
+    cheapest = min(options, key=lambda option: option.seconds)
+    if (method, cheapest.method) == ("auto", "flex"):
+        _tell_of_compilation(costs_on(shape.device, shape.dtype).flex_compile)
+    return cheapest.prepare()
 
 
 def attention_options(
@@ -96,7 +99,7 @@ def attention_options(
         if least < min(option.seconds for option in together):
             yield _apart_option(masks, rows, method, shape, costs)
     if method == "flex" or (method == "auto" and _flex_can_win(shape)):
-        yield _flex_option(by_row, shape, costs, is_chosen=method == "auto")
+        yield _flex_option(by_row, shape, costs)
 
 
 def _together(method: Method, *, can_merge: bool) -> list[Method]:
@@ -185,9 +188,7 @@ def _flex_can_win(shape: AttentionShape) -> bool:
     return shape.device.type == "cuda" and torch.utils._triton.has_triton() and shape.channels >= 16  # noqa: SLF001
 
 
-def _flex_option(
-    masks: Sequence[GroupMask], shape: AttentionShape, costs: AttentionCosts, *, is_chosen: bool
-) -> AttentionOption:
+def _flex_option(masks: Sequence[GroupMask], shape: AttentionShape, costs: AttentionCosts) -> AttentionOption:
     if shape.needs_grad and shape.device.type == "cpu":
         raise GuideError("compiled FlexAttention has no backward on the CPU. Use method='auto' for training.")
     from artaug.regional.flex import FlexMask, masked_flex_attention  # noqa: PLC0415 - loads torch's compiler
@@ -196,16 +197,10 @@ def _flex_option(
     tokens = 2 * len(masks[0].weights) + 2 * len(masks[0].groups)
     seconds = costs.flex_seconds(mask.num_tiles * (shape.rows // len(masks)), tokens, shape)
 
-    def prepare() -> PreparedAttention:
-        if is_chosen:
-            _tell_of_compilation(costs.flex_compile)
-        return PreparedAttention(
-            lambda query, key, value: masked_flex_attention(query, key, value, mask, compiled=True),
-            "flex",
-            mask.tensors,
-        )
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return masked_flex_attention(query, key, value, mask, compiled=True)
 
-    return AttentionOption("flex", seconds, 0, prepare)
+    return AttentionOption("flex", seconds, 0, lambda: PreparedAttention(attention, "flex", mask.tensors))
 
 
 @functools.cache
