@@ -196,9 +196,12 @@ def test_check_filter_catches(keep, message):
         aa.TwoStage(),
         aa.Bipolar(),
         aa.DirectPreference(),
+        aa.DirectPreference(safeguard=0.5, norm_guard=1.0),
+        aa.NegativeAware(),
+        aa.PairedDifference(at_before=0.5, reach=1.5),
         aa.SupervisedFineTuning(),
     ],
-    ids=lambda objective: type(objective).__name__,
+    ids=repr,
 )
 def test_check_objective_passes_every_objective(objective):
     check_objective(objective)

@@ -126,9 +126,20 @@ def test_the_defaults_go_as_far_as_the_edit_where_pairs_differ_as_much_as_is_usu
     assert losses.index(min(losses)) / 20 == pytest.approx(1.0, abs=0.051)
 
 
-@pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": math.inf}, {"anchor": -1.0}, {"anchor": math.nan}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta": 0.0},
+        {"beta": math.inf},
+        {"anchor": -1.0},
+        {"anchor": math.nan},
+        {"norm_guard": -1.0},
+        {"safeguard": 1.5},
+    ],
+)
 def test_weights_out_of_range_are_refused(options):
-    with pytest.raises(InvalidValueError, match="need a finite beta above 0 and a finite anchor of at least 0"):
+    ((name, value),) = options.items()
+    with pytest.raises(InvalidValueError, match=rf"DirectPreference\({name}={value}\): need a finite number"):
         DirectPreference(**options)
 
 

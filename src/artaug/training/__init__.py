@@ -9,6 +9,7 @@ from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, Nois
 from artaug.training.objectives import (
     Bipolar,
     DirectPreference,
+    NegativeAware,
     Objective,
     PairBatch,
     PairedDifference,
@@ -48,6 +49,7 @@ __all__ = [
     "LossScale",
     "LossWeighting",
     "MinSNR",
+    "NegativeAware",
     "NoiseSchedule",
     "Objective",
     "Optimizer",

@@ -54,6 +54,12 @@ class NoiseSchedule(Protocol):
             sigmas: noise levels.
         """
 
+    def target_at_before(self, prediction: Latents, difference: Latents, sigmas: Sigmas) -> Latents:
+        """What to predict at the noisy *before* latents so that the clean estimate moves by ``sigma^2 difference``.
+
+        `PairedDifference` says why. Arguments are those of `paired_target`.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatching:
@@ -129,6 +135,9 @@ class FlowMatching:
 
     def paired_target(self, prediction: Latents, difference: Latents, sigmas: Sigmas) -> Latents:
         return prediction - difference
+
+    def target_at_before(self, prediction: Latents, difference: Latents, sigmas: Sigmas) -> Latents:
+        return prediction - _per_row(sigmas, prediction) * difference
 
 
 BetaSchedule: TypeAlias = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
@@ -211,6 +220,9 @@ class EpsilonPrediction(_VariancePreserving):
     def paired_target(self, prediction: Latents, difference: Latents, sigmas: Sigmas) -> Latents:
         return prediction
 
+    def target_at_before(self, prediction: Latents, difference: Latents, sigmas: Sigmas) -> Latents:
+        return prediction - _alphas(sigmas, prediction) * _per_row(sigmas, prediction) * difference
+
 
 @dataclass(frozen=True, kw_only=True)
 class VPrediction(_VariancePreserving):
@@ -240,6 +252,9 @@ class VPrediction(_VariancePreserving):
 
     def paired_target(self, prediction: Latents, difference: Latents, sigmas: Sigmas) -> Latents:
         return prediction - _per_row(sigmas, prediction) * difference
+
+    def target_at_before(self, prediction: Latents, difference: Latents, sigmas: Sigmas) -> Latents:
+        return self.paired_target(prediction, difference, sigmas)
 
     def _timestep_alphas(self) -> Tensor:
         alphas = super()._timestep_alphas()

@@ -1,0 +1,155 @@
+"""What an objective is: the loss of a step, and which pairs and stages a training consists of."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor
+
+from artaug._internal.calls import call_part
+from artaug._internal.contracts import contract_error
+from artaug.errors import InvalidValueError
+from artaug.regional.denoiser import Conditioning
+from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
+
+LatentWeights: TypeAlias = Float[Tensor, "..."]
+"""A number for every latent, of a shape that broadcasts to theirs."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairBatch:
+    """A batch of pairs for one forward and backward pass: latents, prompts, and the noise both pictures of a pair share."""
+
+    before: Latents
+    """Clean latents of the pictures before: float32, shape (batch, ...)."""
+    after: Latents
+    """Clean latents of the pictures after, same shape."""
+    conditioning: Conditioning
+    """Their prompts, encoded."""
+    noise: Latents
+    """Standard normal, same shape as the latents: one draw per pair."""
+    sigmas: Sigmas
+    """Noise levels: shape (batch,), in (0, 1]."""
+    region_mask: LatentWeights | None = None
+    """How much of every latent lies in the plan's regions, in [0, 1], broadcastable to the latents' shape; None:
+    everywhere."""
+    rewards: Float[Tensor, "batch 2"] | None = None
+    """How good the pictures before and after are, in [0, 1]; None where no pair says."""
+
+    def loss_weights(self, outside_weight: float) -> LatentWeights | None:
+        """Weight of each latent's error: 1 in the plan's regions, ``outside_weight`` elsewhere, linear in the mask."""
+        if self.region_mask is None or outside_weight == 1:
+            return None
+        return outside_weight + (1 - outside_weight) * self.region_mask
+
+
+class Student(Protocol):
+    """The model in training, as an objective uses it."""
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """How the model's pictures are noised, and what it predicts."""
+
+    def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
+        """The prediction with ``scale`` times the LoRA in training: float32, with gradient.
+
+        The gradient is that of the LoRA at that scale, also where the forward pass is computed again in the backward
+        pass (gradient checkpointing), and predictions at several scales may be parts of one loss.
+        """
+
+    def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
+        """The prediction without it, LoRAs of earlier rounds included: float32, without gradient."""
+
+
+Loss: TypeAlias = Callable[[Student, PairBatch], Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the optimizer over a fresh LoRA."""
+
+    loss: Loss
+    """What it minimizes."""
+    share: float = 1.0
+    """Its share of the steps, relative to the other stages."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How a training proceeds: which pairs are learned together, and in which stages.
+
+    Every group of pairs goes through all stages. The LoRA of an earlier stage is applied, frozen, while the later
+    ones learn, and then dropped: the last stage's LoRA is the group's result, and the mean over groups the training's.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    """Indices of the pairs that are learned together."""
+    stages: tuple[Stage, ...]
+    """In the order they are run."""
+
+    def __post_init__(self) -> None:
+        if not (self.groups and all(self.groups) and self.stages and all(stage.share > 0 for stage in self.stages)):
+            raise InvalidValueError(
+                f"a TrainingPlan needs at least one group, no empty group, and at least one stage with a share above 0, "
+                f"received {len(self.groups)} group(s) and shares {[stage.share for stage in self.stages]}."
+            )
+
+
+class Objective(ABC):
+    """What training minimizes. Subclass it and write `loss`; override `training_plan` for a training of several stages.
+
+    >>> import artaug as aa
+    >>> from torch.nn.functional import l1_loss
+    >>> class Imitation(aa.Objective):
+    ...     def loss(self, model, batch):
+    ...         noisy = model.noise_schedule.add_noise(batch.after, batch.noise, batch.sigmas)
+    ...         target = model.noise_schedule.target(batch.after, batch.noise, batch.sigmas)
+    ...         return l1_loss(model.predict(noisy, batch.sigmas, batch.conditioning), target)
+    """
+
+    recommended_echo: ClassVar[int] = 1
+    """How many steps use each batch unless the trainer says otherwise. More than 1 saves time where the loss asks the teacher,
+    which predicts once per batch; where it does not, it would only mean less noise."""
+
+    @abstractmethod
+    def loss(self, model: Student, batch: PairBatch) -> Tensor:
+        """The loss of one batch: a scalar, the mean over its pairs."""
+
+    def training_plan(self, pairs: int) -> TrainingPlan:
+        """How a training on this many pairs proceeds; unless overridden, all of them together in one stage."""
+        return TrainingPlan((tuple(range(pairs)),), (Stage(self.loss),))
+
+    def check(self, noise_schedule: NoiseSchedule) -> None:  # noqa: B027 - most can be minimized for every model
+        """Called before anything is encoded; override it for an objective that not every model can minimize.
+
+        Raises:
+            ModelError: unless a model with this noise schedule can minimize it.
+        """
+
+
+def compute_loss(loss: Loss, student: Student, batch: PairBatch) -> Tensor:
+    """Call an objective's loss and check that an optimizer can minimize what it returns.
+
+    Raises:
+        PartError: if the objective raised; an `ArtAugError` of its own is raised as it is, with a note.
+        ContractError: unless it is a scalar tensor with gradient.
+    """
+    objective = getattr(loss, "__self__", None)  # of a method; a stage may have a plain function, too
+    name = getattr(loss, "__name__", repr(loss))
+    owner, inputs = name if objective is None else type(objective).__name__, f"a batch of {len(batch.sigmas)}"
+    value: object = call_part(lambda: loss(student, batch), owner=owner, inputs=inputs, retry=False)
+    if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad:
+        return value
+    if isinstance(value, Tensor):
+        received = f"a tensor of shape {tuple(value.shape)} {'with' if value.requires_grad else 'without'} gradient"
+    else:
+        received = repr(value)
+    raise contract_error(
+        owner,
+        "" if objective is None else name,
+        received=received,
+        inputs=inputs,
+        expected="a scalar tensor with gradient, computed from model.predict",
+    )
