@@ -27,6 +27,7 @@ ONE_METHOD = (
     aa.Critic,
     aa.RegionPlanner,
     aa.Scorer,
+    aa.PairwiseJudge,
     aa.PairFilter,
     aa.Guide,
     aa.Objective,

@@ -52,6 +52,7 @@ from artaug.lora.fusing import CompressedLayer, Compression, ConcatFuser, Fuser,
 from artaug.lora.lora import LoRA, LowRank
 from artaug.pair_folders import pairs_from_folder, pairs_to_folder
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
+from artaug.pairwise import PairwiseJudge, Preference
 from artaug.placement import OneAtATime, Placement, Resident
 from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
 from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
@@ -172,11 +173,13 @@ __all__ = [
     "OutputMix",
     "PairFilter",
     "PairedDifference",
+    "PairwiseJudge",
     "ParetoGain",
     "PartError",
     "Placement",
     "PlainLoRA",
     "Plan",
+    "Preference",
     "Prodigy",
     "ProgressEvent",
     "PromptError",

@@ -12,7 +12,7 @@ ArtAugError
 ├── ContractError (TypeError)            a user's object returned something its seam does not allow
 ├── PartError (RuntimeError)             a user's object raised
 │   ├── CriticError                      a critic raised instead of abstaining
-│   └── ScoringError                     a scorer raised, perhaps on some pictures of a comparison only
+│   └── ScoringError                     a scorer or a judge raised, perhaps on some pictures of a comparison only
 ├── ModelError (ValueError)              a folder, pipeline or size the adapter cannot work with
 ├── GuideError (RuntimeError)            a guide cannot be installed, or a region would have no effect
 ├── LoRAError (ValueError)               a malformed LoRA file or value
@@ -128,7 +128,7 @@ class StorageError(ArtAugError, OSError):
 
 
 class ScoringError(PartError):
-    """A scorer raised; in a comparison, perhaps on some pictures after others had been scored.
+    """A scorer or a judge raised; in a comparison, perhaps on some pictures after others had been scored.
 
     Attributes:
         comparison: the `Comparison` of all that was scored, ``failures`` included; None if that is too little for one, and

@@ -25,6 +25,13 @@ def spans(draw):
 
 
 @st.composite
+def preferences(draw):
+    """A judge's two answers, often certain ones or ties."""
+    answers = st.sampled_from((0.0, 0.5, 1.0)) | fractions
+    return aa.Preference(draw(answers), draw(answers))
+
+
+@st.composite
 def boxes(draw):
     (left, right), (top, bottom) = draw(spans()), draw(spans())
     return aa.Box(left, top, right, bottom)

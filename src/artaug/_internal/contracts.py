@@ -11,6 +11,7 @@ calls that function, so that a wrong answer is named at its source::
 | `Critic` | `artaug.critique.run_critic`, `artaug.critique.stream_critic` |
 | `RegionPlanner` | `artaug.plan.run_planner` |
 | `Scorer` | `artaug.scoring.score_images` |
+| `PairwiseJudge` | `artaug.pairwise.judge_images` |
 | `PairFilter` | `artaug.filtering.judge_pairs` |
 | `ImageSimilarity` | `artaug.images.similarity.compare_pairs` |
 | `Objective` | `artaug.training.objectives.compute_loss` |
