@@ -114,7 +114,7 @@ def fuzz(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run every benchmark; arguments after -- are handed to each, such as --quick."""
-    install(session, "--editable", ".[optimizers,report]")
+    install(session, "--editable", ".[optimizers,report]", group="judges")
     for path in sorted(Path("benchmarks").glob("[!_]*.py")):
         if path.stem != "gpu":  # which takes the others' functions
             session.run("python", "-m", f"benchmarks.{path.stem}", *session.posargs)
