@@ -27,6 +27,7 @@ from artaug import critics, hub
 from artaug.evaluation.suites import Case, Question, QuestionCheck, QuestionScore, Suite
 from artaug.lora.formats import FLUX1, KeyMap
 from artaug.run.storage.records import Member
+from artaug.serving.model import ServedModel
 from artaug.testing import FixedCritic, FixedFilter, FixedScorer, SwatchSynthesizer
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
@@ -76,6 +77,7 @@ SAMPLES = {
         model="m",
         conversation=critics.Conversation(coordinates=critics.Coordinates("thousandths")),
     ),
+    ServedModel: lambda: ServedModel(base_url="http://127.0.0.1:1/v1", model="m"),
     critics.ApiKey: lambda: critics.ApiKey("EMPTY"),
     aa.StopRule: lambda: aa.StopRule(FixedScorer(), [f"{number} pears" for number in range(30)], at_least=0.1),
     hub.Base: lambda: hub.Base("me/tiny"),

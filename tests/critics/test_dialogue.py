@@ -10,8 +10,9 @@ import artaug as aa
 from artaug import playground
 from artaug._internal.values import to_json
 from artaug.critics import Conversation, Coordinates, PhotometricCritic
-from artaug.critics.dialogue import MAX_ANALYSIS_CHARS, MAX_CAPTION_CHARS, ChatReply, stream_dialogues
+from artaug.critics.dialogue import MAX_ANALYSIS_CHARS, MAX_CAPTION_CHARS, stream_dialogues
 from artaug.critique import StreamingCritic
+from artaug.serving.chat import ChatReply
 from artaug.testing import FixedFilter, check_critic
 
 UNITS = ["relative", "thousandths", "pixels", "percent"]

@@ -15,10 +15,10 @@ from PIL import Image
 
 import artaug as aa
 from artaug.critics import Cached, Conversation, Ensemble, OpenAICritic, Retried, TransientErrors
-from artaug.critics.server.client import RetryingClient
-from artaug.critics.server.completion import RequestFailure
-from artaug.critics.server.usage import UsageCounter
 from artaug.critique import StreamingCritic, run_critic, stream_critic
+from artaug.serving.client import RetryingClient
+from artaug.serving.completion import RequestFailure
+from artaug.serving.usage import UsageCounter
 from artaug.testing import FixedCritic
 from support.clock import FakeTime
 from support.faulty_server import faulty_server, refuses
@@ -346,7 +346,7 @@ def client_of(gate, monkeypatch, *, seconds=0.0, **options):
         gate.now += seconds
         return RequestFailure("the connection failed", retryable=True)
 
-    monkeypatch.setattr("artaug.critics.server.client.time", gate)
+    monkeypatch.setattr("artaug.serving.client.time", gate)
     defaults = {"max_attempts": None, "retry_deadline_s": 600.0}
     return RetryingClient(send, gate, UsageCounter(), redact=str, **{**defaults, **options})
 

@@ -7,8 +7,8 @@ import pytest
 
 import artaug as aa
 from artaug.critics import FAMILIES, Coordinates
-from artaug.critics.dialogue import ChatReply
 from artaug.critics.probing import candidate_conventions, probe_coordinates, probe_targets
+from artaug.serving.chat import ChatReply
 
 GREY = 150
 

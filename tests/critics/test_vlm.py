@@ -12,9 +12,8 @@ from PIL import Image
 
 import artaug as aa
 from artaug.critics import Conversation, Coordinates, VLMCritic
-from artaug.critics.conversation import Message
-from artaug.critics.dialogue import ChatRequest
 from artaug.critique import stream_critic
+from artaug.serving.chat import ChatRequest, Message
 from artaug.testing import check_critic
 from support.tiny_llava import suggestion_json, tiny_idefics3, tiny_llava
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import resources
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -17,12 +17,12 @@ from artaug.critics.coordinates import Coordinates, Size
 from artaug.critics.replies import MAX_PROMPT_CHARS, parse_reply
 from artaug.critique import Abstention, Critique
 from artaug.errors import InvalidValueError
+from artaug.serving.chat import Message, escape_chat_tokens
 
 _SCHEMA_REMARK_CHARS = 300
 _THOUSANDTHS = Coordinates("thousandths")
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _PLACEHOLDERS = ("prompt", "max_suggestions", "coordinates", "schema")
-_BRACKET_TOKEN = re.compile(r"\[(/?[A-Z_]{2,24})\]")
 
 
 @cache
@@ -43,16 +43,6 @@ def prompt_text(name: str) -> str:
     if name not in names:
         raise InvalidValueError(f"there is no prompt called {name!r}; there are {', '.join(names)}.")
     return (folder / f"{name}.txt").read_text(encoding="utf-8").strip()
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message of a chat."""
-
-    role: Literal["system", "user", "assistant"]
-    text: str
-    image: Image | None = None
-    """The picture that is sent before the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +124,7 @@ class Conversation:
         if analysis is not None and not self.analysis_prompt:
             raise InvalidValueError("this Conversation has one stage and takes no analysis.")
         values = {
-            "prompt": _escape_chat_tokens(prompt),
+            "prompt": escape_chat_tokens(prompt),
             "max_suggestions": str(self.max_suggestions),
             "coordinates": coordinates_instruction(self.coordinates, image.size),
             "schema": json.dumps(self.schema(image.size), ensure_ascii=False),
@@ -147,7 +137,7 @@ class Conversation:
         first = f"{system}\n\n{opening}" if system and not self.system_role else opening
         messages.append(Message("user", first, image))
         if analysis is not None:
-            messages += [Message("assistant", _escape_chat_tokens(analysis)), Message("user", closing)]
+            messages += [Message("assistant", escape_chat_tokens(analysis)), Message("user", closing)]
         return tuple(messages)
 
     def schema(self, size: Size) -> dict[str, Any]:
@@ -217,8 +207,3 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
     inlined: dict[str, Any] = inline(schema)
     return inlined
-
-
-def _escape_chat_tokens(text: str) -> str:
-    """The text with other brackets, so that a chat template finds no token of its own in it."""
-    return _BRACKET_TOKEN.sub(r"(\1)", text.replace("<", "\u2039").replace(">", "\u203a"))

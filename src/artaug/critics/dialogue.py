@@ -2,38 +2,20 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from PIL.Image import Image
 
 from artaug._internal.images import as_rgb
-from artaug.critics.conversation import Conversation, Message
+from artaug.critics.conversation import Conversation
 from artaug.critique import Abstention, Answer, Critique
 from artaug.errors import InvalidValueError
+from artaug.serving.chat import ChatReply, ChatRequest
 
 MAX_CAPTION_CHARS = 2000
 """Characters of a picture's prompt that are sent to the model; a longer one is truncated, and the critique notes it."""
 MAX_ANALYSIS_CHARS = 20_000
 """The same for the model's analysis in the first of two stages, which is sent back to it."""
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """The next request to a model about one picture."""
-
-    messages: tuple[Message, ...]
-    """The whole chat so far; one of the messages has the picture."""
-    schema: dict[str, Any] | None = None
-    """The JSON schema of the reply; None for free text."""
-
-
-@dataclass(frozen=True)
-class ChatReply:
-    """A model's reply, unchanged."""
-
-    text: str
-    notes: tuple[str, ...] = ()
-    """What differed from the request, such as a reply cut at the token limit; they become repairs of the critique."""
 
 
 Generate: TypeAlias = Callable[[Sequence[ChatRequest]], Iterable[tuple[int, ChatReply | Abstention]]]

@@ -6,12 +6,13 @@ from typing import Literal, TypeAlias
 
 from PIL import Image, ImageDraw
 
-from artaug.critics.conversation import Message, coordinates_instruction
+from artaug.critics.conversation import coordinates_instruction
 from artaug.critics.coordinates import FAMILIES, Coordinates, Size, SmartResize
-from artaug.critics.dialogue import ChatReply, ChatRequest, Generate
+from artaug.critics.dialogue import Generate
 from artaug.critics.replies import parse_reply
 from artaug.critique import Abstention
 from artaug.geometry import Box
+from artaug.serving.chat import ChatReply, ChatRequest, Message
 
 _Order: TypeAlias = Literal["xyxy", "yxyx", "xywh", "points"]
 _GREY = (150, 150, 150)

@@ -15,12 +15,13 @@ from artaug._internal.extras import optional
 from artaug._internal.images import as_rgb
 from artaug._internal.memory import FittingBatches
 from artaug._internal.weights import check_safetensors, model_errors
-from artaug.critics.conversation import Conversation, Message
+from artaug.critics.conversation import Conversation
 from artaug.critics.coordinates import Coordinates, coordinates_for
-from artaug.critics.dialogue import ChatReply, ChatRequest, stream_dialogues
+from artaug.critics.dialogue import stream_dialogues
 from artaug.critics.probing import ProbeResult, probe_coordinates
 from artaug.critique import Answer, StreamingCritic
 from artaug.errors import InvalidValueError, ModelError
+from artaug.serving.chat import ChatReply, ChatRequest, Message
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin

@@ -9,9 +9,10 @@ from pydantic import BaseModel, ValidationError
 
 from artaug._internal.text import shorten
 from artaug._internal.transient import RETRYABLE_STATUS
-from artaug.critics.dialogue import ChatReply
-from artaug.critics.server.http import HttpResponse
-from artaug.critics.server.usage import Usage
+from artaug.serving.chat import ChatReply
+from artaug.serving.http import HttpResponse
+from artaug.serving.logprobs import parse_logprobs
+from artaug.serving.usage import Usage
 
 _MAX_EXCERPT_CHARS = 200
 _CUT = "the reply was cut at the limit of tokens"
@@ -84,7 +85,14 @@ def parse_completion(response: HttpResponse) -> Completion | RequestFailure:
         return RequestFailure("the server's chat completion has no choices", retryable=True)
     if failure := _stated_error({"error": choice.error}) or _gave_up(choice):
         return failure
-    return Completion(_reply(choice), _usage(completion.usage))
+    reply, logprobs = _reply(choice), parse_logprobs(choice.logprobs)
+    if logprobs and isinstance(
+        reply, RequestFailure
+    ):  # such as a first token without text, whose odds count all the same
+        reply = ChatReply("", (reply.reason,))
+    if isinstance(reply, ChatReply):
+        reply = replace(reply, logprobs=logprobs)
+    return Completion(reply, _usage(completion.usage))
 
 
 def excerpt(body: bytes) -> str:
@@ -105,6 +113,7 @@ class _Choice(BaseModel):
     message: _CompletionMessage | None = None
     delta: _CompletionMessage | None = None  # of a stream
     text: Any = None  # of a completion that is no chat
+    logprobs: Any = None
     finish_reason: Any = None
     error: Any = None
 

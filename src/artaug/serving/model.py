@@ -1,16 +1,14 @@
-"""`OpenAICritic`: a model behind any OpenAI-compatible server, such as vLLM, SGLang, llama.cpp or a hosted one."""
+"""`ServedModel`: a model behind any OpenAI-compatible server, such as vLLM, SGLang, llama.cpp or a hosted one."""
 
 import io
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
-from functools import partial
 from http.client import HTTPException
-from typing import Any, Literal, final
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from PIL.Image import Image, Resampling
@@ -18,18 +16,14 @@ from PIL.Image import Image, Resampling
 from artaug._internal.images import as_rgb, data_url
 from artaug._internal.text import shorten
 from artaug._internal.transient import DEADLINE_S
-from artaug.critics.conversation import Conversation, Message
-from artaug.critics.coordinates import FAMILIES, Coordinates
-from artaug.critics.dialogue import ChatReply, ChatRequest, stream_dialogues
-from artaug.critics.probing import ProbeResult, probe_coordinates
-from artaug.critics.server.backoff import RequestCancelled, RetryGate
-from artaug.critics.server.client import RetryingClient, stream_threads
-from artaug.critics.server.completion import RequestFailure
-from artaug.critics.server.http import Exchange, HttpResponse, UnusableResponseError
-from artaug.critics.server.key import ApiKey
-from artaug.critics.server.usage import Usage, UsageCounter
-from artaug.critique import Abstention, Answer, StreamingCritic
 from artaug.errors import InvalidValueError
+from artaug.serving.backoff import RequestCancelled, RetryGate
+from artaug.serving.chat import ChatReply, ChatRequest, Message
+from artaug.serving.client import RetryingClient, stream_threads
+from artaug.serving.completion import RequestFailure
+from artaug.serving.http import Exchange, HttpResponse, UnusableResponseError
+from artaug.serving.key import ApiKey
+from artaug.serving.usage import Usage, UsageCounter
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,49 +32,36 @@ _MAX_RESPONSE_BYTES = 16 * 2**20
 _MAX_ERROR_CHARS = 300
 _SCHEMA_REFUSED_STATUS = frozenset({400, 404, 415, 422, 500, 501})  # 500 where the compiler of the schema fails
 _ATTEMPTS_AT_500 = 3
-_FAMILY_PATTERNS = {  # families whose convention does not depend on the processor, by the names of their checkpoints
-    "qwen2_vl": r"qwen[-_ ]?2[-_]vl\b",
-    "qwen3_vl": r"qwen[-_ ]?3[-_]vl\b",
-    "internvl": r"internvl",
-    "gemma3": r"gemma[-_ ]?3[-_:]\d",
-}
+_SCHEMA_REFUSED = "the server refused the JSON schema, so the model was asked for free text"
 
 
 class _State:
-    """What a critic learns while it is used."""
+    """What is learned of a server while it is used."""
 
     def __init__(self) -> None:
         self.usage = UsageCounter()
         self.schema_refused = False
 
 
-@final
 @dataclass(frozen=True, kw_only=True)
-class OpenAICritic(StreamingCritic):
-    """Criticises pictures with a model behind an OpenAI-compatible server, several requests at a time.
+class ServedModel:
+    """A model behind an OpenAI-compatible server: what `OpenAICritic` and the scorers on a server have in common.
 
-    Every picture gets a critique, or an abstention with the error that was left after all attempts, which is transient if
-    the error is. Transient errors (no connection, a timeout, a truncated response, status 408, 409, 425, 429 and from 500
-    up, except 501, 505 and 511) are retried with exponential backoff, or after the time that the server asks for, until
-    ``retry_deadline_s`` is over; if the server asks for a wait, all requests of the critic wait. An error in a
-    response with status 200 is retried as its own status would be. A response is read up to 16 MiB, and a redirect is
-    followed inside the server's own origin only. Proxies are those of the environment (``HTTPS_PROXY``, ``NO_PROXY``).
+    Transient errors (no connection, a timeout, a truncated response, status 408, 409, 425, 429 and from 500 up, except
+    501, 505 and 511) are retried with exponential backoff, or after the time that the server asks for, until
+    ``retry_deadline_s`` is over; if the server asks for a wait, all requests of the batch wait. An error in a response with
+    status 200 is retried as its own status would be. A response is read up to 16 MiB, and a redirect is followed inside the
+    server's own origin only. Proxies are those of the environment (``HTTPS_PROXY``, ``NO_PROXY``).
 
     Raises:
         InvalidValueError: for a URL that is invalid or may hold a secret, a key that no header can carry or that stands in
-            another field too, a number out of range, or if no conversation is given and the model's name does not say
-            how it writes boxes.
+            another field too, or a number out of range.
     """
 
     base_url: str
     """The server's address, such as ``"http://127.0.0.1:8000/v1"``."""
     model: str
     """The model's name on the server."""
-    conversation: Conversation | None = None
-    """The prompts, and how the model writes boxes. May be None for Qwen2-VL, Qwen3-VL, InternVL and Gemma 3."""
-    structured: bool = True
-    """Request JSON on the schema (``response_format``). If the server refuses it, the model is asked for free text: one
-    warning is logged, and each critique notes it as a repair."""
     max_new_tokens: int = 1024
     """Tokens of a reply."""
     limit_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
@@ -95,7 +76,7 @@ class OpenAICritic(StreamingCritic):
     """Pictures are sent as JPEG of this quality, 1 to 95; None for PNG, which is lossless."""
     api_key: str | ApiKey | None = field(default=None, repr=False)
     """The key, without white space around it; None to read the environment variable ``OPENAI_API_KEY``, if it is set, and
-    ``""`` to send none. It appears in no output, also where the server quotes it, and in no pickle: a critic for other
+    ``""`` to send none. It appears in no output, also where the server quotes it, and in no pickle: an object for other
     processes needs the variable."""
     concurrency: int = field(default=8, repr=False)
     """The largest number of concurrent requests."""
@@ -109,6 +90,7 @@ class OpenAICritic(StreamingCritic):
     _state: _State = field(init=False, repr=False, compare=False, default_factory=_State)
 
     def __post_init__(self) -> None:
+        owner = type(self).__name__
         _check_url(self.base_url)
         minimum = {
             **dict.fromkeys(("max_new_tokens", "max_side_px", "concurrency", "max_attempts"), 1),
@@ -120,44 +102,32 @@ class OpenAICritic(StreamingCritic):
             if (number := getattr(self, name)) is not None and not number >= least
         ]:
             raise InvalidValueError(
-                f"OpenAICritic({', '.join(low)}): need counts of at least 1, and times of at least 0 seconds."
+                f"{owner}({', '.join(low)}): need counts of at least 1, and times of at least 0 seconds."
             )
         if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 95:
-            raise InvalidValueError(f"OpenAICritic(jpeg_quality={self.jpeg_quality}): need 1 to 95, or None for PNG.")
-        if self.conversation is None:
-            object.__setattr__(self, "conversation", Conversation(coordinates=_coordinates_by_name(self.model)))
+            raise InvalidValueError(f"{owner}(jpeg_quality={self.jpeg_quality}): need 1 to 95, or None for PNG.")
         if isinstance(self.api_key, str):
             object.__setattr__(self, "api_key", ApiKey(self.api_key))
         shown = repr(self)
         if _key_of(self).redact(shown) != shown:
             raise InvalidValueError(
-                "the api_key stands in another field of this OpenAICritic too (base_url, model, extra_body or a prompt), "
+                f"the api_key stands in another field of this {owner} too (base_url, model, extra_body or a prompt), "
                 "which reprs and reports show: remove it there."
             )
 
     @property
     def usage(self) -> Usage:
-        """The requests and tokens of this critic so far."""
+        """The requests and tokens of this object so far."""
         return self._state.usage.total
 
-    def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
-        """Criticise many pictures, ``concurrency`` at a time, and give each answer when it comes."""
-        # Kept for the batch, so that a picture is encoded once for both stages and all attempts.
-        data_urls: dict[int, str] = {}
-        generate = partial(self._generate, data_urls)
-        return stream_dialogues(self._conversation, images, prompts, generate=generate, prepare=self._resized)
+    def _replies(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatReply | RequestFailure]]:
+        """Send requests, ``concurrency`` at a time: the index of each, and the reply or the last failure, as they come."""
+        yield from self._replies_with({}, requests)
 
-    def probe(self) -> ProbeResult:
-        """Show the model a few rectangles and find out how it writes boxes."""
-        return probe_coordinates(partial(self._generate, {}), self._conversation.coordinates)
-
-    @property
-    def _conversation(self) -> Conversation:
-        return self.conversation or Conversation()
-
-    def _generate(
+    def _replies_with(
         self, data_urls: dict[int, str], requests: Sequence[ChatRequest]
-    ) -> Iterator[tuple[int, ChatReply | Abstention]]:
+    ) -> Iterator[tuple[int, ChatReply | RequestFailure]]:
+        """The same with pictures by the id of their object that are encoded already; it adds those that it encodes."""
         connection = _Connection(self, self._state.usage)
         try:
             yield from stream_threads(
@@ -168,17 +138,17 @@ class OpenAICritic(StreamingCritic):
 
     def _complete(
         self, connection: "_Connection", request: ChatRequest, data_urls: dict[int, str]
-    ) -> ChatReply | Abstention:
+    ) -> ChatReply | RequestFailure:
         payload = self._payload(request, data_urls)
-        schema = request.schema if self.structured and not self._state.schema_refused else None
+        schema = None if self._state.schema_refused else request.schema
         structured_payload = payload
         if schema is not None:
-            json_schema = {"name": "critique", "strict": True, "schema": schema}
+            json_schema = {"name": "reply", "strict": True, "schema": schema}
             structured_payload = {**payload, "response_format": {"type": "json_schema", "json_schema": json_schema}}
         # A server whose compiler fails at this schema answers 500 for ever, so free text is tried early.
         early = None if schema is None else _ATTEMPTS_AT_500
         outcome = connection.client.complete(structured_payload, max_attempts_at_500=early)
-        without_schema = self.structured and request.schema is not None and schema is None
+        without_schema = request.schema is not None and schema is None
         if schema is not None and isinstance(outcome, RequestFailure) and outcome.status in _SCHEMA_REFUSED_STATUS:
             unstructured = connection.client.complete(payload, max_attempts=1 if outcome.status == 500 else None)
             if isinstance(unstructured, ChatReply):  # so the schema was what the server refused
@@ -189,9 +159,8 @@ class OpenAICritic(StreamingCritic):
                 outcome = connection.client.complete(structured_payload, max_attempts=left)
         if isinstance(outcome, RequestFailure):
             self._state.usage.add(Usage(failures=1))
-            return Abstention(outcome.reason, outcome.retryable)
-        notes = ("the server refused the JSON schema, so the model was asked for free text",) if without_schema else ()
-        return replace(outcome, notes=(*notes, *outcome.notes))
+            return outcome
+        return replace(outcome, notes=(*([_SCHEMA_REFUSED] if without_schema else []), *outcome.notes))
 
     def _payload(self, request: ChatRequest, data_urls: dict[int, str]) -> dict[str, Any]:
         payload: dict[str, Any] = {
@@ -201,6 +170,8 @@ class OpenAICritic(StreamingCritic):
         }
         if self.temperature is not None:
             payload["temperature"] = self.temperature
+        if request.top_logprobs:
+            payload |= {"logprobs": True, "top_logprobs": request.top_logprobs}
         return payload
 
     def _chat_message(self, message: Message, data_urls: dict[int, str]) -> dict[str, Any]:
@@ -236,20 +207,20 @@ class OpenAICritic(StreamingCritic):
 
 
 class _Connection:
-    """The connection of a critic to its server, for one batch of requests."""
+    """The connection to a server, for one batch of requests."""
 
-    def __init__(self, critic: OpenAICritic, usage: UsageCounter) -> None:
-        self._url = f"{critic.base_url.rstrip('/')}/chat/completions"
-        self._key = _key_of(critic)
-        self._extra_body, self._timeout_s = dict(critic.extra_body), critic.timeout_s
+    def __init__(self, model: ServedModel, usage: UsageCounter) -> None:
+        self._url = f"{model.base_url.rstrip('/')}/chat/completions"
+        self._key = _key_of(model)
+        self._extra_body, self._timeout_s = dict(model.extra_body), model.timeout_s
         self._gate = RetryGate()
         self._exchanges: set[Exchange] = set()
         self.client = RetryingClient(
             self._send,
             self._gate,
             usage,
-            max_attempts=critic.max_attempts,
-            retry_deadline_s=critic.retry_deadline_s,
+            max_attempts=model.max_attempts,
+            retry_deadline_s=model.retry_deadline_s,
             redact=self._key.redact,
         )
 
@@ -290,9 +261,9 @@ class _Connection:
         return HttpResponse(response.status, headers, self._key.redact(text).encode())
 
 
-def _key_of(critic: OpenAICritic) -> ApiKey:
-    """The key that requests carry: that of the critic, or that of the environment."""
-    return critic.api_key if isinstance(critic.api_key, ApiKey) else ApiKey(os.environ.get(_KEY_VARIABLE, ""))
+def _key_of(model: ServedModel) -> ApiKey:
+    """The key that requests carry: the object's own, or that of the environment."""
+    return model.api_key if isinstance(model.api_key, ApiKey) else ApiKey(os.environ.get(_KEY_VARIABLE, ""))
 
 
 def _check_url(url: str) -> None:
@@ -312,13 +283,3 @@ def _check_url(url: str) -> None:
             f"the base_url of {host} holds a user, a password, a query, parameters or a fragment, which reprs would show: "
             "use api_key, and extra_body for what else the server needs."
         )
-
-
-def _coordinates_by_name(model: str) -> Coordinates:
-    for family, pattern in _FAMILY_PATTERNS.items():
-        if re.search(pattern, model.lower()):
-            return FAMILIES[family]
-    raise InvalidValueError(
-        f"the name {model!r} does not say how the model writes boxes. Pass conversation=Conversation(coordinates=...), "
-        "with coordinates_for(family) for a known family (fitted to its processor), or what OpenAICritic.probe finds."
-    )

@@ -27,9 +27,9 @@ from PIL import Image
 import artaug as aa
 from artaug._internal import transient
 from artaug.critics import Cached, Conversation, Coordinates, OpenAICritic, Usage, coordinates_for
-from artaug.critics.server import backoff
-from artaug.critics.server.http import _proxy
 from artaug.critique import stream_critic
+from artaug.serving import backoff
+from artaug.serving.http import _proxy
 from artaug.testing import check_critic
 from support.faulty_server import (
     completion,

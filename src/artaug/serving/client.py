@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 from artaug._internal.transient import backoff_delay_s
-from artaug.critics.dialogue import ChatReply
-from artaug.critics.server.backoff import RetryGate, parse_retry_after
-from artaug.critics.server.completion import Completion, RequestFailure, excerpt, parse_completion
-from artaug.critics.server.http import HttpResponse
-from artaug.critics.server.usage import Usage, UsageCounter
+from artaug.serving.backoff import RetryGate, parse_retry_after
+from artaug.serving.chat import ChatReply
+from artaug.serving.completion import Completion, RequestFailure, excerpt, parse_completion
+from artaug.serving.http import HttpResponse
+from artaug.serving.usage import Usage, UsageCounter
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -116,7 +116,7 @@ def stream_threads(
                 done.put((index, future))
 
     for index in range(min(max_workers, len(items))):
-        threading.Thread(target=worker, name=f"artaug-critic-{index}", daemon=True).start()
+        threading.Thread(target=worker, name=f"artaug-request-{index}", daemon=True).start()
     failure: BaseException | None = None
     try:
         with contextlib.suppress(queue.Empty):

@@ -41,8 +41,8 @@ class ApiKey:
         """
         if self._key is None:
             raise InvalidValueError(
-                "this critic was pickled, without its api_key, so that no file holds it. Set OPENAI_API_KEY in every "
-                "process and leave api_key out, or pass dataclasses.replace(critic, api_key=...)."
+                "what asks this server was pickled, without its api_key, so that no file holds it. Set OPENAI_API_KEY in "
+                "every process and leave api_key out, or give the copy its key: dataclasses.replace(copy, api_key=...)."
             )
         return self._key
 

@@ -56,7 +56,7 @@ class RetryGate:
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that a server asks to wait (``retry-after-ms``, ``retry-after`` in seconds or as a date), or None.
 
-    >>> from artaug.critics.server.backoff import parse_retry_after
+    >>> from artaug.serving.backoff import parse_retry_after
     >>> parse_retry_after({"retry-after": "2"}), parse_retry_after({"retry-after": "soon"})
     (2.0, None)
     """

@@ -1,1 +1,0 @@
-"""Critics whose model runs behind an OpenAI-compatible server: the critic, its HTTP client, retries and token counts."""
