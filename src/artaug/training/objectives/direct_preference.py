@@ -83,10 +83,12 @@ class DirectPreference(Objective):
             scale = safe_scale(after.residual, before.residual, self.safeguard)
             error_before = error_before.detach() + scale * (error_before - error_before.detach())
         margin = (after.teacher_error - after.error) - (before.teacher_error - error_before)
-        held = self.anchor * (after.distance + before.distance) + self.norm_guard * (after.excess + before.excess)
         half = self.beta / 2
+        loss = half * self.anchor * (after.distance + before.distance) - logsigmoid(half * margin)
+        if self.norm_guard > 0:
+            loss = loss + half * self.norm_guard * (after.excess + before.excess)
         # The mean over pairs comes last: each pair has a preference of its own, and logsigmoid is not linear.
-        return (half * held - logsigmoid(half * margin)).mean()
+        return loss.mean()
 
     def _fit(self, model: Student, batch: PairBatch, clean: Latents) -> "_Fit":
         """How student and teacher predict the noisy picture."""

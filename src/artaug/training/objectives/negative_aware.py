@@ -67,8 +67,9 @@ class NegativeAware(Objective):
             _normalized_errors(model.noise_schedule.predict_x0(noisy, prediction, batch.sigmas), clean)
             for prediction in (teacher + step, teacher - step)
         )
-        held = self.anchor * mean_squared_errors(student, teacher) + self.norm_guard * norm_excess(student, teacher)
-        return (reward * positive + (1 - reward) * negative) / self.beta + held
+        errors = (reward * positive + (1 - reward) * negative) / self.beta
+        errors = errors + self.anchor * mean_squared_errors(student, teacher)
+        return errors + self.norm_guard * norm_excess(student, teacher) if self.norm_guard > 0 else errors
 
 
 def _normalized_errors(estimate: Latents, clean: Latents) -> Sigmas:

@@ -86,15 +86,18 @@ class PairedDifference(Objective):
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         schedule, sigmas = model.noise_schedule, batch.sigmas
-        difference = self.reach * (batch.after - batch.before)  # (batch, ...), as all latents here
+        after = batch.after  # (batch, ...), as all latents here
         if self.composite and batch.region_mask is not None:
-            difference = batch.region_mask * difference
+            after = batch.before + batch.region_mask * (after - batch.before)
+        if self.reach != 1:
+            after = batch.before + self.reach * (after - batch.before)
+        difference = after - batch.before
         noisy_before = schedule.add_noise(batch.before, batch.noise, sigmas)
         # At z_b, not at z_a: the difference of the two noisy pictures has to be in the target for the LoRA to learn it.
         teacher = model.teacher_predict(noisy_before, sigmas, batch.conditioning)
         loss = torch.zeros_like(sigmas)
         if self.at_before < 1:
-            noisy_after = schedule.add_noise(batch.before + difference, batch.noise, sigmas)
+            noisy_after = schedule.add_noise(after, batch.noise, sigmas)
             target = schedule.paired_target(teacher, difference, sigmas)
             loss = loss + (1 - self.at_before) * self._errors(model, batch, noisy_after, target)
         if self.at_before > 0:
