@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import artaug as aa
-from artaug import critics, hub
+from artaug import critics, hub, scorers
 from artaug.evaluation.suites import Case, Question, QuestionCheck, QuestionScore, Suite
 from artaug.lora.formats import FLUX1, KeyMap
 from artaug.run.storage.records import Member
@@ -76,6 +76,10 @@ SAMPLES = {
         base_url="http://127.0.0.1:1/v1",
         model="m",
         conversation=critics.Conversation(coordinates=critics.Coordinates("thousandths")),
+    ),
+    scorers.OpenAIVQAScore: lambda: scorers.OpenAIVQAScore(base_url="http://127.0.0.1:1/v1", model="m"),
+    scorers.OpenAIRubricScore: lambda: scorers.OpenAIRubricScore(
+        base_url="http://127.0.0.1:1/v1", model="m", rubric="Is it sharp?"
     ),
     ServedModel: lambda: ServedModel(base_url="http://127.0.0.1:1/v1", model="m"),
     critics.ApiKey: lambda: critics.ApiKey("EMPTY"),

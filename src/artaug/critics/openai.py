@@ -70,7 +70,7 @@ class OpenAICritic(ServedModel, StreamingCritic):
     ) -> Iterator[tuple[int, ChatReply | Abstention]]:
         if not self.structured:
             requests = [replace(request, schema=None) for request in requests]
-        for index, outcome in self._replies_with(data_urls, requests):
+        for index, outcome in self._replies(requests, data_urls):
             if isinstance(outcome, RequestFailure):
                 yield index, Abstention(outcome.reason, outcome.retryable)
             else:

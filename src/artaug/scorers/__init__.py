@@ -10,6 +10,7 @@ from artaug.scorers.function import FunctionScorer
 from artaug.scorers.hps import HPSv2, Letterbox
 from artaug.scorers.image_reward import ImageReward
 from artaug.scorers.loading import LoadOptions
+from artaug.scorers.openai import OpenAIRubricScore, OpenAIVQAScore
 from artaug.scorers.photometric import Chroma, Contrast, Exposure, MeanOf, Photometric, Sharpness
 from artaug.scorers.pickscore import PickScore
 from artaug.scorers.safety import SafetyMargin
@@ -32,6 +33,8 @@ __all__ = [
     "Letterbox",
     "LoadOptions",
     "MeanOf",
+    "OpenAIRubricScore",
+    "OpenAIVQAScore",
     "Photometric",
     "PickScore",
     "SafetyMargin",

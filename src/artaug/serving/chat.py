@@ -17,6 +17,8 @@ class Message:
     text: str
     image: Image | None = None
     """The picture that is sent before the text."""
+    other_images: tuple[Image, ...] = ()
+    """Further pictures, sent between the first one and the text."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from artaug.serving.logprobs import parse_logprobs
 from artaug.serving.usage import Usage
 
 _MAX_EXCERPT_CHARS = 200
-_CUT = "the reply was cut at the limit of tokens"
+CUT = "the reply was cut at the limit of tokens"
+"""The note on such a reply."""
 _CUT_REASONS = frozenset({"length", "max_tokens", "model_length"})
 _FAILED_REASONS = frozenset({"error", "abort", "network_error", "insufficient_system_resource"})
 _TEXT_PARTS = frozenset({None, "text", "output_text"})  # other parts of a list are reasoning, refusals, pictures
@@ -159,7 +160,7 @@ def _reply(choice: _Choice) -> ChatReply | RequestFailure:
         choice.message or choice.delta or _CompletionMessage(content=choice.text),
         str(choice.finish_reason),
     )
-    cut = (_CUT,) if finish_reason.lower() in _CUT_REASONS else ()
+    cut = (CUT,) if finish_reason.lower() in _CUT_REASONS else ()
     text = _joined(message.content)
     if text.strip():
         return ChatReply(text, cut)
@@ -171,7 +172,7 @@ def _reply(choice: _Choice) -> ChatReply | RequestFailure:
     if cut:  # what is in the reasoning then is a draft
         thinking = ", while the model was still reasoning" if reasoning else ""
         return RequestFailure(
-            f"{_CUT} before it had any text{thinking}: raise max_new_tokens, or switch the reasoning off by extra_body"
+            f"{CUT} before it had any text{thinking}: raise max_new_tokens, or switch the reasoning off by extra_body"
         )
     if reasoning:
         return ChatReply(reasoning, ("read the reply from the reasoning, since there was no other text",))

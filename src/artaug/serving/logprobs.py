@@ -10,7 +10,7 @@ _MAX_TOKENS = 4096
 """Of a reply; the log-probabilities of more are not read."""
 _ROUNDING = 0.01  # above 0, which no log-probability is
 _LEAST = -1e4  # what servers write for none at all; no float has the exponential of less
-_AROUND = " \t\r\n\u2581\u0120\u010a\"'`*.,:;!"
+_AROUND = " \t\r\n\u2581\u0120\u010a\"'`*.,:;!(){}[]"
 """Stripped from a token before it is compared: white space, also as SentencePiece and byte-level BPE write it, marks."""
 
 
@@ -27,7 +27,7 @@ class AnswerOdds:
 
     @property
     def error(self) -> float:
-        """The most that a probability may be off, should all that is not listed belong to one answer."""
+        """The most that a probability may be off, should all that is not listed belong to one answer, in [0, 1)."""
         return self.unlisted / (self.answered + self.unlisted)
 
 

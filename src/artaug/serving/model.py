@@ -120,18 +120,22 @@ class ServedModel:
         """The requests and tokens of this object so far."""
         return self._state.usage.total
 
-    def _replies(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatReply | RequestFailure]]:
-        """Send requests, ``concurrency`` at a time: the index of each, and the reply or the last failure, as they come."""
-        yield from self._replies_with({}, requests)
-
-    def _replies_with(
-        self, data_urls: dict[int, str], requests: Sequence[ChatRequest]
+    def _replies(
+        self, requests: Sequence[ChatRequest], data_urls: dict[int, str] | None = None
     ) -> Iterator[tuple[int, ChatReply | RequestFailure]]:
-        """The same with pictures by the id of their object that are encoded already; it adds those that it encodes."""
+        """Send requests, ``concurrency`` at a time: the index of each, and the reply or the last failure, as they come.
+
+        Args:
+            requests: about pictures that were `_resized`.
+            data_urls: pictures that are encoded already, by the id of their object, to which those are added that are encoded
+                now; None where no later request has the same picture.
+        """
         connection = _Connection(self, self._state.usage)
         try:
             yield from stream_threads(
-                lambda request: self._complete(connection, request, data_urls), requests, max_workers=self.concurrency
+                lambda request: self._complete(connection, request, {} if data_urls is None else data_urls),
+                requests,
+                max_workers=self.concurrency,
             )
         finally:  # after an interruption, the requests that are not sent yet are cancelled
             connection.close()
@@ -177,10 +181,12 @@ class ServedModel:
     def _chat_message(self, message: Message, data_urls: dict[int, str]) -> dict[str, Any]:
         if message.image is None:
             return {"role": message.role, "content": message.text}
-        if id(message.image) not in data_urls:
-            data_urls[id(message.image)] = self._data_url(message.image)
-        image = {"type": "image_url", "image_url": {"url": data_urls[id(message.image)]}}
-        return {"role": message.role, "content": [image, {"type": "text", "text": message.text}]}
+        content: list[dict[str, Any]] = []
+        for image in (message.image, *message.other_images):
+            if (url := data_urls.get(id(image))) is None:
+                url = data_urls[id(image)] = self._data_url(image)
+            content.append({"type": "image_url", "image_url": {"url": url}})
+        return {"role": message.role, "content": [*content, {"type": "text", "text": message.text}]}
 
     def _resized(self, image: Image) -> Image:
         image = as_rgb(image)
