@@ -13,12 +13,14 @@ import artaug as aa
 from artaug.testing import (
     FixedCritic,
     FixedFilter,
+    FixedJudge,
     FixedScorer,
     SwatchSynthesizer,
     check_critic,
     check_filter,
     check_fuser,
     check_guide,
+    check_judge,
     check_objective,
     check_planner,
     check_scorer,
@@ -32,6 +34,8 @@ def test_the_doubles_keep_their_contracts():
     check_critic(FixedCritic(aa.Abstention("it is only a double")))
     check_synthesizer(SwatchSynthesizer())
     check_scorer(FixedScorer(0.5))
+    check_judge(FixedJudge(1.0))
+    check_judge(FixedJudge(aa.Abstention("it is only a double")))
     check_filter(FixedFilter(keep=True))
     check_filter(FixedFilter(keep=False))
 
@@ -165,6 +169,23 @@ class BatchBias(aa.Scorer):
 def test_check_scorer_catches(scorer, message):
     with pytest.raises(AssertionError, match=message):
         check_scorer(scorer)
+
+
+class JudgesByBatch(aa.PairwiseJudge):
+    def prefer(self, first, second, prompt):
+        return 0.5
+
+    def prefer_batch(self, first, second, prompts):
+        return [0.6 for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [(FixedJudge(1.5), r"returned 1.5: expected a number in \[0, 1\]"), (JudgesByBatch(), "in a batch")],
+)
+def test_check_judge_catches(judge, message):
+    with pytest.raises(AssertionError, match=message):
+        check_judge(judge)
 
 
 class GivesNoReason(aa.PairFilter):

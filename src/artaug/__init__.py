@@ -30,7 +30,7 @@ from artaug.errors import (
     TrainingDivergedError,
     UndecidedError,
 )
-from artaug.evaluation.comparison import Arm, Comparison, Guardrail, ScoreRow, ScoringFailure, compare
+from artaug.evaluation.comparison import Arm, Comparison, Guardrail, PositionBias, ScoreRow, ScoringFailure, compare
 from artaug.evaluation.prompts import PromptSet
 from artaug.filtering import (
     BestOf,
@@ -39,6 +39,7 @@ from artaug.filtering import (
     Gain,
     PairFilter,
     ParetoGain,
+    Preferred,
     Similarity,
     TopFraction,
     calibrate,
@@ -179,7 +180,9 @@ __all__ = [
     "Placement",
     "PlainLoRA",
     "Plan",
+    "PositionBias",
     "Preference",
+    "Preferred",
     "Prodigy",
     "ProgressEvent",
     "PromptError",

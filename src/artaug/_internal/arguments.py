@@ -27,6 +27,7 @@ _ADVICE = {
     "Image": "Open a file with PIL.Image.open(path).",
     "ImagePair": "The pair of an attempt is attempt.pair, and a Skipped has none.",
     "LoRA": "Read a file with artaug.LoRA.load(path).",
+    "PairwiseJudge": "Such as an object of a subclass of yours, see artaug.PairwiseJudge.",
     "PairFilter": "Make one of a scorer, artaug.Gain(scorer, at_least=0.02), or subclass artaug.PairFilter.",
     "Placement": "Such as artaug.Resident() or artaug.OneAtATime().",
     "Plan": "Make one of a prompt, artaug.Plan('a red cone').",

@@ -5,7 +5,7 @@ All are pure functions. A difference d[i] = candidate[i] - base[i] belongs to pr
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from math import lgamma, log
+from math import comb, lgamma, log
 
 import numpy as np
 
@@ -155,6 +155,25 @@ def sign_flip(differences: Sequence[float] | np.ndarray, *, seed: int = 0, flips
         signs = generator.integers(2, size=(min(chunk_size, flips - start), len(values))) * 2 - 1
         extreme += int((abs(signs @ values) >= observed).sum())
     return extreme / (flips + 1)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p-value of so many wins and losses if both are equally likely: the exact binomial test.
+
+    Ties are not counted (Dixon and Mood 1946). It is 1 without wins and losses.
+
+    Raises:
+        InvalidValueError: for a count below 0.
+
+    >>> from artaug.evaluation.statistics import sign_test
+    >>> sign_test(6, 0), sign_test(3, 3)
+    (0.03125, 1.0)
+    """
+    if wins < 0 or losses < 0:
+        raise InvalidValueError(f"sign_test({wins}, {losses}): need counts of at least 0.")
+    total = wins + losses
+    tail = sum(comb(total, hits) for hits in range(max(wins, losses), total + 1))
+    return min(1.0, float(2 * tail / 2**total))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

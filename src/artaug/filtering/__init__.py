@@ -4,6 +4,7 @@ from artaug.filtering.algebra import PairFilter, judge_pairs
 from artaug.filtering.calibration import Calibration, calibrate
 from artaug.filtering.candidates import BestOf
 from artaug.filtering.multi import ParetoGain, Similarity
+from artaug.filtering.preferred import Preferred
 from artaug.filtering.thresholds import Floor, Gain, TopFraction
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Gain",
     "PairFilter",
     "ParetoGain",
+    "Preferred",
     "Similarity",
     "TopFraction",
     "calibrate",

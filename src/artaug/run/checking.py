@@ -16,6 +16,7 @@ from artaug.filtering import BestOf, PairFilter
 from artaug.geometry import Box
 from artaug.lora.fusing import Fuser
 from artaug.pairs import ImagePair
+from artaug.pairwise import PairwiseJudge, judge_images
 from artaug.placement import Placement
 from artaug.plan import Plan, Region, RegionPlanner
 from artaug.run.events import OnEvent
@@ -229,13 +230,18 @@ def _rehearse(faults: Faults, stand_in: ImagePair, parts: LoopParts, learning: L
     """Let the filter and every scorer judge a stand-in, so that one that cannot says so now."""
     with faults.collected(), _named_rehearsal(), parts.placement.stage(parts.keep):
         parts.keep.rehearse(stand_in)
-    scorers: list[tuple[Scorer, str]] = [] if parts.candidates is None else [(parts.candidates.by, stand_in.prompt)]
+    scorers: list[tuple[Scorer | PairwiseJudge, str]] = (
+        [] if parts.candidates is None else [(parts.candidates.by, stand_in.prompt)]
+    )
     if learning is not None:
         rules = (learning.stop, learning.validation)
         scorers += [(rule.scorer, rule.prompts[0]) for rule in rules if rule is not None]
     for scorer, prompt in scorers:
         with faults.collected(), _named_rehearsal(), parts.placement.stage(scorer):
-            score_images(scorer, [stand_in.after], [prompt])
+            if isinstance(scorer, PairwiseJudge):
+                judge_images(scorer, [stand_in.after], [stand_in.before], [prompt])
+            else:
+                score_images(scorer, [stand_in.after], [prompt])
 
 
 @contextmanager

@@ -171,7 +171,7 @@ class _Rounds:
     progress: bool
     emit: OnEvent
     measured: dict[int, Arm] = field(default_factory=dict)
-    """By number, each round that this call has measured: its scores are the base's of the round after it."""
+    """By number, the last round that this call has measured: its scores are the base's of the round after it."""
 
     def run(self, prompts: Sequence[str]) -> Enhancement:
         """Run rounds until one of them is the last."""
@@ -246,12 +246,15 @@ class _Rounds:
             seconds=clock.seconds,
             gain=None if comparison is None else comparison.rows[0],
             accepted=accepted,
-            comparison=comparison,
+            comparison=None if comparison is None else _with_first_images(comparison, self._kept_images),
         )
         if folder is not None:
             result = write_round(folder, result)
-        if result.comparison is not None:
-            self.measured[number] = result.comparison.candidates["after"]
+        if comparison is not None and result.comparison is not None:
+            # A judge compares all pictures of this round with those of the next one.
+            has_judge = self.learning.stop is not None and bool(self.learning.stop.judges)
+            self.measured.clear()
+            self.measured[number] = (comparison if has_judge else result.comparison).candidates["after"]
         self.emit(RoundEvent(round=result, run_step=steps_before + training.steps))
         return result
 
@@ -283,10 +286,11 @@ class _Rounds:
         evaluator = Evaluator(
             prompts=tuple(stop.prompts),
             seeds=tuple(picture_seeds(seed, len(stop.prompts))),
-            scorers=(stop.scorer,),
+            scorers=stop.scorers,
+            judges=stop.judges,
             diversity=None,
             batch_size=self.parts.batch_size,
-            keep_images=0 if self.session.folder is None else _KEPT_IMAGES,
+            keep_images=len(stop.prompts) if stop.judges else self._kept_images,
         )
         before = self.measured.get(len(finished))
         comparison = evaluator.compare(
@@ -303,9 +307,22 @@ class _Rounds:
         )
         return comparison, stop.accepts(comparison, seed=seed)
 
+    @property
+    def _kept_images(self) -> int:
+        """Held-out pictures of a round that its comparison refers to."""
+        return 0 if self.session.folder is None else _KEPT_IMAGES
+
     def _held_out_artist(self, lora: LoRA | None) -> Synthesizer:
         """What draws held-out pictures; with a store, each call of it once, also after a kill."""
         base = self.parts.synthesizer
         artist = base if lora is None else base.with_lora(lora)
         folder = self.session.folder
         return artist if folder is None else CachedSynthesizer(artist, folder=folder.measure, images=folder.images)
+
+
+def _with_first_images(comparison: Comparison, count: int) -> Comparison:
+    """The comparison with the first pictures of each arm."""
+    candidates = {name: replace(arm, images=arm.images[:count]) for name, arm in comparison.candidates.items()}
+    return replace(
+        comparison, base=replace(comparison.base, images=comparison.base.images[:count]), candidates=candidates
+    )

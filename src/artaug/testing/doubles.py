@@ -13,6 +13,7 @@ from artaug.filtering import PairFilter
 from artaug.geometry import Box
 from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair, Verdict
+from artaug.pairwise import PairwiseJudge
 from artaug.plan import Plan
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer
@@ -65,6 +66,17 @@ class FixedScorer(Scorer):
 
     def score(self, image: Image.Image, prompt: str) -> float:
         return self.value
+
+
+@final
+@dataclass(frozen=True)
+class FixedJudge(PairwiseJudge):
+    """Gives the same answer to every question: 1 and 0 are judges that see only which picture is shown first."""
+
+    answer: float | Abstention = 0.5
+
+    def prefer(self, first: Image.Image, second: Image.Image, prompt: str) -> float | Abstention:
+        return self.answer
 
 
 @final

@@ -12,6 +12,7 @@ from artaug.critique import Abstention, Critic, Critique, Suggestion
 from artaug.filtering import PairFilter
 from artaug.geometry import Box
 from artaug.pairs import ImagePair, Verdict
+from artaug.pairwise import PairwiseJudge
 from artaug.plan import Plan, Region, RegionPlanner
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer
@@ -111,6 +112,25 @@ def check_scorer(scorer: Scorer) -> None:
     assert scorer.name, f"{type(scorer).__name__}.name is empty: tables need a name for it"
 
 
+def check_judge(judge: PairwiseJudge) -> None:
+    """Check that a judge answers for any two pictures with a number in [0, 1] or an abstention, the same alone and in a batch.
+
+    Raises:
+        AssertionError: if it does not; the message says which rule was broken.
+    """
+    first = [as_rgb(image).resize((64, 64)) for image in _unusual_pictures()]
+    second, prompts = [*first[1:], first[0]], [_PROMPT] * len(first)
+    alone = [judge.prefer(*question) for question in zip(first, second, prompts, strict=True)]
+    for answer in alone:
+        assert isinstance(answer, Abstention) or 0 <= answer <= 1, (
+            f"{judge.name}.prefer returned {answer!r}: expected a number in [0, 1] or artaug.Abstention"
+        )
+    batch = judge.prefer_batch(first, second, prompts)
+    same = len(batch) == len(alone) and all(map(_same_answer, alone, batch))
+    assert same, f"{judge.name} answered {alone} one by one and {list(batch)} in a batch"
+    assert judge.name, f"{type(judge).__name__}.name is empty: tables need a name for it"
+
+
 def check_filter(keep: PairFilter) -> None:
     """Check that a filter returns a verdict with a reason for every pair, and one for each pair of a batch.
 
@@ -150,6 +170,12 @@ def _unusual_pictures() -> Sequence[Image.Image]:
         Image.fromarray(noise).convert("RGBA"),
         Image.new("RGB", (200, 10), (200, 30, 30)),
     ]
+
+
+def _same_answer(alone: float | Abstention, in_batch: float | Abstention) -> bool:
+    if isinstance(alone, Abstention) or isinstance(in_batch, Abstention):
+        return alone == in_batch
+    return _close(alone, in_batch)
 
 
 def _close(number: float, other: float) -> bool:

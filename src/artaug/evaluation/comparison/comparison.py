@@ -14,8 +14,11 @@ from artaug._internal.mappings import FrozenDict
 from artaug._internal.prompts import prompt_clusters
 from artaug._internal.text import table_html
 from artaug._internal.values import from_json, value
+from artaug.critique import Abstention
 from artaug.errors import InvalidValueError
+from artaug.evaluation.comparison.position_bias import PositionBias
 from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailure, describe_row, finite_pairs
+from artaug.pairwise import Judgment, Preference
 
 
 @value
@@ -30,6 +33,7 @@ class _ComparisonDict:
     failures: tuple[ScoringFailure, ...]
     verdicts: dict[str, str]
     synthesizers: dict[str, str]
+    judgments: dict[str, dict[str, tuple[Preference | Abstention | None, ...]]] = field(default_factory=dict)
 
 
 _HEADINGS = ("scorer", "candidate", "base", "enhanced", "difference", "95% interval", "wins")
@@ -49,9 +53,13 @@ class Arm:
     """
     images: Sequence[Image] = field(repr=False)
     """The pictures of the first prompts, drawn with their first seeds; of a run's store, each is read when it is looked at."""
+    judgments: Mapping[str, tuple[Judgment | None, ...]] = field(default_factory=dict, repr=False)
+    """By judge, what it said of each picture against the base's, in the order of ``scores``; this arm's picture is the first of
+    the two. None stands where the judge raised. Its ``scores`` are 1 for a win, 0.5 for a tie, 0, and NaN without an answer."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", FrozenDict(self.scores))
+        object.__setattr__(self, "judgments", FrozenDict(self.judgments))
 
     def by_prompt(self, scorer: str, prompts: int) -> np.ndarray:
         """One score a prompt, the mean over its seeds: (prompts,), from (seeds x prompts,)."""
@@ -89,6 +97,23 @@ class Comparison:
     def images_per_prompt(self) -> int:
         """Pictures a prompt."""
         return len(self.seeds) // len(self.prompts)
+
+    @property
+    def position_bias(self) -> tuple[PositionBias, ...]:
+        """For each judge, how much its answers about all candidates depend on which picture is shown first."""
+        judges = dict.fromkeys(judge for arm in self.candidates.values() for judge in arm.judgments)
+        return tuple(
+            PositionBias.of(
+                judge,
+                (
+                    judgment
+                    for arm in self.candidates.values()
+                    for judgment in arm.judgments.get(judge, ())
+                    if judgment is not None
+                ),
+            )
+            for judge in judges
+        )
 
     def verdict(self, candidate: str) -> str:
         """How one candidate compares to the base, in words, row by row, guardrails included.
@@ -149,7 +174,7 @@ class Comparison:
             failures = [failure for failure in self.failures if failure.scorer == scorer]
             first = f"first on {failures[0].arm}'s of {failures[0].prompt!r} ({failures[0].error:.120})"
             notes.append(f"{scorer} raised on {len(failures)} pictures, {first}: its rows leave their prompts out.")
-        return notes
+        return [*notes, *map(str, self.position_bias)]
 
     def design_notes(self) -> list[str]:
         """How to read the rows, one sentence an item, in words of artaug alone."""
@@ -158,6 +183,11 @@ class Comparison:
         repeated = f" ({different} different ones, each counts once)" if different < len(self.prompts) else ""
         design = f"{len(self.prompts)} prompts{repeated}, each drawn with the same {seeds} by every candidate"
         notes = [f"{design}; interval: bootstrap over prompts; wins: ties count half."]
+        if any(row.judged for row in self.rows):
+            notes.append(
+                "Of judges, enhanced is the win rate against the base's pictures: a win has to hold in both orders, and ties "
+                "count half."
+            )
         if any(row.filtered_by for row in self.rows):
             notes.append("* The training pairs were filtered by this scorer, so it says less than the others.")
         return notes
@@ -180,6 +210,13 @@ class Comparison:
             "failures": [asdict(failure) for failure in self.failures],
             "verdicts": {name: self.verdict(name) for name in self.candidates},
             "synthesizers": {name: arm.synthesizer for name, arm in arms.items()},
+            "judgments": {
+                name: {
+                    judge: [None if judgment is None else asdict(judgment) for judgment in judgments]
+                    for judge, judgments in arm.judgments.items()
+                }
+                for name, arm in self.candidates.items()
+            },
         }
 
     @classmethod
@@ -201,6 +238,7 @@ class Comparison:
                     for scorer, scores in record.scores.get(name, {}).items()
                 },
                 images=(),
+                judgments=record.judgments.get(name, {}),
             )
             for name, synthesizer in record.synthesizers.items()
         }

@@ -4,30 +4,33 @@ Every arm draws the same (prompt, seed) pairs, so what remains in the difference
 scores of a prompt are averaged over its seeds before they are paired: the prompt is the unit of every statistic.
 """
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import product
-from math import isfinite, nan
+from math import nan
 from typing import Protocol
 
 from PIL.Image import Image
 
 from artaug._internal.arguments import Faults, argument_error, check_argument, check_count, check_items
-from artaug._internal.calls import stays_away
-from artaug._internal.memory import is_out_of_memory
 from artaug._internal.progress_bar import ProgressBar
 from artaug._internal.prompts import check_prompts, prompt_clusters
-from artaug.errors import InvalidValueError, PromptError, ScoringError
+from artaug.errors import InvalidValueError, PromptError
 from artaug.evaluation.comparison.comparison import Arm, Comparison, paired_scores
-from artaug.evaluation.comparison.rows import Guardrail, ScoreRow, ScoringFailure
+from artaug.evaluation.comparison.judgments import ComparisonJudges
+from artaug.evaluation.comparison.rows import Guardrail, ScoreRow
+from artaug.evaluation.comparison.scoring_log import ScoringLog
 from artaug.evaluation.statistics import holm, sign_flip
 from artaug.images.similarity import SimilarityMetric
 from artaug.images.similarity import diversity as diversity_of
+from artaug.pairwise import PairwiseJudge
 from artaug.placement import Placement, Resident
 from artaug.plan import Plan
 from artaug.scoring import Scorer, score_images
 from artaug.synthesis import Synthesizer, draw, picture_seeds
 
+_LOG = logging.getLogger(__name__)
 _DIVERSITY = "diversity"
 _RESIDENT = Resident()
 
@@ -45,7 +48,8 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
     candidates: Mapping[str, Synthesizer],
     prompts: Sequence[str],
     *,
-    scorers: Sequence[Scorer],
+    scorers: Sequence[Scorer] = (),
+    judges: Sequence[PairwiseJudge] = (),
     seed: int = 0,
     images_per_prompt: int = 1,
     diversity: SimilarityMetric | None = None,
@@ -65,7 +69,9 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
         candidates: by their names in tables.
         prompts: what to draw, at least 2 different ones; best held out from training. One that is listed more than once
             counts once, by the mean of its pictures; letter case, blanks and punctuation at the ends make no difference.
-        scorers: score the pictures; their names must differ.
+        scorers: score the pictures; their names must differ, also from those of judges.
+        judges: say which of two pictures is better, the candidate's or the base's of the same prompt and seed, in both
+            orders. Each adds a row with the win rate, see `ScoreRow.judged`; the base's pictures wait in a temporary folder.
         seed: of the pictures and of the bootstrap; the same arguments give the same comparison. Take another than that of
             an `improve` whose pairs the candidates learned from, or they are judged on the noise that they saw.
         images_per_prompt: pictures of a prompt, each with a seed of its own; a prompt still counts once, by the mean
@@ -84,11 +90,11 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
 
     Raises:
         PromptError: for fewer than two prompts, or one string in place of a list.
-        InvalidValueError: without scorers or candidates, for scorers of one name, for diversity of a single picture a
+        InvalidValueError: without candidates, or without scorers and judges, for scorers of one name, for diversity of a single picture a
             prompt, or for a guardrail on a row that does not exist.
-        ScoringError: if a scorer raises, or gives no finite number, for some pictures. All others are drawn and scored
-            first, and the comparison of those is in the error. At once, if a scorer fails on all of the first pictures, or
-            has not answered for ten minutes.
+        ScoringError: if a scorer or judge raises, or gives no finite number, for some pictures. All others are drawn and
+            scored first, and the comparison of those is in the error. At once, if it fails on all of the first pictures, or
+            has not answered for ten minutes. Also if a judge has no answer for all prompts but one.
         ContractError: if a synthesizer or scorer returns something its interface does not allow.
         NonFiniteError: if all scores of the first pictures are NaN or infinite, naming the prompt.
 
@@ -119,14 +125,23 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
     with faults.collected():
         check_items("compare", "guardrails", guardrails, Guardrail)
     _check_arms(faults, base, candidates)
-    _check_prompts_and_scorers(faults, prompts, scorers)
+    _check_prompts_and_scorers(faults, prompts, scorers, judges)
     faults.raise_any()
     check_argument("compare", "placement", placement, Placement)
-    owners = {"base": base, **candidates, **{scorer.name: scorer for scorer in scorers}, "diversity": diversity}
+    measures = {**{scorer.name: scorer for scorer in scorers}, **{judge.name: judge for judge in judges}}
+    owners = {"base": base, **candidates, **measures, "diversity": diversity}
     placement.check("compare", owners)
     filter_scorers = scorer_names(filtered_by)
     seeds = tuple(picture_seeds(seed, len(prompts) * images_per_prompt))
-    evaluator = Evaluator(tuple(prompts), seeds, tuple(scorers), diversity, batch_size, keep_images)
+    evaluator = Evaluator(
+        prompts=tuple(prompts),
+        seeds=seeds,
+        scorers=tuple(scorers),
+        judges=tuple(judges),
+        diversity=diversity,
+        batch_size=batch_size,
+        keep_images=keep_images,
+    )
     evaluator.check_guardrails(guardrails)
     return evaluator.compare(
         {"base": base, **candidates},
@@ -139,74 +154,6 @@ def compare(  # noqa: PLR0913 - the one entry point, and everything after scorer
 
 
 @dataclass(frozen=True)
-class ScoringLog:
-    """Every score of a comparison and every failure, so that one failing picture does not discard the others."""
-
-    scores: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """By arm and scorer, one score a picture; NaN where it failed or was not scored yet."""
-    failures: list[ScoringFailure] = field(default_factory=list)
-    exceptions: list[BaseException] = field(default_factory=list)
-    """The exception behind each failure, in the same order."""
-
-    def score(
-        self, scorer: Scorer, images: Sequence[Image], prompts: Sequence[str], *, seeds: Sequence[int], arm: str
-    ) -> list[float]:
-        """Score a batch. If that raises, score its pictures one by one and give NaN to those that fail alone too.
-
-        Raises:
-            ScoringError: if no picture of the batch can be scored, or the scorer stays away; it holds the scores of earlier
-                ones.
-            Exception: where nothing was scored yet, what `score_images` raised; also if memory ran out for a single picture.
-        """
-        try:
-            return score_images(scorer, images, prompts)
-        except Exception as error:  # noqa: BLE001 - a user's scorer may raise anything; compare raises it at the end
-            batch_error = error
-        self._raise_if_lasting(batch_error)
-        scores = []
-        for image, prompt, seed in zip(images, prompts, seeds, strict=True):
-            try:
-                scores += score_images(scorer, [image], [prompt])
-            except Exception as error:  # noqa: BLE001 - as above
-                self._raise_if_lasting(error)
-                scores.append(nan)
-                self._add(error, ScoringFailure(scorer.name, arm, prompt, seed, _describe(error)))
-        if all(map(isfinite, scores)):
-            message = f"{_describe(batch_error)}, though each picture alone is scored: lower batch_size"
-            self._add(batch_error, ScoringFailure(scorer.name, arm, prompts[0], seeds[0], message))
-        elif not any(map(isfinite, scores)):
-            if not self._has_scores():
-                raise batch_error
-            raise self.error(None) from batch_error
-        return scores
-
-    def error(self, comparison: object) -> ScoringError:
-        """The error that tells the user of the failures and holds what was scored."""
-        first = self.failures[0]
-        return ScoringError(
-            f"{first.scorer} raised on {len(self.failures)} pictures, first on {first.arm}'s of {first.prompt!r}, seed "
-            f"{first.seed}: {first.error}. All other scores are kept: see .comparison and .scores of this error.",
-            comparison=comparison,
-            scores=self.scores,
-        )
-
-    def _raise_if_lasting(self, error: Exception) -> None:
-        """Raise what would happen to the pictures after it too."""
-        if isinstance(error, ScoringError) and stays_away(error):
-            error.scores = self.scores
-            raise error
-        if is_out_of_memory(error):
-            raise error
-
-    def _has_scores(self) -> bool:
-        return any(isfinite(score) for arm in self.scores.values() for scores in arm.values() for score in scores)
-
-    def _add(self, exception: Exception, failure: ScoringFailure) -> None:
-        self.exceptions.append(_original(exception))
-        self.failures.append(failure)
-
-
-@dataclass(frozen=True)
 class Evaluator:
     """Evaluates every arm of a comparison on the same prompts, with the same seeds and scorers."""
 
@@ -214,13 +161,14 @@ class Evaluator:
     seeds: tuple[int, ...]
     """One a picture: the first of every prompt, then the second of every prompt."""
     scorers: tuple[Scorer, ...]
+    judges: tuple[PairwiseJudge, ...]
     diversity: SimilarityMetric | None
     batch_size: int
     keep_images: int
 
     def __post_init__(self) -> None:
         if self.diversity is not None and (
-            self.images_per_prompt < 2 or _DIVERSITY in {scorer.name for scorer in self.scorers}
+            self.images_per_prompt < 2 or _DIVERSITY in _names(self.scorers, self.judges)
         ):
             raise InvalidValueError(
                 f"compare(diversity=..., images_per_prompt={self.images_per_prompt}): need at least 2 pictures a prompt "
@@ -235,7 +183,9 @@ class Evaluator:
     def row_dependencies(self) -> dict[str, frozenset[str]]:
         """The names of the rows, each with the names of the scorers that it depends on."""
         dependencies = {scorer.name: scorer.depends_on for scorer in self.scorers}
-        return dependencies if self.diversity is None else {**dependencies, _DIVERSITY: frozenset()}
+        if self.diversity is not None:
+            dependencies[_DIVERSITY] = frozenset()
+        return dependencies | {judge.name: judge.depends_on for judge in self.judges}
 
     def check_guardrails(self, guardrails: Sequence[Guardrail]) -> None:
         """Refuse guardrails on a row that does not exist, and two on the same row."""
@@ -258,7 +208,8 @@ class Evaluator:
         """Evaluate synthesizers and compare them to the one called ``base``.
 
         Args:
-            arms: by name; an `Arm` is what this evaluator made of a synthesizer before, and is not drawn and scored again.
+            arms: by name, the base first; an `Arm` is what this evaluator made of a synthesizer before, and is not drawn and
+                scored again. If there are judges, only the base may be one, and has all of its pictures.
             seed: of the statistics.
             filtered_by: names of scorers.
             guardrails: see `check_guardrails`.
@@ -271,14 +222,23 @@ class Evaluator:
         log = ScoringLog()
         synthesizers = [arm for arm in arms.values() if not isinstance(arm, Arm)]
         candidates: dict[str, Arm] = {}
-        with placement.opened(*synthesizers, *self.scorers, self.diversity) as opened:
+        drawn = arms["base"] if isinstance(arms["base"], Arm) else None
+        with (
+            placement.opened(*synthesizers, *self.scorers, *self.judges, self.diversity) as opened,
+            ComparisonJudges.opened(self.judges, drawn, pictures=len(self.seeds)) as judges,
+        ):
             for name, arm in arms.items():
                 if isinstance(arm, Arm):
                     log.scores[name] = {row: [*scores] for row, scores in arm.scores.items()}
                     candidates[name] = arm
                 else:
-                    candidates[name] = self.evaluate(arm, name, log=log, placement=opened, progress=progress)
+                    candidates[name] = self.evaluate(
+                        arm, name, log=log, judges=judges, placement=opened, progress=progress
+                    )
+        # What judges say of an arm is relative to the base of its comparison; of the base itself they say nothing.
         base = candidates.pop("base")
+        base = replace(base, scores={**base.scores, **judges.base_scores()}, judgments={})
+        judges.check_answered(candidates, len(self.prompts))
         if log.failures and not self.has_enough_scores(base, candidates):
             raise log.error(None) from log.exceptions[0]
         comparison = Comparison(
@@ -290,14 +250,24 @@ class Evaluator:
             guardrails=tuple(guardrails),
             failures=tuple(log.failures),
         )
+        for bias in comparison.position_bias:
+            if bias.significant:
+                _LOG.warning("%s", bias)
         if log.failures:
             raise log.error(comparison) from log.exceptions[0]
         return comparison
 
     def evaluate(
-        self, synthesizer: Synthesizer, name: str, *, log: ScoringLog, placement: Placement, progress: bool
+        self,
+        synthesizer: Synthesizer,
+        name: str,
+        *,
+        log: ScoringLog,
+        judges: ComparisonJudges,
+        placement: Placement,
+        progress: bool,
     ) -> Arm:
-        """Draw all prompts with all seeds and score the pictures; only the first ``keep_images`` are kept."""
+        """Draw all prompts with all seeds, score and judge the pictures; only the first ``keep_images`` are kept."""
         prompt_count = len(self.prompts)
         scores = {scorer.name: [nan] * len(self.seeds) for scorer in self.scorers}
         if self.diversity is not None:
@@ -316,7 +286,11 @@ class Evaluator:
                         images = draw(synthesizer, [Plan(prompt) for prompt in prompts], seeds=seeds)
                     for scorer in self.scorers:
                         with placement.stage(scorer):
-                            scores[scorer.name][batch] = log.score(scorer, images, prompts, seeds=seeds, arm=name)
+                            scores[scorer.name][batch] = _scored(scorer, images, prompts, seeds, log=log, arm=name)
+                    if name == "base":
+                        judges.keep(batch, images)
+                    else:
+                        judges.judge(batch, images, prompts, seeds=seeds, arm=name, log=log, placement=placement)
                     images_by_seed.append(images)
                     bar.advance(len(prompts))
                 if self.diversity is not None:
@@ -327,8 +301,9 @@ class Evaluator:
                 kept += images_by_seed[0][: self.keep_images - len(kept)]
         return Arm(
             synthesizer=repr(synthesizer),
-            scores={row: tuple(row_scores) for row, row_scores in scores.items()},
+            scores={row: tuple(row_scores) for row, row_scores in scores.items()} | judges.candidate_scores(name),
             images=tuple(kept),
+            judgments={judge: tuple(answers) for judge, answers in judges.judgments.get(name, {}).items()},
         )
 
     def has_enough_scores(self, base: Arm, candidates: Mapping[str, Arm]) -> bool:
@@ -362,10 +337,31 @@ class Evaluator:
                 enhanced=candidate_scores,
                 p_value=p_values[row, name],
                 filtered_by=not self.row_dependencies[row].isdisjoint(filtered_by),
+                judged=row in {judge.name for judge in self.judges},
                 seed=seed,
             )
             for (row, name), (base_scores, candidate_scores) in pairs.items()
         )
+
+
+def _scored(
+    scorer: Scorer,
+    images: Sequence[Image],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    log: ScoringLog,
+    arm: str,
+) -> list[float]:
+    """The scores of a batch, NaN where the scorer raised."""
+    scores = log.ask(
+        scorer.name,
+        lambda part: score_images(scorer, images[part], prompts[part]),
+        prompts,
+        seeds=seeds,
+        arm=arm,
+    )
+    return [nan if score is None else score for score in scores]
 
 
 def scorer_names(filtered_by: Collection[str | HasScorers]) -> frozenset[str]:
@@ -403,8 +399,14 @@ def _check_arms(faults: Faults, base: Synthesizer, candidates: Mapping[str, Synt
             check_argument("compare", f"candidates[{name!r}]", candidate, Synthesizer)
 
 
-def _check_prompts_and_scorers(faults: Faults, prompts: Sequence[str], scorers: Sequence[Scorer]) -> None:
-    """Refuse prompts that are too few, and scorers that cannot be told apart."""
+def _names(scorers: Sequence[Scorer], judges: Sequence[PairwiseJudge]) -> list[str]:
+    return [*(scorer.name for scorer in scorers), *(judge.name for judge in judges)]
+
+
+def _check_prompts_and_scorers(
+    faults: Faults, prompts: Sequence[str], scorers: Sequence[Scorer], judges: Sequence[PairwiseJudge]
+) -> None:
+    """Refuse prompts that are too few, and scorers and judges that cannot be told apart."""
     with faults.collected():
         check_prompts(prompts)
         if len(set(prompt_clusters(prompts))) < 2:
@@ -414,19 +416,10 @@ def _check_prompts_and_scorers(faults: Faults, prompts: Sequence[str], scorers: 
             )
     with faults.collected():
         check_items("compare", "scorers", scorers, Scorer)
-        names = [scorer.name for scorer in scorers]
+        check_items("compare", "judges", judges, PairwiseJudge)
+        names = _names(scorers, judges)
         if not names or len(set(names)) < len(names):
             raise InvalidValueError(
-                f"compare received scorers named {names}. Expected at least one, and different names: override "
-                "Scorer.name."
+                f"compare received scorers{' and judges' * bool(judges)} named {names}. Expected at least one, and different "
+                f"names: override Scorer.name{' or PairwiseJudge.name' * bool(judges)}."
             )
-
-
-def _original(error: BaseException) -> BaseException:
-    """What the scorer raised: the error that wraps it names the scorer and the prompt, which a `ScoringFailure` does too."""
-    return error.__cause__ if isinstance(error, ScoringError) and error.__cause__ is not None else error
-
-
-def _describe(error: Exception) -> str:
-    original = _original(error)
-    return f"{type(original).__name__}: {original}"

@@ -9,9 +9,10 @@ from pydantic import Field
 
 from artaug._internal.values import value
 from artaug.errors import InvalidValueError
-from artaug.evaluation.statistics import paired_bootstrap, sign_flip, tie_rate, win_rate
+from artaug.evaluation.statistics import Interval, paired_bootstrap, share_bootstrap, sign_flip, tie_rate, win_rate
 
 _ALPHA = 0.05
+_FILTERED = " (no evidence of a gain: the training pairs were filtered by it)"
 FEWEST_PROMPTS = ceil(log2(2 / _ALPHA))
 """With fewer prompts no row can be significant: the smallest p-value of n sign flips is 2 / 2^n."""
 
@@ -42,6 +43,9 @@ class ScoreRow:
     """Share of prompts on which both score the same."""
     p_value: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Two-sided sign-flip p-value of the difference, after Holm's correction over the scorers of this candidate."""
+    judged: bool = False
+    """Whether a `PairwiseJudge` compared the candidate's pictures to the base's. Then ``enhanced`` is the candidate's win rate,
+    with ties as half, ``base`` is 0.5, the base's win rate against itself, and the interval lies within [0, 1] of the rate."""
 
     @classmethod
     def of(
@@ -54,10 +58,15 @@ class ScoreRow:
         p_value: float,
         filtered_by: bool,
         seed: int,
+        judged: bool = False,
     ) -> Self:
         """The row of two arms' scores of the same prompts, (prompts,) each; ``seed`` is the bootstrap's."""
         deltas = enhanced - base
-        interval = paired_bootstrap(deltas, seed=seed)
+        if judged:
+            share = share_bootstrap([np.stack([enhanced, np.ones_like(enhanced)])], seed=seed)
+            interval = Interval(share.low - base.mean(), share.high - base.mean())
+        else:
+            interval = paired_bootstrap(deltas, seed=seed)
         return cls(
             scorer=scorer,
             candidate=candidate,
@@ -71,6 +80,7 @@ class ScoreRow:
             filtered_by=filtered_by,
             tie_rate=tie_rate(deltas),
             p_value=p_value,
+            judged=judged,
         )
 
     @property
@@ -91,14 +101,14 @@ class ScoreRow:
         return self.direction != 0 and self.p_value < _ALPHA
 
 
-def exceeds(base: np.ndarray, enhanced: np.ndarray, at_least: float, *, seed: int) -> bool:
+def exceeds(base: np.ndarray, enhanced: np.ndarray, at_least: float, *, seed: int, judged: bool = False) -> bool:
     """Whether the gain lies above ``at_least`` by the criterion of `ScoreRow.significant`, with a single scorer.
 
     The whole interval of the differences less ``at_least`` has to lie above zero, and their p-value below 0.05.
     """
     p_value = sign_flip(enhanced - base - at_least, seed=seed)
     shifted = ScoreRow.of(
-        "", "", base=base + at_least, enhanced=enhanced, p_value=p_value, filtered_by=False, seed=seed
+        "", "", base=base + at_least, enhanced=enhanced, p_value=p_value, filtered_by=False, seed=seed, judged=judged
     )
     return shifted.significant and shifted.direction > 0
 
@@ -190,6 +200,9 @@ class Guardrail:
 
 def describe_row(row: ScoreRow, guardrail: Guardrail | None = None) -> str:
     """One row in words: which way it went, how far, how sure that is, and what speaks against calling it a gain."""
+    if row.judged:
+        text = _describe_win_rate(row)
+        return text if guardrail is None else f"{text}, {_describe_status(row, guardrail)}"
     decimals = max(row.decimals - 1, 2)
     interval = f"[{row.ci_low:.{decimals}f}, {row.ci_high:.{decimals}f}]"
     limit = guardrail if guardrail is not None and guardrail.applies_to(row) else None
@@ -208,8 +221,20 @@ def describe_row(row: ScoreRow, guardrail: Guardrail | None = None) -> str:
     else:
         text = f"{row.scorer} not clearly changed: {row.delta:+.{decimals}f} {interval}"
     if row.filtered_by and row.delta > 0:
-        text += " (no evidence of a gain: the training pairs were filtered by it)"
+        text += _FILTERED
     return text if guardrail is None else f"{text}, {_describe_status(row, guardrail)}"
+
+
+def _describe_win_rate(row: ScoreRow) -> str:
+    interval = f"[{100 * (row.base + row.ci_low):.1f}%, {100 * (row.base + row.ci_high):.1f}%]"
+    rate = f"win rate {100 * row.enhanced:.1f}% {interval}"
+    if row.significant:
+        text = f"{row.scorer} prefers {'it' if row.delta > 0 else 'the base'}, {rate}"
+    elif row.direction:
+        text = f"{row.scorer} not significant: {rate}, but p = {row.p_value:.2g} after Holm"
+    else:
+        text = f"{row.scorer} without a clear preference: {rate}"
+    return text + _FILTERED * (row.filtered_by and row.delta > 0)
 
 
 def _describe_status(row: ScoreRow, guardrail: Guardrail) -> str:

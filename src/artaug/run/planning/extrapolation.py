@@ -217,9 +217,12 @@ class Extrapolation:
         stop = self.learning.stop
         count = 0 if stop is None else len(stop.prompts)
         calls = math.ceil(count / self.parts.batch_size)
+        measure = self.costs.measure
+        # A judge has nothing to say of the base's pictures alone.
+        of_base = StageTiming(0.0, 0.0, 1) if stop is not None and stop.judges else measure
         base_s, after_s = (
-            self._held_out_s(count, self.costs.measure, calls=calls, has_lora=has_lora) * (count > 0)
-            for has_lora in (False, True)
+            self._held_out_s(count, scoring, calls=calls, has_lora=has_lora) * (count > 0)
+            for scoring, has_lora in ((of_base, False), (measure, True))
         )
         # The first round draws the base, too; each later one is compared with what the round before has drawn.
         pictures = (self.learning.rounds + 1) * count

@@ -1,7 +1,7 @@
 """What a few prompts take: the stages of a round, timed on a sample in a temporary folder, for `plan_run` to extrapolate."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +19,7 @@ from artaug.image_files import ImageFile
 from artaug.lora.fusing import fuse_loras
 from artaug.lora.lora import LoRA
 from artaug.pairs import Attempt, ImagePair, Kept, Skipped
+from artaug.pairwise import PairwiseJudge, judge_images
 from artaug.placement import Placement
 from artaug.plan import Plan
 from artaug.run.events import RoundStage, RunEvent, StageClock, StageEvent
@@ -254,13 +255,19 @@ class Sampler:
     def _time_scoring(
         self, rule: Validation | StopRule | None, images: Sequence[Image], prompts: Sequence[str]
     ) -> StageTiming:
-        """Let the scorer of a rule judge some pictures, after a call that warms it up."""
+        """Let the scorer or judge of a rule look at some pictures, after a call that warms it up."""
         if rule is None:
             return StageTiming(0.0, 0.0, 1)
         images = images[: len(prompts)]
         placement = TimedPlacement(self.parts.placement)
         with placement.stage(rule.scorer):
-            score = partial(score_images, rule.scorer, images, prompts[: len(images)])
+            if isinstance(rule.scorer, PairwiseJudge):
+                # Of another picture each, since answers about equal ones may come from a cache, or sooner.
+                score: Callable[[], object] = partial(
+                    judge_images, rule.scorer, images, [*images[1:], images[0]], prompts[: len(images)]
+                )
+            else:
+                score = partial(score_images, rule.scorer, images, prompts[: len(images)])
             score()
             seconds = elapsed(score)
         return StageTiming(seconds, placement.seconds, len(images))
