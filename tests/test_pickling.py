@@ -28,7 +28,7 @@ from artaug.evaluation.suites import Case, Question, QuestionCheck, QuestionScor
 from artaug.lora.formats import FLUX1, KeyMap
 from artaug.run.storage.records import Member
 from artaug.serving.model import ServedModel
-from artaug.testing import FixedCritic, FixedFilter, FixedScorer, SwatchSynthesizer
+from artaug.testing import FixedCritic, FixedFilter, FixedJudge, FixedScorer, SwatchSynthesizer
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
 PUBLIC = re.findall(r"^\.\. auto(?:class|exception):: (\S+)$", REFERENCE.read_text(encoding="utf-8"), re.MULTILINE)
@@ -61,6 +61,7 @@ SAMPLES = {
     aa.Box: lambda: aa.Box(0, 0, 0.5, 1),
     aa.Mask: lambda: aa.Mask.from_array(np.eye(2)),
     aa.Scorer: FixedScorer,
+    aa.PairwiseJudge: FixedJudge,
     aa.Synthesizer: SwatchSynthesizer,
     Member: lambda: Member(0, 0),
     aa.PairFilter: lambda: FixedFilter(True),
