@@ -16,6 +16,7 @@ PACKAGES = [
     "diffusion",
     "evaluation.suites",
     "hub",
+    "judges",
     "playground",
     "regional",
     "scorers",

@@ -9,10 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import LogitsProcessorList
 
 import artaug as aa
-from artaug.critics.constrained import SchemaDecoding
 from artaug.scorers import OpenAIRubricScore, OpenAIVQAScore, VQAScore
 from artaug.scoring import score_images
 from artaug.serving.chat import ChatReply, TokenLogprobs
@@ -20,7 +18,7 @@ from artaug.serving.choices import choice_odds, choice_schema, read_choice
 from artaug.serving.logprobs import answer_odds, parse_logprobs
 from artaug.testing import check_scorer
 from support.faulty_server import completion, faulty_server, refuses, says, sends
-from support.served_llava import answers_with, encode
+from support.served_llava import answers_with, forward_shares
 from support.tiny_llava import tiny_llava
 
 PICTURES = [Image.linear_gradient("L"), Image.effect_noise((40, 30), 80), Image.new("RGB", (9, 9), "teal")]
@@ -89,7 +87,6 @@ def test_a_model_that_answers_yes_scores_1_and_one_that_answers_no_scores_0():
 @pytest.mark.loopback
 def test_the_expected_grade_is_that_of_a_forward_call(real_server, model_and_processor):
     model, processor = model_and_processor
-    tokenizer = processor.tokenizer
     for explain in (False, True):
         grader = rubric(real_server, expectation=True, explain=explain, top_logprobs=EVERYTHING, max_new_tokens=60)
         scores = grader.score_batch(PICTURES, PROMPTS)
@@ -102,41 +99,12 @@ def test_the_expected_grade_is_that_of_a_forward_call(real_server, model_and_pro
                 if prompt in str(message) and ("reason" in str(message)) is explain
             )
             content = [{"type": "image", "image": image.convert("RGB")}, {"type": "text", "text": text}]
-            inputs = encode(processor, [{"role": "user", "content": content}])
-            before = grade_prefix(model, tokenizer, inputs, grader)
-            with torch.no_grad():
-                inputs["input_ids"] = torch.cat([inputs["input_ids"], before], dim=1)
-                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-                logits = model(**inputs).logits[0, -1].double()
-            shares = [
-                sum(
-                    math.exp(logits[token])
-                    for token in range(len(tokenizer))
-                    if re.fullmatch(rf"[\W_]*{grade}[\W_]*", tokenizer.decode([token]))
-                )
-                for grade in range(1, 6)
-            ]
+            schema = choice_schema("grade", range(1, 6), explain=explain)
+            message = {"role": "user", "content": content}
+            shares = forward_shares(model, processor, message, schema, ["1", "2", "3", "4", "5"], max_new_tokens=60)
             expected = sum(grade * share for grade, share in enumerate(shares, 1)) / sum(shares)
             assert score == pytest.approx(expected, abs=1e-5)
         assert len(set(scores)) == 3
-
-
-def grade_prefix(model, tokenizer, inputs, grader):
-    """The tokens of the model's own reply before its grade."""
-    schema = choice_schema("grade", range(1, 6), explain=grader.explain)
-    decoding = SchemaDecoding(tokenizer, eos_token_ids=[model.generation_config.eos_token_id])
-    processors = LogitsProcessorList([decoding.logits_processor([schema], max_new_tokens=60)])
-    sequence = model.generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=60,
-        pad_token_id=tokenizer.pad_token_id,
-        logits_processor=processors,
-    )
-    reply = sequence[0, inputs["input_ids"].shape[1] :].tolist()
-    texts = [tokenizer.decode([token]) for token in reply]
-    grade = max(index for index, text in enumerate(texts) if text.strip(' "}') in {"1", "2", "3", "4", "5"})
-    return torch.tensor([reply[:grade]])
 
 
 @pytest.mark.loopback
@@ -193,7 +161,9 @@ def test_spellings_of_an_answer_add_up_and_other_tokens_do_not_count(tokens, sco
 def test_a_list_that_leaves_much_open_is_warned_of():
     with (
         faulty_server(lists(("Yes", 0.3), ("It", 0.2))) as server,
-        pytest.warns(UserWarning, match=r"picture of 'a wall' may be off by 0\.62 of its range\. Raise top_logprobs"),
+        pytest.warns(
+            UserWarning, match=r"the picture of 'a wall' may be off by 0\.62 of its range\. Raise top_logprobs"
+        ),
     ):
         assert vqa(server).score(RED, "a wall") == 1
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import threading
 
 import torch
@@ -59,6 +60,37 @@ def _complete(model, processor, request):
         }
     counts = {"prompt_tokens": inputs["input_ids"].shape[1], "completion_tokens": len(tokens)}
     return {"object": "chat.completion", "choices": [choice], "usage": counts}
+
+
+@torch.no_grad()
+def forward_shares(model, processor, message, schema, choices, *, max_new_tokens):
+    """Of each choice, the probability of all tokens that are it, by one forward call with the model's reply up to there.
+
+    The reply is the model's own on the schema; its last token that is a choice counts.
+    """
+    tokenizer, inputs = processor.tokenizer, encode(processor, [message])
+    decoding = SchemaDecoding(tokenizer, eos_token_ids=[model.generation_config.eos_token_id])
+    processors = LogitsProcessorList([decoding.logits_processor([schema], max_new_tokens=max_new_tokens)])
+    limits = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    sequence = model.generate(**inputs, do_sample=False, logits_processor=processors, **limits)
+    start = inputs["input_ids"].shape[1]
+    place = max(
+        index
+        for index in range(start, sequence.shape[1])
+        if tokenizer.decode([int(sequence[0, index])]).strip(' "}') in choices
+    )
+    inputs["input_ids"] = sequence[:, :place]
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    probabilities = model(**inputs).logits[0, -1].double().softmax(dim=-1)
+    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    return [
+        sum(
+            float(probability)
+            for text, probability in zip(texts, probabilities, strict=False)
+            if re.fullmatch(rf"[\W_]*{choice}[\W_]*", text, re.IGNORECASE)
+        )
+        for choice in choices
+    ]
 
 
 def encode(processor, messages):

@@ -1,6 +1,5 @@
 """Scorers whose model runs behind any OpenAI-compatible server: the probability of yes, and a grade by a rubric."""
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,22 +14,19 @@ from artaug.scoring import Scorer
 from artaug.serving.chat import ChatReply, ChatRequest, Message, escape_chat_tokens
 from artaug.serving.choices import (
     MAX_TOP_LOGPROBS,
+    NO_LOGPROBS,
     check_raw_odds,
     choice_odds,
     choice_schema,
     describe_reply,
     read_choice,
+    warn_of_unlisted,
 )
 from artaug.serving.completion import RequestFailure
 from artaug.serving.logprobs import answer_odds
 from artaug.serving.model import ServedModel
 
-_MOST_ERROR = 0.05  # of a score, as a share of its range
 _GRADES = 100
-_NO_LOGPROBS = (
-    "the server gave no log-probabilities. Need one that takes logprobs and top_logprobs for this model (vLLM, SGLang and "
-    "llama.cpp do, and OpenAI for models that do not reason)"
-)
 
 
 class _Reading(NamedTuple):
@@ -62,7 +58,8 @@ class _ServedScorer(ServedModel, Scorer):
                 cause = ConnectionError(outcome.reason) if outcome.retryable else None
                 raise self._error(prompts[index], outcome.reason) from cause
             readings[index] = self._read(outcome, prompts[index])
-        self._warn_of_error(readings, prompts)
+        errors = {f"the picture of {prompts[index]!r}": reading.error for index, reading in readings.items()}
+        warn_of_unlisted(self.name, errors)
         return [readings[index].score for index in range(len(prompts))]
 
     @abstractmethod
@@ -75,16 +72,6 @@ class _ServedScorer(ServedModel, Scorer):
 
     def _error(self, prompt: str, what: str) -> ScoringError:
         return ScoringError(f"{self.name}: no score for the picture of {prompt!r}: {what}.")
-
-    def _warn_of_error(self, readings: dict[int, _Reading], prompts: Sequence[str]) -> None:
-        worst = max(readings, key=lambda index: readings[index].error, default=None)
-        if worst is not None and readings[worst].error > _MOST_ERROR:
-            warnings.warn(
-                f"{self.name}: the server listed too few tokens: the score of the picture of {prompts[worst]!r} may be off by "
-                f"{readings[worst].error:.2f} of its range. Raise top_logprobs as far as the server allows, and ask so that "
-                "the answer is the first word.",
-                stacklevel=3,
-            )
 
 
 @final
@@ -144,7 +131,7 @@ class OpenAIVQAScore(_ServedScorer):
     def _read(self, reply: ChatReply, prompt: str) -> _Reading:
         first = reply.logprobs[0] if reply.logprobs else None
         if first is None or not first.top:
-            raise self._error(prompt, _NO_LOGPROBS)
+            raise self._error(prompt, NO_LOGPROBS)
         answers = {answer: [answer.strip().lower()] for answer in (self.answer, self.other_answer)}
         odds = answer_odds(first.top, answers)
         if odds is None:
@@ -251,7 +238,7 @@ class OpenAIRubricScore(_ServedScorer):
         if not self.expectation:
             return _Reading(float(grade))
         if not any(token.top for token in reply.logprobs):
-            raise self._error(prompt, _NO_LOGPROBS)
+            raise self._error(prompt, NO_LOGPROBS)
         odds = choice_odds(reply, "grade", self._choices)
         if odds is None:
             raise self._error(prompt, f"the grade has no token of its own in the reply {describe_reply(reply)}")

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from artaug.errors import InvalidValueError
@@ -12,6 +13,11 @@ from artaug.serving.logprobs import AnswerOdds, answer_odds
 
 MAX_TOP_LOGPROBS = 20
 """What OpenAI and vLLM give by default."""
+NO_LOGPROBS = (
+    "the server gave no log-probabilities. Need one that takes logprobs and top_logprobs for this model (vLLM, SGLang and "
+    "llama.cpp do, and OpenAI for models that do not reason)"
+)
+_MOST_ERROR = 0.05  # of an answer, as a share of its range
 _SPACE = "[\\s\u2581\u0120\u010a]{0,20}"  # also as tokenizers write it
 _MAX_REASON_CHARS = 300
 _MAX_EXCERPT_CHARS = 160
@@ -103,6 +109,22 @@ def check_raw_odds(owner: str, temperature: float | None, top_logprobs: int) -> 
     if top_logprobs < 2:
         raise InvalidValueError(
             f"{owner}(top_logprobs={top_logprobs}): need at least 2, and 20 where the server gives them."
+        )
+
+
+def warn_of_unlisted(owner: str, errors: Mapping[str, float]) -> None:
+    """Warn once of a batch if what a server did not list may change an answer by more than 0.05 of its range.
+
+    Args:
+        owner: who asked.
+        errors: by the pictures in words, the most that an answer may be off, as a share of its range.
+    """
+    worst = max(errors, key=lambda what: errors[what], default=None)
+    if worst is not None and errors[worst] > _MOST_ERROR:
+        warnings.warn(
+            f"{owner}: the server listed too few tokens: the answer for {worst} may be off by {errors[worst]:.2f} of its "
+            "range. Raise top_logprobs as far as the server allows, or ask so that one of the answers is sure to follow.",
+            stacklevel=3,
         )
 
 
