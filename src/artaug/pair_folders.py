@@ -35,7 +35,8 @@ def pairs_to_folder(pairs: Sequence[ImagePair], folder: str | Path) -> Path:
     """Write pairs to a folder: pictures without loss, and a ``metadata.jsonl`` with a line for each pair.
 
     `pairs_from_folder` reads it, and so does ``datasets.load_dataset("imagefolder", data_dir=folder)``, with the columns
-    ``before`` and ``after`` (pictures), ``prompt``, ``seed``, ``plan`` (JSON), ``before_digest`` and ``after_digest``.
+    ``before`` and ``after`` (pictures), ``prompt``, ``seed``, ``plan`` (JSON), ``before_digest`` and ``after_digest``, and
+    ``rewards``, a list of two numbers, of pairs that have them.
 
     Args:
         pairs: in memory or by reference.
@@ -86,7 +87,8 @@ def metadata_row(pair: ImagePair, folder: Path) -> dict[str, Any]:
             raise InvalidValueError(f"{pair!r} holds its pictures in memory. Store it first: pair.stored_in(folder).")
         row[f"{side}_file_name"] = file.path.relative_to(folder).as_posix()
         row[f"{side}_digest"] = file.digest
-    return {**row, "prompt": pair.prompt, "seed": pair.seed, "plan": to_json(pair.plan)}
+    rewards = {} if pair.rewards is None else {"rewards": list(pair.rewards)}
+    return {**row, "prompt": pair.prompt, "seed": pair.seed, "plan": to_json(pair.plan), **rewards}
 
 
 def pairs_from_folder(
@@ -191,7 +193,14 @@ class _Opener:
         elif plan is not None and plan.regions and (first.resized or second.resized):
             self.faults.append(f"{before} has a plan with regions, which a crop would move. Leave size= out.")
         else:
-            yield ImagePair(prompt=row["prompt"], seed=row.get("seed"), before=first, after=second, plan=plan)
+            yield ImagePair(
+                prompt=row["prompt"],
+                seed=row.get("seed"),
+                before=first,
+                after=second,
+                plan=plan,
+                rewards=row.get("rewards"),
+            )
 
     def raise_any(self) -> None:
         """Raise what was collected."""

@@ -1,13 +1,14 @@
 """Pairs of pictures, verdicts on them, and the three ways in which a prompt of a run ends."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
 from PIL.Image import Image
 from pydantic import Field
 
-from artaug._internal.arguments import check_argument
+from artaug._internal.arguments import argument_error, check_argument
 from artaug._internal.digests import digest
 from artaug._internal.images import preview_url
 from artaug._internal.text import short_html, short_repr, shorten
@@ -41,8 +42,8 @@ class ImagePair:
     so that many pairs fit into memory. ``dataclasses.replace`` looks at both.
 
     Raises:
-        InvalidValueError: for a field of another type, or if the two pictures differ in size, since their pixels then do
-            not correspond.
+        InvalidValueError: for a field of another type, a reward outside [0, 1], or if the two pictures differ in size, since
+            their pixels then do not correspond.
     """
 
     prompt: str
@@ -54,6 +55,9 @@ class ImagePair:
     """Drawn from the plan, with the same seed."""
     plan: Plan
     """What ``after`` was drawn from. Without one, ``Plan(prompt)``, which has no regions."""
+    rewards: tuple[float, float] | None = None
+    """How good before and after are, in [0, 1], if that is known. `NegativeAware` learns from it, and *after* need not be the
+    better one then. To an objective that reads rewards, a pair without any is ``(0, 1)``."""
 
     if not TYPE_CHECKING:  # to which the two are plain pictures
         before, after = _PictureField(), _PictureField()
@@ -66,6 +70,7 @@ class ImagePair:
         after: Image | ImageFile,
         seed: int | None = None,
         plan: Plan | None = None,
+        rewards: tuple[float, float] | None = None,
     ) -> None:
         check_argument("ImagePair", "prompt", prompt, str)
         check_argument("ImagePair", "seed", seed, Integral, optional=True)
@@ -79,7 +84,12 @@ class ImagePair:
                 f"after {after.size}. A pair needs two pictures of one size."
             )
         vars(self).update(
-            prompt=prompt, seed=seed, before=before, after=after, plan=Plan(prompt) if plan is None else plan
+            prompt=prompt,
+            seed=seed,
+            before=before,
+            after=after,
+            plan=Plan(prompt) if plan is None else plan,
+            rewards=_checked_rewards(rewards),
         )
 
     @classmethod
@@ -137,13 +147,15 @@ class ImagePair:
         Raises:
             InvalidValueError: for what are no pictures of one size.
         """
-        return type(self)(prompt=self.prompt, seed=self.seed, before=before, after=after, plan=self.plan)
+        return type(self)(
+            prompt=self.prompt, seed=self.seed, before=before, after=after, plan=self.plan, rewards=self.rewards
+        )
 
     def __eq__(self, other: object) -> bool:
-        """Whether prompt, seed, plan and the pixels are the same; of files whose digests are known, none is read."""
+        """Whether prompt, seed, plan, rewards and the pixels are the same; of files whose digests are known, none is read."""
         if not isinstance(other, ImagePair):
             return NotImplemented
-        if (self.prompt, self.seed, self.plan) != (other.prompt, other.seed, other.plan):
+        if (self.prompt, self.seed, self.plan, self.rewards) != (other.prompt, other.seed, other.plan, other.rewards):
             return False
         return pair_digest(self) == pair_digest(other)
 
@@ -151,25 +163,39 @@ class ImagePair:
         return hash((self.prompt, self.seed))
 
     def __repr__(self) -> str:
-        """Prompt, seed, size and number of regions, on one line. No file is read."""
+        """Prompt, seed, size, number of regions and rewards, if there are any, on one line. No file is read."""
         width, height = self.size
+        rewards = "" if self.rewards is None else ", rewards {:.3g} and {:.3g}".format(*self.rewards)
         return (
             f"ImagePair({shorten(self.prompt, 80)!r}, seed={self.seed}, {width} x {height} pixels, "
-            f"{len(self.plan.regions)} regions)"
+            f"{len(self.plan.regions)} regions{rewards})"
         )
 
     def _repr_html_(self) -> str:
         """Both pictures side by side, for notebooks."""
         regions = short_html("; ".join(region.prompt for region in self.plan.regions))
+        rewards = ("", "") if self.rewards is None else [f", reward {reward:.3g}" for reward in self.rewards]
         pictures = "".join(
             f"<figure style='display:inline-block;margin:4px'><img src='{preview_url(image)}' alt='{side}'>"
-            f"<figcaption>{side}</figcaption></figure>"
-            for side, image in (("before", self.before), ("after", self.after))
+            f"<figcaption>{side}{reward}</figcaption></figure>"
+            for side, image, reward in zip(("before", "after"), (self.before, self.after), rewards, strict=True)
         )
         return f"<p>{short_html(self.prompt)}<br><small>{regions}</small></p>{pictures}"
 
 
-def pair_digest(pair: ImagePair, *, include_plan: bool = False) -> str:
+def _checked_rewards(rewards: object) -> tuple[float, float] | None:
+    """Rewards as two plain numbers."""
+    if rewards is None:
+        return None
+    numbers = list(rewards) if isinstance(rewards, Sequence) and not isinstance(rewards, str | bytes) else []
+    are_numbers = all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers)
+    if len(numbers) != 2 or not are_numbers or not all(0 <= float(number) <= 1 for number in numbers):
+        expected = "two numbers in [0, 1], how good before and after are"
+        raise argument_error("ImagePair", "rewards", rewards, expected=expected, advice="Such as (0.2, 0.9).")
+    return float(numbers[0]), float(numbers[1])
+
+
+def pair_digest(pair: ImagePair, *, include_plan: bool = False, include_rewards: bool = False) -> str:
     """SHA-256 of what a pair shows, as 64 hexadecimal digits: its prompt and the RGB pixels of both pictures.
 
     The same pictures of the same prompt have the same digest after a round trip through a file without loss, in another
@@ -178,6 +204,7 @@ def pair_digest(pair: ImagePair, *, include_plan: bool = False) -> str:
     Args:
         pair: the pair.
         include_plan: count the plan too, for uses that depend on its regions.
+        include_rewards: count the rewards too, if there are any, for uses that learn from them.
 
     Raises:
         InvalidValueError: for a picture that has no RGB pixels (32-bit modes ``I`` and ``F``).
@@ -185,7 +212,14 @@ def pair_digest(pair: ImagePair, *, include_plan: bool = False) -> str:
     before, after = pair.references
     first = image_digest(before)
     second = first if after is before else image_digest(after)
-    return digest(pair.prompt, first, second, *([to_json(pair.plan)] if include_plan else []))
+    rewards = [] if pair.rewards is None else [f"rewards {pair.rewards}"]
+    return digest(
+        pair.prompt,
+        first,
+        second,
+        *([to_json(pair.plan)] if include_plan else []),
+        *(rewards if include_rewards else []),
+    )
 
 
 @value

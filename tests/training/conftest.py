@@ -67,6 +67,10 @@ class TinyModel:
             "embeds": torch.tensor([[float(byte % 7 - 3) for byte in f"{prompt:8.8}".encode()] for prompt in prompts])
         }
 
+    def initial_noise(self, seeds, conditioning):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return torch.cat([torch.randn(1, 3, SIDE, SIDE, generator=generator) for generator in generators])
+
     def encode_masks(self, masks):
         return masks[:, None].expand(-1, 3, -1, -1).float()
 

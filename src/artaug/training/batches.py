@@ -1,4 +1,4 @@
-"""Batches of encoded pairs with fresh noise.
+"""Batches of encoded pairs with noise: fresh, or what each pair was drawn from.
 
 A batch is a function of the seed and its index alone: batch 10 is the same whether nine came before it or a training was
 resumed there, and whether one process works on it or several split it.
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from artaug.errors import ModelError, StorageError
+from artaug._internal.contracts import contract_error
+from artaug.errors import InvalidValueError, ModelError, StorageError
 from artaug.pairs import ImagePair
+from artaug.regional.denoiser import Conditioning
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import SINGLE_PROCESS, World
 from artaug.training.encoding import TEXT_PREFIX, EncodedPair, encode_pairs
@@ -31,6 +33,8 @@ from artaug.training.objectives import PairBatch
 _log = logging.getLogger(__name__)
 _ORDER, _NOISE, _INIT = range(3)
 """The independent random streams of a training: order of the pairs, noise and its levels, initial factors."""
+_REWARDS = (0.0, 1.0)
+"""Of a pair that has none, among others that have some: after is good, and before is not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,7 @@ class EncodedPairs:
     ) -> "EncodedPairs":
         """Encode pairs, at most ``micro_batch_size`` at a time; see `encode_pairs`."""
         buckets, sizes = [], [pair.size for pair in pairs]
+        rewarded = any(pair.rewards is not None for pair in pairs)
         for size in sorted(set(sizes)):
             indices = [index for index, other in enumerate(sizes) if other == size]
             encoded = encode_pairs(
@@ -82,7 +87,13 @@ class EncodedPairs:
                 cache=cache,
                 world=world,
             )
-            buckets.append(SizeBucket(size, dict(zip(indices, encoded, strict=True))))
+            rows = {
+                index: replace(
+                    row, seed=pairs[index].seed, rewards=(pairs[index].rewards or _REWARDS) if rewarded else None
+                )
+                for index, row in zip(indices, encoded, strict=True)
+            }
+            buckets.append(SizeBucket(size, rows))
         return cls(buckets)
 
     def batches(
@@ -95,22 +106,24 @@ class EncodedPairs:
         indices: Sequence[int],
         world: World = SINGLE_PROCESS,
     ) -> Iterator[StepBatch]:
-        """Draw batches by their indices. Every pair of a size comes once before any comes again, always with new noise.
+        """Draw batches by their indices. Every pair of a size comes once before any comes again.
 
-        Each batch has pairs of one size; sizes come in proportion to their pairs.
+        Noise levels are new every time, and so is the noise unless each pair has its own. Each batch has pairs of one size;
+        sizes come in proportion to their pairs.
 
         Args:
             model: the one that encoded the pairs.
             pairs: indices of the pairs to draw from.
-            config: batch and micro batch size, and the range and distribution of noise levels.
+            config: batch and micro batch size, the range and distribution of noise levels, and whose noise it is.
             seed: decides order and noise.
             indices: of the batches. The same index is the same batch, noise included, whatever came before it.
             world: the processes that split each batch; each loads the pairs of its own rows only.
 
         Raises:
             StorageError: if a pair cannot be loaded, and ``encode_again`` is not set or has not helped.
+            ContractError: if a pair's own noise is not of the shape of its latents.
         """
-        size, device = config.batch_size, model.device
+        size = config.batch_size
         queues = [(bucket, [index for index in pairs if index in bucket.pairs]) for bucket in self.buckets]
         queues = [(bucket, members) for bucket, members in queues if members]
         turns = list(islice(_interleave([len(members) for _, members in queues]), max(indices, default=-1) + 1))
@@ -133,12 +146,21 @@ class EncodedPairs:
             encoded = {row: self._intact(pair, content) for row, (pair, content) in loaded.items()}
             rows = list(encoded)
             # Every process draws the noise of the whole batch, and then takes its rows: the split changes no number.
-            noise = torch.randn((size, *encoded[rows[0]]["before"].shape), generator=generator)
+            shape = (size, *encoded[rows[0]]["before"].shape)
+            noise = None if config.own_noise else torch.randn(shape, generator=generator)
             width = config.micro_batch_size or size
-            chunks = [rows[start : start + width] for start in range(0, len(rows), width)]
             yield StepBatch(
                 sized,
-                [_collate([encoded[row] for row in chunk], noise[chunk], sigmas[chunk], device) for chunk in chunks],
+                [
+                    _collate(
+                        sized,
+                        [loaded[row][0] for row in chunk],
+                        [encoded[row] for row in chunk],
+                        noise=None if noise is None else noise[chunk],
+                        sigmas=sigmas[chunk],
+                    )
+                    for chunk in (rows[start : start + width] for start in range(0, len(rows), width))
+                ],
             )
 
     def _intact(self, pair: EncodedPair, content: dict[str, Tensor] | StorageError) -> dict[str, Tensor]:
@@ -231,18 +253,63 @@ def with_distribution(noise_schedule: NoiseSchedule, config: TrainingConfig) -> 
     return replace(noise_schedule, logit_normal=True)
 
 
-def _collate(pairs: Sequence[Mapping[str, Tensor]], noise: Tensor, sigmas: Tensor, device: torch.device) -> PairBatch:
-    texts = [name for name in pairs[0] if name.startswith(TEXT_PREFIX)]
+def check_seeds(pairs: Sequence[ImagePair]) -> None:
+    """Refuse pairs whose own noise cannot be drawn again.
+
+    Raises:
+        InvalidValueError: naming the first pair without a seed, or with one that no generator of torch takes.
+    """
+    for index, pair in enumerate(pairs):
+        if pair.seed is None or not -(2**63) <= pair.seed < 2**64:
+            raise InvalidValueError(
+                f"own_noise=True draws each pair's noise again from its seed, and pairs[{index}], {pair!r}, has "
+                f"{'none' if pair.seed is None else 'one that torch.Generator does not take'}. Give it the seed that both of "
+                "its pictures were drawn with, or leave own_noise out."
+            )
+
+
+def _collate(
+    model: DiffusionModel,
+    pairs: Sequence[EncodedPair],
+    contents: Sequence[Mapping[str, Tensor]],
+    *,
+    noise: Tensor | None,
+    sigmas: Tensor,
+) -> PairBatch:
+    """A micro batch of pairs, and what is in their files; without ``noise``, each has its own."""
+    device = model.device
+    rewards = [pair.rewards for pair in pairs if pair.rewards is not None]
+    before, after = (torch.stack([row[side] for row in contents]).to(device).float() for side in ("before", "after"))
+    conditioning = {
+        name.removeprefix(TEXT_PREFIX): _stack_texts([row[name] for row in contents]).to(device)
+        for name in contents[0]
+        if name.startswith(TEXT_PREFIX)
+    }
     return PairBatch(
-        before=torch.stack([pair["before"] for pair in pairs]).to(device).float(),
-        after=torch.stack([pair["after"] for pair in pairs]).to(device).float(),
-        region_mask=_stack_masks(pairs).to(device) if any("region_mask" in pair for pair in pairs) else None,
-        conditioning={
-            name.removeprefix(TEXT_PREFIX): _stack_texts([pair[name] for pair in pairs]).to(device) for name in texts
-        },
-        noise=noise.to(device),
+        before=before,
+        after=after,
+        region_mask=_stack_masks(contents).to(device) if any("region_mask" in row for row in contents) else None,
+        conditioning=conditioning,
+        noise=_own_noise(model, pairs, conditioning, before.shape) if noise is None else noise.to(device),
         sigmas=sigmas.to(device),
+        rewards=torch.tensor(rewards, device=device) if rewards else None,
     )
+
+
+def _own_noise(
+    model: DiffusionModel, pairs: Sequence[EncodedPair], conditioning: Conditioning, shape: torch.Size
+) -> Tensor:
+    """What pairs were drawn from; their seeds have passed `check_seeds`."""
+    noise = model.initial_noise([int(pair.seed) for pair in pairs if pair.seed is not None], conditioning)
+    if noise.shape != shape:
+        raise contract_error(
+            type(model).__name__,
+            "initial_noise",
+            received=f"a tensor of shape {tuple(noise.shape)}",
+            inputs=f"{len(pairs)} seed{'s' * (len(pairs) != 1)}",
+            expected=f"the shape of the latents, {tuple(shape)}",
+        )
+    return noise.to(model.device).float()
 
 
 def _stack_masks(pairs: Sequence[Mapping[str, Tensor]]) -> Tensor:

@@ -65,6 +65,9 @@ class TrainingConfig:
     logit_normal: bool = False
     """Draw the noise levels of flow models as SD3 and FLUX were trained, logit-normally before they are shifted for the
     size of the picture; else with the density of their samplers' levels."""
+    own_noise: bool = False
+    """Noise each pair with what it was drawn from, rebuilt from `ImagePair.seed` (the prior noise of PNAPO, arXiv 2605.09433), in
+    place of a new draw in every batch. Noise levels are drawn as ever."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, which saves most of their memory and costs a forward pass."""
 
@@ -80,6 +83,7 @@ class TrainingConfig:
         for name in ("learning_rate", "warmup", *(() if self.ema is None else ("ema",))):
             check_number(type(self).__name__, name, getattr(self, name))
         check_argument(type(self).__name__, "max_grad_norm", self.max_grad_norm, Real)
+        check_argument(type(self).__name__, "own_noise", self.own_noise, bool)
         check_items(type(self).__name__, "sigma_range", self.sigma_range, Real)
         sigmas: tuple[float, ...] = self.sigma_range  # as it came, of any length
         is_legal = {

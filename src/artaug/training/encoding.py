@@ -40,6 +40,10 @@ class EncodedPair:
     """``before`` and ``after``, and the region mask, compressed, if the plan has regions."""
     text: Mapping[str, Tensor] | Path
     """The encoded prompt; pairs of one prompt share it."""
+    seed: int | None = None
+    """What the pair was drawn with. Its noise follows from it at any time, so no file of the cache holds the noise."""
+    rewards: tuple[float, float] | None = None
+    """How good before and after are; None if no pair of the training says so."""
 
     def load(self) -> dict[str, Tensor]:
         """Latents ``before`` and ``after``, ``region_mask`` if the plan has regions, and the encoded prompt as ``text.*``.

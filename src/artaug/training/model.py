@@ -66,6 +66,13 @@ class DiffusionModel(Predictor, Protocol):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encoded prompts, without gradient."""
 
+    def initial_noise(self, seeds: Sequence[int], conditioning: Conditioning) -> Latents:
+        """The noise that pictures of these seeds and encoded prompts are drawn from, in the layout of `encode_images`.
+
+        It is standard normal, one row per seed, and a row is the same whatever others there are. Only a training with
+        ``own_noise`` asks for it.
+        """
+
 
 @runtime_checkable
 class Trainable(Protocol):

@@ -18,7 +18,7 @@ from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair, pair_digest
 from artaug.placement import Placement, Resident
 from artaug.synthesis import picture_seeds
-from artaug.training.batches import with_distribution
+from artaug.training.batches import check_seeds, with_distribution
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import World
 from artaug.training.loop import TrainingLoop
@@ -107,8 +107,8 @@ class DifferentialLoRATrainer(TrainingConfig):
 
         Raises:
             NothingToLearnError: if there is no pair.
-            InvalidValueError: if there are fewer steps than the objective needs for this many pairs, or a batch cannot
-                be shared equally by all processes.
+            InvalidValueError: if there are fewer steps than the objective needs for this many pairs, a batch cannot
+                be shared equally by all processes, or ``own_noise`` is set and a pair has no seed.
             ModelError: if the pictures are of a size the model does not take, ``validation`` is given and the synthesizer
                 draws no pictures, the objective or ``logit_normal`` is for models of another prediction type, or the model is
                 loaded in a way that the adapter cannot learn on.
@@ -125,6 +125,8 @@ class DifferentialLoRATrainer(TrainingConfig):
         check_argument("train", "checkpoints", checkpoints, Checkpoints, optional=True)
         check_argument("train", "validation", validation, Validation, optional=True)
         check_argument("train", "placement", placement, Placement)
+        if self.own_noise:
+            check_seeds(pairs)
         scorer = None if validation is None else validation.scorer
         placement.check("train", {"synthesizer": synthesizer, "validation.scorer": scorer})
         plan, phases = self._plan_training(len(pairs))
@@ -224,7 +226,10 @@ class DifferentialLoRATrainer(TrainingConfig):
         return {
             **identity_of(settings, "trainer"),
             "seed": str(seed),
-            "pairs": digest(*(pair_digest(pair, include_plan=True) for pair in pairs)),
+            "pairs": digest(
+                *(pair_digest(pair, include_plan=True, include_rewards=True) for pair in pairs),
+                *(str(pair.seed) for pair in pairs if self.own_noise),
+            ),
             "validation": "" if validation is None else validation.fingerprint,
         }
 

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from artaug._internal.modules import unwrap
+from artaug.diffusion.families import common
 from artaug.diffusion.offload import encoders_of, on_cpu
 from artaug.lora.formats import KeyMap
 from artaug.plan import Plan, Region
@@ -105,6 +106,18 @@ class Family(ABC):
             return EncodedRegion(region, encoded[region.prompt], negative)
 
         return [[encode(region) for region in plan.regions] for plan in plans]
+
+    @torch.no_grad()
+    def initial_noise(self, seeds: Sequence[int], conditioning: Conditioning) -> Tensor:
+        """The noise that the pipeline draws from with these seeds and encoded prompts: float32, one row for each seed.
+
+        It is laid out as `encode_images` lays out latents, and standard normal. The default asks the pipeline's own
+        ``prepare_latents`` as the pipelines of diffusers do, in the type of ``prompt_embeds``, since the random numbers depend
+        on it. Override it for a pipeline that does otherwise, or scales the noise.
+        """
+        return common.prepared_noise(
+            self.pipeline, seeds, width=self.width, height=self.height, dtype=conditioning["prompt_embeds"].dtype
+        )
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of one row of what `encode_prompts` returns for a prompt of ``max_sequence_length`` tokens or more.

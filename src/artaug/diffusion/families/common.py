@@ -245,9 +245,37 @@ def latent_masks(pipeline: Pipeline, masks: Tensor, *, width: int, height: int) 
             f"masks run from {masks.min().item():g} to {masks.max().item():g}. Expected how much of every pixel is "
             "meant, in [0, 1]."
         )
+    return avg_pool2d(masks.float().unsqueeze(1), pipeline.vae_scale_factor).expand(
+        -1, _latent_channels(pipeline), -1, -1
+    )
+
+
+def prepared_noise(pipeline: Pipeline, seeds: Sequence[int], *, width: int, height: int, dtype: torch.dtype) -> Tensor:
+    """What ``pipeline.prepare_latents`` returns for pictures of these seeds: float32, one row for each.
+
+    Args:
+        pipeline: of diffusers, by whose order the arguments are passed.
+        seeds: each picture has its own generator, as `DiffusersSynthesizer` gives it.
+        width: in pixels.
+        height: in pixels.
+        dtype: in which the pipeline draws noise; in another one the numbers are others.
+    """
+    prepared = pipeline.prepare_latents(
+        len(seeds),
+        _latent_channels(pipeline),
+        height,
+        width,
+        dtype,
+        pipeline._execution_device,  # noqa: SLF001 - .device is wrong under offload
+        [torch.Generator().manual_seed(seed) for seed in seeds],
+    )
+    latents: Tensor = prepared[0] if isinstance(prepared, tuple) else prepared  # those of FLUX come with positions
+    return latents.float()
+
+
+def _latent_channels(pipeline: Pipeline) -> int:
     config = pipeline.vae.config
-    channels = config.get("latent_channels") or config.z_dim  # the name in the config of Qwen-Image's VAE
-    return avg_pool2d(masks.float().unsqueeze(1), pipeline.vae_scale_factor).expand(-1, channels, -1, -1)
+    return int(config.get("latent_channels") or config.z_dim)  # the name in the config of Qwen-Image's VAE
 
 
 def pack_latents(latents: Tensor) -> Tensor:

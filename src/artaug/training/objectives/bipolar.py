@@ -66,7 +66,13 @@ class Bipolar(Objective):
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         forward = compute_loss(self.objective.loss, _ScaledStudent(model, self.scale), batch)
         # Noise and levels stay with the pair, so that only the sign of d changes between the two directions.
-        reversed_batch = replace(batch, before=batch.after, after=batch.before)
+        reversed_batch = replace(
+            batch,
+            before=batch.after,
+            after=batch.before,
+            # What is good at +scale is bad at -scale: (0, 1), before and after, stays (0, 1) for after and before.
+            rewards=None if batch.rewards is None else 1 - batch.rewards.flip(1),
+        )
         return (forward + compute_loss(self.objective.loss, _ScaledStudent(model, -self.scale), reversed_batch)) / 2
 
 

@@ -149,6 +149,10 @@ class UNetFamily(Family):
     def encode_masks(self, masks: Tensor) -> Tensor:
         return common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
 
+    def initial_noise(self, seeds: Sequence[int], conditioning: Conditioning) -> Tensor:
+        # The pipeline scales the noise to where its scheduler begins.
+        return super().initial_noise(seeds, conditioning) / float(self.pipeline.scheduler.init_noise_sigma)
+
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         """As in `Family`, at the whole timestep whose noise level is nearest: the model was trained at no others."""
         embeds = conditioning["prompt_embeds"]

@@ -148,6 +148,11 @@ class ZImage(Family):
     def encode_masks(self, masks: Tensor) -> Tensor:
         return common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
 
+    @torch.no_grad()
+    def initial_noise(self, seeds: Sequence[int], conditioning: Conditioning) -> Tensor:
+        # Whatever the type of its prompts is, the pipeline draws in float32.
+        return common.prepared_noise(self.pipeline, seeds, width=self.width, height=self.height, dtype=torch.float32)
+
     def predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity, which is the negative of the model's output."""
         captions = _unpad(conditioning)
