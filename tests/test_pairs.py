@@ -132,7 +132,8 @@ def test_a_pair_stays_frozen_and_its_pictures_have_no_default(stored):
             pair_.before = pair_.after
     with pytest.raises(TypeError, match="missing 2 required keyword-only arguments: 'before' and 'after'"):
         aa.ImagePair(prompt="a pear")
-    assert [field.name for field in dataclasses.fields(aa.ImagePair)] == ["prompt", "seed", "before", "after", "plan"]
+    names = ["prompt", "seed", "before", "after", "plan", "rewards"]
+    assert [field.name for field in dataclasses.fields(aa.ImagePair)] == names
 
 
 def test_a_pair_without_a_plan_or_a_seed_is_a_pair():
