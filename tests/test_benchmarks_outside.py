@@ -256,6 +256,18 @@ def test_the_loras_of_the_ablation_are_found_by_its_journal(tmp_path):
     assert [c.about["seed"] for c in outside.of_ablation(tmp_path, seeds=[1], strengths=(1.0,))] == [1]
 
 
+def test_loras_of_any_origin_are_named_by_their_folder(tmp_path):
+    lora = aa.LoRA({"transformer_blocks.0.attn.to_q": aa.LowRank(torch.ones(1, 4), torch.ones(4, 1))})
+    paths = [lora.save(tmp_path / f"round-{number}" / "lora.safetensors") for number in (1, 2)]
+    candidates = outside.of_files(paths, strengths=(1.0, 2.0))
+    assert [(candidate.name, candidate.strength) for candidate in candidates] == [
+        ("round-1/lora", 1),
+        ("round-1/lora", 2),
+        ("round-2/lora", 1),
+        ("round-2/lora", 2),
+    ]
+
+
 def test_without_loras_the_command_that_makes_them_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"benchmarks\.ablation --out"):
         next(outside.of_ablation(tmp_path, seeds=None, strengths=(1.0,)))
