@@ -36,7 +36,16 @@ HOLD_A_MODEL = {
     # A network or a pipeline in memory: whether that pickles is its library's affair.
     *("VLMCritic", "DiffusersSynthesizer", "Chroma1", "Flux", "Flux2", "Flux2Klein", "QwenImage", "StableDiffusion3"),
     *("StableDiffusionXL", "StableDiffusion", "ZImage", "ClipScore", "ClipIQA", "SiglipScore", "PickScore", "HPSv2"),
-    *("ImageReward", "AestheticScore", "VQAScore", "ConceptProbability", "SafetyMargin", "DualEncoder", "ClipColors"),
+    *(
+        "ImageReward",
+        "AestheticScore",
+        "VQAScore",
+        "VLMJudge",
+        "ConceptProbability",
+        "SafetyMargin",
+        "DualEncoder",
+        "ClipColors",
+    ),
     *("ImageEncoder", "EmbeddingSimilarity", "Tracker", "AttentionSite", "ObjectScore"),
 }
 

@@ -1,17 +1,15 @@
 """VQAScore: the probability that a vision-language model answers yes to a question about a picture and its prompt."""
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import TYPE_CHECKING, Self, final
 
-import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug.errors import InvalidValueError, ModelError
+from artaug.errors import InvalidValueError
 from artaug.scorers.loading import (
     DEFAULT_OPTIONS,
     LoadOptions,
@@ -23,6 +21,15 @@ from artaug.scorers.loading import (
     load_part,
     to_rgb,
 )
+from artaug.scorers.next_token import (
+    MIN_ANSWERED,
+    THINKS_FIRST,
+    check_chat,
+    next_token_config,
+    next_token_probabilities,
+    question_chat,
+    spelling_ids,
+)
 from artaug.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -31,7 +38,6 @@ if TYPE_CHECKING:
 QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 """The question of Lin et al. (2024)."""
 _DEFAULT_BATCH_SIZE = 8
-_MIN_ANSWERED = 1e-5  # a model that thinks first gives 1e-10 and less, one that answers 0.5 and more
 
 
 @final
@@ -69,11 +75,7 @@ class VQAScore(Scorer):
 
     def __post_init__(self) -> None:
         check_model(self, model=self.model, batch_size=self.batch_size)
-        processor = type(self.processor).__name__
-        if getattr(self.processor, "chat_template", None) is None:
-            raise ModelError(f"{processor} has no chat template, without which the model gets no question. Set one.")
-        if self.processor.tokenizer.pad_token_id is None:
-            raise ModelError(f"the tokenizer of {processor} has no padding token. Set processor.tokenizer.pad_token.")
+        check_chat(self.processor)
         if len(self._answer_ids) != 1:
             tokens = self.processor.tokenizer.convert_ids_to_tokens(self._answer_ids)
             raise InvalidValueError(
@@ -125,53 +127,31 @@ class VQAScore(Scorer):
         check_counts(images, prompts)
         rgb, probabilities = to_rgb(images), []
         for batch in batch_slices(len(rgb), self.batch_size):
-            next_token = self._next_token(rgb[batch], prompts[batch])
+            chats = [
+                question_chat([image], self.question.replace("{prompt}", prompt))
+                for image, prompt in zip(rgb[batch], prompts[batch], strict=True)
+            ]
+            next_token = next_token_probabilities(self.model, self.processor, chats, self._config)
             self._warn_unless_answered(next_token)
             probabilities += next_token[:, self._answer_ids[0]].tolist()
         return probabilities
 
-    @torch.inference_mode()
-    def _next_token(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """The probabilities of the token after the question: (pictures, vocabulary), float32."""
-        inputs = self.processor.apply_chat_template(
-            [
-                _conversation(image, self.question.replace("{prompt}", prompt))
-                for image, prompt in zip(images, prompts, strict=True)
-            ],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            enable_thinking=False,  # ignored by templates that do not know it
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(self.model.device, self.model.dtype)
-        # By generate, not a forward call: it computes the position ids of every architecture under left padding.
-        output = self.model.generate(**inputs, generation_config=self._single_token_config)
-        logits: Tensor = output.logits[0]  # of the first new token
-        return logits.float().softmax(dim=-1).cpu()
-
     def _warn_unless_answered(self, next_token: Tensor) -> None:
         """Warn where neither yes nor no may follow the question, as after the template of a model that thinks first."""
         answered = next_token[:, list(self._yes_no_ids)].sum(dim=-1)  # (pictures,)
-        if len(answered) and float(answered.max()) < _MIN_ANSWERED:
+        if len(answered) and float(answered.max()) < MIN_ANSWERED:
             words = self.processor.tokenizer.decode([int(next_token[0].argmax())])
             warnings.warn(
                 f"{self.name}: the next token after the question is not an answer, but most likely {words!r}: yes and no "
-                f"have a probability of {float(answered.max()):.0e} together, so the scores say nothing. A model that "
-                "thinks before it answers (Qwen3-VL-Thinking, GLM-4.1V-Thinking) cannot be scored this way: load its "
-                "Instruct version, or one whose chat template takes enable_thinking=False.",
+                f"have a probability of {float(answered.max()):.0e} together, so the scores say nothing. {THINKS_FIRST}",
                 stacklevel=2,
             )
 
     @cached_property
     def _yes_no_ids(self) -> frozenset[int]:
         """The tokens that are yes or no in any spelling, and the answer."""
-        ids = [
-            self.processor.tokenizer.encode(f"{space}{word}", add_special_tokens=False)
-            for space in ("", " ")
-            for word in ("Yes", "yes", "YES", "No", "no", "NO")
-        ]
-        return frozenset({*self._answer_ids, *(tokens[0] for tokens in ids if len(tokens) == 1)})
+        words = ("Yes", "yes", "YES", "No", "no", "NO")
+        return frozenset({*self._answer_ids, *spelling_ids(self.processor, words)})
 
     @cached_property
     def _answer_ids(self) -> list[int]:
@@ -179,17 +159,5 @@ class VQAScore(Scorer):
         return ids
 
     @cached_property
-    def _single_token_config(self) -> "GenerationConfig":
-        config = copy.deepcopy(self.model.generation_config)
-        config.do_sample, config.num_beams, config.num_return_sequences = False, 1, 1
-        config.temperature = config.top_p = config.top_k = config.max_length = None
-        config.max_new_tokens, config.pad_token_id = 1, self.processor.tokenizer.pad_token_id
-        config.output_logits = config.return_dict_in_generate = (
-            True  # logits: before any logits processor, unlike scores
-        )
-        return config
-
-
-def _conversation(image: Image, question: str) -> list[dict[str, Any]]:
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}]
+    def _config(self) -> "GenerationConfig":
+        return next_token_config(self.model, self.processor)
