@@ -40,16 +40,17 @@ def test_the_odds_over_http_are_those_of_a_forward_call_in_both_orders(explain):
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(5 if weight.ndim > 1 else 1)
-    schema = choice_schema("better", ["A", "B", "C"], explain=explain)
+    schema = choice_schema("better", ["A", "B"], explain=explain)
     with faulty_server(answers_with(model, processor)) as server:
-        asked = judge(server, expectation=True, explain=explain, top_logprobs=10_000, max_new_tokens=60, concurrency=1)
+        options = {"expectation": True, "ties": False, "explain": explain, "top_logprobs": 10_000}
+        asked = judge(server, **options, max_new_tokens=60, concurrency=1)
         (preference,) = judge_images(asked, [RED], [NOISE], ["a wall"])
         text = server.requests[0]["messages"][0]["content"][2]["text"]
     for pictures, answer in (((RED, NOISE), preference.forward), ((NOISE, RED), preference.backward)):
         content = [*({"type": "image", "image": image} for image in pictures), {"type": "text", "text": text}]
         message = {"role": "user", "content": content}
-        shares = forward_shares(model, processor, message, schema, ["A", "B", "C"], max_new_tokens=60)
-        assert answer == pytest.approx((shares[0] + shares[2] / 2) / sum(shares), abs=1e-5)
+        shares = forward_shares(model, processor, message, schema, ["A", "B"], max_new_tokens=60)
+        assert answer == pytest.approx(shares[0] / sum(shares), abs=1e-5)
     assert preference.forward != pytest.approx(preference.backward, abs=1e-5)
 
 
@@ -63,9 +64,14 @@ def test_a_model_that_always_answers_a_gives_ties_and_a_position_bias():
 
 @pytest.mark.parametrize(
     ("odds", "answer"),
-    [({"A": 0.6, "B": 0.2, "C": 0.2}, 0.7), ({"A": 0.5, "b": 0.5}, 0.5), ({"B": 0.96, "x": 0.04}, 0)],
+    [
+        ({"A": 0.6, "B": 0.2, "C": 0.2}, 0.7),
+        ({"A": 0.5, "b": 0.5}, 0.5),
+        ({"B": 0.96, "x": 0.04}, 0),
+        ({"A": 0.3, "B": 0.1, "C": 0.6}, 0.5),
+    ],
 )
-def test_the_expectation_counts_a_tie_as_half(odds, answer):
+def test_the_expectation_counts_a_tie_as_half_and_the_likeliest_tie_as_a_tie(odds, answer):
     with faulty_server(better("A", **odds)) as server:
         assert judge(server, expectation=True).prefer(RED, NOISE, "a wall") == pytest.approx(answer)
 

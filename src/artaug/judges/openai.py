@@ -7,9 +7,9 @@ from typing import final
 from PIL.Image import Image
 
 from artaug.critique import Abstention
-from artaug.errors import InvalidValueError
+from artaug.judges.question import ANSWERS, QUESTION, check_question, expected_answer, judge_name, question_text
 from artaug.pairwise import PairwiseJudge
-from artaug.serving.chat import ChatReply, ChatRequest, Message, escape_chat_tokens
+from artaug.serving.chat import ChatReply, ChatRequest, Message
 from artaug.serving.choices import (
     MAX_TOP_LOGPROBS,
     NO_LOGPROBS,
@@ -23,10 +23,7 @@ from artaug.serving.choices import (
 from artaug.serving.completion import RequestFailure
 from artaug.serving.model import ServedModel
 
-QUESTION = 'Both pictures were drawn from the prompt "{prompt}". Which one answers it better, and is drawn better?'
-"""The question of an `OpenAIJudge`."""
-_FIRST, _SECOND, _TIE = "A", "B", "C"
-_ANSWERS = {_FIRST: 1.0, _SECOND: 0.0, _TIE: 0.5}
+_FIRST, _SECOND, _TIE = ANSWERS
 
 
 @final
@@ -35,8 +32,8 @@ class OpenAIJudge(ServedModel, PairwiseJudge):
     """Asks a model behind an OpenAI-compatible server which of two pictures is better, several requests at a time.
 
     The model sees both pictures in one message and replies with JSON on a schema: a short reason, then A, B or, for a tie,
-    C. With ``expectation``, the answer is ``P(A) + P(C) / 2`` of the tokens in the place of that letter: a close choice is a
-    number close to 0.5 then. The probabilities are over the letters that the server listed; what that may change is bounded
+    C. With ``expectation``, the answer is ``P(A) + P(C) / 2`` of the tokens in the place of that letter, or 0.5 if C is the
+    likeliest of them: a close choice is a number close to 0.5 then. The probabilities are over the letters that the server listed; what that may change is bounded
     and warned of as in `OpenAIVQAScore`. The library asks in both orders (`Preference`).
 
     `ServedModel` has the other fields, and says what is retried. A question that is left without an answer is an
@@ -70,13 +67,11 @@ class OpenAIJudge(ServedModel, PairwiseJudge):
     """The name in tables; if not given, the class, the model, and the question unless it is the default."""
 
     def __post_init__(self) -> None:
-        if not self.question.strip():
-            raise InvalidValueError("OpenAIJudge needs a question: what the pictures are judged by.")
+        check_question(self, self.question)
         if self.expectation:
             check_raw_odds(type(self).__name__, self.temperature, self.top_logprobs)
         if not self.name:
-            question = "" if self.question == QUESTION else f", {self.question!r}"
-            object.__setattr__(self, "name", f"OpenAIJudge ({self.model}{question})")
+            object.__setattr__(self, "name", judge_name(self, self.model, self.question))
         super().__post_init__()
 
     def prefer(self, first: Image, second: Image, prompt: str) -> float | Abstention:
@@ -88,7 +83,7 @@ class OpenAIJudge(ServedModel, PairwiseJudge):
         # A picture is resized and encoded once for both orders.
         resized = {id(image): self._resized(image) for image in (*first, *second)}
         requests = [
-            self._request(resized[id(one)], resized[id(other)], escape_chat_tokens(prompt))
+            self._request(resized[id(one)], resized[id(other)], prompt)
             for one, other, prompt in zip(first, second, prompts, strict=True)
         ]
         answers: dict[int, float | Abstention] = {}
@@ -106,10 +101,10 @@ class OpenAIJudge(ServedModel, PairwiseJudge):
         return [_FIRST, _SECOND, _TIE] if self.ties else [_FIRST, _SECOND]
 
     def _request(self, first: Image, second: Image, prompt: str) -> ChatRequest:
-        question, reason = self.question.replace("{prompt}", prompt), '"reason": "...", ' if self.explain else ""
+        reason = '"reason": "...", ' if self.explain else ""
         tie = f', or "{_TIE}" if neither is better' if self.ties else ""
         text = (
-            f"There are two pictures: {_FIRST} is the first one, {_SECOND} the second. {question}\n\nTheir order says nothing. "
+            f"{question_text(self.question, prompt)} "
             f'Reply with JSON only, {{{reason}"better": "..."}}, with "{_FIRST}" or "{_SECOND}"{tie}.'
         )
         schema = choice_schema("better", self._choices, explain=self.explain) if self.structured else None
@@ -122,11 +117,11 @@ class OpenAIJudge(ServedModel, PairwiseJudge):
         if choice is None:
             return Abstention(f"the reply holds none of {', '.join(self._choices)}: {describe_reply(reply)}"), 0.0
         if not self.expectation:
-            return _ANSWERS[choice], 0.0
+            return ANSWERS[choice], 0.0
         odds = choice_odds(reply, "better", self._choices)
         if odds is None:
             missing = (
                 "the choice has no token of its own" if any(token.top for token in reply.logprobs) else NO_LOGPROBS
             )
             return Abstention(f"{missing}; the reply is {describe_reply(reply)}"), 0.0
-        return sum(_ANSWERS[one] * share for one, share in odds.probability.items()), odds.error
+        return expected_answer(odds.probability), odds.error
