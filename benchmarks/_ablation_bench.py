@@ -1,8 +1,10 @@
-"""The arms of the ablation, its axes, and how one cell of it is measured."""
+"""How one cell of the ablation is measured."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import artaug as aa
@@ -10,261 +12,170 @@ from artaug import playground
 from artaug.critics import PhotometricCritic
 from artaug.diffusion import DiffusersSynthesizer
 from benchmarks import _ablation_evaluation as evaluations
-from benchmarks._ablation_pairs import BestOfK, Cost, Interaction, NoisyCritic, PairSet
+from benchmarks._ablation_arms import ARMS, Arm, described, passes_a_step
+from benchmarks._ablation_cells import TUNED_WITH, Cell, Settings
+from benchmarks._ablation_pairs import Cost, Interaction, NoisyCritic, PairSet
+from benchmarks.objectives import passes_counted
 
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """A training method of the ablation."""
-
-    objective: aa.Objective
-    learning_rate: float
-    passes: int
-    """Denoiser calls of a step for each picture of its batch; a backward pass counts as two."""
-    best_of_k: bool = False
-    """Whether it learns from the best of several draws instead of the loop's pairs."""
-
-
-def direct_preference(beta: float) -> aa.DirectPreference:
-    """DPO with an anchor at which beta 20 moves the model about as far as the pairs, and a smaller beta further."""
-    return aa.DirectPreference(beta=beta, anchor=0.01)
-
-
-OURS = "PairedDifference"
-LONG = "one long round"
-"""As many pairs and steps as several rounds have, all in one."""
-ARMS: Mapping[str, Arm] = {
-    OURS: Arm(objective=aa.PairedDifference(), learning_rate=4e-3, passes=4),
-    "TwoStage": Arm(objective=aa.TwoStage(per_pair=False), learning_rate=2e-3, passes=3),
-    "fine-tuning": Arm(objective=aa.SupervisedFineTuning(), learning_rate=4e-3, passes=3),
-    "best of k": Arm(objective=aa.SupervisedFineTuning(), learning_rate=1e-3, passes=3, best_of_k=True),
-    "DPO": Arm(objective=direct_preference(5.0), learning_rate=1e-3, passes=8),
-    "DPO, best of k": Arm(objective=direct_preference(5.0), learning_rate=1e-3, passes=8, best_of_k=True),
-}
-"""Learning rates, and DPO's beta, are those that gained most in ``--tune`` without costing more than 0.01 of alignment."""
-
-CONTROLS = {
+GUIDES: Mapping[str, aa.Guide] = {"RegionalAttention": aa.RegionalAttention(), "OutputMix": aa.OutputMix()}
+CONTROLS: Mapping[str, Callable[[DiffusersSynthesizer], evaluations.Draw]] = {
     "nothing": evaluations.plain,
     "words added": evaluations.with_all_words,
     "critic's words added": evaluations.with_critic_words,
     "regional redraw": evaluations.with_regions,
 }
-"""Ways to draw that need no training."""
-
-TUNED_WITH = 1000
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
-BETAS = (5.0, 20.0, 80.0)
-SCALES = (2.0, 3.0)
-"""Scales of a LoRA above the one it was trained at."""
+SWEPT = ("front", "rounds", "tuning")
+"""Axes whose LoRAs are drawn with at every strength."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The size of the ablation; one budget for all arms."""
-
-    pairs: tuple[int, ...] = (8, 32, 128, 512)
-    usual: int = 32
-    """Pairs on the other axes."""
-    few: int = 8
-    """Pairs on the axis of the yield."""
-    rounds: int = 4
-    yields: tuple[float, ...] = (0.01, 0.05, 0.25, 1.0)
-    noises: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
-    draws: int = 4
-    """The k of best of k."""
-    steps: int = 64
-    batch_size: int = 8
-    rank: int = 8
-    sampling_steps: int = 6
-    prompts: int = 64
-    """Held-out prompts of the evaluation."""
-    again: int = 32
-    """How many of them are drawn twice, and how many prompts that need no change are drawn."""
-
-
-QUICK = Settings(
-    pairs=(4,),
-    usual=4,
-    few=2,
-    rounds=2,
-    yields=(0.5, 1.0),
-    noises=(0.0, 0.5),
-    draws=2,
-    steps=2,
-    batch_size=2,
-    sampling_steps=2,
-    prompts=4,
-    again=2,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One row to measure."""
-
-    axis: str
-    arm: str
-    seed: int
-    pairs: int = 0
-    rounds: int = 1
-    share: float | None = None
-    """The share of the candidates that is learned from, the best ones; None: those that the usual filter keeps."""
-    noise: float = 0.0
-    scale: float = 1.0
-    """Of the LoRA, for the pictures of the evaluation."""
-    learning_rate: float | None = None
-    """None: that of the arm."""
-    beta: float | None = None
-
-
-def cells(settings: Settings, seed: int) -> Iterator[Cell]:
-    """All cells of one seed."""
-    yield from (Cell(axis="control", arm=name, seed=seed) for name in CONTROLS)
-    for noise in settings.noises:
-        for share in (None, 1.0):
-            yield Cell(axis="noise", arm=OURS, seed=seed, pairs=settings.usual, noise=noise, share=share)
-    yield from _round_cells(settings, seed)
-    for share in sorted(settings.yields, reverse=True):
-        for name in (OURS, "fine-tuning"):
-            yield Cell(axis="yield", arm=name, seed=seed, pairs=settings.few, share=share)
-    for name in (OURS, "fine-tuning"):
-        for scale in SCALES:
-            yield Cell(axis="scale", arm=name, seed=seed, pairs=settings.usual, scale=scale)
-    for name in ARMS:
-        yield from (Cell(axis="pairs", arm=name, seed=seed, pairs=count) for count in settings.pairs)
-
-
-def _round_cells(settings: Settings, seed: int) -> Iterator[Cell]:
-    for number in range(1, settings.rounds + 1):
-        for name in (OURS, "fine-tuning"):
-            yield Cell(axis="rounds", arm=name, seed=seed, pairs=settings.usual, rounds=number)
-        if number in {2, settings.rounds}:
-            yield Cell(axis="rounds", arm=LONG, seed=seed, pairs=settings.usual * number, rounds=number)
-
-
-def trials(settings: Settings) -> Iterator[Cell]:
-    """The learning rates to choose from, the same for all, and DPO's betas; the loop's DPO is tuned for both DPO arms."""
-    for name, arm in ARMS.items():
-        if arm.best_of_k and isinstance(arm.objective, aa.DirectPreference):
-            continue
-        for rate in LEARNING_RATES:
-            for beta in BETAS if isinstance(arm.objective, aa.DirectPreference) else (None,):
-                yield Cell(
-                    axis="tuning", arm=name, seed=TUNED_WITH, pairs=settings.usual, learning_rate=rate, beta=beta
-                )
-
-
-@dataclass(frozen=True)
 class TrainedArm:
-    """A synthesizer with the trained LoRA, the pairs of its last training, and the total cost."""
+    """The LoRAs of one or several rounds, the pairs of the last, and the total cost."""
 
-    synthesizer: DiffusersSynthesizer
+    loras: Mapping[str, aa.LoRA]
+    """By the names of their files, in the order of the rounds; a round without pairs has none."""
     pair_set: PairSet
     cost: Cost
     learning: Cost
     """The cost of training alone."""
 
+    def applied_to(self, base: DiffusersSynthesizer, *, strength: float = 1.0) -> DiffusersSynthesizer:
+        """The base with all of them at a strength: at 0 it is the base, also after several rounds."""
+        for lora in self.loras.values():
+            base = base.with_lora(lora, scale=strength)
+        return base
+
+
+def arm_of(cell: Cell) -> Arm:
+    """The arm of a cell that trains, at the learning rate of the cell if it has one."""
+    arm = ARMS[cell.arm]
+    return arm if cell.learning_rate is None else replace(arm, learning_rate=cell.learning_rate)
+
+
+def made_by(cell: Cell) -> str:
+    """What a cell is measured with: a row of an arm that has changed since is measured again."""
+    return cell.arm if cell.axis == "control" else described(arm_of(cell))
+
 
 class Bench:
     """Measures the cells of one seed; models, pairs and rounds are shared among them."""
 
-    def __init__(self, settings: Settings, *, seed: int) -> None:
-        """Load the model; nothing is drawn yet."""
+    def __init__(self, settings: Settings, *, seed: int, loras: Path) -> None:
+        """Load the models; nothing is drawn yet. Every trained LoRA is written into the folder ``loras``."""
         self.settings = settings
         self.seed = seed
-        self.base = playground.synthesizer(guide=aa.OutputMix(), steps=settings.sampling_steps)
-        self.interactions: dict[float, Interaction] = {}
-        self.rounds: dict[str, list[TrainedArm]] = {}
+        self.folder = loras
+        self.bases = {
+            kind: playground.synthesizer(guide=guide, steps=settings.sampling_steps) for kind, guide in GUIDES.items()
+        }
+        self.interactions: dict[tuple[str, float], Interaction] = {}
+        self.rounds: dict[tuple[str, str], list[TrainedArm]] = {}
 
     def row(self, cell: Cell) -> dict[str, Any]:
-        """Measure a cell."""
+        """Measure a cell: its columns, and per strength one number a prompt of every measure (``curve``)."""
+        base = self.bases[cell.kind]
+        row = asdict(cell) | {"made_by": made_by(cell)}
         if cell.axis == "control":
-            columns = self.evaluation.results(CONTROLS[cell.arm](self.base))
-            return asdict(cell) | columns | asdict(Cost()) | {"drawing_passes": self._passes_to_draw(cell.arm)}
-        going_round = cell.axis == "rounds" and cell.arm != LONG
-        learned = self._round(cell.arm, cell.rounds) if going_round else self._train_cell(cell)
-        kept, prompts = len(learned.pair_set.pairs), learned.pair_set.prompts
-        columns = self.evaluation.results(evaluations.plain(learned.synthesizer)) | asdict(learned.cost)
-        learning = {"learning_passes": learned.learning.passes, "learning_seconds": learned.learning.seconds}
-        drawing = {"drawing_passes": self.settings.sampling_steps}
-        return asdict(cell) | {"kept": kept, "yield": kept / prompts} | columns | learning | drawing
+            measures = self.evaluation.measure(CONTROLS[cell.arm](base))
+            drawing = {"drawing_passes": self._passes_to_draw(cell)}
+            return row | asdict(Cost()) | drawing | _curve({1.0: measures})
+        trained = self._round(cell) if cell.axis == "rounds" else self._train_cell(cell)
+        strengths = self.settings.strengths if cell.axis in SWEPT else (1.0,)
+        measures_by_strength = {0.0: self.evaluation.before} | {
+            strength: self.evaluation.measure(evaluations.plain(trained.applied_to(base, strength=strength)))
+            for strength in strengths
+        }
+        kept, prompts = len(trained.pair_set.pairs), trained.pair_set.prompts
+        learning = {"learning_passes": trained.learning.passes, "learning_seconds": trained.learning.seconds}
+        return (
+            row
+            | {
+                "loras": [*trained.loras],
+                "kept": kept,
+                "yield": kept / prompts,
+                "drawing_passes": self.settings.sampling_steps,
+            }
+            | asdict(trained.cost)
+            | learning
+            | _curve(measures_by_strength)
+        )
+
+    def estimate_seconds(self, cells: Iterable[Cell]) -> float:
+        """About how long these cells take: their denoiser calls, at the pace of the base model's pictures."""
+        start = perf_counter()
+        evaluations.plain(self.bases["OutputMix"])(self.evaluation.prompts, range(len(self.evaluation.prompts)))
+        pace = (perf_counter() - start) / (len(self.evaluation.prompts) * self.settings.sampling_steps)
+        return sum(self._denoiser_calls(cell) for cell in cells) * pace
+
+    def _denoiser_calls(self, cell: Cell) -> float:
+        """Of a cell, roughly; a round draws its pairs too, from twice as many prompts."""
+        strengths = len(self.settings.strengths) if cell.axis in SWEPT else 1
+        drawn = strengths * self.evaluation.pictures + (6 * cell.pairs if cell.axis == "rounds" else 0)
+        learned = 0 if cell.axis == "control" else cell.steps * self.settings.batch_size * passes_a_step(arm_of(cell))
+        return learned + drawn * self.settings.sampling_steps
 
     @cached_property
     def evaluation(self) -> evaluations.HeldOutEvaluation:
-        """The evaluation of all cells; learning rates are chosen on other prompts than those of the results."""
+        """The evaluation of all cells: prompts of this seed, and learning rates on other prompts than those of the results."""
         tuning = self.seed == TUNED_WITH
-        prompts = playground.prompts(self.settings.prompts, seed=TUNED_WITH + 1 if tuning else 1, held_out=not tuning)
-        return evaluations.HeldOutEvaluation(self.base, prompts, self.settings.again)
+        prompts = playground.prompts(self.settings.prompts, seed=self.seed + 1, held_out=not tuning)
+        return evaluations.HeldOutEvaluation(self.bases["OutputMix"], prompts, seed=self.seed + 1)
 
-    @cached_property
-    def best_of_k(self) -> BestOfK:
-        """The best of several draws."""
-        return BestOfK(
-            synthesizer=self.base,
-            draws=self.settings.draws,
-            sampling_steps=self.settings.sampling_steps,
-            seed=self.seed,
-        )
-
-    def interaction(self, noise: float) -> Interaction:
+    def interaction(self, kind: str, noise: float = 0.0) -> Interaction:
         """The loop with the base model and a critic whose boxes are wrong with this chance."""
-        if noise not in self.interactions:
+        if (kind, noise) not in self.interactions:
             critic = NoisyCritic(critic=PhotometricCritic(), wrong=noise, seed=self.seed)
-            self.interactions[noise] = self._new_interaction(self.base, critic, seed=self.seed)
-        return self.interactions[noise]
+            self.interactions[kind, noise] = self._new_interaction(self.bases[kind], critic, seed=self.seed)
+        return self.interactions[kind, noise]
 
     def _new_interaction(self, synthesizer: DiffusersSynthesizer, critic: aa.Critic, *, seed: int) -> Interaction:
         return Interaction(
             synthesizer=synthesizer, critic=critic, sampling_steps=self.settings.sampling_steps, seed=seed
         )
 
-    def _passes_to_draw(self, control: str) -> float:
+    def _passes_to_draw(self, control: Cell) -> float:
         """Denoiser calls per picture after training; those of the redraw are the mean over the loop's pairs."""
-        if control == "regional redraw":
-            pair_set = self.interaction(0.0).kept(self.settings.usual)
+        if control.arm == "regional redraw":
+            pair_set = self.interaction(control.kind).kept(self.settings.usual)
             return pair_set.cost.passes / pair_set.prompts
-        return self.settings.sampling_steps * (2 if control == "critic's words added" else 1)
+        return self.settings.sampling_steps * (2 if control.arm == "critic's words added" else 1)
 
     def _train_cell(self, cell: Cell) -> TrainedArm:
-        arm = ARMS[OURS if cell.arm == LONG else cell.arm]
-        if cell.learning_rate is not None:
-            arm = replace(arm, learning_rate=cell.learning_rate)
-        if cell.beta is not None:
-            arm = replace(arm, objective=direct_preference(cell.beta))
-        if arm.best_of_k:
-            pair_set = self.best_of_k.kept(cell.pairs)
-        elif cell.share is None:
-            pair_set = self.interaction(cell.noise).kept(cell.pairs)
-        else:
-            pair_set = self.interaction(cell.noise).best(cell.pairs, of=cell.share)
-        return self._train(arm, pair_set, self.base, times=cell.rounds, scale=cell.scale)
+        interaction = self.interaction(cell.kind, cell.noise)
+        pair_set = interaction.kept(cell.pairs) if cell.share is None else interaction.best(cell.pairs, of=cell.share)
+        return self._train(cell, pair_set, self.bases[cell.kind])
 
-    def _round(self, arm: str, number: int) -> TrainedArm:
-        """Train ``number`` rounds, each with new prompts, drawn with what the earlier rounds have learned."""
-        done = self.rounds.setdefault(arm, [])
-        while len(done) < number:
-            drawing = done[-1].synthesizer if done else self.base
+    def _round(self, cell: Cell) -> TrainedArm:
+        """Train the rounds up to that of the cell, each with new prompts, drawn with what the earlier ones have learned."""
+        done = self.rounds.setdefault((cell.kind, cell.arm), [])
+        base = self.bases[cell.kind]
+        while len(done) < cell.rounds:
+            drawing = done[-1].applied_to(base) if done else base
             loop = self._new_interaction(drawing, PhotometricCritic(), seed=self.seed + 10_000 * len(done))
-            pair_set = loop.kept(self.settings.usual, at_most=8 * self.settings.usual)
-            learned = self._train(ARMS[arm], pair_set, drawing)
+            pair_set = loop.kept(cell.pairs, at_most=8 * cell.pairs)
+            learned = self._train(replace(cell, rounds=len(done) + 1), pair_set, drawing)
             if done:
                 spent, learning = done[-1].cost + learned.cost, done[-1].learning + learned.learning
-                learned = replace(learned, cost=spent, learning=learning)
+                learned = replace(learned, loras={**done[-1].loras, **learned.loras}, cost=spent, learning=learning)
             done.append(learned)
-        return done[number - 1]
+        return done[cell.rounds - 1]
 
-    def _train(
-        self, arm: Arm, pair_set: PairSet, on: DiffusersSynthesizer, *, times: int = 1, scale: float = 1.0
-    ) -> TrainedArm:
-        steps = self.settings.steps * times
-        trainer = aa.DifferentialLoRATrainer(
-            objective=arm.objective,
-            echo=1,  # as `Arm.passes` counts
-            rank=self.settings.rank,
-            steps=steps,
-            batch_size=self.settings.batch_size,
-            learning_rate=arm.learning_rate,
+    def _train(self, cell: Cell, pair_set: PairSet, on: DiffusersSynthesizer) -> TrainedArm:
+        if not pair_set.pairs:
+            return TrainedArm(loras={}, pair_set=pair_set, cost=pair_set.cost, learning=Cost())
+        trainer = arm_of(cell).trainer(rank=self.settings.rank, steps=cell.steps, batch_size=self.settings.batch_size)
+        with passes_counted(on) as passes:
+            training = trainer.train(pair_set.pairs, on, seed=self.seed, progress=False)
+        file = training.lora.save(self.folder / f"{cell.name}.safetensors", metadata={"cell": repr(cell)})
+        spent = Cost(passes=passes.denoiser_calls, seconds=training.seconds)
+        return TrainedArm(
+            loras={file.name: training.lora}, pair_set=pair_set, cost=pair_set.cost + spent, learning=spent
         )
-        training = trainer.train(pair_set.pairs, on, seed=self.seed, progress=False)
-        spent = Cost(passes=steps * self.settings.batch_size * arm.passes, seconds=training.seconds)
-        return TrainedArm(on.with_lora(training.lora, scale=scale), pair_set, pair_set.cost + spent, spent)
+
+
+def _curve(measures_by_strength: Mapping[float, evaluations.Measures]) -> dict[str, Any]:
+    """The strengths, and of every measure a list per strength, rounded for the journal: (strengths, prompts)."""
+    strengths: Sequence[float] = sorted(measures_by_strength)
+    names = measures_by_strength[strengths[0]]
+    curve = {name: [measures_by_strength[s][name].round(8).tolist() for s in strengths] for name in names}
+    return {"strengths": list(strengths), "curve": curve}

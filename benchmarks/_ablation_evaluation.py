@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean
-from typing import Any
 
 import numpy as np
 from PIL.Image import Image
@@ -12,27 +10,30 @@ from PIL.Image import Image
 import artaug as aa
 from artaug.critics import PhotometricCritic
 from artaug.critique import run_critic
-from artaug.evaluation.statistics import paired_bootstrap
 from artaug.images.similarity import diversity
 from artaug.scorers import Exposure, Photometric, Sharpness
+from artaug.synthesis import picture_seeds
 from benchmarks._ablation_pairs import CHUNK, PLANNER
-from benchmarks.objectives import FAITHFUL, NEEDS_NOTHING, mean_score, mean_squared_change
+from benchmarks.objectives import FAITHFUL, NEEDS_NOTHING, mean_squared_change
 
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image]]
 """Draws one picture per prompt and seed."""
-JUDGES: Mapping[str, aa.Scorer] = {"gain": Photometric(), "exposure": Exposure(), "sharpness": Sharpness()}
+RISES: Mapping[str, aa.Scorer] = {"gain": Photometric(), "exposure": Exposure(), "sharpness": Sharpness()}
+"""Scorers whose rise over the base model's pictures is measured."""
+Measures = Mapping[str, np.ndarray]
+"""Of each measure one number per prompt."""
 
 
 @dataclass(frozen=True)
 class DrawnImages:
     """All pictures of a candidate."""
 
-    images: Sequence[Image]
+    first: Sequence[Image]
     """Of the held-out prompts."""
-    again: Sequence[Image]
-    """Of the first of them, with other seeds."""
+    second: Sequence[Image]
+    """Of the same prompts, with other seeds."""
     fine: Sequence[Image]
-    """Of prompts that already contain every adjective a critic could suggest."""
+    """Of the same prompts with every adjective that a critic could suggest."""
 
 
 @dataclass(frozen=True)
@@ -41,47 +42,58 @@ class HeldOutEvaluation:
 
     base: aa.Synthesizer
     prompts: Sequence[str]
-    again: int
-    """How many of the prompts are drawn twice, and how many prompts that need no change are drawn once."""
+    seed: int = 0
+    """Of the pictures."""
 
-    def results(self, draw: Draw) -> dict[str, Any]:
-        """The columns of a row, and ``gains``: one number per prompt.
+    @property
+    def pictures(self) -> int:
+        """How many a candidate draws."""
+        return 3 * len(self.prompts)
 
-        Gain is the rise of the mean of the four photometric scorers over the base model, with a 95% bootstrap interval
-        over prompts; exposure and sharpness, which no pair is filtered by, are rises too. Alignment is the share of
-        requested colours, shapes and places that are right, drift the mean squared change (pixels in [0, 1]) of pictures
-        that needed none, diversity 1 less the structural similarity of two draws of a prompt.
+    def measure(self, draw: Draw) -> Measures:
+        """Judge a candidate's pictures.
+
+        Gain is the rise of the mean of the four photometric scorers over the base model; exposure and sharpness, which no
+        pair is filtered by, are rises too. Alignment is the share of requested colours, shapes and places that are right.
+        All of them are means over two pictures of a prompt. Drift is the mean squared change (pixels in [0, 1]) of a picture
+        that needed none, diversity 1 less the structural similarity of the two pictures.
         """
-        candidate, before = self._draw_all(draw), self._before
-        rises = {
-            name: np.subtract(
-                judge.score_batch(candidate.images, self.prompts), judge.score_batch(before.images, self.prompts)
-            )
-            for name, judge in JUDGES.items()
-        }
-        interval = paired_bootstrap(rises["gain"])
-        redrawn = zip(candidate.images, candidate.again, strict=False)
-        return {
-            **{name: float(rise.mean()) for name, rise in rises.items()},
-            "gain_low": interval.low,
-            "gain_high": interval.high,
-            "alignment": fmean(mean_score(scorer, candidate.images, self.prompts) for scorer in FAITHFUL),
-            "drift": mean_squared_change(before.fine, candidate.fine),
-            "diversity": fmean(diversity(aa.StructuralSimilarity(), pair) for pair in redrawn),
-            "gains": rises["gain"].round(6).tolist(),
-        }
+        return self._judge(self._draw_all(draw))
+
+    @cached_property
+    def before(self) -> Measures:
+        """The measures of the base model: those of a LoRA at strength 0."""
+        return self._judge(self._before)
 
     @cached_property
     def _before(self) -> DrawnImages:
         return self._draw_all(plain(self.base))
 
+    def _judge(self, drawn: DrawnImages) -> Measures:
+        return {
+            **{name: self._score(scorer, drawn) - self._score(scorer, self._before) for name, scorer in RISES.items()},
+            "alignment": np.mean([self._score(scorer, drawn) for scorer in FAITHFUL], axis=0),
+            "drift": np.array(
+                [mean_squared_change([old], [new]) for old, new in zip(self._before.fine, drawn.fine, strict=True)]
+            ),
+            "diversity": np.array(
+                [diversity(aa.StructuralSimilarity(), images) for images in zip(drawn.first, drawn.second, strict=True)]
+            ),
+        }
+
+    def _score(self, scorer: aa.Scorer, drawn: DrawnImages) -> np.ndarray:
+        """One number per prompt: the mean over its two pictures."""
+        scores = [scorer.score_batch(images, self.prompts) for images in (drawn.first, drawn.second)]
+        return np.mean(np.array(scores), axis=0)
+
     def _draw_all(self, draw: Draw) -> DrawnImages:
-        count, subset = len(self.prompts), self.prompts[: self.again]
-        fine = [prompt + NEEDS_NOTHING for prompt in subset]
+        seeds = picture_seeds(self.seed, self.pictures)
+        fine = [prompt + NEEDS_NOTHING for prompt in self.prompts]
         return DrawnImages(
-            images=draw_in_chunks(draw, self.prompts, range(count)),
-            again=draw_in_chunks(draw, subset, range(count, count + len(subset))),
-            fine=draw_in_chunks(draw, fine, range(len(subset))),
+            *(
+                draw_in_chunks(draw, prompts, seeds[number::3])
+                for number, prompts in enumerate((self.prompts, self.prompts, fine))
+            )
         )
 
 

@@ -1,4 +1,4 @@
-"""Sources of pairs and their cost: the loop's interaction, and the best of several draws."""
+"""Sources of pairs and their cost: the loop's interaction, and the best of several draws (for `benchmarks.online`)."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -13,6 +13,7 @@ from PIL.Image import Image
 
 import artaug as aa
 from artaug import playground
+from artaug.diffusion import DiffusersSynthesizer
 from artaug.scorers import Chroma, Contrast, MeanOf
 from artaug.synthesis import picture_seeds
 from benchmarks.objectives import FAITHFUL
@@ -90,7 +91,7 @@ def _random_box(rng: random.Random) -> aa.Box:
 class Interaction:
     """The loop: attempts are made on demand and shared by all cells."""
 
-    synthesizer: aa.Synthesizer
+    synthesizer: DiffusersSynthesizer
     critic: aa.Critic
     sampling_steps: int
     seed: int
@@ -134,22 +135,24 @@ class Interaction:
             start = perf_counter()
             chunk = list(islice(self.more, CHUNK))
             seconds = (perf_counter() - start) / len(chunk)
-            self.attempts += [(attempt, _cost(attempt, self.sampling_steps, seconds)) for attempt in chunk]
+            self.attempts += [(attempt, self._cost(attempt, seconds)) for attempt in chunk]
         return self.attempts[number][0]
 
     def _pair_set(self, pairs: Sequence[aa.ImagePair], prompts: int) -> PairSet:
         return PairSet(pairs=pairs, prompts=prompts, cost=_sum(cost for _, cost in self.attempts[:prompts]))
 
+    def _cost(self, attempt: aa.Attempt, seconds: float) -> Cost:
+        """A picture; and if it was redrawn, another: `OutputMix` has a pass of its own for every region at every step."""
+        redrawn = []
+        if not isinstance(attempt, aa.Skipped):
+            mixed = isinstance(self.synthesizer.guide, aa.OutputMix)
+            redrawn = [1 + (len(attempt.pair.plan.regions) if mixed else 0)]
+        passes = self.sampling_steps * sum([1, *redrawn])
+        return Cost(images=1 + len(redrawn), critic_calls=1, passes=passes, seconds=seconds)
+
 
 def _sum(costs: Iterable[Cost]) -> Cost:
     return reduce(add, costs, Cost())
-
-
-def _cost(attempt: aa.Attempt, sampling_steps: int, seconds: float) -> Cost:
-    """A picture; and if it was redrawn, another, with a pass for every region at every step (`OutputMix`)."""
-    redrawn = [] if isinstance(attempt, aa.Skipped) else [1 + len(attempt.pair.plan.regions)]
-    passes = sampling_steps * sum([1, *redrawn])
-    return Cost(images=1 + len(redrawn), critic_calls=1, passes=passes, seconds=seconds)
 
 
 @dataclass(kw_only=True)

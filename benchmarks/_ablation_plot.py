@@ -1,163 +1,179 @@
-"""The plot of the ablation: a panel per axis, and the cost."""
+"""The plot of the ablation: the fronts, the rounds, passes to a gain, and the axes of few arms."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import cycle
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import _record as record
-from benchmarks._ablation_bench import ARMS, CONTROLS, LONG, OURS
+from benchmarks._ablation_arms import ARMS
+from benchmarks._ablation_cells import CONTROLS, KINDS
 
-COLORS = dict(
-    zip([*ARMS, LONG], ["#d1495b", "#8d5a97", "#edae49", "#66a182", "#00798c", "#2e4057", "#888888"], strict=True)
-)
-MARKS = dict(zip([*ARMS, LONG], "os^DvPx", strict=True))
+FAMILIES: Mapping[str, str] = {
+    "PairedDifference": "#d1495b",
+    "Bipolar": "#8d5a97",
+    "TwoStage": "#b08968",
+    "SupervisedFineTuning": "#edae49",
+    "DirectPreference": "#00798c",
+    "NegativeAware": "#66a182",
+}
+"""A colour per objective."""
+STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
+"""A line style per setting of an objective."""
+MARKS = "os^DvPX"
+TITLES = {"passes": "equal passes", "steps": "equal steps"}
 
 
-def plot(rows: Sequence[record.Row]) -> Figure:
-    """Gain along every axis, gain against drift and alignment, the arms without training, and the cost.
+def plot(content: Mapping[str, Any]) -> Figure:
+    """Gain against drift by kind of pairs and budget, gain by round and by passes, and the axes of few arms.
 
-    Points are means over seeds; error bars span the lowest and the highest seed.
+    Points are means over seeds; a thin line is a seed, an error bar spans the lowest and the highest.
     """
-    figure = Figure(figsize=(10, 15), layout="constrained")
-    panels = figure.subplots(4, 2).ravel()
-    plotters = [_pairs, _rounds, _yields, _noises, _drift, _alignment, _controls, _cost]
-    for axes, draw in zip(panels, plotters, strict=True):
-        draw(axes, rows)
+    rows, styles = content["rows"], line_styles(content["arms"])
+    figure = Figure(figsize=(11, 25), layout="constrained")
+    drawers: list[Callable[[Axes], None]] = [
+        *(partial(_front, rows=rows, styles=styles, kind=kind, budget=name) for name in TITLES for kind in KINDS),
+        *(partial(_rounds, rows=rows, styles=styles, kind=kind) for kind in KINDS),
+        *(partial(_costs, costs=content["costs"], styles=styles, kind=kind) for kind in KINDS),
+        partial(_few, rows=rows, styles=styles, axis="pairs", along="pairs", label="training pairs, same steps"),
+        partial(_few, rows=rows, styles=styles, axis="yield", along="share", label="share of the candidates kept"),
+        partial(_few, rows=rows, styles=styles, axis="noise", along="noise", label="share of wrong boxes"),
+        partial(_controls, rows=rows, default=content["default"]),
+    ]
+    panels = figure.subplots(len(drawers) // 2, 2).ravel()
+    for axes, draw in zip(panels, drawers, strict=True):
+        draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.set_axisbelow(True)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    handles = [figure.axes[0].plot([], [], label=name, **style)[0] for name, style in styles.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
-def _lines(axes: Axes, rows: Sequence[record.Row], along: str, *, label: Callable[[record.Row], str]) -> None:
-    """Plot a line for the rows of each label."""
-    for name in dict.fromkeys(map(label, rows)):
-        arm_rows = [row for row in rows if label(row) == name]
-        positions = sorted({row[along] for row in arm_rows})
-        gains_by_position = [[row["gain"] for row in arm_rows if row[along] == position] for position in positions]
-        arm = arm_rows[0]["arm"]
-        axes.errorbar(
-            positions,
-            [fmean(gains) for gains in gains_by_position],
-            yerr=[
-                [fmean(gains) - min(gains) for gains in gains_by_position],
-                [max(gains) - fmean(gains) for gains in gains_by_position],
-            ],
-            color=COLORS[arm],
-            marker=MARKS[arm],
-            markersize=5,
-            capsize=2,
-            linewidth=1.2,
-            linestyle="--" if arm_rows[0]["share"] == 1 and along == "noise" else "-",
-            label=name,
-        )
-    axes.set_ylabel("gain")
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(0, low), max(high, 0) + 0.08 * (high - low))
+def line_styles(arms: Iterable[str]) -> Mapping[str, Mapping[str, Any]]:
+    """Colour, line and mark of every arm."""
+    settings = {name: zip(cycle(STYLES), cycle(MARKS)) for name in FAMILIES}
+    styles = {}
+    for name in arms:
+        family = type(ARMS[name].objective).__name__
+        line, mark = next(settings[family])
+        styles[name] = {"color": FAMILIES[family], "linestyle": line, "marker": mark, "markersize": 4, "linewidth": 1.3}
+    return styles
 
 
-def _of(rows: Sequence[record.Row], axis: str) -> list[record.Row]:
-    return [row for row in rows if row["axis"] == axis]
+def _means(rows: Sequence[record.Row], along: str, *names: str) -> list[tuple[float, ...]]:
+    """For every value of a column: the value, and the means of other columns over seeds."""
+    values = sorted({row[along] for row in rows})
+    return [(value, *(fmean(row[name] for row in rows if row[along] == value) for name in names)) for value in values]
 
 
-def _pairs(axes: Axes, rows: Sequence[record.Row]) -> None:
-    axes.set(title="pairs", xlabel="training pairs, same number of steps", xscale="log")
-    _lines(axes, _of(rows, "pairs"), "pairs", label=lambda row: row["arm"])
-    ticks = sorted({row["pairs"] for row in _of(rows, "pairs")})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
+def _of(rows: Sequence[record.Row], **values: object) -> list[record.Row]:
+    return [row for row in rows if values.items() <= row.items()]
 
 
-def _rounds(axes: Axes, rows: Sequence[record.Row]) -> None:
-    axes.set(title="rounds", xlabel="rounds, or one with as many pairs and steps")
-    _lines(axes, _of(rows, "rounds"), "rounds", label=lambda row: row["arm"])
-    axes.set_xticks(sorted({row["rounds"] for row in _of(rows, "rounds")}))
-    axes.legend(frameon=False)
+def _arms(rows: Sequence[record.Row]) -> list[str]:
+    return list(dict.fromkeys(row["arm"] for row in rows))
 
 
-def _yields(axes: Axes, rows: Sequence[record.Row]) -> None:
-    arm_rows = _of(rows, "yield")
-    axes.set(title="yield", xlabel="share of the candidates kept, the best ones", xscale="log")
-    _lines(axes, arm_rows, "share", label=lambda row: row["arm"])
-    ticks = sorted({row["share"] for row in arm_rows})
-    axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
-    axes.minorticks_off()
-    axes.legend(frameon=False)
+Styles = Mapping[str, Mapping[str, Any]]
 
 
-def _noises(axes: Axes, rows: Sequence[record.Row]) -> None:
-    arm_rows = _of(rows, "noise")
-    axes.set(title="critic noise", xlabel="share of wrong boxes")
-    _lines(
-        axes, arm_rows, "noise", label=lambda row: "pairs filtered" if row["share"] is None else "pairs not filtered"
-    )
-    ticks = sorted({row["noise"] for row in arm_rows})
-    axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
-    axes.legend(frameon=False)
-
-
-def _beside(axes: Axes, rows: Sequence[record.Row], across: str, *, times: float = 1) -> None:
-    """Plot gain against another column: a point per seed and number of pairs, hollow for scales above 1; lines join rounds."""
-    for row in [*_of(rows, "pairs"), *_of(rows, "scale")]:
-        color, mark = COLORS[row["arm"]], MARKS[row["arm"]]
-        face = "none" if row["axis"] == "scale" else color
-        axes.scatter(times * row[across], row["gain"], s=24, marker=mark, facecolor=face, edgecolor=color, alpha=0.8)
-    round_rows = _of(rows, "rounds")
-    for arm in dict.fromkeys(row["arm"] for row in round_rows if row["arm"] != LONG):
-        arm_rows = [row for row in round_rows if row["arm"] == arm]
-        numbers = sorted({row["rounds"] for row in arm_rows})
-        means = [
-            tuple(fmean(row[name] for row in arm_rows if row["rounds"] == number) for name in (across, "gain"))
-            for number in numbers
-        ]
-        axes.plot([times * x for x, _ in means], [y for _, y in means], color=COLORS[arm], linewidth=1)
-        for number, (x, y) in zip(numbers, means, strict=True):
-            if number > 1:
-                axes.annotate(str(number), (times * x, y), color=COLORS[arm], fontsize=9, fontweight="bold")
-    axes.set_ylabel("gain")
-
-
-def _drift(axes: Axes, rows: Sequence[record.Row]) -> None:
-    axes.set(title="gain and drift (numbers: rounds)", xlabel="drift: change of pictures that need none, in 1/1000")
-    _beside(axes, rows, "drift", times=1000)
-
-
-def _alignment(axes: Axes, rows: Sequence[record.Row]) -> None:
+def _front(axes: Axes, *, rows: Sequence[record.Row], styles: Styles, kind: str, budget: str) -> None:
     axes.set(
-        title="gain and alignment", xlabel="alignment: share of requested attributes that are right (dotted: before)"
+        title=f"pairs by {kind}, {TITLES[budget]}",
+        xlabel="drift: change of pictures that need none, in 1/1000",
+        ylabel="gain, LoRA at rising strength (ring: 1)",
+        xscale="log",
     )
-    _beside(axes, rows, "alignment")
-    for row in _of(rows, "control"):
-        if row["arm"] == "nothing":
-            axes.axvline(row["alignment"], color="grey", linewidth=0.8, linestyle=":")
+    mine = [row for row in _of(rows, axis="front", kind=kind) if budget in row["budgets"]]
+    for arm in _arms(mine):
+        arm_rows = _of(mine, arm=arm)
+        for seed in {row["seed"] for row in arm_rows}:
+            curve = sorted((row["strength"], 1000 * row["drift"], row["gain"]) for row in _of(arm_rows, seed=seed))
+            axes.plot(*zip(*((x, y) for _, x, y in curve), strict=True), color=styles[arm]["color"], alpha=0.15, lw=0.5)
+        means = _means(arm_rows, "strength", "drift", "gain")
+        axes.plot([1000 * drift for _, drift, _ in means], [gain for *_, gain in means], **styles[arm])
+        for strength, drift, gain in means:
+            if strength == 1:
+                axes.scatter(1000 * drift, gain, s=50, facecolor="none", edgecolor=styles[arm]["color"])
+    ticks = [0.1, 0.2, 0.5, 1, 2, 4, 8, 16, 32]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
 
 
-def _controls(axes: Axes, rows: Sequence[record.Row]) -> None:
-    axes.set(title="without training, and PairedDifference", ylabel="gain")
-    trained = [row for row in _of(rows, "pairs") if row["arm"] == OURS]
-    default_pairs = _of(rows, "noise")[0]["pairs"]
-    bars = {name: [row for row in _of(rows, "control") if row["arm"] == name] for name in CONTROLS if name != "nothing"}
-    bars[OURS] = [row for row in trained if row["pairs"] == default_pairs]
-    for position, (name, arm_rows) in enumerate(bars.items()):
-        height = fmean(row["gain"] for row in arm_rows)
-        axes.bar(position, height, color=COLORS.get(name, "#bbbbbb"), width=0.6)
-        passes = fmean(row["drawing_passes"] for row in arm_rows)
+def _rounds(axes: Axes, *, rows: Sequence[record.Row], styles: Styles, kind: str) -> None:
+    axes.set(
+        title=f"rounds, pairs by {kind}, equal passes",
+        xlabel="drift, in 1/1000 (numbers: rounds)",
+        ylabel="gain at strength 1",
+    )
+    mine = _of(rows, axis="rounds", kind=kind, strength=1.0)
+    for arm in _arms(mine):
+        means = _means(_of(mine, arm=arm), "rounds", "drift", "gain")
+        axes.plot([1000 * drift for _, drift, _ in means], [gain for *_, gain in means], **styles[arm])
+        for number, drift, gain in means:
+            axes.annotate(f"{number:g}", (1000 * drift, gain), color=styles[arm]["color"], fontsize=9)
+    for row in _of(rows, axis="one long round", kind=kind, strength=1.0):
+        axes.scatter(1000 * row["drift"], row["gain"], s=30, marker="x", color="grey")
+
+
+def _costs(axes: Axes, *, costs: Sequence[record.Row], styles: Styles, kind: str) -> None:
+    axes.set(
+        title=f"passes to a gain, pairs by {kind}",
+        xlabel="denoiser passes (thin: learning in one round; thick: rounds, pairs included)",
+        ylabel="gain at strength 1",
+        xscale="log",
+    )
+    for over, width in (("learning", 0.8), ("rounds", 1.8)):
+        mine = _of(costs, kind=kind, over=over)
+        for arm in _arms(mine):
+            same_length = [
+                row for row in _of(mine, arm=arm) if len(row["gains"]) == len(_of(mine, arm=arm)[0]["gains"])
+            ]
+            passes, gains = (
+                [fmean(values) for values in zip(*(row[name] for row in same_length), strict=True)]
+                for name in ("passes", "gains")
+            )
+            axes.plot(passes, gains, **{**styles[arm], "linewidth": width})
+
+
+def _few(axes: Axes, *, rows: Sequence[record.Row], styles: Styles, axis: str, along: str, label: str) -> None:
+    axes.set(title=axis, xlabel=label, ylabel="gain at strength 1", xscale="linear" if axis == "noise" else "log")
+    mine = _of(rows, axis=axis)
+    lines = [(arm, share) for arm in _arms(mine) for share in ((None, 1.0) if axis == "noise" else (...,))]
+    for arm, share in lines:
+        arm_rows = _of(mine, arm=arm) if share is ... else _of(mine, arm=arm, share=share)
+        values = sorted({row[along] for row in arm_rows})
+        gains = [[row["gain"] for row in arm_rows if row[along] == value] for value in values]
+        means = [fmean(of_value) for of_value in gains]
+        spread = [
+            [mean - min(of_value) for mean, of_value in zip(means, gains, strict=True)],
+            [max(of_value) - mean for mean, of_value in zip(means, gains, strict=True)],
+        ]
+        name = arm if share is ... else "pairs not filtered" if share else "pairs filtered"
+        style = {**styles[arm], "linestyle": "--" if share == 1 else "-"}
+        axes.errorbar(values, means, yerr=spread, capsize=2, label=name, **style)
+    ticks = sorted({row[along] for row in mine})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    if lines:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _controls(axes: Axes, *, rows: Sequence[record.Row], default: str) -> None:
+    axes.set(title=f"without training, and {default}", ylabel="gain")
+    bars = {name: _of(rows, axis="control", arm=name) for name in CONTROLS if name != "nothing"}
+    bars[default] = _of(rows, axis="front", arm=default, kind=KINDS[0], strength=1.0)
+    bars = {name: mine for name, mine in bars.items() if mine}
+    for position, mine in enumerate(bars.values()):
+        height = fmean(row["gain"] for row in mine)
+        axes.bar(position, height, color="#bbbbbb", width=0.6)
+        passes = fmean(row["drawing_passes"] for row in mine)
         axes.annotate(f"{passes:.3g} passes\na picture", (position, height), ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(bars)), [name.replace(" ", "\n", 1) for name in bars], fontsize=8)
     axes.margins(y=0.15)
-
-
-def _cost(axes: Axes, rows: Sequence[record.Row]) -> None:
-    default_pairs = _of(rows, "noise")[0]["pairs"]
-    axes.set(title=f"cost, {default_pairs} pairs", xlabel="denoiser passes (dark: making pairs; light: learning)")
-    for position, name in enumerate(reversed([*ARMS])):
-        arm_rows = [row for row in _of(rows, "pairs") if (row["arm"], row["pairs"]) == (name, default_pairs)]
-        making = fmean(row["passes"] - row["learning_passes"] for row in arm_rows)
-        learned = fmean(row["learning_passes"] for row in arm_rows)
-        axes.barh(position, making, color=COLORS[name])
-        axes.barh(position, learned, left=making, color=COLORS[name], alpha=0.45)
-    axes.set_yticks(range(len(ARMS)), [*reversed([*ARMS])], fontsize=8)

@@ -1,28 +1,34 @@
-"""The ablation: the loop with the paired difference beside its alternatives at equal budgets, and the cost of each.
+"""The ablation: ways to learn from the same pairs on one front of gain and drift, in rounds, and what each costs.
 
-``python -m benchmarks.ablation`` measures all seeds; ``--seeds 2`` some, also while
-another process measures others: the last to end writes the results of all. After a stop it resumes from its journal, which
-is beside the results. ``--tune`` measures the learning rates from which those of the arms were chosen.
+``python -m benchmarks.ablation`` measures everything, in the order of `AXES`; ``--axes``, ``--kinds``, ``--budgets``,
+``--arms`` and ``--seeds`` choose a part, also while other processes measure others into the same folder. After a stop it
+resumes from its journal, which is beside the results; each process that ends writes the results of all rows so far, and
+``--write`` does nothing else. Every trained LoRA is kept in the folder ``ablation-loras`` beside the journal, under the names
+in the column ``loras``. ``--tune`` measures the learning rates from which those of the arms were chosen.
 """
 
 import argparse
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 
-from artaug.evaluation.statistics import paired_bootstrap
+from artaug._internal.files import atomic_write
+from benchmarks import _ablation_summary as summary
 from benchmarks import _record as record
-from benchmarks._ablation_bench import ARMS, OURS, QUICK, TUNED_WITH, Bench, Cell, Settings, cells, trials
+from benchmarks._ablation_arms import ARMS, DEFAULT, ON_THE_FRONT, described, passes_a_step
+from benchmarks._ablation_bench import Bench, made_by
+from benchmarks._ablation_cells import AXES, KINDS, QUICK, TUNED_WITH, Cell, Selection, Settings, cells, trials
 from benchmarks._ablation_plot import plot
+from benchmarks._ablation_statistics import Bootstrap
 
-SEEDS = (0, 1, 2)
-PER_PROMPT = "gains"
+SEEDS = (0, 1, 2, 3, 4)
+FEW_SEEDS = ("control", "noise", "yield", "pairs", "cost")
+"""Axes with the first three seeds alone."""
 
 
 @dataclass(frozen=True)
@@ -46,93 +52,123 @@ class Journal:
             raise SystemExit(f"{self.path} has other settings. Move it away, or write to another folder (--out).")
 
     def rows(self) -> list[record.Row]:
-        """All rows so far, of all processes."""
-        return self._lines()[1:]
+        """All rows so far, of all processes, without those of arms that are gone or have changed since."""
+        return [row for row in self._lines()[1:] if self._cell_of(row) is not None]
+
+    def missing(self, cells: Iterable[Cell]) -> list[Cell]:
+        """The cells that have no row yet."""
+        measured = {self._cell_of(row) for row in self.rows()}
+        return [cell for cell in dict.fromkeys(cells) if cell not in measured]
 
     def measure(self, cells: Iterable[Cell], bench: Bench) -> None:
-        """Measure the cells that have no row yet."""
-        for cell in cells:
-            fields = asdict(cell)
-            if not any(fields.items() <= row.items() for row in self.rows()):
+        """Measure the cells that have no row yet, also none of another process by the time of their turn."""
+        for cell in self.missing(cells):
+            if self.missing([cell]):
                 self._append(bench.row(cell))
 
+    def _cell_of(self, row: record.Row) -> Cell | None:
+        cell = Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
+        known = cell.axis == "control" or cell.arm in ARMS
+        return cell if known and row["made_by"] == made_by(cell) else None
+
     def _append(self, line: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        # One write of a whole line, so that lines of several processes do not mix.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, (json.dumps(line) + "\n").encode())
+        finally:
+            os.close(descriptor)
 
     def _lines(self) -> list[Mapping[str, Any]]:
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
 
-def measure(*, quick: bool, out: Path, seeds: Sequence[int], tune: bool = False) -> list[record.Row]:
-    """Measure the trials, or the cells of some seeds; return all rows so far, trials included."""
-    settings = QUICK if quick else Settings()
-    about, suffix = {"settings": repr(settings)}, "-quick" if quick else ""
-    tuning = Journal(out / f"ablation-tuning{suffix}.jsonl", about)
-    journal = Journal(out / f"ablation{suffix}.jsonl", about | {name: repr(arm) for name, arm in ARMS.items()})
-    tuning.begin()
-    journal.begin()
-    if tune:
-        tuning.measure(trials(settings), Bench(settings, seed=TUNED_WITH))
-    else:
-        for seed in seeds:
-            journal.measure(cells(settings, seed), Bench(settings, seed=seed))
-    return [*tuning.rows(), *journal.rows()]
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """The files of an ablation in a folder."""
 
+    out: Path
+    quick: bool = False
 
-def comparisons(rows: Sequence[record.Row]) -> list[record.Row]:
-    """Every arm minus `PairedDifference` with the same number of pairs: the mean difference of gains over prompts and seeds, and its interval.
+    @property
+    def settings(self) -> Settings:
+        """Its size."""
+        return QUICK if self.quick else Settings()
 
-    The interval is a 95% bootstrap over prompts of the differences, averaged over seeds.
-    """
-    trained = [row for row in rows if row["axis"] == "pairs"]
-    results: list[record.Row] = []
-    for arm, pairs in dict.fromkeys((row["arm"], row["pairs"]) for row in trained if row["arm"] != OURS):
-        ours, others = (
-            {row["seed"]: row[PER_PROMPT] for row in trained if (row["arm"], row["pairs"]) == (name, pairs)}
-            for name in (OURS, arm)
-        )
-        both = sorted(ours.keys() & others.keys())
-        differences = np.mean([np.subtract(others[seed], ours[seed]) for seed in both], axis=0)
-        interval = paired_bootstrap(differences)
-        results.append(
-            {
-                "arm": arm,
-                "minus": OURS,
-                "pairs": pairs,
-                "seeds": len(both),
-                "gain": fmean(differences),
-                "low": interval.low,
-                "high": interval.high,
-            }
-        )
-    return results
+    def journal(self, name: str = "ablation") -> Journal:
+        """The journal of the results, or of the trials of learning rates."""
+        journal = Journal(self.out / f"{name}{self._suffix}.jsonl", {"settings": repr(self.settings)})
+        journal.begin()
+        return journal
 
+    def measure(self, selection: Selection, seeds: Sequence[int]) -> None:
+        """Measure the cells of some seeds that have no row yet, axis by axis."""
+        journal = self.journal()
+        benches = {seed: self._bench(seed) for seed in seeds}
+        by_seed = [
+            (seed, list(cells(self.settings, seed, replace(selection, axes=[axis]))))
+            for axis in selection.axes
+            for seed in seeds
+            if axis not in FEW_SEEDS or seed in SEEDS[:3]
+        ]
+        left = [(benches[seed], journal.missing(mine)) for seed, mine in by_seed]
+        seconds = sum(bench.estimate_seconds(mine) for bench, mine in left if mine)
+        print(f"{sum(len(mine) for _, mine in left)} cells left, about {seconds / 60:.0f} minutes", flush=True)
+        for bench, mine in left:
+            journal.measure(mine, bench)
 
-def write(rows: Sequence[record.Row], out: Path, *, quick: bool) -> None:
-    """Write ablation.json and ablation.png."""
-    columns = [{name: cell for name, cell in row.items() if name != PER_PROMPT} for row in rows]
-    settings = asdict(QUICK if quick else Settings())
-    environment = record.environment() | {"quick": quick, "settings": settings}
-    content = {"environment": environment, "rows": columns, "comparisons": comparisons(rows)}
-    (out / "ablation.json").write_text(json.dumps(content, indent=2) + "\n")
-    plot(rows).savefig(out / "ablation.png", dpi=150, bbox_inches="tight")
+    def tune(self, selection: Selection) -> None:
+        """Measure the trials of learning rates."""
+        self.journal("ablation-tuning").measure(trials(self.settings, selection), self._bench(TUNED_WITH))
+
+    def write(self, *, resamples: int = 4000) -> None:
+        """Write ablation.json and ablation.png."""
+        rows, trial_rows = self.journal().rows(), self.journal("ablation-tuning").rows()
+        by_panel, bootstrap = summary.panels(rows, self.settings), Bootstrap(resamples)
+        content = {
+            "environment": record.environment() | {"quick": self.quick, "settings": asdict(self.settings)},
+            "default": DEFAULT,
+            "on_the_front": ON_THE_FRONT,
+            "arms": {name: {"made_by": described(arm), "passes": passes_a_step(arm)} for name, arm in ARMS.items()},
+            "fronts": list(summary.fronts(by_panel, bootstrap)),
+            "dominance": list(summary.dominance(by_panel, bootstrap)),
+            "costs": list(summary.costs(rows, self.settings)),
+            "rows": list(summary.flat_rows([*trial_rows, *rows], self.settings)),
+        }
+        path = self.out / "ablation.json"
+        with atomic_write(path, what="the results", remedy="Give --out a folder that can be written.") as file:
+            file.write_text(json.dumps(content, indent=1) + "\n")
+        plot(content).savefig(self.out / "ablation.png", dpi=150, bbox_inches="tight")
+
+    @property
+    def _suffix(self) -> str:
+        return "-quick" if self.quick else ""
+
+    def _bench(self, seed: int) -> Bench:
+        return Bench(self.settings, seed=seed, loras=self.out / f"ablation-loras{self._suffix}")
 
 
 def main() -> None:
     """Read the command line, measure, and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a small run that ends within a minute on two cores")
+    parser.add_argument("--quick", action="store_true", help="a small run that ends within two minutes on two cores")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="where to write")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="which seeds to measure")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="guides that pairs are redrawn by")
+    parser.add_argument("--budgets", nargs="+", choices=("passes", "steps"), default=("passes", "steps"))
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=None, help="of every axis; in quotes")
     parser.add_argument("--tune", action="store_true", help="try learning rates, and measure nothing else")
+    parser.add_argument("--write", action="store_true", help="write the results, and measure nothing")
     options = parser.parse_args()
     mpl.use("Agg")
-    seeds = options.seeds or SEEDS[: 1 if options.quick else None]
-    rows = measure(quick=options.quick, out=options.out, seeds=seeds, tune=options.tune)
-    print(record.table([{name: cell for name, cell in row.items() if name != PER_PROMPT} for row in rows]))
-    if not options.tune:
-        write(rows, options.out, quick=options.quick)
+    ablation = Ablation(out=options.out, quick=options.quick)
+    selection = Selection(axes=options.axes, kinds=options.kinds, budgets=options.budgets, arms=options.arms)
+    if options.tune:
+        ablation.tune(selection)
+    elif not options.write:
+        ablation.measure(selection, options.seeds or SEEDS[: 1 if options.quick else None])
+    ablation.write(resamples=200 if options.quick else 4000)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
     base = playground.synthesizer(guide=aa.OutputMix(), steps=SAMPLING_STEPS)
     interaction = Interaction(synthesizer=base, critic=PhotometricCritic(), sampling_steps=SAMPLING_STEPS, seed=0)
     held_out = playground.prompts(4 if quick else 64, seed=1, held_out=True)
-    evaluation = HeldOutEvaluation(base, held_out, 2 if quick else 32)
+    evaluation = HeldOutEvaluation(base, held_out)
     rows: list[record.Row] = []
     for seed in range(2 if quick else 6):
         for arm in arms(quick=quick):
@@ -80,8 +80,8 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
                 echo=arm.echo, rank=8, steps=arm.steps, batch_size=BATCH_SIZE, learning_rate=4e-3
             )
             training = trainer.train(interaction.kept(arm.pairs).pairs, base, seed=seed, progress=False)
-            results = evaluation.results(plain(base.with_lora(training.lora)))
-            judged = {name: results[name] for name in JUDGED}
+            measures = evaluation.measure(plain(base.with_lora(training.lora)))
+            judged = {name: float(measures[name].mean()) for name in JUDGED}
             rows.append({"seed": seed, **arm.columns(), "seconds": training.seconds, **judged})
             yield rows[-1]
     yield from differences(rows)

@@ -61,7 +61,7 @@ def measure(*, quick: bool) -> list[record.Row]:
                 with passes_counted(base) as passes:
                     training = trainer.train(pairs, base, seed=seed, progress=False)
                 scores = evaluation.evaluate(base.with_lora(training.lora))
-                cost = {"pairs": len(pairs), "steps": steps, "passes": passes.count, "seconds": training.seconds}
+                cost = {"pairs": len(pairs), "steps": steps, "passes": passes.both, "seconds": training.seconds}
                 seed_rows.append({"method": name, "seed": seed, **cost, **scores})
         rows += [{**row, "passes_to_gain": passes_to_gain(row["method"], seed_rows)} for row in seed_rows]
     return rows
@@ -71,7 +71,18 @@ def measure(*, quick: bool) -> list[record.Row]:
 class Passes:
     """Pictures through the denoiser: forward, and back where there is a gradient."""
 
-    count: int = 0
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def both(self) -> int:
+        """Pictures forward and back."""
+        return self.forward + self.backward
+
+    @property
+    def denoiser_calls(self) -> int:
+        """The work in forward passes: one back is about two forward."""
+        return self.forward + 2 * self.backward
 
 
 @contextmanager
@@ -80,7 +91,9 @@ def passes_counted(synthesizer: DiffusersSynthesizer) -> Iterator[Passes]:
     passes = Passes()
 
     def count(_: object, __: object, kwargs: Mapping[str, Tensor]) -> None:
-        passes.count += len(kwargs["hidden_states"]) * (2 if torch.is_grad_enabled() else 1)
+        pictures = len(kwargs["hidden_states"])
+        passes.forward += pictures
+        passes.backward += pictures if torch.is_grad_enabled() else 0
 
     handle = synthesizer.pipeline.transformer.register_forward_pre_hook(count, with_kwargs=True)
     try:

@@ -1,32 +1,41 @@
-"""The ablation: cells that go on where they stopped, arms at equal pairs, passes as they are counted."""
+"""The ablation: cells that go on where they stopped, budgets and passes as they are counted, and what its results say."""
+
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
+from benchmarks import _ablation_arms as arms
 from benchmarks import _ablation_bench as bench
+from benchmarks import _ablation_cells as axes
 from benchmarks import _ablation_pairs as pair_sources
+from benchmarks import _ablation_statistics as statistics
+from benchmarks import _ablation_summary as summary
 from benchmarks import ablation
 from benchmarks._ablation_plot import plot as ablation_plot
 from PIL import Image
 
+import artaug as aa
 from artaug import playground
 from artaug.critics import PhotometricCritic
-from artaug.evaluation.statistics import paired_bootstrap
 
 BLACK, WHITE = (Image.new("RGB", (64, 64), colour) for colour in ("black", "white"))
-
+QUICK = replace(axes.QUICK, strengths=(1.0, 2.0), sampling_steps=1)
+MIXED, ATTENDED = "OutputMix", "RegionalAttention"
 CELLS = [
-    bench.Cell(axis="control", arm="words added", seed=0),
-    *[bench.Cell(axis="pairs", arm=arm, seed=0, pairs=2) for arm in (bench.OURS, "DPO, best of k")],
-    bench.Cell(axis="rounds", arm=bench.OURS, seed=0, pairs=4, rounds=2),
+    axes.Cell(axis="control", arm="words added", seed=0),
+    axes.Cell(axis="front", arm=arms.DEFAULT, seed=0, kind=ATTENDED, pairs=2, steps=2),
+    axes.Cell(axis="rounds", arm=arms.DEFAULT, seed=0, kind=MIXED, pairs=4, steps=2, rounds=2),
 ]
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A journal of some cells, and the bench they were measured on."""
-    journal = ablation.Journal(tmp_path_factory.mktemp("ablation") / "ablation.jsonl", {"settings": "quick"})
+    folder = tmp_path_factory.mktemp("ablation")
+    journal = ablation.Journal(folder / "ablation.jsonl", {"settings": "quick"})
     journal.begin()
-    measuring = bench.Bench(bench.QUICK, seed=0)
+    measuring = bench.Bench(QUICK, seed=0, loras=folder / "loras")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pair_sources, "CHUNK", 4)
         journal.measure(CELLS, measuring)
@@ -34,14 +43,33 @@ def measured(tmp_path_factory):
 
 
 def test_the_ablation_has_a_row_for_every_cell(measured):
-    words, paired, best_of_k, two_rounds = measured[0].rows()
+    words, paired, two_rounds = measured[0].rows()
 
-    assert words["gain"] > 5 * abs(paired["gain"]), "the model knows the words, and two steps teach little"
+    gains = {row["axis"]: np.mean(row["curve"]["gain"][row["strengths"].index(1.0)]) for row in (words, paired)}
+    assert gains["control"] > 5 * abs(gains["front"]), "the model knows the words, and two steps teach little"
     assert [paired[name] for name in ("kept", "images", "critic_calls")] == [2, 4, 2]
-    assert [best_of_k[name] for name in ("kept", "images", "critic_calls")] == [2, 4, 0]
     assert two_rounds["learning_passes"] == 2 * paired["learning_passes"] == 2 * (2 * 2 * 4)
-    assert all(row["gain_low"] <= row["gain"] <= row["gain_high"] for row in (words, paired, best_of_k, two_rounds))
-    assert paired["gain"] == pytest.approx(np.mean(paired["gains"]), abs=1e-6)
+    for row in (paired, two_rounds):
+        assert row["strengths"] == [0.0, *QUICK.strengths]
+        assert {np.shape(curve) for curve in row["curve"].values()} == {(3, QUICK.prompts)}
+        nothing = {name: curve[0] for name, curve in row["curve"].items()}
+        assert not np.any([nothing[name] for name in ("gain", "drift", "exposure", "sharpness")])
+
+
+def test_every_trained_lora_is_kept_and_draws_what_was_measured(measured):
+    journal, measuring = measured
+    _, _, two_rounds = journal.rows()
+    files = [measuring.folder / name for name in two_rounds["loras"]]
+
+    again = measuring.bases[MIXED]
+    for file in files:
+        again = again.with_lora(aa.LoRA.load(file), scale=2.0)
+    measures = measuring.evaluation.measure(bench.evaluations.plain(again))
+
+    assert len(files) == 2
+    at_2 = two_rounds["strengths"].index(2.0)
+    for name, values in measures.items():
+        assert values == pytest.approx(np.array(two_rounds["curve"][name][at_2]), abs=1e-3)
 
 
 def test_an_ablation_resumes_from_its_journal_and_no_other(measured):
@@ -56,23 +84,55 @@ def test_an_ablation_resumes_from_its_journal_and_no_other(measured):
         ablation.Journal(journal.path, {"settings": "others"}).begin()
 
 
-@pytest.mark.parametrize("source_name", ["interaction", "best of k"])
-def test_passes_are_calls_of_the_denoiser_counted_per_picture(measured, source_name):
+def test_a_row_of_an_arm_that_has_changed_is_measured_again(measured, monkeypatch):
+    journal, _ = measured
+    changed = replace(arms.ARMS[arms.DEFAULT], learning_rate=0.5)
+
+    monkeypatch.setattr(bench, "ARMS", {**arms.ARMS, arms.DEFAULT: changed})
+
+    assert journal.missing(CELLS) == CELLS[1:]
+
+
+@pytest.mark.parametrize(
+    ("objective", "echo", "passes"),
+    [
+        (aa.PairedDifference(), 1, 4),
+        (aa.PairedDifference(), 4, 3.25),
+        (aa.SupervisedFineTuning(), 1, 3),
+        (aa.TwoStage(per_pair=False), 1, 3),
+        (aa.DirectPreference(), 1, 8),
+    ],
+)
+def test_passes_of_a_step_are_counted(objective, echo, passes):
+    arm = arms.Arm(objective, 1e-3, echo=echo)
+
+    assert arms.passes_a_step(arm) == passes
+    steps = arms.steps_of_equal_passes(arm, 64)
+    assert steps * passes == pytest.approx(64 * 4, rel=statistics.SAME_PASSES)
+
+
+def test_an_arm_is_described_by_what_is_set():
+    inner = aa.PairedDifference(outside_weight=0.5)
+
+    described = arms.described(arms.Arm(aa.Bipolar(objective=inner), 1e-3))
+
+    assert described == "Arm(objective=Bipolar(objective=PairedDifference(outside_weight=0.5)), learning_rate=0.001)"
+    assert len({arms.described(arm) for arm in arms.ARMS.values()}) == len(arms.ARMS), "no two arms are the same"
+
+
+@pytest.mark.parametrize("kind", [MIXED, ATTENDED])
+def test_passes_of_pairs_are_calls_of_the_denoiser_counted_per_picture(measured, kind):
     _, measuring = measured
-    source = measuring.interaction(0.25) if source_name == "interaction" else measuring.best_of_k
-    source.attempts.clear()
-    passes = []
-    model = measuring.base.pipeline.transformer
-    counting = model.register_forward_pre_hook(
-        lambda _, __, kwargs: passes.append(len(kwargs["hidden_states"])), with_kwargs=True
+    source = bench.Interaction(
+        synthesizer=measuring.bases[kind], critic=PhotometricCritic(), sampling_steps=QUICK.sampling_steps, seed=0
     )
 
-    pair_set = source.kept(2)
-    counting.remove()
+    with torch.no_grad(), bench.passes_counted(source.synthesizer) as passes:
+        pair_set = source.kept(2)
 
     expected = pair_set.cost.passes + sum(cost.passes for _, cost in source.attempts[pair_set.prompts :])
     assert len(source.attempts) % pair_sources.CHUNK == 0 < pair_set.prompts
-    assert sum(passes) == expected
+    assert passes.denoiser_calls == expected
 
 
 def test_a_noisy_critic_misplaces_its_share_of_boxes_and_nothing_else():
@@ -106,39 +166,101 @@ def test_the_best_of_k_is_the_best_of_those_that_show_what_was_requested():
     assert best_of_k._best(prompt, [wrong, wrong]) is None  # noqa: SLF001
 
 
-def synthetic_rows(settings, seeds):
-    """Rows of every cell, the gain in them growing with the pairs, by prompts."""
-    cells = [cell for seed in seeds for cell in bench.cells(settings, seed)]
-    columns = {"passes": 90, "learning_passes": 30, "drawing_passes": 6, "alignment": 1.0, "drift": 0.001}
-    return [
-        {
-            **vars(cell),
-            **columns,
-            "gain": cell.pairs + cell.seed,
-            "gains": [cell.pairs + cell.seed, cell.pairs + cell.seed],
+def all_cells(settings, seeds):
+    return [cell for seed in seeds for cell in axes.cells(settings, seed, axes.Selection())]
+
+
+def test_every_arm_is_on_the_front_at_both_budgets_and_every_cell_has_a_file_of_its_own():
+    settings = axes.Settings()
+    cells = all_cells(settings, [0, 1])
+
+    for kind in axes.KINDS:
+        on_front = [cell for cell in cells if (cell.axis, cell.kind, cell.seed) == ("front", kind, 0)]
+        for name, arm in arms.ARMS.items():
+            steps = {cell.steps for cell in on_front if cell.arm == name}
+            assert steps == {settings.steps, arms.steps_of_equal_passes(arm, settings.steps)}
+    assert {cell.axis for cell in cells} == {*axes.AXES, "one long round"}
+    assert len({cell.name for cell in cells}) == len(set(cells)) == len(cells)
+
+
+def test_a_selection_is_a_part_of_the_whole():
+    settings = axes.Settings()
+    whole = all_cells(settings, [0])
+
+    selection = axes.Selection(axes=["front"], kinds=[MIXED], budgets=["passes"], arms=["DPO, beta 5"])
+    (cell,) = axes.cells(settings, 0, selection)
+
+    assert cell in whole
+    assert cell.steps == settings.steps // 2
+
+
+def synthetic_rows(settings, seeds, prompts=3):
+    """Rows of every cell, whose gain and drift grow with the strength."""
+    columns = {
+        "passes": 90,
+        "learning_passes": 30,
+        "drawing_passes": 6,
+        "kept": 2,
+        "yield": 0.5,
+        "images": 4,
+        "loras": [],
+    }
+    rows = []
+    for cell in all_cells(settings, seeds):
+        strengths = [0.0, *settings.strengths] if cell.axis in bench.SWEPT else [0.0, 1.0]
+        curve = {
+            name: [[strength * size + 1e-5 * cell.seed] * prompts for strength in strengths]
+            for name, size in {
+                "gain": 0.05,
+                "drift": 0.001,
+                "alignment": 0,
+                "diversity": 0,
+                "exposure": 0,
+                "sharpness": 0,
+            }.items()
         }
-        for cell in cells
-    ]
+        rows.append({**vars(cell), **columns, "made_by": "", "strengths": strengths, "curve": curve})
+    return rows
 
 
-def test_arms_are_compared_with_ours_at_as_many_pairs():
-    rows = synthetic_rows(bench.Settings(), [0, 1])
-    for row in rows:
-        if row["arm"] == "DPO":
-            row["gains"] = [gain - change for gain, change in zip(row["gains"], (1, 3), strict=True)]
+@pytest.fixture(scope="module")
+def content():
+    """The results of synthetic rows."""
+    settings = axes.Settings()
+    rows = synthetic_rows(settings, [0, 1])
+    by_panel, bootstrap = summary.panels(rows, settings), statistics.Bootstrap(50)
+    return {
+        "default": arms.DEFAULT,
+        "arms": arms.ARMS,
+        "fronts": list(summary.fronts(by_panel, bootstrap)),
+        "dominance": list(summary.dominance(by_panel, bootstrap)),
+        "costs": list(summary.costs(rows, settings)),
+        "rows": list(summary.flat_rows(rows, settings)),
+    }
 
-    comparisons = {(row["arm"], row["pairs"]): row for row in ablation.comparisons(rows)}
 
-    assert {pairs for _, pairs in comparisons} == set(bench.Settings().pairs)
-    assert {row["gain"] for (arm, _), row in comparisons.items() if arm == "DPO"} == {-2.0}
-    interval = paired_bootstrap([-1, -3])
-    assert (comparisons["DPO", 32]["low"], comparisons["DPO", 32]["high"]) == (interval.low, interval.high)
-    assert comparisons["DPO", 32]["seeds"] == 2
-    assert comparisons["TwoStage", 32]["low"] == comparisons["TwoStage", 32]["high"] == 0
+def test_fronts_have_every_arm_kind_and_budget_at_every_drift(content):
+    fronts = [row for row in content["fronts"] if row["axis"] == "front"]
+
+    assert len(fronts) == len(arms.ARMS) * 2 * 2 * (1 + len(statistics.DRIFTS))
+    for row in fronts:
+        drift = 0.001 if row["at_drift"] is None else row["at_drift"]
+        reached = drift <= 0.003  # at strength 3
+        assert row["gain"] == (pytest.approx(50 * drift, rel=0.05) if reached else None)
 
 
-def test_the_ablation_is_shown_axis_by_axis():
-    figure = ablation_plot(synthetic_rows(bench.Settings(), [0, 1, 2]))
+def test_equal_arms_do_not_dominate_each_other_and_all_are_compared_with_the_default(content):
+    assert not any(row["dominates"] for row in content["dominance"])
+    others = len(arms.ARMS) - 1
+    assert sum(row["axis"] == "front" for row in content["dominance"]) == 2 * 2 * 2 * others
 
-    assert len(figure.axes) == 8
-    assert len(figure.axes[0].get_legend_handles_labels()[1]) == len(bench.ARMS)
+
+def test_the_ablation_is_shown_axis_by_axis(content):
+    figure = ablation_plot(content)
+
+    assert len(figure.axes) == 12
+    assert len(figure.legends[0].get_texts()) == len(arms.ARMS)
+
+
+def test_a_cell_is_what_its_row_says():
+    assert {item.name for item in fields(axes.Cell)} <= synthetic_rows(axes.QUICK, [0])[0].keys()
