@@ -128,6 +128,14 @@ def resets(exchange):
     connection.close()
 
 
+def eventually(condition):
+    for _ in range(200):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
 @contextlib.contextmanager
 def faulty_server(*script) -> Iterator[FaultyServer]:
     """Serve on a free port of this machine until the block ends."""

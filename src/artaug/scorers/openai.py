@@ -27,6 +27,7 @@ from artaug.serving.logprobs import answer_odds
 from artaug.serving.model import ServedModel
 
 _GRADES = 100
+_QUOTED_TOKENS = 5
 
 
 class _Reading(NamedTuple):
@@ -135,7 +136,7 @@ class OpenAIVQAScore(_ServedScorer):
         answers = {answer: [answer.strip().lower()] for answer in (self.answer, self.other_answer)}
         odds = answer_odds(first.top, answers)
         if odds is None:
-            listed = ", ".join(repr(token) for token, _ in first.top[:5])
+            listed = self._quoted(token for token, _ in first.top[:_QUOTED_TOKENS])
             raise self._error(
                 prompt,
                 f"neither {self.answer!r} nor {self.other_answer!r} is among the {len(first.top)} most likely tokens, "

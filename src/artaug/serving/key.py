@@ -11,6 +11,7 @@ from artaug.errors import InvalidValueError
 
 _MASK = "***"
 _MIN_SECRET_CHARS = 8
+_MIN_PART_CHARS = 3
 
 
 @final
@@ -49,6 +50,12 @@ class ApiKey:
     def redact(self, text: str) -> str:
         """The text with ``***`` for the key, as it is or as JSON, URLs, HTML, base64 and hexadecimal numbers write it."""
         return text if self._pattern is None else self._pattern.sub(_MASK, text)
+
+    def redact_part(self, text: str) -> str:
+        """The same for one token of a text, also where it is only a part of the key: the next one may be the rest."""
+        part = text.strip().lower()
+        is_part = self._is_secret and len(part) >= _MIN_PART_CHARS and part in (self._key or "").lower()
+        return _MASK if is_part else self.redact(text)
 
     @cached_property
     def _pattern(self) -> re.Pattern[str] | None:

@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
@@ -30,6 +30,7 @@ _LOG = logging.getLogger(__name__)
 _KEY_VARIABLE = "OPENAI_API_KEY"
 _MAX_RESPONSE_BYTES = 16 * 2**20
 _MAX_ERROR_CHARS = 300
+_MAX_TOKEN_CHARS = 40
 _SCHEMA_REFUSED_STATUS = frozenset({400, 404, 415, 422, 500, 501})  # 500 where the compiler of the schema fails
 _ATTEMPTS_AT_500 = 3
 _SCHEMA_REFUSED = "the server refused the JSON schema, so the model was asked for free text"
@@ -165,6 +166,11 @@ class ServedModel:
             self._state.usage.add(Usage(failures=1))
             return outcome
         return replace(outcome, notes=(*([_SCHEMA_REFUSED] if without_schema else []), *outcome.notes))
+
+    def _quoted(self, tokens: Iterable[str]) -> str:
+        """Some tokens that the server listed, in words, for an error."""
+        key = _key_of(self)
+        return ", ".join(repr(shorten(key.redact_part(token), _MAX_TOKEN_CHARS)) for token in tokens)
 
     def _payload(self, request: ChatRequest, data_urls: dict[int, str]) -> dict[str, Any]:
         payload: dict[str, Any] = {
