@@ -17,6 +17,7 @@ class Arm:
     objective: aa.Objective
     learning_rate: float
     echo: int = 1
+    own_noise: bool = False
 
     def trainer(self, *, rank: int, steps: int, batch_size: int) -> aa.DifferentialLoRATrainer:
         """The trainer of a training of this size."""
@@ -24,6 +25,7 @@ class Arm:
             objective=self.objective,
             learning_rate=self.learning_rate,
             echo=self.echo,
+            own_noise=self.own_noise,
             rank=rank,
             steps=steps,
             batch_size=batch_size,
@@ -40,6 +42,7 @@ ARMS: Mapping[str, Arm] = {
     "PairedDifference, reach 2": Arm(aa.PairedDifference(reach=2), 4e-3),
     "at before .5": Arm(aa.PairedDifference(at_before=0.5), 4e-3),
     "at before .5, reach 2": Arm(aa.PairedDifference(at_before=0.5, reach=2), 4e-3),
+    "PairedDifference, own noise": Arm(aa.PairedDifference(), 4e-3, own_noise=True),
     "Bipolar": Arm(aa.Bipolar(), 4e-3),
     "Bipolar, reach 2": Arm(aa.Bipolar(objective=aa.PairedDifference(reach=2)), 4e-3),
     "TwoStage": Arm(aa.TwoStage(per_pair=False), 2e-3),
@@ -48,6 +51,7 @@ ARMS: Mapping[str, Arm] = {
     "DPO, beta 20": Arm(aa.DirectPreference(beta=20), 1e-3),
     "DPO, beta 5, safeguard .5": Arm(aa.DirectPreference(beta=5, safeguard=0.5), 1e-3),
     "DPO, beta 5, norm guard .1": Arm(aa.DirectPreference(beta=5, norm_guard=0.1), 1e-3),
+    "DPO, beta 5, own noise": Arm(aa.DirectPreference(beta=5), 1e-3, own_noise=True),
     "NegativeAware, beta 1": Arm(aa.NegativeAware(beta=1), 1e-3),
     "NegativeAware, beta 2": Arm(aa.NegativeAware(beta=2), 1e-3),
 }
