@@ -1,23 +1,21 @@
 """What `benchmarks.outside` measures of a candidate's pictures: our scorers, and judges that are not ours beside them."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from PIL.Image import Image
 
-import artaug as aa
 from artaug import playground
 from artaug.playground.rendering import SIZE_PX
 from artaug.playground.world import ADJECTIVES, COLORS, PLACES, SHAPES, Thing
 from artaug.scorers import Photometric
+from benchmarks._ablation_evaluation import Draw, draw_in_chunks
 from benchmarks._outside_judges import Array, Brisque, EfficientNetLite0, LinearProbe, cosine, frechet_distance
-from benchmarks.objectives import NEEDS_NOTHING
+from benchmarks.objectives import NEEDS_NOTHING, mean_squared_change
 
-Draw = Callable[[Sequence[str], int], list[Image]]
-"""Draws one picture a prompt; the seed of the first is given, the others follow."""
 Measures = Mapping[str, Array]
 """Of each measure one number a prompt."""
 SIZE_OF_NETWORK_PX = 128
@@ -117,9 +115,11 @@ class Exam:
     probe: SceneProbe
     brisque: Brisque
 
-    def draw(self, draw: Draw, *, seed: int = 0) -> DrawnPictures:
-        """All pictures of a candidate. The same seed has the same noise for every candidate."""
-        return DrawnPictures(draw(self.prompts, seed), draw([prompt + NEEDS_NOTHING for prompt in self.prompts], seed))
+    def draw(self, draw: Draw, *, first_seed: int = 0) -> DrawnPictures:
+        """All pictures of a candidate. The same seeds have the same noise for every candidate."""
+        seeds = range(first_seed, first_seed + len(self.prompts))
+        fine = [prompt + NEEDS_NOTHING for prompt in self.prompts]
+        return DrawnPictures(draw_in_chunks(draw, self.prompts, seeds), draw_in_chunks(draw, fine, seeds))
 
     @cached_property
     def before(self) -> DrawnPictures:
@@ -142,9 +142,8 @@ class Exam:
         before, plain, fine = self._judged_before, self._judge(drawn.plain), self.network.features(drawn.fine)
         measures = {name: plain.numbers[name] - before.numbers[name] for name in plain.numbers}
         measures["toward"] = cosine(plain.features, self._goal) - cosine(before.features, self._goal)
-        measures["drift"] = np.array(
-            [_squared_change(*pair) for pair in zip(self.before.fine, drawn.fine, strict=True)]
-        )
+        pairs = zip(self.before.fine, drawn.fine, strict=True)
+        measures["drift"] = np.array([mean_squared_change([old], [new]) for old, new in pairs])
         measures["content"] = 1 - cosine(fine, self._goal)
         distances = {
             "frechet": frechet_distance(fine, self._goal),
@@ -193,22 +192,6 @@ class _Judged:
     features: Array
 
 
-def plain(synthesizer: aa.Synthesizer, *, batch_size: int = 32) -> Draw:
-    """Draw prompts as they are."""
-
-    def draw(prompts: Sequence[str], seed: int) -> list[Image]:
-        return [
-            image
-            for start in range(0, len(prompts), batch_size)
-            for image in synthesizer.synthesize_batch(
-                [aa.Plan(prompt) for prompt in prompts[start : start + batch_size]],
-                seeds=range(seed + start, seed + min(start + batch_size, len(prompts))),
-            )
-        ]
-
-    return draw
-
-
 def _accuracy(name: str, images: Sequence[Image], prompts: Sequence[str]) -> Sequence[float]:
     scorer = playground.Accuracy("color") if name == "color" else playground.Accuracy("shape")
     return scorer.score_batch(images, prompts)
@@ -218,9 +201,3 @@ def _by_prompt(things: Array, prompts: Sequence[str]) -> Array:
     """The mean of a prompt's things."""
     counts = [len(playground.parse(prompt).things) for prompt in prompts]
     return np.array([part.mean() for part in np.split(things, np.cumsum(counts)[:-1])])
-
-
-def _squared_change(before: Image, after: Image) -> float:
-    """Of pixels in [0, 1]."""
-    arrays = [np.asarray(image, dtype=np.float64) / 255 for image in (before, after)]
-    return float(np.square(arrays[1] - arrays[0]).mean())

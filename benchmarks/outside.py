@@ -20,8 +20,9 @@ import artaug as aa
 from artaug import playground
 from artaug.diffusion import DiffusersSynthesizer
 from benchmarks import _record as record
+from benchmarks._ablation_evaluation import plain
 from benchmarks._outside_agreement import agreement, columns, plot
-from benchmarks._outside_exam import SIZE_OF_NETWORK_PX, DrawnPictures, Exam, SceneProbe, plain
+from benchmarks._outside_exam import SIZE_OF_NETWORK_PX, DrawnPictures, Exam, SceneProbe
 from benchmarks._outside_judges import Brisque, EfficientNetLite0
 from benchmarks.objectives import kept_pairs
 
@@ -66,7 +67,7 @@ EDITS: Mapping[str, Callable[[Image], Image]] = {
 
 def controls(exam: Exam) -> Iterator[tuple[str, DrawnPictures]]:
     """The base's pictures with other seeds, and edited."""
-    yield "other seeds", exam.draw(exam.base, seed=len(exam.prompts))
+    yield "other seeds", exam.draw(exam.base, first_seed=len(exam.prompts))
     for name, edit in EDITS.items():
         images = [[edit(image) for image in images] for images in (exam.before.plain, exam.before.fine)]
         yield name, DrawnPictures(*images)
@@ -129,10 +130,10 @@ def prepare(*, quick: bool) -> tuple[Exam, DiffusersSynthesizer, record.Row]:
     """
     network, brisque = EfficientNetLite0.load(size_px=SIZE_OF_NETWORK_PX), Brisque.load()
     base = playground.synthesizer(guide=aa.OutputMix(), steps=SAMPLING_STEPS)
-    probe = SceneProbe.fit(network, scenes=100 if quick else 1200)
+    probe = SceneProbe.fit(network, scenes=100 if quick else 600)
     prompts = playground.prompts(6 if quick else 48, seed=18, held_out=True)
     exam = Exam(prompts, plain(base), network, probe, brisque)
-    return exam, base, {**probe.check(scenes=30 if quick else 300), **exam.agreement_of_probe()}
+    return exam, base, {**probe.check(scenes=30 if quick else 200), **exam.agreement_of_probe()}
 
 
 def main() -> None:

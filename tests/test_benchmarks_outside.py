@@ -43,9 +43,9 @@ def exam(network):
     return exams.Exam(PROMPTS, rendering, network, probe, judges.Brisque(Lightness()))
 
 
-def rendering(prompts, seed):
+def rendering(prompts, seeds):
     """A base model that renders."""
-    return [playground.render(prompt, seed=seed + index) for index, prompt in enumerate(prompts)]
+    return [playground.render(prompt, seed=seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
 def gaussian(seed, pictures, width):
@@ -229,7 +229,7 @@ def test_agreement_is_therank_correlation_over_loras():
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=20))
-def test_therank_correlation_is_scipys(pairs):
+def test_the_rank_correlation_is_scipys(pairs):
     pair = np.array(pairs, dtype=np.float64)
     found = agreement.rank_correlation(pair)["correlation"]
     if np.ptp(pair, axis=0).all():
