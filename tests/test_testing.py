@@ -219,6 +219,7 @@ def test_check_filter_catches(keep, message):
         aa.DirectPreference(),
         aa.DirectPreference(safeguard=0.5, norm_guard=1.0),
         aa.NegativeAware(),
+        aa.PairedPreference(),
         aa.PairedDifference(at_before=0.5, reach=1.5),
         aa.SupervisedFineTuning(),
     ],

@@ -18,6 +18,7 @@ from artaug.training.objectives.direct_preference import DirectPreference
 from artaug.training.objectives.fine_tuning import SupervisedFineTuning
 from artaug.training.objectives.negative_aware import NegativeAware
 from artaug.training.objectives.paired_difference import PairedDifference
+from artaug.training.objectives.paired_preference import PairedPreference
 from artaug.training.objectives.two_stage import TwoStage
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Objective",
     "PairBatch",
     "PairedDifference",
+    "PairedPreference",
     "Stage",
     "Student",
     "SupervisedFineTuning",

@@ -24,6 +24,13 @@ def weight_by_level(errors: Sigmas, model: Student, batch: PairBatch, weighting:
     return weighting.weights(model.noise_schedule, batch.sigmas) * errors
 
 
+def changed_in_regions(batch: PairBatch) -> Latents:
+    """The latents after, with what changed outside the plan's regions taken back: those of a plan without regions as they are."""
+    if batch.region_mask is None:
+        return batch.after
+    return batch.before + batch.region_mask * (batch.after - batch.before)
+
+
 def norm_excess(prediction: Latents, teacher: Latents) -> Sigmas:
     """NormGuard's hinge: the square of the part by which predictions are longer than the teacher's, 0 where they are not.
 

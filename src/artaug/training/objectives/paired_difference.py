@@ -9,6 +9,7 @@ from torch import Tensor
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 from artaug.training.objectives.base import Objective, PairBatch, Student
 from artaug.training.objectives.losses import (
+    changed_in_regions,
     check_outside_weight,
     check_range,
     check_weighting,
@@ -86,9 +87,7 @@ class PairedDifference(Objective):
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         schedule, sigmas = model.noise_schedule, batch.sigmas
-        after = batch.after  # (batch, ...), as all latents here
-        if self.composite and batch.region_mask is not None:
-            after = batch.before + batch.region_mask * (after - batch.before)
+        after = changed_in_regions(batch) if self.composite else batch.after  # (batch, ...), as all latents here
         if self.reach != 1:
             after = batch.before + self.reach * (after - batch.before)
         difference = after - batch.before
