@@ -187,7 +187,7 @@ def test_a_selection_is_a_part_of_the_whole():
     settings = axes.Settings()
     whole = all_cells(settings, [0])
 
-    selection = axes.Selection(axes=["front"], kinds=[MIXED], budgets=["passes"], arms=["DPO, beta 5"])
+    selection = axes.Selection(axes=["front"], kinds=[MIXED], budgets=["passes"], arms=["DPO"])
     (cell,) = axes.cells(settings, 0, selection)
 
     assert cell in whole
