@@ -82,7 +82,17 @@ def count_calls(model):
     return calls
 
 
-@pytest.mark.parametrize("objective", [aa.PairedDifference(), aa.Bipolar(), aa.DirectPreference()], ids=repr)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        aa.PairedDifference(),
+        aa.PairedDifference(at_before=0.5),
+        aa.Bipolar(),
+        aa.DirectPreference(),
+        aa.NegativeAware(),
+    ],
+    ids=repr,
+)
 def test_the_teacher_predicts_once_per_batch(make_model, two_pairs, objective):
     plain_model, echoed_model = make_model(), make_model()
     plain, echoed = count_calls(plain_model), count_calls(echoed_model)

@@ -1,6 +1,7 @@
 """Weights by noise level: the published formulas, at every level of the schedules, and refused where they do not apply."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,12 @@ from artaug.training import EpsilonPrediction, FlowMatching, VPrediction
 from support.training_steps import batch_of, perturb, student_of
 
 ZERO_SNR = VPrediction(rescale_betas_zero_snr=True)
-OBJECTIVES = [aa.PairedDifference, aa.SupervisedFineTuning, aa.TwoStage]
+OBJECTIVES = [
+    aa.PairedDifference,
+    partial(aa.PairedDifference, at_before=0.5, reach=2.0),
+    aa.SupervisedFineTuning,
+    aa.TwoStage,
+]
 
 
 @pytest.mark.parametrize("schedule", [EpsilonPrediction(), VPrediction(), ZERO_SNR], ids=repr)
