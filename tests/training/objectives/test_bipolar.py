@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from artaug.errors import InvalidValueError
-from artaug.training import Bipolar, DirectPreference, PairedDifference, SupervisedFineTuning, TwoStage
+from artaug.training import Bipolar, DirectPreference, NegativeAware, PairedDifference, SupervisedFineTuning, TwoStage
 from support.training_steps import (
     SCHEDULES,
     batch_of,
@@ -87,3 +87,17 @@ def test_a_scale_out_of_range_is_refused(scale):
 def test_an_objective_of_several_stages_cannot_be_reversed():
     with pytest.raises(InvalidValueError, match="an objective with a training plan of its own cannot be reversed"):
         Bipolar(objective=TwoStage())
+
+
+def test_a_reversed_slider_of_rewards_has_each_pictures_opposite_reward(tiny_model, two_pairs):
+    objective = Bipolar(objective=NegativeAware())
+    batch = batch_of(tiny_model, two_pairs, rewards=torch.tensor([[0.2, 0.9], [0.5, 0.0]]))
+    reversed_batch = dataclasses.replace(
+        batch, before=batch.after, after=batch.before, rewards=torch.tensor([[0.1, 0.8], [1.0, 0.5]])
+    )
+    with student_of(tiny_model) as student:
+        perturb(student)
+        loss = objective.loss(student, batch)
+        for up in student.parameters()[1::2]:
+            up.data.neg_()
+        torch.testing.assert_close(objective.loss(student, reversed_batch), loss)

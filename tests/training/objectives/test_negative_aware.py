@@ -94,6 +94,46 @@ def test_the_opposite_rewards_have_the_opposite_gradient_at_the_start(make_model
     assert any(gradient.count_nonzero() for gradient in found[0])
 
 
+@pytest.mark.parametrize("reward", [0.0, 0.3, 1.0])
+def test_rewards_of_equal_pictures_that_sum_to_one_teach_nothing_at_the_start(tiny_model, pair_of, reward):
+    batch = batch_of(tiny_model, [pair_of(1, changed=False)], rewards=torch.tensor([[reward, 1 - reward]]))
+    with student_of(tiny_model) as student:
+        NegativeAware().loss(student, batch).backward()
+        assert all(gradient.abs().max() < 1e-6 for gradient in gradients(student))
+
+
+class Moved:
+    """A student that predicts ``offset`` beside a teacher whose velocity is ``error`` off."""
+
+    noise_schedule = SCHEDULES["flow"]
+
+    def __init__(self, batch, error, offset):
+        self.velocity = batch.noise - batch.before + error
+        self.offset = offset
+
+    def predict(self, noisy, sigmas, conditioning, *, scale=1.0):
+        return self.velocity + scale * self.offset
+
+    def teacher_predict(self, noisy, sigmas, conditioning):
+        return self.velocity
+
+
+@given(seed=st.integers(0, 2**32), size=st.floats(0.01, 0.9))
+def test_equal_pictures_draw_a_student_back_to_the_teacher_but_along_the_teachers_error(seed, size):
+    picture, noise, error, other = torch.randn(
+        4, 1, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    batch = PairBatch(before=picture, after=picture, conditioning={}, noise=noise, sigmas=torch.tensor([0.6]).double())
+    across = other - (other * error).sum() / error.square().sum() * error
+    pulls = []
+    for direction in (across, error):
+        offset = (size * direction).requires_grad_()
+        NegativeAware(anchor=0.0).loss(Moved(batch, error, offset), batch).backward()
+        pulls.append((offset.grad * direction).sum().item())
+    assert pulls[0] > 1e-3
+    assert pulls[1] == pytest.approx(0, abs=1e-9)
+
+
 # --- where it ends -----------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,10 @@ class NegativeAware(Objective):
     the round, and the rounds of `enhance` move it. A pair of equal pictures has a loss, but no gradient at the start:
     both halves pull equally, in opposite directions.
 
+    Where the teacher estimates the mean of both pictures, the student ends ``1 / (2 beta)`` of their difference from it, which is
+    ``2 / beta`` times the paper's ``Delta`` (theorem 3.2). Divided by its size, an error counts as its absolute value does, so that
+    the majority of rewards decides where it ends, not their mean.
+
     Raises:
         InvalidValueError: unless ``beta`` is above 0, ``anchor`` and ``norm_guard`` at least 0, and all finite.
 
