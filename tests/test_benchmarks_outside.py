@@ -136,6 +136,13 @@ def test_a_judge_that_is_not_installed_says_how_to_install_it(monkeypatch):
         judges.EfficientNetLite0.load()
 
 
+def test_the_benchmark_ends_with_the_command_that_installs_its_judges(monkeypatch):
+    monkeypatch.setitem(sys.modules, "brisque", None)
+    monkeypatch.setattr(sys, "argv", ["outside", "--quick"])
+    with pytest.raises(SystemExit, match=r"BRISQUE.*--group judges"):
+        outside.main()
+
+
 def test_brisque_takes_noise_on_soft_pictures_for_quality():
     """The reason why it is read beside controls only: a lower score is meant to be better."""
     pytest.importorskip("brisque", reason="the dependency group judges has it")
