@@ -13,6 +13,7 @@ from artaug.critics import Conversation, Coordinates, OpenAICritic, VLMCritic
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.errors import LoRAError
 from artaug.hub.errors import translate_errors
+from artaug.judges import OpenAIJudge, VLMJudge
 from artaug.scorers import (
     AestheticScore,
     ClipScore,
@@ -26,6 +27,7 @@ from artaug.scorers import (
 from artaug.scorers.aesthetic import linear_head
 from artaug.scorers.loading import load_weights
 from artaug.scorers.pickscore import CLIP_H
+from benchmarks._on_flux_judge import KeptJudge
 
 _CONVERT = "It is published as a pickle, which can run code: docs/scorers.md says how to convert it once."
 
@@ -181,6 +183,7 @@ class Models:
     """Those that there are files for; CLIP and PickScore always."""
     similarity: aa.EmbeddingSimilarity
     critic: aa.Critic | None
+    judge: aa.PairwiseJudge | None
     not_measured: Mapping[str, str]
 
     def scorer(self, kind: type[aa.Scorer]) -> aa.Scorer:
@@ -189,9 +192,25 @@ class Models:
 
 
 def load(
-    sources: Sources, *, size_px: int, steps: int, guide: aa.Guide, training: bool, tokens: int | None = None
+    sources: Sources,
+    *,
+    size_px: int,
+    steps: int,
+    guide: aa.Guide,
+    training: bool,
+    tokens: int | None = None,
+    answers: Path,
 ) -> Models:
     """Load everything, the base first: it is the largest.
+
+    Args:
+        sources: where everything is.
+        size_px: of the pictures.
+        steps: of a drawing.
+        guide: of regions.
+        training: whether there will be one, which needs the critic.
+        tokens: of a prompt; None for as many as the model's family reads.
+        answers: the folder of the judge's answers.
 
     Raises:
         LoRAMismatchError: for a LoRA of another model.
@@ -209,12 +228,14 @@ def load(
     loras = {name: aa.LoRA.load(path) for name, path in sources.loras.items()}
     for lora in loras.values():
         base.with_lora(lora)  # raises now what would be raised after a training of days
+    critic = _critic(sources) if training else None
     return Models(
         base=base,
         loras=loras,
         scorers=tuple(_scorers(sources)),
         similarity=aa.EmbeddingSimilarity(ImageEncoder.from_pretrained(sources.similarity, options=sources.options)),
-        critic=_critic(sources) if training else None,
+        critic=critic,
+        judge=_judge(sources, critic, answers),
         not_measured=sources.not_measured,
     )
 
@@ -246,3 +267,17 @@ def _critic(sources: Sources) -> aa.Critic:
         model=sources.critic,
         conversation=conversation,
     )
+
+
+def _judge(sources: Sources, critic: aa.Critic | None, answers: Path) -> aa.PairwiseJudge | None:
+    """The judge, which shares the weights of a critic that is the same model, loaded here."""
+    if sources.judge is None:
+        return None
+    judge: aa.PairwiseJudge
+    if sources.judge_url is not None:
+        judge = OpenAIJudge(base_url=sources.judge_url, model=sources.judge)
+    elif isinstance(critic, VLMCritic) and sources.judge == sources.critic:
+        judge = VLMJudge(model=critic.model, processor=critic.processor)
+    else:
+        judge = VLMJudge.from_pretrained(sources.judge, options=sources.options)
+    return KeptJudge(judge, answers)

@@ -133,10 +133,31 @@ class Evaluation:
     drift: tuple[record.Row, ...]
 
     @property
+    def judged(self) -> list[record.Row]:
+        """The judge's win rates, ties as half, and how consistent it is."""
+        biases = {bias.judge: bias for bias in self.comparison.position_bias}
+        return [
+            {
+                "what": "judge",
+                "judge": row.scorer,
+                "candidate": row.candidate,
+                "win_rate": row.enhanced,
+                "ci_low": row.base + row.ci_low,
+                "ci_high": row.base + row.ci_high,
+                "ties": row.tie_rate,
+                "p_value": row.p_value,
+                "consistency": biases[row.scorer].consistency,
+                "n": row.n,
+            }
+            for row in self.comparison.rows
+            if row.judged
+        ]
+
+    @property
     def rows(self) -> list[record.Row]:
-        """Of the record: a scorer's gain, or the drift, of one candidate each."""
-        gains = [{"what": "score", **asdict(row)} for row in self.comparison.rows]
-        return [*gains, *self.drift]
+        """Of the record: a scorer's gain, a judge's win rate, or the drift, of one candidate each."""
+        gains = [{"what": "score", **asdict(row)} for row in self.comparison.rows if not row.judged]
+        return [*gains, *self.judged, *self.drift]
 
 
 def evaluate(protocol: Protocol, models: Models, loras: Mapping[str, aa.LoRA], out: Path) -> Evaluation:
@@ -156,6 +177,7 @@ def evaluate(protocol: Protocol, models: Models, loras: Mapping[str, aa.LoRA], o
         arms,
         protocol.prompts,
         scorers=models.scorers,
+        judges=[] if models.judge is None else [models.judge],
         seed=protocol.seed,
         images_per_prompt=protocol.images_per_prompt,
         diversity=models.similarity,

@@ -61,6 +61,7 @@ def main(arguments: Sequence[str]) -> int:
             guide=protocol.guide,
             training=protocol.training is not None,
             tokens=protocol.tokens,
+            answers=out / "answers",
         )
     except aa.ArtAugError as error:
         return _refuse([str(error)])
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     evaluation = protocols.evaluate(protocol, loaded, loras, out)
     write(out, protocol, sources, loaded, evaluation, result=result, plan=plan)
     print(evaluation.comparison.table())
-    print(record.table(evaluation.drift))
+    print(f"\n{record.table(evaluation.judged)}\n\n{record.table(evaluation.drift)}")
     print(f"\nLook at {out / 'report.html'}; all numbers are in {out / 'on_flux.json'}.")
     return 0
 
@@ -114,6 +115,8 @@ def write(
         },
         **{f"not measured: {name}": why for name, why in loaded.not_measured.items()},
     }
+    if loaded.judge is not None:
+        about["judge"] = loaded.judge
     if loaded.critic is not None and protocol.training is not None:
         about |= {"critic": loaded.critic, "filter": protocols.pair_filter(protocol.training, loaded)}
         about |= {"trainer": protocol.training.trainer}
@@ -145,12 +148,14 @@ def _planned(protocol: Protocol, sources: Sources, *, without_judge: bool, hourl
             known=planning.rates(),
         )
     )
-    local = (not without_judge and not sources.judge_url) + (training is not None and not sources.critic_url)
+    models_here = {None if without_judge or sources.judge_url else sources.judge or "judge"}
+    if training is not None and not sources.critic_url:
+        models_here.add(sources.critic or "judge")  # unless they are named, one model is both
     sizes = planning.flux_sizes(protocol)
     rounds = f"{training.rounds} rounds of {len(training.prompts):,} prompts, then " if training else ""
     return planning.text(
         rows,
-        list(planning.memory_rows(protocol, sizes, local_models=local)),
+        list(planning.memory_rows(protocol, sizes, local_models=len(models_here - {None}))),
         planning.disk_bytes(protocol, sizes, candidates=candidates),
         hourly_price=hourly_price,
         what=(

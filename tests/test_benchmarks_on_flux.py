@@ -14,8 +14,10 @@ from benchmarks import _on_flux_protocol as protocols
 from benchmarks import on_flux
 from benchmarks._flux import PLAYGROUND
 from benchmarks._flux_pipeline import Parts
+from benchmarks._on_flux_judge import KeptJudge
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError
+from PIL import Image
 
 import artaug as aa
 from artaug.synthesis import picture_seeds
@@ -56,7 +58,7 @@ def nothing_there(monkeypatch):
     monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_: None)
 
 
-def load(protocol, sources):
+def load(protocol, sources, answers):
     return models.load(
         sources,
         size_px=protocol.size_px,
@@ -64,6 +66,7 @@ def load(protocol, sources):
         guide=protocol.guide,
         training=protocol.training is not None,
         tokens=protocol.tokens,
+        answers=answers,
     )
 
 
@@ -88,21 +91,24 @@ def test_a_dry_run_leaves_a_record_a_page_and_the_loras_and_goes_on_where_it_was
     expected = {("score", scorer, name) for scorer in [*SCORERS, "diversity"] for name in ("from a file", "round 1")}
     assert expected <= rows
     assert {("drift", None, "from a file"), ("drift", None, "round 1")} <= rows
+    judged = [row for row in record["rows"] if row["what"] == "judge"]
+    assert [row["candidate"] for row in judged] == ["from a file", "round 1"]
+    assert all(0 <= row["ci_low"] <= row["win_rate"] <= row["ci_high"] <= 1 for row in judged)
     page = (tmp_path / "report.html").read_text()
     assert "DRY RUN on tiny models" in page
     assert "drift of round 1" in page
     assert aa.LoRA.load(tmp_path / "loras" / "round-1.safetensors").rank == 4
 
-    written = {path for path in tmp_path.rglob("*") if "pictures" in path.parts}
+    written = {path.stat().st_mtime_ns for path in tmp_path.rglob("*") if {"pictures", "answers"} & {*path.parts}}
     assert on_flux.main(["--dry-run", "--out", str(tmp_path)]) == 0
-    assert {path for path in tmp_path.rglob("*") if "pictures" in path.parts} == written
-    again = json.loads((tmp_path / "on_flux.json").read_text())
-    assert again["rows"] == record["rows"]
+    again = {path.stat().st_mtime_ns for path in tmp_path.rglob("*") if {"pictures", "answers"} & {*path.parts}}
+    assert again == written
+    assert json.loads((tmp_path / "on_flux.json").read_text())["rows"] == record["rows"]
 
 
 def test_a_comparison_draws_each_picture_once_and_its_drift_is_that_of_the_pictures(smallest, tmp_path):
     protocol = replace(smallest[0], training=None, batch_size=2)
-    loaded = load(protocol, smallest[1])
+    loaded = load(protocol, replace(smallest[1], judge=None), tmp_path / "answers")
     down, up = torch.ones(1, 16), 0.05 * torch.ones(128, 1)
     loras = {
         "nothing": aa.LoRA({"x_embedder": aa.LowRank(down, 0 * up)}),
@@ -176,7 +182,7 @@ def test_a_lora_of_another_model_is_refused_before_the_training(smallest, tmp_pa
         tmp_path / "wide.safetensors"
     )
     with pytest.raises(aa.LoRAMismatchError, match="model of another size"):
-        load(protocol, replace(sources, loras={"wide": str(wide)}))
+        load(protocol, replace(sources, loras={"wide": str(wide)}), tmp_path)
 
 
 def test_a_plan_counts_the_paper_s_rounds_and_says_what_is_stated_and_what_measured(monkeypatch, capsys):
@@ -208,3 +214,34 @@ def test_hours_follow_from_counts_and_rates():
     assert drawn["seconds"] == 3 * 3 * 2 * (10 * 1 + 5)
     assert scored["seconds"] == 18 * (4 + 1) * 13
     assert (judged["count"], judged["seconds"]) == (2 * 2 * 3 * 2, 24 * 11)
+
+
+class Lighter(aa.PairwiseJudge):
+    """Prefers the lighter picture, and abstains from equal ones; it notes what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __repr__(self):
+        return "Lighter()"
+
+    def prefer(self, first, second, prompt):
+        self.asked.append(prompt)
+        lights = [image.convert("L").getpixel((0, 0)) for image in (first, second)]
+        return aa.Abstention("both are as light") if lights[0] == lights[1] else float(lights[0] > lights[1])
+
+
+def test_a_judge_s_answers_are_kept_by_order_and_abstentions_are_not(tmp_path):
+    dark, light = (Image.new("RGB", (8, 8), color) for color in ("#202020", "#e0e0e0"))
+    first, second, prompts = [dark, light, dark], [light, dark, dark], ["a hill", "a hill", "a pond"]
+    judge = Lighter()
+    answers = KeptJudge(judge, tmp_path).prefer_batch(first, second, prompts)
+    assert answers[:2] == [0.0, 1.0]
+    assert answers[2] == aa.Abstention("both are as light")
+    assert judge.asked == prompts
+
+    again = Lighter()
+    assert KeptJudge(again, tmp_path).prefer_batch(first, second, prompts) == answers
+    assert again.asked == ["a pond"]
+    assert KeptJudge(again, tmp_path).prefer_batch([dark], [light], ["a pond"]) == [0.0]
+    assert again.asked == ["a pond", "a pond"]
