@@ -221,7 +221,7 @@ def _drift_rows(
             "candidate": name,
             "by": models.similarity.name,
             "drift": float(by_cluster.mean()),
-            "ci_low": interval.low,
+            "ci_low": max(interval.low, 0.0),
             "ci_high": interval.high,
             "of_two_draws": float(by_cluster.mean()) / diversity if diversity else None,
             "n": len(by_cluster),
