@@ -45,7 +45,7 @@ def dry_run(out: Path) -> tuple[Protocol, Sources]:
 
 
 def tiny_sources(folder: Path) -> Sources:
-    """Tiny checkpoints of everything in a folder, and a LoRA that does nearly nothing."""
+    """Tiny checkpoints of everything in a folder, and a LoRA that nobody trained."""
     clip, lora = folder / "clip", folder / "lora.safetensors"
     if not lora.exists():  # the last to be written
         tiny.write_clip(clip)
@@ -55,7 +55,7 @@ def tiny_sources(folder: Path) -> Sources:
         tiny.write_aesthetic(folder / "aesthetic.safetensors")
         tiny.write_hps(folder / "hps.safetensors")
         tiny.write_image_reward(folder / "image_reward.safetensors")
-        down, up = torch.ones(1, 16), 1e-3 * torch.ones(128, 1)
+        down, up = torch.ones(1, 16), 0.1 * torch.linspace(-1, 1, 128)[:, None]
         aa.LoRA({"x_embedder": aa.LowRank(down, up)}).save(lora)
     return Sources(
         base=str(playground.WEIGHTS),

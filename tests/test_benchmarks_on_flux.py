@@ -109,7 +109,10 @@ def test_a_dry_run_leaves_a_record_a_page_and_the_loras_and_goes_on_where_it_was
 def test_a_comparison_draws_each_picture_once_and_its_drift_is_that_of_the_pictures(smallest, tmp_path):
     protocol = replace(smallest[0], training=None, batch_size=2)
     loaded = load(protocol, replace(smallest[1], judge=None), tmp_path / "answers")
-    down, up = torch.ones(1, 16), 0.05 * torch.ones(128, 1)
+    down, up = (
+        torch.ones(1, 16),
+        torch.linspace(-1, 1, 128)[:, None],
+    )  # the same in all channels would be normalized away
     loras = {
         "nothing": aa.LoRA({"x_embedder": aa.LowRank(down, 0 * up)}),
         "much": aa.LoRA({"x_embedder": aa.LowRank(down, up)}),
@@ -134,6 +137,7 @@ def test_a_comparison_draws_each_picture_once_and_its_drift_is_that_of_the_pictu
         distances.append(1 - loaded.similarity.compare(first, second))
     assert much["drift"] == pytest.approx(np.mean(distances), rel=1e-2)
     assert much["ci_low"] <= much["drift"] <= much["ci_high"]
+    assert much["drift"] > 1e-6
 
 
 @pytest.mark.usefixtures("nothing_there")
