@@ -25,7 +25,9 @@ each_schedule = pytest.mark.parametrize("kind", SCHEDULES)
 
 
 @each_schedule
-@pytest.mark.parametrize("settings", [{}, {"beta": 2.0, "anchor": 0.3}, {"outside_weight": 0.2}], ids=repr)
+@pytest.mark.parametrize(
+    "settings", [{}, {"beta": 2.0, "anchor": 0.3}, {"outside_weight": 0.2}, {"norm_guard": 4.0}], ids=repr
+)
 def test_loss_and_gradient_follow_the_formula(make_model, two_pairs, kind, settings):
     objective = PairedPreference(**settings)
     with step_of(make_model(noise_schedule=SCHEDULES[kind]), kind, two_pairs, region_mask=PARTLY_INSIDE) as step:
@@ -34,10 +36,16 @@ def test_loss_and_gradient_follow_the_formula(make_model, two_pairs, kind, setti
         edit = paired_target_of(kind, step.teacher_b, d, step.batch) - step.teacher_a
 
         def reference():
-            u_a, u_b = step.predict(step.z_a) - step.teacher_a, step.predict(step.z_b) - step.teacher_b
+            v_a, v_b = step.predict(step.z_a), step.predict(step.z_b)
+            u_a, u_b = v_a - step.teacher_a, v_b - step.teacher_b
             margin, distance = mean(weights * (u_a + u_b) * edit), mean(u_a**2 + u_b**2)
             half = objective.beta / 2
-            return (softplus(-half * margin) + half * objective.anchor * distance).mean()
+            excess = sum(
+                (v.flatten(1).norm(dim=1) / v0.flatten(1).norm(dim=1) - 1).clamp(min=0) ** 2
+                for v, v0 in ((v_a, step.teacher_a), (v_b, step.teacher_b))
+            )
+            held = objective.anchor * distance + objective.norm_guard * excess
+            return (softplus(-half * margin) + half * held).mean()
 
         step.assert_same(objective, reference)
 
@@ -128,6 +136,7 @@ def test_weights_out_of_range_are_refused(options):
         PairedPreference(**options)
 
 
-def test_an_outside_weight_below_zero_is_refused():
-    with pytest.raises(InvalidValueError, match=r"PairedPreference\(outside_weight=-1"):
-        PairedPreference(outside_weight=-1.0)
+@pytest.mark.parametrize("name", ["outside_weight", "norm_guard"])
+def test_weights_below_zero_are_refused(name):
+    with pytest.raises(InvalidValueError, match=rf"PairedPreference\({name}=-1"):
+        PairedPreference(**{name: -1.0})

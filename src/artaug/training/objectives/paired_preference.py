@@ -1,14 +1,14 @@
 """Preference along the paired difference: direct preference without the noise, held to the teacher."""
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from artaug.training.noise_schedule import Latents, Sigmas
 from artaug.training.objectives.base import LatentWeights, Objective, PairBatch, Student
-from artaug.training.objectives.losses import changed_in_regions, check_outside_weight, check_range
+from artaug.training.objectives.losses import changed_in_regions, check_outside_weight, check_range, norm_excess
 
 
 @final
@@ -39,15 +39,13 @@ class PairedPreference(Objective):
     start, and hold the student to the teacher afterwards.
 
     Raises:
-        InvalidValueError: unless ``beta`` and ``anchor`` are above 0, ``outside_weight`` at least 0, and all finite.
+        InvalidValueError: unless ``beta`` and ``anchor`` are above 0, ``outside_weight`` and ``norm_guard`` at least 0,
+            and all finite.
 
     >>> import artaug as aa
     >>> aa.PairedPreference(anchor=0.05).beta
     5.0
     """
-
-    recommended_echo: ClassVar[int] = 4
-    """The teacher predicts twice for four steps."""
 
     beta: float = 5.0
     """How much large edits are learned less: at a mean square of ``1 / beta``, noticeably."""
@@ -57,11 +55,15 @@ class PairedPreference(Objective):
     """Weight of the edit outside the plan's regions, where inside it counts 1."""
     composite: bool = False
     """Learn from ``before + region_mask * (after - before)``: outside the regions the picture should stay as it was."""
+    norm_guard: float = 0.0
+    """Weight of the penalty on predictions longer than the teacher's (NormGuard, arXiv 2606.27771), in units of ``beta / 2``; 0
+    for none."""
 
     def __post_init__(self) -> None:
         check_outside_weight(self, self.outside_weight)
         check_range(self, "beta", least=0, open_at_least=True)
         check_range(self, "anchor", least=0, open_at_least=True)
+        check_range(self, "norm_guard", least=0)
 
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         schedule, sigmas, conditioning = model.noise_schedule, batch.sigmas, batch.conditioning
@@ -71,14 +73,19 @@ class PairedPreference(Objective):
         teacher_before = model.teacher_predict(noisy_before, sigmas, conditioning)
         teacher_after = model.teacher_predict(noisy_after, sigmas, conditioning)
         edit = schedule.paired_target(teacher_before, after - batch.before, sigmas) - teacher_after
-        added_after = model.predict(noisy_after, sigmas, conditioning) - teacher_after
-        added_before = model.predict(noisy_before, sigmas, conditioning) - teacher_before
+        student_after = model.predict(noisy_after, sigmas, conditioning)
+        student_before = model.predict(noisy_before, sigmas, conditioning)
+        added_after, added_before = student_after - teacher_after, student_before - teacher_before
         weights = batch.loss_weights(self.outside_weight)
         margin = _mean_product(added_after + added_before, edit, weights)
         # The margin is weighted by regions, the distance is not: the anchor holds the prediction in the whole picture.
         distance = _mean_product(added_after, added_after) + _mean_product(added_before, added_before)
         half = self.beta / 2
-        return (half * self.anchor * distance - logsigmoid(half * margin)).mean()
+        loss = half * self.anchor * distance - logsigmoid(half * margin)
+        if self.norm_guard > 0:
+            excess = norm_excess(student_after, teacher_after) + norm_excess(student_before, teacher_before)
+            loss = loss + half * self.norm_guard * excess
+        return loss.mean()
 
 
 def _mean_product(first: Latents, second: Latents, weights: LatentWeights | None = None) -> Sigmas:
