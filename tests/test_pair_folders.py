@@ -15,6 +15,7 @@ from artaug.image_files import ImageFile
 PLANS = st.sampled_from(
     [None, aa.Plan("wide"), aa.Plan("lit", (aa.Region(aa.Box(0, 0, 0.5, 1), "a lamp \u2028 \u00e9"),))]
 )
+REWARDS = st.none() | st.tuples(st.floats(0, 1), st.floats(0, 1))
 PROMPTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip)
 
 
@@ -157,15 +158,22 @@ def test_a_resize_crops_to_the_aspect_whenever_a_picture_is_read_and_is_logged_o
 @settings(max_examples=25)
 @given(
     st.lists(
-        st.tuples(PROMPTS, st.none() | st.integers(0, 2**63), PLANS, st.integers(1, 9), st.booleans()),
+        st.tuples(PROMPTS, st.none() | st.integers(0, 2**63), PLANS, st.integers(1, 9), st.booleans(), REWARDS),
         min_size=1,
         max_size=4,
     )
 )
 def test_pairs_are_the_same_after_the_way_to_a_folder_and_back(tmp_path_factory, drawn):
     pairs = [
-        aa.ImagePair(prompt=prompt, seed=seed, plan=plan, before=noise(side, (side, 3)), after=noise(other, (side, 3)))
-        for prompt, seed, plan, side, same in drawn
+        aa.ImagePair(
+            prompt=prompt,
+            seed=seed,
+            plan=plan,
+            before=noise(side, (side, 3)),
+            after=noise(other, (side, 3)),
+            rewards=rewards,
+        )
+        for prompt, seed, plan, side, same, rewards in drawn
         for other in [side if same else side + 100]
     ]
     folder = tmp_path_factory.mktemp("pairs")
@@ -176,6 +184,8 @@ def test_pairs_are_the_same_after_the_way_to_a_folder_and_back(tmp_path_factory,
     assert aa.pairs_to_folder(back, folder) == path
     rows = [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
     assert all((folder / row[f"{side}_file_name"]).is_file() for row in rows for side in ("before", "after"))
+    assert [row.get("rewards") for row in rows] == [pair.rewards and list(pair.rewards) for pair in pairs]
+    assert all("rewards" not in row for row, pair in zip(rows, pairs, strict=True) if pair.rewards is None)
 
 
 def test_a_folder_of_other_pairs_is_not_written_over(tmp_path):
@@ -198,6 +208,10 @@ def test_a_folder_of_other_pairs_is_not_written_over(tmp_path):
         ('{"before_file_name": "a.png", "after_file_name": "a.png", "seed": "x"}', "prompt and seed cannot be read"),
         ('{"before_file_name": "a.png", "after_file_name": "b.png", "prompt": "p"}', "there is no such file"),
         ('{"before_file_name": "a.png", "after_file_name": "a.png", "prompt": "p", "plan": "{}"}', "line 2: Plan: "),
+        (
+            '{"before_file_name": "a.png", "after_file_name": "a.png", "prompt": "p", "rewards": [0.1, 2]}',
+            "line 2: ImagePair(rewards=[0.1, 2]): expected two numbers in [0, 1]",
+        ),
     ],
 )
 def test_a_line_that_is_no_pair_is_named(tmp_path, line, words):

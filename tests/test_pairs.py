@@ -2,13 +2,15 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import artaug as aa
-from artaug.image_files import ImageFile, image_digest
+from artaug.image_files import ImageFile, ImageFolder, image_digest
 from artaug.pairs import pair_digest
 from support.strategies import pair
 
@@ -58,6 +60,38 @@ def test_the_digest_of_a_pair_covers_prompt_and_pictures_and_the_plan_only_on_re
     planned = dataclasses.replace(original, plan=aa.Plan("brighter"))
     assert pair_digest(planned) == pair_digest(original)
     assert pair_digest(planned, include_plan=True) != pair_digest(original, include_plan=True)
+
+
+def test_the_digest_of_a_pair_covers_rewards_only_on_request():
+    original = pair(1, 2)
+    good, better = (dataclasses.replace(original, rewards=(0.2, reward)) for reward in (0.8, 0.9))
+    assert len({pair_digest(example, include_plan=True) for example in (original, good, better)}) == 1
+    assert len({pair_digest(example, include_rewards=True) for example in (original, good, better)}) == 3
+    assert pair_digest(original, include_rewards=True) == pair_digest(original)
+
+
+def test_rewards_go_where_a_pair_goes(tmp_path):
+    rewarded = dataclasses.replace(pair(1, 2), rewards=[np.float32(0.25), 1])
+    assert rewarded.rewards == (0.25, 1.0)
+    assert list(map(type, rewarded.rewards)) == [float, float]
+    stored = rewarded.stored_in(ImageFolder(tmp_path))
+    for same in (stored, copy.copy(rewarded), pickle.loads(pickle.dumps(stored)), dataclasses.replace(rewarded)):
+        assert same == rewarded
+        assert same.rewards == (0.25, 1.0)
+    assert rewarded != pair(1, 2)
+    assert "regions, rewards 0.25 and 1)" in repr(rewarded)
+    assert "rewards" not in repr(pair(1, 2))
+    assert "before, reward 0.25<" in rewarded._repr_html_()
+    assert "after, reward 1<" in rewarded._repr_html_()
+    assert "reward" not in pair(1, 2)._repr_html_()
+
+
+@pytest.mark.parametrize(
+    "rewards", [(0.5,), (0.1, 0.2, 0.3), (0.1, 1.1), (-0.1, 0.5), (0.1, math.nan), (False, True), (None, 1.0)]
+)
+def test_rewards_that_are_not_two_numbers_in_range_are_refused(rewards):
+    with pytest.raises(aa.InvalidValueError, match=r"ImagePair\(rewards=.*expected two numbers in \[0, 1\]"):
+        dataclasses.replace(pair(1, 2), rewards=rewards)
 
 
 def test_the_digest_of_a_pair_sees_the_colours_of_a_palette():

@@ -90,6 +90,28 @@ def test_a_mask_of_half_a_picture_is_one_exactly_where_repainting_that_half_chan
     assert torch.equal(inside, (before != after).float())
 
 
+class OtherNoise(Flux):
+    def initial_noise(self, seeds, conditioning):
+        return super().initial_noise([seed + 1 for seed in seeds], conditioning)
+
+
+class OtherLayout(Flux):
+    def initial_noise(self, seeds, conditioning):
+        return super().initial_noise(seeds, conditioning).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        (OtherNoise, "OtherNoise: initial_noise gives other noise than the denoiser gets"),
+        (OtherLayout, r"OtherLayout: initial_noise gives rows of shape \(\d+,\) for latents of shape \(\d+, \d+\)"),
+    ],
+)
+def test_noise_that_no_drawing_starts_from_is_named(family, message):
+    with pytest.raises(AssertionError, match=message):
+        check_family(synthesizer(tiny_flux(), family=family))
+
+
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [

@@ -1,6 +1,7 @@
 """Batches of encoded pairs: every pair its batch, always new noise, and any batch the same however one comes to it."""
 
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -172,6 +173,23 @@ def test_a_plan_without_regions_has_a_mask_of_ones(regional):
     (batch,) = step_batch.micro_batches
     for row, number in enumerate(batch.before[:, 0].int().tolist()):
         assert batch.region_mask[row].tolist() == ([1.0, 0.5, 0.0] if number in regional else [1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+def test_rewards_are_in_every_batch_if_any_pair_has_them(make_model, pair_of, micro_batch_size):
+    plain = [pair_of(1), pair_of(2)]
+    rewarded = [plain[0], replace(plain[1], rewards=(0.75, 0.5))]
+    model, config = make_model(), TrainingConfig(batch_size=2, micro_batch_size=micro_batch_size)
+    for pairs, expected in ((plain, None), (rewarded, {(0.0, 1.0), (0.75, 0.5)})):
+        encoded = EncodedPairs.encode(model, pairs, micro_batch_size=1)
+        (batch,) = encoded.batches(model, range(2), config, seed=0, indices=[0])
+        if expected is None:
+            assert all(micro_batch.rewards is None for micro_batch in batch.micro_batches)
+        else:
+            rows = torch.cat([micro_batch.rewards for micro_batch in batch.micro_batches])
+            assert {tuple(row) for row in rows.tolist()} == expected
+    (alone,) = encoded.batches(model, [0], config, seed=0, indices=[0])  # of a group without any
+    assert all(micro_batch.rewards.tolist()[0] == [0.0, 1.0] for micro_batch in alone.micro_batches)
 
 
 def test_flow_models_may_have_logit_normal_levels():

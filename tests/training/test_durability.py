@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,18 @@ def test_killed_at_random_steps_it_ends_with_the_same_file(tmp_path, make_model,
     trainer = DifferentialLoRATrainer(rank=4, steps=steps, batch_size=2, learning_rate=1e-2, ema=0.9)
     uninterrupted = trainer.train(two_pairs, make_model(), seed=1).lora.save(tmp_path / "uninterrupted.safetensors")
     assert (tmp_path / "lora.safetensors").read_bytes() == uninterrupted.read_bytes()
+
+
+def test_a_training_of_other_rewards_is_another_training(tmp_path, make_model, two_pairs):
+    rewarded = [replace(pair, rewards=(0.2, 0.8)) for pair in two_pairs]
+    trainings = {None: two_pairs, "some": rewarded, "others": [replace(rewarded[0], rewards=(0.2, 0.9)), rewarded[1]]}
+    for name, pairs in trainings.items():
+        checkpoints = Checkpoints(folder=tmp_path / str(name))
+        trainer_of().train(pairs, make_model(), seed=0, checkpoints=checkpoints)
+        for other, other_pairs in trainings.items():
+            if other != name:
+                with pytest.raises(StorageError, match="belongs to another training"):
+                    trainer_of().train(other_pairs, make_model(), seed=0, checkpoints=checkpoints)
 
 
 def test_a_finished_training_is_not_run_again(tmp_path, make_model, two_pairs):

@@ -7,6 +7,7 @@ It raises `AssertionError` with a sentence that says what was expected and what 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, final
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.synthesizer import DiffusersSynthesizer, without_progress_bar
@@ -41,6 +43,8 @@ from artaug.regional.regional_attention import RegionalAttention
 _LEFT, _RIGHT, _FULL = Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1), Box(0, 0, 1, 1)
 _TOLERANCE = 2e-4
 _ROUNDING = 1e-5
+_NOISE_TOLERANCE = 0.05
+"""A UNet gets s / sqrt(s^2 + 1) of the noise, where s is the scheduler's highest level, about 14."""
 
 
 def check_family(
@@ -48,8 +52,8 @@ def check_family(
 ) -> None:
     """Check that a family draws and can be guided, with a synthesizer of its pipeline.
 
-    Checked are: masks of pixels become masks of latents; a plan without regions draws what the pipeline draws, bit for
-    bit, with any guide; prompts that are encoded together are encoded as alone; a region over the full picture that repeats the plan's prompt changes nothing; every method of
+    Checked are: masks of pixels become masks of latents; the noise of a seed is what the denoiser of a drawing gets first; a
+    plan without regions draws what the pipeline draws, bit for bit, with any guide; prompts that are encoded together are encoded as alone; a region over the full picture that repeats the plan's prompt changes nothing; every method of
     `RegionalAttention` agrees with the dense mask; another prompt in one half changes nothing that the tokens of the
     other half see in the first layer; a batch draws what each picture draws alone; noise levels fall; hooks and
     processors of the model are as before. A small model with random weights in float32 and two steps are enough.
@@ -64,6 +68,7 @@ def check_family(
     """
     checks = _FamilyChecks(dataclasses.replace(synthesizer, steps=max(2, synthesizer.steps)), prompt, tolerance)
     checks.check_masks()
+    checks.check_initial_noise()
     checks.check_plain()
     checks.check_prompts()
     checks.check_output_mix()
@@ -203,6 +208,26 @@ class _FamilyChecks:
             mean, expected = inside.mean().item(), half.mean().item()
             assert abs(mean - expected) < _ROUNDING, f"{subject} a mean of {mean} for a mask with a mean of {expected}"
             assert torch.equal(inside, 1 - outside), f"{subject} masks that do not add up for two that do"
+
+    def check_initial_noise(self) -> None:
+        latents = self.family.encode_images([Image.new("RGB", (self.synthesizer.width, self.synthesizer.height))])
+        noise = self.family.initial_noise([0], self.family.encode_prompts([self.prompt]))
+        subject = f"{self.name}: initial_noise gives"
+        assert noise.shape == latents.shape, (
+            f"{subject} rows of shape {tuple(noise.shape[1:])} for latents of shape {tuple(latents.shape[1:])}"
+        )
+        calls: list[object] = []
+        watch = self.family.module.register_forward_pre_hook(
+            lambda _module, *inputs: calls.append(inputs), with_kwargs=True
+        )
+        with watch:
+            dataclasses.replace(self.synthesizer, guide=None).synthesize(Plan(self.prompt), seed=0)
+        # Which input is the latents, and which of its rows has the plan's prompt, each model decides: the last one has.
+        inputs = [value.float().flatten() for value in tree_leaves(calls[0]) if isinstance(value, Tensor)]
+        expected, count = noise.flatten(), noise.numel()
+        gaps = [float((each[-count:] - expected).abs().max()) for each in inputs if each.numel() >= count]
+        gap = min(gaps, default=math.inf) / float(expected.abs().max())
+        assert gap <= _NOISE_TOLERANCE, f"{subject} other noise than the denoiser gets in the first step of a drawing"
 
     def check_plain(self) -> None:
         negative = self.family.negative

@@ -83,7 +83,6 @@ class TrainingConfig:
         for name in ("learning_rate", "warmup", *(() if self.ema is None else ("ema",))):
             check_number(type(self).__name__, name, getattr(self, name))
         check_argument(type(self).__name__, "max_grad_norm", self.max_grad_norm, Real)
-        check_argument(type(self).__name__, "own_noise", self.own_noise, bool)
         check_items(type(self).__name__, "sigma_range", self.sigma_range, Real)
         sigmas: tuple[float, ...] = self.sigma_range  # as it came, of any length
         is_legal = {

@@ -57,6 +57,38 @@ def test_both_directions_of_fine_tuning_are_visual_sliders(make_model, two_pairs
 
 
 @each_schedule
+def test_rewards_of_the_other_direction_are_what_the_first_ones_lack(make_model, two_pairs, kind):
+    model = make_model(noise_schedule=SCHEDULES[kind])
+    slider = Bipolar(objective=NegativeAware(anchor=0.0))
+    with student_of(model) as student:
+        perturb(student)
+        plain = slider.loss(student, batch_of(model, two_pairs))
+        rewarded = slider.loss(student, batch_of(model, two_pairs, rewards=torch.tensor([[0.0, 1.0]] * 2)))
+        torch.testing.assert_close(rewarded, plain)  # (0, 1) is what a pair without rewards has
+        batch = batch_of(model, two_pairs, rewards=torch.tensor([[0.2, 0.7], [0.9, 0.3]]))
+        turned = dataclasses.replace(batch, before=batch.after, after=batch.before, rewards=1 - batch.rewards.flip(1))
+        loss = slider.loss(student, batch)
+        for up in student.parameters()[1::2]:
+            up.data.neg_()
+        torch.testing.assert_close(slider.loss(student, turned), loss)
+
+
+@each_schedule
+def test_a_slider_of_rewards_asks_the_same_of_both_directions(make_model, two_pairs, kind):
+    model = make_model(noise_schedule=SCHEDULES[kind])
+    objective = NegativeAware(anchor=0.0)
+    batch = batch_of(model, two_pairs, rewards=torch.tensor([[0.2, 0.7], [0.9, 0.3]]))
+    with student_of(model) as student:  # at the start, where only what is linear in the LoRA counts
+        Bipolar(objective=objective).loss(student, batch).backward()
+        both = gradients(student)
+        for parameter in student.parameters():
+            parameter.grad = None
+        objective.loss(student, batch).backward()
+        for gradient, alone in zip(both, gradients(student), strict=True):
+            torch.testing.assert_close(gradient, alone, rtol=1e-4, atol=1e-7)
+
+
+@each_schedule
 def test_a_slider_of_nothing_is_nothing(make_model, pair_of, kind):
     model = make_model(noise_schedule=SCHEDULES[kind])
     with student_of(model) as student:
