@@ -89,6 +89,7 @@ def count_calls(model):
         aa.PairedDifference(at_before=0.5),
         aa.Bipolar(),
         aa.DirectPreference(),
+        aa.PairedPreference(),
         aa.NegativeAware(),
     ],
     ids=repr,

@@ -20,6 +20,7 @@ TEACH_NOTHING = [
     aa.Bipolar(),
     aa.Bipolar(objective=aa.SupervisedFineTuning()),
     aa.Bipolar(objective=aa.DirectPreference(safeguard=0.5)),
+    aa.PairedPreference(),
     aa.DirectPreference(),
     aa.DirectPreference(safeguard=0.0, norm_guard=1.0),
     aa.NegativeAware(),
