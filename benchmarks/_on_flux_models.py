@@ -1,6 +1,6 @@
 """The models of the protocol: where they are, what is wrong with that before anything is loaded, and how they are loaded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,6 +65,7 @@ class Sources:
     constrained: bool = True
     """Whether the replies of models that are loaded here are constrained to JSON."""
     device: str = "auto"
+    """Where models are loaded; on the CPU if each comes to the GPU in its turn."""
 
     @property
     def options(self) -> LoadOptions:
@@ -86,9 +87,9 @@ class Sources:
         return {name: why for name, (given, why) in missing.items() if given is None}
 
 
-def problems(sources: Sources, *, training: bool, without_judge: bool) -> Iterator[str]:
+def problems(sources: Sources, *, training: bool, without_judge: bool, on_gpu: bool = True) -> Iterator[str]:
     """Everything that would stop the run later, one sentence each with what to do; nothing is loaded but LoRA files."""
-    if sources.device == "auto" and not torch.accelerator.is_available():
+    if on_gpu and not torch.accelerator.is_available():
         yield "torch sees no GPU here: run it where there is one of 80 GB, or try --dry-run (tiny models) or --plan (costs)"
     for package, extra in (("jinja2", "report"), ("matplotlib", "report")):
         if find_spec(package) is None:
@@ -125,6 +126,10 @@ def _model_problems(sources: Sources, *, training: bool, without_judge: bool) ->
         yield f"--train filters pairs by the aesthetic score, as the paper does: --aesthetic FILE. {_CONVERT}"
     if not training and not sources.loras:
         yield "there is nothing to compare with the base: give --lora NAME=FILE, once for each round, or --train"
+    if sources.judge and sources.judge_url:
+        yield from _refusal("--judge-url", lambda: _served_judge(sources))
+    if training and sources.critic and sources.critic_url:
+        yield from _refusal("--critic-url", lambda: _critic(sources))
     local = [
         model
         for model, url in ((sources.judge, sources.judge_url), (sources.critic, sources.critic_url))
@@ -132,6 +137,14 @@ def _model_problems(sources: Sources, *, training: bool, without_judge: bool) ->
     ]
     if local and sources.constrained and find_spec("llguidance") is None:
         yield 'llguidance, which constrains the replies of models that are loaded here, is not installed: run pip install "artaug[vlm]"'
+
+
+def _refusal(option: str, build: Callable[[], object]) -> Iterator[str]:
+    """Why something cannot be made, which loads nothing and sends nothing."""
+    try:
+        build()
+    except aa.InvalidValueError as error:
+        yield f"{option}: {error}".removesuffix(".")
 
 
 def _file_problems(sources: Sources) -> Iterator[str]:
@@ -275,9 +288,13 @@ def _judge(sources: Sources, critic: aa.Critic | None, answers: Path) -> aa.Pair
         return None
     judge: aa.PairwiseJudge
     if sources.judge_url is not None:
-        judge = OpenAIJudge(base_url=sources.judge_url, model=sources.judge)
+        judge = _served_judge(sources)
     elif isinstance(critic, VLMCritic) and sources.judge == sources.critic:
         judge = VLMJudge(model=critic.model, processor=critic.processor)
     else:
         judge = VLMJudge.from_pretrained(sources.judge, options=sources.options)
     return KeptJudge(judge, answers)
+
+
+def _served_judge(sources: Sources) -> OpenAIJudge:
+    return OpenAIJudge(base_url=sources.judge_url or "", model=sources.judge or "")

@@ -76,6 +76,7 @@ def sources_of(options: argparse.Namespace) -> Sources:
         aesthetic=options.aesthetic,
         hps=options.hps,
         image_reward=options.image_reward,
+        device="cpu" if options.one_at_a_time else "auto",
     )
 
 

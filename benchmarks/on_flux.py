@@ -47,10 +47,15 @@ def main(arguments: Sequence[str]) -> int:
     if options.plan and not options.measure:
         print(_planned(protocol, sources, without_judge=options.without_judge, hourly_price=options.price))
         return 0
+    training = protocol.training is not None
     found = [
         *protocol_problems(protocol),
-        *models.problems(sources, training=protocol.training is not None, without_judge=options.without_judge),
+        *models.problems(
+            sources, training=training, without_judge=options.without_judge, on_gpu=not protocol.is_dry_run
+        ),
     ]
+    if options.plan and not training:
+        found.append("--measure measures the rounds of a training: give --train, too")
     if found:
         return _refuse(found)
     try:
@@ -59,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
             size_px=protocol.size_px,
             steps=protocol.steps,
             guide=protocol.guide,
-            training=protocol.training is not None,
+            training=training,
             tokens=protocol.tokens,
             answers=out / "answers",
         )
@@ -108,7 +113,7 @@ def write(
         "prompts": f"{len(protocol.prompts)} of {protocol.prompt_set}, {protocol.images_per_prompt} seeds each",
         **{
             f"drift of {row['candidate']}": (
-                f"{row['drift']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f}) by {row['by']}: 1 less the similarity of its "
+                f"{row['drift']:.3g} ({row['ci_low']:.3g} to {row['ci_high']:.3g}) by {row['by']}: 1 less the similarity of its "
                 f"pictures and the base's of the same seed; two draws of the base differ by {_yardstick(row)}"
             )
             for row in evaluation.drift
@@ -131,7 +136,7 @@ def write(
 
 
 def _yardstick(row: record.Row) -> str:
-    return f"{row['drift'] / row['of_two_draws']:.3f}" if row["of_two_draws"] else "nothing"
+    return f"{row['drift'] / row['of_two_draws']:.3g}" if row["of_two_draws"] else "nothing"
 
 
 def _planned(protocol: Protocol, sources: Sources, *, without_judge: bool, hourly_price: float | None) -> str:

@@ -176,6 +176,10 @@ def test_files_that_cannot_be_read_are_refused_before_anything_is_loaded(tmp_pat
     said = capsys.readouterr().err
     for expected in ("is no safetensors file. It is published as a pickle", "there is no such file", "--lora round 1="):
         assert expected in said
+    assert on_flux.main(["--judge", "a", "--judge-url", "ftp://here", "--one-at-a-time"]) == 2
+    said = capsys.readouterr().err
+    assert "--judge-url: " in said
+    assert "no GPU" in said
     assert on_flux.main(["--lora", "round-1.safetensors"]) == 2
     assert "expected NAME=FILE" in capsys.readouterr().err
 
