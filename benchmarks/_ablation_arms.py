@@ -32,20 +32,20 @@ class Arm:
         )
 
 
-DEFAULT = "PairedDifference"
+DEFAULT = "PairedPreference"
 """The library's default objective: the arm of the axes that have one alone, and the one that all others are compared with."""
 PLAIN = "fine-tuning"
 ARMS: Mapping[str, Arm] = {
-    DEFAULT: Arm(aa.PairedDifference(), 4e-3),
+    "PairedDifference": Arm(aa.PairedDifference(), 4e-3),
     "PairedDifference, echo 2": Arm(aa.PairedDifference(), 4e-3, echo=2),
     "PairedDifference, echo 4": Arm(aa.PairedDifference(), 4e-3, echo=4),
     "PairedDifference, reach 2": Arm(aa.PairedDifference(reach=2), 4e-3),
     "PairedDifference, at before .5": Arm(aa.PairedDifference(at_before=0.5), 4e-3),
     "PairedDifference, own noise": Arm(aa.PairedDifference(), 4e-3, own_noise=True),
-    "PairedPreference": Arm(aa.PairedPreference(), 4e-3),
-    "PairedPreference, anchor .05": Arm(aa.PairedPreference(anchor=0.05), 4e-3),
-    "PairedPreference, echo 4": Arm(aa.PairedPreference(), 4e-3, echo=4),
-    "PairedPreference, own noise": Arm(aa.PairedPreference(), 4e-3, own_noise=True),
+    DEFAULT: Arm(aa.PairedPreference(), 3e-3),
+    "PairedPreference, anchor .1": Arm(aa.PairedPreference(anchor=0.1), 4e-3),
+    "PairedPreference, echo 2": Arm(aa.PairedPreference(), 3e-3, echo=2),
+    "PairedPreference, own noise": Arm(aa.PairedPreference(), 3e-3, own_noise=True),
     "Bipolar": Arm(aa.Bipolar(), 4e-3),
     "TwoStage": Arm(aa.TwoStage(per_pair=False), 2e-3),
     PLAIN: Arm(aa.SupervisedFineTuning(), 4e-3),
@@ -59,12 +59,12 @@ ARMS: Mapping[str, Arm] = {
 }
 """All arms. Learning rates are those of ``--tune`` whose LoRA gained most at a drift of 0.002 on both kinds of pairs."""
 
-REFERENCE = DEFAULT
+REFERENCE = "PairedDifference"
 """The arm whose passes are the budget where passes are equal."""
 ON_THE_FRONT = (
     DEFAULT,
+    "PairedDifference",
     "PairedDifference, at before .5",
-    "PairedPreference",
     PLAIN,
     "DPO",
     "NegativeAware, beta 1",

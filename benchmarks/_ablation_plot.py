@@ -18,6 +18,7 @@ FAMILIES: Mapping[str, str] = {
     "Bipolar": "#8d5a97",
     "TwoStage": "#b08968",
     "SupervisedFineTuning": "#edae49",
+    "PairedPreference": "#6a4c93",
     "DirectPreference": "#00798c",
     "NegativeAware": "#66a182",
 }

@@ -35,7 +35,7 @@ class PairedPreference(Objective):
 
     So the student adds the edit where the picture is still *before* as well as where it is *after*, ``x`` times, as far as the
     anchor lets it: ``sigmoid(-beta x |e|^2) = 2 anchor x``. A small edit, or a small ``beta``, is learned ``1 / (4 anchor)`` times,
-    2.5 times at the default; a large one less, so that no pair dominates. Equal pictures give a gradient of exactly zero at the
+    8 times at the default; a large one less, so that no pair dominates. Equal pictures give a gradient of exactly zero at the
     start, and hold the student to the teacher afterwards.
 
     Raises:
@@ -43,13 +43,13 @@ class PairedPreference(Objective):
             and all finite.
 
     >>> import artaug as aa
-    >>> aa.PairedPreference(anchor=0.05).beta
+    >>> aa.PairedPreference(anchor=0.1).beta
     5.0
     """
 
     beta: float = 5.0
     """How much large edits are learned less: at a mean square of ``1 / beta``, noticeably."""
-    anchor: float = 0.1
+    anchor: float = 0.03
     """How strongly predictions are held to the teacher's; an edit is learned at most ``1 / (4 anchor)`` times."""
     outside_weight: float = 1.0
     """Weight of the edit outside the plan's regions, where inside it counts 1."""
