@@ -152,7 +152,7 @@ class Brighter(aa.PairwiseJudge):
 
 
 def test_on_the_playground_a_judge_filters_stops_and_compares(tmp_path):
-    prompts, held_out = playground.prompts(4, seed=0), playground.prompts(6, seed=0, held_out=True)
+    prompts, held_out = playground.prompts(6, seed=0), playground.prompts(8, seed=0, held_out=True)
     synthesizer = playground.synthesizer(guide=aa.OutputMix())
     result = aa.enhance(
         prompts,
@@ -188,7 +188,7 @@ def test_on_the_playground_a_judge_filters_stops_and_compares(tmp_path):
     assert (judged.direction, scored.direction) == (1, 1)
     assert comparison.row("FixedJudge", "round 1").tie_rate == 1.0
     table = comparison.table()
-    assert "Brighter answered consistently about all 6 pairs." in table
-    assert "FixedJudge has a position bias: it contradicts itself about 6 of 6 pairs" in table
+    assert "Brighter answered consistently about all 8 pairs." in table
+    assert "FixedJudge has a position bias: it contradicts itself about 8 of 8 pairs" in table
     aa.write_report(tmp_path / "report.html", comparison=comparison, result=result)
     assert "FixedJudge has a position bias" in (tmp_path / "report.html").read_text(encoding="utf-8")

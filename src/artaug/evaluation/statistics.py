@@ -171,8 +171,12 @@ def sign_test(wins: int, losses: int) -> float:
     """
     if wins < 0 or losses < 0:
         raise InvalidValueError(f"sign_test({wins}, {losses}): need counts of at least 0.")
-    total = wins + losses
-    tail = sum(comb(total, hits) for hits in range(max(wins, losses), total + 1))
+    # The sum over k >= max(wins, losses) of C(total, k), in whole numbers; C(total, k + 1) = C(total, k) (total - k) / (k + 1).
+    total, tail = wins + losses, 0
+    term = comb(total, max(wins, losses))
+    for hits in range(max(wins, losses), total + 1):
+        tail += term
+        term = term * (total - hits) // (hits + 1)
     return min(1.0, float(2 * tail / 2**total))
 
 

@@ -26,17 +26,25 @@ _ALPHA = 0.001
 class _BiasMonitor:
     """What a filter's judge has said so far, until it is found to be biased."""
 
-    judgments: list[Judgment] = field(default_factory=list)
+    pairs: int = 0
+    first: int = 0
+    second: int = 0
+    """See `PositionBias`."""
     is_reported: bool = False
 
     def add(self, judge: str, judgments: Sequence[Judgment]) -> None:
         if self.is_reported:
             return
-        self.judgments += judgments
-        bias = PositionBias.of(judge, self.judgments)
+        more = PositionBias.of(judge, judgments)
+        self.pairs, self.first, self.second = (
+            self.pairs + more.pairs,
+            self.first + more.first,
+            self.second + more.second,
+        )
+        bias = PositionBias(judge, pairs=self.pairs, first=self.first, second=self.second)
         if bias.p_value < _ALPHA:
             self.is_reported = True
-            _LOG.warning("%s The pairs about which it contradicts itself are no wins, so the filter drops them.", bias)
+            _LOG.warning("%s Without at_least, the filter drops the pairs about which it contradicts itself.", bias)
 
 
 @final
