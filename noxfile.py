@@ -114,7 +114,8 @@ def fuzz(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run every benchmark; arguments after -- are handed to each, such as --quick."""
-    install(session, "--editable", ".[optimizers,report]", group="judges")
+    drawing = nox.project.dependency_groups(PYPROJECT, "emoji")
+    install(session, "--editable", ".[optimizers,report]", *drawing, group="judges")
     for path in sorted(Path("benchmarks").glob("[!_]*.py")):
         if path.stem not in {"gpu", "on_flux"}:  # which takes the others' functions; which needs FLUX.1-dev
             session.run("python", "-m", f"benchmarks.{path.stem}", *session.posargs)
