@@ -35,6 +35,8 @@ ARMS: Mapping[str, Arm] = {
     "PairedDifference": Arm(aa.PairedDifference(), 4, (2e-3, 4e-3)),
     "PairedDifference, reach 1.5": Arm(aa.PairedDifference(reach=1.5), 4, (2e-3, 4e-3)),
     "PairedDifference, at before": Arm(aa.PairedDifference(at_before=0.5), 7, (2e-3, 4e-3)),
+    "PairedPreference": Arm(aa.PairedPreference(), 8, (1e-3, 2e-3)),
+    "PairedPreference, anchor .25": Arm(aa.PairedPreference(anchor=0.25), 8, (1e-3, 2e-3)),
     "SupervisedFineTuning": Arm(aa.SupervisedFineTuning(), 3, (2e-3, 4e-3)),
     "TwoStage, pooled": Arm(aa.TwoStage(per_pair=False), 3, (2e-3, 4e-3)),
     "DirectPreference": Arm(aa.DirectPreference(beta=5.0), 8, (1e-3, 2e-3)),

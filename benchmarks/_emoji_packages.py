@@ -60,14 +60,9 @@ class Pictures:
     """RGB in [0, 1], subjects x 3 x side x side."""
     solid: Tensor
     """The same subjects in 3D."""
-    flat_alpha: Tensor
-    """Outlines in [0, 1], subjects x side x side."""
-    solid_alpha: Tensor
 
     def __getitem__(self, rows: slice) -> "Pictures":
-        return Pictures(
-            self.names[rows], self.flat[rows], self.solid[rows], self.flat_alpha[rows], self.solid_alpha[rows]
-        )
+        return Pictures(self.names[rows], self.flat[rows], self.solid[rows])
 
 
 def fetch(folder: Path, *packages: Package) -> None:
@@ -101,9 +96,7 @@ def load_pictures(folder: Path, *, most: int | None = None) -> Pictures:
     fetch(folder, FLAT, SOLID)
     icons = json.loads(_only_file(folder, FLAT, "icons.json"))
     characters: Mapping[str, str] = json.loads(_only_file(folder, FLAT, "chars.json"))
-    solids = {
-        _codepoints(path.stem): content for path, content in _files(folder, SOLID) if path.suffix in {".webp", ".png"}
-    }
+    solids = {_codepoints(points): content for points, content in _files(folder, SOLID, "assets/*.webp")}
     matched = {
         name: solids[_codepoints(points)]
         for points, name in sorted(characters.items())
@@ -114,14 +107,10 @@ def load_pictures(folder: Path, *, most: int | None = None) -> Pictures:
     names = sorted(matched)
     random.Random(0).shuffle(names)
     names = names[:most]
-    flat = [_split(draw_icon(icons, name)) for name in names]
-    solid = [_split(Image.open(io.BytesIO(matched[name]))) for name in names]
     return Pictures(
         names=[name.replace("-", " ") for name in names],
-        flat=torch.stack([colors for colors, _ in flat]),
-        solid=torch.stack([colors for colors, _ in solid]),
-        flat_alpha=torch.stack([alpha for _, alpha in flat]),
-        solid_alpha=torch.stack([alpha for _, alpha in solid]),
+        flat=torch.stack([_on_background(draw_icon(icons, name)) for name in names]),
+        solid=torch.stack([_on_background(Image.open(io.BytesIO(matched[name]))) for name in names]),
     )
 
 
@@ -130,9 +119,8 @@ def load_google(folder: Path) -> Tensor:
     fetch(folder, GOOGLE)
     return torch.stack(
         [
-            _split(Image.open(io.BytesIO(content)))[0]
-            for path, content in _files(folder, GOOGLE)
-            if path.match("img/google/64/*.png")
+            _on_background(Image.open(io.BytesIO(content)))
+            for _, content in _files(folder, GOOGLE, "img/google/64/*.png")
         ]
     )
 
@@ -200,19 +188,20 @@ def _pack(folder: Path, package: Package) -> None:
         )
 
 
-def _files(folder: Path, package: Package) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Paths within the package, and contents, in the archive's order."""
+def _files(folder: Path, package: Package, pattern: str) -> Iterator[tuple[str, bytes]]:
+    """The names, without their ends, and contents of the files whose path in the package matches."""
     with tarfile.open(folder / package.archive) as archive:
         for member in archive:
-            if member.isfile() and (content := archive.extractfile(member)) is not None:
-                yield PurePosixPath(*PurePosixPath(member.name).parts[1:]), content.read()
+            path = PurePosixPath(member.name)  # below "package", as npm packs
+            if path.match(f"package/{pattern}") and (content := archive.extractfile(member)) is not None:
+                yield path.stem, content.read()
 
 
 def _only_file(folder: Path, package: Package, name: str) -> bytes:
-    for path, content in _files(folder, package):
-        if str(path) == name:
-            return content
-    raise PackageError(f"{folder / package.archive} lacks {name}. Delete the file, and it is fetched again.")
+    with tarfile.open(folder / package.archive) as archive:
+        if (member := archive.extractfile(f"package/{name}")) is None:
+            raise PackageError(f"{folder / package.archive} has a folder {name}, expected a file.")
+        return member.read()
 
 
 def _codepoints(name: str) -> tuple[str, ...]:
@@ -220,9 +209,8 @@ def _codepoints(name: str) -> tuple[str, ...]:
     return tuple(point.lstrip("0") for point in name.lower().split("-") if point != "fe0f")
 
 
-def _split(picture: Image.Image) -> tuple[Tensor, Tensor]:
-    """RGB on the background, and the outline."""
+def _on_background(picture: Image.Image) -> Tensor:
+    """RGB in [0, 1], 3 x side x side."""
     small = picture.convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     alpha = torch.from_numpy(np.array(small.getchannel("A"))).float() / 255
-    colors = to_tensor(small)
-    return colors * alpha + BACKGROUND * (1 - alpha), alpha
+    return to_tensor(small) * alpha + BACKGROUND * (1 - alpha)

@@ -9,8 +9,14 @@ from torch import Tensor
 from benchmarks import _record as record
 from benchmarks._emoji_arms import ARMS, Bench, Cell
 
-COLORS = dict(zip(ARMS, ["#d1495b", "#e07a5f", "#8d5a97", "#66a182", "#edae49", "#00798c", "#2e4057"], strict=True))
-MARKS = dict(zip(ARMS, "oX^sDvP", strict=True))
+COLORS = dict(
+    zip(
+        ARMS,
+        ["#d1495b", "#e07a5f", "#8d5a97", "#118ab2", "#7fc8f8", "#66a182", "#edae49", "#00798c", "#2e4057"],
+        strict=True,
+    )
+)
+MARKS = dict(zip(ARMS, "oX^phsDvP", strict=True))
 _SHOWN = 12
 
 
