@@ -363,6 +363,20 @@ def test_the_usage_of_a_critic_behind_a_server_is_shown(tmp_path):
     assert "usage of critic 192 replies, at least 310,000 input and 42,000 output tokens" in page.text
 
 
+def test_the_usage_of_a_filters_scorers_is_shown_once(tmp_path):
+    class Remote(aa.Scorer):
+        usage = Usage(replies=3, input_tokens=10, output_tokens=3)
+
+        def score(self, image, prompt):
+            return 0.0
+
+    remote = Remote()
+    keep = aa.Gain(remote, at_least=0) & aa.Floor(remote, at_least=0)
+    page = read(write_report(tmp_path / "report.html", result=make_result(), about={"keep": keep}))
+
+    assert "usage of keep 3 replies, 10 input and 3 output tokens" in page.text
+
+
 def test_pictures_in_a_folder_are_the_same_pictures(tmp_path):
     inline, folder = (
         write_report(

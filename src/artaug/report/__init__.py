@@ -8,7 +8,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, get_args
 
 from PIL import Image
 
@@ -23,6 +23,7 @@ from artaug.report.comparisons import gallery_context, headline_context, score_t
 from artaug.report.image_store import REMEDY, ImagePlacement, ImageStore
 from artaug.report.runs import plan_context, round_context, run_headline, run_summary, untrained_context
 from artaug.run.planning.run_plan import RunPlan
+from artaug.run.planning.usage_counts import find_usages
 from artaug.run.results import Enhancement
 
 __all__ = ["write_report"]
@@ -55,7 +56,7 @@ def write_report(  # noqa: PLR0913 - keyword-only options of one page
         plan: made by `artaug.plan_run` before the run; the page shows it beside what the run took.
         title: heads the page.
         about: objects of the run by name (critic, trainer, ...), printed as their ``repr`` in the provenance; text is
-            printed as it is. The usage of a critic behind a server so far is printed, too.
+            printed as it is. What the servers behind them have counted so far is printed, too.
         max_pairs: show at most so many kept pairs of each round, and as many dropped ones.
         images: where they are. ``inline``: in the page, which is then a single file. ``folder``: in a folder beside it,
             ``report_images`` for ``report.html``, loaded when they come into view; move the two together.
@@ -158,25 +159,17 @@ def _run_context(
     }
 
 
-@runtime_checkable
-class _UsageCounts(Protocol):
-    """What a client of a server has counted, as `artaug.critics.Usage` does."""
-
-    replies: int
-    input_tokens: int
-    output_tokens: int
-    uncounted: int
-
-
 def _usage_rows(about: Mapping[str, object]) -> list[tuple[str, str]]:
-    """The usage of each object that has a ``usage``, as text."""
+    """What the servers of each object have counted, as text; of a filter, those of its scorers."""
     rows = []
     for name, described in about.items():
-        usage = getattr(described, "usage", None)
-        if isinstance(usage, _UsageCounts):
-            bound = "at least " if usage.uncounted else ""
-            tokens = f"{bound}{usage.input_tokens:,} input and {usage.output_tokens:,} output tokens"
-            rows.append((name, f"{usage.replies:,} replies, {tokens}"))
+        if usages := find_usages(described):
+            replies, inputs, outputs, uncounted = (
+                sum(getattr(usage, count) for usage in usages)
+                for count in ("replies", "input_tokens", "output_tokens", "uncounted")
+            )
+            bound = "at least " if uncounted else ""
+            rows.append((name, f"{replies:,} replies, {bound}{inputs:,} input and {outputs:,} output tokens"))
     return rows
 
 

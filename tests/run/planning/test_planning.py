@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import re
 import tempfile
 from contextlib import contextmanager
@@ -350,6 +351,46 @@ def test_the_critics_tokens_and_their_price_are_those_of_all_pictures(clock, flu
         cost=None,
         is_lower_bound=False,
     )
+
+
+@dataclass(eq=False)
+class MeteredScorer(aa.Scorer):
+    """Counts what a server would."""
+
+    name: str
+    usage: Usage = field(default_factory=Usage, repr=False)
+
+    def score(self, image, prompt):
+        self.usage += Usage(replies=1, input_tokens=100, output_tokens=1, uncounted=1)
+        return float(self.usage.replies)
+
+
+def test_the_tokens_of_scorers_are_those_of_pairs_and_of_held_out_pictures(clock, flux):
+    chooser, watcher, validator = map(MeteredScorer, ("chooser", "watcher", "validator"))
+    held_out = [f"{number} plums" for number in range(6)]
+    options = {
+        **arguments(clock, flux),
+        "keep": aa.Gain(chooser, at_least=-1e9),
+        "stop": aa.StopRule(watcher, held_out, at_least=-1e9),
+        "validation": aa.Validation(prompts=["a fig", "a quince"], scorer=validator, every=4, strengths=(0.5, 1.0)),
+    }
+    rounds, steps = options["rounds"], options["trainer"].steps
+    plan = aa.plan_run(PROMPTS, **options, steps=2, price_per_million_tokens=(2.0, 10.0))
+    requests = (
+        rounds * 2 * len(PROMPTS)  # before and after
+        + (rounds + 1) * 6
+        + rounds * 2 * (1 + math.ceil(steps / 4) * 2)
+    )
+    assert plan.scorers.requests == requests
+    assert (plan.scorers.input_tokens, plan.scorers.output_tokens) == (100 * requests, requests)
+    assert plan.scorers.cost == pytest.approx(requests * (100 * 2 + 10) / 1e6)
+    assert plan.scorers.is_lower_bound
+    assert plan.critic is None
+    assert f"scorers: {requests:,} requests, at least {100 * requests:,} input" in str(plan)
+
+
+def test_scorers_that_ask_no_server_have_no_plan(clock, flux):
+    assert aa.plan_run(PROMPTS, **arguments(clock, flux), steps=2).scorers is None
 
 
 def test_a_plan_of_the_playground_is_near_the_run_in_disk_and_leaves_nothing(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ class QuestionScore(SuiteScorer):
     """Its cases have a `QuestionCheck`."""
     vqa: Scorer
     """Answers: its score of a picture and a question, in the place of a prompt, is the probability of yes.
-    `artaug.scorers.VQAScore` with ``question="{prompt} Answer Yes or No."``, or a `FunctionScorer`."""
+    `artaug.scorers.VQAScore` with ``question="{prompt} Answer Yes or No."``, or `artaug.scorers.OpenAIVQAScore`."""
     threshold: float = 0.5
     """An answer is yes if its probability is at least this."""
 

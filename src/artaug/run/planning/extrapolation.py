@@ -10,6 +10,7 @@ from artaug.run.events import RoundStage
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.planning.run_plan import CriticPlan, RunPlan, StagePlan, advise
 from artaug.run.planning.sampling import SampleCosts, StageTiming
+from artaug.run.planning.usage_counts import UsageCount
 from artaug.training import Checkpoints
 from artaug.training.phases import split_into_phases
 
@@ -76,6 +77,7 @@ class Extrapolation:
             disk=disk,
             free_bytes=free_bytes,
             critic=self._critic(prices),
+            scorers=self._scorers(prices),
             advice=tuple(
                 advise(
                     stages,
@@ -262,20 +264,28 @@ class Extrapolation:
         return {name: round(size) for name, size in sizes.items()}
 
     def _critic(self, prices: tuple[float, float] | None) -> CriticPlan | None:
-        usage = self.costs.usage
-        if usage is None:
-            return None
-        factor = self.learning.rounds * self.pictures / self.costs.pictures
-        tokens = factor * usage.input_tokens, factor * usage.output_tokens
-        cost = None if prices is None else sum(count * price for count, price in zip(tokens, prices, strict=True)) / 1e6
-        return CriticPlan(
-            requests=round(factor * usage.requests),
-            retries=round(factor * usage.retries),
-            input_tokens=round(tokens[0]),
-            output_tokens=round(tokens[1]),
-            cost=cost,
-            is_lower_bound=usage.uncounted > 0,
-        )
+        return _priced(self._per_picture(self.costs.usage), prices)
+
+    def _scorers(self, prices: tuple[float, float] | None) -> CriticPlan | None:
+        """Of all scorers and judges: those that choose pairs, and those that look at held-out pictures."""
+        stop, validation, rounds = self.learning.stop, self.learning.validation, self.learning.rounds
+        # A judge has nothing to say of the base's pictures alone.
+        measured = 0 if stop is None else (rounds + (not stop.judges)) * len(stop.prompts)
+        looks = 0 if validation is None else 1 + self._validation_count() * len(validation.strengths)
+        validated = 0 if validation is None else rounds * looks * len(validation.prompts)
+        counts = [
+            self._per_picture(self.costs.judging),
+            *(
+                timing.usage and timing.usage.times(pictures / timing.count)
+                for timing, pictures in ((self.costs.measure, measured), (self.costs.validate, validated))
+            ),
+        ]
+        known = [count for count in counts if count is not None]
+        return _priced(sum(known, UsageCount()), prices) if known else None
+
+    def _per_picture(self, usage: UsageCount | None) -> UsageCount | None:
+        """What was counted in the sample, for all rounds: in proportion to the pictures."""
+        return usage and usage.times(self.learning.rounds * self.pictures / self.costs.pictures)
 
     def _notes(self, disk_bytes: int, free_bytes: int | None) -> Iterator[str]:
         costs, whole = self.costs, self.parts.prompts_per_chunk
@@ -297,6 +307,21 @@ class Extrapolation:
         if not costs.peaks:
             yield "GPU memory was not measured: torch used no CUDA device. Of a training, artaug.diffusion.estimate computes it."
         yield "Yield and the critic's speed are taken to be the same in every round, and all rounds and steps to run."
+
+
+def _priced(usage: UsageCount | None, prices: tuple[float, float] | None) -> CriticPlan | None:
+    if usage is None:
+        return None
+    tokens = usage.input_tokens, usage.output_tokens
+    cost = None if prices is None else sum(count * price for count, price in zip(tokens, prices, strict=True)) / 1e6
+    return CriticPlan(
+        requests=round(usage.requests),
+        retries=round(usage.retries),
+        input_tokens=round(usage.input_tokens),
+        output_tokens=round(usage.output_tokens),
+        cost=cost,
+        is_lower_bound=usage.uncounted > 0,
+    )
 
 
 def _concurrency(critic: Critic) -> int | None:

@@ -89,7 +89,8 @@ def plan_run(  # noqa: PLR0913 - the arguments of `enhance`, and how far to samp
         check: see `enhance`.
         sample: prompts to time; more narrow the intervals.
         steps: of training to time. Objectives that need more get more.
-        price_per_million_tokens: of the critic's server, for input and output.
+        price_per_million_tokens: of the servers of critic, scorers and judges, for input and output. If theirs differ, leave
+            it out, and multiply the tokens of the plan.
 
     Returns:
         The plan; ``print`` it, or `RunPlan.save` it for the report of the run.

@@ -45,7 +45,10 @@ class StagePlan:
 
 @value
 class CriticPlan:
-    """What a critic that counts its usage, as `artaug.critics.OpenAICritic` does, will use in the whole run."""
+    """What a critic that counts its usage, as `artaug.critics.OpenAICritic` does, will use in the whole run.
+
+    The same of scorers and judges, such as `artaug.scorers.OpenAIVQAScore`, all together.
+    """
 
     requests: int
     """Repeated ones included."""
@@ -84,6 +87,8 @@ class RunPlan:
     """Room on the disk of the store when the plan was made; None without a store."""
     critic: CriticPlan | None
     """None for a critic that counts nothing."""
+    scorers: CriticPlan | None
+    """Of the scorers and judges of the filter, the candidates, the validation and the stop rule; None if none counts."""
     advice: tuple[str, ...]
     """What would help, where it follows from the numbers."""
     notes: tuple[str, ...]
@@ -170,13 +175,14 @@ class RunPlan:
         yield f"bottleneck: {self.bottleneck.stage}, {share:.0%} of the time"
         low, high = self.pairs_interval.low, self.pairs_interval.high
         yield f"pairs: {self.pairs:,.0f} kept a round ({low:,.0f} to {high:,.0f}), {self.redrawn:.0%} of pictures redrawn"
-        if self.critic is not None:
-            bound = "at least " if self.critic.is_lower_bound else ""
-            cost = "" if self.critic.cost is None else f", cost {bound}{self.critic.cost:,.2f}"
-            yield (
-                f"critic: {self.critic.requests:,} requests, {bound}{self.critic.input_tokens:,} input and "
-                f"{self.critic.output_tokens:,} output tokens{cost}"
-            )
+        for name, use in (("critic", self.critic), ("scorers", self.scorers)):
+            if use is not None:
+                bound = "at least " if use.is_lower_bound else ""
+                cost = "" if use.cost is None else f", cost {bound}{use.cost:,.2f}"
+                yield (
+                    f"{name}: {use.requests:,} requests, {bound}{use.input_tokens:,} input and {use.output_tokens:,} output "
+                    f"tokens{cost}"
+                )
         parts = ", ".join(f"{name} {_size(size)}" for name, size in self.disk.items() if size)
         free = "" if self.free_bytes is None else f"; {_size(self.free_bytes)} are free"
         yield f"disk: {_size(self.disk_bytes)} with a store: {parts}{free}"

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from PIL import ImageOps
@@ -25,6 +24,7 @@ from artaug.plan import Plan
 from artaug.run.events import RoundStage, RunEvent, StageClock, StageEvent
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.planning.training_costs import TrainingCosts, elapsed, time_training
+from artaug.run.planning.usage_counts import UsageCount, count_usage, counted_since
 from artaug.run.stages import RoundStages
 from artaug.run.stop_rule import StopRule
 from artaug.run.storage.attempts import read_candidates
@@ -45,25 +45,13 @@ class StageTiming:
     """Without the moves."""
     moving_seconds: float
     count: int
+    usage: UsageCount | None = None
+    """What the servers of its scorers counted, where that was measured."""
 
     @property
     def each_s(self) -> float:
         """Seconds an item, without the moves."""
         return self.seconds / self.count
-
-
-@dataclass(frozen=True)
-class UsageCount:
-    """What a critic's server counted."""
-
-    requests: int = 0
-    retries: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    uncounted: int = 0
-
-    def __sub__(self, before: "UsageCount") -> "UsageCount":
-        return UsageCount(**{name: count - getattr(before, name) for name, count in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -90,6 +78,9 @@ class SampleCosts:
     stand_in: bool
     """Whether no prompt made a pair, and the training was timed on a stand-in."""
     usage: UsageCount | None
+    """Of the critic."""
+    judging: UsageCount | None
+    """Of the filter, and of what chooses among candidates."""
     before_bytes: float
     after_bytes: float
     """Of a picture on disk."""
@@ -155,9 +146,11 @@ class Sampler:
         seed, warm_up_seed = picture_seeds(held_out_seed(self.seed), 2)
         warm_up_folder = RunFolder(self.folder / "warm-up")
         warm_up, warm_attempts = self._run_stages(prompts[:chunk], warm_up_folder, batches, chunk, seed=warm_up_seed)
-        counted = count_usage(self.parts.critic)
+        choosing = (self.parts.keep, self.parts.candidates)
+        critic_before, choosing_before = count_usage(self.parts.critic), count_usage(*choosing)
         stages, attempts = self._run_stages(prompts, run_folder, batches, chunk, seed=seed)
-        usage = count_usage(self.parts.critic)
+        usage = counted_since(critic_before, self.parts.critic)
+        judging = counted_since(choosing_before, *choosing)
         candidates = list(read_candidates(run_folder.round(1)))
         pairs = [attempt.pair for attempt in attempts if not isinstance(attempt, Skipped)]
         pairs = pairs or [attempt.pair for attempt in warm_attempts if not isinstance(attempt, Skipped)]
@@ -190,7 +183,8 @@ class Sampler:
             pictures=len(candidates),
             redrawn=sum(candidate.after is not None for candidate in candidates),
             stand_in=stand_in,
-            usage=None if usage is None or counted is None else usage - counted,
+            usage=usage,
+            judging=judging,
             before_bytes=before_bytes,
             after_bytes=after_bytes,
             record_bytes=record_bytes,
@@ -269,8 +263,9 @@ class Sampler:
             else:
                 score = partial(score_images, rule.scorer, images, prompts[: len(images)])
             score()
+            before = count_usage(rule)
             seconds = elapsed(score)
-        return StageTiming(seconds, placement.seconds, len(images))
+        return StageTiming(seconds, placement.seconds, len(images), counted_since(before, rule))
 
     def _time_combining(self, lora: LoRA, folder: RunFolder) -> tuple[tuple[float, float], tuple[int, int]]:
         """Seconds to combine the LoRA of the first round and of one after it, and the bytes of their files."""
@@ -318,41 +313,3 @@ def _take_peak() -> int | None:
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     return peak
-
-
-@runtime_checkable
-class _CountsUsage(Protocol):
-    """What a client of a server has counted, as `artaug.critics.Usage` does."""
-
-    replies: int
-    retries: int
-    failures: int
-    input_tokens: int
-    output_tokens: int
-    uncounted: int
-
-
-def _usages(critic: object) -> Iterator[_CountsUsage]:
-    """What a critic, and those that it wraps, have counted so far."""
-    usage = getattr(critic, "usage", None)
-    if isinstance(usage, _CountsUsage):
-        yield usage
-        return
-    inner = getattr(critic, "critic", None)
-    for wrapped in ([] if inner is None else [inner], getattr(critic, "critics", ())):
-        for one in wrapped:
-            yield from _usages(one)
-
-
-def count_usage(critic: object) -> UsageCount | None:
-    """The sum of what a critic's servers have counted; None if it counts nothing."""
-    usages = list(_usages(critic))
-    if not usages:
-        return None
-    return UsageCount(
-        requests=sum(usage.replies + usage.retries + usage.failures for usage in usages),
-        retries=sum(usage.retries for usage in usages),
-        input_tokens=sum(usage.input_tokens for usage in usages),
-        output_tokens=sum(usage.output_tokens for usage in usages),
-        uncounted=sum(usage.uncounted for usage in usages),
-    )
