@@ -357,7 +357,7 @@ def test_the_critics_tokens_and_their_price_are_those_of_all_pictures(clock, flu
 class MeteredScorer(aa.Scorer):
     """Counts what a server would."""
 
-    name: str
+    name: str = ""
     usage: Usage = field(default_factory=Usage, repr=False)
 
     def score(self, image, prompt):
