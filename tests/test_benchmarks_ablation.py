@@ -48,7 +48,11 @@ def test_the_ablation_has_a_row_for_every_cell(measured):
     gains = {row["axis"]: np.mean(row["curve"]["gain"][row["strengths"].index(1.0)]) for row in (words, paired)}
     assert gains["control"] > 5 * abs(gains["front"]), "the model knows the words, and two steps teach little"
     assert [paired[name] for name in ("kept", "images", "critic_calls")] == [2, 4, 2]
-    assert two_rounds["learning_passes"] == 2 * paired["learning_passes"] == 2 * (2 * 2 * arms.passes_a_step(arms.ARMS[arms.DEFAULT]))
+    assert (
+        two_rounds["learning_passes"]
+        == 2 * paired["learning_passes"]
+        == 2 * (2 * 2 * arms.passes_a_step(arms.ARMS[arms.DEFAULT]))
+    )
     for row in (paired, two_rounds):
         assert row["strengths"] == [0.0, *QUICK.strengths]
         assert {np.shape(curve) for curve in row["curve"].values()} == {(3, QUICK.prompts)}

@@ -8,7 +8,7 @@ from numbers import Real
 from artaug._internal.arguments import check_argument, check_items, check_number
 from artaug.errors import InvalidValueError
 from artaug.training.adapters import Adapter, PlainLoRA
-from artaug.training.objectives import Objective, PairedDifference
+from artaug.training.objectives import Objective, PairedPreference
 from artaug.training.optimizers import AdamW, Optimizer, Schedule
 
 # A U-Net calls whole transformer blocks, their MLPs included, "attentions". The MLP of Z-Image's "t_embedder" is no MLP of a
@@ -44,11 +44,11 @@ class TrainingConfig:
 
     The teacher predicts once per batch. Its predictions are held in memory, or with a ``cache`` of latents on that disk, until
     its batches are done with: a float32 per latent and pair, of fewer than 256 batches or twice as many as hold every pair,
-    for each time that the objective asks (`PairedDifference` once, `Bipolar` and `DirectPreference` twice)."""
+    for each time that the objective asks (`PairedDifference` once, the preferences and `Bipolar` twice)."""
     learning_rate: float = 1e-4
     targets: str = ATTENTION_AND_MLP
     """Regular expression, searched for in the paths of linear layers: those where it is found learn."""
-    objective: Objective = field(default_factory=PairedDifference)
+    objective: Objective = field(default_factory=PairedPreference)
     optimizer: Optimizer = field(default_factory=AdamW)
     schedule: Schedule = Schedule.CONSTANT
     """The learning rate after the warmup."""

@@ -1,7 +1,7 @@
 """Preference along the paired difference: direct preference without the noise, held to the teacher."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -46,6 +46,9 @@ class PairedPreference(Objective):
     >>> aa.PairedPreference(anchor=0.1).beta
     5.0
     """
+
+    recommended_echo: ClassVar[int] = 2
+    """The teacher predicts twice for two steps: 7 passes a step and not 8, and ``benchmarks/ablation.py`` finds no loss of quality."""
 
     beta: float = 5.0
     """How much large edits are learned less: at a mean square of ``1 / beta``, noticeably."""
