@@ -75,22 +75,18 @@ ON_THE_FRONT = (
 @cache
 def passes_a_step(arm: Arm) -> float:
     """Denoiser calls of a step for each picture of its batch, a backward pass counted as two: counted in a short training."""
-    base = _base()
-    pairs = [_pair(prompt, number) for number, prompt in enumerate(playground.prompts(2, seed=0))]
-    trainer = arm.trainer(rank=1, steps=2 * arm.echo, batch_size=len(pairs))  # a step for each stage of two, at least
+    base, (prompt,) = _base(), playground.prompts(1, seed=0)
+    before, after = (playground.render(prompt + words, seed=0) for words in ("", NEEDS_NOTHING))
+    pair = aa.ImagePair(prompt=prompt, seed=0, before=before, after=after, plan=aa.Plan(prompt))
+    trainer = arm.trainer(rank=1, steps=max(2, arm.echo), batch_size=1)  # a batch, and a step for each of two stages
     with passes_counted(base) as passes:
-        trainer.train(pairs, base, seed=0, progress=False)
-    return passes.denoiser_calls / (trainer.steps * len(pairs))
+        trainer.train([pair], base, seed=0, progress=False)
+    return passes.denoiser_calls / trainer.steps
 
 
 @cache
 def _base() -> DiffusersSynthesizer:
     return playground.synthesizer()
-
-
-def _pair(prompt: str, seed: int) -> aa.ImagePair:
-    before, after = (playground.render(prompt + words, seed=seed) for words in ("", NEEDS_NOTHING))
-    return aa.ImagePair(prompt=prompt, seed=seed, before=before, after=after, plan=aa.Plan(prompt))
 
 
 def steps_of_equal_passes(arm: Arm, steps: int) -> int:

@@ -1,5 +1,6 @@
 """The plot of the ablation: the fronts, the rounds, passes to a gain, and the axes of few arms."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
@@ -20,9 +21,11 @@ FAMILIES: Mapping[str, str] = {
     "SupervisedFineTuning": "#edae49",
     "PairedPreference": "#6a4c93",
     "DirectPreference": "#00798c",
+    "PairedPreference": "#2e4057",
     "NegativeAware": "#66a182",
 }
 """A colour per objective."""
+OTHERS = "#777777"
 STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 """A line style per setting of an objective."""
 MARKS = "os^DvPX"
@@ -35,7 +38,6 @@ def plot(content: Mapping[str, Any]) -> Figure:
     Points are means over seeds; a thin line is a seed, an error bar spans the lowest and the highest.
     """
     rows, styles = content["rows"], line_styles(content["arms"])
-    figure = Figure(figsize=(11, 25), layout="constrained")
     drawers: list[Callable[[Axes], None]] = [
         *(partial(_front, rows=rows, styles=styles, kind=kind, budget=name) for name in TITLES for kind in KINDS),
         *(partial(_rounds, rows=rows, styles=styles, kind=kind) for kind in KINDS),
@@ -45,9 +47,13 @@ def plot(content: Mapping[str, Any]) -> Figure:
         partial(_few, rows=rows, styles=styles, axis="noise", along="noise", label="share of wrong boxes"),
         partial(_controls, rows=rows, default=content["default"]),
     ]
+    figure = Figure(figsize=(11, 4.2 * len(drawers) / 2), layout="constrained")
     panels = figure.subplots(len(drawers) // 2, 2).ravel()
     for axes, draw in zip(panels, drawers, strict=True):
         draw(axes)
+        if not axes.has_data():  # not measured yet
+            axes.remove()
+            continue
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.set_axisbelow(True)
@@ -58,12 +64,18 @@ def plot(content: Mapping[str, Any]) -> Figure:
 
 def line_styles(arms: Iterable[str]) -> Mapping[str, Mapping[str, Any]]:
     """Colour, line and mark of every arm."""
-    settings = {name: zip(cycle(STYLES), cycle(MARKS)) for name in FAMILIES}
+    settings = defaultdict(lambda: zip(cycle(STYLES), cycle(MARKS)))
     styles = {}
     for name in arms:
         family = type(ARMS[name].objective).__name__
         line, mark = next(settings[family])
-        styles[name] = {"color": FAMILIES[family], "linestyle": line, "marker": mark, "markersize": 4, "linewidth": 1.3}
+        styles[name] = {
+            "color": FAMILIES.get(family, OTHERS),
+            "linestyle": line,
+            "marker": mark,
+            "markersize": 4,
+            "linewidth": 1.3,
+        }
     return styles
 
 
