@@ -29,7 +29,7 @@ class Settings:
     """Other numbers of pairs."""
     few: int = 8
     """Pairs on the axis of the yield."""
-    rounds: int = 4
+    rounds: int = 3
     yields: tuple[float, ...] = (0.01, 0.05, 0.25, 1.0)
     noises: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
     shares: tuple[float, ...] = (0.25, 0.5)
@@ -41,6 +41,12 @@ class Settings:
     sampling_steps: int = 6
     prompts: int = 16
     """Held-out prompts of a seed's evaluation: two pictures of each, and one with words that leave nothing to improve."""
+
+    @property
+    def of_rows(self) -> dict[str, str]:
+        """What a row depends on besides its cell: rows of one journal have the same."""
+        names = ("strengths", "batch_size", "rank", "sampling_steps", "prompts")
+        return {name: repr(getattr(self, name)) for name in names}
 
 
 QUICK = Settings(

@@ -84,7 +84,8 @@ class HeldOutEvaluation:
     def _score(self, scorer: aa.Scorer, drawn: DrawnImages) -> np.ndarray:
         """One number per prompt: the mean over its two pictures."""
         scores = [scorer.score_batch(images, self.prompts) for images in (drawn.first, drawn.second)]
-        return np.mean(np.array(scores), axis=0)
+        means: np.ndarray = np.mean(scores, axis=0)
+        return means
 
     def _draw_all(self, draw: Draw) -> DrawnImages:
         seeds = picture_seeds(self.seed, self.pictures)

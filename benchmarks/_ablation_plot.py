@@ -1,7 +1,7 @@
 """The plot of the ablation: the fronts, the rounds, passes to a gain, and the axes of few arms."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from statistics import fmean
@@ -64,7 +64,7 @@ def plot(content: Mapping[str, Any]) -> Figure:
 
 def line_styles(arms: Iterable[str]) -> Mapping[str, Mapping[str, Any]]:
     """Colour, line and mark of every arm."""
-    settings = defaultdict(lambda: zip(cycle(STYLES), cycle(MARKS)))
+    settings: dict[str, Iterator[tuple[Any, str]]] = defaultdict(lambda: zip(cycle(STYLES), cycle(MARKS)))
     styles = {}
     for name in arms:
         family = type(ARMS[name].objective).__name__

@@ -97,7 +97,7 @@ class Ablation:
 
     def journal(self, name: str = "ablation") -> Journal:
         """The journal of the results, or of the trials of learning rates."""
-        journal = Journal(self.out / f"{name}{self._suffix}.jsonl", {"settings": repr(self.settings)})
+        journal = Journal(self.out / f"{name}{self._suffix}.jsonl", self.settings.of_rows)
         journal.begin()
         return journal
 
