@@ -57,7 +57,7 @@ ARMS: Mapping[str, Arm] = {
     "NegativeAware, beta 1": Arm(aa.NegativeAware(beta=1), 1e-3),
     "NegativeAware, beta 2": Arm(aa.NegativeAware(beta=2), 1e-3),
 }
-"""All arms. Learning rates are those of ``--tune`` whose LoRA gained most at a drift of 0.002 on both kinds of pairs."""
+"""All arms. ``--tune`` shows what each learning rate gains at a drift of 0.002."""
 
 REFERENCE = "PairedDifference"
 """The arm whose passes are the budget where passes are equal."""
