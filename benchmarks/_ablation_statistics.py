@@ -146,8 +146,9 @@ class Bootstrap:
 
     def estimate(self, curves: Curves, measure: str, drift: float | None) -> tuple[float, float, float]:
         """The mean over seeds of a measure, at a drift or at strength 1, and the ends of its 95% interval."""
-        mean, *samples = _mean_of_slots(self._points(curves, tuple(curves.seeds))[measure, drift])
-        return (float(mean), *interval(np.array(samples)))
+        means = _mean_of_slots(self._points(curves, tuple(curves.seeds))[measure, drift])
+        low, high = np.nanquantile(means[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return float(means[0]), float(low), float(high)
 
     def _compare(
         self, arm: Curves, other: Curves, quantities: Sequence[tuple[str, float | None]], *, reaches_as_far: bool
@@ -157,9 +158,11 @@ class Bootstrap:
         joint = 1 - (1 - LEVEL) / max(len(quantities), 1)
         advantages = []
         for name, drift in quantities if common else ():
-            mean, *_ = differences = _mean_of_slots(BETTER[name] * (ours[name, drift] - theirs[name, drift]))
-            low, high = interval(differences[1:])
-            advantages.append(Advantage(name, drift, float(mean), low, high, interval(differences[1:], joint)[0]))
+            differences = _mean_of_slots(BETTER[name] * (ours[name, drift] - theirs[name, drift]))
+            ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2, (1 - joint) / 2]
+            advantages.append(
+                Advantage(name, drift, float(differences[0]), *map(float, np.nanquantile(differences[1:], ends)))
+            )
         return Comparison(tuple(advantages), reaches_as_far, passes=arm.passes / other.passes)
 
     def _points(self, curves: Curves, seeds: tuple[int, ...]) -> "Points":
@@ -190,12 +193,6 @@ def _draw_points(curves: Curves, seeds: Sequence[int], resamples: int) -> Points
 def reaches(curves: Curves, level: float) -> bool:
     """Whether every seed reaches a drift."""
     return bool((curves.means["drift"].max(axis=-1) >= level).all())
-
-
-def interval(samples: Array, level: float = LEVEL) -> tuple[float, float]:
-    """The middle ``level`` of bootstrap samples: (resamples,)."""
-    low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 @cache
