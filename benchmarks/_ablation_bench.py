@@ -39,11 +39,19 @@ class TrainedArm:
     learning: Cost
     """The cost of training alone."""
 
-    def applied_to(self, base: DiffusersSynthesizer, *, strength: float = 1.0) -> DiffusersSynthesizer:
-        """The base with all of them at a strength: at 0 it is the base, also after several rounds."""
-        for lora in self.loras.values():
-            base = base.with_lora(lora, scale=strength)
-        return base
+
+def with_loras(base: DiffusersSynthesizer, loras: Iterable[aa.LoRA], *, strength: float) -> DiffusersSynthesizer:
+    """The base with all LoRAs at one strength."""
+    for lora in loras:
+        base = base.with_lora(lora, scale=strength)
+    return base
+
+
+def strengths_of(cell: Cell, settings: Settings) -> tuple[float, ...]:
+    """The strengths of a cell's row; 0 is the base model."""
+    if cell.axis == "control":
+        return (1.0,)
+    return (0.0, *settings.strengths) if cell.axis in SWEPT else (0.0, 1.0)
 
 
 def arm_of(cell: Cell) -> Arm:
@@ -80,11 +88,7 @@ class Bench:
             drawing = {"drawing_passes": self._passes_to_draw(cell)}
             return row | asdict(Cost()) | drawing | _curve({1.0: measures})
         trained = self._round(cell) if cell.axis == "rounds" else self._train_cell(cell)
-        strengths = self.settings.strengths if cell.axis in SWEPT else (1.0,)
-        measures_by_strength = {0.0: self.evaluation.before} | {
-            strength: self.evaluation.measure(evaluations.plain(trained.applied_to(base, strength=strength)))
-            for strength in strengths
-        }
+        curve = self._curve(cell, trained.loras.values(), strengths_of(cell, self.settings))
         kept, prompts = len(trained.pair_set.pairs), trained.pair_set.prompts
         learning = {"learning_passes": trained.learning.passes, "learning_seconds": trained.learning.seconds}
         return (
@@ -97,7 +101,30 @@ class Bench:
             }
             | asdict(trained.cost)
             | learning
-            | _curve(measures_by_strength)
+            | curve
+        )
+
+    def extended(self, row: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
+        """The row of a cell with the strengths that it lacks, drawn with the LoRAs that were kept."""
+        missing = [strength for strength in strengths_of(cell, self.settings) if strength not in row["strengths"]]
+        loras = [aa.LoRA.load(self.folder / name) for name in row["loras"]]
+        new = self._curve(cell, loras, missing)
+        strengths, numbers = zip(
+            *sorted((s, n) for n, s in enumerate([*row["strengths"], *new["strengths"]])), strict=True
+        )
+        both = {name: [*row["curve"][name], *new["curve"][name]] for name in row["curve"]}
+        curve = {name: [values[number] for number in numbers] for name, values in both.items()}
+        return {**row, "strengths": list(strengths), "curve": curve}
+
+    def _curve(self, cell: Cell, loras: Iterable[aa.LoRA], strengths: Iterable[float]) -> dict[str, Any]:
+        base, loras = self.bases[cell.kind], list(loras)
+        return _curve(
+            {
+                strength: self.evaluation.measure(evaluations.plain(with_loras(base, loras, strength=strength)))
+                if strength
+                else self.evaluation.before
+                for strength in strengths
+            }
         )
 
     def estimate_seconds(self, cells: Iterable[Cell]) -> float:
@@ -150,7 +177,7 @@ class Bench:
         done = self.rounds.setdefault((cell.kind, cell.arm), [])
         base = self.bases[cell.kind]
         while len(done) < cell.rounds:
-            drawing = done[-1].applied_to(base) if done else base
+            drawing = with_loras(base, done[-1].loras.values(), strength=1.0) if done else base
             loop = self._new_interaction(drawing, PhotometricCritic(), seed=self.seed + 10_000 * len(done))
             pair_set = loop.kept(cell.pairs, at_most=8 * cell.pairs)
             learned = self._train(replace(cell, rounds=len(done) + 1), pair_set, drawing)

@@ -21,8 +21,9 @@ class Settings:
     """The size of the ablation; one budget for all arms."""
 
     kinds: tuple[str, ...] = KINDS
-    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
-    """Of the LoRA: every training of the axes front and rounds is drawn with at all of them."""
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
+    """Of the LoRA: every training of the axes front and rounds is drawn with at all of them. A new one is drawn with the LoRAs
+    that were kept, without training again."""
     usual: int = 32
     """Pairs, unless an axis says otherwise."""
     pairs: tuple[int, ...] = (8, 128, 512)
@@ -45,7 +46,7 @@ class Settings:
     @property
     def of_rows(self) -> dict[str, str]:
         """What a row depends on besides its cell: rows of one journal have the same."""
-        names = ("strengths", "batch_size", "rank", "sampling_steps", "prompts")
+        names = ("batch_size", "rank", "sampling_steps", "prompts")
         return {name: repr(getattr(self, name)) for name in names}
 
 

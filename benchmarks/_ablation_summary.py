@@ -75,10 +75,15 @@ def budgets(row: record.Row, settings: Settings) -> list[str]:
 def _curves(rows: Sequence[record.Row]) -> Curves:
     """The rows of one arm; in rounds, passes are those of making pairs too, since arms leave the critic more or less to say."""
     rows = sorted(rows, key=lambda row: row["seed"])
+    strengths = sorted(set.intersection(*(set(row["strengths"]) for row in rows)))  # of rows measured so far
+    measures = {
+        name: np.array([[row["curve"][name][row["strengths"].index(s)] for s in strengths] for row in rows])
+        for name in rows[0]["curve"]
+    }
     return Curves(
-        strengths=rows[0]["strengths"],
+        strengths=strengths,
         seeds=[row["seed"] for row in rows],
-        measures={name: np.array([row["curve"][name] for row in rows]) for name in rows[0]["curve"]},
+        measures=measures,
         passes=fmean(row["passes" if row["axis"] == "rounds" else "learning_passes"] for row in rows),
     )
 

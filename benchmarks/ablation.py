@@ -21,7 +21,7 @@ from artaug._internal.files import atomic_write
 from benchmarks import _ablation_summary as summary
 from benchmarks import _record as record
 from benchmarks._ablation_arms import ARMS, DEFAULT, ON_THE_FRONT, described, passes_a_step
-from benchmarks._ablation_bench import Bench, made_by
+from benchmarks._ablation_bench import Bench, made_by, strengths_of
 from benchmarks._ablation_cells import AXES, KINDS, QUICK, TUNED_WITH, Cell, Selection, Settings, cells, trials
 from benchmarks._ablation_plot import plot
 from benchmarks._ablation_statistics import Bootstrap
@@ -53,18 +53,28 @@ class Journal:
 
     def rows(self) -> list[record.Row]:
         """All rows so far, of all processes, without those of arms that are gone or have changed since."""
-        return [row for row in self._lines()[1:] if self._cell_of(row) is not None]
+        return list(self._by_cell().values())
 
-    def missing(self, cells: Iterable[Cell]) -> list[Cell]:
-        """The cells that have no row yet."""
-        measured = {self._cell_of(row) for row in self.rows()}
-        return [cell for cell in dict.fromkeys(cells) if cell not in measured]
+    def missing(self, cells: Iterable[Cell], settings: Settings) -> list[Cell]:
+        """The cells that have no row yet, or one without some of the strengths."""
+        rows = self._by_cell()
+        return [
+            cell
+            for cell in dict.fromkeys(cells)
+            if cell not in rows or not set(strengths_of(cell, settings)) <= set(rows[cell]["strengths"])
+        ]
 
     def measure(self, cells: Iterable[Cell], bench: Bench) -> None:
-        """Measure the cells that have no row yet, also none of another process by the time of their turn."""
-        for cell in self.missing(cells):
-            if self.missing([cell]):
-                self._append(bench.row(cell))
+        """Measure the cells that are missing, also of another process by the time of their turn."""
+        for cell in self.missing(cells, bench.settings):
+            if self.missing([cell], bench.settings):
+                row = self._by_cell().get(cell)
+                self._append(bench.row(cell) if row is None else bench.extended(row, cell))
+
+    def _by_cell(self) -> dict[Cell, record.Row]:
+        """The last row of every cell, at the place of its first."""
+        found = {self._cell_of(row): row for row in self._lines()[1:]}
+        return {cell: row for cell, row in found.items() if cell is not None}
 
     def _cell_of(self, row: record.Row) -> Cell | None:
         cell = Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
@@ -111,7 +121,7 @@ class Ablation:
             for seed in seeds
             if axis not in FEW_SEEDS or seed in SEEDS[:3]
         ]
-        left = [(benches[seed], journal.missing(mine)) for seed, mine in by_seed]
+        left = [(benches[seed], journal.missing(mine, self.settings)) for seed, mine in by_seed]
         seconds = sum(bench.estimate_seconds(mine) for bench, mine in left if mine)
         print(f"{sum(len(mine) for _, mine in left)} cells left, about {seconds / 60:.0f} minutes", flush=True)
         for bench, mine in left:
