@@ -21,7 +21,6 @@ FAMILIES: Mapping[str, str] = {
     "SupervisedFineTuning": "#edae49",
     "PairedPreference": "#6a4c93",
     "DirectPreference": "#00798c",
-    "PairedPreference": "#2e4057",
     "NegativeAware": "#66a182",
 }
 """A colour per objective."""
