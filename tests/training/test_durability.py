@@ -275,7 +275,7 @@ def test_a_users_objective_is_recognized_in_another_process(tmp_path, make_model
             two_pairs, make_model(), seed=0, checkpoints=checkpoints, on_step=stopping_at(5)
         )
     resumed = trainer_of(objective=UserObjective()).train(two_pairs, make_model(), seed=0, checkpoints=checkpoints)
-    assert_same(resumed, trainer_of(echo=1).train(two_pairs, make_model(), seed=0))
+    assert_same(resumed, trainer_of(objective=PairedDifference(), echo=1).train(two_pairs, make_model(), seed=0))
 
 
 def test_what_only_saves_memory_may_change_between_two_runs(tmp_path, make_model, two_pairs):
@@ -348,7 +348,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, make_mode
 
 
 def test_the_moving_average_is_exported(make_model, two_pairs):
-    steps = [trainer_of(steps=4, warmup=0, ema=decay).train(two_pairs, make_model(), seed=0) for decay in (None, 0.5)]
+    steps = [
+        trainer_of(steps=4, echo=1, warmup=0, ema=decay).train(two_pairs, make_model(), seed=0) for decay in (None, 0.5)
+    ]
     trajectory = [LoRA(factors_after(make_model, two_pairs, count)) for count in range(5)]
     expected = trajectory[0].layers
     for lora, decay in zip(trajectory[1:], (0, 2 / 11, 3 / 12, 4 / 13), strict=True):  # rising to 0.5
@@ -376,4 +378,4 @@ def factors_after(make_model, pairs, count):
         generator = init_generator(picture_seeds(0, 2)[0], 0)
         with inject_adapter(model, rank=config.rank, targets=config.targets, generator=generator) as student:
             return student.to_lora().layers
-    return trainer_of(steps=count, warmup=0).train(pairs, make_model(), seed=0).lora.layers
+    return trainer_of(steps=count, echo=1, warmup=0).train(pairs, make_model(), seed=0).lora.layers

@@ -131,14 +131,21 @@ def test_a_training_resumed_within_an_echo_ends_with_the_same_bits(tmp_path, mak
     assert resumed.losses == uninterrupted.losses
 
 
-def test_by_default_the_paired_objective_asks_the_teacher_once_for_four_steps_and_fine_tuning_repeats_no_batch(
-    make_model, two_pairs
+@pytest.mark.parametrize(
+    ("objective", "echo", "student", "teacher"), [(aa.PairedDifference(), 4, 8, 2), (aa.PairedPreference(), 2, 16, 8)]
+)
+def test_an_objective_that_asks_the_teacher_says_how_often_batches_are_used(
+    make_model, two_pairs, objective, echo, student, teacher
 ):
     model = make_model()
     calls = count_calls(model)
-    default = trainer_of().train(two_pairs, model, seed=0, progress=False)
-    assert (calls.student, calls.teacher) == (8, 2)
-    assert default.losses == trainer_of(echo=4).train(two_pairs, make_model(), seed=0, progress=False).losses
+    trained = trainer_of(objective=objective).train(two_pairs, model, seed=0, progress=False)
+    assert (calls.student, calls.teacher) == (student, teacher)
+    said = trainer_of(objective=objective, echo=echo).train(two_pairs, make_model(), seed=0, progress=False)
+    assert trained.losses == said.losses
+
+
+def test_fine_tuning_repeats_no_batch_unless_told_to(make_model, two_pairs):
     plain = [
         trainer_of(objective=aa.SupervisedFineTuning(), **options).train(
             two_pairs, make_model(), seed=0, progress=False
@@ -158,7 +165,7 @@ def test_the_teachers_predictions_go_with_the_cycle_of_their_batches(monkeypatch
         return prediction
 
     monkeypatch.setattr(TeacherCache, "get_or_compute", recorded)
-    trainer = trainer_of(steps=16, echo=2)  # eight batches, of which two are a cycle
+    trainer = trainer_of(steps=16, echo=2, objective=aa.PairedDifference())  # eight batches, of which two are a cycle
     uninterrupted = trainer.train(two_pairs, make_model(), seed=0, progress=False)
     assert sizes == [1, 2, 2, 2] * 4
 

@@ -203,7 +203,7 @@ def test_an_objective_that_returns_no_loss_is_named(tiny_model, two_pairs, spoil
 
 def test_equal_pictures_teach_exactly_nothing(tiny_model, pair_of):
     training = trainer_of().train([pair_of(1, changed=False)], tiny_model, seed=0)
-    assert set(training.losses) == {0.0}
+    assert training.losses == pytest.approx([math.log(2)] * len(training.losses)), "no preference, in no step"
     assert all(layer.up.count_nonzero() == 0 for layer in training.lora.layers.values())
 
 
@@ -211,7 +211,8 @@ def test_the_loras_of_earlier_rounds_are_part_of_the_teacher_and_stay(make_model
     applied = filled_lora(make_model().module)
     model = make_model(applied=(applied,))
     state = state_of(model.module)
-    assert set(trainer_of().train([pair_of(1, changed=False)], model, seed=0).losses) == {0.0}
+    unchanged = trainer_of().train([pair_of(1, changed=False)], model, seed=0)
+    assert all(layer.up.count_nonzero() == 0 for layer in unchanged.lora.layers.values())
     assert_as_before(model.module, state)
     plain = trainer_of().train([pair_of(1)], make_model(), seed=0)
     assert plain.losses != trainer_of().train([pair_of(1)], model, seed=0).losses
