@@ -79,6 +79,10 @@ class Bench:
         self.interactions: dict[tuple[str, float], Interaction] = {}
         self.rounds: dict[tuple[str, str], list[TrainedArm]] = {}
 
+    def completed_row(self, cell: Cell, row: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The row of a cell, of which there is a part or nothing."""
+        return self.row(cell) if row is None else self.extended(row, cell)
+
     def row(self, cell: Cell) -> dict[str, Any]:
         """Measure a cell: its columns, and per strength one number a prompt of every measure (``curve``)."""
         base = self.bases[cell.kind]
@@ -86,7 +90,7 @@ class Bench:
         if cell.axis == "control":
             measures = self.evaluation.measure(CONTROLS[cell.arm](base))
             drawing = {"drawing_passes": self._passes_to_draw(cell)}
-            return row | asdict(Cost()) | drawing | _curve({1.0: measures})
+            return row | asdict(Cost()) | drawing | columns_of_curve({1.0: measures})
         trained = self._round(cell) if cell.axis == "rounds" else self._train_cell(cell)
         curve = self._curve(cell, trained.loras.values(), strengths_of(cell, self.settings))
         kept, prompts = len(trained.pair_set.pairs), trained.pair_set.prompts
@@ -118,7 +122,7 @@ class Bench:
 
     def _curve(self, cell: Cell, loras: Iterable[aa.LoRA], strengths: Iterable[float]) -> dict[str, Any]:
         base, loras = self.bases[cell.kind], list(loras)
-        return _curve(
+        return columns_of_curve(
             {
                 strength: self.evaluation.measure(evaluations.plain(with_loras(base, loras, strength=strength)))
                 if strength
@@ -200,7 +204,7 @@ class Bench:
         )
 
 
-def _curve(measures_by_strength: Mapping[float, evaluations.Measures]) -> dict[str, Any]:
+def columns_of_curve(measures_by_strength: Mapping[float, evaluations.Measures]) -> dict[str, Any]:
     """The strengths, and of every measure a list per strength, rounded for the journal: (strengths, prompts)."""
     strengths: Sequence[float] = sorted(measures_by_strength)
     names = measures_by_strength[strengths[0]]

@@ -1,4 +1,4 @@
-"""Sources of pairs and their cost: the loop's interaction, and the best of several draws (for `benchmarks.online`)."""
+"""The pairs of the loop's interaction, and their cost."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -8,14 +8,12 @@ from itertools import islice
 from operator import add, and_
 from time import perf_counter
 
-import numpy as np
 from PIL.Image import Image
 
 import artaug as aa
 from artaug import playground
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.scorers import Chroma, Contrast, MeanOf
-from artaug.synthesis import picture_seeds
 from benchmarks.objectives import FAITHFUL
 
 KEEP: aa.PairFilter = reduce(
@@ -25,7 +23,7 @@ KEEP: aa.PairFilter = reduce(
 )
 """The filter of the loop's pairs, as in the quickstart."""
 SELECTED_BY = MeanOf((Chroma(), Contrast()))
-"""The scorer that selects the best of several draws: the same ones."""
+"""The scorer of selections: the same ones."""
 PLANNER = aa.GreedyPlanner(max_regions=3)
 MOST_PROMPTS = 1280
 CHUNK = 32
@@ -95,11 +93,13 @@ class Interaction:
     critic: aa.Critic
     sampling_steps: int
     seed: int
+    prompts: Sequence[str] | None = None
+    """None: those of the seed."""
     attempts: list[tuple[aa.Attempt, Cost]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.more = aa.improve(
-            playground.prompts(MOST_PROMPTS, seed=self.seed),
+            playground.prompts(MOST_PROMPTS, seed=self.seed) if self.prompts is None else self.prompts,
             synthesizer=self.synthesizer,
             critic=self.critic,
             planner=PLANNER,
@@ -117,6 +117,18 @@ class Interaction:
             attempt = self._attempt(number)
             pairs += [attempt.pair] if isinstance(attempt, aa.Kept) else []
         return self._pair_set(pairs, at_most)
+
+    def within(self, pictures: int) -> PairSet:
+        """All pairs that the filter keeps of the first prompts, as many as can be drawn and redrawn with so many pictures."""
+        pairs: list[aa.ImagePair] = []
+        drawn = number = 0
+        while True:
+            attempt = self._attempt(number)
+            drawn += self.attempts[number][1].images
+            if drawn > pictures:
+                return self._pair_set(pairs, number)
+            pairs += [attempt.pair] if isinstance(attempt, aa.Kept) else []
+            number += 1
 
     def best(self, count: int, *, of: float) -> PairSet:
         """The best ``count`` pairs of ``count / of``, with no other filter; if ``of`` is 1, all of them in their order."""
@@ -153,55 +165,3 @@ class Interaction:
 
 def _sum(costs: Iterable[Cost]) -> Cost:
     return reduce(add, costs, Cost())
-
-
-@dataclass(kw_only=True)
-class BestOfK:
-    """No interaction: draw every prompt with several seeds, and keep the best of the pictures that match the prompt.
-
-    DreamSync (arXiv 2311.17946) and rejection sampling do this; a pair holds the worst and the best of all draws.
-    """
-
-    synthesizer: aa.Synthesizer
-    draws: int
-    sampling_steps: int
-    seed: int
-    attempts: list[tuple[aa.ImagePair | None, Cost]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.prompts = playground.prompts(MOST_PROMPTS, seed=self.seed)
-        self.seeds = np.reshape(picture_seeds(self.seed, MOST_PROMPTS * self.draws), (MOST_PROMPTS, self.draws))
-
-    def kept(self, count: int) -> PairSet:
-        """The best draws of the first prompts that have one, ``count`` in all."""
-        pairs: list[aa.ImagePair] = []
-        number = 0
-        while len(pairs) < count:
-            if number == len(self.attempts):
-                self.attempts += self._chunk(number)
-            best = self.attempts[number][0]
-            pairs += [] if best is None else [best]
-            number += 1
-        return PairSet(pairs=pairs, prompts=number, cost=_sum(cost for _, cost in self.attempts[:number]))
-
-    def _chunk(self, start: int) -> list[tuple[aa.ImagePair | None, Cost]]:
-        start_time = perf_counter()
-        prompts = self.prompts[start : start + CHUNK]
-        drawn = [
-            self.synthesizer.synthesize_batch([aa.Plan(prompt) for prompt in prompts], seeds=seeds.tolist())
-            for seeds in self.seeds[start : start + CHUNK].T
-        ]
-        bests = [self._best(prompt, images) for prompt, images in zip(prompts, zip(*drawn, strict=True), strict=True)]
-        seconds = (perf_counter() - start_time) / len(prompts)
-        cost = Cost(images=self.draws, passes=self.draws * self.sampling_steps, seconds=seconds)
-        return [(best, cost) for best in bests]
-
-    def _best(self, prompt: str, images: Sequence[Image]) -> aa.ImagePair | None:
-        again = [prompt] * len(images)
-        right = np.min([accuracy.score_batch(images, again) for accuracy in FAITHFUL], axis=0)
-        order = np.argsort(SELECTED_BY.score_batch(images, again))
-        faithful = [number for number in order.tolist() if right[number] == 1]
-        if not faithful or faithful[-1] == order[0]:
-            return None
-        best, worst = images[faithful[-1]], images[order[0]]
-        return aa.ImagePair(prompt=prompt, seed=self.seed, before=worst, after=best, plan=aa.Plan(prompt))

@@ -9,11 +9,9 @@ in the column ``loras``. ``--tune`` measures the learning rates from which those
 
 import argparse
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
@@ -25,72 +23,27 @@ from benchmarks._ablation_bench import Bench, made_by, strengths_of
 from benchmarks._ablation_cells import AXES, KINDS, QUICK, TUNED_WITH, Cell, Selection, Settings, cells, trials
 from benchmarks._ablation_plot import plot
 from benchmarks._ablation_statistics import Bootstrap
+from benchmarks._journal import Journal
 
 SEEDS = (0, 1, 2, 3, 4)
 FEW_SEEDS = ("control", "noise", "yield", "pairs", "cost")
 """Axes with the first three seeds alone."""
 
 
-@dataclass(frozen=True)
-class Journal:
-    """A file with one measured row per line, to which several processes may append."""
+def measured_cell(row: record.Row) -> Cell | None:
+    """The cell of a row; None for an arm that is gone or has changed since."""
+    cell = Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
+    known = cell.axis == "control" or cell.arm in ARMS
+    return cell if known and row["made_by"] == made_by(cell) else None
 
-    path: Path
-    about: Mapping[str, str]
-    """The settings of the rows: the first line."""
 
-    def begin(self) -> None:
-        """Start it, or check that its settings are the same.
+def new_journal(path: Path, settings: Settings) -> Journal[Cell]:
+    """A journal in which a row is complete if it has all strengths."""
 
-        Raises:
-            SystemExit: if they are not.
-        """
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._append(self.about)
-        elif self._lines()[0] != self.about:
-            raise SystemExit(f"{self.path} has other settings. Move it away, or write to another folder (--out).")
+    def is_complete(cell: Cell, row: record.Row) -> bool:
+        return set(strengths_of(cell, settings)) <= set(row["strengths"])
 
-    def rows(self) -> list[record.Row]:
-        """All rows so far, of all processes, without those of arms that are gone or have changed since."""
-        return list(self._by_cell().values())
-
-    def missing(self, cells: Iterable[Cell], settings: Settings) -> list[Cell]:
-        """The cells that have no row yet, or one without some of the strengths."""
-        rows = self._by_cell()
-        return [
-            cell
-            for cell in dict.fromkeys(cells)
-            if cell not in rows or not set(strengths_of(cell, settings)) <= set(rows[cell]["strengths"])
-        ]
-
-    def measure(self, cells: Iterable[Cell], bench: Bench) -> None:
-        """Measure the cells that are missing, also of another process by the time of their turn."""
-        for cell in self.missing(cells, bench.settings):
-            if self.missing([cell], bench.settings):
-                row = self._by_cell().get(cell)
-                self._append(bench.row(cell) if row is None else bench.extended(row, cell))
-
-    def _by_cell(self) -> dict[Cell, record.Row]:
-        """The last row of every cell, at the place of its first."""
-        found = {self._cell_of(row): row for row in self._lines()[1:]}
-        return {cell: row for cell, row in found.items() if cell is not None}
-
-    def _cell_of(self, row: record.Row) -> Cell | None:
-        cell = Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
-        known = cell.axis == "control" or cell.arm in ARMS
-        return cell if known and row["made_by"] == made_by(cell) else None
-
-    def _append(self, line: Mapping[str, Any]) -> None:
-        # One write of a whole line, so that lines of several processes do not mix.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, (json.dumps(line) + "\n").encode())
-        finally:
-            os.close(descriptor)
-
-    def _lines(self) -> list[Mapping[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+    return Journal(path, settings.of_rows, measured_cell, is_complete)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +58,9 @@ class Ablation:
         """Its size."""
         return QUICK if self.quick else Settings()
 
-    def journal(self, name: str = "ablation") -> Journal:
+    def journal(self, name: str = "ablation") -> Journal[Cell]:
         """The journal of the results, or of the trials of learning rates."""
-        journal = Journal(self.out / f"{name}{self._suffix}.jsonl", self.settings.of_rows)
+        journal = new_journal(self.out / f"{name}{self._suffix}.jsonl", self.settings)
         journal.begin()
         return journal
 
@@ -121,15 +74,17 @@ class Ablation:
             for seed in seeds
             if axis not in FEW_SEEDS or seed in SEEDS[:3]
         ]
-        left = [(benches[seed], journal.missing(mine, self.settings)) for seed, mine in by_seed]
+        left = [(benches[seed], journal.missing(mine)) for seed, mine in by_seed]
         seconds = sum(bench.estimate_seconds(mine) for bench, mine in left if mine)
         print(f"{sum(len(mine) for _, mine in left)} cells left, about {seconds / 60:.0f} minutes", flush=True)
         for bench, mine in left:
-            journal.measure(mine, bench)
+            journal.measure(mine, bench.completed_row)
 
     def tune(self, selection: Selection) -> None:
         """Measure the trials of learning rates."""
-        self.journal("ablation-tuning").measure(trials(self.settings, selection), self._bench(TUNED_WITH))
+        self.journal("ablation-tuning").measure(
+            trials(self.settings, selection), self._bench(TUNED_WITH).completed_row
+        )
 
     def write(self, *, resamples: int = 4000) -> None:
         """Write ablation.json and ablation.png."""

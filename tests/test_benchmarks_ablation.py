@@ -33,12 +33,12 @@ CELLS = [
 def measured(tmp_path_factory):
     """A journal of some cells, and the bench they were measured on."""
     folder = tmp_path_factory.mktemp("ablation")
-    journal = ablation.Journal(folder / "ablation.jsonl", {"settings": "quick"})
+    journal = ablation.new_journal(folder / "ablation.jsonl", QUICK)
     journal.begin()
     measuring = bench.Bench(QUICK, seed=0, loras=folder / "loras")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pair_sources, "CHUNK", 4)
-        journal.measure(CELLS, measuring)
+        journal.measure(CELLS, measuring.completed_row)
         yield journal, measuring
 
 
@@ -81,11 +81,11 @@ def test_an_ablation_resumes_from_its_journal_and_no_other(measured):
     rows = journal.rows()
 
     journal.begin()
-    assert not ablation.Journal(journal.path, journal.about).missing(CELLS, QUICK)
+    assert not journal.missing(CELLS)
 
     assert journal.rows() == rows
     with pytest.raises(SystemExit, match="has other settings"):
-        ablation.Journal(journal.path, {"settings": "others"}).begin()
+        replace(journal, about={"settings": "others"}).begin()
 
 
 def test_a_new_strength_is_drawn_with_the_loras_that_were_kept(measured):
@@ -93,7 +93,7 @@ def test_a_new_strength_is_drawn_with_the_loras_that_were_kept(measured):
     _, paired, two_rounds = journal.rows()
     more = replace(QUICK, strengths=(1.0, 1.5, 2.0))
 
-    assert journal.missing(CELLS, more) == CELLS[1:]
+    assert ablation.new_journal(journal.path, more).missing(CELLS) == CELLS[1:]
     extending = bench.Bench(more, seed=0, loras=measuring.folder)
     for row, cell in ((paired, CELLS[1]), (two_rounds, CELLS[2])):
         extended = extending.extended(row, cell)
@@ -110,7 +110,7 @@ def test_a_row_of_an_arm_that_has_changed_is_measured_again(measured, monkeypatc
 
     monkeypatch.setattr(bench, "ARMS", {**arms.ARMS, arms.DEFAULT: changed})
 
-    assert journal.missing(CELLS, QUICK) == CELLS[1:]
+    assert journal.missing(CELLS) == CELLS[1:]
 
 
 @pytest.mark.parametrize(
@@ -172,18 +172,6 @@ def test_a_noisy_critic_misplaces_its_share_of_boxes_and_nothing_else():
         assert [[found.prompt for found in answer.suggestions] for answer in answers] == [
             [found.prompt for found in answer.suggestions] for answer in noiseless
         ]
-
-
-def test_the_best_of_k_is_the_best_of_those_that_show_what_was_requested():
-    prompt = "a red cone on the left at night"
-    good, better = (playground.render(prompt + words, seed=0) for words in (", vivid", ", vivid, glowing"))
-    dull, wrong = playground.render(prompt, seed=0), playground.render("a blue ball at night, vivid, glowing", seed=0)
-    best_of_k = pair_sources.BestOfK(synthesizer=None, draws=4, sampling_steps=1, seed=0)
-
-    pair = best_of_k._best(prompt, [good, wrong, better, dull])  # noqa: SLF001
-
-    assert (pair.before, pair.after) == (dull, better)
-    assert best_of_k._best(prompt, [wrong, wrong]) is None  # noqa: SLF001
 
 
 def all_cells(settings, seeds):
