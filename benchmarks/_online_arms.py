@@ -1,13 +1,14 @@
 """The arms of `benchmarks.online`: what the pictures of a round become to learn from, and by which objective."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
 
 import artaug as aa
 from artaug.critics import PhotometricCritic
-from benchmarks._ablation_arms import Arm, described, passes_a_step
+from benchmarks._ablation_arms import ARMS as FRONT
+from benchmarks._ablation_arms import DEFAULT, PLAIN, Arm, described, passes_a_step
 from benchmarks._online_draws import ByJudge, ByScorer, Draws, NoticeableDifference, extremes, packed, unselected
 
 
@@ -34,10 +35,10 @@ class OnlineArm:
         return max(2, round(passes / (passes_a_step(self.learning) * batch_size)))
 
 
-PAIRED = Arm(aa.PairedPreference(anchor=0.05), 4e-3)
-DPO = Arm(aa.DirectPreference(beta=5, anchor=0.1), 2e-3)
-NFT = Arm(aa.NegativeAware(beta=1), 1e-3)
-FINE_TUNING = Arm(aa.SupervisedFineTuning(), 4e-3)
+PAIRED, PLAIN_PAIRED, DPO, NFT, FINE_TUNING = (
+    FRONT[name] for name in (DEFAULT, "PairedDifference", "DPO", "NegativeAware, beta 1", PLAIN)
+)
+"""As tuned for the ablation."""
 BEST, JUDGED = (partial(extremes, chooser=chooser) for chooser in (ByScorer(), ByJudge(NoticeableDifference())))
 ALL, ALL_JUDGED = (partial(packed, chooser=chooser) for chooser in (ByScorer(), ByJudge(NoticeableDifference())))
 BOXES = Advice(PhotometricCritic(whole_image=False))
@@ -58,12 +59,18 @@ SELECTIONS: Mapping[str, OnlineArm] = {
 DENSE: Mapping[str, OnlineArm] = {
     "boxes, PairedPreference": OnlineArm(BOXES, PAIRED),
     "boxes, PairedPreference, outside 0": OnlineArm(
-        BOXES, Arm(aa.PairedPreference(anchor=0.05, outside_weight=0), 4e-3)
+        BOXES, replace(PAIRED, objective=aa.PairedPreference(outside_weight=0))
     ),
-    "boxes, PairedPreference, composite": OnlineArm(BOXES, Arm(aa.PairedPreference(anchor=0.05, composite=True), 4e-3)),
-    "boxes, PairedDifference": OnlineArm(BOXES, Arm(aa.PairedDifference(), 4e-3)),
-    "boxes, PairedDifference, outside 0": OnlineArm(BOXES, Arm(aa.PairedDifference(outside_weight=0), 4e-3)),
-    "boxes, PairedDifference, composite": OnlineArm(BOXES, Arm(aa.PairedDifference(composite=True), 4e-3)),
+    "boxes, PairedPreference, composite": OnlineArm(
+        BOXES, replace(PAIRED, objective=aa.PairedPreference(composite=True))
+    ),
+    "boxes, PairedDifference": OnlineArm(BOXES, PLAIN_PAIRED),
+    "boxes, PairedDifference, outside 0": OnlineArm(
+        BOXES, replace(PLAIN_PAIRED, objective=aa.PairedDifference(outside_weight=0))
+    ),
+    "boxes, PairedDifference, composite": OnlineArm(
+        BOXES, replace(PLAIN_PAIRED, objective=aa.PairedDifference(composite=True))
+    ),
 }
 """Arms whose pairs have boxes, with and without them as weights."""
 ARMS: Mapping[str, OnlineArm] = {
