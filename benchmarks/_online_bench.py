@@ -40,7 +40,9 @@ class OnlineBench:
             return asdict(cell) | {"made_by": BASE} | self._of_base(cell)
         trained = self._train(cell)
         measures = {0.0: self.evaluation.before} | {
-            strength: self.evaluation.measure(evaluations.plain(with_loras(self.base, trained.loras.values(), strength=strength)))
+            strength: self.evaluation.measure(
+                evaluations.plain(with_loras(self.base, trained.loras.values(), strength=strength))
+            )
             for strength in self.settings.strengths
         }
         return (

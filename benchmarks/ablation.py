@@ -82,9 +82,7 @@ class Ablation:
 
     def tune(self, selection: Selection) -> None:
         """Measure the trials of learning rates."""
-        self.journal("ablation-tuning").measure(
-            trials(self.settings, selection), self._bench(TUNED_WITH).completed_row
-        )
+        self.journal("ablation-tuning").measure(trials(self.settings, selection), self._bench(TUNED_WITH).completed_row)
 
     def write(self, *, resamples: int = 4000) -> None:
         """Write ablation.json and ablation.png."""
