@@ -28,7 +28,9 @@ def main(folder: Path = Path("runs/quickstart")) -> None:
         critic=PhotometricCritic(),
         planner=aa.GreedyPlanner(max_regions=3),
         keep=keep,
-        trainer=aa.DifferentialLoRATrainer(rank=8, steps=100, batch_size=32, learning_rate=1e-3),
+        trainer=aa.DifferentialLoRATrainer(
+            objective=aa.PairedPreference(anchor=0.1), rank=8, steps=30, batch_size=32, learning_rate=2e-3
+        ),
         fuser=aa.ConcatFuser(),
         rounds=2,
         stop=aa.StopRule(MeanOf((Exposure(), Sharpness())), held_out[:64]),
