@@ -87,6 +87,18 @@ class TimedScorer(aa.Scorer):
 
 
 @dataclass(frozen=True)
+class TimedJudge(aa.PairwiseJudge):
+    """Calls everything a tie, and takes ``cost`` seconds for each question."""
+
+    clock: FakeTime = field(repr=False, compare=False)
+    cost: float
+
+    def prefer(self, first, second, prompt):
+        self.clock.now += self.cost
+        return 0.5
+
+
+@dataclass(frozen=True)
 class TimedOptimizer(aa.Optimizer):
     clock: FakeTime = field(repr=False, compare=False)
     cost: float
@@ -195,6 +207,18 @@ def test_a_plan_is_exact_where_every_part_always_takes_the_same(flux, each, move
         assert planned == pytest.approx(real, abs=1e-6), stage
     assert plan.bottleneck.seconds == max(planned for _, planned, _ in plan.against(result))
     assert f"bottleneck: {plan.bottleneck.stage}" in str(plan)
+
+
+def test_a_plan_counts_the_questions_of_judges_that_filter_and_stop(clock, flux):
+    options = arguments(clock, flux, lora_cost=1.0, placement=TimedPlacement(clock, 5.0))
+    options["keep"] = aa.Preferred(TimedJudge(clock, 7.0)) | FixedFilter(keep=True)
+    options["stop"] = aa.StopRule(TimedJudge(clock, 11.0), HELD_OUT, at_least=-1e9)
+    plan = aa.plan_run(PROMPTS, **options, sample=5, steps=3)
+    result = aa.enhance(PROMPTS, **options)
+    for stage, planned, real in plan.against(result):
+        assert planned == pytest.approx(real, abs=1e-6), stage
+    measured = next(planned for stage, planned, _ in plan.against(result) if stage == "measure")
+    assert measured > 2 * 2 * 11.0 * len(HELD_OUT)  # two rounds, and two questions a pair
 
 
 def test_the_arguments_of_a_run_are_those_of_its_plan():
