@@ -14,7 +14,7 @@ PATCH, CHANNELS = 8, 32
 """8 x 8 pixels of three colors become 32 numbers, from which pictures come back at 28 to 29 dB."""
 
 
-class PatchComponents(ModelMixin, ConfigMixin):  # type: ignore[misc] - diffusers is untyped here
+class PatchComponents(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
     """Stands where FLUX has its `AutoencoderKL`, and is called as that is.
 
     A patch's component ``i``, of standard deviation ``s_i`` over all patches, is divided by ``sqrt(s_i)``: halfway between
@@ -22,7 +22,7 @@ class PatchComponents(ModelMixin, ConfigMixin):  # type: ignore[misc] - diffuser
     count as much as the colors of areas.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         latent_channels: int = CHANNELS,
@@ -43,11 +43,14 @@ class PatchComponents(ModelMixin, ConfigMixin):  # type: ignore[misc] - diffuser
         mean = patches.mean(0)
         variances, components = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
         variances, components = variances.flip(0)[:CHANNELS].clamp(min=1e-12), components.flip(1)[:, :CHANNELS]
-        codec = cls(scaling_factor=float(variances.sqrt().mean().rsqrt()))  # the latents have variances sqrt(variance)
+        codec: PatchComponents = cls(
+            scaling_factor=float(variances.sqrt().mean().rsqrt())
+        )  # the latents have variances sqrt(variance)
         codec.mean.copy_(mean)
         codec.encoding.copy_((components / variances**0.25).T)
         codec.decoding.copy_(components * variances**0.25)
-        return codec.eval()
+        codec.eval()
+        return codec
 
     def encode(self, pictures: Tensor) -> AutoencoderKLOutput:
         """Latents of pictures in [-1, 1]: pictures x channels x height / 8 x width / 8; they have no spread."""

@@ -74,11 +74,12 @@ def _spearman(samples: Array) -> Array:
     """Of (samples, candidates, 2): one correlation a sample, NaN where all numbers are equal."""
     from scipy.stats import rankdata  # noqa: PLC0415 - comes with the judges, whose absence is told first
 
-    ranks = rankdata(samples, axis=1)
+    ranks: Array = rankdata(samples, axis=1)
     ranks -= ranks.mean(1, keepdims=True)
     lengths = np.sqrt(np.square(ranks).sum(1)).prod(1)
     products = ranks.prod(2).sum(1)
-    return np.divide(products, lengths, out=np.full_like(products, np.nan), where=lengths > 0)
+    correlations: Array = np.divide(products, lengths, out=np.full_like(products, np.nan), where=lengths > 0)
+    return correlations
 
 
 def plot(rows: Sequence[record.Row]) -> Figure:
