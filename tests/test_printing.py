@@ -18,7 +18,16 @@ from artaug.evaluation.suites import Case, Question, QuestionCheck, QuestionScor
 from artaug.testing import FixedScorer, SwatchSynthesizer
 
 ROOT = Path(__file__).parents[1]
-IS_NOT_PRINTED = ("critics/replies/", "critics/conversation.py", "report/", "testing/loop.py", "_internal/values.py")
+IS_NOT_PRINTED = (
+    "critics/replies/",
+    "critics/conversation.py",
+    "serving/chat.py",
+    "serving/choices.py",
+    "serving/logprobs.py",
+    "report/",
+    "testing/loop.py",
+    "_internal/values.py",
+)
 """What models read and write, HTML (which says that it is UTF-8), a prompt in Japanese, and a range of characters."""
 
 

@@ -163,7 +163,7 @@ def test_the_card_holds_the_metadata_and_the_facts_of_the_run(server):
         f"put `{KOHYA_FILE}` where they look for LoRAs",
         "| 1 | 5 | 3 | 2 | `Exposure` +0.1 (+0.05 to +0.15, 32) | yes |",
         "- `critic`: `` a `critic` ``",
-        "objective=PairedDifference(",
+        "objective=PairedPreference(",
         "| `Chroma\\|x` * | `round 1` | 64 | 0.500 | 0.600 | +0.100 | +0.050 to +0.150 | 80.0% | 0.01 |",
         "no evidence of a gain: the training pairs were filtered by it",
         "comes under its licence: [`lab-non-commercial`](https://lab.example/licence)",

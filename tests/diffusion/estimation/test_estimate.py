@@ -73,7 +73,7 @@ def test_a_step_takes_the_memory_and_flops_estimated(batch_size, checkpointing):
     assert estimated.activations_bytes == pytest.approx(peak, rel=0.15)
     tokens, heads, channels, layers = 512 + 64, 2, 16, 3
     attention = 2 * batch_size * heads * tokens**2 * channels * layers  # one product; torch's counter leaves it out
-    assert estimated.flops_per_step == flops + (2 + 2 + 5 + 2 * checkpointing) * attention
+    assert estimated.flops_per_step == flops + 2 * (2 + 2 + 5 + 2 * checkpointing) * attention
 
 
 def test_adapter_and_files_take_the_bytes_estimated(tmp_path):
@@ -267,8 +267,8 @@ def test_flux_dev_stored_in_fp8_trains_at_1024_pixels_within_24_gigabytes(flux_d
     trainer = make_trainer(rank=16, gradient_checkpointing=True)
     plain = estimate(flux_dev, trainer=trainer)
     estimated = estimate(flux_dev, trainer=trainer, storage_dtype=torch.float8_e4m3fn)
-    assert plain.training_bytes == pytest.approx(25.4 * 2**30, rel=0.01)
-    assert estimated.training_bytes == pytest.approx(17.5 * 2**30, rel=0.01)
+    assert plain.training_bytes == pytest.approx(26.9 * 2**30, rel=0.01)
+    assert estimated.training_bytes == pytest.approx(19.0 * 2**30, rel=0.01)
     assert estimated.peak_bytes == estimated.training_bytes
     # Modulation layers have "norm" in their names and stay in 16 bits: 6 width² a stream of 19 blocks, 3 of 38.
     modulation = (19 * 2 * 6 + 38 * 3) * 3072**2
@@ -290,7 +290,8 @@ def test_a_compiled_pipeline_is_estimated_and_not_changed():
 
 def test_repeated_batches_save_the_teachers_forward_pass():
     plain, twice, often = (
-        estimate(tiny_flux(), trainer=make_trainer(echo=echo), **CPU).flops_per_step for echo in (1, 2, 4)
+        estimate(tiny_flux(), trainer=make_trainer(objective=aa.PairedDifference(), echo=echo), **CPU).flops_per_step
+        for echo in (1, 2, 4)
     )
     alone = estimate(tiny_flux(), trainer=make_trainer(objective=aa.SupervisedFineTuning()), **CPU).flops_per_step
     assert twice == pytest.approx((plain + alone) / 2, rel=1e-6)
