@@ -155,11 +155,16 @@ def every(failures):
     ]
 
 
+def patience(named):
+    """Short where the failure is that nothing comes; elsewhere what comes late on a busy machine should count as come."""
+    return 0.3 if "no whole answer" in named else 10
+
+
 @pytest.mark.parametrize(("failure", "kind"), every(TEMPORARY))
 def test_a_temporary_failure_is_retried(failure, kind):
-    behavior, _ = TEMPORARY[failure]
+    behavior, named = TEMPORARY[failure]
     with faulty_server(behavior, kind.good) as server:
-        served = kind.make(server.url, timeout_s=0.3)
+        served = kind.make(server.url, timeout_s=patience(named))
         assert ask(kind, served) == kind.answer(4)
         assert served.usage.retries == 1
         assert served.usage.failures == 0
@@ -169,7 +174,7 @@ def test_a_temporary_failure_is_retried(failure, kind):
 def test_a_failure_that_lasts_is_named(failure, kind):
     behavior, named = TEMPORARY[failure]
     with faulty_server(behavior) as server:
-        served = kind.make(server.url, timeout_s=0.3, max_attempts=2)
+        served = kind.make(server.url, timeout_s=patience(named), max_attempts=2)
         outcome = ask(kind, served)
         assert named in outcome.reason
         assert "tried 2 times" in outcome.reason
