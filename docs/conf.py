@@ -109,6 +109,7 @@ PACKAGES = (
     "lora.formats",
     "playground",
     "regional",
+    "regional.attention_losses",
     "review",
     "scorers",
     "testing",

@@ -19,6 +19,7 @@ PACKAGES = [
     "judges",
     "playground",
     "regional",
+    "regional.attention_losses",
     "scorers",
     "testing",
     "training",
