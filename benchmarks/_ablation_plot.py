@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
+from math import ceil
 from statistics import fmean
 from typing import Any
 
@@ -34,31 +35,51 @@ TITLES = {"passes": "equal passes", "steps": "equal steps"}
 def plot(content: Mapping[str, Any]) -> Figure:
     """Gain against drift by kind of pairs and budget, gain by round and by passes, and the axes of few arms.
 
-    Points are means over seeds; a thin line is a seed, an error bar spans the lowest and the highest.
+    Points are means over seeds; a thin line is a seed, an error bar spans the lowest and the highest. What has not been measured has
+    no panel.
     """
-    rows, styles = content["rows"], line_styles(content["arms"])
-    drawers: list[Callable[[Axes], None]] = [
-        *(partial(_front, rows=rows, styles=styles, kind=kind, budget=name) for name in TITLES for kind in KINDS),
-        *(partial(_rounds, rows=rows, styles=styles, kind=kind) for kind in KINDS),
-        *(partial(_costs, costs=content["costs"], styles=styles, kind=kind) for kind in KINDS),
-        partial(_few, rows=rows, styles=styles, axis="pairs", along="pairs", label="training pairs, same steps"),
-        partial(_few, rows=rows, styles=styles, axis="yield", along="share", label="share of the candidates kept"),
-        partial(_few, rows=rows, styles=styles, axis="noise", along="noise", label="share of wrong boxes"),
-        partial(_controls, rows=rows, default=content["default"]),
+    rows, styles, default = content["rows"], line_styles(content["arms"]), content["default"]
+    trained = _of(rows, axis="front", arm=default, kind=KINDS[0], strength=1.0)
+    panels: list[tuple[Sequence[record.Row], Callable[..., None]]] = [
+        *(
+            (_within_budget(rows, kind, budget), partial(_front, styles=styles, title=f"pairs by {kind}, {title}"))
+            for budget, title in TITLES.items()
+            for kind in KINDS
+        ),
+        *(
+            (
+                _of(rows, axis="rounds", kind=kind, strength=1.0),
+                partial(_rounds, styles=styles, kind=kind, at_once=_of(rows, axis="one long round", kind=kind)),
+            )
+            for kind in KINDS
+        ),
+        *((_of(content["costs"], kind=kind), partial(_costs, styles=styles, kind=kind)) for kind in KINDS),
+        (_of(rows, axis="pairs"), partial(_few, styles=styles, along="pairs", label="training pairs, same steps")),
+        (_of(rows, axis="yield"), partial(_few, styles=styles, along="share", label="share of the candidates kept")),
+        (_of(rows, axis="noise"), partial(_few, styles=styles, along="noise", label="share of wrong boxes")),
+        (_of(rows, axis="control"), partial(_controls, default=default, trained=trained)),
     ]
-    figure = Figure(figsize=(11, 4.2 * len(drawers) / 2), layout="constrained")
-    panels = figure.subplots(len(drawers) // 2, 2).ravel()
-    for axes, draw in zip(panels, drawers, strict=True):
-        draw(axes)
-        if not axes.has_data():  # not measured yet
-            axes.remove()
-            continue
+    measured = [(mine, draw) for mine, draw in panels if mine]
+    figure = Figure(figsize=(11, 4.2 * ceil(len(measured) / 2)), layout="constrained")
+    for place, (mine, draw) in enumerate(measured, start=1):
+        axes = figure.add_subplot(ceil(len(measured) / 2), 2, place)
+        draw(axes, mine)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.set_axisbelow(True)
-    handles = [figure.axes[0].plot([], [], label=name, **style)[0] for name, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    if measured:
+        shown = {row["arm"] for mine, _ in measured for row in mine}
+        handles = [
+            figure.axes[0].plot([], [], label=name, **style)[0] for name, style in styles.items() if name in shown
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
+
+
+def _within_budget(rows: Sequence[record.Row], kind: str, budget: str) -> list[record.Row]:
+    """The rows of a front; nothing if all that is within the budget was measured for the other one."""
+    mine = [row for row in _of(rows, axis="front", kind=kind) if budget in row["budgets"]]
+    return mine if any(row["budgets"] == [budget] for row in mine) else []
 
 
 def line_styles(arms: Iterable[str]) -> Mapping[str, Mapping[str, Any]]:
@@ -95,16 +116,15 @@ def _arms(rows: Sequence[record.Row]) -> list[str]:
 Styles = Mapping[str, Mapping[str, Any]]
 
 
-def _front(axes: Axes, *, rows: Sequence[record.Row], styles: Styles, kind: str, budget: str) -> None:
+def _front(axes: Axes, rows: Sequence[record.Row], *, styles: Styles, title: str) -> None:
     axes.set(
-        title=f"pairs by {kind}, {TITLES[budget]}",
+        title=title,
         xlabel="drift: change of pictures that need none, in 1/1000",
         ylabel="gain, LoRA at rising strength (ring: 1)",
         xscale="log",
     )
-    mine = [row for row in _of(rows, axis="front", kind=kind) if budget in row["budgets"]]
-    for arm in _arms(mine):
-        arm_rows = _of(mine, arm=arm)
+    for arm in _arms(rows):
+        arm_rows = _of(rows, arm=arm)
         for seed in {row["seed"] for row in arm_rows}:
             curve = sorted((row["strength"], 1000 * row["drift"], row["gain"]) for row in _of(arm_rows, seed=seed))
             axes.plot(*zip(*((x, y) for _, x, y in curve), strict=True), color=styles[arm]["color"], alpha=0.15, lw=0.5)
@@ -118,23 +138,24 @@ def _front(axes: Axes, *, rows: Sequence[record.Row], styles: Styles, kind: str,
     axes.minorticks_off()
 
 
-def _rounds(axes: Axes, *, rows: Sequence[record.Row], styles: Styles, kind: str) -> None:
+def _rounds(
+    axes: Axes, rows: Sequence[record.Row], *, styles: Styles, kind: str, at_once: Sequence[record.Row]
+) -> None:
     axes.set(
         title=f"rounds, pairs by {kind}, equal passes",
         xlabel="drift, in 1/1000 (numbers: rounds)",
         ylabel="gain at strength 1",
     )
-    mine = _of(rows, axis="rounds", kind=kind, strength=1.0)
-    for arm in _arms(mine):
-        means = _means(_of(mine, arm=arm), "rounds", "drift", "gain")
+    for arm in _arms(rows):
+        means = _means(_of(rows, arm=arm), "rounds", "drift", "gain")
         axes.plot([1000 * drift for _, drift, _ in means], [gain for *_, gain in means], **styles[arm])
         for number, drift, gain in means:
             axes.annotate(f"{number:g}", (1000 * drift, gain), color=styles[arm]["color"], fontsize=9)
-    for row in _of(rows, axis="one long round", kind=kind, strength=1.0):
+    for row in at_once:
         axes.scatter(1000 * row["drift"], row["gain"], s=30, marker="x", color="grey")
 
 
-def _costs(axes: Axes, *, costs: Sequence[record.Row], styles: Styles, kind: str) -> None:
+def _costs(axes: Axes, rows: Sequence[record.Row], *, styles: Styles, kind: str) -> None:
     axes.set(
         title=f"passes to a gain, pairs by {kind}",
         xlabel="denoiser passes (thin: learning in one round; thick: rounds, pairs included)",
@@ -142,7 +163,7 @@ def _costs(axes: Axes, *, costs: Sequence[record.Row], styles: Styles, kind: str
         xscale="log",
     )
     for over, width in (("learning", 0.8), ("rounds", 1.8)):
-        mine = _of(costs, kind=kind, over=over)
+        mine = _of(rows, over=over)
         for arm in _arms(mine):
             same_length = [
                 row for row in _of(mine, arm=arm) if len(row["gains"]) == len(_of(mine, arm=arm)[0]["gains"])
@@ -154,12 +175,12 @@ def _costs(axes: Axes, *, costs: Sequence[record.Row], styles: Styles, kind: str
             axes.plot(passes, gains, **{**styles[arm], "linewidth": width})
 
 
-def _few(axes: Axes, *, rows: Sequence[record.Row], styles: Styles, axis: str, along: str, label: str) -> None:
-    axes.set(title=axis, xlabel=label, ylabel="gain at strength 1", xscale="linear" if axis == "noise" else "log")
-    mine = _of(rows, axis=axis)
-    lines = [(arm, share) for arm in _arms(mine) for share in ((None, 1.0) if axis == "noise" else (...,))]
+def _few(axes: Axes, rows: Sequence[record.Row], *, styles: Styles, along: str, label: str) -> None:
+    filtered = along == "noise"
+    axes.set(title=rows[0]["axis"], xlabel=label, ylabel="gain at strength 1", xscale="linear" if filtered else "log")
+    lines = [(arm, share) for arm in _arms(rows) for share in ((None, 1.0) if filtered else (...,))]
     for arm, share in lines:
-        arm_rows = _of(mine, arm=arm) if share is ... else _of(mine, arm=arm, share=share)
+        arm_rows = _of(rows, arm=arm) if share is ... else _of(rows, arm=arm, share=share)
         values = sorted({row[along] for row in arm_rows})
         gains = [[row["gain"] for row in arm_rows if row[along] == value] for value in values]
         means = [fmean(of_value) for of_value in gains]
@@ -170,17 +191,15 @@ def _few(axes: Axes, *, rows: Sequence[record.Row], styles: Styles, axis: str, a
         name = arm if share is ... else "pairs not filtered" if share else "pairs filtered"
         style = {**styles[arm], "linestyle": "--" if share == 1 else "-"}
         axes.errorbar(values, means, yerr=spread, capsize=2, label=name, **style)
-    ticks = sorted({row[along] for row in mine})
+    ticks = sorted({row[along] for row in rows})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    if lines:
-        axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8)
 
 
-def _controls(axes: Axes, *, rows: Sequence[record.Row], default: str) -> None:
+def _controls(axes: Axes, rows: Sequence[record.Row], *, default: str, trained: Sequence[record.Row]) -> None:
     axes.set(title=f"without training, and {default}", ylabel="gain")
-    bars = {name: _of(rows, axis="control", arm=name) for name in CONTROLS if name != "nothing"}
-    bars[default] = _of(rows, axis="front", arm=default, kind=KINDS[0], strength=1.0)
+    bars = {name: _of(rows, arm=name) for name in CONTROLS if name != "nothing"} | {default: trained}
     bars = {name: mine for name, mine in bars.items() if mine}
     for position, mine in enumerate(bars.values()):
         height = fmean(row["gain"] for row in mine)

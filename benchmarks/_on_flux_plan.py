@@ -22,8 +22,11 @@ PICTURE_BYTES = 2e6
 FLUX_DEV_PARTS = Parts()
 _REDRAWN = 0.9
 """The share of pictures for which a critic suggests something: stated, not measured."""
-_PAIRED_PASSES = 4
-"""Denoiser passes a pair and step: the student forward, and backward as two; the teacher forward."""
+_PASSES_A_STEP = 7
+"""Denoiser passes of the trainer's default, a pair and step: the student forward at both pictures, and backward as two each; the
+teacher at both, for two steps."""
+_PASSES_MEASURED = 4
+"""Those of the training step that was measured on an H200: the student forward and backward, the teacher forward."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,10 @@ def rates(results: Path = RESULTS) -> dict[str, Rate]:
         "regional step": Rate(
             max(regional), f"{_MEASURED}, the most of the regions there (results/h200/regional.json)"
         ),
-        "training step": Rate(paired[0]["seconds_per_step"], f"{_MEASURED}, four pairs (results/h200/training.json)"),
+        "training step": Rate(
+            paired[0]["seconds_per_step"] * _PASSES_A_STEP / _PASSES_MEASURED,
+            f"that of PairedDifference {_MEASURED}, four pairs (results/h200/training.json), by the passes of PairedPreference",
+        ),
         "encode and decode": Rate(0.5, _STATED),
         "critic's answer": Rate(4.0, f"{_STATED}: a model of 8 billion weights on this GPU, in batches"),
         "judge's answer": Rate(0.5, f"{_STATED}: a model of 8 billion weights on this GPU, a few tokens"),
@@ -89,7 +95,7 @@ def _training_rows(protocol: Protocol, training: Training, known: Mapping[str, R
     yield _row("rounds: filter", 2 * 2 * redrawn, "scores", "score", known)
     yield {
         **_row("rounds: train", steps, "steps", "training step", known),
-        "passes": _PAIRED_PASSES * steps * training.trainer.batch_size,
+        "passes": _PASSES_A_STEP * steps * training.trainer.batch_size,
     }
     held_out = (training.rounds + 1) * len(training.held_out)
     yield _drawing("rounds: stop rule", held_out, protocol.steps, "step", known)

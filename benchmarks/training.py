@@ -37,16 +37,18 @@ SCRIPT = "diffusers' script"
 """The logic of ``train_dreambooth_lora_flux.py`` with cached latents and prompts, run here; its defaults otherwise. In
 bfloat16 under autocast, where ``accelerate`` puts the model of a script with ``--mixed_precision bf16``."""
 PLAIN = "SupervisedFineTuning"
-DEFAULT = "PairedDifference"
+DEFAULT = "PairedPreference"
 ONCE = "PairedDifference, echo=1"
 OBJECTIVES: dict[str, tuple[aa.Objective, int]] = {
     PLAIN: (aa.SupervisedFineTuning(), 1),
-    DEFAULT: (aa.PairedDifference(), aa.PairedDifference.recommended_echo),
+    DEFAULT: (aa.PairedPreference(), aa.PairedPreference.recommended_echo),
+    "PairedDifference": (aa.PairedDifference(), aa.PairedDifference.recommended_echo),
     "PairedDifference, echo=2": (aa.PairedDifference(), 2),
     ONCE: (aa.PairedDifference(), 1),
     "DirectPreference": (aa.DirectPreference(), 1),
 }
-"""Objectives and their echo: with an echo of 4, a step that computes the teacher's prediction and three that read the cache."""
+"""Objectives and their echo: with an echo of 4, a step that computes the teacher's prediction and three that read the cache;
+the default objective with that of the trainer."""
 
 SETTING = ("dtype", "storage", "pixels", "batch", "recomputing")
 """What is the same for a group of methods."""
@@ -298,6 +300,8 @@ def row(
 def plot(rows: Sequence[record.Row]) -> Figure:
     """Time relative to plain fine-tuning and memory relative to the script: a group of bars for each setting."""
     measured = {row["method"] for row in rows}
+    methods = [name for name in (*OBJECTIVES, SCRIPT) if name in measured]
+    width = 0.85 / len(methods)
     figure = Figure(figsize=(14, 3.8))
     for place, (name, title) in enumerate(
         (("ratio_to_sft", "time of a step over plain fine-tuning"), ("peak_to_script", "memory over the script"))
@@ -305,19 +309,19 @@ def plot(rows: Sequence[record.Row]) -> Figure:
         axes = figure.add_subplot(1, 2, place + 1, title=title)
         plotted_rows = [row for row in rows if name in row]
         settings = list(dict.fromkeys(tuple(row[key] for key in SETTING) for row in plotted_rows))
-        for index, method in enumerate(name for name in (*OBJECTIVES, SCRIPT) if name in measured):
+        for index, method in enumerate(methods):
             values = {tuple(row[key] for key in SETTING): row[name] for row in plotted_rows if row["method"] == method}
             axes.bar(
-                [settings.index(setting) + index * 0.17 for setting in values],
+                [settings.index(setting) + (index - (len(methods) - 1) / 2) * width for setting in values],
                 list(values.values()),
-                0.15,
+                0.9 * width,
                 label=method,
             )
         labels = [
             f"{dtype if storage == 'plain' else storage}\n{pixels} px\nbatch {size}{chr(10) + 'recomputing' if recomputing else ''}"
             for dtype, storage, pixels, size, recomputing in settings
         ]
-        axes.set_xticks([number + 0.3 for number in range(len(settings))], labels, fontsize=6)
+        axes.set_xticks(range(len(settings)), labels, fontsize=6)
         axes.axhline(1, color="grey", linewidth=0.5)
     figure.axes[1].legend(fontsize=7, loc="lower right")
     figure.tight_layout()

@@ -270,5 +270,16 @@ def test_the_ablation_is_shown_axis_by_axis(content):
     assert len(figure.legends[0].get_texts()) == len(arms.ARMS)
 
 
+def test_what_has_not_been_measured_has_no_panel(content):
+    by_passes = [row for row in content["rows"] if row["axis"] == "front" and "passes" in row["budgets"]]
+    assert any("steps" in row["budgets"] for row in by_passes)  # of arms that have the same steps within both budgets
+
+    figure = ablation_plot({**content, "rows": by_passes, "costs": []})
+
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["pairs by RegionalAttention, equal passes", "pairs by OutputMix, equal passes"]
+    assert not ablation_plot({**content, "rows": [], "costs": []}).axes
+
+
 def test_a_cell_is_what_its_row_says():
     assert {item.name for item in fields(axes.Cell)} <= synthetic_rows(axes.QUICK, [0])[0].keys()

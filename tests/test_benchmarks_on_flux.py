@@ -12,6 +12,7 @@ from benchmarks import _on_flux_models as models
 from benchmarks import _on_flux_plan as planning
 from benchmarks import _on_flux_protocol as protocols
 from benchmarks import on_flux
+from benchmarks._ablation_arms import Arm, passes_a_step
 from benchmarks._flux import PLAYGROUND
 from benchmarks._flux_pipeline import Parts
 from benchmarks._on_flux_judge import KeptJudge
@@ -210,6 +211,17 @@ def test_a_plan_counts_the_paper_s_rounds_and_says_what_is_stated_and_what_measu
         "GPU hours",
     ):
         assert expected in said
+
+
+def test_a_training_is_planned_with_the_passes_of_the_objective_that_it_has():
+    training = protocols.Training(prompts=("a",), held_out=("b",), rounds=2)
+    trainer = training.trainer
+    assert trainer.echo is None
+    arm = Arm(trainer.objective, trainer.learning_rate, echo=trainer.objective.recommended_echo)
+    protocol = protocols.Protocol(prompt_set="", prompts=("a", "b"), training=training)
+    rows = planning.plan_rows(protocol, candidates=1, scorers=1, judged=False, known=planning.rates())
+    (learning,) = [row for row in rows if row["stage"] == "rounds: train"]
+    assert learning["passes"] == passes_a_step(arm) * 2 * trainer.steps * trainer.batch_size
 
 
 def test_hours_follow_from_counts_and_rates():

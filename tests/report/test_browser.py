@@ -41,6 +41,14 @@ class Renderer(aa.Synthesizer):
         return playground.render(plan.prompt + adjectives, seed=seed)
 
 
+@dataclass(frozen=True)
+class FaintChroma(aa.Scorer):
+    """Chroma in a unit in which a change is some millionths."""
+
+    def score(self, image, prompt):
+        return 1e-5 * Chroma().score(image, prompt)
+
+
 @pytest.fixture(scope="module")
 def run():
     """A real loop without the training."""
@@ -303,6 +311,34 @@ def test_another_candidate_can_be_shown_in_the_right_half(opened):
     assert "vivid and lit" not in card.locator(".names").inner_text()
     assert card.locator("img[data-arm]:visible").count() == 1
     assert card.locator("img[data-arm]:visible").get_attribute("src") != shown
+
+
+def test_no_number_is_cut_or_lies_over_the_next_however_many_decimals_it_has(opened, tmp_path):
+    faint = aa.compare(
+        Renderer(),
+        {"vivid": Renderer(", vivid")},
+        playground.prompts(8, seed=0, held_out=True),
+        scorers=[FaintChroma()],
+        progress=False,
+    )
+    (row,) = faint.rows
+    assert row.decimals >= 6
+    page = opened(path=write_report(tmp_path / "faint.html", comparison=faint))
+    widths = page.evaluate(
+        """() => [...document.querySelectorAll(".row:not(.head) > span, .interval small")].map((cell) => {
+            const text = document.createRange();
+            text.selectNodeContents(cell);
+            return [cell.className || "interval", text.getBoundingClientRect().width, cell.getBoundingClientRect().width];
+        })"""
+    )
+    assert len(widths) == 9
+    assert [name for name, text, cell in widths if text > cell + 0.5] == []
+    lines = page.evaluate("""() => [...document.querySelectorAll(".row:not(.head) .number")].map((cell) => {
+        const text = document.createRange();
+        text.selectNodeContents(cell);
+        return new Set([...text.getClientRects()].map((box) => box.top)).size;
+    })""")
+    assert set(lines) == {1}
 
 
 def test_every_element_with_a_role_has_a_name(opened):

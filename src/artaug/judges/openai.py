@@ -33,8 +33,9 @@ class OpenAIJudge(ServedModel, PairwiseJudge):
 
     The model sees both pictures in one message and replies with JSON on a schema: a short reason, then A, B or, for a tie,
     C. With ``expectation``, the answer is ``P(A) + P(C) / 2`` of the tokens in the place of that letter, or 0.5 if C is the
-    likeliest of them: a close choice is a number close to 0.5 then. The probabilities are over the letters that the server listed; what that may change is bounded
-    and warned of as in `OpenAIVQAScore`. The library asks in both orders (`Preference`).
+    likeliest of them: a close choice is a number close to 0.5 then. The probabilities are over the letters that the server
+    listed; what that may change is bounded and warned of as in `OpenAIVQAScore`. The library asks in both orders
+    (`Preference`).
 
     `ServedModel` has the other fields, and says what is retried. A question that is left without an answer is an
     `Abstention`, which is transient if the error is. If the server refuses the schema, the model is asked for free text: one

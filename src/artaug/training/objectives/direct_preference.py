@@ -43,8 +43,9 @@ class DirectPreference(Objective):
     where it pulls against *after*: with ``g_a`` and ``g_b`` the gradients of the two errors by the predictions, the gradient of
     *before* counts ``min(1, (1 - safeguard) |g_a|^2 / <g_a, g_b>)`` times where they point the same way, so that to first
     order no step makes *after* fit worse. The scale is each pair's own (the authors' script has one for a batch) and does not know
-    the anchor. Above 0, a pair of equal pictures no longer cancels: that share of fine-tuning on the picture is left. ``norm_guard`` (NormGuard, arXiv 2606.27771) punishes predictions that are longer than
-    the teacher's, in which preference shows as hard, oversaturated pictures.
+    the anchor. Above 0, a pair of equal pictures no longer cancels: that share of fine-tuning on the picture is left.
+    ``norm_guard`` (after NormGuard, arXiv 2606.27771, whose formula has not been compared with ours) punishes predictions that
+    are longer than the teacher's, in which preference shows as hard, oversaturated pictures.
 
     With ``own_noise=True`` in the training's settings, pictures are noised with what they were drawn from: PNAPO (arXiv 2605.09433).
 

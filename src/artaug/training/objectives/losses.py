@@ -32,10 +32,11 @@ def changed_in_regions(batch: PairBatch) -> Latents:
 
 
 def norm_excess(prediction: Latents, teacher: Latents) -> Sigmas:
-    """NormGuard's hinge: the square of the part by which predictions are longer than the teacher's, 0 where they are not.
+    """A hinge after NormGuard: the square of the part by which predictions are longer than the teacher's, 0 where they are not.
 
-    The penalty is that of arXiv 2606.27771, which acts where ``|student| > |teacher|`` alone; lengths are taken relative to the
-    teacher's, so that its weight means the same at every noise level. Shape (batch,).
+    As in arXiv 2606.27771 it acts where ``|student| > |teacher|`` alone, and is added to the loss. The paper's abstract says no
+    more, and its formula has not been compared with this one: ``relu(|student| / |teacher| - 1)^2``. Lengths are relative to the
+    teacher's, so that a weight means the same at every noise level. Shape (batch,).
     """
     norms, limits = (tensor.flatten(1).norm(dim=1) for tensor in (prediction, teacher))
     excess: Tensor = (norms / limits.clamp(min=torch.finfo(limits.dtype).tiny) - 1).relu()
