@@ -44,7 +44,10 @@ def plot(content: Mapping[str, Any]) -> Figure:
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.5)
-    handles = [figure.axes[0].plot([], [], label=name, **style)[0] for name, style in STYLES.items()]
+    measured = {row["arm"] for row in rows}
+    handles = [
+        figure.axes[0].plot([], [], label=name, **style)[0] for name, style in STYLES.items() if name in measured
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 

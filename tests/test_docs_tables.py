@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 NAMES = {
+    "PairedPreference": "`PairedPreference`",
     "PairedDifference": "`PairedDifference`",
     "PairedDifference, echo=1": "`PairedDifference`, `echo=1`",
     "PairedDifference, echo=2": "`PairedDifference`, `echo=2`",
@@ -21,7 +22,7 @@ NAMES = {
     "diffusers' script": "diffusers' script",
 }
 
-PAIRED = ("PairedDifference", "PairedDifference, echo=1", "PairedDifference, echo=2")
+PAIRED = ("PairedPreference", "PairedDifference", "PairedDifference, echo=1", "PairedDifference, echo=2")
 
 
 def rows(path, **values):
@@ -124,6 +125,29 @@ def test_the_playground_draws_what_was_measured():
     assert f"place for {plain['place']:.0%}." in text
     for name, row in (("drawn, no adjectives", plain), ("drawn, all four", praised)):
         assert line(name, *(f"{row[scorer]:.2f}" for scorer in ("Exposure", "Chroma", "Contrast", "Sharpness"))) in text
+
+
+def test_what_a_critic_buys_over_selection_is_what_was_measured():
+    estimates = json.loads((RESULTS / "2-core-epyc" / "online.json").read_text(encoding="utf-8"))["estimates"]
+
+    def gain(arm, *, spread, draws=1, at_drift=0.002):
+        (row,) = [
+            row
+            for row in estimates
+            if (row["arm"], row["spread"], row["draws"], row["rounds"], row["at_drift"])
+            == (arm, spread, draws, 1, at_drift)
+        ]
+        return row["gain"]
+
+    selected = "best and worst, PairedPreference"
+    two, four, eight = (f"{gain(selected, spread=0, draws=draws):.3f}" for draws in (2, 4, 8))
+    text = page("docs/online.md")
+    assert f"gains {gain('critic', spread=0):.3f} at a drift of 2 thousandths where the best and the worst of" in text
+    assert f"2, 4 and 8 draws give {two}, {four} and {eight}" in text
+    varied = f"({gain(selected, spread=0.5, draws=8):.3f} against {gain('critic', spread=0.5):.3f}"
+    assert f"level with the critic at a drift of 2 thousandths {varied}" in text
+    boxes = [f"{gain(f'boxes, PairedDifference{more}', spread=0):.3f}" for more in ("", ", outside 0")]
+    assert f"at a drift of 2 thousandths from {boxes[0]} to {boxes[1]}" in text
 
 
 def test_the_memory_of_baking_is_what_was_measured():
