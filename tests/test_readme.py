@@ -14,7 +14,8 @@ import artaug
 from support.fences import FENCE, run
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "extend").glob("*.md")])
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "extend", ROOT / "docs" / "family")
+PAGES = sorted(page for folder in FOLDERS for page in folder.glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
