@@ -18,19 +18,19 @@ FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "extend", ROOT / "docs" / "famil
 PAGES = sorted(page for folder in FOLDERS for page in folder.glob("*.md"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_fences_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(page)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_fence_of_a_page_is_looked_at(page):
     text = page.read_text(encoding="utf-8")
     assert len(FENCE.findall(text)) == len(re.findall(r"^[ >\t]*(?:```+|~~~+) *python", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_python_hides_behind_no_other_name(page):
     assert not re.search(r"^```(py|python3|pycon|Python|python .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
 

@@ -20,9 +20,9 @@ def zest_loss(
     """How far maps are from masks, where they are far.
 
     ZestGuide (arXiv 2306.13754), as the authors' code for SDXL has it: the mean over phrases and tokens of
-    |A - S|^power, without gradient where |A - S| is below ``tolerance``. There the code has a constant; here it is
-    subtracted, so that a map within the tolerance costs nothing: max(0, |A - S|^power - tolerance^power), with the same
-    gradient. Its maps are the token-softmaxed ones of the conditional branch on 32 x 32 tokens, the tokens of a segment
+    ``abs(A - S)^power``, without gradient where the distance is below ``tolerance``. There the code has a constant; here it
+    is subtracted, so that a map within the tolerance costs nothing: ``max(0, abs(A - S)^power - tolerance^power)``, with the
+    same gradient. Its maps are the token-softmaxed ones of the conditional branch on 32 x 32 tokens, the tokens of a segment
     summed, the best averaged (`select_maps`). Its factor of 100 cancels in the step, which `normalize_gradient` scales.
 
     Args:
