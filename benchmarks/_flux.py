@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import artaug as aa
 from artaug.diffusion.families.flux.family import FluxDenoiser
-from artaug.regional import EncodedPrompt, EncodedRegion
+from artaug.regional import EncodedPrompt, EncodedRegion, GuidedRun
 
 LATENT_CHANNELS = 64
 _NOISE_LEVEL = 0.8
@@ -162,6 +162,17 @@ class Setting:
         """The model's interface to a guide."""
         embeds = self.kwargs["encoder_hidden_states"]
         return FluxDenoiser(module=self.model, grid=(self.side, self.side), prompt_embeds=embeds)
+
+    @cached_property
+    def run(self) -> GuidedRun:
+        """What a guide gets of these steps."""
+        plans = [aa.Plan("a plan", regions) for regions in self.pictures]
+        return GuidedRun(
+            denoiser=self.denoiser,
+            plans=plans,
+            regions=self.encoded,
+            phrase_tokens=lambda _prompt, phrases: [()] * len(phrases),
+        )
 
     @cached_property
     def encoded(self) -> list[list[EncodedRegion]]:

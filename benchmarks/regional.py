@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
-from artaug.regional import Guide
+from artaug.regional import Guide, GuidedRun
+from artaug.regional.guide import steer
 from benchmarks import _drawings as drawings
 from benchmarks import _flux as flux
 from benchmarks import _grid as grid
@@ -183,9 +184,9 @@ def _row(
     }
 
 
-def steering(setting: flux.Setting, guide: Guide | None) -> AbstractContextManager[None]:
+def steering(setting: flux.Setting, guide: Guide | None) -> AbstractContextManager[GuidedRun | None]:
     """A ``with`` block in which the guide steers the batch."""
-    return nullcontext() if guide is None else guide.steering(setting.denoiser, setting.encoded)
+    return nullcontext() if guide is None else steer(guide, setting.run)
 
 
 def step_seconds(setting: flux.Setting, guide: Guide | None, *, count: int) -> list[float]:

@@ -383,8 +383,9 @@ class Nudge(aa.Guide):
         self.flaws = flaws
 
     @contextmanager
-    def steering(self, denoiser, regions):
-        rows = [row for row, row_regions in enumerate(regions) if row_regions or "everywhere" in self.flaws]
+    def applied(self, run):
+        denoiser = run.denoiser
+        rows = [row for row, row_regions in enumerate(run.regions) if row_regions or "everywhere" in self.flaws]
         if "first only" in self.flaws:
             rows = rows[:1]
 

@@ -56,7 +56,7 @@ from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
 from artaug.pairwise import PairwiseJudge, Preference
 from artaug.placement import OneAtATime, Placement, Resident
 from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
-from artaug.regional import Guide, Isolation, OutputMix, RegionalAttention
+from artaug.regional import AttentionProbe, Guide, Isolation, OutputMix, RegionalAttention, Together
 from artaug.report import write_report
 from artaug.review import ManualReview, RecordedDecisions, ReviewProgress
 from artaug.run.enhance import enhance
@@ -112,6 +112,7 @@ __all__ = [
     "ArtAugError",
     "Attempt",
     "AttemptEvent",
+    "AttentionProbe",
     "BakedCheckpoint",
     "BakedFile",
     "BakedLayer",
@@ -219,6 +220,7 @@ __all__ = [
     "SupervisedFineTuning",
     "SvdFuser",
     "Synthesizer",
+    "Together",
     "TopFraction",
     "TrainingDivergedError",
     "TrainingResult",

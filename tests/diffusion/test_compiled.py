@@ -268,8 +268,8 @@ class Whole(aa.Guide):
     """Halves the prediction of every picture, with regions or without."""
 
     @contextmanager
-    def steering(self, denoiser, regions):
-        hook = denoiser.module.register_forward_hook(lambda _module, _args, output: (output[0] / 2, *output[1:]))
+    def applied(self, run):
+        hook = run.denoiser.module.register_forward_hook(lambda _module, _args, output: (output[0] / 2, *output[1:]))
         try:
             yield
         finally:

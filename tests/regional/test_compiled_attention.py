@@ -15,6 +15,7 @@ from artaug.regional import compiled_attention
 from artaug.regional.compiled_attention import SteeredAttention
 from artaug.regional.guided_call import CurrentCall, GuidedRow
 from support.guided_flux import FULL, ISOLATED, LEFT, PROMPT, RIGHT, GuidedStep, draw
+from support.guiding import under
 from support.tiny_flux import tiny_flux
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of torch, and takes an error for a fault
@@ -121,7 +122,7 @@ def gradient(pipeline, *, checkpointing):
     transformer.train(checkpointing)
     guide = aa.RegionalAttention(isolation=aa.Isolation(sigma_range=(0.5, 1.0)))
     step = GuidedStep(pipeline, [[]])
-    with guide.steering(step.flux.denoiser(step.conditioning), [step.encode([aa.Region(LEFT, "ivy")])]):
+    with under(guide, step.flux.denoiser(step.conditioning), [step.encode([aa.Region(LEFT, "ivy")])]):
         loss = step.predict().square().sum()
         if not checkpointing:  # which computes layers again, as in the last call
             step.sigma = 0.3
@@ -155,7 +156,7 @@ def test_runs_at_once_on_two_compiled_models_do_not_mix(in_blocks):
     with ExitStack() as runs:
         for step, layout in zip(alone, regions, strict=True):
             denoiser = step.flux.denoiser(step.conditioning)
-            runs.enter_context(aa.RegionalAttention().steering(denoiser, [step.encode(layout[0])]))
+            runs.enter_context(under(aa.RegionalAttention(), denoiser, [step.encode(layout[0])]))
         for step in (*alone, *alone):
             torch.testing.assert_close(step.predict(), step.prediction)
 

@@ -8,6 +8,7 @@ import torch
 import artaug as aa
 from artaug.diffusion import Flux
 from artaug.regional import EncodedPrompt, EncodedRegion, OutputMix, token_weights
+from support.guiding import under
 from support.tiny_flux import TINY_SIZE, tiny_flux
 from support.traces import hooks_of
 
@@ -70,7 +71,7 @@ class Step:
 
 
 def steered(step, regions, **options):
-    with OutputMix().steering(step.denoiser, regions):
+    with under(OutputMix(), step.denoiser, regions):
         return step.predict(**options)
 
 
@@ -89,7 +90,7 @@ def test_the_output_is_the_papers_equation_for_every_picture_of_a_batch(flux, re
 
 def test_an_output_object_keeps_its_type(flux):
     step = Step(flux, [PLAIN])
-    with OutputMix().steering(step.denoiser, step.regions([aa.Region(LEFT, "ivy")])):
+    with under(OutputMix(), step.denoiser, step.regions([aa.Region(LEFT, "ivy")])):
         types = [
             type(flux.module(**call_kwargs(step), return_dict=return_dict)).__name__ for return_dict in (True, False)
         ]
@@ -170,7 +171,7 @@ def test_nothing_remains_after_an_exception(flux):
     regions = step.regions([aa.Region(FULL, "dusk")])
 
     def interrupted():
-        with OutputMix().steering(step.denoiser, regions):
+        with under(OutputMix(), step.denoiser, regions):
             step.predict()
             raise ZeroDivisionError
 
@@ -185,9 +186,9 @@ def test_two_guides_on_one_denoiser_are_refused(flux):
     step = Step(flux, [PLAIN])
     regions = step.regions([aa.Region(FULL, "dusk")])
     with (
-        OutputMix().steering(step.denoiser, regions),
+        under(OutputMix(), step.denoiser, regions),
         pytest.raises(aa.GuideError, match=r"OutputMix\(\) cannot steer a FluxTransformer2DModel that OutputMix\(\)"),
-        OutputMix().steering(step.denoiser, regions),
+        under(OutputMix(), step.denoiser, regions),
     ):
         pass
 

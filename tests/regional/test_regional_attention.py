@@ -1,14 +1,17 @@
 """Regional attention on a real FLUX transformer: what is exact, what is isolated, and what is left behind."""
 
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 
 import artaug as aa
-from artaug.regional import ELIGEN, INSTANTX, INVOKEAI, OPEN, Denoiser
+from artaug.regional import ELIGEN, INSTANTX, INVOKEAI, OPEN, Denoiser, EncodedPrompt, EncodedRegion
 from support.guided_flux import FULL, ISOLATED, LEFT, PROMPT, RIGHT, GuidedStep, draw, synthesizer
+from support.guiding import under
 from support.tiny_flux import tiny_flux
 from support.traces import hooks_of
 
@@ -174,12 +177,6 @@ def test_every_other_block_of_each_stack_is_isolated_as_in_invokeai(pipeline):
 def test_an_attention_processor_that_would_be_lost_is_refused_by_name(pipeline):
     plan = aa.Plan(PROMPT, (aa.Region(LEFT, "a blue door"),))
     attention = pipeline.transformer.transformer_blocks[0].attn
-    attention.processor._attention_backend = "sage"  # noqa: SLF001 - what set_attention_backend sets
-    try:
-        with pytest.raises(aa.GuideError, match="attention backend 'sage'"):
-            draw(pipeline, plan, aa.RegionalAttention())
-    finally:
-        attention.processor._attention_backend = None  # noqa: SLF001 - likewise
     kept = attention.processor
     attention.set_processor(type("SomeAdapter", (type(kept),), {})())
     try:
@@ -187,6 +184,52 @@ def test_an_attention_processor_that_would_be_lost_is_refused_by_name(pipeline):
             draw(pipeline, plan, aa.RegionalAttention())
     finally:
         attention.set_processor(kept)
+
+
+@contextmanager
+def with_backend(transformer, backend):
+    """What `set_attention_backend` does, without its check of what is installed."""
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    processors = [layer.processor for layer in transformer.modules() if hasattr(layer, "processor")]
+    for processor in processors:
+        processor._attention_backend = backend  # noqa: SLF001 - what it sets
+    try:
+        yield
+    finally:
+        for processor in processors:
+            processor._attention_backend = None  # noqa: SLF001 - likewise
+        _AttentionBackendRegistry.set_active_backend(active)
+
+
+def test_the_native_backend_draws_regions_bit_for_bit_as_no_backend(pipeline):
+    plan = aa.Plan(PROMPT, (aa.Region(LEFT, "ivy"),))
+    expected = draw(pipeline, plan, aa.RegionalAttention())
+    with with_backend(pipeline.transformer, None):
+        pipeline.transformer.set_attention_backend("native")
+        assert (draw(pipeline, plan, aa.RegionalAttention()) == expected).all()
+        plain = draw(pipeline, aa.Plan(PROMPT), aa.RegionalAttention())
+    assert (plain == draw(pipeline, aa.Plan(PROMPT), None)).all()
+
+
+@pytest.mark.parametrize("backend", [name for name in AttentionBackendName if name != AttentionBackendName.NATIVE])
+def test_another_backend_is_refused_with_the_reason_and_the_way_out(pipeline, backend):
+    plan = aa.Plan(PROMPT, (aa.Region(LEFT, "ivy"),))
+    message = rf"the backend '{backend.value}', which [a-z ].*\. Call its set_attention_backend\('native'\) first"
+    for guide in (
+        aa.RegionalAttention(),
+        aa.Together((aa.OutputMix(), aa.AttentionProbe(phrases=["barn"], receive=print))),
+    ):
+        with with_backend(pipeline.transformer, backend), pytest.raises(aa.GuideError, match=message):
+            draw(pipeline, plan, guide)
+
+
+def test_a_backend_that_is_active_for_all_models_is_refused_and_output_mix_works_with_it(pipeline):
+    plan = aa.Plan(PROMPT, (aa.Region(LEFT, "ivy"),))
+    expected = draw(pipeline, plan, aa.OutputMix())
+    with attention_backend("_native_math"):
+        with pytest.raises(aa.GuideError, match="the backend '_native_math', which returns no log-sum-exp"):
+            draw(pipeline, plan, aa.RegionalAttention())
+        assert np.abs(draw(pipeline, plan, aa.OutputMix()) - expected).max() <= 1
 
 
 def test_a_denoiser_that_hides_its_attention_is_refused():
@@ -198,7 +241,7 @@ def test_a_denoiser_that_hides_its_attention_is_refused():
     opaque = Opaque(module=torch.nn.Linear(1, 1), grid=(1, 1))
     with (
         pytest.raises(aa.GuideError, match="Opaque does not say where its model's attention is"),
-        aa.RegionalAttention().steering(opaque, [[]]),
+        under(aa.RegionalAttention(), opaque, [[EncodedRegion(aa.Region(LEFT, "ivy"), EncodedPrompt({}, slice(0)))]]),
     ):
         pass
 
@@ -213,7 +256,7 @@ def test_regions_are_followed_in_training_too_and_under_checkpointing(pipeline):
         step = GuidedStep(pipeline, [[aa.Region(LEFT, "a blue door")]], guide=aa.RegionalAttention())
         weight = transformer.single_transformer_blocks[0].attn.to_q.weight
         regions = [step.encode([aa.Region(SOFT, "ivy")])]
-        with aa.RegionalAttention().steering(step.flux.denoiser(step.conditioning), regions):
+        with under(aa.RegionalAttention(), step.flux.denoiser(step.conditioning), regions):
             (gradient,) = torch.autograd.grad(step.predict().square().sum(), [weight])
         gradients.append(gradient)
     transformer.disable_gradient_checkpointing()
@@ -226,7 +269,7 @@ def test_a_call_outside_the_sigma_range_after_a_guided_one_is_plain(pipeline):
     early = aa.RegionalAttention(isolation=aa.Isolation(sigma_range=(0.5, 1.0)))
     step = GuidedStep(pipeline, [[]])
     regions = [step.encode([aa.Region(LEFT, "a blue door")])]
-    with early.steering(step.flux.denoiser(step.conditioning), regions):
+    with under(early, step.flux.denoiser(step.conditioning), regions):
         guided = step.predict()
         step.sigma = 0.3
         late = step.predict()

@@ -95,9 +95,9 @@ def with_processors(denoiser, attention_at=lambda _site: scaled_dot_product_atte
     def recording(site):
         attention_fn = attention_at(site)
 
-        def recorded_attention(query, key, value):
+        def recorded_attention(query, key, value, attn_mask=None):
             attentions.append((site, query, key))
-            return attention_fn(query, key, value)
+            return attention_fn(query, key, value) if attn_mask is None else attention_fn(query, key, value, attn_mask)
 
         return recorded_attention
 

@@ -6,6 +6,7 @@ import torch
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer, Flux
 from artaug.regional import EncodedRegion
+from support.guiding import under
 from support.tiny_flux import TINY_SIZE
 
 LEFT, RIGHT, FULL = aa.Box(0, 0, 0.5, 1), aa.Box(0.5, 0, 1, 1), aa.Box(0, 0, 1, 1)
@@ -44,7 +45,7 @@ class GuidedStep:
             for block in (*pipeline.transformer.transformer_blocks, *pipeline.transformer.single_transformer_blocks)
         ]
         guide = guide or aa.RegionalAttention()
-        with guide.steering(self.flux.denoiser(self.conditioning), [self.encode(row) for row in regions]):
+        with under(guide, self.flux.denoiser(self.conditioning), [self.encode(row) for row in regions]):
             self.prediction = self.predict()
         for hook in hooks:
             hook.remove()

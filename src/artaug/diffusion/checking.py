@@ -138,8 +138,8 @@ class RecordingDenoiser(AttentiveDenoiser):
         return changed, spans
 
     def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> AttentionProcessor:
-        def recorded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            output = attention_fn(query, key, value)
+        def recorded(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+            output = attention_fn(query, key, value, attn_mask)
             if site.kind != "text" and not self.recording.first_output:
                 self.recording.first_output = self._left_tokens(site, output[-1:].clone())
             return output

@@ -30,7 +30,8 @@ from artaug.lora.applied import check_called
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
-from artaug.regional.guide import Guide, SteeredRun, steer
+from artaug.regional.guide import Guide, declines, steer
+from artaug.regional.guided_run import GuidedRun
 from artaug.synthesis import Synthesizer
 from artaug.training.model import DiffusionModel
 
@@ -65,7 +66,8 @@ class DiffusersSynthesizer(Synthesizer):
     pipeline: DiffusionPipeline = field(repr=False)
     """The diffusers pipeline, loaded and placed by its owner (offloaded, quantized, compiled)."""
     guide: Guide | None = None
-    """How regions take effect. Without a guide, a plan with regions is an error."""
+    """What acts on the model while it draws, such as how regions take effect: without a guide that reads regions, a plan with
+    regions is an error."""
     width: int = 1024
     """In pixels, a multiple of the model's image token."""
     height: int = 1024
@@ -209,7 +211,7 @@ class DiffusersSynthesizer(Synthesizer):
             conditioning = family.encode_prompts([plan.prompt for plan in plans])
             # After the guide, whose hooks know the tensors that the pipeline was given.
             with self._guidance(family, conditioning, plans) as run, mixed_precision(self.pipeline, family.module):
-                check = _StepCheck(family.module, run)
+                check = _StepCheck(family.module, self.guide, run)
                 output = self.pipeline(
                     **family.pipeline_kwargs(conditioning, self._encode_negative(family, len(plans))),
                     width=self.width,
@@ -253,8 +255,8 @@ class DiffusersSynthesizer(Synthesizer):
 
     @property
     def draws_regions(self) -> bool:
-        """Whether it has a guide."""
-        return self.guide is not None
+        """Whether it has a guide that reads them."""
+        return self.guide is not None and self.guide.reads_regions
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -321,16 +323,15 @@ class DiffusersSynthesizer(Synthesizer):
 
     def _guidance(
         self, family: Family, conditioning: Conditioning, plans: Sequence[Plan]
-    ) -> AbstractContextManager[SteeredRun | None]:
-        """The guide, installed where it may act; otherwise the plain pipeline draws."""
+    ) -> AbstractContextManager[GuidedRun | None]:
+        """The guide, applied unless it declines; then the plain pipeline draws."""
         regional = [plan for plan in plans if plan.regions]
-        if not regional and (self.guide is None or self.guide.needs_regions):
-            return nullcontext()
-        if self.guide is None:
+        if regional and (self.guide is None or not self.guide.reads_regions):
+            reader = "no guide" if self.guide is None else f"{self.guide!r}, which does not read them, and no guide"
             raise GuideError(
                 f"{len(regional)} of {len(plans)} plans have regions (first: {regional[0].prompt!r}, "
-                f"{len(regional[0].regions)} of them) and this synthesizer has no guide to read them. "
-                "Give it one: DiffusersSynthesizer(..., guide=artaug.OutputMix())."
+                f"{len(regional[0].regions)} of them) and this synthesizer has {reader} to read them. "
+                "Give it one: DiffusersSynthesizer(..., guide=artaug.OutputMix()); Together applies several."
             )
         negative = [region for plan in regional for region in plan.regions if region.negative_prompt is not None]
         if negative and family.negative is None:
@@ -338,7 +339,9 @@ class DiffusersSynthesizer(Synthesizer):
                 f"{negative[0]!r} has a negative prompt, and this synthesizer draws without classifier-free guidance, "
                 "so it would have no effect. Set a negative prompt and a guidance scale for the whole picture, too."
             )
-        return steer(self.guide, family.denoiser(conditioning), family.encode_regions(plans))
+        if self.guide is None or declines(self.guide, plans):
+            return nullcontext()
+        return steer(self.guide, family.guided_run(plans, conditioning))
 
     def _to_pil(self, pixels: Tensor) -> list[Image]:
         """Convert (batch, channels, height, width) to images; diffusers alone would turn NaN into black silently."""
@@ -374,8 +377,8 @@ def _warn_of_black_images(output: object, plans: Sequence[Plan]) -> None:
 class _StepCheck:
     """The pipeline's callback: LoRAs and guide acted in the first step, and latents are finite after every step."""
 
-    def __init__(self, module: nn.Module, run: SteeredRun | None) -> None:
-        self._module, self._run = module, run
+    def __init__(self, module: nn.Module, guide: Guide | None, run: GuidedRun | None) -> None:
+        self._module, self._guide, self._run = module, guide, run
         self._finite: list[Tensor] = []
         """Of each step, on the device. To read one after each step, the device would have to wait for the next."""
 
@@ -385,7 +388,7 @@ class _StepCheck:
         if not self._finite:
             check_called(self._module)
             if self._run is not None:
-                self._run.check_called()
+                self._run.check_called(self._guide)
         self._finite.append(tensors["latents"].isfinite().all())
         return {}
 

@@ -1,5 +1,6 @@
-"""How regions steer sampling: the grid of image tokens, and the guides. Pure torch, it knows no model."""
+"""What acts on a model while it samples: regions, attention, the guides. Pure torch, it knows no model."""
 
+from artaug.regional.attention_probe import AttentionMaps, AttentionProbe, LayerMaps
 from artaug.regional.coverage import token_weights
 from artaug.regional.denoiser import (
     AttentionLayer,
@@ -11,7 +12,8 @@ from artaug.regional.denoiser import (
     EncodedPrompt,
     Span,
 )
-from artaug.regional.guide import EncodedRegion, Guide
+from artaug.regional.guide import Guide, Together
+from artaug.regional.guided_run import DenoiserCall, EncodedRegion, GuidedRun
 from artaug.regional.isolation import BALANCED, ELIGEN, INSTANTX, INVOKEAI, OPEN, Isolation
 from artaug.regional.output_mix import OutputMix
 from artaug.regional.regional_attention import RegionalAttention
@@ -23,17 +25,23 @@ __all__ = [
     "INVOKEAI",
     "OPEN",
     "AttentionLayer",
+    "AttentionMaps",
+    "AttentionProbe",
     "AttentionSite",
     "AttentiveDenoiser",
     "Branches",
     "Conditioning",
     "Denoiser",
+    "DenoiserCall",
     "EncodedPrompt",
     "EncodedRegion",
     "Guide",
+    "GuidedRun",
     "Isolation",
+    "LayerMaps",
     "OutputMix",
     "RegionalAttention",
     "Span",
+    "Together",
     "token_weights",
 ]

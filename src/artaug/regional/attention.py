@@ -58,7 +58,7 @@ def split_attention(query: Tensor, key: Tensor, value: Tensor, splits: Sequence[
         GuideError: if splits have to be merged on a device whose attention does not return its log-sum-exp.
     """
     if any(split.stage != "only" for split in splits):
-        merged: Tensor = _MergedAttention.apply(query, key, value, splits)  # type: ignore[no-untyped-call]
+        merged: Tensor = _MergedAttention.apply(query, key, value, splits)[0]  # type: ignore[no-untyped-call]
         return merged
     if len(splits) == 1:  # of all queries
         return _plain(query, key, value, splits[0])
@@ -66,6 +66,23 @@ def split_attention(query: Tensor, key: Tensor, value: Tensor, splits: Sequence[
     for split in splits:
         out[:, :, split.queries] = _plain(query, key, value, split)
     return out
+
+
+def split_attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, splits: Sequence[AttentionSplit]
+) -> tuple[Tensor, Tensor]:
+    """`split_attention`, and the log-sum-exp of each query over all its keys: (batch, heads, queries) in float32.
+
+    Scores have the logarithms of their weights added, with the largest weight of each query 1. It has no gradient.
+
+    Raises:
+        GuideError: on a device whose attention does not return its log-sum-exp.
+    """
+    if any(split.stage != "only" for split in splits):
+        out, lse = _MergedAttention.apply(query, key, value, splits)  # type: ignore[no-untyped-call]
+        return out, lse
+    out, lse = _merge_splits(query, key, value, splits)
+    return out, lse.detach()
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, split: AttentionSplit) -> Tensor:
@@ -92,15 +109,18 @@ class _MergedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _Context, query: Tensor, key: Tensor, value: Tensor, splits: Sequence[AttentionSplit]) -> Tensor:
+    def forward(
+        ctx: _Context, query: Tensor, key: Tensor, value: Tensor, splits: Sequence[AttentionSplit]
+    ) -> tuple[Tensor, Tensor]:
         out, lse_total = _merge_splits(query, key, value, splits)
         ctx.save_for_backward(query, key, value, out, lse_total)
+        ctx.mark_non_differentiable(lse_total)
         ctx.splits = splits
-        return out
+        return out, lse_total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: _Context, dout: Tensor, _dlse: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, out, lse_total = ctx.saved_tensors
         dquery, dkey, dvalue = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (query, key, value))
         delta = (dout.float() * out.float()).sum(dim=-1)  # (batch, heads, queries)

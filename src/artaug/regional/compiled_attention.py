@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from artaug.errors import GuideError
 from artaug.regional.denoiser import AttentionFn
@@ -39,9 +40,11 @@ class SteeredAttention:
         _LAYERS[number] = self
 
     # No shapes in annotations: blocks that are compiled trace through this function.
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         if not torch.compiler.is_compiling():
-            return self.attention_fn(query, key, value)
+            return self.attention_fn(query, key, value, attn_mask)
+        if attn_mask is not None:  # the model's own: such a call holds no regions, and depends on its tensors alone
+            return functional.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
         out: Tensor = _attention(query, key, value, self.number, self.current.number)
         return out
 
@@ -59,7 +62,7 @@ def _layer(number: Tensor) -> SteeredAttention:
 def _attention(query: Tensor, key: Tensor, value: Tensor, layer: Tensor, call: Tensor) -> Tensor:
     attended = _layer(layer)
     with attended.current.back_at(call):
-        out = attended.attention_fn(query, key, value)
+        out = attended.attention_fn(query, key, value, None)
     return _tokens_first(out)
 
 
@@ -81,7 +84,7 @@ def _attention_backward(
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     # Within an operator autograd sees nothing, even with gradients enabled. Leaving inference mode brings it back.
     with torch.inference_mode(mode=False), attended.current.back_at(call):
-        out = attended.attention_fn(*inputs)
+        out = attended.attention_fn(inputs[0], inputs[1], inputs[2], None)
     dquery, dkey, dvalue = (tensor.contiguous() for tensor in torch.autograd.grad(out, inputs, dout))
     return dquery, dkey, dvalue
 

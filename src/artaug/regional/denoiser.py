@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -23,8 +23,16 @@ ForwardKwargs: TypeAlias = Mapping[str, Any]
 Output: TypeAlias = Any
 """What a denoiser returns: its prediction, or a tuple or an output object of diffusers with the prediction first."""
 
-AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Attention of queries to keys and values, all (batch, heads, tokens, channels of a head), as is the result."""
+
+class AttentionFn(Protocol):
+    """Attention of queries to keys and values, all (batch, heads, tokens, channels of a head), as is the result."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, /) -> Tensor:
+        """Attend.
+
+        A processor passes ``attn_mask`` where the model's own call has one, in the form of `scaled_dot_product_attention`
+        with four axes; never in a call that holds the prompts of regions.
+        """
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,15 @@ class AttentiveDenoiser(Denoiser):
         Raises:
             GuideError: if the prompts are longer than the model has positions for.
         """
+
+    def spans(self, kwargs: ForwardKwargs) -> list[tuple[Span, ...]]:
+        """For every row of a call the spans of its joint sequence, in order, as the pipeline makes the call.
+
+        The default asks `append_prompts`, with no prompts to add.
+        """
+        rows = len(self.branches(kwargs).cond) + len(self.branches(kwargs).uncond)
+        _, spans = self.append_prompts(kwargs, [()] * rows, trim_padding=True)
+        return spans
 
     def token_stream(self, layer: str) -> Literal["image", "text", "joint"] | None:
         """What a layer works on, by its name: image tokens (of a convolution, pixels), all prompts' tokens, both, or none.

@@ -1,120 +1,141 @@
-"""The seam between a plan's regions and a denoiser: what a guide is, and the rule of one guide per denoiser."""
+"""The seam between a plan and a denoiser: what a guide is, several of them together, and one run at a time on a model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from artaug._internal.contracts import contract_error
-from artaug._internal.modules import outside_graphs, uncompiled
-from artaug.errors import GuideError
-from artaug.plan import Region
-from artaug.regional.denoiser import Denoiser, EncodedPrompt
-
-
-@dataclass(frozen=True)
-class EncodedRegion:
-    """A region and its encoded prompts."""
-
-    region: Region
-    prompt: EncodedPrompt
-    """Its prompt."""
-    negative_prompt: EncodedPrompt | None = None
-    """Its negative prompt, if it has one."""
+from artaug._internal.arguments import check_items
+from artaug._internal.contracts import check_result, contract_error
+from artaug._internal.modules import uncompiled
+from artaug.errors import GuideError, InvalidValueError
+from artaug.plan import Plan
+from artaug.regional.guided_run import GuidedRun
 
 
 class Guide(ABC):
-    """Makes regions take effect while a denoiser samples. It is installed for one run and leaves no trace."""
+    """Acts on a denoiser while it samples. It is asked for every drawing, applied for one run, and leaves no trace."""
 
-    needs_regions: ClassVar[bool] = False
-    """Whether the guide does nothing where no plan of a batch has regions, so that it need not be installed then."""
     runs_compiled: ClassVar[bool] = False
     """Whether the guide acts in compiled code, so that a compiled denoiser stays compiled in its runs. In those of all others
     it runs as it is written: compiled code would pass over hooks within it."""
 
     @abstractmethod
-    def steering(self, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> AbstractContextManager[None]:
-        """Steer ``denoiser`` inside a ``with`` block; ``regions`` holds those of each picture of the batch, possibly none."""
+    def applied(self, run: GuidedRun) -> AbstractContextManager[None]:
+        """Act on ``run.denoiser`` inside a ``with`` block, and take everything back at its end."""
+
+    def declines(self, plans: Sequence[Plan]) -> bool:
+        """Whether the guide has nothing to do in a drawing of these plans, which is then bit for bit one without a guide."""
+        return False
+
+    @property
+    def reads_regions(self) -> bool:
+        """Whether the guide makes regions take effect: a plan with regions is an error where no guide does."""
+        return True
 
 
-@dataclass
-class SteeredRun:
-    """What shows that a guide acts: a run in which the denoiser was never called cannot have been steered."""
+@final
+@dataclass(frozen=True)
+class Together(Guide):
+    """Several guides in one run.
 
-    guide: Guide
-    denoiser: Denoiser
-    called: bool = False
-    """Whether the denoiser has been called while the guide was installed."""
-
-    def check_called(self) -> None:
-        """Refuse to go on after a first step without a call of the denoiser.
-
-        Raises:
-            GuideError: naming the guide.
-        """
-        if not self.called:
-            raise GuideError(
-                f"{self.guide!r} had no effect: a step was drawn without a call of the {type(self.denoiser.module).__name__} that "
-                "it steers. The pipeline calls another model (one that was exported, compiled ahead of time, or put in its "
-                "place). Put the model itself into the pipeline."
-            )
-
-
-def steer(
-    guide: Guide, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]
-) -> AbstractContextManager[SteeredRun]:
-    """Install a guide for a ``with`` block, and see whether the denoiser is called in it.
+    Each is asked for itself: one that declines the plans is left out. Guides that work on attention share the one processor
+    that a layer has. The first is applied first, so that hooks of later ones get what earlier ones made of a prediction. A
+    guide's own predictions (those of `OutputMix` under a region's prompt) are not steered by the others.
 
     Raises:
-        ContractError: if ``steering`` did not return a context manager; one that yields needs
-            ``@contextlib.contextmanager``.
+        InvalidValueError: without guides, or for one that is none.
+
+    >>> import artaug as aa
+    >>> aa.Together((aa.RegionalAttention(), aa.OutputMix())).reads_regions
+    True
     """
-    block: object = guide.steering(denoiser, regions)
-    if not isinstance(block, AbstractContextManager):
-        raise contract_error(
-            type(guide).__name__,
-            "steering",
-            received=f"{type(block).__name__} {block!r:.120}",
-            inputs=f"a {type(denoiser).__name__} and the regions of {len(regions)} picture(s)",
-            expected="a context manager, as of a method with @contextlib.contextmanager",
-        )
-    return _run(SteeredRun(guide, denoiser), block)
+
+    runs_compiled: ClassVar[bool] = True  # each guide says so for itself
+
+    guides: Sequence[Guide]
+    """In the order in which they are applied."""
+
+    def __post_init__(self) -> None:
+        check_items("Together", "guides", self.guides, Guide)
+        object.__setattr__(self, "guides", tuple(self.guides))  # a list, too
+        if not self.guides:
+            raise InvalidValueError("Together(()) would guide nothing: expected one or more guides.")
+
+    @contextmanager
+    def applied(self, run: GuidedRun) -> Iterator[None]:
+        with ExitStack() as stack:
+            for guide in self.guides:
+                if not declines(guide, run.plans):
+                    stack.enter_context(_applied(guide, run))
+            yield
+
+    def declines(self, plans: Sequence[Plan]) -> bool:
+        return all(declines(guide, plans) for guide in self.guides)
+
+    @property
+    def reads_regions(self) -> bool:
+        return any(guide.reads_regions for guide in self.guides)
+
+
+def declines(guide: Guide, plans: Sequence[Plan]) -> bool:
+    """Ask a guide whether it declines plans.
+
+    Raises:
+        ContractError: if it answers with something else than a bool.
+    """
+    return check_result(
+        type(guide).__name__, "declines", guide.declines(plans), of=bool, inputs=f"{len(plans)} plan(s)"
+    )
 
 
 @contextmanager
-def _run(run: SteeredRun, block: AbstractContextManager[None]) -> Iterator[SteeredRun]:
-    """The run of an installed guide, compiled where the guide allows it. Hooks of the whole module run outside graphs."""
+def steer(guide: Guide, run: GuidedRun) -> Iterator[GuidedRun]:
+    """Apply a guide to a run for a ``with`` block. Everything that guides goes through here.
 
-    def note_call(_module: nn.Module, _args: object) -> None:
-        run.called = True
+    Raises:
+        ContractError: if ``applied`` did not return a context manager; one that yields needs
+            ``@contextlib.contextmanager``.
+        GuideError: if another run on the same model has not ended, naming both.
+    """
+    with _reserved(run.denoiser.module, guide), run.watched(), _applied(guide, run):
+        yield run
 
-    module = run.denoiser.module
-    with block, nullcontext() if run.guide.runs_compiled else uncompiled():
-        hook = module.register_forward_pre_hook(outside_graphs(note_call))
-        try:
-            yield run
-        finally:
-            hook.remove()
+
+def _applied(guide: Guide, run: GuidedRun) -> AbstractContextManager[None]:
+    """A guide's block, in which a model is compiled where the guide allows it."""
+    block: object = guide.applied(run)
+    if not isinstance(block, AbstractContextManager):
+        raise contract_error(
+            type(guide).__name__,
+            "applied",
+            received=f"{type(block).__name__} {block!r:.120}",
+            inputs=f"a {type(run.denoiser).__name__} and {len(run.plans)} plan(s)",
+            expected="a context manager, as of a method with @contextlib.contextmanager",
+        )
+    return _as_compiled(block, nullcontext() if guide.runs_compiled else uncompiled())
+
+
+@contextmanager
+def _as_compiled(block: AbstractContextManager[None], compilation: AbstractContextManager[None]) -> Iterator[None]:
+    with compilation, block:
+        yield
 
 
 _ACTIVE_GUIDES: WeakKeyDictionary[nn.Module, Guide] = WeakKeyDictionary()
 
 
 @contextmanager
-def exclusive(module: nn.Module, guide: Guide) -> Iterator[None]:
-    """Reserve a denoiser for one guide inside a ``with`` block. Every guide's ``steering`` begins with it.
-
-    Raises:
-        GuideError: if another guide is active on the denoiser, naming both.
-    """
+def _reserved(module: nn.Module, guide: Guide) -> Iterator[None]:
+    """Reserve a denoiser for one run inside a ``with`` block."""
     if (active := _ACTIVE_GUIDES.get(module)) is not None:
         raise GuideError(
-            f"{guide!r} cannot steer a {type(module).__name__} that {active!r} is steering. "
-            "Draw with one guide at a time: a run has to end before the next begins on the same model."
+            f"{guide!r} cannot steer a {type(module).__name__} that {active!r} is steering. A run has to end before the "
+            "next begins on the same model; to guide one run by both, use Together."
         )
     _ACTIVE_GUIDES[module] = guide
     try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from artaug.plan import Region
+from artaug.regional.bias import GroupBias
 from artaug.regional.denoiser import Span
 from artaug.regional.prepared import PreparedAttention
 
@@ -38,6 +39,8 @@ class GuidedCall:
     rows: tuple[GuidedRow, ...] = ()
     prepared: dict[Hashable, PreparedAttention] = field(default_factory=dict, repr=False)
     """Attention of these rows, for each kind of layer."""
+    biases: dict[Hashable, GroupBias] = field(default_factory=dict, repr=False)
+    """What their weights add to the scores, for each kind of layer that is observed."""
 
     @property
     def has_prompts(self) -> bool:
@@ -74,6 +77,15 @@ class CurrentCall:
         """Make a call of these rows the one under way."""
         self.value = self._calls.setdefault(rows, GuidedCall(rows))
         self.number = torch.tensor(list(self._calls).index(rows), device="cpu")
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Return to the call under way at the end of a ``with`` block, whatever other calls are made in it."""
+        value, number = self.value, self.number
+        try:
+            yield
+        finally:
+            self.value, self.number = value, number
 
     @contextmanager
     def back_at(self, number: Tensor) -> Iterator[None]:

@@ -13,9 +13,11 @@ from artaug._internal.modules import outside_graphs
 from artaug.errors import GuideError, NonFiniteError
 from artaug.lora.applied import check_called
 from artaug.lora.lora import LoRA
+from artaug.plan import Plan
 from artaug.regional.coverage import token_weights
-from artaug.regional.denoiser import Denoiser, EncodedPrompt, ForwardKwargs, Output, bind_forward_args
-from artaug.regional.guide import EncodedRegion, Guide, exclusive
+from artaug.regional.denoiser import EncodedPrompt, ForwardKwargs, Output
+from artaug.regional.guide import Guide
+from artaug.regional.guided_run import EncodedRegion, GuidedRun
 from artaug.regional.token_lora import check_loras, find_lora
 
 
@@ -43,7 +45,6 @@ class OutputMix(Guide):
     OutputMix()
     """
 
-    needs_regions: ClassVar[bool] = True
     runs_compiled: ClassVar[bool] = True
 
     loras: Mapping[str, LoRA] = field(default_factory=dict, repr=False, hash=False)
@@ -52,24 +53,26 @@ class OutputMix(Guide):
     def __post_init__(self) -> None:
         check_loras("OutputMix", self.loras)
 
+    def declines(self, plans: Sequence[Plan]) -> bool:
+        return not any(plan.regions for plan in plans)
+
     @contextmanager
-    def steering(self, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> Iterator[None]:
+    def applied(self, run: GuidedRun) -> Iterator[None]:
         terms = tuple(
             term
-            for picture, picture_regions in enumerate(regions)
+            for picture, picture_regions in enumerate(run.regions)
             for encoded in picture_regions
-            for term in _region_terms(picture, encoded, denoiser.grid, find_lora(encoded.region, self.loras))
+            for term in _region_terms(picture, encoded, run.denoiser.grid, find_lora(encoded.region, self.loras))
         )
-        with exclusive(denoiser.module, self):
-            if not terms:
-                yield
-                return
-            mix = _MixHook(denoiser, terms, len(regions))
-            handle = denoiser.module.register_forward_hook(outside_graphs(mix.after_forward), with_kwargs=True)
-            try:
-                yield
-            finally:
-                handle.remove()
+        if not terms:
+            yield
+            return
+        mix = _MixHook(run, terms)
+        handle = run.denoiser.module.register_forward_hook(outside_graphs(mix.after_forward))
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,21 +116,20 @@ def _region_terms(picture: int, encoded: EncodedRegion, grid: tuple[int, int], l
 class _MixHook:
     """The forward hook of one run: replaces the denoiser's prediction by the mixed one."""
 
-    def __init__(self, denoiser: Denoiser, terms: Sequence[_Term], batch_size: int) -> None:
-        self._denoiser = denoiser
+    def __init__(self, run: GuidedRun, terms: Sequence[_Term]) -> None:
+        self._run = run
+        self._denoiser = run.denoiser
         self._terms = terms
-        self._batch_size = batch_size
+        self._batch_size = len(run.regions)
         self._step = 0
         self._called_loras: set[str | None] = set()
         """Names of LoRAs whose layers are known to be called."""
-        self._is_mixing = False
-        """Predicting a term calls the module again, and with it this hook, which then has to pass the output on."""
 
-    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output) -> Output:
-        if self._is_mixing:
+    def after_forward(self, _module: nn.Module, _args: tuple[Any, ...], output: Output) -> Output:
+        call = self._run.call
+        if call is None:  # the prediction of a term, below, or another guide's own
             return None
-        kwargs = bind_forward_args(module, args, kwargs)
-        branches = self._denoiser.branches(kwargs)
+        branches = call.branches
         rows = {"cond": branches.cond, "uncond": branches.uncond}
         for batch_rows in rows.values():
             if len(batch_rows) not in (0, self._batch_size):
@@ -138,11 +140,8 @@ class _MixHook:
         self._step += bool(branches.cond)
         prediction = self._denoiser.prediction(output)
         self._check_finite(prediction, "the plan's prompt")
-        self._is_mixing = True
-        try:
-            return self._denoiser.with_prediction(output, self._mix(prediction, kwargs, row_terms))
-        finally:
-            self._is_mixing = False
+        with self._run.aside():
+            return self._denoiser.with_prediction(output, self._mix(prediction, call.kwargs, row_terms))
 
     def _mix(self, prediction: Tensor, kwargs: ForwardKwargs, row_terms: Sequence[_RowTerm]) -> Tensor:
         """The paper's equation; rows without a region keep their prediction bit for bit."""

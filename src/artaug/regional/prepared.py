@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from artaug.errors import GuideError
-from artaug.regional.attention import split_attention, supports_merging
+from artaug.regional.attention import split_attention, split_attention_with_lse, supports_merging
 from artaug.regional.attention_costs import AttentionCosts, AttentionShape, costs_on
 from artaug.regional.attention_mask import GroupMask
-from artaug.regional.denoiser import AttentionFn
 from artaug.regional.split_plan import SplitPlan, plan_splits
 from artaug.regional.splits import SplitSize
 
@@ -31,11 +30,13 @@ _MAX_MASK_BYTES = 128 << 20
 class PreparedAttention:
     """Attention of one layout, ready to be called."""
 
-    attention: AttentionFn
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor]
     method: str
     """How it is computed: a `Method`; ``"apart"`` where rows of different layouts are computed one after the other."""
     tensors: Sequence[Tensor]
     """What it holds in memory."""
+    with_lse: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    """The same with the log-sum-exp of each query (see `split_attention_with_lse`); None where a kernel returns none."""
 
     @property
     def num_bytes(self) -> int:
@@ -147,6 +148,9 @@ def _prepare_splits(plan: SplitPlan, method: str, shape: AttentionShape) -> Prep
         lambda query, key, value: split_attention(query, key, value, splits),
         method,
         [tensor for split in splits for tensor in split.tensors],
+        (lambda query, key, value: split_attention_with_lse(query, key, value, splits))
+        if supports_merging(shape.device)
+        else None,
     )
 
 
@@ -180,7 +184,16 @@ def _prepare_apart(parts: Sequence[PreparedAttention], rows: Sequence[Sequence[i
             out[numbers] = part.attention(query[numbers], key[numbers], value[numbers])
         return out
 
-    return PreparedAttention(attention, "apart", [tensor for part in parts for tensor in part.tensors])
+    def with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+        for part, numbers in zip(parts, rows, strict=True):
+            assert part.with_lse is not None  # noqa: S101 - of all parts or of none
+            out[numbers], lse[numbers] = part.with_lse(query[numbers], key[numbers], value[numbers])
+        return out, lse
+
+    has_lse = all(part.with_lse is not None for part in parts)
+    tensors = [tensor for part in parts for tensor in part.tensors]
+    return PreparedAttention(attention, "apart", tensors, with_lse if has_lse else None)
 
 
 def _flex_can_win(shape: AttentionShape) -> bool:

@@ -7,31 +7,25 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from artaug._internal.modules import outside_graphs, uncompiled
 from artaug.errors import GuideError, InvalidValueError
 from artaug.lora.lora import LoRA
-from artaug.plan import Region
+from artaug.plan import Plan, Region
 from artaug.regional.attention_costs import AttentionShape
+from artaug.regional.attention_layers import Attended, AttentionLayers, PlainAttention
 from artaug.regional.attention_mask import GroupMask, cross_mask, joint_mask, text_mask
-from artaug.regional.compiled_attention import SteeredAttention
-from artaug.regional.denoiser import (
-    AttentionFn,
-    AttentionSite,
-    AttentiveDenoiser,
-    Denoiser,
-    EncodedPrompt,
-    ForwardKwargs,
-    bind_forward_args,
-)
-from artaug.regional.guide import EncodedRegion, Guide, exclusive
-from artaug.regional.guided_call import CurrentCall, GuidedCall, GuidedRow
+from artaug.regional.bias import GroupBias
+from artaug.regional.denoiser import AttentionSite, Branches, EncodedPrompt, bind_forward_args
+from artaug.regional.guide import Guide
+from artaug.regional.guided_call import GuidedCall, GuidedRow
+from artaug.regional.guided_run import GuidedRun
 from artaug.regional.isolation import Isolation
 from artaug.regional.prepared import LayoutCache, Method, PreparedAttention, prepare_attention
 from artaug.regional.region_weights import RegionWeights, split_grid
 from artaug.regional.token_lora import check_loras, find_lora, token_loras_applied
 
+_PLAIN = PlainAttention()
 _PREPARED = LayoutCache(64 << 20)
 """Attention of the layouts drawn last: a loop draws the same ones again and again."""
 
@@ -60,7 +54,6 @@ class RegionalAttention(Guide):
     True
     """
 
-    needs_regions: ClassVar[bool] = True
     runs_compiled: ClassVar[bool] = True
 
     isolation: Isolation | None = None
@@ -84,19 +77,16 @@ class RegionalAttention(Guide):
                 f"RegionalAttention(expected_drawings={self.expected_drawings}): expected 1 or more; 1 never compiles."
             )
 
+    def declines(self, plans: Sequence[Plan]) -> bool:
+        return not any(plan.regions for plan in plans)
+
     @contextmanager
-    def steering(self, denoiser: Denoiser, regions: Sequence[Sequence[EncodedRegion]]) -> Iterator[None]:
-        if not isinstance(denoiser, AttentiveDenoiser):
-            raise GuideError(
-                f"{type(denoiser).__name__} does not say where its model's attention is, so RegionalAttention cannot "
-                "guide it. Use OutputMix, or make it an AttentiveDenoiser."
-            )
-        with exclusive(denoiser.module, self):
-            if not any(regions):
-                yield
-                return
-            with _GuidedRun(self, denoiser, regions).installed():
-                yield
+    def applied(self, run: GuidedRun) -> Iterator[None]:
+        if not any(run.regions):
+            yield
+            return
+        with run.attention() as layers, _RegionalRun(self, run, layers).installed():
+            yield
 
 
 @dataclass(frozen=True)
@@ -109,27 +99,27 @@ class _RowRequest:
     lora_regions: tuple[Region, ...] = ()
 
 
-class _GuidedRun:
-    """One run of a guided model: the hook that adds prompts to a call, and the attention that reads them.
+class _RegionalRun:
+    """One run with regions: the hook that adds prompts to a call, and the attention that reads them.
 
     What depends on the call under way is in `CurrentCall` alone; everything else here is fixed for the run, or cached by
     all that it depends on.
     """
 
-    def __init__(
-        self, guide: RegionalAttention, denoiser: AttentiveDenoiser, regions: Sequence[Sequence[EncodedRegion]]
-    ) -> None:
+    def __init__(self, guide: RegionalAttention, run: GuidedRun, layers: AttentionLayers) -> None:
         self._guide = guide
-        self._denoiser = denoiser
-        self._regions = regions
-        self._isolation = guide.isolation or denoiser.isolation
-        self._sites = denoiser.sites
+        self._run = run
+        self._layers = layers
+        self._denoiser = layers.denoiser
+        self._regions = regions = run.regions
+        self._isolation = guide.isolation or self._denoiser.isolation
+        self._sites = layers.sites
         if self._isolation.image_to_image != "open" and all(site.kind != "joint" for site in self._sites):
             raise GuideError(
                 f"Isolation(image_to_image={self._isolation.image_to_image!r}) would have no effect: in a "
-                f"{type(denoiser.module).__name__} guides reach cross-attention only. Use image_to_image='open'."
+                f"{type(self._denoiser.module).__name__} guides reach cross-attention only. Use image_to_image='open'."
             )
-        self._current = CurrentCall()
+        self._current = layers.current
         self._uncalled = {site.attention for site in self._sites}
         """Layers that have not attended to regions yet."""
         loras = {encoded.region.lora: find_lora(encoded.region, guide.loras) for row in regions for encoded in row}
@@ -150,23 +140,16 @@ class _GuidedRun:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Put the hook and the processors in place, and everything back afterwards."""
-        attentions = [SteeredAttention(self._attention_fn(site), self._current) for site in self._sites]
-        processors = [
-            self._denoiser.processor(site, attention) for site, attention in zip(self._sites, attentions, strict=True)
-        ]
+        """Put the hooks and the attention in place, and everything back afterwards."""
+        computers = {site: _RegionalComputer(self, site, applies=self._applies(site)) for site in self._sites}
+        module = self._denoiser.module
         with ExitStack() as undo:
             if self._loras:  # what they do to a layer depends on the call under way, which compiled code does not read
                 undo.enter_context(uncompiled())
-            undo.enter_context(self._denoiser.patched())
-            for site, processor in zip(self._sites, processors, strict=True):
-                undo.callback(site.attention.set_processor, site.attention.processor)
-                site.attention.set_processor(processor)
-            hook = self._denoiser.module.register_forward_pre_hook(
-                outside_graphs(self._before_forward), with_kwargs=True
-            )
+            undo.enter_context(self._layers.computed_by(self._guide, computers))
+            hook = module.register_forward_pre_hook(outside_graphs(self._before_forward), with_kwargs=True)
             undo.callback(hook.remove)
-            proof = self._denoiser.module.register_forward_hook(outside_graphs(self._check_called))
+            proof = module.register_forward_hook(outside_graphs(self._check_called))
             undo.callback(proof.remove)
             undo.enter_context(
                 token_loras_applied(self._denoiser, self._loras, current=self._current, split_grid=self._split_grid)
@@ -176,7 +159,10 @@ class _GuidedRun:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]] | None:
-        rows, kwargs = self._guided_rows(bind_forward_args(module, args, kwargs))
+        if self._run.call is None:  # another guide's own prediction
+            self._current.begin(())
+            return None
+        rows, kwargs = self._guided_rows(bind_forward_args(module, args, kwargs), self._run.call.branches)
         self._current.begin(rows)
         return ((), kwargs) if rows else None
 
@@ -189,13 +175,13 @@ class _GuidedRun:
                 "do not use their processors: put the model itself into the pipeline, or use OutputMix."
             )
 
-    def _guided_rows(self, kwargs: dict[str, Any]) -> tuple[tuple[GuidedRow, ...], dict[str, Any]]:
+    def _guided_rows(self, kwargs: dict[str, Any], branches: Branches) -> tuple[tuple[GuidedRow, ...], dict[str, Any]]:
         """The rows of a call, none if no region counts, and its arguments with the prompts of regions added."""
         isolation = self._isolation
         # The level is on the device, which would have to finish all that it has been given before it could be read.
         if isolation.depends_on_sigma and not isolation.applies_at_sigma(self._denoiser.noise_level(kwargs)):
             return (), kwargs
-        requests = self._row_requests(kwargs)
+        requests = self._row_requests(branches)
         has_loras = any(region.lora for request in requests for region in request.lora_regions)
         if not has_loras and not any(request.prompts for request in requests):
             return (), kwargs
@@ -207,9 +193,8 @@ class _GuidedRun:
         )
         return rows, kwargs
 
-    def _row_requests(self, kwargs: ForwardKwargs) -> list[_RowRequest]:
+    def _row_requests(self, branches: Branches) -> list[_RowRequest]:
         """What every row of a call's batch gets."""
-        branches = self._denoiser.branches(kwargs)
         requests = [_RowRequest()] * (len(branches.cond) + len(branches.uncond))
         for rows, is_negative in ((branches.cond, False), (branches.uncond, True)):
             if len(rows) not in (0, len(self._regions)):
@@ -223,25 +208,35 @@ class _GuidedRun:
                 )
         return requests
 
-    def _attention_fn(self, site: AttentionSite) -> AttentionFn:
-        """Attention at a site, of whatever call is under way."""
+    def _applies(self, site: AttentionSite) -> bool:
+        """Whether the isolation applies at a site."""
         # Depth is counted where the image takes part. Among themselves prompts are kept apart throughout: what they
         # took from each other there they would carry into every layer.
         depths = sorted({other.block for other in self._sites if other.kind != "text"})
-        applies = site.kind == "text" or self._isolation.applies_to_block(
+        return site.kind == "text" or self._isolation.applies_to_block(
             depths.index(site.block),
             num_blocks=len(depths),
             stack_start=sum(depth < site.stack_start for depth in depths),
         )
 
-        def attention_fn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            call = self._current.value
-            if not call.has_prompts:
-                return functional.scaled_dot_product_attention(query, key, value)
-            self._uncalled.discard(site.attention)
-            return self._prepared(site, call, query, applies=applies).attention(query, key, value)
+    def prepared(self, site: AttentionSite, query: Tensor, *, applies: bool) -> PreparedAttention | None:
+        """The attention of the call under way at a site; None if no region counts in it."""
+        call = self._current.value
+        if not call.has_prompts:
+            return None
+        self._uncalled.discard(site.attention)
+        return self._prepared(site, call, query, applies=applies)
 
-        return attention_fn
+    def bias(self, site: AttentionSite, query: Tensor, *, applies: bool) -> GroupBias:
+        """What the weights of regions add to the scores of the call under way at a site."""
+        call, grid = self._current.value, site.grid or self._denoiser.token_grid
+        key = (site.kind, grid, applies, query.device)
+        if key not in call.biases:
+            isolation = self._isolation if applies else None
+            masks = {row: self._mask(row, site.kind, grid, isolation) for row in call.row_numbers}
+            by_row = list(masks.values()) if len(masks) == 1 else [masks[row] for row in call.rows]
+            call.biases[key] = GroupBias.of_masks(by_row, query.device)
+        return call.biases[key]
 
     def _prepared(self, site: AttentionSite, call: GuidedCall, query: Tensor, *, applies: bool) -> PreparedAttention:
         """Attention of a call at sites like this one, prepared once."""
@@ -275,3 +270,34 @@ class _GuidedRun:
 
     def _split_grid(self, regions: tuple[Region, ...], grid: tuple[int, int]) -> RegionWeights:
         return split_grid(regions, grid, base_weight=self._isolation.base_weight, overlap=self._guide.overlap)
+
+
+@dataclass(frozen=True, eq=False)
+class _RegionalComputer:
+    """Computes the attention of one layer under regions; in a call where none counts, the model's own."""
+
+    run: _RegionalRun
+    site: AttentionSite
+    applies: bool
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+        prepared = self._prepared(query, attn_mask)
+        if prepared is None:
+            return _PLAIN(query, key, value, attn_mask)
+        return prepared.attention(query, key, value)
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Attended:
+        prepared = self._prepared(query, attn_mask)
+        if prepared is None:
+            return _PLAIN.attended(query, key, value, attn_mask)
+        bias = self.run.bias(self.site, query, applies=self.applies)
+        if prepared.with_lse is None:
+            return Attended(query, key, prepared.attention(query, key, value), None, bias)
+        out, lse = prepared.with_lse(query, key, value)
+        return Attended(query, key, out, lse, bias)
+
+    def _prepared(self, query: Tensor, attn_mask: Tensor | None) -> PreparedAttention | None:
+        prepared = self.run.prepared(self.site, query, applies=self.applies)
+        if prepared is not None and attn_mask is not None:
+            raise GuideError("an attention mask came with this call, and regional attention would ignore it.")
+        return prepared

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from artaug.geometry import Box
-from artaug.plan import Region
+from artaug.plan import Plan, Region
 from artaug.regional.denoiser import (
     AttentionFn,
     AttentionSite,
@@ -20,7 +20,8 @@ from artaug.regional.denoiser import (
     ForwardKwargs,
     Span,
 )
-from artaug.regional.guide import EncodedRegion, Guide
+from artaug.regional.guide import Guide, declines, steer
+from artaug.regional.guided_run import EncodedRegion, GuidedRun
 
 _GRID = (4, 4)
 _IMAGE_TOKENS, _TEXT_TOKENS, _CHANNELS, _HEADS = 16, 6, 16, 2
@@ -42,14 +43,16 @@ def check_guide(guide: Guide) -> None:
     rows = [_encode_regions(left, top), _encode_regions(top)]
     plain, traces = denoiser.predict(), _traces(denoiser.module)
 
-    with guide.steering(denoiser, [[], []]):
-        unguided = denoiser.predict()
-    assert torch.equal(unguided, plain), (
-        f"{name} changes the prediction of pictures without regions: expected the same bits"
-    )
-    _check_no_trace(denoiser, traces, plain, f"{name}, after a run without regions,")
+    run = _run_of(denoiser, prompts, [[], []])
+    if not declines(guide, run.plans):
+        with steer(guide, run):
+            unguided = denoiser.predict()
+        assert torch.equal(unguided, plain), (
+            f"{name} changes the prediction of pictures without regions: expected the same bits"
+        )
+        _check_no_trace(denoiser, traces, plain, f"{name}, after a run without regions,")
 
-    with guide.steering(denoiser, rows):
+    with steer(guide, _run_of(denoiser, prompts, rows)):
         guided = denoiser.predict()
         repeated = denoiser.predict()
     assert guided.isfinite().all(), f"{name} makes the denoiser predict NaN or infinity"
@@ -58,13 +61,13 @@ def check_guide(guide: Guide) -> None:
     for row, prompt in enumerate(prompts):
         assert not torch.equal(guided[row], plain[row]), f"{name} ignores the regions of picture {row} of a batch"
         alone = _tiny_denoiser([prompt], first_row=row)
-        with guide.steering(alone, [rows[row]]):
+        with steer(guide, _run_of(alone, [prompt], [rows[row]])):
             by_itself = alone.predict()[0]
         assert torch.allclose(guided[row], by_itself, atol=_TOLERANCE), (
             f"{name} predicts picture {row} of a batch differently than alone, by up to "
             f"{(guided[row] - by_itself).abs().max():.2g}"
         )
-    with guide.steering(denoiser, [rows[0], []]):
+    with steer(guide, _run_of(denoiser, prompts, [rows[0], []])):
         mixed = denoiser.predict()
     assert torch.allclose(mixed[1], plain[1], atol=_TOLERANCE), (
         f"{name} changes the prediction of a picture without regions, because another of its batch has some"
@@ -72,11 +75,11 @@ def check_guide(guide: Guide) -> None:
     _check_no_trace(denoiser, traces, plain, f"{name}, after a run,")
 
     try:
-        _interrupted_run(guide, denoiser, rows)
+        _interrupted_run(guide, denoiser, _run_of(denoiser, prompts, rows))
     except _InterruptedError:
         pass
     else:
-        raise AssertionError(f"{name}.steering swallows an exception of its with block")
+        raise AssertionError(f"{name}.applied swallows an exception of its with block")
     _check_no_trace(denoiser, traces, plain, f"{name}, after an exception,")
 
 
@@ -84,8 +87,8 @@ class _InterruptedError(Exception):
     """Raised in the middle of a run."""
 
 
-def _interrupted_run(guide: Guide, denoiser: "_TinyDenoiser", rows: Sequence[Sequence[EncodedRegion]]) -> None:
-    with guide.steering(denoiser, rows):
+def _interrupted_run(guide: Guide, denoiser: "_TinyDenoiser", run: GuidedRun) -> None:
+    with steer(guide, run):
         denoiser.predict()
         raise _InterruptedError
 
@@ -124,6 +127,24 @@ def _encode(prompt: str) -> EncodedPrompt:
 
 def _encode_regions(*regions: Region) -> list[EncodedRegion]:
     return [EncodedRegion(region, _encode(region.prompt)) for region in regions]
+
+
+def _phrase_tokens(prompt: str, phrases: Sequence[str]) -> list[tuple[int, ...]]:
+    """A token is a word."""
+    words = prompt.split()[:_TEXT_TOKENS]
+    found = []
+    for phrase in phrases:
+        count = len(phrase.split())
+        starts = [start for start in range(len(words)) if words[start : start + count] == phrase.split()]
+        found.append(tuple(sorted({start + word for start in starts for word in range(count)})))
+    return found
+
+
+def _run_of(denoiser: "_TinyDenoiser", prompts: Sequence[str], regions: Sequence[Sequence[EncodedRegion]]) -> GuidedRun:
+    plans = [
+        Plan(prompt, tuple(encoded.region for encoded in row)) for prompt, row in zip(prompts, regions, strict=True)
+    ]
+    return GuidedRun(denoiser=denoiser, plans=plans, regions=regions, phrase_tokens=_phrase_tokens)
 
 
 class _TinyAttentionProcessor:

@@ -24,6 +24,7 @@ from support.family_laws import (
     token_streams_of,
     with_processors,
 )
+from support.guiding import under
 from support.tiny_flux2 import tiny_flux2, tiny_flux2_klein
 from support.traces import hooks_of
 
@@ -277,7 +278,7 @@ def test_regions_change_a_prediction_only_where_they_are_and_each_row_has_its_ow
     call, output = calls[0]
     regions = [_encoded(family, LEFT, "a stormy sky"), _encoded(family, RIGHT, "ivy")]
     before = hooks_of(family.module)
-    with OutputMix().steering(denoiser, regions):
+    with under(OutputMix(), denoiser, regions):
         change = (predict_call(denoiser, call) - output[0]).reshape(2, 8, 6, -1)
     assert hooks_of(family.module) == before
     assert (change[0, :, 3:] == 0).all()

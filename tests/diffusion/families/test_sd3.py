@@ -23,6 +23,7 @@ from support.family_runs import (
     predicted,
     tokens_into_layers,
 )
+from support.guiding import under
 from support.tiny_clip import LONGEST
 from support.tiny_sd3 import tiny_sd3
 from support.traces import hooks_of
@@ -63,7 +64,7 @@ def regions_of(sd3, *pictures):
 def steered(sd3, guide, call, prompts, *pictures):
     """The prediction of one call with a guide at work."""
     denoiser = sd3.denoiser(sd3.encode_prompts(prompts))
-    with guide.steering(denoiser, regions_of(sd3, *pictures)):
+    with under(guide, denoiser, regions_of(sd3, *pictures)):
         return predicted(denoiser, call)
 
 
@@ -301,7 +302,7 @@ def test_guides_leave_no_trace(sd3, guide):
     steered(sd3, guide, call, [BARN], [aa.Region(LEFT, LAKE)])
     with (
         pytest.raises(ZeroDivisionError),
-        guide.steering(sd3.denoiser(sd3.encode_prompts([BARN])), regions_of(sd3, [aa.Region(LEFT, LAKE)])),
+        under(guide, sd3.denoiser(sd3.encode_prompts([BARN])), regions_of(sd3, [aa.Region(LEFT, LAKE)])),
     ):
         _ = 1 / 0
     assert (hooks_of(sd3.module), list(sd3.module.attn_processors.values())) == before

@@ -25,6 +25,7 @@ from support.family_runs import (
     predicted,
     tokens_into_layers,
 )
+from support.guiding import under
 from support.tiny_clip import LONGEST
 from support.tiny_unet import ddim, tiny_sd15, tiny_sdxl
 from support.traces import hooks_of
@@ -58,7 +59,7 @@ def regions_of(unet, *pictures):
 def steered(unet, guide, call, prompts, *pictures):
     """The prediction of one call with a guide at work."""
     denoiser = unet.denoiser(unet.encode_prompts(prompts))
-    with guide.steering(denoiser, regions_of(unet, *pictures)):
+    with under(guide, denoiser, regions_of(unet, *pictures)):
         return predicted(denoiser, call)
 
 
@@ -380,7 +381,7 @@ def test_a_region_too_small_for_the_coarsest_level_is_refused_before_anything_is
     speck = aa.Region(aa.Box(0.5, 0.5, 0.502, 0.502), DUSK)
     with (
         pytest.raises(aa.GuideError, match="of 16 x 16 image tokens"),
-        aa.RegionalAttention().steering(denoiser, regions_of(unet, [speck])),
+        under(aa.RegionalAttention(), denoiser, regions_of(unet, [speck])),
     ):
         pass
 
@@ -416,7 +417,7 @@ def test_in_the_first_attention_regions_change_their_own_tokens_alone(unet):
     outputs = []
     with first.attention.register_forward_hook(lambda _module, _args, out: outputs.append(out)):
         for regions in ([], [aa.Region(LEFT, DUSK)]):
-            with aa.RegionalAttention().steering(denoiser, regions_of(unet, regions)) if regions else nullcontext():
+            with under(aa.RegionalAttention(), denoiser, regions_of(unet, regions)) if regions else nullcontext():
                 predicted(denoiser, call)
     plain, guided = (output[0].unflatten(0, (rows, columns)) for output in outputs)
     reached = -(-columns * 2 // 5)
@@ -440,7 +441,7 @@ def test_guides_leave_no_trace(unet, guide):
     denoiser, regions = unet.denoiser(unet.encode_prompts([BARN])), regions_of(unet, [aa.Region(LEFT, LAKE)])
     before = hooks_of(unet.module), list(unet.module.attn_processors.values())
     steered(unet, guide, call, [BARN], [aa.Region(LEFT, LAKE)])
-    with pytest.raises(ZeroDivisionError), guide.steering(denoiser, regions):
+    with pytest.raises(ZeroDivisionError), under(guide, denoiser, regions):
         _ = 1 / 0
     assert (hooks_of(unet.module), list(unet.module.attn_processors.values())) == before
     assert torch.equal(predicted(denoiser, call), noise)

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from artaug._internal.modules import unwrap
 from artaug.diffusion.families import common
+from artaug.diffusion.families.tokenized import TokenizedPrompt
 from artaug.diffusion.offload import encoders_of, on_cpu
+from artaug.errors import GuideError
 from artaug.lora.formats import KeyMap
 from artaug.plan import Plan, Region
 from artaug.regional.denoiser import Conditioning, Denoiser, EncodedPrompt
-from artaug.regional.guide import EncodedRegion
+from artaug.regional.guided_run import EncodedRegion, GuidedRun
 from artaug.regional.isolation import BALANCED, Isolation
 from artaug.training.noise_schedule import NoiseSchedule
 
@@ -117,6 +119,45 @@ class Family(ABC):
         """
         return common.prepared_noise(
             self.pipeline, seeds, width=self.width, height=self.height, dtype=conditioning["prompt_embeds"].dtype
+        )
+
+    def tokenized(self, prompt: str) -> Sequence[TokenizedPrompt]:
+        """A prompt as each encoder reads it whose tokens are in a row of `encode_prompts`; `phrase_tokens` looks there.
+
+        Raises:
+            GuideError: in the default, for a family that does not say.
+        """
+        raise GuideError(
+            f"{type(self).__name__} does not say which tokens the words of {prompt!r} become, so no phrase can be found. "
+            "Write its `tokenized`."
+        )
+
+    def phrase_tokens(self, prompt: str, phrases: Sequence[str]) -> list[tuple[int, ...]]:
+        """Which tokens of the prompt's row in `encode_prompts` hold each phrase: their numbers, rising.
+
+        A phrase is found by whole words, in upper or lower case, wherever it stands in the prompt; the chat around a prompt
+        is not searched. A token counts if it holds any character of the phrase, and if the encoder reads it: those beyond
+        its limit are left out. If the tokens of several encoders stand one after the other, all of them count.
+
+        Args:
+            prompt: as `encode_prompts` gets it.
+            phrases: parts of it.
+
+        Returns:
+            The tokens of each phrase, none for one that the prompt does not hold.
+        """
+        tokenized = self.tokenized(prompt)
+        return [
+            tuple(sorted(token for encoded in tokenized for token in encoded.positions(phrase))) for phrase in phrases
+        ]
+
+    def guided_run(self, plans: Sequence[Plan], conditioning: Conditioning) -> GuidedRun:
+        """What a guide gets of the run that draws, or predicts, with the plans' encoded prompts."""
+        return GuidedRun(
+            denoiser=self.denoiser(conditioning),
+            plans=plans,
+            regions=self.encode_regions(plans),
+            phrase_tokens=self.phrase_tokens,
         )
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from einops import rearrange
 from PIL.Image import Image
 from torch import Tensor
@@ -17,6 +18,7 @@ from artaug.errors import GuideError, InvalidValueError, ModelError
 from artaug.regional.denoiser import (
     AttentionFn,
     AttentionLayer,
+    AttentionProcessor,
     AttentionSite,
     Branches,
     Conditioning,
@@ -378,6 +380,40 @@ def _how_to_undo(processor_name: str) -> str:
     return f"{next(fitting, 'take off what set it, such as an adapter or another guide,')} first"
 
 
+_BACKENDS_REFUSED = (
+    ("sage", "rounds the scores to few bits, so its parts do not merge into exact attention"),
+    ("varlen", "reads a mask of queries and keys as one of keys"),
+    ("flex", "returns no log-sum-exp through diffusers, and builds its tiles anew in every layer"),
+    ("xformers", "returns no log-sum-exp, by which parts of attention are merged"),
+    ("_native_math", "returns no log-sum-exp, by which parts of attention are merged"),
+    ("_native_", "is a single kernel, of which regions take several"),
+    ("", "takes no mask, and has not been compared with exact attention under regions"),
+)
+"""Why a backend of diffusers cannot compute regional attention, by a part of its name; the first that fits counts."""
+
+
+def check_backend(processor: AttentionProcessor) -> None:
+    """Refuse a processor that computes with another attention backend than torch's own choice of kernels.
+
+    ``"native"`` is that choice, and exact: it calls the function that regional attention calls. A processor without a backend
+    of its own has the one that is active in diffusers, which `set_attention_backend` of any model sets, and
+    ``reset_attention_backend`` does not reset.
+
+    Raises:
+        GuideError: naming the backend, and why it cannot have regions.
+    """
+    if not hasattr(processor, "_attention_backend"):  # calls torch itself, whatever the backend: SD3, UNets
+        return
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    backend = AttentionBackendName(processor._attention_backend or active).value  # noqa: SLF001 - what dispatch reads
+    if backend != AttentionBackendName.NATIVE.value:
+        reason = next(reason for part, reason in _BACKENDS_REFUSED if part in backend)
+        raise GuideError(
+            f"this model computes attention with the backend {backend!r}, which {reason}. "
+            "Call its set_attention_backend('native') first: torch then takes the fastest of its kernels."
+        )
+
+
 class RegionalProcessor:
     """A twin of one of diffusers' attention processors that computes attention with `attention_fn`.
 
@@ -396,8 +432,9 @@ class RegionalProcessor:
         """Build the twin of a layer's processor.
 
         Raises:
-            GuideError: if the layer's processor is of another class (an IP-Adapter's, another guide's), is set to an
-                attention backend of its own, or is split over devices: what it does would be lost.
+            GuideError: if the layer's processor is of another class (an IP-Adapter's, another guide's), computes with an
+                attention backend that regions cannot have (see `check_backend`), or is split over devices: what it does would
+                be lost.
         """
         processor = attention.processor
         if type(processor) is not cls.upstream:
@@ -405,11 +442,7 @@ class RegionalProcessor:
                 f"this model's attention uses {type(processor).__name__}, and regional attention would replace it. "
                 f"Expected {cls.upstream.__name__}, as a fresh pipeline has: {_how_to_undo(type(processor).__name__)}."
             )
-        if (backend := getattr(processor, "_attention_backend", None)) is not None:
-            raise GuideError(
-                f"this model was set to the attention backend {str(backend)!r}, which would drop or misread regions. "
-                "Call its reset_attention_backend() first: regional attention chooses fast kernels by itself."
-            )
+        check_backend(processor)
         if getattr(processor, "_parallel_config", None) is not None:
             raise GuideError(
                 "this model's attention is split over devices (context parallelism), which regions cannot be."

@@ -26,8 +26,8 @@ class RegionalChromaProcessor(RegionalProcessor):
     """Twin of `diffusers.models.transformers.transformer_flux.FluxAttnProcessor` of diffusers 0.42, as Chroma calls it.
 
     ``token_mask`` (rows, tokens) is the mask of the whole sequence. It reaches this call by way of the transformer's
-    ``joint_attention_kwargs``. A call that still has diffusers' own ``attention_mask`` is a call without regions, and goes
-    to diffusers' own processor.
+    ``joint_attention_kwargs``. A call that still has diffusers' own ``attention_mask``, of queries and keys, is a call without
+    regions.
     """
 
     upstream: ClassVar[type] = FluxAttnProcessor
@@ -41,16 +41,19 @@ class RegionalChromaProcessor(RegionalProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         token_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if attention_mask is not None:
-            outputs: Tensor | tuple[Tensor, Tensor] = FluxAttnProcessor()(
-                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-            )
-            return outputs
         attention_fn = self._attention_fn
+        if attention_mask is not None:
+            attention_fn = partial(_attention_with_mask, attention_fn, attention_mask)
         if token_mask is not None:
             attention_fn = partial(attention_with_token_mask, attention_fn, token_mask)
         twin = RegionalFluxProcessor(attention_fn)
         return twin(attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb)
+
+
+def _attention_with_mask(
+    attention_fn: AttentionFn, attention_mask: Tensor, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    return attention_fn(query, key, value, attention_mask)
 
 
 def attention_with_token_mask(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -22,6 +23,7 @@ from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.chroma.attention import RegionalChromaProcessor
+from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize
 from artaug.errors import ModelError
 from artaug.lora.formats import FLUX1, Format, KeyMap, KeyRow
 from artaug.regional.denoiser import (
@@ -122,6 +124,11 @@ class Chroma1(Family):
         limit = self.max_sequence_length
         tokens = self.pipeline.tokenizer(list(prompts), truncation=True, max_length=limit)
         return [slice(0, min(len(prompt_tokens) + 1, limit)) for prompt_tokens in tokens.input_ids]
+
+    def tokenized(self, prompt: str) -> list[TokenizedPrompt]:
+        tokenizer = self.pipeline.tokenizer
+        convert = partial(self.pipeline.maybe_convert_prompt, tokenizer=tokenizer)
+        return [tokenize(tokenizer, prompt, limit=self.max_sequence_length, convert=convert)]
 
     def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
         return {**common.prompt_kwargs(conditioning, negative), "guidance_scale": self._guidance}
@@ -233,7 +240,7 @@ class ChromaDenoiser(AttentiveDenoiser):
             "encoder_hidden_states": joined,
             "txt_ids": kwargs["txt_ids"].new_zeros(joined.shape[1], kwargs["txt_ids"].shape[-1]),
             "attention_mask": None,
-            "joint_attention_kwargs": {**(kwargs["joint_attention_kwargs"] or {}), "token_mask": token_mask},
+            "joint_attention_kwargs": {**(kwargs.get("joint_attention_kwargs") or {}), "token_mask": token_mask},
         }
         return changed, [(*row_spans, image) for row_spans in spans]
 

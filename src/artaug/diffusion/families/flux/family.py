@@ -10,6 +10,7 @@ sigmas shifted by picture size (dev) or not at all (schnell). An image token is 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -21,6 +22,7 @@ from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.flux.attention import RegionalFluxProcessor
+from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize
 from artaug.errors import ModelError
 from artaug.lora.formats import FLUX1, KeyMap
 from artaug.regional.denoiser import (
@@ -98,6 +100,12 @@ class Flux(Family):
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         tokens = self.pipeline.tokenizer_2(list(prompts), truncation=True, max_length=self.max_sequence_length)
         return [slice(0, len(prompt_tokens)) for prompt_tokens in tokens.input_ids]
+
+    def tokenized(self, prompt: str) -> list[TokenizedPrompt]:
+        # CLIP gives one vector of the whole prompt, and no tokens.
+        pipeline, tokenizer = self.pipeline, self.pipeline.tokenizer_2
+        convert = partial(pipeline.maybe_convert_prompt, tokenizer=tokenizer)
+        return [tokenize(tokenizer, prompt, limit=self.max_sequence_length, convert=convert)]
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         config = self.pipeline.transformer.config

@@ -26,6 +26,7 @@ from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common, llm_encoders
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.flux2.attention import RegionalFlux2ParallelProcessor, RegionalFlux2Processor
+from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_chat
 from artaug.errors import ModelError
 from artaug.lora.formats import FLUX2, KeyMap
 from artaug.regional.denoiser import (
@@ -68,6 +69,14 @@ class Flux2Family(Family):
     def _chat_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         """The tokens of each prompt in its chat template, before any cut."""
 
+    @abstractmethod
+    def _chat(self, prompt: str) -> str:
+        """The text of the whole chat around a prompt."""
+
+    def _adds_special_tokens(self, chat: str) -> bool:
+        """Whether the pipeline has the tokenizer add its own tokens to a chat."""
+        return True
+
     @property
     @abstractmethod
     def _distilled_guidance(self) -> float | None:
@@ -91,6 +100,18 @@ class Flux2Family(Family):
         if self._tokenizer.padding_side == "left":
             return [slice(limit - length, limit) for length in lengths]
         return [slice(0, length) for length in lengths]
+
+    def tokenized(self, prompt: str) -> list[TokenizedPrompt]:
+        tokenizer = self._tokenizer
+        chat = tokenize_chat(
+            tokenizer,
+            prompt,
+            self._chat,
+            limit=self.max_sequence_length,
+            pads_left=tokenizer.padding_side == "left",
+            add_special_tokens=self._adds_special_tokens(self._chat(prompt)),
+        )
+        return [chat]
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {"prompt_embeds": (self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim)}
@@ -200,6 +221,16 @@ class Flux2(Flux2Family):
         )
         return [[int(token) for token in chat["input_ids"][0]] for chat in chats]  # a processor gives tensors
 
+    def _chat(self, prompt: str) -> str:
+        (message,) = format_input([prompt], system_message=self.pipeline.system_message)
+        chats: list[str] = self.pipeline.tokenizer.apply_chat_template([message], tokenize=False)
+        return chats[0]
+
+    def _adds_special_tokens(self, chat: str) -> bool:
+        # A processor adds them to a chat that does not begin with one, a tokenizer adds none.
+        beginning = self._tokenizer.bos_token
+        return self._tokenizer is not self.pipeline.tokenizer and not (beginning and chat.startswith(beginning))
+
     @property
     def _takes_guidance(self) -> bool:
         return bool(self.pipeline.transformer.config.guidance_embeds)
@@ -260,13 +291,13 @@ class Flux2Klein(Flux2Family):
 
     def _chat_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         tokenizer = self.pipeline.tokenizer
-        chats = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-            for prompt in prompts
-        ]
-        return [list(tokenizer(chat, verbose=False).input_ids) for chat in chats]
+        return [list(tokenizer(self._chat(prompt), verbose=False).input_ids) for prompt in prompts]
+
+    def _chat(self, prompt: str) -> str:
+        chat: str = self.pipeline.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return chat
 
     @property
     def _is_distilled(self) -> bool:

@@ -14,8 +14,8 @@ from artaug.errors import GuideError
 class RegionalQwenImageProcessor(RegionalProcessor):
     """Twin of `diffusers.models.transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0` of diffusers 0.42.
 
-    It differs in three places: `attention_fn` computes the attention, ``text_positions`` selects the rotary embedding of each
-    text token, and a call with a text mask goes to diffusers' own processor.
+    It differs in two places: `attention_fn` computes the attention, and ``text_positions`` selects the rotary embedding of each
+    text token.
     """
 
     upstream: ClassVar[type] = QwenDoubleStreamAttnProcessor2_0
@@ -36,18 +36,16 @@ class RegionalQwenImageProcessor(RegionalProcessor):
         on from token to token. It reaches this call by way of the transformer's ``attention_kwargs``. A call that still
         has a text mask is a call without regions.
         """
-        if encoder_hidden_states_mask is not None:
-            outputs: tuple[Tensor, Tensor] = QwenDoubleStreamAttnProcessor2_0()(
-                attn,
-                hidden_states,
-                encoder_hidden_states,
-                encoder_hidden_states_mask,
-                attention_mask,
-                image_rotary_emb,
-            )
-            return outputs
         if attention_mask is not None:
-            raise GuideError("an attention mask came with this call, and regional attention would ignore it.")
+            raise GuideError(
+                "an attention mask came with this call, and Qwen-Image's attention takes none from outside."
+            )
+
+        if encoder_hidden_states_mask is not None:
+            seq_img = hidden_states.shape[1]
+            image_mask = torch.ones((hidden_states.shape[0], seq_img), dtype=torch.bool, device=hidden_states.device)
+            attention_mask = torch.cat([encoder_hidden_states_mask, image_mask], dim=1)
+            attention_mask = attention_mask[:, None, None, :]
 
         seq_txt = encoder_hidden_states.shape[1]
 
@@ -97,7 +95,7 @@ class RegionalQwenImageProcessor(RegionalProcessor):
 
         # (batch, tokens, heads, channels) here, (batch, heads, tokens, channels) there
         joint_hidden_states = self._attention_fn(
-            joint_query.transpose(1, 2), joint_key.transpose(1, 2), joint_value.transpose(1, 2)
+            joint_query.transpose(1, 2), joint_key.transpose(1, 2), joint_value.transpose(1, 2), attention_mask
         ).transpose(1, 2)
 
         # Reshape back

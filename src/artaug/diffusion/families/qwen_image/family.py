@@ -22,6 +22,7 @@ from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common, llm_encoders
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.qwen_image.attention import RegionalQwenImageProcessor
+from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_chat
 from artaug.errors import GuideError, ModelError
 from artaug.lora.formats import QWEN_IMAGE, KeyMap
 from artaug.regional.denoiser import (
@@ -101,6 +102,17 @@ class QwenImage(Family):
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         start = self.pipeline.prompt_template_encode_start_idx
         return [slice(0, min(len(chat) - start, self.max_sequence_length)) for chat in self._chat_tokens(prompts)]
+
+    def tokenized(self, prompt: str) -> list[TokenizedPrompt]:
+        pipeline = self.pipeline
+        chat = tokenize_chat(
+            pipeline.tokenizer,
+            prompt,
+            pipeline.prompt_template_encode.format,
+            limit=self.max_sequence_length,
+            start=pipeline.prompt_template_encode_start_idx,
+        )
+        return [chat]
 
     def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
         return {
@@ -225,7 +237,7 @@ class QwenImageDenoiser(AttentiveDenoiser):
             **kwargs,
             "encoder_hidden_states": slots.tokens,
             "encoder_hidden_states_mask": None,
-            "attention_kwargs": {**(kwargs["attention_kwargs"] or {}), "text_positions": slots.positions},
+            "attention_kwargs": {**(kwargs.get("attention_kwargs") or {}), "text_positions": slots.positions},
         }
         return changed, [(*row_spans, image) for row_spans in slots.spans]
 

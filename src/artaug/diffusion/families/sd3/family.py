@@ -20,6 +20,7 @@ from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.sd3.attention import RegionalSD3Processor
+from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize
 from artaug.errors import ModelError
 from artaug.lora.formats import SD3, KeyMap
 from artaug.regional.denoiser import (
@@ -106,6 +107,15 @@ class StableDiffusion3(Family):
             return [slice(0, clip_length)] * len(prompts)
         tokens = self.pipeline.tokenizer_3(list(prompts), truncation=True, max_length=self.max_sequence_length)
         return [slice(0, clip_length + len(t5_tokens)) for t5_tokens in tokens.input_ids]
+
+    def tokenized(self, prompt: str) -> list[TokenizedPrompt]:
+        # Both CLIPs have one vocabulary, and stand side by side on the channel axis.
+        clip_length = self.pipeline.tokenizer_max_length
+        clip = tokenize(self.pipeline.tokenizer, prompt, limit=clip_length)
+        if not self._has_t5:
+            return [clip]
+        t5 = tokenize(self.pipeline.tokenizer_3, prompt, limit=self.max_sequence_length, offset=clip_length)
+        return [clip, t5]
 
     def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
         return {**common.prompt_kwargs(conditioning, negative), "guidance_scale": self._guidance}

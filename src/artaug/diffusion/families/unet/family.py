@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, final, get_args
 
 import torch
@@ -29,6 +29,7 @@ from artaug._internal.modules import named_modules, unwrap
 from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
+from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize
 from artaug.diffusion.families.unet.attention import RegionalCrossProcessor
 from artaug.errors import GuideError, ModelError
 from artaug.lora.formats import SD15, SDXL, KeyMap
@@ -99,6 +100,12 @@ class UNetFamily(Family):
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         return [slice(0, self._clip_length)] * len(prompts)
+
+    def tokenized(self, prompt: str) -> list[TokenizedPrompt]:
+        # Where there are two CLIPs, they share one vocabulary, and stand side by side on the channel axis.
+        tokenizer = self.pipeline.tokenizer
+        convert = partial(self.pipeline.maybe_convert_prompt, tokenizer=tokenizer)
+        return [tokenize(tokenizer, prompt, limit=self._clip_length, convert=convert)]
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
         factor, config = self.pipeline.vae_scale_factor, self.pipeline.scheduler.config

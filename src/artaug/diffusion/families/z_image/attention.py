@@ -104,9 +104,8 @@ def accept_joined_captions(transformer: ZImageTransformer2DModel) -> Iterator[No
 class RegionalZImageProcessor(RegionalProcessor):
     """Twin of `diffusers.models.transformers.transformer_z_image.ZSingleStreamAttnProcessor` of diffusers 0.42.
 
-    It differs in two places: `attention_fn` computes the attention, and a call with a mask goes to diffusers' own processor.
-    Such a mask hides the filler of the shorter rows of a batch, and comes only in calls without regions: `JoinedCaptions`
-    have one length, so that the model makes no mask for them.
+    It differs in one place: `attention_fn` computes the attention. A mask hides the filler of the shorter rows of a batch, and
+    comes only in calls without regions: `JoinedCaptions` have one length, so that the model makes no mask for them.
     """
 
     upstream: ClassVar[type] = ZSingleStreamAttnProcessor
@@ -119,12 +118,6 @@ class RegionalZImageProcessor(RegionalProcessor):
         attention_mask: Tensor | None = None,
         freqs_cis: Tensor | None = None,
     ) -> Tensor:
-        if attention_mask is not None:
-            outputs: Tensor = ZSingleStreamAttnProcessor()(
-                attn, hidden_states, attention_mask=attention_mask, freqs_cis=freqs_cis
-            )
-            return outputs
-
         query = attn.to_q(hidden_states)
         key = attn.to_k(hidden_states)
         value = attn.to_v(hidden_states)
@@ -154,10 +147,14 @@ class RegionalZImageProcessor(RegionalProcessor):
         # Cast to correct dtype
         dtype = query.dtype
 
+        # From [batch, seq_len] to [batch, 1, 1, seq_len] -> broadcast to [batch, heads, seq_len, seq_len]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, None, None, :]
+
         # Compute joint attention: (batch, tokens, heads, channels) here, (batch, heads, tokens, channels) there
-        hidden_states = self._attention_fn(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(
-            1, 2
-        )
+        hidden_states = self._attention_fn(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attention_mask
+        ).transpose(1, 2)
 
         # Reshape back
         hidden_states = hidden_states.flatten(2, 3)

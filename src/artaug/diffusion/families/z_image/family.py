@@ -22,6 +22,7 @@ from torch import Tensor
 from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common, llm_encoders
 from artaug.diffusion.families.base import Family
+from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_chat
 from artaug.diffusion.families.z_image.attention import (
     JoinedCaptions,
     RegionalZImageProcessor,
@@ -114,6 +115,9 @@ class ZImage(Family):
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         return [slice(0, min(len(chat), self.max_sequence_length)) for chat in self._chat_tokens(prompts)]
 
+    def tokenized(self, prompt: str) -> list[TokenizedPrompt]:
+        return [tokenize_chat(self.pipeline.tokenizer, prompt, self._chat, limit=self.max_sequence_length)]
+
     def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
         return {
             "prompt_embeds": _unpad(conditioning),
@@ -164,13 +168,13 @@ class ZImage(Family):
     def _chat_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         """The tokens of each prompt in its chat template, before any cut."""
         tokenizer = self.pipeline.tokenizer
-        chats = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-            )
-            for prompt in prompts
-        ]
-        return [list(tokenizer(chat, verbose=False).input_ids) for chat in chats]
+        return [list(tokenizer(self._chat(prompt), verbose=False).input_ids) for prompt in prompts]
+
+    def _chat(self, prompt: str) -> str:
+        chat: str = self.pipeline.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return chat
 
     @property
     def _latent_px(self) -> int:
