@@ -12,7 +12,6 @@ holds scores of the selected keys, the backward pass those of all keys, for a bl
 """
 
 from collections.abc import Iterator
-from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -20,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from artaug.regional.bias import Bias
+from artaug.regional.compiled_attention import Autograd
 
-_Context: TypeAlias = Any  # autograd's ctx, which takes any attribute
 _BLOCK_SCORES = 1 << 22
 """Scores that are in memory at a time: 16 MB in float32."""
 
@@ -57,7 +56,7 @@ def key_maps(
 class _KeyMaps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _Context,
+        ctx: Autograd,
         query: Tensor,
         key: Tensor,
         selected: Tensor,
@@ -90,7 +89,7 @@ class _KeyMaps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, dmaps: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Autograd, dmaps: Tensor) -> tuple[Tensor | None, ...]:
         query, key, selected, members, lse = ctx.saved_tensors
         dtype = lse.dtype
         full_key = key.to(dtype)

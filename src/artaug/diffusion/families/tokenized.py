@@ -4,12 +4,10 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
+from artaug.diffusion.families.common import Tokenizer
 from artaug.errors import GuideError
-
-Tokenizer: TypeAlias = Any
-"""A tokenizer of transformers."""
 
 _MARK = "\ue000"
 """A character of no meaning, which stands for the prompt to find where a chat template puts it."""
