@@ -47,7 +47,9 @@ class Curves:
 
 
 def at_drift(drifts: Array, values: Array, level: float) -> Array:
-    """Values at the strength where the drift first reaches a level above 0, linear between strengths.
+    """Values at the strength where the drift first reaches a level above 0, linear in the drift's root between strengths.
+
+    The drift is a squared change, so its root grows as the strength does, and what is measured nearly so too.
 
     Args:
         drifts: (..., strengths), at ascending strengths from 0, where it is 0.
@@ -62,7 +64,8 @@ def at_drift(drifts: Array, values: Array, level: float) -> Array:
     low, high = (np.take_along_axis(drifts, at, axis=-1) for at in (after - 1, after))
     first, second = (np.take_along_axis(values, at, axis=-1) for at in (after - 1, after))
     found = reached.any(axis=-1, keepdims=True)
-    part = np.divide(level - low, high - low, where=found & (high > low), out=np.zeros_like(low))
+    low, high = np.sqrt(low), np.sqrt(high)
+    part = np.divide(np.sqrt(level) - low, high - low, where=found & (high > low), out=np.zeros_like(low))
     return np.where(found, first + part * (second - first), np.nan)[..., 0]
 
 

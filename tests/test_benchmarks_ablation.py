@@ -217,14 +217,14 @@ def synthetic_rows(settings, seeds, prompts=3):
     for cell in all_cells(settings, seeds):
         strengths = [0.0, *settings.strengths] if cell.axis in bench.SWEPT else [0.0, 1.0]
         curve = {
-            name: [[strength * size + 1e-5 * cell.seed] * prompts for strength in strengths]
-            for name, size in {
-                "gain": 0.05,
-                "drift": 0.001,
-                "alignment": 0,
-                "diversity": 0,
-                "exposure": 0,
-                "sharpness": 0,
+            name: [[size * strength**power + 1e-5 * cell.seed] * prompts for strength in strengths]
+            for name, (size, power) in {
+                "gain": (0.05, 1),
+                "drift": (0.0002, 2),
+                "alignment": (0, 1),
+                "diversity": (0, 1),
+                "exposure": (0, 1),
+                "sharpness": (0, 1),
             }.items()
         }
         rows.append({**vars(cell), **columns, "made_by": "", "strengths": strengths, "curve": curve})
@@ -252,9 +252,9 @@ def test_fronts_have_every_arm_kind_and_budget_at_every_drift(content):
 
     assert len(fronts) == len(arms.ARMS) * 2 * 2 * (1 + len(statistics.DRIFTS))
     for row in fronts:
-        drift = 0.001 if row["at_drift"] is None else row["at_drift"]
+        drift = 0.0002 if row["at_drift"] is None else row["at_drift"]
         reached = drift <= 0.005  # at strength 5
-        assert row["gain"] == (pytest.approx(50 * drift, rel=0.05) if reached else None)
+        assert row["gain"] == (pytest.approx(0.05 * (drift / 0.0002) ** 0.5, rel=0.05) if reached else None)
 
 
 def test_equal_arms_do_not_dominate_each_other_and_all_are_compared_with_the_default(content):

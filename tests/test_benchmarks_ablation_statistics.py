@@ -27,14 +27,14 @@ def curves(draw, seeds=(0, 1, 2), prompts=4):
 
 
 def evenly(gain, drift, *, alignment=1.0, passes=100.0, seeds=(0, 1, 2, 3, 4), noise=0.0):
-    """Curves that grow by the strength, with noise of seeds and prompts."""
+    """A gain that grows as the strength does and a drift as its square, with noise of seeds and prompts."""
     rng = np.random.default_rng(0)
     shape = (len(seeds), len(STRENGTHS), 6)
     strengths = np.broadcast_to(np.array(STRENGTHS)[:, None], shape)
     spread = noise * rng.standard_normal(shape)
     measures = {
         "gain": gain * strengths + spread,
-        "drift": drift * strengths,
+        "drift": drift * strengths**2,
         "alignment": np.full(shape, alignment),
         "diversity": np.zeros(shape),
     }
@@ -47,8 +47,17 @@ def test_interpolation_is_that_of_numpy_where_the_drift_rises_and_nothing_beyond
 
     found = statistics.at_drift(drifts, values, level)
 
-    expected = np.interp(level, drifts, values) if level <= drifts[-1] else np.nan
+    roots = np.sqrt(drifts)
+    expected = np.interp(np.sqrt(level), roots, values) if level <= drifts[-1] else np.nan
     assert found == pytest.approx(expected, rel=1e-6, abs=1e-12, nan_ok=True)
+
+
+def test_a_gain_in_proportion_to_the_strength_is_found_between_strengths_far_apart():
+    strengths = np.array([0.0, 1.0, 3.0])
+
+    found = statistics.at_drift(1e-3 * strengths**2, 0.05 * strengths, 4e-3)
+
+    assert found == pytest.approx(0.05 * 2)
 
 
 @given(rising(5), rising(5), levels, levels)
@@ -101,15 +110,15 @@ def test_an_arm_that_is_better_in_something_and_worse_in_nothing_dominates(claim
 
 
 def test_strength_costs_nothing_along_the_front():
-    """Twice as far for twice the drift: the same front, and not the same LoRA."""
+    """Twice as far for four times the drift: the same front, and not the same LoRA."""
     bootstrap = statistics.Bootstrap(200)
-    near, far = evenly(0.05, 0.001), evenly(0.1, 0.002)
+    near, far = evenly(0.05, 0.0005), evenly(0.1, 0.002)
 
     along = bootstrap.along_the_front(far, near)
     assert all(abs(one.mean) < 1e-9 for one in along.advantages)
     assert (along.reaches_as_far, bootstrap.along_the_front(near, far).reaches_as_far) == (True, False)
     as_trained = {one.measure: one.mean for one in bootstrap.at_strength_1(far, near).advantages}
-    assert (as_trained["gain"], as_trained["drift"]) == (pytest.approx(0.05), pytest.approx(-0.001))
+    assert (as_trained["gain"], as_trained["drift"]) == (pytest.approx(0.05), pytest.approx(-0.0015))
 
 
 def test_a_difference_within_the_noise_of_seeds_and_prompts_is_no_dominance():
