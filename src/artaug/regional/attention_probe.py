@@ -51,7 +51,7 @@ class AttentionMaps:
     """In the order of computation."""
 
     def mean(self, grid: tuple[int, int] | None = None) -> Float[Tensor, "batch phrases rows columns"]:
-        """The mean over layers and heads, each resized to one grid.
+        """The mean over layers and heads, each averaged over the areas of one grid's tokens.
 
         Args:
             grid: rows and columns; None for the finest of the layers.
@@ -62,7 +62,7 @@ class AttentionMaps:
             maps = layer.maps if layer.maps.ndim == 3 else layer.maps.mean(dim=2)
             pictures = maps.unflatten(-1, layer.grid)
             if layer.grid != grid:
-                pictures = interpolate(pictures, grid, mode="bilinear", align_corners=False, antialias=True)
+                pictures = interpolate(pictures, grid, mode="area")
             resized.append(pictures)
         return torch.stack(resized).mean(dim=0)
 

@@ -29,9 +29,10 @@ _TOLERANCE = 1e-4
 
 
 def check_guide(guide: Guide) -> None:
-    """Check that a guide makes regions count, in a batch too, and leaves no trace on the model.
+    """Check that a guide acts on a batch as on its pictures, makes regions count, and leaves no trace on the model.
 
-    It steers a denoiser of two attention layers with random weights, an `artaug.regional.AttentiveDenoiser`.
+    It steers a denoiser of two attention layers with random weights, an `artaug.regional.AttentiveDenoiser`, for the prompts "a
+    red barn" and "a lake". A guide with ``reads_regions = False`` gets no regions, and may change pictures without any.
 
     Raises:
         AssertionError: if it does not; the message says which rule was broken.
@@ -40,16 +41,10 @@ def check_guide(guide: Guide) -> None:
     prompts = ["a red barn", "a lake"]
     denoiser = _tiny_denoiser(prompts)
     left, top = Region(Box(0, 0, 0.5, 1), "a blue door"), Region(Box(0, 0, 1, 0.5), "a stormy sky", weight=2.0)
-    rows = [_encode_regions(left, top), _encode_regions(top)]
+    rows = [_encode_regions(left, top), _encode_regions(top)] if guide.reads_regions else [[], []]
     plain, traces = denoiser.predict(), _traces(denoiser.module)
-
-    run = _run_of(denoiser, prompts, [[], []])
-    if not declines(guide, run.plans):
-        with steer(guide, run):
-            unguided = denoiser.predict()
-        assert torch.equal(unguided, plain), (
-            f"{name} changes the prediction of pictures without regions: expected the same bits"
-        )
+    if guide.reads_regions:
+        _check_without_regions(guide, denoiser, prompts, plain)
         _check_no_trace(denoiser, traces, plain, f"{name}, after a run without regions,")
 
     with steer(guide, _run_of(denoiser, prompts, rows)):
@@ -59,7 +54,8 @@ def check_guide(guide: Guide) -> None:
     assert guided.shape == plain.shape, f"{name} changes the shape of a prediction: {tuple(guided.shape)}"
     assert torch.equal(guided, repeated), f"{name} predicts differently for the same call"
     for row, prompt in enumerate(prompts):
-        assert not torch.equal(guided[row], plain[row]), f"{name} ignores the regions of picture {row} of a batch"
+        if guide.reads_regions:
+            assert not torch.equal(guided[row], plain[row]), f"{name} ignores the regions of picture {row} of a batch"
         alone = _tiny_denoiser([prompt], first_row=row)
         with steer(guide, _run_of(alone, [prompt], [rows[row]])):
             by_itself = alone.predict()[0]
@@ -67,11 +63,12 @@ def check_guide(guide: Guide) -> None:
             f"{name} predicts picture {row} of a batch differently than alone, by up to "
             f"{(guided[row] - by_itself).abs().max():.2g}"
         )
-    with steer(guide, _run_of(denoiser, prompts, [rows[0], []])):
-        mixed = denoiser.predict()
-    assert torch.allclose(mixed[1], plain[1], atol=_TOLERANCE), (
-        f"{name} changes the prediction of a picture without regions, because another of its batch has some"
-    )
+    if guide.reads_regions:
+        with steer(guide, _run_of(denoiser, prompts, [rows[0], []])):
+            mixed = denoiser.predict()
+        assert torch.allclose(mixed[1], plain[1], atol=_TOLERANCE), (
+            f"{name} changes the prediction of a picture without regions, because another of its batch has some"
+        )
     _check_no_trace(denoiser, traces, plain, f"{name}, after a run,")
 
     try:
@@ -81,6 +78,17 @@ def check_guide(guide: Guide) -> None:
     else:
         raise AssertionError(f"{name}.applied swallows an exception of its with block")
     _check_no_trace(denoiser, traces, plain, f"{name}, after an exception,")
+
+
+def _check_without_regions(guide: Guide, denoiser: "_TinyDenoiser", prompts: Sequence[str], plain: Tensor) -> None:
+    run = _run_of(denoiser, prompts, [[], []])
+    if declines(guide, run.plans):
+        return
+    with steer(guide, run):
+        unguided = denoiser.predict()
+    assert torch.equal(unguided, plain), (
+        f"{type(guide).__name__} changes the prediction of pictures without regions: expected the same bits"
+    )
 
 
 class _InterruptedError(Exception):
