@@ -445,6 +445,16 @@ def test_the_maps_that_tell_most_are_averaged():
 
 
 @few
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 5), quantile=st.floats(0.5, 1))
+def test_maps_are_selected_by_the_quantiles_of_torch(seed, count, quantile):
+    maps = random_maps(2, 3, 5, 20, seed=seed)
+    scores = torch.quantile(maps, quantile, dim=-1) * (1 - torch.quantile(maps, 1 - quantile, dim=-1))
+    best = scores.argsort(dim=-1, descending=True)[..., :count]
+    expected = torch.take_along_dim(maps, best[..., None], dim=2).mean(dim=2)
+    torch.testing.assert_close(select_maps(maps, count=count, quantile=quantile), expected)
+
+
+@few
 @given(seed=st.integers(0, 10_000), threshold=st.floats(0.01, 1))
 def test_the_strongest_token_is_always_of_high_activation(seed, threshold):
     maps = random_maps(2, 3, 20, seed=seed).requires_grad_()
