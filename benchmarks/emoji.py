@@ -111,7 +111,7 @@ def main() -> None:
         record.write(options.out / "emoji.json", recorded, rows)
     print(record.table(rows))
     plot(rows).savefig(options.out / "emoji.png", dpi=150, bbox_inches="tight")
-    contact_sheet(bench, cells_to_show(rows)).savefig(options.out / "emoji-pictures.png", dpi=110, bbox_inches="tight")
+    contact_sheet(bench, cells_to_show(rows)).savefig(options.out / "emoji-pictures.png", dpi=80, bbox_inches="tight")
 
 
 def cells_to_show(rows: Sequence[record.Row]) -> list[Cell]:

@@ -150,6 +150,35 @@ def test_what_a_critic_buys_over_selection_is_what_was_measured():
     assert f"at a drift of 2 thousandths from {boxes[0]} to {boxes[1]}" in text
 
 
+def test_what_is_said_of_real_pairs_is_what_was_measured():
+    measured = rows("2-core-epyc/emoji.json")
+    trained = [row for row in measured if row.get("pairs") == 128 and not row["tuning"] and row["scale"] == 1]
+
+    def mean(name, arm):
+        return fmean(row[name] for row in trained if row["arm"] == arm)
+
+    arms = dict.fromkeys(row["arm"] for row in trained)
+    progress, seen, farther = (
+        [mean(name, arm) for arm in arms] for name in ("progress", "efficientnet_progress", "efficientnet_distance")
+    )
+    nearest = mean("distance", "PairedPreference, anchor .25")
+    text = page("docs/real-pairs.md")
+    assert f"EfficientNet recognizes {measured[0]['efficientnet_subject']:.0%}" in text
+    assert f"they go {min(progress):.2f} to {max(progress):.2f} of the way at 128 pairs" in text
+    assert f"EfficientNet sees at most {max(seen):.2f}" in text
+    assert min(farther) > 1
+    assert f"({nearest:.3f} of the base's distance)" in text
+    assert f"`NegativeAware` ({mean('distance', 'NegativeAware'):.3f})" in text
+    assert f"({mean('distance', 'PairedDifference, at before'):.3f})" in text
+    assert f"included ({mean('distance', 'PairedPreference'):.3f})" in text
+    assert f"{mean('subject', 'DirectPreference'):.0%} are recognized" in text
+    assert [arm for arm in arms if mean("distance", arm) < 1] == [
+        "PairedDifference, at before",
+        "PairedPreference, anchor .25",
+        "NegativeAware",
+    ]
+
+
 def test_the_memory_of_baking_is_what_was_measured():
     peaks = [row["peak_bytes"] / 2**20 for row in rows("2-core-epyc/bake.json")]
     assert f"({min(peaks):.0f} to {max(peaks):.0f} MiB in" in page("docs/lora-files.md")
