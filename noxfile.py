@@ -36,7 +36,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check every annotation with mypy, strictly; and that a critic written as the docs show passes, too."""
-    install(session, "--editable", ".[report]", group="types")
+    install(session, "--editable", ".[report,scale]", group="types")
     session.run("mypy", "src", "tools", "examples", "benchmarks")
     written_by_users = Path(session.create_tmp()).resolve() / "critics.py"
     written_by_users.write_text("".join(FENCE.findall(Path("docs/critics.md").read_text("utf-8"))), "utf-8")
@@ -49,7 +49,7 @@ def tests(session: nox.Session) -> None:
 
     What follows ``--`` goes to pytest, which then runs alone: one process, no coverage.
     """
-    install(session, "--editable", ".[optimizers,parquet,report,vlm]", group="tests")
+    install(session, "--editable", ".[optimizers,parquet,report,scale,vlm]", group="tests")
     if session.posargs:
         session.run("pytest", *session.posargs)
         return
@@ -75,7 +75,7 @@ def lowest(session: nox.Session) -> None:
     pins = Path(session.create_tmp()).resolve() / "lowest.txt"
     floors = [line.replace(">=", "==") for line in declared if not line.startswith("torch>")]
     pins.write_text("\n".join([torch, *floors]), "utf-8")
-    session.install("--constraint", str(pins), "--editable", ".[optimizers,parquet,report,vlm]")
+    session.install("--constraint", str(pins), "--editable", ".[optimizers,parquet,report,scale,vlm]")
     session.install("--constraint", str(pins), *nox.project.dependency_groups(PYPROJECT, "tests"))
     # Warnings of old versions about their own dependencies are not ours to heed.
     options = ["-o", "filterwarnings=default", "--numprocesses", "auto", "--dist", "worksteal"]
@@ -85,7 +85,7 @@ def lowest(session: nox.Session) -> None:
 @nox.session
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device."""
-    install(session, "--editable", ".[optimizers,parquet,report,vlm]", group="tests")
+    install(session, "--editable", ".[optimizers,parquet,report,scale,vlm]", group="tests")
     session.run("pytest", "-m", "gpu", *session.posargs)
 
 
@@ -192,7 +192,7 @@ print(f"artaug {artaug.__version__}: py.typed and {sum(path.stat().st_size for p
 def constraints(session: nox.Session) -> None:
     """Resolve everything afresh, at the newest versions, and write constraints.txt."""
     session.install(
-        ".[optimizers,parquet,report,vlm]", *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"])
+        ".[optimizers,parquet,report,scale,vlm]", *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"])
     )
     frozen = session.run("python", "-m", "pip", "freeze", "--exclude", "artaug", silent=True)
     pins = "\n".join(line.partition("+")[0] for line in str(frozen).splitlines())

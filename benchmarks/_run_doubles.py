@@ -149,7 +149,7 @@ def chunk_record(texts: Sequence[str], indices: Sequence[int], images: aa.ImageF
             End(index, 0, verdict(index)) if plan else End(index, 0, None, "the critic suggested nothing", "plan")
         )
     drawn: dict[DrawingStage, dict[Member, Picture]] = {
-        "draw": {member: candidate.before for member, candidate in candidates.items()},
+        "draw": {member: candidate.before for member, candidate in candidates.items() if candidate.before},
         "redraw": {member: candidate.after for member, candidate in candidates.items() if candidate.after},
     }
     for stage, files in drawn.items():

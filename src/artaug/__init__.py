@@ -11,6 +11,7 @@ from importlib.metadata import version
 from artaug.critique import Abstention, Critic, Critique, Suggestion
 from artaug.errors import (
     ArtAugError,
+    ClusterError,
     ContractError,
     CriticError,
     GeometryError,
@@ -123,6 +124,7 @@ __all__ = [
     "CachedSynthesizer",
     "Calibration",
     "Checkpoints",
+    "ClusterError",
     "Comparison",
     "CompressedLayer",
     "Compression",

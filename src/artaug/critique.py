@@ -14,6 +14,7 @@ from artaug._internal.transient import TransientErrors
 from artaug._internal.values import value
 from artaug.errors import ContractError, CriticError, InvalidValueError, StorageError
 from artaug.geometry import Box
+from artaug.image_files import select_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,6 +114,14 @@ class Critic(ABC):
         """What it computes with on a device, for `OneAtATime`, which moves these; whatever is not named stays where it is."""
         return ()
 
+    @property
+    def max_concurrency(self) -> int:
+        """How many calls a run may make at the same time, each in a thread of its own, while it draws.
+
+        0, of one that computes in this process: the run's own thread makes them, one after the other.
+        """
+        return 0
+
     @abstractmethod
     def critique(self, image: Image, prompt: str) -> Critique | Abstention:
         """Suggest what would improve ``image``, which was drawn from ``prompt``."""
@@ -181,7 +190,7 @@ def stream_critic(
         members = remaining[: batches.largest]
         pending, out_of_memory = list(members), ""  # without an answer
         try:
-            for position, answer in _ask(critic, [images[i] for i in members], [prompts[i] for i in members]):
+            for position, answer in _ask(critic, select_images(images, members), [prompts[i] for i in members]):
                 pending.remove(members[position])
                 yield members[position], answer
         except Exception as error:  # noqa: BLE001 - it is raised again, unless it passes

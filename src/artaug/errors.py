@@ -179,6 +179,10 @@ class NothingToLearnError(ArtAugError, RuntimeError):
     """No pair was kept, so a trainer has nothing to learn from."""
 
 
+class ClusterError(ArtAugError, RuntimeError):
+    """A cluster cannot be reached, has not what is asked for, or its workers die one after the other."""
+
+
 class MissingExtraError(ArtAugError, ImportError):
     """An optional package is not installed.
 

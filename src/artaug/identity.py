@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from enum import Enum
 from pathlib import PurePath
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, MethodWrapperType, ModuleType, NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,6 +33,15 @@ _REMEDY = (
     "Give the class of one of them an attribute identity='...' with all that its results depend on, or hide what does not "
     "count: a name that begins with _, or a dataclass field with repr=False."
 )
+
+
+@runtime_checkable
+class Described(Protocol):
+    """An object that stands for another one, which is in another process: it is what that one is, not what it is itself."""
+
+    @property
+    def identity_items(self) -> Mapping[str, str]:
+        """``identity_of(other, "")`` of the other one."""
 
 
 def identity_of(value: object, name: str) -> dict[str, str]:
@@ -65,6 +74,9 @@ def _describe(value: object, name: str, items: dict[str, str], above: Mapping[in
     if len(above) == _DEEPEST:
         raise InvalidValueError(f"{name}: nested more than {_DEEPEST} objects deep. {_REMEDY}")
     description: _Description | None
+    if isinstance(value, Described):
+        items.update({f"{name}{place}": text for place, text in value.identity_items.items()})
+        return
     stated = None if isinstance(value, type) else getattr(value, "identity", None)
     if isinstance(stated, Mapping):
         description = _Description(_class_name(value), stated)

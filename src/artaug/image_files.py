@@ -215,6 +215,13 @@ class LoadedImages(Sequence[Image.Image]):
         return held.load() if isinstance(held, ImageFile) else held
 
 
+def select_images(images: Sequence[Image.Image], members: Sequence[int]) -> Sequence[Image.Image]:
+    """Some of the pictures; of `LoadedImages`, none is read."""
+    if isinstance(images, LoadedImages):
+        return LoadedImages([images.references[index] for index in members])
+    return [images[index] for index in members]
+
+
 def image_digest(image: Image.Image | ImageFile) -> str:
     """SHA-256 of a picture's size and RGB pixels, as 64 hexadecimal digits, whatever its mode or the format of its file.
 

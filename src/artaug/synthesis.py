@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -13,6 +14,7 @@ from artaug._internal.calls import call_part, describe_inputs
 from artaug._internal.contracts import check_batch
 from artaug._internal.memory import FittingBatches
 from artaug.errors import ModelError
+from artaug.image_files import ImageFile, ImageFolder
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
 
@@ -23,6 +25,17 @@ _TOO_LARGE = (
     "Offload the pipeline (enable_model_cpu_offload), draw smaller pictures, load the model in lower precision or quantized, or "
     "free what else is on the device; fewer steps need as much memory."
 )
+
+
+@dataclass(frozen=True)
+class Undrawn:
+    """Stands for a picture that could not be drawn: a run skips its prompt, with the reason.
+
+    What a synthesizer raises ends a run. This is for what would happen again each time, such as a plan that kills the process
+    that draws it.
+    """
+
+    reason: str
 
 
 class Synthesizer(ABC):
@@ -43,6 +56,14 @@ class Synthesizer(ABC):
         """What it computes with on a device, for `OneAtATime`, which moves these; whatever is not named stays where it is."""
         return ()
 
+    @property
+    def max_concurrency(self) -> int:
+        """How many calls a run may make at the same time, each in a thread of its own.
+
+        0, of one that computes in this process: the run's own thread makes them, one after the other.
+        """
+        return 0
+
     @abstractmethod
     def synthesize(self, plan: Plan, *, seed: int) -> Image:
         """Draw one picture."""
@@ -50,6 +71,16 @@ class Synthesizer(ABC):
     def synthesize_batch(self, plans: Sequence[Plan], *, seeds: Sequence[int]) -> list[Image]:
         """Draw many pictures, one for each plan and seed. Override it where a batch is faster than a loop."""
         return [self.synthesize(plan, seed=seed) for plan, seed in zip(plans, seeds, strict=True)]
+
+    def synthesize_each(
+        self, plans: Sequence[Plan], *, seeds: Sequence[int], folder: ImageFolder | None = None
+    ) -> "Sequence[Image | ImageFile | Undrawn]":
+        """Draw many pictures, into a folder if there is one, and say of those that cannot be drawn why not.
+
+        What a run calls. Override it where pictures are drawn elsewhere and can be stored from there.
+        """
+        images = self.synthesize_batch(plans, seeds=seeds)
+        return images if folder is None else folder.add_all(images)
 
     def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
         """A synthesizer that draws with ``lora`` on top, with the same weights in memory; this one is not changed.
@@ -67,7 +98,7 @@ class DrawingCall:
 
     members: tuple[int, ...]
     """The indices of its plans among all that were to be drawn."""
-    images: tuple[Image, ...]
+    images: tuple[Image | ImageFile | Undrawn, ...]
     """A picture for each of them."""
 
 
@@ -77,18 +108,57 @@ def draw(synthesizer: Synthesizer, plans: Sequence[Plan], *, seeds: Sequence[int
     See `draw_in_calls`, which gives the same pictures call by call, for what it raises.
     """
     calls = draw_in_calls(synthesizer, plans, seeds=seeds, batches=FittingBatches(max(len(plans), 1)))
-    return [image for call in calls for image in call.images]
+    images = (_checked(synthesizer, image) for call in calls for image in call.images)
+    return [image.load() if isinstance(image, ImageFile) else image for image in images]
+
+
+def draw_files(
+    synthesizer: Synthesizer, plans: Sequence[Plan], *, seeds: Sequence[int], folder: ImageFolder
+) -> list[ImageFile]:
+    """Draw pictures into a folder, as `draw` does."""
+    batches = FittingBatches(max(len(plans), 1))
+    calls = draw_in_calls(synthesizer, plans, seeds=seeds, batches=batches, folder=folder)
+    files = (_checked(synthesizer, file) for call in calls for file in call.images)
+    return [file if isinstance(file, ImageFile) else folder.add(file) for file in files]
+
+
+def _checked(synthesizer: Synthesizer, image: Image | ImageFile | Undrawn) -> Image | ImageFile:
+    if isinstance(image, Undrawn):
+        raise ModelError(f"{type(synthesizer).__name__} could not draw a picture: {image.reason}")
+    return image
+
+
+def draw_call(
+    synthesizer: Synthesizer, plans: Sequence[Plan], seeds: Sequence[int], folder: ImageFolder | None
+) -> list[Image | ImageFile | Undrawn]:
+    """Make one call of a synthesizer, and check what it returned.
+
+    Raises:
+        ContractError: see `draw_in_calls`.
+    """
+    owner, prompts = type(synthesizer).__name__, [plan.prompt for plan in plans]
+    check = partial(check_batch, owner, count=len(plans), per="plan", prompts=prompts)
+    if type(synthesizer).synthesize_each is not Synthesizer.synthesize_each:
+        drawn = synthesizer.synthesize_each(plans, seeds=seeds, folder=folder)
+        return check("synthesize_each", drawn, of=(Image if folder is None else ImageFile, Undrawn))
+    images = check("synthesize_batch", synthesizer.synthesize_batch(plans, seeds=seeds), of=Image)
+    return [*(images if folder is None else folder.add_all(images))]
 
 
 def draw_in_calls(
-    synthesizer: Synthesizer, plans: Sequence[Plan], *, seeds: Sequence[int], batches: FittingBatches
+    synthesizer: Synthesizer,
+    plans: Sequence[Plan],
+    *,
+    seeds: Sequence[int],
+    batches: FittingBatches,
+    folder: ImageFolder | None = None,
 ) -> Iterator[DrawingCall]:
     """Draw pictures and check that there is one for each plan: the pictures of each call of the synthesizer, as they come.
 
     Every call of a synthesizer goes through this function. Where memory runs out, ``batches.largest`` is halved and what was
     not drawn is drawn again; pass the same ``batches`` to go on with calls of that size. A synthesizer without a
     `Synthesizer.synthesize_batch` of its own draws picture by picture. What passes by itself, such as a timeout, is tried
-    again for ten minutes.
+    again for ten minutes. With a ``folder``, the pictures are files of it.
 
     Raises:
         PartError: if the synthesizer raised; an `ArtAugError` of its own is raised as it is, with a note.
@@ -96,18 +166,14 @@ def draw_in_calls(
         MemoryError, RuntimeError: the synthesizer's own, if not even one picture fits into memory.
     """
     owner = type(synthesizer).__name__
+    own = type(synthesizer).synthesize_each is not Synthesizer.synthesize_each
 
-    def call(members: Sequence[int]) -> list[Image]:
-        part = [plans[index] for index in members]
-        prompts = [plan.prompt for plan in part]
-        images = call_part(
-            lambda: synthesizer.synthesize_batch(part, seeds=[seeds[index] for index in members]),
-            owner=owner,
-            inputs=describe_inputs("plan", prompts),
-        )
-        return check_batch(owner, "synthesize_batch", images, of=Image, count=len(part), per="plan", prompts=prompts)
+    def call(members: Sequence[int]) -> list[Image | ImageFile | Undrawn]:
+        part, part_seeds = [plans[index] for index in members], [seeds[index] for index in members]
+        inputs = describe_inputs("plan", [plan.prompt for plan in part])
+        return call_part(lambda: draw_call(synthesizer, part, part_seeds, folder), owner=owner, inputs=inputs)
 
-    if type(synthesizer).synthesize_batch is Synthesizer.synthesize_batch:
+    if not own and type(synthesizer).synthesize_batch is Synthesizer.synthesize_batch:
         batches = FittingBatches(1)
     for members, images in batches.run(call, range(len(plans)), owner=owner, item="picture", remedy=_TOO_LARGE):
         yield DrawingCall(tuple(members), tuple(images))

@@ -11,6 +11,8 @@ _ALWAYS = {
 _AT_THE_END = {"key", "keys", "token"}
 """Of ``api_key`` or ``X-Auth-Token``, not of ``max_tokens`` or ``key_format``."""
 _OWNERS_OF_TOKENS = {"api", "access", "refresh", "session", "hf"}
+_LONGEST_MESSAGE = 2**20
+"""Bytes of a message in which secrets are recognized by their looks: pixels look like anything, sooner or later."""
 _SHORTEST = 8
 """Characters of a value that is taken for a secret by how it looks."""
 
@@ -41,6 +43,20 @@ def is_secret_name(name: str, value: object) -> bool:
         or not _ALWAYS.isdisjoint(words)
         or (words[-1] == "tokens" and not _OWNERS_OF_TOKENS.isdisjoint(words))
     )
+
+
+def secret_in(data: bytes) -> str | None:
+    """What of a message is a secret, in words that do not tell it; None if nothing is.
+
+    >>> from artaug._internal.redaction import secret_in
+    >>> secret_in(b"OpenAICritic(api_key='sk-0123456789abcdef')")
+    "what looks like a key, 'sk-01...'"
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and is_secret_name(name, value) and value.encode() in data:
+            return f"the value of the environment variable {name}"
+    looks = _BY_LOOKS.search(data.decode("latin-1")) if len(data) <= _LONGEST_MESSAGE else None
+    return None if looks is None else f"what looks like a key, '{looks[0][:5]}...'"
 
 
 def hide_secrets(text: str) -> str:

@@ -50,6 +50,11 @@ class OpenAICritic(ServedModel, StreamingCritic):
             object.__setattr__(self, "conversation", Conversation(coordinates=_coordinates_by_name(self.model)))
         super().__post_init__()
 
+    @property
+    def max_concurrency(self) -> int:
+        """1: a run draws the next pictures while the server answers; how many it asks at once is ``concurrency``."""
+        return 1
+
     def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         """Criticise many pictures, ``concurrency`` at a time, and give each answer when it comes."""
         # Kept for the batch, so that a picture is encoded once for both stages and all attempts.

@@ -70,6 +70,10 @@ class Ensemble(StreamingCritic):
     def models(self) -> "Sequence[nn.Module]":
         return [model for critic in self.critics for model in critic.models]
 
+    @property
+    def max_concurrency(self) -> int:
+        return min(critic.max_concurrency for critic in self.critics)
+
     def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         """Criticise many pictures, one critic after the other, and give each answer when the last critic has answered."""
         votes: list[list[Answer]] = [[] for _ in prompts]  # by picture, in the order of the critics
@@ -163,6 +167,10 @@ class Cached(StreamingCritic):
     def models(self) -> "Sequence[nn.Module]":
         return self.critic.models
 
+    @property
+    def max_concurrency(self) -> int:
+        return self.critic.max_concurrency
+
     def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         # By the path of an entry: the indices of its question, which may occur twice in a batch but is asked once.
         indices: dict[Path, list[int]] = {}
@@ -253,6 +261,10 @@ class Retried(StreamingCritic):
     @property
     def models(self) -> "Sequence[nn.Module]":
         return self.critic.models
+
+    @property
+    def max_concurrency(self) -> int:
+        return self.critic.max_concurrency
 
     def critique_stream(self, images: Sequence[Image], prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         history: dict[int, list[Abstention]] = {index: [] for index in range(len(prompts))}  # without a critique

@@ -26,7 +26,7 @@ from artaug.run.stop_rule import StopRule
 from artaug.run.storage.store import RunFolder, Store
 from artaug.scoring import Scorer, score_images
 from artaug.synthesis import Synthesizer
-from artaug.training import Checkpoints, DifferentialLoRATrainer, Trainable, Validation
+from artaug.training import Checkpoints, DifferentialLoRATrainer, RemotelyTrainable, Trainable, Validation
 
 Check: TypeAlias = Literal["arguments", "scorers", "everything"]
 """How far the check before a run goes: ``"arguments"`` calls nothing that was passed but the model, which is not run;
@@ -189,14 +189,14 @@ def _check_learning(faults: Faults, prompts: Sequence[str], synthesizer: Synthes
             learning.checkpoints.check()
 
 
-def as_trainable(synthesizer: Synthesizer) -> Trainable:
+def as_trainable(synthesizer: Synthesizer) -> Trainable | RemotelyTrainable:
     """Return the synthesizer if it has a model to train, and can draw with what was learned.
 
     Raises:
         ModelError: if it does not.
     """
     name = type(synthesizer).__name__
-    if not isinstance(synthesizer, Trainable):
+    if not isinstance(synthesizer, Trainable | RemotelyTrainable):
         raise ModelError(
             f"{name} has no model to train: it has no method training(). Use a DiffusersSynthesizer, or implement "
             "artaug.training.Trainable."

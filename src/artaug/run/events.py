@@ -116,7 +116,6 @@ class StageClock:
     """By stage, the sum over all calls."""
     totals: dict[RoundStage, int] = field(default_factory=dict)
     """By stage, how much of it the round will have at most, as far as is known."""
-    _last: float = field(default=0.0, init=False)
 
     def begin(self, totals: Mapping[RoundStage, int]) -> None:
         """Report how much a round will have of each stage."""
@@ -127,23 +126,24 @@ class StageClock:
     @contextmanager
     def stage(self, stage: RoundStage, count: int) -> Iterator[None]:
         """Time a stage and report it, unless it raises."""
-        start = self._last = time.perf_counter()
+        start_s = time.perf_counter()
         yield
-        elapsed = time.perf_counter() - start
-        self.add_seconds({stage: elapsed})
-        self.emit(StageEvent(stage=stage, seconds=elapsed, round_number=self.round_number, count=count))
+        self.end(stage, seconds=time.perf_counter() - start_s, count=count)
+
+    def end(self, stage: RoundStage, *, seconds: float, count: int) -> None:
+        """Report a stage that took so long; stages of two chunks may be under way at the same time."""
+        self.add_seconds({stage: seconds})
+        self.emit(StageEvent(stage=stage, seconds=seconds, round_number=self.round_number, count=count))
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
         """Count the time of stages, also that of a call before this one."""
         for stage, more in seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + more
 
-    def progress(self, stage: RoundStage, count: int) -> None:
-        """Report that part of the stage under way is done."""
-        elapsed = time.perf_counter() - self._last
+    def progress(self, stage: RoundStage, count: int, *, seconds: float) -> None:
+        """Report that part of a stage under way is done, and how long that part took."""
         if count:
-            self._report(stage, count, seconds=elapsed)
-            self._last = time.perf_counter()
+            self._report(stage, count, seconds=seconds)
 
     def resume(self, stage: RoundStage, count: int) -> None:
         """Report what was on disk already."""

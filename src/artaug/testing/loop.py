@@ -91,9 +91,8 @@ def check_synthesizer(synthesizer: Synthesizer) -> None:
         f"{name} ignores regions: the picture is the same with and without one"
     )
     batch = synthesizer.synthesize_batch([plan, regional], seeds=[1, 1])
-    assert [image.size for image in batch] == [first.size] * 2, (
-        f"{name}.synthesize_batch returned sizes {[image.size for image in batch]} for 2 plans of {first.size}"
-    )
+    sizes = [image.size for image in batch]
+    assert sizes == [first.size] * 2, f"{name}.synthesize_batch returned sizes {sizes} for 2 plans of {first.size}"
 
 
 def check_scorer(scorer: Scorer) -> None:

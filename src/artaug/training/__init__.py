@@ -4,7 +4,7 @@ from artaug.training.adapters import Adapter, AdapterTensors, DoRA, LayerWeights
 from artaug.training.config import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, TrainingConfig
 from artaug.training.distributed import shard
 from artaug.training.loss_scale import LossScale
-from artaug.training.model import DiffusionModel, Predictor, Trainable
+from artaug.training.model import DiffusionModel, Predictor, RemotelyTrainable, Trainable
 from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, NoiseSchedule, VPrediction
 from artaug.training.objectives import (
     Bipolar,
@@ -60,6 +60,7 @@ __all__ = [
     "PlainLoRA",
     "Predictor",
     "Prodigy",
+    "RemotelyTrainable",
     "Schedule",
     "ScheduleFree",
     "Stage",

@@ -1,8 +1,8 @@
 """The protocol of a model in training: a trainer uses nothing else of it, so one trainer serves every family."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, Self, TypeAlias, runtime_checkable
+from typing import Any, Protocol, Self, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from artaug.regional.denoiser import Conditioning
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
+
+T = TypeVar("T")
 
 Masks: TypeAlias = Float[Tensor, "batch height width"]
 """How much of every pixel is inside a mask, in [0, 1]: one row per picture."""
@@ -72,6 +74,14 @@ class DiffusionModel(Predictor, Protocol):
         It is standard normal, one row per seed, and a row is the same whatever others there are. Only a training with
         ``own_noise`` asks for it.
         """
+
+
+@runtime_checkable
+class RemotelyTrainable(Protocol):
+    """An owner of a model that is in another process, which trains it there."""
+
+    def use(self, function: Callable[[Any, Callable[[object], None]], T], *, on_report: Callable[[Any], object]) -> T:
+        """Call a function there, of the `Trainable` that has the model and of a function that reports to ``on_report`` here."""
 
 
 @runtime_checkable

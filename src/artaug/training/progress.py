@@ -100,6 +100,7 @@ class ProgressLog:
         self._start = self._last_step - seconds
         self._bar = ProgressBar("train", total=steps, unit="step", done=initial, show=show)
         self._is_first = True
+        self._done = initial
 
     def __enter__(self) -> Self:
         return self
@@ -131,24 +132,27 @@ class ProgressLog:
     ) -> None:
         """Show and report a step of ``pairs`` pairs that is done."""
         duration, self._last_step = time.perf_counter() - self._last_step, time.perf_counter()
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        self._bar.note = f"loss {loss:.4g}, {pairs / duration:.3g} pairs/s" + (
-            f", {peak / 2**30:.1f} GiB" if peak else ""
+        self.report(
+            StepEvent(
+                step=step,
+                steps=self._steps,
+                loss=loss,
+                gradient_norm=gradient_norm,
+                learning_rate=learning_rate,
+                pairs_per_second=pairs / duration,
+                peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+                seconds=self.seconds,
+                loss_scale=loss_scale,
+                is_skipped=is_skipped,
+            )
         )
-        self._bar.advance()
+
+    def report(self, event: StepEvent) -> None:
+        """Show and report a step, also one that was taken in another process."""
+        memory = f", {event.peak_bytes / 2**30:.1f} GiB" if event.peak_bytes else ""
+        self._bar.note = f"loss {event.loss:.4g}, {event.pairs_per_second:.3g} pairs/s{memory}"
+        self._bar.advance(max(event.step - self._done, 0))  # a worker that died takes its last steps again
+        self._done = event.step
         self._is_first = False
         if self._on_step is not None:
-            self._on_step(
-                StepEvent(
-                    step=step,
-                    steps=self._steps,
-                    loss=loss,
-                    gradient_norm=gradient_norm,
-                    learning_rate=learning_rate,
-                    pairs_per_second=pairs / duration,
-                    peak_bytes=peak,
-                    seconds=self.seconds,
-                    loss_scale=loss_scale,
-                    is_skipped=is_skipped,
-                )
-            )
+            self._on_step(event)

@@ -22,7 +22,7 @@ from artaug.training.batches import check_seeds, with_distribution
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import World
 from artaug.training.loop import TrainingLoop
-from artaug.training.model import DiffusionModel, Trainable
+from artaug.training.model import DiffusionModel, RemotelyTrainable, Trainable
 from artaug.training.objectives import TrainingPlan
 from artaug.training.phases import Phase, split_into_phases
 from artaug.training.progress import ProgressLog, StepEvent
@@ -80,7 +80,7 @@ class DifferentialLoRATrainer(TrainingConfig):
     def train(  # noqa: PLR0913 - what a training takes is all here
         self,
         pairs: Sequence[ImagePair],
-        synthesizer: Trainable,
+        synthesizer: Trainable | RemotelyTrainable,
         *,
         seed: int,
         checkpoints: Checkpoints | None = None,
@@ -94,7 +94,8 @@ class DifferentialLoRATrainer(TrainingConfig):
 
         Args:
             pairs: of any sizes the model takes; a batch has pairs of one size.
-            synthesizer: lends the model; LoRAs it draws with are part of the teacher and stay as they are.
+            synthesizer: lends the model; LoRAs it draws with are part of the teacher and stay as they are. One whose model is in
+                another process trains there, where ``placement`` does not count.
             seed: decides the start, the order of the pairs, and the noise.
             checkpoints: where to write the state of the training; if its own checkpoints are there, it goes on from the newest.
             validation: chooses the step and strength by pictures; without it the last step counts, at strength 1.
@@ -121,6 +122,10 @@ class DifferentialLoRATrainer(TrainingConfig):
             raise NothingToLearnError(
                 "received 0 pairs, and training needs at least one. Ask for more prompts, or loosen the filter."
             )
+        if isinstance(synthesizer, RemotelyTrainable):
+            job = _RemoteTraining(self, pairs, seed, checkpoints, validation, cache)
+            with ProgressLog(self.steps, on_step, initial=0, show=progress) as log:
+                return synthesizer.use(job, on_report=log.report)
         check_argument("train", "synthesizer", synthesizer, Trainable)
         check_argument("train", "checkpoints", checkpoints, Checkpoints, optional=True)
         check_argument("train", "validation", validation, Validation, optional=True)
@@ -183,7 +188,7 @@ class DifferentialLoRATrainer(TrainingConfig):
             skipped_steps=skipped_steps,
         )
 
-    def check(self, synthesizer: Trainable, *, pairs: int) -> None:
+    def check(self, synthesizer: Trainable | RemotelyTrainable, *, pairs: int) -> None:
         """Refuse now what `train` would refuse after the pairs were drawn; nothing is encoded or changed.
 
         Args:
@@ -196,6 +201,9 @@ class DifferentialLoRATrainer(TrainingConfig):
             ModelError: if the model cannot be trained in this way.
             LoRAMismatchError: if ``targets`` selects no layer.
         """
+        if isinstance(synthesizer, RemotelyTrainable):
+            synthesizer.use(_RemoteCheck(self, pairs), on_report=_nothing)
+            return
         faults = Faults("train")
         with faults.collected():
             self._plan_training(pairs)
@@ -232,6 +240,45 @@ class DifferentialLoRATrainer(TrainingConfig):
             ),
             "validation": "" if validation is None else validation.fingerprint,
         }
+
+
+@dataclass(frozen=True)
+class _RemoteTraining:
+    """A training that another process does: what it is called with there."""
+
+    trainer: DifferentialLoRATrainer
+    pairs: Sequence[ImagePair]
+    seed: int
+    checkpoints: Checkpoints | None
+    validation: Validation | None
+    cache: str | Path | None
+
+    def __call__(self, synthesizer: Trainable, report: Callable[[StepEvent], None]) -> TrainingResult:
+        return self.trainer.train(
+            self.pairs,
+            synthesizer,
+            seed=self.seed,
+            checkpoints=self.checkpoints,
+            validation=self.validation,
+            cache=self.cache,
+            on_step=report,
+            progress=False,
+        )
+
+
+@dataclass(frozen=True)
+class _RemoteCheck:
+    """The check of a training that another process will do."""
+
+    trainer: DifferentialLoRATrainer
+    pairs: int
+
+    def __call__(self, synthesizer: Trainable, report: Callable[[StepEvent], None]) -> None:
+        self.trainer.check(synthesizer, pairs=self.pairs)
+
+
+def _nothing(event: object) -> None:
+    """What is done with the reports of a check."""
 
 
 def _warn_of_unused_pairs(phases: Sequence[Phase], config: TrainingConfig) -> None:

@@ -155,7 +155,7 @@ class Sampler:
         pairs = [attempt.pair for attempt in attempts if not isinstance(attempt, Skipped)]
         pairs = pairs or [attempt.pair for attempt in warm_attempts if not isinstance(attempt, Skipped)]
         stand_in = not pairs
-        images = [load_picture(candidate.before) for candidate in candidates[:chunk]]
+        images = [load_picture(made.before) for made in candidates[:chunk] if made.before is not None]
         if stand_in:
             after = ImageOps.invert(as_rgb(images[0]))
             pairs = [ImagePair(prompt=prompts[0], seed=0, before=images[0], after=after, plan=Plan(prompts[0]))]

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair
 from artaug.run.checking import as_trainable
 from artaug.run.parts import LoopParts
-from artaug.training import Checkpoints, DifferentialLoRATrainer, StepEvent
+from artaug.training import Checkpoints, DifferentialLoRATrainer, RemotelyTrainable, StepEvent, Trainable
 from artaug.training.batches import EncodedPairs
 from artaug.training.phases import split_into_phases
 
@@ -41,6 +42,27 @@ class TrainingCosts:
     """What was learned."""
 
 
+@dataclass(frozen=True)
+class _Encoding:
+    """Times the encoding of pairs, twice, where the model is."""
+
+    pairs: Sequence[ImagePair]
+    micro_batch_size: int
+    warm_up: Path
+    latents: Path
+
+    def __call__(self, synthesizer: Trainable, report: Callable[[object], None]) -> tuple[float, float]:
+        encode = partial(EncodedPairs.encode, micro_batch_size=self.micro_batch_size)
+        with synthesizer.training() as model, model.without_denoiser(), torch.no_grad():
+            encode(model, self.pairs[:1], cache=self.warm_up)
+            new, again = (elapsed(lambda: encode(model, self.pairs, cache=self.latents)) for _ in range(2))
+        return new, again
+
+
+def _nothing(report: object) -> None:
+    """What is done with reports of an encoding, which has none."""
+
+
 def time_training(
     trainer: DifferentialLoRATrainer,
     pairs: Sequence[ImagePair],
@@ -53,17 +75,12 @@ def time_training(
     """Time encoding, steps and a checkpoint of a training on some pairs, kept or not: it takes as long on either."""
     synthesizer, latents = as_trainable(parts.synthesizer), folder / "latents"
     micro_batch_size = trainer.micro_batch_size or trainer.batch_size
-    with (
-        parts.placement.stage(synthesizer),
-        synthesizer.training() as model,
-        model.without_denoiser(),
-        torch.no_grad(),
-    ):
-        encode = EncodedPairs.encode
-        encode(model, pairs[:1], micro_batch_size=micro_batch_size, cache=folder / "warm-up-latents")
-        new, again = (
-            elapsed(lambda: encode(model, pairs, micro_batch_size=micro_batch_size, cache=latents)) for _ in range(2)
-        )
+    encoding = _Encoding(pairs, micro_batch_size, folder / "warm-up-latents", latents)
+    with parts.placement.stage(synthesizer):
+        if isinstance(synthesizer, RemotelyTrainable):
+            new, again = synthesizer.use(encoding, on_report=_nothing)
+        else:
+            new, again = encoding(synthesizer, _nothing)
     # The steps of a training on few pairs would use each batch less often.
     echo = trainer.echo or trainer.objective.recommended_echo
     trainer = replace(trainer, echo=echo)

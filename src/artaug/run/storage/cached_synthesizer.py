@@ -19,7 +19,7 @@ from artaug.identity import identity_of
 from artaug.image_files import ImageFolder, image_digest
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
-from artaug.synthesis import Synthesizer, draw
+from artaug.synthesis import Synthesizer, draw_files
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +79,10 @@ class CachedSynthesizer(Synthesizer):
     def models(self) -> Sequence[nn.Module]:
         return self.synthesizer.models
 
+    @property
+    def max_concurrency(self) -> int:
+        return self.synthesizer.max_concurrency
+
     def synthesize(self, plan: Plan, *, seed: int) -> Image:
         return self.synthesize_batch([plan], seeds=[seed])[0]
 
@@ -99,10 +103,10 @@ class CachedSynthesizer(Synthesizer):
             pass
         except StorageError as error:
             _log.warning("pictures that were drawn before are drawn again: %s", error)
-        pictures = draw(self.synthesizer, plans, seeds=seeds)
-        record = DrawnRecord(tuple(map(image_digest, images.add_all(pictures))))
+        files = draw_files(self.synthesizer, plans, seeds=seeds, folder=images)
+        record = DrawnRecord(tuple(map(image_digest, files)))
         write_segment(path, record, what="the record of a drawing", remedy="Make the same call again to go on.")
-        return pictures
+        return [file.load() for file in files]
 
     def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
         return replace(self, synthesizer=self.synthesizer.with_lora(lora, scale=scale))

@@ -2,13 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 from PIL.Image import Image
 
 from artaug.critique import Abstention, Critique
+from artaug.image_files import ImageFolder
 from artaug.pairs import Verdict
 from artaug.plan import Plan
-from artaug.run.storage.records import Chunk, DrawingStage, Member
+from artaug.run.storage.records import Chunk, DrawingStage, Member, Picture
 
 
 class ChunkJournal(ABC):
@@ -24,13 +26,17 @@ class ChunkJournal(ABC):
 
     @abstractmethod
     def add_call(
-        self, stage: DrawingStage, plans: Mapping[Member, Plan], images: Sequence[Image], *, limit: int | None
+        self, stage: DrawingStage, plans: Mapping[Member, Plan], images: Sequence[Picture], *, limit: int | None
     ) -> None:
         """Keep the pictures of one call of the synthesizer, one for each plan, in their order.
 
         They may be written behind: an error of the one call is then raised by the next, or by `finish`. ``limit`` is the
         most pictures that a call has room for, if memory has run out.
         """
+
+    def written(self) -> "Future[None] | None":
+        """What is done when all pictures are written, also if they could not be; None if nothing is written behind."""
+        return None
 
     @abstractmethod
     def add_answer(self, member: Member, answer: Critique | Abstention) -> None:
@@ -46,6 +52,8 @@ class RoundJournal(ABC):
 
     call_limit: int | None = None
     """The most pictures that a call of the synthesizer has room for, if this round has run out of memory."""
+    images: ImageFolder | None = None
+    """Where its pictures are, for those that write them elsewhere; None if it holds them in memory."""
     writes_behind: bool = False
     """Whether pictures are still being written when `ChunkJournal.add_call` returns; `ChunkJournal.finish` waits for them."""
 

@@ -103,7 +103,7 @@ class _MemoryChunk(ChunkJournal):
         self._memory = memory
 
     def add_call(
-        self, stage: DrawingStage, plans: Mapping[Member, Plan], images: Sequence[Image], *, limit: int | None
+        self, stage: DrawingStage, plans: Mapping[Member, Plan], images: Sequence[Picture], *, limit: int | None
     ) -> None:
         self._round.call_limit = limit
 
@@ -120,6 +120,7 @@ class _MemoryChunk(ChunkJournal):
         for member, candidate in chunk.candidates.items():
             if member.prompt_index in put_off or (member in chosen and not chosen[member].reason):
                 after = None if candidate.after is None else self._memory.keep(candidate.after)
-                yield member, replace(candidate, before=self._memory.keep(candidate.before), after=after)
+                before = None if candidate.before is None else self._memory.keep(candidate.before)
+                yield member, replace(candidate, before=before, after=after)
             elif member in chosen:
                 yield member, candidate

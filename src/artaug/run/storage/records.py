@@ -44,15 +44,20 @@ class Candidate:
     member: Member
     prompt: str
     seed: int
-    before: Picture
+    before: Picture | None
+    """None where it could not be drawn."""
     answer: Critique | Abstention
     plan: Plan | None
     """None where the critic abstained, or nothing would change."""
     after: Picture | None
-    """None where there is no plan."""
+    """None where there is no plan, or where it could not be drawn."""
+    undrawn: str = ""
+    """Why a picture of it could not be drawn."""
 
     def outcome(self) -> ImagePair | Skipped:
         """The pair, or why there is none."""
+        if self.undrawn or self.before is None:
+            return Skipped(self.prompt, self.seed, self.undrawn, "draw")
         if isinstance(self.answer, Abstention):
             reason = f"the critic abstained: {self.answer.reason}"
             return Skipped(self.prompt, self.seed, reason, "critique", self.answer.transient)
@@ -141,12 +146,13 @@ class CandidateRecord:
     candidate: int
     prompt: str
     seed: int
-    before: str
+    before: str | None
     answer: StoredAnswer
     plan: Plan | None
     after: str | None
     size: tuple[int, int]
-    """Width and height of both pictures."""
+    """Width and height of both pictures; zeros if there is none."""
+    undrawn: str = ""
 
     @classmethod
     def of(cls, candidate: Candidate) -> "CandidateRecord":
@@ -155,11 +161,12 @@ class CandidateRecord:
             *candidate.member,
             candidate.prompt,
             candidate.seed,
-            image_digest(candidate.before),
+            None if candidate.before is None else image_digest(candidate.before),
             candidate.answer,
             candidate.plan,
             None if candidate.after is None else image_digest(candidate.after),
-            candidate.before.size,
+            (0, 0) if candidate.before is None else candidate.before.size,
+            candidate.undrawn,
         )
 
     def to_candidate(self, images: ImageFolder) -> Candidate:
@@ -168,10 +175,11 @@ class CandidateRecord:
             Member(self.prompt_index, self.candidate),
             self.prompt,
             self.seed,
-            images.get(self.before, size=self.size),
+            None if self.before is None else images.get(self.before, size=self.size),
             self.answer,
             self.plan,
             None if self.after is None else images.get(self.after, size=self.size),
+            self.undrawn,
         )
 
 

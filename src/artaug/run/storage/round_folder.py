@@ -33,6 +33,7 @@ from artaug.run.storage.records import (
     ChunkRecord,
     DrawingStage,
     Member,
+    Picture,
     VerdictRecord,
     VerdictsRecord,
     plan_digest,
@@ -215,6 +216,7 @@ class FolderJournal(RoundJournal):
 
     def __init__(self, folder: RoundFolder) -> None:
         self._folder = folder
+        self.images = folder.images
         self.writer: ThreadPoolExecutor = ThreadPoolExecutor(1, thread_name_prefix="artaug-store")
 
     def finished(self, name: str) -> Chunk | None:
@@ -279,7 +281,7 @@ class _ChunkFolder(ChunkJournal):
         return answers
 
     def add_call(
-        self, stage: DrawingStage, plans: Mapping[Member, Plan], images: Sequence[Image], *, limit: int | None
+        self, stage: DrawingStage, plans: Mapping[Member, Plan], images: Sequence[Picture], *, limit: int | None
     ) -> None:
         self._settle()
         path, threads = self._call_path(len(self._calls)), torch.get_num_threads()
@@ -310,6 +312,9 @@ class _ChunkFolder(ChunkJournal):
         if self._pending is not None:
             self._pending.result()
             self._pending = None
+
+    def written(self) -> Future[None] | None:
+        return self._pending
 
     def add_answer(self, member: Member, answer: Critique | Abstention) -> None:
         path = self._path / f"answer-{member.prompt_index}-{member.candidate}.json"

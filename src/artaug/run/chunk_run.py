@@ -1,0 +1,268 @@
+"""One chunk of prompts on its way through the stages: draw, critique, plan, redraw, judge."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from PIL.Image import Image
+
+from artaug._internal.images import as_rgb
+from artaug._internal.lanes import Lane
+from artaug._internal.memory import FittingBatches
+from artaug.critique import Abstention, Answer
+from artaug.plan import Plan, run_planner
+from artaug.run.asking import Arrival, Asking, is_transient
+from artaug.run.events import RoundStage, StageClock
+from artaug.run.flow import Steps
+from artaug.run.judging import Judging
+from artaug.run.parts import LoopParts
+from artaug.run.silence import Silence
+from artaug.run.storage.journal import ChunkJournal, RoundJournal
+from artaug.run.storage.records import Candidate, Chunk, DrawingStage, Member, Picture
+from artaug.synthesis import DrawingCall, Undrawn, draw_in_calls
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The threads of the parts that compute elsewhere; None for a part that this thread calls itself."""
+
+    draw: Lane | None
+    critique: Lane | None
+
+    @classmethod
+    @contextmanager
+    def opened(cls, parts: LoopParts) -> Iterator["Lanes"]:
+        """The lanes of a round, for a ``with`` block."""
+        drawing, asking = parts.synthesizer.max_concurrency, parts.critic.max_concurrency
+        lanes = cls(
+            Lane(drawing, name="draw") if drawing else None,
+            Lane(asking, name="critique") if asking else None,
+        )
+        try:
+            yield lanes
+        finally:
+            for lane in (lanes.draw, lanes.critique):
+                if lane is not None:
+                    lane.close()
+
+
+@dataclass(frozen=True)
+class ChunkRun:
+    """What a chunk needs on its way. Of the fields, the first are shared with the other chunks of the round."""
+
+    parts: LoopParts
+    clock: StageClock
+    judging: Judging
+    batches: FittingBatches
+    silence: Silence
+    lanes: Lanes
+    poll: Callable[[], None]
+    round_journal: RoundJournal
+    journal: ChunkJournal
+    prompts: Mapping[int, str]
+    """By index, those of this chunk, in their order."""
+    seeds: Mapping[Member, int]
+    """Of all its members, in their order."""
+    known: Mapping[Member, Candidate]
+    """Candidates of prompts that were put off: what they have is not made again."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By stage, what this chunk has taken."""
+
+    def steps(self) -> Steps[Chunk]:
+        """All stages: a task of `artaug.run.flow`."""
+        self.poll()
+        before = {member: made.before for member, made in self.known.items() if made.before is not None}
+        fresh = {member: Plan(self.prompts[member.prompt_index]) for member in self.seeds if member not in before}
+        drawn = yield from self._draw("draw", fresh)
+        undrawn = {member: picture for member, picture in drawn.items() if isinstance(picture, Undrawn)}
+        before |= {member: picture for member, picture in drawn.items() if not isinstance(picture, Undrawn)}
+        answers = {member: made.answer for member, made in self.known.items() if not is_transient(made.answer)}
+        asked = {member: before[member] for member in self.seeds if member in before and member not in answers}
+        answers |= yield from self._critique(asked)
+        self.clock.totals["critique"] -= len(undrawn)
+        answers |= {member: Abstention(f"there is no picture of it: {why.reason}") for member, why in undrawn.items()}
+        plans = {member: self._plan(self.prompts[member.prompt_index], answers[member]) for member in self.seeds}
+        after = {member: made.after for member, made in self.known.items() if made.after is not None}
+        changes = {member: plan for member, plan in plans.items() if plan is not None and member not in after}
+        note_unplanned(self.clock, plans, answers, self.known)
+        redrawn = yield from self._draw("redraw", changes)
+        undrawn |= {member: picture for member, picture in redrawn.items() if isinstance(picture, Undrawn)}
+        after |= {member: picture for member, picture in redrawn.items() if not isinstance(picture, Undrawn)}
+        candidates = {
+            member: Candidate(
+                member,
+                self.prompts[member.prompt_index],
+                seed,
+                before.get(member),
+                answers[member],
+                plans[member],
+                after.get(member),
+                undrawn[member].reason if member in undrawn else "",
+            )
+            for member, seed in self.seeds.items()
+        }
+        start_s = time.perf_counter()
+        ends = self.judging.judge(list(candidates.values()), list(self.prompts))
+        self._end("judge", seconds=time.perf_counter() - start_s, count=len(self.prompts))
+        chunk = Chunk(candidates, ends, dict(self.seconds))
+        written = self.journal.written()
+        try:
+            if written is not None:
+                yield written
+        finally:  # also if another chunk raises: all of this one is done
+            chunk = self.journal.finish(chunk)
+        return chunk
+
+    def _draw(self, stage: DrawingStage, plans: Mapping[Member, Plan]) -> Steps[dict[Member, Picture | Undrawn]]:
+        """Draw what is not drawn yet."""
+        drawn: dict[Member, Picture | Undrawn] = dict(self.journal.drawn(stage, plans))
+        missing = [member for member in plans if member not in drawn]
+        self.clock.resume(stage, len(drawn))
+        if not missing:
+            return drawn
+        if self.round_journal.call_limit is not None:
+            self.batches.largest = min(self.round_journal.call_limit, self.parts.batch_size)
+        if self.lanes.draw is None:
+            drawn |= self._draw_here(stage, missing, plans)
+        else:
+            drawn |= yield from self._draw_there(stage, missing, plans, self.lanes.draw)
+        return drawn
+
+    def _draw_here(
+        self, stage: DrawingStage, missing: Sequence[Member], plans: Mapping[Member, Plan]
+    ) -> dict[Member, Picture | Undrawn]:
+        """Draw in this thread, one call of the synthesizer after the other."""
+        drawn: dict[Member, Picture | Undrawn] = {}
+        last_s = start_s = time.perf_counter()
+        with self.parts.placement.stage(self.parts.synthesizer):
+            calls = draw_in_calls(
+                self.parts.synthesizer,
+                [plans[member] for member in missing],
+                seeds=[self.seeds[member] for member in missing],
+                batches=self.batches,
+            )
+            for call in calls:
+                drawn |= self._keep_call(stage, [missing[index] for index in call.members], plans, call)
+                now_s = time.perf_counter()
+                self.clock.progress(stage, len(call.members), seconds=now_s - last_s)
+                last_s = now_s
+                self.poll()
+        self._end(stage, seconds=time.perf_counter() - start_s, count=len(missing))
+        return drawn
+
+    def _draw_there(
+        self, stage: DrawingStage, missing: Sequence[Member], plans: Mapping[Member, Plan], lane: Lane
+    ) -> Steps[dict[Member, Picture | Undrawn]]:
+        """Draw where the synthesizer computes: all calls are on their way at once, each in a thread that waits for it."""
+        drawn: dict[Member, Picture | Undrawn] = {}
+        size = self.batches.largest
+        parts = [missing[start : start + size] for start in range(0, len(missing), size)]
+
+        def call(members: Sequence[Member]) -> tuple[list[DrawingCall], int, float]:
+            start_s, batches = time.perf_counter(), FittingBatches(size)
+            made = draw_in_calls(
+                self.parts.synthesizer,
+                [plans[member] for member in members],
+                seeds=[self.seeds[member] for member in members],
+                batches=batches,
+                folder=self.round_journal.images,
+            )
+            return list(made), batches.largest, time.perf_counter() - start_s
+
+        futures = [lane.submit(lambda members=members: call(members)) for members in parts]  # type: ignore[misc]
+        took_s = 0.0
+        try:
+            for members, future in zip(parts, futures, strict=True):
+                yield future
+                calls, largest, seconds = future.result()
+                self.batches.largest = min(self.batches.largest, largest)
+                for made in calls:
+                    drawn |= self._keep_call(stage, [members[index] for index in made.members], plans, made)
+                self.clock.progress(stage, len(members), seconds=seconds)
+                took_s += seconds
+        finally:
+            for future in futures:
+                future.cancel()
+        self._end(stage, seconds=took_s, count=len(missing))
+        return drawn
+
+    def _keep_call(
+        self, stage: DrawingStage, members: Sequence[Member], plans: Mapping[Member, Plan], call: DrawingCall
+    ) -> dict[Member, Picture | Undrawn]:
+        """Hand what a call drew to the journal."""
+        drawn = {
+            member: as_rgb(picture)
+            if isinstance(picture, Image) and picture.mode != "RGB"
+            else picture  # as it is stored
+            for member, picture in zip(members, call.images, strict=True)
+        }
+        pictures = {member: picture for member, picture in drawn.items() if not isinstance(picture, Undrawn)}
+        largest = self.batches.largest
+        if pictures:
+            self.journal.add_call(
+                stage,
+                {member: plans[member] for member in pictures},
+                list(pictures.values()),
+                limit=largest if largest < self.parts.batch_size else None,
+            )
+        return drawn
+
+    def _critique(self, pictures: Mapping[Member, Picture]) -> Steps[dict[Member, Answer]]:
+        """Ask the critic about what it has not answered yet, and keep each answer as it comes."""
+        answers = {member: answer for member, answer in self.journal.answers().items() if member in pictures}
+        missing = [member for member in pictures if member not in answers]
+        self.clock.resume("critique", len(answers))
+        if not missing:
+            return answers
+        texts = [self.prompts[member.prompt_index] for member in missing]
+        asking = Asking(self.parts.critic, missing, [pictures[member] for member in missing], texts, self.journal)
+        start_s = time.monotonic()
+        took_s = 0.0
+
+        def note(arrival: Arrival) -> None:
+            nonlocal took_s
+            answers[arrival.member] = arrival.answer
+            took_s += arrival.seconds
+            self.clock.progress("critique", int(not is_transient(arrival.answer)), seconds=arrival.seconds)
+
+        if self.lanes.critique is None:
+            with self.parts.placement.stage(self.parts.critic):
+                for arrival in asking.here():
+                    note(arrival)
+                    self.poll()
+        else:
+            yield from asking.there(self.lanes.critique, note)
+        self._end("critique", seconds=took_s, count=len(missing))
+        self.silence.note([answers[member] for member in missing], start_s=start_s)
+        return answers
+
+    def _end(self, stage: RoundStage, *, seconds: float, count: int) -> None:
+        """Report the end of a stage of this chunk."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.clock.end(stage, seconds=seconds, count=count)
+
+    def _plan(self, prompt: str, answer: Answer) -> Plan | None:
+        """The plan for a prompt; None where the critic abstained, or nothing would change."""
+        if isinstance(answer, Abstention):
+            return None
+        plan = run_planner(self.parts.planner, prompt, answer)
+        return None if plan == Plan(prompt) else plan
+
+
+def note_unplanned(
+    clock: StageClock,
+    plans: Mapping[Member, Plan | None],
+    answers: Mapping[Member, Answer],
+    known: Mapping[Member, Candidate],
+) -> None:
+    """Take what was answered and will not be redrawn out of the redraws to come."""
+    clock.totals["redraw"] -= sum(
+        plan is None and not is_transient(answers[member]) and not is_answered(known.get(member))
+        for member, plan in plans.items()
+    )
+
+
+def is_answered(candidate: Candidate | None) -> bool:
+    """Whether the critic has answered about it, for good."""
+    return candidate is not None and not is_transient(candidate.answer)

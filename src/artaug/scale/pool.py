@@ -1,0 +1,273 @@
+"""Replicas of one part: who is free, who has died, and who takes its place."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+
+from artaug.errors import ClusterError
+from artaug.scale.payloads import dumps
+from artaug.scale.replica import Description, Replica, Reply, Work
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+_DIED = (RayActorError, OutOfMemoryError)
+_MAX_STARTS = 3
+"""Of one replica, before the run ends: a model that does not load will not load the fourth time."""
+_WAIT_S = 30.0
+"""Between two looks at what a pool without a living replica waits for."""
+
+
+class ReplicaDiedError(ClusterError):
+    """The process that made a call is gone: killed, out of memory, or with its node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one replica takes of the cluster."""
+
+    gpus: float
+    cpus: float
+    threads: int
+
+
+@dataclass(eq=False)
+class ReplicaPool:
+    """Calls replicas of a part, each with one call at a time. Its methods may be called from many threads."""
+
+    name: str
+    """For errors and logs."""
+    factory: bytes
+    facts: bytes
+    replicas: int
+    resources: Resources
+    description: Description = field(init=False)
+    """Of the first replica that started."""
+    loads: int = field(default=0, init=False)
+    """How often the part was built, by all replicas together."""
+    _changed: threading.Condition = field(default_factory=threading.Condition, init=False)
+    _free: deque[Any] = field(default_factory=deque, init=False)
+    _alive: set[Any] = field(default_factory=set, init=False)
+    _fault: BaseException | None = field(default=None, init=False)
+    _closed: bool = field(default=False, init=False)
+    _deaths_in_a_row: int = field(default=0, init=False)
+
+    def start(self) -> None:
+        """Build the replicas, and wait for the first one; the others join as they come.
+
+        Raises:
+            ClusterError: if it cannot be built.
+        """
+        for _ in range(self.replicas):
+            self._begin_replica()
+        with self._changed:
+            self._changed.wait_for(lambda: self._alive or self._fault)
+        self._raise_fault()
+
+    def wait_for_all(self) -> None:
+        """Wait until every replica has been built.
+
+        Raises:
+            ClusterError: if one cannot be built.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._alive) == self.replicas or self._fault)
+        self._raise_fault()
+
+    def call(self, work: Work, *, retries: int = 1) -> Any:  # noqa: ANN401 - what the work returns
+        """Let a free replica do something, and wait for it; again, ``retries`` times, if its process dies at it.
+
+        Raises:
+            ReplicaDiedError: if it dies each time.
+            ClusterError: if there is no replica any more.
+            BaseException: what the work raises.
+        """
+        payload = dumps(work, what=f"a call of {self.name}")
+        return self._retried(lambda actor: ray.get(actor.call.remote(payload)), retries)
+
+    def stream(self, work: Work, *, on_report: Callable[[Any], object], retries: int = 1) -> Any:  # noqa: ANN401
+        """As `call`, with ``on_report`` called in this thread with what the work reports; what it raises ends the work."""
+        payload = dumps(work, what=f"a call of {self.name}")
+
+        def follow(actor: Any) -> Reply:  # noqa: ANN401 - ray has no types
+            for reference in actor.stream.options(num_returns="streaming").remote(payload):
+                report = ray.get(reference)
+                if isinstance(report, Reply):
+                    return report
+                on_report(report)
+            raise ClusterError(f"{self.name}: a worker ended a call without a reply.")
+
+        return self._retried(follow, retries)
+
+    def close(self) -> None:
+        """End the processes of all replicas."""
+        with self._changed:
+            self._closed, alive = True, list(self._alive)
+            self._alive.clear()
+            self._free.clear()
+            self._changed.notify_all()
+        for actor in alive:
+            ray.kill(actor)
+
+    def _retried(self, ask: Callable[[Any], Reply], retries: int) -> Any:  # noqa: ANN401
+        died = 0
+        while True:
+            actor = self._take()
+            try:
+                reply = ask(actor)
+            except _DIED as error:
+                died += 1
+                self._bury(actor, error)
+                if died > retries:
+                    raise ReplicaDiedError(f"{_first_line(error)} ({died} time{'s' * (died > 1)})") from error
+                continue
+            except RayError as error:
+                self._bury(actor, error)
+                raise ClusterError(f"{self.name}: {_first_line(error)}") from error
+            except BaseException:  # by the caller's function, or a signal: the replica is in the middle of something
+                ray.kill(actor)
+                self._bury(actor, None)
+                raise
+            self._give_back(actor)
+            return reply.value()
+
+    def _take(self) -> Any:  # noqa: ANN401 - ray has no types
+        waited_s = time.monotonic()
+        with self._changed:
+            while not self._free:
+                self._raise_fault()
+                if self._closed:
+                    raise ClusterError(f"{self.name} was closed. Make it anew, from a cluster that is open.")
+                if not self._changed.wait(_WAIT_S) and not self._alive:
+                    self._check_room(time.monotonic() - waited_s)
+            return self._free.popleft()
+
+    def _give_back(self, actor: Any) -> None:  # noqa: ANN401
+        with self._changed:
+            self._deaths_in_a_row = 0
+            if not self._closed:
+                self._free.append(actor)
+                self._changed.notify()
+
+    def _bury(self, actor: Any, error: RayError | None) -> None:  # noqa: ANN401
+        """Note that a replica is gone, and begin another one."""
+        with self._changed:
+            self._alive.discard(actor)
+            if self._closed:
+                return
+            if error is not None:
+                self._deaths_in_a_row += 1
+                _LOG.warning(
+                    "a worker of %s is gone, and another one takes its place: %s", self.name, _first_line(error)
+                )
+            if self._deaths_in_a_row > 6 + 3 * self.replicas:
+                self._fail(
+                    ClusterError(
+                        f"{self.name}: {self._deaths_in_a_row} workers died one after the other, and none has finished a "
+                        f"call between; the last one: {_first_line(error)}. Look at the memory and the logs of the nodes; "
+                        "the same call goes on from the store."
+                    )
+                )
+                return
+        self._begin_replica()
+
+    def _begin_replica(self) -> None:
+        threading.Thread(target=self._build, name=f"artaug-{self.name}", daemon=True).start()
+
+    def _build(self) -> None:
+        """Start a process and let it build the part, up to three times."""
+        faults: list[BaseException] = []
+        while len(faults) < _MAX_STARTS and not self._closed:
+            actor: Any = (
+                ray.remote(Replica)
+                .options(num_gpus=self.resources.gpus, num_cpus=self.resources.cpus, max_restarts=0, max_task_retries=0)
+                .remote(self.factory, self.facts, threads=self.resources.threads)
+            )
+            try:
+                description = ray.get(actor.describe.remote()).value()
+            except BaseException as error:  # noqa: BLE001 - raised by whoever calls the pool next
+                ray.kill(actor)
+                faults.append(error)
+                _LOG.warning("a worker of %s did not start: %s", self.name, _first_line(error))
+                continue
+            self._join(actor, description)
+            return
+        if faults:
+            with self._changed:
+                self._fail(
+                    ClusterError(
+                        f"{self.name}: its worker could not be built, {len(faults)} times; the last time "
+                        f"{type(faults[-1]).__name__}: {faults[-1]}"
+                    ),
+                    faults[-1],
+                )
+
+    def _join(self, actor: Any, description: Description) -> None:  # noqa: ANN401
+        with self._changed:
+            self.loads += 1
+            if self._closed:
+                ray.kill(actor)
+                return
+            if not hasattr(self, "description"):
+                self.description = description
+            elif (difference := _difference(self.description, description)) is not None:
+                ray.kill(actor)
+                self._fail(
+                    ClusterError(
+                        f"{self.name}: its workers have built different parts. {difference}. Make the function the same "
+                        "everywhere: the same files, revision and settings on every node."
+                    )
+                )
+                return
+            self._alive.add(actor)
+            self._free.append(actor)
+            self._changed.notify_all()
+
+    def _fail(self, fault: BaseException, cause: BaseException | None = None) -> None:
+        fault.__cause__ = cause
+        self._fault = fault
+        self._changed.notify_all()
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+
+    def _check_room(self, waited_s: float) -> None:
+        """Say what a pool without replicas waits for; end the run if the cluster has no room for one any more."""
+        total = cluster_resources()
+        need = {"GPU": self.resources.gpus, "CPU": self.resources.cpus}
+        missing = [f"{count:g} {kind}" for kind, count in need.items() if total.get(kind, 0) < count]
+        _LOG.warning("%s has no worker for %.0f s; the cluster has %s", self.name, waited_s, total)
+        if missing and waited_s > 2 * _WAIT_S:
+            self._fail(
+                ClusterError(
+                    f"{self.name}: no worker is left, and no node of the cluster has {' and '.join(missing)} for another one."
+                )
+            )
+
+
+def cluster_resources() -> dict[str, float]:
+    """What all nodes of the cluster have: "GPU", "CPU" and others."""
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return total
+
+
+def _difference(first: Description, other: Description) -> str | None:
+    """How two replicas differ, in what decides their results; on which device they are does not."""
+    names = sorted({*first.identity, *other.identity})
+    for name in (name for name in names if not name.endswith(".device")):
+        here, there = first.identity.get(name, "nothing"), other.identity.get(name, "nothing")
+        if here != there:
+            return f"{name or 'It'} is {here} on one and {there} on another"
+    return None
+
+
+def _first_line(error: BaseException | None) -> str:
+    return str(error).strip().split("\n", 1)[0]

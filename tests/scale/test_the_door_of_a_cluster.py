@@ -1,0 +1,109 @@
+"""What cannot work on a cluster is refused at once, and in words."""
+
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import artaug as aa
+from artaug.scale import RayCluster
+from artaug.scale.payloads import dumps
+from artaug.scorers import Chroma
+from artaug.testing import SwatchSynthesizer
+
+pytestmark = pytest.mark.loopback
+
+
+def test_without_ray_the_extra_is_named():
+    script = (
+        "import sys, importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'ray' else real(name, *rest)\n"
+        "import artaug\nimport artaug.scale"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, text=True)
+    assert 'artaug.scale needs the ray package. Run: pip install "artaug[scale]"' in ended.stderr
+
+
+def test_a_cluster_that_cannot_be_reached_is_named():
+    with pytest.raises(aa.ClusterError, match=r"RayCluster\('127.0.0.1:1'\): nobody answers there.*ray start --head"):
+        RayCluster("127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"replicas": 0}, "replicas=0"),
+        ({"threads": 0}, "threads=0"),
+        ({"gpus": -1}, "gpus=-1"),
+        ({"gpus": 1.5}, "whole number"),
+        ({"gpus": float("nan")}, "gpus=nan"),
+        ({"gpus": 1}, "take 1 GPU, and it has 0"),
+        ({"replicas": 1000}, "take 1000 CPU, and it has"),
+    ],
+)
+def test_what_the_cluster_has_not_is_refused_before_anything_is_built(arguments, words, cluster):
+    with pytest.raises((aa.InvalidValueError, aa.ClusterError), match=words):
+        cluster.synthesizer(SwatchSynthesizer, **arguments)
+
+
+def test_a_part_in_place_of_a_function_that_makes_it_is_refused(cluster):
+    with pytest.raises(aa.InvalidValueError, match="a function that makes a synthesizer on a worker"):
+        cluster.synthesizer(SwatchSynthesizer())
+
+
+def test_a_function_that_makes_something_else_is_refused(cluster):
+    with pytest.raises(aa.ClusterError, match=r"returned SwatchSynthesizer(.|\n)*Expected an artaug.Critic"):
+        cluster.critic(SwatchSynthesizer)
+
+
+def test_a_function_that_holds_a_model_a_lock_or_a_key_is_refused(monkeypatch, cluster):
+    model, lock, word = torch.nn.Linear(2, 2), threading.Lock(), "unguessable-" + "q7w"
+    monkeypatch.setenv("SERVICE_API_KEY", word)
+    for held, words in (
+        (model, "it holds a model, a Linear"),
+        (lock, "cannot pickle"),
+        (word, "the value of the environment variable SERVICE_API_KEY"),
+        ("sk-" + "0123456789abcdef", "what looks like a key, 'sk-01...'"),
+    ):
+        with pytest.raises(aa.InvalidValueError, match=words):
+            cluster.synthesizer(partial(build_with, held))
+
+
+def build_with(held):  # noqa: ARG001 - what is held is what the test is about
+    return SwatchSynthesizer()
+
+
+@given(st.binary(max_size=200), st.text("abcdefgh0123456789", min_size=8, max_size=40))
+def test_no_payload_has_the_value_of_a_secret_variable(data, secret):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", secret)
+        if secret.encode() in data:
+            with pytest.raises(aa.InvalidValueError, match="HF_TOKEN"):
+                dumps(data, what="a message")
+        else:
+            assert secret.encode() not in dumps(data, what="a message")
+        with pytest.raises(aa.InvalidValueError, match="HF_TOKEN"):
+            dumps([data, {"nested": secret}], what="a message")
+
+
+def test_every_payload_of_a_run_is_looked_through(monkeypatch, cluster):
+    synthesizer, scorer = cluster.synthesizer(SwatchSynthesizer), cluster.scorer(Chroma)
+    secret = "unguessable-" + "x9z"
+    monkeypatch.setenv("SERVICE_TOKEN", secret)
+    with pytest.raises(aa.InvalidValueError, match="SERVICE_TOKEN"):
+        synthesizer.synthesize(aa.Plan(f"a tin of {secret}"), seed=0)
+    with pytest.raises(aa.InvalidValueError, match="SERVICE_TOKEN"):
+        scorer.score(SwatchSynthesizer().synthesize(aa.Plan("a"), seed=0), f"a tin of {secret}")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_parts_of_a_cluster_that_is_closed_say_so():
+    with RayCluster() as cluster:
+        synthesizer = cluster.synthesizer(SwatchSynthesizer)
+    with pytest.raises(aa.ClusterError, match="was closed"):
+        synthesizer.synthesize(aa.Plan("a"), seed=0)
