@@ -47,6 +47,8 @@ HOLD_A_MODEL = {
         "ClipColors",
     ),
     *("ImageEncoder", "EmbeddingSimilarity", "Tracker", "AttentionSite", "ObjectScore"),
+    # Processes of a cluster: they go to its workers, see tests/scale.
+    *("RayCluster", "RemoteSynthesizer", "RemoteCritic", "RemoteScorer"),
 }
 
 

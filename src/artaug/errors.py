@@ -22,6 +22,7 @@ ArtAugError
 ├── StorageError (OSError)               a file of artaug's own could not be written, or is not what it should be
 ├── UndecidedError (LookupError)         a pair that no person has decided on yet
 ├── HubError (RuntimeError)               the Hub refused something, or could not be reached
+├── ClusterError (RuntimeError)          a cluster cannot be reached, lacks what is asked for, or its workers die
 ├── NothingToLearnError (RuntimeError)   no pair was kept, so there is nothing to train on
 └── MissingExtraError (ImportError)      an optional package is not installed
 ```

@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from artaug.scale import RayCluster
-from support.cluster_parts import build_playground
+from support.cluster_playground import build_playground
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from artaug.image_files import ImageFile
 from artaug.lora import LowRank
 from artaug.scorers import Chroma, Photometric
 from artaug.testing import check_synthesizer
-from support.cluster_parts import build_playground
+from support.cluster_playground import build_playground
 
 pytestmark = pytest.mark.loopback
 PROMPTS = playground.prompts(10, seed=0)

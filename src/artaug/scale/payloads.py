@@ -16,7 +16,7 @@ class _Pickler(CloudPickler):
 
     def reducer_override(self, obj: Any) -> Any:  # noqa: ANN401 - as pickle has it
         if isinstance(obj, nn.Module):
-            raise _ModelError(
+            raise _HoldsModelError(
                 f"it holds a model, a {type(obj).__name__}, and weights are not sent to workers. Build it in the function, "
                 "which runs on the worker; a critic or scorer with a model becomes one of a cluster by RayCluster.critic or "
                 "RayCluster.scorer."
@@ -24,7 +24,7 @@ class _Pickler(CloudPickler):
         return super().reducer_override(obj)  # type: ignore[no-untyped-call]
 
 
-class _ModelError(Exception):
+class _HoldsModelError(Exception):
     pass
 
 
@@ -42,7 +42,7 @@ def dumps(value: object, *, what: str) -> bytes:
     buffer = io.BytesIO()
     try:
         _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)  # type: ignore[no-untyped-call]
-    except _ModelError as error:
+    except _HoldsModelError as error:
         raise InvalidValueError(f"{what} cannot be sent to a worker: {error}") from None
     except Exception as error:
         raise InvalidValueError(

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from artaug.errors import ClusterError
 from artaug.scale.payloads import dumps
-from artaug.scale.replica import Description, Replica, Reply, Work
+from artaug.scale.replica import BuiltPart, Replica, Reply, Work
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class ReplicaPool:
     facts: bytes
     replicas: int
     resources: Resources
-    description: Description = field(init=False)
+    description: BuiltPart = field(init=False)
     """Of the first replica that started."""
     loads: int = field(default=0, init=False)
     """How often the part was built, by all replicas together."""
@@ -58,6 +58,18 @@ class ReplicaPool:
     _fault: BaseException | None = field(default=None, init=False)
     _closed: bool = field(default=False, init=False)
     _deaths_in_a_row: int = field(default=0, init=False)
+    _is_guest: bool = field(default=False, init=False)
+    """Whether this is a copy in a worker: the replicas belong to another process, which sees to them."""
+
+    def __reduce__(self) -> tuple[Callable[..., "ReplicaPool"], tuple[Any, ...]]:
+        """What goes to a worker that uses this pool: it calls the replicas that live now, and starts none."""
+        with self._changed:
+            settings = self.name, self.factory, self.facts, self.replicas, self.resources
+            return _guest, (settings, self.description, list(self._alive))
+
+    def adopt(self, replicas: Sequence[Any]) -> None:
+        """Use the replicas of another process, which sees to them."""
+        self._alive, self._free, self._is_guest = set(replicas), deque(replicas), True
 
     def start(self) -> None:
         """Build the replicas, and wait for the first one; the others join as they come.
@@ -167,7 +179,7 @@ class ReplicaPool:
                 _LOG.warning(
                     "a worker of %s is gone, and another one takes its place: %s", self.name, _first_line(error)
                 )
-            if self._deaths_in_a_row > 6 + 3 * self.replicas:
+            if self._deaths_in_a_row > 4 + 2 * self.replicas:
                 self._fail(
                     ClusterError(
                         f"{self.name}: {self._deaths_in_a_row} workers died one after the other, and none has finished a "
@@ -175,6 +187,10 @@ class ReplicaPool:
                         "the same call goes on from the store."
                     )
                 )
+                return
+            if self._is_guest:
+                if not self._alive:
+                    self._fail(ClusterError(f"{self.name}: its workers are gone."))
                 return
         self._begin_replica()
 
@@ -209,7 +225,7 @@ class ReplicaPool:
                     faults[-1],
                 )
 
-    def _join(self, actor: Any, description: Description) -> None:  # noqa: ANN401
+    def _join(self, actor: Any, description: BuiltPart) -> None:  # noqa: ANN401
         with self._changed:
             self.loads += 1
             if self._closed:
@@ -253,13 +269,21 @@ class ReplicaPool:
             )
 
 
+def _guest(settings: tuple[Any, ...], description: BuiltPart, replicas: Sequence[Any]) -> ReplicaPool:
+    """A pool of another process, as a worker uses it."""
+    pool = ReplicaPool(*settings)
+    pool.description = description
+    pool.adopt(replicas)
+    return pool
+
+
 def cluster_resources() -> dict[str, float]:
     """What all nodes of the cluster have: "GPU", "CPU" and others."""
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return total
 
 
-def _difference(first: Description, other: Description) -> str | None:
+def _difference(first: BuiltPart, other: BuiltPart) -> str | None:
     """How two replicas differ, in what decides their results; on which device they are does not."""
     names = sorted({*first.identity, *other.identity})
     for name in (name for name in names if not name.endswith(".device")):

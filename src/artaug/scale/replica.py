@@ -22,7 +22,7 @@ Work: TypeAlias = Callable[["Replica", Callable[[object], None]], Any]
 
 
 @dataclass(frozen=True)
-class Description:
+class BuiltPart:
     """What a replica has built."""
 
     identity: dict[str, str]
@@ -74,7 +74,7 @@ class Replica:
             self.part = cloudpickle.loads(factory)()
             read: Callable[[Any], dict[str, Any]] = cloudpickle.loads(facts)
             self._reply = Reply(
-                Description(identity_of(self.part, ""), read(self.part), time.perf_counter() - start_s, os.getpid())
+                BuiltPart(identity_of(self.part, ""), read(self.part), time.perf_counter() - start_s, os.getpid())
             )
         except Exception as error:  # noqa: BLE001 - raised by the one who asks for the description
             self._reply = Reply.of_error(error)

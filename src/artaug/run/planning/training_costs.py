@@ -43,7 +43,7 @@ class TrainingCosts:
 
 
 @dataclass(frozen=True)
-class _Encoding:
+class _EncodingTimer:
     """Times the encoding of pairs, twice, where the model is."""
 
     pairs: Sequence[ImagePair]
@@ -75,7 +75,7 @@ def time_training(
     """Time encoding, steps and a checkpoint of a training on some pairs, kept or not: it takes as long on either."""
     synthesizer, latents = as_trainable(parts.synthesizer), folder / "latents"
     micro_batch_size = trainer.micro_batch_size or trainer.batch_size
-    encoding = _Encoding(pairs, micro_batch_size, folder / "warm-up-latents", latents)
+    encoding = _EncodingTimer(pairs, micro_batch_size, folder / "warm-up-latents", latents)
     with parts.placement.stage(synthesizer):
         if isinstance(synthesizer, RemotelyTrainable):
             new, again = synthesizer.use(encoding, on_report=_nothing)
