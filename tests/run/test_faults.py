@@ -96,7 +96,7 @@ def test_a_prompt_waits_for_all_its_candidates():
 def clock(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     fake = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
-    for module in ("stages", "silence"):
+    for module in ("chunk_run", "silence"):
         monkeypatch.setattr(f"artaug.run.{module}.time", fake)
     return clock
 

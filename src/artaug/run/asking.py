@@ -1,6 +1,5 @@
 """Asking the critic about the pictures of a chunk: in this thread, or in another one while this one draws."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -36,6 +35,7 @@ class Asking:
     pictures: Sequence[Picture]
     prompts: Sequence[str]
     journal: ChunkJournal
+    now_s: Callable[[], float]
     _lock: Lock = field(default_factory=Lock)
     _arrived: deque[Arrival] = field(default_factory=deque)
     _awaited: "Future[None] | None" = None
@@ -63,14 +63,14 @@ class Asking:
             asked.cancel()
 
     def _ask(self, images: Sequence[Image]) -> Iterator[Arrival]:
-        last_s = time.perf_counter()
+        last_s = self.now_s()
         for index, answer in stream_critic(self.critic, images, self.prompts):
             with self._lock:
                 if self._stopped:
                     return
                 if not is_transient(answer):
                     self.journal.add_answer(self.members[index], answer)
-            now_s = time.perf_counter()
+            now_s = self.now_s()
             yield Arrival(self.members[index], answer, now_s - last_s)
             last_s = now_s
 

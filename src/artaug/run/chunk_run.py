@@ -14,7 +14,7 @@ from artaug.critique import Abstention, Answer
 from artaug.plan import Plan, run_planner
 from artaug.run.asking import Arrival, Asking, is_transient
 from artaug.run.events import RoundStage, StageClock
-from artaug.run.flow import Steps
+from artaug.run.flow import Steps, Turn
 from artaug.run.judging import Judging
 from artaug.run.parts import LoopParts
 from artaug.run.silence import Silence
@@ -75,6 +75,7 @@ class ChunkRun:
         before = {member: made.before for member, made in self.known.items() if made.before is not None}
         fresh = {member: Plan(self.prompts[member.prompt_index]) for member in self.seeds if member not in before}
         drawn = yield from self._draw("draw", fresh)
+        yield Turn.OLDER
         undrawn = {member: picture for member, picture in drawn.items() if isinstance(picture, Undrawn)}
         before |= {member: picture for member, picture in drawn.items() if not isinstance(picture, Undrawn)}
         answers = {member: made.answer for member, made in self.known.items() if not is_transient(made.answer)}
@@ -102,14 +103,15 @@ class ChunkRun:
             )
             for member, seed in self.seeds.items()
         }
-        start_s = time.perf_counter()
+        start_s = self.clock.now_s()
         ends = self.judging.judge(list(candidates.values()), list(self.prompts))
-        self._end("judge", seconds=time.perf_counter() - start_s, count=len(self.prompts))
+        self._end("judge", seconds=self.clock.now_s() - start_s, count=len(self.prompts))
         chunk = Chunk(candidates, ends, dict(self.seconds))
-        written = self.journal.written()
         try:
-            if written is not None:
-                yield written
+            if (
+                self.round_journal.writes_behind
+            ):  # its last pictures are being written while the first of the next are drawn
+                yield Turn.NEXT
         finally:  # also if another chunk raises: all of this one is done
             chunk = self.journal.finish(chunk)
         return chunk
@@ -134,7 +136,7 @@ class ChunkRun:
     ) -> dict[Member, Picture | Undrawn]:
         """Draw in this thread, one call of the synthesizer after the other."""
         drawn: dict[Member, Picture | Undrawn] = {}
-        last_s = start_s = time.perf_counter()
+        last_s = start_s = self.clock.now_s()
         with self.parts.placement.stage(self.parts.synthesizer):
             calls = draw_in_calls(
                 self.parts.synthesizer,
@@ -144,11 +146,11 @@ class ChunkRun:
             )
             for call in calls:
                 drawn |= self._keep_call(stage, [missing[index] for index in call.members], plans, call)
-                now_s = time.perf_counter()
+                now_s = self.clock.now_s()
                 self.clock.progress(stage, len(call.members), seconds=now_s - last_s)
                 last_s = now_s
                 self.poll()
-        self._end(stage, seconds=time.perf_counter() - start_s, count=len(missing))
+        self._end(stage, seconds=self.clock.now_s() - start_s, count=len(missing))
         return drawn
 
     def _draw_there(
@@ -160,7 +162,7 @@ class ChunkRun:
         parts = [missing[start : start + size] for start in range(0, len(missing), size)]
 
         def call(members: Sequence[Member]) -> tuple[list[DrawingCall], int, float]:
-            start_s, batches = time.perf_counter(), FittingBatches(size)
+            start_s, batches = self.clock.now_s(), FittingBatches(size)
             made = draw_in_calls(
                 self.parts.synthesizer,
                 [plans[member] for member in members],
@@ -168,7 +170,7 @@ class ChunkRun:
                 batches=batches,
                 folder=self.round_journal.images,
             )
-            return list(made), batches.largest, time.perf_counter() - start_s
+            return list(made), batches.largest, self.clock.now_s() - start_s
 
         futures = [lane.submit(lambda members=members: call(members)) for members in parts]  # type: ignore[misc]
         took_s = 0.0
@@ -216,7 +218,9 @@ class ChunkRun:
         if not missing:
             return answers
         texts = [self.prompts[member.prompt_index] for member in missing]
-        asking = Asking(self.parts.critic, missing, [pictures[member] for member in missing], texts, self.journal)
+        asking = Asking(
+            self.parts.critic, missing, [pictures[member] for member in missing], texts, self.journal, self.clock.now_s
+        )
         start_s = time.monotonic()
         took_s = 0.0
 
@@ -227,10 +231,14 @@ class ChunkRun:
             self.clock.progress("critique", int(not is_transient(arrival.answer)), seconds=arrival.seconds)
 
         if self.lanes.critique is None:
+            last_s = self.clock.now_s()
             with self.parts.placement.stage(self.parts.critic):
                 for arrival in asking.here():
-                    note(arrival)
+                    now_s = self.clock.now_s()
+                    note(arrival._replace(seconds=now_s - last_s))  # with what brought the model to the device
+                    last_s = now_s
                     self.poll()
+            took_s += self.clock.now_s() - last_s
         else:
             yield from asking.there(self.lanes.critique, note)
         self._end("critique", seconds=took_s, count=len(missing))

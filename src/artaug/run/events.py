@@ -123,12 +123,16 @@ class StageClock:
         for stage in totals:
             self._report(stage, 0)
 
+    def now_s(self) -> float:
+        """The time, for differences; of any thread."""
+        return time.perf_counter()
+
     @contextmanager
     def stage(self, stage: RoundStage, count: int) -> Iterator[None]:
         """Time a stage and report it, unless it raises."""
-        start_s = time.perf_counter()
+        start_s = self.now_s()
         yield
-        self.end(stage, seconds=time.perf_counter() - start_s, count=count)
+        self.end(stage, seconds=self.now_s() - start_s, count=count)
 
     def end(self, stage: RoundStage, *, seconds: float, count: int) -> None:
         """Report a stage that took so long; stages of two chunks may be under way at the same time."""

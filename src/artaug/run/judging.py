@@ -1,6 +1,5 @@
 """The last stage of a chunk: the best candidate of each prompt, and the verdict of the filter on it."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,13 +35,13 @@ class Judging:
             waiting.get(candidate.member.prompt_index, outcome)
             for outcome, candidate in zip(outcomes, candidates, strict=True)
         ]
-        start_s = time.perf_counter()
+        start_s = self.clock.now_s()
         if self.parts.candidates is not None:
             with self.parts.placement.stage(self.parts.candidates):
                 outcomes = self.parts.candidates.choose(outcomes, prompts=len(indices))
         verdicts = iter(self._judge_now([outcome for outcome in outcomes if isinstance(outcome, ImagePair)]))
         decided = sum(map(self._is_decided, outcomes))
-        self.clock.progress("judge", decided, seconds=time.perf_counter() - start_s)
+        self.clock.progress("judge", decided, seconds=self.clock.now_s() - start_s)
         by_seed = {candidate.seed: candidate.member.candidate for candidate in candidates}
         return [
             End(index, by_seed[outcome.seed], None, outcome.reason, outcome.stage, outcome.transient)
@@ -73,10 +72,10 @@ class Judging:
             return kept
         outcomes = [chunk.candidates[Member(end.prompt_index, end.candidate)].outcome() for chunk, end in waiting]
         pairs = [outcome for outcome in outcomes if isinstance(outcome, ImagePair)]
-        start_s = time.perf_counter()
+        start_s = self.clock.now_s()
         with self.clock.stage("judge", len(pairs)):
             verdicts = dict(zip(indices, self._verdicts(pairs), strict=True))
-            self.clock.progress("judge", len(pairs), seconds=time.perf_counter() - start_s)
+            self.clock.progress("judge", len(pairs), seconds=self.clock.now_s() - start_s)
         self.journal.add_verdicts(verdicts)
         return verdicts
 

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 
 from PIL.Image import Image
 
@@ -33,10 +32,6 @@ class ChunkJournal(ABC):
         They may be written behind: an error of the one call is then raised by the next, or by `finish`. ``limit`` is the
         most pictures that a call has room for, if memory has run out.
         """
-
-    def written(self) -> "Future[None] | None":
-        """What is done when all pictures are written, also if they could not be; None if nothing is written behind."""
-        return None
 
     @abstractmethod
     def add_answer(self, member: Member, answer: Critique | Abstention) -> None:

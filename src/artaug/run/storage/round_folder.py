@@ -313,9 +313,6 @@ class _ChunkFolder(ChunkJournal):
             self._pending.result()
             self._pending = None
 
-    def written(self) -> Future[None] | None:
-        return self._pending
-
     def add_answer(self, member: Member, answer: Critique | Abstention) -> None:
         path = self._path / f"answer-{member.prompt_index}-{member.candidate}.json"
         write_provisional(path, AnswerRecord(*member, answer), what=_UNDER_WAY, remedy=_REMEDY)
