@@ -23,6 +23,9 @@ from artaug.run.storage.records import Candidate, Chunk, DrawingStage, Member, P
 from artaug.synthesis import DrawingCall, Undrawn, draw_in_calls
 
 
+_STAGES: tuple[RoundStage, ...] = ("draw", "critique", "redraw", "judge")
+
+
 @dataclass(frozen=True)
 class Lanes:
     """The threads of the parts that compute elsewhere; None for a part that this thread calls itself."""
@@ -66,7 +69,7 @@ class ChunkRun:
     """Of all its members, in their order."""
     known: Mapping[Member, Candidate]
     """Candidates of prompts that were put off: what they have is not made again."""
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_STAGES, 0.0))
     """By stage, what this chunk has taken."""
 
     def steps(self) -> Steps[Chunk]:
@@ -247,7 +250,7 @@ class ChunkRun:
 
     def _end(self, stage: RoundStage, *, seconds: float, count: int) -> None:
         """Report the end of a stage of this chunk."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.seconds[stage] += seconds
         self.clock.end(stage, seconds=seconds, count=count)
 
     def _plan(self, prompt: str, answer: Answer) -> Plan | None:
