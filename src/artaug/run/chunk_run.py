@@ -22,7 +22,6 @@ from artaug.run.storage.journal import ChunkJournal, RoundJournal
 from artaug.run.storage.records import Candidate, Chunk, DrawingStage, Member, Picture
 from artaug.synthesis import DrawingCall, Undrawn, draw_in_calls
 
-
 _STAGES: tuple[RoundStage, ...] = ("draw", "critique", "redraw", "judge")
 
 
