@@ -231,6 +231,30 @@ def test_a_family_whose_prompts_depend_on_each_other_fails(family, message):
         check_family(synthesizer(tiny_flux(), family=family))
 
 
+class Elsewhere(Flux):
+    """Says that the tokens of a phrase are five further on."""
+
+    def phrase_tokens(self, prompt, phrases):
+        return [tuple(token + 5 for token in tokens) for tokens in super().phrase_tokens(prompt, phrases)]
+
+
+class Nowhere(Flux):
+    def phrase_tokens(self, prompt, phrases):
+        return [()] * len(phrases)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        (Elsewhere, r"gives the tokens \(.*\) for the whole of 'a red barn', whose own tokens are at slice"),
+        (Nowhere, "gives no tokens for the whole of 'a red barn'"),
+    ],
+)
+def test_a_family_whose_phrases_are_not_in_its_prompts_fails(family, message):
+    with pytest.raises(AssertionError, match=message):
+        check_family(synthesizer(tiny_flux(), family=family))
+
+
 def test_the_check_does_not_change_the_synthesizer():
     drawing = synthesizer(tiny_flux())
     before = drawing.family, drawing.synthesize(aa.Plan("a red barn"), seed=0).tobytes()

@@ -9,6 +9,7 @@ from artaug.diffusion.families.flux.family import Flux
 from artaug.diffusion.families.flux2.family import Flux2, Flux2Klein
 from artaug.diffusion.families.qwen_image.family import QwenImage
 from artaug.diffusion.families.sd3.family import StableDiffusion3
+from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_chat, tokenize_prompt
 from artaug.diffusion.families.unet.family import StableDiffusion, StableDiffusionXL
 from artaug.diffusion.families.z_image.family import ZImage
 from artaug.diffusion.synthesizer import ActiveLoRA, DiffusersSynthesizer
@@ -27,8 +28,11 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
+    "TokenizedPrompt",
     "ZImage",
     "check_family",
     "estimate",
+    "tokenize_chat",
+    "tokenize_prompt",
     "verify_export",
 ]

@@ -23,6 +23,7 @@ from artaug.diffusion.families.base import Family
 from artaug.diffusion.synthesizer import DiffusersSynthesizer, without_progress_bar
 from artaug.geometry import Box
 from artaug.plan import Plan, Region
+from artaug.regional.attention_probe import AttentionMaps, AttentionProbe
 from artaug.regional.denoiser import (
     AttentionFn,
     AttentionProcessor,
@@ -53,10 +54,13 @@ def check_family(
     """Check that a family draws and can be guided, with a synthesizer of its pipeline.
 
     Checked are: masks of pixels become masks of latents; the noise of a seed is what the denoiser of a drawing gets first; a
-    plan without regions draws what the pipeline draws, bit for bit, with any guide; prompts that are encoded together are encoded as alone; a region over the full picture that repeats the plan's prompt changes nothing; every method of
+    plan without regions draws what the pipeline draws, bit for bit, with any guide; prompts that are encoded together are
+    encoded as alone; a region over the full picture that repeats the plan's prompt changes nothing; every method of
     `RegionalAttention` agrees with the dense mask; another prompt in one half changes nothing that the tokens of the
     other half see in the first layer; a batch draws what each picture draws alone; noise levels fall; hooks and
-    processors of the model are as before. A small model with random weights in float32 and two steps are enough.
+    processors of the model are as before. For a family that writes `Family.tokenized`: the tokens of a phrase are a prompt's
+    own, and a drawing in which `AttentionProbe` reads them is the plain one, bit for bit. A small model with random weights in
+    float32 and two steps are enough.
 
     Args:
         synthesizer: set to draw small pictures; its guide is not used.
@@ -72,6 +76,7 @@ def check_family(
     checks.check_plain()
     checks.check_prompts()
     checks.check_output_mix()
+    checks.check_phrases()
     if checks.is_attentive:
         checks.check_noise_levels()
         checks.check_repeated_prompt()
@@ -263,6 +268,29 @@ class _FamilyChecks:
                 assert column.shape == expected.shape, f"{subject} {shapes}. {remedy}"
                 gap = float((column - expected).abs().max() / expected.abs().max().clamp_min(_ROUNDING))
                 assert gap <= self.tolerance, f"{subject} differs in {name!r} by {gap:.1e}. {remedy}"
+
+    def check_phrases(self) -> None:
+        if type(self.family).tokenized is Family.tokenized or not self.prompt.strip():
+            return
+        (own,) = self.family.token_slices([self.prompt])
+        whole, absent = self.family.phrase_tokens(self.prompt, [self.prompt, f"{self.prompt} at night"])
+        subject = f"{self.name}: phrase_tokens gives"
+        assert whole, f"{subject} no tokens for the whole of {self.prompt!r}"
+        assert own.start <= whole[0] <= whole[-1] < own.stop, (
+            f"{subject} the tokens {whole} for the whole of {self.prompt!r}, whose own tokens are at {own}"
+        )
+        assert not absent, f"{subject} the tokens {absent} for a phrase that {self.prompt!r} does not hold"
+        words = self.family.phrase_tokens(self.prompt, self.prompt.split())
+        spelled = set().union(*map(set, words))
+        assert spelled <= set(whole), f"{subject} tokens for the words of {self.prompt!r} that the whole of it lacks"
+        if self.is_attentive:
+            maps: list[AttentionMaps] = []
+            plain = self._predictions([Plan(self.prompt)], None)
+            read = self._predictions([Plan(self.prompt)], AttentionProbe(phrases=[self.prompt], receive=maps.append))
+            assert all(map(torch.equal, read, plain)), f"{self.name}: AttentionProbe changes a prediction"
+            least = min(float(layer.maps.min()) for call in maps for layer in call.layers)
+            most = max(float(layer.maps.max()) for call in maps for layer in call.layers)
+            assert 0 <= least <= most <= 1 + _ROUNDING, f"{self.name}: probabilities run from {least} to {most}"
 
     def check_output_mix(self) -> None:
         plain = self._predictions([Plan(self.prompt)], None)

@@ -1,8 +1,11 @@
 """What acts on a model while it samples: regions, attention, the guides. Pure torch, it knows no model."""
 
+from artaug.regional.attention_layers import Attended, AttentionComputer, AttentionLayers
 from artaug.regional.attention_probe import AttentionMaps, AttentionProbe, LayerMaps
+from artaug.regional.bias import Bias
 from artaug.regional.coverage import token_weights
 from artaug.regional.denoiser import (
+    AttentionFn,
     AttentionLayer,
     AttentionSite,
     AttentiveDenoiser,
@@ -24,11 +27,16 @@ __all__ = [
     "INSTANTX",
     "INVOKEAI",
     "OPEN",
+    "Attended",
+    "AttentionComputer",
+    "AttentionFn",
     "AttentionLayer",
+    "AttentionLayers",
     "AttentionMaps",
     "AttentionProbe",
     "AttentionSite",
     "AttentiveDenoiser",
+    "Bias",
     "Branches",
     "Conditioning",
     "Denoiser",

@@ -30,7 +30,7 @@ class LayerMaps:
     """The maps of one attention layer in one call of the denoiser."""
 
     block: int
-    """The layer's number in the order of computation, as `AttentionSite.block`."""
+    """The layer's number in the order of computation, as `artaug.regional.AttentionSite.block`."""
     grid: tuple[int, int]
     """Rows and columns of the layer's image tokens."""
     maps: Float[Tensor, "batch phrases *heads tokens"]
@@ -90,11 +90,11 @@ class AttentionProbe(Guide):
     """
 
     phrases: Phrases
-    """Parts of the plans' prompts, see `GuidedRun.phrase`; or a function of a plan."""
+    """Parts of the plans' prompts, see `artaug.regional.GuidedRun.phrase`; or a function of a plan."""
     receive: Callable[[AttentionMaps], object] = field(repr=False, compare=False)
     """Called with the maps of every call of the denoiser, after it."""
     layers: Sequence[int] | None = None
-    """The numbers of the layers to read (`AttentionSite.block`); None for all in which image tokens attend to text."""
+    """The numbers of the layers to read (`artaug.regional.AttentionSite.block`); None for all in which image tokens attend to text."""
     heads: bool = False
     """Keep the heads apart, as an axis before the image tokens; else their mean."""
     over: Literal["sequence", "prompt"] = "sequence"

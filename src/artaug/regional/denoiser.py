@@ -30,7 +30,7 @@ class AttentionFn(Protocol):
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, /) -> Tensor:
         """Attend.
 
-        A processor passes ``attn_mask`` where the model's own call has one, in the form of `scaled_dot_product_attention`
+        A processor passes ``attn_mask`` where the model's own call has one, in the form of ``scaled_dot_product_attention``
         with four axes; never in a call that holds the prompts of regions.
         """
 

@@ -22,7 +22,7 @@ from artaug.regional.denoiser import (
 )
 
 PhraseTokens: TypeAlias = Callable[[str, Sequence[str]], Sequence[tuple[int, ...]]]
-"""The tokens of phrases in a prompt, as `Family.phrase_tokens` gives them."""
+"""The tokens of phrases in a prompt, as `artaug.diffusion.Family.phrase_tokens` gives them."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class GuidedRun:
         self._is_aside = False
 
     def phrase(self, text: str) -> tuple[tuple[int, ...], ...]:
-        """Which tokens of each picture's encoded prompt hold a phrase: numbers in a row of `Family.encode_prompts`, rising.
+        """Which tokens of each picture's encoded prompt hold a phrase: numbers in a row of `artaug.diffusion.Family.encode_prompts`, rising.
 
         A phrase is found by whole words, in upper or lower case, wherever it stands. Where a model reads a prompt with
         several encoders whose tokens stand one after the other (SD3), the tokens of all of them count.

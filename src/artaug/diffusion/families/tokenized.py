@@ -24,7 +24,7 @@ class TokenizedPrompt:
     characters: tuple[tuple[int, int], ...]
     """For every token where its characters in ``text`` begin and end; equal for one that stands for none."""
     first: int
-    """The position of the first token in a row of `Family.encode_prompts`, negative where the row leaves it out."""
+    """The position of the first token in a row of `artaug.diffusion.Family.encode_prompts`, negative where the row leaves it out."""
     positions_kept: range
     """The positions in the row that belong to this encoder."""
     convert: Callable[[str], str] = str
@@ -40,7 +40,7 @@ class TokenizedPrompt:
         ]
 
 
-def tokenize(
+def tokenize_prompt(
     tokenizer: Tokenizer,
     prompt: str,
     *,

@@ -23,7 +23,7 @@ from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.chroma.attention import RegionalChromaProcessor
-from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize
+from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_prompt
 from artaug.errors import ModelError
 from artaug.lora.formats import FLUX1, Format, KeyMap, KeyRow
 from artaug.regional.denoiser import (
@@ -128,7 +128,7 @@ class Chroma1(Family):
     def tokenized(self, prompt: str) -> list[TokenizedPrompt]:
         tokenizer = self.pipeline.tokenizer
         convert = partial(self.pipeline.maybe_convert_prompt, tokenizer=tokenizer)
-        return [tokenize(tokenizer, prompt, limit=self.max_sequence_length, convert=convert)]
+        return [tokenize_prompt(tokenizer, prompt, limit=self.max_sequence_length, convert=convert)]
 
     def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:
         return {**common.prompt_kwargs(conditioning, negative), "guidance_scale": self._guidance}

@@ -22,7 +22,7 @@ from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.flux.attention import RegionalFluxProcessor
-from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize
+from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_prompt
 from artaug.errors import ModelError
 from artaug.lora.formats import FLUX1, KeyMap
 from artaug.regional.denoiser import (
@@ -105,7 +105,7 @@ class Flux(Family):
         # CLIP gives one vector of the whole prompt, and no tokens.
         pipeline, tokenizer = self.pipeline, self.pipeline.tokenizer_2
         convert = partial(pipeline.maybe_convert_prompt, tokenizer=tokenizer)
-        return [tokenize(tokenizer, prompt, limit=self.max_sequence_length, convert=convert)]
+        return [tokenize_prompt(tokenizer, prompt, limit=self.max_sequence_length, convert=convert)]
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         config = self.pipeline.transformer.config

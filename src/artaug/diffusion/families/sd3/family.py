@@ -20,7 +20,7 @@ from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.sd3.attention import RegionalSD3Processor
-from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize
+from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_prompt
 from artaug.errors import ModelError
 from artaug.lora.formats import SD3, KeyMap
 from artaug.regional.denoiser import (
@@ -111,10 +111,10 @@ class StableDiffusion3(Family):
     def tokenized(self, prompt: str) -> list[TokenizedPrompt]:
         # Both CLIPs have one vocabulary, and stand side by side on the channel axis.
         clip_length = self.pipeline.tokenizer_max_length
-        clip = tokenize(self.pipeline.tokenizer, prompt, limit=clip_length)
+        clip = tokenize_prompt(self.pipeline.tokenizer, prompt, limit=clip_length)
         if not self._has_t5:
             return [clip]
-        t5 = tokenize(self.pipeline.tokenizer_3, prompt, limit=self.max_sequence_length, offset=clip_length)
+        t5 = tokenize_prompt(self.pipeline.tokenizer_3, prompt, limit=self.max_sequence_length, offset=clip_length)
         return [clip, t5]
 
     def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:

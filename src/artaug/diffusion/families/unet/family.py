@@ -29,7 +29,7 @@ from artaug._internal.modules import named_modules, unwrap
 from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
-from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize
+from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_prompt
 from artaug.diffusion.families.unet.attention import RegionalCrossProcessor
 from artaug.errors import GuideError, ModelError
 from artaug.lora.formats import SD15, SDXL, KeyMap
@@ -105,7 +105,7 @@ class UNetFamily(Family):
         # Where there are two CLIPs, they share one vocabulary, and stand side by side on the channel axis.
         tokenizer = self.pipeline.tokenizer
         convert = partial(self.pipeline.maybe_convert_prompt, tokenizer=tokenizer)
-        return [tokenize(tokenizer, prompt, limit=self._clip_length, convert=convert)]
+        return [tokenize_prompt(tokenizer, prompt, limit=self._clip_length, convert=convert)]
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
         factor, config = self.pipeline.vae_scale_factor, self.pipeline.scheduler.config
