@@ -31,7 +31,7 @@ BATCH = 8
 ANSWER_S = 0.3
 """What the stand-in for a served critic takes for a batch of answers, asked all at once."""
 
-build = partial(playground.synthesizer, guide=aa.OutputMix(), steps=8)
+build = partial(playground.synthesizer, guide=aa.OutputMix(), steps=4)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,12 @@ class ServedStandIn(aa.Critic):
     """Takes as long as a server for a batch of answers, and as little of this machine."""
 
     seconds: float
-    max_concurrency: int
+    is_beside: bool
+    """Whether a run draws meanwhile."""
+
+    @property
+    def max_concurrency(self) -> int:
+        return int(self.is_beside)
 
     def critique(self, image: Image, prompt: str) -> aa.Critique | aa.Abstention:
         return self.critique_batch([image], [prompt])[0]
@@ -211,9 +216,9 @@ def overlap_rows(effort: Effort, folder: Path) -> Iterator[record.Row]:
         return seconds
 
     ways = {
-        "no time": partial(run, ServedStandIn(0.0, 0)),
-        "waited for": partial(run, ServedStandIn(ANSWER_S, 0)),
-        "beside drawing": partial(run, ServedStandIn(ANSWER_S, 1)),
+        "no time": partial(run, ServedStandIn(0.0, is_beside=False)),
+        "waited for": partial(run, ServedStandIn(ANSWER_S, is_beside=False)),
+        "beside drawing": partial(run, ServedStandIn(ANSWER_S, is_beside=True)),
     }
     timing.interleaved(ways, rounds=1)
     seconds = timing.interleaved(ways, rounds=effort.repeats)
