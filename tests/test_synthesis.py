@@ -1,5 +1,6 @@
 """Calls of a synthesizer: their sizes where memory runs out, and faults that pass."""
 
+import threading
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 import artaug as aa
 from artaug._internal.memory import FittingBatches
-from artaug.synthesis import draw, draw_in_calls
+from artaug.synthesis import draw, draw_batches, draw_in_calls
 from artaug.testing import SwatchSynthesizer
 from support.clock import FakeTime
 
@@ -100,3 +101,35 @@ def test_a_synthesizer_that_times_out_is_called_again_for_the_same_picture_only(
     assert len(draw(Served(), PLANS[:3], seeds=SEEDS[:3])) == 3
     assert asked == [0, 1, 1, 2]
     assert len(clock.slept) == 1
+
+
+def test_batches_that_are_drawn_elsewhere_are_drawn_beside_each_other_and_come_in_their_order():
+    meeting = threading.Barrier(3, timeout=20)
+
+    @dataclass(frozen=True)
+    class DrawsElsewhere(aa.Synthesizer):
+        max_concurrency: int = 3
+
+        def synthesize(self, plan, *, seed):
+            meeting.wait()  # three calls, or none goes on
+            return SwatchSynthesizer().synthesize(plan, seed=seed)
+
+    batches = [([aa.Plan(f"prompt {number}")], [number]) for number in range(9)]
+    drawn = list(draw_batches(DrawsElsewhere(), batches))
+    assert drawn == list(draw_batches(SwatchSynthesizer(), batches))
+
+
+def test_what_one_batch_raises_elsewhere_is_raised_in_its_place():
+    @dataclass(frozen=True)
+    class Fails(aa.Synthesizer):
+        max_concurrency: int = 2
+
+        def synthesize(self, plan, *, seed):
+            if seed == 3:
+                raise ArithmeticError("no")
+            return SwatchSynthesizer().synthesize(plan, seed=seed)
+
+    drawn = draw_batches(Fails(), [([aa.Plan("a")], [number]) for number in range(6)])
+    assert [len(next(drawn)) for _ in range(3)] == [1, 1, 1]
+    with pytest.raises(aa.PartError, match="ArithmeticError: no"):
+        next(drawn)

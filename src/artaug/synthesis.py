@@ -1,7 +1,9 @@
 """The seam that draws pictures from plans, and the seeds of a run's pictures."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Self
@@ -12,6 +14,7 @@ from PIL.Image import Image
 from artaug._internal.arguments import check_count
 from artaug._internal.calls import call_part, describe_inputs
 from artaug._internal.contracts import check_batch
+from artaug._internal.lanes import Lane
 from artaug._internal.memory import FittingBatches
 from artaug.errors import ModelError
 from artaug.image_files import ImageFile, ImageFolder
@@ -110,6 +113,32 @@ def draw(synthesizer: Synthesizer, plans: Sequence[Plan], *, seeds: Sequence[int
     calls = draw_in_calls(synthesizer, plans, seeds=seeds, batches=FittingBatches(max(len(plans), 1)))
     images = (_checked(synthesizer, image) for call in calls for image in call.images)
     return [image.load() if isinstance(image, ImageFile) else image for image in images]
+
+
+def draw_batches(
+    synthesizer: Synthesizer, batches: Iterable[tuple[Sequence[Plan], Sequence[int]]]
+) -> Generator[list[Image], None, None]:
+    """Draw several batches of plans with their seeds, and yield the pictures of each, in their order.
+
+    Where a synthesizer draws elsewhere, as many calls as it takes at the same time are under way, and as many wait. See
+    `draw` for what it raises.
+    """
+    concurrency = synthesizer.max_concurrency
+    if not concurrency:
+        yield from (draw(synthesizer, plans, seeds=seeds) for plans, seeds in batches)
+        return
+    under_way: deque[Future[list[Image]]] = deque()
+    with Lane(concurrency, name="draw") as lane:
+        try:
+            for plans, seeds in batches:
+                under_way.append(lane.submit(partial(draw, synthesizer, plans, seeds=seeds)))
+                if len(under_way) == 2 * concurrency:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for waiting in under_way:
+                waiting.cancel()
 
 
 def draw_files(

@@ -14,7 +14,7 @@ import artaug as aa
 from artaug.scale import RayCluster
 from artaug.scale.payloads import dumps
 from artaug.scorers import Chroma
-from artaug.testing import SwatchSynthesizer
+from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer
 
 pytestmark = pytest.mark.loopback
 
@@ -107,3 +107,20 @@ def test_parts_of_a_cluster_that_is_closed_say_so():
         synthesizer = cluster.synthesizer(SwatchSynthesizer)
     with pytest.raises(aa.ClusterError, match="was closed"):
         synthesizer.synthesize(aa.Plan("a"), seed=0)
+
+
+def test_workers_that_build_another_model_than_the_stores_are_refused_by_what_differs(cluster, tmp_path):
+    def attempts(build):
+        return aa.improve(
+            ["a", "b"],
+            synthesizer=cluster.synthesizer(build),
+            critic=FixedCritic(aa.Critique()),
+            planner=aa.GreedyPlanner(),
+            keep=FixedFilter(keep=True),
+            seed=0,
+            store=tmp_path / "run",
+        )
+
+    assert len(list(attempts(SwatchSynthesizer))) == 2
+    with pytest.raises(aa.StorageError, match=r"synthesizer\.width: 64 then, 96 now"):
+        attempts(partial(SwatchSynthesizer, width=96))

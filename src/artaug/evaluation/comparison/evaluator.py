@@ -5,7 +5,8 @@ scores of a prompt are averaged over its seeds before they are paired: the promp
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import product
 from math import nan
@@ -28,7 +29,7 @@ from artaug.pairwise import PairwiseJudge
 from artaug.placement import Placement, Resident
 from artaug.plan import Plan
 from artaug.scoring import Scorer, score_images
-from artaug.synthesis import Synthesizer, draw, picture_seeds
+from artaug.synthesis import Synthesizer, draw_batches, picture_seeds
 
 _LOG = logging.getLogger(__name__)
 _DIVERSITY = "diversity"
@@ -274,16 +275,19 @@ class Evaluator:
             scores[_DIVERSITY] = [nan] * prompt_count
         log.scores[name] = scores
         kept: list[Image] = []
-        with ProgressBar(f"compare {name}", total=len(self.seeds), unit="picture", show=progress) as bar:
+        drawn = draw_batches(synthesizer, self._batches())
+        with (
+            closing(drawn),
+            ProgressBar(f"compare {name}", total=len(self.seeds), unit="picture", show=progress) as bar,
+        ):
             for start in range(0, prompt_count, self.batch_size):
                 prompts = self.prompts[start : start + self.batch_size]
                 images_by_seed = []
-                # Picture i is of prompt i % prompt_count: steps of prompt_count stay on these prompts, a seed further.
                 for first in range(start, len(self.seeds), prompt_count):
                     batch = slice(first, first + len(prompts))
                     seeds = self.seeds[batch]
                     with placement.stage(synthesizer):
-                        images = draw(synthesizer, [Plan(prompt) for prompt in prompts], seeds=seeds)
+                        images = next(drawn)
                     for scorer in self.scorers:
                         with placement.stage(scorer):
                             scores[scorer.name][batch] = _scored(scorer, images, prompts, seeds, log=log, arm=name)
@@ -305,6 +309,14 @@ class Evaluator:
             images=tuple(kept),
             judgments={judge: tuple(answers) for judge, answers in judges.judgments.get(name, {}).items()},
         )
+
+    def _batches(self) -> Iterator[tuple[Sequence[Plan], Sequence[int]]]:
+        """The plans and seeds of each batch; picture i is of prompt i % len(prompts)."""
+        for start in range(0, len(self.prompts), self.batch_size):
+            plans = [Plan(prompt) for prompt in self.prompts[start : start + self.batch_size]]
+            # Steps of so many stay on these prompts, a seed further.
+            for first in range(start, len(self.seeds), len(self.prompts)):
+                yield plans, self.seeds[first : first + len(plans)]
 
     def has_enough_scores(self, base: Arm, candidates: Mapping[str, Arm]) -> bool:
         """Whether every row has at least two prompts, without which it has no interval."""

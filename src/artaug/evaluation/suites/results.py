@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, final
@@ -19,7 +20,7 @@ from artaug.evaluation.prompts import PromptSet
 from artaug.evaluation.statistics import holm, share_bootstrap, sign_flip
 from artaug.evaluation.suites.suite import Outcome, Suite, SuiteScorer
 from artaug.plan import Plan
-from artaug.synthesis import Synthesizer, draw, picture_seeds
+from artaug.synthesis import Synthesizer, draw_batches, picture_seeds
 
 _OVERALL = "overall"
 
@@ -145,24 +146,29 @@ def evaluate(
     cases = scorer.suite.cases
     seeds = picture_seeds(seed, len(cases) * images_per_prompt)
     outcomes: list[list[Outcome]] = [[] for _ in cases]
-    with ProgressBar(scorer.suite.name, total=len(seeds), unit="picture", show=progress) as bar:
-        for first in range(0, len(seeds), len(cases)):
-            for start in range(0, len(cases), batch_size):
-                batch = cases[start : start + batch_size]
-                plans = [Plan(case.prompt) for case in batch]
-                images = draw(synthesizer, plans, seeds=seeds[first + start :][: len(batch)])
-                checked = check_batch(
-                    scorer.name,
-                    "check_images",
-                    scorer.check_images(images, batch),
-                    of=Outcome,
-                    count=len(batch),
-                    per="picture",
-                    prompts=[case.prompt for case in batch],
-                )
-                for case_outcomes, outcome in zip(outcomes[start : start + len(batch)], checked, strict=True):
-                    case_outcomes.append(outcome)
-                bar.advance(len(batch))
+    batches = [
+        (start, first + start, cases[start : start + batch_size])
+        for first in range(0, len(seeds), len(cases))
+        for start in range(0, len(cases), batch_size)
+    ]
+    drawn = draw_batches(
+        synthesizer,
+        (([Plan(case.prompt) for case in batch], seeds[place:][: len(batch)]) for _, place, batch in batches),
+    )
+    with closing(drawn), ProgressBar(scorer.suite.name, total=len(seeds), unit="picture", show=progress) as bar:
+        for (start, _, batch), images in zip(batches, drawn, strict=True):
+            checked = check_batch(
+                scorer.name,
+                "check_images",
+                scorer.check_images(images, batch),
+                of=Outcome,
+                count=len(batch),
+                per="picture",
+                prompts=[case.prompt for case in batch],
+            )
+            for case_outcomes, outcome in zip(outcomes[start : start + len(batch)], checked, strict=True):
+                case_outcomes.append(outcome)
+            bar.advance(len(batch))
     return SuiteResult.of(scorer, outcomes, seed=seed)
 
 
