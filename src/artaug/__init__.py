@@ -30,6 +30,7 @@ from artaug.errors import (
     StorageError,
     TrainingDivergedError,
     UndecidedError,
+    WorkerDiedError,
 )
 from artaug.evaluation.comparison import Arm, Comparison, Guardrail, PositionBias, ScoreRow, ScoringFailure, compare
 from artaug.evaluation.prompts import PromptSet
@@ -231,6 +232,7 @@ __all__ = [
     "Validation",
     "ValidationResult",
     "Verdict",
+    "WorkerDiedError",
     "bake",
     "calibrate",
     "compare",

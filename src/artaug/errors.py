@@ -23,6 +23,7 @@ ArtAugError
 ├── UndecidedError (LookupError)         a pair that no person has decided on yet
 ├── HubError (RuntimeError)               the Hub refused something, or could not be reached
 ├── ClusterError (RuntimeError)          a cluster cannot be reached, lacks what is asked for, or its workers die
+│   └── WorkerDiedError                  the process that worked on a call died each time
 ├── NothingToLearnError (RuntimeError)   no pair was kept, so there is nothing to train on
 └── MissingExtraError (ImportError)      an optional package is not installed
 ```
@@ -182,6 +183,10 @@ class NothingToLearnError(ArtAugError, RuntimeError):
 
 class ClusterError(ArtAugError, RuntimeError):
     """A cluster cannot be reached, has not what is asked for, or its workers die one after the other."""
+
+
+class WorkerDiedError(ClusterError):
+    """The process that worked on a call died each time: killed, out of memory, or with its node."""
 
 
 class MissingExtraError(ArtAugError, ImportError):

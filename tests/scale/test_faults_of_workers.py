@@ -16,6 +16,7 @@ from support.cluster_parts import (
     BuildsOthers,
     DiesWhenBuilt,
     MortalCritic,
+    MortalScorer,
     RaisesWhenBuilt,
     count,
 )
@@ -23,14 +24,14 @@ from support.cluster_parts import (
 pytestmark = pytest.mark.loopback
 
 
-def attempts(prompts, synthesizer, *, critic=None, store=None):
+def attempts(prompts, synthesizer, *, critic=None, keep=None, store=None):
     return list(
         aa.improve(
             prompts,
             synthesizer=synthesizer,
             critic=critic or FixedCritic(ADVICE),
             planner=aa.GreedyPlanner(),
-            keep=FixedFilter(keep=True),
+            keep=FixedFilter(keep=True) if keep is None else keep,
             seed=0,
             batch_size=4,
             store=store,
@@ -74,6 +75,14 @@ def test_a_picture_that_kills_its_critic_gets_an_abstention(cluster):
     result = attempts(prompts, SwatchSynthesizer(), critic=critic)
     assert [type(attempt) for attempt in result] == [aa.Kept, aa.Skipped, aa.Kept]
     assert "the critic abstained: the process that worked on it died each time" in result[1].reason
+
+
+def test_a_pair_that_kills_its_scorer_is_dropped_with_the_reason_and_its_neighbours_are_judged(cluster):
+    prompts = ["a", "poison", "c"]
+    scorer = cluster.scorer(MortalScorer)
+    result = attempts(prompts, SwatchSynthesizer(), keep=aa.Gain(scorer, at_least=0.0))
+    assert [type(attempt) for attempt in result] == [aa.Kept, aa.Dropped, aa.Kept]
+    assert "could not be judged, alone and with others" in result[1].verdict.reason
 
 
 def test_workers_that_die_at_everything_end_the_run_and_skip_no_prompt(cluster, tmp_path):

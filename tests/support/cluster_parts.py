@@ -69,6 +69,16 @@ class MortalCritic(aa.Critic):
 
 
 @dataclass(frozen=True)
+class MortalScorer(aa.Scorer):
+    """Scores all alike; dies at a prompt that says so."""
+
+    def score(self, image, prompt):
+        if "poison" in prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0.5
+
+
+@dataclass(frozen=True)
 class DiesWhenBuilt:
     folder: str
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from artaug.errors import WorkerDiedError
 from artaug.filtering import judge_pairs
 from artaug.pairs import ImagePair, Skipped, Verdict
 from artaug.run.events import StageClock
@@ -59,7 +60,20 @@ class Judging:
         if not pairs:
             return []
         with self.parts.placement.stage(self.parts.keep):
-            return [self._annotate(verdict) for verdict in judge_pairs(self.parts.keep, pairs)]
+            try:
+                verdicts = judge_pairs(self.parts.keep, pairs)
+            except WorkerDiedError:
+                if self.parts.keep.needs_all_pairs:
+                    raise
+                verdicts = [self._judge_alone(pair) for pair in pairs]
+        return [self._annotate(verdict) for verdict in verdicts]
+
+    def _judge_alone(self, pair: ImagePair) -> Verdict:
+        """The verdict on one of some pairs at which a worker has died: it may be the one."""
+        try:
+            return judge_pairs(self.parts.keep, [pair])[0]
+        except WorkerDiedError as error:
+            return Verdict(keep=False, reason=f"it could not be judged, alone and with others: {error}", scores={})
 
     def judge_waiting(self, waiting: Sequence[tuple[Chunk, End]]) -> Mapping[int, Verdict]:
         """The verdicts of a filter that compares the pairs of a round, by the index of the prompt."""

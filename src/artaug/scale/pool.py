@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
-from artaug.errors import ClusterError
+from artaug.errors import ClusterError, WorkerDiedError
 from artaug.scale.payloads import dumps
 from artaug.scale.replica import BuiltPart, Replica, Reply, Work
 
@@ -23,10 +23,6 @@ _MAX_STARTS = 3
 """Of one replica, before the run ends: a model that does not load will not load the fourth time."""
 _WAIT_S = 30.0
 """Between two looks at what a pool without a living replica waits for."""
-
-
-class ReplicaDiedError(ClusterError):
-    """The process that made a call is gone: killed, out of memory, or with its node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +93,7 @@ class ReplicaPool:
         """Let a free replica do something, and wait for it; again, ``retries`` times, if its process dies at it.
 
         Raises:
-            ReplicaDiedError: if it dies each time.
+            WorkerDiedError: if it dies each time.
             ClusterError: if there is no replica any more.
             BaseException: what the work raises.
         """
@@ -138,7 +134,7 @@ class ReplicaPool:
                 died += 1
                 self._bury(actor, error)
                 if died > retries:
-                    raise ReplicaDiedError(f"{_first_line(error)} ({died} time{'s' * (died > 1)})") from error
+                    raise WorkerDiedError(f"{_first_line(error)} ({died} time{'s' * (died > 1)})") from error
                 continue
             except RayError as error:
                 self._bury(actor, error)

@@ -8,12 +8,13 @@ import ray
 from PIL.Image import Image
 
 from artaug.critique import Abstention, Answer, Critic
+from artaug.errors import WorkerDiedError
 from artaug.identity import identity_of
 from artaug.image_files import ImageFile, ImageFolder
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
 from artaug.scale.pictures import Pixels, send_pictures
-from artaug.scale.pool import ReplicaDiedError, ReplicaPool
+from artaug.scale.pool import ReplicaPool
 from artaug.scale.work import Criticise, Draw, Score, SentLoRA, UseSynthesizer
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer, Undrawn
@@ -75,7 +76,7 @@ class RemoteSynthesizer(Synthesizer):
         drawn = self._draw(plans, seeds, folder=None)
         for plan, picture in zip(plans, drawn, strict=True):
             if isinstance(picture, Undrawn):
-                raise ReplicaDiedError(f"{plan.prompt!r} was not drawn: {picture.reason}")
+                raise WorkerDiedError(f"{plan.prompt!r} was not drawn: {picture.reason}")
         return [picture.load() for picture in drawn if isinstance(picture, Pixels)]
 
     def synthesize_each(
@@ -106,14 +107,14 @@ class RemoteSynthesizer(Synthesizer):
         drawn: list[ImageFile | Pixels | Undrawn]
         try:
             drawn = self.pool.call(Draw(self.loras, plans, seeds, folder))
-        except ReplicaDiedError:
+        except WorkerDiedError:
             return [self._draw_alone(plan, seed, folder) for plan, seed in zip(plans, seeds, strict=True)]
         return drawn
 
     def _draw_alone(self, plan: Plan, seed: int, folder: ImageFolder | None) -> ImageFile | Pixels | Undrawn:
         try:
             (picture,) = self.pool.call(Draw(self.loras, [plan], [seed], folder), retries=0)
-        except ReplicaDiedError as error:
+        except WorkerDiedError as error:
             return Undrawn(f"{_MORE_THAN_ONCE}, the last time with this picture alone: {error}")
         made: ImageFile | Pixels | Undrawn = picture
         return made
@@ -152,12 +153,12 @@ class RemoteCritic(Critic):
         answers: list[Answer]
         try:
             answers = self.pool.call(Criticise(pictures, prompts))
-        except ReplicaDiedError:
+        except WorkerDiedError:
             answers = []
             for picture, prompt in zip(pictures, prompts, strict=True):
                 try:
                     answers += self.pool.call(Criticise([picture], [prompt]), retries=0)
-                except ReplicaDiedError as error:
+                except WorkerDiedError as error:
                     answers.append(Abstention(f"{_MORE_THAN_ONCE}, the last time with this picture alone: {error}"))
         return answers
 
