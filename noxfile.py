@@ -192,7 +192,8 @@ print(f"artaug {artaug.__version__}: py.typed and {sum(path.stat().st_size for p
 def constraints(session: nox.Session) -> None:
     """Resolve everything afresh, at the newest versions, and write constraints.txt."""
     session.install(
-        ".[optimizers,parquet,report,scale,vlm]", *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"])
+        ".[optimizers,parquet,report,scale,vlm]",
+        *nox.project.dependency_groups(PYPROJECT, *PYPROJECT["dependency-groups"]),
     )
     frozen = session.run("python", "-m", "pip", "freeze", "--exclude", "artaug", silent=True)
     pins = "\n".join(line.partition("+")[0] for line in str(frozen).splitlines())

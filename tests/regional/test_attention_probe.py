@@ -170,6 +170,30 @@ def test_layers_computed_again_after_a_call_with_other_tokens_are_an_error(check
             torch.autograd.grad(maps[0].layers[1].maps.square().sum(), [weight])
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of torch
+def test_a_compiled_model_is_read_as_it_is_written(pipeline):
+    expected = read(pipeline, PLANS)[1].layers
+    compiled = tiny_flux()
+    compiled.transformer.compile_repeated_blocks(backend="eager")
+    draw(compiled, PLANS[0], None)
+    for layer, reference in zip(read(compiled, PLANS)[1].layers, expected, strict=True):
+        torch.testing.assert_close(layer.maps, reference.maps)
+
+
+def test_in_half_precision_maps_are_float32_and_nearly_the_same(pipeline):
+    expected = read(pipeline, PLANS)[0].layers
+    for layer, reference in zip(read(tiny_flux().to(torch.bfloat16), PLANS)[0].layers, expected, strict=True):
+        assert layer.maps.dtype == torch.float32
+        torch.testing.assert_close(layer.maps, reference.maps, atol=2e-3, rtol=0.05)
+
+
+def test_an_offloaded_model_is_read(pipeline):
+    offloaded, cpu = tiny_flux(), torch.device("cpu")
+    offloaded.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    for layer, reference in zip(read(offloaded, PLANS)[0].layers, read(pipeline, PLANS)[0].layers, strict=True):
+        torch.testing.assert_close(layer.maps, reference.maps)
+
+
 def test_check_guide_takes_guides_that_read_no_regions():
     probe = aa.AttentionProbe(phrases=["a"], receive=[].append)
     check_guide(probe)

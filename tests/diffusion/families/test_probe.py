@@ -162,6 +162,16 @@ def test_maps_are_the_dense_probabilities_of_the_models_own_attention(family, ov
     assert (first[1, 1] == 0).all()  # its prompt does not hold the phrase
 
 
+def test_the_second_attention_of_sd35_is_not_read():
+    family = family_of(StableDiffusion3, tiny_sd3(is_35=True), width=32, height=32, max_sequence_length=128)
+    dense = dense_attentions(family, None, [aa.Plan(prompt) for prompt in PROMPTS])
+    layers = read(family)[0].layers
+    grids = grids_of(family)
+    assert len(layers) == len(family.pipeline.transformer.transformer_blocks)
+    for layer, reference in zip(layers, expected_maps(family, dense, grids), strict=True):
+        torch.testing.assert_close(layer.maps.double(), reference.mean(dim=2), **CLOSE)
+
+
 def test_a_picture_with_a_probe_is_the_plain_picture_bit_for_bit(family):
     plans = [aa.Plan(prompt) for prompt in PROMPTS]
     probe = aa.AttentionProbe(phrases=PHRASES, receive=[].append)
