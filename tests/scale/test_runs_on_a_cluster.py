@@ -94,7 +94,7 @@ def test_a_lora_that_does_not_fit_is_refused_when_it_is_given(two_playgrounds):
 
 def test_critic_and_scorer_on_workers_of_their_own_give_the_same_run(cluster, two_playgrounds, tmp_path):
     critic, scorer = cluster.critic(PhotometricCritic, replicas=2), cluster.scorer(Chroma)
-    assert (repr(critic), repr(scorer)) == ("<PhotometricCritic on 2 workers>", "<Chroma on 1 workers>")
+    assert (repr(critic), repr(scorer)) == ("<PhotometricCritic on 2 workers>", "<Chroma on 1 worker>")
     remote = enhance(
         two_playgrounds, tmp_path / "remote", critic=critic, keep=aa.Gain(scorer, at_least=-1), rounds=1, stop=None
     )

@@ -63,7 +63,7 @@ class RayCluster:
                 address=address or "local",  # None would be any cluster that happens to run here
                 include_dashboard=False if address is None else None,
                 log_to_driver=False,
-                logging_level=logging.WARNING,
+                logging_level=logging.ERROR,  # its warnings at the start are about Ray of this machine, and expected
                 namespace="artaug",
             )
         except (ConnectionError, RuntimeError, ValueError) as error:

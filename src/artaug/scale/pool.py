@@ -63,6 +63,11 @@ class ReplicaPool:
             settings = self.name, self.factory, self.facts, self.replicas, self.resources
             return _guest, (settings, self.description, list(self._alive))
 
+    @property
+    def workers(self) -> str:
+        """How many there are, in words."""
+        return f"{self.replicas} worker{'s' * (self.replicas != 1)}"
+
     def adopt(self, replicas: Sequence[Any]) -> None:
         """Use the replicas of another process, which sees to them."""
         self._alive, self._free, self._is_guest = set(replicas), deque(replicas), True

@@ -43,7 +43,7 @@ class RemoteSynthesizer(Synthesizer):
         """What it is on how many workers."""
         name = self.pool.description.facts["name"]
         lora = f" with {len(self.loras)} LoRA" if self.loras else ""
-        return f"<{name}{lora} on {self.pool.replicas} workers>"
+        return f"<{name}{lora} on {self.pool.workers}>"
 
     @property
     def draws_regions(self) -> bool:
@@ -132,7 +132,7 @@ class RemoteCritic(Critic):
 
     def __repr__(self) -> str:
         """What it is on how many workers."""
-        return f"<{self.pool.description.facts['name']} on {self.pool.replicas} workers>"
+        return f"<{self.pool.description.facts['name']} on {self.pool.workers}>"
 
     @property
     def max_concurrency(self) -> int:
@@ -172,7 +172,7 @@ class RemoteScorer(Scorer):
 
     def __repr__(self) -> str:
         """What it is on how many workers."""
-        return f"<{self.name} on {self.pool.replicas} workers>"
+        return f"<{self.name} on {self.pool.workers}>"
 
     @property
     def name(self) -> str:
