@@ -252,7 +252,8 @@ def test_the_loras_of_the_ablation_are_found_by_its_journal(tmp_path):
     row = {"arm": "DPO", "kind": "OutputMix", "rounds": 2, "steps": 8}
     rows = [
         {"settings": ""},
-        row | {"axis": "front", "seed": 0, "loras": ["one.safetensors"]},
+        row | {"axis": "front", "seed": 0, "loras": ["one.safetensors"], "strengths": [1.0]},
+        row | {"axis": "front", "seed": 0, "loras": ["one.safetensors"], "strengths": [1.0, 5.0]},
         row | {"axis": "rounds", "seed": 1, "loras": ["one.safetensors", "two.safetensors"]},
         row | {"axis": "control", "seed": 0},
     ]
