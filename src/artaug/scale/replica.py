@@ -14,7 +14,7 @@ import torch
 from ray import cloudpickle
 
 from artaug._internal.memory import is_out_of_memory, release_memory
-from artaug.errors import ClusterError
+from artaug.errors import PartError
 from artaug.identity import identity_of
 
 Work: TypeAlias = Callable[["Replica", Callable[[object], None]], Any]
@@ -57,7 +57,7 @@ class Reply:
         try:
             pickle.loads(pickle.dumps(error))  # noqa: S301 - made in the same line
         except Exception:  # noqa: BLE001 - whatever pickle says, the text is sent
-            error = ClusterError(f"{type(error).__name__}: {error}")
+            error = PartError(f"{type(error).__name__}: {error}")
         error.add_note(f"On a worker:\n{text}")
         return cls(error=error)
 
