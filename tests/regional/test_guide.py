@@ -220,3 +220,25 @@ def test_a_guide_of_one_run_is_the_same_in_the_next():
         with steer(guide, run):
             pass
     assert len(guide.log) == 4
+
+
+class Doubled(aa.Guide):
+    """Computes attention of doubled values, by a function."""
+
+    reads_regions = False
+
+    @contextmanager
+    def applied(self, run):
+        def attention(query, key, value, attn_mask=None):
+            return torch.nn.functional.scaled_dot_product_attention(query, key, 2 * value, attn_mask=attn_mask)
+
+        with run.attention() as layers, layers.computed_by(self, dict.fromkeys(layers.sites, attention)):
+            yield
+
+
+def test_a_guide_may_compute_attention_by_a_function_which_others_cannot_observe(pipeline):
+    plan = aa.Plan(PROMPT)
+    assert (draw(pipeline, plan, Doubled()) != draw(pipeline, plan, None)).any()
+    probe = aa.AttentionProbe(phrases=["barn"], receive=print)
+    with pytest.raises(aa.GuideError, match=r"Doubled.* computes attention by a function, which does not tell a guide"):
+        draw(pipeline, plan, aa.Together((Doubled(), probe)))

@@ -8,7 +8,7 @@ computes what it would compute without observers.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,13 +39,11 @@ class Attended:
     """None where nothing is added to the scores."""
 
 
-class AttentionComputer(Protocol):
-    """Computes the attention of a layer."""
+@runtime_checkable
+class AttentionComputer(AttentionFn, Protocol):
+    """Computes the attention of a layer so that other guides can observe it."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
-        """The result alone."""
-
-    def attended(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Attended:
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, /) -> Attended:
         """The result with what observers need."""
 
 
@@ -55,11 +53,11 @@ Observer: TypeAlias = Callable[[AttentionSite, Attended], None]
 class PlainAttention:
     """The model's own attention."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, /) -> Tensor:
         """Scaled dot product attention, as diffusers' own processors compute it."""
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
 
-    def attended(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Attended:
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, /) -> Attended:
         """The same, by the same kernel where that returns its log-sum-exp."""
         bias = None if attn_mask is None else _additive(attn_mask, query)
         added = None if bias is None else MaskBias(bias)
@@ -79,7 +77,9 @@ class AttentionLayers:
         self.sites: Sequence[AttentionSite] = tuple(denoiser.sites)
         self.current: CurrentCall = CurrentCall()
         """The call under way, where a guide adds prompts to it."""
-        self._computers: Mapping[AttentionSite, AttentionComputer] = {}
+        self._computers: Mapping[AttentionSite, AttentionFn] = {}
+        self._computing: object = None
+        """The guide that computes attention."""
         self._observers: list[Observer] = []
 
     @contextmanager
@@ -97,8 +97,10 @@ class AttentionLayers:
             yield
 
     @contextmanager
-    def computed_by(self, guide: object, computers: Mapping[AttentionSite, AttentionComputer]) -> Iterator[None]:
+    def computed_by(self, guide: object, computers: Mapping[AttentionSite, AttentionFn]) -> Iterator[None]:
         """Compute the attention of layers in a guide's way for a ``with`` block.
+
+        Layers that are observed need an `AttentionComputer`, which also says how it computes.
 
         Raises:
             GuideError: if another guide of the run computes it already.
@@ -108,11 +110,11 @@ class AttentionLayers:
                 f"{guide!r} cannot compute attention that another guide of the same run computes: of several guides, one can. "
                 "OutputMix works beside it."
             )
-        self._computers = computers
+        self._computers, self._computing = computers, guide
         try:
             yield
         finally:
-            self._computers = {}
+            self._computers, self._computing = {}, None
 
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
@@ -127,9 +129,14 @@ class AttentionLayers:
         plain = PlainAttention()
 
         def attention_fn(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-            compute: AttentionComputer = self._computers.get(site, plain)
+            compute = self._computers.get(site, plain)
             if not self._observers:
                 return compute(query, key, value, attn_mask)
+            if not isinstance(compute, AttentionComputer):
+                raise GuideError(
+                    f"{self._computing!r} computes attention by a function, which does not tell a guide beside it, such as "
+                    "AttentionProbe, what it has computed. Give it a method `attended`: see artaug.regional.AttentionComputer."
+                )
             attended = compute.attended(query, key, value, attn_mask)
             for observer in self._observers:
                 observer(site, attended)

@@ -280,13 +280,13 @@ class _RegionalComputer:
     site: AttentionSite
     applies: bool
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, /) -> Tensor:
         prepared = self._prepared(query, attn_mask)
         if prepared is None:
             return _PLAIN(query, key, value, attn_mask)
         return prepared.attention(query, key, value)
 
-    def attended(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Attended:
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, /) -> Attended:
         prepared = self._prepared(query, attn_mask)
         if prepared is None:
             return _PLAIN.attended(query, key, value, attn_mask)
