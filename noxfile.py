@@ -92,7 +92,7 @@ def gpu(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation with every warning an error, and run its examples and its notebook."""
-    install(session, "--editable", ".[report]", group="docs")
+    install(session, "--editable", ".[report,scale]", group="docs")
     for builder in ("html", "doctest"):
         session.run("sphinx-build", "-W", "-n", "--keep-going", "-q", "-b", builder, "docs", f"docs/_build/{builder}")
 
@@ -115,7 +115,7 @@ def fuzz(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run every benchmark; arguments after -- are handed to each, such as --quick."""
     drawing = nox.project.dependency_groups(PYPROJECT, "emoji")
-    install(session, "--editable", ".[optimizers,report]", *drawing, group="judges")
+    install(session, "--editable", ".[optimizers,report,scale]", *drawing, group="judges")
     for path in sorted(Path("benchmarks").glob("[!_]*.py")):
         if path.stem not in {"gpu", "on_flux"}:  # which takes the others' functions; which needs FLUX.1-dev
             session.run("python", "-m", f"benchmarks.{path.stem}", *session.posargs)
@@ -169,7 +169,7 @@ def package(session: nox.Session) -> None:
         shipped = {name.partition("/")[2] for name in archive.getnames()}
     if missing := sorted(set(tracked) - shipped):
         session.error(f"the sdist lacks what its own sessions need: {missing}")
-    install(session, f"{wheel}[optimizers,parquet,report,vlm]")
+    install(session, f"{wheel}[optimizers,parquet,report,scale,vlm]")
     with session.chdir(dist):
         session.run("python", "-c", LOOK)
         session.run("pyright", "--ignoreexternal", "--verifytypes", "artaug")
