@@ -81,7 +81,7 @@ def train_base(
 
 
 def new_pipeline(codec: PatchComponents, names: Sequence[str], *, heads: int) -> FluxPipeline:
-    """The real classes at about one two-thousandth of FLUX's size, untrained; a token is a word of the names."""
+    """The real classes at about one five-thousandth of FLUX's size, untrained; a token is a word of the names."""
     tokenizer, tokenizer_2 = _tokenizer(names, has_start_token=True), _tokenizer(names, has_start_token=False)
     transformer = FluxTransformer2DModel(
         in_channels=4 * CHANNELS,

@@ -84,7 +84,9 @@ def of_ablation(folder: Path, *, seeds: Sequence[int] | None, strengths: Sequenc
         raise SystemExit(f"{journal} does not exist. Run: python -m benchmarks.ablation --out {folder} --axes front")
     rows = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
     wanted = [row for row in rows if row["axis"] in AXES and (seeds is None or row["seed"] in seeds)]
-    by_loras = {tuple(row["loras"]): row for row in wanted if row.get("loras")}  # a row that was extended has a later one
+    by_loras = {
+        tuple(row["loras"]): row for row in wanted if row.get("loras")
+    }  # a row that was extended has a later one
     for names, row in by_loras.items():
         loras = [aa.LoRA.load(folder / "ablation-loras" / name) for name in names]
         about = {name: row[name] for name in ("axis", "arm", "seed", "rounds", "steps")} | {"guide": row["kind"]}

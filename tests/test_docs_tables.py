@@ -179,6 +179,23 @@ def test_what_is_said_of_real_pairs_is_what_was_measured():
     ]
 
 
+def test_what_judges_that_are_not_ours_say_of_the_default_is_what_was_measured():
+    judged = rows("2-core-epyc/outside.json", kind="LoRA", strength=1.0)
+
+    def mean(name, arm):
+        return fmean(row[name] for row in judged if row["arm"] == arm)
+
+    default, paired = "PairedPreference", "PairedDifference"
+    text = page("docs/outside-judges.md")
+    drifts = [f"{1000 * mean('drift', arm):.1f}" for arm in (default, paired)]
+    assert f"gains {mean('gain', default):.3f} at a drift of {drifts[0]} thousandths" in text
+    assert f"`PairedDifference` {mean('gain', paired):.3f} at {drifts[1]}" in text
+    assert f"{mean('content', default):.3f}" == f"{mean('content', paired):.3f}"
+    nearer = f"the first comes {mean('toward', default):.3f} nearer, the second {mean('toward', paired):.3f}"
+    assert nearer in text
+    assert f"{mean('toward', 'TwoStage'):.3f} nearer, and fine-tuning, {mean('toward', 'fine-tuning'):.3f}" in text
+
+
 def test_the_memory_of_baking_is_what_was_measured():
     peaks = [row["peak_bytes"] / 2**20 for row in rows("2-core-epyc/bake.json")]
     assert f"({min(peaks):.0f} to {max(peaks):.0f} MiB in" in page("docs/lora-files.md")
