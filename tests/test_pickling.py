@@ -48,7 +48,7 @@ HOLD_A_MODEL = {
     ),
     *("ImageEncoder", "EmbeddingSimilarity", "Tracker", "AttentionSite", "ObjectScore"),
     # Processes of a cluster: they go to its workers, see tests/scale.
-    *("RayCluster", "RemoteSynthesizer", "RemoteCritic", "RemoteScorer"),
+    *("RayCluster", "RemoteSynthesizer", "RemoteCritic", "RemoteScorer", "ReplicaPool", "SentLoRA"),
 }
 
 
