@@ -47,6 +47,8 @@ HOLD_A_MODEL = {
         "ClipColors",
     ),
     *("ImageEncoder", "EmbeddingSimilarity", "Tracker", "AttentionSite", "ObjectScore"),
+    # A denoiser that is drawing, and what is of one drawing.
+    *("Attended", "AttentionLayers", "DenoiserCall", "GuidedRun"),
     # Processes of a cluster: they go to its workers, see tests/scale.
     *("RayCluster", "RemoteSynthesizer", "RemoteCritic", "RemoteScorer", "ReplicaPool", "SentLoRA"),
 }
@@ -78,6 +80,7 @@ SAMPLES = {
     aa.PairFilter: lambda: FixedFilter(True),
     aa.Critic: lambda: FixedCritic(aa.Critique()),
     aa.ImageSimilarity: aa.StructuralSimilarity,
+    aa.Guide: aa.OutputMix,
     QuestionScore: lambda: QuestionScore(
         suite=Suite("a suite", (Case("a pear", QuestionCheck((Question(1, "a pear?"),))),)), vqa=FixedScorer()
     ),

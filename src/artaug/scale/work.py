@@ -10,7 +10,6 @@ from PIL.Image import Image
 from artaug.critique import Answer, Critic, run_critic
 from artaug.errors import ContractError
 from artaug.image_files import ImageFile, ImageFolder
-from artaug.lora.lora import LoRA
 from artaug.plan import Plan
 from artaug.scale.pictures import Pixels, Sent, receive_pictures
 from artaug.scale.replica import Replica
@@ -28,7 +27,8 @@ class SentLoRA(NamedTuple):
 
     digest: str
     scale: float
-    reference: "ray.ObjectRef[LoRA]"
+    reference: Any
+    """Of Ray, to the `LoRA`."""
 
 
 def tuned(replica: Replica, loras: Sequence[SentLoRA]) -> Synthesizer:
