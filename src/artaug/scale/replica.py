@@ -71,7 +71,7 @@ class Replica:
         self.variants: dict[str, Any] = {}
         """Of the part, by what tells them apart: a synthesizer with a LoRA."""
         try:
-            self.part = cloudpickle.loads(factory)()
+            self.part: Any = cloudpickle.loads(factory)()
             read: Callable[[Any], dict[str, Any]] = cloudpickle.loads(facts)
             self._reply = Reply(
                 BuiltPart(identity_of(self.part, ""), read(self.part), time.perf_counter() - start_s, os.getpid())

@@ -216,7 +216,7 @@ class FolderJournal(RoundJournal):
 
     def __init__(self, folder: RoundFolder) -> None:
         self._folder = folder
-        self.images = folder.images
+        self.images: ImageFolder | None = folder.images
         self.writer: ThreadPoolExecutor = ThreadPoolExecutor(1, thread_name_prefix="artaug-store")
 
     def finished(self, name: str) -> Chunk | None:
