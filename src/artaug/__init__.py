@@ -65,6 +65,7 @@ from artaug.run.enhance import enhance
 from artaug.run.events import AttemptEvent, ProgressEvent, RoundEvent, RunEvent, StageEvent
 from artaug.run.funnel import Funnel, FunnelStep
 from artaug.run.improve import improve
+from artaug.run.planning.cluster_plan import ChunkPlan, ClusterPlan, ClusterSize
 from artaug.run.planning.plan_run import plan_run
 from artaug.run.planning.run_plan import CriticPlan, RunPlan, StagePlan
 from artaug.run.results import Enhancement, Round
@@ -125,7 +126,10 @@ __all__ = [
     "CachedSynthesizer",
     "Calibration",
     "Checkpoints",
+    "ChunkPlan",
     "ClusterError",
+    "ClusterPlan",
+    "ClusterSize",
     "Comparison",
     "CompressedLayer",
     "Compression",

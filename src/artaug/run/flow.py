@@ -2,10 +2,12 @@
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
+from heapq import heappop, heappush
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -25,28 +27,74 @@ _POLL_S = 0.1
 """How long a run waits before it looks whether it is to stop."""
 
 
-@dataclass
+def chunks_under_way(*, drawing: int, asking: int, writes_behind: bool) -> int:
+    """How many chunks are under way at most: at each place that computes one, and one that it goes on with at once.
+
+    Args:
+        drawing: calls that the synthesizer takes at the same time, 0 if it computes in this process.
+        asking: those of the critic, likewise.
+        writes_behind: whether the last pictures of a chunk are written while the next one is drawn.
+    """
+    return 1 + writes_behind + 2 * drawing + asking
+
+
+@dataclass(order=True)
 class _Task(Generic[T]):
-    steps: Steps[T]
     number: int
-    waits_for: "Future[Any] | Turn" = Turn.OLDER
-    results: list[T] = field(default_factory=list)
+    steps: Steps[T] = field(compare=False)
+    results: list[T] = field(default_factory=list, compare=False)
     """Its one result, when it is there."""
 
-    def is_ready(self, *, begun: int, can_begin: bool) -> bool:
-        """Whether it can go on, where so many tasks have begun and another one can or not."""
-        if self.results:
-            return False
-        if self.waits_for is Turn.NEXT:
-            return begun > self.number or not can_begin
-        return self.waits_for is Turn.OLDER or self.waits_for.done()
 
-    def advance(self) -> None:
-        """Run until it has to wait, or is done."""
+@dataclass
+class _Waiting(Generic[T]):
+    """Tasks that are under way, by what they wait for."""
+
+    ready: list[_Task[T]] = field(default_factory=list)
+    """Nothing: a heap, the oldest first."""
+    arrived: "SimpleQueue[_Task[T]]" = field(default_factory=SimpleQueue)
+    """A future that is done by now; whichever thread ends it puts its task here."""
+    newest: _Task[T] | None = None
+    """The last one that has begun, if it waits for the beginning of the task after it."""
+
+    def begin(self, task: _Task[T]) -> None:
+        """Run a task from its beginning, for which the newest one before it may have waited."""
+        if self.newest is not None:
+            heappush(self.ready, self.newest)
+            self.newest = None
+        self.advance(task, is_newest=True)
+
+    def advance(self, task: _Task[T], *, is_newest: bool) -> None:
+        """Run a task until it has to wait, or is done."""
         try:
-            self.waits_for = next(self.steps)
+            waits_for = next(task.steps)
         except StopIteration as end:
-            self.results.append(end.value)
+            task.results.append(end.value)
+            return
+        if isinstance(waits_for, Future):
+            waits_for.add_done_callback(lambda _: self.arrived.put(task))
+        elif waits_for is Turn.NEXT and is_newest:
+            self.newest = task
+        else:
+            heappush(self.ready, task)
+
+    def pop_ready(self, *, can_begin: bool) -> _Task[T] | None:
+        """The oldest task that can go on, where another one can begin or not."""
+        while not self.arrived.empty():
+            heappush(self.ready, self.arrived.get())
+        if self.ready:
+            return heappop(self.ready)
+        newest = None if can_begin else self.newest
+        if newest is not None:
+            self.newest = None
+        return newest
+
+    def wait(self) -> None:
+        """Wait for a future, for a moment."""
+        try:
+            heappush(self.ready, self.arrived.get(timeout=_POLL_S))
+        except Empty:
+            return
 
 
 def run_in_order(tasks: Iterator[Steps[T]], *, depth: int, poll: Callable[[], None]) -> Iterator[T]:
@@ -58,31 +106,28 @@ def run_in_order(tasks: Iterator[Steps[T]], *, depth: int, poll: Callable[[], No
     Args:
         tasks: taken one at a time, as there is room.
         depth: tasks that are under way or wait for one before them, at most.
-        poll: called at least every 0.1 s while all wait; raises to stop.
+        poll: called when all wait, and every 0.1 s while they do; raises to stop.
 
     Whatever ends this, all tasks under way are closed, the oldest first: each can finish in a ``finally`` what must not be lost.
     """
     under_way: deque[_Task[T]] = deque()
+    waiting: _Waiting[T] = _Waiting()
     begun, following = 0, next(tasks, None)
     try:
         while under_way or following is not None:
             can_begin = following is not None and len(under_way) < depth
-            ready = (task for task in under_way if task.is_ready(begun=begun, can_begin=can_begin))
             if under_way and under_way[0].results:
                 yield under_way.popleft().results[0]
-            elif (task := next(ready, None)) is not None:
-                task.advance()
+            elif (task := waiting.pop_ready(can_begin=can_begin)) is not None:
+                waiting.advance(task, is_newest=task.number == begun)
             elif following is not None and can_begin:
                 begun += 1
-                under_way.append(_Task(following, begun))
+                under_way.append(_Task(begun, following))
                 following = next(tasks, None)
-                under_way[-1].advance()
+                waiting.begin(under_way[-1])
             else:
-                futures = [
-                    task.waits_for for task in under_way if isinstance(task.waits_for, Future) and not task.results
-                ]
-                wait(futures, _POLL_S, FIRST_COMPLETED)
                 poll()
+                waiting.wait()
     finally:
         with ExitStack() as stack:  # all of them, also if one raises
             for task in reversed(under_way):

@@ -12,7 +12,7 @@ from artaug.errors import StorageError
 from artaug.pairs import Attempt, Verdict
 from artaug.run.chunk_run import ChunkRun, Lanes, is_answered, note_unplanned
 from artaug.run.events import AttemptEvent, StageClock
-from artaug.run.flow import Steps, run_in_order
+from artaug.run.flow import Steps, chunks_under_way, run_in_order
 from artaug.run.judging import Judging
 from artaug.run.parts import LoopParts
 from artaug.run.silence import Silence
@@ -114,13 +114,12 @@ class RoundStages:
         """
         with Lanes.opened(self.parts) as lanes:
             tasks = (self._chunk(lanes, prompts, name, indices, known) for name, indices, known in chunks)
-            yield from run_in_order(tasks, depth=self._depth, poll=self.poll)
-
-    @property
-    def _depth(self) -> int:
-        """How many chunks are under way at most: at each place that computes one, and one that it goes on with at once."""
-        drawing, asking = self.parts.synthesizer.max_concurrency, self.parts.critic.max_concurrency
-        return 1 + self.journal.writes_behind + 2 * drawing + asking
+            depth = chunks_under_way(
+                drawing=self.parts.synthesizer.max_concurrency,
+                asking=self.parts.critic.max_concurrency,
+                writes_behind=self.journal.writes_behind,
+            )
+            yield from run_in_order(tasks, depth=depth, poll=self.poll)
 
     def _chunk(
         self,

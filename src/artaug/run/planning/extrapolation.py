@@ -8,6 +8,7 @@ from artaug.critique import Critic
 from artaug.evaluation.statistics import Interval, paired_bootstrap, wilson_interval
 from artaug.run.events import RoundStage
 from artaug.run.parts import LearningParts, LoopParts
+from artaug.run.planning.cluster_plan import ChunkPlan
 from artaug.run.planning.run_plan import CriticPlan, RunPlan, StagePlan, advise
 from artaug.run.planning.sampling import SampleCosts, StageTiming
 from artaug.run.planning.usage_counts import UsageCount
@@ -74,6 +75,7 @@ class Extrapolation:
             pairs=self.pairs,
             pairs_interval=self.pairs_interval,
             redrawn=self.redrawn,
+            chunks=self._chunks(),
             disk=disk,
             free_bytes=free_bytes,
             critic=self._critic(prices),
@@ -117,6 +119,18 @@ class Extrapolation:
             warm_up_seconds=warm_up_s,
             moving_seconds=moves * self.learning.rounds,
             peak_bytes=self.costs.peaks.get(stage),
+        )
+
+    def _chunks(self) -> ChunkPlan:
+        costs, parts = self.costs, self.parts
+        return ChunkPlan(
+            prompts=min(parts.prompts_per_chunk, self.prompts),
+            call=costs.calls,
+            critics=parts.critic.max_concurrency,
+            planning_seconds=costs.plan_s,
+            # What a chunk writes is in proportion to its prompts.
+            filing_seconds=costs.file_s * min(parts.prompts_per_chunk, self.prompts),
+            judged_together=parts.keep.needs_all_pairs,
         )
 
     def _moves_s(self, stage: RoundStage) -> float:
@@ -302,6 +316,9 @@ class Extrapolation:
             yield "The critic's server was not asked, as its answers were in a cache: what it takes is missing here."
         if costs.was_halved:
             yield f"Memory ran out at {self.parts.batch_size} pictures a call; {costs.calls} fit."
+        workers = self.parts.synthesizer.max_concurrency
+        if workers > 1:
+            yield f"Times are those of one worker; RunPlan.on([{workers}]) simulates the {workers} of this synthesizer."
         if free_bytes is not None and disk_bytes > free_bytes:
             yield "The disk of the store has too little room."
         if not costs.peaks:

@@ -2,15 +2,18 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from artaug._internal.arguments import argument_error, check_count
 from artaug._internal.segments import read_segment, write_segment
 from artaug._internal.text import duration, table_html
 from artaug._internal.values import to_json, value
 from artaug.evaluation.statistics import Interval
 from artaug.run.events import RoundStage
+from artaug.run.planning.cluster_plan import ChunkPlan, ClusterPlan, ClusterRun
+from artaug.run.planning.simulation import LoopCosts
 from artaug.run.results import Enhancement
 
 _HEADINGS = ("stage", "count", "time", "95% interval", "share", "moves", "GPU memory")
@@ -81,6 +84,7 @@ class RunPlan:
     """Wilson's 95% interval of that number."""
     redrawn: float
     """Share of the pictures that are redrawn."""
+    chunks: ChunkPlan
     disk: dict[str, int]
     """Bytes of a run with a store, by what they are for; the checkpoints go when their round is finished."""
     free_bytes: int | None
@@ -116,6 +120,93 @@ class RunPlan:
     def bottleneck(self) -> StagePlan:
         """The stage that takes the most time."""
         return max(self.stages, key=lambda stage: stage.seconds)
+
+    def on(
+        self,
+        gpus: Sequence[int],
+        *,
+        critics: int | Sequence[int] | None = None,
+        load_s: float = 0.0,
+        gpu_hour_price: float | None = None,
+    ) -> ClusterPlan:
+        """What the run would take on clusters of `artaug.scale`, with a worker on each GPU and a store that all of them reach.
+
+        Simulated, not run: its chunks go through the scheduler of a run in simulated time. Pictures are drawn on all workers
+        at the same time, the critic answers beside them, and the process that drives the run plans, judges and writes, one
+        thing after the other. A training, held-out pictures and validations are on one worker while the others wait. All
+        seconds are those of the sample, so of one worker, and moves of models are left out, since each part has its place.
+        What Ray takes for a call and what a file system takes under load are not in it.
+
+        Args:
+            gpus: sizes, each at least 1.
+            critics: chunks that the critic answers about at the same time, each as fast as in the sample; one number, or one
+                for each size. None for as many as the plan's critic; 0 if it computes in the process that drives the run.
+            load_s: seconds until a worker has its model.
+            gpu_hour_price: of one GPU that draws. Those of a critic, and its tokens, are not in the cost.
+
+        Raises:
+            InvalidValueError: for sizes or critics that are no such numbers, or not as many critics as sizes.
+
+        >>> plan = aa.RunPlan.load("runs/first-plan.json")  # doctest: +SKIP
+        >>> print(plan.on([1, 8, 64, 512], critics=[1, 1, 8, 64], gpu_hour_price=2.5))  # doctest: +SKIP
+        """
+        several = self._critics(critics, sizes=len(gpus))
+        for size, count in zip(gpus, several, strict=True):
+            check_count("RunPlan.on", "gpus", size)
+            check_count("RunPlan.on", "critics", count, least=0)
+        for name, number in (("load_s", load_s), ("gpu_hour_price", gpu_hour_price or 0.0)):
+            if isinstance(number, bool) or not 0 <= number < math.inf:
+                raise argument_error("RunPlan.on", name, number, expected="a number from 0 up")
+        run = self._cluster_run()
+        return ClusterPlan(
+            prompts=self.prompts,
+            rounds=self.rounds,
+            sizes=tuple(
+                run.on(size, critics=count, load_s=load_s, gpu_hour_price=gpu_hour_price)
+                for size, count in zip(gpus, several, strict=True)
+            ),
+        )
+
+    def _critics(self, critics: int | Sequence[int] | None, *, sizes: int) -> Sequence[int]:
+        several = (
+            [self.chunks.critics if critics is None else critics] * sizes
+            if critics is None or isinstance(critics, int)
+            else critics
+        )
+        if len(several) != sizes:
+            raise argument_error(
+                "RunPlan.on", "critics", critics, expected=f"one number, or {sizes}: one for each size"
+            )
+        return several
+
+    def _cluster_run(self) -> ClusterRun:
+        stages = {stage.stage: stage for stage in self.stages}
+        chunks, pictures = self.chunks, stages["critique"].count // self.rounds
+
+        def each_s(name: RoundStage, number: int, count: float) -> float:
+            stage = stages[name]
+            return max(stage.seconds_by_round[number] - stage.moving_seconds / self.rounds, 0.0) / max(count, 1e-12)
+
+        loops = tuple(
+            LoopCosts(
+                prompts=self.prompts,
+                chunk=chunks.prompts,
+                candidates=pictures // self.prompts,
+                call=chunks.call,
+                redrawn=self.redrawn,
+                draw_s=each_s("draw", number, pictures),
+                critique_s=each_s("critique", number, pictures),
+                plan_s=chunks.planning_seconds,
+                redraw_s=each_s("redraw", number, pictures * self.redrawn),
+                judge_s=each_s("judge", number, self.prompts),
+                file_s=chunks.filing_seconds,
+                judged_together=chunks.judged_together,
+            )
+            for number in range(self.rounds)
+        )
+        first_s = stages["draw"].warm_up_seconds + stages["redraw"].warm_up_seconds
+        between = {name: stages[name].seconds for name in ("train", "combine", "measure")}
+        return ClusterRun(loops=loops, between=between, first_s=first_s)
 
     @property
     def rows(self) -> list[tuple[str, ...]]:

@@ -14,13 +14,14 @@ from PIL.Image import Image
 from artaug._internal.images import as_rgb
 from artaug._internal.memory import FittingBatches
 from artaug._internal.progress_bar import ProgressBar
+from artaug.critique import Critique
 from artaug.image_files import ImageFile
 from artaug.lora.fusing import fuse_loras
 from artaug.lora.lora import LoRA
 from artaug.pairs import Attempt, ImagePair, Kept, Skipped
 from artaug.pairwise import PairwiseJudge, judge_images
 from artaug.placement import Placement
-from artaug.plan import Plan
+from artaug.plan import Plan, run_planner
 from artaug.run.events import RoundStage, RunEvent, StageClock, StageEvent
 from artaug.run.parts import LearningParts, LoopParts
 from artaug.run.planning.training_costs import TrainingCosts, elapsed, time_training
@@ -29,8 +30,8 @@ from artaug.run.stages import RoundStages
 from artaug.run.stop_rule import StopRule
 from artaug.run.storage.attempts import read_candidates
 from artaug.run.storage.metadata import write_metadata
-from artaug.run.storage.records import Candidate, load_picture
-from artaug.run.storage.round_folder import ResultRecord
+from artaug.run.storage.records import Candidate, Member, load_picture
+from artaug.run.storage.round_folder import ResultRecord, RoundFolder
 from artaug.run.storage.store import RunFolder
 from artaug.scoring import score_images
 from artaug.synthesis import draw, held_out_seed, picture_seeds
@@ -86,6 +87,10 @@ class SampleCosts:
     """Of a picture on disk."""
     record_bytes: float
     """Of a prompt, beside its pictures."""
+    plan_s: float
+    """That the planner takes for a picture."""
+    file_s: float
+    """To write what became of a prompt whose pictures are stored already."""
     training: TrainingCosts
     lora_extra_s: float
     """What a picture takes longer with the LoRA of a round."""
@@ -188,6 +193,8 @@ class Sampler:
             before_bytes=before_bytes,
             after_bytes=after_bytes,
             record_bytes=record_bytes,
+            plan_s=_time_planner(self.parts, candidates),
+            file_s=_time_filing(run_folder.round(1), self.folder / "filed", prompts=len(prompts)),
             training=training,
             lora_extra_s=self._time_lora(training.lora, prompts, min(batches.largest, chunk)),
             combine_s=combine_s,
@@ -302,6 +309,42 @@ def _bytes_on_disk(folder: RunFolder, candidates: Sequence[Candidate], *, prompt
     write_metadata(folder)
     records = sum(file.stat().st_size for file in folder.path.rglob("*.json*"))
     return sizes[0] / len(candidates), sizes[1] / max(redrawn, 1), records / prompts
+
+
+def _time_planner(parts: LoopParts, candidates: Sequence[Candidate]) -> float:
+    """Seconds of the planner for a picture."""
+
+    def plan_all() -> None:
+        for made in candidates:
+            if isinstance(made.answer, Critique):
+                run_planner(parts.planner, made.prompt, made.answer)
+
+    return elapsed(plan_all) / len(candidates)
+
+
+def _time_filing(made: RoundFolder, folder: Path, *, prompts: int) -> float:
+    """Seconds to write a prompt's records once more, with pictures that are stored already, as workers of a cluster do that."""
+    journal = RoundFolder(folder, made.images).journal()
+    records = {name: record for name in made.chunk_names() if (record := made.chunk(name)) is not None}
+    files = {
+        digest: made.images.get(digest)
+        for record in records.values()
+        for call in record.calls
+        for digest in call.images
+    }
+
+    def write_all() -> None:
+        for name, record in records.items():
+            chunk, again = record.to_chunk(made.images), journal.begin(name)
+            for call in record.calls:
+                members = [Member(*member) for member in call.members]
+                plans = {member: chunk.candidates[member].plan or Plan("") for member in members}
+                again.add_call(call.stage, plans, [files[digest] for digest in call.images], limit=call.limit)
+            again.finish(chunk)
+
+    seconds = elapsed(write_all) / prompts
+    journal.close()
+    return seconds
 
 
 def _take_peak() -> int | None:
