@@ -70,6 +70,7 @@ class TimedCritic(aa.Critic):
     cost: float
     answers: tuple[str, ...] = ()
     """Prompts whose pictures it finds good."""
+    max_concurrency: int = 0
 
     def critique(self, image, prompt):
         self.clock.now += self.cost
@@ -207,6 +208,39 @@ def test_a_plan_is_exact_where_every_part_always_takes_the_same(flux, each, move
         assert planned == pytest.approx(real, abs=1e-6), stage
     assert plan.bottleneck.seconds == max(planned for _, planned, _ in plan.against(result))
     assert f"bottleneck: {plan.bottleneck.stage}" in str(plan)
+
+
+@dataclass(frozen=True)
+class TimedPlanner(aa.RegionPlanner):
+    clock: FakeTime = field(repr=False, compare=False)
+    cost: float
+
+    def plan(self, prompt, critique):
+        self.clock.now += self.cost
+        return aa.GreedyPlanner().plan(prompt, critique)
+
+
+def test_on_one_gpu_a_plan_takes_what_its_stages_take_that_do_not_run_beside_drawing(clock, flux):
+    options = arguments(clock, flux, critique=0.0, lora_cost=2.0, placement=TimedPlacement(clock, 5.0))
+    plan = aa.plan_run(PROMPTS, **options, steps=2)
+    stages = {stage.stage: stage for stage in plan.stages}
+    (one,) = plan.on([1]).sizes
+    drawing = sum(stages[name].seconds - stages[name].moving_seconds for name in ("draw", "redraw"))
+    assert one.seconds_by_phase["loop"] == pytest.approx(drawing) == pytest.approx(one.busy["draw"])
+    for name in ("train", "combine", "measure"):
+        assert one.seconds_by_phase[name] == pytest.approx(stages[name].seconds)
+
+
+def test_the_planners_time_and_the_critics_place_are_those_of_the_run(clock, flux):
+    served = replace(arguments(clock, flux)["critic"], max_concurrency=5)
+    options = {**arguments(clock, flux), "critic": served, "planner": TimedPlanner(clock, 9.0)}
+    plan = aa.plan_run(PROMPTS, **options, steps=2)
+    assert plan.chunks.planning_seconds == pytest.approx(9.0)
+    assert (plan.chunks.prompts, plan.chunks.batch, plan.chunks.critics) == (3, 3, 5)
+    (many,) = plan.on([64]).sizes
+    assert many.critics == 5
+    assert many.busy["plan"] == pytest.approx(2 * 8 * 9.0)
+    assert not plan.chunks.judged_together
 
 
 def test_a_plan_counts_the_questions_of_judges_that_filter_and_stop(clock, flux):

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import artaug as aa
+from artaug import synthesis
 from artaug._internal.memory import FittingBatches
 from artaug.run import chunk_run, events
 from artaug.run.parts import LoopParts
-from artaug.run.planning.simulation import LoopCosts, LoopPlaces, simulate
+from artaug.run.planning.simulation import LoopCosts, LoopPlaces, simulate, simulate_held_out
 from artaug.run.stages import RoundStages
 from artaug.run.storage.journal import ChunkJournal, RoundJournal
 from artaug.testing import FixedFilter, SwatchSynthesizer
@@ -51,6 +52,19 @@ class Clock:
         self.settle()
 
 
+class Awaited(Future):
+    """Its result is waited for in the clock's time."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def result(self, timeout=None):
+        while not self.done():
+            self.clock.wait()
+        return super().result()
+
+
 @dataclass
 class Lane:
     """A lane whose threads work in the clock's time: what they do is done at once, and is there when its time has come."""
@@ -63,7 +77,7 @@ class Lane:
         self.free = [0.0] * self.threads
 
     def submit(self, function):
-        future, here = Future(), self.clock.now
+        future, here = Awaited(self.clock), self.clock.now
         first = min(range(self.threads), key=self.free.__getitem__)
         self.clock.now = max(here, self.free[first])
         self.clock.is_in_lane = True
@@ -74,6 +88,12 @@ class Lane:
         return future
 
     def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         pass
 
 
@@ -167,7 +187,7 @@ costs = st.builds(
     prompts=st.integers(1, 24),
     chunk=st.integers(1, 5),
     candidates=st.just(1),
-    call=st.integers(1, 5),
+    batch=st.integers(1, 5),
     redrawn=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
     draw_s=seconds,
     critique_s=seconds,
@@ -190,7 +210,7 @@ def test_the_simulation_takes_to_the_second_what_the_stages_of_a_run_take(costs,
         planner=Plans(clock, costs),
         keep=FixedFilter(keep=True),
         candidates=None,
-        batch_size=costs.call,
+        batch_size=costs.batch,
         chunk_size=costs.chunk,
     )
     with simulated(clock):
@@ -199,7 +219,7 @@ def test_the_simulation_takes_to_the_second_what_the_stages_of_a_run_take(costs,
             files,
             events.StageClock(1, events.ignore_event),
             seed=0,
-            batches=FittingBatches(costs.call),
+            batches=FittingBatches(costs.batch),
             poll=lambda: None,
         )
         prompts = [str(place) for place in range(costs.prompts)]
@@ -225,6 +245,22 @@ def test_nothing_is_faster_than_the_busiest_of_those_who_do_it(costs, places):
     assert max(simulation.ends) == simulation.seconds
 
 
+@given(st.integers(1, 12), seconds, seconds, st.integers(1, 5))
+def test_held_out_pictures_take_to_the_second_what_their_batches_take(batches, draw_s, score_s, workers):
+    clock = Clock()
+    costs = LoopCosts(
+        prompts=1, chunk=1, candidates=1, batch=1, redrawn=0.0,
+        draw_s=draw_s, critique_s=0.0, plan_s=0.0, redraw_s=0.0, judge_s=0.0, file_s=0.0,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesis, "Lane", lambda threads, **_: Lane(clock, threads))
+        for _ in synthesis.draw_batches(Draws(clock, costs, workers), [([aa.Plan("a")], [0])] * batches):
+            clock.work(score_s)
+    held_out = simulate_held_out(batches=batches, draw_s=draw_s, score_s=score_s, workers=workers)
+    assert held_out == clock.now
+    assert held_out >= max(batches * score_s, math.ceil(batches / workers) * draw_s)
+
+
 @given(costs, st.integers(0, 4))
 def test_pairs_that_are_judged_together_are_judged_when_all_chunks_are_there(costs, workers):
     costs = replace(costs, judge_s=2.0, judged_together=True)
@@ -234,7 +270,7 @@ def test_pairs_that_are_judged_together_are_judged_when_all_chunks_are_there(cos
 
 def test_many_workers_are_as_many_times_faster_until_the_driving_process_is_busy():
     costs = LoopCosts(
-        prompts=4096, chunk=8, candidates=1, call=8, redrawn=1.0,
+        prompts=4096, chunk=8, candidates=1, batch=8, redrawn=1.0,
         draw_s=1.0, critique_s=0.0, plan_s=0.0, redraw_s=1.0, judge_s=0.01, file_s=0.0,
     )  # fmt: skip
     one, eight, many = (simulate(costs, LoopPlaces(workers=workers, critics=0)).seconds for workers in (1, 8, 512))

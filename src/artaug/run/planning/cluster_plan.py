@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from artaug._internal.text import duration, table_html
 from artaug._internal.values import value
-from artaug.run.planning.simulation import LoopCosts, LoopPlaces, LoopTime, simulate
+from artaug.run.planning.simulation import LoopCosts, LoopPlaces, LoopTime, simulate, simulate_held_out
 
 _HEADINGS = (
     "GPUs",
@@ -29,7 +29,7 @@ class ChunkPlan:
 
     prompts: int
     """Of a chunk."""
-    call: int
+    batch: int
     """Pictures in a call of the synthesizer, at most."""
     critics: int
     """Chunks that the critic answers about at the same time; 0 if it computes in the process that drives the run."""
@@ -39,6 +39,9 @@ class ChunkPlan:
     """That the process that drives the run takes to write what became of a chunk, without its pictures."""
     judged_together: bool
     """Whether the filter judges all pairs of a round at its end."""
+    scoring_seconds: float
+    """For all held-out pictures of one arm of the stop rule, in the process that drives the run; the rest of measuring is
+    drawing."""
 
 
 @value
@@ -140,13 +143,32 @@ class ClusterPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Held-out pictures of one LoRA, or of the base."""
+
+    batches: int
+    draw_s: float
+    """Of all of them, as below."""
+    score_s: float
+
+    def seconds_on(self, gpus: int) -> float:
+        """Drawn by so many workers."""
+        if not self.batches:
+            return 0.0
+        draw_s, score_s = self.draw_s / self.batches, self.score_s / self.batches
+        return simulate_held_out(batches=self.batches, draw_s=draw_s, score_s=score_s, workers=gpus)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterRun:
     """A run to simulate: the loop of each round, and what one worker or the driving process does between them."""
 
     loops: tuple[LoopCosts, ...]
     """By round."""
     between: dict[str, float]
-    """Seconds of all rounds, by phase."""
+    """Seconds of all rounds, by phase: ``train`` and ``combine``."""
+    arms: tuple["HeldOut", ...]
+    """Of held-out pictures, of all rounds."""
     first_s: float
     """What the first calls of a worker take longer than the others."""
 
@@ -160,6 +182,7 @@ class ClusterRun:
             for what in times[self.loops[0]].busy
         }
         loop_s = sum(times[costs].seconds for costs in self.loops)
-        seconds = {"load": load_s + self.first_s, "loop": loop_s, **self.between}
+        measure_s = sum(arm.seconds_on(gpus) for arm in self.arms)
+        seconds = {"load": load_s + self.first_s, "loop": loop_s, **self.between, "measure": measure_s}
         cost = None if gpu_hour_price is None else gpus * sum(seconds.values()) / 3600 * gpu_hour_price
         return ClusterSize(gpus=gpus, critics=critics, seconds_by_phase=seconds, busy=busy, cost=cost)

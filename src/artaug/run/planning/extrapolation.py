@@ -122,15 +122,16 @@ class Extrapolation:
         )
 
     def _chunks(self) -> ChunkPlan:
-        costs, parts = self.costs, self.parts
+        costs, parts, stop = self.costs, self.parts, self.learning.stop
         return ChunkPlan(
             prompts=min(parts.prompts_per_chunk, self.prompts),
-            call=costs.calls,
+            batch=costs.calls,
             critics=parts.critic.max_concurrency,
             planning_seconds=costs.plan_s,
             # What a chunk writes is in proportion to its prompts.
             filing_seconds=costs.file_s * min(parts.prompts_per_chunk, self.prompts),
             judged_together=parts.keep.needs_all_pairs,
+            scoring_seconds=0.0 if stop is None else len(stop.prompts) * costs.measure.each_s,
         )
 
     def _moves_s(self, stage: RoundStage) -> float:

@@ -12,7 +12,7 @@ from artaug._internal.text import duration, table_html
 from artaug._internal.values import to_json, value
 from artaug.evaluation.statistics import Interval
 from artaug.run.events import RoundStage
-from artaug.run.planning.cluster_plan import ChunkPlan, ClusterPlan, ClusterRun
+from artaug.run.planning.cluster_plan import ChunkPlan, ClusterPlan, ClusterRun, HeldOut
 from artaug.run.planning.simulation import LoopCosts
 from artaug.run.results import Enhancement
 
@@ -133,8 +133,8 @@ class RunPlan:
 
         Simulated, not run: its chunks go through the scheduler of a run in simulated time. Pictures are drawn on all workers
         at the same time, the critic answers beside them, and the process that drives the run plans, judges and writes, one
-        thing after the other. A training, held-out pictures and validations are on one worker while the others wait. All
-        seconds are those of the sample, so of one worker, and moves of models are left out, since each part has its place.
+        thing after the other. Held-out pictures are drawn on all workers, a training and its validations are on one while the
+        others wait. All seconds are those of the sample, so of one worker, and moves of models are left out, since each part has its place.
         What Ray takes for a call and what a file system takes under load are not in it.
 
         Args:
@@ -150,34 +150,24 @@ class RunPlan:
         >>> plan = aa.RunPlan.load("runs/first-plan.json")  # doctest: +SKIP
         >>> print(plan.on([1, 8, 64, 512], critics=[1, 1, 8, 64], gpu_hour_price=2.5))  # doctest: +SKIP
         """
-        several = self._critics(critics, sizes=len(gpus))
-        for size, count in zip(gpus, several, strict=True):
-            check_count("RunPlan.on", "gpus", size)
-            check_count("RunPlan.on", "critics", count, least=0)
-        for name, number in (("load_s", load_s), ("gpu_hour_price", gpu_hour_price or 0.0)):
-            if isinstance(number, bool) or not 0 <= number < math.inf:
-                raise argument_error("RunPlan.on", name, number, expected="a number from 0 up")
+        owner = "RunPlan.on"
+        sizes = _counts(owner, "gpus", gpus, least=1)
+        critics = self.chunks.critics if critics is None else critics
+        asking = _counts(owner, "critics", [critics] * len(sizes) if isinstance(critics, int) else critics, least=0)
+        if len(asking) != len(sizes):
+            raise argument_error(owner, "critics", critics, expected=f"one number, or {len(sizes)}: one for each size")
+        for name, number in (("load_s", load_s), ("gpu_hour_price", 0.0 if gpu_hour_price is None else gpu_hour_price)):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+                raise argument_error(owner, name, number, expected="a number from 0 up")
         run = self._cluster_run()
         return ClusterPlan(
             prompts=self.prompts,
             rounds=self.rounds,
             sizes=tuple(
                 run.on(size, critics=count, load_s=load_s, gpu_hour_price=gpu_hour_price)
-                for size, count in zip(gpus, several, strict=True)
+                for size, count in zip(sizes, asking, strict=True)
             ),
         )
-
-    def _critics(self, critics: int | Sequence[int] | None, *, sizes: int) -> Sequence[int]:
-        several = (
-            [self.chunks.critics if critics is None else critics] * sizes
-            if critics is None or isinstance(critics, int)
-            else critics
-        )
-        if len(several) != sizes:
-            raise argument_error(
-                "RunPlan.on", "critics", critics, expected=f"one number, or {sizes}: one for each size"
-            )
-        return several
 
     def _cluster_run(self) -> ClusterRun:
         stages = {stage.stage: stage for stage in self.stages}
@@ -192,7 +182,7 @@ class RunPlan:
                 prompts=self.prompts,
                 chunk=chunks.prompts,
                 candidates=pictures // self.prompts,
-                call=chunks.call,
+                batch=chunks.batch,
                 redrawn=self.redrawn,
                 draw_s=each_s("draw", number, pictures),
                 critique_s=each_s("critique", number, pictures),
@@ -205,8 +195,16 @@ class RunPlan:
             for number in range(self.rounds)
         )
         first_s = stages["draw"].warm_up_seconds + stages["redraw"].warm_up_seconds
-        between = {name: stages[name].seconds for name in ("train", "combine", "measure")}
-        return ClusterRun(loops=loops, between=between, first_s=first_s)
+        between = {name: stages[name].seconds for name in ("train", "combine")}
+        return ClusterRun(loops=loops, between=between, arms=tuple(self._held_out(stages["measure"])), first_s=first_s)
+
+    def _held_out(self, measure: StagePlan) -> Iterator[HeldOut]:
+        """What is measured in each round: the LoRA of the round, and in the first one the base, too."""
+        batches = math.ceil(measure.count / (self.rounds + 1) / self.chunks.batch)
+        for number, seconds in enumerate(measure.seconds_by_round):
+            arms = 1 if number else 2
+            score_s = min(self.chunks.scoring_seconds, seconds / arms)
+            yield from [HeldOut(batches=batches, draw_s=seconds / arms - score_s, score_s=score_s)] * arms
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
@@ -324,6 +322,15 @@ class RunPlan:
             StorageError: if it is damaged, or no plan.
         """
         return read_segment(Path(path), cls, what="plan of a run", remedy="Make it again with artaug.plan_run.")
+
+
+def _counts(owner: str, name: str, counts: object, *, least: int) -> Sequence[int]:
+    """Whole numbers of at least ``least``, at least one of them."""
+    if not isinstance(counts, Sequence) or isinstance(counts, str) or not counts:
+        raise argument_error(owner, name, counts, expected=f"a list of whole numbers of at least {least}")
+    for count in counts:
+        check_count(owner, name, count, least=least)
+    return counts
 
 
 def _span(interval: Interval | None) -> str:

@@ -1,5 +1,6 @@
 """The loop on a cluster in simulated time: stand-ins for chunks go through the scheduler of a run."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ class LoopCosts:
     """Prompts that go through the stages together."""
     candidates: int
     """Pictures of a prompt."""
-    call: int
+    batch: int
     """The most pictures in a call of the synthesizer."""
     redrawn: float
     """The share of pictures that are redrawn."""
@@ -162,7 +163,7 @@ class Simulation:
         if not self.places.workers:
             self._work("draw", pictures * each_s)
             return
-        sizes = (min(self.costs.call, pictures - start) for start in range(0, pictures, self.costs.call))
+        sizes = (min(self.costs.batch, pictures - start) for start in range(0, pictures, self.costs.batch))
         yield from [lane.submit(size * each_s) for size in sizes]
 
     def _work(self, what: str, seconds: float) -> None:
@@ -174,3 +175,23 @@ class Simulation:
 def simulate(costs: LoopCosts, places: LoopPlaces) -> LoopTime:
     """Simulate the loop of one round."""
     return Simulation(costs, places).run()
+
+
+def simulate_held_out(*, batches: int, draw_s: float, score_s: float, workers: int) -> float:
+    """Seconds of batches that take so long each: drawn as by `artaug.synthesis.draw_batches`, and scored one after the other."""
+    clock = _Clock()
+    lane, under_way = _Lane(clock, workers), deque[Future[None]]()
+
+    def score_next() -> None:
+        drawn = under_way.popleft()
+        while not drawn.done():
+            clock.wait()
+        clock.pass_until(clock.now_s + score_s)
+
+    for _ in range(batches):
+        under_way.append(lane.submit(draw_s))
+        if len(under_way) == 2 * workers:
+            score_next()
+    while under_way:
+        score_next()
+    return clock.now_s
