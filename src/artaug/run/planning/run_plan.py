@@ -156,9 +156,8 @@ class RunPlan:
         asking = _counts(owner, "critics", [critics] * len(sizes) if isinstance(critics, int) else critics, least=0)
         if len(asking) != len(sizes):
             raise argument_error(owner, "critics", critics, expected=f"one number, or {len(sizes)}: one for each size")
-        for name, number in (("load_s", load_s), ("gpu_hour_price", 0.0 if gpu_hour_price is None else gpu_hour_price)):
-            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
-                raise argument_error(owner, name, number, expected="a number from 0 up")
+        _check_amount(owner, "load_s", load_s)
+        _check_amount(owner, "gpu_hour_price", 0.0 if gpu_hour_price is None else gpu_hour_price)
         run = self._cluster_run()
         return ClusterPlan(
             prompts=self.prompts,
@@ -331,6 +330,11 @@ def _counts(owner: str, name: str, counts: object, *, least: int) -> Sequence[in
     for count in counts:
         check_count(owner, name, count, least=least)
     return counts
+
+
+def _check_amount(owner: str, name: str, number: object) -> None:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+        raise argument_error(owner, name, number, expected="a number from 0 up")
 
 
 def _span(interval: Interval | None) -> str:

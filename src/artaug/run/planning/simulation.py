@@ -53,7 +53,7 @@ class LoopPlaces:
 
 
 @dataclass
-class _Clock:
+class _SimulatedTime:
     """The simulated time: the driving process moves it, by what it does and by waiting."""
 
     now_s: float = 0.0
@@ -79,10 +79,10 @@ class _Clock:
         self.pass_until(self._calls[0][0])
 
 
-class _Lane:
+class _SimulatedLane:
     """As `artaug._internal.lanes.Lane`: calls in the order in which they were submitted, each in the first free thread."""
 
-    def __init__(self, clock: _Clock, threads: int) -> None:
+    def __init__(self, clock: _SimulatedTime, threads: int) -> None:
         self._clock = clock
         self._free_s = [0.0] * threads
         self.busy_s = 0.0
@@ -114,7 +114,7 @@ class Simulation:
 
     costs: LoopCosts
     places: LoopPlaces
-    _clock: _Clock = field(default_factory=_Clock)
+    _clock: _SimulatedTime = field(default_factory=_SimulatedTime)
     _driver: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("critique", "draw", "plan", "judge", "file"), 0.0)
     )
@@ -122,7 +122,7 @@ class Simulation:
     def run(self) -> LoopTime:
         """Bring all chunks through the stages."""
         costs, places = self.costs, self.places
-        draw, critique = _Lane(self._clock, places.workers), _Lane(self._clock, places.critics)
+        draw, critique = _SimulatedLane(self._clock, places.workers), _SimulatedLane(self._clock, places.critics)
         tasks = (self._chunk(draw, critique, prompts, redraws) for prompts, redraws in self._chunks())
         ends = [*run_in_order(tasks, depth=places.depth, poll=self._clock.wait)]
         if costs.judged_together:
@@ -140,7 +140,7 @@ class Simulation:
             before, after = (round(place * costs.candidates * costs.redrawn) for place in (start, stop))
             yield stop - start, after - before
 
-    def _chunk(self, draw: _Lane, critique: _Lane, prompts: int, redraws: int) -> Steps[float]:
+    def _chunk(self, draw: _SimulatedLane, critique: _SimulatedLane, prompts: int, redraws: int) -> Steps[float]:
         """The waits of `artaug.run.chunk_run.ChunkRun.steps`."""
         costs, pictures = self.costs, prompts * self.costs.candidates
         yield from self._draw(draw, pictures, costs.draw_s)
@@ -158,7 +158,7 @@ class Simulation:
         self._work("file", costs.file_s)
         return self._clock.now_s
 
-    def _draw(self, lane: _Lane, pictures: int, each_s: float) -> Steps[None]:
+    def _draw(self, lane: _SimulatedLane, pictures: int, each_s: float) -> Steps[None]:
         """All calls at once, each on a worker, or one after the other here."""
         if not self.places.workers:
             self._work("draw", pictures * each_s)
@@ -179,8 +179,8 @@ def simulate(costs: LoopCosts, places: LoopPlaces) -> LoopTime:
 
 def simulate_held_out(*, batches: int, draw_s: float, score_s: float, workers: int) -> float:
     """Seconds of batches that take so long each: drawn as by `artaug.synthesis.draw_batches`, and scored one after the other."""
-    clock = _Clock()
-    lane, under_way = _Lane(clock, workers), deque[Future[None]]()
+    clock = _SimulatedTime()
+    lane, under_way = _SimulatedLane(clock, workers), deque[Future[None]]()
 
     def score_next() -> None:
         drawn = under_way.popleft()
