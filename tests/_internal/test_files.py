@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 
 from artaug._internal import files
 from artaug._internal.files import (
+    _LOCK,
     _MACHINE,
     SafetensorsHeader,
+    _is_abandoned,
     atomic_output,
     atomic_write,
     check_disk_space,
@@ -148,6 +150,15 @@ def test_what_another_machine_left_is_removed_after_a_day(tmp_path):
     make_old(scratch)
     remove_abandoned(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file is removed there that is open")
+def test_a_write_that_ends_while_another_process_looks_at_it_is_none_that_was_abandoned(tmp_path):
+    scratch = abandoned(tmp_path, _MACHINE)
+    with (scratch / _LOCK).open("r+b") as lock:
+        for path in scratch.iterdir():
+            path.unlink()
+        assert not _is_abandoned(scratch, lock)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks by fcntl")

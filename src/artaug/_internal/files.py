@@ -245,7 +245,10 @@ def _list_scratches(scratches: Path) -> list[Path]:
 
 def _is_abandoned(scratch: Path, lock: BinaryIO) -> bool:
     """Whether no process writes in the folder any more; if so, this process holds its lock, where there are locks."""
-    idle_s = time.time() - max(path.stat().st_mtime for path in scratch.iterdir())
+    changed = [path.stat().st_mtime for path in scratch.iterdir()]
+    if not changed:  # its process has removed what was in it, the lock too, since this one opened that
+        return False
+    idle_s = time.time() - max(changed)
     if idle_s < _ABANDONED_AFTER_S and not scratch.name.startswith(_MACHINE):
         return False
     try:

@@ -51,7 +51,7 @@ class Asking:
         asked.add_done_callback(lambda _: self._notify())
         try:
             while not asked.done() or self._arrived:
-                yield self._next()
+                yield self._next(asked)
                 while self._arrived:
                     on_answer(self._arrived.popleft())
             asked.result()
@@ -79,12 +79,12 @@ class Asking:
             self._arrived.append(arrival)
             self._notify()
 
-    def _next(self) -> "Future[None]":
+    def _next(self, asked: "Future[None]") -> "Future[None]":
         """A future that is done when an answer has come, or the last one has."""
         future: Future[None] = Future()
         with self._lock:
             self._awaited = future
-        if self._arrived:
+        if self._arrived or asked.done():  # since the caller has looked
             self._notify()
         return future
 
