@@ -200,7 +200,13 @@ class RayCluster:
                     f"{owner}: with this one, the parts of this cluster take {count:g} {kind}, and it has "
                     f"{total.get(kind, 0):g}. Ask for fewer replicas or smaller shares, or add nodes."
                 )
-        return Resources(gpus=gpus, cpus=cpus, threads=threads)
+        resources = Resources(gpus=gpus, cpus=cpus, threads=threads)
+        if not resources.fit_a_node():
+            raise ClusterError(
+                f"{owner}: a worker needs {resources} on one node, and no node of the cluster has as much. Ask for less, or add "
+                "such a node."
+            )
+        return resources
 
 
 def _check_reachable(address: str) -> None:

@@ -2,17 +2,42 @@
 
 import io
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray.cloudpickle import CloudPickler
 from torch import nn
 
 from artaug._internal.redaction import secret_in
 from artaug.errors import InvalidValueError
+from artaug.scale.pictures import Pixels
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A pickle, and what it refers to and Ray sends by itself.
+
+    Pixels are apart since they look like a key sooner or later. References are apart since Ray counts only those that it
+    sends: it would keep what one in a pickle refers to as long as this process lives.
+    """
+
+    data: bytes
+    attachments: tuple[Any, ...] = ()
 
 
 class _Pickler(CloudPickler):
     """Pickles functions and classes of notebooks too, but no model."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
+        self.attachments: list[Any] = []
+
+    def persistent_id(self, obj: Any) -> int | None:  # noqa: ANN401 - as pickle has it
+        if not isinstance(obj, Pixels | ray.ObjectRef):
+            return None
+        self.attachments.append(obj)
+        return len(self.attachments) - 1
 
     def reducer_override(self, obj: Any) -> Any:  # noqa: ANN401 - as pickle has it
         if isinstance(obj, nn.Module):
@@ -28,7 +53,21 @@ class _HoldsModelError(Exception):
     pass
 
 
-def dumps(value: object, *, what: str) -> bytes:
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, payload: Payload) -> None:
+        super().__init__(io.BytesIO(payload.data))
+        self.attachments = payload.attachments
+
+    def persistent_load(self, pid: int) -> Any:  # noqa: ANN401 - as pickle has it
+        return self.attachments[pid]
+
+
+def loads(payload: Payload) -> Any:  # noqa: ANN401 - what was sent
+    """What a worker got."""
+    return _Unpickler(payload).load()
+
+
+def dumps(value: object, *, what: str) -> Payload:
     """Pickle what a worker is to get.
 
     Args:
@@ -40,8 +79,9 @@ def dumps(value: object, *, what: str) -> bytes:
             environment of the worker.
     """
     buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
     try:
-        _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)  # type: ignore[no-untyped-call]
+        pickler.dump(value)  # type: ignore[no-untyped-call]
     except _HoldsModelError as error:
         raise InvalidValueError(f"{what} cannot be sent to a worker: {error}") from None
     except Exception as error:
@@ -56,4 +96,4 @@ def dumps(value: object, *, what: str) -> bytes:
             f"{what} carries {secret}, which would travel over the network. Read it on the worker, in the function, from the "
             "environment of the worker."
         )
-    return data
+    return Payload(data, tuple(pickler.attachments))

@@ -19,7 +19,9 @@ class Pixels:
 
     @classmethod
     def of(cls, image: Image.Image) -> "Pixels":
-        """The bytes of a picture in memory."""
+        """The bytes of a picture in memory; one whose bytes are no colors by themselves is converted."""
+        if image.mode in {"P", "PA"} or "transparency" in image.info:
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         return cls(image.mode, image.size, image.tobytes())
 
     def load(self) -> Image.Image:

@@ -9,20 +9,23 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from artaug.errors import ClusterError, WorkerDiedError
-from artaug.scale.payloads import dumps
+from artaug.scale.payloads import Payload, dumps
 from artaug.scale.replica import BuiltPart, Replica, Reply, Work
 
 T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
-_DIED = (RayActorError, OutOfMemoryError)
+_DIED = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+"""The process is gone, or its reply is, with the node that held it."""
 _MAX_STARTS = 3
 """Of one replica, before the run ends: a model that does not load will not load the fourth time."""
 _WAIT_S = 30.0
 """Between two looks at what a pool without a living replica waits for."""
+_CLOSE_S = 10.0
+"""How long the end of a pool waits for the threads that were building."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,19 @@ class Resources:
     cpus: float
     threads: int
 
+    def __str__(self) -> str:
+        """What a node must have for it."""
+        return " and ".join(f"{count:g} {kind}" for kind, count in self._amounts.items() if count) or "nothing"
+
+    def fit_a_node(self) -> bool:
+        """Whether a node of the cluster has as much, free or not: a replica is on one node."""
+        nodes: list[dict[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        return any(all(node.get(kind, 0) >= count for kind, count in self._amounts.items()) for node in nodes)
+
+    @property
+    def _amounts(self) -> dict[str, float]:
+        return {"GPU": self.gpus, "CPU": self.cpus}
+
 
 @dataclass(eq=False)
 class ReplicaPool:
@@ -40,8 +56,8 @@ class ReplicaPool:
 
     name: str
     """For errors and logs."""
-    factory: bytes
-    facts: bytes
+    factory: Payload
+    facts: Payload
     replicas: int
     resources: Resources
     description: BuiltPart = field(init=False)
@@ -51,7 +67,8 @@ class ReplicaPool:
     _changed: threading.Condition = field(default_factory=threading.Condition, init=False)
     _free: deque[Any] = field(default_factory=deque, init=False)
     _alive: set[Any] = field(default_factory=set, init=False)
-    _fault: BaseException | None = field(default=None, init=False)
+    _building: set[Any] = field(default_factory=set, init=False)
+    _fault: ClusterError | None = field(default=None, init=False)
     _closed: bool = field(default=False, init=False)
     _deaths_in_a_row: int = field(default=0, init=False)
     _is_guest: bool = field(default=False, init=False)
@@ -81,8 +98,7 @@ class ReplicaPool:
         for _ in range(self.replicas):
             self._begin_replica()
         with self._changed:
-            self._changed.wait_for(lambda: self._alive or self._fault)
-        self._raise_fault()
+            self._wait_until(lambda: bool(self._alive))
 
     def wait_for_all(self) -> None:
         """Wait until every replica has been built.
@@ -91,8 +107,7 @@ class ReplicaPool:
             ClusterError: if one cannot be built.
         """
         with self._changed:
-            self._changed.wait_for(lambda: len(self._alive) == self.replicas or self._fault)
-        self._raise_fault()
+            self._wait_until(lambda: len(self._alive) == self.replicas)
 
     def call(self, work: Work, *, retries: int = 1) -> Any:  # noqa: ANN401 - what the work returns
         """Let a free replica do something, and wait for it; again, ``retries`` times, if its process dies at it.
@@ -120,14 +135,16 @@ class ReplicaPool:
         return self._retried(follow, retries)
 
     def close(self) -> None:
-        """End the processes of all replicas."""
+        """End the processes of all replicas, also of those that are being built."""
         with self._changed:
-            self._closed, alive = True, list(self._alive)
+            self._closed, actors = True, [*self._alive, *self._building]
             self._alive.clear()
             self._free.clear()
             self._changed.notify_all()
-        for actor in alive:
-            ray.kill(actor)
+        for actor in actors:
+            _end(actor)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._building, _CLOSE_S)
 
     def _retried(self, ask: Callable[[Any], Reply], retries: int) -> Any:  # noqa: ANN401
         died = 0
@@ -135,32 +152,41 @@ class ReplicaPool:
             actor = self._take()
             try:
                 reply = ask(actor)
-            except _DIED as error:
+            except RayError as error:
                 died += 1
                 self._bury(actor, error)
+                if not isinstance(error, _DIED):
+                    raise ClusterError(f"{self.name}: {_summary(error)}") from error
                 if died > retries:
-                    raise WorkerDiedError(f"{_first_line(error)} ({died} time{'s' * (died > 1)})") from error
+                    raise WorkerDiedError(f"{_summary(error)} ({died} time{'s' * (died > 1)})") from error
                 continue
-            except RayError as error:
-                self._bury(actor, error)
-                raise ClusterError(f"{self.name}: {_first_line(error)}") from error
             except BaseException:  # by the caller's function, or a signal: the replica is in the middle of something
-                ray.kill(actor)
                 self._bury(actor, None)
                 raise
             self._give_back(actor)
             return reply.value()
 
     def _take(self) -> Any:  # noqa: ANN401 - ray has no types
-        waited_s = time.monotonic()
         with self._changed:
-            while not self._free:
-                self._raise_fault()
-                if self._closed:
-                    raise ClusterError(f"{self.name} was closed. Make it anew, from a cluster that is open.")
-                if not self._changed.wait(_WAIT_S) and not self._alive:
-                    self._check_room(time.monotonic() - waited_s)
+            self._wait_until(lambda: bool(self._free))
             return self._free.popleft()
+
+    def _wait_until(self, ready: Callable[[], bool]) -> None:
+        """Wait, with the lock, and say twice a minute what for.
+
+        Raises:
+            ClusterError: if a replica could not be built, also where others are free, or the pool is closed.
+        """
+        start_s = time.monotonic()
+        while True:
+            if self._fault is not None:
+                raise ClusterError(str(self._fault)) from self._fault.__cause__  # a new one: threads share the fault
+            if self._closed:
+                raise ClusterError(f"{self.name} was closed. Make it anew, from a cluster that is open.")
+            if ready():
+                return
+            if not self._changed.wait(_WAIT_S) and not self._alive:
+                self._check_room(time.monotonic() - start_s)
 
     def _give_back(self, actor: Any) -> None:  # noqa: ANN401
         with self._changed:
@@ -170,21 +196,20 @@ class ReplicaPool:
                 self._changed.notify()
 
     def _bury(self, actor: Any, error: RayError | None) -> None:  # noqa: ANN401
-        """Note that a replica is gone, and begin another one."""
+        """Note that a replica is gone, and begin another one. Its process ends, if it has not: it would keep its GPU."""
+        _end(actor)
         with self._changed:
             self._alive.discard(actor)
             if self._closed:
                 return
             if error is not None:
                 self._deaths_in_a_row += 1
-                _LOG.warning(
-                    "a worker of %s is gone, and another one takes its place: %s", self.name, _first_line(error)
-                )
+                _LOG.warning("a worker of %s is gone, and another one takes its place: %s", self.name, _summary(error))
             if self._deaths_in_a_row > 4 + 2 * self.replicas:
                 self._fail(
                     ClusterError(
                         f"{self.name}: {self._deaths_in_a_row} workers died one after the other, and none has finished a "
-                        f"call between; the last one: {_first_line(error)}. Look at the memory and the logs of the nodes; "
+                        f"call between; the last one: {_summary(error)}. Look at the memory and the logs of the nodes; "
                         "the same call goes on from the store."
                     )
                 )
@@ -201,41 +226,54 @@ class ReplicaPool:
     def _build(self) -> None:
         """Start a process and let it build the part, up to three times."""
         faults: list[BaseException] = []
-        while len(faults) < _MAX_STARTS and not self._closed:
-            actor: Any = (
-                ray.remote(Replica)
-                .options(num_gpus=self.resources.gpus, num_cpus=self.resources.cpus, max_restarts=0, max_task_retries=0)
-                .remote(self.factory, self.facts, threads=self.resources.threads)
-            )
+        while len(faults) < _MAX_STARTS:
+            actor: Any = None
             try:
+                with self._changed:
+                    if self._closed:
+                        return
+                    actor = self._new_actor()
+                    self._building.add(actor)
                 description = ray.get(actor.describe.remote()).value()
+                self._join(actor, description)
             except BaseException as error:  # noqa: BLE001 - raised by whoever calls the pool next
-                ray.kill(actor)
+                if self._closed:
+                    return
+                _end(actor)
                 faults.append(error)
-                _LOG.warning("a worker of %s did not start: %s", self.name, _first_line(error))
-                continue
-            self._join(actor, description)
-            return
-        if faults:
-            with self._changed:
-                self._fail(
-                    ClusterError(
-                        f"{self.name}: its worker could not be built, {len(faults)} times; the last time "
-                        f"{type(faults[-1]).__name__}: {faults[-1]}"
-                    ),
-                    faults[-1],
-                )
+                _LOG.warning("a worker of %s did not start: %s", self.name, _summary(error))
+            else:
+                return
+            finally:
+                with self._changed:
+                    self._building.discard(actor)
+                    self._changed.notify_all()
+        with self._changed:
+            self._fail(
+                ClusterError(
+                    f"{self.name}: its worker could not be built, {len(faults)} times; the last time "
+                    f"{type(faults[-1]).__name__}: {faults[-1]}"
+                ),
+                faults[-1],
+            )
+
+    def _new_actor(self) -> Any:  # noqa: ANN401
+        return (
+            ray.remote(Replica)
+            .options(num_gpus=self.resources.gpus, num_cpus=self.resources.cpus, max_restarts=0, max_task_retries=0)
+            .remote(self.factory, self.facts, threads=self.resources.threads)
+        )
 
     def _join(self, actor: Any, description: BuiltPart) -> None:  # noqa: ANN401
         with self._changed:
             self.loads += 1
             if self._closed:
-                ray.kill(actor)
+                _end(actor)
                 return
             if not hasattr(self, "description"):
                 self.description = description
             elif (difference := _difference(self.description, description)) is not None:
-                ray.kill(actor)
+                _end(actor)
                 self._fail(
                     ClusterError(
                         f"{self.name}: its workers have built different parts. {difference}. Make the function the same "
@@ -247,25 +285,21 @@ class ReplicaPool:
             self._free.append(actor)
             self._changed.notify_all()
 
-    def _fail(self, fault: BaseException, cause: BaseException | None = None) -> None:
+    def _fail(self, fault: ClusterError, cause: BaseException | None = None) -> None:
         fault.__cause__ = cause
         self._fault = fault
         self._changed.notify_all()
 
-    def _raise_fault(self) -> None:
-        if self._fault is not None:
-            raise self._fault
-
     def _check_room(self, waited_s: float) -> None:
         """Say what a pool without replicas waits for; end the run if the cluster has no room for one any more."""
-        total = cluster_resources()
-        need = {"GPU": self.resources.gpus, "CPU": self.resources.cpus}
-        missing = [f"{count:g} {kind}" for kind, count in need.items() if total.get(kind, 0) < count]
-        _LOG.warning("%s has no worker for %.0f s; the cluster has %s", self.name, waited_s, total)
-        if missing and waited_s > 2 * _WAIT_S:
+        _LOG.warning(
+            "%s has no worker for %.0f s: it waits until one is built, or until a node has room for it; free are %s",
+            *(self.name, waited_s, ray.available_resources()),  # type: ignore[no-untyped-call]
+        )
+        if not self.resources.fit_a_node() and waited_s > 2 * _WAIT_S:
             self._fail(
                 ClusterError(
-                    f"{self.name}: no worker is left, and no node of the cluster has {' and '.join(missing)} for another one."
+                    f"{self.name}: no worker is left, and no node of the cluster has {self.resources} for another one."
                 )
             )
 
@@ -294,5 +328,13 @@ def _difference(first: BuiltPart, other: BuiltPart) -> str | None:
     return None
 
 
-def _first_line(error: BaseException | None) -> str:
-    return str(error).strip().split("\n", 1)[0]
+def _end(actor: Any) -> None:  # noqa: ANN401
+    """End the process of an actor, if there is one; it may have ended before, with its Ray too."""
+    if actor is not None and ray.is_initialized():
+        ray.kill(actor)
+
+
+def _summary(error: BaseException | None) -> str:
+    """One line: of what failed on a worker the last one, since its traceback comes first."""
+    lines = str(error).strip().split("\n")
+    return lines[-1 if isinstance(error, RayTaskError) else 0].strip()

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from ray import cloudpickle
 
 from artaug._internal.memory import is_out_of_memory, release_memory
 from artaug.errors import PartError
 from artaug.identity import identity_of
+from artaug.scale.payloads import Payload, loads
 
 Work: TypeAlias = Callable[["Replica", Callable[[object], None]], Any]
 """What a worker does: a function of the replica, which has the part, and of a function that reports events to the caller."""
@@ -65,14 +65,14 @@ class Reply:
 class Replica:
     """One copy of a part, in a process of its own."""
 
-    def __init__(self, factory: bytes, facts: bytes, *, threads: int) -> None:
+    def __init__(self, factory: Payload, facts: Payload, *, threads: int) -> None:
         torch.set_num_threads(threads)
         start_s = time.perf_counter()
         self.variants: dict[str, Any] = {}
         """Of the part, by what tells them apart: a synthesizer with a LoRA."""
         try:
-            self.part: Any = cloudpickle.loads(factory)()
-            read: Callable[[Any], dict[str, Any]] = cloudpickle.loads(facts)
+            self.part: Any = loads(factory)()
+            read: Callable[[Any], dict[str, Any]] = loads(facts)
             self._reply = Reply(
                 BuiltPart(identity_of(self.part, ""), read(self.part), time.perf_counter() - start_s, os.getpid())
             )
@@ -83,11 +83,11 @@ class Replica:
         """What was built, or why it was not."""
         return self._reply
 
-    def call(self, work: bytes) -> Reply:
+    def call(self, work: Payload) -> Reply:
         """Do one thing."""
         return self._do(work, _ignore)
 
-    def stream(self, work: bytes) -> Iterator[object]:
+    def stream(self, work: Payload) -> Iterator[object]:
         """Do one thing and yield what it reports, and then its reply."""
         reports: queue.SimpleQueue[object] = queue.SimpleQueue()
         threading.Thread(target=lambda: reports.put(self._do(work, reports.put)), daemon=True).start()
@@ -97,9 +97,9 @@ class Replica:
             if isinstance(report, Reply):
                 return
 
-    def _do(self, work: bytes, report: Callable[[object], None]) -> Reply:
+    def _do(self, work: Payload, report: Callable[[object], None]) -> Reply:
         try:
-            function: Work = cloudpickle.loads(work)
+            function: Work = loads(work)
             return Reply(function(self, report))
         except Exception as error:  # noqa: BLE001 - raised by the one who called
             if is_out_of_memory(error):
