@@ -6,10 +6,7 @@ import io
 import json
 import logging
 import math
-import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +14,6 @@ import tracemalloc
 import urllib.parse
 import urllib.request
 import zlib
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -39,6 +35,7 @@ from support.faulty_server import (
     slow,
 )
 from support.tiny_llava import suggestion_json, tiny_llava
+from support.transformers_server import transformers_server
 
 pytestmark = pytest.mark.loopback
 
@@ -66,36 +63,8 @@ def critic(server, **options):
 
 @pytest.fixture(scope="module")
 def real_server(tmp_path_factory):
-    """``transformers serve`` with a tiny LLaVA that always gives the same reply."""
-    folder = tmp_path_factory.mktemp("served")
-    for part in tiny_llava(fixed_reply=suggestion_json()):
-        part.save_pretrained(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [Path(sys.executable).parent / "transformers", "serve", folder, "--host", "127.0.0.1", "--device", "cpu"]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (
-        (folder / "log").open("w") as log,
-        subprocess.Popen([*command, "--port", str(port)], env=offline, stdout=log, stderr=log) as process,
-    ):
-        try:
-            _wait_until_healthy(f"http://127.0.0.1:{port}/health", process, folder / "log")
-            yield f"http://127.0.0.1:{port}/v1", str(folder)
-        finally:
-            process.kill()
-
-
-def _wait_until_healthy(url, process, log):
-    for _ in range(600):
-        assert process.poll() is None, log.read_text()
-        try:
-            urllib.request.urlopen(url, timeout=1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    pytest.fail(log.read_text())
+    with transformers_server(tmp_path_factory.mktemp("served"), tiny_llava(fixed_reply=suggestion_json())) as served:
+        yield served
 
 
 def test_a_real_server_with_a_real_model_gives_critiques(real_server):
