@@ -15,6 +15,7 @@ import artaug as aa
 from artaug import playground
 from artaug.pairwise import judge_images
 from artaug.playground.world import ADJECTIVES
+from artaug.recipes import draw_pairs, normalized_rewards
 from artaug.synthesis import picture_seeds
 from benchmarks._ablation_evaluation import draw_in_chunks, plain
 from benchmarks._ablation_pairs import SELECTED_BY
@@ -89,7 +90,7 @@ class ByScorer(Chooser):
     scorer: aa.Scorer = SELECTED_BY
 
     def rewards(self, draws: Draws) -> Array:
-        return normalized(draws.scores(self.scorer))
+        return normalized_rewards(draws.scores(self.scorer))
 
 
 @dataclass(frozen=True)
@@ -123,19 +124,6 @@ class NoticeableDifference(aa.PairwiseJudge):
         return 0.5 if abs(one - other) < self.least else float(one > other)
 
 
-def normalized(scores: Array) -> Array:
-    """Scores as rewards in [0, 1], as in DiffusionNFT (arXiv 2509.16117, section 3.3): (prompts, draws).
-
-    ``1/2 + 1/2 clip((score - mean of the prompt) / z, -1, 1)``, with ``z`` the standard deviation over all pictures of what is
-    above the line.
-    """
-    centred = scores - scores.mean(axis=1, keepdims=True)
-    size = centred.std()
-    parts = np.divide(centred, size, where=size > np.finfo(float).eps, out=np.zeros_like(centred))
-    rewards: Array = 0.5 + 0.5 * parts.clip(-1, 1)
-    return rewards
-
-
 def extremes(draws: Draws, chooser: Chooser) -> list[aa.ImagePair]:
     """Of every prompt the worst draw as before and the best one as after.
 
@@ -158,15 +146,8 @@ def packed(draws: Draws, chooser: Chooser) -> list[aa.ImagePair]:
     A prompt with an odd number of draws has its last two in two pairs with others: the last but one is in both.
     """
     rewards = np.where(draws.right, chooser.rewards(draws), 0.0)
-    pairs = []
-    for prompt, images, mine in zip(draws.prompts, draws.images, rewards.tolist(), strict=True):
-        count = len(images)
-        numbers = [*range(count), *([count - 2] if count % 2 else [])]
-        for one, other in zip(numbers[::2], numbers[1::2], strict=True):
-            pairs.append(
-                aa.ImagePair(prompt=prompt, before=images[one], after=images[other], rewards=(mine[one], mine[other]))
-            )
-    return pairs
+    groups = zip(draws.prompts, draws.images, rewards.tolist(), strict=True)
+    return [pair for prompt, images, mine in groups for pair in draw_pairs(prompt, images, mine)]
 
 
 def unselected(draws: Draws) -> list[aa.ImagePair]:

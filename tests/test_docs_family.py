@@ -13,7 +13,7 @@ from support.fences import FENCE
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "family.md").read_text(encoding="utf-8")
 NEIGHBOURS = 26
-ROOMS = ("diffusion", "regional.attention_losses", "scorers", "critics", "hub", "training", "playground")
+ROOMS = ("diffusion", "regional.attention_losses", "scorers", "critics", "hub", "training", "playground", "recipes")
 NOT_OURS = {"own_noise=True", "logit_normal=True"}  # settings of the trainer, looked for there
 
 

@@ -18,6 +18,7 @@ PACKAGES = [
     "hub",
     "judges",
     "playground",
+    "recipes",
     "regional",
     "regional.attention_losses",
     "scorers",

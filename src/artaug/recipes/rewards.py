@@ -1,0 +1,54 @@
+"""Scores of several draws of each prompt as rewards, and pairs of them to learn from."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from artaug.image_files import ImageFile
+from artaug.pairs import ImagePair
+
+Array = NDArray[np.float64]
+
+
+def normalized_rewards(scores: Array) -> Array:
+    """Scores as rewards in [0, 1], as in DiffusionNFT (arXiv 2509.16117, section 3.3): (prompts, draws).
+
+    ``1/2 + 1/2 clip((score - mean of the prompt) / z, -1, 1)``, with ``z`` the standard deviation over all pictures of what is
+    above the line. Draws that all score the same have a reward of a half.
+
+    >>> import numpy as np
+    >>> from artaug.recipes import normalized_rewards
+    >>> normalized_rewards(np.array([[0.2, 0.4], [0.3, 0.3]])).tolist()
+    [[0.0, 1.0], [0.5, 0.5]]
+    """
+    centred = scores - scores.mean(axis=1, keepdims=True)
+    size = centred.std()
+    parts = np.divide(centred, size, where=size > np.finfo(float).eps, out=np.zeros_like(centred))
+    rewards: Array = 0.5 + 0.5 * parts.clip(-1, 1)
+    return rewards
+
+
+def draw_pairs(prompt: str, images: Sequence[Image | ImageFile], rewards: Sequence[float]) -> list[ImagePair]:
+    """All draws of a prompt, two by two, with their rewards, for `NegativeAware`.
+
+    Of an odd number, the last two are in two pairs with others: the last but one is in both.
+
+    Args:
+        prompt: of all of them.
+        images: at least 2.
+        rewards: one for each, in [0, 1].
+
+    >>> from PIL import Image
+    >>> from artaug.recipes import draw_pairs
+    >>> images = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
+    >>> [pair.rewards for pair in draw_pairs("a hill", images, [0.0, 0.4, 1.0])]
+    [(0.0, 0.4), (1.0, 0.4)]
+    """
+    count = len(images)
+    numbers = [*range(count), *([count - 2] if count % 2 else [])]
+    return [
+        ImagePair(prompt=prompt, before=images[one], after=images[other], rewards=(rewards[one], rewards[other]))
+        for one, other in zip(numbers[::2], numbers[1::2], strict=True)
+    ]
