@@ -24,6 +24,8 @@ from artaug.critics import PhotometricCritic
 from artaug.image_files import image_digest
 from artaug.pairs import pair_digest
 from artaug.run.storage.attempts import StoredAttempts
+from artaug.run.storage.metadata import write_metadata
+from artaug.run.storage.store import RunFolder
 from artaug.scorers import Chroma
 from benchmarks import _record as record
 from benchmarks import _run_doubles as doubles
@@ -180,8 +182,11 @@ def reading_rows(folder: Path, counts: Sequence[int]) -> Iterator[record.Row]:
     for count in counts:
         place = folder / f"round-of-{count}"
         doubles.write_round(doubles.round_folder(place), count)
-        row = {"what": "reading", "case": "all attempts", "prompts": count, **in_process(read_all, place)}
-        yield row | _growth(row, base)
+        files = [file for file in place.rglob("*.json") if file.is_file()]
+        found = in_process(read_all, place)
+        row = {"what": "reading", "case": "all attempts", "prompts": count, "files": len(files), **found}
+        yield row | _growth(row, base) | {"record_kb": sum(file.stat().st_size for file in files) / 1000 / count}
+        yield {"what": "reading", "case": "list of pairs", "prompts": count, **in_process(list_pairs, place)}
         base = row
         shutil.rmtree(place)
 
@@ -203,6 +208,13 @@ def read_all(folder: Path) -> dict[str, float]:
         "kept": kept,
         "grown_mb": peak_mb() - before,
     }
+
+
+def list_pairs(folder: Path) -> dict[str, float]:
+    """Write the list of a run's pairs, as at the end of each round."""
+    before, start = peak_mb(), time.perf_counter()
+    write_metadata(RunFolder(folder))
+    return {"seconds": time.perf_counter() - start, "grown_mb": peak_mb() - before}
 
 
 def parts(folder: Path, *, repeats: int) -> Iterator[record.Row]:

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import TypedDict
 
 import torch
 from matplotlib.figure import Figure
@@ -54,7 +55,8 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
     All have one thread of torch each, the model loaded, and the same prompts; the two plain processes have one half each. They
     take turns. ``rate`` is the prompts a second over those of another way in the same turn: the median, with quartiles. Then a
     critic that takes 300 ms for a batch of answers, as a server does, once waited for and once beside drawing: ``hidden`` is
-    the share of its time that a run does not notice. Then the memory of the process that drives a cluster, over stand-in prompts.
+    the share of its time that a run does not notice. Then what `RunPlan.on` simulates from the seconds of one worker, beside
+    what runs on one worker and on two: ``predicted``, over the seconds of the run in the same turn. Then the memory of the process that drives a cluster, over stand-in prompts.
     """
     torch.set_num_threads(1)
     effort = Effort.of(quick=quick)
@@ -62,10 +64,28 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
     with TemporaryDirectory(dir="runs") as name:
         yield from rate_rows(effort, Path(name).resolve())
         yield from overlap_rows(effort, Path(name).resolve())
+        yield from simulation_rows(effort, Path(name).resolve())
         yield from memory_rows(effort, Path(name).resolve())
 
 
 # Rates ------------------------------------------------------------------------------------------
+
+
+class LoopParts(TypedDict):
+    """What a run has beside its synthesizer."""
+
+    critic: aa.Critic
+    planner: aa.RegionPlanner
+    keep: aa.PairFilter
+
+
+def loop_parts() -> LoopParts:
+    """Parts that take little beside drawing."""
+    return {
+        "critic": PhotometricCritic(),
+        "planner": aa.GreedyPlanner(max_regions=2),
+        "keep": aa.Gain(Chroma(), at_least=0),
+    }
 
 
 def improve(prompts: Sequence[str], synthesizer: aa.Synthesizer, store: Path) -> float:
@@ -74,9 +94,7 @@ def improve(prompts: Sequence[str], synthesizer: aa.Synthesizer, store: Path) ->
     for _ in aa.improve(
         prompts,
         synthesizer=synthesizer,
-        critic=PhotometricCritic(),
-        planner=aa.GreedyPlanner(max_regions=2),
-        keep=aa.Gain(Chroma(), at_least=0),
+        **loop_parts(),
         seed=0,
         batch_size=BATCH,
         store=store,
@@ -232,6 +250,49 @@ def overlap_rows(effort: Effort, folder: Path) -> Iterator[record.Row]:
         "hidden": median(hidden),
         **timing.spread("hidden", hidden),
     }
+
+
+# Simulation -------------------------------------------------------------------------------------
+
+
+def simulation_rows(effort: Effort, folder: Path) -> Iterator[record.Row]:
+    """What a plan simulates for one worker and for two, over what runs on them: in each turn, a plan and both runs."""
+    prompts = playground.prompts(effort.prompts, seed=0)
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    predicted: dict[int, list[float]] = {1: [], 2: []}
+    with RayCluster() as cluster:
+        pools = {replicas: cluster.synthesizer(build, replicas=replicas, cpus=0) for replicas in seconds}
+        for replicas, synthesizer in pools.items():
+            synthesizer.pool.wait_for_all()
+            improve(prompts, synthesizer, folder / f"warm {replicas}")
+        for turn in range(effort.repeats):
+            plan = aa.plan_run(
+                prompts,
+                synthesizer=pools[1],
+                **loop_parts(),
+                trainer=aa.DifferentialLoRATrainer(rank=2, steps=1, batch_size=1),
+                rounds=1,
+                batch_size=BATCH,
+                sample=2 * BATCH,
+                steps=1,
+                check="arguments",
+                progress=False,
+            )
+            for replicas, size in zip(pools, plan.on([*pools]).sizes, strict=True):
+                predicted[replicas].append(size.seconds_by_phase["loop"])
+                seconds[replicas].append(improve(prompts, pools[replicas], folder / f"simulated {replicas} {turn}"))
+    for replicas, taken in seconds.items():
+        ratios = [ours / real for ours, real in zip(predicted[replicas], taken, strict=True)]
+        yield {
+            "what": "simulation",
+            "way": f"Ray, {replicas} workers",
+            "prompts": len(prompts),
+            "repeats": effort.repeats,
+            "predicted_s": median(predicted[replicas]),
+            "seconds": median(taken),
+            "predicted": median(ratios),
+            **timing.spread("predicted", ratios),
+        }
 
 
 # Memory -----------------------------------------------------------------------------------------

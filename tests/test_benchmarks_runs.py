@@ -70,6 +70,9 @@ def test_memory_and_reading_are_measured_and_drawn(case, tmp_path, monkeypatch):
     memory = [row for row in rows if row["what"] == "memory"]
     assert [(row["case"], row["prompts"]) for row in memory] == [("store", 2), ("no store", 2), ("store", 4)]
     assert "peak_kb_per_prompt" in memory[-1]
-    assert [row["attempts"] for row in rows if row["what"] == "reading"] == [8, 24]
+    reading = [row for row in rows if row["what"] == "reading"]
+    assert [row["attempts"] for row in reading if row["case"] == "all attempts"] == [8, 24]
+    assert [row["files"] for row in reading if row["case"] == "all attempts"] == [2, 4]  # a chunk each, and the round's
+    assert [row["seconds"] > 0 for row in reading if row["case"] == "list of pairs"] == [True, True]
     assert all(row["ms"] > 0 for row in rows if row["what"] == "part")
     assert len(runs.plot(rows).axes) == 3

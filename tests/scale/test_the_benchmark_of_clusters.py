@@ -5,6 +5,8 @@ from functools import partial
 import pytest
 from benchmarks import scale
 
+import artaug as aa
+from artaug import playground
 from artaug.testing import SwatchSynthesizer
 
 pytestmark = [pytest.mark.loopback, pytest.mark.usefixtures("local_ray")]
@@ -32,3 +34,13 @@ def test_a_critic_beside_drawing_hides_part_of_its_time_and_memory_is_told_at_ei
     assert [row["prompts"] for row in memory] == list(range(2, 17, 2))
     assert all(row["resident_mb"] > 0 for row in memory)
     assert scale.plot([*memory, overlap]) is not None
+
+
+def test_what_is_simulated_is_put_beside_what_ran_on_as_many_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "build", partial(playground.synthesizer, guide=aa.OutputMix(), steps=1))
+    rows = list(scale.simulation_rows(scale.Effort(prompts=8, repeats=1, memory_prompts=16), tmp_path))
+    assert [row["way"] for row in rows] == ["Ray, 1 workers", "Ray, 2 workers"]
+    for row in rows:
+        assert row["predicted"] == pytest.approx(row["predicted_s"] / row["seconds"])
+    assert 0 < rows[1]["predicted_s"] <= rows[0]["predicted_s"]
+    assert list(tmp_path.iterdir()) == []
