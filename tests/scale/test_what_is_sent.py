@@ -98,3 +98,13 @@ def test_a_result_that_cannot_be_sent_back_says_so(cluster):
 
 def no_pickle(synthesizer, report):  # noqa: ARG001 - as workers call it
     return threading.Lock()
+
+
+def test_a_file_is_sent_with_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = aa.ImageFolder("pictures")
+    file = folder.add(PICTURE)
+    sent_folder, sent_file = loads(dumps((folder, file), what="a call"))
+    monkeypatch.chdir(tmp_path.parent)
+    assert sent_file.load().tobytes() == PICTURE.tobytes()
+    assert sent_folder.path == tmp_path / "pictures"

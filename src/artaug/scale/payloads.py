@@ -2,7 +2,7 @@
 
 import io
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -11,6 +11,7 @@ from torch import nn
 
 from artaug._internal.redaction import secret_in
 from artaug.errors import InvalidValueError
+from artaug.image_files import ImageFile, ImageFolder
 from artaug.scale.pictures import Pixels
 
 
@@ -46,6 +47,10 @@ class _Pickler(CloudPickler):
                 "which runs on the worker; a critic or scorer with a model becomes one of a cluster by RayCluster.critic or "
                 "RayCluster.scorer."
             )
+        if isinstance(obj, ImageFile | ImageFolder) and not obj.path.is_absolute():
+            return replace(obj, path=obj.path.absolute()).__reduce_ex__(
+                pickle.HIGHEST_PROTOCOL
+            )  # workers stand elsewhere
         return super().reducer_override(obj)  # type: ignore[no-untyped-call]
 
 

@@ -123,6 +123,9 @@ class DifferentialLoRATrainer(TrainingConfig):
                 "received 0 pairs, and training needs at least one. Ask for more prompts, or loosen the filter."
             )
         if isinstance(synthesizer, RemotelyTrainable):
+            if checkpoints is not None:  # whose process may stand in another folder
+                checkpoints = replace(checkpoints, folder=Path(checkpoints.folder).absolute())
+            cache = None if cache is None else Path(cache).absolute()
             job = _RemoteTraining(self, pairs, seed, checkpoints, validation, cache)
             with ProgressLog(self.steps, on_step, initial=0, show=progress) as log:
                 return synthesizer.use(job, on_report=log.report)
