@@ -124,3 +124,9 @@ def test_workers_that_build_another_model_than_the_stores_are_refused_by_what_di
     assert len(list(attempts(SwatchSynthesizer))) == 2
     with pytest.raises(aa.StorageError, match=r"synthesizer\.width: 64 then, 96 now"):
         attempts(partial(SwatchSynthesizer, width=96))
+
+
+def test_a_model_that_leaves_the_gpus_of_a_cluster_alone_is_said(cluster, monkeypatch, caplog):
+    monkeypatch.setattr("artaug.scale.cluster.cluster_resources", lambda: {"CPU": 16.0, "GPU": 8.0})
+    cluster.synthesizer(SwatchSynthesizer)
+    assert "RayCluster.synthesizer(gpus=0): its model will be on the CPU, and the cluster has 8 GPU" in caplog.text

@@ -20,6 +20,7 @@ from artaug.scale.work import critic_facts, scorer_facts, synthesizer_facts
 from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer
 
+_LOG = logging.getLogger(__name__)
 _CONNECT_S = 5.0
 
 
@@ -200,6 +201,8 @@ class RayCluster:
                     f"{owner}: with this one, the parts of this cluster take {count:g} {kind}, and it has "
                     f"{total.get(kind, 0):g}. Ask for fewer replicas or smaller shares, or add nodes."
                 )
+        if not gpus and total.get("GPU"):
+            _LOG.warning("%s(gpus=0): its model will be on the CPU, and the cluster has %g GPU", owner, total["GPU"])
         resources = Resources(gpus=gpus, cpus=cpus, threads=threads)
         if not resources.fit_a_node():
             raise ClusterError(
