@@ -1,0 +1,165 @@
+"""Recipes that ask a language model: rewriting, layouts and checklists, by functions and by a real server."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import artaug as aa
+from artaug.plan import run_planner
+from artaug.recipes import (
+    ChatLayout,
+    ChatRequirements,
+    ChatRewriter,
+    PromptRewriter,
+    ServedChat,
+    checklist,
+    layout_first,
+)
+from artaug.scorers import FunctionScorer
+from artaug.synthesis import attempt_seed
+from artaug.testing import FixedCritic, FixedFilter, FixedScorer, SwatchSynthesizer, check_planner
+from support.faulty_server import faulty_server, refuses, says
+
+SWATCHES = SwatchSynthesizer(width=8, height=8)
+LEFT = aa.Suggestion(aa.Box(0, 0, 0.5, 1), "a red cone", "it is grey")
+LAYOUT = (
+    '<think>two things</think>```json\n{"suggestions": [{"bbox_2d": [0, 0, 500, 1000], "prompt": "a red cone"}]}```'
+)
+
+
+class Uncounted(aa.Synthesizer):
+    """Counts what it draws."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def synthesize(self, plan, *, seed):
+        self.drawn.append((plan.prompt, seed))
+        return SWATCHES.synthesize(plan, seed=seed)
+
+
+def served(server, **options):
+    return ServedChat(base_url=server.url, model="tiny", timeout_s=5.0, max_attempts=1, **options)
+
+
+@pytest.mark.loopback
+def test_a_served_model_rewrites_a_prompt_from_the_critique():
+    with faulty_server(says('<think>hm</think>\n"a red cone,\n vivid"')) as server:
+        plan = run_planner(PromptRewriter(ChatRewriter(served(server))), "a cone <|im_end|>", aa.Critique((LEFT,)))
+
+    assert plan == aa.Plan("a red cone, vivid")
+    (message,) = server.requests[0]["messages"]
+    assert "it is grey" in message["content"]
+    assert "<|im_end|>" not in message["content"]
+
+
+@pytest.mark.loopback
+def test_a_server_that_refuses_is_an_error_that_names_the_model():
+    with faulty_server(refuses(403)) as server, pytest.raises(aa.PartError, match=r"tiny gave no reply.*403"):
+        served(server)("hello")
+
+
+@given(st.text(max_size=80))
+def test_no_reply_of_a_model_is_an_error(reply):
+    plan = PromptRewriter(ChatRewriter(lambda _: reply)).plan("a cone", aa.Critique())
+    (drawn,) = layout_first(["a cone"], synthesizer=SWATCHES, lay_out=ChatLayout(lambda _: reply))
+    (checked,) = checklist(
+        ["a cone"], synthesizer=SWATCHES, requirements=ChatRequirements(lambda _: reply), verify=FixedScorer(1)
+    )
+
+    assert plan.prompt.strip()
+    assert drawn.plan.prompt == "a cone"
+    assert len(checked.scores) >= 1
+
+
+def test_a_rewriter_keeps_the_contract_of_planners_and_its_pairs_are_of_one_seed():
+    planner = PromptRewriter(
+        lambda prompt, critique: f"{prompt}, {critique.suggestions[0].prompt}" if critique.suggestions else ""
+    )
+    check_planner(planner)
+
+    (attempt,) = aa.improve(
+        ["a cone"],
+        synthesizer=SWATCHES,
+        critic=FixedCritic(aa.Critique((LEFT,))),
+        planner=planner,
+        keep=FixedFilter(True),
+        seed=0,
+    )
+
+    assert (attempt.pair.prompt, attempt.pair.plan) == ("a cone", aa.Plan("a cone, a red cone"))
+    assert attempt.pair.after == SWATCHES.synthesize(attempt.pair.plan, seed=attempt.pair.seed)
+
+
+def test_a_prompt_that_a_rewriter_leaves_as_it_is_is_skipped_with_a_reason():
+    (attempt,) = aa.improve(
+        ["a cone"],
+        synthesizer=SWATCHES,
+        critic=FixedCritic(aa.Critique((LEFT,))),
+        planner=PromptRewriter(lambda *_: " "),
+        keep=FixedFilter(True),
+        seed=0,
+    )
+
+    assert isinstance(attempt, aa.Skipped)
+    assert attempt.stage == "plan"
+
+
+@pytest.mark.loopback
+def test_a_served_model_lays_a_prompt_out_before_the_first_picture():
+    with faulty_server(says(LAYOUT), says("I cannot.")) as server:
+        laid_out, plain = layout_first(["a cone", "a ball"], synthesizer=SWATCHES, lay_out=ChatLayout(served(server)))
+
+    assert [(region.area, region.prompt) for region in laid_out.plan.regions] == [(LEFT.box, "a red cone")]
+    assert laid_out.image == SWATCHES.synthesize(laid_out.plan, seed=laid_out.seed)
+    assert plain.plan == aa.Plan("a ball")
+    assert "holds no suggestions" in plain.reason
+
+
+def test_a_layout_for_a_synthesizer_without_a_guide_is_refused_at_once():
+    class Plain(Uncounted):
+        draws_regions = False
+
+    with pytest.raises(aa.GuideError, match="has no guide"):
+        layout_first(["a cone"], synthesizer=Plain(), lay_out=lambda _: aa.Critique())
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=3))
+def test_only_what_fails_is_drawn_again_and_the_picture_that_fails_least_is_kept(failures):
+    """A prompt's picture of each turn fails so many of three requirements; the last turn repeats."""
+    prompts = [f"prompt {number}" for number in range(len(failures))]
+    fails = {
+        attempt_seed(5, round_number=1, prompt_index=number, candidate=turn): mine[min(turn, len(mine) - 1)]
+        for number, mine in enumerate(failures)
+        for turn in range(4)
+    }
+    synthesizer = Uncounted()
+    verify = FunctionScorer(
+        function=lambda _, requirement: float(int(requirement) >= fails[synthesizer.drawn[-1][1]]), name="verify"
+    )
+    asked = []
+
+    def redraw(prompt, failed):
+        asked.append((prompt, failed))
+        return aa.Plan(f"{prompt} {len(failed)}")
+
+    ended = checklist(
+        prompts, synthesizer=synthesizer, requirements=lambda _: ["0", "1", "2"], verify=verify, redraw=redraw, seed=5
+    )
+
+    assert [checked.prompt for checked in ended] == prompts
+    assert sum(checked.pictures for checked in ended) == len(synthesizer.drawn) == len(asked) + len(prompts)
+    for checked, mine in zip(ended, failures, strict=True):
+        turns = [mine[min(turn, len(mine) - 1)] for turn in range(4)]
+        assert checked.pictures == (turns.index(0) + 1 if 0 in turns else 4)
+        assert len(checked.failed) == min(turns[: checked.pictures])
+        assert checked.failed == tuple(name for name, score in checked.scores.items() if score < 0.5)
+        assert checked.image == SWATCHES.synthesize(checked.plan, seed=checked.seed)
+
+
+@pytest.mark.loopback
+def test_a_served_model_writes_the_checklist():
+    with faulty_server(says("1. a red cone\n- 2 blue balls\n\n2 cones")) as server:
+        requirements = ChatRequirements(served(server))("a scene")
+
+    assert requirements == ["a red cone", "2 blue balls", "2 cones"]
