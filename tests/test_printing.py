@@ -27,8 +27,9 @@ IS_NOT_PRINTED = (
     "report/",
     "testing/loop.py",
     "_internal/values.py",
+    "diffusion/families/tokenized.py",
 )
-"""What models read and write, HTML (which says that it is UTF-8), a prompt in Japanese, and a range of characters."""
+"""What models read and write, HTML (which says that it is UTF-8), a prompt in Japanese, a range of characters, and one of no meaning."""
 
 
 def literals(source):

@@ -129,7 +129,7 @@ class RunPlan:
         load_s: float = 0.0,
         gpu_hour_price: float | None = None,
     ) -> ClusterPlan:
-        """What the run would take on clusters of `artaug.scale`, with a worker on each GPU and a store that all of them reach.
+        """What the run would take on clusters, see ``artaug.scale``, with a worker on each GPU and a store that all of them reach.
 
         Simulated, not run: its chunks go through the scheduler of a run in simulated time. Pictures are drawn on all workers
         at the same time, the critic answers beside them, and the process that drives the run plans, judges and writes, one
