@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import artaug as aa
-from artaug import critics, hub, judges, scorers
+from artaug import critics, hub, judges, recipes, scorers
 from artaug.evaluation.suites import Case, Question, QuestionCheck, QuestionScore, Suite
 from artaug.lora.formats import FLUX1, KeyMap
 from artaug.run.storage.records import Member
@@ -64,6 +64,7 @@ SAMPLES = {
     int: lambda: 1,
     float: lambda: 0.5,
     bool: lambda: True,
+    bytes: lambda: b"a pear",
     object: lambda: 1,
     Any: lambda: 1,
     slice: lambda: slice(0, 1),
@@ -97,6 +98,7 @@ SAMPLES = {
         base_url="http://127.0.0.1:1/v1", model="m", rubric="Is it sharp?"
     ),
     judges.OpenAIJudge: lambda: judges.OpenAIJudge(base_url="http://127.0.0.1:1/v1", model="m"),
+    recipes.ServedChat: lambda: recipes.ServedChat(base_url="http://127.0.0.1:1/v1", model="m"),
     ServedModel: lambda: ServedModel(base_url="http://127.0.0.1:1/v1", model="m"),
     critics.ApiKey: lambda: critics.ApiKey("EMPTY"),
     aa.StopRule: lambda: aa.StopRule(FixedScorer(), [f"{number} pears" for number in range(30)], at_least=0.1),

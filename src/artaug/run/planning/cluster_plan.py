@@ -105,7 +105,7 @@ class ClusterPlan:
                 f"{size.gpus:,}",
                 f"{size.critics}" if size.critics else "-",
                 duration(size.seconds),
-                *(duration(size.seconds_by_phase.get(phase, 0.0)) for phase in _PHASES),
+                *(duration(size.seconds_by_phase[phase]) for phase in _PHASES),
                 f"{size.gpu_hours:,.2f}",
                 "-" if size.cost is None else f"{size.cost:,.2f}",
                 f"{size.drawing:.0%}",
