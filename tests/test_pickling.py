@@ -26,6 +26,7 @@ import artaug as aa
 from artaug import critics, hub, judges, recipes, scorers
 from artaug.evaluation.suites import Case, Question, QuestionCheck, QuestionScore, Suite
 from artaug.lora.formats import FLUX1, KeyMap
+from artaug.run.planning.cluster_plan import ClusterSize
 from artaug.run.storage.records import Member
 from artaug.serving.model import ServedModel
 from artaug.testing import FixedCritic, FixedFilter, FixedJudge, FixedScorer, SwatchSynthesizer
@@ -103,6 +104,13 @@ SAMPLES = {
     critics.ApiKey: lambda: critics.ApiKey("EMPTY"),
     aa.StopRule: lambda: aa.StopRule(FixedScorer(), [f"{number} pears" for number in range(30)], at_least=0.1),
     hub.Base: lambda: hub.Base("me/tiny"),
+    ClusterSize: lambda: ClusterSize(
+        gpus=8,
+        critics=1,
+        seconds_by_phase=dict.fromkeys(("load", "loop", "train", "combine", "measure"), 60.0),
+        busy=dict.fromkeys(("draw", "critique", "plan", "judge", "file"), 6.0),
+        cost=None,
+    ),
 }
 """Values of types that fields do not describe, or not all of what is allowed."""
 
