@@ -9,7 +9,7 @@ from PIL import Image
 
 import artaug as aa
 from artaug._internal.memory import FittingBatches
-from artaug.synthesis import draw, draw_batches, draw_in_calls
+from artaug.synthesis import Undrawn, draw, draw_batches, draw_files, draw_in_calls
 from artaug.testing import SwatchSynthesizer
 from support.clock import FakeTime
 
@@ -133,3 +133,29 @@ def test_what_one_batch_raises_elsewhere_is_raised_in_its_place():
     assert [len(next(drawn)) for _ in range(3)] == [1, 1, 1]
     with pytest.raises(aa.PartError, match="ArithmeticError: no"):
         next(drawn)
+
+
+def test_pictures_that_a_synthesizer_leaves_in_memory_are_stored_and_reasons_stay_in_their_places(tmp_path):
+    @dataclass(frozen=True)
+    class FailsAtTwo(aa.Synthesizer):
+        def synthesize(self, plan, *, seed):
+            return SwatchSynthesizer().synthesize(plan, seed=seed)
+
+        def synthesize_each(self, plans, *, seeds, folder=None):
+            drawn = self.synthesize_batch(plans, seeds=seeds)
+            return [
+                Undrawn("it is the third") if seed == 2 else image for image, seed in zip(drawn, seeds, strict=True)
+            ]
+
+    folder = aa.ImageFolder(tmp_path)
+    (call,) = draw_in_calls(FailsAtTwo(), PLANS[:4], seeds=SEEDS[:4], batches=FittingBatches(4), folder=folder)
+    plain = [SwatchSynthesizer().synthesize(plan, seed=seed) for plan, seed in zip(PLANS[:4], SEEDS[:4], strict=True)]
+    assert call.images[2] == Undrawn("it is the third")
+    assert [call.images[place].load() for place in (0, 1, 3)] == [plain[place] for place in (0, 1, 3)]
+    with pytest.raises(aa.ModelError, match="it is the third"):
+        draw_files(FailsAtTwo(), PLANS[:4], seeds=SEEDS[:4], folder=folder)
+
+
+def test_a_picture_that_was_not_drawn_needs_a_reason():
+    with pytest.raises(aa.InvalidValueError, match="needs a reason"):
+        Undrawn(" ")

@@ -16,7 +16,7 @@ from artaug._internal.calls import call_part, describe_inputs
 from artaug._internal.contracts import check_batch
 from artaug._internal.lanes import Lane
 from artaug._internal.memory import FittingBatches
-from artaug.errors import ModelError
+from artaug.errors import InvalidValueError, ModelError
 from artaug.image_files import ImageFile, ImageFolder
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
@@ -39,6 +39,12 @@ class Undrawn:
     """
 
     reason: str
+
+    def __post_init__(self) -> None:
+        if not self.reason.strip():
+            raise InvalidValueError(
+                "an Undrawn needs a reason: reports show it as the reason why a prompt was skipped."
+            )
 
 
 class Synthesizer(ABC):
@@ -78,12 +84,12 @@ class Synthesizer(ABC):
     def synthesize_each(
         self, plans: Sequence[Plan], *, seeds: Sequence[int], folder: ImageFolder | None = None
     ) -> "Sequence[Image | ImageFile | Undrawn]":
-        """Draw many pictures, into a folder if there is one, and say of those that cannot be drawn why not.
+        """Draw many pictures, and say of those that cannot be drawn why not: what a run calls.
 
-        What a run calls. Override it where pictures are drawn elsewhere and can be stored from there.
+        Override it where pictures are drawn elsewhere, and can be stored from there in the folder, if there is one. A picture
+        that is not in it is stored by whoever called.
         """
-        images = self.synthesize_batch(plans, seeds=seeds)
-        return images if folder is None else folder.add_all(images)
+        return self.synthesize_batch(plans, seeds=seeds)
 
     def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
         """A synthesizer that draws with ``lora`` on top, with the same weights in memory; this one is not changed.
@@ -147,8 +153,7 @@ def draw_files(
     """Draw pictures into a folder, as `draw` does."""
     batches = FittingBatches(max(len(plans), 1))
     calls = draw_in_calls(synthesizer, plans, seeds=seeds, batches=batches, folder=folder)
-    files = (_checked(synthesizer, file) for call in calls for file in call.images)
-    return [file if isinstance(file, ImageFile) else folder.add(file) for file in files]
+    return folder.add_all(_checked(synthesizer, file) for call in calls for file in call.images)
 
 
 def _checked(synthesizer: Synthesizer, image: Image | ImageFile | Undrawn) -> Image | ImageFile:
@@ -165,13 +170,25 @@ def draw_call(
     Raises:
         ContractError: see `draw_in_calls`.
     """
-    owner, prompts = type(synthesizer).__name__, [plan.prompt for plan in plans]
-    check = partial(check_batch, owner, count=len(plans), per="plan", prompts=prompts)
-    if type(synthesizer).synthesize_each is not Synthesizer.synthesize_each:
-        drawn = synthesizer.synthesize_each(plans, seeds=seeds, folder=folder)
-        return check("synthesize_each", drawn, of=(Image if folder is None else ImageFile, Undrawn))
-    images = check("synthesize_batch", synthesizer.synthesize_batch(plans, seeds=seeds), of=Image)
-    return [*(images if folder is None else folder.add_all(images))]
+    draws_each = _draws_each(synthesizer)
+    allowed: tuple[type[Image | ImageFile | Undrawn], ...] = (Image, ImageFile, Undrawn) if draws_each else (Image,)
+    drawn: list[Image | ImageFile | Undrawn] = check_batch(
+        type(synthesizer).__name__,
+        "synthesize_each" if draws_each else "synthesize_batch",
+        synthesizer.synthesize_each(plans, seeds=seeds, folder=folder),
+        of=allowed,
+        count=len(plans),
+        per="plan",
+        prompts=[plan.prompt for plan in plans],
+    )
+    if folder is None:
+        return drawn
+    stored = iter(folder.add_all([picture for picture in drawn if not isinstance(picture, Undrawn)]))
+    return [picture if isinstance(picture, Undrawn) else next(stored) for picture in drawn]
+
+
+def _draws_each(synthesizer: Synthesizer) -> bool:
+    return type(synthesizer).synthesize_each is not Synthesizer.synthesize_each
 
 
 def draw_in_calls(
@@ -195,14 +212,13 @@ def draw_in_calls(
         MemoryError, RuntimeError: the synthesizer's own, if not even one picture fits into memory.
     """
     owner = type(synthesizer).__name__
-    own = type(synthesizer).synthesize_each is not Synthesizer.synthesize_each
 
     def call(members: Sequence[int]) -> list[Image | ImageFile | Undrawn]:
         part, part_seeds = [plans[index] for index in members], [seeds[index] for index in members]
         inputs = describe_inputs("plan", [plan.prompt for plan in part])
         return call_part(lambda: draw_call(synthesizer, part, part_seeds, folder), owner=owner, inputs=inputs)
 
-    if not own and type(synthesizer).synthesize_batch is Synthesizer.synthesize_batch:
+    if not _draws_each(synthesizer) and type(synthesizer).synthesize_batch is Synthesizer.synthesize_batch:
         batches = FittingBatches(1)
     for members, images in batches.run(call, range(len(plans)), owner=owner, item="picture", remedy=_TOO_LARGE):
         yield DrawingCall(tuple(members), tuple(images))

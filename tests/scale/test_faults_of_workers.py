@@ -24,7 +24,7 @@ from support.cluster_parts import (
 pytestmark = pytest.mark.loopback
 
 
-def attempts(prompts, synthesizer, *, critic=None, keep=None, store=None):
+def attempts(prompts, synthesizer, *, critic=None, keep=None, store=None, on_event=None):
     return list(
         aa.improve(
             prompts,
@@ -35,6 +35,7 @@ def attempts(prompts, synthesizer, *, critic=None, keep=None, store=None):
             seed=0,
             batch_size=4,
             store=store,
+            on_event=on_event,
         )
     )
 
@@ -67,6 +68,18 @@ def test_a_prompt_that_kills_is_skipped_at_the_third_death_with_the_reason_and_i
         calls = count(tmp_path, "call")
         assert attempts(prompts, synthesizer, store=store) == result
         assert count(tmp_path, "call") == calls
+
+
+def test_bars_come_to_their_end_where_a_redraw_kills_now_and_when_the_run_is_called_again(cluster, tmp_path):
+    synthesizer = cluster.synthesizer(BuildsMortal(str(tmp_path)), replicas=2)
+    for _ in range(2):
+        events = []
+        result = attempts(["a", "brittle", "c"], synthesizer, store=tmp_path / "run", on_event=events.append)
+        assert [type(attempt) for attempt in result] == [aa.Kept, aa.Skipped, aa.Kept]
+        progress = [event for event in events if isinstance(event, aa.ProgressEvent)]
+        for stage in ("draw", "critique", "redraw", "judge"):
+            own = [event for event in progress if event.stage == stage]
+            assert sum(event.count for event in own) == own[-1].total == 3
 
 
 def test_a_picture_that_kills_its_critic_gets_an_abstention(cluster):

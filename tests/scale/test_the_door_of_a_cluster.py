@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import artaug as aa
 from artaug.scale import RayCluster
-from artaug.scale.payloads import dumps
+from artaug.scale.payloads import dumps, loads
 from artaug.scorers import Chroma
 from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer
 
@@ -78,7 +78,7 @@ def build_with(held):  # noqa: ARG001 - what is held is what the test is about
     return SwatchSynthesizer()
 
 
-@given(st.binary(max_size=200), st.text("abcdefgh0123456789", min_size=8, max_size=40))
+@given(st.binary(max_size=200), st.text("abcdefgh", min_size=8, max_size=40).map("{}9".format))
 def test_no_payload_has_the_value_of_a_secret_variable(data, secret):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", secret)
@@ -89,6 +89,14 @@ def test_no_payload_has_the_value_of_a_secret_variable(data, secret):
             assert secret.encode() not in dumps(data, what="a message").data
         with pytest.raises(aa.InvalidValueError, match="HF_TOKEN"):
             dumps([data, {"nested": secret}], what="a message")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Basic watercolors", "Bearer of-lanterns", "a disabled robot", "a task-oriented r8"]
+)
+def test_words_of_a_prompt_are_no_secrets_whatever_variables_are_set_to(prompt, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert loads(dumps(aa.Plan(prompt), what="a call")) == aa.Plan(prompt)
 
 
 def test_every_payload_of_a_run_is_looked_through(monkeypatch, cluster):

@@ -35,7 +35,7 @@ class MortalSynthesizer(aa.Synthesizer):
     def synthesize_batch(self, plans, *, seeds):
         note(self.folder, f"call{len(plans)}")
         for plan in plans:
-            deadly = plan.prompt.startswith("deadly")
+            deadly = plan.prompt.startswith("deadly") or (plan.prompt.startswith("brittle") and plan.regions)
             once = plan.prompt.startswith("once") and not count(self.folder, "death")
             if deadly or once:
                 note(self.folder, "death")

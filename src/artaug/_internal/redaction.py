@@ -20,10 +20,9 @@ _NAME = re.compile(r"([\w-]+)(?:['\"]?\s*[:=]|['\"],)\s*['\"]?")
 """Of ``api_key=...``, ``{'Authorization': '...'}`` and ``('X-Auth-Token', '...')``."""
 _VALUE = re.compile(r"(?:(?:bearer|basic|token)\s+)?[^\s'\",}&#]{4,}", re.IGNORECASE)
 _PASSWORD_OF_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")
-_BY_LOOKS = re.compile(
-    r"\b(?:hf_|sk-|ghp_|gho_|ghs_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza|r8_|nvapi-|Bearer |Basic )"
-    rf"[\w\-./+=]{{{_SHORTEST},}}"
-)
+_KEYS = r"hf_|sk-|ghp_|gho_|ghs_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza|r8_|nvapi-"
+_KEY = re.compile(rf"\b(?:{_KEYS})[\w\-./+=]{{{_SHORTEST},}}")
+_BY_LOOKS = re.compile(rf"\b(?:{_KEYS}|Bearer |Basic )[\w\-./+=]{{{_SHORTEST},}}")
 
 
 def is_secret_name(name: str, value: object) -> bool:
@@ -48,14 +47,18 @@ def is_secret_name(name: str, value: object) -> bool:
 def secret_in(data: bytes) -> str | None:
     """What of a message is a secret, in words that do not tell it; None if nothing is.
 
+    Messages hold prompts, so that words of a language are none: not "Basic watercolors", and not the value of
+    ``RAY_AUTH_MODE=disabled``.
+
     >>> from artaug._internal.redaction import secret_in
     >>> secret_in(b"OpenAICritic(api_key='sk-0123456789abcdef')")
     "what looks like a key, 'sk-01...'"
     """
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and is_secret_name(name, value) and value.encode() in data:
+        is_word = value.isalpha()
+        if len(value) >= _SHORTEST and not is_word and is_secret_name(name, value) and value.encode() in data:
             return f"the value of the environment variable {name}"
-    looks = _BY_LOOKS.search(data.decode("latin-1")) if len(data) <= _LONGEST_MESSAGE else None
+    looks = _KEY.search(data.decode("latin-1")) if len(data) <= _LONGEST_MESSAGE else None
     return None if looks is None else f"what looks like a key, '{looks[0][:5]}...'"
 
 

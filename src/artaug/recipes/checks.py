@@ -1,18 +1,8 @@
 """What recipes refuse before the first picture."""
 
-from artaug._internal.arguments import check_argument, check_count
+from artaug._internal.arguments import check_argument
 from artaug.lora.fusing import Fuser
 from artaug.training import DifferentialLoRATrainer
-
-
-def check_counts(owner: str, **counts: object) -> None:
-    """Refuse what is no whole number of at least 1.
-
-    Raises:
-        InvalidValueError: naming it.
-    """
-    for name, count in counts.items():
-        check_count(owner, name, count)
 
 
 def check_learning(owner: str, trainer: object, objective: object, of: type, fuser: object) -> None:

@@ -1,6 +1,7 @@
 """Several draws of each prompt, and the folder in which a recipe keeps what it has drawn and learned."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL.Image import Image
 from artaug.image_files import ImageFile, ImageFolder
 from artaug.plan import Plan
 from artaug.run.storage.cached_synthesizer import CachedSynthesizer
-from artaug.synthesis import Synthesizer, attempt_seed, draw
+from artaug.synthesis import Synthesizer, attempt_seed, draw_batches
 from artaug.training import Checkpoints
 
 
@@ -29,16 +30,20 @@ def draw_several(
 
     No call of the synthesizer has pictures of two prompts, so that what is drawn of one does not depend on the others.
     """
-    for index, prompt in enumerate(prompts):
-        seeds = [
-            attempt_seed(seed, round_number=round_number, prompt_index=index, candidate=number)
-            for number in range(count)
-        ]
-        images: list[Image] = []
-        for start in range(0, count, batch_size):
-            part = seeds[start : start + batch_size]
-            images += draw(synthesizer, [Plan(prompt)] * len(part), seeds=part)
-        yield PromptDraws(prompt=prompt, seeds=tuple(seeds), images=tuple(images))
+    seeds = [
+        [attempt_seed(seed, round_number=round_number, prompt_index=index, candidate=number) for number in range(count)]
+        for index in range(len(prompts))
+    ]
+    parts = [slice(start, start + batch_size) for start in range(0, count, batch_size)]
+    calls = (
+        ([Plan(prompt)] * len(mine[part]), mine[part])
+        for prompt, mine in zip(prompts, seeds, strict=True)
+        for part in parts
+    )
+    with closing(draw_batches(synthesizer, calls)) as drawn:
+        for prompt, mine in zip(prompts, seeds, strict=True):
+            images = tuple(image for _ in parts for image in next(drawn))
+            yield PromptDraws(prompt=prompt, seeds=tuple(mine), images=images)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from artaug._internal.arguments import check_argument
+from artaug._internal.arguments import check_argument, check_count
 from artaug._internal.prompts import check_prompts
 from artaug.errors import InvalidValueError, NothingToLearnError
 from artaug.filtering import Floor, PairFilter, judge_pairs
 from artaug.lora.fusing import ConcatFuser, Fuser, fuse_loras
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Verdict
-from artaug.recipes.checks import check_counts, check_learning
+from artaug.recipes.checks import check_learning
 from artaug.recipes.draws import PromptDraws, RecipeFolder, draw_several
 from artaug.run.checking import as_trainable
 from artaug.run.results import Enhancement, Round, no_pairs_reason
@@ -88,7 +88,8 @@ def dreamsync(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
         ['Kept', 'Kept']
     """
     _check(prompts, synthesizer, faithful, beautiful)
-    check_counts("dreamsync", candidates=candidates, rounds=rounds, batch_size=batch_size)
+    for name, count in (("candidates", candidates), ("rounds", rounds), ("batch_size", batch_size)):
+        check_count("dreamsync", name, count)
     check_learning("dreamsync", trainer, objective, SupervisedFineTuning, fuser)
     trainer = replace(trainer, objective=objective)
     trainer.check(as_trainable(synthesizer), pairs=len(prompts))

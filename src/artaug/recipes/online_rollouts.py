@@ -13,7 +13,7 @@ from artaug.evaluation.comparison import Comparison, compare
 from artaug.lora.fusing import ConcatFuser, Fuser, fuse_loras
 from artaug.lora.lora import LoRA
 from artaug.pairs import ImagePair
-from artaug.recipes.checks import check_counts, check_learning
+from artaug.recipes.checks import check_learning
 from artaug.recipes.draws import PromptDraws, RecipeFolder, draw_several
 from artaug.recipes.rewards import draw_pairs, normalized_rewards
 from artaug.run.checking import as_trainable
@@ -142,8 +142,8 @@ def rollouts(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
         (0, ['Chroma', 'color'])
     """
     _check(prompts, held_out, synthesizer, scorer, unseen)
-    check_counts("rollouts", rounds=rounds, batch_size=batch_size)
-    check_count("rollouts", "draws", draws, least=2)
+    for name, count, least in (("rounds", rounds, 1), ("batch_size", batch_size, 1), ("draws", draws, 2)):
+        check_count("rollouts", name, count, least=least)
     check_finite_number("rollouts", "least_spread", least_spread)
     check_learning("rollouts", trainer, objective, NegativeAware, fuser)
     trainer = replace(trainer, objective=objective)

@@ -55,11 +55,9 @@ class Asking:
                 while self._arrived:
                     on_answer(self._arrived.popleft())
             asked.result()
-        finally:
+        finally:  # nothing is kept after the end of a run, whose folder may be another one's by then
             with self._lock:
-                self._stopped = (
-                    True  # nothing is kept after the end of a run, whose folder may be another one's by then
-                )
+                self._stopped = True
             asked.cancel()
 
     def _ask(self, images: Sequence[Image]) -> Iterator[Arrival]:

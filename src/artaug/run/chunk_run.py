@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from PIL.Image import Image
@@ -37,16 +37,11 @@ class Lanes:
     def opened(cls, parts: LoopParts) -> Iterator["Lanes"]:
         """The lanes of a round, for a ``with`` block."""
         drawing, asking = parts.synthesizer.max_concurrency, parts.critic.max_concurrency
-        lanes = cls(
-            Lane(drawing, name="draw") if drawing else None,
-            Lane(asking, name="critique") if asking else None,
-        )
-        try:
-            yield lanes
-        finally:
-            for lane in (lanes.draw, lanes.critique):
-                if lane is not None:
-                    lane.close()
+        with ExitStack() as stack:
+            yield cls(
+                stack.enter_context(Lane(drawing, name="draw")) if drawing else None,
+                stack.enter_context(Lane(asking, name="critique")) if asking else None,
+            )
 
 
 @dataclass(frozen=True)
@@ -70,28 +65,26 @@ class ChunkRun:
     """Candidates of prompts that were put off: what they have is not made again."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_STAGES, 0.0))
     """By stage, what this chunk has taken."""
+    undrawn: dict[Member, str] = field(default_factory=dict)
+    """Why pictures could not be drawn."""
 
     def steps(self) -> Steps[Chunk]:
         """All stages: a task of `artaug.run.flow`."""
         self.poll()
         before = {member: made.before for member, made in self.known.items() if made.before is not None}
         fresh = {member: Plan(self.prompts[member.prompt_index]) for member in self.seeds if member not in before}
-        drawn = yield from self._draw("draw", fresh)
+        before |= yield from self._draw("draw", fresh)
         yield Turn.OLDER
-        undrawn = {member: picture for member, picture in drawn.items() if isinstance(picture, Undrawn)}
-        before |= {member: picture for member, picture in drawn.items() if not isinstance(picture, Undrawn)}
         answers = {member: made.answer for member, made in self.known.items() if not is_transient(made.answer)}
         asked = {member: before[member] for member in self.seeds if member in before and member not in answers}
         answers |= yield from self._critique(asked)
-        self.clock.totals["critique"] -= len(undrawn)
-        answers |= {member: Abstention(f"there is no picture of it: {why.reason}") for member, why in undrawn.items()}
+        self.clock.totals["critique"] -= len(self.undrawn)
+        answers |= {member: Abstention(f"there is no picture of it: {why}") for member, why in self.undrawn.items()}
         plans = {member: self._plan(self.prompts[member.prompt_index], answers[member]) for member in self.seeds}
         after = {member: made.after for member, made in self.known.items() if made.after is not None}
         changes = {member: plan for member, plan in plans.items() if plan is not None and member not in after}
         note_unplanned(self.clock, plans, answers, self.known)
-        redrawn = yield from self._draw("redraw", changes)
-        undrawn |= {member: picture for member, picture in redrawn.items() if isinstance(picture, Undrawn)}
-        after |= {member: picture for member, picture in redrawn.items() if not isinstance(picture, Undrawn)}
+        after |= yield from self._draw("redraw", changes)
         candidates = {
             member: Candidate(
                 member,
@@ -101,7 +94,7 @@ class ChunkRun:
                 answers[member],
                 plans[member],
                 after.get(member),
-                undrawn[member].reason if member in undrawn else "",
+                self.undrawn.get(member, ""),
             )
             for member, seed in self.seeds.items()
         }
@@ -110,17 +103,15 @@ class ChunkRun:
         self._end("judge", seconds=self.clock.now_s() - start_s, count=len(self.prompts))
         chunk = Chunk(candidates, ends, dict(self.seconds))
         try:
-            if (
-                self.round_journal.writes_behind
-            ):  # its last pictures are being written while the first of the next are drawn
-                yield Turn.NEXT
+            if self.round_journal.writes_behind:
+                yield Turn.NEXT  # whose first pictures are drawn while the last of this one are written
         finally:  # also if another chunk raises: all of this one is done
             chunk = self.journal.finish(chunk)
         return chunk
 
-    def _draw(self, stage: DrawingStage, plans: Mapping[Member, Plan]) -> Steps[dict[Member, Picture | Undrawn]]:
-        """Draw what is not drawn yet."""
-        drawn: dict[Member, Picture | Undrawn] = dict(self.journal.drawn(stage, plans))
+    def _draw(self, stage: DrawingStage, plans: Mapping[Member, Plan]) -> Steps[dict[Member, Picture]]:
+        """Draw what is not drawn yet; what cannot be is noted."""
+        drawn: dict[Member, Picture] = dict(self.journal.drawn(stage, plans))
         missing = [member for member in plans if member not in drawn]
         self.clock.resume(stage, len(drawn))
         if not missing:
@@ -135,9 +126,9 @@ class ChunkRun:
 
     def _draw_here(
         self, stage: DrawingStage, missing: Sequence[Member], plans: Mapping[Member, Plan]
-    ) -> dict[Member, Picture | Undrawn]:
+    ) -> dict[Member, Picture]:
         """Draw in this thread, one call of the synthesizer after the other."""
-        drawn: dict[Member, Picture | Undrawn] = {}
+        drawn: dict[Member, Picture] = {}
         last_s = start_s = self.clock.now_s()
         with self.parts.placement.stage(self.parts.synthesizer):
             calls = draw_in_calls(
@@ -157,9 +148,9 @@ class ChunkRun:
 
     def _draw_there(
         self, stage: DrawingStage, missing: Sequence[Member], plans: Mapping[Member, Plan], lane: Lane
-    ) -> Steps[dict[Member, Picture | Undrawn]]:
+    ) -> Steps[dict[Member, Picture]]:
         """Draw where the synthesizer computes: all calls are on their way at once, each in a thread that waits for it."""
-        drawn: dict[Member, Picture | Undrawn] = {}
+        drawn: dict[Member, Picture] = {}
         size = self.batches.largest
         parts = [missing[start : start + size] for start in range(0, len(missing), size)]
 
@@ -193,21 +184,22 @@ class ChunkRun:
 
     def _keep_call(
         self, stage: DrawingStage, members: Sequence[Member], plans: Mapping[Member, Plan], call: DrawingCall
-    ) -> dict[Member, Picture | Undrawn]:
+    ) -> dict[Member, Picture]:
         """Hand what a call drew to the journal."""
-        drawn = {
-            member: as_rgb(picture)
-            if isinstance(picture, Image) and picture.mode != "RGB"
-            else picture  # as it is stored
-            for member, picture in zip(members, call.images, strict=True)
-        }
-        pictures = {member: picture for member, picture in drawn.items() if not isinstance(picture, Undrawn)}
+        drawn: dict[Member, Picture] = {}
+        for member, picture in zip(members, call.images, strict=True):
+            if isinstance(picture, Undrawn):
+                self.undrawn[member] = picture.reason
+            elif isinstance(picture, Image) and picture.mode != "RGB":
+                drawn[member] = as_rgb(picture)  # as it is stored
+            else:
+                drawn[member] = picture
         largest = self.batches.largest
-        if pictures:
+        if drawn:
             self.journal.add_call(
                 stage,
-                {member: plans[member] for member in pictures},
-                list(pictures.values()),
+                {member: plans[member] for member in drawn},
+                list(drawn.values()),
                 limit=largest if largest < self.parts.batch_size else None,
             )
         return drawn

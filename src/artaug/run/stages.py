@@ -175,8 +175,8 @@ class RoundStages:
         self.clock.resume("draw", len(candidates.keys() - known.keys()))
         answered = sum(is_answered(candidate) for candidate in candidates.values())
         self.clock.resume("critique", answered - sum(map(is_answered, known.values())))
-        redrawn = sum(candidate.after is not None for candidate in candidates.values())
-        self.clock.resume("redraw", redrawn - sum(candidate.after is not None for candidate in known.values()))
+        redrawn = sum(candidate.plan is not None for candidate in candidates.values())  # or could not be
+        self.clock.resume("redraw", redrawn - sum(candidate.plan is not None for candidate in known.values()))
         decided = [end for end in chunk.ends if end.reason or end.verdict is not None]
         self.clock.resume("judge", sum(not end.transient for end in decided))
 

@@ -47,10 +47,8 @@ class _Pickler(CloudPickler):
                 "which runs on the worker; a critic or scorer with a model becomes one of a cluster by RayCluster.critic or "
                 "RayCluster.scorer."
             )
-        if isinstance(obj, ImageFile | ImageFolder) and not obj.path.is_absolute():
-            return replace(obj, path=obj.path.absolute()).__reduce_ex__(
-                pickle.HIGHEST_PROTOCOL
-            )  # workers stand elsewhere
+        if isinstance(obj, ImageFile | ImageFolder) and not obj.path.is_absolute():  # workers stand elsewhere
+            return replace(obj, path=obj.path.absolute()).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
         return super().reducer_override(obj)  # type: ignore[no-untyped-call]
 
 

@@ -4,7 +4,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from artaug.diffusion.families.common import Tokenizer
 from artaug.errors import GuideError
@@ -58,7 +57,7 @@ def tokenize_prompt(
         convert: see `TokenizedPrompt.convert`.
     """
     text = convert(prompt)
-    characters = character_spans(tokenizer, text, truncation=True, max_length=limit)
+    characters = character_spans(tokenizer, text, limit=limit)
     return TokenizedPrompt(
         text=text,
         prompt=slice(0, len(text)),
@@ -107,8 +106,10 @@ def tokenize_chat(
     )
 
 
-def character_spans(tokenizer: Tokenizer, text: str, **options: Any) -> tuple[tuple[int, int], ...]:  # noqa: ANN401
-    """Where the characters of every token begin and end.
+def character_spans(
+    tokenizer: Tokenizer, text: str, *, limit: int | None = None, add_special_tokens: bool = True
+) -> tuple[tuple[int, int], ...]:
+    """Where the characters of every token begin and end, of at most ``limit`` tokens.
 
     Raises:
         GuideError: for a tokenizer that does not say.
@@ -118,8 +119,15 @@ def character_spans(tokenizer: Tokenizer, text: str, **options: Any) -> tuple[tu
             f"{type(tokenizer).__name__} does not say which characters its tokens hold, so no phrase can be found. Load the "
             "pipeline with the fast tokenizer of the same name."
         )
-    spans = tokenizer(text, return_offsets_mapping=True, verbose=False, **options).offset_mapping
-    return tuple((int(start), int(stop)) for start, stop in spans)
+    encoded = tokenizer(
+        text,
+        truncation=limit is not None,
+        max_length=limit,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    return tuple((int(start), int(stop)) for start, stop in encoded.offset_mapping)
 
 
 def _occurrences(phrase: str, text: str, within: slice) -> Iterator[tuple[int, int]]:

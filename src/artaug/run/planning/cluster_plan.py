@@ -167,7 +167,7 @@ class ClusterRun:
     """By round."""
     between: dict[str, float]
     """Seconds of all rounds, by phase: ``train`` and ``combine``."""
-    arms: tuple["HeldOut", ...]
+    arms: tuple[HeldOut, ...]
     """Of held-out pictures, of all rounds."""
     first_s: float
     """What the first calls of a worker take longer than the others."""
