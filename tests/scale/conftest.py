@@ -16,9 +16,12 @@ def local_ray():
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for workers, which import tests/support
-    ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-    yield
-    ray.shutdown()
+    assert not ray.is_initialized(), "a test before left Ray connected"
+    try:
+        ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+        yield
+    finally:  # also where it began and could not end
+        ray.shutdown()
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """What cannot work on a cluster is refused at once, and in words."""
 
+import socket
 import subprocess
 import sys
 import threading
 from functools import partial
 
 import pytest
+import ray
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,8 +32,13 @@ def test_without_ray_the_extra_is_named():
 
 
 def test_a_cluster_that_cannot_be_reached_is_named():
-    with pytest.raises(aa.ClusterError, match=r"RayCluster\('127.0.0.1:1'\): nobody answers there.*ray start --head"):
-        RayCluster("127.0.0.1:1")
+    with socket.socket() as nobody:  # bound, and not listening: also where something answers on every other port
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(
+            aa.ClusterError, match=rf"RayCluster\('{address}'\): nobody answers there.*ray start --head"
+        ):
+            RayCluster(address)
 
 
 @pytest.mark.parametrize(

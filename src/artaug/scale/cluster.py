@@ -68,6 +68,7 @@ class RayCluster:
                 namespace="artaug",
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
+            ray.shutdown()  # what is half connected would answer for the next one
             raise ClusterError(
                 f"RayCluster({address!r}): {type(error).__name__}: {error}. Start a cluster with `ray start --head`, or leave "
                 "the address out to use this machine."
