@@ -7,7 +7,6 @@ import threading
 from functools import partial
 
 import pytest
-import ray
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
