@@ -70,6 +70,34 @@ def test_a_prompt_that_kills_is_skipped_at_the_third_death_with_the_reason_and_i
         assert count(tmp_path, "call") == calls
 
 
+def test_a_prompt_at_which_workers_hang_is_skipped_like_one_that_kills_them(cluster, tmp_path):
+    synthesizer = cluster.synthesizer(BuildsMortal(str(tmp_path)), replicas=2, timeout_s=3)
+    result = attempts(["a", "stuck", "c"], synthesizer, store=tmp_path / "run")
+    assert [type(attempt) for attempt in result] == [aa.Kept, aa.Skipped, aa.Kept]
+    assert "has not answered within 3 s, its timeout_s" in result[1].reason
+    assert count(tmp_path, "stuck") == 3
+
+
+def test_a_training_may_take_longer_than_the_timeout_and_may_not_be_silent_for_so_long(cluster):
+    synthesizer = cluster.synthesizer(SwatchSynthesizer, timeout_s=3)
+    reports = []
+    assert synthesizer.use(long_work, on_report=reports.append) == "done"
+    assert reports == [0, 1, 2, 3]
+    with pytest.raises(aa.WorkerDiedError, match="has not answered within 3 s"):
+        synthesizer.use(silent_work, on_report=reports.append)
+
+
+def long_work(synthesizer, report):  # noqa: ARG001 - as workers call it
+    for step in range(4):
+        time.sleep(1)
+        report(step)
+    return "done"
+
+
+def silent_work(synthesizer, report):  # noqa: ARG001 - as workers call it
+    time.sleep(3600)
+
+
 def test_bars_come_to_their_end_where_a_redraw_kills_now_and_when_the_run_is_called_again(cluster, tmp_path):
     synthesizer = cluster.synthesizer(BuildsMortal(str(tmp_path)), replicas=2)
     for _ in range(2):

@@ -46,6 +46,7 @@ def test_a_cluster_that_cannot_be_reached_is_named():
         ({"replicas": 0}, "replicas=0"),
         ({"threads": 0}, "threads=0"),
         ({"gpus": -1}, "gpus=-1"),
+        ({"timeout_s": 0}, "timeout_s=0"),
         ({"gpus": 1.5}, "whole number"),
         ({"gpus": float("nan")}, "gpus=nan"),
         ({"gpus": 1}, "take 1 GPU, and it has 0"),

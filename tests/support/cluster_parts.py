@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def count(folder, word):
 
 @dataclass(frozen=True)
 class MortalSynthesizer(aa.Synthesizer):
-    """Draws swatches; dies at a prompt that says so, always or once."""
+    """Draws swatches; dies at a prompt that says so, always or once, or hangs."""
 
     folder: str
 
@@ -40,6 +41,9 @@ class MortalSynthesizer(aa.Synthesizer):
             if deadly or once:
                 note(self.folder, "death")
                 os.kill(os.getpid(), signal.SIGKILL)
+            if plan.prompt.startswith("stuck"):
+                note(self.folder, "stuck")
+                time.sleep(3600)
             if plan.prompt.startswith("faulty"):
                 raise ArithmeticError("no such colour")
             if plan.prompt.startswith("large") and len(plans) > 2:

@@ -85,6 +85,7 @@ class RayCluster:
         gpus: float = 0,
         cpus: float = 1,
         threads: int = 1,
+        timeout_s: float | None = None,
     ) -> RemoteSynthesizer:
         """A synthesizer with one copy of the model on each of its workers.
 
@@ -96,6 +97,9 @@ class RayCluster:
                 from another one's memory: what does not fit fails on that card, whoever asked for it.
             cpus: processor cores that a worker takes.
             threads: of torch on the CPU in a worker, at least 1.
+            timeout_s: seconds, more than 0, that a call may take, and a training between two reports, before its worker counts
+                as dead: it is ended, and the call goes to another one. Several times what the slowest call takes. None waits
+                for ever for a worker that hangs.
 
         Raises:
             InvalidValueError: for an argument out of its range, and for a function that cannot be sent or has a model or a
@@ -103,7 +107,7 @@ class RayCluster:
             ClusterError: if the cluster has not as much, or the function fails three times.
         """
         resources = self._resources("synthesizer", replicas=replicas, gpus=gpus, cpus=cpus, threads=threads)
-        return RemoteSynthesizer(self._pool("synthesizer", build, synthesizer_facts, replicas, resources))
+        return RemoteSynthesizer(self._pool("synthesizer", build, synthesizer_facts, replicas, resources, timeout_s))
 
     def critic(
         self,
@@ -113,13 +117,14 @@ class RayCluster:
         gpus: float = 0,
         cpus: float = 1,
         threads: int = 1,
+        timeout_s: float | None = None,
     ) -> RemoteCritic:
         """A critic with one copy of its model on each of its workers; the arguments are those of `synthesizer`.
 
         A critic that calls a server needs no worker: pass it to the run as it is.
         """
         resources = self._resources("critic", replicas=replicas, gpus=gpus, cpus=cpus, threads=threads)
-        return RemoteCritic(self._pool("critic", build, critic_facts, replicas, resources))
+        return RemoteCritic(self._pool("critic", build, critic_facts, replicas, resources, timeout_s))
 
     def scorer(
         self,
@@ -129,10 +134,11 @@ class RayCluster:
         gpus: float = 0,
         cpus: float = 1,
         threads: int = 1,
+        timeout_s: float | None = None,
     ) -> RemoteScorer:
         """A scorer with one copy of its model on each of its workers; the arguments are those of `synthesizer`."""
         resources = self._resources("scorer", replicas=replicas, gpus=gpus, cpus=cpus, threads=threads)
-        return RemoteScorer(self._pool("scorer", build, scorer_facts, replicas, resources))
+        return RemoteScorer(self._pool("scorer", build, scorer_facts, replicas, resources, timeout_s))
 
     def close(self) -> None:
         """End all workers, and Ray if this started it. Parts that were made here cannot be used after that."""
@@ -162,6 +168,7 @@ class RayCluster:
         facts: Callable[[object], dict[str, Any]],
         replicas: int,
         resources: Resources,
+        timeout_s: float | None,
     ) -> ReplicaPool:
         if not callable(build):
             advice = "Such as functools.partial(DiffusersSynthesizer.from_pretrained, name, guide=...)."
@@ -172,8 +179,10 @@ class RayCluster:
                 expected=f"a function that makes a {name} on a worker",
                 advice=advice,
             )
+        if timeout_s is not None and (isinstance(timeout_s, bool) or not 0 < timeout_s < float("inf")):
+            raise argument_error(f"RayCluster.{name}", "timeout_s", timeout_s, expected="seconds, more than 0, or None")
         what = f"RayCluster.{name}: the function"
-        pool = ReplicaPool(name, dumps(build, what=what), dumps(facts, what=what), replicas, resources)
+        pool = ReplicaPool(name, dumps(build, what=what), dumps(facts, what=what), replicas, resources, timeout_s)
         try:
             pool.start()
         except BaseException:

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray import ObjectRefGenerator
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from artaug.errors import ClusterError, WorkerDiedError
 from artaug.scale.payloads import Payload, dumps
@@ -18,8 +27,8 @@ from artaug.scale.replica import BuiltPart, Replica, Reply, Work
 T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
-_DIED = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
-"""The process is gone, or its reply is, with the node that held it."""
+_DIED = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError, GetTimeoutError)
+"""The process is gone, or its reply is, with the node that held it; or it hangs, and is ended."""
 _MAX_STARTS = 3
 """Of one replica, before the run ends: a model that does not load will not load the fourth time."""
 _WAIT_S = 30.0
@@ -60,6 +69,8 @@ class ReplicaPool:
     facts: Payload
     replicas: int
     resources: Resources
+    timeout_s: float | None = None
+    """What a call may take, and a streamed one between two reports, before its process counts as dead; None: for ever."""
     description: BuiltPart = field(init=False)
     """Of the first replica that started."""
     loads: int = field(default=0, init=False)
@@ -77,7 +88,7 @@ class ReplicaPool:
     def __reduce__(self) -> tuple[Callable[..., "ReplicaPool"], tuple[Any, ...]]:
         """What goes to a worker that uses this pool: it calls the replicas that live now, and starts none."""
         with self._changed:
-            settings = self.name, self.factory, self.facts, self.replicas, self.resources
+            settings = self.name, self.factory, self.facts, self.replicas, self.resources, self.timeout_s
             return _guest, (settings, self.description, list(self._alive))
 
     @property
@@ -118,19 +129,19 @@ class ReplicaPool:
             BaseException: what the work raises.
         """
         payload = dumps(work, what=f"a call of {self.name}")
-        return self._retried(lambda actor: ray.get(actor.call.remote(payload)), retries)
+        return self._retried(lambda actor: self._in_time(actor.call.remote(payload)), retries)
 
     def stream(self, work: Work, *, on_report: Callable[[Any], object], retries: int = 1) -> Any:  # noqa: ANN401
         """As `call`, with ``on_report`` called in this thread with what the work reports; what it raises ends the work."""
         payload = dumps(work, what=f"a call of {self.name}")
 
         def follow(actor: Any) -> Reply:  # noqa: ANN401 - ray has no types
-            for reference in actor.stream.options(num_returns="streaming").remote(payload):
-                report = ray.get(reference)
+            reports = actor.stream.options(num_returns="streaming").remote(payload)
+            while True:
+                report = self._in_time(reports)
                 if isinstance(report, Reply):
                     return report
                 on_report(report)
-            raise ClusterError(f"{self.name}: a worker ended a call without a reply.")
 
         return self._retried(follow, retries)
 
@@ -145,6 +156,12 @@ class ReplicaPool:
             _end(actor)
         with self._changed:
             self._changed.wait_for(lambda: not self._building, _CLOSE_S)
+
+    def _in_time(self, awaited: Any) -> Any:  # noqa: ANN401 - ray has no types
+        """What a reference has, or the next one of a generator of them."""
+        if not ray.wait([awaited], timeout=self.timeout_s)[0]:
+            raise GetTimeoutError(f"it has not answered within {self.timeout_s:g} s, its timeout_s")
+        return ray.get(next(awaited) if isinstance(awaited, ObjectRefGenerator) else awaited)
 
     def _retried(self, ask: Callable[[Any], Reply], retries: int) -> Any:  # noqa: ANN401
         died = 0
