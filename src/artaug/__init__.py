@@ -68,10 +68,12 @@ from artaug.run.improve import improve
 from artaug.run.planning.cluster_plan import ChunkPlan, ClusterPlan, ClusterSize
 from artaug.run.planning.plan_run import plan_run
 from artaug.run.planning.run_plan import CriticPlan, RunPlan, StagePlan
+from artaug.run.refine import refine, refine_each
 from artaug.run.results import Enhancement, Round
 from artaug.run.stop_rule import StopRule
 from artaug.run.storage.cached_synthesizer import CachedSynthesizer
 from artaug.run.storage.store import Store
+from artaug.run.turn_rules import Budget, TurnRule
 from artaug.scoring import Scorer
 from artaug.stored_runs import Run
 from artaug.synthesis import Synthesizer
@@ -103,6 +105,7 @@ from artaug.training import (
     Validation,
     ValidationResult,
 )
+from artaug.trajectories import Thought, Trajectory, Turn
 
 __version__ = version("artaug")
 
@@ -123,6 +126,7 @@ __all__ = [
     "BestOf",
     "Bipolar",
     "Box",
+    "Budget",
     "CachedSynthesizer",
     "Calibration",
     "Checkpoints",
@@ -227,10 +231,14 @@ __all__ = [
     "SupervisedFineTuning",
     "SvdFuser",
     "Synthesizer",
+    "Thought",
     "Together",
     "TopFraction",
     "TrainingDivergedError",
     "TrainingResult",
+    "Trajectory",
+    "Turn",
+    "TurnRule",
     "TwoStage",
     "UndecidedError",
     "Validation",
@@ -245,6 +253,8 @@ __all__ = [
     "pairs_from_folder",
     "pairs_to_folder",
     "plan_run",
+    "refine",
+    "refine_each",
     "write_report",
 ]
 

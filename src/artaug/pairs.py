@@ -18,7 +18,7 @@ from artaug.image_files import ImageFile, ImageFolder, image_digest
 from artaug.plan import Plan
 
 
-class _PictureField:
+class PictureField:
     """A field that holds a picture or an `ImageFile`, and is read as a picture, which a file loads anew each time."""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -60,7 +60,7 @@ class ImagePair:
     better one then. To an objective that reads rewards, a pair without any is ``(0, 1)``."""
 
     if not TYPE_CHECKING:  # to which the two are plain pictures
-        before, after = _PictureField(), _PictureField()
+        before, after = PictureField(), PictureField()
 
     def __init__(
         self,

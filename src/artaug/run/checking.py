@@ -82,7 +82,7 @@ def check_run(
             # A part of another type, which has been said already, has no models.
             parts.placement.check(owner, {**parts.by_name(), **({} if learning is None else learning.by_name())})
     with faults.collected():
-        _check_guide(parts.planner, parts.synthesizer)
+        check_planner_guide(parts.planner, parts.synthesizer)
     if learning is not None:
         _check_learning(faults, prompts, parts.synthesizer, learning)
     faults.raise_any()
@@ -157,7 +157,12 @@ def _counts(parts: LoopParts, learning: LearningParts | None, *, seed: int) -> I
         yield "rounds", learning.rounds, 1
 
 
-def _check_guide(planner: RegionPlanner, synthesizer: Synthesizer) -> None:
+def check_planner_guide(planner: RegionPlanner, synthesizer: Synthesizer) -> None:
+    """Refuse a planner whose regions the synthesizer would not read.
+
+    Raises:
+        GuideError: naming both.
+    """
     if not _is(planner, RegionPlanner) or not _is(synthesizer, Synthesizer):
         return
     if planner.makes_regions and not synthesizer.draws_regions:

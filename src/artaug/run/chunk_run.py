@@ -10,17 +10,17 @@ from PIL.Image import Image
 from artaug._internal.images import as_rgb
 from artaug._internal.lanes import Lane
 from artaug._internal.memory import FittingBatches
-from artaug.critique import Abstention, Answer
+from artaug.critique import Abstention, Answer, Critic
 from artaug.plan import Plan, run_planner
 from artaug.run.asking import Arrival, Asking, is_transient
 from artaug.run.events import RoundStage, StageClock
-from artaug.run.flow import Steps, Turn
+from artaug.run.flow import GiveWay, Steps
 from artaug.run.judging import Judging
 from artaug.run.parts import LoopParts
 from artaug.run.silence import Silence
 from artaug.run.storage.journal import ChunkJournal, RoundJournal
 from artaug.run.storage.records import Candidate, Chunk, DrawingStage, Member, Picture
-from artaug.synthesis import DrawingCall, Undrawn, draw_in_calls
+from artaug.synthesis import DrawingCall, Synthesizer, Undrawn, draw_in_calls
 
 _STAGES: tuple[RoundStage, ...] = ("draw", "critique", "redraw", "judge")
 
@@ -34,9 +34,9 @@ class Lanes:
 
     @classmethod
     @contextmanager
-    def opened(cls, parts: LoopParts) -> Iterator["Lanes"]:
-        """The lanes of a round, for a ``with`` block."""
-        drawing, asking = parts.synthesizer.max_concurrency, parts.critic.max_concurrency
+    def opened(cls, synthesizer: Synthesizer, critic: Critic) -> Iterator["Lanes"]:
+        """The lanes of two parts, for a ``with`` block."""
+        drawing, asking = synthesizer.max_concurrency, critic.max_concurrency
         with ExitStack() as stack:
             yield cls(
                 stack.enter_context(Lane(drawing, name="draw")) if drawing else None,
@@ -74,7 +74,7 @@ class ChunkRun:
         before = {member: made.before for member, made in self.known.items() if made.before is not None}
         fresh = {member: Plan(self.prompts[member.prompt_index]) for member in self.seeds if member not in before}
         before |= yield from self._draw("draw", fresh)
-        yield Turn.OLDER
+        yield GiveWay.OLDER
         answers = {member: made.answer for member, made in self.known.items() if not is_transient(made.answer)}
         asked = {member: before[member] for member in self.seeds if member in before and member not in answers}
         answers |= yield from self._critique(asked)
@@ -104,7 +104,7 @@ class ChunkRun:
         chunk = Chunk(candidates, ends, dict(self.seconds))
         try:
             if self.round_journal.writes_behind:
-                yield Turn.NEXT  # whose first pictures are drawn while the last of this one are written
+                yield GiveWay.NEXT  # whose first pictures are drawn while the last of this one are written
         finally:  # also if another chunk raises: all of this one is done
             chunk = self.journal.finish(chunk)
         return chunk

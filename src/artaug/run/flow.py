@@ -13,14 +13,14 @@ from typing import Any, Generic, TypeAlias, TypeVar
 T = TypeVar("T")
 
 
-class Turn(Enum):
+class GiveWay(Enum):
     """What a task may let go first where it has nothing to wait for."""
 
     OLDER = "the tasks before it, as far as they can go on"
     NEXT = "the beginning of the task after it, if there is one and room for it"
 
 
-Steps: TypeAlias = Generator["Future[Any] | Turn", None, T]
+Steps: TypeAlias = Generator["Future[Any] | GiveWay", None, T]
 """A task: a generator that yields a future wherever it has to wait for it, and returns its result."""
 
 _POLL_S = 0.1
@@ -73,7 +73,7 @@ class _Waiting(Generic[T]):
             return
         if isinstance(waits_for, Future):
             waits_for.add_done_callback(lambda _: self.arrived.put(task))
-        elif waits_for is Turn.NEXT and is_newest:
+        elif waits_for is GiveWay.NEXT and is_newest:
             self.newest = task
         else:
             heappush(self.ready, task)

@@ -112,7 +112,7 @@ class RoundStages:
             chunks: of each, its name, the indices of its prompts, and the candidates of prompts that were put off: what
                 they have is not made again.
         """
-        with Lanes.opened(self.parts) as lanes:
+        with Lanes.opened(self.parts.synthesizer, self.parts.critic) as lanes:
             tasks = (self._chunk(lanes, prompts, name, indices, known) for name, indices, known in chunks)
             depth = chunks_under_way(
                 drawing=self.parts.synthesizer.max_concurrency,

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from artaug.run.flow import Steps, Turn, chunks_under_way, run_in_order
+from artaug.run.flow import GiveWay, Steps, chunks_under_way, run_in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ class Simulation:
         """The waits of `artaug.run.chunk_run.ChunkRun.steps`."""
         costs, pictures = self.costs, prompts * self.costs.candidates
         yield from self._draw(draw, pictures, costs.draw_s)
-        yield Turn.OLDER
+        yield GiveWay.OLDER
         if self.places.critics:
             yield critique.submit(pictures * costs.critique_s)
         else:
@@ -154,7 +154,7 @@ class Simulation:
         if not costs.judged_together:
             self._work("judge", prompts * costs.judge_s)
         if self.places.writes_behind:
-            yield Turn.NEXT
+            yield GiveWay.NEXT
         self._work("file", costs.file_s)
         return self._clock.now_s
 
