@@ -234,3 +234,24 @@ def test_the_costs_of_a_store_are_those_that_were_measured():
     assert f"by {long['peak_kb_per_prompt']:.0f} kB a prompt" in page
     (read,) = rows(path, what="reading", prompts=100000)
     assert f"read in {read['seconds']:.1f} s" in page
+
+
+def test_the_costs_of_a_cluster_are_those_that_were_measured():
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    path = "2-core-epyc/scale.json"
+
+    def spread(row, column):
+        return f"{row[column]:.2f} ({row[f'{column}_low']:.2f} to {row[f'{column}_high']:.2f})"
+
+    for row in rows(path, what="rate"):
+        over = [spread(row, f"rate_over_{plain}") for plain in ("one_process", "two_processes_by_hand")]
+        assert line(row["way"], f"{row['prompts_per_s']:.1f}", *over) in text
+    (overlap,) = rows(path, what="overlap")
+    assert f"{overlap['hidden']:.0%} ({overlap['hidden_low']:.0%} to {overlap['hidden_high']:.0%})" in text
+    for row in rows(path, what="simulation"):
+        assert spread(row, "predicted") in text
+    (started,) = rows(path, what="start", way="Ray, 2 workers")
+    assert f"Ray itself {started['ray_s']:.0f} s, two workers {started['workers_s']:.0f} s" in text
+    memory = [row["resident_mb"] for row in rows(path, what="memory")]
+    assert max(memory) - min(memory) < 1
+    assert f"flat at {max(memory):.0f} MiB from 1,250 to 10,000 prompts" in text
