@@ -338,7 +338,8 @@ def plot(rows: Sequence[record.Row]) -> Figure:
     bars.set(title="prompts a second, over two plain processes by hand", ylim=(0, None))
     sizes = [row for row in rows if row["what"] == "memory"]
     memory.plot([row["prompts"] for row in sizes], [row["resident_mb"] for row in sizes], marker="o", color="#3366aa")
-    memory.set(title="memory of the driving process, MiB", xlabel="prompts", ylim=(0, None))
+    top = 1.2 * max(row["resident_mb"] for row in sizes)
+    memory.set(title="memory of the driving process, MiB", xlabel="prompts", ylim=(0, top))
     return figure
 
 
