@@ -1,5 +1,7 @@
 """Recipes that ask a language model: rewriting, layouts and checklists, by functions and by a real server."""
 
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,7 +66,11 @@ def test_no_reply_of_a_model_is_an_error(reply):
     plan = PromptRewriter(ChatRewriter(lambda _: reply)).plan("a cone", aa.Critique())
     (drawn,) = layout_first(["a cone"], synthesizer=SWATCHES, lay_out=ChatLayout(lambda _: reply))
     (checked,) = checklist(
-        ["a cone"], synthesizer=SWATCHES, requirements=ChatRequirements(lambda _: reply), verify=FixedScorer(1)
+        ["a cone"],
+        synthesizer=SWATCHES,
+        requirements=ChatRequirements(lambda _: reply),
+        verify=FixedScorer(1),
+        progress=False,
     )
 
     assert plan.prompt.strip()
@@ -139,12 +145,19 @@ def test_only_what_fails_is_drawn_again_and_the_picture_that_fails_least_is_kept
     )
     asked = []
 
-    def redraw(prompt, failed):
+    def redraw(prompt, failed, image):
+        assert image.size == (8, 8)
         asked.append((prompt, failed))
         return aa.Plan(f"{prompt} {len(failed)}")
 
     ended = checklist(
-        prompts, synthesizer=synthesizer, requirements=lambda _: ["0", "1", "2"], verify=verify, redraw=redraw, seed=5
+        prompts,
+        synthesizer=synthesizer,
+        requirements=lambda _: ["0", "1", "2"],
+        verify=verify,
+        redraw=redraw,
+        seed=5,
+        progress=False,
     )
 
     assert [checked.prompt for checked in ended] == prompts
@@ -155,6 +168,63 @@ def test_only_what_fails_is_drawn_again_and_the_picture_that_fails_least_is_kept
         assert len(checked.failed) == min(turns[: checked.pictures])
         assert checked.failed == tuple(name for name, score in checked.scores.items() if score < 0.5)
         assert checked.image == SWATCHES.synthesize(checked.plan, seed=checked.seed)
+
+
+def test_the_picture_that_fails_least_is_what_the_next_one_may_start_from():
+    fails = iter([2, 1, 2])
+    seen = []
+
+    def redraw(prompt, failed, image):
+        seen.append((len(failed), image))
+        return aa.Plan(f"{prompt} {len(seen)}")
+
+    scores = {}
+
+    def score(image, requirement):
+        if id(image) not in scores:
+            scores[id(image)] = (image, next(fails))
+        return float(int(requirement) >= scores[id(image)][1])
+
+    (checked,) = checklist(
+        ["a cone"],
+        synthesizer=SWATCHES,
+        requirements=lambda _: ["0", "1", "2"],
+        verify=FunctionScorer(function=score, name="verify"),
+        redraw=redraw,
+        turns=3,
+        progress=False,
+    )
+
+    assert [count for count, _ in seen] == [2, 1]
+    assert seen[1][1] is checked.image
+    assert (checked.plan.prompt, checked.failed, checked.pictures) == ("a cone 1", ("0",), 3)
+
+
+def test_a_checklist_refuses_all_that_is_wrong_before_it_draws():
+    with pytest.raises(aa.InvalidValueError, match="4 things are wrong"):
+        checklist([], synthesizer=SWATCHES, requirements="a cone", verify=None, turns=0)
+
+
+def test_prompts_of_a_checklist_are_drawn_at_the_same_time_where_that_is_elsewhere():
+    meet = threading.Barrier(2, timeout=10)
+
+    class Elsewhere(aa.Synthesizer):
+        max_concurrency = 2
+
+        def synthesize(self, plan, *, seed):
+            meet.wait()  # only passed if two are drawn at the same time
+            return SWATCHES.synthesize(plan, seed=seed)
+
+    ended = checklist(
+        ["a cone", "a ball"],
+        synthesizer=Elsewhere(),
+        requirements=lambda prompt: [prompt],
+        verify=FixedScorer(0),
+        turns=2,
+        progress=False,
+    )
+
+    assert [checked.pictures for checked in ended] == [2, 2]
 
 
 @pytest.mark.loopback

@@ -2,19 +2,28 @@
 
 from artaug.recipes.chat import ServedChat
 from artaug.recipes.checklists import ChatRequirements, Checked, checklist
+from artaug.recipes.contexts import ContextGuidance, serial_guidance
 from artaug.recipes.dream_sync import dreamsync
+from artaug.recipes.interleaved import irg
+from artaug.recipes.irgl import irgl_conversations, trajectory_from_irgl
 from artaug.recipes.layouts import ChatLayout, LaidOut, layout_first
 from artaug.recipes.online_rollouts import Rollout, RolloutRound, Rollouts, rollouts
+from artaug.recipes.reflections import ChatReflection, ChatThought, Reflection, ReflectionPlanner
 from artaug.recipes.rewards import draw_pairs, normalized_rewards
 from artaug.recipes.rewriting import ChatRewriter, PromptRewriter
 
 __all__ = [
     "ChatLayout",
+    "ChatReflection",
     "ChatRequirements",
     "ChatRewriter",
+    "ChatThought",
     "Checked",
+    "ContextGuidance",
     "LaidOut",
     "PromptRewriter",
+    "Reflection",
+    "ReflectionPlanner",
     "Rollout",
     "RolloutRound",
     "Rollouts",
@@ -22,7 +31,11 @@ __all__ = [
     "checklist",
     "draw_pairs",
     "dreamsync",
+    "irg",
+    "irgl_conversations",
     "layout_first",
     "normalized_rewards",
     "rollouts",
+    "serial_guidance",
+    "trajectory_from_irgl",
 ]

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
+from PIL.Image import Image
+
 from artaug.errors import PartError
 from artaug.serving.chat import ChatRequest, Message
 from artaug.serving.completion import RequestFailure
@@ -11,12 +13,14 @@ from artaug.serving.model import ServedModel
 
 Chat: TypeAlias = Callable[[str], str]
 """From a message to the reply."""
+Look: TypeAlias = Callable[[str, Image], str]
+"""From a message and a picture to the reply."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class ServedChat(ServedModel):
-    """Asks a language model behind an OpenAI-compatible server; `ServedModel` has the fields, and says what is retried.
+    """Asks a language model behind an OpenAI-compatible server, about a picture too; `ServedModel` has the fields.
 
     Raises:
         InvalidValueError: as `ServedModel`.
@@ -27,9 +31,10 @@ class ServedChat(ServedModel):
     1024
     """
 
-    def __call__(self, message: str) -> str:
-        """The reply to one message, with no memory of the ones before."""
-        ((_, outcome),) = self._replies([ChatRequest((Message("user", message),))])
+    def __call__(self, message: str, image: Image | None = None) -> str:
+        """The reply to one message, and to the picture before it, with no memory of the ones before."""
+        shown = None if image is None else self._resized(image)
+        ((_, outcome),) = self._replies([ChatRequest((Message("user", message, shown),))])
         if isinstance(outcome, RequestFailure):
             raise PartError(f"{self.model} gave no reply: {outcome.reason}.")
         return outcome.text

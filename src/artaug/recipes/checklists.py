@@ -2,24 +2,29 @@
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias, final
 
 from PIL.Image import Image
 
-from artaug._internal.arguments import check_argument, check_count, check_finite_number
+from artaug._internal.arguments import Faults, argument_error, check_argument, check_count, check_finite_number
 from artaug._internal.contracts import check_batch, check_result
+from artaug._internal.lanes import Lane
+from artaug._internal.progress_bar import ProgressBar
 from artaug._internal.prompts import check_prompts
 from artaug.plan import Plan
 from artaug.recipes.chat import Chat, answer_of
+from artaug.run.flow import Steps, awaited, chunks_under_way, run_in_order
 from artaug.scoring import Scorer, score_images
 from artaug.serving.chat import escape_chat_tokens
 from artaug.synthesis import Synthesizer, attempt_seed, draw
 
 Requirements: TypeAlias = Callable[[str], Sequence[str]]
 """From a prompt to what a picture of it has to show, each a statement that can be verified alone."""
-Redraw: TypeAlias = Callable[[str, Sequence[str]], Plan]
-"""From a prompt and the requirements that its best picture fails to what is drawn next."""
+Redraw: TypeAlias = Callable[[str, Sequence[str], Image], Plan]
+"""From a prompt, the requirements that its best picture fails, and that picture, to what is drawn next."""
 _MOST = 32
 _BULLET = re.compile(r"^\s*(?:[-*]|\d{1,3}[.)])\s")  # "2. a cone", but not "2 cones"
 _MESSAGE = """\
@@ -52,15 +57,17 @@ def checklist(
     requirements: Requirements,
     verify: Scorer,
     at_least: float = 0.5,
-    redraw: Redraw = lambda prompt, _: Plan(prompt),
+    redraw: Redraw = lambda prompt, *_: Plan(prompt),
     turns: int = 4,
     seed: int = 0,
+    progress: bool = True,
 ) -> list[Checked]:
     """Draw every prompt until its picture meets all requirements, and spend further pictures only on those that fail.
 
     *The paper's* (RAISE, arXiv 2603.00483): requirements from the prompt, each verified, computation only where one is unsatisfied. *Ours:*
-    one candidate a turn, by new noise and, with ``redraw``, another prompt or regions; RAISE keeps a population, edits pictures too, and
-    its verifier has captions, boxes and depth. Nothing is learned.
+    one candidate a turn, by new noise and, with ``redraw``, another prompt, regions, or an edit of the picture; RAISE keeps a population,
+    and its verifier has captions, boxes and depth. Nothing is learned. Where pictures are drawn elsewhere, as many prompts are under
+    way as that takes.
 
     Args:
         prompts: what to draw.
@@ -68,9 +75,10 @@ def checklist(
         requirements: such as ``ChatRequirements(ServedChat(...))``. A prompt without any is its own only one.
         verify: scores a picture with a requirement in the place of the prompt, such as `VQAScore`.
         at_least: a requirement is met from this score on.
-        redraw: makes the plan of every further turn from what fails.
+        redraw: makes the plan of every further turn from what fails in the best picture so far; a plain picture if not given.
         turns: at most this many pictures of a prompt.
         seed: of the run; each picture gets a seed of its own from it.
+        progress: show a progress bar.
 
     Returns:
         One for each prompt, in their order, with the picture that fails least; of equals, the first.
@@ -82,51 +90,82 @@ def checklist(
     >>> from artaug.recipes import checklist
     >>> from artaug.testing import FixedScorer, SwatchSynthesizer
     >>> (met,) = checklist(
-    ...     ["a red cone"], synthesizer=SwatchSynthesizer(), requirements=lambda prompt: [prompt], verify=FixedScorer(1.0)
+    ...     ["a red cone"],
+    ...     synthesizer=SwatchSynthesizer(),
+    ...     requirements=lambda prompt: [prompt],
+    ...     verify=FixedScorer(1.0),
+    ...     progress=False,
     ... )
     >>> met.pictures, met.failed
     (1, ())
     """
-    check_prompts(prompts)
-    check_argument("checklist", "synthesizer", synthesizer, Synthesizer)
-    check_argument("checklist", "verify", verify, Scorer)
-    check_finite_number("checklist", "at_least", at_least)
-    check_count("checklist", "turns", turns)
-    check_count("checklist", "seed", seed, least=0)
-    ended = []
-    for index, prompt in enumerate(prompts):
-        seeds = [attempt_seed(seed, round_number=1, prompt_index=index, candidate=turn) for turn in range(turns)]
-        required = _listed(requirements, prompt)
-        ended.append(_check_off(prompt, required, synthesizer, verify, at_least, redraw, seeds))
+    faults = Faults("checklist")
+    with faults.collected():
+        check_prompts(prompts)
+    with faults.collected():
+        check_argument("checklist", "synthesizer", synthesizer, Synthesizer)
+    with faults.collected():
+        check_argument("checklist", "verify", verify, Scorer)
+    with faults.collected():
+        check_finite_number("checklist", "at_least", at_least)
+    for name, function in (("requirements", requirements), ("redraw", redraw)):
+        with faults.collected():
+            if not callable(function):
+                raise argument_error("checklist", name, function, expected="a function")
+    for name, count, least in (("turns", turns, 1), ("seed", seed, 0)):
+        with faults.collected():
+            check_count("checklist", name, count, least=least)
+    faults.raise_any()
+    drawing = synthesizer.max_concurrency
+    with (
+        Lane(drawing, name="draw") if drawing else nullcontext() as lane,
+        ProgressBar("checklist", total=len(prompts), unit="prompt", show=progress) as bar,
+    ):
+        work = _Checking(synthesizer, requirements, verify, at_least, redraw, lane)
+        tasks = (
+            work.steps(
+                prompt,
+                [attempt_seed(seed, round_number=1, prompt_index=index, candidate=turn) for turn in range(turns)],
+            )
+            for index, prompt in enumerate(prompts)
+        )
+        depth = chunks_under_way(drawing=drawing, asking=0, writes_behind=False)
+        ended = []
+        for checked in run_in_order(tasks, depth=depth, poll=lambda: None):
+            ended.append(checked)
+            bar.advance()
     return ended
 
 
-def _check_off(
-    prompt: str,
-    required: Sequence[str],
-    synthesizer: Synthesizer,
-    verify: Scorer,
-    at_least: float,
-    redraw: Redraw,
-    seeds: Sequence[int],
-) -> Checked:
-    """Draw one prompt until nothing fails, or the turns are over."""
-    tried: list[Checked] = []
-    for seed in seeds:
-        plan = Plan(prompt)
-        if tried:
-            plan = check_result("redraw", "", redraw(prompt, _best(tried).failed), of=Plan, inputs=repr(prompt))
-        (image,) = draw(synthesizer, [plan], seeds=[seed])
-        scores = dict(zip(required, score_images(verify, [image] * len(required), required), strict=True))
-        failed = tuple(requirement for requirement, score in scores.items() if score < at_least)
-        tried.append(
-            Checked(
-                prompt=prompt, plan=plan, seed=seed, image=image, scores=scores, failed=failed, pictures=len(tried) + 1
+@dataclass(frozen=True)
+class _Checking:
+    """What all prompts share."""
+
+    synthesizer: Synthesizer
+    requirements: Requirements
+    verify: Scorer
+    at_least: float
+    redraw: Redraw
+    lane: Lane | None
+
+    def steps(self, prompt: str, seeds: Sequence[int]) -> Steps[Checked]:
+        """Draw one prompt until nothing fails, or the turns are over."""
+        required, tried = _listed(self.requirements, prompt), list[Checked]()
+        for seed in seeds:
+            plan = Plan(prompt)
+            if tried:
+                best = _best(tried)
+                plan = check_result("redraw", "", self.redraw(prompt, best.failed, best.image), of=Plan, inputs=repr(prompt))
+            (image,) = yield from awaited(self.lane, partial(draw, self.synthesizer, [plan], seeds=[seed]))
+            scores = dict(zip(required, score_images(self.verify, [image] * len(required), required), strict=True))
+            failed = tuple(requirement for requirement, score in scores.items() if score < self.at_least)
+            number = len(tried) + 1
+            tried.append(
+                Checked(prompt=prompt, plan=plan, seed=seed, image=image, scores=scores, failed=failed, pictures=number)
             )
-        )
-        if not failed:
-            break
-    return replace(_best(tried), pictures=len(tried))
+            if not failed:
+                break
+        return replace(_best(tried), pictures=len(tried))
 
 
 def _best(tried: Sequence[Checked]) -> Checked:

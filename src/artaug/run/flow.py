@@ -10,6 +10,8 @@ from heapq import heappop, heappush
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from artaug._internal.lanes import Lane
+
 T = TypeVar("T")
 
 
@@ -95,6 +97,18 @@ class _Waiting(Generic[T]):
             heappush(self.ready, self.arrived.get(timeout=_POLL_S))
         except Empty:
             return
+
+
+def awaited(lane: Lane | None, function: Callable[..., T], *args: object) -> Steps[T]:
+    """The result of a call, which a lane makes if there is one: ``yield from`` it in a task."""
+    if lane is None:
+        return function(*args)
+    future = lane.submit(lambda: function(*args))
+    try:
+        yield future
+        return future.result()
+    finally:
+        future.cancel()
 
 
 def run_in_order(tasks: Iterator[Steps[T]], *, depth: int, poll: Callable[[], None]) -> Iterator[T]:

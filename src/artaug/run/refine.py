@@ -4,14 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from PIL.Image import Image
 
 from artaug._internal.arguments import Faults, argument_error, check_argument, check_count
 from artaug._internal.calls import call_part
 from artaug._internal.contracts import check_result
-from artaug._internal.lanes import Lane
 from artaug._internal.progress_bar import ProgressBar
 from artaug._internal.prompts import check_prompts
 from artaug.critique import Abstention, Answer, Critic, Critique, run_critic
@@ -20,14 +18,12 @@ from artaug.placement import Placement, Resident
 from artaug.plan import Plan, RegionPlanner, run_planner
 from artaug.run.checking import check_planner_guide
 from artaug.run.chunk_run import Lanes
-from artaug.run.flow import Steps, chunks_under_way, run_in_order
+from artaug.run.flow import Steps, awaited, chunks_under_way, run_in_order
 from artaug.run.storage.cached_synthesizer import CachedSynthesizer
 from artaug.run.turn_rules import Budget, TurnRule
 from artaug.scoring import score_images
 from artaug.synthesis import Synthesizer, attempt_seed, draw
 from artaug.trajectories import Think, Thought, Trajectory, Turn
-
-T = TypeVar("T")
 
 
 def refine(  # noqa: PLR0913 - one verb over many nouns, as `improve`
@@ -47,7 +43,7 @@ def refine(  # noqa: PLR0913 - one verb over many nouns, as `improve`
     """Draw a prompt, and draw it again by what a critic says, in several turns at inference; nothing is learned.
 
     Every turn draws with the same seed. Its plan is made of the prompt and of everything that the critic has said of the pictures
-    before, the newest first, so that what was put right stays so. Turns end when the critic abstains or the plan changes nothing,
+    before, the newest first, so that what was put right stays so. Turns end when the critic abstains, says nothing, or the plan changes nothing,
     with ``stop`` by the score of the pictures, with ``budget`` by what the next turn would cost, and after ``turns`` at the latest.
     One turn is plain drawing, bit for bit.
 
@@ -236,12 +232,12 @@ class _Refiner:
         thought, done, reason = self._first_thought(prompt), list[Turn](), ""
         plan: Plan | None = thought.plan
         while plan is not None:
-            image = yield from _awaited(self.lanes.draw, self._draw, plan, seed)
+            image = yield from awaited(self.lanes.draw, self._draw, plan, seed)
             score = self._score(image, prompt)
             turn = Turn(plan=plan, image=self._kept(image), thought="" if done else thought.text, score=score)
             plan, reason = None, self._end([*done, turn])
             if not reason:
-                answer = yield from _awaited(self.lanes.critique, self._ask, image, prompt)
+                answer = yield from awaited(self.lanes.critique, self._ask, image, prompt)
                 turn = _with_critique(turn, answer)
                 plan, reason = self._next(prompt, [*done, turn])
             done.append(turn)
@@ -290,6 +286,8 @@ class _Refiner:
         answer, number = done[-1].critique, len(done) + 1
         if isinstance(answer, Abstention):
             return None, f"the critic abstained: {answer.reason}"
+        if answer is not None and not answer.suggestions and not answer.summary.strip():
+            return None, "the critic has nothing to improve"
         plan = run_planner(self.planner, prompt, _all_so_far(done))
         if plan == done[-1].plan:
             return None, f"the plan of turn {number} changes nothing"
@@ -316,15 +314,3 @@ def _all_so_far(done: Sequence[Turn]) -> Critique:
     critiques = [turn.critique for turn in reversed(done) if isinstance(turn.critique, Critique)]
     suggestions = dict.fromkeys(suggestion for critique in critiques for suggestion in critique.suggestions)
     return replace(critiques[0], suggestions=tuple(suggestions))
-
-
-def _awaited(lane: Lane | None, function: Callable[..., T], *args: object) -> Steps[T]:
-    """The result of a call, of which a lane takes care if there is one."""
-    if lane is None:
-        return function(*args)
-    future = lane.submit(lambda: function(*args))
-    try:
-        yield future
-        return future.result()
-    finally:
-        future.cancel()
