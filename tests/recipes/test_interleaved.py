@@ -169,7 +169,9 @@ def test_a_scale_of_zero_draws_the_prompt_and_of_one_the_reflection(model):
     assert np.abs(picture(never, reflected) - final).max() <= 1
 
 
-@pytest.mark.parametrize(("name", "value"), [("interval", (0.5, 0.5)), ("least_norm", 2.0), ("text_scale", float("nan"))])
+@pytest.mark.parametrize(
+    ("name", "value"), [("interval", (0.5, 0.5)), ("least_norm", 2.0), ("text_scale", float("nan"))]
+)
 def test_context_guidance_refuses_what_it_cannot_mean(name, value):
     with pytest.raises(aa.InvalidValueError, match=name):
         ContextGuidance(**{name: value})

@@ -50,7 +50,7 @@ class Checked:
     """How many were drawn."""
 
 
-def checklist(
+def checklist(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     prompts: Sequence[str],
     *,
     synthesizer: Synthesizer,
@@ -155,7 +155,9 @@ class _Checking:
             plan = Plan(prompt)
             if tried:
                 best = _best(tried)
-                plan = check_result("redraw", "", self.redraw(prompt, best.failed, best.image), of=Plan, inputs=repr(prompt))
+                plan = check_result(
+                    "redraw", "", self.redraw(prompt, best.failed, best.image), of=Plan, inputs=repr(prompt)
+                )
             (image,) = yield from awaited(self.lane, partial(draw, self.synthesizer, [plan], seeds=[seed]))
             scores = dict(zip(required, score_images(self.verify, [image] * len(required), required), strict=True))
             failed = tuple(requirement for requirement, score in scores.items() if score < self.at_least)
