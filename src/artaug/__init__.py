@@ -8,6 +8,7 @@ transformers. The adapters are imported by name: `artaug.diffusion`, `artaug.cri
 
 from importlib.metadata import version
 
+from artaug.canvas import Canvas
 from artaug.critique import Abstention, Critic, Critique, Suggestion
 from artaug.errors import (
     ArtAugError,
@@ -53,6 +54,7 @@ from artaug.lora.baking import BakedCheckpoint, BakedFile, BakedLayer, bake
 from artaug.lora.formats import Format
 from artaug.lora.fusing import CompressedLayer, Compression, ConcatFuser, Fuser, SvdFuser
 from artaug.lora.lora import LoRA, LowRank
+from artaug.on_canvas import OnCanvas
 from artaug.pair_folders import pairs_from_folder, pairs_to_folder
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
 from artaug.pairwise import PairwiseJudge, Preference
@@ -129,6 +131,7 @@ __all__ = [
     "Budget",
     "CachedSynthesizer",
     "Calibration",
+    "Canvas",
     "Checkpoints",
     "ChunkPlan",
     "ClusterError",
@@ -182,6 +185,7 @@ __all__ = [
     "NonFiniteError",
     "NothingToLearnError",
     "Objective",
+    "OnCanvas",
     "OneAtATime",
     "Optimizer",
     "OutputMix",

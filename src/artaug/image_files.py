@@ -83,6 +83,22 @@ class ImageFile:
         return f"ImageFile({shown!r}, {width} x {height} pixels)"
 
 
+class PictureField:
+    """A field that holds a picture or an `ImageFile`, and is read as a picture, which a file loads anew each time."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, holder: object | None, owner: type) -> Image.Image:
+        if holder is None:  # dataclass asks the class for a default, and there is none
+            raise AttributeError(self._name)
+        held: Image.Image | ImageFile = vars(holder)[self._name]
+        return held.load() if isinstance(held, ImageFile) else held
+
+    def __set__(self, holder: object, picture: "Image.Image | ImageFile") -> None:
+        vars(holder)[self._name] = picture  # under its own name, as pickle and copy expect it
+
+
 @final
 @dataclass(frozen=True)
 class StoredImages(Sequence[Image.Image]):

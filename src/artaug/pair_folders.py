@@ -18,7 +18,7 @@ from artaug._internal.values import from_json, to_json
 from artaug.errors import InvalidValueError, StorageError
 from artaug.image_files import ImageFile, ImageFolder, image_digest, read_image
 from artaug.pairs import ImagePair
-from artaug.plan import Plan
+from artaug.plan import Plan, check_storable
 
 _LOG = logging.getLogger(__name__)
 _METADATA = "metadata.jsonl"
@@ -47,7 +47,7 @@ def pairs_to_folder(pairs: Sequence[ImagePair], folder: str | Path) -> Path:
 
     Raises:
         StorageError: if the system cannot write it, or a picture of a pair cannot be read.
-        InvalidValueError: if other pairs are in the folder.
+        InvalidValueError: if other pairs are in the folder, or a plan is of a subclass with fields of its own, which no file keeps.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -61,7 +61,10 @@ def pairs_to_folder(pairs: Sequence[ImagePair], folder: str | Path) -> Path:
     check_items("pairs_to_folder", "pairs", pairs, ImagePair)
     path = Path(folder) / _METADATA
     store = ImageFolder(path.parent / "images")
+    for pair in pairs:
+        check_storable(pair.plan)
     pictures = [picture for pair in pairs for picture in pair.references]
+    canvases = [pair.plan.canvas for pair in pairs if pair.plan.canvas is not None]
     files = iter([store.get(image_digest(picture), size=picture.size) for picture in pictures])
     rows = [metadata_row(pair.holding(next(files), next(files)), path.parent) for pair in pairs]
     text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
@@ -69,7 +72,7 @@ def pairs_to_folder(pairs: Sequence[ImagePair], folder: str | Path) -> Path:
         raise InvalidValueError(
             f"pairs_to_folder: {path} is there already, with other pairs. Choose another folder, or delete that file."
         )
-    store.add_all(pictures)
+    store.add_all([*pictures, *(picture for canvas in canvases for picture in canvas.pictures)])
     with atomic_write(path, what="the list of pairs", remedy="Make room, or choose another folder.") as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
     return path
@@ -133,7 +136,7 @@ def pairs_from_folder(
     ...     aa.pairs_from_folder(f"{folder}/before", f"{folder}/after", captions={"cone": "a red cone"})
     [ImagePair('a red cone', seed=None, 64 x 64 pixels, 0 regions)]
     """
-    opener = _Opener(_checked_size(size))
+    opener = _Opener(Path(before), _checked_size(size))
     if after is None:
         if captions is not None:
             raise InvalidValueError("pairs_from_folder: the captions of one folder are in its metadata.jsonl.")
@@ -159,6 +162,8 @@ def pairs_from_folder(
 class _Opener:
     """Opens pictures by reference, and collects what does not fit, so that one error names it all."""
 
+    folder: Path
+    """In which a run, or `pairs_to_folder`, keeps the pictures of canvases, in ``images``."""
     size: tuple[int, int] | None
     """Of all pictures, if they are resized."""
     resized: int = 0
@@ -185,13 +190,16 @@ class _Opener:
         if first is None or second is None:
             return
         plan = _plan_of(row.get("plan"))
+        if plan is not None:
+            plan = plan.found_in(ImageFolder(self.folder / "images"))
         if first.size != second.size:
             sizes = f"{_times(first.size)} and {_times(second.size)}"
             self.faults.append(
                 f"{before} and {after} are of {sizes} pixels. Pass size=(width, height), or resize them."
             )
-        elif plan is not None and plan.regions and (first.resized or second.resized):
-            self.faults.append(f"{before} has a plan with regions, which a crop would move. Leave size= out.")
+        elif plan is not None and (plan.regions or plan.canvas) and (first.resized or second.resized):
+            moved = "regions" if plan.regions else "a canvas"
+            self.faults.append(f"{before} has a plan with {moved}, which a crop would move. Leave size= out.")
         else:
             yield ImagePair(
                 prompt=row["prompt"],

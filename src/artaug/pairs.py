@@ -12,26 +12,10 @@ from artaug._internal.arguments import argument_error, check_argument
 from artaug._internal.digests import digest
 from artaug._internal.images import preview_url
 from artaug._internal.text import short_html, short_repr, shorten
-from artaug._internal.values import to_json, value
+from artaug._internal.values import value
 from artaug.errors import InvalidValueError
-from artaug.image_files import ImageFile, ImageFolder, image_digest
-from artaug.plan import Plan
-
-
-class PictureField:
-    """A field that holds a picture or an `ImageFile`, and is read as a picture, which a file loads anew each time."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, pair: object | None, owner: type) -> Image:
-        if pair is None:  # dataclass asks the class for a default, and there is none
-            raise AttributeError(self._name)
-        held: Image | ImageFile = vars(pair)[self._name]
-        return held.load() if isinstance(held, ImageFile) else held
-
-    def __set__(self, pair: object, picture: Image | ImageFile) -> None:
-        vars(pair)[self._name] = picture  # under its own name, as pickle and copy expect it
+from artaug.image_files import ImageFile, ImageFolder, PictureField, image_digest
+from artaug.plan import Plan, plan_digest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -203,7 +187,7 @@ def pair_digest(pair: ImagePair, *, include_plan: bool = False, include_rewards:
 
     Args:
         pair: the pair.
-        include_plan: count the plan too, for uses that depend on its regions.
+        include_plan: count the plan too, for uses that depend on its regions or its canvas.
         include_rewards: count the rewards too, if there are any, for uses that learn from them.
 
     Raises:
@@ -217,7 +201,7 @@ def pair_digest(pair: ImagePair, *, include_plan: bool = False, include_rewards:
         pair.prompt,
         first,
         second,
-        *([to_json(pair.plan)] if include_plan else []),
+        *([plan_digest(pair.plan)] if include_plan else []),
         *(rewards if include_rewards else []),
     )
 

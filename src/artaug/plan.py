@@ -2,8 +2,8 @@
 
 import io
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Annotated, final
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Self, final
 
 from PIL import Image
 from pydantic import Field
@@ -11,13 +11,17 @@ from pydantic import Field
 from artaug._internal.arguments import check_count, check_finite_number
 from artaug._internal.calls import call_part
 from artaug._internal.contracts import check_result
+from artaug._internal.digests import digest
 from artaug._internal.images import as_rgb
 from artaug._internal.text import short_repr
-from artaug._internal.values import value
+from artaug._internal.values import to_json, value
+from artaug.canvas import Canvas
 from artaug.critique import Critique, Suggestion
 from artaug.drawing import Area, draw_areas
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box, Mask
+from artaug.identity import identity_of
+from artaug.image_files import ImageFile, ImageFolder
 
 _PREVIEW_PX = 512
 _GREY = "#808080"
@@ -68,8 +72,26 @@ class Plan:
     """Of the whole picture."""
     regions: tuple[Region, ...] = ()
     """Parts with prompts of their own."""
+    canvas: Canvas | None = None
+    """The picture to start from; None for noise alone."""
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        """All fields, without a canvas that is not there; cut where that is long."""
+        return short_repr(self, without=() if self.canvas else ("canvas",))
+
+    def stored_in(self, folder: ImageFolder) -> Self:
+        """This plan, with the pictures of its canvas in the folder and no longer in memory; see `Canvas.stored_in`.
+
+        Raises:
+            StorageError: if they cannot be written.
+            InvalidValueError: for a subclass with fields of its own, which no file keeps.
+        """
+        check_storable(self)
+        return self if self.canvas is None else replace(self, canvas=self.canvas.stored_in(folder))
+
+    def found_in(self, folder: ImageFolder) -> Self:
+        """This plan, as it was read from JSON, with the pictures of its canvas where they are; see `Canvas.found_in`."""
+        return self if self.canvas is None else replace(self, canvas=self.canvas.found_in(folder))
 
     def preview(self, image: Image.Image | None = None, *, size: tuple[int, int] | None = None) -> Image.Image:
         """Draw the regions, numbered, over a copy of a picture, and their prompts below it.
@@ -77,7 +99,7 @@ class Plan:
         A box has a frame. A mask, or a box's feathered edge, has a tint whose opacity follows the weight there.
 
         Args:
-            image: what to draw over; None for grey.
+            image: what to draw over; None for the plan's canvas, or grey if it has none.
             size: width and height in pixels of the result; None for the picture's own, times a whole number if small.
 
         Raises:
@@ -92,19 +114,53 @@ class Plan:
             raise InvalidValueError(
                 f"Plan.preview(size={size}) leaves nothing to see: need at least 1 pixel in width and height."
             )
-        canvas = as_rgb(image) if image else Image.new("RGB", size or (_PREVIEW_PX, _PREVIEW_PX), _GREY)
-        scale = max(_PREVIEW_PX // max(canvas.size), 1)
-        enlarged = canvas.resize(size or (canvas.width * scale, canvas.height * scale), Image.Resampling.BICUBIC)
+        if image is None and self.canvas is not None:
+            image = self.canvas.image
+        below = as_rgb(image) if image else Image.new("RGB", size or (_PREVIEW_PX, _PREVIEW_PX), _GREY)
+        scale = max(_PREVIEW_PX // max(below.size), 1)
+        enlarged = below.resize(size or (below.width * scale, below.height * scale), Image.Resampling.BICUBIC)
         areas = [Area(shape=region.area, text=_caption(region), feather=region.feather) for region in self.regions]
+        if self.canvas is not None and self.canvas.mask is not None:
+            areas.append(Area(shape=self.canvas.mask, text=f"drawn anew{_strength(self.canvas)}"))
         return draw_areas(enlarged, areas, heading=self.prompt)
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows; a plan without regions is shown as text."""
-        if not self.regions:
+        """What a notebook shows; a plan without regions and canvas is shown as text."""
+        if not self.regions and self.canvas is None:
             return None
         png = io.BytesIO()
         self.preview().save(png, "png")
         return png.getvalue()
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 of all that a plan says, as 64 hexadecimal digits: the pixels of its canvas, and a subclass's own fields, too."""
+    if not _own_fields(plan):
+        return digest(to_json(plan))
+    return digest(*(f"{name}={text}" for name, text in sorted(identity_of(plan, "plan").items())))
+
+
+def check_storable(plan: Plan) -> None:
+    """Refuse a plan of a subclass with fields of its own: a file would lose them without a word.
+
+    Raises:
+        InvalidValueError: naming the fields.
+    """
+    if lost := _own_fields(plan):
+        raise InvalidValueError(
+            f"the plan of {plan.prompt!r} is a {type(plan).__name__} with {', '.join(lost)}, and files keep what an artaug.Plan "
+            "has. A picture to start from is its canvas, artaug.Plan(prompt, canvas=artaug.Canvas(image)); or leave the store out."
+        )
+
+
+def _own_fields(plan: Plan) -> list[str]:
+    """The names of the fields that a subclass has and `Plan` has not."""
+    shared = {field.name for field in fields(Plan)}
+    return [field.name for field in fields(plan) if field.name not in shared]
+
+
+def _strength(canvas: Canvas) -> str:
+    return "" if canvas.strength is None else f", strength {canvas.strength:g}"
 
 
 def _caption(region: Region) -> str:
@@ -123,23 +179,52 @@ class RegionPlanner(ABC):
         """Whether its plans may have regions, so that a run asks for a guide before it begins; False unless overridden."""
         return False
 
+    def canvas_over(self, image: Image.Image) -> Canvas | None:
+        """What its plans start from where ``image`` is the picture before, so that a run asks the synthesizer before it begins.
+
+        None, unless overridden: its plans start from noise alone.
+        """
+        return None
+
     @abstractmethod
     def plan(self, prompt: str, critique: Critique) -> Plan:
         """Make the plan for drawing ``prompt`` again. For a plan that changes nothing, the prompt is skipped."""
 
+    def plan_from(self, image: Image.Image, prompt: str, critique: Critique) -> Plan:
+        """Make the plan where the picture before is at hand, as it is in a run.
 
-def run_planner(planner: RegionPlanner, prompt: str, critique: Critique) -> Plan:
+        Override it in a planner that looks at the picture, or lets it be changed rather than drawn anew: see `Canvas`.
+        """
+        return self.plan(prompt, critique)
+
+
+def run_planner(
+    planner: RegionPlanner, prompt: str, critique: Critique, *, image: Image.Image | ImageFile | None = None
+) -> Plan:
     """Make a plan and check that it is one.
 
     What passes by itself, such as a timeout, is tried again for ten minutes.
+
+    Args:
+        planner: whose `RegionPlanner.plan_from` is called if there is a picture, else `RegionPlanner.plan`.
+        prompt: of the picture.
+        critique: of it.
+        image: the picture before. A file is read only if the planner overrides ``plan_from``.
 
     Raises:
         PartError: if the planner raised; an `ArtAugError` of its own is raised as it is, with a note.
         ContractError: if it returned something that is not a `Plan`.
     """
     owner = type(planner).__name__
-    plan = call_part(lambda: planner.plan(prompt, critique), owner=owner, inputs=f"the prompt {prompt!r}")
-    return check_result(owner, "plan", plan, of=Plan, inputs=repr(prompt))
+    looks = image is not None and type(planner).plan_from is not RegionPlanner.plan_from
+
+    def make() -> Plan:
+        if image is None or not looks:
+            return planner.plan(prompt, critique)
+        return planner.plan_from(image.load() if isinstance(image, ImageFile) else image, prompt, critique)
+
+    plan = call_part(make, owner=owner, inputs=f"the prompt {prompt!r}")
+    return check_result(owner, "plan_from" if looks else "plan", plan, of=Plan, inputs=repr(prompt))
 
 
 @final

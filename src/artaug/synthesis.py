@@ -16,6 +16,7 @@ from artaug._internal.calls import call_part, describe_inputs
 from artaug._internal.contracts import check_batch
 from artaug._internal.lanes import Lane
 from artaug._internal.memory import FittingBatches
+from artaug.canvas import Canvas
 from artaug.errors import InvalidValueError, ModelError
 from artaug.image_files import ImageFile, ImageFolder
 from artaug.lora.lora import LoRA
@@ -54,6 +55,18 @@ class Synthesizer(ABC):
     def draws_regions(self) -> bool:
         """Whether it draws plans with regions; a run with a planner that makes regions asks before it begins."""
         return True
+
+    def canvas_steps(self, canvas: Canvas) -> int:
+        """How many of its steps it draws when it starts from this canvas. A plan whose canvas it refuses is not drawn.
+
+        Override it in a synthesizer that reads the canvas of a plan, at least 1 for each that it can draw from.
+
+        Raises:
+            ModelError: if it cannot draw from it; of one that does not override this, always.
+        """
+        raise ModelError(
+            f"{type(self).__name__} draws from noise alone, and {canvas!r} would be ignored: it does not override canvas_steps."
+        )
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -207,11 +220,15 @@ def draw_in_calls(
     again for ten minutes. With a ``folder``, the pictures are files of it.
 
     Raises:
+        ModelError: if a plan has a canvas that the synthesizer cannot draw from; then nothing is drawn.
         PartError: if the synthesizer raised; an `ArtAugError` of its own is raised as it is, with a note.
         ContractError: if it returned too few or too many pictures, or something that is not a PIL image.
         MemoryError, RuntimeError: the synthesizer's own, if not even one picture fits into memory.
     """
     owner = type(synthesizer).__name__
+    for plan in plans:
+        if plan.canvas is not None:
+            synthesizer.canvas_steps(plan.canvas)
 
     def call(members: Sequence[int]) -> list[Image | ImageFile | Undrawn]:
         part, part_seeds = [plans[index] for index in members], [seeds[index] for index in members]

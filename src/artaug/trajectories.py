@@ -13,9 +13,9 @@ from artaug._internal.text import short_html, shorten
 from artaug.critique import Abstention, Critique
 from artaug.errors import InvalidValueError
 from artaug.filtering import PairFilter, judge_pairs
-from artaug.image_files import ImageFile
+from artaug.image_files import ImageFile, PictureField
 from artaug.images.html import contact_sheet
-from artaug.pairs import Attempt, Dropped, ImagePair, Kept, PictureField, Skipped
+from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped
 from artaug.plan import Plan
 
 TurnContrast: TypeAlias = Literal["first-last", "first-best", "each-next"]

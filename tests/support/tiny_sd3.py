@@ -14,20 +14,22 @@ from support.tiny_clip import LETTERS, clip, clip_tokenizer
 _WIDTH = 24
 
 
-def tiny_sd3(*, is_35: bool = False, has_t5: bool = True, dynamic_shift: bool = False) -> StableDiffusion3Pipeline:
-    """Build the pipeline, the same weights every time, global randomness untouched."""
+def tiny_sd3(
+    *, is_35: bool = False, has_t5: bool = True, dynamic_shift: bool = False, channels: int = 4
+) -> StableDiffusion3Pipeline:
+    """Build the pipeline, the same weights every time, global randomness untouched; ``channels`` of its latents."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = StableDiffusion3Pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shift),
-            vae=_vae(),
+            vae=_vae(channels),
             text_encoder=clip(8, projected=True),
             tokenizer=clip_tokenizer(),
             text_encoder_2=clip(12, projected=True),
             tokenizer_2=clip_tokenizer(),
             text_encoder_3=_t5() if has_t5 else None,
             tokenizer_3=_t5_tokenizer() if has_t5 else None,
-            transformer=_transformer(is_35),
+            transformer=_transformer(is_35, channels),
         )
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer):
         part.eval()
@@ -37,11 +39,11 @@ def tiny_sd3(*, is_35: bool = False, has_t5: bool = True, dynamic_shift: bool = 
     return pipeline
 
 
-def _transformer(is_35: bool) -> SD3Transformer2DModel:
+def _transformer(is_35: bool, channels: int) -> SD3Transformer2DModel:
     transformer = SD3Transformer2DModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=3,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -60,13 +62,13 @@ def _transformer(is_35: bool) -> SD3Transformer2DModel:
     return transformer
 
 
-def _vae() -> AutoencoderKL:
+def _vae(channels: int) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=4,
         sample_size=32,
         scaling_factor=1.5,

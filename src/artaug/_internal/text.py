@@ -21,8 +21,8 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def short_repr(instance: Any) -> str:  # noqa: ANN401 - a dataclass; as a method, of any class
-    """The repr of a dataclass, cut where it is long; assign it to ``__repr__``.
+def short_repr(instance: Any, *, without: Sequence[str] = ()) -> str:  # noqa: ANN401 - a dataclass; as a method, of any class
+    """The repr of a dataclass, without some fields, cut where it is long; assign it to ``__repr__``.
 
     What is cut ends in a digest of the whole: `artaug.critics.Cached` and others tell objects apart by their reprs.
 
@@ -35,7 +35,11 @@ def short_repr(instance: Any) -> str:  # noqa: ANN401 - a dataclass; as a method
     >>> Note("brief"), len(repr(Note("long" * 1000)))
     (Note(text='brief'), 280)
     """
-    shown = ", ".join(f"{item.name}={getattr(instance, item.name)!r}" for item in fields(instance) if item.repr)
+    shown = ", ".join(
+        f"{item.name}={getattr(instance, item.name)!r}"
+        for item in fields(instance)
+        if item.repr and item.name not in without
+    )
     text = f"{type(instance).__name__}({shown})"
     if len(text) <= _LONGEST_REPR:
         return text

@@ -18,8 +18,10 @@ from artaug._internal.arguments import check_argument, check_items
 from artaug._internal.devices import DType, check_placement, component_dtypes, log_loaded, resolve_device
 from artaug._internal.digests import digest
 from artaug._internal.weights import check_safetensors, model_errors
+from artaug.canvas import Canvas
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
+from artaug.diffusion.families.canvases import Start
 from artaug.diffusion.families.registry import family_at, family_of
 from artaug.diffusion.locking import exclusive_drawing, exclusive_use
 from artaug.diffusion.offload import check_trainable
@@ -183,20 +185,34 @@ class DiffusersSynthesizer(Synthesizer):
     def synthesize_batch(self, plans: Sequence[Plan], *, seeds: Sequence[int]) -> list[Image]:
         """Draw several pictures in one call of the pipeline; each plan has its own regions, or none.
 
+        Plans whose canvases differ in more than the pictures and masks, or that have none, take a call for each kind.
+
         A picture of a batch equals the same picture drawn alone up to rounding, because how a matrix product rounds
         depends on its size.
 
         Raises:
             GuideError: if a plan has regions and this synthesizer no guide.
-            ModelError: if a hook or callback of a drawing calls this, or the scheduler draws from torch's global state.
+            ModelError: if a hook or callback of a drawing calls this, the scheduler draws from torch's global state, or a
+                canvas cannot be drawn from; then nothing is drawn.
             NonFiniteError: if latents or pixels hold NaN or infinity.
         """
         if len(plans) != len(seeds):
             raise InvalidValueError(f"each plan needs its seed: received {len(plans)} plans and {len(seeds)} seeds.")
         check_items("synthesize_batch", "plans", plans, Plan)
-        if not plans:
-            return []
         family = self._bound_family
+        starts: dict[Start, list[int]] = {}
+        for index, plan in enumerate(plans):
+            if plan.canvas is not None:
+                family.canvas_steps(plan.canvas, self.steps)
+            starts.setdefault(Start.of(plan.canvas), []).append(index)
+        images: dict[int, Image] = {}
+        for members in starts.values():
+            drawn = self._draw(family, [plans[index] for index in members], [seeds[index] for index in members])
+            images |= zip(members, drawn, strict=True)
+        return [images[index] for index in range(len(plans))]
+
+    def _draw(self, family: Family, plans: Sequence[Plan], seeds: Sequence[int]) -> list[Image]:
+        """Draw plans that start alike."""
         common.warn_if_tiled(self.pipeline, width=self.width, height=self.height)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with (
@@ -212,10 +228,10 @@ class DiffusersSynthesizer(Synthesizer):
             # After the guide, whose hooks know the tensors that the pipeline was given.
             with self._guidance(family, conditioning, plans) as run, mixed_precision(self.pipeline, family.module):
                 check = _StepCheck(family.module, self.guide, run)
-                output = self.pipeline(
+                call = family.pipeline_call([plan.canvas for plan in plans if plan.canvas is not None])
+                output = call.pipeline(
                     **family.pipeline_kwargs(conditioning, self._encode_negative(family, len(plans))),
-                    width=self.width,
-                    height=self.height,
+                    **call.kwargs,
                     num_inference_steps=self.steps,
                     generator=generators,
                     callback_on_step_end=check,
@@ -257,6 +273,17 @@ class DiffusersSynthesizer(Synthesizer):
     def draws_regions(self) -> bool:
         """Whether it has a guide that reads them."""
         return self.guide is not None and self.guide.reads_regions
+
+    def canvas_steps(self, canvas: Canvas) -> int:
+        """How many of its steps it draws when it starts from this canvas: a strength becomes steps as the pipeline counts.
+
+        SD and SDXL round down, flow models up. Editing models draw all.
+
+        Raises:
+            ModelError: if the model has no pipeline for it, the canvas has another size than what is drawn, or no step would be
+                drawn.
+        """
+        return self._bound_family.canvas_steps(canvas, self.steps)
 
     @property
     def picture_size(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from artaug.errors import GuideError
-from artaug.geometry import Mask
+from artaug.geometry import Box, Mask
 from artaug.plan import Region
 
 
@@ -44,18 +44,22 @@ def coverage(region: Region, grid: tuple[int, int]) -> Float[Tensor, "rows colum
     # All three steps are separable: what happens along rows does not depend on columns. So each is an outer product, or
     # one matrix from the left and one from the right.
     rows, columns = grid
-    if isinstance(region.area, Mask):
-        mask = torch.from_numpy(region.area.to_array()).double()
-        covered = _averaging_matrix(region.area.height, rows) @ mask @ _averaging_matrix(region.area.width, columns).T
-    else:
-        box = region.area
-        covered = torch.outer(
-            _interval_overlap(box.top, box.bottom, rows), _interval_overlap(box.left, box.right, columns)
-        )
+    covered = area_coverage(region.area, grid)
     if region.feather:
         sigma = region.feather * min(rows, columns)
         covered = _gaussian_matrix(sigma, rows) @ covered @ _gaussian_matrix(sigma, columns).T
     return covered.clamp(0, 1)
+
+
+def area_coverage(area: Box | Mask, grid: tuple[int, int]) -> Float[Tensor, "rows columns"]:
+    """The part of each cell of a grid that an area covers: float64, shape (rows, columns), in [0, 1]."""
+    rows, columns = grid
+    if isinstance(area, Mask):
+        mask = torch.from_numpy(area.to_array()).double()
+        return _averaging_matrix(area.height, rows) @ mask @ _averaging_matrix(area.width, columns).T
+    return torch.outer(
+        _interval_overlap(area.top, area.bottom, rows), _interval_overlap(area.left, area.right, columns)
+    )
 
 
 def _interval_overlap(start: float, end: float, count: int) -> Tensor:

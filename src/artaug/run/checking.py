@@ -158,10 +158,11 @@ def _counts(parts: LoopParts, learning: LearningParts | None, *, seed: int) -> I
 
 
 def check_planner_guide(planner: RegionPlanner, synthesizer: Synthesizer) -> None:
-    """Refuse a planner whose regions the synthesizer would not read.
+    """Refuse a planner whose regions the synthesizer would not read, or whose canvases it cannot draw from.
 
     Raises:
         GuideError: naming both.
+        ModelError: as `Synthesizer.canvas_steps` says it.
     """
     if not _is(planner, RegionPlanner) or not _is(synthesizer, Synthesizer):
         return
@@ -170,6 +171,9 @@ def check_planner_guide(planner: RegionPlanner, synthesizer: Synthesizer) -> Non
             f"{type(planner).__name__} makes plans with regions, and this {type(synthesizer).__name__} has no guide to read "
             "them. Give it one, guide=artaug.RegionalAttention(), or take a planner that only rewrites prompts."
         )
+    canvas = planner.canvas_over(Image.new("RGB", synthesizer.picture_size, _GREYS[0]))
+    if canvas is not None:
+        synthesizer.canvas_steps(canvas)
 
 
 def _is(value: object, of: type) -> bool:

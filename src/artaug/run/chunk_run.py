@@ -11,7 +11,7 @@ from artaug._internal.images import as_rgb
 from artaug._internal.lanes import Lane
 from artaug._internal.memory import FittingBatches
 from artaug.critique import Abstention, Answer, Critic
-from artaug.plan import Plan, run_planner
+from artaug.plan import Plan, check_storable, run_planner
 from artaug.run.asking import Arrival, Asking, is_transient
 from artaug.run.events import RoundStage, StageClock
 from artaug.run.flow import GiveWay, Steps
@@ -80,7 +80,7 @@ class ChunkRun:
         answers |= yield from self._critique(asked)
         self.clock.totals["critique"] -= len(self.undrawn)
         answers |= {member: Abstention(f"there is no picture of it: {why}") for member, why in self.undrawn.items()}
-        plans = {member: self._plan(self.prompts[member.prompt_index], answers[member]) for member in self.seeds}
+        plans = {member: self._plan(member, answers[member], before.get(member)) for member in self.seeds}
         after = {member: made.after for member, made in self.known.items() if made.after is not None}
         changes = {member: plan for member, plan in plans.items() if plan is not None and member not in after}
         note_unplanned(self.clock, plans, answers, self.known)
@@ -244,11 +244,14 @@ class ChunkRun:
         self.seconds[stage] += seconds
         self.clock.end(stage, seconds=seconds, count=count)
 
-    def _plan(self, prompt: str, answer: Answer) -> Plan | None:
-        """The plan for a prompt; None where the critic abstained, or nothing would change."""
+    def _plan(self, member: Member, answer: Answer, before: Picture | None) -> Plan | None:
+        """The plan for a picture; None where the critic abstained, or nothing would change."""
         if isinstance(answer, Abstention):
             return None
-        plan = run_planner(self.parts.planner, prompt, answer)
+        prompt = self.prompts[member.prompt_index]
+        plan = run_planner(self.parts.planner, prompt, answer, image=before)
+        if self.round_journal.images is not None:
+            check_storable(plan)
         return None if plan == Plan(prompt) else plan
 
 

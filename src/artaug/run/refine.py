@@ -288,7 +288,7 @@ class _Refiner:
             return None, f"the critic abstained: {answer.reason}"
         if answer is not None and not answer.suggestions and not answer.summary.strip():
             return None, "the critic has nothing to improve"
-        plan = run_planner(self.planner, prompt, _all_so_far(done))
+        plan = run_planner(self.planner, prompt, _all_so_far(done), image=done[-1].reference)
         if plan == done[-1].plan:
             return None, f"the plan of turn {number} changes nothing"
         reason = self._too_dear(done, plan)

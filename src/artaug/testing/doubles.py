@@ -8,7 +8,10 @@ from typing import Self, final
 import numpy as np
 from PIL import Image, ImageDraw
 
+from artaug._internal.images import as_rgb
+from artaug.canvas import Canvas
 from artaug.critique import Abstention, Critic, Critique
+from artaug.errors import ModelError
 from artaug.filtering import PairFilter
 from artaug.geometry import Box
 from artaug.lora.lora import LoRA
@@ -24,7 +27,8 @@ from artaug.synthesis import Synthesizer
 class SwatchSynthesizer(Synthesizer):
     """Draws flat color fields: the prompt decides the color, regions fill their boxes, the seed adds grain.
 
-    It takes any LoRA, which makes the colors lighter.
+    A canvas shines through as its strength leaves it, and stays outside its mask. It takes any LoRA, which makes the colors
+    lighter.
     """
 
     width: int = 64
@@ -34,13 +38,22 @@ class SwatchSynthesizer(Synthesizer):
 
     def synthesize(self, plan: Plan, *, seed: int) -> Image.Image:
         image = Image.new("RGB", (self.width, self.height), _color(plan.prompt, self.lora_scale))
-        canvas = ImageDraw.Draw(image)
+        pen = ImageDraw.Draw(image)
         for region in plan.regions:
             if isinstance(region.area, Box):
                 left, top, right, bottom = region.area.to_pixels(image.size)
-                canvas.rectangle((left, top, right - 1, bottom - 1), fill=_color(region.prompt, self.lora_scale))
+                pen.rectangle((left, top, right - 1, bottom - 1), fill=_color(region.prompt, self.lora_scale))
+        if plan.canvas is not None:
+            image = _over(plan.canvas, image)
         grain = np.random.default_rng(seed).integers(-8, 9, size=(self.height, self.width, 1))
         return Image.fromarray(np.clip(np.asarray(image, dtype=int) + grain, 0, 255).astype(np.uint8))
+
+    def canvas_steps(self, canvas: Canvas) -> int:
+        if canvas.size != (self.width, self.height):
+            raise ModelError(
+                f"{canvas!r} is not of {self.width} x {self.height} pixels, which SwatchSynthesizer draws."
+            )
+        return 1
 
     def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
         return replace(self, lora_scale=self.lora_scale + scale)
@@ -88,6 +101,17 @@ class FixedFilter(PairFilter):
 
     def judge(self, pair: ImagePair) -> Verdict:
         return Verdict(self.keep, f"a FixedFilter {'keeps' if self.keep else 'drops'} everything", {})
+
+
+def _over(canvas: Canvas, image: Image.Image) -> Image.Image:
+    """What is drawn over a canvas."""
+    before = as_rgb(canvas.image)
+    drawn = Image.blend(before, image, 1.0 if canvas.strength is None else canvas.strength)
+    if not isinstance(canvas.mask, Box):
+        return drawn
+    box = canvas.mask.to_pixels(image.size)
+    before.paste(drawn.crop(box), box[:2])
+    return before
 
 
 def _color(prompt: str, lora_scale: float) -> tuple[int, int, int]:

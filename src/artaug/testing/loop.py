@@ -61,12 +61,13 @@ def check_planner(planner: RegionPlanner) -> None:
     boxes = [Box(0, 0, 0.5, 1), Box(0.4, 0, 1, 1), Box(0, 0, 0.001, 0.001), Box(0, 0, 1, 1)]
     suggestions = [Suggestion(box, f"part {index}", reason="it is dark") for index, box in enumerate(boxes)]
     critiques = [Critique(), *(Critique((suggestion,)) for suggestion in suggestions), Critique((*suggestions,) * 5)]
+    image = _unusual_pictures()[0]
     for critique in critiques:
-        call = f"{type(planner).__name__}.plan({_PROMPT!r}, a Critique of {len(critique.suggestions)} suggestions)"
-        plan = planner.plan(_PROMPT, critique)
+        call = f"{type(planner).__name__}.plan_from(a picture, {_PROMPT!r}, a Critique of {len(critique.suggestions)} suggestions)"
+        plan = planner.plan_from(image, _PROMPT, critique)
         assert isinstance(plan, Plan), f"{call} returned {type(plan).__name__}: expected artaug.Plan"
         assert plan.prompt.strip(), f"{call} returned a plan without a prompt"
-        assert planner.plan(_PROMPT, critique) == plan, f"{call} returned two plans for the same arguments"
+        assert planner.plan_from(image, _PROMPT, critique) == plan, f"{call} returned two plans for the same arguments"
         assert from_json(Plan, to_json(plan)) == plan, f"{call} returned a plan that is not the same after JSON"
 
 

@@ -21,7 +21,7 @@ from artaug._internal.images import as_rgb
 from artaug._internal.sealed import open_sealed, save_sealed
 from artaug.errors import NonFiniteError, StorageError
 from artaug.pairs import ImagePair, pair_digest
-from artaug.regional.coverage import coverage
+from artaug.regional.coverage import area_coverage, coverage
 from artaug.training.distributed import World
 from artaug.training.model import DiffusionModel
 
@@ -37,7 +37,7 @@ class EncodedPair:
     """An encoded pair, in memory or in files of the latent cache, which are read whenever it is loaded."""
 
     latents: Mapping[str, Tensor] | Path
-    """``before`` and ``after``, and the region mask, compressed, if the plan has regions."""
+    """``before`` and ``after``, and the region mask, compressed, if the plan has regions, or a canvas with a mask."""
     text: Mapping[str, Tensor] | Path
     """The encoded prompt; pairs of one prompt share it."""
     seed: int | None = None
@@ -46,7 +46,7 @@ class EncodedPair:
     """How good before and after are; None if no pair of the training says so."""
 
     def load(self) -> dict[str, Tensor]:
-        """Latents ``before`` and ``after``, ``region_mask`` if the plan has regions, and the encoded prompt as ``text.*``.
+        """Latents ``before`` and ``after``, ``region_mask`` if it has one, and the encoded prompt as ``text.*``.
 
         Raises:
             StorageError: if a file of the cache is missing, or not as it was written.
@@ -169,7 +169,7 @@ def _encode_latents(
                     f"the latents of the picture {name} of {pair.prompt!r} hold NaN or infinity. Expected finite "
                     "numbers: check the picture, and whether the VAE needs float32."
                 )
-        if pair.plan.regions:
+        if pair.plan.regions or (pair.plan.canvas is not None and pair.plan.canvas.mask is not None):
             masks = model.encode_masks(_region_mask(pair, size)[None])
             _check_lengths(model, "encode_masks", {_MASK: masks}, 1, "mask")
             latents |= compress_mask(masks[0])
@@ -181,9 +181,12 @@ def _row(columns: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
 
 
 def _region_mask(pair: ImagePair, size: tuple[int, int]) -> Tensor:
-    """The highest coverage of every pixel by the plan's regions: (height, width)."""
-    width, height = size
-    return torch.stack([coverage(region, (height, width)) for region in pair.plan.regions]).amax(0).float()
+    """The highest coverage of every pixel by the plan's regions, and by the mask of its canvas: (height, width)."""
+    (width, height), canvas = size, pair.plan.canvas
+    covered = [coverage(region, (height, width)) for region in pair.plan.regions]
+    if canvas is not None and canvas.mask is not None:
+        covered.append(area_coverage(canvas.mask, (height, width)))
+    return torch.stack(covered).amax(0).float()
 
 
 def compress_mask(mask: Tensor) -> dict[str, Tensor]:

@@ -12,10 +12,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from artaug._internal.modules import unwrap
+from artaug.canvas import Canvas
 from artaug.diffusion.families import common
+from artaug.diffusion.families.canvases import PipelineCall, check_size, noised_call, steps_rounded_up
 from artaug.diffusion.families.tokenized import TokenizedPrompt
 from artaug.diffusion.offload import encoders_of, on_cpu
-from artaug.errors import GuideError
+from artaug.errors import GuideError, ModelError
 from artaug.lora.formats import KeyMap
 from artaug.plan import Plan, Region
 from artaug.regional.denoiser import Conditioning, Denoiser, EncodedPrompt
@@ -50,6 +52,13 @@ class Family(ABC):
     read prompts padded to one length, or do not see padding. Region prompts are then encoded together, else one by one."""
     isolation: ClassVar[Isolation] = BALANCED
     """What regions and prompts see of each other unless the guide says otherwise. `denoiser` hands it on."""
+
+    image_to_image_class: ClassVar[type | None] = None
+    """The diffusers class that draws from a canvas without a mask, with the parts of the pipeline; None if there is none."""
+    inpainting_class: ClassVar[type | None] = None
+    """The diffusers class that draws from a canvas with a mask; None if there is none."""
+    noising_method: ClassVar[str] = "scale_noise"
+    """The scheduler's method by which these add noise to a picture."""
 
     pipeline: Any
     """The pipeline, an instance of ``pipeline_class``."""
@@ -171,6 +180,48 @@ class Family(ABC):
             warnings.simplefilter("ignore")  # of the words that are cut
             encoded = self.encode_prompts(["word " * self.max_sequence_length])
         return {name: tuple(tensor.shape[1:]) for name, tensor in encoded.items()}
+
+    def strength_steps(self, strength: float, steps: int) -> int:
+        """How many of ``steps`` are drawn from a canvas of this strength. Override it where ``get_timesteps`` rounds down."""
+        return steps_rounded_up(strength, steps)
+
+    def canvas_steps(self, canvas: Canvas, steps: int) -> int:
+        """How many of ``steps`` are drawn from this canvas.
+
+        Raises:
+            ModelError: if there is no pipeline for it, if it has another size than what is drawn, no strength or references, or
+                if no step would be drawn.
+        """
+        name = type(self.pipeline).__name__
+        if (self.image_to_image_class if canvas.mask is None else self.inpainting_class) is None:
+            what = "canvas" if canvas.mask is None else "canvas with a mask"
+            raise ModelError(
+                f"{type(self).__name__} cannot draw from a {what}: diffusers has no such pipeline for a {name}."
+            )
+        if not hasattr(self.pipeline.scheduler, self.noising_method):
+            raise ModelError(
+                f"{type(self.pipeline.scheduler).__name__} cannot add noise to a picture: it has no {self.noising_method}. Draw "
+                "from a canvas with another scheduler, such as the one that the pipeline came with."
+            )
+        check_size(self.pipeline, canvas, width=self.width, height=self.height)
+        if canvas.strength is None or canvas.references:
+            raise ModelError(
+                f"{canvas!r} is for an editing model, and this {name} draws from a noised picture: expected a strength, and no "
+                "references."
+            )
+        drawn = self.strength_steps(canvas.strength, steps)
+        if drawn < 1:
+            raise ModelError(
+                f"{canvas!r} would not be changed: at strength {canvas.strength:g}, {type(self).__name__} draws {drawn} of {steps} "
+                "steps. Raise the strength, or the steps."
+            )
+        return drawn
+
+    def pipeline_call(self, canvases: Sequence[Canvas]) -> PipelineCall:
+        """The pipeline that draws, and its arguments of size and canvas; ``canvases`` is empty, or has one for each picture."""
+        if canvases:
+            return noised_call(self, canvases)
+        return PipelineCall(self.pipeline, {"width": self.width, "height": self.height})
 
     @abstractmethod
     def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:

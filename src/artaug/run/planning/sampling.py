@@ -317,7 +317,7 @@ def _time_planner(parts: LoopParts, candidates: Sequence[Candidate]) -> float:
     def plan_all() -> None:
         for made in candidates:
             if isinstance(made.answer, Critique):
-                run_planner(parts.planner, made.prompt, made.answer)
+                run_planner(parts.planner, made.prompt, made.answer, image=made.before)
 
     return elapsed(plan_all) / len(candidates)
 

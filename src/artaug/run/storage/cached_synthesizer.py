@@ -13,12 +13,13 @@ from torch import nn
 from artaug._internal.arguments import check_argument
 from artaug._internal.digests import digest
 from artaug._internal.segments import read_segment, write_segment
-from artaug._internal.values import to_json, value
+from artaug._internal.values import value
+from artaug.canvas import Canvas
 from artaug.errors import StorageError
 from artaug.identity import identity_of
 from artaug.image_files import ImageFolder, image_digest
 from artaug.lora.lora import LoRA
-from artaug.plan import Plan
+from artaug.plan import Plan, plan_digest
 from artaug.synthesis import Synthesizer, draw_files
 
 _log = logging.getLogger(__name__)
@@ -66,6 +67,9 @@ class CachedSynthesizer(Synthesizer):
     def draws_regions(self) -> bool:
         return self.synthesizer.draws_regions
 
+    def canvas_steps(self, canvas: Canvas) -> int:
+        return self.synthesizer.canvas_steps(canvas)
+
     @property
     def picture_size(self) -> tuple[int, int]:
         return self.synthesizer.picture_size
@@ -95,7 +99,7 @@ class CachedSynthesizer(Synthesizer):
         if not plans:
             return []
         images = self.images or ImageFolder(Path(self.folder) / "images")
-        path = Path(self.folder) / f"{digest(self._key, *map(to_json, plans), *map(str, seeds))[:32]}.json"
+        path = Path(self.folder) / f"{digest(self._key, *map(self._plan_key, plans), *map(str, seeds))[:32]}.json"
         try:
             record = read_segment(path, DrawnRecord, what="record of a drawing", remedy="It is made again.")
             return [images.get(name).load() for name in record.images]
@@ -110,6 +114,11 @@ class CachedSynthesizer(Synthesizer):
 
     def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
         return replace(self, synthesizer=self.synthesizer.with_lora(lora, scale=scale))
+
+    def _plan_key(self, plan: Plan) -> str:
+        """What tells plans apart. A strength becomes steps by each pipeline's own rule, so the number of steps counts, too."""
+        steps = "" if plan.canvas is None else f" {self.canvas_steps(plan.canvas)} steps"
+        return f"{plan_digest(plan)}{steps}"
 
     @cached_property
     def _key(self) -> str:

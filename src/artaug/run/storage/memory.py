@@ -121,6 +121,10 @@ class _MemoryChunk(ChunkJournal):
             if member.prompt_index in put_off or (member in chosen and not chosen[member].reason):
                 after = None if candidate.after is None else self._memory.keep(candidate.after)
                 before = None if candidate.before is None else self._memory.keep(candidate.before)
-                yield member, replace(candidate, before=before, after=after)
+                plan = candidate.plan
+                if plan is not None and plan.canvas is not None:
+                    pictures = [self._memory.keep(picture) for picture in plan.canvas.pictures]
+                    plan = replace(plan, canvas=plan.canvas.holding(pictures))
+                yield member, replace(candidate, before=before, after=after, plan=plan)
             elif member in chosen:
                 yield member, candidate

@@ -7,8 +7,7 @@ from typing import Annotated, Literal, NamedTuple, TypeAlias
 from PIL.Image import Image
 from pydantic import Field
 
-from artaug._internal.digests import digest
-from artaug._internal.values import to_json, value
+from artaug._internal.values import value
 from artaug.critique import Abstention, Critique
 from artaug.image_files import ImageFile, ImageFolder, image_digest
 from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
@@ -107,11 +106,6 @@ def attempt_of(candidate: Candidate, end: End, verdict: Verdict | None) -> Attem
     return Kept(outcome, verdict) if verdict.keep else Dropped(outcome, verdict)
 
 
-def plan_digest(plan: Plan) -> str:
-    """What tells a plan from others: pictures of the chunk under way are looked up by it."""
-    return digest(to_json(plan))[:32]
-
-
 @value
 class CallRecord:
     """One call of the synthesizer: which pictures were drawn together, since that decides their last bits."""
@@ -120,7 +114,7 @@ class CallRecord:
     members: tuple[tuple[int, int], ...]
     """In their order in the call."""
     plans: tuple[str, ...]
-    """The digests of what they were drawn from, see `plan_digest`."""
+    """The digests of what they were drawn from, see `artaug.plan.plan_digest`."""
     images: tuple[str, ...]
     """The digests of their pictures."""
     limit: int | None
@@ -177,7 +171,7 @@ class CandidateRecord:
             self.seed,
             None if self.before is None else images.get(self.before, size=self.size),
             self.answer,
-            self.plan,
+            None if self.plan is None else self.plan.found_in(images),
             None if self.after is None else images.get(self.after, size=self.size),
             self.undrawn,
         )

@@ -23,7 +23,7 @@ from artaug.evaluation.comparison import ScoreRow
 from artaug.image_files import ImageFile, ImageFolder, image_digest
 from artaug.lora.lora import LoRA
 from artaug.pairs import Verdict
-from artaug.plan import Plan
+from artaug.plan import Plan, plan_digest
 from artaug.run.storage.journal import ChunkJournal, RoundJournal
 from artaug.run.storage.records import (
     AnswerRecord,
@@ -36,7 +36,6 @@ from artaug.run.storage.records import (
     Picture,
     VerdictRecord,
     VerdictsRecord,
-    plan_digest,
 )
 from artaug.training.state import lora_from_tensors, lora_to_tensors
 
@@ -287,7 +286,9 @@ class _ChunkFolder(ChunkJournal):
         path, threads = self._call_path(len(self._calls)), torch.get_num_threads()
 
         def write() -> None:
-            files = self._folder.images.add_all(images)
+            canvases = [plan.canvas for plan in plans.values() if plan.canvas is not None]
+            pictures = [*images, *(picture for canvas in canvases for picture in canvas.pictures)]
+            files = self._folder.images.add_all(pictures)[: len(images)]
             record = CallRecord(
                 stage,
                 tuple((member.prompt_index, member.candidate) for member in plans),
@@ -327,8 +328,14 @@ class _ChunkFolder(ChunkJournal):
 
     def _by_reference(self, candidate: Candidate) -> Candidate:
         before, after = (self._drawn.get((stage, candidate.member)) for stage in ("draw", "redraw"))
+        plan = candidate.plan
+        if plan is not None:
+            # What was drawn has its canvas in the folder already.
+            images = self._folder.images
+            plan = plan.stored_in(images) if after is None else plan.found_in(images)
         return replace(
             candidate,
+            plan=plan,
             before=candidate.before if before is None else before.file,
             after=candidate.after if after is None or candidate.after is None else after.file,
         )

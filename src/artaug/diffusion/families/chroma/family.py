@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from diffusers import ChromaPipeline
+from diffusers import ChromaImg2ImgPipeline, ChromaPipeline
 from PIL.Image import Image
 from torch import Tensor
 
@@ -85,6 +85,9 @@ class Chroma1(Family):
     """
 
     pipeline_class: ClassVar[type] = ChromaPipeline
+    image_to_image_class: ClassVar[type | None] = (
+        ChromaImg2ImgPipeline  # its inpainting asks for a guidance input, which Chroma has not
+    )
     key_map: ClassVar[KeyMap | None] = CHROMA
     rows_are_independent: ClassVar[bool] = True
 

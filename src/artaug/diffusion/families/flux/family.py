@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL.Image import Image
 from torch import Tensor
 
@@ -56,6 +56,8 @@ class Flux(Family):
     """
 
     pipeline_class: ClassVar[type] = FluxPipeline
+    image_to_image_class: ClassVar[type | None] = FluxImg2ImgPipeline
+    inpainting_class: ClassVar[type | None] = FluxInpaintPipeline
     key_map: ClassVar[KeyMap | None] = FLUX1
     rows_are_independent: ClassVar[bool] = True
 

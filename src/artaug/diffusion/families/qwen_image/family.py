@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import QwenImageImg2ImgPipeline, QwenImageInpaintPipeline, QwenImagePipeline
 from einops import rearrange
 from PIL.Image import Image
 from torch import Tensor
@@ -59,6 +59,8 @@ class QwenImage(Family):
     """
 
     pipeline_class: ClassVar[type] = QwenImagePipeline
+    image_to_image_class: ClassVar[type | None] = QwenImageImg2ImgPipeline
+    inpainting_class: ClassVar[type | None] = QwenImageInpaintPipeline
     key_map: ClassVar[KeyMap | None] = QWEN_IMAGE
 
     def __post_init__(self) -> None:

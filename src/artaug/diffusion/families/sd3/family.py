@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline, StableDiffusion3Pipeline
 from PIL.Image import Image
 from torch import Tensor
 
@@ -59,6 +59,8 @@ class StableDiffusion3(Family):
     """
 
     pipeline_class: ClassVar[type] = StableDiffusion3Pipeline
+    image_to_image_class: ClassVar[type | None] = StableDiffusion3Img2ImgPipeline
+    inpainting_class: ClassVar[type | None] = StableDiffusion3InpaintPipeline
     key_map: ClassVar[KeyMap | None] = SD3
     rows_are_independent: ClassVar[bool] = True
     default_max_sequence_length: ClassVar[int] = 256

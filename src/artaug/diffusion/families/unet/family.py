@@ -17,7 +17,11 @@ from typing import Any, ClassVar, Literal, final, get_args
 import torch
 from diffusers import (
     AutoencoderKL,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     Transformer2DModel,
     UNet2DConditionModel,
@@ -29,6 +33,7 @@ from artaug._internal.modules import named_modules, unwrap
 from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
+from artaug.diffusion.families.canvases import steps_rounded_down
 from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_prompt
 from artaug.diffusion.families.unet.attention import RegionalCrossProcessor
 from artaug.errors import GuideError, ModelError
@@ -70,6 +75,7 @@ class UNetFamily(Family):
     """
 
     rows_are_independent: ClassVar[bool] = True
+    noising_method: ClassVar[str] = "add_noise"
     _components: ClassVar[Sequence[str]]
     """What the pipeline cannot do without."""
     _default_guidance_scale: ClassVar[float]
@@ -97,6 +103,9 @@ class UNetFamily(Family):
     @property
     def negative(self) -> str | None:
         return (self.negative_prompt or "") if self._is_guided else None
+
+    def strength_steps(self, strength: float, steps: int) -> int:
+        return steps_rounded_down(strength, steps)
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         return [slice(0, self._clip_length)] * len(prompts)
@@ -219,6 +228,8 @@ class StableDiffusion(UNetFamily):
     """
 
     pipeline_class: ClassVar[type] = StableDiffusionPipeline
+    image_to_image_class: ClassVar[type | None] = StableDiffusionImg2ImgPipeline
+    inpainting_class: ClassVar[type | None] = StableDiffusionInpaintPipeline
     key_map: ClassVar[KeyMap | None] = SD15
     _components: ClassVar[Sequence[str]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     _default_guidance_scale: ClassVar[float] = 7.5
@@ -257,6 +268,8 @@ class StableDiffusionXL(UNetFamily):
     """
 
     pipeline_class: ClassVar[type] = StableDiffusionXLPipeline
+    image_to_image_class: ClassVar[type | None] = StableDiffusionXLImg2ImgPipeline
+    inpainting_class: ClassVar[type | None] = StableDiffusionXLInpaintPipeline
     key_map: ClassVar[KeyMap | None] = SDXL
     _components: ClassVar[Sequence[str]] = (
         "unet",

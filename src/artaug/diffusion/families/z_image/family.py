@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from diffusers import ZImagePipeline
+from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImagePipeline
 from PIL.Image import Image
 from torch import Tensor
 
@@ -64,6 +64,8 @@ class ZImage(Family):
     """
 
     pipeline_class: ClassVar[type] = ZImagePipeline
+    image_to_image_class: ClassVar[type | None] = ZImageImg2ImgPipeline
+    inpainting_class: ClassVar[type | None] = ZImageInpaintPipeline
     key_map: ClassVar[KeyMap | None] = Z_IMAGE
     rows_are_independent: ClassVar[bool] = True
 
