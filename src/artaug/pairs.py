@@ -152,12 +152,14 @@ class ImagePair:
         rewards = "" if self.rewards is None else ", rewards {:.3g} and {:.3g}".format(*self.rewards)
         return (
             f"ImagePair({shorten(self.prompt, 80)!r}, seed={self.seed}, {width} x {height} pixels, "
-            f"{len(self.plan.regions)} regions{rewards})"
+            f"{len(self.plan.regions)} regions{', from a canvas' if self.plan.canvas else ''}{rewards})"
         )
 
     def _repr_html_(self) -> str:
         """Both pictures side by side, for notebooks."""
-        regions = short_html("; ".join(region.prompt for region in self.plan.regions))
+        texts = [region.prompt for region in self.plan.regions]
+        texts += [] if self.plan.canvas is None else [f"from {self.plan.canvas!r}"]
+        regions = short_html("; ".join(texts))
         rewards = ("", "") if self.rewards is None else [f", reward {reward:.3g}" for reward in self.rewards]
         pictures = "".join(
             f"<figure style='display:inline-block;margin:4px'><img src='{preview_url(image)}' alt='{side}'>"

@@ -226,9 +226,10 @@ def draw_in_calls(
         MemoryError, RuntimeError: the synthesizer's own, if not even one picture fits into memory.
     """
     owner = type(synthesizer).__name__
-    for plan in plans:
-        if plan.canvas is not None:
-            synthesizer.canvas_steps(plan.canvas)
+    canvases = [plan.canvas for plan in plans if plan.canvas is not None]
+    kinds = {(held.size, held.strength, held.mask is None, len(held.references)): held for held in canvases}
+    for canvas in kinds.values():  # pixels do not count
+        synthesizer.canvas_steps(canvas)
 
     def call(members: Sequence[int]) -> list[Image | ImageFile | Undrawn]:
         part, part_seeds = [plans[index] for index in members], [seeds[index] for index in members]

@@ -206,6 +206,19 @@ def test_a_scheduler_that_cannot_noise_a_picture_is_named():
         synthesizer_of(pipeline).canvas_steps(aa.Canvas(noise_picture(1), strength=0.5))
 
 
+def test_a_vae_in_float32_beside_half_precision_is_not_rounded():
+    pipeline = tiny_sdxl()
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        part.to(torch.bfloat16)
+    before = {name: weight.clone() for name, weight in pipeline.vae.state_dict().items()}
+    synthesizer_of(pipeline).synthesize(
+        aa.Plan("a cone", canvas=aa.Canvas(noise_picture(1), strength=0.5)), seed=0
+    )
+    for name, weight in pipeline.vae.state_dict().items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, before[name])
+
+
 def test_the_pipeline_is_as_it_was_after_drawing_from_a_canvas():
     pipeline = tiny_sdxl()
     synthesizer = synthesizer_of(pipeline)

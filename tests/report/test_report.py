@@ -473,3 +473,21 @@ def test_without_jinja2_the_extra_is_named(tmp_path, monkeypatch):
         aa.MissingExtraError, match=r'write_report needs the jinja2 package. Run: pip install "artaug\[rep'
     ):
         write_report(tmp_path / "report.html", result=make_result(), comparison=make_comparison())
+
+
+@pytest.mark.parametrize(
+    ("canvas", "words"),
+    [
+        (lambda pair: aa.Canvas(pair.before, strength=0.5), "redrawn from the picture before, at strength 0.5<"),
+        (
+            lambda pair: aa.Canvas(pair.after, mask=aa.Box(0, 0, 0.5, 1), references=[pair.before]),
+            "redrawn from another picture, inside a mask, with 1 reference(s)<",
+        ),
+    ],
+)
+def test_a_pair_says_what_it_was_redrawn_from(canvas, words, tmp_path):
+    pair = make_pair("a harbour")
+    plan = aa.Plan("a harbour", canvas=canvas(pair))
+    drawn = aa.ImagePair(prompt=pair.prompt, seed=3, before=pair.before, after=pair.after, plan=plan)
+    page = write_report(tmp_path / "a.html", attempts=[aa.Kept(drawn, aa.Verdict(True, "better", {}))])
+    assert words in page.read_text(encoding="utf-8")

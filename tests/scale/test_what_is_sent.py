@@ -46,6 +46,17 @@ def test_a_picture_of_any_mode_is_the_same_after_it_was_sent(mode):
     assert as_rgb(sent).tobytes() == as_rgb(MODES[mode]).tobytes()
 
 
+def test_the_picture_of_a_canvas_is_sent_as_pixels(tmp_path):
+    key = b"hf_" + b"a" * 34 + bytes(11)
+    on_disk = aa.ImageFolder(tmp_path).add(PICTURE)
+    canvas = aa.Canvas(Image.frombytes("RGB", (4, 4), key), strength=0.5, references=[on_disk])
+    payload = dumps(aa.Plan("a", canvas=canvas), what="a plan")
+    received = loads(payload)
+    assert received == aa.Plan("a", canvas=canvas)
+    assert received.canvas.pictures[1] == on_disk
+    assert [type(attached) for attached in payload.attachments] == [Pixels]
+
+
 def test_pixels_that_look_like_a_key_are_pixels():
     text = b"Bearer sk-" + b"0123456789abcdef" * 2
     picture = Image.frombytes("RGB", (len(text) // 3, 1), text[: len(text) // 3 * 3])

@@ -13,11 +13,16 @@ _CHAT = (
 )
 
 
-def qwen_tokenizer():
-    """Qwen's tokenizer with one token per byte."""
+VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+"""Around a picture in a chat, and in its place."""
+
+
+def qwen_tokenizer(*, sees: bool = False):
+    """Qwen's tokenizer with one token per byte; one that sees has tokens for pictures behind them."""
+    vision = VISION if sees else []
     return Qwen2Tokenizer(
-        vocab=VOCABULARY,
+        vocab=VOCABULARY | {piece: len(VOCABULARY) + index for index, piece in enumerate(vision)},
         merges=[],
-        extra_special_tokens=SPECIAL[1:],
+        extra_special_tokens=[*SPECIAL[1:], *vision],
         chat_template=_CHAT,
     )

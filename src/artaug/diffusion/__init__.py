@@ -1,13 +1,14 @@
 """Drawing and training with diffusers: the synthesizer, a folder for each model family, and estimates of a training."""
 
 from artaug.diffusion.checking import check_family
+from artaug.diffusion.editing import EditingSynthesizer, measure_shift
 from artaug.diffusion.estimation.estimate import estimate
 from artaug.diffusion.estimation.report import Estimate
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.chroma.family import Chroma1
-from artaug.diffusion.families.flux.family import Flux
+from artaug.diffusion.families.flux.family import Flux, FluxKontext
 from artaug.diffusion.families.flux2.family import Flux2, Flux2Klein
-from artaug.diffusion.families.qwen_image.family import QwenImage
+from artaug.diffusion.families.qwen_image.family import QwenImage, QwenImageEdit
 from artaug.diffusion.families.sd3.family import StableDiffusion3
 from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_chat, tokenize_prompt
 from artaug.diffusion.families.unet.family import StableDiffusion, StableDiffusionXL
@@ -19,12 +20,15 @@ __all__ = [
     "ActiveLoRA",
     "Chroma1",
     "DiffusersSynthesizer",
+    "EditingSynthesizer",
     "Estimate",
     "Family",
     "Flux",
     "Flux2",
     "Flux2Klein",
+    "FluxKontext",
     "QwenImage",
+    "QwenImageEdit",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
@@ -32,6 +36,7 @@ __all__ = [
     "ZImage",
     "check_family",
     "estimate",
+    "measure_shift",
     "tokenize_chat",
     "tokenize_prompt",
     "verify_export",

@@ -18,7 +18,7 @@ _PRECISIONS = {torch.float32, torch.float16, torch.bfloat16}
 
 @contextmanager
 def mixed_precision(pipeline: Any, denoiser: nn.Module) -> Iterator[None]:  # noqa: ANN401 - any diffusers pipeline
-    """Convert, in a ``with`` block, what the denoiser and the VAE's decoder are given to their own precision.
+    """Convert, in a ``with`` block, what the denoiser, and the VAE's encoder and decoder, are given to their own precision.
 
     Nothing is done where all parts are of one precision, or for a part that is quantized, which its library converts for.
     """
@@ -28,6 +28,7 @@ def mixed_precision(pipeline: Any, denoiser: nn.Module) -> Iterator[None]:  # no
         return
     vae: Any = getattr(pipeline, "vae", None)
     entries = [(denoiser, denoiser), (vae, getattr(vae, "post_quant_conv", None)), (vae, getattr(vae, "decoder", None))]
+    entries.append((vae, getattr(vae, "encoder", None)))
     with ExitStack() as hooks:
         part: Any
         for part, entry in entries:

@@ -27,7 +27,7 @@ from artaug.diffusion.locking import exclusive_drawing, exclusive_use
 from artaug.diffusion.offload import check_trainable
 from artaug.diffusion.precision import mixed_precision
 from artaug.diffusion.seeding import check_reproducible, seeded_scheduler
-from artaug.errors import GuideError, InvalidValueError, NonFiniteError
+from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError
 from artaug.lora.applied import check_called
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
@@ -204,6 +204,11 @@ class DiffusersSynthesizer(Synthesizer):
         for index, plan in enumerate(plans):
             if plan.canvas is not None:
                 family.canvas_steps(plan.canvas, self.steps)
+            elif family.needs_canvas:
+                raise ModelError(
+                    f"{type(family).__name__} only edits pictures, and the plan of {plan.prompt!r} has no canvas. Draw what it edits "
+                    "with another model: EditingSynthesizer(base=..., editor=...)."
+                )
             starts.setdefault(Start.of(plan.canvas), []).append(index)
         images: dict[int, Image] = {}
         for members in starts.values():
@@ -224,19 +229,21 @@ class DiffusersSynthesizer(Synthesizer):
             seeded_scheduler(self.pipeline.scheduler, generators),
         ):
             check_reproducible(self.pipeline)
-            conditioning = family.encode_prompts([plan.prompt for plan in plans])
+            conditioning = family.encode_plans(plans)
             # After the guide, whose hooks know the tensors that the pipeline was given.
             with self._guidance(family, conditioning, plans) as run, mixed_precision(self.pipeline, family.module):
                 check = _StepCheck(family.module, self.guide, run)
                 call = family.pipeline_call([plan.canvas for plan in plans if plan.canvas is not None])
                 output = call.pipeline(
-                    **family.pipeline_kwargs(conditioning, self._encode_negative(family, len(plans))),
+                    **family.pipeline_kwargs(conditioning, family.encode_negative(plans)),
                     **call.kwargs,
                     num_inference_steps=self.steps,
                     generator=generators,
                     callback_on_step_end=check,
                     output_type="pt",
                 )
+            if call.pipeline is not self.pipeline:  # which has not offloaded what the hooks of this one brought to the device
+                self.pipeline.maybe_free_model_hooks()
             check.raise_if_not_finite()
         _warn_of_black_images(output, plans)
         return self._to_pil(output.images)
@@ -257,9 +264,14 @@ class DiffusersSynthesizer(Synthesizer):
 
         Raises:
             ModelError: if the denoiser is offloaded in a way that does not allow a backward pass, or a hook or callback of
-                a drawing calls this.
+                a drawing calls this, or the model edits pictures.
         """
         family = self._bound_family
+        if family.edits:
+            raise ModelError(
+                f"{type(self.pipeline).__name__} edits pictures, and trainings here show it none. Train the model that draws, and "
+                "let this one edit: EditingSynthesizer(base, editor=...)."
+            )
         check_trainable(family.module)
         with (
             exclusive_use(self.pipeline),
@@ -344,9 +356,6 @@ class DiffusersSynthesizer(Synthesizer):
             for active in self.loras:
                 stack.enter_context(active.lora.applied_to(module, scale=active.scale))
             yield
-
-    def _encode_negative(self, family: Family, count: int) -> Conditioning | None:
-        return None if family.negative is None else family.encode_prompts([family.negative] * count)
 
     def _guidance(
         self, family: Family, conditioning: Conditioning, plans: Sequence[Plan]

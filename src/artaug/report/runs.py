@@ -10,7 +10,9 @@ from PIL import Image
 
 from artaug._internal.images import data_url
 from artaug._internal.text import duration
+from artaug.canvas import Canvas
 from artaug.geometry import Box, Mask
+from artaug.image_files import ImageFile, image_digest
 from artaug.images.html import BOX_COLORS
 from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.plan import Region
@@ -141,11 +143,21 @@ def _pair_card(attempt: Kept | Dropped, store: ImageStore) -> TemplateContext:
         "before": {"name": "before", "src": store.url(before)},
         "afters": [{"name": "after", "src": store.url(after)}],
         "rewritten_prompt": pair.plan.prompt if pair.plan.prompt != pair.prompt else "",
+        "canvas": "" if pair.plan.canvas is None else _canvas(pair.plan.canvas, before),
         "regions": [_region(index, region) for index, region in enumerate(pair.plan.regions)],
         "reason": verdict.reason,
         "scores": [(name, format_number(score, 3)) for name, score in verdict.scores.items()],
         "seed": pair.seed,
     }
+
+
+def _canvas(canvas: Canvas, before: Image.Image | ImageFile) -> str:
+    """What a picture was redrawn from, in words."""
+    picture = "the picture before" if image_digest(canvas.pictures[0]) == image_digest(before) else "another picture"
+    where = "" if canvas.mask is None else ", inside a mask"
+    strength = "" if canvas.strength is None else f", at strength {canvas.strength:g}"
+    references = "" if len(canvas.pictures) == 1 else f", with {len(canvas.pictures) - 1} reference(s)"
+    return f"{picture}{where}{strength}{references}"
 
 
 def _region(index: int, region: Region) -> TemplateContext:

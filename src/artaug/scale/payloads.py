@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from PIL import Image
 from ray.cloudpickle import CloudPickler
 from torch import nn
 
@@ -47,6 +48,8 @@ class _Pickler(CloudPickler):
                 "which runs on the worker; a critic or scorer with a model becomes one of a cluster by RayCluster.critic or "
                 "RayCluster.scorer."
             )
+        if isinstance(obj, Image.Image):  # of a canvas
+            return Pixels.load, (Pixels.of(obj),)
         if isinstance(obj, ImageFile | ImageFolder) and not obj.path.is_absolute():  # workers stand elsewhere
             return replace(obj, path=obj.path.absolute()).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
         return super().reducer_override(obj)  # type: ignore[no-untyped-call]

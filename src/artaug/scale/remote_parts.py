@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self, TypeVar, final
 
 import ray
 from PIL.Image import Image
 
+from artaug.canvas import Canvas
 from artaug.critique import Abstention, Answer, Critic
 from artaug.errors import WorkerDiedError
 from artaug.identity import identity_of
@@ -48,6 +50,10 @@ class RemoteSynthesizer(Synthesizer):
     @property
     def draws_regions(self) -> bool:
         return bool(self.pool.description.facts["draws_regions"])
+
+    def canvas_steps(self, canvas: Canvas) -> int:
+        steps: int = self.pool.call(UseSynthesizer(self.loras, partial(_canvas_steps, canvas)))
+        return steps
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -194,6 +200,10 @@ class RemoteScorer(Scorer):
     def score_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
         scores: list[float] = self.pool.call(Score(send_pictures(images), prompts)) if prompts else []
         return scores
+
+
+def _canvas_steps(canvas: Canvas, synthesizer: Synthesizer, report: Callable[[object], None]) -> int:
+    return synthesizer.canvas_steps(canvas)
 
 
 def _nothing(synthesizer: object, report: Callable[[object], None]) -> None:

@@ -60,6 +60,13 @@ class Family(ABC):
     noising_method: ClassVar[str] = "scale_noise"
     """The scheduler's method by which these add noise to a picture."""
 
+    edits: ClassVar[bool] = False
+    """Whether the model reads the picture of a canvas beside its noise, and draws all steps: then a canvas has no strength. Such a
+    model is not trained, and has no guide where it edits."""
+
+    needs_canvas: ClassVar[bool] = False
+    """Whether the model can only edit: a plan without a canvas is refused."""
+
     pipeline: Any
     """The pipeline, an instance of ``pipeline_class``."""
     width: int
@@ -83,6 +90,14 @@ class Family(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts as the pipeline itself would, without gradient, with a warning of every word that is cut."""
+
+    def encode_plans(self, plans: Sequence[Plan]) -> Conditioning:
+        """Encode the prompts of plans that start alike. Override it where the encoder reads the pictures of canvases, too."""
+        return self.encode_prompts([plan.prompt for plan in plans])
+
+    def encode_negative(self, plans: Sequence[Plan]) -> Conditioning | None:
+        """Encode the negative prompt once for each plan, as `encode_plans` does; None where a run has no such guidance."""
+        return None if self.negative is None else self.encode_prompts([self.negative] * len(plans))
 
     @abstractmethod
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
@@ -161,7 +176,16 @@ class Family(ABC):
         ]
 
     def guided_run(self, plans: Sequence[Plan], conditioning: Conditioning) -> GuidedRun:
-        """What a guide gets of the run that draws, or predicts, with the plans' encoded prompts."""
+        """What a guide gets of the run that draws, or predicts, with the plans' encoded prompts.
+
+        Raises:
+            GuideError: for a canvas of an editing model, whose tokens no guide distinguishes from those that it draws.
+        """
+        if self.edits and any(plan.canvas is not None for plan in plans):
+            raise GuideError(
+                f"{type(self).__name__} reads the pictures of canvases beside what it draws, where a guide cannot act. Leave the "
+                "guide out, or draw from a canvas with a model that takes a strength."
+            )
         return GuidedRun(
             denoiser=self.denoiser(conditioning),
             plans=plans,
@@ -192,6 +216,8 @@ class Family(ABC):
             ModelError: if there is no pipeline for it, if it has another size than what is drawn, no strength or references, or
                 if no step would be drawn.
         """
+        if self.edits:
+            return self._edit_steps(canvas, steps)
         name = type(self.pipeline).__name__
         if (self.image_to_image_class if canvas.mask is None else self.inpainting_class) is None:
             what = "canvas" if canvas.mask is None else "canvas with a mask"
@@ -216,6 +242,18 @@ class Family(ABC):
                 "steps. Raise the strength, or the steps."
             )
         return drawn
+
+    def _edit_steps(self, canvas: Canvas, steps: int) -> int:
+        """All steps, of an editing model."""
+        check_size(self.pipeline, canvas, width=self.width, height=self.height)
+        unread = [name for name in ("strength", "mask") if getattr(canvas, name) is not None]
+        unread += ["references"] if canvas.references else []
+        if unread:
+            raise ModelError(
+                f"{type(self).__name__} would ignore the {' and the '.join(unread)} of {canvas!r}: it reads the picture, and edits "
+                "as the prompt says. Leave it out."
+            )
+        return steps
 
     def pipeline_call(self, canvases: Sequence[Canvas]) -> PipelineCall:
         """The pipeline that draws, and its arguments of size and canvas; ``canvases`` is empty, or has one for each picture."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from PIL.Image import Image, fromarray
 from torch import Tensor
 
@@ -116,11 +117,18 @@ class _ModeVAE:
 
     def __init__(self, vae: Any) -> None:  # noqa: ANN401 - any autoencoder of diffusers
         self._vae = vae
+        self._dtype = vae.dtype
 
     def encode(self, pixels: Tensor) -> _Encoded:
         """Encode pictures."""
         mode: Tensor = self._vae.encode(pixels.to(self._vae.dtype)).latent_dist.mode()
         return _Encoded(mode.to(pixels.dtype))
+
+    def to(self, *args: object, **kwargs: object) -> "_ModeVAE":
+        """Convert to float32, or back: pipelines of SDXL would round a VAE in float32 to the type of the prompts, for good."""
+        widened = torch.float32 in (*args, *kwargs.values())
+        self._vae.to(torch.float32 if widened else self._dtype)
+        return self
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the VAE has
         return getattr(self._vae, name)

@@ -8,9 +8,9 @@ from diffusers import DiffusionPipeline
 from artaug._internal.weights import model_errors
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.chroma.family import Chroma1
-from artaug.diffusion.families.flux.family import Flux
+from artaug.diffusion.families.flux.family import Flux, FluxKontext
 from artaug.diffusion.families.flux2.family import Flux2, Flux2Klein
-from artaug.diffusion.families.qwen_image.family import QwenImage
+from artaug.diffusion.families.qwen_image.family import QwenImage, QwenImageEdit
 from artaug.diffusion.families.sd3.family import StableDiffusion3
 from artaug.diffusion.families.unet.family import StableDiffusion, StableDiffusionXL
 from artaug.diffusion.families.z_image.family import ZImage
@@ -18,12 +18,14 @@ from artaug.errors import ModelError
 
 FAMILIES: tuple[type[Family], ...] = (
     Flux,
+    FluxKontext,
     Flux2,
     Flux2Klein,
     StableDiffusion3,
     StableDiffusionXL,
     StableDiffusion,
     QwenImage,
+    QwenImageEdit,
     ZImage,
     Chroma1,
 )

@@ -8,19 +8,23 @@ sigmas shifted by picture size (dev) or not at all (schnell). An image token is 
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxKontextPipeline, FluxPipeline
 from PIL.Image import Image
 from torch import Tensor
 
+from artaug._internal.images import as_rgb
+from artaug.canvas import Canvas
 from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
+from artaug.diffusion.families.canvases import PipelineCall
 from artaug.diffusion.families.flux.attention import RegionalFluxProcessor
 from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_prompt
 from artaug.errors import ModelError
@@ -42,22 +46,10 @@ _COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_
 _MAX_SEQUENCE_LENGTH = 512
 
 
-@final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Flux(Family):
-    """FLUX.1: dev, schnell, and what was made from them.
+class FluxFamily(Family):
+    """What the models that draw and the one that edits have in common: all but how they read a picture."""
 
-    ``guidance_scale`` is the distilled guidance that a dev model takes as an input, 3.5 by default; a schnell model takes
-    none. Training predicts at the same guidance as drawing.
-
-    Raises:
-        ModelError: for a pipeline that lacks a component, a size that is not whole image tokens, a guidance scale for a
-            model without guidance, or a ``max_sequence_length`` outside [1, 512].
-    """
-
-    pipeline_class: ClassVar[type] = FluxPipeline
-    image_to_image_class: ClassVar[type | None] = FluxImg2ImgPipeline
-    inpainting_class: ClassVar[type | None] = FluxInpaintPipeline
     key_map: ClassVar[KeyMap | None] = FLUX1
     rows_are_independent: ClassVar[bool] = True
 
@@ -124,6 +116,10 @@ class Flux(Family):
             "true_cfg_scale": self.true_cfg_scale,
         }
 
+    @abstractmethod
+    def pipeline_call(self, canvases: Sequence[Canvas]) -> PipelineCall:
+        return super().pipeline_call(canvases)
+
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
         common.check_no_cache(self.module)
         return FluxDenoiser(
@@ -179,6 +175,60 @@ class Flux(Family):
         if not self._takes_guidance:
             return None
         return 3.5 if self.guidance_scale is None else self.guidance_scale
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Flux(FluxFamily):
+    """FLUX.1: dev, schnell, and what was made from them.
+
+    ``guidance_scale`` is the distilled guidance that a dev model takes as an input, 3.5 by default; a schnell model takes
+    none. Training predicts at the same guidance as drawing.
+
+    Raises:
+        ModelError: for a pipeline that lacks a component, a size that is not whole image tokens, a guidance scale for a
+            model without guidance, or a ``max_sequence_length`` outside [1, 512].
+    """
+
+    pipeline_class: ClassVar[type] = FluxPipeline
+    image_to_image_class: ClassVar[type | None] = FluxImg2ImgPipeline
+    inpainting_class: ClassVar[type | None] = FluxInpaintPipeline
+
+    def pipeline_call(self, canvases: Sequence[Canvas]) -> PipelineCall:
+        return super().pipeline_call(canvases)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FluxKontext(FluxFamily):
+    """FLUX.1 Kontext: edits the picture of a canvas as the prompt says, and draws without one.
+
+    The tokens of the picture follow those of the noise. The picture is read at its own size, where the pipeline of diffusers would
+    bring it to one of the 17 sizes of its training, so that the result would be shifted against it: with these sizes, about a
+    megapixel (1024 x 1024, 880 x 1184, ...), it works best.
+
+    Raises:
+        ModelError: as `Flux`.
+    """
+
+    pipeline_class: ClassVar[type] = FluxKontextPipeline
+    edits: ClassVar[bool] = True
+
+    def pipeline_call(self, canvases: Sequence[Canvas]) -> PipelineCall:
+        # By its default of max_area, the pipeline would draw a megapixel whatever the size.
+        kwargs: dict[str, Any] = {"width": self.width, "height": self.height, "max_area": self.width * self.height}
+        if canvases:
+            kwargs |= {"image": [as_rgb(canvas.image) for canvas in canvases], "_auto_resize": False}
+        return PipelineCall(self.pipeline, kwargs)
+
+    @torch.no_grad()
+    def initial_noise(self, seeds: Sequence[int], conditioning: Conditioning) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        channels, dtype = self.pipeline.latent_channels, conditioning["prompt_embeds"].dtype
+        latents: Tensor = self.pipeline.prepare_latents(
+            None, len(seeds), channels, self.height, self.width, dtype, self.device, generators
+        )[0]
+        return latents.float()
 
 
 @final

@@ -13,18 +13,28 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from diffusers import QwenImageImg2ImgPipeline, QwenImageInpaintPipeline, QwenImagePipeline
+from diffusers import (
+    QwenImageEditPipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
+    QwenImagePipeline,
+)
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as upstream
 from einops import rearrange
 from PIL.Image import Image
 from torch import Tensor
 
+from artaug._internal.images import as_rgb
+from artaug.canvas import Canvas
 from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common, llm_encoders
 from artaug.diffusion.families.base import Family
+from artaug.diffusion.families.canvases import PipelineCall
 from artaug.diffusion.families.qwen_image.attention import RegionalQwenImageProcessor
 from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_chat
 from artaug.errors import GuideError, ModelError
 from artaug.lora.formats import QWEN_IMAGE, KeyMap
+from artaug.plan import Plan
 from artaug.regional.denoiser import (
     AttentionFn,
     AttentionSite,
@@ -40,27 +50,14 @@ from artaug.training.noise_schedule import FlowMatching
 
 _COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _MAX_SEQUENCE_LENGTH = 1024
+_READ_PX = 1024 * 1024
+"""Pixels to which the pipeline of Qwen-Image-Edit brings every picture, in its own aspect."""
 
 
-@final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class QwenImage(Family):
-    """Qwen-Image, drawing from a prompt.
+class QwenImageFamily(Family):
+    """What the model that draws and the one that edits have in common."""
 
-    Guidance is classifier-free, by ``negative_prompt`` and ``true_cfg_scale``; the model's authors recommend ``" "``
-    and 4. There is no ``guidance_scale``.
-
-    Prompts of regions are encoded one by one: the encoder pads a batch to its longest prompt, so that the length of one
-    region's prompt would decide how the others are rounded.
-
-    Raises:
-        ModelError: for a pipeline that lacks a component, a size that is not whole image tokens, a guidance scale, a negative
-            prompt or a ``true_cfg_scale`` that would be ignored, or a ``max_sequence_length`` outside [1, 1024].
-    """
-
-    pipeline_class: ClassVar[type] = QwenImagePipeline
-    image_to_image_class: ClassVar[type | None] = QwenImageImg2ImgPipeline
-    inpainting_class: ClassVar[type | None] = QwenImageInpaintPipeline
     key_map: ClassVar[KeyMap | None] = QWEN_IMAGE
 
     def __post_init__(self) -> None:
@@ -80,26 +77,6 @@ class QwenImage(Family):
     @property
     def negative(self) -> str | None:
         return self.negative_prompt
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        pipeline, limit = self.pipeline, self.max_sequence_length
-        tokens = llm_encoders.chat_tokens(
-            prompts,
-            self._chat_tokens(prompts),
-            pipeline.tokenizer,
-            reader="Qwen-Image",
-            limit=limit,
-            start=pipeline.prompt_template_encode_start_idx,
-        )
-
-        def encode() -> Conditioning:
-            embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=limit)
-            if mask is None:  # the pipeline makes none where it would hide nothing
-                mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-            return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
-
-        return kept_encoding(pipeline, (type(self), pipeline.tokenizer_max_length, tokens), encode)
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         start = self.pipeline.prompt_template_encode_start_idx
@@ -188,6 +165,99 @@ class QwenImage(Family):
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
+class QwenImage(QwenImageFamily):
+    """Qwen-Image, drawing from a prompt.
+
+    Guidance is classifier-free, by ``negative_prompt`` and ``true_cfg_scale``; the model's authors recommend ``" "``
+    and 4. There is no ``guidance_scale``.
+
+    Prompts of regions are encoded one by one: the encoder pads a batch to its longest prompt, so that the length of one
+    region's prompt would decide how the others are rounded.
+
+    Raises:
+        ModelError: for a pipeline that lacks a component, a size that is not whole image tokens, a guidance scale, a negative
+            prompt or a ``true_cfg_scale`` that would be ignored, or a ``max_sequence_length`` outside [1, 1024].
+    """
+
+    pipeline_class: ClassVar[type] = QwenImagePipeline
+    image_to_image_class: ClassVar[type | None] = QwenImageImg2ImgPipeline
+    inpainting_class: ClassVar[type | None] = QwenImageInpaintPipeline
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        pipeline, limit = self.pipeline, self.max_sequence_length
+        tokens = llm_encoders.chat_tokens(
+            prompts,
+            self._chat_tokens(prompts),
+            pipeline.tokenizer,
+            reader="Qwen-Image",
+            limit=limit,
+            start=pipeline.prompt_template_encode_start_idx,
+        )
+
+        def encode() -> Conditioning:
+            embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=limit)
+            return {"prompt_embeds": embeds, "prompt_embeds_mask": _full_mask(embeds) if mask is None else mask}
+
+        return kept_encoding(pipeline, (type(self), pipeline.tokenizer_max_length, tokens), encode)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QwenImageEdit(QwenImageFamily):
+    """Qwen-Image-Edit: edits the picture of a canvas as the prompt says; a plan without one is refused.
+
+    Its language model reads the picture with the prompt, and the tokens of the picture follow those of the noise. The pipeline of diffusers
+    brings every picture to about a megapixel: only canvases that have such a size already are taken (1024 x 1024, 1184 x 896, ...),
+    since the result would be shifted against any other.
+
+    Guidance is that of `QwenImage`.
+
+    Raises:
+        ModelError: as `QwenImage`.
+    """
+
+    pipeline_class: ClassVar[type] = QwenImageEditPipeline
+    edits: ClassVar[bool] = True
+    needs_canvas: ClassVar[bool] = True
+
+    def canvas_steps(self, canvas: Canvas, steps: int) -> int:
+        width, height = canvas.size
+        read_width, read_height, _ = upstream.calculate_dimensions(_READ_PX, width / height)
+        if (read_width, read_height) != canvas.size:
+            raise ModelError(
+                f"{canvas!r} is of {width} x {height} pixels, and Qwen-Image-Edit would bring it to {read_width} x {read_height}, so "
+                "that the result is shifted against it. Resize it, and set the synthesizer's width and height to that."
+            )
+        return super().canvas_steps(canvas, steps)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """A prompt is read with the picture that it edits.
+
+        Raises:
+            ModelError: always; see `encode_plans`.
+        """
+        raise ModelError("Qwen-Image-Edit reads a prompt with its picture. Pass plans with canvases to encode_plans.")
+
+    def encode_plans(self, plans: Sequence[Plan]) -> Conditioning:
+        return self._encode([plan.prompt for plan in plans], plans)
+
+    def encode_negative(self, plans: Sequence[Plan]) -> Conditioning | None:
+        return None if self.negative is None else self._encode([self.negative] * len(plans), plans)
+
+    def pipeline_call(self, canvases: Sequence[Canvas]) -> PipelineCall:
+        pictures = [as_rgb(canvas.image) for canvas in canvases]
+        return PipelineCall(self.pipeline, {"width": self.width, "height": self.height, "image": pictures})
+
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str], plans: Sequence[Plan]) -> Conditioning:
+        pictures = [as_rgb(plan.canvas.image) for plan in plans if plan.canvas is not None]
+        embeds, mask = self.pipeline.encode_prompt(list(prompts), image=pictures)
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": _full_mask(embeds) if mask is None else mask}
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
 class QwenImageDenoiser(AttentiveDenoiser):
     """A Qwen-Image transformer in one run, as a guide sees it."""
 
@@ -261,6 +331,11 @@ class QwenImageDenoiser(AttentiveDenoiser):
                 f"a prompt of {longest} tokens is longer than the {available} positions this model has left beside "
                 f"{self.grid[0]} x {self.grid[1]} image tokens. Shorten it, or lower max_sequence_length."
             )
+
+
+def _full_mask(embeds: Tensor) -> Tensor:
+    """The mask that the pipeline does not make, since it would hide nothing."""
+    return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
 
 
 def _drop_full_mask(mask: Tensor) -> Tensor | None:
