@@ -35,7 +35,19 @@ REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
 PUBLIC = re.findall(r"^\.\. auto(?:class|exception):: (\S+)$", REFERENCE.read_text(encoding="utf-8"), re.MULTILINE)
 HOLD_A_MODEL = {
     # A network or a pipeline in memory: whether that pickles is its library's affair.
-    *("VLMCritic", "DiffusersSynthesizer", "Chroma1", "Flux", "Flux2", "Flux2Klein", "FluxKontext", "EditingSynthesizer", "QwenImage", "QwenImageEdit", "StableDiffusion3"),
+    *(
+        "VLMCritic",
+        "DiffusersSynthesizer",
+        "Chroma1",
+        "Flux",
+        "Flux2",
+        "Flux2Klein",
+        "FluxKontext",
+        "EditingSynthesizer",
+        "QwenImage",
+        "QwenImageEdit",
+        "StableDiffusion3",
+    ),
     *("StableDiffusionXL", "StableDiffusion", "ZImage", "ClipScore", "ClipIQA", "SiglipScore", "PickScore", "HPSv2"),
     *(
         "ImageReward",

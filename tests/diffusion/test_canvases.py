@@ -211,9 +211,7 @@ def test_a_vae_in_float32_beside_half_precision_is_not_rounded():
     for part in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         part.to(torch.bfloat16)
     before = {name: weight.clone() for name, weight in pipeline.vae.state_dict().items()}
-    synthesizer_of(pipeline).synthesize(
-        aa.Plan("a cone", canvas=aa.Canvas(noise_picture(1), strength=0.5)), seed=0
-    )
+    synthesizer_of(pipeline).synthesize(aa.Plan("a cone", canvas=aa.Canvas(noise_picture(1), strength=0.5)), seed=0)
     for name, weight in pipeline.vae.state_dict().items():
         assert weight.dtype == torch.float32
         assert torch.equal(weight, before[name])

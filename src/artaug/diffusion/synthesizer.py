@@ -242,7 +242,9 @@ class DiffusersSynthesizer(Synthesizer):
                     callback_on_step_end=check,
                     output_type="pt",
                 )
-            if call.pipeline is not self.pipeline:  # which has not offloaded what the hooks of this one brought to the device
+            if (
+                call.pipeline is not self.pipeline
+            ):  # which has not offloaded what the hooks of this one brought to the device
                 self.pipeline.maybe_free_model_hooks()
             check.raise_if_not_finite()
         _warn_of_black_images(output, plans)

@@ -202,7 +202,7 @@ class RemoteScorer(Scorer):
         return scores
 
 
-def _canvas_steps(canvas: Canvas, synthesizer: Synthesizer, report: Callable[[object], None]) -> int:
+def _canvas_steps(canvas: Canvas, synthesizer: Synthesizer, _report: Callable[[object], None]) -> int:
     return synthesizer.canvas_steps(canvas)
 
 
