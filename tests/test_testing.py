@@ -229,6 +229,40 @@ def test_check_objective_passes_every_objective(objective):
     check_objective(objective)
 
 
+def spread(maps, _plans):
+    """How little of a phrase's attention is at its peak."""
+    return 1 - maps.mean().flatten(1).amax(dim=1)
+
+
+class FromOwnNoise(aa.Objective):
+    """Reads all that a batch can have, but for pictures."""
+
+    reads_pictures, reads_own_noise = False, True
+
+    def phrases_of(self, plan):
+        return plan.prompt.split()[:1]
+
+    def loss(self, model, batch):
+        assert [len(tokens) for tokens in batch.phrase_tokens] == [1] * len(batch.plans)
+        return model.predict(batch.own_noise, batch.sigmas, batch.conditioning).square().mean()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        aa.AttentionObjective(phrases=["red"], attention_loss=spread),
+        aa.AttentionObjective(phrases=["red"], attention_loss=spread, objective=aa.PairedDifference()),
+        aa.AttentionObjective(
+            phrases=lambda plan: ["door"] if "door" in plan.prompt else [], attention_loss=spread, preserve=1.0
+        ),
+        FromOwnNoise(),
+    ],
+    ids=["attention", "beside another", "preserving", "own noise"],
+)
+def test_check_objective_passes_those_that_look_into_the_model_or_need_no_pictures(objective):
+    check_objective(objective, prompts=("a red barn", "a red door"))
+
+
 def error(model, batch):
     """The squared error of a plain fine-tuning step, not yet averaged."""
     noisy = model.noise_schedule.add_noise(batch.after, batch.noise, batch.sigmas)
@@ -284,6 +318,14 @@ class NamesUnknownPairs(aa.Objective):
         return TrainingPlan((tuple(range(pairs + 1)),), (Stage(self.loss),))
 
 
+class FailsWithoutPictures(aa.Objective):
+    reads_pictures = False
+
+    def loss(self, model, batch):
+        loss = model.predict(batch.noise, batch.sigmas, batch.conditioning).square().mean()
+        return loss if hasattr(batch, "after") else loss.detach()
+
+
 class FailsInItsSecondStage(NamesUnknownPairs):
     def training_plan(self, pairs):
         stages = (Stage(self.loss), Stage(Detached().loss))
@@ -302,6 +344,7 @@ class FailsInItsSecondStage(NamesUnknownPairs):
         (DrawsNoise(), "for the same batch: draw no random numbers"),
         (NamesUnknownPairs(), r"names the pairs \[4\]: expected numbers below 4"),
         (FailsInItsSecondStage(), "has no gradient"),
+        (FailsWithoutPictures(), "of a batch without pictures .* has no gradient"),
     ],
     ids=lambda value: type(value).__name__,
 )

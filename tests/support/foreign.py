@@ -270,7 +270,7 @@ READERS = {
         b"[1],",
     ),
     "latent cache": Reader(
-        _of_file(lambda path: EncodedPair(path, {}).load()),
+        _of_file(lambda path: EncodedPair(path, {}, aa.Plan("")).load()),
         (_written(lambda path: save_sealed({"before": torch.ones(2), "after": torch.zeros(2)}, path, {})),),
         b'"a":{},',
     ),

@@ -19,7 +19,7 @@ from artaug.training.student import inject_adapter
 
 FULL_RANK = 10_000
 """A rank no layer has: DoRA's update in full."""
-ADAPTERS = [aa.PlainLoRA(), aa.LoKr(factor=4), aa.DoRA(export_rank=FULL_RANK)]
+ADAPTERS = [aa.PlainLoRA(), aa.LoKr(factor=4), aa.FullRank(), aa.DoRA(export_rank=FULL_RANK)]
 each_adapter = pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: type(adapter).__name__)
 
 
@@ -273,3 +273,40 @@ def test_exporting_dora_seeds_only_the_generator_it_uses(tiny_model, two_pairs, 
     before = torch.random.get_rng_state()
     aa.DifferentialLoRATrainer(adapter=aa.DoRA(), steps=2).train(two_pairs, tiny_model, seed=0, progress=False)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_step_of_full_rank_is_one_of_fine_tuning(make_model, two_pairs):
+    model, reference = make_model(), make_model()
+    trainer = aa.DifferentialLoRATrainer(
+        adapter=aa.FullRank(),
+        objective=aa.SupervisedFineTuning(),
+        optimizer=aa.AdamW(weight_decay=0.0),
+        targets=r"blocks\.\d\.attn",
+        steps=3,
+        batch_size=2,
+        learning_rate=1e-3,
+        warmup=0.0,
+        sigma_range=(0.3, 0.7),
+    )
+    batches = []
+
+    class Watched(aa.Objective):
+        def loss(self, model, batch):
+            batches.append(batch)
+            return aa.SupervisedFineTuning().loss(model, batch)
+
+    lora = replace(trainer, objective=Watched()).train(two_pairs, model, seed=0, progress=False).lora
+    module = reference.module.eval()
+    layers = {name: module.get_submodule(name) for name in lora.layers}
+    optimizer = torch.optim.AdamW([layer.weight for layer in layers.values()], lr=1e-3, weight_decay=0.0)
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    for batch in batches:
+        sigmas = batch.sigmas[:, None, None, None]
+        noisy = (1 - sigmas) * batch.after + sigmas * batch.noise
+        error = reference.predict(noisy, batch.sigmas, batch.conditioning) - (batch.noise - batch.after)
+        optimizer.zero_grad()
+        error.square().mean().backward()
+        torch.nn.utils.clip_grad_norm_([layer.weight for layer in layers.values()], 1.0)
+        optimizer.step()
+    for name, layer in layers.items():
+        torch.testing.assert_close(lora.layers[name].delta(), layer.weight - before[name], rtol=1e-3, atol=1e-6)

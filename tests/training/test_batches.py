@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import artaug as aa
 from artaug.errors import ModelError
 from artaug.training import EpsilonPrediction, FlowMatching
 from artaug.training.batches import EncodedPairs, SizeBucket
@@ -32,7 +33,7 @@ class Sized:
 def encoded_pair(number, *, side=1, tokens=2):
     latent = torch.full((side,), float(number))
     text = {"embeds": torch.full((tokens, 3), float(number))}
-    return EncodedPair({"before": latent, "after": latent + 100}, text)
+    return EncodedPair({"before": latent, "after": latent + 100}, text, aa.Plan(f"scene {number}"))
 
 
 def pairs_numbered(pairs):
@@ -168,7 +169,7 @@ def test_a_plan_without_regions_has_a_mask_of_ones(regional):
     rows = {number: encoded_pair(number, side=3) for number in range(2)}
     for number in regional:
         mask = compress_mask(torch.tensor([1.0, 0.5, 0.0]))
-        rows[number] = EncodedPair({**rows[number].latents, **mask}, rows[number].text)
+        rows[number] = replace(rows[number], latents={**rows[number].latents, **mask})
     (step_batch,) = batches_of(EncodedPairs([SizeBucket((8, 8), rows)]), [0, 1], size=2, count=1)
     (batch,) = step_batch.micro_batches
     for row, number in enumerate(batch.before[:, 0].int().tolist()):

@@ -11,8 +11,10 @@ from artaug.recipes.online_rollouts import Rollout, RolloutRound, Rollouts, roll
 from artaug.recipes.reflections import ChatReflection, ChatThought, Reflection, ReflectionPlanner
 from artaug.recipes.rewards import draw_pairs, normalized_rewards
 from artaug.recipes.rewriting import ChatRewriter, PromptRewriter
+from artaug.recipes.separate_and_enhance import TEXT_KEYS, SeparateAndEnhance, sepen
 
 __all__ = [
+    "TEXT_KEYS",
     "ChatLayout",
     "ChatReflection",
     "ChatRequirements",
@@ -27,6 +29,7 @@ __all__ = [
     "Rollout",
     "RolloutRound",
     "Rollouts",
+    "SeparateAndEnhance",
     "ServedChat",
     "checklist",
     "draw_pairs",
@@ -36,6 +39,7 @@ __all__ = [
     "layout_first",
     "normalized_rewards",
     "rollouts",
+    "sepen",
     "serial_guidance",
     "trajectory_from_irgl",
 ]

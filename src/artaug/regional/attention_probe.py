@@ -22,7 +22,7 @@ from artaug.regional.guided_run import DenoiserCall, GuidedRun
 from artaug.regional.key_maps import key_maps
 
 Phrases: TypeAlias = Sequence[str] | Callable[[Plan], Sequence[str]]
-"""The phrases of every plan, or a function that gives those of each, as many for every plan."""
+"""The phrases of every plan, or a function that gives those of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,8 @@ class LayerMaps:
     """Rows and columns of the layer's image tokens."""
     maps: Float[Tensor, "batch phrases *heads tokens"]
     """The probability that an image token attends to a phrase, in [0, 1]: the sum over the phrase's tokens. Image tokens are row
-    by row of ``grid``; all zeros for a picture whose prompt does not hold the phrase. Float32, with a gradient where the
-    denoiser was called with one."""
+    by row of ``grid``; all zeros for a picture whose prompt does not hold the phrase, or that has fewer phrases than others. Float32,
+    with a gradient where the denoiser was called with one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +243,7 @@ class _ProbedRun:
         numbers = [sorted({token for phrase in phrases for token in phrase}) for phrases in self._tokens]
         most = max(map(len, numbers))
         selected = torch.zeros(len(rows), most, dtype=torch.long)
-        members = torch.zeros(len(rows), len(self._tokens[0]), most)
+        members = torch.zeros(len(rows), max(map(len, self._tokens)), most)
         for row, (phrases, tokens, (_, prompt)) in enumerate(zip(self._tokens, numbers, places, strict=True)):
             selected[row] = prompt.start  # what stands for nothing is a token of the prompt, whose score is finite
             selected[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long) + prompt.start
@@ -267,11 +267,8 @@ def _phrase_tokens(phrases: Phrases, run: GuidedRun) -> tuple[list[list[tuple[in
         by_phrase = [run.phrase(phrase) for phrase in phrases]
         return [list(tokens) for tokens in zip(*by_phrase, strict=True)], (tuple(phrases),) * len(run.plans)
     of_plans = [tuple(phrases(plan)) for plan in run.plans]
-    if len({len(of_plan) for of_plan in of_plans}) != 1 or not of_plans[0]:
-        raise GuideError(
-            f"AttentionProbe(phrases=...) gives {[len(of_plan) for of_plan in of_plans]} phrases for the plans of a batch. "
-            "Expected as many for each, one or more."
-        )
+    if not any(of_plans):
+        raise GuideError("AttentionProbe(phrases=...) gives no phrase for any plan of a batch. Expected one or more.")
     tokens = [
         list(map(tuple, run.phrase_tokens(plan.prompt, of_plan)))
         for plan, of_plan in zip(run.plans, of_plans, strict=True)

@@ -137,8 +137,8 @@ def _encode_regions(*regions: Region) -> list[EncodedRegion]:
     return [EncodedRegion(region, _encode(region.prompt)) for region in regions]
 
 
-def _phrase_tokens(prompt: str, phrases: Sequence[str]) -> list[tuple[int, ...]]:
-    """A token is a word."""
+def find_words(prompt: str, phrases: Sequence[str]) -> list[tuple[int, ...]]:
+    """The tokens of phrases in a prompt, of which each word is one."""
     words = prompt.split()[:_TEXT_TOKENS]
     found = []
     for phrase in phrases:
@@ -152,7 +152,7 @@ def _run_of(denoiser: "_TinyDenoiser", prompts: Sequence[str], regions: Sequence
     plans = [
         Plan(prompt, tuple(encoded.region for encoded in row)) for prompt, row in zip(prompts, regions, strict=True)
     ]
-    return GuidedRun(denoiser=denoiser, plans=plans, regions=regions, phrase_tokens=_phrase_tokens)
+    return GuidedRun(denoiser=denoiser, plans=plans, regions=regions, phrase_tokens=find_words)
 
 
 class _TinyAttentionProcessor:
@@ -255,11 +255,31 @@ class _TinyDenoiser(AttentiveDenoiser):
         return _TinyAttentionProcessor(attention_fn)
 
 
+def tiny_transformer() -> nn.Module:
+    """The same random weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _TinyTransformer().eval()
+
+
+def predict_under(guide: Guide, module: nn.Module, noisy: Tensor, sigmas: Tensor, plans: Sequence[Plan]) -> Tensor:
+    """What a tiny transformer predicts under a guide for latents of at most 16 channels and 4 x 4 pixels."""
+    embeds = torch.cat([_encode(plan.prompt).conditioning["embeds"] for plan in plans])
+    tokens = noisy.flatten(2).mT  # (batch, tokens, channels)
+    padded = functional.pad(tokens, (0, _CHANNELS - tokens.shape[-1]))
+    denoiser = _TinyDenoiser(module=module, grid=_GRID, prompt_embeds=embeds, latents=padded)
+    with steer(guide, GuidedRun(denoiser=denoiser, plans=plans, regions=[()] * len(plans), phrase_tokens=find_words)):
+        predicted: Tensor = module(hidden_states=padded, encoder_hidden_states=embeds, timestep=sigmas)
+    return predicted[..., : tokens.shape[-1]].mT.reshape(noisy.shape)
+
+
 def _tiny_denoiser(prompts: Sequence[str], *, first_row: int = 0) -> _TinyDenoiser:
     """The denoiser of one run; ``first_row`` of the latents belongs to the first prompt."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = _TinyTransformer().eval()
+        module = (
+            _TinyTransformer().eval()
+        )  # as `tiny_transformer`, whose random numbers come before those of the latents
         latents = torch.randn(first_row + len(prompts), _IMAGE_TOKENS, _CHANNELS)[first_row:]
     embeds = torch.cat([_encode(prompt).conditioning["embeds"] for prompt in prompts])
     return _TinyDenoiser(module=module, grid=_GRID, prompt_embeds=embeds, latents=latents)

@@ -1,6 +1,8 @@
 """Checks of what training is made of: objectives, on a tiny student, and fusers, on tiny LoRAs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -8,25 +10,33 @@ from torch import Tensor
 from artaug.errors import LoRAError
 from artaug.lora.fusing import Fuser
 from artaug.lora.lora import LoRA, LowRank
+from artaug.plan import Plan
+from artaug.regional.guide import Guide
+from artaug.testing.guides import find_words, predict_under, tiny_transformer
 from artaug.training import (
     EpsilonPrediction,
     FlowMatching,
     NoiseSchedule,
     Objective,
     PairBatch,
+    PromptBatch,
     TrainingPlan,
     VPrediction,
 )
 
-_BATCH, _CHANNELS, _SIDE, _FEATURES = 3, 2, 4, 5
+_CHANNELS, _SIDE, _FEATURES = 2, 4, 5
 _LATENTS = _CHANNELS * _SIDE * _SIDE
 
 
-def check_objective(objective: Objective) -> None:
+def check_objective(objective: Objective, *, prompts: Sequence[str] = ("a red barn", "a lake", "a blue door")) -> None:
     """Check that an objective's losses can be trained on: finite scalars with a gradient that follow from the batch.
 
     Every stage of the objective's training plan is called with models of all three noise schedules, with and without a
-    region mask.
+    region mask, and without pictures if it reads none.
+
+    Args:
+        objective: what to check.
+        prompts: of a batch, of at most six words, which are its tokens; give some that hold the objective's phrases.
 
     Raises:
         AssertionError: if they cannot; the message says which rule was broken.
@@ -37,11 +47,14 @@ def check_objective(objective: Objective) -> None:
     assert isinstance(plan, TrainingPlan), f"{name}.training_plan returned {type(plan).__name__}: expected TrainingPlan"
     unknown = sorted({index for group in plan.groups for index in group} - set(range(pairs)))
     assert not unknown, f"{name}.training_plan({pairs}) names the pairs {unknown}: expected numbers below {pairs}"
+    kinds = {"without a region mask": (False, True), "with a region mask": (True, True)}
+    if not objective.reads_pictures:
+        kinds["without pictures"] = (False, False)
     for schedule in (FlowMatching(), EpsilonPrediction(), VPrediction()):
-        for stage, masked in ((stage, masked) for stage in plan.stages for masked in (False, True)):
-            student, batch = _TinyStudent(schedule), _batch(masked=masked)
+        for stage, (kind, (masked, pictured)) in product(plan.stages, kinds.items()):
+            student, batch = _TinyStudent(schedule), _batch(objective, prompts, masked=masked, pictured=pictured)
             before = {field: tensor.clone() for field, tensor in _tensors(batch).items()}
-            call = f"{name}: the loss of a batch {'with' if masked else 'without'} a region mask ({schedule})"
+            call = f"{name}: the loss of a batch {kind} ({schedule})"
             loss = stage.loss(student, batch)
             assert isinstance(loss, Tensor), f"{call} is {type(loss).__name__}: expected a torch.Tensor"
             assert loss.ndim == 0, f"{call} has shape {tuple(loss.shape)}: expected a scalar"
@@ -70,7 +83,8 @@ class _TinyStudent:
         self._text_weight = torch.randn(_LATENTS, _FEATURES, generator=generator)
         self._down = torch.nn.Parameter(torch.randn(2, _LATENTS, generator=generator) / _LATENTS**0.5)
         self._up = torch.nn.Parameter(torch.randn(_LATENTS, 2, generator=generator) / 10)
-        self.parameters = (self._down, self._up)
+        self._transformer = tiny_transformer()  # whose weights are all trained
+        self.parameters = (self._down, self._up, *self._transformer.parameters())
 
     def predict(
         self, noisy: Tensor, sigmas: Tensor, conditioning: Mapping[str, Tensor], *, scale: float = 1.0
@@ -81,30 +95,47 @@ class _TinyStudent:
     def teacher_predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         return self._predict(noisy, sigmas, conditioning, self._weight)
 
+    def predict_guided(
+        self,
+        noisy: Tensor,
+        sigmas: Tensor,
+        _conditioning: Mapping[str, Tensor],
+        *,
+        guide: Guide,
+        plans: Sequence[Plan],
+    ) -> Tensor:
+        return predict_under(guide, self._transformer, noisy, sigmas, plans)
+
     def _predict(self, noisy: Tensor, sigmas: Tensor, conditioning: Mapping[str, Tensor], weight: Tensor) -> Tensor:
         text = conditioning["embeds"] @ self._text_weight.T
         return (noisy.flatten(1) @ weight.T + text + sigmas[:, None]).reshape(noisy.shape)
 
 
-def _batch(*, masked: bool) -> PairBatch:
-    generator = torch.Generator().manual_seed(1)
-    before, after, noise = torch.randn(3, _BATCH, _CHANNELS, _SIDE, _SIDE, generator=generator)
-    mask = torch.zeros(_BATCH, 1, _SIDE, _SIDE)
+def _batch(objective: Objective, prompts: Sequence[str], *, masked: bool, pictured: bool) -> PromptBatch:
+    generator, rows = torch.Generator().manual_seed(1), len(prompts)
+    before, after, noise = torch.randn(3, rows, _CHANNELS, _SIDE, _SIDE, generator=generator)
+    mask = torch.zeros(rows, 1, _SIDE, _SIDE)
     mask[..., : _SIDE // 2] = 1
-    return PairBatch(
-        before=before,
-        after=after,
-        conditioning={"embeds": torch.randn(_BATCH, _FEATURES, generator=generator)},
+    plans = tuple(map(Plan, prompts))
+    phrases = [objective.phrases_of(plan) for plan in plans]
+    batch = PromptBatch(
+        conditioning={"embeds": torch.randn(rows, _FEATURES, generator=generator)},
         noise=noise,
-        sigmas=torch.tensor([0.2, 0.5, 0.9]),
+        sigmas=torch.tensor([0.2, 0.5, 0.9]).repeat(rows)[:rows],
         region_mask=mask if masked else None,
+        plans=plans,
+        phrase_tokens=tuple(map(tuple, map(find_words, prompts, phrases))) if any(phrases) else None,
+        own_noise=noise.flip(0) if objective.reads_own_noise else None,
     )
+    if not pictured:
+        return batch
+    return PairBatch(**{item.name: getattr(batch, item.name) for item in fields(batch)}, before=before, after=after)
 
 
-def _tensors(batch: PairBatch) -> dict[str, Tensor]:
-    tensors = {"before": batch.before, "after": batch.after, "noise": batch.noise, "sigmas": batch.sigmas}
+def _tensors(batch: PromptBatch) -> dict[str, Tensor]:
+    tensors = {item.name: getattr(batch, item.name) for item in fields(batch)}
     tensors |= {f"conditioning[{name!r}]": tensor for name, tensor in batch.conditioning.items()}
-    return tensors if batch.region_mask is None else {**tensors, "region_mask": batch.region_mask}
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
 def check_fuser(fuser: Fuser) -> None:

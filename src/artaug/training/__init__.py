@@ -1,12 +1,14 @@
 """Differential training: a LoRA learns what separates the pictures of pairs."""
 
-from artaug.training.adapters import Adapter, AdapterTensors, DoRA, LayerWeights, LoKr, PlainLoRA
+from artaug.training.adapters import Adapter, AdapterTensors, DoRA, FullRank, LayerWeights, LoKr, PlainLoRA
 from artaug.training.config import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, TrainingConfig
 from artaug.training.distributed import shard
 from artaug.training.loss_scale import LossScale
-from artaug.training.model import DiffusionModel, Predictor, RemotelyTrainable, Trainable
+from artaug.training.model import DiffusionModel, Predictor, RemotelyTrainable, Steerable, Trainable
 from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, NoiseSchedule, VPrediction
 from artaug.training.objectives import (
+    AttentionLoss,
+    AttentionObjective,
     Bipolar,
     DirectPreference,
     NegativeAware,
@@ -14,6 +16,7 @@ from artaug.training.objectives import (
     PairBatch,
     PairedDifference,
     PairedPreference,
+    PromptBatch,
     Stage,
     Student,
     SupervisedFineTuning,
@@ -22,6 +25,7 @@ from artaug.training.objectives import (
 )
 from artaug.training.optimizers import AdamW, AdamW8bit, Optimizer, Prodigy, Schedule, ScheduleFree
 from artaug.training.progress import StepEvent
+from artaug.training.samples import TrainingPrompt, TrainingSample
 from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.tracking import Tracker, open_tracker
 from artaug.training.trainer import DifferentialLoRATrainer, TrainingResult
@@ -36,6 +40,8 @@ __all__ = [
     "AdamW8bit",
     "Adapter",
     "AdapterTensors",
+    "AttentionLoss",
+    "AttentionObjective",
     "BellShaped",
     "Bipolar",
     "Checkpoints",
@@ -45,6 +51,7 @@ __all__ = [
     "DoRA",
     "EpsilonPrediction",
     "FlowMatching",
+    "FullRank",
     "LayerWeights",
     "LoKr",
     "LossScale",
@@ -60,10 +67,12 @@ __all__ = [
     "PlainLoRA",
     "Predictor",
     "Prodigy",
+    "PromptBatch",
     "RemotelyTrainable",
     "Schedule",
     "ScheduleFree",
     "Stage",
+    "Steerable",
     "StepEvent",
     "Student",
     "SupervisedFineTuning",
@@ -71,7 +80,9 @@ __all__ = [
     "Trainable",
     "TrainingConfig",
     "TrainingPlan",
+    "TrainingPrompt",
     "TrainingResult",
+    "TrainingSample",
     "TrainingState",
     "TwoStage",
     "VPrediction",

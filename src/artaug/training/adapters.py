@@ -1,4 +1,4 @@
-"""Adapters: what is trained beside a frozen linear layer, and the low-rank update it is exported as (LoRA, LoKr, DoRA)."""
+"""Adapters: what is trained beside a frozen linear layer, and the update it is exported as (LoRA, LoKr, DoRA, full rank)."""
 
 import logging
 import math
@@ -124,16 +124,38 @@ class LoKr(Adapter):
         outer = tensors["up.outer"]
         identity = torch.eye(outer.shape[1], dtype=outer.dtype, device=outer.device)
         down, up = torch.kron(identity, tensors["down.weight"]), torch.kron(outer, tensors["up.inner"])
-        rank, in_features, out_features = len(down), down.shape[1], len(up)
-        if rank <= min(in_features, out_features):
+        if len(down) <= min(down.shape[1], len(up)):
             return LowRank(down, up)
-        # More ranks than the layer has: the update itself, beside an identity, is the smaller factorization.
-        if out_features < in_features:
-            return LowRank(up @ down, torch.eye(out_features))
-        return LowRank(torch.eye(in_features), up @ down)
+        return _whole(up @ down)  # of more ranks than the layer has
 
     def _divisor(self, size: int) -> int:
         return max(divisor for divisor in range(1, self.factor + 1) if size % divisor == 0)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FullRank(Adapter):
+    """A whole matrix that is added to the weight: plain fine-tuning of the layer, whatever the trainer's rank.
+
+    Gradients are those of the weight itself, so a step of the optimizer is one of fine-tuning; weight decay pulls to the
+    pretrained weight instead of zero. The exported LoRA is exact, of the smaller side of each layer as rank: about twice the
+    size of the layers, so it is for few of them, such as the keys of cross-attention.
+
+    >>> import artaug as aa
+    >>> aa.DifferentialLoRATrainer(adapter=aa.FullRank(), targets="attn2.to_k").adapter
+    FullRank()
+    """
+
+    def build_factors(
+        self, in_features: int, out_features: int, rank: int, generator: torch.Generator
+    ) -> tuple[nn.Module, nn.Module]:
+        return IdentityFactor(), Factor(torch.zeros(out_features, in_features))
+
+    def lora_rank(self, in_features: int, out_features: int, rank: int) -> int:
+        return min(in_features, out_features)
+
+    def to_lora(self, layers: Mapping[str, AdapterTensors], weights: Callable[[str], LayerWeights]) -> LoRA:
+        return LoRA({name: _whole(tensors["up.weight"]) for name, tensors in layers.items()})
 
 
 @final
@@ -192,6 +214,14 @@ def _dora_update(weights: LayerWeights, tensors: AdapterTensors) -> Tensor:
     return scale[:, None] * (weights.used + product) - weights.used
 
 
+def _whole(update: Tensor) -> LowRank:
+    """An update of full rank, exactly: itself, beside an identity on its smaller side."""
+    out_features, in_features = update.shape
+    if out_features < in_features:
+        return LowRank(update, torch.eye(out_features))
+    return LowRank(torch.eye(in_features), update)
+
+
 def _best_low_rank(update: Tensor, rank: int) -> LowRank:
     """The best approximation of a rank (Eckart and Young), by a randomised SVD (Halko et al., arXiv 0909.4061).
 
@@ -226,6 +256,19 @@ class Factor(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return F.linear(inputs, self.weight.to(inputs.dtype))
+
+
+class IdentityFactor(nn.Module):
+    """Hands its input on."""
+
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(1))  # PEFT asks for its type
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs
 
 
 class BlockDiagonalFactor(Factor):

@@ -8,7 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -20,15 +20,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from artaug._internal.contracts import contract_error
-from artaug.errors import InvalidValueError, ModelError, StorageError
+from artaug.errors import ModelError, StorageError
 from artaug.pairs import ImagePair
 from artaug.regional.denoiser import Conditioning
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import SINGLE_PROCESS, World
-from artaug.training.encoding import TEXT_PREFIX, EncodedPair, encode_pairs
+from artaug.training.encoding import TEXT_PREFIX, EncodedPair, encode_pairs, encode_prompts_alone, find_phrases
 from artaug.training.model import DiffusionModel, Predictor
 from artaug.training.noise_schedule import FlowMatching, NoiseSchedule
-from artaug.training.objectives import PairBatch
+from artaug.training.objectives import Objective, PairBatch, PromptBatch
+from artaug.training.samples import TrainingPrompt, TrainingSample
 
 _log = logging.getLogger(__name__)
 _ORDER, _NOISE, _INIT = range(3)
@@ -39,12 +40,14 @@ _REWARDS = (0.0, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class SizeBucket:
-    """Pairs of one size."""
+    """Pairs of one size, or prompts without pictures of one size."""
 
     size: tuple[int, int]
     """Width and height in pixels."""
     pairs: Mapping[int, EncodedPair]
     """By the index of the pair."""
+    latent_shape: torch.Size | None = None
+    """The shape of the latents that prompts stand for; None of pairs, which have latents."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +56,8 @@ class StepBatch:
 
     model: Predictor
     """Set to the size of these pairs."""
-    micro_batches: Sequence[PairBatch]
+    micro_batches: Sequence[PromptBatch]
+    """All of them `PairBatch`, or, of prompts without pictures, none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,32 +72,43 @@ class EncodedPairs:
     def encode(
         cls,
         model: DiffusionModel,
-        pairs: Sequence[ImagePair],
+        pairs: Sequence[TrainingSample],
         *,
         micro_batch_size: int,
+        objective: Objective | None = None,
         cache: Path | None = None,
         world: World = SINGLE_PROCESS,
     ) -> "EncodedPairs":
-        """Encode pairs, at most ``micro_batch_size`` at a time; see `encode_pairs`."""
-        buckets, sizes = [], [pair.size for pair in pairs]
-        rewarded = any(pair.rewards is not None for pair in pairs)
-        for size in sorted(set(sizes)):
-            indices = [index for index, other in enumerate(sizes) if other == size]
-            encoded = encode_pairs(
-                model.at_size(*size),
-                [pairs[index] for index in indices],
-                size=size,
-                micro_batch_size=micro_batch_size,
-                cache=cache,
-                world=world,
-            )
+        """Encode pairs, at most ``micro_batch_size`` at a time, and prompts without pictures; see `encode_pairs`.
+
+        ``objective`` says which phrases' tokens belong to them; None for none.
+        """
+        buckets, kinds = [], [(pair.size, isinstance(pair, TrainingPrompt)) for pair in pairs]
+        phrase_tokens = [None] * len(pairs) if objective is None else find_phrases(model, pairs, objective)
+        rewarded = any(isinstance(pair, ImagePair) and pair.rewards is not None for pair in pairs)
+        for size, are_prompts in sorted(set(kinds)):
+            indices = [index for index, kind in enumerate(kinds) if kind == (size, are_prompts)]
+            sized = model.at_size(*size)
+            if are_prompts:
+                prompts = [pair for index in indices if isinstance(pair := pairs[index], TrainingPrompt)]
+                encoded = encode_prompts_alone(sized, prompts, size=size, cache=cache, world=world)
+            else:
+                pictured = [pair for index in indices if isinstance(pair := pairs[index], ImagePair)]
+                encoded = encode_pairs(
+                    sized, pictured, size=size, micro_batch_size=micro_batch_size, cache=cache, world=world
+                )
             rows = {
                 index: replace(
-                    row, seed=pairs[index].seed, rewards=(pairs[index].rewards or _REWARDS) if rewarded else None
+                    row,
+                    seed=pairs[index].seed,
+                    phrase_tokens=phrase_tokens[index],
+                    rewards=_rewards(pairs[index]) if rewarded else None,
                 )
                 for index, row in zip(indices, encoded, strict=True)
             }
-            buckets.append(SizeBucket(size, rows))
+            # Masks are laid out as latents are, and need no encoder.
+            shape = sized.encode_masks(torch.zeros(1, size[1], size[0])).shape[1:] if are_prompts else None
+            buckets.append(SizeBucket(size, rows, shape))
         return cls(buckets)
 
     def batches(
@@ -146,8 +161,8 @@ class EncodedPairs:
             encoded = {row: self._intact(pair, content) for row, (pair, content) in loaded.items()}
             rows = list(encoded)
             # Every process draws the noise of the whole batch, and then takes its rows: the split changes no number.
-            shape = (size, *encoded[rows[0]]["before"].shape)
-            noise = None if config.own_noise else torch.randn(shape, generator=generator)
+            shape = bucket.latent_shape or encoded[rows[0]]["before"].shape
+            noise = None if config.own_noise else torch.randn((size, *shape), generator=generator)
             width = config.micro_batch_size or size
             yield StepBatch(
                 sized,
@@ -156,8 +171,10 @@ class EncodedPairs:
                         sized,
                         [loaded[row][0] for row in chunk],
                         [encoded[row] for row in chunk],
+                        shape=shape,
                         noise=None if noise is None else noise[chunk],
                         sigmas=sigmas[chunk],
+                        with_own_noise=config.objective.reads_own_noise,
                     )
                     for chunk in (rows[start : start + width] for start in range(0, len(rows), width))
                 ],
@@ -253,19 +270,8 @@ def with_distribution(noise_schedule: NoiseSchedule, config: TrainingConfig) -> 
     return replace(noise_schedule, logit_normal=True)
 
 
-def check_seeds(pairs: Sequence[ImagePair]) -> None:
-    """Refuse pairs whose own noise cannot be drawn again.
-
-    Raises:
-        InvalidValueError: naming the first pair without a seed, or with one that no generator of torch takes.
-    """
-    for index, pair in enumerate(pairs):
-        if pair.seed is None or not -(2**63) <= pair.seed < 2**64:
-            raise InvalidValueError(
-                f"own_noise=True draws each pair's noise again from its seed, and pairs[{index}], {pair!r}, has "
-                f"{'none' if pair.seed is None else 'one that torch.Generator does not take'}. Give it the seed that both of "
-                "its pictures were drawn with, or leave own_noise out."
-            )
+def _rewards(sample: TrainingSample) -> tuple[float, float]:
+    return (sample.rewards if isinstance(sample, ImagePair) else None) or _REWARDS
 
 
 def _collate(
@@ -273,25 +279,36 @@ def _collate(
     pairs: Sequence[EncodedPair],
     contents: Sequence[Mapping[str, Tensor]],
     *,
+    shape: torch.Size,
     noise: Tensor | None,
     sigmas: Tensor,
-) -> PairBatch:
+    with_own_noise: bool,
+) -> PromptBatch:
     """A micro batch of pairs, and what is in their files; without ``noise``, each has its own."""
     device = model.device
-    rewards = [pair.rewards for pair in pairs if pair.rewards is not None]
-    before, after = (torch.stack([row[side] for row in contents]).to(device).float() for side in ("before", "after"))
     conditioning = {
         name.removeprefix(TEXT_PREFIX): _stack_texts([row[name] for row in contents]).to(device)
         for name in contents[0]
         if name.startswith(TEXT_PREFIX)
     }
+    phrase_tokens = tuple(pair.phrase_tokens for pair in pairs if pair.phrase_tokens is not None)
+    batch = PromptBatch(
+        conditioning=conditioning,
+        noise=_own_noise(model, pairs, conditioning, shape) if noise is None else noise.to(device),
+        sigmas=sigmas.to(device),
+        plans=tuple(pair.plan for pair in pairs),
+        phrase_tokens=phrase_tokens or None,
+        own_noise=_own_noise(model, pairs, conditioning, shape) if with_own_noise else None,
+        region_mask=_stack_masks(contents).to(device) if any("region_mask" in row for row in contents) else None,
+    )
+    if "before" not in contents[0]:
+        return batch
+    rewards = [pair.rewards for pair in pairs if pair.rewards is not None]
+    before, after = (torch.stack([row[side] for row in contents]).to(device).float() for side in ("before", "after"))
     return PairBatch(
+        **{item.name: getattr(batch, item.name) for item in fields(batch)},
         before=before,
         after=after,
-        region_mask=_stack_masks(contents).to(device) if any("region_mask" in row for row in contents) else None,
-        conditioning=conditioning,
-        noise=_own_noise(model, pairs, conditioning, before.shape) if noise is None else noise.to(device),
-        sigmas=sigmas.to(device),
         rewards=torch.tensor(rewards, device=device) if rewards else None,
     )
 
@@ -299,15 +316,15 @@ def _collate(
 def _own_noise(
     model: DiffusionModel, pairs: Sequence[EncodedPair], conditioning: Conditioning, shape: torch.Size
 ) -> Tensor:
-    """What pairs were drawn from; their seeds have passed `check_seeds`."""
+    """What pairs were drawn from; their seeds have passed `artaug.training.samples.check_needs`."""
     noise = model.initial_noise([int(pair.seed) for pair in pairs if pair.seed is not None], conditioning)
-    if noise.shape != shape:
+    if noise.shape != (len(pairs), *shape):
         raise contract_error(
             type(model).__name__,
             "initial_noise",
             received=f"a tensor of shape {tuple(noise.shape)}",
             inputs=f"{len(pairs)} seed{'s' * (len(pairs) != 1)}",
-            expected=f"the shape of the latents, {tuple(shape)}",
+            expected=f"the shape of the latents, {(len(pairs), *shape)}",
         )
     return noise.to(model.device).float()
 

@@ -19,11 +19,15 @@ from artaug._internal.digests import digest, tensors_digest
 from artaug._internal.files import atomic_write
 from artaug._internal.images import as_rgb
 from artaug._internal.sealed import open_sealed, save_sealed
-from artaug.errors import NonFiniteError, StorageError
+from artaug.errors import InvalidValueError, NonFiniteError, StorageError
 from artaug.pairs import ImagePair, pair_digest
+from artaug.plan import Plan
 from artaug.regional.coverage import area_coverage, coverage
 from artaug.training.distributed import World
 from artaug.training.model import DiffusionModel
+from artaug.training.objectives import Objective
+from artaug.training.samples import TrainingPrompt, TrainingSample, shown_plan
+from artaug.training.steering import as_steerable
 
 TEXT_PREFIX = "text."
 _MASK = "region_mask"
@@ -34,19 +38,23 @@ _REMEDY = "What the latent cache holds already is complete: go on once the folde
 
 @dataclass(frozen=True, eq=False)
 class EncodedPair:
-    """An encoded pair, in memory or in files of the latent cache, which are read whenever it is loaded."""
+    """An encoded pair, or prompt without pictures, in memory or in files of the latent cache, which are read whenever it is loaded."""
 
     latents: Mapping[str, Tensor] | Path
     """``before`` and ``after``, and the region mask, compressed, if the plan has regions, or a canvas with a mask."""
     text: Mapping[str, Tensor] | Path
     """The encoded prompt; pairs of one prompt share it."""
+    plan: Plan
+    """What it shows, see `artaug.training.PromptBatch.plans`."""
     seed: int | None = None
     """What the pair was drawn with. Its noise follows from it at any time, so no file of the cache holds the noise."""
     rewards: tuple[float, float] | None = None
     """How good before and after are; None if no pair of the training says so."""
+    phrase_tokens: tuple[tuple[int, ...], ...] | None = None
+    """The tokens of each phrase that the objective reads; None if it reads none."""
 
     def load(self) -> dict[str, Tensor]:
-        """Latents ``before`` and ``after``, ``region_mask`` if it has one, and the encoded prompt as ``text.*``.
+        """Latents ``before`` and ``after`` if it has pictures, ``region_mask`` if it has one, and the encoded prompt as ``text.*``.
 
         Raises:
             StorageError: if a file of the cache is missing, or not as it was written.
@@ -93,24 +101,22 @@ def encode_pairs(
         ContractError: if the model returns another number of rows.
         StorageError: if the cache cannot be written, or a picture that has to be encoded cannot be read.
     """
-    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+    texts = _encode_texts(model, [pair.prompt for pair in pairs], cache=cache, world=world)
     micro_batches = [
         range(len(pairs))[start : start + micro_batch_size] for start in range(0, len(pairs), micro_batch_size)
     ]
     if cache is None:
-        texts = {prompt: _encode_text(model, prompt) for prompt in prompts}
         encoded = (row for rows in micro_batches for row in _encode_latents(model, [pairs[i] for i in rows], size))
-        return [EncodedPair(latents, texts[pair.prompt]) for pair, latents in zip(pairs, encoded, strict=True)]
+        return [
+            EncodedPair(latents, texts[pair.prompt], shown_plan(pair.prompt, pair.plan))
+            for pair, latents in zip(pairs, encoded, strict=True)
+        ]
 
-    text_encoder, image_encoder = _text_fingerprint(model), _image_fingerprint(model, size)
-    text_files = {prompt: cache / "prompts" / f"{digest(text_encoder, prompt)}.safetensors" for prompt in prompts}
+    image_encoder = _image_fingerprint(model, size)
     files = [
         cache / "pairs" / f"{digest(image_encoder, pair_digest(pair, include_plan=True))}.safetensors" for pair in pairs
     ]
     # Split before looking for files: other processes may be writing their files.
-    for prompt in world.split(prompts):
-        if not text_files[prompt].exists():
-            _write(_encode_text(model, prompt), text_files[prompt], what="the encoded prompt")
     for rows in world.split(micro_batches):
         if all(files[row].exists() for row in rows):
             continue
@@ -118,7 +124,69 @@ def encode_pairs(
             if not files[row].exists():
                 _write(latents, files[row], what="the encoded pair")
     world.barrier()
-    return [EncodedPair(file, text_files[pair.prompt]) for pair, file in zip(pairs, files, strict=True)]
+    return [
+        EncodedPair(file, texts[pair.prompt], shown_plan(pair.prompt, pair.plan))
+        for pair, file in zip(pairs, files, strict=True)
+    ]
+
+
+def encode_prompts_alone(
+    model: DiffusionModel,
+    prompts: Sequence[TrainingPrompt],
+    *,
+    size: tuple[int, int],
+    cache: Path | None,
+    world: World,
+) -> list[EncodedPair]:
+    """Encode prompts without pictures, of one size: their texts, as those of `encode_pairs`, and the masks of their regions."""
+    texts = _encode_texts(model, [prompt.prompt for prompt in prompts], cache=cache, world=world)
+    world.barrier()
+    masks = (_encode_mask(model, prompt.plan, size) for prompt in prompts)
+    return [
+        EncodedPair(mask, texts[prompt.prompt], shown_plan(prompt.prompt, prompt.plan))
+        for prompt, mask in zip(prompts, masks, strict=True)
+    ]
+
+
+def _encode_texts(
+    model: DiffusionModel, prompts: Sequence[str], *, cache: Path | None, world: World
+) -> Mapping[str, Mapping[str, Tensor] | Path]:
+    """Encode each prompt by itself, or find it in the cache; several processes split the work, and have to meet after it."""
+    prompts = list(dict.fromkeys(prompts))
+    if cache is None:
+        return {prompt: _encode_text(model, prompt) for prompt in prompts}
+    text_encoder = _text_fingerprint(model)
+    files = {prompt: cache / "prompts" / f"{digest(text_encoder, prompt)}.safetensors" for prompt in prompts}
+    # Split before looking for files: other processes may be writing their files.
+    for prompt in world.split(prompts):
+        if not files[prompt].exists():
+            _write(_encode_text(model, prompt), files[prompt], what="the encoded prompt")
+    return files
+
+
+def find_phrases(
+    model: DiffusionModel, samples: Sequence[TrainingSample], objective: Objective
+) -> list[tuple[tuple[int, ...], ...] | None]:
+    """The tokens of the phrases that an objective reads in each sample's prompt; None for all if it reads none.
+
+    Raises:
+        InvalidValueError: if a prompt does not hold one of its phrases as the model reads it, naming both.
+        ModelError: if the model does not say which tokens phrases are.
+    """
+    phrases = [tuple(objective.phrases_of(shown_plan(sample.prompt, sample.plan))) for sample in samples]
+    if not any(phrases):
+        return [None] * len(samples)
+    steerable = as_steerable(model, reader=type(objective).__name__)
+    found = []
+    for index, (sample, of_sample) in enumerate(zip(samples, phrases, strict=True)):
+        tokens = tuple(tuple(numbers) for numbers in steerable.phrase_tokens(sample.prompt, of_sample))
+        if absent := [phrase for phrase, numbers in zip(of_sample, tokens, strict=True) if not numbers]:
+            raise InvalidValueError(
+                f"{type(objective).__name__} reads the phrases {absent} of pairs[{index}], and the model does not read them in "
+                f"its prompt {sample.prompt!r}. Expected whole words of the prompt, in its order, before what is cut off."
+            )
+        found.append(tokens)
+    return list(found)
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path, *, what: str) -> None:
@@ -169,21 +237,26 @@ def _encode_latents(
                     f"the latents of the picture {name} of {pair.prompt!r} hold NaN or infinity. Expected finite "
                     "numbers: check the picture, and whether the VAE needs float32."
                 )
-        if pair.plan.regions or (pair.plan.canvas is not None and pair.plan.canvas.mask is not None):
-            masks = model.encode_masks(_region_mask(pair, size)[None])
-            _check_lengths(model, "encode_masks", {_MASK: masks}, 1, "mask")
-            latents |= compress_mask(masks[0])
-        yield latents
+        yield {**latents, **_encode_mask(model, pair.plan, size)}
+
+
+def _encode_mask(model: DiffusionModel, plan: Plan | None, size: tuple[int, int]) -> dict[str, Tensor]:
+    """The mask of a plan's regions and of its canvas, compressed; nothing for a plan without either."""
+    if plan is None or not (plan.regions or (plan.canvas is not None and plan.canvas.mask is not None)):
+        return {}
+    masks = model.encode_masks(_region_mask(plan, size)[None])
+    _check_lengths(model, "encode_masks", {_MASK: masks}, 1, "mask")
+    return compress_mask(masks[0])
 
 
 def _row(columns: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
     return {name: column[index].detach().cpu().clone() for name, column in columns.items()}
 
 
-def _region_mask(pair: ImagePair, size: tuple[int, int]) -> Tensor:
+def _region_mask(plan: Plan, size: tuple[int, int]) -> Tensor:
     """The highest coverage of every pixel by the plan's regions, and by the mask of its canvas: (height, width)."""
-    (width, height), canvas = size, pair.plan.canvas
-    covered = [coverage(region, (height, width)) for region in pair.plan.regions]
+    (width, height), canvas = size, plan.canvas
+    covered = [coverage(region, (height, width)) for region in plan.regions]
     if canvas is not None and canvas.mask is not None:
         covered.append(area_coverage(canvas.mask, (height, width)))
     return torch.stack(covered).amax(0).float()

@@ -18,7 +18,6 @@ import torch
 
 from artaug.errors import ModelError
 from artaug.lora.applied import check_called
-from artaug.pairs import ImagePair
 from artaug.placement import Placement
 from artaug.synthesis import Synthesizer
 from artaug.training.batches import EncodedPairs, init_generator
@@ -29,6 +28,7 @@ from artaug.training.model import DiffusionModel, Trainable
 from artaug.training.optimizer_loop import OptimizerLoop
 from artaug.training.phases import Phase
 from artaug.training.progress import ProgressLog
+from artaug.training.samples import TrainingSample
 from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.student import inject_adapter
 from artaug.training.teacher_cache import TeacherCache
@@ -41,7 +41,7 @@ class TrainingLoop:
     """All that a training needs beside its `TrainingState`."""
 
     config: TrainingConfig
-    pairs: Sequence[ImagePair]
+    pairs: Sequence[TrainingSample]
     synthesizer: Trainable
     phases: Sequence[Phase]
     seeds: Sequence[int]
@@ -123,6 +123,7 @@ class TrainingLoop:
                 model,
                 self.pairs,
                 micro_batch_size=self.config.micro_batch_size or self.config.batch_size,
+                objective=self.config.objective,
                 cache=self.cache,
                 world=world,
             )

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug.regional.denoiser import Conditioning
+from artaug.regional.denoiser import Conditioning, Denoiser
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 
 T = TypeVar("T")
@@ -74,6 +74,17 @@ class DiffusionModel(Predictor, Protocol):
         It is standard normal, one row per seed, and a row is the same whatever others there are. Only a training with
         ``own_noise`` asks for it.
         """
+
+
+@runtime_checkable
+class Steerable(Protocol):
+    """A model into which objectives can look, as every `artaug.diffusion.Family`: what `artaug.regional.GuidedRun` asks of it."""
+
+    def denoiser(self, conditioning: Conditioning) -> Denoiser:
+        """The denoiser as a guide sees it, in predictions for ``conditioning``."""
+
+    def phrase_tokens(self, prompt: str, phrases: Sequence[str]) -> Sequence[tuple[int, ...]]:
+        """Which tokens of the prompt's row in `DiffusionModel.encode_prompts` hold each phrase."""
 
 
 @runtime_checkable

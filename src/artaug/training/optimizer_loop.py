@@ -117,8 +117,9 @@ class OptimizerLoop:
         scale = 1.0 if self._loss_scale is None else self._loss_scale.value
         total_loss = torch.zeros((), device=self._parameters[0].device)
         for micro_batch in batch.micro_batches:
-            weighted = compute_loss(loss, student, micro_batch) * (len(micro_batch.sigmas) / total_pairs)
-            (scale * weighted).backward()  # adds to .grad, and frees the activations of this micro batch
+            with student.steering.until_backward():
+                weighted = compute_loss(loss, student, micro_batch) * (len(micro_batch.sigmas) / total_pairs)
+                (scale * weighted).backward()  # adds to .grad, and frees the activations of this micro batch
             total_loss += weighted.detach()
         if world.size > 1:
             self._reduce_gradients(total_loss, world)

@@ -5,9 +5,9 @@ PEFT wraps the layers, so quantized ones work too; it is imported when training 
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,11 +18,14 @@ from artaug._internal.modules import named_modules, unwrap
 from artaug.errors import ContractError, LoRAMismatchError, ModelError
 from artaug.lora.applied import fused_layers, unused_layers
 from artaug.lora.lora import LoRA
+from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
+from artaug.regional.guide import Guide
 from artaug.training.adapters import Adapter, AdapterTensors, LayerWeights, PlainLoRA
 from artaug.training.model import Predictor
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 from artaug.training.quantized import check_dequantizable, check_gradients, prepare_for_training
+from artaug.training.steering import Steering
 from artaug.training.teacher_cache import TeacherCache
 
 _ADAPTER_NAME = "artaug"
@@ -59,6 +62,8 @@ class AdapterStudent:
     """The trained parameters, by layer and name: float32."""
     teacher_cache: TeacherCache | None = None
     """Predictions of the teacher, if batches are used several times."""
+    steering: Steering = field(default_factory=Steering)
+    """The guides of its predictions."""
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -72,6 +77,26 @@ class AdapterStudent:
             ModelError: if the adapter's update cannot be scaled, as DoRA's, and ``scale`` is not 1; or if the prediction
                 depends on no layer in training.
         """
+        with self.steering.unguided():
+            return self._predict(noisy, sigmas, conditioning, scale=scale)
+
+    def predict_guided(
+        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, guide: Guide, plans: Sequence[Plan]
+    ) -> Latents:
+        """The prediction with the update under a guide: float32, with gradient.
+
+        Raises:
+            ModelError: if there is not a plan for each row, the model cannot be guided, or the guide reads regions.
+        """
+        if len(plans) != len(sigmas):
+            raise ModelError(
+                f"a prediction of {len(sigmas)} rows under {type(guide).__name__} came with {len(plans)} plans. Expected one for "
+                "each row, such as batch.plans of a batch that a trainer has made."
+            )
+        with self.steering.guided(self.model, guide, plans, conditioning):
+            return self._predict(noisy, sigmas, conditioning, scale=1.0)
+
+    def _predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float) -> Latents:
         if scale != 1 and self.adapter.use_dora:
             raise ModelError(
                 f"the objective asks for {scale:g} times the update, and {type(self.adapter).__name__} rotates weights "
@@ -109,7 +134,8 @@ class AdapterStudent:
         for layer in self.wrapped.values():
             layer.enable_adapters(enabled=False)
         try:
-            return self.model.predict(noisy, sigmas, conditioning)
+            with self.steering.unguided():
+                return self.model.predict(noisy, sigmas, conditioning)
         finally:
             for layer in self.wrapped.values():
                 layer.enable_adapters(enabled=True)

@@ -9,23 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from artaug._internal.arguments import Faults, check_argument, check_items
+from artaug._internal.arguments import Faults, check_argument
 from artaug._internal.digests import digest
 from artaug._internal.fingerprints import module_fingerprint
 from artaug.errors import InvalidValueError, NothingToLearnError
 from artaug.identity import identity_of
 from artaug.lora.lora import LoRA
-from artaug.pairs import ImagePair, pair_digest
 from artaug.placement import Placement, Resident
 from artaug.synthesis import picture_seeds
-from artaug.training.batches import check_seeds, with_distribution
+from artaug.training.batches import with_distribution
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import World
+from artaug.training.encoding import find_phrases
 from artaug.training.loop import TrainingLoop
 from artaug.training.model import DiffusionModel, RemotelyTrainable, Trainable
 from artaug.training.objectives import TrainingPlan
 from artaug.training.phases import Phase, split_into_phases
 from artaug.training.progress import ProgressLog, StepEvent
+from artaug.training.samples import TrainingSample, check_needs, check_samples, sample_digest
 from artaug.training.state import Checkpoints, TrainingState
 from artaug.training.student import trainable_layers
 from artaug.training.validation import Validation, ValidationResult, best_result
@@ -79,7 +80,7 @@ class DifferentialLoRATrainer(TrainingConfig):
 
     def train(  # noqa: PLR0913 - what a training takes is all here
         self,
-        pairs: Sequence[ImagePair],
+        pairs: Sequence[TrainingSample],
         synthesizer: Trainable | RemotelyTrainable,
         *,
         seed: int,
@@ -93,7 +94,8 @@ class DifferentialLoRATrainer(TrainingConfig):
         """Learn from pairs. The synthesizer's model is as before afterwards, also after an exception.
 
         Args:
-            pairs: of any sizes the model takes; a batch has pairs of one size.
+            pairs: of any sizes the model takes; a batch has pairs of one size. `TrainingPrompt` are prompts without pictures, for
+                objectives that read none; they are in batches of their own.
             synthesizer: lends the model; LoRAs it draws with are part of the teacher and stay as they are. One whose model is in
                 another process trains there, where ``placement`` does not count.
             seed: decides the start, the order of the pairs, and the noise.
@@ -109,7 +111,8 @@ class DifferentialLoRATrainer(TrainingConfig):
         Raises:
             NothingToLearnError: if there is no pair.
             InvalidValueError: if there are fewer steps than the objective needs for this many pairs, a batch cannot
-                be shared equally by all processes, or ``own_noise`` is set and a pair has no seed.
+                be shared equally by all processes, ``own_noise`` is set and a pair has no seed, the objective reads pictures that
+                are not there, or phrases that a prompt does not hold.
             ModelError: if the pictures are of a size the model does not take, ``validation`` is given and the synthesizer
                 draws no pictures, the objective or ``logit_normal`` is for models of another prediction type, or the model is
                 loaded in a way that the adapter cannot learn on.
@@ -117,7 +120,7 @@ class DifferentialLoRATrainer(TrainingConfig):
             StorageError: if a checkpoint cannot be written or belongs to another training, or the cache cannot be written.
             TrainingDivergedError: if a loss or its gradient is not finite; that step is not taken.
         """
-        check_items("train", "pairs", pairs, ImagePair)
+        check_samples(pairs)
         if not pairs:
             raise NothingToLearnError(
                 "received 0 pairs, and training needs at least one. Ask for more prompts, or loosen the filter."
@@ -133,8 +136,7 @@ class DifferentialLoRATrainer(TrainingConfig):
         check_argument("train", "checkpoints", checkpoints, Checkpoints, optional=True)
         check_argument("train", "validation", validation, Validation, optional=True)
         check_argument("train", "placement", placement, Placement)
-        if self.own_noise:
-            check_seeds(pairs)
+        check_needs(pairs, self.objective, own_noise=self.own_noise)
         scorer = None if validation is None else validation.scorer
         placement.check("train", {"synthesizer": synthesizer, "validation.scorer": scorer})
         plan, phases = self._plan_training(len(pairs))
@@ -142,6 +144,7 @@ class DifferentialLoRATrainer(TrainingConfig):
         world = World.current()
         with synthesizer.training() as model:
             self._check_model(model)
+            find_phrases(model, pairs, self.objective)
             run_fingerprint: Mapping[str, str] = {}  # without checkpoints, nothing is compared
             if checkpoints is not None:
                 weights = f"{module_fingerprint(model.module)} {synthesizer.fingerprint}".rstrip()
@@ -230,7 +233,9 @@ class DifferentialLoRATrainer(TrainingConfig):
         self.objective.check(model.noise_schedule)
         with_distribution(model.noise_schedule, self)
 
-    def _run_fingerprint(self, pairs: Sequence[ImagePair], seed: int, validation: Validation | None) -> dict[str, str]:
+    def _run_fingerprint(
+        self, pairs: Sequence[TrainingSample], seed: int, validation: Validation | None
+    ) -> dict[str, str]:
         """What decides the result beside the model, by name: a training is resumed only if all of it is the same."""
         # These two change the memory that a training takes, not its result.
         settings = replace(self, micro_batch_size=None, gradient_checkpointing=False)
@@ -238,8 +243,8 @@ class DifferentialLoRATrainer(TrainingConfig):
             **identity_of(settings, "trainer"),
             "seed": str(seed),
             "pairs": digest(
-                *(pair_digest(pair, include_plan=True, include_rewards=True) for pair in pairs),
-                *(str(pair.seed) for pair in pairs if self.own_noise),
+                *(sample_digest(pair) for pair in pairs),
+                *(str(pair.seed) for pair in pairs if self.own_noise or self.objective.reads_own_noise),
             ),
             "validation": "" if validation is None else validation.fingerprint,
         }
@@ -250,7 +255,7 @@ class _RemoteTraining:
     """A training that another process does: what it is called with there."""
 
     trainer: DifferentialLoRATrainer
-    pairs: Sequence[ImagePair]
+    pairs: Sequence[TrainingSample]
     seed: int
     checkpoints: Checkpoints | None
     validation: Validation | None

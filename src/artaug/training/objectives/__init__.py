@@ -4,10 +4,12 @@ Throughout, ``x_b`` and ``x_a`` are the clean latents before and after, ``d = x_
 (both shared by the two pictures of a pair), ``z_b`` and ``z_a`` the noisy latents, and ``alpha = sqrt(1 - s^2)``.
 """
 
+from artaug.training.objectives.attention import AttentionLoss, AttentionObjective
 from artaug.training.objectives.base import (
     Loss,
     Objective,
     PairBatch,
+    PromptBatch,
     Stage,
     Student,
     TrainingPlan,
@@ -22,6 +24,8 @@ from artaug.training.objectives.paired_preference import PairedPreference
 from artaug.training.objectives.two_stage import TwoStage
 
 __all__ = [
+    "AttentionLoss",
+    "AttentionObjective",
     "Bipolar",
     "DirectPreference",
     "Loss",
@@ -30,6 +34,7 @@ __all__ = [
     "PairBatch",
     "PairedDifference",
     "PairedPreference",
+    "PromptBatch",
     "Stage",
     "Student",
     "SupervisedFineTuning",

@@ -1,17 +1,20 @@
 """What an objective is: the loss of a step, and which pairs and stages a training consists of."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from artaug._internal.calls import call_part
 from artaug._internal.contracts import contract_error
 from artaug.errors import InvalidValueError
+from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
+from artaug.regional.guide import Guide
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 
 LatentWeights: TypeAlias = Float[Tensor, "..."]
@@ -19,24 +22,55 @@ LatentWeights: TypeAlias = Float[Tensor, "..."]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PairBatch:
+class PromptBatch:
+    """A batch of prompts for one forward and backward pass, encoded, with noise; with pictures it is a `PairBatch`."""
+
+    conditioning: Conditioning
+    """The prompts, encoded."""
+    noise: Latents
+    """Standard normal, shape (batch, ...) of the latents: one draw per row."""
+    sigmas: Sigmas
+    """Noise levels: shape (batch,), in (0, 1]."""
+    plans: tuple[Plan, ...] = ()
+    """What each row shows: its prompt, as it is encoded, with the regions of its plan, whose own prompt may be another one.
+    Empty in a batch made by hand."""
+    phrase_tokens: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    """For each row the tokens of each of its phrases, numbers in a row of ``conditioning``; None unless the objective has
+    phrases (`Objective.phrases_of`)."""
+    own_noise: Latents | None = None
+    """What each row was drawn from, rebuilt from its seed; None unless asked for (`Objective.reads_own_noise`)."""
+    region_mask: LatentWeights | None = None
+    """How much of every latent lies in the plan's regions, in [0, 1], broadcastable to the latents' shape; None:
+    everywhere."""
+
+    def noisy(self, noise_schedule: NoiseSchedule, *, latent_std: float = 1.0) -> Latents:
+        """Noisy latents at the batch's levels: of the pictures after; without pictures, of noise in their place.
+
+        The sum of two independent normal variables is one whose variance is the sum of theirs. So latents drawn from a normal
+        distribution and noised are distributed as the noise is, scaled, and no second draw is needed.
+
+        Args:
+            noise_schedule: the model's.
+            latent_std: the standard deviation of the latents that stand for pictures.
+        """
+        ones, zeros = torch.ones_like(self.noise), torch.zeros_like(self.noise)
+        of_latents = noise_schedule.add_noise(latent_std * ones, zeros, self.sigmas)
+        return torch.hypot(of_latents, noise_schedule.add_noise(zeros, ones, self.sigmas)) * self.noise
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairBatch(PromptBatch):
     """A batch of pairs for one forward and backward pass: latents, prompts, and the noise both pictures of a pair share."""
 
     before: Latents
     """Clean latents of the pictures before: float32, shape (batch, ...)."""
     after: Latents
     """Clean latents of the pictures after, same shape."""
-    conditioning: Conditioning
-    """Their prompts, encoded."""
-    noise: Latents
-    """Standard normal, same shape as the latents: one draw per pair."""
-    sigmas: Sigmas
-    """Noise levels: shape (batch,), in (0, 1]."""
-    region_mask: LatentWeights | None = None
-    """How much of every latent lies in the plan's regions, in [0, 1], broadcastable to the latents' shape; None:
-    everywhere."""
     rewards: Float[Tensor, "batch 2"] | None = None
     """How good the pictures before and after are, in [0, 1]; None where no pair says."""
+
+    def noisy(self, noise_schedule: NoiseSchedule, *, latent_std: float = 1.0) -> Latents:
+        return noise_schedule.add_noise(self.after, self.noise, self.sigmas)
 
     def loss_weights(self, outside_weight: float) -> LatentWeights | None:
         """Weight of each latent's error: 1 in the plan's regions, ``outside_weight`` elsewhere, linear in the mask."""
@@ -62,8 +96,24 @@ class Student(Protocol):
     def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         """The prediction without it, LoRAs of earlier rounds included: float32, without gradient."""
 
+    def predict_guided(
+        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, guide: Guide, plans: Sequence[Plan]
+    ) -> Latents:
+        """The prediction with the LoRA in training under a guide, such as an `AttentionProbe`: float32, with gradient.
 
-Loss: TypeAlias = Callable[[Student, PairBatch], Tensor]
+        Regions are not encoded, so a guide that reads them is refused.
+
+        Args:
+            noisy: as in `predict`.
+            sigmas: as in `predict`.
+            conditioning: as in `predict`.
+            guide: acts on this prediction alone.
+            plans: what each row shows, `PromptBatch.plans`.
+        """
+
+
+Loss: TypeAlias = Callable[[Student, Any], Tensor]
+"""Of a student and a batch: a `PairBatch`, or a `PromptBatch` where an objective reads no pictures."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +163,27 @@ class Objective(ABC):
     """How many steps use each batch unless the trainer says otherwise. More than 1 saves time where the loss asks the teacher,
     which predicts once per batch; where it does not, it would only mean less noise."""
 
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether the loss needs pictures: prompts without any are refused then, else their batches are `PromptBatch`."""
+        return True
+
+    @property
+    def reads_own_noise(self) -> bool:
+        """Whether the loss needs ``batch.own_noise``: a pair without a seed is refused then."""
+        return False
+
     @abstractmethod
     def loss(self, model: Student, batch: PairBatch) -> Tensor:
         """The loss of one batch: a scalar, the mean over its pairs."""
+
+    def phrases_of(self, plan: Plan) -> Sequence[str]:
+        """The parts of a prompt whose tokens the loss needs as ``batch.phrase_tokens``; unless overridden, none.
+
+        Args:
+            plan: what a pair shows, see `PromptBatch.plans`.
+        """
+        return ()
 
     def training_plan(self, pairs: int) -> TrainingPlan:
         """How a training on this many pairs proceeds; unless overridden, all of them together in one stage."""
@@ -129,7 +197,7 @@ class Objective(ABC):
         """
 
 
-def compute_loss(loss: Loss, student: Student, batch: PairBatch) -> Tensor:
+def compute_loss(loss: Loss, student: Student, batch: PromptBatch) -> Tensor:
     """Call an objective's loss and check that an optimizer can minimize what it returns.
 
     Raises:

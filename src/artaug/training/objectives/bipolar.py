@@ -1,13 +1,16 @@
 """Both directions of another objective: a slider."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Never, final
 
 from torch import Tensor
 
-from artaug.errors import InvalidValueError
+from artaug.errors import InvalidValueError, ModelError
+from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
+from artaug.regional.guide import Guide
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 from artaug.training.objectives.base import Objective, PairBatch, Student, compute_loss
 from artaug.training.objectives.paired_difference import PairedDifference
@@ -60,6 +63,13 @@ class Bipolar(Objective):
                 "Expected one with a loss alone, as PairedDifference or SupervisedFineTuning."
             )
 
+    @property
+    def reads_own_noise(self) -> bool:
+        return self.objective.reads_own_noise
+
+    def phrases_of(self, plan: Plan) -> Sequence[str]:
+        return self.objective.phrases_of(plan)
+
     def check(self, noise_schedule: NoiseSchedule) -> None:
         self.objective.check(noise_schedule)
 
@@ -92,3 +102,11 @@ class _ScaledStudent:
 
     def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         return self.student.teacher_predict(noisy, sigmas, conditioning)
+
+    def predict_guided(
+        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, guide: Guide, plans: Sequence[Plan]
+    ) -> Never:
+        raise ModelError(
+            f"Bipolar predicts at {self.scale:g} times the update, and a prediction under {type(guide).__name__} is at 1. "
+            "Give it an objective that uses predict."
+        )
