@@ -274,6 +274,49 @@ def test_rules_and_budgets_refuse_what_they_cannot_mean(make, message):
         make()
 
 
+def test_a_planner_that_starts_from_the_picture_gets_what_was_said_of_it_alone():
+    critic = Listed((aa.Critique((LEFT,)), aa.Critique((RIGHT,)), aa.Critique((LEFT,))))
+    planner = aa.OnCanvas(aa.GreedyPlanner(), strength=0.5, masked=True)
+
+    trajectory = refined(critic=critic, planner=planner, turns=4)
+
+    assert len(trajectory.turns) == 4
+    for before, turn, suggestion in zip(trajectory.turns, trajectory.turns[1:], (LEFT, RIGHT, LEFT), strict=False):
+        assert [region.prompt for region in turn.plan.regions] == [suggestion.prompt]
+        assert turn.plan.canvas == aa.Canvas(before.image, mask=suggestion.box, strength=0.5)
+        assert turn.image == SWATCHES.synthesize(turn.plan, seed=trajectory.seed)
+
+
+def test_a_plan_that_an_earlier_turn_had_is_not_drawn_again():
+    critic = Listed((aa.Critique((LEFT,)), aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.05, 0.05), "a dot"),))))
+    planner = aa.OnCanvas(aa.GreedyPlanner(), strength=0.5, masked=True)  # a box too small makes no region, and no canvas
+
+    trajectory = refined(critic=critic, planner=planner, turns=4)
+
+    assert (len(trajectory.turns), trajectory.stop_reason) == (2, "the plan of turn 3 is that of turn 1")
+
+
+def test_a_picture_from_a_canvas_costs_the_part_of_it_that_is_drawn():
+    planner = aa.OnCanvas(aa.GreedyPlanner(), strength=0.25)
+    answers = tuple(aa.Critique((aa.Suggestion(LEFT.box, f"cone {number}"),)) for number in range(9))
+
+    trajectory = refined(critic=Listed(answers), planner=planner, turns=9, budget=aa.Budget(at_most=1.8))
+
+    assert len(trajectory.turns) == 4
+    assert trajectory.stop_reason == "turn 5 would cost 0.25 beside 1.75, with a budget of 1.8"
+
+
+def test_a_folder_keeps_the_pictures_that_turns_start_from(tmp_path):
+    parts = {"critic": ALWAYS, "planner": aa.OnCanvas(aa.GreedyPlanner(), strength=0.5), "progress": False}
+
+    (stored,) = aa.refine_each(["a cone"], synthesizer=SWATCHES, folder=tmp_path, **parts)
+    (plain,) = aa.refine_each(["a cone"], synthesizer=SWATCHES, **parts)
+
+    assert [turn.plan for turn in stored.turns] == [turn.plan for turn in plain.turns]
+    assert [turn.image.tobytes() for turn in stored.turns] == [turn.image.tobytes() for turn in plain.turns]
+    assert all(isinstance(turn.plan.canvas.pictures[0], aa.ImageFile) for turn in stored.turns[1:])
+
+
 def test_a_progress_line_says_how_far_it_is_and_why_it_ended(capsys):
     refined(planner=aa.GreedyPlanner(), progress=True)
     lines = capsys.readouterr().err.splitlines()

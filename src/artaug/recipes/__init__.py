@@ -4,6 +4,8 @@ from artaug.recipes.chat import ServedChat
 from artaug.recipes.checklists import ChatRequirements, Checked, checklist
 from artaug.recipes.contexts import ContextGuidance, serial_guidance
 from artaug.recipes.dream_sync import dreamsync
+from artaug.recipes.edit_plans import grape
+from artaug.recipes.edits import ChatEdits, EditPlanner
 from artaug.recipes.interleaved import irg
 from artaug.recipes.irgl import irgl_conversations, trajectory_from_irgl
 from artaug.recipes.layouts import ChatLayout, LaidOut, layout_first
@@ -15,6 +17,7 @@ from artaug.recipes.separate_and_enhance import TEXT_KEYS, SeparateAndEnhance, s
 
 __all__ = [
     "TEXT_KEYS",
+    "ChatEdits",
     "ChatLayout",
     "ChatReflection",
     "ChatRequirements",
@@ -22,6 +25,7 @@ __all__ = [
     "ChatThought",
     "Checked",
     "ContextGuidance",
+    "EditPlanner",
     "LaidOut",
     "PromptRewriter",
     "Reflection",
@@ -34,6 +38,7 @@ __all__ = [
     "checklist",
     "draw_pairs",
     "dreamsync",
+    "grape",
     "irg",
     "irgl_conversations",
     "layout_first",

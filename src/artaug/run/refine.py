@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+import PIL.Image
 from PIL.Image import Image
 
 from artaug._internal.arguments import Faults, argument_error, check_argument, check_count
@@ -12,6 +14,7 @@ from artaug._internal.calls import call_part
 from artaug._internal.contracts import check_result
 from artaug._internal.progress_bar import ProgressBar
 from artaug._internal.prompts import check_prompts
+from artaug.canvas import Canvas
 from artaug.critique import Abstention, Answer, Critic, Critique, run_critic
 from artaug.image_files import ImageFile, ImageFolder
 from artaug.placement import Placement, Resident
@@ -43,7 +46,8 @@ def refine(  # noqa: PLR0913 - one verb over many nouns, as `improve`
     """Draw a prompt, and draw it again by what a critic says, in several turns at inference; nothing is learned.
 
     Every turn draws with the same seed. Its plan is made of the prompt and of everything that the critic has said of the pictures
-    before, the newest first, so that what was put right stays so. Turns end when the critic abstains, says nothing, or the plan changes nothing,
+    before, the newest first, so that what was put right stays so. A planner that starts from the picture before, such as `OnCanvas`,
+    gets what was said of that picture alone. Turns end when the critic abstains, says nothing, or the plan changes nothing,
     with ``stop`` by the score of the pictures, with ``budget`` by what the next turn would cost, and after ``turns`` at the latest.
     One turn is plain drawing, bit for bit.
 
@@ -215,6 +219,11 @@ class _Refiner:
         faults.raise_any()
         self.placement.check(owner, {"synthesizer": self.synthesizer, "critic": self.critic, "stop": self._scorer})
 
+    @cached_property
+    def _canvas(self) -> Canvas | None:
+        """What a further turn starts from, but for the picture; None if that is noise alone."""
+        return self.planner.canvas_over(PIL.Image.new("RGB", self.synthesizer.picture_size))
+
     @property
     def _scorer(self) -> object:
         return None if self.stop is None else self.stop.scorer
@@ -279,7 +288,7 @@ class _Refiner:
         if len(done) >= self.turns:
             return f"all {self.turns} turns ran" if self.turns > 1 else "the one turn ran"
         asked = [*done[:-1], _with_critique(done[-1], Critique())]
-        return self._too_dear(asked, Plan(""))
+        return self._too_dear(asked, Plan("", canvas=self._canvas))
 
     def _next(self, prompt: str, done: Sequence[Turn]) -> tuple[Plan | None, str]:
         """The plan of the next turn; without one, the reason."""
@@ -288,9 +297,13 @@ class _Refiner:
             return None, f"the critic abstained: {answer.reason}"
         if answer is not None and not answer.suggestions and not answer.summary.strip():
             return None, "the critic has nothing to improve"
-        plan = run_planner(self.planner, prompt, _all_so_far(done), image=done[-1].reference)
-        if plan == done[-1].plan:
-            return None, f"the plan of turn {number} changes nothing"
+        said = _all_so_far(done[-1:] if self._canvas is not None else done)
+        plan = run_planner(self.planner, prompt, said, image=done[-1].reference)
+        if self.images is not None:
+            plan = plan.stored_in(self.images)
+        if (same := next((turn for turn, one in enumerate(done, start=1) if one.plan == plan), 0)) != 0:
+            what = "changes nothing" if same == number - 1 else f"is that of turn {same}"
+            return None, f"the plan of turn {number} {what}"
         reason = self._too_dear(done, plan)
         return (None, reason) if reason else (plan, "")
 

@@ -94,8 +94,9 @@ class Budget:
             raise argument_error("Budget", "at_most", self.at_most, expected=expected)
 
     def price(self, plan: Plan) -> float:
-        """Of a picture of this plan, with its score if there is a rule."""
-        return self.picture + self.region * len(plan.regions)
+        """Of a picture of this plan, without its score; from a canvas with a strength, that part of it."""
+        strength = None if plan.canvas is None else plan.canvas.strength
+        return (self.picture + self.region * len(plan.regions)) * (1.0 if strength is None else strength)
 
     def cost(self, turns: Sequence[Turn]) -> float:
         """What these turns cost.
