@@ -113,7 +113,7 @@ def test_an_edit_with_a_place_is_inpainted_by_the_model_that_draws_and_the_rest_
         synthesizer=guided,
         plan_edits=FixedCritic(aa.Critique((right,))),
         planner=planner,
-        scorer=FunctionScorer(function=lambda image, prompt: float(image.width), name="width"),
+        scorer=FunctionScorer(function=lambda image, _: float(image.width), name="width"),
     )
 
     before, after = trajectory.turns

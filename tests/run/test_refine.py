@@ -289,7 +289,9 @@ def test_a_planner_that_starts_from_the_picture_gets_what_was_said_of_it_alone()
 
 def test_a_plan_that_an_earlier_turn_had_is_not_drawn_again():
     critic = Listed((aa.Critique((LEFT,)), aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.05, 0.05), "a dot"),))))
-    planner = aa.OnCanvas(aa.GreedyPlanner(), strength=0.5, masked=True)  # a box too small makes no region, and no canvas
+    planner = aa.OnCanvas(
+        aa.GreedyPlanner(), strength=0.5, masked=True
+    )  # a box too small makes no region, and no canvas
 
     trajectory = refined(critic=critic, planner=planner, turns=4)
 

@@ -19,7 +19,7 @@ from artaug.synthesis import Synthesizer, attempt_seed, draw
 from artaug.trajectories import Trajectory, Turn
 
 
-def grape(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
+def grape(
     prompts: Sequence[str],
     *,
     synthesizer: Synthesizer,
@@ -119,11 +119,13 @@ class _Grape:
 
     def _steps(self, prompt: str, seeds: Sequence[int], lanes: Lanes) -> Steps[Trajectory]:
         """One prompt: a first picture that can be edited, and its edits."""
-        for seed in seeds:
-            (image,) = yield from awaited(lanes.draw, _drawn, self.synthesizer, Plan(prompt), seed)
-            (answer,) = yield from awaited(lanes.critique, run_critic, self.plan_edits, [image], [prompt])
+        for seed in seeds[:-1]:
+            image, answer = yield from self._first(prompt, seed, lanes)
             if isinstance(answer, Critique):
                 break
+        else:
+            seed = seeds[-1]
+            image, answer = yield from self._first(prompt, seed, lanes)
         turns = [self._turn(prompt, Plan(prompt), image, answer)]
         suggestions = answer.suggestions if isinstance(answer, Critique) else ()
         for suggestion in suggestions:
@@ -136,6 +138,12 @@ class _Grape:
         if isinstance(answer, Abstention):
             reason = f"no edits were planned for {len(seeds)} first pictures, of the last: {answer.reason}"
         return Trajectory(prompt=prompt, turns=tuple(turns), seed=seed, stop_reason=reason)
+
+    def _first(self, prompt: str, seed: int, lanes: Lanes) -> Steps[tuple[Image, Answer]]:
+        """A first picture, and its edits."""
+        (image,) = yield from awaited(lanes.draw, _drawn, self.synthesizer, Plan(prompt), seed)
+        (answer,) = yield from awaited(lanes.critique, run_critic, self.plan_edits, [image], [prompt])
+        return image, answer
 
     def _turn(self, prompt: str, plan: Plan, image: Image, answer: Answer | None) -> Turn:
         score = None if self.scorer is None else score_images(self.scorer, [image], [prompt])[0]

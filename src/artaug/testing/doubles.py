@@ -36,6 +36,10 @@ class SwatchSynthesizer(Synthesizer):
     lora_scale: float = 0.0
     """Sum of the scales of the LoRAs it draws with."""
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        return self.width, self.height
+
     def synthesize(self, plan: Plan, *, seed: int) -> Image.Image:
         image = Image.new("RGB", (self.width, self.height), _color(plan.prompt, self.lora_scale))
         pen = ImageDraw.Draw(image)
