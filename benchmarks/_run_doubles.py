@@ -12,6 +12,7 @@ from PIL import Image
 import artaug as aa
 from artaug._internal.segments import write_provisional
 from artaug.image_files import image_digest
+from artaug.plan import plan_digest
 from artaug.run.storage.records import (
     CallRecord,
     Candidate,
@@ -21,7 +22,6 @@ from artaug.run.storage.records import (
     End,
     Member,
     Picture,
-    plan_digest,
 )
 from artaug.run.storage.round_folder import RoundFolder
 

@@ -1,0 +1,288 @@
+"""The systems of `benchmarks.systems`: each learns what it learns, if it does, and then draws a picture of each prompt."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeAlias
+
+from PIL.Image import Image
+
+import artaug as aa
+from artaug import playground
+from artaug.critics import PhotometricCritic
+from artaug.diffusion import DiffusersSynthesizer
+from artaug.recipes import (
+    ChatReflection,
+    ChatThought,
+    checklist,
+    dreamsync,
+    irg,
+    layout_first,
+    rollouts,
+)
+from artaug.scorers import FunctionScorer, Photometric
+from artaug.synthesis import draw, picture_seeds
+from benchmarks._systems_world import Outcome, Request, box_of, request_of, wrong_things
+
+BASE = "base"
+PLANNER = aa.GreedyPlanner(max_regions=3, feather=0.05)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The size of the benchmark."""
+
+    prompts: int = 64
+    """Of a seed, with two things and with three."""
+    sampling_steps: int = 8
+    training_prompts: int = 64
+    """That a system learns from, in each round; of one thing or two, as the playground's model was trained on."""
+    training_steps: int = 48
+    """Of each round."""
+    rounds: int = 2
+    draws: int = 4
+    """Of each prompt, in DreamSync and rollouts."""
+    faithful: float = 1.0
+    """The part of what is asked for that a picture has to show to be learned from, in DreamSync."""
+    gain: float = 0.02
+    """Of `Photometric`, from which the loop keeps a pair."""
+
+
+QUICK = Settings(
+    prompts=2, sampling_steps=1, training_prompts=4, training_steps=2, rounds=1, draws=2, faithful=0.0, gain=-1.0
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What a system may use: the model without a guide, and what it may learn from."""
+
+    base: DiffusersSynthesizer
+    settings: Settings
+    seed: int
+
+    @property
+    def prompts(self) -> list[str]:
+        """To learn from."""
+        return playground.prompts(self.settings.training_prompts, seed=self.seed)
+
+    @property
+    def trainer(self) -> aa.DifferentialLoRATrainer:
+        """Of all systems that learn, each with an objective of its own."""
+        return aa.DifferentialLoRATrainer(
+            rank=8, steps=self.settings.training_steps, batch_size=8, learning_rate=3e-3, echo=4
+        )
+
+    def guided(self, guide: aa.Guide) -> DiffusersSynthesizer:
+        """The model with a guide."""
+        return replace(self.base, guide=guide)
+
+
+Drawer: TypeAlias = Callable[[Sequence[Request], int], list[Image]]
+"""Draws a picture of each request; the number is the seed."""
+System: TypeAlias = Callable[[Bench], Drawer]
+"""Learns what there is to learn, and gives what draws."""
+
+
+def plain(synthesizer: aa.Synthesizer, asked: Sequence[Request], seed: int) -> list[Image]:
+    """One picture of each prompt."""
+    return [
+        draw(synthesizer, [aa.Plan(one.prompt)], seeds=[own])[0]
+        for one, own in zip(asked, picture_seeds(seed, len(asked)), strict=True)
+    ]
+
+
+def regional(bench: Bench) -> Drawer:
+    """Every thing in a box before the first picture; the layout is a rule in the place of a language model."""
+
+    def drawer(asked: Sequence[Request], seed: int) -> list[Image]:
+        laid_out = layout_first(
+            [one.prompt for one in asked],
+            synthesizer=bench.guided(aa.RegionalAttention()),
+            lay_out=lambda prompt: aa.Critique(request_of(prompt).layout()),
+            planner=PLANNER,
+            seed=seed,
+        )
+        return [one.image for one in laid_out]
+
+    return drawer
+
+
+def phrases(plan: aa.Plan) -> list[str]:
+    """What attention is to be had by: color and shape of each thing."""
+    return [f"{thing.color} {thing.shape}" for thing in request_of(plan.prompt).things]
+
+
+def guided_by(guide: aa.Guide, bench: Bench) -> Drawer:
+    """Plain prompts, with a guide at inference."""
+    return partial(plain, bench.guided(guide))
+
+
+@dataclass(frozen=True)
+class FindsWrong(aa.Critic):
+    """The detector as critic: a suggestion for every thing that is missing, or is otherwise than it should be."""
+
+    def critique(self, image: Image, prompt: str) -> aa.Critique:
+        wrong = wrong_things(image, request_of(prompt))
+        return aa.Critique(tuple(aa.Suggestion(box_of(one), f"a {one.color} {one.shape}") for one in wrong))
+
+
+RIGHT = FunctionScorer(function=lambda image, prompt: Outcome.of(image, request_of(prompt)).right, name="right")
+STOP = aa.TurnRule(scorer=RIGHT, enough=1.0, patience=3)
+
+
+def think(message: str) -> str:
+    """The thought of a language model that adds nothing: what a prompt means is plain here."""
+    return f"<think>Each thing in its place.</think> {message.splitlines()[1]}"
+
+
+def reflect(message: str, image: Image) -> str:
+    """The reflection of a multimodal model that sees what is wrong, and writes a prompt that stresses it."""
+    request = request_of(message.splitlines()[1])
+    wrong = wrong_things(image, request)
+    if not wrong:
+        return "NOTHING TO IMPROVE"
+    stressed = tuple(replace(one, adjectives=("vivid",)) if one in wrong else one for one in request.things)
+    return f"Not all is right.\nImprovements: {len(wrong)}\nFinal prompt: {replace(request, things=stressed).prompt}"
+
+
+def interleaved(turns: int, bench: Bench) -> Drawer:
+    """IRG, by the words of the prompt alone."""
+
+    def drawer(asked: Sequence[Request], seed: int) -> list[Image]:
+        trajectories = irg(
+            [one.prompt for one in asked],
+            synthesizer=bench.base,
+            think=ChatThought(think),
+            reflect=ChatReflection(reflect),
+            turns=turns,
+            stop=STOP,
+            seed=seed,
+            progress=False,
+        )
+        return [trajectory.image for trajectory in trajectories]
+
+    return drawer
+
+
+def refined(turns: int, bench: Bench) -> Drawer:
+    """`refine`, by regions where something is wrong."""
+
+    def drawer(asked: Sequence[Request], seed: int) -> list[Image]:
+        trajectories = aa.refine_each(
+            [one.prompt for one in asked],
+            synthesizer=bench.guided(aa.RegionalAttention()),
+            critic=FindsWrong(),
+            planner=PLANNER,
+            turns=turns,
+            stop=STOP,
+            seed=seed,
+            progress=False,
+        )
+        return [trajectory.image for trajectory in trajectories]
+
+    return drawer
+
+
+def checked(turns: int, bench: Bench) -> Drawer:
+    """The checklist: every thing is a requirement, and a prompt is drawn anew, by new noise, while one of them fails."""
+
+    def is_right(image: Image, requirement: str) -> float:
+        return Outcome.of(image, request_of(requirement)).success
+
+    def drawer(asked: Sequence[Request], seed: int) -> list[Image]:
+        ended = checklist(
+            [one.prompt for one in asked],
+            synthesizer=bench.base,
+            requirements=lambda prompt: [f"{thing} at noon" for thing in request_of(prompt).things],
+            verify=FunctionScorer(function=is_right, name="is right"),
+            turns=turns,
+            seed=seed,
+            progress=False,
+        )
+        return [one.image for one in ended]
+
+    return drawer
+
+
+FAITHFUL = FunctionScorer(
+    function=lambda image, prompt: min(
+        playground.Accuracy(part).score(image, prompt) for part in ("color", "shape", "place")
+    ),
+    name="faithful",
+)
+
+
+def learned_by_dreamsync(bench: Bench) -> Drawer:
+    """The best of several draws that are right, fine-tuned on, in rounds."""
+    result = dreamsync(
+        bench.prompts,
+        synthesizer=bench.base,
+        faithful=aa.Floor(FAITHFUL, at_least=bench.settings.faithful),
+        beautiful=aa.Floor(Photometric(), at_least=0.0),
+        trainer=bench.trainer,
+        candidates=bench.settings.draws,
+        rounds=bench.settings.rounds,
+        seed=bench.seed,
+        progress=False,
+    )
+    return partial(plain, bench.base.with_lora(result.lora))
+
+
+def learned_by_artaug(bench: Bench) -> Drawer:
+    """The loop: a critic, a regional redraw, the difference."""
+    result = aa.enhance(
+        bench.prompts,
+        synthesizer=bench.guided(aa.RegionalAttention()),
+        critic=PhotometricCritic(),
+        planner=aa.GreedyPlanner(max_regions=3),
+        keep=aa.Gain(Photometric(), at_least=bench.settings.gain)
+        & aa.Gain(FAITHFUL, at_least=min(0.0, bench.settings.gain)),
+        trainer=bench.trainer,
+        rounds=bench.settings.rounds,
+        seed=bench.seed,
+        progress=False,
+    )
+    return partial(plain, bench.base.with_lora(result.lora))
+
+
+def learned_by_rollouts(bench: Bench) -> Drawer:
+    """Rewards by what is right and by how it looks, in equal parts; all draws are learned from."""
+    reward = FunctionScorer(
+        function=lambda image, prompt: (FAITHFUL.score(image, prompt) + Photometric().score(image, prompt)) / 2,
+        name="reward",
+    )
+    result = rollouts(
+        bench.prompts,
+        synthesizer=bench.base,
+        scorer=reward,
+        unseen=playground.Accuracy("color"),
+        held_out=playground.prompts(2, seed=bench.seed + 1, held_out=True),
+        trainer=bench.trainer,
+        draws=bench.settings.draws,
+        rounds=bench.settings.rounds,
+        seed=bench.seed,
+        progress=False,
+    )
+    return partial(plain, bench.base.with_lora(result.lora))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A system, and what a row of it is measured with: rows of an arm whose words have changed are measured again."""
+
+    system: System
+    words: str
+    learns: bool = field(default=False)
+
+
+ARMS: Mapping[str, Arm] = {
+    BASE: Arm(lambda bench: partial(plain, bench.base), "plain prompts"),
+    "regional planning": Arm(regional, f"{PLANNER}, RegionalAttention"),
+    **{f"IRG, {turns} turns": Arm(partial(interleaved, turns), "vivid where wrong") for turns in (1, 2, 3)},
+    "refine, 3 turns": Arm(partial(refined, 3), f"regions where wrong, {PLANNER}"),
+    "checklist, 4 turns": Arm(partial(checked, 4), "new noise"),
+    "DreamSync": Arm(learned_by_dreamsync, "faithful, then Photometric", learns=True),
+    "ArtAug": Arm(learned_by_artaug, "PhotometricCritic, Gain 0.02 and faithful", learns=True),
+    "rollouts": Arm(learned_by_rollouts, "faithful and Photometric", learns=True),
+}
