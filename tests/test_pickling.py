@@ -87,6 +87,7 @@ SAMPLES = {
     Image.Image: lambda: Image.new("RGB", (2, 2), (1, 2, 3)),
     aa.Box: lambda: aa.Box(0, 0, 0.5, 1),
     aa.Mask: lambda: aa.Mask.from_array(np.eye(2)),
+    aa.Budget: lambda: aa.Budget(at_most=8, critique=0.25),
     aa.Scorer: FixedScorer,
     aa.PairwiseJudge: FixedJudge,
     aa.Synthesizer: SwatchSynthesizer,
