@@ -1,4 +1,4 @@
-"""A step with the attention probe on all layers beside a plain one, drawing and training."""
+"""A step with the attention probe on all layers, or with latents moved by the maps, beside a plain one, drawing and training."""
 
 import gc
 import time
@@ -11,8 +11,10 @@ import torch
 from matplotlib.figure import Figure
 
 import artaug as aa
+from artaug.recipes import AStar, AttendAndExcite
 from artaug.regional import AttentionMaps, GuidedRun
 from artaug.regional.guide import Guide, steer
+from artaug.regional.latent_guide import LatentMoves
 from benchmarks import _flux as flux
 from benchmarks import _memory as memory
 from benchmarks import _record as record
@@ -22,6 +24,8 @@ GOAL = 1.15
 """A step with the probe takes at most so many times as long as a plain one, at 1,024 image tokens and two phrases."""
 PHRASES = ("red cone", "blue ball", "green cube", "grey wall")
 _TOKENS_OF_A_PHRASE = 3
+_PROMPT_TOKENS = 20
+"""Of a prompt, without its padding: those that compete where latents are moved."""
 
 
 def measure(*, quick: bool) -> Iterator[record.Row]:
@@ -31,6 +35,8 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
     a larger part of a step, so that the ratio is rather too high. A phrase has three tokens. Rows differ in image tokens, in the
     number of phrases, in what probabilities are over, and in whether the step is one of drawing or of training, where the maps
     are part of the loss. ``with regions`` compares regional attention with the probe beside regional attention without it.
+    In ``moving latents`` every step is moved once, by the gradient of a loss of the maps of all layers: a prediction more, and
+    its way back. ``recomputed`` has gradient checkpointing there.
     """
     if torch.cuda.is_available():
         geometry = replace(flux.FLUX_DEV, double_blocks=2, single_blocks=2) if quick else flux.FLUX_DEV
@@ -50,6 +56,16 @@ def probes(received: list[AttentionMaps]) -> dict[str, Guide]:
     return {"2 phrases": probe(2), "4 phrases": probe(4), "2 phrases, over the prompt": probe(2, over="prompt")}
 
 
+def movers() -> dict[str, Guide]:
+    """The guides that move latents once in each step, by name."""
+    phrases = PHRASES[:2]
+    return {
+        "Attend-and-Excite": AttendAndExcite(phrases=phrases, until=1.0, refinements=()),
+        "Attend-and-Excite, recomputed": AttendAndExcite(phrases=phrases, until=1.0, refinements=()),
+        "A-STAR": AStar(phrases=phrases),
+    }
+
+
 def point_rows(geometry: flux.Geometry, *, side: int, rounds: int, training: bool) -> list[record.Row]:
     """A row for each way to read, at one picture size."""
     model, received = geometry.model(), list[AttentionMaps]()
@@ -60,6 +76,7 @@ def point_rows(geometry: flux.Geometry, *, side: int, rounds: int, training: boo
         "plain": regional,
         **{name: aa.Together((regional, probe)) for name, probe in probes(received).items() if name == "2 phrases"},
     }
+    ways["moving latents"] = {"plain": None, **movers()}
     if training:
         ways["training"] = {"plain": None, "2 phrases": probes(received)["2 phrases"]}
     rows: list[record.Row] = []
@@ -68,8 +85,11 @@ def point_rows(geometry: flux.Geometry, *, side: int, rounds: int, training: boo
         setting = flux.Setting(
             geometry=geometry, model=model, side=side, pictures=pictures, gradients=task == "training"
         )
-        run = replace(setting.run, phrase_tokens=_phrase_tokens)
-        timed = {name: partial(step_seconds, setting, run, guide, received) for name, guide in guides.items()}
+        run = replace(setting.run, phrase_tokens=_phrase_tokens, token_slices=[slice(0, _PROMPT_TOKENS)])
+        timed = {
+            name: partial(step_seconds, setting, run, guide, received, recomputed="recomputed" in name)
+            for name, guide in guides.items()
+        }
         peaks = {name: memory.observe(way, inputs=setting.inputs).peak_bytes for name, way in timed.items()}
         seconds = timing.interleaved(timed, rounds=rounds)
         rows += [
@@ -89,23 +109,40 @@ def point_rows(geometry: flux.Geometry, *, side: int, rounds: int, training: boo
 
 
 def _phrase_tokens(_prompt: str, phrases: Sequence[str]) -> list[tuple[int, ...]]:
-    """Some tokens of a prompt for each phrase; which they are matters to no time."""
-    starts = [5 * PHRASES.index(phrase) for phrase in phrases]
-    return [tuple(range(start, start + _TOKENS_OF_A_PHRASE)) for start in starts]
+    """Some tokens of a prompt for each phrase, all for another text; which they are matters to no time."""
+    return [
+        tuple(range(start := 5 * PHRASES.index(phrase), start + _TOKENS_OF_A_PHRASE))
+        if phrase in PHRASES
+        else tuple(range(_PROMPT_TOKENS))
+        for phrase in phrases
+    ]
 
 
-def step_seconds(setting: flux.Setting, run: GuidedRun, guide: Guide | None, received: list[AttentionMaps]) -> float:
+def step_seconds(
+    setting: flux.Setting,
+    run: GuidedRun,
+    guide: Guide | None,
+    received: list[AttentionMaps],
+    *,
+    recomputed: bool = False,
+) -> float:
     """Seconds of one step, the second under its guide."""
     block: AbstractContextManager[object] = nullcontext() if guide is None else steer(guide, run)
+    moves = LatentMoves(run, lambda: 2)
     seconds = 0.0
+    if recomputed:
+        setting.model.enable_gradient_checkpointing()
     with block:
+        run.moves = moves
         for _ in range(2):
             received.clear()
             memory.synchronize()
             start = time.perf_counter()
             step(setting, received)
+            moves.step_from(setting.kwargs["hidden_states"])
             memory.synchronize()
             seconds = time.perf_counter() - start
+    setting.model.disable_gradient_checkpointing()
     return seconds
 
 

@@ -19,6 +19,7 @@ def test_every_way_to_read_has_a_row_beside_its_plain_step():
     assert tasks == {
         "drawing": ["plain", "2 phrases", "4 phrases", "2 phrases, over the prompt"],
         "drawing with regions": ["plain", "2 phrases"],
+        "moving latents": ["plain", "Attend-and-Excite", "Attend-and-Excite, recomputed", "A-STAR"],
         "training": ["plain", "2 phrases"],
     }
     assert all(row["ratio_to_plain"] == 1 for row in rows if row["probe"] == "plain")

@@ -30,6 +30,7 @@ ONE_METHOD = (
     aa.PairwiseJudge,
     aa.PairFilter,
     aa.Guide,
+    aa.LatentGuide,
     aa.Objective,
     aa.Fuser,
     aa.Optimizer,

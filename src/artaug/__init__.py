@@ -60,7 +60,7 @@ from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Skipped, Verdict
 from artaug.pairwise import PairwiseJudge, Preference
 from artaug.placement import OneAtATime, Placement, Resident
 from artaug.plan import GreedyPlanner, Plan, Region, RegionPlanner
-from artaug.regional import AttentionProbe, Guide, Isolation, OutputMix, RegionalAttention, Together
+from artaug.regional import AttentionProbe, Guide, Isolation, LatentGuide, OutputMix, RegionalAttention, Together
 from artaug.report import write_report
 from artaug.review import ManualReview, RecordedDecisions, ReviewProgress
 from artaug.run.enhance import enhance
@@ -176,6 +176,7 @@ __all__ = [
     "InvalidValueError",
     "Isolation",
     "Kept",
+    "LatentGuide",
     "LoKr",
     "LoRA",
     "LoRAError",

@@ -1,5 +1,7 @@
 """What the probe takes and gives: phrases, layers, means, and what it refuses. Exactness has a test in every family."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -66,6 +68,25 @@ def test_some_plans_may_have_no_phrases(pipeline):
     assert maps.layers[0].maps[1].count_nonzero() == 0
 
 
+def test_a_number_is_one_token_whatever_it_stands_for(pipeline):
+    numbers = []
+
+    class Tokens(aa.Guide):
+        reads_regions = False
+
+        @contextmanager
+        def applied(self, run):
+            numbers.extend(run.phrase("red"))
+            yield
+
+    synthesizer(pipeline, Tokens()).synthesize_batch(PLANS, seeds=[0, 1])
+    whole = read(pipeline, PLANS[:1], phrases=["red", *numbers[0], 10_000])[0].layers[0].maps
+    torch.testing.assert_close(whole[:, 1:-1].sum(dim=1), whole[:, 0])
+    assert (whole[:, -1] == 0).all()
+    every = read(pipeline, PLANS[:1], phrases=range(128), over="prompt")[0].layers[0].maps
+    torch.testing.assert_close(every.sum(dim=1), torch.ones_like(every[:, 0]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -85,6 +106,8 @@ def test_what_cannot_be_read_is_an_error_before_anything_is_drawn(pipeline, opti
     [
         ({"phrases": []}, r"AttentionProbe\(phrases=\[\]\) would read nothing"),
         ({"phrases": "red"}, r"Put it in a list"),
+        ({"phrases": [-1]}, r"AttentionProbe\(phrases=-1\): expected a whole number of at least 0"),
+        ({"phrases": [0.5]}, r"expected a whole number of at least 0"),
     ],
 )
 def test_a_probe_without_phrases_is_refused(options, message):

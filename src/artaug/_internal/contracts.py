@@ -16,6 +16,7 @@ calls that function, so that a wrong answer is named at its source::
 | `ImageSimilarity` | `artaug.images.similarity.compare_pairs` |
 | `Objective` | `artaug.training.objectives.compute_loss` |
 | `Guide` | `artaug.regional.guide.steer` |
+| `LatentGuide` | `artaug.regional.latent_guide.LatentMoves` |
 | `Fuser` | `artaug.lora.fusing.fuse_loras` |
 """
 

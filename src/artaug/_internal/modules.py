@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -106,3 +106,15 @@ def _joined(path: str, name: str) -> str:
 def is_quantized(weight: object) -> bool:
     """Whether a weight is of a class that is not torch's, so a quantization library's."""
     return isinstance(weight, Tensor) and type(weight).__module__.partition(".")[0] != "torch"
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Set ``requires_grad`` of a module's parameters to False for a ``with`` block, then restore it for each of them."""
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)

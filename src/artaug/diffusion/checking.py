@@ -38,6 +38,7 @@ from artaug.regional.denoiser import (
 )
 from artaug.regional.guide import Guide
 from artaug.regional.isolation import Isolation
+from artaug.regional.latent_guide import LatentGuide, LatentStep, Predict
 from artaug.regional.output_mix import OutputMix
 from artaug.regional.regional_attention import RegionalAttention
 
@@ -58,7 +59,8 @@ def check_family(
     encoded as alone; a region over the full picture that repeats the plan's prompt changes nothing; every method of
     `RegionalAttention` agrees with the dense mask; another prompt in one half changes nothing that the tokens of the
     other half see in the first layer; a batch draws what each picture draws alone; noise levels fall; hooks and
-    processors of the model are as before. For a family that writes `Family.tokenized`: the tokens of a phrase are a prompt's
+    processors of the model are as before. A `LatentGuide` gets latents in the form of `Family.encode_images`, what it makes of
+    them reaches the model, and one that moves nothing draws the plain picture, bit for bit. For a family that writes `Family.tokenized`: the tokens of a phrase are a prompt's
     own, and a drawing in which `AttentionProbe` reads them is the plain one, bit for bit. A small model with random weights in
     float32 and two steps are enough.
 
@@ -76,6 +78,7 @@ def check_family(
     checks.check_plain()
     checks.check_prompts()
     checks.check_output_mix()
+    checks.check_latents()
     checks.check_phrases()
     if checks.is_attentive:
         checks.check_noise_levels()
@@ -165,6 +168,19 @@ class RecordingDenoiser(AttentiveDenoiser):
                 selected.append(output[:, :, start : start + span.length])
             start += span.length
         return selected
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Shift(LatentGuide):
+    """Moves latents by a number, and keeps the shapes of latents and predictions."""
+
+    by: float
+    shapes: list[torch.Size] = field(default_factory=list)
+
+    def moved(self, latents: Tensor, step: LatentStep, predict: Predict) -> Tensor:
+        self.shapes.extend([latents.shape, predict(latents).shape])
+        return latents + self.by
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,6 +307,18 @@ class _FamilyChecks:
             least = min(float(layer.maps.min()) for call in maps for layer in call.layers)
             most = max(float(layer.maps.max()) for call in maps for layer in call.layers)
             assert 0 <= least <= most <= 1 + _ROUNDING, f"{self.name}: probabilities run from {least} to {most}"
+
+    def check_latents(self) -> None:
+        plain = self._predictions([Plan(self.prompt)], None)
+        still, shifted = (_Shift(by) for by in (0.0, 1.0))
+        moved = self._predictions([Plan(self.prompt)], shifted)
+        kept = self._predictions([Plan(self.prompt)], still)
+        assert all(map(torch.equal, kept, plain)), f"{self.name}: a LatentGuide that moves nothing changes a prediction"
+        assert not torch.equal(moved[0], plain[0]), f"{self.name}: latents that a LatentGuide moves do not reach the model"
+        expected = self.family.initial_noise([0], self.family.encode_prompts([self.prompt])).shape
+        assert set(still.shapes) == {expected}, (
+            f"{self.name}: a LatentGuide gets latents and predictions of the shapes {set(still.shapes)}, and latents have {expected}"
+        )
 
     def check_output_mix(self) -> None:
         plain = self._predictions([Plan(self.prompt)], None)

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from artaug._internal.arguments import check_argument, check_items
 from artaug._internal.devices import DType, check_placement, component_dtypes, log_loaded, resolve_device
 from artaug._internal.digests import digest
+from artaug._internal.modules import frozen
 from artaug._internal.weights import check_safetensors, model_errors
 from artaug.canvas import Canvas
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.canvases import Start
 from artaug.diffusion.families.registry import family_at, family_of
+from artaug.diffusion.latent_moves import moved_latents
 from artaug.diffusion.locking import exclusive_drawing, exclusive_use
 from artaug.diffusion.offload import check_trainable
 from artaug.diffusion.precision import mixed_precision
@@ -34,6 +36,7 @@ from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide, declines, steer
 from artaug.regional.guided_run import GuidedRun
+from artaug.regional.latent_guide import LatentMoves
 from artaug.synthesis import Synthesizer
 from artaug.training.model import DiffusionModel
 
@@ -232,16 +235,17 @@ class DiffusersSynthesizer(Synthesizer):
             conditioning = family.encode_plans(plans)
             # After the guide, whose hooks know the tensors that the pipeline was given.
             with self._guidance(family, conditioning, plans) as run, mixed_precision(self.pipeline, family.module):
-                check = _StepCheck(family.module, self.guide, run)
                 call = family.pipeline_call([plan.canvas for plan in plans if plan.canvas is not None])
-                output = call.pipeline(
-                    **family.pipeline_kwargs(conditioning, family.encode_negative(plans)),
-                    **call.kwargs,
-                    num_inference_steps=self.steps,
-                    generator=generators,
-                    callback_on_step_end=check,
-                    output_type="pt",
-                )
+                with moved_latents(call.pipeline, run) as moves:
+                    check = _StepCheck(family.module, self.guide, run, moves)
+                    output = call.pipeline(
+                        **family.pipeline_kwargs(conditioning, family.encode_negative(plans)),
+                        **call.kwargs,
+                        num_inference_steps=self.steps,
+                        generator=generators,
+                        callback_on_step_end=check,
+                        output_type="pt",
+                    )
             if (
                 call.pipeline is not self.pipeline
             ):  # which has not offloaded what the hooks of this one brought to the device
@@ -278,7 +282,7 @@ class DiffusersSynthesizer(Synthesizer):
         with (
             exclusive_use(self.pipeline),
             self._active_loras(family.module),
-            _frozen(family.module),
+            frozen(family.module),
             mixed_precision(self.pipeline, family.module),
         ):
             yield family
@@ -413,10 +417,15 @@ def _warn_of_black_images(output: object, plans: Sequence[Plan]) -> None:
 
 
 class _StepCheck:
-    """The pipeline's callback: LoRAs and guide acted in the first step, and latents are finite after every step."""
+    """The pipeline's callback: LoRAs and guide acted in the first step, and latents are finite after every step.
 
-    def __init__(self, module: nn.Module, guide: Guide | None, run: GuidedRun | None) -> None:
-        self._module, self._guide, self._run = module, guide, run
+    What moves latents gets to know here what the pipeline goes on with.
+    """
+
+    def __init__(
+        self, module: nn.Module, guide: Guide | None, run: GuidedRun | None, moves: LatentMoves | None
+    ) -> None:
+        self._module, self._guide, self._run, self._moves = module, guide, run, moves
         self._finite: list[Tensor] = []
         """Of each step, on the device. To read one after each step, the device would have to wait for the next."""
 
@@ -428,6 +437,8 @@ class _StepCheck:
             if self._run is not None:
                 self._run.check_called(self._guide)
         self._finite.append(tensors["latents"].isfinite().all())
+        if self._moves is not None:
+            self._moves.end_step(tensors["latents"])
         return {}
 
     def raise_if_not_finite(self) -> None:
@@ -466,15 +477,3 @@ def without_progress_bar(pipeline: DiffusionPipeline) -> Iterator[None]:
         yield
     finally:
         pipeline.set_progress_bar_config(**config)
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Set ``requires_grad`` of a module's parameters to False for a ``with`` block, then restore it for each of them."""
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)

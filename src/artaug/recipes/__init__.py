@@ -1,5 +1,7 @@
 """Systems of the family as short functions over the library's nouns, to call as they are or to copy and change."""
 
+from artaug.recipes.a_star import AStar
+from artaug.recipes.attend_and_excite import AttendAndExcite
 from artaug.recipes.chat import ServedChat
 from artaug.recipes.checklists import ChatRequirements, Checked, checklist
 from artaug.recipes.contexts import ContextGuidance, serial_guidance
@@ -18,6 +20,8 @@ from artaug.recipes.separate_and_enhance import TEXT_KEYS, SeparateAndEnhance, s
 __all__ = [
     "TEXT_KEYS",
     "ChatEdits",
+    "AStar",
+    "AttendAndExcite",
     "ChatLayout",
     "ChatReflection",
     "ChatRequirements",

@@ -18,6 +18,7 @@ from artaug.regional.denoiser import (
 from artaug.regional.guide import Guide, Together
 from artaug.regional.guided_run import DenoiserCall, EncodedRegion, GuidedRun
 from artaug.regional.isolation import BALANCED, ELIGEN, INSTANTX, INVOKEAI, OPEN, Isolation
+from artaug.regional.latent_guide import LatentGuide, LatentStep, Predict
 from artaug.regional.output_mix import OutputMix
 from artaug.regional.regional_attention import RegionalAttention
 
@@ -46,8 +47,11 @@ __all__ = [
     "Guide",
     "GuidedRun",
     "Isolation",
+    "LatentGuide",
+    "LatentStep",
     "LayerMaps",
     "OutputMix",
+    "Predict",
     "RegionalAttention",
     "Span",
     "Together",

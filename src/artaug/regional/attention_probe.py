@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from artaug._internal.arguments import argument_error, check_items
+from artaug._internal.arguments import argument_error, check_count, check_items
 from artaug.errors import GuideError, InvalidValueError
 from artaug.plan import Plan
 from artaug.regional.attention_layers import Attended, AttentionLayers
@@ -21,7 +21,10 @@ from artaug.regional.guide import Guide
 from artaug.regional.guided_run import DenoiserCall, GuidedRun
 from artaug.regional.key_maps import key_maps
 
-Phrases: TypeAlias = Sequence[str] | Callable[[Plan], Sequence[str]]
+Phrase: TypeAlias = str | int
+"""A part of a prompt, or the number of one token in a row of `artaug.diffusion.Family.encode_prompts`."""
+
+Phrases: TypeAlias = Sequence[Phrase] | Callable[[Plan], Sequence[Phrase]]
 """The phrases of every plan, or a function that gives those of each."""
 
 
@@ -44,8 +47,8 @@ class AttentionMaps:
     """The maps of one call of the denoiser, of all layers that were probed."""
 
     call: int
-    """Its number among the calls for the plans' prompts, from 0: the step, where a step is one call."""
-    phrases: tuple[tuple[str, ...], ...]
+    """Its number among the calls for the plans' prompts, from 0: the step, where a step is one call. 0 in what a guide tries."""
+    phrases: tuple[tuple[Phrase, ...], ...]
     """The phrases of each picture of the batch, in the order of the maps."""
     layers: tuple[LayerMaps, ...]
     """In the order of computation."""
@@ -82,7 +85,8 @@ class AttentionProbe(Guide):
     training, the maps have theirs, to queries and all keys.
 
     Raises:
-        InvalidValueError: without phrases, or for layers that are no numbers.
+        InvalidValueError: without phrases, for one that is neither text nor a number of 0 or more, or for layers that are no
+            numbers.
 
     >>> import artaug as aa
     >>> maps = []
@@ -90,7 +94,8 @@ class AttentionProbe(Guide):
     """
 
     phrases: Phrases
-    """Parts of the plans' prompts, see `artaug.regional.GuidedRun.phrase`; or a function of a plan."""
+    """Parts of the plans' prompts, see `artaug.regional.GuidedRun.phrase`, or numbers of single tokens, which may be special ones or
+    padding; or a function of a plan. A number beyond a picture's prompt stands for no token."""
     receive: Callable[[AttentionMaps], object] = field(repr=False, compare=False)
     """Called with the maps of every call of the denoiser, after it."""
     layers: Sequence[int] | None = None
@@ -103,9 +108,12 @@ class AttentionProbe(Guide):
 
     def __post_init__(self) -> None:
         if not callable(self.phrases):
-            check_items("AttentionProbe", "phrases", self.phrases, str)
+            check_items("AttentionProbe", "phrases", self.phrases, object)
             if not self.phrases:
                 raise InvalidValueError("AttentionProbe(phrases=[]) would read nothing: give one or more.")
+            for phrase in self.phrases:
+                if not isinstance(phrase, str):
+                    check_count("AttentionProbe", "phrases", phrase, least=0)
             object.__setattr__(self, "phrases", tuple(self.phrases))
         if self.layers is not None:
             check_items("AttentionProbe", "layers", self.layers, int)
@@ -151,6 +159,8 @@ class _ProbedRun:
 
     def __init__(self, probe: AttentionProbe, run: GuidedRun, layers: AttentionLayers) -> None:
         self._probe, self._run, self._layers = probe, run, layers
+        self._trial = run.trial
+        """The trials whose calls are read; None for the calls that draw."""
         self._tokens, self._phrases = _phrase_tokens(probe.phrases, run)
         readable = [site for site in layers.sites if site.kind != "text"]
         blocks = {site.block for site in readable} if probe.layers is None else set(probe.layers)
@@ -172,12 +182,12 @@ class _ProbedRun:
 
     def before_forward(self, _module: nn.Module, _args: object) -> None:
         call = self._run.call
-        if call is None or not call.branches.cond:  # another guide's own prediction, or the negative branch
-            return
+        if call is None or call.trial is not self._trial or not call.branches.cond:
+            return  # another guide's own prediction, or the negative branch
         self._call, self._read, self._layouts = call, {}, {}
 
     def observe(self, site: AttentionSite, attended: Attended) -> None:
-        if site not in self._readable:
+        if site not in self._readable or self._run.trial is not self._trial:
             return
         is_reading = self._call is not None and self._run.call is self._call
         if not is_reading and not _in_backward():
@@ -240,7 +250,11 @@ class _ProbedRun:
             raise GuideError(f"phrases of {len(self._tokens)} pictures cannot be read in a batch of {len(rows)}.")
         spans = [row.spans for row in self._layers.current.value.rows] or self._layers.denoiser.spans(call.kwargs)
         places = [_places(spans[row], kind) for row in rows]
-        numbers = [sorted({token for phrase in phrases for token in phrase}) for phrases in self._tokens]
+        lengths = [prompt.stop - prompt.start for _, prompt in places]
+        numbers = [
+            sorted({token for phrase in phrases for token in phrase if token < length})
+            for phrases, length in zip(self._tokens, lengths, strict=True)
+        ]
         most = max(map(len, numbers))
         selected = torch.zeros(len(rows), most, dtype=torch.long)
         members = torch.zeros(len(rows), max(map(len, self._tokens)), most)
@@ -261,16 +275,21 @@ class _ProbedRun:
         return layout
 
 
-def _phrase_tokens(phrases: Phrases, run: GuidedRun) -> tuple[list[list[tuple[int, ...]]], tuple[tuple[str, ...], ...]]:
+def _phrase_tokens(phrases: Phrases, run: GuidedRun) -> tuple[list[list[tuple[int, ...]]], tuple[tuple[Phrase, ...], ...]]:
     """The tokens of the phrases of each picture, and the phrases."""
     if not callable(phrases):
-        by_phrase = [run.phrase(phrase) for phrase in phrases]
+        by_phrase = [
+            run.phrase(phrase) if isinstance(phrase, str) else ((phrase,),) * len(run.plans) for phrase in phrases
+        ]
         return [list(tokens) for tokens in zip(*by_phrase, strict=True)], (tuple(phrases),) * len(run.plans)
     of_plans = [tuple(phrases(plan)) for plan in run.plans]
     if not any(of_plans):
         raise GuideError("AttentionProbe(phrases=...) gives no phrase for any plan of a batch. Expected one or more.")
     tokens = [
-        list(map(tuple, run.phrase_tokens(plan.prompt, of_plan)))
+        [
+            tuple(run.phrase_tokens(plan.prompt, [phrase])[0]) if isinstance(phrase, str) else (phrase,)
+            for phrase in of_plan
+        ]
         for plan, of_plan in zip(run.plans, of_plans, strict=True)
     ]
     for plan, of_plan, found in zip(run.plans, of_plans, tokens, strict=True):

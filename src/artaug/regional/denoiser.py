@@ -2,16 +2,19 @@
 
 import dataclasses
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from artaug._internal.modules import unwrap
+from artaug.errors import GuideError
 from artaug.regional.isolation import BALANCED, Isolation
 
 Conditioning: TypeAlias = Mapping[str, Any]
@@ -108,6 +111,9 @@ def bind_forward_args(module: nn.Module, args: Sequence[Any], kwargs: ForwardKwa
 class Denoiser(ABC):
     """The interface of a model to a guide, in one run. This much is enough for `OutputMix`."""
 
+    latents_name: ClassVar[str] = "hidden_states"
+    """The argument of a call that holds the latents."""
+
     module: nn.Module
     """The denoiser without wrappers, whose first output is the prediction."""
     grid: tuple[int, int]
@@ -137,9 +143,64 @@ class Denoiser(ABC):
         first = dataclasses.fields(output)[0].name
         return dataclasses.replace(output, **{first: prediction})
 
+    def latents_in(self, kwargs: ForwardKwargs) -> Tensor:
+        """The latents in a call's arguments as the pipeline holds them between steps, one row for each picture.
+
+        The default takes the first tokens of the argument `latents_name`, as many as `grid` has. Override it, and
+        `with_latents`, for a model whose input has another form, or is scaled.
+
+        Raises:
+            GuideError: in the default, for a call without that argument.
+        """
+        if self.latents_name not in kwargs:
+            raise GuideError(
+                f"{type(self).__name__} does not say where the latents are in a call with {sorted(kwargs)}, so no guide can "
+                "move them. Write its `latents_name`, and `latents_in` and `with_latents` where they have another form."
+            )
+        model_input: Tensor = kwargs[self.latents_name]
+        return model_input[_picture_rows(self.branches(kwargs)), : math.prod(self.grid)]
+
+    def with_latents(self, kwargs: ForwardKwargs, latents: Tensor) -> dict[str, Any]:
+        """The arguments of the same call with other latents, in every branch of guidance."""
+        return {**kwargs, self.latents_name: with_first(kwargs[self.latents_name], latents)}
+
+    def select_rows(self, kwargs: ForwardKwargs, rows: range) -> dict[str, Any]:
+        """The arguments of the same call for these rows of its batch alone.
+
+        The default takes the rows of every tensor that has as many as the batch, in whatever it is nested.
+        """
+        branches = self.branches(kwargs)
+        count = len(branches.cond) + len(branches.uncond)
+        if len(rows) == count:
+            return dict(kwargs)
+        return {name: _rows_of(value, rows, count) for name, value in kwargs.items()}
+
     def broadcast_weights(self, weights: Tensor) -> Tensor:
         """Weights (rows, columns), shaped to multiply one row of a prediction, which by default is (tokens, channels)."""
         return rearrange(weights, "rows columns -> (rows columns) 1")
+
+
+def with_first(tensor: Tensor, latents: Tensor) -> Tensor:
+    """A model's input with other latents, which come first along its second axis, in as many branches as it has."""
+    repeated = latents.to(tensor).repeat(len(tensor) // len(latents), *[1] * (latents.ndim - 1))
+    rest = tensor[:, latents.shape[1] :]  # of what the pipeline puts behind them: a reference picture, a mask
+    return torch.cat([repeated, rest], dim=1) if rest.shape[1] else repeated
+
+
+def _picture_rows(branches: Branches) -> slice:
+    """The rows of one branch of a call: each picture has one."""
+    rows = branches.cond or branches.uncond
+    return slice(rows.start, rows.stop)
+
+
+def _rows_of(value: Any, rows: range, count: int) -> Any:  # noqa: ANN401 - whatever a pipeline passes
+    if isinstance(value, Tensor):
+        return value[rows.start : rows.stop] if value.ndim and len(value) == count else value
+    if isinstance(value, Mapping):
+        return {name: _rows_of(item, rows, count) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_rows_of(item, rows, count) for item in value)
+    return value
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

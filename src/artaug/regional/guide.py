@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, final
 from weakref import WeakKeyDictionary
@@ -107,7 +107,7 @@ def steer(guide: Guide, run: GuidedRun) -> Iterator[GuidedRun]:
 
 
 def _applied(guide: Guide, run: GuidedRun) -> AbstractContextManager[None]:
-    """A guide's block, in which a model is compiled where the guide allows it."""
+    """A guide's block, in which a model is compiled only where the guide allows it."""
     block: object = guide.applied(run)
     if not isinstance(block, AbstractContextManager):
         raise contract_error(
@@ -117,12 +117,13 @@ def _applied(guide: Guide, run: GuidedRun) -> AbstractContextManager[None]:
             inputs=f"a {type(run.denoiser).__name__} and {len(run.plans)} plan(s)",
             expected="a context manager, as of a method with @contextlib.contextmanager",
         )
-    return _as_compiled(block, nullcontext() if guide.runs_compiled else uncompiled())
+    return block if guide.runs_compiled else _as_written(block, run)
 
 
 @contextmanager
-def _as_compiled(block: AbstractContextManager[None], compilation: AbstractContextManager[None]) -> Iterator[None]:
-    with compilation, block:
+def _as_written(block: AbstractContextManager[None], run: GuidedRun) -> Iterator[None]:
+    """A guide's block without compiled code, in which its hooks may do what they like."""
+    with uncompiled(), block, run.hooks_noted():
         yield
 
 

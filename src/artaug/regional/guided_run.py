@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from artaug._internal.modules import outside_graphs
 from artaug.errors import GuideError
@@ -23,6 +23,19 @@ from artaug.regional.denoiser import (
 
 PhraseTokens: TypeAlias = Callable[[str, Sequence[str]], Sequence[tuple[int, ...]]]
 """The tokens of phrases in a prompt, as `artaug.diffusion.Family.phrase_tokens` gives them."""
+
+Mover: TypeAlias = Callable[..., Tensor]
+"""Moves latents before a step; takes and gives what `artaug.LatentGuide.moved` does."""
+
+
+class Moves(Protocol):
+    """The moves of a drawing, as its calls of the denoiser need them."""
+
+    def before_call(self, call: "DenoiserCall", /) -> "DenoiserCall":
+        """The same call with the latents of its step."""
+
+    def after_hooks(self, call: "DenoiserCall", kwargs: ForwardKwargs, /) -> None:
+        """Take over the latents that hooks of a guide have replaced in a call."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,9 @@ class DenoiserCall:
 
     denoiser: Denoiser
     kwargs: ForwardKwargs
-    """Its arguments by name, before any guide has changed them."""
+    """Its arguments by name, before any guide has changed them, but for latents that guides have moved."""
+    trial: object | None = None
+    """What tells the trials of one move of the latents from all others, see `GuidedRun.trials`; None for a call that draws."""
 
     @cached_property
     def branches(self) -> Branches:
@@ -62,8 +77,17 @@ class GuidedRun:
     """The regions of each picture with their prompts encoded, possibly none."""
     phrase_tokens: PhraseTokens = field(repr=False)
     """Where a prompt's tokens are, by the model's family; `phrase` is made of it."""
+    token_slices: Sequence[slice] = ()
+    """Where each plan's own tokens are in its encoded prompt, special ones included: see `artaug.diffusion.Family.token_slices`;
+    empty where nothing says."""
     call: DenoiserCall | None = field(default=None, init=False, repr=False)
     """The last call of the denoiser that the pipeline made; None before the first, and in `aside`."""
+    movers: list[Mover] = field(default_factory=list, init=False, repr=False)
+    """What moves the latents before every step, in this order: see `latents_moved_by`."""
+    moves: Moves | None = field(default=None, init=False, repr=False)
+    """How the drawing puts moved latents into its steps; None in a run that draws nothing."""
+    trial: object | None = field(default=None, init=False, repr=False)
+    """What tells the trials under way from all others; None outside `trials`."""
     _layers: AttentionLayers | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,19 +160,74 @@ class GuidedRun:
             self.call, self._is_aside = outer, was_aside
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Keep `call` up to date in a ``with`` block, by a hook that runs outside graphs."""
+    def latents_moved_by(self, move: Mover) -> Iterator[None]:
+        """Have the latents moved before every step of the drawing, inside a ``with`` block.
 
-        def note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        Args:
+            move: is called as `artaug.LatentGuide.moved` is, after those that came before it, with the latents that they gave.
+        """
+        self.movers.append(move)
+        try:
+            yield
+        finally:
+            self.movers.remove(move)
+
+    @contextmanager
+    def trials(self) -> Iterator[None]:
+        """A ``with`` block in which calls of the denoiser try latents for one move, and draw nothing.
+
+        The run's guides act on them. A guide that notes what is drawn leaves out calls whose `DenoiserCall.trial` is another
+        than the `trial` in which it was applied.
+        """
+        outer, self.trial, self.call = self.trial, object(), None
+        try:
+            yield
+        finally:
+            self.trial = outer
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Keep `call` up to date in a ``with`` block, and put moved latents into it, by a hook that runs outside graphs.
+
+        Raises:
+            GuideError: by the hook, if a guide moves latents in a run that draws nothing.
+        """
+
+        def note_call(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[()], dict[str, Any]] | None:
             self._called = True
-            if not self._is_aside:
-                self.call = DenoiserCall(self.denoiser, bind_forward_args(module, args, kwargs))
+            if self._is_aside:
+                return None
+            call = DenoiserCall(self.denoiser, bind_forward_args(module, args, kwargs), self.trial)
+            if self.trial is not None or not self.movers:
+                self.call = call
+                return None
+            if self.moves is None:
+                raise GuideError(
+                    f"{len(self.movers)} guide(s) of this run move latents before a step, and it has no steps: it is one "
+                    "prediction, as in training. Draw with them by DiffusersSynthesizer(..., guide=...)."
+                )
+            moved = self.moves.before_call(call)
+            self.call = moved
+            return None if moved is call else ((), dict(moved.kwargs))
 
         hook = self.denoiser.module.register_forward_pre_hook(outside_graphs(note_call), with_kwargs=True)
         try:
             yield
         finally:
             hook.remove()
+
+    @contextmanager
+    def hooks_noted(self) -> Iterator[None]:
+        """A ``with`` block in which latents that hooks of a guide, registered before it, replace are those of the step, too."""
+
+        def note_latents(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.moves is not None and self.call is not None and self.call.trial is None:
+                self.moves.after_hooks(self.call, bind_forward_args(module, args, kwargs))
+
+        with self.denoiser.module.register_forward_pre_hook(outside_graphs(note_latents), with_kwargs=True):
+            yield
 
     def check_called(self, guide: object) -> None:
         """Refuse to go on after a first step without a call of the denoiser: a guide cannot have acted.

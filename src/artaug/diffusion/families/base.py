@@ -191,6 +191,7 @@ class Family(ABC):
             plans=plans,
             regions=self.encode_regions(plans),
             phrase_tokens=self.phrase_tokens,
+            token_slices=self.token_slices([plan.prompt for plan in plans]),
         )
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:

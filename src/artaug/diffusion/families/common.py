@@ -22,7 +22,9 @@ from artaug.regional.denoiser import (
     AttentionSite,
     Branches,
     Conditioning,
+    Denoiser,
     EncodedPrompt,
+    ForwardKwargs,
     Span,
 )
 from artaug.training.noise_schedule import FlowMatching
@@ -134,6 +136,13 @@ def batched_branches(rows: int, *, pictures: int) -> Branches:
         f"the denoiser was called with {rows} rows in a run of {pictures} pictures. Expected {pictures}, or "
         f"{2 * pictures} with classifier-free guidance: more branches (as of perturbed attention) cannot be guided."
     )
+
+
+def latent_pictures(denoiser: Denoiser, model_input: Tensor, kwargs: ForwardKwargs) -> Tensor:
+    """The latents of one branch in the input of a model that takes pictures of latents: the first of its channels."""
+    branches, module = denoiser.branches(kwargs), denoiser.module
+    rows = branches.cond or branches.uncond
+    return model_input[rows.start : rows.stop, : module.config.out_channels]  # type: ignore[union-attr]
 
 
 def check_no_cache(transformer: Any) -> None:  # noqa: ANN401 - any model with diffusers' CacheMixin

@@ -227,6 +227,9 @@ class StableDiffusion3Denoiser(AttentiveDenoiser):
             "pooled_projections": torch.cat([prompt.conditioning["pooled_prompt_embeds"] for prompt in prompts]),
         }
 
+    def latents_in(self, kwargs: ForwardKwargs) -> Tensor:
+        return common.latent_pictures(self, kwargs["hidden_states"], kwargs)
+
     def broadcast_weights(self, weights: Tensor) -> Tensor:
         return weights  # (channels, rows, columns) is what they multiply
 

@@ -49,6 +49,7 @@ from artaug.regional.denoiser import (
     EncodedPrompt,
     ForwardKwargs,
     Span,
+    with_first,
 )
 from artaug.training.noise_schedule import BetaSchedule, EpsilonPrediction, VPrediction
 
@@ -124,6 +125,7 @@ class UNetFamily(Family):
             isolation=self.isolation,
             pictures=len(conditioning["prompt_embeds"]),
             timesteps=config.num_train_timesteps if "beta_schedule" in config else None,
+            scheduler=self.pipeline.scheduler,
         )
 
     @property
@@ -340,10 +342,13 @@ def _float32_if_it_overflows(vae: AutoencoderKL) -> Iterator[None]:
 class UNetDenoiser(AttentiveDenoiser):
     """A UNet in one run, as a guide sees it."""
 
+    latents_name: ClassVar[str] = "sample"
     pictures: int
     """How many pictures the run draws."""
     timesteps: int | None
     """The timestep of noise level 1; None if the scheduler does not count timesteps."""
+    scheduler: Any
+    """The pipeline's, which scales latents to what the model takes."""
 
     def branches(self, kwargs: ForwardKwargs) -> Branches:
         return common.batched_branches(len(kwargs["sample"]), pictures=self.pictures)
@@ -362,6 +367,18 @@ class UNetDenoiser(AttentiveDenoiser):
             pooled = torch.cat([prompt.conditioning["pooled_prompt_embeds"] for prompt in prompts])
             changed["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": added["time_ids"][selected]}
         return changed
+
+    def latents_in(self, kwargs: ForwardKwargs) -> Tensor:
+        sample = common.latent_pictures(self, kwargs["sample"], kwargs)
+        return sample / self._scaled(torch.ones_like(sample[:1, :1, :1, :1]), kwargs)
+
+    def with_latents(self, kwargs: ForwardKwargs, latents: Tensor) -> dict[str, Any]:
+        return {**kwargs, "sample": with_first(kwargs["sample"], self._scaled(latents, kwargs))}
+
+    def _scaled(self, latents: Tensor, kwargs: ForwardKwargs) -> Tensor:
+        """Latents as the model takes them in the step under way: every scheduler of diffusers multiplies by a number."""
+        scaled: Tensor = self.scheduler.scale_model_input(latents, kwargs["timestep"])
+        return scaled
 
     def broadcast_weights(self, weights: Tensor) -> Tensor:
         return weights  # they multiply (channels, rows, columns)

@@ -197,6 +197,7 @@ class ZImage(Family):
 class ZImageDenoiser(AttentiveDenoiser):
     """A Z-Image transformer in one run, as a guide sees it. Its predictions are of latent pixels."""
 
+    latents_name: ClassVar[str] = "x"
     pictures: int
     """How many pictures the run draws. The second half of a call with twice as many rows has the negative prompt."""
 
@@ -213,6 +214,17 @@ class ZImageDenoiser(AttentiveDenoiser):
             "t": kwargs["t"][selected],
             "cap_feats": [_prompt_tokens(prompt) for prompt in prompts],
         }
+
+    def latents_in(self, kwargs: ForwardKwargs) -> Tensor:
+        return torch.stack(kwargs["x"][: self.pictures]).squeeze(2)
+
+    def with_latents(self, kwargs: ForwardKwargs, latents: Tensor) -> dict[str, Any]:
+        pictures = latents.to(kwargs["x"][0]).unsqueeze(2)
+        return {**kwargs, "x": list(pictures.unbind(0)) * (len(kwargs["x"]) // len(latents))}
+
+    def select_rows(self, kwargs: ForwardKwargs, rows: range) -> dict[str, Any]:
+        selected = slice(rows.start, rows.stop)
+        return {**kwargs, **{name: kwargs[name][selected] for name in ("x", "t", "cap_feats")}}
 
     def prediction(self, output: Output) -> Tensor:
         return torch.stack(output[0])
