@@ -101,7 +101,9 @@ def blurred(pictures):
     """The authors' kernel: exp(-(d / 2 sigma)^2) with sigma 0.5, on a reflected edge."""
     profile = torch.exp(-((torch.tensor([-1.0, 0.0, 1.0]) / (2 * 0.5)) ** 2))
     kernel = torch.outer(profile, profile)
-    return functional.conv2d(functional.pad(pictures[:, None], (1,) * 4, mode="reflect"), (kernel / kernel.sum())[None, None])
+    return functional.conv2d(
+        functional.pad(pictures[:, None], (1,) * 4, mode="reflect"), (kernel / kernel.sum())[None, None]
+    )
 
 
 def test_attend_and_excite_moves_latents_as_its_formulas_say(unet):
@@ -248,17 +250,17 @@ def test_a_phrase_that_a_prompt_lacks_is_an_error_before_anything_is_drawn(recip
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("recipe", "options", "message"),
     [
-        (lambda: AttendAndExcite(phrases=[]), r"expected a list of one phrase or more"),
-        (lambda: AttendAndExcite(phrases="cat"), r"expected a list of one phrase or more"),
-        (lambda: AttendAndExcite(phrases=["cat"], step_size=math.nan), r"step_size=nan\): expected a finite number"),
-        (lambda: AttendAndExcite(phrases=["cat"], scales=(-1.0, 0.5)), r"expected two numbers of 0 or more"),
-        (lambda: AttendAndExcite(phrases=["cat"], refinements=[(0, 2)]), r"expected pairs of a part of the steps"),
-        (lambda: AStar(phrases=["cat"]), r"expected a list of two phrases or more"),
-        (lambda: AStar(phrases=["cat", "frog"], threshold=0.0), r"expected a part of each map's maximum"),
+        (AttendAndExcite, {"phrases": []}, r"expected a list of one phrase or more"),
+        (AttendAndExcite, {"phrases": "cat"}, r"phrases='cat'\): expected a list of one phrase or more"),
+        (AttendAndExcite, {"phrases": ["cat"], "step_size": math.nan}, r"step_size=nan\): expected a finite number"),
+        (AttendAndExcite, {"phrases": ["cat"], "scales": (-1.0, 0.5)}, r"expected two numbers of 0 or more"),
+        (AttendAndExcite, {"phrases": ["cat"], "refinements": [(0, 2)]}, r"expected pairs of a part of the steps"),
+        (AStar, {"phrases": ["cat"]}, r"expected a list of two phrases or more"),
+        (AStar, {"phrases": ["cat", "frog"], "threshold": 0.0}, r"expected a part of each map's maximum"),
     ],
 )
-def test_what_has_no_meaning_is_refused_when_it_is_made(make, message):
+def test_what_has_no_meaning_is_refused_when_it_is_made(recipe, options, message):
     with pytest.raises(aa.InvalidValueError, match=message):
-        make()
+        recipe(**options)

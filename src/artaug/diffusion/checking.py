@@ -314,7 +314,9 @@ class _FamilyChecks:
         moved = self._predictions([Plan(self.prompt)], shifted)
         kept = self._predictions([Plan(self.prompt)], still)
         assert all(map(torch.equal, kept, plain)), f"{self.name}: a LatentGuide that moves nothing changes a prediction"
-        assert not torch.equal(moved[0], plain[0]), f"{self.name}: latents that a LatentGuide moves do not reach the model"
+        assert not torch.equal(moved[0], plain[0]), (
+            f"{self.name}: latents that a LatentGuide moves do not reach the model"
+        )
         expected = self.family.initial_noise([0], self.family.encode_prompts([self.prompt])).shape
         assert set(still.shapes) == {expected}, (
             f"{self.name}: a LatentGuide gets latents and predictions of the shapes {set(still.shapes)}, and latents have {expected}"

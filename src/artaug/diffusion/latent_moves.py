@@ -2,12 +2,11 @@
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from artaug._internal.modules import frozen
 from artaug.regional.guided_run import GuidedRun
 from artaug.regional.latent_guide import LatentMoves
 
@@ -16,8 +15,7 @@ from artaug.regional.latent_guide import LatentMoves
 def moved_latents(pipeline: DiffusionPipeline, run: GuidedRun | None) -> Iterator[LatentMoves | None]:
     """Let the guides of a run move the latents of what a pipeline draws in a ``with`` block; None without a run.
 
-    The scheduler is as before afterwards. Where guides move latents, weights of the denoiser need no gradient, as long as the
-    block lasts.
+    The scheduler is as before afterwards.
     """
     if run is None:
         yield None
@@ -34,7 +32,6 @@ def moved_latents(pipeline: DiffusionPipeline, run: GuidedRun | None) -> Iterato
 
     scheduler.step, run.moves = step_from_moved, moves
     try:
-        with frozen(run.denoiser.module) if run.movers else nullcontext():
-            yield moves
+        yield moves
     finally:
         scheduler.step, run.moves = step, None

@@ -63,7 +63,9 @@ class AStar(Guide):
         for name in ("step_size", "segregation", "retention", "until"):
             check_finite_number("AStar", name, getattr(self, name))
         if not 0 < self.threshold <= 1:
-            raise InvalidValueError(f"AStar(threshold={self.threshold}): expected a part of each map's maximum, in (0, 1].")
+            raise InvalidValueError(
+                f"AStar(threshold={self.threshold}): expected a part of each map's maximum, in (0, 1]."
+            )
 
         for name in ("phrases", "layers"):
             if isinstance(given := getattr(self, name), Sequence):

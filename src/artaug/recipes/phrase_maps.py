@@ -92,9 +92,7 @@ class PhraseMaps:
 
 def _layers(denoiser: AttentiveDenoiser) -> list[int]:
     """Those whose maps are nearest in size to the published ones: all of them where all are of one size."""
-    sizes = {
-        site.block: math.prod(site.grid or denoiser.token_grid) for site in denoiser.sites if site.kind != "text"
-    }
+    sizes = {site.block: math.prod(site.grid or denoiser.token_grid) for site in denoiser.sites if site.kind != "text"}
     nearest = min(sizes.values(), key=lambda size: abs(math.log(size / _PUBLISHED_TOKENS)))
     return [block for block, size in sizes.items() if size == nearest]
 

@@ -275,7 +275,9 @@ class _ProbedRun:
         return layout
 
 
-def _phrase_tokens(phrases: Phrases, run: GuidedRun) -> tuple[list[list[tuple[int, ...]]], tuple[tuple[Phrase, ...], ...]]:
+def _phrase_tokens(
+    phrases: Phrases, run: GuidedRun
+) -> tuple[list[list[tuple[int, ...]]], tuple[tuple[Phrase, ...], ...]]:
     """The tokens of the phrases of each picture, and the phrases."""
     if not callable(phrases):
         by_phrase = [

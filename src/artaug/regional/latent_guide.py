@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from artaug._internal.contracts import check_result, contract_error
+from artaug._internal.modules import frozen
 from artaug.errors import GuideError, NonFiniteError
 from artaug.regional.denoiser import ForwardKwargs
 from artaug.regional.guide import Guide, declines
@@ -89,6 +90,8 @@ class Predict:
         self._block.enter_context(self._run.trials())
         self._block.enter_context(torch.inference_mode(mode=False))
         self._block.enter_context(torch.enable_grad())
+        # Not for the whole drawing: on a CPU, torch takes other kernels for frozen weights, which round otherwise.
+        self._block.enter_context(frozen(self._run.denoiser.module))
         self._block.callback(self._guide.close)
         return self
 

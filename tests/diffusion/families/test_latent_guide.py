@@ -1,5 +1,6 @@
 """Latents that guides move, on the tiny model of every family: what moves reaches the next step, and what does not changes nothing."""
 
+import functools
 from contextlib import contextmanager
 
 import numpy as np
@@ -94,6 +95,7 @@ def recorded_steps(family):
     scheduler, steps = family.pipeline.scheduler, []
     step = scheduler.step
 
+    @functools.wraps(step)  # with its signature: whether it takes generators
     def recording(prediction, timestep, sample, *args, **kwargs):
         steps.append((sample.clone(), prediction.clone()))
         return step(prediction, timestep, sample, *args, **kwargs)
