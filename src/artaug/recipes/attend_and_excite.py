@@ -97,9 +97,8 @@ class AttendAndExcite(Guide):
         size = self.step_size * math.sqrt(first + (last - first) * step.number / max(1, step.count - 1))
         loss, gradient = self._gradient(maps, latents, predict)
         target = self._target(step)
-        for _ in range(0 if target is None else self.most_refinements):
-            neglected = loss > 1 - target
-            if not neglected.any():
+        for _ in range(self.most_refinements):
+            if target is None or not (neglected := loss > 1 - target).any():
                 break
             latents = latents - size * gradient * per_picture(neglected, latents)
             loss, gradient = self._gradient(maps, latents, predict)
