@@ -19,9 +19,9 @@ from artaug.recipes.separate_and_enhance import TEXT_KEYS, SeparateAndEnhance, s
 
 __all__ = [
     "TEXT_KEYS",
-    "ChatEdits",
     "AStar",
     "AttendAndExcite",
+    "ChatEdits",
     "ChatLayout",
     "ChatReflection",
     "ChatRequirements",
