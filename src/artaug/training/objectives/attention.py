@@ -11,7 +11,7 @@ from artaug._internal.arguments import check_items
 from artaug._internal.contracts import contract_error
 from artaug.errors import InvalidValueError, ModelError
 from artaug.plan import Plan
-from artaug.regional.attention_probe import AttentionMaps, AttentionProbe, Phrases
+from artaug.regional.attention_probe import AttentionMaps, AttentionProbe
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
@@ -49,7 +49,7 @@ class AttentionObjective(Objective):
     False
     """
 
-    phrases: Phrases
+    phrases: Sequence[str] | Callable[[Plan], Sequence[str]]
     """Parts of the prompts, or a function of what a pair shows (`PromptBatch.plans`) that gives its own, possibly none. A prompt that
     does not hold its phrases is refused before the training."""
     attention_loss: AttentionLoss
@@ -83,10 +83,12 @@ class AttentionObjective(Objective):
                 f"AttentionObjective(preserve={self.preserve}, objective={self.objective!r}): the objective says what is learned "
                 "from pairs without phrases. Leave preserve out; an ImagePair.unchanged is kept as it is by PairedDifference."
             )
+        if not callable(self.phrases):
+            check_items("AttentionObjective", "phrases", self.phrases, str)
         probe = self._probe([])  # which checks its own fields
         object.__setattr__(self, "layers", probe.layers)  # a list as a tuple
         if not callable(self.phrases):
-            object.__setattr__(self, "phrases", probe.phrases)
+            object.__setattr__(self, "phrases", tuple(self.phrases))
 
     @property
     def reads_pictures(self) -> bool:
