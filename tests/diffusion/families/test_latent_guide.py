@@ -12,14 +12,13 @@ import artaug as aa
 from artaug.diffusion.families.chroma.family import Chroma1
 from artaug.diffusion.families.flux.family import Flux
 from artaug.diffusion.families.qwen_image.family import QwenImage
-from artaug.diffusion.families.registry import FAMILIES
 from artaug.diffusion.families.sd3.family import StableDiffusion3
 from artaug.diffusion.families.unet.family import StableDiffusion, StableDiffusionXL
 from artaug.diffusion.families.z_image.family import ZImage
 from artaug.regional.denoiser import bind_forward_args
 from artaug.regional.guide import steer
 from support.family_laws import family_of, synthesizer_of
-from support.family_pipelines import tiny_family
+from support.family_pipelines import PIPELINES, tiny_family
 
 PROMPTS = ["a red barn by the lake", "a lake, and in it a red boat at night"]
 PLANS = [aa.Plan(prompt) for prompt in PROMPTS]
@@ -30,7 +29,7 @@ def name_of(kind):
     return kind.__name__
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=name_of)
+@pytest.fixture(scope="module", params=PIPELINES, ids=name_of)
 def family(request):
     return tiny_family(request.param)
 
