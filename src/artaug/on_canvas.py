@@ -36,7 +36,7 @@ class OnCanvas(RegionPlanner):
     planner: RegionPlanner
     """Makes the plans."""
     strength: float | None = None
-    """See `Canvas.strength`: needed for all but editing models."""
+    """See `artaug.Canvas.strength`: needed for all but editing models."""
     masked: bool = False
     """Whether only the plan's regions are drawn anew; a plan without regions then has no canvas."""
 

@@ -75,7 +75,7 @@ class EditPlanner(RegionPlanner):
     """
 
     strength: float | None = None
-    """See `Canvas.strength`; None for editing models."""
+    """See `artaug.Canvas.strength`; None for editing models."""
 
     def canvas_over(self, image: Image) -> Canvas:
         return Canvas(image, strength=self.strength)

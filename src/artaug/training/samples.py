@@ -50,7 +50,7 @@ class TrainingPrompt:
 
 
 TrainingSample: TypeAlias = ImagePair | TrainingPrompt
-"""What `DifferentialLoRATrainer.train` learns from."""
+"""What `artaug.DifferentialLoRATrainer.train` learns from."""
 
 
 def shown_plan(prompt: str, plan: Plan | None) -> Plan:

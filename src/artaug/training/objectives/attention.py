@@ -29,12 +29,12 @@ class AttentionObjective(Objective):
     """A loss of the attention that image tokens pay to phrases of the prompt, through the student, with gradient.
 
     In a UNet the maps are those of cross-attention, in an MMDiT those of joint attention; see `AttentionProbe`, which reads
-    them, and `artaug.regional.attention_losses` for published losses. The loss of a batch of n rows is::
+    them, and ``artaug.regional.attention_losses`` for published losses. The loss of a batch of n rows is::
 
         objective(batch) + weight / n * sum over rows with phrases of attention_loss
                          + preserve / n * sum over rows without of mean (student - teacher)^2
 
-    Without ``objective``, no picture is read: pairs are noised as they are (`PromptBatch.noisy`), and `TrainingPrompt`, which have none,
+    Without ``objective``, no picture is read: pairs are noised as they are (`artaug.training.PromptBatch.noisy`), and `TrainingPrompt`, which have none,
     are noise at every level. With one, its own predictions are read, no further one is made, and their losses of attention are averaged.
 
     Raises:
@@ -50,7 +50,7 @@ class AttentionObjective(Objective):
     """
 
     phrases: Sequence[str] | Callable[[Plan], Sequence[str]]
-    """Parts of the prompts, or a function of what a pair shows (`PromptBatch.plans`) that gives its own, possibly none. A prompt that
+    """Parts of the prompts, or a function of what a pair shows (`artaug.training.PromptBatch.plans`) that gives its own, possibly none. A prompt that
     does not hold its phrases is refused before the training."""
     attention_loss: AttentionLoss
     """Of the maps of rows with phrases."""
@@ -62,7 +62,7 @@ class AttentionObjective(Objective):
     """Of the distance from the teacher's predictions in rows without phrases: what is to stay as it is (the norm term of
     Separate-and-Enhance). Costs a prediction of the teacher. With an ``objective``, which learns from all rows, it is 0."""
     latent_std: float = 1.0
-    """The standard deviation of the latents in the place of pictures, see `PromptBatch.noisy`."""
+    """The standard deviation of the latents in the place of pictures, see `artaug.training.PromptBatch.noisy`."""
     layers: Sequence[int] | None = None
     """As of `AttentionProbe`."""
     heads: bool = False

@@ -36,9 +36,9 @@ class PromptBatch:
     Empty in a batch made by hand."""
     phrase_tokens: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     """For each row the tokens of each of its phrases, numbers in a row of ``conditioning``; None unless the objective has
-    phrases (`Objective.phrases_of`)."""
+    phrases (`artaug.Objective.phrases_of`)."""
     own_noise: Latents | None = None
-    """What each row was drawn from, rebuilt from its seed; None unless asked for (`Objective.reads_own_noise`)."""
+    """What each row was drawn from, rebuilt from its seed; None unless asked for (`artaug.Objective.reads_own_noise`)."""
     region_mask: LatentWeights | None = None
     """How much of every latent lies in the plan's regions, in [0, 1], broadcastable to the latents' shape; None:
     everywhere."""
@@ -108,7 +108,7 @@ class Student(Protocol):
             sigmas: as in `predict`.
             conditioning: as in `predict`.
             guide: acts on this prediction alone.
-            plans: what each row shows, `PromptBatch.plans`.
+            plans: what each row shows, `artaug.training.PromptBatch.plans`.
         """
 
 
@@ -181,7 +181,7 @@ class Objective(ABC):
         """The parts of a prompt whose tokens the loss needs as ``batch.phrase_tokens``; unless overridden, none.
 
         Args:
-            plan: what a pair shows, see `PromptBatch.plans`.
+            plan: what a pair shows, see `artaug.training.PromptBatch.plans`.
         """
         return ()
 
