@@ -61,7 +61,7 @@ HOLD_A_MODEL = {
     ),
     *("ImageEncoder", "EmbeddingSimilarity", "Tracker", "AttentionSite", "ObjectScore"),
     # A denoiser that is drawing, and what is of one drawing.
-    *("Attended", "AttentionLayers", "DenoiserCall", "GuidedRun"),
+    *("Attended", "AttentionLayers", "DenoiserCall", "GuidedRun", "LatentStep", "Predict", "PipelineCall"),
     # Processes of a cluster: they go to its workers, see tests/scale.
     *("RayCluster", "RemoteSynthesizer", "RemoteCritic", "RemoteScorer", "ReplicaPool", "SentLoRA"),
 }
@@ -87,6 +87,7 @@ SAMPLES = {
     Image.Image: lambda: Image.new("RGB", (2, 2), (1, 2, 3)),
     aa.Box: lambda: aa.Box(0, 0, 0.5, 1),
     aa.Mask: lambda: aa.Mask.from_array(np.eye(2)),
+    recipes.AStar: lambda: recipes.AStar(phrases=["red cone", "blue ball"]),
     aa.Budget: lambda: aa.Budget(at_most=8, critique=0.25),
     aa.Scorer: FixedScorer,
     aa.PairwiseJudge: FixedJudge,

@@ -14,7 +14,6 @@ from artaug.diffusion.families.chroma.family import Chroma1
 from artaug.diffusion.families.flux.family import Flux
 from artaug.diffusion.families.flux2.family import Flux2, Flux2Klein
 from artaug.diffusion.families.qwen_image.family import QwenImage
-from artaug.diffusion.families.registry import FAMILIES
 from artaug.diffusion.families.sd3.family import StableDiffusion3
 from artaug.diffusion.families.unet.family import StableDiffusion, StableDiffusionXL
 from artaug.diffusion.families.z_image.family import ZImage
@@ -42,7 +41,7 @@ PROMPTS = ["a red barn", "", "ivy", "a very old and crooked oak that nobody has 
 LEFT, RIGHT = aa.Box(0, 0, 0.5, 1), aa.Box(0.5, 0, 1, 1)
 
 
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.__name__)
+@pytest.fixture(params=PIPELINES, ids=lambda family: family.__name__)
 def family(request):
     return family_of(request.param, PIPELINES[request.param], width=32, height=32)
 
@@ -128,7 +127,7 @@ def test_no_region_prompts_take_no_call(family):
 
 
 def test_all_families_but_one_encode_region_prompts_together():
-    assert [kind for kind in FAMILIES if not kind.rows_are_independent] == [QwenImage]
+    assert [kind for kind in PIPELINES if not kind.rows_are_independent] == [QwenImage]
 
 
 class UnmaskedFlux(Flux):

@@ -23,7 +23,9 @@ SIDE = 32
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OwnDenoiser(Denoiser):
-    """The denoiser as `OutputMix` sees it."""
+    """The denoiser as `OutputMix` and guides that move latents see it."""
+
+    latents_name = "sample"
 
     def branches(self, kwargs):
         return Branches(cond=range(len(kwargs["sample"])))

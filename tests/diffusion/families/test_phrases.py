@@ -10,7 +10,6 @@ from artaug.diffusion.families.chroma.family import Chroma1
 from artaug.diffusion.families.flux.family import Flux
 from artaug.diffusion.families.flux2.family import Flux2, Flux2Klein
 from artaug.diffusion.families.qwen_image.family import QwenImage
-from artaug.diffusion.families.registry import FAMILIES
 from artaug.diffusion.families.sd3.family import StableDiffusion3
 from artaug.diffusion.families.tokenized import TokenizedPrompt
 from artaug.diffusion.families.unet.family import StableDiffusion, StableDiffusionXL
@@ -43,7 +42,7 @@ def tiny_family(kind, **options):
     return family_of(kind, PIPELINES[kind](), width=32, height=32, max_sequence_length=longest, **options)
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda kind: kind.__name__)
+@pytest.fixture(scope="module", params=PIPELINES, ids=lambda kind: kind.__name__)
 def family(request):
     return tiny_family(request.param)
 

@@ -11,7 +11,6 @@ import artaug as aa
 from artaug.diffusion.families.chroma.family import Chroma1
 from artaug.diffusion.families.flux.family import Flux
 from artaug.diffusion.families.qwen_image.family import QwenImage
-from artaug.diffusion.families.registry import FAMILIES
 from artaug.diffusion.families.sd3.family import StableDiffusion3
 from artaug.diffusion.families.unet.family import StableDiffusion, StableDiffusionXL
 from artaug.diffusion.families.z_image.attention import padded_length
@@ -19,7 +18,7 @@ from artaug.diffusion.families.z_image.family import ZImage
 from artaug.regional import AttentiveDenoiser
 from artaug.regional.guide import steer
 from support.family_laws import family_of, span_slices, synthesizer_of
-from support.family_pipelines import tiny_family
+from support.family_pipelines import PIPELINES, tiny_family
 from support.tiny_sd3 import tiny_sd3
 
 PROMPTS = ["a red barn by the lake", "a lake, and in it a red boat at night"]
@@ -28,7 +27,7 @@ LEFT = aa.Box(0, 0, 0.5, 1)
 CLOSE = {"atol": 2e-6, "rtol": 2e-5}
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda kind: kind.__name__)
+@pytest.fixture(scope="module", params=PIPELINES, ids=lambda kind: kind.__name__)
 def family(request):
     return tiny_family(request.param)
 
