@@ -13,7 +13,7 @@ from artaug.recipes import ChatEdits, EditPlanner, ServedChat, grape
 from artaug.scorers import FunctionScorer
 from artaug.synthesis import attempt_seed
 from artaug.testing import FixedCritic, SwatchSynthesizer
-from support.faulty_server import faulty_server, says
+from support.faulty_server import faulty_server, refuses, says
 
 SWATCHES = SwatchSynthesizer(width=8, height=8)
 PICTURE = Image.new("RGB", (8, 8))
@@ -132,6 +132,16 @@ def test_a_served_multimodal_model_plans_the_edits():
 
     assert [turn.plan.prompt for turn in trajectory.turns[1:]] == EDITS
     assert server.requests[0]["messages"][0]["content"][0]["type"] == "image_url"
+
+
+@pytest.mark.loopback
+def test_a_server_without_a_reply_is_an_abstention_that_says_why():
+    with faulty_server(refuses(404)) as server:
+        chat = ServedChat(base_url=server.url, model="tiny", timeout_s=5.0, max_attempts=1)
+        answer = ChatEdits(chat).critique(PICTURE, "a red cone")
+
+    assert isinstance(answer, aa.Abstention)
+    assert "tiny gave no reply" in answer.reason
 
 
 def test_all_that_is_wrong_is_said_before_anything_is_drawn():

@@ -2,7 +2,7 @@
 
 from artaug.recipes.a_star import AStar
 from artaug.recipes.attend_and_excite import AttendAndExcite
-from artaug.recipes.chat import ServedChat
+from artaug.recipes.chat import ChatCritic, ServedChat
 from artaug.recipes.checklists import ChatRequirements, Checked, checklist
 from artaug.recipes.contexts import ContextGuidance, serial_guidance
 from artaug.recipes.dream_sync import dreamsync
@@ -21,6 +21,7 @@ __all__ = [
     "TEXT_KEYS",
     "AStar",
     "AttendAndExcite",
+    "ChatCritic",
     "ChatEdits",
     "ChatLayout",
     "ChatReflection",

@@ -1,13 +1,15 @@
-"""A language model that recipes ask: any function from a message to a reply, or a model on a server."""
+"""A language model that recipes ask: any function from a message to a reply, or a model on a server; and critics that it is."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias, final
+from typing import ClassVar, TypeAlias, final
 
 from PIL.Image import Image
 
+from artaug.critique import Abstention, Critic, Critique
 from artaug.errors import PartError
-from artaug.serving.chat import ChatRequest, Message
+from artaug.serving.chat import ChatRequest, Message, escape_chat_tokens
 from artaug.serving.completion import RequestFailure
 from artaug.serving.model import ServedModel
 
@@ -15,6 +17,9 @@ Chat: TypeAlias = Callable[[str], str]
 """From a message to the reply."""
 Look: TypeAlias = Callable[[str, Image], str]
 """From a message and a picture to the reply."""
+
+LONGEST_REPLY = 20_000
+"""Characters of a reply that are read."""
 
 
 @final
@@ -38,6 +43,48 @@ class ServedChat(ServedModel):
         if isinstance(outcome, RequestFailure):
             raise PartError(f"{self.model} gave no reply: {outcome.reason}.")
         return outcome.text
+
+
+@dataclass(frozen=True)
+class ChatCritic(Critic):
+    """A critic that asks for words, not for JSON: a subclass has the message, and reads what was written about the picture.
+
+    It abstains where a server gives no reply: one request that failed too often ends no run.
+
+    >>> import artaug as aa
+    >>> from artaug.recipes import ChatCritic
+    >>> from PIL import Image
+    >>> class Brighter(ChatCritic):
+    ...     message = "A picture of {prompt}. In one line: what would make it brighter?"
+    ...
+    ...     def read(self, text):
+    ...         return aa.Critique((aa.Suggestion(aa.Box(0, 0, 1, 1), text),))
+    >>> critic = Brighter(lambda message, image: "<think>It is dark.</think> a red cone, lit by a lamp")
+    >>> critic.critique(Image.new("RGB", (64, 64)), "a red cone").suggestions[0].prompt
+    'a red cone, lit by a lamp'
+    """
+
+    message: ClassVar[str]
+    """With ``{prompt}`` where the prompt of the picture is to stand."""
+
+    look: Look
+    """Such as a `ServedChat` with a multimodal model."""
+
+    @property
+    def max_concurrency(self) -> int:
+        return self.look.concurrency if isinstance(self.look, ServedChat) else 0
+
+    def critique(self, image: Image, prompt: str) -> Critique | Abstention:
+        """What `read` makes of the reply, of which the reasoning is cut away."""
+        try:
+            reply = self.look(self.message.format(prompt=escape_chat_tokens(prompt)), image)
+        except PartError as error:
+            return Abstention(str(error))
+        return self.read(reply.rpartition("</think>")[2][:LONGEST_REPLY].strip())
+
+    @abstractmethod
+    def read(self, text: str) -> Critique | Abstention:
+        """The critique that a text is; an abstention from one that is none."""
 
 
 def answer_of(reply: str) -> str:

@@ -2,19 +2,18 @@
 
 import re
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from PIL.Image import Image
 
 from artaug.canvas import Canvas
-from artaug.critique import Abstention, Critic, Critique, Suggestion
+from artaug.critique import Abstention, Critique, Suggestion
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box
 from artaug.plan import Plan, RegionPlanner
-from artaug.recipes.chat import Look, ServedChat
-from artaug.serving.chat import escape_chat_tokens
+from artaug.recipes.chat import ChatCritic
 
-_LONGEST_REPLY, _LONGEST_EDIT, _MOST_EDITS = 20_000, 400, 8
+_LONGEST_EDIT, _MOST_EDITS = 400, 8
 _FEEDBACK = re.compile(r"^[\s#*_]{0,8}feedback[\s*_]{0,4}:[\s*_]{0,4}", re.IGNORECASE | re.MULTILINE)
 _BULLET = re.compile(r"^\s*(?:[-*]|\d{1,3}[.)])\s*")
 _NONE = re.compile(r"^\W{0,4}(none|no edits?|nothing)\W{0,4}$", re.IGNORECASE)
@@ -30,23 +29,16 @@ its own. Write "Feedback: none" if nothing is wrong, and {_REGENERATE} in place 
 
 @final
 @dataclass(frozen=True)
-class ChatEdits(Critic):
+class ChatEdits(ChatCritic):
     """A critic that plans edits in words: each suggestion is one of them, for the whole picture; its summary is all it wrote.
 
     It abstains from a picture that no edits can save, and from one about which the reply has no feedback.
     """
 
-    look: Look
-    """Such as a `ServedChat` with a multimodal model."""
+    message: ClassVar[str] = _MESSAGE
 
-    @property
-    def max_concurrency(self) -> int:
-        return self.look.concurrency if isinstance(self.look, ServedChat) else 0
-
-    def critique(self, image: Image, prompt: str) -> Critique | Abstention:
+    def read(self, text: str) -> Critique | Abstention:
         """The edits, none if nothing is wrong."""
-        reply = self.look(_MESSAGE.format(prompt=escape_chat_tokens(prompt)), image)
-        text = reply.rpartition("</think>")[2][:_LONGEST_REPLY].strip()
         headings = list(_FEEDBACK.finditer(text))
         feedback = text[headings[-1].end() :] if headings else ""
         if _REGENERATE in (feedback or text):

@@ -2,19 +2,17 @@
 
 import re
 from dataclasses import dataclass
-from typing import Self, final
+from typing import ClassVar, Self, final
 
-from PIL.Image import Image
-
-from artaug.critique import Abstention, Critic, Critique, Suggestion
+from artaug.critique import Abstention, Critique, Suggestion
 from artaug.geometry import Box
 from artaug.plan import Plan, Region, RegionPlanner
-from artaug.recipes.chat import Chat, Look, ServedChat, answer_of
+from artaug.recipes.chat import LONGEST_REPLY, Chat, ChatCritic, answer_of
 from artaug.serving.chat import escape_chat_tokens
 from artaug.trajectories import Thought
 
 _WHOLE = Box(0, 0, 1, 1)
-_LONGEST_PROMPT, _LONGEST_REPLY = 2000, 20_000
+_LONGEST_PROMPT = 2000
 _NOTHING = "NOTHING TO IMPROVE"
 _HEADING = re.compile(r"^[\s#*_\d.)]{0,12}(improvements|steps|final prompt)[\s*_]{0,4}:[\s*_]{0,4}(.*)$", re.IGNORECASE)
 _THINK = """\
@@ -54,7 +52,7 @@ class Reflection:
         """The parts of a text by its three headings; None if it ends in no final prompt."""
         parts: dict[str, list[str]] = {"": []}
         part = ""
-        for line in text[:_LONGEST_REPLY].splitlines():
+        for line in text[:LONGEST_REPLY].splitlines():
             if (heading := _HEADING.match(line)) is not None:
                 part = heading[1].lower()
                 parts[part] = [heading[2]]
@@ -85,7 +83,7 @@ class ChatThought:
 
     def __call__(self, prompt: str) -> Thought:
         """The thought, and a plan with the prompt that follows it; the prompt as it is where none does."""
-        reply = self.chat(_THINK.format(prompt=escape_chat_tokens(prompt)))[:_LONGEST_REPLY]
+        reply = self.chat(_THINK.format(prompt=escape_chat_tokens(prompt)))[:LONGEST_REPLY]
         thought, closed, _ = reply.rpartition("</think>")
         written = " ".join(answer_of(reply).split())
         usable = bool(closed) and 0 < len(written) <= _LONGEST_PROMPT
@@ -94,20 +92,13 @@ class ChatThought:
 
 @final
 @dataclass(frozen=True)
-class ChatReflection(Critic):
+class ChatReflection(ChatCritic):
     """A critic that reflects in words: its one suggestion is the final prompt, for the whole picture; its summary is all it wrote."""
 
-    look: Look
-    """Such as a `ServedChat` with a multimodal model."""
+    message: ClassVar[str] = _REFLECT
 
-    @property
-    def max_concurrency(self) -> int:
-        return self.look.concurrency if isinstance(self.look, ServedChat) else 0
-
-    def critique(self, image: Image, prompt: str) -> Critique | Abstention:
+    def read(self, text: str) -> Critique | Abstention:
         """The reflection; without a suggestion if nothing has to change."""
-        reply = self.look(_REFLECT.format(prompt=escape_chat_tokens(prompt)), image)
-        text = reply.rpartition("</think>")[2][:_LONGEST_REPLY].strip()
         if _NOTHING in text.upper():
             return Critique()
         reflection = Reflection.parse(text)
