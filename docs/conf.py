@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import shutil
 import typing
 from importlib import import_module
@@ -22,12 +23,13 @@ author = "the artaug developers"
 project_copyright = author
 release = version = artaug.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = "artaug"
 
+toc_object_entries_show_parents = "hide"  # "On this page" lists `Box`, not `artaug.Box`
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
@@ -143,8 +145,25 @@ def find_by_last_name(
 
 MEMBERS = {"attribute", "method", "property"}
 
+# Exports say that they come from the package they are imported from: where a class is written, only the files say.
+CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
+SOURCES = Path(artaug.__path__[0])
+WRITTEN_IN = {
+    name: ".".join(("artaug", *path.relative_to(SOURCES).with_suffix("").parts)).removesuffix(".__init__")
+    for path in SOURCES.rglob("*.py")
+    for name in CLASS.findall(path.read_text(encoding="utf-8"))
+}
+
+
+def find_source(_app: Sphinx, module: str, name: str) -> str | None:
+    """Say for `[source]` in which module a class, its member or a function is written."""
+    owner = name.partition(".")[0]
+    function = inspect.unwrap(getattr(import_module(module), owner, None))
+    return function.__globals__["__name__"] if inspect.isfunction(function) else WRITTEN_IN.get(owner)
+
 
 def setup(app: Sphinx) -> None:
     """Connect what Sphinx calls back; Napoleon's handlers have the usual priority of 500."""
     app.connect("autodoc-process-docstring", keep_colons, priority=400)
     app.connect("missing-reference", find_by_last_name)
+    app.connect("viewcode-follow-imported", find_source)

@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import pickle
 import pkgutil
-import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +29,9 @@ from artaug.run.planning.cluster_plan import ClusterSize
 from artaug.run.storage.records import Member
 from artaug.serving.model import ServedModel
 from artaug.testing import FixedCritic, FixedFilter, FixedJudge, FixedScorer, SwatchSynthesizer
+from support.reference import documented
 
-REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
-PUBLIC = re.findall(r"^\.\. auto(?:class|exception):: (\S+)$", REFERENCE.read_text(encoding="utf-8"), re.MULTILINE)
+PUBLIC = documented("class|exception")
 HOLD_A_MODEL = {
     # A network or a pipeline in memory: whether that pickles is its library's affair.
     *(

@@ -14,8 +14,8 @@ import artaug
 from support.fences import FENCE, run
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "extend", ROOT / "docs" / "family")
-PAGES = sorted(page for folder in FOLDERS for page in folder.glob("*.md"))
+FOLDERS = ("", "docs", "docs/extend", "docs/family", "docs/reference")
+PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
