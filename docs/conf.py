@@ -39,11 +39,10 @@ default_role = "py:obj"  # `Box` in a docstring is a link, and a misspelt one an
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
-# The notebook lives with the examples and is executed here.
+# Notebooks live with the examples and are executed here.
 HERE = Path(__file__).parent
-NOTEBOOK = HERE.parent / "examples" / "quickstart.ipynb"
-if NOTEBOOK.exists():
-    shutil.copyfile(NOTEBOOK, HERE / NOTEBOOK.name)
+for notebook in (HERE.parent / "examples").glob("*.ipynb"):
+    shutil.copyfile(notebook, HERE / notebook.name)
 nb_execution_mode = "cache"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True

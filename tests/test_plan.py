@@ -156,7 +156,7 @@ def test_a_preview_may_be_one_pixel_wide():
 
 
 def test_a_preview_needs_no_picture():
-    assert KITCHEN.preview().width == 512
+    assert KITCHEN.preview().width == 320
     assert KITCHEN.preview(size=(300, 100)).width == 300
 
 

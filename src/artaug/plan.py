@@ -24,7 +24,7 @@ from artaug.identity import identity_of
 from artaug.image_files import ImageFile, ImageFolder
 
 _PREVIEW_PX = 512
-_GREY = "#808080"
+_GREY, _GREY_PX = "#808080", 320
 
 
 @value
@@ -100,7 +100,7 @@ class Plan:
 
         Args:
             image: what to draw over; None for the plan's canvas, or grey if it has none.
-            size: width and height in pixels of the result; None for the picture's own, times a whole number if small.
+            size: width and height in pixels of what is drawn over; None for the picture's own, times a whole number if small.
 
         Raises:
             InvalidValueError: if the size is not positive.
@@ -116,7 +116,7 @@ class Plan:
             )
         if image is None and self.canvas is not None:
             image = self.canvas.image
-        below = as_rgb(image) if image else Image.new("RGB", size or (_PREVIEW_PX, _PREVIEW_PX), _GREY)
+        below = as_rgb(image) if image else Image.new("RGB", size or (_GREY_PX, _GREY_PX), _GREY)
         scale = max(_PREVIEW_PX // max(below.size), 1)
         enlarged = below.resize(size or (below.width * scale, below.height * scale), Image.Resampling.BICUBIC)
         areas = [Area(shape=region.area, text=_caption(region), feather=region.feather) for region in self.regions]

@@ -1,0 +1,41 @@
+"""Notebooks are kept without outputs, since the documentation executes them, and are found from its pages."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+GALLERY = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
+LONGEST_CELL = 30
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return json.loads(request.param.read_text(encoding="utf-8"))
+
+
+def test_a_notebook_holds_nothing_that_running_it_leaves(notebook):
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"] == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    assert [cell["id"] for cell in notebook["cells"]] == [f"cell-{n:02}" for n in range(len(notebook["cells"]))]
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs"), cell["id"]
+        assert cell.get("execution_count") is None, cell["id"]
+
+
+def test_a_notebook_begins_with_its_title_and_has_short_cells(notebook):
+    first, *others = notebook["cells"]
+    assert first["cell_type"] == "markdown"
+    assert first["source"][0].startswith("# ")
+    long = [cell["id"] for cell in others if cell["cell_type"] == "code" and len(cell["source"]) > LONGEST_CELL]
+    assert not long
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_in_the_gallery(path):
+    assert f"]({path.name})" in GALLERY
