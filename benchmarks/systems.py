@@ -4,7 +4,7 @@
 other processes measure others into the same folder. After a stop it resumes from its journal, which is beside the results; each
 process that ends writes the results of all rows so far, and ``--write`` does nothing else.
 
-Every arm draws its pictures from the same prompts. ``success`` is the share of pictures in which all things have their color, shape
+Every arm draws its pictures from the same prompts, by the model as it ships and by one with noise in its keys of text (`MODELS`). ``success`` is the share of pictures in which all things have their color, shape
 and place; ``swapped`` of those in which a thing has another one's color; ``dropped`` the share of things that are missing. ``passes``
 are those of the denoiser a prompt, with one back as two forward; ``learning_passes`` are those of all learning. The
 language models are rules that see what the detector sees: the table compares what is done with a critique, not the critics.
@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -24,13 +25,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from artaug import playground
 from artaug._internal.files import atomic_write
 from artaug.evaluation.statistics import paired_bootstrap
 from artaug.synthesis import held_out_seed
 from benchmarks import _record as record
 from benchmarks._journal import Journal
-from benchmarks._systems_arms import ARMS, BASE, QUICK, Bench, Drawer, Settings
+from benchmarks._systems_arms import ARMS, BASE, MODELS, QUICK, Bench, Drawer, Settings, model_with
 from benchmarks._systems_world import Outcome, requests
 from benchmarks.objectives import passes_counted
 
@@ -44,13 +44,14 @@ class Cell:
     """One row to measure: a system that has learned with a seed, on all prompts of the seed."""
 
     arm: str
+    model: str
     seed: int
 
 
 def measured_cell(row: record.Row) -> Cell | None:
     """The cell of a row; None for an arm that is gone or has changed since."""
     arm = ARMS.get(row["arm"])
-    return Cell(row["arm"], row["seed"]) if arm is not None and row["words"] == arm.words else None
+    return Cell(row["arm"], row["model"], row["seed"]) if arm is not None and row["words"] == arm.words else None
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class Systems:
     def measure(self, arms: Sequence[str], seeds: Sequence[int]) -> None:
         """Measure what has no row yet, seed by seed."""
         journal = self.journal()
-        for seed in seeds:
-            bench = SeedBench(self.settings, seed)
-            journal.measure([Cell(arm, seed) for arm in arms], bench.row)
+        for seed, model in product(seeds, MODELS):
+            bench = SeedBench(self.settings, model, seed)
+            journal.measure([Cell(arm, model, seed) for arm in arms], bench.row)
 
     def write(self) -> str:
         """Write systems.json and systems.png; the table in words."""
@@ -96,15 +97,16 @@ class Systems:
 
 @dataclass(frozen=True)
 class SeedBench:
-    """Measures the cells of one seed."""
+    """Measures the cells of one model and seed."""
 
     settings: Settings
+    model: str
     seed: int
 
     @cached_property
     def bench(self) -> Bench:
         """The model, loaded when the first cell needs it."""
-        base = playground.synthesizer(steps=self.settings.sampling_steps)
+        base = model_with(MODELS[self.model], steps=self.settings.sampling_steps)
         return Bench(base=base, settings=self.settings, seed=self.seed)
 
     def row(self, cell: Cell, _: record.Row | None = None) -> record.Row:
@@ -135,26 +137,26 @@ class SeedBench:
 
 
 def estimates(rows: Sequence[record.Row]) -> Iterator[dict[str, Any]]:
-    """Of each arm, number of things and measure the mean, and its difference to the base with an interval over prompts.
+    """Of each model, arm, number of things and measure the mean, and its difference to the base with an interval over prompts.
 
     A difference is between two pictures of one prompt; only seeds count that both arms have.
     """
-    by_cell = {(row["arm"], row["seed"]): row for row in rows}
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        seeds = sorted(seed for name, seed in by_cell if name == arm and (BASE, seed) in by_cell)
-        for things in map(str, THINGS):
-            mine = [by_cell[arm, seed] for seed in seeds]
-            if not mine:
-                continue
-            yield {
-                "arm": arm,
-                "things": int(things),
-                "seeds": len(seeds),
-                "passes": fmean(row[things]["passes"] for row in mine),
-                "seconds": fmean(row[things]["seconds"] for row in mine),
-                "learning_passes": fmean(row["learning_passes"] for row in mine),
-                **{name: _estimate(mine, [by_cell[BASE, seed] for seed in seeds], things, name) for name in MEASURES},
-            }
+    by_cell = {(row["arm"], row["model"], row["seed"]): row for row in rows}
+    for model, arm, things in product(MODELS, dict.fromkeys(row["arm"] for row in rows), map(str, THINGS)):
+        both = [seed for seed in SEEDS if {(arm, model, seed), (BASE, model, seed)} <= by_cell.keys()]
+        mine, base = ([by_cell[name, model, seed] for seed in both] for name in (arm, BASE))
+        if not mine:
+            continue
+        yield {
+            "arm": arm,
+            "model": model,
+            "things": int(things),
+            "seeds": len(both),
+            "passes": fmean(row[things]["passes"] for row in mine),
+            "seconds": fmean(row[things]["seconds"] for row in mine),
+            "learning_passes": fmean(row["learning_passes"] for row in mine),
+            **{name: _estimate(mine, base, things, name) for name in MEASURES},
+        }
 
 
 def _estimate(mine: Sequence[record.Row], base: Sequence[record.Row], things: str, name: str) -> Mapping[str, float]:
@@ -172,8 +174,8 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
     """The estimates as one table in Markdown."""
     shown = ("success", "swapped", "dropped", "aesthetics")
     lines = [
-        f"| system | things | {' | '.join(shown)} | passes a prompt | passes to learn |",
-        f"|---|---|{'---|' * len(shown)}---|---|",
+        f"| model | system | things | {' | '.join(shown)} | passes a prompt | passes to learn |",
+        f"|---|---|---|{'---|' * len(shown)}---|---|",
     ]
     for row in summary:
         cells = (
@@ -182,24 +184,28 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
             for name in shown
         )
         lines.append(
-            f"| {row['arm']} | {row['things']} | {' | '.join(cells)} | {row['passes']:.1f} | {row['learning_passes']:,.0f} |"
+            f"| {row['model']} | {row['arm']} | {row['things']} | {' | '.join(cells)} | {row['passes']:.1f} | "
+            f"{row['learning_passes']:,.0f} |"
         )
     return "\n".join(lines)
 
 
 def plot(summary: Sequence[Mapping[str, Any]]) -> Figure:
-    """The difference of success to the base, with its interval, for two and three things."""
-    figure = Figure(figsize=(8, 0.4 * len(summary) + 1.5), layout="constrained")
-    for axis, things in zip(figure.subplots(1, len(THINGS), sharey=True), THINGS, strict=True):
-        rows = [row for row in summary if row["things"] == things and row["arm"] != BASE]
-        for place, row in enumerate(rows):
-            estimate = row["success"]
+    """The difference of success to the base, with its interval: a row of panels a model, one panel for two and one for three things."""
+    arms = list(dict.fromkeys(row["arm"] for row in summary if row["arm"] != BASE))
+    figure = Figure(figsize=(9, 0.6 * len(arms) + 2.5), layout="constrained")
+    grid = figure.subplots(len(MODELS), len(THINGS), sharey=True, sharex="row", squeeze=False)
+    for axis, (model, things) in zip(grid.flat, product(MODELS, THINGS), strict=True):
+        rows = [row for row in summary if (row["model"], row["things"]) == (model, things) and row["arm"] != BASE]
+        for row in rows:
+            place, estimate = arms.index(row["arm"]), row["success"]
             axis.plot([estimate["low"], estimate["high"]], [place, place], color="tab:blue")
             axis.plot([estimate["difference"]], [place], "o", color="tab:blue")
         axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set_yticks(range(len(rows)), [row["arm"] for row in rows])
-        axis.set_title(f"{things} things")
+        axis.set_yticks(range(len(arms)), arms)
+        axis.set_title(f"{model}, {things} things")
         axis.set_xlabel("success, difference to the base")
+    grid[0][0].invert_yaxis()
     return figure
 
 

@@ -1,6 +1,7 @@
 """Systems side by side: prompts of two and three things, what a picture shows of them, and the table."""
 
 import json
+from itertools import product
 
 import pytest
 from benchmarks import _systems_arms as arms
@@ -8,6 +9,7 @@ from benchmarks import systems
 from benchmarks._systems_world import Outcome, request_of, requests, wrong_things
 from PIL import Image
 
+import artaug as aa
 from artaug import playground
 
 TWO = request_of("a red cone on the left and a blue ball on the right at night")
@@ -53,6 +55,7 @@ def test_what_is_wrong_is_named_and_stressed_by_the_rule_in_the_place_of_a_model
     assert len(wrong_things(Image.new("RGB", (64, 64)), TWO)) == 2
 
 
+@pytest.mark.filterwarnings("ignore:CLIP reads 25 tokens")  # the last word of a stressed prompt, which T5 still reads
 def test_a_quick_run_resumes_and_writes_a_row_for_every_arm_and_number_of_things(tmp_path, monkeypatch):
     few = ["base", "regional planning", "IRG, 2 turns", "checklist, 4 turns", "DreamSync"]
     bench = systems.Systems(tmp_path, quick=True)
@@ -63,19 +66,28 @@ def test_a_quick_run_resumes_and_writes_a_row_for_every_arm_and_number_of_things
     written = bench.write()
 
     content = json.loads((tmp_path / "systems.json").read_text())
-    assert [(row["arm"], row["things"]) for row in content["estimates"]] == [
-        (arm, things) for arm in few for things in systems.THINGS
-    ]
+    assert [(row["model"], row["arm"], row["things"]) for row in content["estimates"]] == list(
+        product(arms.MODELS, few, systems.THINGS)
+    )
     by_arm = {row["arm"]: row for row in content["estimates"]}
     assert by_arm["base"]["success"]["difference"] == 0
     assert by_arm["base"]["passes"] == arms.QUICK.sampling_steps
     assert by_arm["DreamSync"]["learning_passes"] > 0 == by_arm["base"]["learning_passes"]
-    assert written.count("\n") == 1 + 2 * len(few)
+    assert written.count("\n") == 1 + 4 * len(few)
     assert (tmp_path / "systems.png").stat().st_size > 0
 
 
+def test_the_confused_model_draws_as_well_and_other_things():
+    request = requests(1, things=3, seed=0)[0]
+    sound, same, confused = (
+        arms.model_with(noise, steps=2).synthesize(aa.Plan(request.prompt), seed=0) for noise in (0.0, 0.0, 1.5)
+    )
+
+    assert sound == same != confused
+
+
 def test_rows_of_an_arm_that_has_changed_are_measured_again():
-    row = {"arm": "base", "seed": 0, "words": "others"}
+    row = {"arm": "base", "model": "confused", "seed": 0, "words": "others"}
     assert systems.measured_cell(row) is None
-    assert systems.measured_cell(row | {"words": arms.ARMS["base"].words}) == systems.Cell("base", 0)
+    assert systems.measured_cell(row | {"words": arms.ARMS["base"].words}) == systems.Cell("base", "confused", 0)
     assert systems.measured_cell(row | {"arm": "gone"}) is None
