@@ -42,7 +42,7 @@ PLANNER = aa.GreedyPlanner(max_regions=3, feather=0.05)
 class Settings:
     """The size of the benchmark."""
 
-    prompts: int = 48
+    prompts: int = 24
     """Of a seed, with two things and with three."""
     sampling_steps: int = 8
     training_prompts: int = 32
@@ -162,13 +162,13 @@ def think(message: str) -> str:
 
 
 def reflect(message: str, image: Image) -> str:
-    """The reflection of a multimodal model that sees what is wrong, and writes a prompt that stresses it."""
+    """The reflection of a multimodal model that sees what is wrong, and writes a prompt of the same length that names it first."""
     request = request_of(message.splitlines()[1])
     wrong = wrong_things(image, request)
     if not wrong:
         return "NOTHING TO IMPROVE"
-    stressed = tuple(replace(one, adjectives=("vivid",)) if one in wrong else one for one in request.things)
-    return f"Not all is right.\nImprovements: {len(wrong)}\nFinal prompt: {replace(request, things=stressed).prompt}"
+    things = tuple(sorted(request.things, key=lambda one: one not in wrong))
+    return f"Not all is right.\nImprovements: {len(wrong)}\nFinal prompt: {replace(request, things=things).prompt}"
 
 
 def interleaved(turns: int, bench: Bench) -> Drawer:
@@ -344,7 +344,7 @@ ARMS: Mapping[str, Arm] = {
         partial(guided_by, AStar(phrases=phrases, step_size=LATENT_STEP, normalize="norm")),
         f"gradient of norm 1, step {LATENT_STEP}",
     ),
-    **{f"IRG, {turns} turns": Arm(partial(interleaved, turns), "vivid where wrong") for turns in (1, 2, 3)},
+    **{f"IRG, {turns} turns": Arm(partial(interleaved, turns), "what is wrong comes first") for turns in (1, 2, 3)},
     "refine, 3 turns": Arm(partial(refined, 3), f"regions where wrong, {PLANNER}"),
     "checklist, 4 turns": Arm(partial(checked, 4), "new noise"),
     "SepEn, a prompt at a time": Arm(tested_by_sepen, "keys of text, a third of the steps"),
