@@ -22,6 +22,11 @@ def install(session: nox.Session, *requirements: str, group: str | None = None) 
     session.install("--constraint", "constraints.txt", *requirements, *members)
 
 
+def install_tests(session: nox.Session) -> None:
+    """Install the package with what its tests need."""
+    install(session, "--editable", ".[optimizers,parquet,report,scale,vlm]", group="tests")
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check format, style, spelling, the floors of the package and the changelog fragments."""
@@ -43,18 +48,22 @@ def types(session: nox.Session) -> None:
     session.run("mypy", str(written_by_users))
 
 
+PARALLEL = ("--numprocesses", "auto", "--dist", "worksteal")
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the test suite on every core, with the examples of the docstrings, and say which lines no test runs.
+    """Run the test suite on every core, with the examples of the docstrings; what follows -- goes to pytest, in one process."""
+    install_tests(session)
+    session.run("pytest", *(session.posargs or PARALLEL))
 
-    What follows ``--`` goes to pytest, which then runs alone: one process, no coverage.
-    """
-    install(session, "--editable", ".[optimizers,parquet,report,scale,vlm]", group="tests")
-    if session.posargs:
-        session.run("pytest", *session.posargs)
-        return
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the test suite on every core, and say which lines no test runs. Counting them takes a while, so CI does not."""
+    install_tests(session)
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", "--numprocesses", "auto", "--dist", "worksteal")
+    session.run("coverage", "run", "-m", "pytest", *PARALLEL)
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report")
 
@@ -78,7 +87,7 @@ def lowest(session: nox.Session) -> None:
     session.install("--constraint", str(pins), "--editable", ".[optimizers,parquet,report,scale,vlm]")
     session.install("--constraint", str(pins), *nox.project.dependency_groups(PYPROJECT, "tests"))
     # Warnings of old versions about their own dependencies are not ours to heed.
-    options = ["-o", "filterwarnings=default", "--numprocesses", "auto", "--dist", "worksteal"]
+    options = ["-o", "filterwarnings=default", *PARALLEL]
     session.run("pytest", *options, *session.posargs)
 
 
