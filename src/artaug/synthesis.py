@@ -17,7 +17,7 @@ from artaug._internal.contracts import check_batch
 from artaug._internal.lanes import Lane
 from artaug._internal.memory import FittingBatches
 from artaug.canvas import Canvas
-from artaug.errors import InvalidValueError, ModelError
+from artaug.errors import GuideError, InvalidValueError, ModelError
 from artaug.image_files import ImageFile, ImageFolder
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
@@ -67,6 +67,20 @@ class Synthesizer(ABC):
         raise ModelError(
             f"{type(self).__name__} draws from noise alone, and {canvas!r} would be ignored: it does not override canvas_steps."
         )
+
+    def check_plan(self, plan: Plan) -> None:
+        """Refuse a plan that it cannot draw. A run asks before it begins, with plans like those that it will draw.
+
+        Override it where more can be wrong than regions that nothing reads and a canvas that `canvas_steps` refuses.
+
+        Raises:
+            GuideError: for regions, if it does not draw them.
+            ModelError: for a canvas that it cannot draw from.
+        """
+        if plan.regions and not self.draws_regions:
+            raise GuideError(f"this {type(self).__name__} draws no regions, and the plan of {plan.prompt!r} has some.")
+        if plan.canvas is not None:
+            self.canvas_steps(plan.canvas)
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -226,10 +240,13 @@ def draw_in_calls(
         MemoryError, RuntimeError: the synthesizer's own, if not even one picture fits into memory.
     """
     owner = type(synthesizer).__name__
-    canvases = [plan.canvas for plan in plans if plan.canvas is not None]
-    kinds = {(held.size, held.strength, held.mask is None, len(held.references)): held for held in canvases}
-    for canvas in kinds.values():  # pixels do not count
-        synthesizer.canvas_steps(canvas)
+    starting = [(plan, plan.canvas) for plan in plans if plan.canvas is not None]
+    kinds = {
+        (held.size, held.strength, held.mask is None, len(held.references), bool(plan.regions)): plan
+        for plan, held in starting
+    }
+    for plan in kinds.values():  # pixels do not count
+        synthesizer.check_plan(plan)
 
     def call(members: Sequence[int]) -> list[Image | ImageFile | Undrawn]:
         part, part_seeds = [plans[index] for index in members], [seeds[index] for index in members]

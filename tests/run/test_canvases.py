@@ -3,12 +3,14 @@
 from dataclasses import dataclass, replace
 
 import pytest
+from diffusers import FluxKontextPipeline
 from PIL import Image
 
 import artaug as aa
-from artaug.diffusion import DiffusersSynthesizer
+from artaug.diffusion import DiffusersSynthesizer, EditingSynthesizer
 from artaug.testing import FixedCritic, FixedFilter, SwatchSynthesizer
 from support.tiny_flux import tiny_flux
+from support.tiny_qwen_image import tiny_qwen_image_edit
 from support.tiny_unet import tiny_sd15
 
 PROMPTS = ["a kitchen", "a pond", "a harbour"]
@@ -117,6 +119,19 @@ class EditPlan(aa.Plan):
 class Carries(aa.RegionPlanner):
     def plan(self, prompt, critique):
         return EditPlan(prompt, picture=Image.new("RGB", (64, 64), "red"))
+
+
+def test_a_model_that_only_edits_and_a_guide_over_what_is_edited_are_refused_at_the_door():
+    only_edits = DiffusersSynthesizer(pipeline=tiny_qwen_image_edit(), width=64, height=64, steps=2)
+    with pytest.raises(aa.ModelError, match="QwenImageEdit only edits pictures, and the plan of 'a picture' has no"):
+        aa.improve(PROMPTS, **parts(synthesizer=only_edits, planner=Carries()))
+    with pytest.raises(aa.ModelError, match="QwenImageEdit only edits"):
+        EditingSynthesizer(base=only_edits, editor=only_edits)
+    kontext = FluxKontextPipeline(**tiny_flux(guidance_embeds=True).components)
+    guided = DiffusersSynthesizer(pipeline=kontext, width=32, height=32, steps=2, guide=aa.RegionalAttention())
+    with pytest.raises(aa.GuideError, match="reads the pictures of canvases beside what it draws"):
+        aa.improve(PROMPTS, **parts(synthesizer=guided, planner=aa.OnCanvas(aa.GreedyPlanner())))
+    guided.check_plan(aa.Plan("a pond", canvas=aa.Canvas(Image.new("RGB", (32, 32)))))  # regions are what cannot be
 
 
 def test_a_plan_with_fields_of_its_own_is_refused_by_a_store_before_it_is_redrawn(tmp_path):

@@ -29,6 +29,7 @@ class EditingSynthesizer(Synthesizer):
 
     Raises:
         InvalidValueError: if one of the two is no such synthesizer, or they draw different sizes.
+        ModelError: if the base only edits.
     """
 
     base: DiffusersSynthesizer
@@ -44,6 +45,7 @@ class EditingSynthesizer(Synthesizer):
                 f"EditingSynthesizer: the base draws {self.base.picture_size} pixels and the editor {self.editor.picture_size}, "
                 "and the two pictures of a pair are of one size. Set both to one width and height."
             )
+        self.base.check_plan(Plan("a picture"))
 
     @property
     def draws_regions(self) -> bool:
@@ -64,6 +66,9 @@ class EditingSynthesizer(Synthesizer):
 
     def canvas_steps(self, canvas: Canvas) -> int:
         return self.editor.canvas_steps(canvas)
+
+    def check_plan(self, plan: Plan) -> None:
+        (self.base if plan.canvas is None else self.editor).check_plan(plan)
 
     def synthesize(self, plan: Plan, *, seed: int) -> Image:
         return self.synthesize_batch([plan], seeds=[seed])[0]

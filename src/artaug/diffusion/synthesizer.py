@@ -20,6 +20,7 @@ from artaug._internal.digests import digest
 from artaug._internal.modules import frozen
 from artaug._internal.weights import check_safetensors, model_errors
 from artaug.canvas import Canvas
+from artaug.diffusion.caches import cache_contexts_named, cache_settings, check_trains_uncached
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.canvases import Start
@@ -205,13 +206,7 @@ class DiffusersSynthesizer(Synthesizer):
         family = self._bound_family
         starts: dict[Start, list[int]] = {}
         for index, plan in enumerate(plans):
-            if plan.canvas is not None:
-                family.canvas_steps(plan.canvas, self.steps)
-            elif family.needs_canvas:
-                raise ModelError(
-                    f"{type(family).__name__} only edits pictures, and the plan of {plan.prompt!r} has no canvas. Draw what it edits "
-                    "with another model: EditingSynthesizer(base=..., editor=...)."
-                )
+            family.check_start(plan, self.steps)
             starts.setdefault(Start.of(plan.canvas), []).append(index)
         images: dict[int, Image] = {}
         for members in starts.values():
@@ -236,7 +231,7 @@ class DiffusersSynthesizer(Synthesizer):
             # After the guide, whose hooks know the tensors that the pipeline was given.
             with self._guidance(family, conditioning, plans) as run, mixed_precision(self.pipeline, family.module):
                 call = family.pipeline_call([plan.canvas for plan in plans if plan.canvas is not None])
-                with moved_latents(call.pipeline, run) as moves:
+                with moved_latents(call.pipeline, run) as moves, cache_contexts_named(call.pipeline, family.module):
                     check = _StepCheck(family.module, self.guide, run, moves)
                     output = call.pipeline(
                         **family.pipeline_kwargs(conditioning, family.encode_negative(plans)),
@@ -279,6 +274,7 @@ class DiffusersSynthesizer(Synthesizer):
                 "let this one edit: EditingSynthesizer(base, editor=...)."
             )
         check_trainable(family.module)
+        check_trains_uncached(family.module)
         with (
             exclusive_use(self.pipeline),
             self._active_loras(family.module),
@@ -302,6 +298,19 @@ class DiffusersSynthesizer(Synthesizer):
                 drawn.
         """
         return self._bound_family.canvas_steps(canvas, self.steps)
+
+    def check_plan(self, plan: Plan) -> None:
+        """Refuse a plan that it cannot draw.
+
+        Raises:
+            GuideError: for regions without a guide that reads them, or a guide that cannot act on the model as the plan needs it.
+            ModelError: for a canvas that it cannot draw from, or a plan without one for a model that only edits.
+        """
+        family = self._bound_family
+        family.check_start(plan, self.steps)
+        self._check_regions(family, [plan])
+        if self.guide is not None and not declines(self.guide, [plan]):
+            family.check_guided(self.guide, [plan])
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -336,6 +345,7 @@ class DiffusersSynthesizer(Synthesizer):
             "configs": {name: _public_config(part) for name, part in parts.items()},
             "dtypes": {name: part.dtype for name, part in parts.items() if hasattr(part, "dtype")},
             "device": str(self.pipeline.device),
+            "cache": cache_settings(self._bound_family.module),
             "scheduler": {"class": type(self.pipeline.scheduler), **_public_config(self.pipeline.scheduler)},
             **settings,
             "loras": [f"{active.lora.digest} x {active.scale!r}" for active in self.loras],
@@ -367,6 +377,14 @@ class DiffusersSynthesizer(Synthesizer):
         self, family: Family, conditioning: Conditioning, plans: Sequence[Plan]
     ) -> AbstractContextManager[GuidedRun | None]:
         """The guide, applied unless it declines; then the plain pipeline draws."""
+        self._check_regions(family, plans)
+        if self.guide is None or declines(self.guide, plans):
+            return nullcontext()
+        family.check_guided(self.guide, plans)
+        return steer(self.guide, family.guided_run(plans, conditioning))
+
+    def _check_regions(self, family: Family, plans: Sequence[Plan]) -> None:
+        """Refuse regions that would have no effect."""
         regional = [plan for plan in plans if plan.regions]
         if regional and (self.guide is None or not self.guide.reads_regions):
             reader = "no guide" if self.guide is None else f"{self.guide!r}, which does not read them, and no guide"
@@ -381,9 +399,6 @@ class DiffusersSynthesizer(Synthesizer):
                 f"{negative[0]!r} has a negative prompt, and this synthesizer draws without classifier-free guidance, "
                 "so it would have no effect. Set a negative prompt and a guidance scale for the whole picture, too."
             )
-        if self.guide is None or declines(self.guide, plans):
-            return nullcontext()
-        return steer(self.guide, family.guided_run(plans, conditioning))
 
     def _to_pil(self, pixels: Tensor) -> list[Image]:
         """Convert (batch, channels, height, width) to images; diffusers alone would turn NaN into black silently."""

@@ -24,6 +24,11 @@ class Guide(ABC):
     """Whether the guide acts in compiled code, so that a compiled denoiser stays compiled in its runs. In those of all others
     it runs as it is written: compiled code would pass over hooks within it."""
 
+    @property
+    def runs_cached(self) -> bool:
+        """Whether it can guide a denoiser that reuses in a step what its layers computed in earlier ones (`enable_cache`)."""
+        return False
+
     @abstractmethod
     def applied(self, run: GuidedRun) -> AbstractContextManager[None]:
         """Act on ``run.denoiser`` inside a ``with`` block, and take everything back at its end."""
@@ -80,6 +85,10 @@ class Together(Guide):
     @property
     def reads_regions(self) -> bool:
         return any(guide.reads_regions for guide in self.guides)
+
+    @property
+    def runs_cached(self) -> bool:
+        return all(guide.runs_cached for guide in self.guides)
 
 
 def declines(guide: Guide, plans: Sequence[Plan]) -> bool:

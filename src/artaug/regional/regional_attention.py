@@ -77,6 +77,12 @@ class RegionalAttention(Guide):
                 f"RegionalAttention(expected_drawings={self.expected_drawings}): expected 1 or more; 1 never compiles."
             )
 
+    @property
+    def runs_cached(self) -> bool:
+        return (
+            self.isolation is None or not self.isolation.depends_on_sigma
+        )  # or prompts would come and go between steps
+
     def declines(self, plans: Sequence[Plan]) -> bool:
         return not any(plan.regions for plan in plans)
 
@@ -113,6 +119,11 @@ class _RegionalRun:
         self._denoiser = layers.denoiser
         self._regions = regions = run.regions
         self._isolation = guide.isolation or self._denoiser.isolation
+        if self._isolation.depends_on_sigma and getattr(self._denoiser.module, "is_cache_enabled", False):
+            raise GuideError(
+                f"the isolation of {type(self._denoiser).__name__} lets prompts come and go with the noise level, and a cache reuses "
+                "what was computed with others. Call disable_cache() of the model, or pass an isolation for all noise levels."
+            )
         self._sites = layers.sites
         if self._isolation.image_to_image != "open" and all(site.kind != "joint" for site in self._sites):
             raise GuideError(

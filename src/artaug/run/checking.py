@@ -32,6 +32,9 @@ Check: TypeAlias = Literal["arguments", "scorers", "everything"]
 """How far the check before a run goes: ``"arguments"`` calls nothing that was passed but the model, which is not run;
 ``"scorers"`` lets filters and scorers judge one stand-in picture, too; ``"everything"`` also asks the critic, which may cost."""
 
+_PROMPT = "a picture"
+"""Of the plans that stand for those to come."""
+
 _GREYS = ((96, 96, 96), (128, 128, 128))
 """Of the stand-ins for the pictures before and after."""
 
@@ -158,11 +161,11 @@ def _counts(parts: LoopParts, learning: LearningParts | None, *, seed: int) -> I
 
 
 def check_planner_guide(planner: RegionPlanner, synthesizer: Synthesizer) -> None:
-    """Refuse a planner whose regions the synthesizer would not read, or whose canvases it cannot draw from.
+    """Refuse a planner whose plans the synthesizer cannot draw, and a synthesizer that draws no plain picture.
 
     Raises:
-        GuideError: naming both.
-        ModelError: as `Synthesizer.canvas_steps` says it.
+        GuideError: for regions that it would not read, or a guide that cannot act in the drawing.
+        ModelError: as `Synthesizer.check_plan` says it.
     """
     if not _is(planner, RegionPlanner) or not _is(synthesizer, Synthesizer):
         return
@@ -171,9 +174,11 @@ def check_planner_guide(planner: RegionPlanner, synthesizer: Synthesizer) -> Non
             f"{type(planner).__name__} makes plans with regions, and this {type(synthesizer).__name__} has no guide to read "
             "them. Give it one, guide=artaug.RegionalAttention(), or take a planner that only rewrites prompts."
         )
+    synthesizer.check_plan(Plan(_PROMPT))
     canvas = planner.canvas_over(Image.new("RGB", synthesizer.picture_size, _GREYS[0]))
     if canvas is not None:
-        synthesizer.canvas_steps(canvas)
+        regions = (Region(Box(0, 0, 1, 1), _PROMPT),) if planner.makes_regions else ()
+        synthesizer.check_plan(Plan(_PROMPT, regions, canvas))
 
 
 def _is(value: object, of: type) -> bool:

@@ -55,6 +55,9 @@ class RemoteSynthesizer(Synthesizer):
         steps: int = self.pool.call(UseSynthesizer(self.loras, partial(_canvas_steps, canvas)))
         return steps
 
+    def check_plan(self, plan: Plan) -> None:
+        self.pool.call(UseSynthesizer(self.loras, partial(_check_plan, plan)))
+
     @property
     def picture_size(self) -> tuple[int, int]:
         width, height = self.pool.description.facts["picture_size"]
@@ -200,6 +203,10 @@ class RemoteScorer(Scorer):
     def score_batch(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
         scores: list[float] = self.pool.call(Score(send_pictures(images), prompts)) if prompts else []
         return scores
+
+
+def _check_plan(plan: Plan, synthesizer: Synthesizer, _report: Callable[[object], None]) -> None:
+    synthesizer.check_plan(plan)
 
 
 def _canvas_steps(canvas: Canvas, synthesizer: Synthesizer, _report: Callable[[object], None]) -> int:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import PyramidAttentionBroadcastConfig
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -345,13 +344,3 @@ def test_a_foreign_processor_is_refused_by_name():
     site.attention.processor = JointAttnProcessor2_0()
     with pytest.raises(aa.GuideError, match=r"uses JointAttnProcessor2_0.*Expected FluxAttnProcessor"):
         denoiser.processor(site, scaled_dot_product_attention)
-
-
-def test_a_transformer_that_caches_cannot_be_guided():
-    chroma = chroma_of()
-    config = PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
-    )
-    chroma.module.enable_cache(config)
-    with pytest.raises(aa.GuideError, match="disable_cache"):
-        chroma.denoiser(chroma.encode_prompts(["a"]))

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
 from PIL import Image
 
 import artaug as aa
@@ -132,13 +131,6 @@ def test_reconditioning_takes_rows_and_leaves_the_call_as_it_was(flux):
     assert changed["timestep"].shape == (2,)
     assert changed["img_ids"] is call["img_ids"]
     assert call == kept
-
-
-def test_a_transformer_that_caches_cannot_be_guided():
-    flux = flux_of(tiny_flux())
-    flux.module.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(aa.GuideError, match="disable_cache"):
-        flux.denoiser(flux.encode_prompts(["a"]))
 
 
 def test_a_prompt_longer_than_t5_reads_is_warned_of_with_the_words_cut():

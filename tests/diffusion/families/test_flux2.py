@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor
 
 import artaug as aa
@@ -369,10 +368,3 @@ def test_foreign_processors_are_refused_by_name():
         denoiser.processor(site, torch.nn.functional.scaled_dot_product_attention)
     with pytest.raises(aa.GuideError, match="Expected Flux2ParallelSelfAttnProcessor"):
         denoiser.processor(last, torch.nn.functional.scaled_dot_product_attention)
-
-
-def test_a_transformer_that_caches_cannot_be_guided(family):
-    family.module.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(aa.GuideError, match="disable_cache"):
-        family.denoiser(family.encode_prompts(["a"]))
-    family.module.disable_cache()

@@ -1,12 +1,22 @@
 """Latents that guides move, on the tiny model of every family: what moves reaches the next step, and what does not changes nothing."""
 
+import copy
 import functools
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 import artaug as aa
 from artaug.diffusion.families.chroma.family import Chroma1
@@ -346,6 +356,44 @@ def test_a_scheduler_that_adds_noise_steps_from_the_moved_latents():
     with recorded_steps(family) as moved:
         draw(family, guide)
     torch.testing.assert_close(moved[1][0], plain[1][0] + 1, rtol=1e-5, atol=1e-5)
+
+
+KEEPING = [HeunDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler]
+STEPPING = [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers with numpy 2
+@pytest.mark.parametrize("scheduler", [*KEEPING, *STEPPING])
+def test_a_scheduler_that_steps_from_latents_which_it_kept_is_refused_and_no_other(scheduler):
+    family = tiny_family(StableDiffusion)
+    pipeline = family.pipeline
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
+    plain = draw(family, None)
+
+    def by_one(latents, step, _predict):
+        return latents + 1 if step.number == 1 else latents
+
+    if scheduler in KEEPING:
+        with pytest.raises(aa.GuideError, match=rf"{scheduler.__name__} makes some steps from latents that it kept"):
+            draw(family, Moves(by_one))
+    else:
+        assert np.abs(draw(family, Moves(by_one)) - plain).max() > 0
+    assert (draw(family, None) == plain).all()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers with numpy 2
+def test_diffusers_schedulers_that_keep_latents_do_lose_a_move():
+    latents, prediction = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    for kind in set(KEEPING) - {UniPCMultistepScheduler}:  # which keeps a part of it
+        scheduler = kind.from_config(tiny_family(StableDiffusion).pipeline.scheduler.config, skip_prk_steps=True)
+        scheduler.set_timesteps(4)
+        after = scheduler.step(prediction, scheduler.timesteps[0], latents).prev_sample
+        twin = copy.deepcopy(scheduler)
+        stepped, moved = (
+            each.step(prediction, scheduler.timesteps[1], start).prev_sample
+            for each, start in ((scheduler, after), (twin, after + 1))
+        )
+        torch.testing.assert_close(moved, stepped, rtol=1e-4, atol=1e-4)
 
 
 def test_a_pipeline_that_makes_its_steps_without_its_scheduler_is_refused():

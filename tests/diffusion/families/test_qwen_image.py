@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -382,10 +381,3 @@ def test_a_foreign_processor_is_refused_by_name():
     site.attention.processor = JointAttnProcessor2_0()
     with pytest.raises(aa.GuideError, match=r"uses JointAttnProcessor2_0.*Expected QwenDoubleStreamAttnProcessor2_0"):
         denoiser.processor(site, scaled_dot_product_attention)
-
-
-def test_a_transformer_that_caches_cannot_be_guided():
-    qwen = qwen_of()
-    qwen.module.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(aa.GuideError, match="disable_cache"):
-        qwen.denoiser(qwen.encode_prompts(["a"]))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from artaug._internal.modules import unwrap
 from artaug.canvas import Canvas
+from artaug.diffusion.caches import check_guide_beside_cache
 from artaug.diffusion.families import common
 from artaug.diffusion.families.canvases import PipelineCall, check_size, noised_call, steps_rounded_up
 from artaug.diffusion.families.tokenized import TokenizedPrompt
@@ -21,6 +22,7 @@ from artaug.errors import GuideError, ModelError
 from artaug.lora.formats import KeyMap
 from artaug.plan import Plan, Region
 from artaug.regional.denoiser import Conditioning, Denoiser, EncodedPrompt
+from artaug.regional.guide import Guide
 from artaug.regional.guided_run import EncodedRegion, GuidedRun
 from artaug.regional.isolation import BALANCED, Isolation
 from artaug.training.noise_schedule import NoiseSchedule
@@ -175,17 +177,22 @@ class Family(ABC):
             tuple(sorted(token for encoded in tokenized for token in encoded.positions(phrase))) for phrase in phrases
         ]
 
-    def guided_run(self, plans: Sequence[Plan], conditioning: Conditioning) -> GuidedRun:
-        """What a guide gets of the run that draws, or predicts, with the plans' encoded prompts.
+    def check_guided(self, guide: Guide, plans: Sequence[Plan]) -> None:
+        """Refuse plans in whose drawing a guide cannot act.
 
         Raises:
-            GuideError: for a canvas of an editing model, whose tokens no guide distinguishes from those that it draws.
+            GuideError: for a canvas of an editing model, whose tokens no guide distinguishes from those that it draws, and for
+                a model with a cache that the guide does not work with.
         """
+        check_guide_beside_cache(guide, self.module)
         if self.edits and any(plan.canvas is not None for plan in plans):
             raise GuideError(
                 f"{type(self).__name__} reads the pictures of canvases beside what it draws, where a guide cannot act. Leave the "
                 "guide out, or draw from a canvas with a model that takes a strength."
             )
+
+    def guided_run(self, plans: Sequence[Plan], conditioning: Conditioning) -> GuidedRun:
+        """What a guide gets of the run that draws, or predicts, with the plans' encoded prompts."""
         return GuidedRun(
             denoiser=self.denoiser(conditioning),
             plans=plans,
@@ -209,6 +216,20 @@ class Family(ABC):
     def strength_steps(self, strength: float, steps: int) -> int:
         """How many of ``steps`` are drawn from a canvas of this strength. Override it where ``get_timesteps`` rounds down."""
         return steps_rounded_up(strength, steps)
+
+    def check_start(self, plan: Plan, steps: int) -> None:
+        """Refuse what a plan starts from, if nothing can be drawn from it.
+
+        Raises:
+            ModelError: as `canvas_steps`, or for a plan without a canvas if the model only edits.
+        """
+        if plan.canvas is not None:
+            self.canvas_steps(plan.canvas, steps)
+        elif self.needs_canvas:
+            raise ModelError(
+                f"{type(self).__name__} only edits pictures, and the plan of {plan.prompt!r} has no canvas. Draw what it edits "
+                "with another model: EditingSynthesizer(base=..., editor=...)."
+            )
 
     def canvas_steps(self, canvas: Canvas, steps: int) -> int:
         """How many of ``steps`` are drawn from this canvas.

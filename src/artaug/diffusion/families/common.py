@@ -145,19 +145,6 @@ def latent_pictures(denoiser: Denoiser, model_input: Tensor, kwargs: ForwardKwar
     return model_input[rows.start : rows.stop, : module.config.out_channels]  # type: ignore[union-attr]
 
 
-def check_no_cache(transformer: Any) -> None:  # noqa: ANN401 - any model with diffusers' CacheMixin
-    """Refuse to guide a transformer that caches predictions.
-
-    Raises:
-        GuideError: since a cache does not distinguish a region's prompt from the plan's.
-    """
-    if transformer.is_cache_enabled:
-        raise GuideError(
-            "this transformer caches predictions from step to step (enable_cache), which cannot tell a region's "
-            "prompt from the plan's. Call pipeline.transformer.disable_cache() before drawing with a guide."
-        )
-
-
 def prompt_tokens(
     prompts: Sequence[str], tokenizer: Tokenizer, *, reader: str | None, limit: int, remedy: str = ""
 ) -> Hashable:

@@ -70,6 +70,9 @@ class CachedSynthesizer(Synthesizer):
     def canvas_steps(self, canvas: Canvas) -> int:
         return self.synthesizer.canvas_steps(canvas)
 
+    def check_plan(self, plan: Plan) -> None:
+        self.synthesizer.check_plan(plan)
+
     @property
     def picture_size(self) -> tuple[int, int]:
         return self.synthesizer.picture_size

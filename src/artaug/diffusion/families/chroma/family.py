@@ -137,7 +137,6 @@ class Chroma1(Family):
         return {**common.prompt_kwargs(conditioning, negative), "guidance_scale": self._guidance}
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        common.check_no_cache(self.module)
         return ChromaDenoiser(
             module=self.module, grid=self._grid, isolation=self.isolation, prompt_embeds=conditioning["prompt_embeds"]
         )

@@ -121,7 +121,6 @@ class FluxFamily(Family):
         return super().pipeline_call(canvases)
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        common.check_no_cache(self.module)
         return FluxDenoiser(
             module=self.module, grid=self._grid, isolation=self.isolation, prompt_embeds=conditioning["prompt_embeds"]
         )

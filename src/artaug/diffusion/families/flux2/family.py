@@ -210,7 +210,6 @@ class Flux2(Flux2Family):
         return {**conditioning, "guidance_scale": self._scale}
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        common.check_no_cache(self.module)
         return Flux2Denoiser(module=self.module, grid=self._grid, isolation=self.isolation)
 
     def _chat_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -280,7 +279,6 @@ class Flux2Klein(Flux2Family):
         return {**common.prompt_kwargs(conditioning, negative), "guidance_scale": self._scale}
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        common.check_no_cache(self.module)
         denoiser = Flux2Denoiser(module=self.module, grid=self._grid, isolation=self.isolation)
         if self.negative is None:
             return denoiser

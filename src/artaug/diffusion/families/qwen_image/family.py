@@ -101,7 +101,6 @@ class QwenImageFamily(Family):
         }
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        common.check_no_cache(self.module)
         denoiser = QwenImageDenoiser(module=self.module, grid=self._grid, isolation=self.isolation)
         if self.negative is None:
             return denoiser
