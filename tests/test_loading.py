@@ -1,5 +1,6 @@
 """Whatever is wrong with a foreign model, `from_pretrained` says it in an error of artaug, naming what it was given."""
 
+import json
 import os
 import re
 import shutil
@@ -9,13 +10,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.scorers.test_hps import base as hps_base
 from tests.scorers.test_safety import tiny_checker
 
 import artaug as aa
 from artaug.critics import Coordinates, VLMCritic
 from artaug.diffusion import DiffusersSynthesizer, estimate
+from artaug.judges import VLMJudge
 from artaug.scorers import (
     AestheticScore,
     ClipIQA,
@@ -52,6 +54,7 @@ FOLDERS = {
     "DiffusersSynthesizer": ("flux", DiffusersSynthesizer.from_pretrained),
     "estimate": ("flux", estimate),
     "VLMCritic": ("llava", critic),
+    "VLMJudge": ("llava", of_a_scorer(VLMJudge.from_pretrained)),
     "VQAScore": (
         "llava",
         of_a_scorer(lambda folder, options: VQAScore.from_pretrained(folder, answer="a", options=options)),
@@ -249,6 +252,52 @@ def test_what_is_not_spoiled_loads(name, copy):
     assert load(str(copy(kind)), **({"width": 64, "height": 64} if kind == "flux" else {}))
 
 
+def store_as(dtype, folder):
+    """Change what the weights of a folder are stored as, and what its configurations say of it."""
+    for file in folder.rglob("*.safetensors"):
+        weights = {
+            name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in load_file(file).items()
+        }
+        save_file(weights, file, metadata={"format": "pt"})
+    for config in configs(folder):
+        if "dtype" in (settings := json.loads(config.read_text(encoding="utf-8"))):
+            name = str(dtype).removeprefix("torch.")
+            config.write_text(json.dumps({**settings, "dtype": name}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16 if torch.accelerator.is_available() else torch.float32),
+    ],
+    ids=["bfloat16", "float16"],
+)
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name != "estimate"])
+@pytest.mark.filterwarnings("ignore")
+def test_what_loads_has_the_precision_of_its_checkpoint_on_the_gpu_where_there_is_one_and_says_so_once(
+    name, stored, computed, copy, caplog
+):
+    kind, load = FOLDERS[name]
+    folder = copy(kind)
+    store_as(stored, folder)
+    with caplog.at_level("INFO", logger="artaug"):
+        loaded = load(str(folder))
+    here = torch.accelerator.current_accelerator() or torch.device("cpu")
+    weights = [weight for model in parts_of(loaded) for weight in model.parameters()]
+    assert {weight.dtype for weight in weights} == {computed}
+    assert {weight.device.type for weight in weights} == {here.type}
+    (said,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("loaded")]
+    assert said.startswith(f"loaded {folder}: {str(computed).removeprefix('torch.')} on {here.type}")
+
+
+def parts_of(loaded):
+    """The models of a synthesizer, a critic, a scorer, a judge or an encoder."""
+    if isinstance(loaded, DiffusersSynthesizer):
+        return [part for part in loaded.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return loaded.models
+
+
 FILES = {
     "AestheticScore": lambda file, root: AestheticScore.from_pretrained(file, clip=str(root / "clip")),
     "HPSv2": lambda file, root: HPSv2.from_pretrained(file, clip=str(root / "hps")),
@@ -257,8 +306,6 @@ FILES = {
 
 
 def reshape(file):
-    from safetensors.torch import load_file  # noqa: PLC0415
-
     save_file({name: weight.flatten()[:1].clone() for name, weight in load_file(file).items()}, file)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from importlib import resources
 
 import torch
@@ -30,9 +31,13 @@ CHAT = (
 )
 
 
-def tiny_llava(*, fixed_reply: str | None = None, seed: int = 0):
-    """A LLaVA and its processor; with ``fixed_reply``, every reply is that text, whatever the picture."""
-    tokenizer = _tokenizer(special_tokens=_SPECIAL, fixed_reply=fixed_reply)
+def tiny_llava(*, fixed_reply: str | Sequence[str] | None = None, seed: int = 0):
+    """A LLaVA and its processor; with ``fixed_reply``, every reply is that text, whatever the picture.
+
+    As a sequence it is that many tokens, all different, as constrained decoding reads them one after the other.
+    """
+    pieces = [fixed_reply] if isinstance(fixed_reply, str) else fixed_reply
+    tokenizer = _tokenizer(special_tokens=_SPECIAL, added=pieces or ())
     images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor = LlavaProcessor(
         images,
@@ -58,8 +63,8 @@ def tiny_llava(*, fixed_reply: str | None = None, seed: int = 0):
         vision_feature_layer=-1,
     )
     model = _build(LlavaForConditionalGeneration, config, seed)
-    if fixed_reply is not None:
-        _set_reply(model, tokenizer, fixed_reply)
+    if pieces is not None:
+        _set_reply(model, tokenizer, pieces)
     return model, processor
 
 
@@ -119,7 +124,7 @@ def _text_config(tokenizer) -> LlamaConfig:
     )
 
 
-def _tokenizer(*, special_tokens, fixed_reply=None) -> Qwen2Tokenizer:
+def _tokenizer(*, special_tokens, added=()) -> Qwen2Tokenizer:
     vocabulary, merges = _trained_bpe()
     shifted = {piece: index + len(special_tokens) for piece, index in vocabulary.items()}
     tokenizer = Qwen2Tokenizer(
@@ -128,8 +133,7 @@ def _tokenizer(*, special_tokens, fixed_reply=None) -> Qwen2Tokenizer:
         eos_token="<|im_end|>",
         extra_special_tokens=special_tokens[1:],
     )
-    if fixed_reply is not None:
-        tokenizer.add_tokens([fixed_reply])
+    tokenizer.add_tokens(list(added))
     return tokenizer
 
 
@@ -147,20 +151,20 @@ def _trained_bpe():
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
-def _set_reply(model, tokenizer, fixed_reply) -> None:
-    """Set the weights so that the reply, which is one token, follows a line break, and the end of text follows the reply.
+def _set_reply(model, tokenizer, pieces) -> None:
+    """Set the weights so that the pieces, a token each, follow a line break and each other, and the end of text the last.
 
     The layers add nothing to the residual stream, so the head sees only the embedding of the last token.
     """
-    (reply_token,) = tokenizer.encode(fixed_reply)
     (line_break,) = tokenizer.encode("\n")
+    before = [line_break, *tokenizer.convert_tokens_to_ids(list(pieces))]
+    after = [*before[1:], tokenizer.eos_token_id]
     language = model.model.language_model
     with torch.no_grad():
         for layer in language.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         embeddings = language.embed_tokens.weight
-        embeddings[[line_break, reply_token]] = torch.eye(embeddings.shape[1])[:2] * 10
+        embeddings[before] = torch.eye(embeddings.shape[1])[: len(before)] * 10
         model.lm_head.weight.zero_()
-        model.lm_head.weight[reply_token] = embeddings[line_break]
-        model.lm_head.weight[tokenizer.eos_token_id] = embeddings[reply_token]
+        model.lm_head.weight[after] = embeddings[before]

@@ -1,0 +1,143 @@
+"""README's program for FLUX.1-dev is run as it is printed: behind each of its names on the Hub is a tiny real model.
+
+What a test exchanges beside that it names, and exchanges in the text that is printed.
+"""
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+import artaug as aa
+from support.fences import FENCE
+from support.tiny_flux import tiny_flux
+from support.tiny_llava import tiny_llava
+from support.tiny_scorers import saved, tiny_clip
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The `local_dir_use_symlinks` argument"
+)  # which diffusers passes to the Hub
+
+README = Path(__file__).parents[1] / "README.md"
+PROGRAM, IN_DIFFUSERS = (
+    match["code"] for match in FENCE.finditer(README.read_text(encoding="utf-8")) if "FLUX.1-dev" in match["code"]
+)
+FLUX, VLM = "black-forest-labs/FLUX.1-dev", "Qwen/Qwen3-VL-8B-Instruct"
+CLIPS = ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14")
+FEW_STEPS = {"steps=400": "steps=2"}
+KEEP_ALL = {"at_least=0.2": "at_least=-100", "at_least=-0.5": "at_least=-100"}  # tiny scorers know nothing
+REPLY = (  # its tokens, each of which a JSON grammar allows after the ones before
+    '{"summary":"',
+    "dull",
+    '","suggestions":[{"reason":"',
+    "dark",
+    '","box":[',
+    "0",
+    ",0.1,",
+    "0.5",
+    ',1],"prompt":"',
+    "a sunlit window",
+    '"}]}',
+)
+PROMPTS = ["a quiet kitchen at night", "a lighthouse at dusk"]
+
+
+def flux_in_bfloat16():
+    """A FLUX with the parts, files and settings of FLUX.1-dev; its autoencoder halves more often, so that 1,024 pixels are few tokens."""
+    pipeline = tiny_flux(guidance_embeds=True, dynamic_shift=True)
+    levels = 6
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=(4,) * levels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=2,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        sizes = {"in_channels": 64, "num_single_layers": 1, "num_attention_heads": 1}
+        transformer = FluxTransformer2DModel.from_config({**pipeline.transformer.config, **sizes})
+    parts = {**pipeline.components, "vae": vae.eval(), "transformer": transformer.eval()}
+    return type(pipeline)(**parts).to(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A cache of the Hub in which the program's names are tiny models, in bfloat16 and in several files where the real ones are."""
+    cache = tmp_path_factory.mktemp("hub")
+    flux_in_bfloat16().save_pretrained(place(cache, FLUX), max_shard_size="20KB")
+    model, processor = tiny_llava(fixed_reply=REPLY)
+    saved(place(cache, VLM), model.to(torch.bfloat16), processor)
+    for name in CLIPS:
+        saved(place(cache, name), *tiny_clip())
+    return cache
+
+
+def place(cache, name):
+    """The folder of a model in a cache of the Hub."""
+    root, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit, encoding="utf-8")
+    return root / "snapshots" / commit
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+
+
+def run(code, exchanged):
+    """Run a program with what is exchanged, and return its names."""
+    for printed, instead in exchanged.items():
+        assert code.count(printed) == 1, f"README has no {printed!r}, or several"
+        code = code.replace(printed, instead)
+    names = {"__name__": "__main__"}
+    exec(compile(code, README, "exec"), names)
+    return names
+
+
+def test_the_program_ends_with_a_lora_that_diffusers_loads(caplog):
+    with caplog.at_level("INFO", logger="artaug"):
+        names = run(PROGRAM, {**FEW_STEPS, **KEEP_ALL})
+    result, synthesizer = names["result"], names["synthesizer"]
+    assert [finished.training.pairs for finished in result.rounds] == [2, 2]
+    attempts = [attempt for finished in result.rounds for attempt in finished.attempts]
+    assert {attempt.pair.plan.regions[0].prompt for attempt in attempts} == {"a sunlit window"}
+    assert aa.Run.open("runs/flux").result.lora.digest == result.lora.digest
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("loaded")]
+    assert [re.match(r"loaded (\S+): (\w+) on", line).groups() for line in said] == [
+        (FLUX, "bfloat16"),
+        (VLM, "bfloat16"),
+        ("yuvalkirstain/PickScore_v1", "float32"),
+        ("openai/clip-vit-large-patch14", "float32"),
+    ]
+
+    pipeline = run(IN_DIFFUSERS, {'"cuda"': '"cpu"'})["pipeline"]
+    assert pipeline.get_active_adapters() == ["default_0"]
+    options = {"height": 1024, "width": 1024, "num_inference_steps": 1, "output_type": "latent"}
+    with_lora = pipeline(PROMPTS[0], **options, generator=torch.Generator().manual_seed(0)).images
+    pipeline.disable_lora()
+    assert not torch.equal(
+        with_lora, pipeline(PROMPTS[0], **options, generator=torch.Generator().manual_seed(0)).images
+    )
+    assert {part.dtype for part in (synthesizer.pipeline.transformer, pipeline.transformer)} == {torch.bfloat16}
+
+
+def test_a_run_that_keeps_nothing_says_what_became_of_the_prompts():
+    with pytest.raises(
+        aa.NothingToLearnError, match=r"round 1 kept none of 2 prompts: 2 dropped, 0 skipped.*PickScore"
+    ):
+        run(PROGRAM, {"at_least=0.2": "at_least=100"})
+    assert not Path("artaug.safetensors").exists()
+    assert len(list(aa.Run.open("runs/flux").attempts())) == len(PROMPTS)
