@@ -75,6 +75,7 @@ def check_family(
     checks = _FamilyChecks(dataclasses.replace(synthesizer, steps=max(2, synthesizer.steps)), prompt, tolerance)
     checks.check_masks()
     checks.check_initial_noise()
+    checks.check_decoding()
     checks.check_plain()
     checks.check_prompts()
     checks.check_output_mix()
@@ -250,10 +251,47 @@ class _FamilyChecks:
         gap = min(gaps, default=math.inf) / float(expected.abs().max())
         assert gap <= _NOISE_TOLERANCE, f"{subject} other noise than the denoiser gets in the first step of a drawing"
 
+    def check_decoding(self) -> None:
+        family = self.family
+        if type(family).decode_latents is Family.decode_latents:  # whose latents cannot be decoded
+            return
+        final: list[Tensor] = []
+        subject = f"{self.name}: decode_latents gives"
+
+        def keep_latents(
+            _pipeline: object, _step: int, _timestep: object, kwargs: dict[str, Tensor]
+        ) -> dict[str, Tensor]:
+            final.append(kwargs["latents"])
+            return kwargs
+
+        pictures = self._drawn_by_pipeline(output_type="np", callback_on_step_end=keep_latents)
+        drawn = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            decoded = family.decode_latents(final[-1].float())
+        assert decoded.shape == drawn.shape, (
+            f"{subject} the shape {tuple(decoded.shape)}: expected {tuple(drawn.shape)}"
+        )
+        gap = float((decoded - drawn).abs().max())
+        assert gap <= _ROUNDING, f"{subject} another picture than the pipeline, by up to {gap:.3g} of [0, 1]"
+        with torch.enable_grad(), family.decoding():
+            latents = torch.zeros_like(final[-1], dtype=torch.float32, requires_grad=True)
+            family.decode_latents(latents).sum().backward()
+        assert latents.grad is not None, f"{subject} pictures without gradient"
+        assert latents.grad.any(), f"{subject} pictures with a gradient of 0"
+
     def check_plain(self) -> None:
+        (reference,) = self._drawn_by_pipeline()
+        for guide in (None, OutputMix(), *([RegionalAttention()] if self.is_attentive else [])):
+            image = dataclasses.replace(self.synthesizer, guide=guide).synthesize(Plan(self.prompt), seed=0)
+            assert image.tobytes() == reference.tobytes(), (
+                f"{self.name} with guide {guide!r} draws a plan without regions otherwise than its pipeline"
+            )
+
+    @torch.no_grad()
+    def _drawn_by_pipeline(self, **options: Any) -> Any:  # noqa: ANN401 - of the pipeline's call, whose output depends on them
         negative = self.family.negative
-        with torch.no_grad(), without_progress_bar(self.synthesizer.pipeline):
-            reference = self.synthesizer.pipeline(
+        with without_progress_bar(self.synthesizer.pipeline):
+            return self.synthesizer.pipeline(
                 **self.family.pipeline_kwargs(
                     self.family.encode_prompts([self.prompt]),
                     None if negative is None else self.family.encode_prompts([negative]),
@@ -262,12 +300,8 @@ class _FamilyChecks:
                 height=self.synthesizer.height,
                 num_inference_steps=self.synthesizer.steps,
                 generator=[torch.Generator().manual_seed(0)],
-            ).images[0]
-        for guide in (None, OutputMix(), *([RegionalAttention()] if self.is_attentive else [])):
-            image = dataclasses.replace(self.synthesizer, guide=guide).synthesize(Plan(self.prompt), seed=0)
-            assert image.tobytes() == reference.tobytes(), (
-                f"{self.name} with guide {guide!r} draws a plan without regions otherwise than its pipeline"
-            )
+                **options,
+            ).images
 
     def check_prompts(self) -> None:
         prompts = [self.prompt, f"{self.prompt} at night", ""]

@@ -8,7 +8,7 @@ stopped.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from artaug.training.batches import EncodedPairs, init_generator
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import SINGLE_PROCESS, World
 from artaug.training.loss_scale import LossScale, computes_in_float16
-from artaug.training.model import DiffusionModel, Trainable
+from artaug.training.model import DiffusionModel, Trainable, as_decoder
 from artaug.training.optimizer_loop import OptimizerLoop
 from artaug.training.phases import Phase
 from artaug.training.progress import ProgressLog
@@ -98,7 +98,7 @@ class TrainingLoop:
             if self._encoded is None:
                 self._encoded = self._encode_pairs(model, offloaded, world=self.world)
             else:
-                offloaded.enter_context(model.without_encoders())
+                offloaded.enter_context(self._encoders_away(model))
             # A process that finds a file damaged is alone with it: the others go on.
             encode_again = partial(self._encode_pairs, model, offloaded, world=SINGLE_PROCESS)
             encoded = replace(self._encoded, encode_again=encode_again)
@@ -128,8 +128,12 @@ class TrainingLoop:
                 world=world,
             )
             # Entered here, so that the encoders make room before the denoiser is back.
-            offloaded.enter_context(model.without_encoders())
+            offloaded.enter_context(self._encoders_away(model))
         return encoded
+
+    def _encoders_away(self, model: DiffusionModel) -> AbstractContextManager[None]:
+        """A ``with`` block for the steps: nothing is encoded any more, and decoded if the objective looks at pictures."""
+        return as_decoder(model).decoding() if self.config.objective.decodes else model.without_encoders()
 
     def _run_phase(
         self,

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug.errors import ModelError
 from artaug.regional.denoiser import Conditioning, Denoiser
-from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
+from artaug.training.noise_schedule import Latents, NoiseSchedule, Pixels, Sigmas
 
 T = TypeVar("T")
 
@@ -85,6 +86,31 @@ class Steerable(Protocol):
 
     def phrase_tokens(self, prompt: str, phrases: Sequence[str]) -> Sequence[tuple[int, ...]]:
         """Which tokens of the prompt's row in `DiffusionModel.encode_prompts` hold each phrase."""
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """A model whose latents can be decoded in training, as those of every `artaug.diffusion.Family`."""
+
+    def decode_latents(self, latents: Latents) -> Pixels:
+        """Pictures of latents as the denoiser takes them, with gradient to the latents and to no weight."""
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """A ``with`` block like `DiffusionModel.without_encoders`, but for what `decode_latents` needs."""
+
+
+def as_decoder(model: object) -> Decoder:
+    """The model, if its latents can be decoded.
+
+    Raises:
+        ModelError: if they cannot.
+    """
+    if isinstance(model, Decoder):
+        return model
+    raise ModelError(
+        f"the objective looks at pictures, and {type(model).__name__} has no `decode_latents` and `decoding`, as every "
+        "artaug.diffusion.Family has: train another objective, or write them."
+    )
 
 
 @runtime_checkable

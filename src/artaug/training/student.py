@@ -22,8 +22,8 @@ from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
 from artaug.training.adapters import Adapter, AdapterTensors, LayerWeights, PlainLoRA
-from artaug.training.model import Predictor
-from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
+from artaug.training.model import Predictor, as_decoder
+from artaug.training.noise_schedule import Latents, NoiseSchedule, Pixels, Sigmas
 from artaug.training.quantized import check_dequantizable, check_gradients, prepare_for_training
 from artaug.training.steering import Steering
 from artaug.training.teacher_cache import TeacherCache
@@ -139,6 +139,14 @@ class AdapterStudent:
         finally:
             for layer in self.wrapped.values():
                 layer.enable_adapters(enabled=True)
+
+    def decode(self, latents: Latents) -> Pixels:
+        """Pictures of clean latents: float32, in [0, 1], with gradient to the latents.
+
+        Raises:
+            ModelError: if the model does not decode latents.
+        """
+        return as_decoder(self.model).decode_latents(latents)
 
     def parameters(self) -> list[nn.Parameter]:
         """All trained parameters, in the order of the model's layers."""

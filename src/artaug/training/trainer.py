@@ -22,7 +22,7 @@ from artaug.training.config import TrainingConfig
 from artaug.training.distributed import World
 from artaug.training.encoding import find_phrases
 from artaug.training.loop import TrainingLoop
-from artaug.training.model import DiffusionModel, RemotelyTrainable, Trainable
+from artaug.training.model import DiffusionModel, RemotelyTrainable, Trainable, as_decoder
 from artaug.training.objectives import TrainingPlan
 from artaug.training.phases import Phase, split_into_phases
 from artaug.training.progress import ProgressLog, StepEvent
@@ -232,6 +232,8 @@ class DifferentialLoRATrainer(TrainingConfig):
         trainable_layers(model.module, self.targets, self.adapter, model.device)
         self.objective.check(model.noise_schedule)
         with_distribution(model.noise_schedule, self)
+        if self.objective.decodes:
+            as_decoder(model)
 
     def _run_fingerprint(
         self, pairs: Sequence[TrainingSample], seed: int, validation: Validation | None

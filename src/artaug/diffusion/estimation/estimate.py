@@ -95,7 +95,8 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     pinned = bits_per_weight is not None or has_quantized_weights(getattr(stored, denoiser_name))
     denoiser_bytes = sizes[denoiser_name] if storage_dtype is None else stored_bytes(denoiser)
     sizes[denoiser_name], unpacked = _quantized_bytes(denoiser, denoiser_bytes, bits_per_weight)
-    encoders = sum(size for name, size in sizes.items() if name.startswith(("text_encoder", "vae")))
+    idle = ("text_encoder",) if config.objective.decodes else ("text_encoder", "vae")
+    encoders = sum(size for name, size in sizes.items() if name.startswith(idle))
     activations, flops, trainable = _training_cost(run)
     optimizer = math.ceil(trainable * _optimizer_bytes_per_parameter(config.optimizer))
     parameters = _FLOAT32_BYTES * trainable

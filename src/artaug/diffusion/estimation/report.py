@@ -26,7 +26,8 @@ class Estimate:
     weights_bytes: int
     """Of the denoiser, and of other parts that stay on the device (a safety checker, for example)."""
     encoders_bytes: int
-    """Of the text encoders and the VAE, which are on the CPU while the denoiser trains."""
+    """Of the text encoders and the VAE, which are on the CPU while the denoiser trains; the VAE of an objective that decodes counts in
+    ``weights_bytes``."""
     encoding_bytes: int
     """Peak of encoding pictures, in addition to all weights."""
     adapter_bytes: int

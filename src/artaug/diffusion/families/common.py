@@ -2,14 +2,15 @@
 
 import math
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from einops import rearrange
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from artaug._internal.images import as_rgb
@@ -223,6 +224,38 @@ def vae_latents(pipeline: Pipeline, images: Sequence[Image], *, width: int, heig
     return scaled
 
 
+def vae_pictures(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    """Pictures of latents (batch, channels, rows, columns) that are shifted and scaled as the VAE's config says: the inverse of `vae_latents`."""
+    config = pipeline.vae.config
+    return decode(pipeline, latents / config.scaling_factor + (config.get("shift_factor") or 0.0))
+
+
+def decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    """What the VAE makes of its own latents, as the pipeline shows it: float32, (batch, 3, ..., height, width), in [0, 1].
+
+    Gradients flow to the latents, and to no weight.
+    """
+    vae = pipeline.vae
+    device = pipeline._execution_device  # noqa: SLF001 - .device is wrong under offload
+    with frozen(vae):
+        pixels = vae.decode(latents.to(device, vae.dtype), return_dict=False)[0]
+    pictures: Tensor = (pixels.float() / 2 + 0.5).clamp(0, 1)
+    return pictures
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let no gradient flow to the weights of a module in a ``with`` block."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad = True
+
+
 def latent_masks(pipeline: Pipeline, masks: Tensor, *, width: int, height: int) -> Tensor:
     """Masks of pixels (batch, height, width) as masks of latents: float32, (batch, channels, rows, columns).
 
@@ -287,6 +320,12 @@ def pack_latents(latents: Tensor) -> Tensor:
     """
     packed: Tensor = rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
     return packed
+
+
+def unpack_latents(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `pack_latents`, of ``rows`` times ``columns`` image tokens."""
+    latents: Tensor = rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, w=columns, ph=2, pw=2)
+    return latents
 
 
 def shifted_flow(config: Mapping[str, Any], *, tokens: int) -> FlowMatching:

@@ -14,7 +14,7 @@ from artaug.plan import Plan
 from artaug.regional.attention_probe import AttentionMaps, AttentionProbe
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
-from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
+from artaug.training.noise_schedule import Latents, NoiseSchedule, Pixels, Sigmas
 from artaug.training.objectives.base import Objective, PromptBatch, Student, compute_loss
 from artaug.training.objectives.losses import check_range, mean_squared_errors
 
@@ -97,6 +97,10 @@ class AttentionObjective(Objective):
     @property
     def reads_own_noise(self) -> bool:
         return self.objective is not None and self.objective.reads_own_noise
+
+    @property
+    def decodes(self) -> bool:
+        return self.objective is not None and self.objective.decodes
 
     def phrases_of(self, plan: Plan) -> Sequence[str]:
         if not callable(self.phrases):
@@ -198,3 +202,6 @@ class _ProbedStudent:
 
     def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         return self.student.teacher_predict(noisy, sigmas, conditioning)
+
+    def decode(self, latents: Latents) -> Pixels:
+        return self.student.decode(latents)

@@ -15,7 +15,7 @@ from artaug.errors import InvalidValueError
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
-from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
+from artaug.training.noise_schedule import Latents, NoiseSchedule, Pixels, Sigmas
 
 LatentWeights: TypeAlias = Float[Tensor, "..."]
 """A number for every latent, of a shape that broadcasts to theirs."""
@@ -111,6 +111,12 @@ class Student(Protocol):
             plans: what each row shows, `artaug.training.PromptBatch.plans`.
         """
 
+    def decode(self, latents: Latents) -> Pixels:
+        """Pictures of clean latents: float32, (batch, 3, height, width), in [0, 1], with gradient to the latents.
+
+        Only for an objective that `artaug.Objective.decodes`. `artaug.diffusion.Family.decode_latents` says what it costs.
+        """
+
 
 Loss: TypeAlias = Callable[[Student, Any], Tensor]
 """Of a student and a batch: a `PairBatch`, or a `PromptBatch` where an objective reads no pictures."""
@@ -171,6 +177,11 @@ class Objective(ABC):
     @property
     def reads_own_noise(self) -> bool:
         """Whether the loss needs ``batch.own_noise``: a pair without a seed is refused then."""
+        return False
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the loss looks at pixels, by `artaug.training.Student.decode`: the VAE stays on the device then."""
         return False
 
     @abstractmethod

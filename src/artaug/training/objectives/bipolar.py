@@ -11,7 +11,7 @@ from artaug.errors import InvalidValueError, ModelError
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
-from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
+from artaug.training.noise_schedule import Latents, NoiseSchedule, Pixels, Sigmas
 from artaug.training.objectives.base import Objective, PairBatch, Student, compute_loss
 from artaug.training.objectives.paired_difference import PairedDifference
 
@@ -67,6 +67,10 @@ class Bipolar(Objective):
     def reads_own_noise(self) -> bool:
         return self.objective.reads_own_noise
 
+    @property
+    def decodes(self) -> bool:
+        return self.objective.decodes
+
     def phrases_of(self, plan: Plan) -> Sequence[str]:
         return self.objective.phrases_of(plan)
 
@@ -102,6 +106,9 @@ class _ScaledStudent:
 
     def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         return self.student.teacher_predict(noisy, sigmas, conditioning)
+
+    def decode(self, latents: Latents) -> Pixels:
+        return self.student.decode(latents)
 
     def predict_guided(
         self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, guide: Guide, plans: Sequence[Plan]

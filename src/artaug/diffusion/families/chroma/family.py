@@ -150,6 +150,9 @@ class Chroma1(Family):
         latents = common.vae_latents(self.pipeline, images, width=self.width, height=self.height)
         return common.pack_latents(latents)
 
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return common.vae_pictures(self.pipeline, common.unpack_latents(latents, *self._grid))
+
     def encode_masks(self, masks: Tensor) -> Tensor:
         latents = common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
         return common.pack_latents(latents)

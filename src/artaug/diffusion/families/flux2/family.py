@@ -132,10 +132,20 @@ class Flux2Family(Family):
         vae = self.pipeline.vae
         pixels = common.image_pixels(self.pipeline, images, width=self.width, height=self.height)
         latents = _patchify(vae.encode(pixels).latent_dist.mode().float())
+        mean, std = self._patch_statistics()
+        return _to_tokens((latents - mean) / std)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        mean, std = self._patch_statistics()
+        patches = rearrange(latents, "b (h w) c -> b c h w", h=self._grid[0])
+        return common.decode(self.pipeline, _unpatchify(patches * std.to(latents) + mean.to(latents)))
+
+    def _patch_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of a patch: float32, (channels * 4, 1, 1)."""
+        vae = self.pipeline.vae
         mean = rearrange(vae.bn.running_mean.float(), "c -> c 1 1")
         variance = rearrange(vae.bn.running_var.float(), "c -> c 1 1")
-        normalized = (latents - mean) / (variance + vae.config.batch_norm_eps).sqrt()
-        return _to_tokens(normalized)
+        return mean, (variance + vae.config.batch_norm_eps).sqrt()
 
     def encode_masks(self, masks: Tensor) -> Tensor:
         latents = common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
@@ -373,6 +383,12 @@ def _patchify(latents: Tensor) -> Tensor:
     """The channels of each 2 x 2 patch of latent pixels side by side: (batch, channels * 4, rows / 2, columns / 2)."""
     patches: Tensor = rearrange(latents, "b c (h ph) (w pw) -> b (c ph pw) h w", ph=2, pw=2)
     return patches
+
+
+def _unpatchify(patches: Tensor) -> Tensor:
+    """The inverse of `_patchify`."""
+    latents: Tensor = rearrange(patches, "b (c ph pw) h w -> b c (h ph) (w pw)", ph=2, pw=2)
+    return latents
 
 
 def _to_tokens(patches: Tensor) -> Tensor:

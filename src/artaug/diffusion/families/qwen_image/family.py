@@ -127,9 +127,19 @@ class QwenImageFamily(Family):
         pixels = common.image_pixels(self.pipeline, images, width=self.width, height=self.height)
         # The VAE is one of videos: (batch, channels, frames, rows, columns), here with one frame.
         latents = vae.encode(pixels.unsqueeze(2)).latent_dist.mode().float().squeeze(2)
-        mean = rearrange(latents.new_tensor(vae.config.latents_mean), "c -> c 1 1")
-        std = rearrange(latents.new_tensor(vae.config.latents_std), "c -> c 1 1")
+        mean, std = self._channel_statistics(latents)
         return common.pack_latents((latents - mean) / std)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        mean, std = self._channel_statistics(latents)
+        unscaled = common.unpack_latents(latents, *self._grid) * std + mean
+        return common.decode(self.pipeline, unscaled.unsqueeze(2)).squeeze(2)  # one frame
+
+    def _channel_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's latents: (channels, 1, 1)."""
+        config = self.pipeline.vae.config
+        mean, std = (like.new_tensor(channels) for channels in (config.latents_mean, config.latents_std))
+        return rearrange(mean, "c -> c 1 1"), rearrange(std, "c -> c 1 1")
 
     def encode_masks(self, masks: Tensor) -> Tensor:
         latents = common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)

@@ -149,6 +149,9 @@ class StableDiffusion3(Family):
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         return common.vae_latents(self.pipeline, images, width=self.width, height=self.height)
 
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return common.vae_pictures(self.pipeline, latents)
+
     def encode_masks(self, masks: Tensor) -> Tensor:
         return common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
 

@@ -164,6 +164,9 @@ class UNetFamily(Family):
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         return common.vae_latents(self.pipeline, images, width=self.width, height=self.height)
 
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return common.vae_pictures(self.pipeline, latents)
+
     def encode_masks(self, masks: Tensor) -> Tensor:
         return common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
 
@@ -307,13 +310,33 @@ class StableDiffusionXL(UNetFamily):
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         with _float32_if_it_overflows(self.pipeline.vae):
             latents: Tensor = super().encode_images(images)
-        config = self.pipeline.vae.config
-        mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
-        if mean is None or std is None:
-            return latents
-        mean, std = (torch.tensor(channels, device=latents.device).view(1, -1, 1, 1) for channels in (mean, std))
-        normalized: Tensor = (latents - mean * config.scaling_factor) / std
+        mean, std = self._channel_statistics(latents)
+        normalized: Tensor = (latents - mean) / std
         return normalized
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        vae, (mean, std) = self.pipeline.vae, self._channel_statistics(latents)
+        if _overflows(vae) and torch.is_grad_enabled() and latents.requires_grad:
+            raise ModelError(
+                "this VAE overflows in float16, and has to be in float32 until gradients have come back through it. Decode in a "
+                "with block of decoding(), as a trainer does."
+            )
+        with _float32_if_it_overflows(vae):
+            return super().decode_latents(latents * std + mean)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        with super().decoding(), _float32_if_it_overflows(self.pipeline.vae):
+            yield
+
+    def _channel_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of scaled latents, (channels, 1, 1); 0 and 1 unless the VAE's config has them."""
+        config = self.pipeline.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return like.new_zeros(1, 1, 1), like.new_ones(1, 1, 1)
+        mean, std = (like.new_tensor(channels).view(-1, 1, 1) for channels in (mean, std))
+        return mean * config.scaling_factor, std
 
     def _added_conditions(self, conditioning: Conditioning) -> Mapping[str, Tensor] | None:
         pooled = conditioning["pooled_prompt_embeds"]
@@ -324,10 +347,14 @@ class StableDiffusionXL(UNetFamily):
         return {"text_embeds": pooled, "time_ids": time_ids.to(pooled.device).repeat(len(pooled), 1)}
 
 
+def _overflows(vae: AutoencoderKL) -> bool:
+    return vae.dtype == torch.float16 and bool(vae.config.force_upcast)
+
+
 @contextmanager
 def _float32_if_it_overflows(vae: AutoencoderKL) -> Iterator[None]:
     """Keep a float16 VAE that is known to overflow in float32 for a ``with`` block, as the pipeline does to decode."""
-    overflows = vae.dtype == torch.float16 and vae.config.force_upcast
+    overflows = _overflows(vae)
     if overflows:
         vae.to(torch.float32)
     try:

@@ -151,6 +151,9 @@ class ZImage(Family):
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         return common.vae_latents(self.pipeline, images, width=self.width, height=self.height)
 
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return common.vae_pictures(self.pipeline, latents)
+
     def encode_masks(self, masks: Tensor) -> Tensor:
         return common.latent_masks(self.pipeline, masks, width=self.width, height=self.height)
 
