@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from artaug.errors import ModelError
 from artaug.regional.denoiser import Conditioning, Denoiser
-from artaug.training.noise_schedule import Latents, NoiseSchedule, Pixels, Sigmas
+from artaug.training.noise_schedule import Latents, NoiseSchedule, DecodedPictures, Sigmas
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class Steerable(Protocol):
 class Decoder(Protocol):
     """A model whose latents can be decoded in training, as those of every `artaug.diffusion.Family`."""
 
-    def decode_latents(self, latents: Latents) -> Pixels:
+    def decode_latents(self, latents: Latents) -> DecodedPictures:
         """Pictures of latents as the denoiser takes them, with gradient to the latents and to no weight."""
 
     def decoding(self) -> AbstractContextManager[None]:

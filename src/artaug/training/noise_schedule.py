@@ -16,7 +16,7 @@ from artaug.errors import InvalidValueError
 
 Latents: TypeAlias = Float[Tensor, " batch *latent"]
 """Latents, noise or predictions: one row per picture."""
-Pixels: TypeAlias = Float[Tensor, "batch 3 height width"]
+DecodedPictures: TypeAlias = Float[Tensor, "batch 3 height width"]
 """Pictures: float32 in [0, 1], one row per picture."""
 Sigmas: TypeAlias = Float[Tensor, " batch"]
 """Noise levels in [0, 1]: one per picture."""

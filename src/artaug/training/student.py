@@ -23,7 +23,7 @@ from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
 from artaug.training.adapters import Adapter, AdapterTensors, LayerWeights, PlainLoRA
 from artaug.training.model import Predictor, as_decoder
-from artaug.training.noise_schedule import Latents, NoiseSchedule, Pixels, Sigmas
+from artaug.training.noise_schedule import Latents, NoiseSchedule, DecodedPictures, Sigmas
 from artaug.training.quantized import check_dequantizable, check_gradients, prepare_for_training
 from artaug.training.steering import Steering
 from artaug.training.teacher_cache import TeacherCache
@@ -140,7 +140,7 @@ class AdapterStudent:
             for layer in self.wrapped.values():
                 layer.enable_adapters(enabled=True)
 
-    def decode(self, latents: Latents) -> Pixels:
+    def decode(self, latents: Latents) -> DecodedPictures:
         """Pictures of clean latents: float32, in [0, 1], with gradient to the latents.
 
         Raises:

@@ -14,7 +14,7 @@ from artaug.plan import Plan
 from artaug.regional.attention_probe import AttentionMaps, AttentionProbe
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
-from artaug.training.noise_schedule import Latents, NoiseSchedule, Pixels, Sigmas
+from artaug.training.noise_schedule import Latents, NoiseSchedule, DecodedPictures, Sigmas
 from artaug.training.objectives.base import Objective, PromptBatch, Student, compute_loss
 from artaug.training.objectives.losses import check_range, mean_squared_errors
 
@@ -203,5 +203,5 @@ class _ProbedStudent:
     def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         return self.student.teacher_predict(noisy, sigmas, conditioning)
 
-    def decode(self, latents: Latents) -> Pixels:
+    def decode(self, latents: Latents) -> DecodedPictures:
         return self.student.decode(latents)

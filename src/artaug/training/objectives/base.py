@@ -15,7 +15,7 @@ from artaug.errors import InvalidValueError
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
-from artaug.training.noise_schedule import Latents, NoiseSchedule, Pixels, Sigmas
+from artaug.training.noise_schedule import Latents, NoiseSchedule, DecodedPictures, Sigmas
 
 LatentWeights: TypeAlias = Float[Tensor, "..."]
 """A number for every latent, of a shape that broadcasts to theirs."""
@@ -111,7 +111,7 @@ class Student(Protocol):
             plans: what each row shows, `artaug.training.PromptBatch.plans`.
         """
 
-    def decode(self, latents: Latents) -> Pixels:
+    def decode(self, latents: Latents) -> DecodedPictures:
         """Pictures of clean latents: float32, (batch, 3, height, width), in [0, 1], with gradient to the latents.
 
         Only for an objective that `artaug.Objective.decodes`. `artaug.diffusion.Family.decode_latents` says what it costs.

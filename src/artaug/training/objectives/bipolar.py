@@ -11,7 +11,7 @@ from artaug.errors import InvalidValueError, ModelError
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
-from artaug.training.noise_schedule import Latents, NoiseSchedule, Pixels, Sigmas
+from artaug.training.noise_schedule import Latents, NoiseSchedule, DecodedPictures, Sigmas
 from artaug.training.objectives.base import Objective, PairBatch, Student, compute_loss
 from artaug.training.objectives.paired_difference import PairedDifference
 
@@ -107,7 +107,7 @@ class _ScaledStudent:
     def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
         return self.student.teacher_predict(noisy, sigmas, conditioning)
 
-    def decode(self, latents: Latents) -> Pixels:
+    def decode(self, latents: Latents) -> DecodedPictures:
         return self.student.decode(latents)
 
     def predict_guided(
