@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from artaug.errors import ModelError
 from artaug.regional.denoiser import Conditioning, Denoiser
-from artaug.training.noise_schedule import Latents, NoiseSchedule, DecodedPictures, Sigmas
+from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
 
 T = TypeVar("T")
 

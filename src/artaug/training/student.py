@@ -23,7 +23,7 @@ from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
 from artaug.training.adapters import Adapter, AdapterTensors, LayerWeights, PlainLoRA
 from artaug.training.model import Predictor, as_decoder
-from artaug.training.noise_schedule import Latents, NoiseSchedule, DecodedPictures, Sigmas
+from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
 from artaug.training.quantized import check_dequantizable, check_gradients, prepare_for_training
 from artaug.training.steering import Steering
 from artaug.training.teacher_cache import TeacherCache

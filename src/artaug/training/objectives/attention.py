@@ -14,7 +14,7 @@ from artaug.plan import Plan
 from artaug.regional.attention_probe import AttentionMaps, AttentionProbe
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
-from artaug.training.noise_schedule import Latents, NoiseSchedule, DecodedPictures, Sigmas
+from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
 from artaug.training.objectives.base import Objective, PromptBatch, Student, compute_loss
 from artaug.training.objectives.losses import check_range, mean_squared_errors
 

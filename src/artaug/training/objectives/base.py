@@ -15,7 +15,7 @@ from artaug.errors import InvalidValueError
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
-from artaug.training.noise_schedule import Latents, NoiseSchedule, DecodedPictures, Sigmas
+from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
 
 LatentWeights: TypeAlias = Float[Tensor, "..."]
 """A number for every latent, of a shape that broadcasts to theirs."""

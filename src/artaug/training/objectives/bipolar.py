@@ -11,7 +11,7 @@ from artaug.errors import InvalidValueError, ModelError
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
-from artaug.training.noise_schedule import Latents, NoiseSchedule, DecodedPictures, Sigmas
+from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
 from artaug.training.objectives.base import Objective, PairBatch, Student, compute_loss
 from artaug.training.objectives.paired_difference import PairedDifference
 
