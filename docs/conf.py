@@ -28,6 +28,8 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = "artaug"
+html_static_path = ["_static"]
+html_js_files = ["accessible.js"]
 
 toc_object_entries_show_parents = "hide"  # "On this page" lists `Box`, not `artaug.Box`
 autodoc_member_order = "bysource"
