@@ -149,6 +149,17 @@ def test_a_figure_renders_the_same_twice_and_is_not_blank(draw):
     assert (first < 250).mean() > 0.005
 
 
+def test_a_notebook_shows_a_figure_in_its_own_resolution():
+    figure = plots.losses(RESULT)
+
+    png, shown = figure._repr_png_()
+
+    inches = figure.get_size_inches()
+    with Image.open(io.BytesIO(png)) as picture:
+        assert picture.size == tuple((inches * figure.dpi).astype(int))
+    assert shown == {"width": round(inches[0] * 96), "height": round(inches[1] * 96)}
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [

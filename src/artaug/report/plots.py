@@ -1,6 +1,7 @@
 """Figures for papers, drawn by matplotlib: intervals, losses, times and pictures, in a colour-blind safe palette.
 
-Each returns a `matplotlib.figure.Figure` and touches no global state; ``figure.savefig("figure.pdf")`` writes it.
+Each returns a `matplotlib.figure.Figure`, which a notebook shows, and touches no global state; ``figure.savefig("figure.pdf")``
+writes it.
 The figure of a run's funnel is `artaug.Funnel.figure`.
 """
 
@@ -175,8 +176,8 @@ def _wrap_prompt(prompt: str, width: int = 22, max_lines: int = 3) -> str:
 
 def _figure(width: float, height: float) -> "Figure":
     with optional("matplotlib", required_by="artaug.report.plots", extra="report"):
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    return Figure(figsize=(width, height), dpi=200, layout="constrained")
+        from artaug._internal.figures import NotebookFigure  # noqa: PLC0415 - an extra
+    return NotebookFigure(figsize=(width, height), dpi=200, layout="constrained")
 
 
 def _style_axes(axes: "Axes") -> None:

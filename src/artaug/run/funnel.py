@@ -115,8 +115,8 @@ class Funnel:
             MissingExtraError: if matplotlib is not installed.
         """
         with optional("matplotlib", required_by="Funnel.figure", extra="report"):
-            from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-        figure = Figure(figsize=(6.4, 0.55 * len(self.steps) + 0.4), layout="constrained")
+            from artaug._internal.figures import NotebookFigure  # noqa: PLC0415 - an extra
+        figure = NotebookFigure(figsize=(6.4, 0.55 * len(self.steps) + 0.4), layout="constrained")
         axes = figure.add_subplot()
         names, counts = [step.name for step in self.steps], [step.count for step in self.steps]
         axes.barh(names, [self.steps[0].count] * len(names), color=_REST, height=0.66)
