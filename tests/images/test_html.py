@@ -98,7 +98,7 @@ def test_a_critique_has_a_numbered_item_for_every_box():
     page = view(critique, prompt="two lamps")
 
     text = " ".join(page.texts)
-    for expected in ("1", "2", "a lamp 0.0", "a lamp 0.5", "dark", "dim", "two lamps", "1 repairs", "swapped"):
+    for expected in ("1", "2", "a lamp 0.0", "a lamp 0.5", "dark", "dim", "two lamps", "repairs: 1", "swapped"):
         assert expected in text
     assert page.tags.count("li") == 2
     (url,) = page.urls
@@ -112,6 +112,12 @@ def test_no_text_of_a_critic_is_taken_for_html(text):
     plain = aa.Critique((aa.Suggestion(aa.Box(0, 0, 1, 1), "a", "a"),), "a", ("a",))
     for answer, harmless in ((critique, plain), (aa.Abstention(text), aa.Abstention("a"))):
         assert view(answer, prompt=text).tags == view(harmless, prompt="a").tags
+
+
+def test_a_picture_by_reference_is_shown_as_the_picture(tmp_path):
+    (file,) = aa.ImageFolder(tmp_path).add_all([GREY])
+
+    assert view(aa.Critique(), image=file).urls == view(aa.Critique(), image=GREY).urls
 
 
 def test_an_abstention_shows_its_reason():

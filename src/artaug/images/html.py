@@ -11,6 +11,7 @@ from artaug._internal.images import as_rgb, data_url
 from artaug.critique import Abstention, Critique
 from artaug.drawing import BOX_COLORS, DARK, draw_boxes
 from artaug.errors import InvalidValueError
+from artaug.image_files import ImageFile
 
 __all__ = [
     "BOX_COLORS",
@@ -114,15 +115,17 @@ class CritiqueView:
     True
     """
 
-    image: Image.Image
+    image: Image.Image | ImageFile
+    """A file is read when it is shown."""
     answer: Critique | Abstention
     prompt: str = ""
     """Prompt of the image; not shown if empty."""
 
     def _repr_html_(self) -> str:
         suggestions = self.answer.suggestions if isinstance(self.answer, Critique) else ()
-        scale = max(_VIEW_PX // max(self.image.size), 1)
-        annotated = draw_boxes(self.image, [suggestion.box for suggestion in suggestions], scale=scale)
+        image = self.image.load() if isinstance(self.image, ImageFile) else self.image
+        scale = max(_VIEW_PX // max(image.size), 1)
+        annotated = draw_boxes(image, [suggestion.box for suggestion in suggestions], scale=scale)
         items = "".join(
             f"<li><b style='background:{BOX_COLORS[index % len(BOX_COLORS)]};color:{DARK};padding:0 .4em'>{index + 1}</b> "
             f"{escape(suggestion.prompt)}{_small(suggestion.reason)}</li>"
@@ -142,7 +145,7 @@ class CritiqueView:
         empty = "" if self.answer.suggestions else "<p>no suggestions</p>"
         repaired = "".join(f"<br>{escape(repair)}" for repair in self.answer.repairs)
         mended = (
-            f"<details><summary>{len(self.answer.repairs)} repairs</summary>{repaired}</details>" if repaired else ""
+            f"<details><summary>repairs: {len(self.answer.repairs)}</summary>{repaired}</details>" if repaired else ""
         )
         return _paragraph(self.answer.summary, "{}") + empty + mended
 
