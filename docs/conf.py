@@ -50,6 +50,7 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 900
 nb_merge_streams = True
+nb_output_stderr = "remove"  # what libraries say while they load
 
 # Names of other libraries need their inventories, which need the network. Every name of ours is checked.
 nitpick_ignore_regex = [
