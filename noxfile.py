@@ -1,6 +1,7 @@
 """The one door: every check, the demo and the benchmarks. `nox --list` says what there is."""
 
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -168,6 +169,7 @@ def package(session: nox.Session) -> None:
     dist = Path(session.create_tmp()).resolve()
     for old in dist.glob("artaug-*"):
         old.unlink()
+    shutil.rmtree(dist / "runs", ignore_errors=True)
     install(session, group="package")
     session.run("python", "-m", "build", "--outdir", str(dist))  # the wheel is built from the sdist
     (wheel,) = dist.glob("*.whl")
@@ -178,9 +180,11 @@ def package(session: nox.Session) -> None:
         shipped = {name.partition("/")[2] for name in archive.getnames()}
     if missing := sorted(set(tracked) - shipped):
         session.error(f"the sdist lacks what its own sessions need: {missing}")
+    program, *_ = FENCE.findall(Path("README.md").read_text("utf-8"))
     install(session, f"{wheel}[optimizers,parquet,report,scale,vlm]")
     with session.chdir(dist):
         session.run("python", "-c", LOOK)
+        session.run("python", "-c", program)  # README's first one, on the playground
         session.run("pyright", "--ignoreexternal", "--verifytypes", "artaug")
 
 

@@ -1,4 +1,4 @@
-"""README's program for FLUX.1-dev is run as it is printed: behind each of its names on the Hub is a tiny real model.
+"""The programs for FLUX.1-dev are run as they are printed: behind each of their names on the Hub is a tiny real model.
 
 What a test exchanges beside that it names, and exchanges in the text that is printed.
 """
@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from safetensors.torch import save_file
 
 import artaug as aa
 from support.fences import FENCE
@@ -21,10 +22,16 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The `local_dir_use_symlinks` argument"
 )  # which diffusers passes to the Hub
 
-README = Path(__file__).parents[1] / "README.md"
-PROGRAM, IN_DIFFUSERS = (
-    match["code"] for match in FENCE.finditer(README.read_text(encoding="utf-8")) if "FLUX.1-dev" in match["code"]
-)
+ROOT = Path(__file__).parents[1]
+
+
+def printed_in(page):
+    """The programs of a page that stand under the remark that they are run here."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [match["code"] for match in FENCE.finditer(text) if (match["reason"] or "").startswith("tens of gigabytes")]
+
+
+PROGRAM, IN_DIFFUSERS = printed_in("README.md")
 FLUX, VLM = "black-forest-labs/FLUX.1-dev", "Qwen/Qwen3-VL-8B-Instruct"
 CLIPS = ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14")
 FEW_STEPS = {"steps=400": "steps=2"}
@@ -100,10 +107,10 @@ def _in_an_empty_folder(hub, tmp_path, monkeypatch):
 def run(code, exchanged):
     """Run a program with what is exchanged, and return its names."""
     for printed, instead in exchanged.items():
-        assert code.count(printed) == 1, f"README has no {printed!r}, or several"
+        assert code.count(printed) == 1, f"there is no {printed!r}, or several"
         code = code.replace(printed, instead)
     names = {"__name__": "__main__"}
-    exec(compile(code, README, "exec"), names)
+    exec(compile(code, "program", "exec"), names)
     return names
 
 
@@ -132,6 +139,37 @@ def test_the_program_ends_with_a_lora_that_diffusers_loads(caplog):
         with_lora, pipeline(PROMPTS[0], **options, generator=torch.Generator().manual_seed(0)).images
     )
     assert {part.dtype for part in (synthesizer.pipeline.transformer, pipeline.transformer)} == {torch.bfloat16}
+
+
+SMALL = {
+    "width=1024, height=1024, steps=28": "width=256, height=256, steps=2",
+    "prompts[:200], prompts[200:-64], prompts[-64:]": "prompts[:2], prompts[2:4], prompts[4:]",
+    "fraction=0.1": "fraction=0.5",
+    "at_least=-0.5": "at_least=-100",
+    '"keep": calibration.keep,': '"keep": calibration.keep | aa.Gain(clip, at_least=-100),',
+    "steps=400": "steps=2",
+    "every=100": "every=2",
+    'rounds": 2': 'rounds": 1',
+    "sample=64": "sample=2",
+    "everyday()": "everyday().sample(6)",
+}
+
+
+@pytest.mark.filterwarnings("ignore:CLIP reads")  # 32 tokens, for which some everyday prompts are too long
+def test_the_page_from_start_to_end_is_one_program():
+    Path("prompts.txt").write_text(
+        "\n".join([*PROMPTS, "a fox in snow", "an old harbour", "a cup", "a road"]), encoding="utf-8"
+    )
+    save_file({"weight": torch.ones(1, 8), "bias": torch.zeros(1)}, "aesthetic.safetensors")
+    names = run("\n".join(printed_in("docs/flux.md")), SMALL)
+    assert len(names["pairs"]) == 2
+    assert names["calibration"].kept == 1
+    assert "train" in str(names["plan"])
+    (finished,) = names["result"].rounds
+    assert finished.training.best_validation is not None
+    assert names["comparison"].row("PickScore", "enhanced").n == 6
+    assert "a sunlit window" in Path("runs/flux/report.html").read_text(encoding="utf-8")
+    assert aa.LoRA.load("artaug.safetensors").digest == names["result"].lora.digest
 
 
 def test_a_run_that_keeps_nothing_says_what_became_of_the_prompts():
