@@ -228,6 +228,8 @@ class DiffusersSynthesizer(Synthesizer):
         ):
             check_reproducible(self.pipeline)
             conditioning = family.encode_plans(plans)
+            if self.guide is not None:
+                conditioning = family.embed(self.guide, plans, conditioning)
             # After the guide, whose hooks know the tensors that the pipeline was given.
             with self._guidance(family, conditioning, plans) as run, mixed_precision(self.pipeline, family.module):
                 call = family.pipeline_call([plan.canvas for plan in plans if plan.canvas is not None])

@@ -16,7 +16,7 @@ from artaug.regional.denoiser import (
     Span,
 )
 from artaug.regional.guide import Guide, Together
-from artaug.regional.guided_run import DenoiserCall, EncodedRegion, GuidedRun
+from artaug.regional.guided_run import DenoiserCall, EncodedPlan, EncodedRegion, GuidedRun
 from artaug.regional.isolation import BALANCED, ELIGEN, INSTANTX, INVOKEAI, OPEN, Isolation
 from artaug.regional.latent_guide import LatentGuide, LatentStep, Predict
 from artaug.regional.output_mix import OutputMix
@@ -42,6 +42,7 @@ __all__ = [
     "Conditioning",
     "Denoiser",
     "DenoiserCall",
+    "EncodedPlan",
     "EncodedPrompt",
     "EncodedRegion",
     "Guide",

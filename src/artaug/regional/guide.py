@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from artaug._internal.arguments import check_items
 from artaug._internal.contracts import check_result, contract_error
 from artaug._internal.modules import uncompiled
-from artaug.errors import GuideError, InvalidValueError
+from artaug.errors import GuideError, InvalidValueError, NonFiniteError
 from artaug.plan import Plan
-from artaug.regional.guided_run import GuidedRun
+from artaug.regional.guided_run import EncodedPlan, GuidedRun
 
 
 class Guide(ABC):
@@ -36,6 +38,24 @@ class Guide(ABC):
     def declines(self, plans: Sequence[Plan]) -> bool:
         """Whether the guide has nothing to do in a drawing of these plans, which is then bit for bit one without a guide."""
         return False
+
+    def embedded(
+        self, embeds: Float[Tensor, "tokens channels"], encoded: EncodedPlan
+    ) -> Float[Tensor, "tokens channels"]:
+        """The embeddings of a plan's prompt to draw with; by default those that the text encoder gave.
+
+        It is called for each picture of a drawing, before that begins. Pooled embeddings, and the prompts of regions and the negative
+        prompt, stay as they were.
+
+        Args:
+            embeds: float32, padding included, a copy: what the model reads token by token. Two encoders of SD3 stand one
+                after the other among the tokens, those of SDXL among the channels.
+            encoded: the plan, and where its phrases are.
+
+        Returns:
+            Embeddings of the same shape. If they are equal to ``embeds``, the prompt is drawn as it was.
+        """
+        return embeds
 
     @property
     def reads_regions(self) -> bool:
@@ -100,6 +120,56 @@ def declines(guide: Guide, plans: Sequence[Plan]) -> bool:
     return check_result(
         type(guide).__name__, "declines", guide.declines(plans), of=bool, inputs=f"{len(plans)} plan(s)"
     )
+
+
+def moves_embeddings(guide: Guide) -> bool:
+    """Whether a guide, or one of `Together`, has an ``embedded`` of its own."""
+    if isinstance(guide, Together):
+        return any(map(moves_embeddings, guide.guides))
+    return type(guide).embedded is not Guide.embedded
+
+
+def embed(guide: Guide, plans: Sequence[EncodedPlan], embeds: Tensor) -> Tensor:
+    """Let a guide, or those of `Together` that do not decline, move the embeddings of prompts one after the other.
+
+    Args:
+        guide: to be asked for each plan.
+        plans: of one drawing.
+        embeds: (plans, tokens, channels).
+
+    Returns:
+        The embeddings to draw with: ``embeds`` itself where none was moved, since denoisers know the branches of a call by it.
+
+    Raises:
+        ContractError: if a guide returns anything but embeddings of the same shape.
+        NonFiniteError: for NaN or infinity.
+    """
+    if isinstance(guide, Together):
+        for member in guide.guides:
+            embeds = embed(member, plans, embeds)
+        return embeds
+    if not moves_embeddings(guide) or declines(guide, [encoded.plan for encoded in plans]):
+        return embeds
+    moved = torch.stack([_embedded(guide, row, encoded) for row, encoded in zip(embeds, plans, strict=True)])
+    return embeds if torch.equal(moved, embeds) else moved
+
+
+def _embedded(guide: Guide, embeds: Tensor, encoded: EncodedPlan) -> Tensor:
+    """What a guide makes of one prompt's embeddings, in their type."""
+    name, inputs = type(guide).__name__, repr(encoded.plan.prompt)
+    given = embeds.to(torch.promote_types(embeds.dtype, torch.float32), copy=True)
+    moved = check_result(name, "embedded", guide.embedded(given, encoded), of=Tensor, inputs=inputs)
+    if moved.shape != embeds.shape:
+        raise contract_error(
+            name,
+            "embedded",
+            received=f"embeddings of shape {tuple(moved.shape)}",
+            inputs=inputs,
+            expected=f"the shape {tuple(embeds.shape)} of those that it was given",
+        )
+    if not moved.isfinite().all():
+        raise NonFiniteError(f"{name}.embedded moved the embeddings of {inputs} to NaN or infinity. Move them less.")
+    return moved.detach().to(embeds)
 
 
 @contextmanager

@@ -50,6 +50,39 @@ class EncodedRegion:
 
 
 @dataclass(frozen=True, eq=False)
+class EncodedPlan:
+    """A plan of a drawing whose prompt is encoded, as a guide sees it that moves the embeddings."""
+
+    plan: Plan
+    token_slice: slice
+    """Where the prompt's own tokens are among its embeddings, special ones included; the rest is padding."""
+    phrase_tokens: PhraseTokens = field(repr=False)
+    """Where a prompt's tokens are, by the model's family; `phrase` is made of it."""
+
+    def phrase(self, text: str) -> tuple[int, ...]:
+        """Which embeddings are those of a phrase: their numbers, rising, as `GuidedRun.phrase` finds them.
+
+        Args:
+            text: part of the prompt, such as ``"red cone"``.
+
+        Raises:
+            GuideError: if the prompt does not hold it.
+        """
+        (found,) = self.phrase_tokens(self.plan.prompt, [text])
+        if not found:
+            raise absent_phrase(text, [self.plan.prompt])
+        return tuple(found)
+
+
+def absent_phrase(text: str, prompts: Sequence[str]) -> GuideError:
+    """The error of a phrase that no prompt of a drawing holds."""
+    return GuideError(
+        f"the phrase {text!r} is in none of the prompts {list(prompts[:3])!r} as the model reads them. Expected whole "
+        "words of a prompt, in its order, before what is cut off."
+    )
+
+
+@dataclass(frozen=True, eq=False)
 class DenoiserCall:
     """One call of a run's denoiser, as the pipeline makes it."""
 
@@ -114,11 +147,7 @@ class GuidedRun:
             (found,) = self.phrase_tokens(plan.prompt, [text])
             tokens.append(tuple(found))
         if not any(tokens):
-            prompts = [plan.prompt for plan in self.plans]
-            raise GuideError(
-                f"the phrase {text!r} is in none of the prompts {prompts[:3]!r} as the model reads them. Expected whole "
-                "words of a prompt, in its order, before what is cut off."
-            )
+            raise absent_phrase(text, [plan.prompt for plan in self.plans])
         return tuple(tokens)
 
     @contextmanager

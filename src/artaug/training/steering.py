@@ -9,7 +9,7 @@ import torch
 from artaug.errors import ModelError
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
-from artaug.regional.guide import Guide, declines, steer
+from artaug.regional.guide import Guide, declines, moves_embeddings, steer
 from artaug.regional.guided_run import GuidedRun
 from artaug.training.model import Predictor, Steerable
 
@@ -51,12 +51,17 @@ class Steering:
         """Act on the predictions of a ``with`` block.
 
         Raises:
-            ModelError: if the model cannot be guided, the guide reads regions, or layers that are computed again would not find it.
+            ModelError: if the model cannot be guided, the guide reads regions or moves embeddings, or layers that are computed again would not find it.
         """
         if guide.reads_regions:
             raise ModelError(
                 f"{type(guide).__name__} reads regions, whose prompts are not encoded in training. Expected a guide that does "
                 "not, as AttentionProbe."
+            )
+        if moves_embeddings(guide):
+            raise ModelError(
+                f"{type(guide).__name__} moves the embeddings of prompts before a drawing begins, and a training draws nothing. "
+                "Expected a guide that does not, as AttentionProbe."
             )
         if declines(guide, plans):
             yield

@@ -23,8 +23,8 @@ from artaug.errors import GuideError, ModelError
 from artaug.lora.formats import KeyMap
 from artaug.plan import Plan, Region
 from artaug.regional.denoiser import Conditioning, Denoiser, EncodedPrompt
-from artaug.regional.guide import Guide
-from artaug.regional.guided_run import EncodedRegion, GuidedRun
+from artaug.regional.guide import Guide, embed, moves_embeddings
+from artaug.regional.guided_run import EncodedPlan, EncodedRegion, GuidedRun
 from artaug.regional.isolation import BALANCED, Isolation
 from artaug.training.noise_schedule import NoiseSchedule
 
@@ -97,6 +97,16 @@ class Family(ABC):
     def encode_plans(self, plans: Sequence[Plan]) -> Conditioning:
         """Encode the prompts of plans that start alike. Override it where the encoder reads the pictures of canvases, too."""
         return self.encode_prompts([plan.prompt for plan in plans])
+
+    def embed(self, guide: Guide, plans: Sequence[Plan], conditioning: Conditioning) -> Conditioning:
+        """What `encode_plans` returned, with the embeddings that a guide makes of the plans' prompts."""
+        if not moves_embeddings(guide):
+            return conditioning
+        embeds = conditioning["prompt_embeds"]
+        slices = self.token_slices([plan.prompt for plan in plans])
+        encoded = [EncodedPlan(plan, tokens, self.phrase_tokens) for plan, tokens in zip(plans, slices, strict=True)]
+        moved = embed(guide, encoded, embeds)
+        return conditioning if moved is embeds else {**conditioning, "prompt_embeds": moved}
 
     def encode_negative(self, plans: Sequence[Plan]) -> Conditioning | None:
         """Encode the negative prompt once for each plan, as `encode_plans` does; None where a run has no such guidance."""
