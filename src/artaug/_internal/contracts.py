@@ -15,7 +15,7 @@ calls that function, so that a wrong answer is named at its source::
 | `PairFilter` | `artaug.filtering.judge_pairs` |
 | `ImageSimilarity` | `artaug.images.similarity.compare_pairs` |
 | `Objective` | `artaug.training.objectives.compute_loss` |
-| `Guide` | `artaug.regional.guide.steer` |
+| `Guide` | `artaug.regional.guide.steer`, `artaug.regional.guide.embed` |
 | `LatentGuide` | `artaug.regional.latent_guide.LatentMoves` |
 | `Fuser` | `artaug.lora.fusing.fuse_loras` |
 """

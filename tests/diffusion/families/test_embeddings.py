@@ -12,6 +12,7 @@ from artaug.regional import EncodedPlan
 from artaug.training.steering import Steering
 from support.family_laws import synthesizer_of
 from support.family_pipelines import PIPELINES, tiny_family
+from support.guiding import no_phrases
 
 PROMPTS = ["a red barn by the lake", "a lake, and in it a red boat at night"]
 PLANS = [aa.Plan(prompt) for prompt in PROMPTS]
@@ -82,7 +83,7 @@ def test_moved_embeddings_draw_what_the_pipeline_draws_with_them_bit_for_bit(fam
 
 
 def test_embeddings_that_stay_as_they_are_draw_the_plain_picture(family):
-    guide = Embeds(lambda embeds, encoded: embeds + 0.0)
+    guide = Embeds(lambda embeds, _: embeds + 0.0)
     assert (draw(family, guide) == draw(family, None)).all()
     given = torch.stack([embeds for embeds, _ in guide.given])
     torch.testing.assert_close(given, family.encode_prompts(PROMPTS)["prompt_embeds"].float())
@@ -117,7 +118,10 @@ def test_a_guide_may_change_what_it_was_given_in_place(flux):
         pytest.param(lambda *_: None, ContractError, "Embeds.embedded returned None", id="nothing"),
         pytest.param(lambda embeds, _: embeds / 0, NonFiniteError, "to NaN or infinity", id="not finite"),
         pytest.param(
-            lambda embeds, encoded: embeds * len(encoded.phrase("a tower")), GuideError, "'a tower'", id="no such phrase"
+            lambda embeds, encoded: embeds * len(encoded.phrase("a tower")),
+            GuideError,
+            "'a tower'",
+            id="no such phrase",
         ),
     ],
 )
@@ -136,5 +140,5 @@ def test_a_training_refuses_a_guide_that_moves_embeddings(flux):
 
 
 def test_an_encoded_plan_shows_its_plan():
-    encoded = EncodedPlan(aa.Plan("a lake"), slice(0, 3), lambda prompt, phrases: [(1,)])
+    encoded = EncodedPlan(aa.Plan("a lake"), slice(0, 3), no_phrases)
     assert repr(encoded).startswith("EncodedPlan(plan=Plan(")

@@ -23,7 +23,7 @@ from artaug.errors import GuideError, ModelError
 from artaug.lora.formats import KeyMap
 from artaug.plan import Plan, Region
 from artaug.regional.denoiser import Conditioning, Denoiser, EncodedPrompt
-from artaug.regional.guide import Guide, embed, moves_embeddings
+from artaug.regional.guide import Guide, declines, embed, moves_embeddings
 from artaug.regional.guided_run import EncodedPlan, EncodedRegion, GuidedRun
 from artaug.regional.isolation import BALANCED, Isolation
 from artaug.training.noise_schedule import NoiseSchedule
@@ -100,8 +100,9 @@ class Family(ABC):
 
     def embed(self, guide: Guide, plans: Sequence[Plan], conditioning: Conditioning) -> Conditioning:
         """What `encode_plans` returned, with the embeddings that a guide makes of the plans' prompts."""
-        if not moves_embeddings(guide):
+        if not moves_embeddings(guide) or declines(guide, plans):
             return conditioning
+        self.check_guided(guide, plans)
         embeds = conditioning["prompt_embeds"]
         slices = self.token_slices([plan.prompt for plan in plans])
         encoded = [EncodedPlan(plan, tokens, self.phrase_tokens) for plan, tokens in zip(plans, slices, strict=True)]
