@@ -29,6 +29,7 @@ from artaug.errors import (
     PromptError,
     ScoringError,
     StorageError,
+    TokensError,
     TrainingDivergedError,
     UndecidedError,
     WorkerDiedError,
@@ -79,6 +80,7 @@ from artaug.run.turn_rules import Budget, TurnRule
 from artaug.scoring import Scorer
 from artaug.stored_runs import Run
 from artaug.synthesis import Synthesizer
+from artaug.tokens import Tokens
 from artaug.training import (
     AdamW,
     AdamW8bit,
@@ -104,6 +106,8 @@ from artaug.training import (
     ScheduleFree,
     StepEvent,
     SupervisedFineTuning,
+    TokenTrainer,
+    TokenTrainingResult,
     TrainingPrompt,
     TrainingResult,
     TwoStage,
@@ -243,6 +247,10 @@ __all__ = [
     "Synthesizer",
     "Thought",
     "Together",
+    "TokenTrainer",
+    "TokenTrainingResult",
+    "Tokens",
+    "TokensError",
     "TopFraction",
     "TrainingDivergedError",
     "TrainingPrompt",

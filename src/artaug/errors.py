@@ -17,6 +17,7 @@ ArtAugError
 ├── GuideError (RuntimeError)            a guide cannot be installed, or a region would have no effect
 ├── LoRAError (ValueError)               a malformed LoRA file or value
 │   └── LoRAMismatchError                a LoRA that names layers the model does not have
+├── TokensError (ValueError)             a malformed file or value of trained tokens, or one that fits no text encoder
 ├── NonFiniteError (ArithmeticError)     NaN or infinity where numbers were expected
 │   └── TrainingDivergedError            the loss or its gradient is not finite
 ├── StorageError (OSError)               a file of artaug's own could not be written, or is not what it should be
@@ -99,6 +100,10 @@ class LoRAError(ArtAugError, ValueError):
 
 class LoRAMismatchError(LoRAError):
     """A LoRA names layers, or has shapes, that the model does not have."""
+
+
+class TokensError(ArtAugError, ValueError):
+    """A malformed file or value of trained tokens, or one that fits no text encoder of a model."""
 
 
 class NonFiniteError(ArtAugError, ArithmeticError):

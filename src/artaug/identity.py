@@ -21,13 +21,14 @@ from artaug._internal.redaction import hide_secrets, is_secret_name
 from artaug.errors import InvalidValueError
 from artaug.image_files import image_digest
 from artaug.lora.lora import LoRA
+from artaug.tokens import Tokens
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _LONG = 300
 """Characters of a value that is written out; of a longer one the digest is."""
 _DEEPEST = 40
 """Objects within objects, before one is refused."""
-_WEIGHTS = nn.Module | torch.Tensor | np.ndarray | LoRA | Image
+_WEIGHTS = nn.Module | torch.Tensor | np.ndarray | LoRA | Tokens | Image
 """Counts also where a field or an attribute is hidden, which it often is for its long repr."""
 _REMEDY = (
     "Give the class of one of them an attribute identity='...' with all that its results depend on, or hide what does not "
@@ -49,7 +50,7 @@ def identity_of(value: object, name: str) -> dict[str, str]:
 
     An object may say it itself by an attribute ``identity``, a string or a mapping of names to values. Of a dataclass the
     fields that its repr shows count, of any other object the attributes without a leading underscore and a repr of its
-    own. Hidden ones count if they hold weights: models, tensors, arrays, LoRAs, pictures. Models count by class and
+    own. Hidden ones count if they hold weights: models, tensors, arrays, LoRAs, tokens, pictures. Models count by class and
     weights, functions by name, code, defaults, and the values that they enclose. Whatever is called a key, a token or a
     secret is left out.
 
@@ -185,6 +186,11 @@ def _(value: np.ndarray) -> _Description:
 @_split.register
 def _(value: LoRA) -> _Description:
     return _Description(f"LoRA {value.digest}")
+
+
+@_split.register
+def _(value: Tokens) -> _Description:
+    return _Description(f"Tokens {value.digest}")
 
 
 @_split.register

@@ -15,6 +15,7 @@ from artaug.diffusion.families.unet.family import StableDiffusion, StableDiffusi
 from artaug.diffusion.families.z_image.family import ZImage
 from artaug.diffusion.synthesizer import ActiveLoRA, DiffusersSynthesizer
 from artaug.diffusion.verification import verify_export
+from artaug.tokens import InstalledTokens
 
 __all__ = [
     "ActiveLoRA",
@@ -27,6 +28,7 @@ __all__ = [
     "Flux2",
     "Flux2Klein",
     "FluxKontext",
+    "InstalledTokens",
     "QwenImage",
     "QwenImageEdit",
     "StableDiffusion",

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from artaug._internal.arguments import check_argument, check_items
+from artaug._internal.arguments import check_argument, check_count, check_items
 from artaug._internal.devices import DType, check_placement, component_dtypes, log_loaded, resolve_device
 from artaug._internal.digests import digest
 from artaug._internal.modules import frozen
@@ -30,7 +30,7 @@ from artaug.diffusion.locking import exclusive_drawing, exclusive_use
 from artaug.diffusion.offload import check_trainable
 from artaug.diffusion.precision import mixed_precision
 from artaug.diffusion.seeding import check_reproducible, seeded_scheduler
-from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError
+from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError, TokensError
 from artaug.lora.applied import check_called
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
@@ -39,6 +39,7 @@ from artaug.regional.guide import Guide, declines, steer
 from artaug.regional.guided_run import GuidedRun
 from artaug.regional.latent_guide import LatentMoves
 from artaug.synthesis import Synthesizer
+from artaug.tokens import Tokens
 from artaug.training.model import DiffusionModel
 
 
@@ -67,6 +68,7 @@ class DiffusersSynthesizer(Synthesizer):
             decides, or a size or option that its family does not support.
         InvalidValueError: for fewer than one step, or a negative prompt and ``true_cfg_scale`` that would be ignored.
         LoRAMismatchError: for a LoRA that names layers the model does not have.
+        TokensError: for words that the model's tokenizers know already, or rows that are as wide as none of its embeddings.
     """
 
     pipeline: DiffusionPipeline = field(repr=False)
@@ -90,6 +92,8 @@ class DiffusersSynthesizer(Synthesizer):
     """Tokens of a prompt that the model reads, None for the family's default; a longer prompt is cut with a warning."""
     loras: tuple[ActiveLoRA, ...] = ()
     """What `with_lora` has added; their updates add up."""
+    tokens: Tokens | None = None
+    """Words of one's own, which `with_tokens` has added. A drawing in whose prompts none of them occurs is an error."""
     family: type[Family] | None = field(default=None, repr=False)
     """Adapter for the pipeline; None to recognise it. Give your own for a pipeline that artaug does not know."""
 
@@ -100,6 +104,9 @@ class DiffusersSynthesizer(Synthesizer):
         check_reproducible(self.pipeline)
         for active in self.loras:
             active.lora.check_fits(module)
+        if self.tokens is not None:
+            with exclusive_use(self.pipeline), self._bound_family.installed(self.tokens):
+                pass  # which has refused what does not fit
 
     def __repr__(self) -> str:
         """The pipeline's class and where it is from, then the settings."""
@@ -225,6 +232,7 @@ class DiffusersSynthesizer(Synthesizer):
             self._active_loras(family.module),
             without_progress_bar(self.pipeline),
             seeded_scheduler(self.pipeline.scheduler, generators),
+            self._installed_tokens(family, plans),
         ):
             check_reproducible(self.pipeline)
             conditioning = family.encode_plans(plans)
@@ -261,6 +269,37 @@ class DiffusersSynthesizer(Synthesizer):
         """
         return dataclasses.replace(self, loras=(*self.loras, ActiveLoRA(lora, scale)))
 
+    def with_tokens(self, tokens: Tokens) -> Self:
+        """A synthesizer whose prompts can use the words of ``tokens``, beside those that it has; this one is not changed.
+
+        Both share the pipeline. Tokenizers and embeddings read the words during a drawing, and are as before after it.
+
+        Raises:
+            TokensError: for a word that the model's tokenizers, or tokens added before, know already, or for rows that are as wide
+                as none of its embeddings.
+        """
+        check_argument("with_tokens", "tokens", tokens, Tokens)
+        return dataclasses.replace(self, tokens=tokens if self.tokens is None else self.tokens | tokens)
+
+    def new_tokens(self, word: str, *, like: str, vectors: int = 1) -> Tokens:
+        """Rows to begin with: each is the mean embedding of the tokens of ``like``, in every text encoder.
+
+        diffusers' script of textual inversion begins so, with a ``like`` of one token.
+
+        Args:
+            word: what the new tokens are to be called.
+            like: a word, or several, that the model knows.
+            vectors: rows of the word in each encoder.
+
+        Raises:
+            TokensError: if a text encoder does not know ``like``.
+            ModelError: if the family does not say which its text encoders are.
+        """
+        check_count("new_tokens", "vectors", vectors)
+        with exclusive_use(self.pipeline):
+            rows = self._bound_family.embedding_of(like)
+        return Tokens({word: {encoder: row.repeat(vectors, 1) for encoder, row in rows.items()}})
+
     @contextmanager
     def training(self) -> Iterator[DiffusionModel]:
         """Yield the model to a trainer for a ``with`` block: frozen, with the LoRAs of this synthesizer active.
@@ -280,6 +319,7 @@ class DiffusersSynthesizer(Synthesizer):
         with (
             exclusive_use(self.pipeline),
             self._active_loras(family.module),
+            nullcontext() if self.tokens is None else family.installed(self.tokens),
             frozen(family.module),
             mixed_precision(self.pipeline, family.module),
         ):
@@ -333,6 +373,7 @@ class DiffusersSynthesizer(Synthesizer):
         schedule = digest(repr(settings))[:16]
         return (
             f"LoRAs [{loras}], guidance {self.guidance_scale}, schedule {schedule}, length {self.max_sequence_length}"
+            f"{'' if self.tokens is None else f', tokens {self.tokens.digest}'}"
         )
 
     @property
@@ -367,6 +408,23 @@ class DiffusersSynthesizer(Synthesizer):
             if self.max_sequence_length is None
             else self.max_sequence_length,
         )
+
+    @contextmanager
+    def _installed_tokens(self, family: Family, plans: Sequence[Plan]) -> Iterator[None]:
+        """The words of this synthesizer, of which one at least has to occur in a prompt."""
+        if self.tokens is None:
+            yield
+            return
+        regions = [region for plan in plans for region in plan.regions]
+        texts = [*(plan.prompt for plan in plans), *(region.prompt for region in regions)]
+        texts += [text for text in (family.negative, *(region.negative_prompt for region in regions)) if text]
+        if not any(word in text for word in self.tokens.words for text in texts):
+            raise TokensError(
+                f"none of the words {list(self.tokens.words)} occurs in a prompt (first: {plans[0].prompt!r}), so these tokens would "
+                "have no effect. Use one as it is written there, or draw with the synthesizer that has no tokens."
+            )
+        with family.installed(self.tokens):
+            yield
 
     @contextmanager
     def _active_loras(self, module: nn.Module) -> Iterator[None]:

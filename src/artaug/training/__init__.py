@@ -4,7 +4,7 @@ from artaug.training.adapters import Adapter, AdapterTensors, DoRA, FullRank, La
 from artaug.training.config import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, TrainingConfig
 from artaug.training.distributed import shard
 from artaug.training.loss_scale import LossScale
-from artaug.training.model import Decoder, DiffusionModel, Predictor, RemotelyTrainable, Steerable, Trainable
+from artaug.training.model import Decoder, DiffusionModel, Predictor, ReadsTokens, RemotelyTrainable, Steerable, Trainable
 from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, NoiseSchedule, VPrediction
 from artaug.training.objectives import (
     AttentionLoss,
@@ -27,6 +27,7 @@ from artaug.training.optimizers import AdamW, AdamW8bit, Optimizer, Prodigy, Sch
 from artaug.training.progress import StepEvent
 from artaug.training.samples import TrainingPrompt, TrainingSample
 from artaug.training.state import Checkpoints, TrainingState
+from artaug.training.token_trainer import TokenTrainer, TokenTrainingResult
 from artaug.training.tracking import Tracker, open_tracker
 from artaug.training.trainer import DifferentialLoRATrainer, TrainingResult
 from artaug.training.validation import Validation, ValidationResult
@@ -69,6 +70,7 @@ __all__ = [
     "Predictor",
     "Prodigy",
     "PromptBatch",
+    "ReadsTokens",
     "RemotelyTrainable",
     "Schedule",
     "ScheduleFree",
@@ -77,6 +79,8 @@ __all__ = [
     "StepEvent",
     "Student",
     "SupervisedFineTuning",
+    "TokenTrainer",
+    "TokenTrainingResult",
     "Tracker",
     "Trainable",
     "TrainingConfig",

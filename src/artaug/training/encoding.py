@@ -204,9 +204,9 @@ def _read(source: Mapping[str, Tensor] | Path) -> Mapping[str, Tensor]:
 
 
 def _text_fingerprint(model: DiffusionModel) -> str:
-    """A digest of what the text encoders return for a fixed prompt, and of the length they read, where the model has one."""
-    length = getattr(model, "max_sequence_length", None)
-    return digest(tensors_digest(model.encode_prompts([_PROBE_PROMPT])), repr(length))
+    """A digest of what the text encoders return for a fixed prompt, of the length they read, and of words of one's own, where it has any."""
+    length, tokens = getattr(model, "max_sequence_length", None), getattr(model, "tokens_digest", "")
+    return digest(tensors_digest(model.encode_prompts([_PROBE_PROMPT])), repr(length), tokens)
 
 
 def _image_fingerprint(model: DiffusionModel, size: tuple[int, int]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from artaug.errors import ModelError
 from artaug.regional.denoiser import Conditioning, Denoiser
+from artaug.tokens import InstalledTokens, Tokens
 from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
 
 T = TypeVar("T")
@@ -111,6 +112,17 @@ def as_decoder(model: object) -> Decoder:
         f"the objective looks at pictures, and {type(model).__name__} has no `decode_latents` and `decoding`, as every "
         "artaug.diffusion.Family has: train another objective, or write them."
     )
+
+
+@runtime_checkable
+class ReadsTokens(Protocol):
+    """A model whose text encoders can learn words, as every `artaug.diffusion.Family` that names its text encoders."""
+
+    def installed(self, tokens: Tokens) -> AbstractContextManager[InstalledTokens]:
+        """Let the text encoders, frozen, read these words in a ``with`` block; after it they are as before."""
+
+    def encode_differentiably(self, prompts: Sequence[str]) -> Conditioning:
+        """What `DiffusionModel.encode_prompts` returns, computed anew, with the gradient of the words that are installed."""
 
 
 @runtime_checkable

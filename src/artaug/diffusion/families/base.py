@@ -19,6 +19,7 @@ from artaug.diffusion.families import common
 from artaug.diffusion.families.canvases import PipelineCall, check_size, noised_call, steps_rounded_up
 from artaug.diffusion.families.tokenized import TokenizedPrompt
 from artaug.diffusion.offload import encoders_of, on_cpu
+from artaug.diffusion.word_embeddings import digest_of_installed, installed_tokens, mean_embeddings
 from artaug.errors import GuideError, ModelError
 from artaug.lora.formats import KeyMap
 from artaug.plan import Plan, Region
@@ -26,6 +27,7 @@ from artaug.regional.denoiser import Conditioning, Denoiser, EncodedPrompt
 from artaug.regional.guide import Guide, declines, embed, moves_embeddings
 from artaug.regional.guided_run import EncodedPlan, EncodedRegion, GuidedRun
 from artaug.regional.isolation import BALANCED, Isolation
+from artaug.tokens import InstalledTokens, Tokens
 from artaug.training.noise_schedule import NoiseSchedule
 
 _PROMPTS_PER_CALL = 64
@@ -55,6 +57,10 @@ class Family(ABC):
     read prompts padded to one length, or do not see padding. Region prompts are then encoded together, else one by one."""
     isolation: ClassVar[Isolation] = BALANCED
     """What regions and prompts see of each other unless the guide says otherwise. `denoiser` hands it on."""
+
+    text_encoders: ClassVar[Mapping[str, str]] = {}
+    """The pipeline's parts that read prompts by tokens, as ``text_encoder_2``, by their names in files of `artaug.Tokens` (``clip_l``,
+    ``clip_g``, ``t5xxl``, as ComfyUI calls them). The tokenizer of each has the same number. Empty: words cannot be added."""
 
     image_to_image_class: ClassVar[type | None] = None
     """The diffusers class that draws from a canvas without a mask, with the parts of the pipeline; None if there is none."""
@@ -93,6 +99,40 @@ class Family(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts as the pipeline itself would, without gradient, with a warning of every word that is cut."""
+
+    def encode_differentiably(self, prompts: Sequence[str]) -> Conditioning:
+        """What `encode_prompts` returns, computed anew, with the gradient of the text encoders' embeddings where they ask for one.
+
+        Raises:
+            ModelError: in the default, for a family that does not say how.
+        """
+        raise ModelError(
+            f"{type(self).__name__} does not say how prompts are encoded with gradient, so no words can be learned. Write its "
+            "`encode_differentiably`."
+        )
+
+    def installed(self, tokens: Tokens) -> AbstractContextManager[InstalledTokens]:
+        """Let the text encoders read words of one's own in a ``with`` block; after it they are as before, to the object.
+
+        Raises:
+            TokensError: before anything changes, if the tokenizers know a word already, or no text encoder has rows as wide.
+            ModelError: if the family does not say which its text encoders are.
+        """
+        return installed_tokens(self.pipeline, self.text_encoders, tokens)
+
+    def embedding_of(self, text: str) -> Mapping[str, Tensor]:
+        """The mean embedding of a text's tokens in each text encoder: float32, shape (width,), by the encoder's name.
+
+        Raises:
+            ModelError: if the family does not say which its text encoders are.
+            TokensError: if one of them does not know the text.
+        """
+        return mean_embeddings(self.pipeline, self.text_encoders, text)
+
+    @property
+    def tokens_digest(self) -> str:
+        """Of all words of one's own that are installed; empty if there are none."""
+        return digest_of_installed(self.pipeline, self.text_encoders)
 
     def encode_plans(self, plans: Sequence[Plan]) -> Conditioning:
         """Encode the prompts of plans that start alike. Override it where the encoder reads the pictures of canvases, too."""

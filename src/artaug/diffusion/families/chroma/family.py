@@ -89,6 +89,7 @@ class Chroma1(Family):
         ChromaImg2ImgPipeline  # its inpainting asks for a guidance input, which Chroma has not
     )
     key_map: ClassVar[KeyMap | None] = CHROMA
+    text_encoders: ClassVar[Mapping[str, str]] = {"t5xxl": "text_encoder"}
     rows_are_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -114,13 +115,13 @@ class Chroma1(Family):
             prompts, pipeline.tokenizer, reader="T5", limit=limit, remedy="Shorten it, or raise max_sequence_length."
         )
 
-        def encode() -> Conditioning:
-            embeds, _, mask, *_ = pipeline.encode_prompt(
-                list(prompts), do_classifier_free_guidance=False, max_sequence_length=limit
-            )
-            return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+        return kept_encoding(pipeline, (type(self), tokens), partial(self.encode_differentiably, prompts))
 
-        return kept_encoding(pipeline, (type(self), tokens), encode)
+    def encode_differentiably(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, _, mask, *_ = self.pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         # The first padding token counts as the prompt's: Chroma was trained with it unmasked.

@@ -52,6 +52,7 @@ class FluxFamily(Family):
 
     key_map: ClassVar[KeyMap | None] = FLUX1
     rows_are_independent: ClassVar[bool] = True
+    text_encoders: ClassVar[Mapping[str, str]] = {"clip_l": "text_encoder", "t5xxl": "text_encoder_2"}
 
     def __post_init__(self) -> None:
         common.check_components(self.pipeline, _COMPONENTS)
@@ -85,11 +86,11 @@ class FluxFamily(Family):
             ),
         )
 
-        def encode() -> Conditioning:
-            embeds, pooled, _ = pipeline.encode_prompt(list(prompts), max_sequence_length=limit)
-            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        return kept_encoding(pipeline, (type(self), tokens), partial(self.encode_differentiably, prompts))
 
-        return kept_encoding(pipeline, (type(self), tokens), encode)
+    def encode_differentiably(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         tokens = self.pipeline.tokenizer_2(list(prompts), truncation=True, max_length=self.max_sequence_length)

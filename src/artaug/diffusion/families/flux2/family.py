@@ -12,6 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -84,15 +85,14 @@ class Flux2Family(Family):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        pipeline, limit = self.pipeline, self.max_sequence_length
-        chats = self._chat_tokens(prompts)
+        limit, chats = self.max_sequence_length, self._chat_tokens(prompts)
         tokens = llm_encoders.chat_tokens(prompts, chats, self._tokenizer, reader="FLUX.2", limit=limit)
 
-        def encode() -> Conditioning:
-            embeds, _ = pipeline.encode_prompt(list(prompts), max_sequence_length=limit)
-            return {"prompt_embeds": embeds}
+        return kept_encoding(self.pipeline, (type(self), tokens), partial(self.encode_differentiably, prompts))
 
-        return kept_encoding(pipeline, (type(self), tokens), encode)
+    def encode_differentiably(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
+        return {"prompt_embeds": embeds}
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         limit = self.max_sequence_length

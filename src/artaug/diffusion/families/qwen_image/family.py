@@ -10,6 +10,7 @@ normalized channel by channel; an image token is a 2 x 2 patch of them.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -191,6 +192,7 @@ class QwenImage(QwenImageFamily):
     pipeline_class: ClassVar[type] = QwenImagePipeline
     image_to_image_class: ClassVar[type | None] = QwenImageImg2ImgPipeline
     inpainting_class: ClassVar[type | None] = QwenImageInpaintPipeline
+    text_encoders: ClassVar[Mapping[str, str]] = {"qwen25_7b": "text_encoder"}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -204,11 +206,12 @@ class QwenImage(QwenImageFamily):
             start=pipeline.prompt_template_encode_start_idx,
         )
 
-        def encode() -> Conditioning:
-            embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=limit)
-            return {"prompt_embeds": embeds, "prompt_embeds_mask": _full_mask(embeds) if mask is None else mask}
-
+        encode = partial(self.encode_differentiably, prompts)
         return kept_encoding(pipeline, (type(self), pipeline.tokenizer_max_length, tokens), encode)
+
+    def encode_differentiably(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, mask = self.pipeline.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": _full_mask(embeds) if mask is None else mask}
 
 
 @final

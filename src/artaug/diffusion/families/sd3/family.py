@@ -9,6 +9,7 @@ and keys, SD3 does not. Noise: velocity at shifted sigmas. Latents are not packe
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -62,6 +63,11 @@ class StableDiffusion3(Family):
     image_to_image_class: ClassVar[type | None] = StableDiffusion3Img2ImgPipeline
     inpainting_class: ClassVar[type | None] = StableDiffusion3InpaintPipeline
     key_map: ClassVar[KeyMap | None] = SD3
+    text_encoders: ClassVar[Mapping[str, str]] = {
+        "clip_l": "text_encoder",
+        "clip_g": "text_encoder_2",
+        "t5xxl": "text_encoder_3",
+    }
     rows_are_independent: ClassVar[bool] = True
     default_max_sequence_length: ClassVar[int] = 256
 
@@ -91,17 +97,18 @@ class StableDiffusion3(Family):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         pipeline, tokens = self.pipeline, self._tokens(prompts)
 
-        def encode() -> Conditioning:
-            embeds, _, pooled, _ = pipeline.encode_prompt(
-                list(prompts),
-                None,
-                None,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-            )
-            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-
+        encode = partial(self.encode_differentiably, prompts)
         return kept_encoding(pipeline, (type(self), self.max_sequence_length, tokens), encode)
+
+    def encode_differentiably(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         clip_length = self.pipeline.tokenizer_max_length

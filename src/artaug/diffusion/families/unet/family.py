@@ -236,18 +236,20 @@ class StableDiffusion(UNetFamily):
     image_to_image_class: ClassVar[type | None] = StableDiffusionImg2ImgPipeline
     inpainting_class: ClassVar[type | None] = StableDiffusionInpaintPipeline
     key_map: ClassVar[KeyMap | None] = SD15
+    text_encoders: ClassVar[Mapping[str, str]] = {"clip_l": "text_encoder"}
     _components: ClassVar[Sequence[str]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     _default_guidance_scale: ClassVar[float] = 7.5
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        def encode() -> Conditioning:
-            embeds, _ = self.pipeline.encode_prompt(
-                list(prompts), self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-            return {"prompt_embeds": embeds}
-
+        encode = partial(self.encode_differentiably, prompts)
         return kept_encoding(self.pipeline, (type(self), self._tokens(prompts)), encode)
+
+    def encode_differentiably(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, _ = self.pipeline.encode_prompt(
+            list(prompts), self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"prompt_embeds": embeds}
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {"prompt_embeds": (self._clip_length, self.pipeline.unet.config.cross_attention_dim)}
@@ -276,6 +278,7 @@ class StableDiffusionXL(UNetFamily):
     image_to_image_class: ClassVar[type | None] = StableDiffusionXLImg2ImgPipeline
     inpainting_class: ClassVar[type | None] = StableDiffusionXLInpaintPipeline
     key_map: ClassVar[KeyMap | None] = SDXL
+    text_encoders: ClassVar[Mapping[str, str]] = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
     _components: ClassVar[Sequence[str]] = (
         "unet",
         "vae",
@@ -289,12 +292,13 @@ class StableDiffusionXL(UNetFamily):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        def encode() -> Conditioning:
-            embeds, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
-            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-
         second = common.prompt_tokens(prompts, self.pipeline.tokenizer_2, reader=None, limit=self._clip_length)
+        encode = partial(self.encode_differentiably, prompts)
         return kept_encoding(self.pipeline, (type(self), self._tokens(prompts), second), encode)
+
+    def encode_differentiably(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -67,6 +68,7 @@ class ZImage(Family):
     image_to_image_class: ClassVar[type | None] = ZImageImg2ImgPipeline
     inpainting_class: ClassVar[type | None] = ZImageInpaintPipeline
     key_map: ClassVar[KeyMap | None] = Z_IMAGE
+    text_encoders: ClassVar[Mapping[str, str]] = {"qwen3_4b": "text_encoder"}
     rows_are_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -101,14 +103,14 @@ class ZImage(Family):
         chats = self._chat_tokens(prompts)
         tokens = llm_encoders.chat_tokens(prompts, chats, pipeline.tokenizer, reader="Z-Image", limit=limit)
 
-        def encode() -> Conditioning:
-            rows, _ = pipeline.encode_prompt(
-                list(prompts), do_classifier_free_guidance=False, max_sequence_length=limit
-            )
-            embeds, mask = llm_encoders.pad_rows(rows)
-            return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+        return kept_encoding(pipeline, (type(self), tokens), partial(self.encode_differentiably, prompts))
 
-        return kept_encoding(pipeline, (type(self), tokens), encode)
+    def encode_differentiably(self, prompts: Sequence[str]) -> Conditioning:
+        rows, _ = self.pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        embeds, mask = llm_encoders.pad_rows(rows)
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
 
     def select_prompt(self, conditioning: Conditioning, row: int) -> Conditioning:
         length = int(conditioning["prompt_embeds_mask"][row].sum())
