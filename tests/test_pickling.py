@@ -60,7 +60,16 @@ HOLD_A_MODEL = {
     ),
     *("ImageEncoder", "EmbeddingSimilarity", "Tracker", "AttentionSite", "ObjectScore"),
     # A denoiser that is drawing, and what is of one drawing.
-    *("Attended", "AttentionLayers", "DenoiserCall", "GuidedRun", "LatentStep", "Predict", "PipelineCall"),
+    *(
+        "Attended",
+        "AttentionLayers",
+        "DenoiserCall",
+        "GuidedRun",
+        "LatentStep",
+        "Predict",
+        "PipelineCall",
+        "InstalledTokens",
+    ),
     # Processes of a cluster: they go to its workers, see tests/scale.
     *("RayCluster", "RemoteSynthesizer", "RemoteCritic", "RemoteScorer", "ReplicaPool", "SentLoRA"),
 }
@@ -87,6 +96,7 @@ SAMPLES = {
     aa.Box: lambda: aa.Box(0, 0, 0.5, 1),
     aa.Mask: lambda: aa.Mask.from_array(np.eye(2)),
     recipes.AStar: lambda: recipes.AStar(phrases=["red cone", "blue ball"]),
+    aa.Tokens: lambda: aa.Tokens({"<pear>": {"clip_l": torch.ones(1, 1)}}),
     aa.Budget: lambda: aa.Budget(at_most=8, critique=0.25),
     aa.Scorer: FixedScorer,
     aa.PairwiseJudge: FixedJudge,

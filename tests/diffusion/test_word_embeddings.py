@@ -209,6 +209,7 @@ def test_what_would_have_no_effect_or_two_meanings_is_refused(synthesizer, tmp_p
         synthesizer.with_tokens(tokens).with_tokens(tokens)
     with pytest.raises(aa.TokensError, match=r"the tokenizer of clip_l knows \['cone'\] already"):
         synthesizer.with_tokens(aa.Tokens({"cone": tokens.rows["<x>"]}))
+    assert synthesizer.with_tokens(aa.Tokens({"<cone>": tokens.rows["<x>"]})).tokens  # without signs it would be known
     with pytest.raises(aa.TokensError, match=r"width 5 .*clip_l of width 64, t5xxl of width 96: they fit none of them"):
         synthesizer.with_tokens(aa.Tokens({"<x>": {"any": torch.ones(1, 5)}}))
     with pytest.raises(aa.TokensError, match="for the text encoder 'clip_g'"):

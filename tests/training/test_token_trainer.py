@@ -153,7 +153,7 @@ def test_the_first_step_is_that_of_diffusers_own_script(synthesizer):
     for table in tables:
         table.grad.div_(norm.clamp(min=1.0))
     optimizer.step()
-    assert ours.losses[0] == pytest.approx(float(loss), rel=1e-5)
+    assert ours.losses[0] == pytest.approx(loss.item(), rel=1e-5)
     for encoder, table in zip(("clip_l", "t5xxl"), tables, strict=True):
         torch.testing.assert_close(ours.tokens.rows[word][encoder], table[-1:].detach(), rtol=0, atol=2e-4)
 

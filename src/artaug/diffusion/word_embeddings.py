@@ -21,7 +21,7 @@ from artaug._internal.modules import frozen, unwrap
 from artaug.errors import ModelError, TokensError
 from artaug.tokens import ANY_ENCODER, InstalledTokens, Tokens, place_rows
 
-_FURTHER = "\ue000"
+_FURTHER = chr(0xE000)
 """Between a word and the number of a further row, in the names of its tokens: a character that prompts do not have."""
 _LEGACY_EOS = 2
 """``eos_token_id`` in the configs of CLIP from before transformers 4.31, which is wrong."""
@@ -226,8 +226,10 @@ def _reader(
 
 
 def _is_known(tokenizer: Any, word: str) -> bool:  # noqa: ANN401 - of transformers
+    """Whether a word is a token: with the marks of CLIP, T5 and byte-level tokenizers, too, which say that it begins or ends there."""
     ids = list(tokenizer(word, add_special_tokens=False, verbose=False).input_ids)
-    return word in tokenizer.get_vocab() or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id)
+    token = tokenizer.convert_ids_to_tokens(ids[0]) if len(ids) == 1 else ""
+    return word in tokenizer.get_vocab() or token.lstrip(chr(0x2581) + chr(0x120)).removesuffix("</w>") == word.lower()
 
 
 def _width(encoder: Any) -> int:  # noqa: ANN401 - of transformers

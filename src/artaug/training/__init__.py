@@ -4,7 +4,15 @@ from artaug.training.adapters import Adapter, AdapterTensors, DoRA, FullRank, La
 from artaug.training.config import ATTENTION, ATTENTION_AND_MLP, EVERY_LINEAR, TrainingConfig
 from artaug.training.distributed import shard
 from artaug.training.loss_scale import LossScale
-from artaug.training.model import Decoder, DiffusionModel, Predictor, ReadsTokens, RemotelyTrainable, Steerable, Trainable
+from artaug.training.model import (
+    Decoder,
+    DiffusionModel,
+    Predictor,
+    ReadsTokens,
+    RemotelyTrainable,
+    Steerable,
+    Trainable,
+)
 from artaug.training.noise_schedule import EpsilonPrediction, FlowMatching, NoiseSchedule, VPrediction
 from artaug.training.objectives import (
     AttentionLoss,
