@@ -155,7 +155,7 @@ class Bench:
     def interaction(self, kind: str, noise: float = 0.0) -> Interaction:
         """The loop with the base model and a critic whose boxes are wrong with this chance."""
         if (kind, noise) not in self.interactions:
-            critic = NoisyCritic(critic=PhotometricCritic(), wrong=noise, seed=self.seed)
+            critic = NoisyCritic(critic=PhotometricCritic(contrast=0.15), wrong=noise, seed=self.seed)
             self.interactions[kind, noise] = self._new_interaction(self.bases[kind], critic, seed=self.seed)
         return self.interactions[kind, noise]
 
@@ -182,7 +182,7 @@ class Bench:
         base = self.bases[cell.kind]
         while len(done) < cell.rounds:
             drawing = with_loras(base, done[-1].loras.values(), strength=1.0) if done else base
-            loop = self._new_interaction(drawing, PhotometricCritic(), seed=self.seed + 10_000 * len(done))
+            loop = self._new_interaction(drawing, PhotometricCritic(contrast=0.15), seed=self.seed + 10_000 * len(done))
             pair_set = loop.kept(cell.pairs, at_most=8 * cell.pairs)
             learned = self._train(replace(cell, rounds=len(done) + 1), pair_set, drawing)
             if done:

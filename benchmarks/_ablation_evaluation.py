@@ -124,12 +124,12 @@ def with_all_words(synthesizer: aa.Synthesizer) -> Draw:
 
 def with_critic_words(synthesizer: aa.Synthesizer) -> Draw:
     """Draw, critique the whole picture, and draw again with the critic's words added to the prompt."""
-    return _redrawing(synthesizer, PhotometricCritic(max_regions=0), globally=True)
+    return _redrawing(synthesizer, PhotometricCritic(contrast=0.15, max_regions=0), globally=True)
 
 
 def with_regions(synthesizer: aa.Synthesizer) -> Draw:
     """The interaction itself, for every picture: draw, critique, redraw with regions."""
-    return _redrawing(synthesizer, PhotometricCritic(), globally=False)
+    return _redrawing(synthesizer, PhotometricCritic(contrast=0.15), globally=False)
 
 
 def _redrawing(synthesizer: aa.Synthesizer, critic: aa.Critic, *, globally: bool) -> Draw:

@@ -41,7 +41,7 @@ PAIRED, PLAIN_PAIRED, DPO, NFT, FINE_TUNING = (
 """As tuned for the ablation."""
 BEST, JUDGED = (partial(extremes, chooser=chooser) for chooser in (ByScorer(), ByJudge(NoticeableDifference())))
 ALL, ALL_JUDGED = (partial(packed, chooser=chooser) for chooser in (ByScorer(), ByJudge(NoticeableDifference())))
-BOXES = Advice(PhotometricCritic(whole_image=False))
+BOXES = Advice(PhotometricCritic(contrast=0.15, whole_image=False))
 """A critic that speaks of things in the picture alone: one that speaks of the whole has no outside."""
 
 LOOP = "critic"

@@ -49,6 +49,8 @@ class Settings:
     """That a system learns from, in each round; of one thing or two, as the playground's model was trained on."""
     training_steps: int = 48
     """Of each round."""
+    artaug_steps: int = 30
+    """Of each round of the loop."""
     rounds: int = 2
     draws: int = 4
     """Of each prompt, in DreamSync and rollouts."""
@@ -59,7 +61,15 @@ class Settings:
 
 
 QUICK = Settings(
-    prompts=2, sampling_steps=1, training_prompts=4, training_steps=2, rounds=1, draws=2, faithful=0.0, gain=-1.0
+    prompts=2,
+    sampling_steps=1,
+    training_prompts=4,
+    training_steps=2,
+    artaug_steps=1,
+    rounds=1,
+    draws=2,
+    faithful=0.0,
+    gain=-1.0,
 )
 
 
@@ -89,7 +99,7 @@ class Bench:
 
     @property
     def trainer(self) -> aa.DifferentialLoRATrainer:
-        """Of all systems that learn, each with an objective of its own."""
+        """Of the systems that learn from several draws, each with an objective of its own."""
         return aa.DifferentialLoRATrainer(
             rank=8, steps=self.settings.training_steps, batch_size=8, learning_rate=3e-3, echo=4
         )
@@ -134,6 +144,8 @@ def phrases(plan: aa.Plan) -> list[str]:
     return [f"{thing.color} {thing.shape}" for thing in request_of(plan.prompt).things]
 
 
+SEPEN_RATE = 3e-4
+"""Learning rate of `sepen`. Chosen by hand: at 1e-3 and above things are lost that the base model draws."""
 LATENT_STEP = 0.1
 """How far latents move along a gradient of norm 1. Chosen by hand: at 0.5 a thing is lost now and then, at 2 most are."""
 
@@ -255,15 +267,21 @@ def learned_by_dreamsync(bench: Bench) -> Drawer:
 
 
 def learned_by_artaug(bench: Bench) -> Drawer:
-    """The loop: a critic, a regional redraw, the difference."""
+    """The loop with the quickstart's settings: a critic, a regional redraw, the difference."""
     result = aa.enhance(
         bench.prompts,
         synthesizer=bench.guided(aa.RegionalAttention()),
-        critic=PhotometricCritic(),
+        critic=PhotometricCritic(contrast=0.15),
         planner=aa.GreedyPlanner(max_regions=3),
         keep=aa.Gain(Photometric(), at_least=bench.settings.gain)
         & aa.Gain(FAITHFUL, at_least=min(0.0, bench.settings.gain)),
-        trainer=bench.trainer,
+        trainer=aa.DifferentialLoRATrainer(
+            objective=aa.PairedPreference(anchor=0.1),
+            rank=8,
+            steps=bench.settings.artaug_steps,
+            batch_size=32,
+            learning_rate=2e-3,
+        ),
         rounds=bench.settings.rounds,
         seed=bench.seed,
         progress=False,
@@ -298,7 +316,7 @@ def learned_by_sepen(bench: Bench) -> Drawer:
     result = sepen(
         {prompt: names for prompt, names in things.items() if len(names) > 1},
         synthesizer=bench.base,
-        trainer=bench.trainer,
+        trainer=replace(bench.trainer, learning_rate=SEPEN_RATE),
         preserved=[prompt for prompt, names in things.items() if len(names) == 1],
         seed=bench.seed,
         progress=False,
@@ -313,7 +331,12 @@ def tested_by_sepen(bench: Bench) -> Drawer:
         result = sepen(
             {one.prompt: phrases(aa.Plan(one.prompt))},
             synthesizer=bench.base,
-            trainer=replace(bench.trainer, steps=max(1, bench.settings.training_steps // 3), batch_size=4),
+            trainer=replace(
+                bench.trainer,
+                steps=max(1, bench.settings.training_steps // 3),
+                batch_size=4,
+                learning_rate=SEPEN_RATE,
+            ),
             seed=own,
             progress=False,
         )
@@ -347,9 +370,11 @@ ARMS: Mapping[str, Arm] = {
     **{f"IRG, {turns} turns": Arm(partial(interleaved, turns), "what is wrong comes first") for turns in (1, 2, 3)},
     "refine, 3 turns": Arm(partial(refined, 3), f"regions where wrong, {PLANNER}"),
     "checklist, 4 turns": Arm(partial(checked, 4), "new noise"),
-    "SepEn, a prompt at a time": Arm(tested_by_sepen, "keys of text, a third of the steps"),
-    "SepEn, many prompts": Arm(learned_by_sepen, "keys of text", learns=True),
+    "SepEn, a prompt at a time": Arm(tested_by_sepen, f"keys of text, a third of the steps, {SEPEN_RATE}"),
+    "SepEn, many prompts": Arm(learned_by_sepen, f"keys of text, {SEPEN_RATE}", learns=True),
     "DreamSync": Arm(learned_by_dreamsync, "faithful, then Photometric", learns=True),
-    "ArtAug": Arm(learned_by_artaug, "PhotometricCritic, Gain 0.02 and faithful", learns=True),
+    "ArtAug": Arm(
+        learned_by_artaug, "PhotometricCritic, Gain 0.02 and faithful, the quickstart's trainer", learns=True
+    ),
     "rollouts": Arm(learned_by_rollouts, "faithful and Photometric", learns=True),
 }

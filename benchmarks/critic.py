@@ -34,7 +34,8 @@ def measure(*, quick: bool) -> list[record.Row]:
             found += sum(any(box.iou(true_box) >= MIN_IOU for box in boxes) for true_box in objects)
             extra += sum(all(box.iou(true_box) < MIN_IOU for true_box in objects) for box in boxes)
         suggestions = sum(
-            len(suggested(PhotometricCritic(), image, prompt)) for image, prompt in zip(images, prompts, strict=True)
+            len(suggested(PhotometricCritic(contrast=0.15), image, prompt))
+            for image, prompt in zip(images, prompts, strict=True)
         )
         rows.append(
             {

@@ -70,7 +70,9 @@ def measure(*, quick: bool) -> Iterator[record.Row]:
     the seeds, and their 95% intervals.
     """
     base = playground.synthesizer(guide=aa.OutputMix(), steps=SAMPLING_STEPS)
-    interaction = Interaction(synthesizer=base, critic=PhotometricCritic(), sampling_steps=SAMPLING_STEPS, seed=0)
+    interaction = Interaction(
+        synthesizer=base, critic=PhotometricCritic(contrast=0.15), sampling_steps=SAMPLING_STEPS, seed=0
+    )
     held_out = playground.prompts(4 if quick else 64, seed=1, held_out=True)
     evaluation = HeldOutEvaluation(base, held_out)
     rows: list[record.Row] = []

@@ -79,7 +79,7 @@ def playground_case(*, quick: bool) -> Case:
     return Case(
         name="playground",
         synthesizer=playground.synthesizer(guide=aa.RegionalAttention()),
-        critic=PhotometricCritic(),
+        critic=PhotometricCritic(contrast=0.15),
         keep=keep,
         trainer=aa.DifferentialLoRATrainer(rank=8, steps=4 if quick else 32, batch_size=count, learning_rate=1e-3),
         prompts=playground.prompts(count, seed=0),

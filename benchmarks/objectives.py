@@ -145,7 +145,7 @@ def kept_pairs(synthesizer: aa.Synthesizer, count: int) -> list[aa.ImagePair]:
     attempts = aa.improve(
         playground.prompts(count, seed=0),
         synthesizer=synthesizer,
-        critic=PhotometricCritic(),
+        critic=PhotometricCritic(contrast=0.15),
         planner=aa.GreedyPlanner(max_regions=3),
         keep=keep,
         seed=0,

@@ -86,7 +86,7 @@ def loops(*, quick: bool) -> Iterator[Loop]:
     yield Loop(
         "playground",
         playground.synthesizer(guide=aa.RegionalAttention()),
-        PhotometricCritic(),
+        PhotometricCritic(contrast=0.15),
         aa.Gain(Chroma(), at_least=0),
         playground.prompts(8 if quick else 16, seed=3),
         repeats=1 if quick else 7,

@@ -82,7 +82,7 @@ class LoopParts(TypedDict):
 def loop_parts() -> LoopParts:
     """Parts that take little beside drawing."""
     return {
-        "critic": PhotometricCritic(),
+        "critic": PhotometricCritic(contrast=0.15),
         "planner": aa.GreedyPlanner(max_regions=2),
         "keep": aa.Gain(Chroma(), at_least=0),
     }

@@ -41,13 +41,13 @@ def suggested_prompts(critique):
 
 @pytest.mark.parametrize("scale", [1, 4, 11])
 def test_objects_are_found_at_any_resolution(scale):
-    critique = PhotometricCritic().critique(still_life(scale=scale), "a still life")
+    critique = PhotometricCritic(contrast=0.15).critique(still_life(scale=scale), "a still life")
     for thing in (aa.Box(16 / 96, 28 / 64, 36 / 96, 48 / 64), aa.Box(60 / 96, 28 / 64, 80 / 96, 50 / 64)):
         assert max(thing.iou(suggestion.box) for suggestion in critique.suggestions[1:]) > 0.7
 
 
 def test_the_things_of_dull_scenes_are_found():
-    critic, hits, things = PhotometricCritic(whole_image=False), 0, 0
+    critic, hits, things = PhotometricCritic(contrast=0.15, whole_image=False), 0, 0
     for caption, image in zip(CAPTIONS, rendered(CAPTIONS), strict=True):
         boxes = [suggestion.box for suggestion in critic.critique(image, caption).suggestions]
         for thing in detect(image):
@@ -69,7 +69,7 @@ def test_better_pictures_get_fewer_suggestions():
 
 
 def test_each_low_measure_adds_its_words_and_its_reason():
-    critique = PhotometricCritic().critique(still_life(), "a still life")
+    critique = PhotometricCritic(contrast=0.15).critique(still_life(), "a still life")
     whole_image = critique.suggestions[0]
     assert whole_image.box == WHOLE
     numbers = {name: measure(srgb(still_life())) for name, measure in METRICS.items()}

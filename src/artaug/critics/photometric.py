@@ -41,9 +41,9 @@ class PromptVocabulary:
 @final
 @dataclass(frozen=True, kw_only=True)
 class PhotometricCritic(Critic):
-    """Asks for better light, color, contrast or focus where a measurement is low.
+    """Asks for better light, color, focus or contrast where a measurement is low.
 
-    It measures exposure, chroma, contrast and sharpness (the numbers of the photometric scorers) in the whole picture
+    It measures exposure, chroma, sharpness and, if asked to, contrast (the numbers of the photometric scorers) in the whole picture
     and in the box of each region whose color stands out. Where a number is below its threshold, it suggests for that box
     the picture's own prompt with words of `PromptVocabulary` added. It does not know what is shown, so it never asks for
     other content, and it asks for changes in a picture that is dark, pale or hazy on purpose. It abstains where there is
@@ -58,7 +58,7 @@ class PhotometricCritic(Critic):
     >>> picture.paste((96, 52, 48), (16, 16, 40, 40))
     >>> whole, brick = PhotometricCritic(chroma=0.25).critique(picture, "a brick").suggestions
     >>> whole.prompt, whole.reason
-    ('a brick, vivid, glowing', 'chroma 0.20, below 0.25; contrast 0.03, below 0.15')
+    ('a brick, vivid', 'chroma 0.20, below 0.25')
     >>> brick.box
     Box(left=0.234375, top=0.234375, right=0.640625, bottom=0.640625)
     """
@@ -67,8 +67,9 @@ class PhotometricCritic(Critic):
     """The threshold, in the units of `Exposure`, [0, 1]; 0 turns the measure off. The same holds for the next three."""
     chroma: float = 0.3
     """In the units of `Chroma`; 0.3 is what Hasler and Suesstrunk call moderately colourful."""
-    contrast: float = 0.15
-    """In the units of `Contrast`."""
+    contrast: float = 0.0
+    """In the units of `Contrast`; 0.15 is a good threshold. Off by default: the playground's word for it, "glowing", draws a light
+    around things, which a LoRA learns as halos."""
     sharpness: float = 0.5
     """In the units of `Sharpness`."""
     vocabulary: PromptVocabulary = PromptVocabulary()
