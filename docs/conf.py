@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+import logging
+import os
 import re
 import shutil
 import typing
@@ -18,13 +20,20 @@ from sphinx.util.nodes import make_refnode
 
 import artaug
 
+HERE = Path(__file__).parent
+
+# What other libraries log about themselves is no news of ours, neither here nor in the kernels that run the cells.
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["JUPYTER_PATH"] = str(HERE / "jupyter")
+logging.getLogger("traitlets").setLevel(logging.WARNING)
+
 project = "artaug"
 author = "the artaug developers"
 project_copyright = author
 release = version = artaug.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter"]
 
 html_theme = "furo"
 html_title = "artaug"
@@ -42,7 +51,6 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 # Notebooks live with the examples and are executed here.
-HERE = Path(__file__).parent
 for notebook in (HERE.parent / "examples").glob("*.ipynb"):
     shutil.copyfile(notebook, HERE / notebook.name)
 nb_execution_mode = "cache"
