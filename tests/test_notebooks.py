@@ -28,10 +28,12 @@ def test_a_notebook_holds_nothing_that_running_it_leaves(notebook):
         assert cell.get("execution_count") is None, cell["id"]
 
 
-def test_a_notebook_begins_with_its_title_and_has_short_cells(notebook):
+def test_a_notebook_says_what_there_is_at_its_end_and_where_to_go_next_and_has_short_cells(notebook):
     first, *others = notebook["cells"]
-    assert first["cell_type"] == "markdown"
-    assert first["source"][0].startswith("# ")
+    title, _, *text = first["source"]
+    assert title.startswith("# ")
+    assert "at the end" in "".join(text).lower()
+    assert others[-1]["source"][0] == "## Where to go next\n"
     long = [cell["id"] for cell in others if cell["cell_type"] == "code" and len(cell["source"]) > LONGEST_CELL]
     assert not long
 
