@@ -11,7 +11,7 @@ import artaug as aa
 from artaug._internal.sealed import save_sealed
 from artaug.errors import StorageError
 from artaug.lora.lora import LoRA, LowRank
-from artaug.training import Checkpoints, TrainingState, ValidationResult
+from artaug.training import Checkpoints, CompanionState, TrainingState, ValidationResult
 from artaug.training.loss_scale import LossScale
 
 FINGERPRINT = {"trainer": "DifferentialLoRATrainer(rank=4)", "seed": "0", "pairs": "ab", "model": "Tiny 12"}
@@ -48,6 +48,11 @@ FULL = TrainingState(
         "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 3, dtype=torch.bfloat16)}, 1: {}},
         "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999), "params": [0, 1], "foreach": None, "amsgrad": False}],
     },
+    companion=CompanionState(
+        tensors=tensors_of("blocks.0.attn", "(head)", seed=2),
+        optimizer={"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": []},
+        loss_scale=LossScale(value=2.0**9),
+    ),
     base_scores=(0.25, 1 / 7),
     validations=(ValidationResult(step=5, strength=0.5, win_rate=2 / 3, gain=-1 / 9),),
     best_lora=lora_of("blocks.0.attn", seed=30),
@@ -61,7 +66,7 @@ def assert_equal(value, other):
         case torch.Tensor():
             assert value.dtype == other.dtype
             assert torch.equal(value, other)
-        case LoRA() | LowRank() | TrainingState():
+        case LoRA() | LowRank() | TrainingState() | CompanionState():
             for name in (field.name for field in dataclasses.fields(value)):
                 left, right = getattr(value, name), getattr(other, name)
                 assert_equal(*(dict(side) if hasattr(side, "keys") else side for side in (left, right)))
@@ -169,10 +174,24 @@ def test_bits_of_a_file_that_flip_are_noticed(tmp_path):
         {"optimizer": '{"pairs": [3]}'},
         {"optimizer": '{"pairs": [[[], 3]]}'},
         {"optimizer": "{"},
+        {"companion": None},
+        {"companion": "[]"},
+        {"companion": '{"optimizer": null}'},
+        {"companion": '{"optimizer": null, "loss_scale": {"size": 1}}'},
     ],
 )
 def test_a_header_that_was_sealed_but_says_nonsense_is_refused(tmp_path, change):
-    header = {"version": "5", "step": "1", "seconds": "1.5", "validations": "[]", "optimizer": "null", **change}
+    header = {
+        "version": "6",
+        "step": "1",
+        "seconds": "1.5",
+        "ema_updates": "0",
+        "loss_scale": "null",
+        "companion": "null",
+        "validations": "[]",
+        "optimizer": "null",
+        **change,
+    }
     tensors = {name: torch.zeros(0, dtype=torch.float64) for name in ("losses", "base_scores")}
     save_sealed(tensors, tmp_path / "state", {name: text for name, text in header.items() if text is not None})
     with pytest.raises(StorageError, match=r"is no checkpoint that artaug wrote.*Delete it"):

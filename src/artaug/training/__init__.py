@@ -18,6 +18,7 @@ from artaug.training.objectives import (
     AttentionLoss,
     AttentionObjective,
     Bipolar,
+    Companion,
     DirectPreference,
     NegativeAware,
     Objective,
@@ -34,7 +35,7 @@ from artaug.training.objectives import (
 from artaug.training.optimizers import AdamW, AdamW8bit, Optimizer, Prodigy, Schedule, ScheduleFree
 from artaug.training.progress import StepEvent
 from artaug.training.samples import TrainingPrompt, TrainingSample
-from artaug.training.state import Checkpoints, TrainingState
+from artaug.training.state import Checkpoints, CompanionState, TrainingState
 from artaug.training.token_trainer import TokenTrainer, TokenTrainingResult
 from artaug.training.tracking import Tracker, open_tracker
 from artaug.training.trainer import DifferentialLoRATrainer, TrainingResult
@@ -54,6 +55,8 @@ __all__ = [
     "BellShaped",
     "Bipolar",
     "Checkpoints",
+    "Companion",
+    "CompanionState",
     "Decoder",
     "DifferentialLoRATrainer",
     "DiffusionModel",

@@ -25,15 +25,22 @@ from artaug.pairs import ImagePair
 from artaug.regional.denoiser import Conditioning
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import SINGLE_PROCESS, World
-from artaug.training.encoding import TEXT_PREFIX, EncodedPair, encode_pairs, encode_prompts_alone, find_phrases
+from artaug.training.encoding import (
+    TEXT_PREFIX,
+    EncodedPair,
+    encode_pairs,
+    encode_prompts_alone,
+    encode_text,
+    find_phrases,
+)
 from artaug.training.model import DiffusionModel, Predictor
 from artaug.training.noise_schedule import FlowMatching, NoiseSchedule
 from artaug.training.objectives import Objective, PairBatch, PromptBatch
 from artaug.training.samples import TrainingPrompt, TrainingSample
 
 _log = logging.getLogger(__name__)
-_ORDER, _NOISE, _INIT = range(3)
-"""The independent random streams of a training: order of the pairs, noise and its levels, initial factors."""
+_ORDER, _NOISE, _INIT, _COMPANION = range(4)
+"""The independent random streams of a training: order of the pairs, noise and its levels, initial factors, and a companion's."""
 _REWARDS = (0.0, 1.0)
 """Of a pair that has none, among others that have some: after is good, and before is not."""
 
@@ -58,6 +65,8 @@ class StepBatch:
     """Set to the size of these pairs."""
     micro_batches: Sequence[PromptBatch]
     """All of them `PairBatch`, or, of prompts without pictures, none."""
+    for_companion: Sequence["StepBatch"] = ()
+    """The same pairs with other noise and levels, one batch for each update of a companion."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +74,8 @@ class EncodedPairs:
     """All pairs of a training, encoded, by size."""
 
     buckets: Sequence[SizeBucket]
+    negative: Mapping[str, Tensor] | None = None
+    """One row of the objective's negative prompt, encoded, if it has one."""
     encode_again: Callable[[], object] | None = None
     """Encodes what is missing in the latent cache; called when a file there turns out to be damaged or gone."""
 
@@ -109,7 +120,8 @@ class EncodedPairs:
             # Masks are laid out as latents are, and need no encoder.
             shape = sized.encode_masks(torch.zeros(1, size[1], size[0])).shape[1:] if are_prompts else None
             buckets.append(SizeBucket(size, rows, shape))
-        return cls(buckets)
+        negative_prompt = None if objective is None else objective.negative_prompt
+        return cls(buckets, None if negative_prompt is None else encode_text(model, negative_prompt))
 
     def batches(
         self,
@@ -119,6 +131,7 @@ class EncodedPairs:
         *,
         seed: int,
         indices: Sequence[int],
+        companion_updates: int = 0,
         world: World = SINGLE_PROCESS,
     ) -> Iterator[StepBatch]:
         """Draw batches by their indices. Every pair of a size comes once before any comes again.
@@ -132,6 +145,7 @@ class EncodedPairs:
             config: batch and micro batch size, the range and distribution of noise levels, and whose noise it is.
             seed: decides order and noise.
             indices: of the batches. The same index is the same batch, noise included, whatever came before it.
+            companion_updates: batches of other noise that each has for a companion; they change nothing in the batch itself.
             world: the processes that split each batch; each loads the pairs of its own rows only.
 
         Raises:
@@ -156,29 +170,29 @@ class EncodedPairs:
             bucket, _ = queues[turns[index][0]]
             sized = model.at_size(*bucket.size)
             generator = _generator(seed, _NOISE, index)
-            noise_schedule = with_distribution(sized.noise_schedule, config)
-            sigmas = noise_schedule.sample_sigmas(size, generator, sigma_range=config.sigma_range)
             encoded = {row: self._intact(pair, content) for row, (pair, content) in loaded.items()}
             rows = list(encoded)
-            # Every process draws the noise of the whole batch, and then takes its rows: the split changes no number.
             shape = bucket.latent_shape or encoded[rows[0]]["before"].shape
-            noise = None if config.own_noise else torch.randn((size, *shape), generator=generator)
             width = config.micro_batch_size or size
-            yield StepBatch(
-                sized,
-                [
-                    _collate(
-                        sized,
-                        [loaded[row][0] for row in chunk],
-                        [encoded[row] for row in chunk],
-                        shape=shape,
-                        noise=None if noise is None else noise[chunk],
-                        sigmas=sigmas[chunk],
-                        with_own_noise=config.objective.reads_own_noise,
-                    )
-                    for chunk in (rows[start : start + width] for start in range(0, len(rows), width))
-                ],
-            )
+            step_batches = [
+                StepBatch(
+                    sized,
+                    [
+                        _collate(
+                            sized,
+                            [loaded[row][0] for row in chunk],
+                            [encoded[row] for row in chunk],
+                            shape=shape,
+                            drawn=drawn.rows(chunk),
+                            negative=self.negative,
+                            with_own_noise=config.objective.reads_own_noise,
+                        )
+                        for chunk in (rows[start : start + width] for start in range(0, len(rows), width))
+                    ],
+                )
+                for drawn in (_draw_noise(sized, config, shape, generator) for _ in range(1 + companion_updates))
+            ]
+            yield replace(step_batches[0], for_companion=step_batches[1:])
 
     def _intact(self, pair: EncodedPair, content: dict[str, Tensor] | StorageError) -> dict[str, Tensor]:
         """What was loaded; if files were damaged, encode them again: a training may have run for days by now."""
@@ -190,6 +204,33 @@ class EncodedPairs:
         pair.discard_damaged()
         self.encode_again()
         return pair.load()
+
+
+@dataclass(frozen=True, eq=False)
+class _DrawnNoise:
+    """What is drawn for the rows of a batch."""
+
+    sigmas: Tensor
+    noise: Tensor | None
+    """None where each row has its own."""
+    extra: tuple[Tensor, ...]
+
+    def rows(self, rows: Sequence[int]) -> "_DrawnNoise":
+        noise = None if self.noise is None else self.noise[rows]
+        return _DrawnNoise(self.sigmas[rows], noise, tuple(extra[rows] for extra in self.extra))
+
+
+def _draw_noise(
+    model: DiffusionModel, config: TrainingConfig, shape: torch.Size, generator: torch.Generator
+) -> _DrawnNoise:
+    """Every process draws for the whole batch, and then takes its rows: the split changes no number."""
+    noise_schedule = with_distribution(model.noise_schedule, config)
+    sigmas = noise_schedule.sample_sigmas(config.batch_size, generator, sigma_range=config.sigma_range)
+    shape = torch.Size((config.batch_size, *shape))
+    noise = None if config.own_noise else torch.randn(shape, generator=generator)
+    return _DrawnNoise(
+        sigmas, noise, tuple(torch.randn(shape, generator=generator) for _ in range(config.objective.extra_noise))
+    )
 
 
 _Loaded: TypeAlias = dict[int, tuple[EncodedPair, dict[str, Tensor] | StorageError]]
@@ -218,9 +259,9 @@ def _load(batch: Mapping[int, EncodedPair]) -> _Loaded:
     return loaded
 
 
-def init_generator(seed: int, stage: int) -> torch.Generator:
-    """The generator that draws the initial factors of a stage."""
-    return _generator(seed, _INIT, stage)
+def init_generator(seed: int, stage: int, *, of_companion: bool = False) -> torch.Generator:
+    """The generator that draws the initial factors of a stage, or the initial parameters of its companion."""
+    return _generator(seed, _COMPANION if of_companion else _INIT, stage)
 
 
 def _interleave(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -280,12 +321,12 @@ def _collate(
     contents: Sequence[Mapping[str, Tensor]],
     *,
     shape: torch.Size,
-    noise: Tensor | None,
-    sigmas: Tensor,
+    drawn: _DrawnNoise,
+    negative: Mapping[str, Tensor] | None,
     with_own_noise: bool,
 ) -> PromptBatch:
-    """A micro batch of pairs, and what is in their files; without ``noise``, each has its own."""
-    device = model.device
+    """A micro batch of pairs, and what is in their files; where no noise is drawn, each has its own."""
+    device, noise = model.device, drawn.noise
     conditioning = {
         name.removeprefix(TEXT_PREFIX): _stack_texts([row[name] for row in contents]).to(device)
         for name in contents[0]
@@ -295,7 +336,11 @@ def _collate(
     batch = PromptBatch(
         conditioning=conditioning,
         noise=_own_noise(model, pairs, conditioning, shape) if noise is None else noise.to(device),
-        sigmas=sigmas.to(device),
+        sigmas=drawn.sigmas.to(device),
+        extra_noise=tuple(extra.to(device) for extra in drawn.extra),
+        negative=None
+        if negative is None
+        else {name: text.to(device).expand(len(pairs), *text.shape) for name, text in negative.items()},
         plans=tuple(pair.plan for pair in pairs),
         phrase_tokens=phrase_tokens or None,
         own_noise=_own_noise(model, pairs, conditioning, shape) if with_own_noise else None,

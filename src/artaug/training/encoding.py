@@ -154,13 +154,13 @@ def _encode_texts(
     """Encode each prompt by itself, or find it in the cache; several processes split the work, and have to meet after it."""
     prompts = list(dict.fromkeys(prompts))
     if cache is None:
-        return {prompt: _encode_text(model, prompt) for prompt in prompts}
+        return {prompt: encode_text(model, prompt) for prompt in prompts}
     text_encoder = _text_fingerprint(model)
     files = {prompt: cache / "prompts" / f"{digest(text_encoder, prompt)}.safetensors" for prompt in prompts}
     # Split before looking for files: other processes may be writing their files.
     for prompt in world.split(prompts):
         if not files[prompt].exists():
-            _write(_encode_text(model, prompt), files[prompt], what="the encoded prompt")
+            _write(encode_text(model, prompt), files[prompt], what="the encoded prompt")
     return files
 
 
@@ -214,7 +214,8 @@ def _image_fingerprint(model: DiffusionModel, size: tuple[int, int]) -> str:
     return tensors_digest({"": model.encode_images([Image.linear_gradient("L").resize(size).convert("RGB")])})
 
 
-def _encode_text(model: DiffusionModel, prompt: str) -> dict[str, Tensor]:
+def encode_text(model: DiffusionModel, prompt: str) -> dict[str, Tensor]:
+    """An encoded prompt, without the axis of the batch."""
     columns = model.encode_prompts([prompt])
     _check_lengths(model, "encode_prompts", columns, 1, "prompt")
     return _row(columns, 0)

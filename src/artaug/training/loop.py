@@ -20,16 +20,18 @@ from artaug.errors import ModelError
 from artaug.lora.applied import check_called
 from artaug.placement import Placement
 from artaug.synthesis import Synthesizer
-from artaug.training.batches import EncodedPairs, init_generator
+from artaug.training.batches import EncodedPairs, StepBatch, init_generator
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import SINGLE_PROCESS, World
+from artaug.training.learners import AdapterStudent
 from artaug.training.loss_scale import LossScale, computes_in_float16
 from artaug.training.model import DiffusionModel, Trainable, as_decoder
+from artaug.training.objectives import Companion
 from artaug.training.optimizer_loop import OptimizerLoop
 from artaug.training.phases import Phase
 from artaug.training.progress import ProgressLog
 from artaug.training.samples import TrainingSample
-from artaug.training.state import Checkpoints, TrainingState
+from artaug.training.state import Checkpoints, CompanionState, TrainingState
 from artaug.training.student import inject_adapter
 from artaug.training.teacher_cache import TeacherCache
 from artaug.training.unused_layers import UnusedLayerCheck
@@ -162,6 +164,8 @@ class TrainingLoop:
                     generator=init_generator(seed, phase.stage),
                     adapter=config.adapter,
                     teacher_cache=self._teacher_cache(phase, state.step + 1),
+                    companion=phase.companion,
+                    companion_generator=init_generator(seed, phase.stage, of_companion=True),
                 )
             )
             injected.enter_context(_gradient_checkpointing(model.module, enable=config.gradient_checkpointing))
@@ -171,8 +175,10 @@ class TrainingLoop:
             optimizer_loop = OptimizerLoop(student, optimizer, ema=config.ema, loss_scale=loss_scale)
             if state.adapter:
                 optimizer_loop.restore(state.adapter, state.ema, state.optimizer, ema_updates=state.ema_updates)
-            losses = self._take_steps(optimizer_loop, encoded, model, phase, range(state.step + 1, stop + 1))
+            companion = self._companion_loop(student, phase, state, half=half)
+            losses = self._take_steps(optimizer_loop, companion, encoded, model, phase, range(state.step + 1, stop + 1))
             snapshot = optimizer_loop.snapshot(export=export)
+            companion_state = None if companion is None else _companion_state(companion)
         state = replace(state, step=stop, losses=(*state.losses, *losses), loss_scale=snapshot.loss_scale)
         if stop == phase.stop and snapshot.lora is not None:
             return state.after_phase(snapshot.lora, is_last_stage=phase.is_last_stage)
@@ -182,12 +188,31 @@ class TrainingLoop:
             ema=snapshot.ema,
             ema_updates=snapshot.ema_updates,
             optimizer=snapshot.optimizer,
+            companion=companion_state,
             current_lora=snapshot.lora,
         )
 
+    def _companion_loop(
+        self, student: AdapterStudent, phase: Phase, state: TrainingState, *, half: bool
+    ) -> OptimizerLoop | None:
+        """The optimizer of what learns beside the student, restored from ``state`` if the phase goes on."""
+        if phase.companion is None or student.companion is None:
+            return None
+        rate = phase.companion.learning_rate or self.config.learning_rate
+        optimizer = self.config.optimizer.build(student.companion.parameters(), learning_rate=rate)
+        saved = state.companion
+        loss_scale = (LossScale() if saved is None else saved.loss_scale) if half else None
+        loop = OptimizerLoop(student, optimizer, ema=None, loss_scale=loss_scale, companion=student.companion)
+        if saved is not None:
+            loop.restore(saved.tensors, {}, saved.optimizer, ema_updates=0)
+        return loop
+
     def _teacher_cache(self, phase: Phase, step: int) -> TeacherCache | None:
-        """The cache of a step's cycle if batches are used several times; another cycle has other batches, or another teacher."""
-        if phase.echo == 1:
+        """The cache of a step's cycle if batches are used several times; another cycle has other batches, or another teacher.
+
+        Beside a companion the teacher is asked for what the student draws, which is another picture in every step.
+        """
+        if phase.echo == 1 or phase.companion is not None:
             return None
         first = phase.cycle(step).start
         if first not in self._teacher_caches:
@@ -197,25 +222,30 @@ class TrainingLoop:
     def _take_steps(
         self,
         optimizer_loop: OptimizerLoop,
+        companion_loop: OptimizerLoop | None,
         encoded: EncodedPairs,
         model: DiffusionModel,
         phase: Phase,
         steps: range,
     ) -> list[float]:
         """Take steps by their numbers, and return their losses."""
-        config = self.config
+        config, companion = self.config, phase.companion
         batches = encoded.batches(
             model,
             phase.pairs,
             config,
             seed=self.seeds[phase.group],
             indices=[phase.batch_index(step) for step in steps],
+            companion_updates=0 if companion is None else companion.updates,
             world=self.world,
         )
         losses: list[float] = []
         with torch.enable_grad():
             for step, batch in zip(steps, batches, strict=True):
                 learning_rate = config.learning_rate_at(step - phase.start, steps=phase.steps)
+                companion_loss = None
+                if companion is not None and companion_loop is not None:
+                    companion_loss = self._step_companion(companion, companion_loop, batch, step, learning_rate)
                 result = optimizer_loop.step(
                     batch,
                     phase.loss,
@@ -237,8 +267,27 @@ class TrainingLoop:
                     pairs=config.batch_size,
                     loss_scale=result.loss_scale,
                     is_skipped=result.is_skipped,
+                    companion_loss=companion_loss,
                 )
         return losses
+
+    def _step_companion(
+        self, companion: Companion, loop: OptimizerLoop, batch: StepBatch, step: int, learning_rate: float
+    ) -> float:
+        """Take the companion's steps before a step of the student, and return their mean loss."""
+        ratio = 1.0 if companion.learning_rate is None else companion.learning_rate / self.config.learning_rate
+        losses = [
+            loop.step(
+                update,
+                companion.loss,
+                number=step,
+                learning_rate=learning_rate * ratio,
+                max_grad_norm=self.config.max_grad_norm,
+                world=self.world,
+            ).loss
+            for update in batch.for_companion
+        ]
+        return sum(losses) / len(losses)
 
     def _validate(self, state: TrainingState, validation: Validation) -> TrainingState:
         """Evaluate what would be exported now, and keep it if no earlier LoRA was better."""
@@ -271,6 +320,11 @@ class TrainingLoop:
                 self.checkpoints.write(state, run_fingerprint=self.run_fingerprint)
             self.world.barrier()
         return state
+
+
+def _companion_state(loop: OptimizerLoop) -> CompanionState:
+    snapshot = loop.snapshot(export=False)
+    return CompanionState(tensors=snapshot.adapter, optimizer=snapshot.optimizer, loss_scale=snapshot.loss_scale)
 
 
 def _next_multiple(step: int, every: int) -> int:

@@ -12,10 +12,10 @@ from artaug.lora.lora import LoRA
 from artaug.training.adapters import AdapterTensors
 from artaug.training.batches import StepBatch
 from artaug.training.distributed import World
+from artaug.training.learners import AdapterStudent, CompanionLearner, Learner, Role
 from artaug.training.loss_scale import LossScale
 from artaug.training.objectives import Loss, compute_loss
 from artaug.training.state import OptimizerState
-from artaug.training.student import AdapterStudent
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Snapshot:
 
 
 class OptimizerLoop:
-    """A student, its optimizer, and the moving average of its parameters if one is kept."""
+    """A student or its companion, its optimizer, and the moving average of its parameters if one is kept."""
 
     def __init__(
         self,
@@ -58,9 +58,12 @@ class OptimizerLoop:
         *,
         ema: float | None,
         loss_scale: LossScale | None = None,
+        companion: CompanionLearner | None = None,
     ) -> None:
         self._student = student
-        self._parameters = student.parameters()
+        self._learner: Learner = companion or student
+        self._role: Role = "companion" if companion else "student"
+        self._parameters = self._learner.parameters()
         self._optimizer = optimizer
         self._decay = ema
         self._ema = None if ema is None else [parameter.detach().clone() for parameter in self._parameters]
@@ -71,7 +74,7 @@ class OptimizerLoop:
     @property
     def trained(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
         """The parameters by layer; after a step they hold its gradients."""
-        return self._student.trained
+        return self._learner.trained
 
     def restore(
         self,
@@ -82,11 +85,11 @@ class OptimizerLoop:
         ema_updates: int,
     ) -> None:
         """Restore what a `Snapshot` holds; its loss scale is given when the loop is made."""
-        self._student.load(adapter)
+        self._learner.load(adapter)
         self._optimizer.load_state_dict(optimizer)
         self._ema_updates = ema_updates
         if self._ema is not None:
-            saved = (ema[layer][name] for layer, parameters in self._student.trained.items() for name in parameters)
+            saved = (ema[layer][name] for layer, parameters in self._learner.trained.items() for name in parameters)
             for average, tensor in zip(self._ema, saved, strict=True):
                 average.copy_(tensor)
 
@@ -117,7 +120,7 @@ class OptimizerLoop:
         scale = 1.0 if self._loss_scale is None else self._loss_scale.value
         total_loss = torch.zeros((), device=self._parameters[0].device)
         for micro_batch in batch.micro_batches:
-            with student.steering.until_backward():
+            with student.roles.learning(self._role), student.steering.until_backward():
                 weighted = compute_loss(loss, student, micro_batch) * (len(micro_batch.sigmas) / total_pairs)
                 (scale * weighted).backward()  # adds to .grad, and frees the activations of this micro batch
             total_loss += weighted.detach()
@@ -159,8 +162,8 @@ class OptimizerLoop:
 
     def snapshot(self, *, export: bool) -> Snapshot:
         """Copy all that `restore` needs, and with ``export`` what has been learned so far as a LoRA."""
-        adapter = self._student.tensors()
-        ema = {} if self._ema is None else self._student.group_by_layer(self._ema)
+        adapter = self._learner.tensors()
+        ema = {} if self._ema is None else self._learner.group_by_layer(self._ema)
         lora = self._export(adapter, ema) if export else None
         return Snapshot(adapter, ema, self._ema_updates, self._loss_scale, self._optimizer.state_dict(), lora)
 
@@ -170,7 +173,7 @@ class OptimizerLoop:
         self._set_mode("eval")
         lora = self._student.to_lora()
         self._set_mode("train")
-        self._student.load(adapter)  # switching there and back rounds
+        self._learner.load(adapter)  # switching there and back rounds
         return lora
 
     def _set_mode(self, mode: str) -> None:

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 from artaug.errors import InvalidValueError
 from artaug.training.config import TrainingConfig
-from artaug.training.objectives import Loss, TrainingPlan
+from artaug.training.objectives import Companion, Loss, TrainingPlan
 
 _CYCLE = 128
 """Batches of a cycle, at least, in a phase that has so many."""
@@ -33,6 +33,8 @@ class Phase:
     echo: int
     """How many steps use each of its batches."""
     batch_size: int
+    companion: Companion | None = None
+    """What learns beside the stage."""
 
     @property
     def steps(self) -> int:
@@ -99,6 +101,7 @@ def split_into_phases(plan: TrainingPlan, config: TrainingConfig) -> Sequence[Ph
             group_start=boundaries[index - index % stages],
             echo=_echo(config, steps=stop - start, pairs=len(plan.groups[index // stages])),
             batch_size=config.batch_size,
+            companion=plan.stages[index % stages].companion,
         )
         for index, (start, stop) in enumerate(pairwise(boundaries))
     ]

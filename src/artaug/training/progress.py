@@ -58,6 +58,8 @@ class StepEvent:
     """What the loss was multiplied by in the backward pass of a model that computes in float16; None for any other."""
     is_skipped: bool = False
     """Whether the gradient overflowed float16: the step was not taken, and the next loss scale is half of this one."""
+    companion_loss: float | None = None
+    """Mean loss of the companion's steps before this one; None for an objective without one."""
     round_number: int | None = None
     """The round of `enhance` that trains, counted from 1; None for a training on its own."""
     steps_before: int = 0
@@ -79,6 +81,8 @@ class StepEvent:
         }
         if self.loss_scale is not None:
             metrics |= {"train/loss_scale": self.loss_scale, "train/is_skipped": float(self.is_skipped)}
+        if self.companion_loss is not None:
+            metrics["train/companion_loss"] = self.companion_loss
         return metrics
 
 
@@ -129,6 +133,7 @@ class ProgressLog:
         pairs: int,
         loss_scale: float | None = None,
         is_skipped: bool = False,
+        companion_loss: float | None = None,
     ) -> None:
         """Show and report a step of ``pairs`` pairs that is done."""
         duration, self._last_step = time.perf_counter() - self._last_step, time.perf_counter()
@@ -144,6 +149,7 @@ class ProgressLog:
                 seconds=self.seconds,
                 loss_scale=loss_scale,
                 is_skipped=is_skipped,
+                companion_loss=companion_loss,
             )
         )
 

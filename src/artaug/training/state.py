@@ -22,11 +22,23 @@ from artaug.training.adapters import AdapterTensors
 from artaug.training.loss_scale import LossScale
 from artaug.training.validation import ValidationResult
 
-_VERSION = "5"
+_VERSION = "6"
 _TENSOR_KEY = "__tensor__"
 
 OptimizerState: TypeAlias = Any
 """An optimizer's ``state_dict``: nested dicts, lists and tuples of tensors, numbers, strings and None."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CompanionState:
+    """The companion of a stage, between two steps."""
+
+    tensors: Mapping[str, AdapterTensors]
+    """Its trained tensors, by layer; a head counts as a layer."""
+    optimizer: OptimizerState
+    """Its optimizer's ``state_dict``."""
+    loss_scale: LossScale | None = None
+    """Of a model that computes in float16."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +65,8 @@ class TrainingState:
     """Of a model that computes in float16; it goes on from stage to stage."""
     optimizer: OptimizerState = None
     """The optimizer's ``state_dict``."""
+    companion: CompanionState | None = None
+    """What learns beside the current stage, if anything does; None where a stage is about to begin."""
     base_scores: tuple[float, ...] = ()
     """Of the held-out pictures drawn without the LoRA, if there is a validation."""
     validations: tuple[ValidationResult, ...] = ()
@@ -63,7 +77,7 @@ class TrainingState:
 
     def after_phase(self, lora: LoRA, *, is_last_stage: bool) -> "TrainingState":
         """The state after a phase that learned ``lora``."""
-        state = replace(self, adapter={}, ema={}, ema_updates=0, optimizer=None, current_lora=None)
+        state = replace(self, adapter={}, ema={}, ema_updates=0, optimizer=None, companion=None, current_lora=None)
         if is_last_stage:
             return replace(state, group_loras=(*self.group_loras, lora), stage_loras=())
         return replace(state, stage_loras=(*self.stage_loras, lora))
@@ -93,6 +107,13 @@ class TrainingState:
         tensors |= _adapter_to_tensors("adapter", self.adapter) | _adapter_to_tensors("ema", self.ema)
         if self.best_lora is not None:
             tensors |= lora_to_tensors("best_lora", self.best_lora)
+        companion = None
+        if self.companion is not None:
+            tensors |= _adapter_to_tensors("companion", self.companion.tensors)
+            companion = {
+                "optimizer": _extract_tensors(self.companion.optimizer, "companion_optimizer", tensors),
+                "loss_scale": None if self.companion.loss_scale is None else asdict(self.companion.loss_scale),
+            }
         header = {
             "version": _VERSION,
             "step": str(self.step),
@@ -100,6 +121,7 @@ class TrainingState:
             "ema_updates": str(self.ema_updates),
             "loss_scale": json.dumps(None if self.loss_scale is None else asdict(self.loss_scale)),
             "validations": json.dumps([result.to_dict() for result in self.validations]),
+            "companion": json.dumps(companion),
             "optimizer": json.dumps(_extract_tensors(self.optimizer, "optimizer", tensors)),
         }
         remedy = (
@@ -152,7 +174,14 @@ class TrainingState:
             adapter=_adapter_from_tensors(tensors, "adapter"),
             ema=_adapter_from_tensors(tensors, "ema"),
             ema_updates=int(header["ema_updates"]),
-            loss_scale=None if (scale := json.loads(header["loss_scale"])) is None else LossScale(**scale),
+            loss_scale=_loss_scale(json.loads(header["loss_scale"])),
+            companion=None
+            if (companion := decode_json(header["companion"])) is None
+            else CompanionState(
+                tensors=_adapter_from_tensors(tensors, "companion"),
+                optimizer=_insert_tensors(companion["optimizer"], tensors),
+                loss_scale=_loss_scale(companion["loss_scale"]),
+            ),
             base_scores=tuple(tensors.pop("base_scores").tolist()),
             validations=tuple(ValidationResult(**result) for result in decode_json(header["validations"])),
             best_lora=lora_from_tensors(tensors, "best_lora")
@@ -259,6 +288,10 @@ def lora_from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> LoRA:
 def _loras_from_tensors(tensors: Mapping[str, Tensor], prefix: str) -> tuple[LoRA, ...]:
     indices = sorted({int(key.split(".")[1]) for key in tensors if key.startswith(f"{prefix}.")})
     return tuple(lora_from_tensors(tensors, f"{prefix}.{index}") for index in indices)
+
+
+def _loss_scale(numbers: Mapping[str, Any] | None) -> LossScale | None:
+    return None if numbers is None else LossScale(**numbers)
 
 
 def _extract_tensors(value: OptimizerState, name: str, tensors: dict[str, Tensor]) -> OptimizerState:

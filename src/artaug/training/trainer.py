@@ -28,7 +28,7 @@ from artaug.training.phases import Phase, split_into_phases
 from artaug.training.progress import ProgressLog, StepEvent
 from artaug.training.samples import TrainingSample, check_needs, check_samples, sample_digest
 from artaug.training.state import Checkpoints, TrainingState
-from artaug.training.student import trainable_layers
+from artaug.training.student import find_target_layers, trainable_layers
 from artaug.training.validation import Validation, ValidationResult, best_result
 
 _log = logging.getLogger(__name__)
@@ -234,6 +234,9 @@ class DifferentialLoRATrainer(TrainingConfig):
         with_distribution(model.noise_schedule, self)
         if self.objective.decodes:
             as_decoder(model)
+        for stage in self.objective.training_plan(1).stages:
+            if stage.companion is not None and stage.companion.head is not None:
+                find_target_layers(model.module, stage.companion.features)
 
     def _run_fingerprint(
         self, pairs: Sequence[TrainingSample], seed: int, validation: Validation | None

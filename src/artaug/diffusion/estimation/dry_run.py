@@ -38,6 +38,16 @@ class Cost:
     """Multiplications and additions of matrix products, convolutions and attention."""
 
 
+@dataclass(frozen=True)
+class StepCost:
+    """What a step takes, and how many parameters learn in it."""
+
+    cost: Cost
+    trainable: int
+    """Of the student."""
+    of_companion: int
+
+
 class MemoryTracker(TorchDispatchMode):
     """Tracks live tensor storage and FLOPs of the operations inside a ``with`` block.
 
@@ -161,8 +171,8 @@ class DryRun:
         lora = _zero_lora(layers, self.config)
         return sum(layer.down.numel() + layer.up.numel() for layer in lora.layers.values())
 
-    def step_cost(self, stage: Stage, *, active_loras: int, cached_teacher: bool = False) -> tuple[Cost, int]:
-        """Cost of the forward and backward pass of one micro-batch, and the number of trainable parameters.
+    def step_cost(self, stage: Stage, *, active_loras: int, cached_teacher: bool = False) -> StepCost:
+        """Cost of the forward and backward passes of one micro-batch, those of a companion included.
 
         Args:
             stage: gives the loss.
@@ -183,16 +193,28 @@ class DryRun:
                     generator=torch.Generator(),
                     adapter=config.adapter,
                     teacher_cache=_FullTeacherCache() if cached_teacher else None,
+                    companion=stage.companion,
                 )
             )
             if config.gradient_checkpointing:
                 module.enable_gradient_checkpointing(gradient_checkpointing_func=self._checkpoint)
-            for parameter in student.parameters():
+            of_companion = [] if student.companion is None else student.companion.parameters()
+            for parameter in (*student.parameters(), *of_companion):
                 parameter.grad = torch.zeros_like(parameter)
             with DeviceKernels(fused_norms=self.fused_norms):
                 latents = self._latents()
             cost = self._measure(lambda: compute_loss(stage.loss, student, self._pair_batch(latents)).backward())
-            return cost, sum(parameter.numel() for parameter in student.parameters())
+            if (companion := stage.companion) is not None:
+                with student.roles.learning("companion"):
+                    update = self._measure(
+                        lambda: compute_loss(companion.loss, student, self._pair_batch(latents)).backward()
+                    )
+                cost = Cost(max(cost.peak_bytes, update.peak_bytes), cost.flops + companion.updates * update.flops)
+            return StepCost(
+                cost,
+                trainable=sum(parameter.numel() for parameter in student.parameters()),
+                of_companion=sum(parameter.numel() for parameter in of_companion),
+            )
 
     def _checkpoint(self, layer: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 - as diffusers passes them
         """Checkpoint a layer as diffusers does; the backward pass turns modes off, so recomputing enters them again."""
@@ -216,12 +238,20 @@ class DryRun:
             else torch.empty(size, *shape, dtype=self.dtype, device="meta")
             for name, shape in self.text.items()
         }
+        objective = self.config.objective
+
+        def blank() -> Tensor:
+            return torch.empty_like(latents, dtype=torch.float32)
+
         return PairBatch(
-            before=torch.empty_like(latents, dtype=torch.float32),
-            after=torch.empty_like(latents, dtype=torch.float32),
-            noise=torch.empty_like(latents, dtype=torch.float32),
+            before=blank(),
+            after=blank(),
+            noise=blank(),
             sigmas=torch.empty(size, device="meta"),
             conditioning=conditioning,
+            own_noise=blank() if objective.reads_own_noise else None,
+            extra_noise=tuple(blank() for _ in range(objective.extra_noise)),
+            negative=None if objective.negative_prompt is None else conditioning,
         )
 
 

@@ -97,16 +97,17 @@ def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with de
     sizes[denoiser_name], unpacked = _quantized_bytes(denoiser, denoiser_bytes, bits_per_weight)
     idle = ("text_encoder",) if config.objective.decodes else ("text_encoder", "vae")
     encoders = sum(size for name, size in sizes.items() if name.startswith(idle))
-    activations, flops, trainable = _training_cost(run)
-    optimizer = math.ceil(trainable * _optimizer_bytes_per_parameter(config.optimizer))
-    parameters = _FLOAT32_BYTES * trainable
-    average = parameters if config.ema is not None else 0
+    activations, flops, trainable, of_companion = _training_cost(run)
+    learning = trainable + of_companion
+    optimizer = math.ceil(learning * _optimizer_bytes_per_parameter(config.optimizer))
+    parameters = _FLOAT32_BYTES * learning
+    average = _FLOAT32_BYTES * trainable if config.ema is not None else 0
     return Estimate(
         model=type(pipeline).__name__,
         width=width,
         height=height,
         micro_batch_size=run.micro_batch_size,
-        trainable_parameters=trainable,
+        trainable_parameters=learning,
         weights_bytes=sum(sizes.values()) - encoders,
         encoders_bytes=encoders,
         encoding_bytes=encoding.peak_bytes,
@@ -176,19 +177,22 @@ def _bound(
     )
 
 
-def _training_cost(run: DryRun) -> tuple[int, int, int]:
-    """Peak bytes of all stages, mean FLOPs of an optimizer step, and the number of trainable parameters."""
+def _training_cost(run: DryRun) -> tuple[int, int, int, int]:
+    """Peak bytes of all stages, mean FLOPs of an optimizer step, and the parameters of the student and of the largest companion."""
     stages = run.config.objective.training_plan(1).stages
     total_share = math.fsum(stage.share for stage in stages)
     echo = min(run.config.echo or run.config.objective.recommended_echo, run.config.steps)
-    peak_bytes, trainable, flops = 0, 0, 0.0
+    peak_bytes, trainable, of_companion, flops = 0, 0, 0, 0.0
     for index, stage in enumerate(stages):
-        cost, trainable = run.step_cost(stage, active_loras=index)
-        # Of the steps on one batch, all but the first find the teacher's predictions in its cache.
-        cached = cost if echo == 1 else run.step_cost(stage, active_loras=index, cached_teacher=True)[0]
+        step = run.step_cost(stage, active_loras=index)
+        cost, trainable, of_companion = step.cost, step.trainable, max(of_companion, step.of_companion)
+        # Of the steps on one batch, all but the first find the teacher's predictions in its cache; beside a companion there is none.
+        is_cached = echo > 1 and stage.companion is None
+        cached = run.step_cost(stage, active_loras=index, cached_teacher=True).cost if is_cached else cost
         peak_bytes = max(peak_bytes, cost.peak_bytes)
         flops += (cost.flops + (echo - 1) * cached.flops) / echo * stage.share / total_share
-    return peak_bytes, round(flops * run.config.batch_size / run.micro_batch_size), trainable
+    flops_per_step = round(flops * run.config.batch_size / run.micro_batch_size)
+    return peak_bytes, flops_per_step, trainable, of_companion
 
 
 def _quantized_bytes(module: nn.Module, stored: int, bits_per_weight: float | None) -> tuple[int, int]:

@@ -23,6 +23,7 @@ class Estimate:
     micro_batch_size: int
     """Pairs in one forward and backward pass."""
     trainable_parameters: int
+    """Of the adapter, and of a companion."""
     weights_bytes: int
     """Of the denoiser, and of other parts that stay on the device (a safety checker, for example)."""
     encoders_bytes: int

@@ -6,6 +6,7 @@ Throughout, ``x_b`` and ``x_a`` are the clean latents before and after, ``d = x_
 
 from artaug.training.objectives.attention import AttentionLoss, AttentionObjective
 from artaug.training.objectives.base import (
+    Companion,
     Loss,
     Objective,
     PairBatch,
@@ -27,6 +28,7 @@ __all__ = [
     "AttentionLoss",
     "AttentionObjective",
     "Bipolar",
+    "Companion",
     "DirectPreference",
     "Loss",
     "NegativeAware",

@@ -15,7 +15,7 @@ from artaug.regional.attention_probe import AttentionMaps, AttentionProbe
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
 from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
-from artaug.training.objectives.base import Objective, PromptBatch, Student, compute_loss
+from artaug.training.objectives.base import Companion, Objective, PromptBatch, Student, compute_loss
 from artaug.training.objectives.losses import check_range, mean_squared_errors
 
 AttentionLoss: TypeAlias = Callable[[AttentionMaps, Sequence[Plan]], Tensor]
@@ -97,6 +97,18 @@ class AttentionObjective(Objective):
     @property
     def reads_own_noise(self) -> bool:
         return self.objective is not None and self.objective.reads_own_noise
+
+    @property
+    def extra_noise(self) -> int:
+        return 0 if self.objective is None else self.objective.extra_noise
+
+    @property
+    def negative_prompt(self) -> str | None:
+        return None if self.objective is None else self.objective.negative_prompt
+
+    @property
+    def companion(self) -> Companion | None:
+        return None if self.objective is None else self.objective.companion
 
     @property
     def decodes(self) -> bool:
@@ -200,8 +212,16 @@ class _ProbedStudent:
     ) -> Latents:
         return self.student.predict_guided(noisy, sigmas, conditioning, guide=guide, plans=plans)
 
-    def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
-        return self.student.teacher_predict(noisy, sigmas, conditioning)
+    def teacher_predict(
+        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, with_gradient: bool = False
+    ) -> Latents:
+        return self.student.teacher_predict(noisy, sigmas, conditioning, with_gradient=with_gradient)
+
+    def companion_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
+        return self.student.companion_predict(noisy, sigmas, conditioning)
+
+    def companion_head(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Tensor:
+        return self.student.companion_head(noisy, sigmas, conditioning)
 
     def decode(self, latents: Latents) -> DecodedPictures:
         return self.student.decode(latents)

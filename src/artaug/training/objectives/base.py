@@ -1,13 +1,14 @@
 """What an objective is: the loss of a step, and which pairs and stages a training consists of."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from artaug._internal.calls import call_part
 from artaug._internal.contracts import contract_error
@@ -15,6 +16,7 @@ from artaug.errors import InvalidValueError
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
+from artaug.training.adapters import Adapter, PlainLoRA
 from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
 
 LatentWeights: TypeAlias = Float[Tensor, "..."]
@@ -39,6 +41,10 @@ class PromptBatch:
     phrases (`artaug.Objective.phrases_of`)."""
     own_noise: Latents | None = None
     """What each row was drawn from, rebuilt from its seed; None unless asked for (`artaug.Objective.reads_own_noise`)."""
+    extra_noise: tuple[Latents, ...] = ()
+    """More draws like ``noise``, independent of it: as many as `artaug.Objective.extra_noise` says."""
+    negative: Conditioning | None = None
+    """`artaug.Objective.negative_prompt`, encoded, once for each row; None unless the objective has one."""
     region_mask: LatentWeights | None = None
     """How much of every latent lies in the plan's regions, in [0, 1], broadcastable to the latents' shape; None:
     everywhere."""
@@ -93,8 +99,28 @@ class Student(Protocol):
         pass (gradient checkpointing), and predictions at several scales may be parts of one loss.
         """
 
-    def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
-        """The prediction without it, LoRAs of earlier rounds included: float32, without gradient."""
+    def teacher_predict(
+        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, with_gradient: bool = False
+    ) -> Latents:
+        """The prediction without it, LoRAs of earlier rounds included: float32, without gradient.
+
+        Args:
+            noisy: as in `predict`.
+            sigmas: as in `predict`.
+            conditioning: as in `predict`.
+            with_gradient: let the gradient flow to ``noisy``, as a loss of what the teacher says of the student's own picture
+                may need; it takes the memory of a prediction of the student.
+        """
+
+    def companion_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
+        """The prediction with the companion's adapter in place of the student's: float32.
+
+        The gradient flows to ``noisy``, and in `artaug.training.Companion.loss` to the companion; call it under
+        ``torch.no_grad()`` where none is needed.
+        """
+
+    def companion_head(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Tensor:
+        """What `artaug.training.Companion.head` makes of the features of that prediction, with the same gradients."""
 
     def predict_guided(
         self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, guide: Guide, plans: Sequence[Plan]
@@ -122,6 +148,60 @@ Loss: TypeAlias = Callable[[Student, Any], Tensor]
 """Of a student and a batch: a `PairBatch`, or a `PromptBatch` where an objective reads no pictures."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Companion:
+    """A second learner, which the student's loss asks: one that learns what the student draws now, or tells it from real pictures.
+
+    It has an adapter of its own on the student's layers, which starts at the teacher, a head, or both. Before every step of the
+    student it takes ``updates`` steps on the same prompts and pictures, each with noise and levels of its own. Its optimizer is of
+    the trainer's kind, with the trainer's schedule, batch, and limit of the gradient's norm. It is kept in checkpoints, ends with
+    its stage, and is no part of the LoRA that is returned.
+
+    Raises:
+        InvalidValueError: unless it has something to train, ``features`` if and only if it has a head, a positive and finite
+            learning rate, and a rank and updates of at least 1; or for an adapter that is a `DoRA`.
+
+    >>> from artaug.training import Companion
+    >>> def fake_loss(model, batch):
+    ...     ...
+    >>> Companion(loss=fake_loss, learning_rate=1e-3).updates
+    1
+    """
+
+    loss: Loss
+    """What it minimizes. Student and teacher are frozen in it; draw the student's pictures under ``torch.no_grad()``."""
+    learning_rate: float | None = None
+    """Its own, which warms up and decays as the trainer's does; None for the trainer's."""
+    updates: int = 1
+    """Steps that it takes before each of the student's."""
+    adapter: Adapter | None = field(default_factory=PlainLoRA)
+    """What is trained beside each layer that learns; None for a head alone, on the features of the teacher."""
+    rank: int | None = None
+    """None for the trainer's."""
+    features: str = ""
+    """Regular expression: outputs of the linear layers in whose path it is found, each (batch, tokens, channels), are what the
+    head reads."""
+    head: Callable[[Sequence[int]], nn.Module] | None = None
+    """Makes a module, in float32 and without buffers, from the channels of each of these layers; it is called with a list of
+    their outputs in float32. Its initial parameters follow from the training's seed."""
+
+    def __post_init__(self) -> None:
+        learning_rate, rank = self.learning_rate, self.rank
+        is_legal = {
+            "adapter": (self.adapter is not None or self.head is not None)
+            and (self.adapter is None or not self.adapter.use_dora),
+            "features": bool(self.features) == (self.head is not None),
+            "learning_rate": learning_rate is None or 0 < learning_rate < math.inf,
+            "rank": rank is None or rank >= 1,
+            "updates": self.updates >= 1,
+        }
+        if illegal := [f"{name}={getattr(self, name)!r}" for name, legal in is_legal.items() if not legal]:
+            raise InvalidValueError(
+                f"Companion({', '.join(illegal)}): need an adapter or a head to train, no DoRA, features if and only if there is a "
+                "head, a finite learning_rate above 0, and rank and updates of at least 1."
+            )
+
+
 @dataclass(frozen=True)
 class Stage:
     """One run of the optimizer over a fresh LoRA."""
@@ -130,6 +210,8 @@ class Stage:
     """What it minimizes."""
     share: float = 1.0
     """Its share of the steps, relative to the other stages."""
+    companion: Companion | None = None
+    """What learns beside it."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +262,21 @@ class Objective(ABC):
         return False
 
     @property
+    def extra_noise(self) -> int:
+        """How many draws of noise the loss needs beside ``batch.noise``, such as those that it draws pictures from."""
+        return 0
+
+    @property
+    def negative_prompt(self) -> str | None:
+        """What the loss leads away from, often ``""``, as classifier-free guidance does: ``batch.negative`` has it, encoded."""
+        return None
+
+    @property
+    def companion(self) -> Companion | None:
+        """A second learner that the loss asks; None for none."""
+        return None
+
+    @property
     def decodes(self) -> bool:
         """Whether the loss looks at pixels, by `artaug.training.Student.decode`: the VAE stays on the device then."""
         return False
@@ -198,7 +295,7 @@ class Objective(ABC):
 
     def training_plan(self, pairs: int) -> TrainingPlan:
         """How a training on this many pairs proceeds; unless overridden, all of them together in one stage."""
-        return TrainingPlan((tuple(range(pairs)),), (Stage(self.loss),))
+        return TrainingPlan((tuple(range(pairs)),), (Stage(self.loss, companion=self.companion),))
 
     def check(self, noise_schedule: NoiseSchedule) -> None:  # noqa: B027 - most can be minimized for every model
         """Called before anything is encoded; override it for an objective that not every model can minimize.

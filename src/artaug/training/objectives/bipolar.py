@@ -57,15 +57,23 @@ class Bipolar(Objective):
     def __post_init__(self) -> None:
         if not 0 < self.scale < math.inf:
             raise InvalidValueError(f"Bipolar(scale={self.scale}): need a finite scale above 0.")
-        if type(self.objective).training_plan is not Objective.training_plan:
+        if type(self.objective).training_plan is not Objective.training_plan or self.objective.companion is not None:
             raise InvalidValueError(
-                f"Bipolar(objective={self.objective}): an objective with a training plan of its own cannot be reversed. "
-                "Expected one with a loss alone, as PairedDifference or SupervisedFineTuning."
+                f"Bipolar(objective={self.objective}): an objective with a training plan or a companion of its own cannot be "
+                "reversed. Expected one with a loss alone, as PairedDifference or SupervisedFineTuning."
             )
 
     @property
     def reads_own_noise(self) -> bool:
         return self.objective.reads_own_noise
+
+    @property
+    def extra_noise(self) -> int:
+        return self.objective.extra_noise
+
+    @property
+    def negative_prompt(self) -> str | None:
+        return self.objective.negative_prompt
 
     @property
     def decodes(self) -> bool:
@@ -104,8 +112,16 @@ class _ScaledStudent:
     def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
         return self.student.predict(noisy, sigmas, conditioning, scale=scale * self.scale)
 
-    def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
-        return self.student.teacher_predict(noisy, sigmas, conditioning)
+    def teacher_predict(
+        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, with_gradient: bool = False
+    ) -> Latents:
+        return self.student.teacher_predict(noisy, sigmas, conditioning, with_gradient=with_gradient)
+
+    def companion_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
+        return self.student.companion_predict(noisy, sigmas, conditioning)
+
+    def companion_head(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Tensor:
+        return self.student.companion_head(noisy, sigmas, conditioning)
 
     def decode(self, latents: Latents) -> DecodedPictures:
         return self.student.decode(latents)
