@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from artaug._internal.arguments import check_argument, check_count, check_finite_number
 from artaug._internal.digests import digest
@@ -24,6 +24,7 @@ from artaug.training.batches import EncodedPairs, StepBatch, init_generator, wit
 from artaug.training.config import ATTENTION_AND_MLP, TrainingConfig
 from artaug.training.distributed import World
 from artaug.training.encoding import find_phrases
+from artaug.training.learners import AdapterStudent, Roles
 from artaug.training.loss_scale import computes_in_float16
 from artaug.training.model import DiffusionModel, ReadsTokens, Trainable
 from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
@@ -32,7 +33,7 @@ from artaug.training.optimizers import AdamW, Optimizer, Schedule
 from artaug.training.progress import ProgressLog, StepEvent
 from artaug.training.samples import TrainingSample, check_needs, check_samples, sample_digest
 from artaug.training.state import Checkpoints, TrainingState
-from artaug.training.student import AdapterStudent, inject_adapter
+from artaug.training.student import inject_adapter
 
 _ROWS = "tokens"
 """Where a checkpoint has the rows, among the layers of a LoRA."""
@@ -221,6 +222,11 @@ class TokenTrainer:
                 f"{self.objective!r} trains in {len(plan.groups)} groups of {len(plan.stages)} stages, each with a LoRA of its own, "
                 "and words are learned in one go. Expected an objective with a loss alone."
             )
+        if plan.stages[0].companion is not None:
+            raise InvalidValueError(
+                f"{self.objective!r} brings a companion, which learns beside a LoRA, and {type(self).__name__} trains none for it. "
+                "Expected an objective without one."
+            )
         if World.current().size > 1:
             raise InvalidValueError(
                 f"{type(self).__name__} learns in one process, and there are {World.current().size}. Start it without accelerate launch."
@@ -234,7 +240,7 @@ class TokenTrainer:
                 "rows are learned through a model of bfloat16 or float32, and this one computes in float16."
             )
         if self.rank is None:
-            yield AdapterStudent(model, PlainLoRA(), {}, {})
+            yield AdapterStudent(model=model, adapter=PlainLoRA(), wrapped={}, trained={}, roles=Roles({}, {}, {}))
             return
         with inject_adapter(model, rank=self.rank, targets=self.targets, generator=init_generator(seed, 0)) as student:
             yield student
@@ -372,9 +378,17 @@ class _TokenStudent:
     def decode(self, latents: Latents) -> DecodedPictures:
         return self.student.decode(latents)
 
-    def teacher_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
+    def teacher_predict(
+        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, with_gradient: bool = False
+    ) -> Latents:
         initial = self.initial if conditioning is self.learned else conditioning
-        return self.student.teacher_predict(noisy, sigmas, initial)
+        return self.student.teacher_predict(noisy, sigmas, initial, with_gradient=with_gradient)
+
+    def companion_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
+        return self.student.companion_predict(noisy, sigmas, conditioning)
+
+    def companion_head(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Tensor:
+        return self.student.companion_head(noisy, sigmas, conditioning)
 
 
 def _as_reader(model: DiffusionModel) -> ReadsTokens:
