@@ -24,6 +24,11 @@ canvases = st.builds(
     st.none() | boxes() | masks(),
     st.none() | st.floats(0, 1, exclude_min=True),
     st.lists(images(most=4), max_size=2),
+) | st.builds(
+    lambda control, scale, references: aa.Canvas(control=control, control_scale=scale, references=references),
+    images(most=4),
+    st.floats(0, 2),
+    st.lists(images(most=4), max_size=2),
 )
 GREY = Image.new("RGB", (64, 64), "grey")
 RED = Image.new("RGB", (64, 64), "red")
@@ -52,6 +57,8 @@ def test_two_plans_have_one_digest_if_and_only_if_their_canvases_are_equal(first
         {"mask": aa.Box(0, 0, 0.5, 1)},
         {"strength": 0.75},
         {"references": [RED]},
+        {"control": RED},
+        {"control": RED, "control_scale": 0.5},
     ],
 )
 def test_every_field_of_a_canvas_enters_digest_identity_and_equality(change):
@@ -61,6 +68,25 @@ def test_every_field_of_a_canvas_enters_digest_identity_and_equality(change):
     assert repr(other) != repr(canvas)
     assert plan_digest(aa.Plan("a cone", canvas=other)) != plan_digest(aa.Plan("a cone", canvas=canvas))
     assert identity_of(aa.Plan("a cone", canvas=other), "plan") != identity_of(aa.Plan("a cone", canvas=canvas), "plan")
+
+
+def test_a_control_is_no_reference_and_no_picture_to_start_from():
+    pictures = [
+        aa.Canvas(RED, control=GREY),
+        aa.Canvas(GREY, control=RED),
+        aa.Canvas(RED, references=[GREY]),
+        aa.Canvas(control=RED, references=[GREY]),
+        aa.Canvas(references=[RED, GREY]),
+    ]
+    assert len({plan_digest(aa.Plan("a cone", canvas=canvas)) for canvas in pictures}) == len(pictures)
+    for canvas in pictures:
+        assert canvas.holding(canvas.pictures) == canvas
+    for wrong in ({}, {"mask": aa.Box(0, 0, 1, 1), "control": RED}, {"strength": 0.5, "references": [RED]}):
+        with pytest.raises(aa.InvalidValueError, match="picture to start from, where a mask"):
+            aa.Canvas(**wrong)
+    for scale in (0.5, -1.0, float("nan")):
+        with pytest.raises(aa.InvalidValueError, match="control_scale"):
+            aa.Canvas(RED, control_scale=scale)
 
 
 def test_a_canvas_on_disk_is_the_same_and_is_read_when_it_is_looked_at(tmp_path):

@@ -51,8 +51,12 @@ class Region:
     """What is not to be in it; needs a synthesizer that draws with classifier-free guidance."""
     lora: str | None = None
     """A LoRA that applies in it alone, by its name in ``loras`` of `OutputMix` or `RegionalAttention`."""
+    reference: Annotated[int, Field(ge=0)] | None = None
+    """A reference of the plan's canvas that shows in it, and not elsewhere: its number, from 0. Regions may share one."""
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        """All fields, without a reference that it does not name."""
+        return short_repr(self, without=("reference",) if self.reference is None else ())
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -73,7 +77,16 @@ class Plan:
     regions: tuple[Region, ...] = ()
     """Parts with prompts of their own."""
     canvas: Canvas | None = None
-    """The picture to start from; None for noise alone."""
+    """Pictures that it is drawn from; None for noise alone."""
+
+    def __post_init__(self) -> None:
+        count = 0 if self.canvas is None else len(self.canvas.references)
+        for region in self.regions:
+            if region.reference is not None and region.reference >= count:
+                raise InvalidValueError(
+                    f"{region!r} names reference {region.reference}, and the canvas of the plan of {self.prompt!r} has {count}. "
+                    "References count from 0: Plan(..., canvas=artaug.Canvas(references=[picture]))."
+                )
 
     def __repr__(self) -> str:
         """All fields, without a canvas that is not there; cut where that is long."""

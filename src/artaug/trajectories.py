@@ -235,7 +235,7 @@ def _notes(turn: Turn) -> str:
     lines: Sequence[tuple[str, str]] = (
         ("thought", turn.thought),
         ("drawn from", "; ".join([turn.plan.prompt, *(region.prompt for region in turn.plan.regions)])),
-        ("starts from", "" if turn.plan.canvas is None else f"a picture, {turn.plan.canvas!r}"),
+        ("starts from", "" if turn.plan.canvas is None else f"pictures, {turn.plan.canvas!r}"),
         ("critique", _remarks(turn.critique)),
     )
     return "".join(f"<br><small>{name}: {short_html(text)}</small>" for name, text in lines if text)

@@ -181,7 +181,7 @@ def test_plans_that_start_differently_are_drawn_as_they_are_alone():
         (aa.Canvas(noise_picture(1), strength=0.2), "draws 0 of 4 steps"),
         (aa.Canvas(noise_picture(1, (32, 48)), strength=0.5), "is of 32 x 48 pixels"),
         (aa.Canvas(noise_picture(1)), "expected a strength"),
-        (aa.Canvas(noise_picture(1), strength=0.5, references=[noise_picture(2)]), "no references"),
+        (aa.Canvas(noise_picture(1), strength=0.5, references=[noise_picture(2)]), "would ignore the references"),
     ],
 )
 def test_a_canvas_that_cannot_be_drawn_from_is_refused_before_anything_is_drawn(canvas, message):

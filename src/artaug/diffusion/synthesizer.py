@@ -30,7 +30,7 @@ from artaug.diffusion.locking import exclusive_drawing, exclusive_use
 from artaug.diffusion.offload import check_trainable
 from artaug.diffusion.precision import mixed_precision
 from artaug.diffusion.seeding import check_reproducible, seeded_scheduler
-from artaug.errors import GuideError, InvalidValueError, ModelError, NonFiniteError, TokensError
+from artaug.errors import GuideError, InvalidValueError, NonFiniteError, TokensError
 from artaug.lora.applied import check_called
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan
@@ -196,7 +196,7 @@ class DiffusersSynthesizer(Synthesizer):
     def synthesize_batch(self, plans: Sequence[Plan], *, seeds: Sequence[int]) -> list[Image]:
         """Draw several pictures in one call of the pipeline; each plan has its own regions, or none.
 
-        Plans whose canvases differ in more than the pictures and masks, or that have none, take a call for each kind.
+        Plans whose canvases differ in more than the picture and the mask, or that have none, take a call for each kind.
 
         A picture of a batch equals the same picture drawn alone up to rounding, because how a matrix product rounds
         depends on its size.
@@ -214,7 +214,7 @@ class DiffusersSynthesizer(Synthesizer):
         starts: dict[Start, list[int]] = {}
         for index, plan in enumerate(plans):
             family.check_start(plan, self.steps)
-            starts.setdefault(Start.of(plan.canvas), []).append(index)
+            starts.setdefault(Start.of(plan), []).append(index)
         images: dict[int, Image] = {}
         for members in starts.values():
             drawn = self._draw(family, [plans[index] for index in members], [seeds[index] for index in members])
@@ -233,6 +233,7 @@ class DiffusersSynthesizer(Synthesizer):
             without_progress_bar(self.pipeline),
             seeded_scheduler(self.pipeline.scheduler, generators),
             self._installed_tokens(family, plans),
+            family.reading_references(plans) as references,
         ):
             check_reproducible(self.pipeline)
             conditioning = family.encode_plans(plans)
@@ -240,12 +241,15 @@ class DiffusersSynthesizer(Synthesizer):
                 conditioning = family.embed(self.guide, plans, conditioning)
             # After the guide, whose hooks know the tensors that the pipeline was given.
             with self._guidance(family, conditioning, plans) as run, mixed_precision(self.pipeline, family.module):
-                call = family.pipeline_call([plan.canvas for plan in plans if plan.canvas is not None])
+                given = [plan.canvas for plan in plans if plan.canvas is not None]
+                canvases = [canvas for canvas in given if canvas.has_image or canvas.has_control]
+                call = family.pipeline_call(canvases)
                 with moved_latents(call.pipeline, run) as moves, cache_contexts_named(call.pipeline, family.module):
                     check = _StepCheck(family.module, self.guide, run, moves)
                     output = call.pipeline(
                         **family.pipeline_kwargs(conditioning, family.encode_negative(plans)),
                         **call.kwargs,
+                        **references,
                         num_inference_steps=self.steps,
                         generator=generators,
                         callback_on_step_end=check,
@@ -309,11 +313,7 @@ class DiffusersSynthesizer(Synthesizer):
                 a drawing calls this, or the model edits pictures.
         """
         family = self._bound_family
-        if family.edits:
-            raise ModelError(
-                f"{type(self.pipeline).__name__} edits pictures, and trainings here show it none. Train the model that draws, and "
-                "let this one edit: EditingSynthesizer(base, editor=...)."
-            )
+        family.check_trainable()
         check_trainable(family.module)
         check_trains_uncached(family.module)
         with (
@@ -379,6 +379,7 @@ class DiffusersSynthesizer(Synthesizer):
     @property
     def identity(self) -> Mapping[str, object]:
         """All that decides its pictures, by name: settings, guide, LoRAs, and every part of the pipeline with its place."""
+        family = self._bound_family
         parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
         settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.repr}
         return {
@@ -388,7 +389,8 @@ class DiffusersSynthesizer(Synthesizer):
             "configs": {name: _public_config(part) for name, part in parts.items()},
             "dtypes": {name: part.dtype for name, part in parts.items() if hasattr(part, "dtype")},
             "device": str(self.pipeline.device),
-            "cache": cache_settings(self._bound_family.module),
+            "cache": cache_settings(family.module),
+            **family.settings,
             "scheduler": {"class": type(self.pipeline.scheduler), **_public_config(self.pipeline.scheduler)},
             **settings,
             "loras": [f"{active.lora.digest} x {active.scale!r}" for active in self.loras],

@@ -153,11 +153,16 @@ def _pair_card(attempt: Kept | Dropped, store: ImageStore) -> TemplateContext:
 
 def _canvas(canvas: Canvas, before: Image.Image | ImageFile) -> str:
     """What a picture was redrawn from, in words."""
+    count = len(canvas.references)
+    beside = (", with a control picture" if canvas.has_control else "") + (
+        f", with {count} reference(s)" if count else ""
+    )
+    if not canvas.has_image:
+        return f"noise{beside}"
     picture = "the picture before" if image_digest(canvas.pictures[0]) == image_digest(before) else "another picture"
     where = "" if canvas.mask is None else ", inside a mask"
     strength = "" if canvas.strength is None else f", at strength {canvas.strength:g}"
-    references = "" if len(canvas.pictures) == 1 else f", with {len(canvas.pictures) - 1} reference(s)"
-    return f"{picture}{where}{strength}{references}"
+    return f"{picture}{where}{strength}{beside}"
 
 
 def _region(index: int, region: Region) -> TemplateContext:

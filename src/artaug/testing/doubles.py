@@ -47,8 +47,8 @@ class SwatchSynthesizer(Synthesizer):
             if isinstance(region.area, Box):
                 left, top, right, bottom = region.area.to_pixels(image.size)
                 pen.rectangle((left, top, right - 1, bottom - 1), fill=_color(region.prompt, self.lora_scale))
-        if plan.canvas is not None:
-            image = _over(plan.canvas, image)
+        if plan.canvas is not None and plan.canvas.image is not None:
+            image = _over(plan.canvas, as_rgb(plan.canvas.image), image)
         grain = np.random.default_rng(seed).integers(-8, 9, size=(self.height, self.width, 1))
         return Image.fromarray(np.clip(np.asarray(image, dtype=int) + grain, 0, 255).astype(np.uint8))
 
@@ -107,9 +107,8 @@ class FixedFilter(PairFilter):
         return Verdict(self.keep, f"a FixedFilter {'keeps' if self.keep else 'drops'} everything", {})
 
 
-def _over(canvas: Canvas, image: Image.Image) -> Image.Image:
-    """What is drawn over a canvas."""
-    before = as_rgb(canvas.image)
+def _over(canvas: Canvas, before: Image.Image, image: Image.Image) -> Image.Image:
+    """What is drawn over the picture of a canvas."""
     drawn = Image.blend(before, image, 1.0 if canvas.strength is None else canvas.strength)
     if not isinstance(canvas.mask, Box):
         return drawn

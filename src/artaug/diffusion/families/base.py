@@ -3,7 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -16,7 +16,15 @@ from artaug._internal.offloading import offload_hooks
 from artaug.canvas import Canvas
 from artaug.diffusion.caches import check_guide_beside_cache
 from artaug.diffusion.families import common
-from artaug.diffusion.families.canvases import PipelineCall, check_size, noised_call, steps_rounded_up
+from artaug.diffusion.families.canvases import (
+    PipelineCall,
+    check_control,
+    check_size,
+    controlled_call,
+    noised_call,
+    plain_pipeline,
+    steps_rounded_up,
+)
 from artaug.diffusion.families.tokenized import TokenizedPrompt
 from artaug.diffusion.offload import encoders_of, on_cpu
 from artaug.diffusion.word_embeddings import digest_of_installed, installed_tokens, mean_embeddings
@@ -66,6 +74,10 @@ class Family(ABC):
     """The diffusers class that draws from a canvas without a mask, with the parts of the pipeline; None if there is none."""
     inpainting_class: ClassVar[type | None] = None
     """The diffusers class that draws from a canvas with a mask; None if there is none."""
+    control_class: ClassVar[type | None] = None
+    """The diffusers class that draws with a ControlNet beside the parts of the pipeline; a pipeline may be of it, too."""
+    control_argument: ClassVar[str] = "image"
+    """What its call names the picture for the ControlNet."""
     noising_method: ClassVar[str] = "scale_noise"
     """The scheduler's method by which these add noise to a picture."""
 
@@ -287,11 +299,17 @@ class Family(ABC):
         """How many of ``steps`` are drawn from this canvas.
 
         Raises:
-            ModelError: if there is no pipeline for it, if it has another size than what is drawn, no strength or references, or
-                if no step would be drawn.
+            ModelError: if there is no pipeline for it, if it has another size than what is drawn, no strength, references that
+                the model does not read, or if no step would be drawn.
         """
+        if canvas.references:
+            self.check_references(canvas)
+        if canvas.has_control:
+            check_control(self, canvas)
         if self.edits:
             return self._edit_steps(canvas, steps)
+        if not canvas.has_image:
+            return steps
         name = type(self.pipeline).__name__
         if (self.image_to_image_class if canvas.mask is None else self.inpainting_class) is None:
             what = "canvas" if canvas.mask is None else "canvas with a mask"
@@ -304,10 +322,9 @@ class Family(ABC):
                 "from a canvas with another scheduler, such as the one that the pipeline came with."
             )
         check_size(self.pipeline, canvas, width=self.width, height=self.height)
-        if canvas.strength is None or canvas.references:
+        if canvas.strength is None:
             raise ModelError(
-                f"{canvas!r} is for an editing model, and this {name} draws from a noised picture: expected a strength, and no "
-                "references."
+                f"{canvas!r} is for an editing model, and this {name} draws from a noised picture: expected a strength."
             )
         drawn = self.strength_steps(canvas.strength, steps)
         if drawn < 1:
@@ -317,11 +334,47 @@ class Family(ABC):
             )
         return drawn
 
+    def check_references(self, canvas: Canvas) -> None:
+        """Refuse the references of a canvas that the model would not read. Override it, and `reading_references`, where it can.
+
+        Raises:
+            ModelError: in the default, always.
+        """
+        raise ModelError(
+            f"{type(self).__name__} would ignore the references of {canvas!r}: it reads none. Stable Diffusion and SDXL read them "
+            "with an IP-Adapter (pipeline.load_ip_adapter). Leave them out."
+        )
+
+    def reading_references(self, plans: Sequence[Plan]) -> AbstractContextManager[Mapping[str, Any]]:
+        """A ``with`` block in which the model reads the references of plans that start alike, possibly none.
+
+        It yields what the pipeline's call takes for them.
+        """
+        return nullcontext({})
+
+    def check_trainable(self) -> None:
+        """Refuse to train what reads pictures in every call, where a training has none.
+
+        Raises:
+            ModelError: for a model that edits, or was given an IP-Adapter.
+        """
+        if self.edits:
+            raise ModelError(
+                f"{type(self.pipeline).__name__} edits pictures, and trainings here show it none. Train the model that draws, and "
+                "let this one edit: EditingSynthesizer(base, editor=...)."
+            )
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What decides pictures beside the configs and weights of the pipeline's parts, and the fields: by default nothing."""
+        return {}
+
     def _edit_steps(self, canvas: Canvas, steps: int) -> int:
         """All steps, of an editing model."""
         check_size(self.pipeline, canvas, width=self.width, height=self.height)
+        if not canvas.has_image:
+            raise ModelError(f"{canvas!r} has no picture, and {type(self).__name__} edits one: expected an image.")
         unread = [name for name in ("strength", "mask") if getattr(canvas, name) is not None]
-        unread += ["references"] if canvas.references else []
         if unread:
             raise ModelError(
                 f"{type(self).__name__} would ignore the {' and the '.join(unread)} of {canvas!r}: it reads the picture, and edits "
@@ -332,8 +385,8 @@ class Family(ABC):
     def pipeline_call(self, canvases: Sequence[Canvas]) -> PipelineCall:
         """The pipeline that draws, and its arguments of size and canvas; ``canvases`` is empty, or has one for each picture."""
         if canvases:
-            return noised_call(self, canvases)
-        return PipelineCall(self.pipeline, {"width": self.width, "height": self.height})
+            return controlled_call(self, canvases) if canvases[0].has_control else noised_call(self, canvases)
+        return PipelineCall(plain_pipeline(self), {"width": self.width, "height": self.height})
 
     @abstractmethod
     def pipeline_kwargs(self, conditioning: Conditioning, negative: Conditioning | None) -> Mapping[str, Any]:

@@ -41,7 +41,7 @@ def family_of(pipeline: DiffusionPipeline) -> type[Family]:
         ModelError: if artaug does not know it.
     """
     for family in FAMILIES:
-        if isinstance(pipeline, family.pipeline_class):
+        if isinstance(pipeline, (family.pipeline_class, family.control_class or family.pipeline_class)):
             return family
     raise ModelError(f"artaug does not know {type(pipeline).__name__}. {_known_families()}")
 

@@ -15,16 +15,21 @@ from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxKontextPipeline, FluxPipeline
+from diffusers import (
+    FluxControlNetPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+)
 from PIL.Image import Image
 from torch import Tensor
 
-from artaug._internal.images import as_rgb
 from artaug.canvas import Canvas
 from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
-from artaug.diffusion.families.canvases import PipelineCall
+from artaug.diffusion.families.canvases import PipelineCall, start_images
 from artaug.diffusion.families.flux.attention import RegionalFluxProcessor
 from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_prompt
 from artaug.errors import ModelError
@@ -99,7 +104,9 @@ class FluxFamily(Family):
     def tokenized(self, prompt: str) -> list[TokenizedPrompt]:
         # CLIP gives one vector of the whole prompt, and no tokens.
         pipeline, tokenizer = self.pipeline, self.pipeline.tokenizer_2
-        convert = partial(pipeline.maybe_convert_prompt, tokenizer=tokenizer)
+        # The words of a textual inversion, which the pipeline with a ControlNet does not know.
+        knows = hasattr(pipeline, "maybe_convert_prompt")
+        convert = partial(pipeline.maybe_convert_prompt, tokenizer=tokenizer) if knows else str
         return [tokenize_prompt(tokenizer, prompt, limit=self.max_sequence_length, convert=convert)]
 
     def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -196,6 +203,8 @@ class Flux(FluxFamily):
     pipeline_class: ClassVar[type] = FluxPipeline
     image_to_image_class: ClassVar[type | None] = FluxImg2ImgPipeline
     inpainting_class: ClassVar[type | None] = FluxInpaintPipeline
+    control_class: ClassVar[type | None] = FluxControlNetPipeline
+    control_argument: ClassVar[str] = "control_image"
 
     def pipeline_call(self, canvases: Sequence[Canvas]) -> PipelineCall:
         return super().pipeline_call(canvases)
@@ -221,7 +230,7 @@ class FluxKontext(FluxFamily):
         # By its default of max_area, the pipeline would draw a megapixel whatever the size.
         kwargs: dict[str, Any] = {"width": self.width, "height": self.height, "max_area": self.width * self.height}
         if canvases:
-            kwargs |= {"image": [as_rgb(canvas.image) for canvas in canvases], "_auto_resize": False}
+            kwargs |= {"image": start_images(canvases), "_auto_resize": False}
         return PipelineCall(self.pipeline, kwargs)
 
     @torch.no_grad()
@@ -251,8 +260,10 @@ class FluxDenoiser(AttentiveDenoiser):
     ) -> dict[str, Any]:
         selected = list(rows)
         by_row = ("hidden_states", "timestep", "guidance")
+        by_block = ("controlnet_block_samples", "controlnet_single_block_samples")
         return {
             **kwargs,
+            **{name: [block[selected] for block in kwargs[name]] for name in by_block if kwargs.get(name) is not None},
             **{name: kwargs[name][selected] for name in by_row if kwargs[name] is not None},
             "encoder_hidden_states": torch.cat([prompt.conditioning["prompt_embeds"] for prompt in prompts]),
             "pooled_projections": torch.cat([prompt.conditioning["pooled_prompt_embeds"] for prompt in prompts]),

@@ -25,12 +25,11 @@ from einops import rearrange
 from PIL.Image import Image
 from torch import Tensor
 
-from artaug._internal.images import as_rgb
 from artaug.canvas import Canvas
 from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common, llm_encoders
 from artaug.diffusion.families.base import Family
-from artaug.diffusion.families.canvases import PipelineCall
+from artaug.diffusion.families.canvases import PipelineCall, start_images
 from artaug.diffusion.families.qwen_image.attention import RegionalQwenImageProcessor
 from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_chat
 from artaug.errors import GuideError, ModelError
@@ -234,9 +233,9 @@ class QwenImageEdit(QwenImageFamily):
     needs_canvas: ClassVar[bool] = True
 
     def canvas_steps(self, canvas: Canvas, steps: int) -> int:
-        width, height = canvas.size
+        width, height = canvas.size or (self.width, self.height)
         read_width, read_height, _ = upstream.calculate_dimensions(_READ_PX, width / height)
-        if (read_width, read_height) != canvas.size:
+        if (read_width, read_height) != (width, height):
             raise ModelError(
                 f"{canvas!r} is of {width} x {height} pixels, and Qwen-Image-Edit would bring it to {read_width} x {read_height}, so "
                 "that the result is shifted against it. Resize it, and set the synthesizer's width and height to that."
@@ -258,12 +257,12 @@ class QwenImageEdit(QwenImageFamily):
         return None if self.negative is None else self._encode([self.negative] * len(plans), plans)
 
     def pipeline_call(self, canvases: Sequence[Canvas]) -> PipelineCall:
-        pictures = [as_rgb(canvas.image) for canvas in canvases]
+        pictures = start_images(canvases)
         return PipelineCall(self.pipeline, {"width": self.width, "height": self.height, "image": pictures})
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str], plans: Sequence[Plan]) -> Conditioning:
-        pictures = [as_rgb(plan.canvas.image) for plan in plans if plan.canvas is not None]
+        pictures = start_images([plan.canvas for plan in plans if plan.canvas is not None])
         embeds, mask = self.pipeline.encode_prompt(list(prompts), image=pictures)
         return {"prompt_embeds": embeds, "prompt_embeds_mask": _full_mask(embeds) if mask is None else mask}
 

@@ -1,5 +1,6 @@
 """A UNet's cross-attention with regions: diffusers' processor, with another attention in place of its own."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -25,48 +26,62 @@ class RegionalCrossProcessor(RegionalProcessor):
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        if attention_mask is not None:
-            raise GuideError(
-                "the UNet was given an encoder_attention_mask, which regional attention would drop. Leave it out."
-            )
+        return cross_attention(
+            attn, hidden_states, encoder_hidden_states, self._attention_fn, attention_mask=attention_mask
+        )
 
-        residual = hidden_states
 
-        batch_size = encoder_hidden_states.shape[0]
+def cross_attention(
+    attn: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    attention_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    attention_mask: Tensor | None,
+) -> Tensor:
+    """What the twins have in common: upstream's lines, with ``attention_fn`` for the attention."""
+    if attention_mask is not None:
+        raise GuideError(
+            "the UNet was given an encoder_attention_mask, which regional attention would drop. Leave it out."
+        )
 
-        query = attn.to_q(hidden_states)
+    residual = hidden_states
 
-        if attn.norm_cross:
-            encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+    batch_size = encoder_hidden_states.shape[0]
 
-        key = attn.to_k(encoder_hidden_states)
-        value = attn.to_v(encoder_hidden_states)
+    query = attn.to_q(hidden_states)
 
-        inner_dim = key.shape[-1]
-        head_dim = inner_dim // attn.heads
+    if attn.norm_cross:
+        encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
 
-        query = query.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
+    key = attn.to_k(encoder_hidden_states)
+    value = attn.to_v(encoder_hidden_states)
 
-        key = key.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
-        value = value.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
+    inner_dim = key.shape[-1]
+    head_dim = inner_dim // attn.heads
 
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+    query = query.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
 
-        # the output of attention = (batch, num_heads, seq_len, head_dim)
-        hidden_states = self._attention_fn(query, key, value)
+    key = key.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
+    value = value.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
 
-        hidden_states = hidden_states.transpose(1, 2).reshape(batch_size, -1, attn.heads * head_dim)
-        hidden_states = hidden_states.to(query.dtype)
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
 
-        # linear proj
-        hidden_states = attn.to_out[0](hidden_states)
-        # dropout
-        hidden_states = attn.to_out[1](hidden_states)
+    # the output of attention = (batch, num_heads, seq_len, head_dim)
+    hidden_states = attention_fn(query, key, value)
 
-        if attn.residual_connection:
-            hidden_states = hidden_states + residual
+    hidden_states = hidden_states.transpose(1, 2).reshape(batch_size, -1, attn.heads * head_dim)
+    hidden_states = hidden_states.to(query.dtype)
 
-        return hidden_states / attn.rescale_output_factor  # type: ignore[no-any-return]
+    # linear proj
+    hidden_states = attn.to_out[0](hidden_states)
+    # dropout
+    hidden_states = attn.to_out[1](hidden_states)
+
+    if attn.residual_connection:
+        hidden_states = hidden_states + residual
+
+    return hidden_states / attn.rescale_output_factor  # type: ignore[no-any-return]

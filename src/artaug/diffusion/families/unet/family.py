@@ -9,7 +9,7 @@ preserving schedule of betas (Ho et al. 2020) with whole timesteps; the models p
 import math
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, final, get_args
@@ -17,9 +17,11 @@ from typing import Any, ClassVar, Literal, final, get_args
 import torch
 from diffusers import (
     AutoencoderKL,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
@@ -30,14 +32,17 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from artaug._internal.modules import named_modules, unwrap
+from artaug.canvas import Canvas
 from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.families.canvases import steps_rounded_down
 from artaug.diffusion.families.tokenized import TokenizedPrompt, tokenize_prompt
 from artaug.diffusion.families.unet.attention import RegionalCrossProcessor
+from artaug.diffusion.families.unet.ip_adapter import RegionalIPAdapterProcessor, adapters_of, references_read
 from artaug.errors import GuideError, ModelError
 from artaug.lora.formats import SD15, SDXL, KeyMap
+from artaug.plan import Plan
 from artaug.regional.denoiser import (
     AttentionFn,
     AttentionLayer,
@@ -107,6 +112,24 @@ class UNetFamily(Family):
 
     def strength_steps(self, strength: float, steps: int) -> int:
         return steps_rounded_down(strength, steps)
+
+    def check_references(self, canvas: Canvas) -> None:
+        if not adapters_of(self.module):
+            super().check_references(canvas)
+
+    def reading_references(self, plans: Sequence[Plan]) -> AbstractContextManager[Mapping[str, Any]]:
+        return references_read(self.pipeline, plans, (self.width, self.height))
+
+    def check_trainable(self) -> None:
+        if adapters_of(self.module):
+            raise ModelError(
+                f"this {type(self.pipeline).__name__} has an IP-Adapter, and trainings here show it no pictures. Call its "
+                "unload_ip_adapter() before training."
+            )
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        return {"ip_adapter_scales": [adapter.scale for adapter in adapters_of(self.module)]}
 
     def token_slices(self, prompts: Sequence[str]) -> list[slice]:
         return [slice(0, self._clip_length)] * len(prompts)
@@ -235,6 +258,7 @@ class StableDiffusion(UNetFamily):
     pipeline_class: ClassVar[type] = StableDiffusionPipeline
     image_to_image_class: ClassVar[type | None] = StableDiffusionImg2ImgPipeline
     inpainting_class: ClassVar[type | None] = StableDiffusionInpaintPipeline
+    control_class: ClassVar[type | None] = StableDiffusionControlNetPipeline
     key_map: ClassVar[KeyMap | None] = SD15
     text_encoders: ClassVar[Mapping[str, str]] = {"clip_l": "text_encoder"}
     _components: ClassVar[Sequence[str]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -277,6 +301,7 @@ class StableDiffusionXL(UNetFamily):
     pipeline_class: ClassVar[type] = StableDiffusionXLPipeline
     image_to_image_class: ClassVar[type | None] = StableDiffusionXLImg2ImgPipeline
     inpainting_class: ClassVar[type | None] = StableDiffusionXLInpaintPipeline
+    control_class: ClassVar[type | None] = StableDiffusionXLControlNetPipeline
     key_map: ClassVar[KeyMap | None] = SDXL
     text_encoders: ClassVar[Mapping[str, str]] = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
     _components: ClassVar[Sequence[str]] = (
@@ -394,9 +419,14 @@ class UNetDenoiser(AttentiveDenoiser):
             changed["timestep"] = kwargs["timestep"][selected]
         if kwargs.get("timestep_cond") is not None:
             changed["timestep_cond"] = kwargs["timestep_cond"][selected]
+        for name in ("down_block_additional_residuals", "mid_block_additional_residual"):  # of a ControlNet
+            if kwargs.get(name) is not None:
+                changed[name] = _rows(kwargs[name], selected)
         if (added := kwargs.get("added_cond_kwargs")) is not None:
-            pooled = torch.cat([prompt.conditioning["pooled_prompt_embeds"] for prompt in prompts])
-            changed["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": added["time_ids"][selected]}
+            changed["added_cond_kwargs"] = {name: _rows(value, selected) for name, value in added.items()}
+            if "text_embeds" in added:
+                pooled = torch.cat([prompt.conditioning["pooled_prompt_embeds"] for prompt in prompts])
+                changed["added_cond_kwargs"]["text_embeds"] = pooled
         return changed
 
     def latents_in(self, kwargs: ForwardKwargs) -> Tensor:
@@ -456,8 +486,16 @@ class UNetDenoiser(AttentiveDenoiser):
             name for name, item in named_modules(self.module).items() if isinstance(item.module, nn.Conv2d)
         )
 
-    def processor(self, site: AttentionSite, attention_fn: AttentionFn) -> RegionalCrossProcessor:
+    def processor(
+        self, site: AttentionSite, attention_fn: AttentionFn
+    ) -> RegionalCrossProcessor | RegionalIPAdapterProcessor:
+        if type(site.attention.processor) is RegionalIPAdapterProcessor.upstream:
+            return RegionalIPAdapterProcessor.for_layer(site.attention, attention_fn)
         return RegionalCrossProcessor.for_layer(site.attention, attention_fn)
+
+
+def _rows(value: Any, rows: list[int]) -> Any:  # noqa: ANN401 - a tensor, or several: one for each IP-Adapter or block
+    return value[rows] if isinstance(value, Tensor) else type(value)(tensor[rows] for tensor in value)
 
 
 def _cross_attention(
