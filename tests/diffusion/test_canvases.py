@@ -193,6 +193,42 @@ def test_a_canvas_that_cannot_be_drawn_from_is_refused_before_anything_is_drawn(
     assert not calls
 
 
+def test_models_made_to_fill_are_refused_with_the_pipeline():
+    flux = tiny_flux()
+    transformer = diffusers.FluxTransformer2DModel.from_config({**flux.transformer.config, "in_channels": 24}).eval()
+    fill = diffusers.FluxFillPipeline(**{**flux.components, "transformer": transformer})
+    with pytest.raises(aa.ModelError, match="artaug does not know FluxFillPipeline"):
+        synthesizer_of(fill)
+    flux.register_modules(transformer=transformer)
+    with pytest.raises(aa.ModelError, match="reads 24 channels, and latents have 16: it was made to read a picture"):
+        synthesizer_of(flux)
+    sd15 = tiny_sd15()
+    unet = diffusers.UNet2DConditionModel.from_config({**sd15.unet.config, "in_channels": 9}).eval()
+    sd15.register_modules(unet=unet)
+    with pytest.raises(aa.ModelError, match="reads 9 channels, and latents have 4"):
+        synthesizer_of(sd15)
+
+
+def test_a_latent_guide_moves_what_is_drawn_from_a_canvas():
+    class Moves(aa.LatentGuide):
+        def __init__(self, by):
+            self.by, self.steps = by, []
+
+        def moved(self, latents, step, predict):
+            self.steps.append((step.number, step.count))
+            return latents + self.by
+
+    for build, mask in ((tiny_flux, None), (tiny_flux, aa.Box(0, 0, 0.5, 1)), (tiny_sd15, aa.Box(0, 0, 0.5, 1))):
+        plan = aa.Plan("a cone", canvas=aa.Canvas(noise_picture(1), mask=mask, strength=0.75))
+        pipeline = build()
+        plain = synthesizer_of(pipeline).synthesize(plan, seed=0)
+        still, shifted = Moves(0.0), Moves(0.3)
+        assert synthesizer_of(pipeline, guide=still).synthesize(plan, seed=0).tobytes() == plain.tobytes()
+        assert synthesizer_of(pipeline, guide=shifted).synthesize(plan, seed=0).tobytes() != plain.tobytes()
+        count = synthesizer_of(pipeline).canvas_steps(plan.canvas)
+        assert still.steps == [(number, count) for number in range(count)]
+
+
 def test_a_model_without_a_pipeline_for_pictures_says_so():
     canvas = aa.Canvas(noise_picture(1), mask=aa.Box(0, 0, 0.5, 1), strength=0.5)
     with pytest.raises(aa.ModelError, match="Chroma1 cannot draw from a canvas with a mask"):

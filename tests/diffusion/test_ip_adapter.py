@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from diffusers import IPAdapterMaskProcessor
-from diffusers.image_processor import IPAdapterMaskProcessor as MaskProcessor
+from diffusers.image_processor import IPAdapterMaskProcessor
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from PIL import Image
 
 import artaug as aa
@@ -15,6 +16,7 @@ from artaug.identity import identity_of
 from artaug.plan import plan_digest
 from support.tiny_flux import tiny_flux
 from support.tiny_ip_adapter import with_ip_adapter
+from support.tiny_sd3 import tiny_sd3
 from support.tiny_unet import tiny_sd15, tiny_sdxl
 
 PX, STEPS = 32, 3
@@ -102,7 +104,7 @@ def test_a_region_that_names_a_reference_masks_it_as_diffusers_does(pipeline):
     # The regions' prompts repeat the plan's, over everything together, so that the pipeline's own drawing has to come out.
     regions = (aa.Region(LEFT, PROMPT, reference=0), aa.Region(RIGHT, PROMPT, reference=1))
     guide = aa.RegionalAttention(isolation=aa.Isolation(), trim_padding=False)
-    masks = MaskProcessor().preprocess([half(LEFT), half(RIGHT)], height=PX, width=PX)
+    masks = IPAdapterMaskProcessor().preprocess([half(LEFT), half(RIGHT)], height=PX, width=PX)
     expected = by_pipeline(
         pipeline,
         ip_adapter_image=[[ANNA, BEN]],
@@ -185,6 +187,32 @@ def test_references_that_nothing_reads_are_refused_before_anything_is_drawn(buil
     for canvas in (aa.Canvas(references=[ANNA]), aa.Canvas(noise_picture(1), strength=0.5, references=[ANNA])):
         with pytest.raises(aa.ModelError, match="would ignore the references of"):
             synthesizer.check_plan(aa.Plan(PROMPT, canvas=canvas))
+
+
+@pytest.mark.parametrize(
+    ("build", "processor", "layer"),
+    [
+        (tiny_flux, lambda: FluxIPAdapterAttnProcessor(32, 24), "transformer_blocks.0.attn"),
+        (tiny_sd3, lambda: SD3IPAdapterJointAttnProcessor2_0(16, 16, 8), "transformer_blocks.0.attn"),
+    ],
+    ids=["FLUX.1", "SD3"],
+)
+def test_an_adapter_whose_pictures_are_not_read_is_refused_with_the_pipeline(build, processor, layer):
+    pipeline = build()
+    pipeline.transformer.get_submodule(layer).set_processor(processor())
+    with pytest.raises(aa.ModelError, match=r"has an IP-Adapter \((Flux|SD3)IPAdapter.*unload_ip_adapter"):
+        synthesizer_of(pipeline)
+
+
+def test_a_scale_for_each_picture_acts_under_regions_as_in_the_pipeline():
+    pipeline = with_ip_adapter(tiny_sd15())
+    pipeline.set_ip_adapter_scale([[0.9, 0.2]])
+    regions = (aa.Region(LEFT, PROMPT, reference=0), aa.Region(RIGHT, PROMPT, reference=1))
+    masks = IPAdapterMaskProcessor().preprocess([half(LEFT), half(RIGHT)], height=PX, width=PX).reshape(1, 2, PX, PX)
+    kwargs = {"ip_adapter_masks": [masks]}
+    expected = by_pipeline(pipeline, ip_adapter_image=[[ANNA, BEN]], cross_attention_kwargs=kwargs)
+    guide = aa.RegionalAttention(isolation=aa.Isolation(), trim_padding=False)
+    assert np.abs(drawn(pipeline, referring(ANNA, BEN, regions=regions), guide=guide) - expected).max() <= 1
 
 
 def test_a_region_names_a_reference_that_the_canvas_has():

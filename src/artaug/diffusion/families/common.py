@@ -50,6 +50,39 @@ def check_components(pipeline: Pipeline, names: Sequence[str]) -> None:
         )
 
 
+def check_reads_latents_alone(pipeline: Pipeline, denoiser: Any, *, packing: int = 1) -> None:  # noqa: ANN401 - of diffusers
+    """Refuse a denoiser that reads more than latents, such as one that was made to inpaint.
+
+    Args:
+        pipeline: that it belongs to.
+        denoiser: with its config.
+        packing: how many latent pixels the channels of one token hold.
+
+    Raises:
+        ModelError: naming the channels.
+    """
+    latent, read = _latent_channels(pipeline) * packing, denoiser.config.in_channels
+    if latent != read:
+        raise ModelError(
+            f"this {type(denoiser).__name__} reads {read} channels, and latents have {latent}: it was made to read a picture or a "
+            "mask beside them (FLUX.1 Fill, Control, inpainting models). Load the model that draws; it inpaints with a Canvas too."
+        )
+
+
+def check_no_ip_adapter(transformer: Any) -> None:  # noqa: ANN401 - FLUX.1's and SD3's
+    """Refuse a transformer with an IP-Adapter, which cannot be called without pictures.
+
+    Raises:
+        ModelError: naming the processor.
+    """
+    names = {type(processor).__name__ for processor in transformer.attn_processors.values()}
+    if adapters := sorted(name for name in names if "IPAdapter" in name):
+        raise ModelError(
+            f"this {type(transformer).__name__} has an IP-Adapter ({adapters[0]}), whose pictures are read on Stable Diffusion and "
+            "SDXL only. Call pipeline.unload_ip_adapter() first."
+        )
+
+
 def check_size(pipeline: Pipeline, *, width: int, height: int, multiple: int) -> None:
     """Refuse a size in pixels that is not whole image tokens.
 

@@ -61,6 +61,8 @@ class FluxFamily(Family):
 
     def __post_init__(self) -> None:
         common.check_components(self.pipeline, _COMPONENTS)
+        common.check_reads_latents_alone(self.pipeline, self.pipeline.transformer, packing=4)
+        common.check_no_ip_adapter(self.module)
         common.check_size(self.pipeline, width=self.width, height=self.height, multiple=self._token_px)
         common.check_true_cfg(self.negative_prompt, self.true_cfg_scale)
         if self.guidance_scale is not None and not self._takes_guidance:

@@ -73,6 +73,7 @@ class StableDiffusion3(Family):
 
     def __post_init__(self) -> None:
         common.check_components(self.pipeline, _COMPONENTS)
+        common.check_no_ip_adapter(self.module)
         if self._has_t5:
             common.check_components(self.pipeline, ["tokenizer_3"])
         common.check_size(self.pipeline, width=self.width, height=self.height, multiple=self._token_px)

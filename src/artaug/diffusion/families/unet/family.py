@@ -89,6 +89,7 @@ class UNetFamily(Family):
 
     def __post_init__(self) -> None:
         common.check_components(self.pipeline, self._components)
+        common.check_reads_latents_alone(self.pipeline, self.pipeline.unet)
         # diffusers' pipelines ask for multiples of 8 pixels whatever the VAE.
         multiple = math.lcm(_PIPELINE_MULTIPLE_PX, self.pipeline.vae_scale_factor)
         common.check_size(self.pipeline, width=self.width, height=self.height, multiple=multiple)

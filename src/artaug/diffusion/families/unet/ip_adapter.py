@@ -75,14 +75,16 @@ class RegionalIPAdapterProcessor(RegionalProcessor):
             scales = scale if isinstance(scale, list) else [scale] * (1 if mask is None else mask.shape[1])
             if all(one == 0 for one in scales):
                 continue
-            for index, one in enumerate(scales):
-                tokens = pictures if mask is None else pictures[:, index]
+            # Without masks, all pictures are attended to together, with one scale.
+            parts: list[tuple[Tensor, Any, Tensor | None]] = [(pictures, scale, None)]
+            if mask is not None:
+                parts = list(zip(pictures.unbind(1), scales, mask.unbind(1), strict=True))
+            for tokens, strength, shown in parts:
                 ip_key, ip_value = (_split_heads(attn, layer(tokens)) for layer in (to_k_ip, to_v_ip))
                 seen = _merge_heads(functional.scaled_dot_product_attention(query, ip_key, ip_value)).to(query.dtype)
-                if mask is not None:
-                    weights = IPAdapterMaskProcessor.downsample(mask[:, index], len(seen), *seen.shape[1:])
-                    seen = seen * weights.to(query)
-                hidden_states = hidden_states + one * seen
+                if shown is not None:
+                    seen = seen * IPAdapterMaskProcessor.downsample(shown, len(seen), *seen.shape[1:]).to(query)
+                hidden_states = hidden_states + strength * seen
         return _split_heads(attn, hidden_states)
 
 
