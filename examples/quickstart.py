@@ -29,7 +29,7 @@ def main(folder: Path = Path("runs/quickstart")) -> None:
         planner=aa.GreedyPlanner(max_regions=3),
         keep=keep,
         trainer=aa.DifferentialLoRATrainer(
-            objective=aa.PairedPreference(anchor=0.1), rank=8, steps=30, batch_size=32, learning_rate=2e-3
+            objective=aa.PairedPreference(anchor=0.075), rank=8, steps=30, batch_size=32, learning_rate=2e-3
         ),
         fuser=aa.ConcatFuser(),
         rounds=2,
