@@ -28,7 +28,7 @@ class Guide(ABC):
 
     @property
     def runs_cached(self) -> bool:
-        """Whether it can guide a denoiser that reuses in a step what its layers computed in earlier ones (`enable_cache`)."""
+        """Whether it can guide a denoiser that reuses in a step what its layers computed in earlier ones (``enable_cache``)."""
         return False
 
     @abstractmethod
