@@ -38,7 +38,7 @@ def test_a_pair_in_which_nothing_changed_has_one_picture_and_a_plan_without_regi
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_verdict_needs_finite_numbers(number):
-    with pytest.raises(aa.InvalidValueError, match=r"Verdict: scores\.gain: Input should be a finite number"):
+    with pytest.raises(aa.InvalidValueError, match=r"Verdict\(scores\.gain=.*expected a finite number"):
         aa.Verdict(keep=True, reason="it rose", scores={"gain": number})
 
 
@@ -90,7 +90,7 @@ def test_rewards_go_where_a_pair_goes(tmp_path):
     "rewards", [(0.5,), (0.1, 0.2, 0.3), (0.1, 1.1), (-0.1, 0.5), (0.1, math.nan), (False, True), (None, 1.0)]
 )
 def test_rewards_that_are_not_two_numbers_in_range_are_refused(rewards):
-    with pytest.raises(aa.InvalidValueError, match=r"ImagePair\(rewards=.*expected two numbers in \[0, 1\]"):
+    with pytest.raises(aa.InvalidValueError, match=r"ImagePair\(rewards.*expected (two numbers|a number)"):
         dataclasses.replace(pair(1, 2), rewards=rewards)
 
 

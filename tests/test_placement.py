@@ -3,6 +3,7 @@
 import re
 import threading
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import artaug as aa
 from artaug._internal.offloading import device_of
 from artaug.critics import Cached, Ensemble, Retried
 from artaug.diffusion import DiffusersSynthesizer
+from artaug.evaluation import suites
 from artaug.evaluation.suites import (
     Case,
     Clause,
@@ -52,6 +54,13 @@ class Model(nn.Module):
 class Owner:
     def __init__(self, *models):
         self.models = models
+
+
+def colors_of(model):
+    """A classifier of colors with a stand-in for its encoder."""
+    made = object.__new__(ClipColors)
+    object.__setattr__(made, "encoder", Owner(model))
+    return made
 
 
 @pytest.fixture
@@ -256,9 +265,12 @@ CRITIC, SCORER, OTHER_SCORER = WithModels(FIRST), ScorerWithModels(FIRST), Score
 OTHER_SCORER.__class__ = type("OtherScorer", (ScorerWithModels,), {})  # of another name
 
 
-class Detector:
+class Detector(suites.Detector):
     name = "detector"
     models = (SECOND,)
+
+    def detect(self, image, labels):
+        return []
 
 
 def suite_of(check):
@@ -267,8 +279,8 @@ def suite_of(check):
 
 OWNERS = {
     "an ensemble": (lambda: Ensemble((CRITIC, WithModels(SECOND))), [FIRST, SECOND]),
-    "a cache": (lambda: Cached(CRITIC, folder="unused", identity="a"), [FIRST]),
-    "a retried cache": (lambda: Retried(Cached(CRITIC, folder="unused", identity="a")), [FIRST]),
+    "a cache": (lambda: Cached(CRITIC, folder=Path("unused"), identity="a"), [FIRST]),
+    "a retried cache": (lambda: Retried(Cached(CRITIC, folder=Path("unused"), identity="a")), [FIRST]),
     "a gain": (lambda: aa.Gain(SCORER), [FIRST]),
     "a floor": (lambda: aa.Floor(SCORER, at_least=0), [FIRST]),
     "a top": (lambda: aa.TopFraction(SCORER, 0.5), [FIRST]),
@@ -286,7 +298,7 @@ OWNERS = {
     "questions": (lambda: QuestionScore(suite=suite_of(QuestionCheck((Question(1, "A cat?"),))), vqa=SCORER), [FIRST]),
     "objects": (
         lambda: ObjectScore(
-            suite=suite_of(ObjectCheck((Clause("cat"),))), detector=Detector(), colors=ClipColors(encoder=Owner(FIRST))
+            suite=suite_of(ObjectCheck((Clause("cat"),))), detector=Detector(), colors=colors_of(FIRST)
         ),
         [SECOND, FIRST],
     ),

@@ -10,6 +10,7 @@ from PIL.Image import Image
 from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_argument, check_finite_number
 from artaug._internal.values import to_json, value
 from artaug.geometry import Box, Mask
@@ -70,6 +71,7 @@ class CanvasRecord:
         )
 
 
+@checked
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Canvas:

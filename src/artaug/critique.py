@@ -1,11 +1,12 @@
 """`Critique` and `Abstention`, the answers of a critic; `Critic`, the class to subclass; and the call that checks it."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import Seam
 from artaug._internal.calls import describe_inputs
 from artaug._internal.contracts import check_batch, check_result, contract_error
 from artaug._internal.memory import FittingBatches, is_out_of_memory
@@ -94,7 +95,7 @@ class Abstention:
             )
 
 
-class Critic(ABC):
+class Critic(Seam):
     """Suggests what to improve in a picture, and where, given its prompt.
 
     Subclass it and write `critique`. If the critic cannot judge a picture, return an `Abstention` with the reason. An

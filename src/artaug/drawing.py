@@ -7,6 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from artaug._internal.annotations import checked
 from artaug._internal.images import as_rgb
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box, Mask
@@ -23,6 +24,7 @@ _GAP_PX = 4
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
+@checked
 def draw_boxes(
     image: Image.Image, boxes: Sequence[Box], *, labels: Sequence[str] | None = None, scale: int = 4
 ) -> Image.Image:

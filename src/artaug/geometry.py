@@ -143,7 +143,7 @@ class Mask:
     (2, 2, [[1.0, 0.0], [0.0, 1.0]])
     """
 
-    _advice: ClassVar[str] = ". Make a Mask of an array with Mask.from_array(weights)."
+    _advice: ClassVar[str] = " Make a Mask of an array with Mask.from_array(weights)."
     height: Annotated[int, Field(gt=0)]
     width: Annotated[int, Field(gt=0)]
     data: str = Field(repr=False)

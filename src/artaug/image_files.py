@@ -11,6 +11,7 @@ from typing import TypeVar, final, overload
 
 from PIL import Image, ImageOps
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_argument
 from artaug._internal.digests import digest
 from artaug._internal.files import atomic_writes, check_regular
@@ -30,6 +31,7 @@ _LONGEST_PATH = 80
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
+@checked
 @final
 @dataclass(frozen=True, repr=False)
 class ImageFile:
@@ -120,6 +122,7 @@ class StoredImages(Sequence[Image.Image]):
         return f"<{len(self)} pictures on disk>"
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class ImageFolder:

@@ -7,6 +7,7 @@ from typing import final
 import numpy as np
 from PIL import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument
 from artaug.canvas import Canvas
 from artaug.critique import Critique
@@ -15,6 +16,7 @@ from artaug.geometry import Box, Mask
 from artaug.plan import Plan, Region, RegionPlanner
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class OnCanvas(RegionPlanner):

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_count, check_items
 from artaug._internal.decoding import decode_json
 from artaug._internal.files import atomic_write
@@ -31,6 +32,7 @@ _ORIENTATION = 0x0112
 """The tag of EXIF that says how to turn a picture; 1 is as it is."""
 
 
+@checked
 def pairs_to_folder(pairs: Sequence[ImagePair], folder: str | Path) -> Path:
     """Write pairs to a folder: pictures without loss, and a ``metadata.jsonl`` with a line for each pair.
 
@@ -94,6 +96,7 @@ def metadata_row(pair: ImagePair, folder: Path) -> dict[str, Any]:
     return {**row, "prompt": pair.prompt, "seed": pair.seed, "plan": to_json(pair.plan), **rewards}
 
 
+@checked
 def pairs_from_folder(
     before: str | Path,
     after: str | Path | None = None,

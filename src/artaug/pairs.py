@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 from PIL.Image import Image
 from pydantic import Field
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_argument
 from artaug._internal.digests import digest
 from artaug._internal.images import preview_url
@@ -18,6 +19,7 @@ from artaug.image_files import ImageFile, ImageFolder, PictureField, image_diges
 from artaug.plan import Plan, plan_digest
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImagePair:
     """Two pictures of one prompt, before and after a critique, or a better and a worse one of any origin.
@@ -220,6 +222,7 @@ class Verdict:
     __repr__ = short_repr
 
 
+@checked
 @dataclass(frozen=True)
 class Kept:
     """A pair that got better, to train on."""
@@ -233,6 +236,7 @@ class Kept:
         return _judged_html("kept", self.pair, self.verdict)
 
 
+@checked
 @dataclass(frozen=True)
 class Dropped:
     """A pair that the filter did not keep."""
@@ -251,6 +255,7 @@ def _judged_html(how: str, pair: ImagePair, verdict: Verdict) -> str:
     return f"{pair._repr_html_()}<p><b>{how}</b>: {short_html(verdict.reason)}</p>"
 
 
+@checked
 @dataclass(frozen=True)
 class Skipped:
     """A prompt without a pair: the critic abstained, or the plan changed nothing."""

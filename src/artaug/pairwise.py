@@ -1,12 +1,13 @@
 """Which of two pictures is better: a `PairwiseJudge` says so in one order, and the library asks it in both."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from PIL.Image import Image
 from pydantic import Field
 
+from artaug._internal.annotations import Seam
 from artaug._internal.calls import call_part, describe_inputs
 from artaug._internal.contracts import check_batch, check_numbers, contract_error
 from artaug._internal.memory import FittingBatches
@@ -85,7 +86,7 @@ Judgment: TypeAlias = Preference | Abstention
 """What a judge says of two pictures: an `Abstention` if it cannot tell, or its reply cannot be read."""
 
 
-class PairwiseJudge(ABC):
+class PairwiseJudge(Seam):
     """Says which of two pictures answers a prompt better.
 
     Subclass it and write `prefer`, for one order. It is asked in both, and what follows is computed by the library: ties,

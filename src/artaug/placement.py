@@ -1,6 +1,6 @@
 """Where models are while a run goes on: all where they were loaded, or one object's at a time on the device."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import nn
 
+from artaug._internal.annotations import Seam, checked
 from artaug._internal.arguments import Faults
 from artaug._internal.contracts import contract_error
 from artaug._internal.devices import check_placement, resolve_device
@@ -18,7 +19,7 @@ from artaug._internal.offloading import bring, device_of, pin, take_off, unmovab
 from artaug.errors import ModelError
 
 
-class Placement(ABC):
+class Placement(Seam):
     """Where models are during a run: `Resident` or `OneAtATime`."""
 
     @abstractmethod
@@ -50,6 +51,7 @@ class Placement(ABC):
         """
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Resident(Placement):
@@ -65,6 +67,7 @@ class Resident(Placement):
         pass
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class OneAtATime(Placement):

@@ -1,13 +1,14 @@
 """What to draw: a prompt and regions with prompts of their own; and planners, which make plans of critiques."""
 
 import io
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Self, final
 
 from PIL import Image
 from pydantic import Field
 
+from artaug._internal.annotations import Seam, checked
 from artaug._internal.arguments import check_count, check_finite_number
 from artaug._internal.calls import call_part
 from artaug._internal.contracts import check_result
@@ -184,7 +185,7 @@ def _caption(region: Region) -> str:
     return f"{region.prompt}{weight}{negative}{lora}"
 
 
-class RegionPlanner(ABC):
+class RegionPlanner(Seam):
     """Turns a critique into a plan. A prompt rewriter is a planner whose plans have another prompt and no regions."""
 
     @property
@@ -240,6 +241,7 @@ def run_planner(
     return check_result(owner, "plan_from" if looks else "plan", plan, of=Plan, inputs=repr(prompt))
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class GreedyPlanner(RegionPlanner):

@@ -1,11 +1,12 @@
 """Scores of pictures: a `Scorer` gives a picture a number, as a metric, a reward, a filter threshold or a stop rule."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import Seam
 from artaug._internal.calls import call_part, describe_inputs
 from artaug._internal.contracts import check_numbers
 from artaug._internal.memory import FittingBatches
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Scorer(ABC):
+class Scorer(Seam):
     """Gives a picture a number; higher is better.
 
     Subclass it and write `score`.

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import final
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument
 from artaug._internal.text import table_html
 from artaug.errors import InvalidValueError, StorageError
@@ -25,6 +26,7 @@ from artaug.run.storage.store import RunCall, RunFolder, RunRecord
 from artaug.run.storage.stored_rounds import read_comparison, read_round
 
 
+@checked
 @final
 @dataclass(frozen=True, repr=False)
 class Run:

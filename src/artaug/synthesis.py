@@ -1,6 +1,6 @@
 """The seam that draws pictures from plans, and the seeds of a run's pictures."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.annotations import Seam
 from artaug._internal.arguments import check_count
 from artaug._internal.calls import call_part, describe_inputs
 from artaug._internal.contracts import check_batch
@@ -48,7 +49,7 @@ class Undrawn:
             )
 
 
-class Synthesizer(ABC):
+class Synthesizer(Seam):
     """Draws pictures from plans. The same plan and seed give the same picture, whatever was drawn before."""
 
     @property

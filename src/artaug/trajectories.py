@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_argument, check_finite_number, check_items
 from artaug._internal.images import preview_url
 from artaug._internal.text import short_html, shorten
@@ -22,6 +23,7 @@ TurnContrast: TypeAlias = Literal["first-last", "first-best", "each-next"]
 """Which turns of a trajectory make pairs: the first against the last, or against the best, or each against the next."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Thought:
     """What is thought of a prompt before its first picture, and the plan that comes of it.
@@ -43,6 +45,7 @@ Think: TypeAlias = Callable[[str], Thought]
 """From a prompt to a thought; such as a language model that is asked for a better prompt, or for a layout."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Turn:
     """One turn: what was thought, what was planned, what was drawn, and what was said of it.
@@ -98,6 +101,7 @@ class Turn:
         return f"Turn({shorten(self.plan.prompt, 80)!r}, {len(self.plan.regions)} regions{score})"
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trajectory:
     """The turns of one prompt, from the first picture on; what `refine` returns.

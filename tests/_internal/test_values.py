@@ -64,9 +64,7 @@ def test_missing_arguments_are_named():
 def test_an_error_names_the_field_and_quotes_what_came():
     with pytest.raises(aa.InvalidValueError) as caught:
         aa.Box(0, 0, 1, "low")
-    assert str(caught.value) == (
-        "Box: bottom: Input should be a valid number, unable to parse string as a number; received 'low'"
-    )
+    assert str(caught.value) == "Box(bottom='low'): expected a number, received a str."
 
 
 def test_a_rule_broken_deep_inside_is_the_rules_own_error():

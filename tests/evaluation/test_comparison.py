@@ -191,7 +191,7 @@ def test_a_missing_row_names_those_there_are():
     [
         pytest.param({"prompts": []}, aa.PromptError, "there are no prompts", id="no-prompts"),
         pytest.param({"prompts": ["a hill"]}, aa.PromptError, "at least 2 prompts, received 1", id="one-prompt"),
-        pytest.param({"prompts": "a hill"}, aa.PromptError, "received one string: 'a hill'", id="a-string"),
+        pytest.param({"prompts": "a hill"}, aa.PromptError, "Put it in a list: .'a hill'.", id="a-string"),
         pytest.param(
             {"scorers": []}, aa.InvalidValueError, r"scorers named \[\]. Expected at least one", id="no-scorers"
         ),
@@ -205,8 +205,8 @@ def test_a_missing_row_names_those_there_are():
             {"candidates": {}}, aa.InvalidValueError, r"candidates \[\]. Expected at least one", id="no-candidate"
         ),
         pytest.param({"candidates": {"base": Grey()}}, aa.InvalidValueError, "none called 'base'", id="base-twice"),
-        pytest.param({"filtered_by": "Light"}, aa.InvalidValueError, "received one str", id="no-list"),
-        pytest.param({"filtered_by": aa.Gain(Light())}, aa.InvalidValueError, "received one Gain", id="one-filter"),
+        pytest.param({"filtered_by": "Light"}, aa.InvalidValueError, "received a str", id="no-list"),
+        pytest.param({"filtered_by": aa.Gain(Light())}, aa.InvalidValueError, "received a Gain", id="one-filter"),
         pytest.param({"filtered_by": [3]}, aa.InvalidValueError, "received 3 among them", id="no-filter"),
         pytest.param(
             {"batch_size": 0},
@@ -610,7 +610,7 @@ def test_a_comparison_is_the_same_after_a_round_trip_through_json(comparison):
 
 @pytest.mark.parametrize("content", [{}, [], {"rows": object()}, None])
 def test_something_else_than_a_comparison_is_refused(content):
-    with pytest.raises(aa.InvalidValueError, match=r"not what Comparison\.to_dict returns"):
+    with pytest.raises(aa.InvalidValueError, match=r"not what Comparison\.to_dict returns|expected a dict"):
         aa.Comparison.from_dict(content)
 
 

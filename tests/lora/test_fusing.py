@@ -132,7 +132,7 @@ def test_all_of_an_update_of_zero_is_kept():
 def test_a_compressed_layer_has_a_rank_of_at_least_one(field, allowed, refused):
     fields = {"rank_before": 2, "rank_after": 2, "energy": 0.5}
     assert getattr(CompressedLayer(**{**fields, field: allowed}), field) == allowed
-    with pytest.raises(InvalidValueError, match=f"CompressedLayer: {field}"):
+    with pytest.raises(InvalidValueError, match=f"CompressedLayer\\({field}"):
         CompressedLayer(**{**fields, field: refused})
 
 
@@ -141,7 +141,7 @@ def test_the_energy_of_a_compressed_layer_is_a_share(energy, allowed):
     if allowed:
         assert CompressedLayer(rank_before=2, rank_after=1, energy=energy).energy == energy
     else:
-        with pytest.raises(InvalidValueError, match="CompressedLayer: energy"):
+        with pytest.raises(InvalidValueError, match="CompressedLayer\\(energy"):
             CompressedLayer(rank_before=2, rank_after=1, energy=energy)
 
 

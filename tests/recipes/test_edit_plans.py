@@ -147,7 +147,7 @@ def test_a_server_without_a_reply_is_an_abstention_that_says_why():
 def test_all_that_is_wrong_is_said_before_anything_is_drawn():
     with pytest.raises(aa.InvalidValueError, match="4 things are wrong") as caught:
         graped(" ", plan_edits=None, regenerations=-1, scorer="none")
-    assert all(name in str(caught.value) for name in ("prompt number 0", "plan_edits", "regenerations", "scorer"))
+    assert all(name in str(caught.value) for name in ("prompts[0]", "plan_edits", "regenerations", "scorer"))
     with pytest.raises(aa.InvalidValueError, match="no picture to edit"):
         EditPlanner().plan("a red cone", aa.Critique())
 

@@ -253,7 +253,7 @@ def test_a_phrase_that_a_prompt_lacks_is_an_error_before_anything_is_drawn(recip
     ("recipe", "options", "message"),
     [
         (AttendAndExcite, {"phrases": []}, r"expected a list of one phrase or more"),
-        (AttendAndExcite, {"phrases": "cat"}, r"phrases='cat'\): expected a list of one phrase or more"),
+        (AttendAndExcite, {"phrases": "cat"}, r"phrases='cat'\): expected a list"),
         (AttendAndExcite, {"phrases": ["cat"], "step_size": math.nan}, r"step_size=nan\): expected a finite number"),
         (AttendAndExcite, {"phrases": ["cat"], "scales": (-1.0, 0.5)}, r"expected two numbers of 0 or more"),
         (AttendAndExcite, {"phrases": ["cat"], "refinements": [(0, 2)]}, r"expected pairs of a part of the steps"),

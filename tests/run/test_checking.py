@@ -111,7 +111,7 @@ SHARED = [
     ({"check": "everything", "critic": AnswersText()}, aa.ContractError, "AnswersText.critique_batch returned str"),
     ({"prompts": "a red cone"}, aa.PromptError, "received one string"),
     ({"prompts": []}, aa.PromptError, "no prompts"),
-    ({"prompts": ["a red cone", None]}, aa.PromptError, "prompt number 1 is None"),
+    ({"prompts": ["a red cone", None]}, aa.PromptError, "prompts\\[1\\] is None"),
     ({"prompts": (prompt for prompt in PROMPTS)}, aa.PromptError, r"received generator.*list\(prompts\)"),
     ({"prompts": dict.fromkeys(PROMPTS)}, aa.PromptError, "received dict"),
 ]

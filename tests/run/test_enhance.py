@@ -175,7 +175,7 @@ def test_a_stop_rule_says_how_many_different_prompts_it_needs(prompts):
         aa.StopRule(ScriptedScorer([]), prompts)
     with pytest.raises(aa.PromptError, match="received one string"):
         aa.StopRule(ScriptedScorer([]), "a hill")
-    with pytest.raises(aa.PromptError, match="prompt number 1 is ' '"):
+    with pytest.raises(aa.PromptError, match="prompts\\[1\\] is ' '"):
         aa.StopRule(ScriptedScorer([]), ["a hill", " "])
 
 

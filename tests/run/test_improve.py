@@ -165,8 +165,8 @@ def test_suggestions_that_the_planner_leaves_out_are_a_reason_of_their_own():
     ("prompts", "message"),
     [
         ([], "there are no prompts"),
-        (["a scene", "  "], "prompt number 1 is '  '"),
-        (["a scene", None], "prompt number 1 is None"),
+        (["a scene", "  "], "prompts\\[1\\] is '  '"),
+        (["a scene", None], "prompts\\[1\\] is None"),
         ("a scene", r"expected a list of prompts, received one string: 'a scene'. Write \['a scene'\]"),
     ],
 )

@@ -249,7 +249,7 @@ def test_all_that_is_wrong_is_said_before_anything_is_drawn():
 
     with pytest.raises(aa.InvalidValueError, match="5 things are wrong") as caught:
         refined(" ", synthesizer=Plain(), critic=None, planner=aa.GreedyPlanner(), turns=0, think="hard")
-    assert all(name in str(caught.value) for name in ("prompt number 0", "critic", "turns=0", "think", "no guide"))
+    assert all(name in str(caught.value) for name in ("prompts[0]", "critic", "turns=0", "think", "no guide"))
     with pytest.raises(aa.PromptError):
         aa.refine_each([], synthesizer=SWATCHES, critic=ALWAYS, planner=Numbering())
     with pytest.raises(aa.InvalidValueError, match="stop"):

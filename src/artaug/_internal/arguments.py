@@ -7,6 +7,7 @@ constructor::
 """
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -18,6 +19,7 @@ _QUOTED = 120
 """Characters of a value that an error quotes."""
 
 _ADVICE = {
+    "Box": "Such as artaug.Box(0, 0, 0.5, 1), the left half; of pixels, artaug.Box.from_pixels(...).",
     "BestOf": "Such as artaug.BestOf(4, by=scorer).",
     "Checkpoints": "Such as artaug.Checkpoints(folder='runs/first').",
     "Critic": "Such as artaug.critics.PhotometricCritic(), or an object of a subclass of yours.",
@@ -40,6 +42,29 @@ _ADVICE = {
     "Validation": "Such as artaug.Validation(scorer=scorer, prompts=prompts).",
 }
 """What to do, by the name of the class that was expected."""
+
+
+def advice_for(classes: Sequence[type], value: object, *, expected: str = "") -> str:
+    """What to do about a value that is none of ``classes``; empty where there is nothing to add.
+
+    >>> import numpy as np
+    >>> from PIL import Image
+    >>> from artaug._internal.arguments import advice_for
+    >>> advice_for([Image.Image], np.zeros((8, 8, 3)))
+    'Make one of an array with PIL.Image.fromarray(array).'
+    """
+    names = {cls.__name__ for cls in classes}
+    if isinstance(value, type):
+        return f"Make one of the class: {value.__name__}(...)."
+    if isinstance(value, str) and expected.startswith("a list"):
+        return f"Put it in a list: [{shorten(repr(value), 60)}]."
+    if isinstance(value, float) and expected.startswith("a whole number") and value.is_integer():
+        return f"Write {value:.0f}."
+    if hasattr(value, "__array__") and "Image" in names:
+        return "Make one of an array with PIL.Image.fromarray(array)."
+    if hasattr(value, "__array__") and "Mask" in names:
+        return "Make one of an array with artaug.Mask.from_array(array)."
+    return next((_ADVICE[cls.__name__] for cls in classes if cls.__name__ in _ADVICE), "")
 
 
 def argument_error(owner: str, name: str, value: object, *, expected: str, advice: str = "") -> InvalidValueError:
@@ -72,9 +97,7 @@ def check_argument(owner: str, name: str, value: object, of: type, *, optional: 
     """
     if isinstance(value, of) or (optional and value is None):
         return
-    is_class = isinstance(value, type) and issubclass(value, of)
-    advice = f"Make one of the class: {value.__name__}(...)." if is_class else _ADVICE.get(of.__name__, "")  # type: ignore[attr-defined]
-    raise argument_error(owner, name, value, expected=f"an instance of {_type_name(of)}", advice=advice)
+    raise argument_error(owner, name, value, expected=f"an instance of {type_name(of)}", advice=advice_for([of], value))
 
 
 def check_items(owner: str, name: str, values: object, of: type) -> None:
@@ -84,7 +107,7 @@ def check_items(owner: str, name: str, values: object, of: type) -> None:
         InvalidValueError: naming the first item that is of another type.
     """
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise argument_error(owner, name, values, expected=f"a list of {_type_name(of)}", advice="Put it in a list.")
+        raise argument_error(owner, name, values, expected=f"a list of {type_name(of)}", advice="Put it in a list.")
     for index, item in enumerate(values):
         check_argument(owner, f"{name}[{index}]", item, of)
 
@@ -163,5 +186,11 @@ class Faults:
             )
 
 
-def _type_name(of: type) -> str:
-    return of.__qualname__ if of.__module__ == "builtins" else f"{of.__module__}.{of.__qualname__}"
+def type_name(of: type) -> str:
+    """The name of a class, as people import it."""
+    if of.__module__ == "builtins":
+        return of.__qualname__
+    packages = of.__module__.split(".")
+    prefixes = (".".join(packages[:length]) for length in range(1, len(packages)))
+    exporting = (prefix for prefix in prefixes if of.__name__ in getattr(sys.modules.get(prefix), "__all__", ()))
+    return f"{next(exporting, of.__module__)}.{of.__qualname__}"

@@ -55,7 +55,7 @@ def check_prompts(prompts: object) -> None:
         raise PromptError("there are no prompts: received an empty list, need at least one prompt.")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise PromptError(f"prompt number {index} is {prompt!r}: need a text that says what to draw.")
+            raise PromptError(f"prompts[{index}] is {prompt!r}: expected a text that says what to draw.")
 
 
 def check_disjoint(prompts: Sequence[str], others: Sequence[str], *, owner: str, are: str, why: str) -> None:

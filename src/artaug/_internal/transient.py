@@ -4,6 +4,8 @@ import errno
 import random
 from dataclasses import dataclass
 
+from artaug._internal.annotations import checked
+
 DEADLINE_S = 600.0
 """How long a server may stay away before a run ends in order: a restart, or the loading of a large model, takes minutes."""
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.5, 30.0
@@ -18,6 +20,7 @@ _NETWORK_ERRNO = frozenset(
 _STATUS_FIELDS = ("status_code", "status", "code")  # openai, httpx, requests; aiohttp; urllib, google
 
 
+@checked
 @dataclass(frozen=True)
 class TransientErrors:
     """Which exceptions are transient: a timeout, a lost connection, a busy server. All others are bugs.

@@ -3,14 +3,20 @@
 A value that exists is valid, so that no code that receives one checks it again.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import field, fields
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field, fields, is_dataclass
+from difflib import get_close_matches
 from functools import lru_cache, wraps
 from typing import Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
+from artaug._internal.annotations import kind_of, misfit_error
+from artaug._internal.arguments import argument_error
 from artaug._internal.text import shorten
 from artaug.errors import ArtAugError, InvalidValueError
 
@@ -35,12 +41,10 @@ def value(cls: type[T]) -> type[T]:
     ...     millilitres: float
     >>> Dose("a lot")
     Traceback (most recent call last):
-    artaug.InvalidValueError: Dose: millilitres: Input should be a valid number, unable to parse string as \
-a number; received 'a lot'
+    artaug.InvalidValueError: Dose(millilitres='a lot'): expected a number, received a str.
     """
     validated: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=False))(cls)
     pydantic_init: Callable[..., None] = validated.__init__
-    advice: str = getattr(cls, "_advice", "")
     names = [attribute.name for attribute in fields(validated)]
 
     @wraps(pydantic_init)
@@ -48,7 +52,8 @@ a number; received 'a lot'
         try:
             pydantic_init(self, *args, **kwargs)
         except ValidationError as report:
-            raise _as_artaug_error(report, names, advice=advice) from None
+            passed = {**dict(zip(names, args, strict=False)), **kwargs}
+            raise _as_artaug_error(report, cls, passed) from None
         for name in names:
             _check_encodable(validated.__name__, name, getattr(self, name))
 
@@ -82,7 +87,7 @@ def from_json(cls: type[T], text: str | bytes) -> T:
     try:
         instance: T = _adapter(cls).validate_json(text)
     except ValidationError as report:
-        raise _as_artaug_error(report) from None
+        raise _as_artaug_error(report, cls) from None
     return instance
 
 
@@ -98,24 +103,71 @@ def _check_encodable(cls: str, name: str, attribute: object) -> None:
         )
 
 
-def _as_artaug_error(report: ValidationError, names: Sequence[str] = (), *, advice: str = "") -> ArtAugError:
-    """Turn pydantic's report into one artaug error: that of the class's own rule if there is one, else a line per field.
+def _as_artaug_error(
+    report: ValidationError,
+    cls: Any,  # noqa: ANN401 - a type
+    passed: Mapping[str, object] | None = None,
+) -> ArtAugError:
+    """Turn pydantic's report into one artaug error: that of the class's own rule if there is one, else one for each argument.
 
-    Arguments that were passed by position are called by their place in ``names``.
+    Args:
+        report: what pydantic says.
+        cls: the type of the value.
+        passed: the constructor's arguments by name; None for a value that was read from JSON.
     """
     errors = report.errors(include_url=False)
     for error in errors:
         cause = error.get("ctx", {}).get("error")
         if isinstance(cause, ArtAugError):
             return cause
-    lines = [
-        f"{_field_path(error['loc'], names)}: {error['msg']}; received {shorten(repr(error['input']), _LONGEST_QUOTE)}"
-        for error in errors
-    ]
-    return InvalidValueError(f"{report.title}: " + "; ".join(lines) + advice)
+    owner = getattr(cls, "__name__", report.title)
+    names = [attribute.name for attribute in fields(cls)] if is_dataclass(cls) else []
+    first = {_argument_name(error, names): error for error in reversed(errors)}  # of a union, one for each member
+    missing = [name for name, error in first.items() if error["type"] == "missing"][::-1]
+    others = [(name, error) for name, error in first.items() if name not in missing][::-1]
+    faults = [
+        InvalidValueError(f"{owner}() lacks {' and '.join(missing)}: expected {owner}({', '.join(names)}).")
+    ] * bool(missing)
+    faults += [_argument_fault(owner, name, error, cls, names=names, passed=passed) for name, error in others]
+    advice = getattr(cls, "_advice", "")
+    if len(faults) == 1:
+        return InvalidValueError(f"{faults[0]}{advice}")
+    lines = "".join(f"\n- {fault}" for fault in faults)
+    return InvalidValueError(f"{owner}: {len(faults)} things are wrong:{lines}{advice}")
 
 
-def _field_path(location: Sequence[int | str], names: Sequence[str]) -> str:
-    first, *rest = location or ("value",)
-    field_name = names[first] if isinstance(first, int) and first < len(names) else first
-    return ".".join(str(part) for part in (field_name, *rest))
+def _argument_name(error: ErrorDetails, names: Sequence[str]) -> str:
+    """The argument that an error is about; one that was passed by position is called by its place in ``names``."""
+    if not error["loc"]:
+        return ""
+    first = error["loc"][0]
+    return names[first] if isinstance(first, int) and first < len(names) else str(first)
+
+
+def _argument_fault(
+    owner: str,
+    name: str,
+    error: ErrorDetails,
+    cls: Any,  # noqa: ANN401 - a type
+    *,
+    names: Sequence[str],
+    passed: Mapping[str, object] | None,
+) -> InvalidValueError:
+    """The error of one argument, worded by its annotation, or else by what pydantic says of it."""
+    if error["type"].startswith("unexpected"):
+        near = get_close_matches(name, names, n=1)
+        advice = f"Did you mean {near[0]}?" if near else ""
+        return argument_error(
+            owner, name, error["input"], expected=f"one of the arguments {', '.join(names)}", advice=advice
+        )
+    if passed is not None and name in passed:
+        hint = next((attribute.type for attribute in fields(cls) if attribute.name == name), object)
+        kind = kind_of(hint, vars(sys.modules[cls.__module__]))
+        misfit = kind(passed[name]) if kind is not None else None
+        if misfit is not None:
+            return misfit_error(owner, name, misfit)
+    path = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"][1:])
+    expected = error["msg"].partition(", unable")[0].removeprefix("Input should be ").replace("valid string", "text")
+    expected = re.sub(r"^a valid ", "a ", expected)
+    expected = re.sub(r"^(?=greater|less)", "a number ", expected)
+    return argument_error(owner, path or "value", error["input"], expected=expected)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self
 from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from artaug._internal.annotations import checked
 from artaug.critics.coordinates import Coordinates, Size
 from artaug.critics.replies import MAX_PROMPT_CHARS, parse_reply
 from artaug.critique import Abstention, Critique
@@ -45,6 +46,7 @@ def prompt_text(name: str) -> str:
     return (folder / f"{name}.txt").read_text(encoding="utf-8").strip()
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
     """The prompts that ask a model for a critique, and the convention for parsing its reply.

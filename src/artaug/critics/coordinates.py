@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field
 
+from artaug._internal.annotations import checked
 from artaug._internal.values import value
 from artaug.errors import GeometryError, InvalidValueError
 from artaug.geometry import Box
@@ -241,6 +242,7 @@ Gemini does, and Molmo as its model card shows: no source by their authors was f
 """
 
 
+@checked
 def coordinates_for(family: str) -> Coordinates:
     """The convention of a model family.
 

@@ -8,6 +8,7 @@ from typing import final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.critics.conversation import Conversation
 from artaug.critics.coordinates import FAMILIES, Coordinates
 from artaug.critics.dialogue import stream_dialogues
@@ -26,6 +27,7 @@ _FAMILY_PATTERNS = {  # families whose convention does not depend on the process
 }
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class OpenAICritic(ServedModel, StreamingCritic):

@@ -6,6 +6,7 @@ from typing import final
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.images import as_rgb
 from artaug.critics.salience import salient_boxes
 from artaug.critique import Abstention, Critic, Critique, Suggestion
@@ -17,6 +18,7 @@ _MIN_SIDE_PX = 16
 _UNIFORM_STD = 1 / 255  # one level of 8 bits
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PromptVocabulary:
     """The words that `PhotometricCritic` adds to a prompt for each measure that is too low.
@@ -38,6 +40,7 @@ class PromptVocabulary:
             )
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class PhotometricCritic(Critic):

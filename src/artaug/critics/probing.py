@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 from PIL import Image, ImageDraw
 
+from artaug._internal.annotations import checked
 from artaug.critics.conversation import coordinates_instruction
 from artaug.critics.coordinates import FAMILIES, Coordinates, Size, SmartResize
 from artaug.critics.dialogue import Generate
@@ -39,6 +40,7 @@ class ProbeTarget:
     box: Box
 
 
+@checked
 @dataclass(frozen=True)
 class ProbeResult:
     """How well each convention explains the boxes that a model gave for known rectangles.

@@ -10,6 +10,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.devices import DType, check_placement, computed_in, log_loaded, resolve_device
 from artaug._internal.extras import optional
 from artaug._internal.images import as_rgb
@@ -33,6 +34,7 @@ _MAX_ASPECT_RATIO = 200
 _PIXELS_PER_CHARACTER = 200  # for sorting: an image token covers about 800 pixels, a text token about 4 characters
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VLMCritic(StreamingCritic):

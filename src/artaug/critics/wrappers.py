@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.digests import digest
 from artaug._internal.images import rgb_parts
 from artaug._internal.segments import read_segment, write_segment
@@ -28,6 +29,7 @@ _LOG = logging.getLogger(__name__)
 _REMEDY = "The answers written before are complete: call again once the folder can be written to, or critique without a cache."
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Ensemble(StreamingCritic):
@@ -134,6 +136,7 @@ class _CacheEntry:
     answer: Critique | Abstention
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Cached(StreamingCritic):
@@ -218,6 +221,7 @@ def _read_answer(path: Path) -> Critique | Abstention | None:
         return None
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Retried(StreamingCritic):

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from artaug._internal.annotations import checked
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.synthesizer import DiffusersSynthesizer, without_progress_bar
 from artaug.geometry import Box
@@ -49,6 +50,7 @@ _NOISE_TOLERANCE = 0.05
 """A UNet gets s / sqrt(s^2 + 1) of the noise, where s is the scheduler's highest level, about 14."""
 
 
+@checked
 def check_family(
     synthesizer: DiffusersSynthesizer, *, prompt: str = "a red barn", tolerance: float = _TOLERANCE
 ) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL.Image import Image
 from torch import nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument
 from artaug._internal.images import as_rgb
 from artaug.canvas import Canvas
@@ -20,6 +21,7 @@ from artaug.synthesis import Synthesizer, draw
 from artaug.training.model import DiffusionModel
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class EditingSynthesizer(Synthesizer):
@@ -92,6 +94,7 @@ class EditingSynthesizer(Synthesizer):
         return self.base.training()
 
 
+@checked
 def measure_shift(
     editor: Synthesizer, picture: Image, *, prompt: str = "Keep the picture exactly as it is.", seed: int = 0
 ) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_count, check_items
 from artaug._internal.devices import DType, check_placement, component_dtypes, log_loaded, resolve_device
 from artaug._internal.digests import digest
@@ -43,6 +44,7 @@ from artaug.tokens import Tokens
 from artaug.training.model import DiffusionModel
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ActiveLoRA:
     """A LoRA that a synthesizer draws with, and its scale."""
@@ -51,6 +53,7 @@ class ActiveLoRA:
     scale: float = 1.0
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DiffusersSynthesizer(Synthesizer):

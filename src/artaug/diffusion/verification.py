@@ -14,6 +14,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.modules import named_modules
 from artaug._internal.text import shorten
 from artaug.diffusion.families.base import Family
@@ -37,6 +38,7 @@ _UNET = SimpleNamespace(layers_per_block=2)
 """The part of a U-Net's config that diffusers needs to translate original names: that of Stable Diffusion's."""
 
 
+@checked
 def verify_export(
     path: str | Path,
     lora: LoRA | None = None,

@@ -1,11 +1,12 @@
 """The base class of filters and its algebra: ``&``, ``|`` and ``~`` of filters are filters."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, final
 
+from artaug._internal.annotations import Seam
 from artaug._internal.arguments import check_argument
 from artaug._internal.calls import call_part, describe_inputs
 from artaug._internal.contracts import check_batch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class PairFilter(ABC):
+class PairFilter(Seam):
     """Decides whether a pair got better. Filters combine: ``a & b``, ``a | b``, ``~a``.
 
     >>> import artaug as aa

@@ -9,6 +9,7 @@ from typing import final
 
 import numpy as np
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError
 from artaug.evaluation.statistics import Interval, share_interval
 from artaug.filtering.algebra import PairFilter, judge_pairs
@@ -18,6 +19,7 @@ from artaug.pairs import ImagePair
 from artaug.scoring import Scorer
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -51,6 +53,7 @@ class Calibration:
         return f"{text} It keeps pairs that did not gain by {', '.join(without_gain)}." if without_gain else text
 
 
+@checked
 def calibrate(
     pairs: Sequence[ImagePair],
     scorers: Sequence[Scorer],

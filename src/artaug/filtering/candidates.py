@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_count
 from artaug.errors import ContractError
 from artaug.filtering.deltas import score_deltas
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class BestOf:

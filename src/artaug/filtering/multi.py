@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_finite_number, check_items, check_number
 from artaug.errors import InvalidValueError
 from artaug.filtering.algebra import PairFilter
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class ParetoGain(PairFilter):
@@ -100,6 +102,7 @@ class ParetoGain(PairFilter):
         return Verdict(keep, summary if keep else f"nothing rose: {summary}", scores)
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Similarity(PairFilter):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_number
 from artaug.critique import Abstention
 from artaug.errors import InvalidValueError
@@ -47,6 +48,7 @@ class _BiasMonitor:
             _LOG.warning("%s Without at_least, the filter drops the pairs about which it contradicts itself.", bias)
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Preferred(PairFilter):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, final
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_finite_number, check_number
 from artaug.errors import InvalidValueError
 from artaug.filtering.algebra import PairFilter
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Gain(PairFilter):
@@ -64,6 +66,7 @@ class Gain(PairFilter):
         ]
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Floor(PairFilter):
@@ -106,6 +109,7 @@ class Floor(PairFilter):
         ]
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class TopFraction(PairFilter):

@@ -14,6 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined] # public, but not re-exported
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument
 from artaug._internal.files import file_sha256
 from artaug.errors import HubError, InvalidValueError
@@ -35,6 +36,7 @@ _MAIN = "main"
 _PUSH_ADVICE = "A push is one commit, so nothing was uploaded in part: try again."
 
 
+@checked
 def push(  # noqa: PLR0913 - a card has many parts, and each may be left out
     result: Enhancement | LoRA,
     repo: str,
@@ -113,6 +115,7 @@ def push(  # noqa: PLR0913 - a card has many parts, and each may be left out
     return _send(planned, contents.write, api, overwrite=overwrite, dry_run=dry_run)
 
 
+@checked
 def push_pairs(  # noqa: PLR0913 - as `push`
     run: Run,
     repo: str,
@@ -168,6 +171,7 @@ def push_pairs(  # noqa: PLR0913 - as `push`
     return _send(planned, contents.write, api, overwrite=overwrite, dry_run=dry_run)
 
 
+@checked
 def pull(
     repo: str,
     *,
@@ -217,6 +221,7 @@ def pull(
     return LoRA.load(path, key_map=key_map, alpha=alpha, denoiser_only=denoiser_only)
 
 
+@checked
 def base_of(repo: str, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Base:
     """Read the current commit and the licence of a model from the Hub.
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from PIL.Image import Image
 from pydantic import Field
 
+from artaug._internal.annotations import checked
 from artaug._internal.text import table_html
 from artaug._internal.values import value
 from artaug.errors import InvalidValueError
@@ -50,6 +51,7 @@ class Base:
             )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """An image to upload and to show on the card."""

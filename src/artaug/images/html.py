@@ -7,6 +7,7 @@ from html import escape
 
 from PIL import Image, ImageDraw, ImageFont
 
+from artaug._internal.annotations import checked
 from artaug._internal.images import as_rgb, data_url
 from artaug.critique import Abstention, Critique
 from artaug.drawing import BOX_COLORS, DARK, draw_boxes
@@ -28,6 +29,7 @@ _WEB_PX = 768
 _VIEW_PX = 512
 
 
+@checked
 def contact_sheet(
     images: Sequence[Image.Image], *, columns: int | None = None, labels: Sequence[str] | None = None, scale: int = 3
 ) -> Image.Image:
@@ -69,6 +71,7 @@ def contact_sheet(
     return sheet
 
 
+@checked
 def encode_image(image: Image.Image) -> tuple[bytes, str]:
     """Encode an image for a page: the content of the file, and its format, ``png`` or ``webp``.
 
@@ -90,6 +93,7 @@ def encode_image(image: Image.Image) -> tuple[bytes, str]:
     return buffer.getvalue(), "webp"
 
 
+@checked
 def image_data_url(image: Image.Image) -> str:
     """Encode an image as a ``data:`` URL, see `encode_image`.
 
@@ -101,6 +105,7 @@ def image_data_url(image: Image.Image) -> str:
     return data_url(*encode_image(image))
 
 
+@checked
 @dataclass(frozen=True)
 class CritiqueView:
     """A critique beside its image; a notebook shows the boxes on the image and the texts beside it.

@@ -1,7 +1,7 @@
 """Similarity of two images, by structure (SSIM) or by embedding, and the diversity of several images."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, final
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.annotations import Seam, checked
 from artaug._internal.calls import call_part
 from artaug._internal.contracts import check_numbers
 from artaug._internal.images import as_rgb
@@ -26,7 +27,7 @@ _C1, _C2 = 0.01**2, 0.03**2
 """The paper's constants for pixels in [0, 1]: they keep the quotients finite where an image is black or flat."""
 
 
-class ImageSimilarity(ABC):
+class ImageSimilarity(Seam):
     """Similarity of two images; higher is more similar, and 1 means the same.
 
     Subclass it and write `compare`.
@@ -129,6 +130,7 @@ class Embedder(Protocol):
         """Embed images: (images, features)."""
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class EmbeddingSimilarity(ImageSimilarity):
@@ -168,6 +170,7 @@ class EmbeddingSimilarity(ImageSimilarity):
         return [float(cosine) for cosine in (unit[: len(first)] * unit[len(first) :]).sum(axis=1)]
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class StructuralSimilarity(ImageSimilarity):

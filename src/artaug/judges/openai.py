@@ -6,6 +6,7 @@ from typing import final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.critique import Abstention
 from artaug.judges.question import ANSWERS, QUESTION, check_question, expected_answer, judge_name, question_text
 from artaug.pairwise import PairwiseJudge
@@ -26,6 +27,7 @@ from artaug.serving.model import ServedModel
 _FIRST, _SECOND, _TIE = ANSWERS
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class OpenAIJudge(ServedModel, PairwiseJudge):

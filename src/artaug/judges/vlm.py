@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self, final
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug.critique import Abstention
 from artaug.errors import InvalidValueError
 from artaug.judges.question import ANSWERS, QUESTION, check_question, expected_answer, judge_name, question_text
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _DEFAULT_BATCH_SIZE = 4
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VLMJudge(PairwiseJudge):

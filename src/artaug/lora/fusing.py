@@ -1,7 +1,7 @@
 """Fuse several LoRAs into one: exactly by concatenation, or to a given rank by SVD. Dense updates are never computed."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from artaug._internal.annotations import Seam, checked
 from artaug._internal.calls import call_part
 from artaug._internal.contracts import check_result, contract_error
 from artaug._internal.text import table_html
@@ -19,7 +20,7 @@ from artaug.errors import InvalidValueError, LoRAError
 from artaug.lora.lora import LoRA, LowRank, sum_loras
 
 
-class Fuser(ABC):
+class Fuser(Seam):
     """Fuses several LoRAs into one whose update is their sum. For a weighted mean, scale them first.
 
     >>> import artaug as aa, torch
@@ -66,6 +67,7 @@ def fuse_loras(fuser: Fuser, loras: Sequence[LoRA]) -> LoRA:
     return fused
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class ConcatFuser(Fuser):
@@ -87,6 +89,7 @@ class CompressedLayer:
     """Share of the update's squared Frobenius norm that was kept; 1 for an update of zero."""
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class Compression:
@@ -124,6 +127,7 @@ def _rank_change(layer: CompressedLayer) -> str:
     return f"{layer.rank_before} to {layer.rank_after}"
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class SvdFuser(Fuser):

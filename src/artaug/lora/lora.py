@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.digests import tensors_digest
 from artaug._internal.files import atomic_write, save_tensors
 from artaug._internal.mappings import FrozenDict
@@ -30,6 +31,7 @@ __all__ = ["LoRA", "LowRank", "sum_loras"]
 _log = logging.getLogger(__name__)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class LoRA:
     """Low-rank updates by layer name. The names are the denoiser's own module paths.

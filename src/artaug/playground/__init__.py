@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from artaug._internal.annotations import checked
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.playground.detection import Alignment, DetectedThing, alignment, detect
 from artaug.playground.rendering import render
@@ -21,6 +22,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 """The pipeline's folder, in the layout of ``diffusers``."""
 
 
+@checked
 def synthesizer(
     *, guide: Guide | None = None, steps: int = 12, device: str | torch.device = "cpu"
 ) -> DiffusersSynthesizer:

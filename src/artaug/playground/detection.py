@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug._internal.images import as_rgb
 from artaug.geometry import Box
 from artaug.playground import oklab
@@ -31,6 +32,7 @@ _NEAR_PX = 4
 _ROUNDING = 2.7
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DetectedThing:
     """A thing detected in a picture."""
@@ -41,6 +43,7 @@ class DetectedThing:
     box: Box
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
     """How well a picture matches its caption; each a share of the caption's things, in [0, 1]."""
@@ -52,6 +55,7 @@ class Alignment:
     """The number of detected things beyond those that the caption asks for."""
 
 
+@checked
 def detect(image: Image.Image) -> list[DetectedThing]:
     """Detect the coloured things in a picture, from left to right.
 
@@ -77,6 +81,7 @@ def _detect_in(rgb: bytes) -> tuple[DetectedThing, ...]:
     return tuple(sorted(things, key=lambda thing: thing.box.center))
 
 
+@checked
 def alignment(image: Image.Image, caption: str) -> Alignment:
     """Compare a picture with what its caption asks for.
 

@@ -13,6 +13,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug.playground import oklab
 from artaug.playground.shapes import surface
 from artaug.playground.world import (
@@ -97,6 +98,7 @@ class _Layer:
     style: _Style
 
 
+@checked
 def render(caption: str, *, seed: int) -> Image.Image:
     """Draw a caption, 64 by 64 pixels; the seed decides what the caption leaves open.
 

@@ -5,10 +5,12 @@ from typing import Literal, final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.playground.detection import alignment
 from artaug.scoring import Scorer
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Accuracy(Scorer):

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
+from artaug._internal.annotations import checked
 from artaug.errors import ArtAugError
 
 Color = Literal["red", "orange", "yellow", "green", "blue", "purple"]
@@ -48,6 +49,7 @@ class CaptionError(ArtAugError, ValueError):
         self.caption = caption
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Thing:
     """One object: its colour and shape, its place, and the adjectives that improve how it is drawn."""
@@ -66,6 +68,7 @@ class Thing:
         return " ".join([article, *words])
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Scene:
     """A setting with at most two things in it; any part may be left open.
@@ -98,6 +101,7 @@ class Scene:
         return ", ".join([*([head] if head else []), *self.adjectives])
 
 
+@checked
 def parse(caption: str) -> Scene:
     """Read a caption; case, spacing and a final full stop do not matter.
 
@@ -134,6 +138,7 @@ def is_held_out(thing: Thing) -> bool:
     return (shape, place) in {(color % 4, color % 3), ((color + 2) % 4, (color + 1) % 3)}
 
 
+@checked
 def prompts(n: int, *, seed: int, held_out: bool = False) -> list[str]:
     """Draw ``n`` captions without adjectives, distinct as long as there are new ones to find.
 

@@ -7,6 +7,7 @@ from typing import Literal, final
 
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_finite_number
 from artaug.errors import InvalidValueError
 from artaug.recipes.phrase_maps import PhraseMaps, PlanPhrases
@@ -19,6 +20,7 @@ from artaug.regional.attention_losses import (
 )
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class AStar(Guide):

@@ -8,6 +8,7 @@ from typing import Literal, final
 
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_count, check_finite_number
 from artaug.errors import InvalidValueError
 from artaug.recipes.phrase_maps import PhraseMaps, PlanPhrases, per_picture
@@ -15,6 +16,7 @@ from artaug.regional import Guide, GuidedRun, LatentStep, Predict
 from artaug.regional.attention_losses import Smoothing, attend_and_excite_loss, normalize_gradient
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class AttendAndExcite(Guide):

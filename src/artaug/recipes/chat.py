@@ -7,6 +7,7 @@ from typing import ClassVar, TypeAlias, final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.critique import Abstention, Critic, Critique
 from artaug.errors import PartError
 from artaug.serving.chat import ChatRequest, Message, escape_chat_tokens
@@ -22,6 +23,7 @@ LONGEST_REPLY = 20_000
 """Characters of a reply that are read."""
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class ServedChat(ServedModel):

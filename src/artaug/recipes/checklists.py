@@ -9,6 +9,7 @@ from typing import TypeAlias, final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import Faults, argument_error, check_argument, check_count, check_finite_number
 from artaug._internal.contracts import check_batch, check_result
 from artaug._internal.lanes import Lane
@@ -33,6 +34,7 @@ place and how it stands to the others. Each line must be clear on its own. Reply
 The prompt: {prompt}"""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checked:
     """How a prompt ended: its best picture, and what of its checklist that picture fails."""
@@ -106,6 +108,8 @@ def checklist(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
         check_argument("checklist", "synthesizer", synthesizer, Synthesizer)
     with faults.collected():
         check_argument("checklist", "verify", verify, Scorer)
+    with faults.collected():
+        check_argument("checklist", "progress", progress, bool)
     with faults.collected():
         check_finite_number("checklist", "at_least", at_least)
     for name, function in (("requirements", requirements), ("redraw", redraw)):
@@ -182,6 +186,7 @@ def _listed(requirements: Requirements, prompt: str) -> list[str]:
     return list(dict.fromkeys(text.strip() for text in texts if text.strip())) or [prompt]
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class ChatRequirements:

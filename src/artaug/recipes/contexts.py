@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_finite_number
 from artaug._internal.modules import outside_graphs
 from artaug.errors import GuideError
@@ -19,6 +20,7 @@ from artaug.regional.denoiser import AttentiveDenoiser, Output
 _EPSILON = 1e-8
 
 
+@checked
 def serial_guidance(
     full: Tensor,
     without_text: Tensor,
@@ -63,6 +65,7 @@ def serial_guidance(
     return text
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class ContextGuidance(Guide):

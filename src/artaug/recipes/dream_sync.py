@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_count
 from artaug._internal.prompts import check_prompts
 from artaug.errors import InvalidValueError, NothingToLearnError
@@ -18,6 +19,7 @@ from artaug.synthesis import Synthesizer, picture_seeds
 from artaug.training import DifferentialLoRATrainer, SupervisedFineTuning
 
 
+@checked
 def dreamsync(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     prompts: Sequence[str],
     *,

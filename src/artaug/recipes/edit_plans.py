@@ -72,6 +72,7 @@ def grape(
         ("synthesizer", synthesizer, Synthesizer),
         ("plan_edits", plan_edits, Critic),
         ("planner", planner, RegionPlanner),
+        ("progress", progress, bool),
     ):
         with faults.collected():
             check_argument("grape", name, value, of)

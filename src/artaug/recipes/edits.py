@@ -6,6 +6,7 @@ from typing import ClassVar, final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.canvas import Canvas
 from artaug.critique import Abstention, Critique, Suggestion
 from artaug.errors import InvalidValueError
@@ -27,6 +28,7 @@ and list what is wrong. Then write "Feedback:" and below it one edit in a line: 
 its own. Write "Feedback: none" if nothing is wrong, and {_REGENERATE} in place of edits if no edits can save the picture."""
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class ChatEdits(ChatCritic):
@@ -53,6 +55,7 @@ class ChatEdits(ChatCritic):
         return Critique(tuple(Suggestion(Box(0, 0, 1, 1), edit) for edit in usable), text, cut)
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class EditPlanner(RegionPlanner):

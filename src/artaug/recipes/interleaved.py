@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from artaug._internal.annotations import checked
 from artaug.critique import Critic
 from artaug.recipes.reflections import ReflectionPlanner
 from artaug.run.refine import refine_each
@@ -11,6 +12,7 @@ from artaug.synthesis import Synthesizer
 from artaug.trajectories import Think, Trajectory
 
 
+@checked
 def irg(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     prompts: Sequence[str],
     *,

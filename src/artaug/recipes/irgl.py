@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from PIL import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_argument
 from artaug._internal.images import as_rgb
 from artaug.critique import Abstention, Critique, Suggestion
@@ -35,6 +36,7 @@ _LONGEST_IMAGE = 64 * 2**20
 _UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
+@checked
 def irgl_conversations(
     trajectory: Trajectory, modes: Sequence[IrglMode] = _MODES
 ) -> Iterator[tuple[IrglMode, IrglConversation]]:
@@ -91,6 +93,7 @@ def irgl_conversations(
         )
 
 
+@checked
 def trajectory_from_irgl(conversation: object, *, seed: int | None = None) -> Trajectory:
     """The trajectory in a conversation, whose pairs a LoRA can learn from; the other way round than `irgl_conversations`.
 

@@ -6,6 +6,7 @@ from typing import TypeAlias, final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_count
 from artaug._internal.contracts import check_result
 from artaug._internal.prompts import check_prompts
@@ -29,6 +30,7 @@ Numbers are thousandths of the picture's width and height, from the top left. Re
 {{"suggestions": [{{"bbox_2d": [left, top, right, bottom], "prompt": "..."}}]}}"""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LaidOut:
     """A prompt, its layout and its picture."""
@@ -41,6 +43,7 @@ class LaidOut:
     """Why there was no layout, or what was repaired in it; empty if nothing was."""
 
 
+@checked
 def layout_first(
     prompts: Sequence[str],
     *,
@@ -105,6 +108,7 @@ def _drawn(
         yield LaidOut(plan=plan, seed=own, image=image, reason=reason)
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class ChatLayout:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_count, check_finite_number
 from artaug._internal.prompts import check_disjoint, check_prompts
 from artaug.errors import InvalidValueError, NothingToLearnError
@@ -22,6 +23,7 @@ from artaug.synthesis import Synthesizer, held_out_seed, picture_seeds
 from artaug.training import DifferentialLoRATrainer, NegativeAware, TrainingResult
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """The draws of one prompt in one round, and their scores."""
@@ -33,6 +35,7 @@ class Rollout:
     """Whether its draws are all as good as one another, so that nothing was learned from them."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RolloutRound:
     """One round of `rollouts`."""
@@ -52,6 +55,7 @@ class RolloutRound:
         return sum(rollout.skipped for rollout in self.rollouts)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
     """The result of `rollouts`."""
@@ -69,6 +73,7 @@ class Rollouts:
         return self.rounds[-1].lora
 
 
+@checked
 def rollouts(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     prompts: Sequence[str],
     *,

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Self, final
 
+from artaug._internal.annotations import checked
 from artaug.critique import Abstention, Critique, Suggestion
 from artaug.geometry import Box
 from artaug.plan import Plan, Region, RegionPlanner
@@ -32,6 +33,7 @@ Final prompt: one full prompt for the better picture, and nothing after it.
 Write as if the better picture had not been drawn. If nothing has to change, reply with {_NOTHING} alone."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Reflection:
     r"""A reflection on a picture in its parts: what is missing, what has to change, how, and the prompt that says it all.
@@ -73,6 +75,7 @@ class Reflection:
         )
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class ChatThought:
@@ -90,6 +93,7 @@ class ChatThought:
         return Thought(text=thought.replace("<think>", "").strip(), plan=Plan(written if usable else prompt))
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class ChatReflection(ChatCritic):
@@ -107,6 +111,7 @@ class ChatReflection(ChatCritic):
         return Critique((Suggestion(_WHOLE, reflection.prompt, reflection.improvements),), text)
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class ReflectionPlanner(RegionPlanner):

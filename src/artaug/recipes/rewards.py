@@ -6,12 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.image_files import ImageFile
 from artaug.pairs import ImagePair
 
 Array = NDArray[np.float64]
 
 
+@checked
 def normalized_rewards(scores: Array) -> Array:
     """Scores as rewards in [0, 1], as in DiffusionNFT (arXiv 2509.16117, section 3.3): (prompts, draws).
 
@@ -30,6 +32,7 @@ def normalized_rewards(scores: Array) -> Array:
     return rewards
 
 
+@checked
 def draw_pairs(prompt: str, images: Sequence[Image | ImageFile], rewards: Sequence[float]) -> list[ImagePair]:
     """All draws of a prompt, two by two, with their rewards, for `NegativeAware`.
 

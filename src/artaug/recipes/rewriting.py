@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
+from artaug._internal.annotations import checked
 from artaug._internal.contracts import check_result
 from artaug.critique import Critique
 from artaug.plan import Plan, RegionPlanner
@@ -25,6 +26,7 @@ Write the prompt again so that a new picture has what the critic asks for. Keep 
 nothing else. Reply with the new prompt alone."""
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class PromptRewriter(RegionPlanner):
@@ -50,6 +52,7 @@ class PromptRewriter(RegionPlanner):
         return Plan(" ".join(text.split()) or prompt)
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class ChatRewriter:

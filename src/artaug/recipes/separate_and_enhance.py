@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_argument, check_items
 from artaug._internal.prompts import check_disjoint, check_prompts
 from artaug.errors import InvalidValueError
@@ -27,6 +28,7 @@ _TOKENS = 16 * 16
 _LATENT_STD = 0.18215
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class SeparateAndEnhance:
     """The loss of Separate-and-Enhance, for `AttentionObjective` with ``heads=True``.
@@ -64,6 +66,7 @@ class _Things:
         return self.by_prompt.get(plan.prompt, ())
 
 
+@checked
 def sepen(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     prompts: Mapping[str, Sequence[str]],
     *,

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_count, check_items
 from artaug.errors import GuideError, InvalidValueError
 from artaug.plan import Plan
@@ -42,6 +43,7 @@ class LayerMaps:
     with a gradient where the denoiser was called with one."""
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class AttentionMaps:
     """The maps of one call of the denoiser, of all layers that were probed."""
@@ -70,6 +72,7 @@ class AttentionMaps:
         return torch.stack(resized).mean(dim=0)
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class AttentionProbe(Guide):

@@ -6,11 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug.errors import GuideError
 from artaug.geometry import Box, Mask
 from artaug.plan import Region
 
 
+@checked
 def token_weights(region: Region, grid: tuple[int, int]) -> Float[Tensor, "rows columns"]:
     """Give a region's weight on every image token: its ``weight`` times the part of the token it covers.
 

@@ -1,6 +1,6 @@
 """The seam between a plan and a denoiser: what a guide is, several of them together, and one run at a time on a model."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from artaug._internal.annotations import Seam, checked
 from artaug._internal.arguments import check_items
 from artaug._internal.contracts import check_result, contract_error
 from artaug._internal.modules import uncompiled
@@ -19,7 +20,7 @@ from artaug.plan import Plan
 from artaug.regional.guided_run import EncodedPlan, GuidedRun
 
 
-class Guide(ABC):
+class Guide(Seam):
     """Acts on a denoiser while it samples. It is asked for every drawing, applied for one run, and leaves no trace."""
 
     runs_compiled: ClassVar[bool] = False
@@ -63,6 +64,7 @@ class Guide(ABC):
         return True
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Together(Guide):

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug._internal.contracts import check_result, contract_error
 from artaug._internal.modules import frozen
 from artaug.errors import GuideError, NonFiniteError
@@ -100,6 +101,7 @@ class Predict:
         self._block.__exit__(kind, error, at)
 
 
+@checked
 class LatentGuide(Guide):
     """Moves the latents before each step of a drawing, also those that it starts from.
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.modules import outside_graphs
 from artaug.errors import GuideError, NonFiniteError
 from artaug.lora.applied import check_called
@@ -21,6 +22,7 @@ from artaug.regional.guided_run import EncodedRegion, GuidedRun
 from artaug.regional.token_lora import check_loras, find_lora
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class OutputMix(Guide):

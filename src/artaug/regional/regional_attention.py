@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.modules import outside_graphs, uncompiled
 from artaug.errors import GuideError, InvalidValueError
 from artaug.lora.lora import LoRA
@@ -30,6 +31,7 @@ _PREPARED = LayoutCache(64 << 20)
 """Attention of the layouts drawn last: a loop draws the same ones again and again."""
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class RegionalAttention(Guide):

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from PIL import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument
 from artaug._internal.extras import optional
 from artaug._internal.files import atomic_write
@@ -32,6 +33,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _PACKAGES = ("artaug", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 
 
+@checked
 def write_report(  # noqa: PLR0913 - keyword-only options of one page
     path: str | Path,
     *,

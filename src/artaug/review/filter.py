@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument
 from artaug.errors import InvalidValueError, UndecidedError
 from artaug.filtering.algebra import PairFilter, judge_pairs
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _MAX_PORT = 65535
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class ReviewProgress:
@@ -28,6 +30,7 @@ class ReviewProgress:
     undecided: int
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class RecordedDecisions(PairFilter):
@@ -55,6 +58,7 @@ class RecordedDecisions(PairFilter):
         return [Verdict(bool(keep), f"{'kept' if keep else 'dropped'} by hand", {}) for keep in decisions]
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class ManualReview(PairFilter):

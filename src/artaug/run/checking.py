@@ -39,7 +39,7 @@ _GREYS = ((96, 96, 96), (128, 128, 128))
 """Of the stand-ins for the pictures before and after."""
 
 
-def check_run(
+def check_run(  # noqa: PLR0913 - what a run takes
     owner: str,
     prompts: Sequence[str],
     parts: LoopParts,
@@ -48,7 +48,8 @@ def check_run(
     seed: int,
     store: Store | str | Path | None,
     on_event: OnEvent | None,
-    check: Check,
+    progress: bool = True,
+    check: object,
 ) -> None:
     """Refuse a run that could not end well, with one error that lists all that is wrong.
 
@@ -60,6 +61,7 @@ def check_run(
         seed: of the run.
         store: that keeps it.
         on_event: called with every event.
+        progress: whether a bar is shown.
         check: how far to go.
 
     Raises:
@@ -76,9 +78,11 @@ def check_run(
             check_count(owner, name, number, least=least)
     _check_callbacks(faults, owner, on_event=on_event, on_step=None if learning is None else learning.on_step)
     with faults.collected():
+        check_argument(owner, "progress", progress, bool)
+    with faults.collected():
         store = None if store is None else Store.of(store)
     with faults.collected():
-        if check not in get_args(Check):
+        if not isinstance(check, str) or check not in get_args(Check):
             raise argument_error(owner, "check", check, expected=f"one of {', '.join(map(repr, get_args(Check)))}")
     with faults.collected():
         if _is(parts.placement, Placement):

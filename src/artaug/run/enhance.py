@@ -140,7 +140,9 @@ def enhance(  # noqa: PLR0913 - one verb over many nouns, each with a good defau
     )
     if store is None and isinstance(checkpoints, Checkpoints):
         store = checkpoints.folder
-    check_run("enhance", prompts, parts, learning, seed=seed, store=store, on_event=on_event, check=check)
+    check_run(
+        "enhance", prompts, parts, learning, seed=seed, store=store, on_event=on_event, progress=progress, check=check
+    )
     place = None if store is None else Store.of(store)
     with (
         RunBars(rounds=rounds, show=progress and World.current().is_main) as bars,

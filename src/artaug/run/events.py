@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from artaug._internal.annotations import checked
 from artaug.pairs import Attempt, Dropped, Kept, Skipped
 from artaug.training import StepEvent
 
@@ -17,6 +18,7 @@ RoundStage: TypeAlias = Literal["draw", "critique", "redraw", "judge", "train", 
 """The stages of a round, in their order; the last three in `enhance` only."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ProgressEvent:
     """Part of a stage is done: one call of the synthesizer, one answer of the critic, one chunk that was judged.
@@ -42,6 +44,7 @@ class ProgressEvent:
     """Whether they were on disk already."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class StageEvent:
     """One stage of the loop has ended, for one chunk of prompts or one round."""
@@ -55,6 +58,7 @@ class StageEvent:
     """Pictures, answers, pairs or steps it was about, those that were on disk already left out."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class AttemptEvent:
     """A prompt has come to its end, in this call or one before: each prompt of a round that is not finished has one."""
@@ -66,6 +70,7 @@ class AttemptEvent:
     attempt: Attempt
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RoundEvent:
     """A round of `enhance` has ended."""

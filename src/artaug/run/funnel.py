@@ -7,6 +7,7 @@ from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING, final
 
+from artaug._internal.annotations import checked
 from artaug._internal.extras import optional
 from artaug._internal.text import short_repr, shorten
 from artaug.errors import InvalidValueError
@@ -47,6 +48,7 @@ class _Reasons:
         return tuple(sorted(self._groups.values(), key=lambda group: -group[1]))
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class FunnelStep:
@@ -61,6 +63,7 @@ class FunnelStep:
     __repr__ = short_repr
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Funnel:

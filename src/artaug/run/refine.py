@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 
 import PIL.Image
@@ -87,7 +88,7 @@ def refine(  # noqa: PLR0913 - one verb over many nouns, as `improve`
         (2, 'the plan of turn 3 changes nothing')
     """
     refiner = _Refiner(synthesizer, critic, planner, turns, think, stop, budget, placement)
-    refiner.check("refine", [prompt], seed=seed)
+    refiner.check("refine", [prompt], seed=seed, progress=progress)
     (trajectory,) = _refined(refiner, [(prompt, seed)], show=progress, unit="turn", total=turns)
     return trajectory
 
@@ -148,8 +149,9 @@ def refine_each(  # noqa: PLR0913 - one verb over many nouns, as `improve`
     ['the critic abstained: it is too dark to tell', 'the critic abstained: it is too dark to tell']
     """
     refiner = _Refiner(synthesizer, critic, planner, turns, think, stop, budget, placement)
-    refiner.check("refine_each", prompts, seed=seed)
+    refiner.check("refine_each", prompts, seed=seed, progress=progress)
     if folder is not None:
+        check_argument("refine_each", "folder", folder, str if isinstance(folder, str) else PathLike)
         images = ImageFolder(Path(folder) / "images")
         cached = CachedSynthesizer(synthesizer, folder=Path(folder) / "drawings", images=images)
         refiner = replace(refiner, synthesizer=cached, images=images)
@@ -190,7 +192,7 @@ class _Refiner:
     images: ImageFolder | None = None
     lanes: Lanes = Lanes(None, None)  # noqa: RUF009 - a frozen value
 
-    def check(self, owner: str, prompts: Sequence[str], *, seed: int) -> None:
+    def check(self, owner: str, prompts: Sequence[str], *, seed: int, progress: bool) -> None:
         """Refuse what could not end well, with one error that lists all that is wrong."""
         faults = Faults(owner)
         with faults.collected():
@@ -202,6 +204,7 @@ class _Refiner:
             ("stop", self.stop, TurnRule, True),
             ("budget", self.budget, Budget, True),
             ("placement", self.placement, Placement, False),
+            ("progress", progress, bool, False),
         )
         for name, value, of, optional in types:
             with faults.collected():

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from typing import Any
 
+from artaug._internal.annotations import checked
 from artaug._internal.text import duration, short_html, shorten, table_html
 from artaug.errors import NothingToLearnError
 from artaug.evaluation.comparison import Comparison, ScoreRow
@@ -20,6 +21,7 @@ _SHOWN_PAIRS = 3
 _LONGEST_STOP_REASON = 120
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Round:
     """One round: pairs made, a LoRA trained on them, combined with the rounds before."""
@@ -54,6 +56,7 @@ class Round:
         return table_html(_HEADINGS, [_table_row(self)]) + _attempts_html(self.attempts)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Enhancement:
     """The result of `enhance`."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_finite_number
 from artaug._internal.prompts import check_prompts, prompt_clusters
 from artaug.errors import PromptError, ScoringError
@@ -12,6 +13,7 @@ from artaug.pairwise import PairwiseJudge
 from artaug.scoring import Scorer
 
 
+@checked
 @dataclass(frozen=True)
 class StopRule:
     """Ends the loop when a round does not raise the scores of pictures of held-out prompts.

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_argument, check_count, check_finite_number
 from artaug.plan import Plan
 from artaug.scoring import Scorer
 from artaug.trajectories import Turn
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class TurnRule:
@@ -58,6 +60,7 @@ class TurnRule:
         return f"{turns} did not raise the score of {best:.3g}"
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class Budget:

@@ -10,6 +10,7 @@ from typing import Any, Self, final
 
 import ray
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_count
 from artaug.critique import Critic
 from artaug.errors import ClusterError, InvalidValueError
@@ -24,6 +25,7 @@ _LOG = logging.getLogger(__name__)
 _CONNECT_S = 5.0
 
 
+@checked
 @final
 class RayCluster:
     """A Ray cluster, or this machine as one: makes synthesizers, critics and scorers that compute on its workers.

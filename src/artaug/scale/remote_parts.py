@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar, final
 import ray
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.canvas import Canvas
 from artaug.critique import Abstention, Answer, Critic
 from artaug.errors import WorkerDiedError
@@ -26,6 +27,7 @@ T = TypeVar("T")
 _MORE_THAN_ONCE = "the process that worked on it died each time"
 
 
+@checked
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class RemoteSynthesizer(Synthesizer):
@@ -129,6 +131,7 @@ class RemoteSynthesizer(Synthesizer):
         return made
 
 
+@checked
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class RemoteCritic(Critic):
@@ -172,6 +175,7 @@ class RemoteCritic(Critic):
         return answers
 
 
+@checked
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class RemoteScorer(Scorer):

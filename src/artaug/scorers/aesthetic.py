@@ -9,6 +9,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.weights import model_errors
 from artaug.errors import ModelError
 from artaug.scorers.encoders import DualEncoder
@@ -16,6 +17,7 @@ from artaug.scorers.loading import DEFAULT_OPTIONS, LoadOptions, load_weights
 from artaug.scoring import Scorer
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AestheticScore(Scorer):

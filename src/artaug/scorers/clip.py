@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self, final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.errors import ModelError
 from artaug.scorers.encoders import DualEncoder
 from artaug.scorers.loading import DEFAULT_OPTIONS, LoadOptions
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClipScore(Scorer):
@@ -56,6 +58,7 @@ class ClipScore(Scorer):
         return [cosine * 100 if not cosine < 0 else 0.0 for cosine in self.encoder.cosines(images, prompts)]
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SiglipScore(Scorer):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, final
 from PIL import Image
 from torch.nn.functional import normalize
 
+from artaug._internal.annotations import checked
 from artaug._internal.images import as_rgb
 from artaug.errors import InvalidValueError
 from artaug.evaluation.suites import Detection
@@ -20,6 +21,7 @@ _TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {lab
 _BACKGROUND = "#999"
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClipColors:

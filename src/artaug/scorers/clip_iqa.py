@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self, final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError
 from artaug.scorers.encoders import DualEncoder
 from artaug.scorers.loading import DEFAULT_OPTIONS, LoadOptions
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _LOGIT_SCALE = 100
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClipIQA(Scorer):

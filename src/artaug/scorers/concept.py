@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self, final
 import torch
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError, ModelError
 from artaug.scorers.loading import (
     DEFAULT_BATCH_SIZE,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ConceptProbability(Scorer):

@@ -8,6 +8,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug.errors import ModelError
 from artaug.scorers.loading import (
     DEFAULT_BATCH_SIZE,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _MODEL_TYPES = ("clip", "siglip")
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DualEncoder:
@@ -150,6 +152,7 @@ class DualEncoder:
         return vectors[[distinct.index(prompt) for prompt in prompts]]
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageEncoder:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError
 from artaug.scoring import Scorer
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class FunctionScorer(Scorer):

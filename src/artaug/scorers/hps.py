@@ -11,6 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.weights import model_errors
 from artaug.errors import ModelError
 from artaug.scorers.encoders import DualEncoder
@@ -54,6 +55,7 @@ _TRANSPOSED = ("text_projection", "visual.proj")
 _BUFFERS = ("attn_mask",)
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HPSv2(Scorer):
@@ -119,6 +121,7 @@ class HPSv2(Scorer):
         return self.encoder.cosines(images, prompts)
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class Letterbox:

@@ -11,6 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.weights import model_errors
 from artaug.errors import ModelError
 from artaug.scorers.aesthetic import linear_head
@@ -50,6 +51,7 @@ _VISION_KEY_MAP = (
 )
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageReward(Scorer):

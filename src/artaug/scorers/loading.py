@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug._internal.devices import (
     DType,
     check_placement,
@@ -40,6 +41,7 @@ Pickled weights can run code when they are read, so they are refused. Convert th
 _LAYOUT = "Expected the names and sizes of the published checkpoint."
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:

@@ -7,6 +7,7 @@ from typing import NamedTuple, final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError, ScoringError
 from artaug.scorers.loading import check_counts
 from artaug.scorers.vqa import QUESTION
@@ -75,6 +76,7 @@ class _ServedScorer(ServedModel, Scorer):
         return ScoringError(f"{self.name}: no score for the picture of {prompt!r}: {what}.")
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class OpenAIVQAScore(_ServedScorer):
@@ -146,6 +148,7 @@ class OpenAIVQAScore(_ServedScorer):
         return _Reading(odds.probability[self.answer], odds.error)
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class OpenAIRubricScore(_ServedScorer):

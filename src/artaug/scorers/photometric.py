@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError
 from artaug.images.photometry import METRICS, chroma, contrast, exposure, sharpness, srgb
 from artaug.scoring import Scorer, score_images
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Exposure(Scorer):
@@ -35,6 +37,7 @@ class Exposure(Scorer):
         return exposure(srgb(image))
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Chroma(Scorer):
@@ -52,6 +55,7 @@ class Chroma(Scorer):
         return chroma(srgb(image))
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Contrast(Scorer):
@@ -69,6 +73,7 @@ class Contrast(Scorer):
         return contrast(srgb(image))
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Sharpness(Scorer):
@@ -87,6 +92,7 @@ class Sharpness(Scorer):
         return sharpness(srgb(image))
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Photometric(Scorer):
@@ -107,6 +113,7 @@ class Photometric(Scorer):
         return float(np.mean([measure(pixels) for measure in METRICS.values()]))
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class MeanOf(Scorer):

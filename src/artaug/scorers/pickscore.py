@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self, final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.scorers.encoders import DualEncoder
 from artaug.scorers.loading import DEFAULT_OPTIONS, LoadOptions
 from artaug.scoring import Scorer
@@ -17,6 +18,7 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """The CLIP that PickScore and HPSv2 were tuned from: their tokenizer, image processor and configuration."""
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PickScore(Scorer):

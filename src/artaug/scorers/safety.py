@@ -10,6 +10,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from artaug._internal.annotations import checked
 from artaug.scorers.loading import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_OPTIONS,
@@ -27,6 +28,7 @@ _CONCEPT_COUNT, _SPECIAL_CARE_COUNT = 17, 3
 _ADJUSTMENT = 0.01  # added to all concept scores of a picture near a special-care concept, as published
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SafetyMargin(Scorer):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self, final
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError
 from artaug.scorers.loading import (
     DEFAULT_OPTIONS,
@@ -40,6 +41,7 @@ QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 _DEFAULT_BATCH_SIZE = 8
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VQAScore(Scorer):

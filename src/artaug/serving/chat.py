@@ -6,9 +6,12 @@ from typing import Any, Literal
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
+
 _BRACKET_TOKEN = re.compile(r"\[(/?[A-Z_]{2,24})\]")
 
 
+@checked
 @dataclass(frozen=True)
 class Message:
     """One message of a chat."""

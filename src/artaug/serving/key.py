@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import final
 from urllib.parse import quote
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError
 
 _MASK = "***"
@@ -14,6 +15,7 @@ _MIN_SECRET_CHARS = 8
 _MIN_PART_CHARS = 3
 
 
+@checked
 @final
 class ApiKey:
     """A key, without the white space around it. It shows as ``***``, and a pickle of it holds no key.

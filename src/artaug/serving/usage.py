@@ -4,9 +4,11 @@ import threading
 from dataclasses import dataclass, replace
 from typing import Self
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Usage:
     """Requests to a server and the tokens it counted. Usages can be added.

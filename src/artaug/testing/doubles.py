@@ -8,6 +8,7 @@ from typing import Self, final
 import numpy as np
 from PIL import Image, ImageDraw
 
+from artaug._internal.annotations import checked
 from artaug._internal.images import as_rgb
 from artaug.canvas import Canvas
 from artaug.critique import Abstention, Critic, Critique
@@ -22,6 +23,7 @@ from artaug.scoring import Scorer
 from artaug.synthesis import Synthesizer
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class SwatchSynthesizer(Synthesizer):
@@ -63,6 +65,7 @@ class SwatchSynthesizer(Synthesizer):
         return replace(self, lora_scale=self.lora_scale + scale)
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class FixedCritic(Critic):
@@ -74,6 +77,7 @@ class FixedCritic(Critic):
         return self.answer
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class FixedScorer(Scorer):
@@ -85,6 +89,7 @@ class FixedScorer(Scorer):
         return self.value
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class FixedJudge(PairwiseJudge):
@@ -96,6 +101,7 @@ class FixedJudge(PairwiseJudge):
         return self.answer
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class FixedFilter(PairFilter):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from artaug._internal.annotations import checked
 from artaug.geometry import Box
 from artaug.plan import Plan, Region
 from artaug.regional.denoiser import (
@@ -28,6 +29,7 @@ _IMAGE_TOKENS, _TEXT_TOKENS, _CHANNELS, _HEADS = 16, 6, 16, 2
 _TOLERANCE = 1e-4
 
 
+@checked
 def check_guide(guide: Guide) -> None:
     """Check that a guide acts on a batch as on its pictures, makes regions count, and leaves no trace on the model.
 

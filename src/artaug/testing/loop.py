@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.images import as_rgb, rgb_parts
 from artaug._internal.values import from_json, to_json
 from artaug.critique import Abstention, Critic, Critique, Suggestion
@@ -21,6 +22,7 @@ from artaug.testing.doubles import SwatchSynthesizer
 _PROMPT = "a lighthouse above the sea, 海の上の灯台"
 
 
+@checked
 def check_critic(critic: Critic) -> None:
     """Check that a critic answers any picture with a critique or an abstention, and does not change the picture.
 
@@ -50,6 +52,7 @@ def check_critic(critic: Critic) -> None:
     assert critic.critique_batch([], []) == [], "critique_batch of no pictures should be an empty list"
 
 
+@checked
 def check_planner(planner: RegionPlanner) -> None:
     """Check that a planner makes a plan of any critique, the same for the same one, and that JSON keeps it.
 
@@ -71,6 +74,7 @@ def check_planner(planner: RegionPlanner) -> None:
         assert from_json(Plan, to_json(plan)) == plan, f"{call} returned a plan that is not the same after JSON"
 
 
+@checked
 def check_synthesizer(synthesizer: Synthesizer) -> None:
     """Check that a synthesizer is deterministic, uses its seed, and draws a plan's regions.
 
@@ -96,6 +100,7 @@ def check_synthesizer(synthesizer: Synthesizer) -> None:
     assert sizes == [first.size] * 2, f"{name}.synthesize_batch returned sizes {sizes} for 2 plans of {first.size}"
 
 
+@checked
 def check_scorer(scorer: Scorer) -> None:
     """Check that a scorer returns a finite number for any picture, the same alone and in a batch.
 
@@ -112,6 +117,7 @@ def check_scorer(scorer: Scorer) -> None:
     assert scorer.name, f"{type(scorer).__name__}.name is empty: tables need a name for it"
 
 
+@checked
 def check_judge(judge: PairwiseJudge) -> None:
     """Check that a judge answers for any two pictures with a number in [0, 1] or an abstention, the same alone and in a batch.
 
@@ -131,6 +137,7 @@ def check_judge(judge: PairwiseJudge) -> None:
     assert judge.name, f"{type(judge).__name__}.name is empty: tables need a name for it"
 
 
+@checked
 def check_filter(keep: PairFilter) -> None:
     """Check that a filter returns a verdict with a reason for every pair, and one for each pair of a batch.
 

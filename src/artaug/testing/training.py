@@ -7,6 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug.errors import LoRAError
 from artaug.lora.fusing import Fuser
 from artaug.lora.lora import LoRA, LowRank
@@ -30,6 +31,7 @@ _CHANNELS, _SIDE, _FEATURES = 2, 4, 5
 _LATENTS = _CHANNELS * _SIDE * _SIDE
 
 
+@checked
 def check_objective(objective: Objective, *, prompts: Sequence[str] = ("a red barn", "a lake", "a blue door")) -> None:
     """Check that an objective's losses can be trained on: finite scalars with a gradient that follow from the batch.
 
@@ -196,6 +198,7 @@ def _tensors(batch: PromptBatch) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
+@checked
 def check_fuser(fuser: Fuser) -> None:
     """Check that a fuser makes one LoRA of several whose update is their sum, and does not change them.
 

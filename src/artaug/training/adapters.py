@@ -2,7 +2,7 @@
 
 import logging
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias, final
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
+from artaug._internal.annotations import Seam, checked
 from artaug.errors import InvalidValueError
 from artaug.lora.lora import LoRA, LowRank
 
@@ -32,7 +33,7 @@ class LayerWeights:
     """With the updates of the LoRAs that are applied to the layer."""
 
 
-class Adapter(ABC):
+class Adapter(Seam):
     """What is trained beside each frozen layer. For every adapter, the training's result is an ordinary LoRA."""
 
     use_dora: ClassVar[bool] = False
@@ -61,6 +62,7 @@ class Adapter(ABC):
         """
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class PlainLoRA(Adapter):
@@ -78,6 +80,7 @@ class PlainLoRA(Adapter):
         return LoRA({name: LowRank(tensors["down.weight"], tensors["up.weight"]) for name, tensors in layers.items()})
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class LoKr(Adapter):
@@ -132,6 +135,7 @@ class LoKr(Adapter):
         return max(divisor for divisor in range(1, self.factor + 1) if size % divisor == 0)
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class FullRank(Adapter):
@@ -158,6 +162,7 @@ class FullRank(Adapter):
         return LoRA({name: _whole(tensors["up.weight"]) for name, tensors in layers.items()})
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class DoRA(Adapter):

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from numbers import Real
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_items, check_number
 from artaug.errors import InvalidValueError
 from artaug.training.adapters import Adapter, PlainLoRA
@@ -25,6 +26,7 @@ EVERY_LINEAR = r""
 """All linear layers, with modulation and embeddings; some readers of LoRA files fail on those."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """The settings of a `DifferentialLoRATrainer`."""

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from artaug._internal.annotations import checked
 from artaug.errors import ModelError
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class World:
 SINGLE_PROCESS = World()
 
 
+@checked
 def shard(module: nn.Module) -> None:
     """Shard a denoiser's weights over all processes (FSDP2), block by block: each holds a part and gathers as it computes.
 

@@ -1,7 +1,7 @@
 """Optimizers as values, and the learning rate schedule of a stage."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,11 +10,12 @@ from typing import final
 import torch
 from torch import nn
 
+from artaug._internal.annotations import Seam, checked
 from artaug._internal.extras import check_installed, optional
 from artaug.errors import InvalidValueError
 
 
-class Optimizer(ABC):
+class Optimizer(Seam):
     """Builds the torch optimizer of a stage. Subclass it for one that is not here.
 
     >>> import artaug as aa, torch
@@ -46,6 +47,7 @@ class AdaptiveMoments(Optimizer):
             raise InvalidValueError(f"{self}: need a weight_decay of at least 0, and betas in [0, 1).")
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class AdamW(AdaptiveMoments):
@@ -55,6 +57,7 @@ class AdamW(AdaptiveMoments):
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=self.weight_decay, betas=self.betas)
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class AdamW8bit(AdaptiveMoments):
@@ -79,6 +82,7 @@ class AdamW8bit(AdaptiveMoments):
         return optimizer
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class Prodigy(AdaptiveMoments):
@@ -114,6 +118,7 @@ class Prodigy(AdaptiveMoments):
         return optimizer
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFree(AdaptiveMoments):

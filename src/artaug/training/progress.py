@@ -7,6 +7,7 @@ from typing import Protocol, Self, runtime_checkable
 
 import torch
 
+from artaug._internal.annotations import checked
 from artaug._internal.progress_bar import ProgressBar
 
 
@@ -22,6 +23,7 @@ class TrackedEvent(Protocol):
         """Its numbers, by the name that a tracker shows."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class StepEvent:
     """What a trainer reports after every step.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TypeAlias
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_argument
 from artaug._internal.digests import digest
 from artaug._internal.text import short_repr
@@ -15,6 +16,7 @@ from artaug.plan import Plan
 from artaug.training.objectives import Objective
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TrainingPrompt:
     """A prompt to learn from without pictures, by an objective that reads none, as `AttentionObjective`.

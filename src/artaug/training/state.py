@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug._internal.decoding import decode_json
 from artaug._internal.files import atomic_write, check_writable
 from artaug._internal.sealed import open_sealed, save_sealed
@@ -191,6 +192,7 @@ class TrainingState:
         )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
     """The folder of a training's checkpoints, so that it goes on after a kill as if nothing had happened.

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from artaug._internal.annotations import checked
 from artaug._internal.images import as_rgb
 from artaug.errors import InvalidValueError, MissingExtraError
 from artaug.training.progress import StepEvent, TrackedEvent
 from artaug.training.validation import ValidationResult
 
 
+@checked
 @dataclass
 class Tracker:
     """Sends what happens in a training or a run to one of accelerate's trackers.
@@ -50,6 +52,7 @@ class Tracker:
             self._tracker.log_images({prefix: pixels}, step=step, **layout)
 
 
+@checked
 @contextmanager
 def open_tracker(
     tracker: str,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import Faults, check_argument
 from artaug._internal.digests import digest
 from artaug._internal.fingerprints import module_fingerprint
@@ -37,6 +38,7 @@ _SKIPPED_SHARE = 0.05
 """Share of skipped steps above which there is a warning."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
     """The result of a training."""
@@ -61,6 +63,7 @@ class TrainingResult:
         return best_result(self.validations) if self.validations else None
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DifferentialLoRATrainer(TrainingConfig):
     """Trains a LoRA on what separates the pictures of pairs.

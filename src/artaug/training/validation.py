@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_count, check_items
 from artaug._internal.digests import digest
 from artaug._internal.prompts import check_prompts
@@ -21,6 +22,7 @@ from artaug.synthesis import Synthesizer, draw, picture_seeds
 _RESIDENT = Resident()
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ValidationResult:
     """How the pictures of a LoRA at one step and strength score beside the base's."""
@@ -44,6 +46,7 @@ class ValidationResult:
         return {"step": self.step, "strength": self.strength, "win_rate": self.win_rate, "gain": self.gain}
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Validation:
     """Chooses the step and the strength of a LoRA by pictures of held-out prompts.

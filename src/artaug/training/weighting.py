@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import torch
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError, ModelError
 from artaug.training.noise_schedule import (
     EpsilonPrediction,
@@ -19,6 +20,7 @@ from artaug.training.noise_schedule import (
 _GRID = 1000
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class MinSNR:
     """The min-SNR weight of models that predict noise or v (Hang et al., arXiv 2303.09556, section 3.4); not of flow models.
@@ -67,6 +69,7 @@ class MinSNR:
         )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class BellShaped:
     """DiffSynth-Studio's weight of flow models by noise level: 0 at pure noise, most in the middle, about 1.8; its mean is 1.

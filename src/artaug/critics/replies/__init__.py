@@ -8,6 +8,7 @@ import json
 import re
 from typing import Literal
 
+from artaug._internal.annotations import checked
 from artaug.critics.coordinates import Coordinates, Size
 from artaug.critics.replies.boxes import BoxParser
 from artaug.critics.replies.json_parser import JsonNode, ObjectNode, parse_json
@@ -37,6 +38,7 @@ _THINKING = re.compile(r"<(?P<ends>/?)(?:think|thinking|reasoning)>|◁(?P<also_
 __all__ = ["MAX_PROMPT_CHARS", "MAX_REMARK_CHARS", "MAX_REPLY_CHARS", "MAX_SUGGESTIONS", "parse_reply"]
 
 
+@checked
 def parse_reply(
     text: str,
     *,

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from artaug._internal.annotations import checked
 from artaug.diffusion.estimation.dry_run import DryRun
 from artaug.diffusion.estimation.meta_pipeline import meta_pipeline, modules, stored_bytes, text_shapes
 from artaug.diffusion.estimation.report import Estimate
@@ -25,6 +26,7 @@ _ADAMW_8BIT_BYTES = 2 * (1 + 4 / 256)
 """Bytes a parameter: two moments of one byte each, and a float32 scale for every 256 of them."""
 
 
+@checked
 def estimate(  # noqa: PLR0913 - keyword-only options, all but the first with defaults
     source: str | os.PathLike[str] | DiffusionPipeline,
     *,

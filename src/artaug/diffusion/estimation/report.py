@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from artaug._internal.annotations import checked
 from artaug._internal.text import duration, table_html
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """Memory and time of one process of a training; all sizes in bytes.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.mappings import FrozenDict
 from artaug._internal.prompts import prompt_clusters
 from artaug._internal.text import table_html
@@ -40,6 +41,7 @@ _HEADINGS = ("scorer", "candidate", "base", "enhanced", "difference", "95% inter
 _LEFT_ALIGNED = (0, 1)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """One synthesizer of a comparison: the base or a candidate, with its scores and its first pictures."""
@@ -73,6 +75,7 @@ def paired_scores(base: Arm, candidate: Arm, scorer: str, prompts: Sequence[str]
     return finite_pairs(before, after, prompt_clusters(prompts))
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A base and its candidates on the same prompts and seeds: the rows, and the scores they are computed from."""

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import Faults, argument_error, check_argument, check_count, check_items
 from artaug._internal.progress_bar import ProgressBar
 from artaug._internal.prompts import check_prompts, prompt_clusters
@@ -44,6 +45,7 @@ class HasScorers(Protocol):
         """Names of the scorers that it uses."""
 
 
+@checked
 def compare(  # noqa: PLR0913 - the one entry point, and everything after scorers has a default
     base: Synthesizer,
     candidates: Mapping[str, Synthesizer],

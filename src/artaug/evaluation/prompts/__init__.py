@@ -9,6 +9,7 @@ from typing import final, overload
 
 import numpy as np
 
+from artaug._internal.annotations import checked
 from artaug._internal.decoding import decode_json
 from artaug.errors import InvalidValueError, PromptError
 from artaug.evaluation.prompts.skipping import check_skipped
@@ -23,6 +24,7 @@ _FORMATS = (
 )
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class PromptSet(Sequence[str]):

@@ -1,6 +1,6 @@
 """Object checks as in GenEval: whether a detector finds the objects, their number, colours and relative positions."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias, final
 import numpy as np
 from PIL.Image import Image
 
+from artaug._internal.annotations import Seam, checked
 from artaug._internal.contracts import check_result
 from artaug.errors import ContractError, InvalidValueError
 from artaug.evaluation.suites.suite import Case, Clause, ObjectCheck, Outcome, Suite, SuiteScorer
@@ -21,6 +22,7 @@ _TOLERANCE = 0.1  # share of both boxes' extents that an offset of the centres h
 _MIN_OFFSET_PX = 1e-3
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class Detection:
@@ -45,7 +47,7 @@ class Detection:
             raise InvalidValueError(f"{self!r:.200}: need a confidence in [0, 1].")
 
 
-class Detector(ABC):
+class Detector(Seam):
     """Finds objects in a picture. Subclass it around a model of your own and write `detect`.
 
     >>> from artaug import playground
@@ -77,6 +79,7 @@ ColorClassifier: TypeAlias = Callable[[Image, Sequence[Detection]], Sequence[str
 """Names the colour of each of some objects in a picture, as the checks name it (red, orange, ...)."""
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class ObjectScore(SuiteScorer):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, final
 
 from PIL.Image import Image
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError
 from artaug.evaluation.suites.suite import Case, Outcome, QuestionCheck, Suite, SuiteScorer
 from artaug.scoring import Scorer, score_images
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class QuestionScore(SuiteScorer):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from artaug._internal.annotations import checked
 from artaug._internal.decoding import decode_json
 from artaug.errors import ArtAugError, PromptError
 from artaug.evaluation.prompts.skipping import check_skipped
@@ -21,6 +22,7 @@ _ONEIG_CATEGORIES = {
 }
 
 
+@checked
 def read_geneval(path: str | Path) -> Suite:
     """Read GenEval's ``evaluation_metadata.jsonl`` (Ghosh et al. 2023): one prompt a line, with the objects to find.
 
@@ -47,6 +49,7 @@ def read_geneval(path: str | Path) -> Suite:
     return Suite("GenEval", tuple(cases), mean_over="categories")
 
 
+@checked
 def read_dpg(path: str | Path) -> Suite:
     """Read DPG-Bench's ``dpg_bench.csv`` (Hu et al. 2024, ELLA): one question a line, several for each prompt.
 
@@ -86,6 +89,7 @@ def read_dpg(path: str | Path) -> Suite:
     return Suite("DPG-Bench", tuple(cases))
 
 
+@checked
 def read_oneig(prompts: str | Path, questions: Iterable[str | Path]) -> Suite:
     """Read the alignment part of OneIG-Bench (Chang et al. 2025): a table of prompts, and lists of questions.
 

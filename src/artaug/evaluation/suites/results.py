@@ -9,6 +9,7 @@ from typing import Any, final
 
 import numpy as np
 
+from artaug._internal.annotations import checked
 from artaug._internal.contracts import check_batch
 from artaug._internal.progress_bar import ProgressBar
 from artaug._internal.prompts import prompt_clusters
@@ -40,6 +41,7 @@ class CategoryScore:
     """Number of different prompts; the interval is computed as if one that is listed more than once were one sample."""
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
@@ -112,6 +114,7 @@ class SuiteResult:
         return "\n".join([heading, *lines])
 
 
+@checked
 def evaluate(
     scorer: SuiteScorer,
     synthesizer: Synthesizer,
@@ -172,6 +175,7 @@ def evaluate(
     return SuiteResult.of(scorer, outcomes, seed=seed)
 
 
+@checked
 def by_category(comparison: Comparison, prompts: PromptSet, *, seed: int = 0) -> tuple[ScoreRow, ...]:
     """The rows of a comparison, category by category: where did it get better, and where worse?
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeAlias, final
 from PIL.Image import Image
 from pydantic import Field
 
+from artaug._internal.annotations import checked
 from artaug._internal.values import value
 from artaug.errors import InvalidValueError, PromptError
 from artaug.evaluation.prompts import PromptSet
@@ -126,6 +127,7 @@ class Case:
             raise PromptError(f"a Case received the prompt {self.prompt!r}: need a text that says what to draw.")
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Suite:
@@ -165,6 +167,7 @@ class Suite:
         return next(iter(by_check.values()))
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Outcome:
@@ -178,6 +181,7 @@ class Outcome:
     """Pairs of a category and whether it was right: one for the whole picture, or one for each question as answered."""
 
 
+@checked
 class SuiteScorer(Scorer):
     """Checks pictures of a suite's prompts. It is a `Scorer` of these prompts, so `artaug.compare` takes it."""
 

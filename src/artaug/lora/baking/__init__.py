@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from artaug._internal.annotations import checked
 from artaug._internal.files import atomic_output, check_disk_space
 from artaug.errors import LoRAMismatchError, ModelError, StorageError
 from artaug.lora.baking.checkpoint import Checkpoint, CheckpointFile
@@ -26,6 +27,7 @@ _WARN_ABOVE = 0.5
 """Relative error from which on a warning is logged: most of what arrives is rounding noise."""
 
 
+@checked
 def bake(
     checkpoint: str | Path,
     lora: LoRA,

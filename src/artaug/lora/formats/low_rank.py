@@ -8,6 +8,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug.errors import LoRAError
 
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -18,6 +19,7 @@ _MAX_NUMEL = 1 << 28
 """Most elements of a factor that is computed from smaller ones: 1 GiB. A file of a few kilobytes can describe more."""
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """The update of one layer: ``delta = up @ down``. Alpha and scale are already in the factors.

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError
 from artaug.regional.attention_losses.maps import (
     ATTEND_AND_EXCITE,
@@ -15,6 +16,7 @@ from artaug.regional.attention_losses.maps import (
 )
 
 
+@checked
 def box_coverage_loss(
     maps: Float[Tensor, "batch *phrases tokens"], masks: Float[Tensor, "*batch_phrases tokens"]
 ) -> Float[Tensor, " batch"]:
@@ -44,6 +46,7 @@ def box_coverage_loss(
     return (1 - ratio(inside, phrases.sum(dim=-1))).square().mean(dim=1)
 
 
+@checked
 def box_constraint_loss(
     maps: Float[Tensor, "batch *phrases tokens"],
     masks: Float[Tensor, "*batch_phrases tokens"],

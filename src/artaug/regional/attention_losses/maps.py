@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+from artaug._internal.annotations import checked
 from artaug._internal.values import value
 from artaug.errors import InvalidValueError
 from artaug.plan import Region
@@ -80,6 +81,7 @@ ATTEND_AND_EXCITE = Smoothing()
 UDIFFTEXT = Smoothing(sigma_tokens=0.5, edge="zeros")
 
 
+@checked
 def sharpen(
     token_maps: Float[Tensor, "batch text_tokens tokens"], *, scale: float = 100.0
 ) -> Float[Tensor, "batch text_tokens tokens"]:
@@ -101,6 +103,7 @@ def sharpen(
     return torch.softmax(scale * at_least_float32(token_maps), dim=1)
 
 
+@checked
 def select_maps(
     maps: Float[Tensor, "batch phrases layers tokens"], *, count: int = 20, quantile: float = 0.99
 ) -> Float[Tensor, "batch phrases tokens"]:
@@ -134,6 +137,7 @@ def _at(ordered: Tensor, place: float) -> Tensor:
     return torch.lerp(ordered[..., before], ordered[..., after], place - before)
 
 
+@checked
 def high_activation_masks(
     maps: Float[Tensor, "batch *phrases tokens"], *, threshold: float = 0.5
 ) -> Float[Tensor, "batch *phrases tokens"]:
@@ -158,6 +162,7 @@ def high_activation_masks(
     return strong.to(maps.dtype)
 
 
+@checked
 def region_masks(regions: Sequence[Region], grid: tuple[int, int]) -> Float[Tensor, "regions tokens"]:
     """Give the part of each image token that each region covers, as the losses of masks and boxes take it.
 

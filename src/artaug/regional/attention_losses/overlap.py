@@ -4,10 +4,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError
 from artaug.regional.attention_losses.maps import phrase_maps, phrase_masks, ratio
 
 
+@checked
 def separate_loss(maps: Float[Tensor, "batch phrases *heads tokens"]) -> Float[Tensor, " batch"]:
     """The worst overlap of phrases, over heads and tokens.
 
@@ -34,6 +36,7 @@ def separate_loss(maps: Float[Tensor, "batch phrases *heads tokens"]) -> Float[T
     return ratio(maps.prod(dim=1), maps.sum(dim=1)).amax(dim=(1, 2))
 
 
+@checked
 def segregation_loss(maps: Float[Tensor, "batch phrases tokens"]) -> Float[Tensor, " batch"]:
     """The overlap of phrases, summed over their pairs.
 
@@ -59,6 +62,7 @@ def segregation_loss(maps: Float[Tensor, "batch phrases tokens"]) -> Float[Tenso
     return _overlap(maps[:, first], maps[:, second]).sum(dim=1)
 
 
+@checked
 def retention_loss(
     maps: Float[Tensor, "batch *phrases tokens"], previous_masks: Float[Tensor, "*batch_phrases tokens"]
 ) -> Float[Tensor, " batch"]:

@@ -5,10 +5,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError
 from artaug.regional.attention_losses.maps import UDIFFTEXT, Smoothing, check_grid, phrase_maps, phrase_masks, ratio
 
 
+@checked
 def zest_loss(
     maps: Float[Tensor, "batch *phrases tokens"],
     masks: Float[Tensor, "*batch_phrases tokens"],
@@ -61,6 +63,7 @@ def zest_loss(
     return excess.mean(dim=1)
 
 
+@checked
 def zest_bce_loss(
     maps: Float[Tensor, "batch *phrases tokens"],
     masks: Float[Tensor, "*batch_phrases tokens"],
@@ -108,6 +111,7 @@ def zest_bce_loss(
     return entropy(scaled, floor) + entropy(normalized, normalized_floor)
 
 
+@checked
 def local_attention_loss(
     maps: Float[Tensor, "batch *phrases tokens"],
     masks: Float[Tensor, "*batch_phrases tokens"],
@@ -137,6 +141,7 @@ def local_attention_loss(
     return (outside - inside).mean(dim=1)
 
 
+@checked
 def weakest_local_loss(
     maps: Float[Tensor, "batch *phrases tokens"],
     masks: Float[Tensor, "*batch_phrases tokens"],
@@ -165,6 +170,7 @@ def weakest_local_loss(
     return -inside.amin(dim=1)
 
 
+@checked
 def mask_matching_loss(
     maps: Float[Tensor, "batch *phrases tokens"], masks: Float[Tensor, "*batch_phrases tokens"]
 ) -> Float[Tensor, " batch"]:

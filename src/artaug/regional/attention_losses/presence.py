@@ -4,9 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug.regional.attention_losses.maps import ATTEND_AND_EXCITE, Smoothing, check_grid, phrase_maps
 
 
+@checked
 def attend_and_excite_loss(
     maps: Float[Tensor, "batch *phrases tokens"],
     grid: tuple[int, int],
@@ -40,6 +42,7 @@ def attend_and_excite_loss(
     return (1 - _peaks(phrase_maps(maps), grid, smoothing)).clamp(min=0).amax(dim=1)
 
 
+@checked
 def enhance_loss(
     maps: Float[Tensor, "batch phrases *heads tokens"],
     grid: tuple[int, int],

@@ -6,7 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 
+
+@checked
 def normalize_gradient(
     gradient: Float[Tensor, " batch *latent"], *, by: Literal["abs_max", "signed_max", "norm"] = "abs_max"
 ) -> Float[Tensor, " batch *latent"]:

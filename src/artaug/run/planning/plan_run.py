@@ -118,7 +118,9 @@ def plan_run(  # noqa: PLR0913 - the arguments of `enhance`, and how far to samp
         checkpoints=checkpoints,
         on_step=on_step,
     )
-    check_run("plan_run", prompts, parts, learning, seed=seed, store=None, on_event=on_event, check=check)
+    check_run(
+        "plan_run", prompts, parts, learning, seed=seed, store=None, on_event=on_event, progress=progress, check=check
+    )
     for name, number in (("sample", sample), ("steps", steps)):
         check_count("plan_run", name, number)
     _check_prices(price_per_million_tokens)

@@ -10,6 +10,7 @@ from typing import Self, final
 from PIL.Image import Image
 from torch import nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument
 from artaug._internal.digests import digest
 from artaug._internal.segments import read_segment, write_segment
@@ -32,6 +33,7 @@ class DrawnRecord:
     images: tuple[str, ...]
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class CachedSynthesizer(Synthesizer):

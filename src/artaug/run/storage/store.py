@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import final
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument
 from artaug._internal.digests import digest
 from artaug._internal.files import check_writable
@@ -51,6 +52,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "What the run has finished is complete: run the same call to go on once the folder can be written to."
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Store:

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, final
 import torch
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_items
 from artaug._internal.contracts import contract_error
 from artaug.errors import InvalidValueError, ModelError
@@ -23,6 +24,7 @@ AttentionLoss: TypeAlias = Callable[[AttentionMaps, Sequence[Plan]], Tensor]
 rows have equally many phrases."""
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class AttentionObjective(Objective):

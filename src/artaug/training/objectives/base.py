@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from artaug._internal.annotations import Seam
 from artaug._internal.calls import call_part
 from artaug._internal.contracts import contract_error
 from artaug.errors import InvalidValueError
@@ -235,7 +236,7 @@ class TrainingPlan:
             )
 
 
-class Objective(ABC):
+class Objective(Seam):
     """What training minimizes. Subclass it and write `loss`; override `training_plan` for a training of several stages.
 
     >>> import artaug as aa
@@ -297,7 +298,7 @@ class Objective(ABC):
         """How a training on this many pairs proceeds; unless overridden, all of them together in one stage."""
         return TrainingPlan((tuple(range(pairs)),), (Stage(self.loss, companion=self.companion),))
 
-    def check(self, noise_schedule: NoiseSchedule) -> None:  # noqa: B027 - most can be minimized for every model
+    def check(self, noise_schedule: NoiseSchedule) -> None:
         """Called before anything is encoded; override it for an objective that not every model can minimize.
 
         Raises:

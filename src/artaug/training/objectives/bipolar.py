@@ -7,6 +7,7 @@ from typing import Never, final
 
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError, ModelError
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
@@ -16,6 +17,7 @@ from artaug.training.objectives.base import Objective, PairBatch, Student, compu
 from artaug.training.objectives.paired_difference import PairedDifference
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class Bipolar(Objective):

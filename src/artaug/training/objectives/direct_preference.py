@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from artaug._internal.annotations import checked
 from artaug.training.noise_schedule import Latents, Sigmas
 from artaug.training.objectives.base import Objective, PairBatch, Student
 from artaug.training.objectives.losses import check_outside_weight, check_range, mean_squared_errors, norm_excess
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class DirectPreference(Objective):

@@ -5,12 +5,14 @@ from typing import final
 
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug.training.noise_schedule import NoiseSchedule
 from artaug.training.objectives.base import Objective, PairBatch, Student
 from artaug.training.objectives.losses import check_outside_weight, check_weighting, fine_tuning_loss
 from artaug.training.weighting import LossWeighting
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class SupervisedFineTuning(Objective):

@@ -6,11 +6,13 @@ from typing import final
 import torch
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug.training.noise_schedule import Latents, Sigmas
 from artaug.training.objectives.base import Objective, PairBatch, Student
 from artaug.training.objectives.losses import check_range, mean_squared_errors, norm_excess
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class NegativeAware(Objective):

@@ -6,6 +6,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 from artaug.training.objectives.base import Objective, PairBatch, Student
 from artaug.training.objectives.losses import (
@@ -19,6 +20,7 @@ from artaug.training.objectives.losses import (
 from artaug.training.weighting import LossWeighting
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference(Objective):

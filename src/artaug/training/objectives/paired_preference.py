@@ -6,11 +6,13 @@ from typing import ClassVar, final
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from artaug._internal.annotations import checked
 from artaug.training.noise_schedule import Latents, Sigmas
 from artaug.training.objectives.base import LatentWeights, Objective, PairBatch, Student
 from artaug.training.objectives.losses import changed_in_regions, check_outside_weight, check_range, norm_excess
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class PairedPreference(Objective):

@@ -5,6 +5,7 @@ from typing import final
 
 from torch import Tensor
 
+from artaug._internal.annotations import checked
 from artaug.errors import InvalidValueError
 from artaug.training.noise_schedule import NoiseSchedule
 from artaug.training.objectives.base import Objective, PairBatch, Stage, Student, TrainingPlan
@@ -12,6 +13,7 @@ from artaug.training.objectives.losses import check_weighting, fine_tuning_loss
 from artaug.training.weighting import LossWeighting
 
 
+@checked
 @final
 @dataclass(frozen=True, kw_only=True)
 class TwoStage(Objective):
