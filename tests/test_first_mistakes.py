@@ -96,6 +96,7 @@ def doors():
             if inspect.isfunction(exported) or (
                 inspect.isclass(exported)
                 and not issubclass(exported, Exception | Enum)
+                and not inspect.isabstract(exported)
                 and inspect.isfunction(exported.__init__)
             ):
                 found[name] = exported
