@@ -195,3 +195,13 @@ def test_what_a_failed_batch_held_is_free_before_the_next_begins():
 
     run_critic(Holding(1), [PICTURE] * 4, ["a"] * 4)
     assert alive == [[]] * 6
+
+
+def test_a_critique_is_drawn_over_its_picture_with_its_texts_below():
+    picture = Image.new("RGB", (64, 48), "grey")
+    critique = aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.5, 1), "a bright window", "it is dark"),), summary="dull")
+    drawn = critique.preview(picture, scale=4)
+    assert drawn.width == 256
+    assert drawn.height > 192
+    assert drawn.getpixel((0, 100)) != drawn.getpixel((200, 100))
+    assert aa.Critique().preview(picture).size == (512, 384)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
 import artaug as aa
-from artaug.drawing import BOX_COLORS, Area, draw_areas, draw_boxes
+from artaug.drawing import BOX_COLORS, Area, draw_areas, draw_boxes, draw_heatmap
 from support.strategies import boxes as any_boxes
 from support.strategies import masks
 
@@ -165,3 +165,29 @@ def test_every_area_has_its_colour_beside_its_words():
 
     assert pixels_of(below, BOX_COLORS[0]).any()
     assert pixels_of(below, BOX_COLORS[1]).any()
+
+
+# --- heat maps ---
+
+
+def test_a_heat_map_is_the_grey_picture_where_weights_are_least_and_warmest_where_they_are_largest():
+    drawn = np.asarray(draw_heatmap(Image.new("RGB", (80, 40), "#208020"), np.eye(2)[::-1])).astype(int)
+    corners = drawn[[0, -1, 0, -1], [0, 0, -1, -1]]
+    cold, warm = corners[[0, 3]], corners[[1, 2]]
+    assert (cold.max(axis=1) == cold.min(axis=1)).all()
+    assert warm.sum() > 2 * cold.sum()
+
+
+def test_even_weights_leave_a_grey_picture():
+    drawn = np.asarray(draw_heatmap(GREY, np.full((3, 5), 0.25)))
+    assert drawn.max() == drawn.min()
+
+
+def test_a_heading_stands_below_a_heat_map():
+    assert draw_heatmap(GREY, np.eye(2), heading="a red cone").height > GREY.height
+
+
+@pytest.mark.parametrize("weights", [np.ones(3), np.zeros((0, 2)), np.array([[1.0, np.nan]]), np.array([[-1.0, 1.0]])])
+def test_what_is_no_grid_of_weights_is_refused(weights):
+    with pytest.raises(aa.InvalidValueError, match="rows and columns of finite numbers"):
+        draw_heatmap(GREY, weights)

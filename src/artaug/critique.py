@@ -4,15 +4,17 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 
 from artaug._internal.annotations import Seam
 from artaug._internal.calls import describe_inputs
 from artaug._internal.contracts import check_batch, check_result, contract_error
+from artaug._internal.images import as_rgb
 from artaug._internal.memory import FittingBatches, is_out_of_memory
 from artaug._internal.text import short_html, short_repr, shorten, table_html
 from artaug._internal.transient import TransientErrors
 from artaug._internal.values import value
+from artaug.drawing import Area, draw_areas
 from artaug.errors import ContractError, CriticError, InvalidValueError, StorageError
 from artaug.geometry import Box
 from artaug.image_files import select_images
@@ -20,6 +22,7 @@ from artaug.image_files import select_images
 if TYPE_CHECKING:
     from torch import nn
 
+_PREVIEW_PX = 512
 _MAX_ROWS = 20
 _LONGEST_CELL = 300
 """Of a critique in a notebook, which shows the first suggestions; characters of a cell."""
@@ -63,8 +66,29 @@ class Critique:
 
     __repr__ = short_repr
 
+    def preview(self, image: Image, *, scale: int | None = None) -> Image:
+        """Draw the boxes, numbered, over a copy of the picture, and below it what should be seen there.
+
+        Args:
+            image: the picture that was critiqued.
+            scale: pixels of the copy for each pixel of ``image``; None for 512 pixels or what comes near.
+
+        >>> import artaug as aa
+        >>> from PIL import Image
+        >>> critique = aa.Critique((aa.Suggestion(aa.Box(0, 0, 0.5, 1), "a brightly lit window"),))
+        >>> critique.preview(Image.new("RGB", (64, 48))).width
+        512
+        """
+        factor = scale or max(_PREVIEW_PX // max(image.size), 1)
+        large = as_rgb(image).resize((image.width * factor, image.height * factor), Resampling.BICUBIC)
+        areas = [
+            Area(shape=one.box, text=f"{one.prompt} ({one.reason})" if one.reason else one.prompt)
+            for one in self.suggestions
+        ]
+        return draw_areas(large, areas, heading=self.summary)
+
     def _repr_html_(self) -> str:
-        """Its suggestions as a table, for notebooks; with the picture, see ``artaug.images.html.CritiqueView``."""
+        """Its suggestions as a table, for notebooks; with the picture, see `preview` and ``artaug.images.html.CritiqueView``."""
         rows = [
             (", ".join(f"{edge:.2f}" for edge in (box.left, box.top, box.right, box.bottom)), prompt, reason)
             for box, prompt, reason in ((item.box, item.prompt, item.reason) for item in self.suggestions[:_MAX_ROWS])

@@ -19,6 +19,10 @@ DARK = "#14151a"
 """The colour of text on these."""
 
 _TINT = 0.45
+_HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
+"""Five colors of matplotlib's map "inferno", of which the lightness rises evenly."""
+_MOST_HEAT = 0.85
+_GREY_LEVEL = 0.8
 _LINE_PX = 15
 _GAP_PX = 4
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -125,6 +129,48 @@ def draw_areas(image: Image.Image, areas: Sequence[Area], *, heading: str = "") 
         place = area.shape if isinstance(area.shape, Box) else _middle(area.shape)
         _label(pen, place, str(number + 1), color=BOX_COLORS[number % len(BOX_COLORS)], size=picture.size)
     return _with_lines(picture, areas, heading=heading)
+
+
+@checked
+def draw_heatmap(image: Image.Image, weights: np.ndarray, *, heading: str = "") -> Image.Image:
+    """Draw weights over a picture, such as the attention to a phrase: warm where they are large, the picture in grey below.
+
+    Args:
+        image: stays as it is.
+        weights: rows and columns of numbers of 0 or more, stretched over the whole picture; the largest is the warmest,
+            and where the smallest is, nothing but the picture is seen.
+        heading: written below; left out if blank.
+
+    Returns:
+        An RGB picture as wide as ``image``, and higher by the heading.
+
+    Raises:
+        InvalidValueError: for weights that are no rows and columns of finite numbers of 0 or more.
+
+    >>> import numpy as np
+    >>> from artaug.drawing import draw_heatmap
+    >>> from PIL import Image
+    >>> draw_heatmap(Image.new("RGB", (64, 48), "teal"), np.eye(4)).size
+    (64, 48)
+    """
+    grid = np.asarray(weights)
+    if grid.ndim != 2 or not grid.size or not np.isfinite(grid).all() or grid.min() < 0:
+        raise InvalidValueError(
+            f"draw_heatmap received weights of shape {grid.shape}: need rows and columns of finite numbers of 0 or more."
+        )
+    span = (grid.max() - grid.min()) or 1
+    strength = Image.fromarray(((grid - grid.min()) / span).astype(np.float32)).resize(
+        image.size, Image.Resampling.BILINEAR
+    )
+    levels = np.asarray(strength)[..., None].clip(0, 1)
+    grey = np.asarray(as_rgb(image).convert("L"), dtype=np.float32)[..., None] * _GREY_LEVEL
+    at = levels * (len(_HEAT) - 1)
+    low = np.minimum(at.astype(int), len(_HEAT) - 2)
+    colors = np.array(_HEAT, dtype=np.float32)
+    warm = colors[low[..., 0]] * (1 - (at - low)) + colors[low[..., 0] + 1] * (at - low)
+    opacity = _MOST_HEAT * levels
+    mixed = Image.fromarray((grey * (1 - opacity) + warm * opacity).round().astype(np.uint8))
+    return _with_lines(mixed, [], heading=heading)
 
 
 def _tint(area: Area, size: tuple[int, int]) -> Image.Image:

@@ -11,7 +11,7 @@ from pydantic import Field
 from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_argument
 from artaug._internal.digests import digest
-from artaug._internal.images import preview_url
+from artaug._internal.images import preview_html
 from artaug._internal.text import short_html, short_repr, shorten
 from artaug._internal.values import value
 from artaug.errors import InvalidValueError
@@ -164,7 +164,7 @@ class ImagePair:
         regions = short_html("; ".join(texts))
         rewards = ("", "") if self.rewards is None else [f", reward {reward:.3g}" for reward in self.rewards]
         pictures = "".join(
-            f"<figure style='display:inline-block;margin:4px'><img src='{preview_url(image)}' alt='{side}'>"
+            f"<figure style='display:inline-block;margin:4px'>{preview_html(image, alt=side)}"
             f"<figcaption>{side}{reward}</figcaption></figure>"
             for side, image, reward in zip(("before", "after"), (self.before, self.after), rewards, strict=True)
         )

@@ -9,7 +9,7 @@ from PIL.Image import Image
 
 from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_argument, check_finite_number, check_items
-from artaug._internal.images import preview_url
+from artaug._internal.images import preview_html
 from artaug._internal.text import short_html, shorten
 from artaug.critique import Abstention, Critique
 from artaug.errors import InvalidValueError
@@ -226,7 +226,7 @@ class Trajectory:
         """A strip of pictures, with what was thought, planned and said of each, for notebooks."""
         figures = "".join(
             "<figure style='display:inline-block;vertical-align:top;margin:4px;max-width:256px'>"
-            f"<img src='{preview_url(turn.image)}' alt='{caption}'>"
+            f"{preview_html(turn.image, alt=caption)}"
             f"<figcaption><b>{caption}</b>{' (best)' * (turn is self.best)}{_notes(turn)}</figcaption></figure>"
             for turn, caption in zip(self.turns, self._captions(), strict=True)
         )

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from PIL import Image
 
 import artaug as aa
 from artaug.regional import AttentionMaps, LayerMaps
@@ -235,3 +236,15 @@ def test_check_guide_takes_guides_that_read_no_regions():
     probe = aa.AttentionProbe(phrases=["a"], receive=[].append)
     check_guide(probe)
     check_guide(aa.Together((aa.RegionalAttention(), probe)))
+
+
+def test_the_map_of_a_phrase_is_drawn_over_a_picture(pipeline):
+    maps = read(pipeline, PLANS, phrases=["red", "barn"])[-1]
+    picture = Image.new("RGB", (64, 48), "teal")
+    drawn = maps.preview(picture, "barn")
+    assert drawn.width == 512
+    assert drawn.tobytes() != maps.preview(picture, "red").tobytes()
+    assert picture.getcolors() == [(64 * 48, (0, 128, 128))]
+    for phrase, row in (("door", 0), ("red", 2)):
+        with pytest.raises(aa.InvalidValueError, match="there is no such map"):
+            maps.preview(picture, phrase, row=row)

@@ -9,6 +9,7 @@ from PIL import Image
 
 import artaug as aa
 from artaug._internal.text import duration
+from artaug.testing import SwatchSynthesizer
 
 EVIL = "<script>alert(1)</script>"
 LORA = aa.LoRA({"blocks.0.to_q": aa.LowRank(torch.ones(2, 4), torch.ones(4, 2))})
@@ -74,3 +75,37 @@ def test_markup_in_a_result_does_not_run(result):
 )
 def test_a_time_has_units_that_fit_its_length(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_printed_enhancement_is_a_short_table():
+    result = aa.Enhancement(rounds=(make_round(1), make_round(2, gain=GAIN)), stop_reason="all 2 rounds ran")
+    heading, first, second, ended = str(result).splitlines()
+    assert heading.split()[:2] == ["round", "pairs"]
+    assert first.index("1,200 of 2") == second.index("1,200 of 2") == heading.index("pairs")
+    assert ended == "ended: all 2 rounds ran"
+
+
+def test_a_strip_has_a_row_for_each_prompt_and_a_column_for_the_base_and_each_round():
+    base = SwatchSynthesizer()
+    result = aa.Enhancement(rounds=(make_round(1), make_round(2)), stop_reason="")
+    one, two = result.strip(base, ["a moor"], scale=2), result.strip(base, ["a moor", "a pond"], scale=2)
+    side = 2 * base.synthesize(aa.Plan("a moor"), seed=0).width
+    assert one.width == two.width == 3 * (side + 8) - 8
+    assert two.height == 2 * one.height + 8
+    with pytest.raises(aa.PromptError):
+        result.strip(base, [])
+
+
+def test_a_training_shows_its_numbers_and_its_curves():
+    validations = [aa.ValidationResult(step=step, strength=1.0, win_rate=step / 40, gain=0.1) for step in (10, 20)]
+    result = aa.TrainingResult(
+        lora=LORA, losses=(0.5, 0.25), pairs=3, steps=20, seconds=2.5, validations=tuple(validations)
+    )
+    assert result._repr_html_().count("<polyline") == 2
+    assert "win rate 50% at step 20, strength 1" in visible_text(result)
+    assert "<polyline" not in aa.TrainingResult(lora=LORA, losses=(), pairs=3, steps=0, seconds=0.0)._repr_html_()
+
+
+def test_a_lora_shows_its_layers_by_kind():
+    layers = {f"blocks.{index}.to_q": LORA.layers[next(iter(LORA.layers))] for index in range(3)}
+    assert "blocks.*.to_q 3 1" in visible_text(aa.LoRA(layers))

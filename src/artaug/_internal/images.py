@@ -9,6 +9,7 @@ from PIL import Image, ImageCms
 from artaug.errors import InvalidValueError
 
 _PREVIEW_PX = 256
+_ENLARGED_PX = 192
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -70,6 +71,19 @@ def data_url(data: bytes, image_format: str) -> str:
     'data:image/png;base64,Li4u'
     """
     return f"data:image/{image_format};base64,{base64.b64encode(data).decode()}"
+
+
+def preview_html(image: Image.Image, *, alt: str) -> str:
+    """A picture for a notebook: at most 256 pixels a side, and a small one enlarged to about 192.
+
+    >>> from artaug._internal.images import preview_html
+    >>> from PIL import Image
+    >>> preview_html(Image.new("RGB", (64, 32)), alt="before").endswith("alt='before' width=192 height=96>")
+    True
+    """
+    scale = max(_ENLARGED_PX // max(image.size), 1)
+    size = f" width={image.width * scale} height={image.height * scale}" * (scale > 1)
+    return f"<img src='{preview_url(image)}' alt='{alt}'{size}>"
 
 
 def preview_url(image: Image.Image) -> str:

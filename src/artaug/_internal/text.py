@@ -66,6 +66,19 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
 
 
+def table_text(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Set words in a table for ``print``.
+
+    >>> from artaug._internal.text import table_text
+    >>> print(table_text(["round", "pairs"], [["1", "12 of 20"]]))
+    round  pairs
+    1      12 of 20
+    """
+    lines = [headings, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
 def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Set words in a table for notebooks; nothing in them is taken for HTML.
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from artaug._internal.annotations import checked
 from artaug._internal.images import as_rgb, data_url
 from artaug.critique import Abstention, Critique
-from artaug.drawing import BOX_COLORS, DARK, draw_boxes
+from artaug.drawing import BOX_COLORS, DARK, draw_boxes, draw_heatmap
 from artaug.errors import InvalidValueError
 from artaug.image_files import ImageFile
 
@@ -19,6 +19,7 @@ __all__ = [
     "CritiqueView",
     "contact_sheet",
     "draw_boxes",
+    "draw_heatmap",
     "encode_image",
     "image_data_url",
 ]

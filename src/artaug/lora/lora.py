@@ -5,9 +5,11 @@ There is no separate strength: alpha is folded into the factors, so the update o
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +21,7 @@ from artaug._internal.digests import tensors_digest
 from artaug._internal.files import atomic_write, save_tensors
 from artaug._internal.mappings import FrozenDict
 from artaug._internal.modules import named_modules, unwrap
+from artaug._internal.text import table_html
 from artaug.errors import LoRAError, LoRAMismatchError
 from artaug.lora.applied import compute_dtype, fused_layers, updatable_shapes, update_applied
 from artaug.lora.formats.key_maps import Format, KeyMap
@@ -29,6 +32,8 @@ from artaug.lora.formats.save import to_state_dict
 __all__ = ["LoRA", "LowRank", "sum_loras"]
 
 _log = logging.getLogger(__name__)
+_MAX_KINDS = 24
+"""Kinds of layers that a notebook shows."""
 
 
 @checked
@@ -54,6 +59,26 @@ class LoRA:
 
     def __repr__(self) -> str:
         return f"LoRA({len(self.layers)} layers, rank {self.rank})"
+
+    def _repr_html_(self) -> str:
+        """Its layers by kind, with their ranks, parameters and share of the update, for notebooks."""
+        kinds: dict[str, list[LowRank]] = {}
+        for name, layer in self.layers.items():
+            kinds.setdefault(re.sub(r"\d+", "*", name), []).append(layer)
+        total = sum(layer.energy() for layer in self.layers.values()) or 1
+        rows = [
+            (
+                kind,
+                f"{len(layers):,}",
+                " to ".join(map(str, sorted({min(one.rank for one in layers), max(one.rank for one in layers)}))),
+                f"{sum(one.down.numel() + one.up.numel() for one in layers):,}",
+                f"{sum(one.energy() for one in layers) / total:.1%}",
+            )
+            for kind, layers in list(kinds.items())[:_MAX_KINDS]
+        ]
+        more = f"<p>and {len(kinds) - _MAX_KINDS} more kinds</p>" * (len(kinds) > _MAX_KINDS)
+        table = table_html(("layers", "count", "rank", "parameters", "share of the update's energy"), rows)
+        return f"<p>{escape(repr(self))}</p>{table}{more}"
 
     @property
     def rank(self) -> int:

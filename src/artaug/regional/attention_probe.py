@@ -8,11 +8,14 @@ from typing import Any, Literal, TypeAlias, final
 
 import torch
 from jaxtyping import Float
+from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_count, check_items
+from artaug._internal.images import as_rgb
+from artaug.drawing import draw_heatmap
 from artaug.errors import GuideError, InvalidValueError
 from artaug.plan import Plan
 from artaug.regional.attention_layers import Attended, AttentionLayers
@@ -21,6 +24,8 @@ from artaug.regional.denoiser import AttentionSite, Span
 from artaug.regional.guide import Guide
 from artaug.regional.guided_run import DenoiserCall, GuidedRun
 from artaug.regional.key_maps import key_maps
+
+_PREVIEW_PX = 512
 
 Phrase: TypeAlias = str | int
 """A part of a prompt, or the number of one token in a row of `artaug.diffusion.Family.encode_prompts`."""
@@ -70,6 +75,30 @@ class AttentionMaps:
                 pictures = interpolate(pictures, grid, mode="area")
             resized.append(pictures)
         return torch.stack(resized).mean(dim=0)
+
+    def preview(self, image: Image, phrase: Phrase, *, row: int = 0, scale: int | None = None) -> Image:
+        """Draw the mean map of a phrase over a picture, and its largest probability below it.
+
+        Args:
+            image: what is drawn over, such as the picture that the call belonged to.
+            phrase: one of the ``phrases``.
+            row: which picture of the batch.
+            scale: pixels of the copy for each pixel of ``image``; None for 512 pixels or what comes near.
+
+        Raises:
+            InvalidValueError: for a row or a phrase that has no map.
+        """
+        if not 0 <= row < len(self.phrases) or phrase not in self.phrases[row]:
+            have = (
+                f"row {row} has {', '.join(map(repr, self.phrases[row]))}"
+                if 0 <= row < len(self.phrases)
+                else f"there are {len(self.phrases)} rows"
+            )
+            raise InvalidValueError(f"AttentionMaps.preview({phrase!r}, row={row}): there is no such map; {have}.")
+        weights = self.mean()[row, self.phrases[row].index(phrase)].detach().float().cpu().numpy()
+        factor = scale or max(_PREVIEW_PX // max(image.size), 1)
+        large = as_rgb(image).resize((image.width * factor, image.height * factor), Resampling.BICUBIC)
+        return draw_heatmap(large, weights, heading=f"{phrase}, at most {weights.max():.2g}")
 
 
 @checked

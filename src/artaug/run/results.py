@@ -6,17 +6,24 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from typing import Any
 
+from PIL.Image import Image
+
 from artaug._internal.annotations import checked
-from artaug._internal.text import duration, short_html, shorten, table_html
+from artaug._internal.prompts import check_prompts
+from artaug._internal.text import duration, short_html, shorten, table_html, table_text
 from artaug.errors import NothingToLearnError
 from artaug.evaluation.comparison import Comparison, ScoreRow
+from artaug.images.html import contact_sheet
 from artaug.lora.lora import LoRA
 from artaug.pairs import Attempt, Kept, Skipped
+from artaug.plan import Plan
 from artaug.run.funnel import Funnel
+from artaug.synthesis import Synthesizer, draw, picture_seeds
 from artaug.training import TrainingResult
 
 _HEADINGS = ("round", "pairs", "steps", "final loss", "held-out gain", "time")
 _MAX_ROUNDS = 20
+_STRIP_PX = 192
 _SHOWN_PAIRS = 3
 _LONGEST_STOP_REASON = 120
 
@@ -52,8 +59,8 @@ class Round:
         )
 
     def _repr_html_(self) -> str:
-        """Numbers, funnel and a few kept pairs, for notebooks."""
-        return table_html(_HEADINGS, [_table_row(self)]) + _attempts_html(self.attempts)
+        """Numbers, the curves of the training, funnel and a few kept pairs, for notebooks."""
+        return table_html(_HEADINGS, [_table_row(self)]) + self.training._repr_html_() + _attempts_html(self.attempts)
 
 
 @checked
@@ -107,6 +114,43 @@ class Enhancement:
             f"Enhancement({len(self.rounds)} rounds, {accepted} accepted, kept {kept:,} of {prompts:,} prompts, "
             f"stop_reason={shorten(self.stop_reason, _LONGEST_STOP_REASON)!r})"
         )
+
+    def strip(
+        self, synthesizer: Synthesizer, prompts: Sequence[str], *, seed: int = 0, scale: int | None = None
+    ) -> Image:
+        """Draw prompts by the base and by the LoRA of every round, with the same seeds: a row for each prompt.
+
+        Args:
+            synthesizer: the base, as it was passed to `enhance`.
+            prompts: what to draw, such as some that the run did not learn from.
+            seed: each prompt gets a seed of its own from it.
+            scale: factor of the enlargement; None for 192 pixels a picture or what comes near.
+
+        Returns:
+            One picture: the base in the first column, then the rounds.
+
+        Raises:
+            PromptError: if there are no prompts, or one is blank.
+            LoRAMismatchError: if the synthesizer is another model than that of the run.
+        """
+        check_prompts(prompts)
+        seeds = picture_seeds(seed, len(prompts))
+        arms = {"base": synthesizer}
+        for finished in self.rounds:
+            name = f"round {finished.number}" + " (left out)" * (not finished.accepted)
+            arms[name] = synthesizer.with_lora(finished.lora)
+        plans = [Plan(prompt) for prompt in prompts]
+        columns = [draw(arm, plans, seeds=seeds) for arm in arms.values()]
+        pictures = [picture for row in zip(*columns, strict=True) for picture in row]
+        scale = scale or max(_STRIP_PX // max(pictures[0].size), 1)
+        return contact_sheet(pictures, columns=len(arms), labels=list(arms) * len(prompts), scale=scale)
+
+    def __str__(self) -> str:
+        """A short table: the last rounds, and why the run ended."""
+        left_out = len(self.rounds) - _MAX_ROUNDS
+        before = f"after {left_out} other rounds\n" if left_out > 0 else ""
+        rows = table_text(_HEADINGS, map(_table_row, self.rounds[-_MAX_ROUNDS:]))
+        return f"{before}{rows}\nended: {shorten(self.stop_reason, _LONGEST_STOP_REASON)}"
 
     def _repr_html_(self) -> str:
         """The last rounds, a row each; of the last one the funnel and a few kept pairs: for notebooks."""

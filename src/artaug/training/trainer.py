@@ -13,8 +13,10 @@ from artaug._internal.annotations import checked
 from artaug._internal.arguments import Faults, check_argument
 from artaug._internal.digests import digest
 from artaug._internal.fingerprints import module_fingerprint
+from artaug._internal.text import duration, table_html
 from artaug.errors import InvalidValueError, NothingToLearnError
 from artaug.identity import identity_of
+from artaug.images.curves import curves_svg
 from artaug.lora.lora import LoRA
 from artaug.placement import Placement, Resident
 from artaug.synthesis import picture_seeds
@@ -61,6 +63,38 @@ class TrainingResult:
     def best_validation(self) -> ValidationResult | None:
         """The validation whose step and strength ``lora`` has, if there was one."""
         return best_result(self.validations) if self.validations else None
+
+    def __repr__(self) -> str:
+        """Its numbers on one line."""
+        loss = f", final loss {self.losses[-1]:.3g}" if self.losses else ""
+        best = self.best_validation
+        chosen = (
+            ""
+            if best is None
+            else f", best of {len(self.validations)} validations: win rate {best.win_rate:.0%} at step {best.step}"
+        )
+        return f"TrainingResult({self.lora!r}, {self.pairs:,} pairs, {self.steps:,} steps{loss}{chosen})"
+
+    def _repr_html_(self) -> str:
+        """Numbers, and the curves of loss and validation, for notebooks. What is shown does not grow with the training."""
+        best = self.best_validation
+        row = [
+            f"{self.pairs:,}",
+            f"{self.steps:,}" + f" ({self.skipped_steps:,} skipped)" * bool(self.skipped_steps),
+            f"{self.losses[-1]:.3g}" if self.losses else "none",
+            repr(self.lora),
+            "none"
+            if best is None
+            else f"win rate {best.win_rate:.0%} at step {best.step:,}, strength {best.strength:g}",
+            duration(self.seconds),
+        ]
+        table = table_html(("pairs", "steps", "final loss", "LoRA", "validation", "time"), [row])
+        rates = {
+            f"strength {strength:g}": [(one.step, one.win_rate) for one in self.validations if one.strength == strength]
+            for strength in dict.fromkeys(one.strength for one in self.validations)
+        }
+        loss = curves_svg({"loss": list(enumerate(self.losses, start=1))}, x="step", y="loss")
+        return table + loss + curves_svg(rates, x="step", y="win rate over the base")
 
 
 @checked

@@ -1,7 +1,7 @@
 """What an objective is: the loss of a step, and which pairs and stages a training consists of."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
