@@ -1,7 +1,7 @@
 """Curves are where their points are, and their page does not grow with them."""
 
 import re
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -10,7 +10,7 @@ from artaug.images.curves import curves_svg
 
 def places(svg):
     """The points of each curve, in pixels."""
-    lines = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}polyline")
+    lines = ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}polyline")
     return [[tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in lines]
 
 

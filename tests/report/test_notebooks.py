@@ -108,4 +108,4 @@ def test_a_training_shows_its_numbers_and_its_curves():
 
 def test_a_lora_shows_its_layers_by_kind():
     layers = {f"blocks.{index}.to_q": LORA.layers[next(iter(LORA.layers))] for index in range(3)}
-    assert "blocks.*.to_q 3 1" in visible_text(aa.LoRA(layers))
+    assert "blocks.*.to_q 3 2" in visible_text(aa.LoRA(layers))
