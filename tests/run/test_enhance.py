@@ -173,7 +173,7 @@ def test_a_last_round_that_did_not_help_is_left_out_of_the_result(flux):
 def test_a_stop_rule_says_how_many_different_prompts_it_needs(prompts):
     with pytest.raises(aa.PromptError, match="received 5 different prompts and needs at least 6"):
         aa.StopRule(ScriptedScorer([]), prompts)
-    with pytest.raises(aa.PromptError, match="Put it in a list: .'a hill'."):
+    with pytest.raises(aa.PromptError, match=r"Put it in a list: .'a hill'."):
         aa.StopRule(ScriptedScorer([]), "a hill")
     with pytest.raises(aa.PromptError, match="prompts\\[1\\] is ' '"):
         aa.StopRule(ScriptedScorer([]), ["a hill", " "])

@@ -62,7 +62,7 @@ WRONG = {
     ),
     "color-of-nothing": (lambda: ObjectCheck((), (Clause("dog", color="red"),)), "only a count"),
     "none-of-it": (lambda: Clause("dog", 0), "greater than 0"),
-    "no-side": (lambda: Clause("dog", position=("beside", 0)), "Input should be 'left of'"),
+    "no-side": (lambda: Clause("dog", position=("beside", 0)), "expected one of 'left of'"),
     "no-question": (lambda: QuestionCheck(()), r"numbered \[\]"),
     "one-number-twice": (lambda: QuestionCheck((Question(1, "a"), Question(1, "b"))), r"numbered \[1, 1\]"),
     "no-parent": (
