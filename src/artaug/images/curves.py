@@ -60,11 +60,10 @@ def curves_svg(curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y
 
 def _thinned(points: Sequence[tuple[float, float]]) -> np.ndarray:
     """The points as rows, at most 200 of them."""
-    values = np.array(points, dtype=float).reshape(-1, 2)
+    values: np.ndarray = np.array(points, dtype=float).reshape(-1, 2)
     values = values[np.isfinite(values).all(axis=1)]
-    if len(values) <= _MOST_POINTS:
-        return values
-    return np.stack([part.mean(axis=0) for part in np.array_split(values, _MOST_POINTS)])
+    parts = np.array_split(values, _MOST_POINTS) if len(values) > _MOST_POINTS else [values]
+    return values if len(parts) == 1 else np.stack([part.mean(axis=0) for part in parts])
 
 
 def _text(across: float, down: float, words: str, *, anchor: str = "start", color: str = "currentColor") -> str:
