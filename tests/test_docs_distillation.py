@@ -120,15 +120,15 @@ def test_trajectory_matching_moves_the_students_estimate_as_its_code_does(guidan
     model = SimpleNamespace(
         noise_schedule=FlowMatching(),
         predict=lambda noisy, _sigmas, _conditioning: student + 0 * noisy,
-        teacher_predict=lambda _noisy, _sigmas, text, **_: prompt if text == "prompt" else negative,
+        teacher_predict=lambda _noisy, _sigmas, conditioning, **_: conditioning["predicted"],
         companion_predict=lambda _noisy, _sigmas, _conditioning: fake,
     )
     batch = PromptBatch(
-        conditioning="prompt",
+        conditioning={"predicted": prompt},
         noise=noise,
         sigmas=SIGMAS,
         extra_noise=(start,),
-        negative=None if objective.negative_prompt is None else "negative",
+        negative=None if objective.negative_prompt is None else {"predicted": negative},
     )
     loss, s = objective.loss(model, batch), SIGMAS[:, None]
     # x0 = z - s v, so differences of clean estimates are those of velocities times -s.
