@@ -40,7 +40,8 @@ NOT_DOORS = {
     *("LatentStep", "LayerMaps", "Predict", "Span"),
     # As much for training.
     *("EpsilonPrediction", "FlowMatching", "VPrediction", "NoiseSchedule", "LossScale", "LayerWeights", "PairBatch"),
-    *("PromptBatch", "Stage", "TrainingState", "TrainingPlan"),
+    *("PromptBatch", "Stage", "TrainingState", "TrainingPlan", "CompanionState", "EncodedPlan", "InstalledTokens"),
+    "Tokens",  # which takes rows of numbers in several forms, and says itself what it cannot read
     # Families read a pipeline; `DiffusersSynthesizer` finds them.
     *(
         "Family",

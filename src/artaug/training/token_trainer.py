@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_count, check_finite_number
 from artaug._internal.digests import digest
 from artaug._internal.fingerprints import module_fingerprint
@@ -39,6 +40,7 @@ _ROWS = "tokens"
 """Where a checkpoint has the rows, among the layers of a LoRA."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TokenTrainingResult:
     """The result of a training of words."""
@@ -52,6 +54,7 @@ class TokenTrainingResult:
     """Wall-clock time, of all its runs if it was resumed."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TokenTrainer:
     """Learns the embedding rows of words (textual inversion, arXiv 2208.01618), and with a ``rank`` a LoRA beside them.

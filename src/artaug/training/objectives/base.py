@@ -1,7 +1,7 @@
 """What an objective is: the loss of a step, and which pairs and stages a training consists of."""
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from artaug._internal.annotations import Seam
+from artaug._internal.annotations import checked
 from artaug._internal.calls import call_part
 from artaug._internal.contracts import contract_error
 from artaug.errors import InvalidValueError
@@ -149,6 +149,7 @@ Loss: TypeAlias = Callable[[Student, Any], Tensor]
 """Of a student and a batch: a `PairBatch`, or a `PromptBatch` where an objective reads no pictures."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Companion:
     """A second learner, which the student's loss asks: one that learns what the student draws now, or tells it from real pictures.
@@ -236,7 +237,7 @@ class TrainingPlan:
             )
 
 
-class Objective(Seam):
+class Objective(ABC):
     """What training minimizes. Subclass it and write `loss`; override `training_plan` for a training of several stages.
 
     >>> import artaug as aa
@@ -298,7 +299,7 @@ class Objective(Seam):
         """How a training on this many pairs proceeds; unless overridden, all of them together in one stage."""
         return TrainingPlan((tuple(range(pairs)),), (Stage(self.loss, companion=self.companion),))
 
-    def check(self, noise_schedule: NoiseSchedule) -> None:
+    def check(self, noise_schedule: NoiseSchedule) -> None:  # noqa: B027 - most can be minimized for every model
         """Called before anything is encoded; override it for an objective that not every model can minimize.
 
         Raises:
