@@ -284,8 +284,14 @@ class Objective(ABC):
         return False
 
     @abstractmethod
-    def loss(self, model: Student, batch: PairBatch) -> Tensor:
-        """The loss of one batch: a scalar, the mean over its pairs."""
+    def loss(self, model: Student, batch: Any) -> Tensor:  # noqa: ANN401 - the one or the other, as the objective reads pictures
+        """The loss of one batch: a scalar, the mean over its rows.
+
+        Args:
+            model: the model in training.
+            batch: a `artaug.training.PairBatch`; of prompts without pictures, where the objective reads none, a
+                `artaug.training.PromptBatch`.
+        """
 
     def phrases_of(self, plan: Plan) -> Sequence[str]:
         """The parts of a prompt whose tokens the loss needs as ``batch.phrase_tokens``; unless overridden, none.
