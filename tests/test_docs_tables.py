@@ -255,3 +255,21 @@ def test_the_costs_of_a_cluster_are_those_that_were_measured():
     memory = [row["resident_mb"] for row in rows(path, what="memory")]
     assert max(memory) - min(memory) < 1
     assert f"flat at {max(memory):.0f} MiB from 1,250 to 10,000 prompts" in text
+
+
+def test_what_the_page_of_systems_says_is_what_was_measured():
+    page = " ".join((ROOT / "docs" / "systems.md").read_text("utf-8").split())
+    measured = json.loads((RESULTS / "2-core-epyc/systems.json").read_text("utf-8"))["estimates"]
+    success = {(row["arm"], row["model"], row["things"]): row["success"]["mean"] for row in measured}
+    of = {
+        arm: [success[arm, "confused", things] for things in (2, 3)] for arm in ("base", "checklist, 4 turns", "ArtAug")
+    }
+    (base_2, base_3), (checked_2, checked_3), (_, looped_3) = of.values()
+
+    assert (
+        f"from {base_2:.2f} to {checked_2:.2f} with two things, and from {base_3:.2f} to {checked_3:.2f} with three"
+        in page
+    )
+    assert f"({base_3:.2f} to {looped_3:.2f})" in page
+    assert success["ArtAug", "as it ships", 2] == success["base", "as it ships", 2]
+    assert success["base", "as it ships", 3] - success["ArtAug", "as it ships", 3] == pytest.approx(0.2, abs=0.01)
