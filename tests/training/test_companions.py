@@ -404,5 +404,5 @@ def test_a_head_with_buffers_is_refused(tiny_model):
 
 
 def test_a_slider_of_an_objective_with_a_companion_is_refused():
-    with pytest.raises(InvalidValueError, match="a companion of its own cannot be reversed"):
+    with pytest.raises(InvalidValueError, match="or a companion, cannot be reversed"):
         aa.Bipolar(objective=Distilled())

@@ -117,7 +117,9 @@ def test_a_scale_out_of_range_is_refused(scale):
 
 
 def test_an_objective_of_several_stages_cannot_be_reversed():
-    with pytest.raises(InvalidValueError, match="an objective with a training plan of its own cannot be reversed"):
+    with pytest.raises(
+        InvalidValueError, match="an objective with a training plan of its own, or a companion, cannot be reversed"
+    ):
         Bipolar(objective=TwoStage())
 
 

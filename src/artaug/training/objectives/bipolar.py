@@ -61,7 +61,7 @@ class Bipolar(Objective):
             raise InvalidValueError(f"Bipolar(scale={self.scale}): need a finite scale above 0.")
         if type(self.objective).training_plan is not Objective.training_plan or self.objective.companion is not None:
             raise InvalidValueError(
-                f"Bipolar(objective={self.objective}): an objective with a training plan or a companion of its own cannot be "
+                f"Bipolar(objective={self.objective}): an objective with a training plan of its own, or a companion, cannot be "
                 "reversed. Expected one with a loss alone, as PairedDifference or SupervisedFineTuning."
             )
 
