@@ -165,7 +165,7 @@ class Stays(aa.LatentGuide):
         aa.Together((aa.RegionalAttention(), Stays())),
         aa.RegionalAttention(isolation=aa.Isolation(sigma_range=(0.5, 1.0))),
     ],
-    ids=repr,
+    ids=["OutputMix", "LatentGuide", "AttentionProbe", "Together", "isolation of some steps"],
 )
 def test_guides_that_call_the_model_or_read_its_layers_are_refused_beside_any_cache(guide):
     flux = tiny_family(Flux)
