@@ -339,7 +339,7 @@ class FailsInItsSecondStage(NamesUnknownPairs):
         (NotScalar(), r"has shape \(3,\): expected a scalar"),
         (NotFinite(), "is inf: expected a finite number"),
         (Detached(), "has no gradient"),
-        (OfTheTeacher(), "has a gradient of 0 for the LoRA"),
+        (OfTheTeacher(), "has a gradient of 0 for what learns"),
         (ScalesTheBatch(), "changed the batch's noise in place"),
         (DrawsNoise(), "for the same batch: draw no random numbers"),
         (NamesUnknownPairs(), r"names the pairs \[4\]: expected numbers below 4"),
