@@ -165,7 +165,7 @@ class Canvas:
 
     @property
     def reference_digests(self) -> tuple[str, ...]:
-        """SHA-256 of each reference, as `artaug.image_files.image_digest` gives it."""
+        """SHA-256 of each reference, as ``artaug.image_files.image_digest`` gives it."""
         return tuple(map(image_digest, vars(self)["references"].references))
 
     @property
