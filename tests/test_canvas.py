@@ -122,7 +122,7 @@ def test_what_is_no_picture_and_no_mask_is_refused(arguments, message):
 
 
 def test_a_plan_takes_nothing_else_for_a_canvas():
-    with pytest.raises(aa.InvalidValueError, match="Plan: canvas"):
+    with pytest.raises(aa.InvalidValueError, match=r"Plan\(canvas=.*expected an instance of artaug.Canvas or None"):
         aa.Plan("a cone", canvas=GREY)
 
 

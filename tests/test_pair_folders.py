@@ -131,11 +131,11 @@ def test_two_captions_and_a_wrong_call_are_refused_by_name(tmp_path):
     (tmp_path / "after" / "a.txt").write_text("an aunt", encoding="utf-8")
     assert "has two captions" in faults(*two)
     assert "expected a folder that is there" in faults(tmp_path / "nowhere", two[1])
-    assert "expected prompts by name" in faults(*two, captions=["an ant"])
+    assert "pairs_from_folder(captions=['an ant']): expected a dict of texts" in faults(*two, captions=["an ant"])
     assert "is no .csv or .jsonl file" in faults(*two, captions="an ant")
     assert "cannot be read" in faults(*two, captions="nowhere.csv")
     assert "in its metadata.jsonl" in faults(two[0], captions={})
-    assert "expected (width, height)" in faults(*two, size=(1, 2, 3))
+    assert "size=(1, 2, 3)): expected two whole numbers or None" in faults(*two, size=(1, 2, 3))
     assert "size[0]=0" in faults(*two, size=(0, 2))
     (tmp_path / "empty").mkdir()
     assert "there is no picture" in faults(tmp_path / "empty", tmp_path / "empty")
@@ -207,7 +207,10 @@ def test_a_folder_of_other_pairs_is_not_written_over(tmp_path):
         ('{"before_file_name": "/a.png", "after_file_name": "a.png"}', "'/a.png' is not in the folder"),
         ('{"before_file_name": "a.png", "after_file_name": "a.png", "seed": "x"}', "prompt and seed cannot be read"),
         ('{"before_file_name": "a.png", "after_file_name": "b.png", "prompt": "p"}', "there is no such file"),
-        ('{"before_file_name": "a.png", "after_file_name": "a.png", "prompt": "p", "plan": "{}"}', "line 2: Plan: "),
+        (
+            '{"before_file_name": "a.png", "after_file_name": "a.png", "prompt": "p", "plan": "{}"}',
+            "line 2: Plan() lacks prompt",
+        ),
         (
             '{"before_file_name": "a.png", "after_file_name": "a.png", "prompt": "p", "rewards": [0.1, 2]}',
             "line 2: ImagePair(rewards=[0.1, 2]): expected two numbers in [0, 1]",

@@ -310,7 +310,7 @@ def _listed_pairs(folder: Path, opener: _Opener) -> Iterator[ImagePair]:
                 raise InvalidValueError(f"{' and '.join(wrong)} cannot be read")  # noqa: TRY301 - one place for all
             pairs = list(opener.pair(paths[0], paths[1], row))
         except InvalidValueError as error:
-            opener.faults.append(f"{folder / _METADATA}, line {number}: {error}.")
+            opener.faults.append(f"{folder / _METADATA}, line {number}: {str(error).rstrip('.')}.")
         else:
             yield from pairs
 
@@ -349,7 +349,7 @@ def _rows(path: Path, opener: _Opener) -> Iterator[tuple[int, Mapping[str, Any]]
         try:
             row = decode_json(line) if line.strip() else None
         except ValueError as error:
-            opener.faults.append(f"{path}, line {number}: {error}.")
+            opener.faults.append(f"{path}, line {number}: {str(error).rstrip('.')}.")
             continue
         if isinstance(row, dict):
             yield number, row

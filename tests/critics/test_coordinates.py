@@ -173,8 +173,8 @@ def test_a_box_has_four_numbers_and_a_point_two(numbers):
         ({"unit": "thousandths", "resize": SmartResize()}, "has a resize, which only the unit 'pixels' uses"),
         ({"unit": "relative", "point_radius": 0}, "need a point_radius in"),
         ({"unit": "relative", "point_radius": math.nan}, "need a point_radius in"),
-        ({"unit": "inches"}, "Coordinates: unit"),
-        ({"unit": "relative", "key": "place"}, "Coordinates: key"),
+        ({"unit": "inches"}, r"Coordinates\(unit=\'inches\'\): expected one of"),
+        ({"unit": "relative", "key": "place"}, r"Coordinates\(key=\'place\'\): expected one of"),
     ],
 )
 def test_an_invalid_convention_is_refused(options, message):

@@ -467,7 +467,7 @@ def test_drawing_shows_no_progress_bar_and_keeps_the_pipelines_setting(synthesiz
 def test_the_repr_names_the_model_and_the_settings(synthesizer):
     assert repr(synthesizer) == (
         "DiffusersSynthesizer(FluxPipeline, guide=OutputMix(), width=32, height=32, steps=3, guidance_scale=None, "
-        "negative_prompt=None, true_cfg_scale=1.0, max_sequence_length=24, loras=())"
+        "negative_prompt=None, true_cfg_scale=1.0, max_sequence_length=24, loras=(), tokens=None)"
     )
 
 

@@ -59,7 +59,9 @@ def test_what_the_cluster_has_not_is_refused_before_anything_is_built(arguments,
 
 
 def test_a_part_in_place_of_a_function_that_makes_it_is_refused(cluster):
-    with pytest.raises(aa.InvalidValueError, match="a function that makes a synthesizer on a worker"):
+    with pytest.raises(
+        aa.InvalidValueError, match=r"a function without arguments that makes an object of artaug\.Synthesizer"
+    ):
         cluster.synthesizer(SwatchSynthesizer())
 
 

@@ -81,8 +81,10 @@ def check_calls(tree, names):
             owner = value_of(node.func.value, names) if isinstance(node.func, ast.Attribute) else None
             unbound = inspect.isclass(owner) and inspect.isfunction(inspect.getattr_static(owner, node.func.attr))
             keywords = {keyword.arg: ... for keyword in node.keywords if keyword.arg}
+            unpacked = any(keyword.arg is None for keyword in node.keywords)  # **parts
+            bind = getattr(inspect.signature(function), "bind_partial" if unpacked else "bind")
             try:
-                inspect.signature(function).bind(*[...] * (unbound + len(node.args)), **keywords)
+                bind(*[...] * (unbound + len(node.args)), **keywords)
             except TypeError as error:
                 raise TypeError(f"{ast.unparse(node)}: {error}") from error
 

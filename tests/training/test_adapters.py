@@ -219,15 +219,15 @@ from artaug.diffusion import estimate
 
 synthesizer = playground.synthesizer()
 for construct, message in [
-    (lambda: aa.DifferentialLoRATrainer(adapter=aa.LoKr), "need a value of artaug.training.Adapter, made with its paren"),
-    (lambda: aa.DifferentialLoRATrainer(optimizer="adamw"), "optimizer='adamw'): need a value of"),
-    (lambda: aa.DifferentialLoRATrainer(schedule="cosine"), "aa.Schedule.COSINE"),
-    (lambda: aa.DifferentialLoRATrainer(objective=aa.TwoStage), "need a value of artaug.training.Objective"),
-    (lambda: aa.DifferentialLoRATrainer(rank=2.0), "whole and of at least 1"),
-    (lambda: aa.DifferentialLoRATrainer(echo=1.5), "whole and of at least 1"),
-    (lambda: aa.Checkpoints(folder="x", every=2.5), "need whole numbers of at least 1"),
-    (lambda: estimate(synthesizer), "received a DiffusersSynthesizer to estimate"),
-    (lambda: estimate(synthesizer.pipeline, dtype="bfloat16"), "need a floating type"),
+    (lambda: aa.DifferentialLoRATrainer(adapter=aa.LoKr), "expected an instance of artaug.Adapter, received the class LoKr. Make one"),
+    (lambda: aa.DifferentialLoRATrainer(optimizer="adamw"), "optimizer='adamw'): expected an instance of artaug.Optimizer, received a str. Such as"),
+    (lambda: aa.DifferentialLoRATrainer(schedule="cosine"), "Schedule.COSINE"),
+    (lambda: aa.DifferentialLoRATrainer(objective=aa.TwoStage), "expected an instance of artaug.Objective, received the class TwoStage"),
+    (lambda: aa.DifferentialLoRATrainer(rank=2.0), "expected a whole number, received a float. Write 2."),
+    (lambda: aa.DifferentialLoRATrainer(echo=1.5), "expected a whole number or None"),
+    (lambda: aa.Checkpoints(folder="x", every=2.5), "every=2.5): expected a whole number"),
+    (lambda: estimate(synthesizer), "estimate(source=DiffusersSynthesizer(FluxPipeline"),
+    (lambda: estimate(synthesizer.pipeline, dtype="bfloat16"), "expected an instance of torch.dtype or None, received a str. Such as torch.bfloat16"),
 ]:
     try:
         construct()

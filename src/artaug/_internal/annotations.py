@@ -14,6 +14,7 @@ from abc import ABC
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import InitVar
+from enum import Enum
 from functools import wraps
 from numbers import Integral, Real
 from pathlib import Path
@@ -105,7 +106,7 @@ def kind_of(hint: Any, names: Mapping[str, object] = types.MappingProxyType({}))
     if origin in _NESTED or hint in _NESTED:
         return _nested(origin or hint, arguments, names)
     if origin is Callable or hint is Callable:
-        return lambda value: None if callable(value) and not _is_ours(value) else Misfit("", value, "a function")
+        return _function_of(arguments)
     if origin is type:
         base = arguments[0] if isinstance(arguments[0], type) else object
         words = f"{type_name(base)}, or a class of yours that is one"
@@ -115,7 +116,21 @@ def kind_of(hint: Any, names: Mapping[str, object] = types.MappingProxyType({}))
     of = origin or hint
     if not isinstance(of, type) or of in {object, Any} or (getattr(of, "_is_protocol", False) and not _is_runtime(of)):
         return None
-    return lambda value: None if isinstance(value, of) else Misfit("", value, f"an instance of {type_name(of)}", (of,))
+    members = f": {', '.join(f'{of.__name__}.{one.name}' for one in of)}" if issubclass(of, Enum) else ""
+    words = f"an instance of {type_name(of)}{members}"
+    return lambda value: None if isinstance(value, of) else Misfit("", value, words, (of,))
+
+
+def _function_of(arguments: Sequence[Any]) -> Kind:
+    """A function; a class of ours where it takes no arguments alone, since it makes an object, which is what is meant there."""
+    makes = bool(arguments) and arguments[0] == []
+    words = f"a function without arguments that makes {_with_article(arguments[1])}" if makes else "a function"
+    return lambda value: None if callable(value) and (makes or not _is_ours(value)) else Misfit("", value, words)
+
+
+def _with_article(hint: Any) -> str:  # noqa: ANN401
+    name = type_name(hint) if isinstance(hint, type) else str(hint)
+    return f"an object of {name}"
 
 
 def _is_ours(value: object) -> bool:

@@ -19,6 +19,7 @@ _QUOTED = 120
 """Characters of a value that an error quotes."""
 
 _ADVICE = {
+    "Adapter": "Such as artaug.PlainLoRA().",
     "Box": "Such as artaug.Box(0, 0, 0.5, 1), the left half; of pixels, artaug.Box.from_pixels(...).",
     "BestOf": "Such as artaug.BestOf(4, by=scorer).",
     "Checkpoints": "Such as artaug.Checkpoints(folder='runs/first').",
@@ -29,6 +30,8 @@ _ADVICE = {
     "Image": "Open a file with PIL.Image.open(path).",
     "ImagePair": "The pair of an attempt is attempt.pair, and a Skipped has none.",
     "LoRA": "Read a file with artaug.LoRA.load(path).",
+    "Objective": "Such as artaug.PairedPreference().",
+    "Optimizer": "Such as artaug.AdamW().",
     "PairwiseJudge": "Such as an object of a subclass of yours, see artaug.PairwiseJudge.",
     "PairFilter": "Make one of a scorer, artaug.Gain(scorer, at_least=0.02), or subclass artaug.PairFilter.",
     "Placement": "Such as artaug.Resident() or artaug.OneAtATime().",
@@ -40,6 +43,7 @@ _ADVICE = {
     "Synthesizer": "Give it the pipeline, artaug.diffusion.DiffusersSynthesizer(pipeline=pipeline).",
     "Trainable": "Such as an artaug.diffusion.DiffusersSynthesizer.",
     "Validation": "Such as artaug.Validation(scorer=scorer, prompts=prompts).",
+    "dtype": "Such as torch.bfloat16.",
 }
 """What to do, by the name of the class that was expected."""
 

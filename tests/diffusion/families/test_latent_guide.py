@@ -34,6 +34,10 @@ PROMPTS = ["a red barn by the lake", "a lake, and in it a red boat at night"]
 PLANS = [aa.Plan(prompt) for prompt in PROMPTS]
 LEFT = aa.Box(0, 0, 0.5, 1)
 
+NUMPY_IN_DIFFUSERS = pytest.mark.filterwarnings(
+    "ignore:__array_wrap__ must accept:DeprecationWarning"
+)  # its schedulers
+
 
 def name_of(kind):
     return kind.__name__
@@ -362,6 +366,7 @@ KEEPING = [HeunDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler, UniPCMu
 STEPPING = [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler]
 
 
+@NUMPY_IN_DIFFUSERS
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers with numpy 2
 @pytest.mark.parametrize("scheduler", [*KEEPING, *STEPPING])
 def test_a_scheduler_that_steps_from_latents_which_it_kept_is_refused_and_no_other(scheduler):
@@ -381,6 +386,7 @@ def test_a_scheduler_that_steps_from_latents_which_it_kept_is_refused_and_no_oth
     assert (draw(family, None) == plain).all()
 
 
+@NUMPY_IN_DIFFUSERS
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers with numpy 2
 def test_diffusers_schedulers_that_keep_latents_do_lose_a_move():
     latents, prediction = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
