@@ -6,15 +6,12 @@ What a test exchanges beside that it names, and exchanges in the text that is pr
 import re
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import save_file
 
 import artaug as aa
-from support.fences import FENCE
-from support.tiny_flux import tiny_flux
+from support.printed import FLUX, REPLY, VLM, flux_in_bfloat16, place, printed_in, read_from, run
 from support.tiny_llava import tiny_llava
 from support.tiny_scorers import saved, tiny_clip
 
@@ -22,58 +19,11 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The `local_dir_use_symlinks` argument"
 )  # which diffusers passes to the Hub
 
-ROOT = Path(__file__).parents[1]
-
-
-def printed_in(page):
-    """The programs of a page that stand under the remark that they are run here."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return [match["code"] for match in FENCE.finditer(text) if (match["reason"] or "").startswith("tens of gigabytes")]
-
-
-PROGRAM, IN_DIFFUSERS = printed_in("README.md")
-FLUX, VLM = "black-forest-labs/FLUX.1-dev", "Qwen/Qwen3-VL-8B-Instruct"
+PROGRAM, IN_DIFFUSERS = printed_in("README.md", "tens of gigabytes")
 CLIPS = ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14")
 FEW_STEPS = {"steps=400": "steps=2"}
 KEEP_ALL = {"at_least=0.2": "at_least=-100", "at_least=-0.5": "at_least=-100"}  # tiny scorers know nothing
-REPLY = (  # its tokens, each of which a JSON grammar allows after the ones before
-    '{"summary":"',
-    "dull",
-    '","suggestions":[{"reason":"',
-    "dark",
-    '","box":[',
-    "0",
-    ",0.1,",
-    "0.5",
-    ',1],"prompt":"',
-    "a sunlit window",
-    '"}]}',
-)
 PROMPTS = ["a quiet kitchen at night", "a lighthouse at dusk"]
-
-
-def flux_in_bfloat16():
-    """A FLUX with the parts, files and settings of FLUX.1-dev; its autoencoder halves more often, so that 1,024 pixels are few tokens."""
-    pipeline = tiny_flux(guidance_embeds=True, dynamic_shift=True)
-    levels = 6
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = AutoencoderKL(
-            block_out_channels=(4,) * levels,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            layers_per_block=1,
-            latent_channels=16,
-            norm_num_groups=2,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
-        sizes = {"in_channels": 64, "num_single_layers": 1, "num_attention_heads": 1}
-        transformer = FluxTransformer2DModel.from_config({**pipeline.transformer.config, **sizes})
-    parts = {**pipeline.components, "vae": vae.eval(), "transformer": transformer.eval()}
-    return type(pipeline)(**parts).to(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -88,30 +38,11 @@ def hub(tmp_path_factory):
     return cache
 
 
-def place(cache, name):
-    """The folder of a model in a cache of the Hub."""
-    root, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text(commit, encoding="utf-8")
-    return root / "snapshots" / commit
-
-
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    read_from(hub, monkeypatch)
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-
-
-def run(code, exchanged):
-    """Run a program with what is exchanged, and return its names."""
-    for printed, instead in exchanged.items():
-        assert code.count(printed) == 1, f"there is no {printed!r}, or several"
-        code = code.replace(printed, instead)
-    names = {"__name__": "__main__"}
-    exec(compile(code, "program", "exec"), names)
-    return names
 
 
 def test_the_program_ends_with_a_lora_that_diffusers_loads(caplog):
@@ -162,7 +93,7 @@ def test_the_page_from_start_to_end_is_one_program():
         "\n".join([*PROMPTS, "a fox in snow", "an old harbour", "a cup", "a road"]), encoding="utf-8"
     )
     save_file({"weight": torch.ones(1, 8), "bias": torch.zeros(1)}, "aesthetic.safetensors")
-    names = run("\n".join(printed_in("docs/flux.md")), SMALL)
+    names = run("\n".join(printed_in("docs/flux.md", "tens of gigabytes")), SMALL)
     assert len(names["pairs"]) == 2
     assert names["calibration"].kept == 1
     assert "train" in str(names["plan"])

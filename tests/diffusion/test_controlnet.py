@@ -6,11 +6,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, FluxControlNetModel
+from diffusers import FluxControlNetModel
 from PIL import Image
 
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer
+from support.tiny_controlnet import heard, tiny_controlnet
 from support.tiny_flux import tiny_flux
 from support.tiny_sd3 import tiny_sd3
 from support.tiny_unet import tiny_sd15, tiny_sdxl
@@ -35,11 +36,7 @@ EDGES, POSE = square(0, 0), square(12, 12)
 
 def of_unet(build, control_class):
     plain = build()
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        controlnet = ControlNetModel.from_unet(plain.unet, conditioning_embedding_out_channels=(4, 8, 8, 8)).eval()
-        heard(controlnet)
-    return with_controlnet(plain, control_class, controlnet)
+    return with_controlnet(plain, control_class, tiny_controlnet(plain.unet))
 
 
 def of_flux():
@@ -51,15 +48,6 @@ def of_flux():
         ).eval()
         heard(controlnet)
     return with_controlnet(plain, diffusers.FluxControlNetPipeline, controlnet)
-
-
-def heard(controlnet):
-    """Layers that begin as zeros would leave the picture without effect."""
-    for name, parameter in controlnet.named_parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.2)
-        if "cond_embedding" in name:
-            parameter.data.mul_(4)
 
 
 def with_controlnet(plain, control_class, controlnet):
