@@ -24,8 +24,8 @@ import artaug as aa
 from artaug.training import ATTENTION_AND_MLP, FlowMatching, PairBatch
 from artaug.training.batches import StepBatch
 from artaug.training.distributed import SINGLE_PROCESS
+from artaug.training.injection import find_target_layers, inject_adapter, restored_on_exit
 from artaug.training.optimizer_loop import OptimizerLoop
-from artaug.training.student import find_target_layers, inject_adapter, restored_on_exit
 from artaug.training.teacher_cache import TeacherCache
 from benchmarks import _flux as flux
 from benchmarks import _memory as memory

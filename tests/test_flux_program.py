@@ -19,7 +19,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The `local_dir_use_symlinks` argument"
 )  # which diffusers passes to the Hub
 
-PROGRAM, IN_DIFFUSERS = printed_in("README.md", "tens of gigabytes")
+TEST = "tests/test_flux_program.py"
+PROGRAM, IN_DIFFUSERS = printed_in("README.md", TEST)
 CLIPS = ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14")
 FEW_STEPS = {"steps=400": "steps=2"}
 KEEP_ALL = {"at_least=0.2": "at_least=-100", "at_least=-0.5": "at_least=-100"}  # tiny scorers know nothing
@@ -93,7 +94,7 @@ def test_the_page_from_start_to_end_is_one_program():
         "\n".join([*PROMPTS, "a fox in snow", "an old harbour", "a cup", "a road"]), encoding="utf-8"
     )
     save_file({"weight": torch.ones(1, 8), "bias": torch.zeros(1)}, "aesthetic.safetensors")
-    names = run("\n".join(printed_in("docs/flux.md", "tens of gigabytes")), SMALL)
+    names = run("\n".join(printed_in("docs/flux.md", TEST)), SMALL)
     assert len(names["pairs"]) == 2
     assert names["calibration"].kept == 1
     assert "train" in str(names["plan"])

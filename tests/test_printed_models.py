@@ -34,7 +34,7 @@ ADDRESS = '"http://127.0.0.1:8000/v1"'
 
 
 def fences_of(page):
-    return printed_in(page, "tests/test_printed_models.py runs it")
+    return printed_in(page, "tests/test_printed_models.py")
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Every Python fence of the README and the docs runs, page by page, from top to bottom.
 
-A fence that cannot run here (it needs 12 billion weights, say) stands under `<!-- not executed: the reason -->`. It is
-compiled all the same, what it takes from artaug has to exist, and its calls have to fit the signatures.
+A fence that cannot run here (it needs 12 billion weights, say) stands under `<!-- executed by tests/test_x.py: how -->`, where
+that test runs it as it is printed, or `<!-- not executed: the reason -->`. It is compiled all the same, what it takes from
+artaug has to exist, and its calls have to fit the signatures.
 """
 
 import inspect
@@ -33,6 +34,19 @@ def test_every_fence_of_a_page_is_looked_at(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_python_hides_behind_no_other_name(page):
     assert not re.search(r"^```(py|python3|pycon|Python|python .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_a_test_that_is_said_to_execute_a_fence_reads_the_page():
+    said = {
+        (fence["test"], page.relative_to(ROOT).as_posix())
+        for page in PAGES
+        for fence in FENCE.finditer(page.read_text(encoding="utf-8"))
+        if fence["test"]
+    }
+    assert len(said) >= 8
+    for test, page in said:
+        source = (ROOT / test).read_text(encoding="utf-8")
+        assert f'"{page}"' in source or f'/ "{Path(page).name}"' in source, f"{test} does not read {page}"
 
 
 def test_the_table_of_parts_names_methods_that_exist():

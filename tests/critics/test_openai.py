@@ -29,6 +29,7 @@ from support.faulty_server import (
     eventually,
     faulty_server,
     hangs,
+    quiet,
     refuses,
     says,
     sends,
@@ -403,7 +404,7 @@ def test_control_c_ends_a_batch_at_once_and_the_answers_before_it_have_been_give
             received.extend(stream)
         assert time.monotonic() - start < 10
         assert [answer for _, answer in received] == [ADVICE]
-        assert eventually(lambda: not any(thread.name.startswith("artaug-") for thread in threading.enumerate()))
+        assert quiet()
 
 
 def test_a_stream_that_is_closed_sends_no_further_request():
@@ -411,7 +412,7 @@ def test_a_stream_that_is_closed_sends_no_further_request():
         stream = stream_critic(critic(server, concurrency=1), [RED] * 8, ["a wall"] * 8)
         next(stream)
         stream.close()
-        assert eventually(lambda: not any(thread.name.startswith("artaug-") for thread in threading.enumerate()))
+        assert quiet()
         assert len(server.requests) <= 2
 
 

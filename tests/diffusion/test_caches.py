@@ -21,6 +21,7 @@ from artaug.diffusion.families.unet.family import StableDiffusion
 from artaug.identity import identity_of
 from support.family_laws import picture, synthesizer_of
 from support.family_pipelines import tiny_family
+from support.guiding import Stays
 
 PROMPT = "a red barn by the lake"
 LEFT, FULL = aa.Box(0, 0, 0.5, 1), aa.Box(0, 0, 1, 1)
@@ -149,11 +150,6 @@ def test_other_caches_are_refused_with_a_guide_before_anything_is_drawn(config):
             synthesizer_of(flux, guide=aa.RegionalAttention()).check_plan(PLAN)
         with pytest.raises(aa.GuideError, match="Call its disable_cache"):
             draw(flux)
-
-
-class Stays(aa.LatentGuide):
-    def moved(self, latents, step, predict):
-        return latents
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer, estimate
 from artaug.diffusion.families.flux.family import Flux
 from artaug.errors import GuideError, LoRAError, LoRAMismatchError, ModelError
-from artaug.training.student import find_target_layers
+from artaug.training.injection import find_target_layers
 from support.quantized import quantized
 from support.tiny_flux import tiny_flux
 from support.tiny_sd3 import tiny_sd3

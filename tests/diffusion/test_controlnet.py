@@ -11,6 +11,7 @@ from PIL import Image
 
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer
+from support.guiding import Stays
 from support.tiny_controlnet import heard, tiny_controlnet
 from support.tiny_flux import tiny_flux
 from support.tiny_sd3 import tiny_sd3
@@ -152,13 +153,6 @@ def test_pictures_of_a_batch_have_their_own_controls(case):
 
 
 def test_latents_move_and_attention_is_read_beside_a_control(case):
-    class Stays(aa.LatentGuide):
-        def moved(self, latents, step, predict):
-            wanted = latents.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(predict(wanted).square().sum(), wanted)
-            assert gradient.abs().max() > 0
-            return latents
-
     maps = []
     probe = aa.AttentionProbe(phrases=["barn"], receive=maps.append)
     assert (drawn(case, controlled(), guide=aa.Together((probe, Stays()))) == drawn(case, controlled())).all()

@@ -14,6 +14,7 @@ import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.identity import identity_of
 from artaug.plan import plan_digest
+from support.guiding import Stays
 from support.tiny_flux import tiny_flux
 from support.tiny_ip_adapter import with_ip_adapter
 from support.tiny_sd3 import tiny_sd3
@@ -146,13 +147,6 @@ def test_regions_beside_references_equal_the_dense_mask(pipeline):
 
 
 def test_guides_that_read_attention_or_move_latents_work_beside_references(pipeline):
-    class Stays(aa.LatentGuide):
-        def moved(self, latents, step, predict):
-            wanted = latents.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(predict(wanted).square().sum(), wanted)
-            assert gradient.abs().max() > 0
-            return latents
-
     maps = []
     plan = referring(ANNA)
     probe = aa.AttentionProbe(phrases=["barn"], receive=maps.append)

@@ -1,19 +1,16 @@
 """The fences of docs/hub.md that need an account are run as they are printed, in turn, on a Hub on this machine."""
 
-from pathlib import Path
-
 import pytest
 
 import artaug as aa
 from artaug import hub, playground
 from artaug.scorers import Chroma
 from artaug.testing import FixedCritic
-from support.fences import FENCE
 from support.hub_server import WRITER, hub_server
+from support.printed import printed_in, run
 
 pytestmark = pytest.mark.loopback
 
-PAGE = Path(__file__).parents[2] / "docs" / "hub.md"
 CARD = b"---\nlicense: other\nlicense_name: flux-1-dev-non-commercial-license\nlicense_link: LICENSE.md\n---\n"
 
 
@@ -72,9 +69,9 @@ def test_the_page_shares_a_run_and_its_pairs_and_pulls_its_lora(server, monkeypa
             progress=False,
         ),
     }
-    fences = [fence["code"] for fence in FENCE.finditer(PAGE.read_text("utf-8")) if fence["reason"]]
+    fences = printed_in("docs/hub.md", "tests/hub/test_hub_page.py")
     for code in fences:
-        exec(compile(code, PAGE, "exec"), names)
+        names = run(code, {}, **names)
 
     assert len(fences) == 3
     assert server.repositories["me/flux-artaug"].private

@@ -7,7 +7,6 @@ import json
 import logging
 import pickle
 import socket
-import threading
 import time
 import urllib.parse
 import zlib
@@ -26,10 +25,10 @@ from support.faulty_server import (
     drips_headers,
     endless,
     endless_informational,
-    eventually,
     faulty_server,
     half,
     hangs,
+    quiet,
     refuses,
     resets,
     says,
@@ -66,10 +65,6 @@ def ask(kind, served, count=1):
 
 def no_schema(kind):
     return {"structured": False} if kind.has_schema else {}
-
-
-def quiet():
-    return eventually(lambda: not any(thread.name.startswith("artaug-") for thread in threading.enumerate()))
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

@@ -137,6 +137,12 @@ def eventually(condition):
 
 
 @contextlib.contextmanager
+def quiet():
+    """Whether all threads of requests come to their end; others, as those of a cluster, are not theirs."""
+    own = ("artaug-request", "artaug-exchange")
+    return eventually(lambda: not any(thread.name.startswith(own) for thread in threading.enumerate()))
+
+
 def faulty_server(*script) -> Iterator[FaultyServer]:
     """Serve on a free port of this machine until the block ends."""
     server = FaultyServer("", list(script))

@@ -10,7 +10,8 @@ from types import ModuleType
 import artaug
 
 FENCE = re.compile(
-    r"^(?:<!-- not executed: (?P<reason>[^\n]+) -->\n\n?)?```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"^(?:<!-- (?:not executed|executed by (?P<test>\S+)): (?P<reason>[^\n]+) -->\n\n?)?```python\n(?P<code>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
 )
 
 

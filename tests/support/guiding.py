@@ -1,4 +1,6 @@
-"""A guide on a denoiser as a test has it: the run that a synthesizer would make."""
+"""Guides as tests have them: on a denoiser alone, by the run that a synthesizer would make, and one that moves nothing."""
+
+import torch
 
 import artaug as aa
 from artaug.regional import GuidedRun
@@ -19,3 +21,13 @@ def run_of(denoiser, regions, *, prompts=(), phrase_tokens=no_phrases):
 
 def under(guide, denoiser, regions, **options):
     return steer(guide, run_of(denoiser, regions, **options))
+
+
+class Stays(aa.LatentGuide):
+    """Asks for a prediction and its gradient before every step, and moves nothing."""
+
+    def moved(self, latents, step, predict):
+        wanted = latents.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(predict(wanted).square().sum(), wanted)
+        assert gradient.abs().max() > 0
+        return latents

@@ -29,11 +29,11 @@ REPLY = (  # its tokens, each of which a JSON grammar allows after the ones befo
 )
 
 
-def printed_in(page, remark):
-    """The fences of a page that are not executed with it, for a reason in which the remark stands."""
+def printed_in(page, test):
+    """The fences of a page that say that this test executes them."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    fences = [match["code"] for match in FENCE.finditer(text) if remark in (match["reason"] or "")]
-    assert fences, f"no reason in {page} says {remark!r}"
+    fences = [match["code"] for match in FENCE.finditer(text) if match["test"] == test]
+    assert fences, f"no fence in {page} says that {test} executes it"
     return fences
 
 

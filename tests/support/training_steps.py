@@ -8,7 +8,7 @@ import torch
 from torch.func import functional_call
 
 from artaug.training import EpsilonPrediction, FlowMatching, PairBatch, VPrediction
-from artaug.training.student import inject_adapter
+from artaug.training.injection import inject_adapter
 
 SCHEDULES = {"flow": FlowMatching(), "epsilon": EpsilonPrediction(), "v": VPrediction()}
 PARTLY_INSIDE = torch.tensor([1.0, 0.5, 0.0, 0.0]).expand(2, 3, 4, 4)

@@ -15,7 +15,7 @@ import artaug as aa
 from artaug.errors import InvalidValueError, ModelError
 from artaug.lora.lora import LoRA, LowRank
 from artaug.training.adapters import BlockDiagonalFactor, Factor, KroneckerFactor
-from artaug.training.student import inject_adapter
+from artaug.training.injection import inject_adapter
 
 FULL_RANK = 10_000
 """A rank no layer has: DoRA's update in full."""

@@ -14,7 +14,7 @@ from artaug.testing import check_objective
 from artaug.training import Checkpoints, Companion, TrainingPrompt
 from artaug.training.batches import EncodedPairs
 from artaug.training.config import TrainingConfig
-from artaug.training.student import inject_adapter
+from artaug.training.injection import inject_adapter
 from support.family_laws import family_of
 from support.tiny_flux import tiny_flux
 from support.training_steps import SCHEDULES, perturb

@@ -371,7 +371,7 @@ def factors_after(make_model, pairs, count):
     """The factors after some steps of a training without its moving average."""
     from artaug.synthesis import picture_seeds  # noqa: PLC0415
     from artaug.training.batches import init_generator  # noqa: PLC0415
-    from artaug.training.student import inject_adapter  # noqa: PLC0415
+    from artaug.training.injection import inject_adapter  # noqa: PLC0415
 
     if count == 0:
         model, config = make_model(), trainer_of()

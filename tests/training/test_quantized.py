@@ -8,8 +8,8 @@ from PIL import Image, ImageChops
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.diffusion.families.flux.family import Flux
+from artaug.training.injection import inject_adapter
 from artaug.training.quantized import check_gradients
-from artaug.training.student import inject_adapter
 from support.quantized import dequantized, fp8_stored, quantized, stored_digest
 from support.tiny_flux import TINY_SIZE, tiny_flux
 

@@ -24,7 +24,7 @@ from artaug.training import (
     SupervisedFineTuning,
     TwoStage,
 )
-from artaug.training.student import find_target_layers
+from artaug.training.injection import find_target_layers
 from support.tiny_flux import TINY_SIZE, tiny_flux
 
 OBJECTIVES = [PairedDifference(), SupervisedFineTuning(), TwoStage(), TwoStage(per_pair=False)]

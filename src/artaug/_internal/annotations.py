@@ -122,19 +122,16 @@ def kind_of(hint: Any, names: Mapping[str, object] = types.MappingProxyType({}))
 
 
 def _function_of(arguments: Sequence[Any]) -> Kind:
-    """A function; a class of ours where it takes no arguments alone, since it makes an object, which is what is meant there."""
-    makes = bool(arguments) and arguments[0] == []
-    words = f"a function without arguments that makes {_with_article(arguments[1])}" if makes else "a function"
-    return lambda value: None if callable(value) and (makes or not _is_ours(value)) else Misfit("", value, words)
-
-
-def _with_article(hint: Any) -> str:  # noqa: ANN401
-    name = type_name(hint) if isinstance(hint, type) else str(hint)
-    return f"an object of {name}"
+    """A function; a class of ours only where one is asked for that makes an object of nothing, as a class does."""
+    takes, makes = arguments or (..., None)
+    if takes == [] and isinstance(makes, type) and makes is not types.NoneType:
+        words = f"a function without arguments that makes an object of {type_name(makes)}"
+        return lambda value: None if callable(value) else Misfit("", value, words)
+    return lambda value: None if callable(value) and not _is_ours(value) else Misfit("", value, "a function")
 
 
 def _is_ours(value: object) -> bool:
-    """Whether it is a class of artaug: as a function of others, one makes an object, which is never what was meant."""
+    """Whether it is a class of artaug: where a function is asked for that takes something, an object of it was meant."""
     return isinstance(value, type) and value.__module__.partition(".")[0] == "artaug"
 
 

@@ -69,7 +69,10 @@ class RetryingClient:
             at_500 = outcome.status == 500 and max_attempts_at_500 is not None and attempt >= max_attempts_at_500
             if attempt == max_attempts or at_500 or waited_s + delay_s > self.retry_deadline_s:
                 server = "" if outcome.retry_after_s is None else f", and it asks to wait {outcome.retry_after_s:g} s"
-                return replace(outcome, reason=f"{outcome.reason} (tried {attempt} times in {elapsed_s:.1f} s{server})")
+                return replace(
+                    outcome,
+                    reason=f"{outcome.reason} (tried {attempt} time{'s' * (attempt != 1)} in {elapsed_s:.1f} s{server})",
+                )
             if outcome.retry_after_s is not None:
                 self.gate.pause(delay_s)  # a wait that the server demands of one request holds for all
             self.usage.add(Usage(retries=1))

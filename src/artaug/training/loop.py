@@ -23,6 +23,7 @@ from artaug.synthesis import Synthesizer
 from artaug.training.batches import EncodedPairs, StepBatch, init_generator
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import SINGLE_PROCESS, World
+from artaug.training.injection import inject_adapter
 from artaug.training.learners import AdapterStudent
 from artaug.training.loss_scale import LossScale, computes_in_float16
 from artaug.training.model import DiffusionModel, Trainable, as_decoder
@@ -32,7 +33,6 @@ from artaug.training.phases import Phase
 from artaug.training.progress import ProgressLog
 from artaug.training.samples import TrainingSample
 from artaug.training.state import Checkpoints, CompanionState, TrainingState
-from artaug.training.student import inject_adapter
 from artaug.training.teacher_cache import TeacherCache
 from artaug.training.unused_layers import UnusedLayerCheck
 from artaug.training.validation import Validation, best_result

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_count, check_finite_number
@@ -15,9 +15,7 @@ from artaug._internal.fingerprints import module_fingerprint
 from artaug.errors import InvalidValueError, ModelError, NothingToLearnError, TokensError, TrainingDivergedError
 from artaug.identity import identity_of
 from artaug.lora.lora import LoRA
-from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
-from artaug.regional.guide import Guide
 from artaug.synthesis import picture_seeds
 from artaug.tokens import InstalledTokens, Tokens
 from artaug.training.adapters import AdapterTensors, PlainLoRA
@@ -25,16 +23,17 @@ from artaug.training.batches import EncodedPairs, StepBatch, init_generator, wit
 from artaug.training.config import ATTENTION_AND_MLP, TrainingConfig
 from artaug.training.distributed import World
 from artaug.training.encoding import find_phrases
+from artaug.training.injection import inject_adapter
 from artaug.training.learners import AdapterStudent, Roles
 from artaug.training.loss_scale import computes_in_float16
 from artaug.training.model import DiffusionModel, ReadsTokens, Trainable
-from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
+from artaug.training.noise_schedule import Latents, Sigmas
 from artaug.training.objectives import Loss, Objective, SupervisedFineTuning, compute_loss
+from artaug.training.objectives.base import StudentWrapper
 from artaug.training.optimizers import AdamW, Optimizer, Schedule
 from artaug.training.progress import ProgressLog, StepEvent
 from artaug.training.samples import TrainingSample, check_needs, check_samples, sample_digest
 from artaug.training.state import Checkpoints, TrainingState
-from artaug.training.student import inject_adapter
 
 _ROWS = "tokens"
 """Where a checkpoint has the rows, among the layers of a LoRA."""
@@ -352,18 +351,13 @@ class _Learning:
 
 
 @dataclass(frozen=True, eq=False)
-class _TokenStudent:
+class _TokenStudent(StudentWrapper):
     """A student that reads the words as they are, and whose teacher reads them as they were."""
 
-    student: AdapterStudent
     learned: Conditioning
     """The prompts of the batch, encoded with the rows as they are."""
     initial: Conditioning
     """Encoded with the rows that training began with."""
-
-    @property
-    def noise_schedule(self) -> NoiseSchedule:
-        return self.student.noise_schedule
 
     def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
         if scale != 1:
@@ -373,25 +367,11 @@ class _TokenStudent:
             )
         return self.student.predict(noisy, sigmas, conditioning)
 
-    def predict_guided(
-        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, guide: Guide, plans: Sequence[Plan]
-    ) -> Latents:
-        return self.student.predict_guided(noisy, sigmas, conditioning, guide=guide, plans=plans)
-
-    def decode(self, latents: Latents) -> DecodedPictures:
-        return self.student.decode(latents)
-
     def teacher_predict(
         self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, with_gradient: bool = False
     ) -> Latents:
         initial = self.initial if conditioning is self.learned else conditioning
         return self.student.teacher_predict(noisy, sigmas, initial, with_gradient=with_gradient)
-
-    def companion_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
-        return self.student.companion_predict(noisy, sigmas, conditioning)
-
-    def companion_head(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Tensor:
-        return self.student.companion_head(noisy, sigmas, conditioning)
 
 
 def _as_reader(model: DiffusionModel) -> ReadsTokens:

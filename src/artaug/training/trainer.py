@@ -24,6 +24,7 @@ from artaug.training.batches import with_distribution
 from artaug.training.config import TrainingConfig
 from artaug.training.distributed import World
 from artaug.training.encoding import find_phrases
+from artaug.training.injection import find_target_layers, trainable_layers
 from artaug.training.loop import TrainingLoop
 from artaug.training.model import DiffusionModel, RemotelyTrainable, Trainable, as_decoder
 from artaug.training.objectives import TrainingPlan
@@ -31,7 +32,6 @@ from artaug.training.phases import Phase, split_into_phases
 from artaug.training.progress import ProgressLog, StepEvent
 from artaug.training.samples import TrainingSample, check_needs, check_samples, sample_digest
 from artaug.training.state import Checkpoints, TrainingState
-from artaug.training.student import find_target_layers, trainable_layers
 from artaug.training.validation import Validation, ValidationResult, best_result
 
 _log = logging.getLogger(__name__)

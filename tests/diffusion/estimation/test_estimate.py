@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, T5Config
 
 import artaug as aa
 from artaug.diffusion import DiffusersSynthesizer, Estimate, estimate
+from artaug.training.injection import inject_adapter
 from artaug.training.objectives import PairBatch
-from artaug.training.student import inject_adapter
 from support.quantized import quantized
 from support.tiny_flux import TINY_SIZE, tiny_flux
 

@@ -14,7 +14,7 @@ from artaug.regional.attention_losses import enhance_loss, separate_loss
 from artaug.training import PairBatch, TrainingPrompt
 from artaug.training.batches import EncodedPairs
 from artaug.training.config import TrainingConfig
-from artaug.training.student import inject_adapter
+from artaug.training.injection import inject_adapter
 from support.family_laws import HEIGHT, WIDTH, family_of, picture, record_calls, synthesizer_of
 from support.tiny_flux import tiny_flux
 from support.tiny_sd3 import tiny_sd3

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import flop_registry
 from artaug.diffusion.families.base import Family
 from artaug.lora.lora import LoRA, LowRank
 from artaug.training.config import TrainingConfig
+from artaug.training.injection import find_target_layers, inject_adapter
 from artaug.training.objectives import PairBatch, Stage, compute_loss
-from artaug.training.student import find_target_layers, inject_adapter
 from artaug.training.teacher_cache import TeacherCache
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - the one flash kernel meta knows

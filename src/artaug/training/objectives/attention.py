@@ -14,9 +14,8 @@ from artaug.errors import InvalidValueError, ModelError
 from artaug.plan import Plan
 from artaug.regional.attention_probe import AttentionMaps, AttentionProbe
 from artaug.regional.denoiser import Conditioning
-from artaug.regional.guide import Guide
-from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
-from artaug.training.objectives.base import Companion, Objective, PromptBatch, Student, compute_loss
+from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
+from artaug.training.objectives.base import Companion, Objective, PromptBatch, Student, StudentWrapper, compute_loss
 from artaug.training.objectives.losses import check_range, mean_squared_errors
 
 AttentionLoss: TypeAlias = Callable[[AttentionMaps, Sequence[Plan]], Tensor]
@@ -190,16 +189,11 @@ def _of_rows(maps: AttentionMaps, rows: Sequence[int], count: int) -> AttentionM
 
 
 @dataclass(frozen=True, eq=False)
-class _ProbedStudent:
+class _ProbedStudent(StudentWrapper):
     """A student whose predictions are probed."""
 
-    student: Student
     probe: AttentionProbe
     plans: Sequence[Plan]
-
-    @property
-    def noise_schedule(self) -> NoiseSchedule:
-        return self.student.noise_schedule
 
     def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
         if scale != 1:
@@ -208,22 +202,3 @@ class _ProbedStudent:
                 "objective."
             )
         return self.predict_guided(noisy, sigmas, conditioning, guide=self.probe, plans=self.plans)
-
-    def predict_guided(
-        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, guide: Guide, plans: Sequence[Plan]
-    ) -> Latents:
-        return self.student.predict_guided(noisy, sigmas, conditioning, guide=guide, plans=plans)
-
-    def teacher_predict(
-        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, with_gradient: bool = False
-    ) -> Latents:
-        return self.student.teacher_predict(noisy, sigmas, conditioning, with_gradient=with_gradient)
-
-    def companion_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
-        return self.student.companion_predict(noisy, sigmas, conditioning)
-
-    def companion_head(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Tensor:
-        return self.student.companion_head(noisy, sigmas, conditioning)
-
-    def decode(self, latents: Latents) -> DecodedPictures:
-        return self.student.decode(latents)

@@ -145,6 +145,41 @@ class Student(Protocol):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class StudentWrapper:
+    """A `Student` that hands everything on to another one. An objective around an objective overrides what it changes."""
+
+    student: Student
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The student's."""
+        return self.student.noise_schedule
+
+    def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
+        """See `Student`, as for all that follows."""
+        return self.student.predict(noisy, sigmas, conditioning, scale=scale)
+
+    def predict_guided(
+        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, guide: Guide, plans: Sequence[Plan]
+    ) -> Latents:
+        return self.student.predict_guided(noisy, sigmas, conditioning, guide=guide, plans=plans)
+
+    def teacher_predict(
+        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, with_gradient: bool = False
+    ) -> Latents:
+        return self.student.teacher_predict(noisy, sigmas, conditioning, with_gradient=with_gradient)
+
+    def companion_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
+        return self.student.companion_predict(noisy, sigmas, conditioning)
+
+    def companion_head(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Tensor:
+        return self.student.companion_head(noisy, sigmas, conditioning)
+
+    def decode(self, latents: Latents) -> DecodedPictures:
+        return self.student.decode(latents)
+
+
 Loss: TypeAlias = Callable[[Student, Any], Tensor]
 """Of a student and a batch: a `PairBatch`, or a `PromptBatch` where an objective reads no pictures."""
 

@@ -12,8 +12,8 @@ from artaug.errors import InvalidValueError, ModelError
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
 from artaug.regional.guide import Guide
-from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
-from artaug.training.objectives.base import Objective, PairBatch, Student, compute_loss
+from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
+from artaug.training.objectives.base import Objective, PairBatch, Student, StudentWrapper, compute_loss
 from artaug.training.objectives.paired_difference import PairedDifference
 
 
@@ -101,32 +101,13 @@ class Bipolar(Objective):
 
 
 @dataclass(frozen=True, eq=False)
-class _ScaledStudent:
+class _ScaledStudent(StudentWrapper):
     """A student whose LoRA counts ``scale`` times."""
 
-    student: Student
     scale: float
-
-    @property
-    def noise_schedule(self) -> NoiseSchedule:
-        return self.student.noise_schedule
 
     def predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, scale: float = 1.0) -> Latents:
         return self.student.predict(noisy, sigmas, conditioning, scale=scale * self.scale)
-
-    def teacher_predict(
-        self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, with_gradient: bool = False
-    ) -> Latents:
-        return self.student.teacher_predict(noisy, sigmas, conditioning, with_gradient=with_gradient)
-
-    def companion_predict(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Latents:
-        return self.student.companion_predict(noisy, sigmas, conditioning)
-
-    def companion_head(self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning) -> Tensor:
-        return self.student.companion_head(noisy, sigmas, conditioning)
-
-    def decode(self, latents: Latents) -> DecodedPictures:
-        return self.student.decode(latents)
 
     def predict_guided(
         self, noisy: Latents, sigmas: Sigmas, conditioning: Conditioning, *, guide: Guide, plans: Sequence[Plan]

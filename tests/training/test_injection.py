@@ -10,7 +10,7 @@ from artaug.diffusion import Flux
 from artaug.errors import LoRAMismatchError, ModelError
 from artaug.lora.lora import LoRA, LowRank
 from artaug.training import ATTENTION_AND_MLP, Bipolar, PairBatch, PairedDifference
-from artaug.training.student import find_target_layers, inject_adapter
+from artaug.training.injection import find_target_layers, inject_adapter
 from support.family_laws import family_of, picture
 from support.tiny_flux import tiny_flux
 from support.training_steps import batch_of, frozen_prediction, gradients, perturb, student_of

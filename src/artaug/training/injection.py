@@ -1,6 +1,6 @@
-"""The student and its teacher: a frozen model with one adapter in training, injected by PEFT and removed without a trace.
+"""The injection of adapters: PEFT wraps layers of a frozen model for a training, and they are put back without a trace.
 
-PEFT wraps the layers, so quantized ones work too; it is imported when training begins, not before.
+Quantized layers are wrapped, too. PEFT is imported when training begins, not before.
 """
 
 import re
