@@ -136,13 +136,13 @@ def eventually(condition):
     return False
 
 
-@contextlib.contextmanager
 def quiet():
     """Whether all threads of requests come to their end; others, as those of a cluster, are not theirs."""
     own = ("artaug-request", "artaug-exchange")
     return eventually(lambda: not any(thread.name.startswith(own) for thread in threading.enumerate()))
 
 
+@contextlib.contextmanager
 def faulty_server(*script) -> Iterator[FaultyServer]:
     """Serve on a free port of this machine until the block ends."""
     server = FaultyServer("", list(script))
