@@ -61,6 +61,19 @@ def test_a_server_that_refuses_is_an_error_that_names_the_model():
         served(server)("hello")
 
 
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("```text\na red cone\n```", "a red cone"),
+        ("<reasoning>hm</reasoning>\u201ca red cone\u201d", "a red cone"),
+        ("<think>A red cone, or", ""),
+    ],
+)
+def test_an_answer_is_neither_the_reasoning_nor_what_is_around_it(reply, answer):
+    assert ChatRewriter(lambda _: reply)("a cone", aa.Critique()) == answer
+    assert ChatRequirements(lambda _: reply)("a cone") == ([answer] if answer else [])
+
+
 @given(st.text(max_size=80))
 def test_no_reply_of_a_model_is_an_error(reply):
     plan = PromptRewriter(ChatRewriter(lambda _: reply)).plan("a cone", aa.Critique())
@@ -113,13 +126,17 @@ def test_a_prompt_that_a_rewriter_leaves_as_it_is_is_skipped_with_a_reason():
 
 @pytest.mark.loopback
 def test_a_served_model_lays_a_prompt_out_before_the_first_picture():
-    with faulty_server(says(LAYOUT), says("I cannot.")) as server:
-        laid_out, plain = layout_first(["a cone", "a ball"], synthesizer=SWATCHES, lay_out=ChatLayout(served(server)))
+    with faulty_server(says(LAYOUT), says("I cannot."), refuses(403)) as server:
+        laid_out, plain, unasked = layout_first(
+            ["a cone", "a ball", "a cube"], synthesizer=SWATCHES, lay_out=ChatLayout(served(server))
+        )
 
     assert [(region.area, region.prompt) for region in laid_out.plan.regions] == [(LEFT.box, "a red cone")]
     assert laid_out.image == SWATCHES.synthesize(laid_out.plan, seed=laid_out.seed)
     assert plain.plan == aa.Plan("a ball")
     assert "holds no suggestions" in plain.reason
+    assert unasked.plan == aa.Plan("a cube")
+    assert "tiny gave no reply" in unasked.reason
 
 
 def test_a_layout_for_a_synthesizer_without_a_guide_is_refused_at_once():
@@ -205,6 +222,13 @@ def test_a_checklist_refuses_all_that_is_wrong_before_it_draws():
         checklist([], synthesizer=SWATCHES, requirements="a cone", verify=None, turns=0)
 
 
+def test_requirements_that_are_one_text_are_no_list_of_letters():
+    with pytest.raises(aa.ContractError, match="requirements returned 'a red cone'"):
+        checklist(
+            ["a cone"], synthesizer=SWATCHES, requirements=lambda _: "a red cone", verify=FixedScorer(1), progress=False
+        )
+
+
 def test_prompts_of_a_checklist_are_drawn_at_the_same_time_where_that_is_elsewhere():
     meet = threading.Barrier(2, timeout=10)
 
@@ -229,7 +253,7 @@ def test_prompts_of_a_checklist_are_drawn_at_the_same_time_where_that_is_elsewhe
 
 @pytest.mark.loopback
 def test_a_served_model_writes_the_checklist():
-    with faulty_server(says("1. a red cone\n- 2 blue balls\n\n2 cones")) as server:
+    with faulty_server(says("1. a red cone\n- 2 blue balls\n\n2 cones\n\u2022 1.5 moons")) as server:
         requirements = ChatRequirements(served(server))("a scene")
 
-    assert requirements == ["a red cone", "2 blue balls", "2 cones"]
+    assert requirements == ["a red cone", "2 blue balls", "2 cones", "1.5 moons"]

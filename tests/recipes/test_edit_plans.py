@@ -58,11 +58,41 @@ def test_edits_keep_their_words_and_their_dots():
         ("It is wrong from end to end. <REGENERATE>", "cannot be saved"),
         ("The cone is grey.", "has no feedback"),
         ("Feedback:", "has no feedback"),
+        ("<think>The cone is grey. Feedback: make it red", "ends before its answer begins"),
     ],
 )
 def test_no_edits_no_hope_and_no_sense_are_told_apart(reply, answer):
     given = ChatEdits(lambda *_: reply).critique(PICTURE, "a red cone")
     assert given == answer if isinstance(answer, aa.Critique) else answer in given.reason
+
+
+@pytest.mark.parametrize(
+    "feedback",
+    [
+        "none.",
+        "- none needed",
+        "No edits are needed.",
+        "No further changes",
+        "Nothing is wrong.",
+        "There are no mistakes.",
+    ],
+)
+def test_words_for_no_edits_are_no_edit(feedback):
+    assert ChatEdits(lambda *_: f"## Feedback\n{feedback}").critique(PICTURE, "a red cone").suggestions == ()
+
+
+@pytest.mark.parametrize(
+    "feedback",
+    [
+        "## Feedback\n- make it red",
+        "Feedback:\n```text\nmake it red\n```",
+        "Feedback:\n**1.** make it red",
+        "Feedback:\n\u2022 make it red",
+    ],
+)
+def test_an_edit_is_read_without_what_markdown_puts_around_it(feedback):
+    (suggestion,) = ChatEdits(lambda *_: feedback).critique(PICTURE, "a red cone").suggestions
+    assert suggestion.prompt == "make it red"
 
 
 def test_at_most_eight_edits_are_used_and_the_rest_is_noted():

@@ -82,6 +82,29 @@ def test_a_model_that_has_nothing_to_improve_ends_the_turns():
     assert (len(trajectory.turns), trajectory.stop_reason) == (1, "the critic has nothing to improve")
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"It is dark.\n## Final prompt\n{FINAL}",
+        f"There is nothing to improve in its color, but it is dark.\nFinal prompt: `{FINAL}`",
+        f"<thinking>Final prompt: a draft</thinking>It is dark.\n- **Final prompt**: {FINAL}",
+    ],
+)
+def test_a_final_prompt_is_found_however_its_heading_is_written(reply):
+    (suggestion,) = ChatReflection(lambda *_: reply).critique(Image.new("RGB", (8, 8)), "a cone").suggestions
+    assert suggestion.prompt == FINAL
+
+
+def test_a_reply_that_ends_within_the_reasoning_is_no_reflection_and_no_thought():
+    reply = "<think>Perhaps\nFinal prompt: a draft"
+    assert isinstance(ChatReflection(lambda *_: reply).critique(Image.new("RGB", (8, 8)), "a cone"), aa.Abstention)
+    assert ChatThought(lambda _: reply)("a cone").plan == aa.Plan("a cone")
+
+
+def test_a_thought_that_the_server_keeps_to_itself_leaves_the_prompt_that_follows():
+    assert ChatThought(lambda _: "a red cone")("a cone") == aa.Thought(text="", plan=aa.Plan("a red cone"))
+
+
 @given(st.text(max_size=200) | st.from_regex(r"(?i)[#*]{0,3}(steps|final prompt|improvements)[*]{0,2}:.{0,20}\n?"))
 def test_no_reply_of_a_model_is_an_error(reply):
     thought = ChatThought(lambda _: reply)("a cone")

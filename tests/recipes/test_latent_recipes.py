@@ -247,6 +247,8 @@ def test_both_act_beside_regions():
 def test_a_phrase_that_a_prompt_lacks_is_an_error_before_anything_is_drawn(recipe):
     with pytest.raises(aa.GuideError, match=r"the phrases \['red barn'\] are not in the prompt 'a lake, and in it"):
         draw(tiny_family(StableDiffusion3), recipe(phrases=PHRASES))
+    with pytest.raises(aa.ContractError, match="phrases returned 'lake'"):
+        draw(tiny_family(StableDiffusion3), recipe(phrases=lambda _: "lake"))
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,18 @@ def test_rewards_do_not_know_the_unit_of_a_score_nor_how_good_a_prompt_is(unit, 
     np.testing.assert_allclose(normalized_rewards(moved), normalized_rewards(scores), atol=1e-6)
 
 
+@pytest.mark.parametrize("scores", [[0.1, 0.2], [[0.1, np.nan]], [[0.1, np.inf]]])
+def test_scores_without_prompts_or_that_are_not_finite_are_no_rewards(scores):
+    with pytest.raises(aa.InvalidValueError, match="expected finite numbers of shape"):
+        normalized_rewards(np.array(scores))
+
+
+@pytest.mark.parametrize(("count", "rewards"), [(1, [0.5]), (3, [0.5])])
+def test_draws_that_make_no_pair_are_refused(count, rewards):
+    with pytest.raises(aa.InvalidValueError, match=f"there are {count}"):
+        draw_pairs("a hill", [Image.new("RGB", (4, 4))] * count, rewards)
+
+
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 def test_all_draws_are_in_pairs_with_their_rewards(count):
     images = [Image.new("RGB", (4, 4), (number, 0, 0)) for number in range(count)]

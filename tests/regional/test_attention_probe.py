@@ -107,12 +107,19 @@ def test_what_cannot_be_read_is_an_error_before_anything_is_drawn(pipeline, opti
     [
         ({"phrases": []}, r"AttentionProbe\(phrases=\[\]\) would read nothing"),
         ({"phrases": "red"}, r"Put it in a list"),
+        ({"phrases": ["red"], "layers": []}, r"AttentionProbe\(layers=\[\]\) would read nothing"),
         ({"phrases": [-1]}, r"AttentionProbe\(phrases=-1\): expected a whole number of at least 0"),
     ],
 )
 def test_a_probe_without_phrases_is_refused(options, message):
     with pytest.raises(aa.InvalidValueError, match=message):
         aa.AttentionProbe(receive=print, **options)
+
+
+@pytest.mark.parametrize("given", ["red", None])
+def test_a_function_that_gives_one_text_or_nothing_in_the_place_of_phrases_is_named(pipeline, given):
+    with pytest.raises(aa.ContractError, match=rf"phrases returned {given!r} for 'a red barn'. Expected a list"):
+        read(pipeline, PLANS, phrases=lambda _: given)
 
 
 def test_a_plan_with_regions_needs_another_guide_beside_the_probe(pipeline):

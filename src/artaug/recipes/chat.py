@@ -1,5 +1,6 @@
 """A language model that recipes ask: any function from a message to a reply, or a model on a server; and critics that it is."""
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import ClassVar, TypeAlias, final
 from PIL.Image import Image
 
 from artaug._internal.annotations import checked
+from artaug.critics.replies.reasoning import without_reasoning
 from artaug.critique import Abstention, Critic, Critique
 from artaug.errors import PartError
 from artaug.serving.chat import ChatRequest, Message, escape_chat_tokens
@@ -21,6 +23,9 @@ Look: TypeAlias = Callable[[str, Image], str]
 
 LONGEST_REPLY = 20_000
 """Characters of a reply that are read."""
+_FENCE = re.compile(r"^[ \t]*```\w*[ \t]*$|```", re.MULTILINE)
+_QUOTES = "\"'" + chr(0x201C) + chr(0x201D)
+_BULLET = re.compile(r"^\s*(?:[-*+\u2013\u2022]\s|\u2022|[*_]{0,2}\d{1,3}[.)][*_]{0,2}(?!\d))\s*")
 
 
 @checked
@@ -51,7 +56,8 @@ class ServedChat(ServedModel):
 class ChatCritic(Critic):
     """A critic that asks for words, not for JSON: a subclass has the message, and reads what was written about the picture.
 
-    It abstains where a server gives no reply: one request that failed too often ends no run.
+    It abstains where a server gives no reply, or one that ends within the model's reasoning: one request that failed too often
+    ends no run.
 
     >>> import artaug as aa
     >>> from artaug.recipes import ChatCritic
@@ -77,12 +83,13 @@ class ChatCritic(Critic):
         return self.look.concurrency if isinstance(self.look, ServedChat) else 0
 
     def critique(self, image: Image, prompt: str) -> Critique | Abstention:
-        """What `read` makes of the reply, of which the reasoning is cut away."""
+        """What `read` makes of the reply, without the model's reasoning and without code fences."""
         try:
             reply = self.look(self.message.format(prompt=escape_chat_tokens(prompt)), image)
         except PartError as error:
             return Abstention(str(error))
-        return self.read(reply.rpartition("</think>")[2][:LONGEST_REPLY].strip())
+        text = _words_of(reply)[:LONGEST_REPLY]
+        return self.read(text) if text else Abstention("the reply is empty, or ends before its answer begins")
 
     @abstractmethod
     def read(self, text: str) -> Critique | Abstention:
@@ -91,5 +98,18 @@ class ChatCritic(Critic):
 
 def answer_of(reply: str) -> str:
     """A reply without the model's reasoning, without code fences, and without white space and quotes around it."""
-    answer = reply.rpartition("</think>")[2].replace("```", " ")
-    return answer.strip().strip("\"'").strip()
+    return _words_of(reply).strip(_QUOTES).strip()
+
+
+def without_bullet(line: str) -> str:
+    """A line of a list without what begins it.
+
+    >>> from artaug.recipes.chat import without_bullet
+    >>> [without_bullet(line) for line in ("- a cone", "**2.** a ball", "2 cubes", "1.5 cones")]
+    ['a cone', 'a ball', '2 cubes', '1.5 cones']
+    """
+    return _BULLET.sub("", line).strip()
+
+
+def _words_of(reply: str) -> str:
+    return _FENCE.sub(" ", without_reasoning(reply)).strip()

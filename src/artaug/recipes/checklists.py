@@ -1,6 +1,5 @@
 """A checklist: the prompt becomes requirements, each is verified in the picture, and only what fails is drawn again."""
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -11,12 +10,12 @@ from PIL.Image import Image
 
 from artaug._internal.annotations import checked
 from artaug._internal.arguments import Faults, argument_error, check_argument, check_count, check_finite_number
-from artaug._internal.contracts import check_batch, check_result
+from artaug._internal.contracts import check_batch, check_result, contract_error
 from artaug._internal.lanes import Lane
 from artaug._internal.progress_bar import ProgressBar
 from artaug._internal.prompts import check_prompts
 from artaug.plan import Plan
-from artaug.recipes.chat import Chat, answer_of
+from artaug.recipes.chat import Chat, answer_of, without_bullet
 from artaug.run.flow import Steps, awaited, chunks_under_way, run_in_order
 from artaug.scoring import Scorer, score_images
 from artaug.serving.chat import escape_chat_tokens
@@ -27,7 +26,6 @@ Requirements: TypeAlias = Callable[[str], Sequence[str]]
 Redraw: TypeAlias = Callable[[str, Sequence[str], Image], Plan]
 """From a prompt, the requirements that its best picture fails, and that picture, to what is drawn next."""
 _MOST = 32
-_BULLET = re.compile(r"^\s*(?:[-*]|\d{1,3}[.)])\s")  # "2. a cone", but not "2 cones"
 _MESSAGE = """\
 List what a picture has to show to be true to this prompt, one requirement in a line: every object, its number, its attributes, its \
 place and how it stands to the others. Each line must be clear on its own. Reply with the lines alone.
@@ -181,7 +179,9 @@ def _best(tried: Sequence[Checked]) -> Checked:
 
 def _listed(requirements: Requirements, prompt: str) -> list[str]:
     """The different requirements of a prompt that say something."""
-    listed = list(requirements(prompt))
+    listed = requirements(prompt)
+    if isinstance(listed, str):  # a sequence of letters, to Python
+        raise contract_error("requirements", "", received=repr(listed), inputs=repr(prompt), expected="a list of str")
     texts = check_batch("requirements", "", listed, of=str, count=len(listed), per="requirement")
     return list(dict.fromkeys(text.strip() for text in texts if text.strip())) or [prompt]
 
@@ -198,4 +198,4 @@ class ChatRequirements:
     def __call__(self, prompt: str) -> list[str]:
         """The lines of the reply, without bullets and numbers; at most 32."""
         lines = answer_of(self.chat(_MESSAGE.format(prompt=escape_chat_tokens(prompt)))).splitlines()
-        return [text for line in lines if (text := _BULLET.sub("", line).strip())][:_MOST]
+        return [text for line in lines if (text := without_bullet(line))][:_MOST]

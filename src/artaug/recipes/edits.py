@@ -12,12 +12,15 @@ from artaug.critique import Abstention, Critique, Suggestion
 from artaug.errors import InvalidValueError
 from artaug.geometry import Box
 from artaug.plan import Plan, RegionPlanner
-from artaug.recipes.chat import ChatCritic
+from artaug.recipes.chat import ChatCritic, without_bullet
 
 _LONGEST_EDIT, _MOST_EDITS = 400, 8
-_FEEDBACK = re.compile(r"^[\s#*_]{0,8}feedback[\s*_]{0,4}:[\s*_]{0,4}", re.IGNORECASE | re.MULTILINE)
-_BULLET = re.compile(r"^\s*(?:[-*]|\d{1,3}[.)])\s*")
-_NONE = re.compile(r"^\W{0,4}(none|no edits?|nothing)\W{0,4}$", re.IGNORECASE)
+_FEEDBACK = re.compile(r"^[\s#*_]{0,8}feedback[ \t*_]{0,4}(?::[\s*_]{0,4}|$)", re.IGNORECASE | re.MULTILINE)
+_NONE = re.compile(
+    r"^\W{0,4}(?:none(?! of)|nothing|n/a|(?:there (?:is|are) )?no (?:further |more |other )?"
+    r"(?:edit|change|mistake|error|issue|problem|correction|improvement)s?)\b",
+    re.IGNORECASE,
+)
 _REGENERATE = "<REGENERATE>"
 _MESSAGE = f"""\
 This picture was drawn from the prompt:
@@ -45,7 +48,7 @@ class ChatEdits(ChatCritic):
         feedback = text[headings[-1].end() :] if headings else ""
         if _REGENERATE in (feedback or text):
             return Abstention(f"the picture cannot be saved by edits: {text[:200]!r}")
-        edits = [edit for line in feedback.splitlines() if (edit := _BULLET.sub("", line).strip())]
+        edits = [edit for line in feedback.splitlines() if (edit := without_bullet(line))]
         if not edits:
             return Abstention(f"the reply has no feedback: {text[:200]!r}")
         if _NONE.match(edits[0]):

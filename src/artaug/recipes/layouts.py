@@ -12,7 +12,7 @@ from artaug._internal.contracts import check_result
 from artaug._internal.prompts import check_prompts
 from artaug.critics import parse_reply
 from artaug.critique import Abstention, Critique
-from artaug.errors import GuideError
+from artaug.errors import GuideError, PartError
 from artaug.plan import GreedyPlanner, Plan, RegionPlanner, run_planner
 from artaug.recipes.chat import Chat
 from artaug.serving.chat import escape_chat_tokens
@@ -112,12 +112,15 @@ def _drawn(
 @final
 @dataclass(frozen=True)
 class ChatLayout:
-    """Asks a language model for a layout: a ``lay_out`` for `layout_first`. A reply that is none is an abstention."""
+    """Asks a language model for a layout: a ``lay_out`` for `layout_first`. A reply that is none, or no reply, is an abstention."""
 
     chat: Chat
     """Such as a `ServedChat`."""
 
     def __call__(self, prompt: str) -> Critique | Abstention:
         """The layout in the reply."""
-        reply = self.chat(_MESSAGE.format(prompt=escape_chat_tokens(prompt)))
+        try:
+            reply = self.chat(_MESSAGE.format(prompt=escape_chat_tokens(prompt)))
+        except PartError as error:
+            return Abstention(str(error))
         return parse_reply(reply, size=(1000, 1000), coordinates="thousandths")

@@ -12,6 +12,7 @@ from artaug.errors import GuideError
 from artaug.plan import Plan
 from artaug.regional import AttentionProbe, AttentiveDenoiser, GuidedRun, Predict
 from artaug.regional.attention_losses import sharpen
+from artaug.regional.attention_probe import phrases_of
 
 PlanPhrases: TypeAlias = Sequence[str] | Callable[[Plan], Sequence[str]]
 """Parts of the plans' prompts, or a function that gives those of each plan; a picture without any is not moved."""
@@ -49,7 +50,7 @@ class PhraseMaps:
             raise GuideError(f"the attention of a {type(run.denoiser.module).__name__} cannot be read for phrases.")
         of_pictures, words = [], []
         for plan, own in zip(run.plans, run.token_slices, strict=True):
-            texts = list(phrases(plan) if callable(phrases) else phrases)
+            texts = list(phrases_of(phrases, plan) if callable(phrases) else phrases)
             *found, whole = map(tuple, run.phrase_tokens(plan.prompt, [*texts, plan.prompt]))
             if absent := [text for text, tokens in zip(texts, found, strict=True) if not tokens]:
                 raise GuideError(

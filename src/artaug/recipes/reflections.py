@@ -8,14 +8,16 @@ from artaug._internal.annotations import checked
 from artaug.critique import Abstention, Critique, Suggestion
 from artaug.geometry import Box
 from artaug.plan import Plan, Region, RegionPlanner
-from artaug.recipes.chat import LONGEST_REPLY, Chat, ChatCritic, answer_of
+from artaug.recipes.chat import LONGEST_REPLY, Chat, ChatCritic, answer_of, without_bullet
 from artaug.serving.chat import escape_chat_tokens
 from artaug.trajectories import Thought
 
 _WHOLE = Box(0, 0, 1, 1)
 _LONGEST_PROMPT = 2000
 _NOTHING = "NOTHING TO IMPROVE"
-_HEADING = re.compile(r"^[\s#*_\d.)]{0,12}(improvements|steps|final prompt)[\s*_]{0,4}:[\s*_]{0,4}(.*)$", re.IGNORECASE)
+_HEADING = re.compile(
+    r"^[\s#*_\d.)-]{0,12}(improvements|steps|final prompt)[\s*_]{0,4}(?:[:\uff1a][\s*_]{0,4}(.*))?$", re.IGNORECASE
+)
 _THINK = """\
 A picture is to be drawn from this prompt:
 {prompt}
@@ -57,16 +59,14 @@ class Reflection:
         for line in text[:LONGEST_REPLY].splitlines():
             if (heading := _HEADING.match(line)) is not None:
                 part = heading[1].lower()
-                parts[part] = [heading[2]]
+                parts[part] = [heading[2] or ""]
             else:
                 parts[part].append(line)
         words = {name: "\n".join(lines).strip() for name, lines in parts.items()}
-        prompt = " ".join(words.get("final prompt", "").strip("*_\"' \n").split())
+        prompt = " ".join(words.get("final prompt", "").strip("*_`\"' \n").split())
         if not prompt or len(prompt) > _LONGEST_PROMPT:
             return None
-        steps = (
-            re.sub(r"^\s*(?:[-*]|\d{1,3}[.)])\s", "", line).strip() for line in words.get("steps", "").splitlines()
-        )
+        steps = map(without_bullet, words.get("steps", "").splitlines())
         return cls(
             shortcomings=words[""],
             improvements=words.get("improvements", ""),
@@ -85,11 +85,14 @@ class ChatThought:
     """Such as a `ServedChat`."""
 
     def __call__(self, prompt: str) -> Thought:
-        """The thought, and a plan with the prompt that follows it; the prompt as it is where none does."""
+        """The thought, and a plan with the prompt that follows it; the prompt as it is where none does.
+
+        A server may keep the thought to itself, and reply with the prompt alone.
+        """
         reply = self.chat(_THINK.format(prompt=escape_chat_tokens(prompt)))[:LONGEST_REPLY]
-        thought, closed, _ = reply.rpartition("</think>")
+        thought, _, _ = reply.rpartition("</think>")
         written = " ".join(answer_of(reply).split())
-        usable = bool(closed) and 0 < len(written) <= _LONGEST_PROMPT
+        usable = 0 < len(written) <= _LONGEST_PROMPT
         return Thought(text=thought.replace("<think>", "").strip(), plan=Plan(written if usable else prompt))
 
 
@@ -103,9 +106,9 @@ class ChatReflection(ChatCritic):
 
     def read(self, text: str) -> Critique | Abstention:
         """The reflection; without a suggestion if nothing has to change."""
-        if _NOTHING in text.upper():
-            return Critique()
         reflection = Reflection.parse(text)
+        if _NOTHING in (text if reflection is None else reflection.prompt).upper():
+            return Critique()
         if reflection is None:
             return Abstention(f"the reply ends in no final prompt: {text[:120]!r}")
         return Critique((Suggestion(_WHOLE, reflection.prompt, reflection.improvements),), text)

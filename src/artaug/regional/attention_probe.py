@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias, TypeVar, final
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 
 from artaug._internal.annotations import checked
 from artaug._internal.arguments import argument_error, check_count, check_items
+from artaug._internal.contracts import contract_error
 from artaug._internal.images import as_rgb
 from artaug.drawing import draw_heatmap
 from artaug.errors import GuideError, InvalidValueError
@@ -26,6 +27,8 @@ from artaug.regional.guided_run import DenoiserCall, GuidedRun
 from artaug.regional.key_maps import key_maps
 
 _PREVIEW_PX = 512
+
+P = TypeVar("P")
 
 Phrase: TypeAlias = str | int
 """A part of a prompt, or the number of one token in a row of `artaug.diffusion.Family.encode_prompts`."""
@@ -149,6 +152,10 @@ class AttentionProbe(Guide):
             object.__setattr__(self, "phrases", tuple(self.phrases))
         if self.layers is not None:
             check_items("AttentionProbe", "layers", self.layers, int)
+            if not self.layers:
+                raise InvalidValueError(
+                    "AttentionProbe(layers=[]) would read nothing: give one or more, or None for all."
+                )
             object.__setattr__(self, "layers", tuple(self.layers))
         if self.over not in {"sequence", "prompt"}:
             raise argument_error("AttentionProbe", "over", self.over, expected="'sequence' or 'prompt'")
@@ -316,7 +323,7 @@ def _phrase_tokens(
             run.phrase(phrase) if isinstance(phrase, str) else ((phrase,),) * len(run.plans) for phrase in phrases
         ]
         return [list(tokens) for tokens in zip(*by_phrase, strict=True)], (tuple(phrases),) * len(run.plans)
-    of_plans = [tuple(phrases(plan)) for plan in run.plans]
+    of_plans = [tuple(phrases_of(phrases, plan)) for plan in run.plans]
     if not any(of_plans):
         raise GuideError("AttentionProbe(phrases=...) gives no phrase for any plan of a batch. Expected one or more.")
     tokens = [
@@ -330,6 +337,20 @@ def _phrase_tokens(
         if absent := [phrase for phrase, numbers in zip(of_plan, found, strict=True) if not numbers]:
             raise GuideError(f"the phrases {absent} are not in the prompt {plan.prompt!r} as the model reads it.")
     return tokens, tuple(of_plans)
+
+
+def phrases_of(phrases: Callable[[Plan], Sequence[P]], plan: Plan) -> Sequence[P]:
+    """What a function of plans gives as the phrases of one.
+
+    Raises:
+        ContractError: for one text, which to Python is a list of letters, or no list.
+    """
+    given = phrases(plan)
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise contract_error(
+            "phrases", "", received=repr(given), inputs=repr(plan.prompt), expected="a list, empty for no phrase"
+        )
+    return given
 
 
 def _places(spans: Sequence[Span], kind: str) -> tuple[slice, slice]:

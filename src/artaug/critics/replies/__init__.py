@@ -5,7 +5,6 @@ proportion to its length, and no reply raises an exception.
 """
 
 import json
-import re
 from typing import Literal
 
 from artaug._internal.annotations import checked
@@ -13,6 +12,7 @@ from artaug.critics.coordinates import Coordinates, Size
 from artaug.critics.replies.boxes import BoxParser
 from artaug.critics.replies.json_parser import JsonNode, ObjectNode, parse_json
 from artaug.critics.replies.markup import parse_markup
+from artaug.critics.replies.reasoning import without_reasoning
 from artaug.critics.replies.repairs import Repairs, UnusableSuggestion, excerpt, sanitize
 from artaug.critics.replies.suggestions import (
     ExtractedReply,
@@ -32,8 +32,6 @@ MAX_REMARK_CHARS = 1000
 """Characters of a reason or a summary; a longer one is truncated."""
 MAX_SUGGESTIONS = 32
 """Suggestions of a reply that are used by default."""
-
-_THINKING = re.compile(r"<(?P<ends>/?)(?:think|thinking|reasoning)>|◁(?P<also_ends>/?)think▷")
 
 __all__ = ["MAX_PROMPT_CHARS", "MAX_REMARK_CHARS", "MAX_REPLY_CHARS", "MAX_SUGGESTIONS", "parse_reply"]
 
@@ -98,15 +96,10 @@ def _without_thinking(text: str, repairs: Repairs) -> str:
     if len(text) > MAX_REPLY_CHARS:
         repairs.note(f"read the first {MAX_REPLY_CHARS:,} of {len(text):,} characters")
         text = text[:MAX_REPLY_CHARS]
-    start, end = 0, len(text)
-    for tag in _THINKING.finditer(text):
-        if tag["ends"] or tag["also_ends"]:
-            start, end = tag.end(), len(text)
-        else:
-            end = min(end, tag.start())
-    if start or end < len(text):
+    answer = without_reasoning(text)
+    if len(answer) < len(text):
         repairs.note("ignored the model's reasoning")
-    return text[start:end]
+    return answer
 
 
 def _extract(answer: str, repairs: Repairs) -> ExtractedReply:
