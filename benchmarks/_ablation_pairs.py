@@ -106,6 +106,7 @@ class Interaction:
             keep=KEEP,
             seed=self.seed,
             batch_size=CHUNK,
+            progress=False,
         )
 
     def kept(self, count: int, *, at_most: int = MOST_PROMPTS) -> PairSet:

@@ -188,6 +188,7 @@ class Drawing:
             store=store,
             on_event=note,
             check="arguments",
+            progress=False,
         ):
             pass
         self.whole.setdefault(way, []).append(time.perf_counter() - start)

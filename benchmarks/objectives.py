@@ -150,6 +150,7 @@ def kept_pairs(synthesizer: aa.Synthesizer, count: int) -> list[aa.ImagePair]:
         keep=keep,
         seed=0,
         batch_size=32,
+        progress=False,
     )
     return [attempt.pair for attempt in attempts if isinstance(attempt, aa.Kept)]
 

@@ -58,6 +58,7 @@ class Loop:
             keep=self.keep,
             seed=0,
             store=store,
+            progress=False,
         ):
             pass
         return time.perf_counter() - start, time.process_time() - cpu_start
@@ -164,6 +165,7 @@ def run_in_memory(count: int, distinct: int | None, store: Path | None) -> dict[
             keep=doubles.EveryOther(),
             seed=0,
             store=store,
+            progress=False,
         )
     )
     found = {"seconds": time.perf_counter() - start, "peak_mb": peak_mb()}

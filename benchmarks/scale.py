@@ -99,6 +99,7 @@ def improve(prompts: Sequence[str], synthesizer: aa.Synthesizer, store: Path) ->
         batch_size=BATCH,
         store=store,
         check="arguments",
+        progress=False,
     ):
         pass
     seconds = time.perf_counter() - start
@@ -227,6 +228,7 @@ def overlap_rows(effort: Effort, folder: Path) -> Iterator[record.Row]:
             batch_size=BATCH,
             store=folder / "overlap",
             check="arguments",
+            progress=False,
         ):
             pass
         seconds = time.perf_counter() - start
@@ -311,6 +313,7 @@ def memory_rows(effort: Effort, folder: Path) -> Iterator[record.Row]:
             seed=0,
             batch_size=BATCH,
             store=folder / "memory",
+            progress=False,
         )
         every = len(prompts) // 8
         for number, _ in enumerate(run, start=1):

@@ -55,9 +55,7 @@ class Region:
     reference: Annotated[int, Field(ge=0)] | None = None
     """A reference of the plan's canvas that shows in it, and not elsewhere: its number, from 0. Regions may share one."""
 
-    def __repr__(self) -> str:
-        """All fields, without a reference that it does not name."""
-        return short_repr(self, without=("reference",) if self.reference is None else ())
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -70,7 +68,7 @@ class Plan:
 
     >>> import artaug as aa
     >>> aa.Plan("a harbour at dawn")
-    Plan(prompt='a harbour at dawn', regions=())
+    Plan(prompt='a harbour at dawn')
     """
 
     prompt: str
@@ -89,9 +87,7 @@ class Plan:
                     "References count from 0: Plan(..., canvas=artaug.Canvas(references=[picture]))."
                 )
 
-    def __repr__(self) -> str:
-        """All fields, without a canvas that is not there; cut where that is long."""
-        return short_repr(self, without=() if self.canvas else ("canvas",))
+    __repr__ = short_repr
 
     def stored_in(self, folder: ImageFolder) -> Self:
         """This plan, with the pictures of its canvas in the folder and no longer in memory; see `Canvas.stored_in`.
@@ -264,6 +260,8 @@ class GreedyPlanner(RegionPlanner):
     """Weight of every region."""
     feather: float = 0.0
     """Feather of every region."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_count("GreedyPlanner", "max_regions", self.max_regions)

@@ -464,10 +464,9 @@ def test_drawing_shows_no_progress_bar_and_keeps_the_pipelines_setting(synthesiz
     assert "mine" in capfd.readouterr().err
 
 
-def test_the_repr_names_the_model_and_the_settings(synthesizer):
+def test_the_repr_names_the_model_and_the_settings_that_are_not_the_defaults(synthesizer):
     assert repr(synthesizer) == (
-        "DiffusersSynthesizer(FluxPipeline, guide=OutputMix(), width=32, height=32, steps=3, guidance_scale=None, "
-        "negative_prompt=None, true_cfg_scale=1.0, max_sequence_length=24, loras=(), tokens=None)"
+        "DiffusersSynthesizer(FluxPipeline, guide=OutputMix(), width=32, height=32, steps=3, max_sequence_length=24)"
     )
 
 

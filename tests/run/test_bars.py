@@ -90,7 +90,7 @@ def improved(on_event, prompts=PROMPTS, *, keep=None, batch_size=2, **options):
             batch_size=batch_size,
             on_event=on_event,
             check="arguments",
-            **options,
+            **{"progress": False} | options,
         )
     )
 
@@ -196,6 +196,15 @@ def test_bars_are_closed_after_an_exception_so_that_the_next_one_has_the_first_l
     assert terminal.getvalue().endswith("\n")
     with tqdm(total=1, file=io.StringIO()) as following:
         assert following.pos == 0
+
+
+def test_improve_draws_its_own_and_has_no_training_to_wait_for(capsys):
+    improved(None, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("improve: 0/6 prompts")
+    assert lines[-1].startswith("improve: 6/6 prompts")
+    assert any("left" in line for line in lines)
+    assert not any("training" in line or "round" in line for line in lines)
 
 
 def test_no_progress_shows_nothing(capsys):

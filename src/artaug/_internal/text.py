@@ -1,7 +1,7 @@
 """Texts that people read: shortened quotes, durations, HTML tables."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from html import escape
 from typing import Any
 
@@ -21,8 +21,8 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def short_repr(instance: Any, *, without: Sequence[str] = ()) -> str:  # noqa: ANN401 - a dataclass; as a method, of any class
-    """The repr of a dataclass, without some fields, cut where it is long; assign it to ``__repr__``.
+def short_repr(instance: Any) -> str:  # noqa: ANN401 - a dataclass; as a method, of any class
+    """The repr of a dataclass, without the fields that are at their default, cut where it is long; assign it to ``__repr__``.
 
     What is cut ends in a digest of the whole: `artaug.critics.Cached` and others tell objects apart by their reprs.
 
@@ -31,20 +31,28 @@ def short_repr(instance: Any, *, without: Sequence[str] = ()) -> str:  # noqa: A
     >>> @dataclass(repr=False)
     ... class Note:
     ...     text: str
+    ...     color: str = "yellow"
     ...     __repr__ = short_repr
-    >>> Note("brief"), len(repr(Note("long" * 1000)))
-    (Note(text='brief'), 280)
+    >>> Note("brief"), Note("brief", "green"), len(repr(Note("long" * 1000)))
+    (Note(text='brief'), Note(text='brief', color='green'), 280)
     """
-    shown = ", ".join(
-        f"{item.name}={getattr(instance, item.name)!r}"
-        for item in fields(instance)
-        if item.repr and item.name not in without
-    )
-    text = f"{type(instance).__name__}({shown})"
+    text = f"{type(instance).__name__}({', '.join(changed_fields(instance))})"
     if len(text) <= _LONGEST_REPR:
         return text
     end = f" sha256:{digest(text)[:16]})"
     return shorten(text, _LONGEST_REPR - len(end)) + end
+
+
+def changed_fields(instance: Any) -> list[str]:  # noqa: ANN401 - a dataclass
+    """``name=value`` of the fields of a dataclass that its repr shows, without those whose value looks like the default."""
+    shown = {item: repr(getattr(instance, item.name)) for item in fields(instance) if item.repr}
+    return [f"{item.name}={text}" for item, text in shown.items() if text != _default_repr(item)]
+
+
+def _default_repr(item: Field[Any]) -> str | None:
+    if item.default_factory is not MISSING:
+        return repr(item.default_factory())
+    return None if item.default is MISSING else repr(item.default)
 
 
 def short_html(text: str) -> str:

@@ -8,6 +8,7 @@ from PIL.Image import Image
 
 from artaug._internal.annotations import checked
 from artaug._internal.images import as_rgb
+from artaug._internal.text import short_repr
 from artaug.critics.salience import salient_boxes
 from artaug.critique import Abstention, Critic, Critique, Suggestion
 from artaug.errors import InvalidValueError
@@ -31,6 +32,8 @@ class PromptVocabulary:
     chroma: str = "vivid"
     contrast: str = "glowing"
     sharpness: str = "sharp"
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if blank := [measure for measure, words in asdict(self).items() if not words.strip()]:
@@ -83,6 +86,8 @@ class PhotometricCritic(Critic):
     """The largest number of regions, the most salient first."""
     padding: float = 1 / 64
     """How far a box extends beyond its region on every side, as a fraction of the picture, in [0, 1]."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         for name in (*METRICS, "padding"):

@@ -19,6 +19,7 @@ from artaug._internal.arguments import check_argument, check_count, check_items
 from artaug._internal.devices import DType, check_placement, component_dtypes, log_loaded, resolve_device
 from artaug._internal.digests import digest
 from artaug._internal.modules import frozen
+from artaug._internal.text import changed_fields
 from artaug._internal.weights import check_safetensors, model_errors
 from artaug.canvas import Canvas
 from artaug.diffusion.caches import cache_contexts_named, cache_settings, check_trains_uncached
@@ -112,11 +113,10 @@ class DiffusersSynthesizer(Synthesizer):
                 pass  # which has refused what does not fit
 
     def __repr__(self) -> str:
-        """The pipeline's class and where it is from, then the settings."""
+        """The pipeline's class, where it is from, and the settings that are not the defaults."""
         source = "/".join(Path(getattr(self.pipeline.config, "_name_or_path", "") or "").parts[-2:])  # not a whole path
         model = f"{type(self.pipeline).__name__} {source!r}" if source else type(self.pipeline).__name__
-        settings = (f"{item.name}={getattr(self, item.name)!r}" for item in dataclasses.fields(self) if item.repr)
-        return f"DiffusersSynthesizer({', '.join([model, *settings])})"
+        return f"DiffusersSynthesizer({', '.join([model, *changed_fields(self)])})"
 
     @classmethod
     def from_pretrained(  # noqa: D417, PLR0913 - the class's own fields, documented there

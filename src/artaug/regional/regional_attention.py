@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from artaug._internal.annotations import checked
 from artaug._internal.modules import outside_graphs, uncompiled
+from artaug._internal.text import short_repr
 from artaug.errors import GuideError, InvalidValueError
 from artaug.lora.lora import LoRA
 from artaug.plan import Plan, Region
@@ -71,6 +72,8 @@ class RegionalAttention(Guide):
     """How many drawings of one size are to come, about: ``"auto"`` compiles only what they pay back. It changes no result."""
     loras: Mapping[str, LoRA] = field(default_factory=dict, repr=False, hash=False)
     """The LoRAs that regions may name (`Region.lora`)."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_loras("RegionalAttention", self.loras)

@@ -133,7 +133,8 @@ class _RoundBars:
 class RunBars:
     """Shows the events of a run as bars; in a log, as one line for a round every now and then."""
 
-    def __init__(self, *, rounds: int, show: bool) -> None:
+    def __init__(self, *, rounds: int | None, show: bool) -> None:
+        """Show nothing yet; ``rounds`` is None for `improve`, which is the drawing of one round and has no training."""
         self._rounds, self._show = rounds, show
         self._stages: dict[RoundStage, StageProgress] = {}
         """Of a round that begins, until all have been named."""
@@ -164,7 +165,7 @@ class RunBars:
             self._count_attempt(event)
 
     def _bar(self, number: int, *, prompts: int, done: int = 0) -> ProgressBar:
-        name = f"round {number}/{self._rounds}"
+        name = "improve" if self._rounds is None else f"round {number}/{self._rounds}"
         return ProgressBar(name, total=prompts, unit="prompt", done=done, show=self._show, shows_time_left=False)
 
     def _begin(self, event: ProgressEvent) -> None:
@@ -228,10 +229,10 @@ class RunBars:
         left = drawing_seconds_left(shown.stages, self._before)
         if left is not None and left * shown.overhead() >= 1:
             left *= shown.overhead()
-            if self._later_s is None:
+            if self._rounds is not None and self._later_s is None:
                 parts.append(f"about {time_left(left)} to the training")
             else:
-                parts.append(f"about {time_left(left + self._later_s)} left")
+                parts.append(f"about {time_left(left + (self._later_s or 0.0))} left")
         shown.title.note = ", ".join(parts)
         shown.title.move_to(shown.title.done)
 

@@ -10,13 +10,15 @@ from artaug.filtering import BestOf, PairFilter
 from artaug.pairs import Attempt
 from artaug.placement import Placement, Resident
 from artaug.plan import RegionPlanner
+from artaug.run.bars import RunBars
 from artaug.run.checking import Check, check_run
-from artaug.run.events import OnEvent, StageClock, ignore_event
+from artaug.run.events import OnEvent, RunEvent, StageClock, ignore_event
 from artaug.run.parts import LoopParts
 from artaug.run.session import open_session
 from artaug.run.stages import RoundStages
 from artaug.run.storage.store import Store
 from artaug.synthesis import Synthesizer
+from artaug.training.distributed import World
 
 
 def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
@@ -33,6 +35,7 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     chunk_size: int | None = None,
     placement: Placement = Resident(),  # noqa: B008 - a frozen value
     on_event: OnEvent | None = None,
+    progress: bool = True,
     check: Check = "scorers",
 ) -> Iterator[Attempt]:
     """Draw every prompt, critique the picture, redraw it by the critic's plan and judge the pair.
@@ -60,6 +63,7 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
         placement: where the models of synthesizer, critic and scorers are. `OneAtATime` brings them to the device for their
             stage of a chunk, so that it needs memory for the largest only; give it a large ``chunk_size``.
         on_event: called with every `RunEvent`.
+        progress: show progress bars.
         check: how far to check before the first picture. ``"arguments"``: that all is of the right type and fits together;
             ``"scorers"``: also that the filter and every scorer can judge a plain grey picture; ``"everything"``: also
             that the critic answers, which may cost, as that of a server does.
@@ -89,23 +93,34 @@ def improve(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
         chunk_size=chunk_size,
         placement=placement,
     )
-    check_run("improve", prompts, parts, seed=seed, store=store, on_event=on_event, check=check)
+    check_run("improve", prompts, parts, seed=seed, store=store, on_event=on_event, progress=progress, check=check)
     return _attempts(
-        prompts, parts, seed=seed, store=None if store is None else Store.of(store), on_event=on_event or ignore_event
+        prompts,
+        parts,
+        seed=seed,
+        store=None if store is None else Store.of(store),
+        on_event=on_event or ignore_event,
+        progress=progress,
     )
 
 
 def _attempts(
-    prompts: Sequence[str], parts: LoopParts, *, seed: int, store: Store | None, on_event: OnEvent
+    prompts: Sequence[str], parts: LoopParts, *, seed: int, store: Store | None, on_event: OnEvent, progress: bool
 ) -> Iterator[Attempt]:
     with (
+        RunBars(rounds=None, show=progress and World.current().is_main) as bars,
         open_session("improve", prompts, parts, seed=seed, store=store) as session,
         parts.placement.opened(*parts.by_name().values()) as placement,
     ):
+
+        def emit(event: RunEvent) -> None:
+            bars.on_event(event)
+            on_event(event)
+
         stages = RoundStages(
             replace(parts, placement=placement),
             session.journal(1),
-            StageClock(1, on_event),
+            StageClock(1, emit),
             seed=seed,
             batches=FittingBatches(parts.batch_size),
             poll=session.poll,

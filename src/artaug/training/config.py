@@ -7,6 +7,7 @@ from numbers import Real
 
 from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_items, check_number
+from artaug._internal.text import short_repr
 from artaug.errors import InvalidValueError
 from artaug.training.adapters import Adapter, PlainLoRA
 from artaug.training.objectives import Objective, PairedPreference
@@ -72,6 +73,8 @@ class TrainingConfig:
     place of a new draw in every batch. Noise levels are drawn as ever."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, which saves most of their memory and costs a forward pass."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         types = {"adapter": Adapter, "objective": Objective, "optimizer": Optimizer, "schedule": Schedule}

@@ -12,6 +12,7 @@ from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_count, check_finite_number
 from artaug._internal.digests import digest
 from artaug._internal.fingerprints import module_fingerprint
+from artaug._internal.text import short_repr
 from artaug.errors import InvalidValueError, ModelError, NothingToLearnError, TokensError, TrainingDivergedError
 from artaug.identity import identity_of
 from artaug.lora.lora import LoRA
@@ -97,6 +98,8 @@ class TokenTrainer:
     """Of the LoRA: regular expression, searched for in the paths of linear layers."""
     lora_learning_rate: float = 1e-4
     """Of the LoRA."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         name = type(self).__name__

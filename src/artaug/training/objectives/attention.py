@@ -10,6 +10,7 @@ from torch import Tensor
 from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_items
 from artaug._internal.contracts import contract_error
+from artaug._internal.text import short_repr
 from artaug.errors import InvalidValueError, ModelError
 from artaug.plan import Plan
 from artaug.regional.attention_probe import AttentionMaps, AttentionProbe
@@ -70,6 +71,8 @@ class AttentionObjective(Objective):
     """As of `AttentionProbe`."""
     over: Literal["sequence", "prompt"] = "sequence"
     """As of `AttentionProbe`."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if self.objective is not None and type(self.objective).training_plan is not Objective.training_plan:

@@ -8,6 +8,7 @@ from typing import Never, final
 from torch import Tensor
 
 from artaug._internal.annotations import checked
+from artaug._internal.text import short_repr
 from artaug.errors import InvalidValueError, ModelError
 from artaug.plan import Plan
 from artaug.regional.denoiser import Conditioning
@@ -55,6 +56,8 @@ class Bipolar(Objective):
     """What each direction minimizes."""
     scale: float = 1.0
     """At 0.25 a quarter of the LoRA makes the full difference, so at 1 it is a slider with four times its range."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < math.inf:

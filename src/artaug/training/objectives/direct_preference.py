@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from artaug._internal.annotations import checked
+from artaug._internal.text import short_repr
 from artaug.training.noise_schedule import Latents, Sigmas
 from artaug.training.objectives.base import Objective, PairBatch, Student
 from artaug.training.objectives.losses import check_outside_weight, check_range, mean_squared_errors, norm_excess
@@ -70,6 +71,8 @@ class DirectPreference(Objective):
     """The part of the descent of *after* that *before* may not take away, in [0, 1] (the paper's mu); None for plain DPO."""
     norm_guard: float = 0.0
     """Weight of the penalty on predictions longer than the teacher's, in units of ``beta / 2`` as the anchor; 0 for none."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_outside_weight(self, self.outside_weight)

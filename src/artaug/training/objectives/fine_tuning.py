@@ -6,6 +6,7 @@ from typing import final
 from torch import Tensor
 
 from artaug._internal.annotations import checked
+from artaug._internal.text import short_repr
 from artaug.training.noise_schedule import NoiseSchedule
 from artaug.training.objectives.base import Objective, PairBatch, Student
 from artaug.training.objectives.losses import check_outside_weight, check_weighting, fine_tuning_loss
@@ -31,6 +32,8 @@ class SupervisedFineTuning(Objective):
     """Weight of an error outside the plan's regions, where one inside counts 1."""
     weighting: LossWeighting | None = None
     """How much an error counts by its noise level; None for all the same."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_outside_weight(self, self.outside_weight)

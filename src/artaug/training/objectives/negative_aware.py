@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from artaug._internal.annotations import checked
+from artaug._internal.text import short_repr
 from artaug.training.noise_schedule import Latents, Sigmas
 from artaug.training.objectives.base import Objective, PairBatch, Student
 from artaug.training.objectives.losses import check_range, mean_squared_errors, norm_excess
@@ -51,6 +52,8 @@ class NegativeAware(Objective):
     """Weight of the mean squared distance of the predictions to the teacher's."""
     norm_guard: float = 0.0
     """Weight of the penalty on predictions longer than the teacher's (NormGuard, arXiv 2606.27771); 0 for none."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_range(self, "beta", least=0, open_at_least=True)

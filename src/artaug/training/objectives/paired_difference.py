@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from artaug._internal.annotations import checked
+from artaug._internal.text import short_repr
 from artaug.training.noise_schedule import Latents, NoiseSchedule, Sigmas
 from artaug.training.objectives.base import Objective, PairBatch, Student
 from artaug.training.objectives.losses import (
@@ -78,6 +79,8 @@ class PairedDifference(Objective):
     """How far the student goes from before in the direction of after, in units of their difference."""
     at_before: float = 0.0
     """Share of the loss, in [0, 1], that is taken at the noisy pictures before; 0 and 1 need only one prediction with gradient."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_outside_weight(self, self.outside_weight)

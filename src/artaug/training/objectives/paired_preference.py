@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from artaug._internal.annotations import checked
+from artaug._internal.text import short_repr
 from artaug.training.noise_schedule import Latents, Sigmas
 from artaug.training.objectives.base import LatentWeights, Objective, PairBatch, Student
 from artaug.training.objectives.losses import changed_in_regions, check_outside_weight, check_range, norm_excess
@@ -64,6 +65,8 @@ class PairedPreference(Objective):
     norm_guard: float = 0.0
     """Weight of the penalty on predictions longer than the teacher's (NormGuard, arXiv 2606.27771), in units of ``beta / 2``; 0
     for none."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_outside_weight(self, self.outside_weight)
