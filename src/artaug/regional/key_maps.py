@@ -7,8 +7,10 @@ phrase. Its gradient goes to every key, since l depends on all of them::
     dP_k = sum_j A_jk dM_j,    dS_k = P_k (dP_k - delta),    delta = sum_k P_k dP_k,
     dQ = dS K / sqrt(d),       dK = dS^T Q / sqrt(d)
 
-which are the equations of FlashAttention's backward pass (Dao et al. 2022) with A in the place of the values. The forward pass
-holds scores of the selected keys, the backward pass those of all keys, for a block of queries at a time.
+which are the equations of FlashAttention's backward pass (Dao et al. 2022) with A in the place of the values. dP is zero but for the
+selected keys, so that what all keys get is ``-delta P``, and dS is never made: ``-delta P K`` is added to what the selected keys give dQ, and
+``-P^T (delta Q)`` to what they give dK. The forward pass holds scores of the selected keys, the backward pass those of all keys, for a
+block of queries at a time.
 """
 
 from collections.abc import Iterator
@@ -75,7 +77,7 @@ class _KeyMaps(torch.autograd.Function):
             if lse is None:
                 lse = _log_sum_exp(query, key, bias, dtype)
             for block in _blocks(query, selected.shape[1]):
-                scores = query[:, :, block].to(dtype) @ chosen.mT * scale
+                scores = query[:, :, block].to(dtype) * scale @ chosen.mT
                 if bias is not None:
                     scores = scores + bias.at(block, selected).to(dtype)
                 probs = (scores - lse[:, :, block, None]).exp()
@@ -93,32 +95,34 @@ class _KeyMaps(torch.autograd.Function):
         query, key, selected, members, lse = ctx.saved_tensors
         dtype = lse.dtype
         full_key = key.to(dtype)
+        index = selected[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        chosen_key = full_key.gather(2, index)
         dquery, dkey = (torch.zeros_like(tensor, dtype=dtype) for tensor in (query, key))
         scale = query.shape[-1] ** -0.5
         if not ctx.heads:  # every head has its share of the mean
             dmaps = dmaps[:, :, None] / query.shape[1]
         for block in _blocks(query, key.shape[2]):
-            block_query = query[:, :, block].to(dtype)
-            probs = (_scores(block_query, full_key, ctx.bias, block) - lse[:, :, block, None]).exp()
-            index = selected[:, None, None].expand(-1, *probs.shape[1:3], -1)
-            dprobs = torch.einsum("bmhq,bms->bhqs", dmaps[..., block].to(dtype), members).expand(index.shape)
-            chosen = probs.gather(3, index) * dprobs
-            dscores = -probs * chosen.sum(dim=-1, keepdim=True)
-            dscores = dscores.scatter_add(3, index, chosen) * scale
-            dquery[:, :, block] = dscores @ full_key
-            dkey += dscores.mT @ block_query
+            block_query = query[:, :, block].to(dtype) * scale
+            probs = _scores(block_query, full_key, ctx.bias, block).sub_(lse[:, :, block, None]).exp_()
+            dprobs = torch.einsum("bmhq,bms->bhqs", dmaps[..., block].to(dtype), members)
+            places = selected[:, None, None].expand(-1, *probs.shape[1:3], -1)
+            weighted = probs.gather(3, places).mul_(dprobs)  # P_k dP_k
+            delta = weighted.sum(dim=-1, keepdim=True)
+            dquery[:, :, block] = (weighted @ chosen_key).addcmul_(delta, probs @ full_key, value=-1).mul_(scale)
+            dkey.sub_(probs.mT @ (delta * block_query)).scatter_add_(2, index, weighted.mT @ block_query)
         return dquery.to(query), dkey.to(key), None, None, None, None, None
 
 
 def _scores(query: Tensor, key: Tensor, bias: Bias | None, block: slice) -> Tensor:
-    scores: Tensor = query @ key.mT * query.shape[-1] ** -0.5
+    """The scores of a block of queries, which are scaled already, for all keys."""
+    scores = query @ key.mT
     return scores if bias is None else scores + bias.of(block).to(scores.dtype)
 
 
 def _log_sum_exp(query: Tensor, key: Tensor, bias: Bias | None, dtype: torch.dtype) -> Tensor:
-    full_key = key.to(dtype)
+    full_key, scale = key.to(dtype), query.shape[-1] ** -0.5
     parts = [
-        _scores(query[:, :, block].to(dtype), full_key, bias, block).logsumexp(dim=-1)
+        _scores(query[:, :, block].to(dtype) * scale, full_key, bias, block).logsumexp(dim=-1)
         for block in _blocks(query, key.shape[2])
     ]
     return torch.cat(parts, dim=-1)
