@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
@@ -81,10 +82,11 @@ def _sections(fields: CardFields) -> Iterator[str]:
     if fields.samples:
         yield "<Gallery />"
     base = "a text-to-image model" if fields.base is None else _link(fields.base, fields.endpoint)
-    origin = "made with artaug."
+    with_artaug = f"with artaug {version('artaug')}"  # whose defaults are what the card does not name
+    origin = f"made {with_artaug}."
     if fields.enhancement is not None:
         origin = (
-            "trained with artaug on the model's own pictures before and after a critique (the method of ArtAug, arXiv "
+            f"trained {with_artaug} on the model's own pictures before and after a critique (the method of ArtAug, arXiv "
             "2412.12888). It needs no trigger word."
         )
     size = f"{fields.layers} layers, rank {fields.rank}"

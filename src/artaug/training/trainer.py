@@ -112,7 +112,7 @@ class DifferentialLoRATrainer(TrainingConfig):
     >>> import artaug as aa
     >>> trainer = aa.DifferentialLoRATrainer(rank=8, steps=100, learning_rate=1e-3)
     >>> trainer.objective
-    PairedPreference(beta=5.0, anchor=0.03, outside_weight=1.0, composite=False, norm_guard=0.0)
+    PairedPreference()
     """
 
     __repr__ = short_repr
