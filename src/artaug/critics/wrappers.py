@@ -242,7 +242,7 @@ class Retried(StreamingCritic):
     >>> from PIL import Image
     >>> moody = FixedCritic(aa.Abstention("no JSON"))
     >>> Retried(moody, max_retries=1).critique(Image.new("RGB", (64, 64)), "a hall")
-    Abstention(reason='asked 2 times: no JSON', transient=False)
+    Abstention(reason='asked 2 times: no JSON')
     """
 
     critic: Critic

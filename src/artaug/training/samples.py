@@ -26,7 +26,7 @@ class TrainingPrompt:
 
     >>> from artaug.training import TrainingPrompt
     >>> TrainingPrompt(prompt="a red cone and a blue ball", size=(512, 512), seed=0)
-    TrainingPrompt(prompt='a red cone and a blue ball', size=(512, 512), seed=0, plan=None)
+    TrainingPrompt(prompt='a red cone and a blue ball', size=(512, 512), seed=0)
     """
 
     prompt: str

@@ -69,7 +69,7 @@ def parse_reply(
     >>> critique.repairs[-1]
     'ignored the text around the JSON'
     >>> parse_reply("It is perfect.", size=(640, 480), coordinates="thousandths")
-    Abstention(reason="the reply holds no suggestions: 'It is perfect.'", transient=False)
+    Abstention(reason="the reply holds no suggestions: 'It is perfect.'")
     """
     convention = coordinates if isinstance(coordinates, Coordinates) else Coordinates(coordinates)
     repairs = Repairs()
