@@ -242,6 +242,22 @@ def test_a_conversation_comes_back_as_the_trajectory_that_it_was():
     assert back.turns[0].critique == trajectory.turns[0].critique
 
 
+@pytest.mark.parametrize("mode", [mode for mode in FLAGS if mode != "initial_thinking_generation"])
+def test_every_mode_with_pictures_comes_back_with_each_text_where_it_belongs(mode):
+    trajectory = drawn()
+    ((_, said),) = irgl_conversations(trajectory, [mode])
+
+    back = trajectory_from_irgl(said)
+
+    first, *further = back.turns
+    if mode.startswith("initial"):
+        assert (first.thought, first.critique, further) == ("It is plain.", None, [])
+    else:
+        assert first.critique == trajectory.turns[0].critique
+        assert [(turn.plan, turn.critique) for turn in further] == [(aa.Plan(FINAL), None)][: len(further)]
+        assert len(further) == (mode != "improving_thinking_generation")
+
+
 def test_what_a_trajectory_cannot_fill_is_left_out():
     thoughtless = aa.Trajectory(prompt="a cone", turns=[*drawn().turns[1:], *drawn().turns[1:]])
     assert list(irgl_conversations(thoughtless)) == []

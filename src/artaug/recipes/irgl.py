@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from PIL import Image
@@ -99,7 +100,8 @@ def trajectory_from_irgl(conversation: object, *, seed: int | None = None) -> Tr
 
     Args:
         conversation: decoded from JSON, such as that of mode ``improving_full``. Its pictures become turns; a text before the first one
-            is the thought, and one after a picture its critique. Of questions nothing is read.
+            is the thought, and one after a picture its critique. Of a question nothing is read; a text after one that asks about
+            pictures is what came before the last of them: its thought, or the critique of the one before it.
         seed: of the pictures, if it is known.
 
     Raises:
@@ -116,19 +118,26 @@ def trajectory_from_irgl(conversation: object, *, seed: int | None = None) -> Tr
     if not isinstance(prompt, str) or not prompt.strip():
         raise argument_error("trajectory_from_irgl", "conversation[0]", prompt, expected="the prompt, a text")
     turns: list[Turn] = []
-    thought, plan = "", Plan(prompt)
-    for part in (part for said in rest if not isinstance(said, str) for part in _parts(said)):
-        if part["type"] == "image":
-            turns.append(Turn(plan=plan, image=_decoded(part["content"]), thought="" if turns else thought))
+    thought, plan, is_asked = "", Plan(prompt), False
+    for said in rest:
+        if isinstance(said, str):
+            is_asked = bool(turns)
             continue
-        text = part["content"].replace("<think>", "").replace("</think>", "").strip()
-        if not turns:
-            thought = text
-            continue
-        reflection, last = Reflection.parse(text), turns.pop()
-        final = () if reflection is None else (Suggestion(Box(0, 0, 1, 1), reflection.prompt, reflection.improvements),)
-        plan = Plan(prompt if reflection is None else reflection.prompt)
-        turns.append(Turn(plan=last.plan, image=last.image, thought=last.thought, critique=Critique(final, text)))
+        for part in _parts(said):
+            if part["type"] == "image":
+                turns.append(Turn(plan=plan, image=_decoded(part["content"]), thought="" if turns else thought))
+                continue
+            text = part["content"].replace("<think>", "").replace("</think>", "").strip()
+            number = len(turns) - 1 - is_asked  # of the picture that it is about; -1 before the first
+            if number < 0:
+                thought = text
+                turns = [replace(turn, thought=text) for turn in turns]
+                continue
+            reflection = Reflection.parse(text)
+            final = () if reflection is None else (_suggested(reflection),)
+            plan = Plan(prompt if reflection is None else reflection.prompt)
+            turns[number] = replace(turns[number], critique=Critique(final, text))
+            turns[number + 1 :] = [replace(turn, plan=plan) for turn in turns[number + 1 :]]
     if not turns:
         raise InvalidValueError(f"the conversation about {prompt[:80]!r} has no picture.")
     return Trajectory(prompt=prompt, turns=tuple(turns), seed=seed, stop_reason="the conversation ended")
@@ -144,6 +153,10 @@ def _words(critique: Critique | Abstention | None) -> str:
         return ""
     listed = (f"- {one.prompt}{f' ({one.reason})' if one.reason else ''}" for one in critique.suggestions)
     return critique.summary or "\n".join(listed)
+
+
+def _suggested(reflection: Reflection) -> Suggestion:
+    return Suggestion(Box(0, 0, 1, 1), reflection.prompt, reflection.improvements)
 
 
 def _text(content: str, *, need_loss: bool = True) -> dict[str, Any]:

@@ -19,7 +19,8 @@ def normalized_rewards(scores: Array) -> Array:
     """Scores as rewards in [0, 1], as in DiffusionNFT (arXiv 2509.16117, section 3.3): (prompts, draws).
 
     ``1/2 + 1/2 clip((score - mean of the prompt) / z, -1, 1)``, with ``z`` the standard deviation over all pictures of what is
-    above the line. Draws that all score the same have a reward of a half.
+    above the line. Draws that all score the same have a reward of a half. The paper leaves ``z`` open, such as the standard
+    deviation of all scores, which grows with how much prompts differ from one another; ours does not.
 
     Raises:
         InvalidValueError: unless there is a finite score for each draw of each prompt.
