@@ -244,7 +244,7 @@ def test_the_provenance_names_objects_seeds_and_versions(tmp_path):
 
     page = read(write_report(tmp_path / "report.html", result=make_result(), comparison=comparison, about=about))
 
-    assert "GreedyPlanner(max_regions=2, " in page.text
+    assert "GreedyPlanner(max_regions=2)" in page.text
     assert "note a second try" in page.text
     assert "round 1 drawn by Swatch(light=90, side=8)" in page.text
     assert f"{comparison.seeds[0]}, {comparison.seeds[1]}" in page.text
