@@ -12,6 +12,7 @@ from artaug.recipes import (
     ChatLayout,
     ChatRequirements,
     ChatRewriter,
+    ChatThought,
     PromptRewriter,
     ServedChat,
     checklist,
@@ -222,11 +223,18 @@ def test_a_checklist_refuses_all_that_is_wrong_before_it_draws():
         checklist([], synthesizer=SWATCHES, requirements="a cone", verify=None, turns=0)
 
 
-def test_requirements_that_are_one_text_are_no_list_of_letters():
-    with pytest.raises(aa.ContractError, match="requirements returned 'a red cone'"):
-        checklist(
-            ["a cone"], synthesizer=SWATCHES, requirements=lambda _: "a red cone", verify=FixedScorer(1), progress=False
-        )
+@pytest.mark.parametrize("given", ["a red cone", None])
+def test_requirements_that_are_one_text_or_nothing_are_no_list(given):
+    with pytest.raises(aa.ContractError, match=f"requirements returned {given!r}"):
+        checklist(["a cone"], synthesizer=SWATCHES, requirements=lambda _: given, verify=FixedScorer(1), progress=False)
+
+
+@pytest.mark.parametrize("ask", [ChatLayout, ChatRequirements, ChatThought])
+def test_a_model_that_returns_no_text_is_named(ask):
+    with pytest.raises(aa.ContractError, match="the model's function returned None"):
+        ask(lambda _: None)("a cone")
+    with pytest.raises(aa.ContractError, match="the model's function returned None"):
+        ChatRewriter(lambda _: None)("a cone", aa.Critique())
 
 
 def test_prompts_of_a_checklist_are_drawn_at_the_same_time_where_that_is_elsewhere():

@@ -217,6 +217,14 @@ def test_a_picture_of_a_batch_is_moved_as_it_is_alone_and_one_without_phrases_is
         assert np.abs(together[1] - plain[1]).max() <= 2
 
 
+def test_one_phrase_of_a_plan_has_nothing_to_be_kept_apart_from_and_is_retained():
+    family = tiny_family(StableDiffusion3)
+    plain = draw(family, None)
+    options = {"phrases": lambda _plan: ["lake"], "step_size": 0.3, "normalize": "abs_max"}
+    assert np.abs(draw(family, AStar(**options, retention=0.0)) - plain).max() <= 2
+    assert np.abs(draw(family, AStar(**options)) - plain).max() > 2
+
+
 @pytest.mark.parametrize(("value", "calls"), [(1.0, 3 + 1 + 3 + 1 + 3), (0.0, 5)])
 def test_a_move_is_repeated_where_the_paper_does_until_the_value_is_reached(value, calls):
     family = tiny_family(StableDiffusion3)

@@ -43,7 +43,7 @@ class AStar(Guide):
     """
 
     phrases: PlanPhrases
-    """What is to be kept apart: parts of the plans' prompts, or a function that gives those of each plan."""
+    """What is to be kept apart: parts of the plans' prompts, or a function that gives those of each plan. One phrase alone is retained."""
     step_size: float = 20.0
     """How far latents move, a factor of the gradient."""
     segregation: float = 1.0
@@ -83,7 +83,9 @@ class AStar(Guide):
         strong: dict[int, Tensor] = {}  # of each picture, where its phrases were strong at the step before
 
         def loss(number: int, of_phrases: Tensor, _grid: tuple[int, int]) -> Tensor:
-            total = self.segregation * segregation_loss(of_phrases)
+            total = of_phrases.new_zeros(1)
+            if of_phrases.shape[1] > 1:  # the sum over pairs of one phrase is empty
+                total = self.segregation * segregation_loss(of_phrases)
             if number in strong:
                 total = total + self.retention * retention_loss(of_phrases, strong[number])
             strong[number] = high_activation_masks(of_phrases, threshold=self.threshold)

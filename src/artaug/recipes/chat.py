@@ -9,6 +9,7 @@ from typing import ClassVar, TypeAlias, final
 from PIL.Image import Image
 
 from artaug._internal.annotations import checked
+from artaug._internal.contracts import check_result
 from artaug.critics.replies.reasoning import without_reasoning
 from artaug.critique import Abstention, Critic, Critique
 from artaug.errors import PartError
@@ -85,7 +86,7 @@ class ChatCritic(Critic):
     def critique(self, image: Image, prompt: str) -> Critique | Abstention:
         """What `read` makes of the reply, without the model's reasoning and without code fences."""
         try:
-            reply = self.look(self.message.format(prompt=escape_chat_tokens(prompt)), image)
+            reply = replied(self.look(self.message.format(prompt=escape_chat_tokens(prompt)), image))
         except PartError as error:
             return Abstention(str(error))
         text = _words_of(reply)[:LONGEST_REPLY]
@@ -94,6 +95,15 @@ class ChatCritic(Critic):
     @abstractmethod
     def read(self, text: str) -> Critique | Abstention:
         """The critique that a text is; an abstention from one that is none."""
+
+
+def replied(reply: object) -> str:
+    """What a `Chat` or `Look` returned.
+
+    Raises:
+        ContractError: if that is no text: a refusal is None in some clients.
+    """
+    return check_result("the model's function", "", reply, of=str)
 
 
 def answer_of(reply: str) -> str:

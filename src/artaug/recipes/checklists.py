@@ -15,7 +15,7 @@ from artaug._internal.lanes import Lane
 from artaug._internal.progress_bar import ProgressBar
 from artaug._internal.prompts import check_prompts
 from artaug.plan import Plan
-from artaug.recipes.chat import Chat, answer_of, without_bullet
+from artaug.recipes.chat import Chat, answer_of, replied, without_bullet
 from artaug.run.flow import Steps, awaited, chunks_under_way, run_in_order
 from artaug.scoring import Scorer, score_images
 from artaug.serving.chat import escape_chat_tokens
@@ -180,7 +180,7 @@ def _best(tried: Sequence[Checked]) -> Checked:
 def _listed(requirements: Requirements, prompt: str) -> list[str]:
     """The different requirements of a prompt that say something."""
     listed = requirements(prompt)
-    if isinstance(listed, str):  # a sequence of letters, to Python
+    if isinstance(listed, str) or not isinstance(listed, Sequence):  # a text is a sequence of letters, to Python
         raise contract_error("requirements", "", received=repr(listed), inputs=repr(prompt), expected="a list of str")
     texts = check_batch("requirements", "", listed, of=str, count=len(listed), per="requirement")
     return list(dict.fromkeys(text.strip() for text in texts if text.strip())) or [prompt]
@@ -197,5 +197,5 @@ class ChatRequirements:
 
     def __call__(self, prompt: str) -> list[str]:
         """The lines of the reply, without bullets and numbers; at most 32."""
-        lines = answer_of(self.chat(_MESSAGE.format(prompt=escape_chat_tokens(prompt)))).splitlines()
+        lines = answer_of(replied(self.chat(_MESSAGE.format(prompt=escape_chat_tokens(prompt))))).splitlines()
         return [text for line in lines if (text := without_bullet(line))][:_MOST]

@@ -14,7 +14,7 @@ from artaug.critics import parse_reply
 from artaug.critique import Abstention, Critique
 from artaug.errors import GuideError, PartError
 from artaug.plan import GreedyPlanner, Plan, RegionPlanner, run_planner
-from artaug.recipes.chat import Chat
+from artaug.recipes.chat import Chat, replied
 from artaug.serving.chat import escape_chat_tokens
 from artaug.synthesis import Synthesizer, attempt_seed, draw
 
@@ -120,7 +120,7 @@ class ChatLayout:
     def __call__(self, prompt: str) -> Critique | Abstention:
         """The layout in the reply."""
         try:
-            reply = self.chat(_MESSAGE.format(prompt=escape_chat_tokens(prompt)))
+            reply = replied(self.chat(_MESSAGE.format(prompt=escape_chat_tokens(prompt))))
         except PartError as error:
             return Abstention(str(error))
         return parse_reply(reply, size=(1000, 1000), coordinates="thousandths")

@@ -8,7 +8,7 @@ from artaug._internal.annotations import checked
 from artaug.critique import Abstention, Critique, Suggestion
 from artaug.geometry import Box
 from artaug.plan import Plan, Region, RegionPlanner
-from artaug.recipes.chat import LONGEST_REPLY, Chat, ChatCritic, answer_of, without_bullet
+from artaug.recipes.chat import LONGEST_REPLY, Chat, ChatCritic, answer_of, replied, without_bullet
 from artaug.serving.chat import escape_chat_tokens
 from artaug.trajectories import Thought
 
@@ -89,7 +89,7 @@ class ChatThought:
 
         A server may keep the thought to itself, and reply with the prompt alone.
         """
-        reply = self.chat(_THINK.format(prompt=escape_chat_tokens(prompt)))[:LONGEST_REPLY]
+        reply = replied(self.chat(_THINK.format(prompt=escape_chat_tokens(prompt))))[:LONGEST_REPLY]
         thought, _, _ = reply.rpartition("</think>")
         written = " ".join(answer_of(reply).split())
         usable = 0 < len(written) <= _LONGEST_PROMPT

@@ -8,7 +8,7 @@ from artaug._internal.annotations import checked
 from artaug._internal.contracts import check_result
 from artaug.critique import Critique
 from artaug.plan import Plan, RegionPlanner
-from artaug.recipes.chat import Chat, answer_of
+from artaug.recipes.chat import Chat, answer_of, replied
 from artaug.serving.chat import escape_chat_tokens
 
 Rewrite: TypeAlias = Callable[[str, Critique], str]
@@ -67,11 +67,7 @@ class ChatRewriter:
             *([critique.summary] if critique.summary else []),
             *(f"- {one.prompt}{f' ({one.reason})' if one.reason else ''}" for one in critique.suggestions),
         ]
-        answer = answer_of(
-            self.chat(
-                _MESSAGE.format(
-                    prompt=escape_chat_tokens(prompt), critique=escape_chat_tokens("\n".join(lines) or "nothing")
-                )
-            )
-        )
+        remarks = escape_chat_tokens("\n".join(lines) or "nothing")
+        message = _MESSAGE.format(prompt=escape_chat_tokens(prompt), critique=remarks)
+        answer = answer_of(replied(self.chat(message)))
         return answer if len(answer) <= _LONGEST else ""

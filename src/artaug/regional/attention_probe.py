@@ -130,7 +130,7 @@ class AttentionProbe(Guide):
 
     phrases: Phrases
     """Parts of the plans' prompts, see `artaug.regional.GuidedRun.phrase`, or numbers of single tokens, which may be special ones or
-    padding; or a function of a plan. A number beyond a picture's prompt stands for no token."""
+    padding; or a function of a plan, which may give none. A number beyond a picture's prompt stands for no token."""
     receive: Callable[[AttentionMaps], object] = field(repr=False, compare=False)
     """Called with the maps of every call of the denoiser, after it."""
     layers: Sequence[int] | None = None
@@ -163,6 +163,10 @@ class AttentionProbe(Guide):
     @property
     def reads_regions(self) -> bool:
         return False
+
+    def declines(self, plans: Sequence[Plan]) -> bool:
+        """Whether there is nothing to read: no phrase of any plan."""
+        return callable(self.phrases) and not any(phrases_of(self.phrases, plan) for plan in plans)
 
     @contextmanager
     def applied(self, run: GuidedRun) -> Iterator[None]:
@@ -324,8 +328,6 @@ def _phrase_tokens(
         ]
         return [list(tokens) for tokens in zip(*by_phrase, strict=True)], (tuple(phrases),) * len(run.plans)
     of_plans = [tuple(phrases_of(phrases, plan)) for plan in run.plans]
-    if not any(of_plans):
-        raise GuideError("AttentionProbe(phrases=...) gives no phrase for any plan of a batch. Expected one or more.")
     tokens = [
         [
             tuple(run.phrase_tokens(plan.prompt, [phrase])[0]) if isinstance(phrase, str) else (phrase,)

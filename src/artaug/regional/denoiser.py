@@ -175,6 +175,10 @@ class Denoiser(ABC):
             return dict(kwargs)
         return {name: _rows_of(value, rows, count) for name, value in kwargs.items()}
 
+    def with_gradients(self) -> AbstractContextManager[None]:
+        """A ``with`` block in which calls of the module with gradients predict as those without do; by default nothing is needed."""
+        return nullcontext()
+
     def broadcast_weights(self, weights: Tensor) -> Tensor:
         """Weights (rows, columns), shaped to multiply one row of a prediction, which by default is (tokens, channels)."""
         return rearrange(weights, "rows columns -> (rows columns) 1")

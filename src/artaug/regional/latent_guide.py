@@ -91,6 +91,7 @@ class Predict:
         self._block.enter_context(self._run.trials())
         self._block.enter_context(torch.inference_mode(mode=False))
         self._block.enter_context(torch.enable_grad())
+        self._block.enter_context(self._run.denoiser.with_gradients())
         # Not for the whole drawing: on a CPU, torch takes other kernels for frozen weights, which round otherwise.
         self._block.enter_context(frozen(self._run.denoiser.module))
         self._block.callback(self._guide.close)

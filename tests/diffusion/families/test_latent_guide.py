@@ -324,22 +324,29 @@ def test_what_is_no_move_is_an_error(answer, error, message):
         draw(tiny_family(StableDiffusion3), Moves(lambda latents, *_: answer(latents)))
 
 
-def test_gradient_checkpointing_saves_memory_in_what_is_tried():
-    family = tiny_family(StableDiffusion3)
-    gradients = []
+@pytest.mark.parametrize("has_regions", [False, True])
+def test_gradient_checkpointing_saves_memory_in_what_is_tried_and_changes_nothing(family, has_regions):
+    tried = []
 
     def keep(latents, _step, predict):
-        wanted = latents.clone().requires_grad_()
-        maps = []
-        predict(wanted, aa.AttentionProbe(phrases=["lake"], receive=maps.append))
-        gradients.append(torch.autograd.grad(sum(layer.maps.sum() for layer in maps[0].layers), wanted)[0])
+        wanted, maps = latents.clone().requires_grad_(), []
+        prediction = predict(wanted, aa.AttentionProbe(phrases=["lake"], receive=maps.append))
+        losses = (prediction.square().sum(), sum(layer.maps.sum() for layer in maps[0].layers))
+        gradients = [torch.autograd.grad(loss, wanted, retain_graph=True)[0] for loss in losses]
+        tried.append([prediction.detach(), *gradients])
         return latents
 
     outer = aa.AttentionProbe(phrases=["red"], receive=[].append)
-    draw(family, aa.Together((outer, Moves(keep))), steps=1)
+    guides = (outer, Moves(keep), *((aa.RegionalAttention(),) if has_regions else ()))
+    regions = (aa.Region(LEFT, "a dog with a hat"),) if has_regions else ()
+    plans = [aa.Plan(prompt, regions) for prompt in PROMPTS]
+    draw(family, aa.Together(guides), plans, steps=1)
     family.module.enable_gradient_checkpointing()
-    draw(family, aa.Together((outer, Moves(keep))), steps=1)
-    torch.testing.assert_close(gradients[1], gradients[0])
+    try:
+        draw(family, aa.Together(guides), plans, steps=1)
+    finally:
+        family.module.disable_gradient_checkpointing()
+    torch.testing.assert_close(tried[1], tried[0])
 
 
 def test_a_drawing_in_inference_mode_is_moved_too():

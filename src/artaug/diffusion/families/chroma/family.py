@@ -9,7 +9,7 @@ shifts them. An image token is a 2 x 2 patch of latent pixels.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, final
@@ -17,8 +17,9 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from diffusers import ChromaImg2ImgPipeline, ChromaPipeline
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from artaug._internal.modules import outside_graphs
 from artaug.diffusion.encodings import kept_encoding
 from artaug.diffusion.families import common
 from artaug.diffusion.families.base import Family
@@ -36,6 +37,7 @@ from artaug.regional.denoiser import (
     EncodedPrompt,
     ForwardKwargs,
     Span,
+    bind_forward_args,
 )
 from artaug.training.noise_schedule import FlowMatching
 
@@ -164,7 +166,7 @@ class Chroma1(Family):
         img_ids = self.pipeline._prepare_latent_image_ids(  # noqa: SLF001 - diffusers' own trainers do
             len(noisy), *self._grid, embeds.device, embeds.dtype
         )
-        with _checkpointing_keeps_mask(self.module, attention_mask):
+        with _checkpointing_keeps_masks(self.module):
             velocity: Tensor = self.pipeline.transformer(
                 hidden_states=noisy.to(embeds),
                 timestep=sigmas.to(embeds),
@@ -197,6 +199,9 @@ class ChromaDenoiser(AttentiveDenoiser):
 
     prompt_embeds: Tensor
     """The tensor that the pipeline was given. The pipeline passes it on, not a copy, which tells the branches apart."""
+
+    def with_gradients(self) -> AbstractContextManager[None]:
+        return _checkpointing_keeps_masks(self.module)
 
     def branches(self, kwargs: ForwardKwargs) -> Branches:
         is_cond = kwargs["encoder_hidden_states"] is self.prompt_embeds
@@ -263,23 +268,29 @@ def _add_image(text_mask: Tensor, image_tokens: int) -> Tensor:
 
 
 @contextmanager
-def _checkpointing_keeps_mask(transformer: Any, attention_mask: Tensor) -> Iterator[None]:  # noqa: ANN401 - untyped
-    """Hand the mask to single-stream blocks that recompute their activations: diffusers 0.42 leaves it out there.
+def _checkpointing_keeps_masks(transformer: Any) -> Iterator[None]:  # noqa: ANN401 - untyped
+    """Hand masks to blocks that recompute their activations: diffusers 0.42 leaves out that of single-stream blocks, and ours.
 
-    Without it, training with gradient checkpointing would predict something else than drawing does.
+    Without them, a prediction with gradient checkpointing would be another one than that of drawing. Guides that change a call
+    have to be applied before.
     """
-    if not (transformer.gradient_checkpointing and torch.is_grad_enabled()):
+    if not transformer.gradient_checkpointing:
         yield
         return
     checkpoint: Callable[..., Any] = transformer._gradient_checkpointing_func  # noqa: SLF001 - the only way in
     single_blocks = set(transformer.single_transformer_blocks)
+    call: dict[str, Any] = {}
+
+    def note_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call.update(bind_forward_args(transformer, args, kwargs))
 
     def masked_checkpoint(block: Any, *inputs: Any) -> Any:  # noqa: ANN401 - as diffusers calls it
-        # The mask is the fourth argument of a single-stream block, after hidden states, modulation and rotary embedding.
-        return checkpoint(block, *inputs, *([attention_mask] if block in single_blocks else []))
+        kept = ["joint_attention_kwargs", *(["attention_mask"] if block in single_blocks else [])]
+        return checkpoint(partial(block, **{name: call.get(name) for name in kept}), *inputs)
 
     transformer._gradient_checkpointing_func = masked_checkpoint  # noqa: SLF001 - likewise
     try:
-        yield
+        with transformer.register_forward_pre_hook(outside_graphs(note_call), with_kwargs=True):
+            yield
     finally:
         transformer._gradient_checkpointing_func = checkpoint  # noqa: SLF001 - likewise
