@@ -5,6 +5,7 @@ The first law walks over everything public. Whether a value is of an annotation'
 
 import inspect
 import typing
+from dataclasses import replace
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import jaxtyping
 import numpy as np
 import pytest
+import torch
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 from beartype.roar import BeartypeException
@@ -20,7 +22,7 @@ from tests.test_surface import PACKAGES
 
 import artaug as aa
 from artaug import playground
-from artaug.critics import PhotometricCritic
+from artaug.critics import OpenAICritic, PhotometricCritic
 from artaug.scorers import Chroma
 
 AS_MYPY = BeartypeConf(is_pep484_tower=True)
@@ -189,6 +191,7 @@ def test_a_wrong_type_is_refused_by_an_error_that_names_the_argument_and_what_wa
 # --- what it says ---
 
 PICTURE = Image.new("RGB", (8, 8))
+NO_EDIT = aa.LoRA({"x_embedder": aa.LowRank(torch.zeros(1, 64), torch.zeros(128, 1))})
 PAIR = aa.ImagePair(prompt="a rose", before=PICTURE, after=PICTURE)
 KEPT = aa.Kept(PAIR, aa.Verdict(keep=True, reason="it rose", scores={}))
 
@@ -238,6 +241,29 @@ class OwnSynthesizer(aa.Synthesizer):
             lambda: aa.calibrate([KEPT], [Chroma()]), "calibrate(pairs[0]=", id="attempts for pairs in another function"
         ),
         pytest.param(lambda: aa.RegionalAttention(loras={"a": "x.safetensors"}), "artaug.LoRA.load(path)", id="a path"),
+        pytest.param(
+            lambda: aa.DifferentialLoRATrainer(lr=1e-4), "Did you mean learning_rate?", id="a name of sd-scripts"
+        ),
+        pytest.param(
+            lambda: replace(LOOP["synthesizer"], num_inference_steps=4), "Did you mean steps?", id="a name of diffusers"
+        ),
+        pytest.param(lambda: aa.Gain(Chroma(), at_last=0.1), "Did you mean at_least?", id="a name misspelt"),
+        pytest.param(
+            lambda: OpenAICritic("http://127.0.0.1:8000/v1", "qwen3-vl"),
+            "received 2 arguments without a name and takes none. Write OpenAICritic(base_url=..., model=...).",
+            id="arguments without names",
+        ),
+        pytest.param(
+            lambda: aa.write_report("a.html", 1, 2), "Write write_report(path=..., result=..., ", id="too many"
+        ),
+        pytest.param(
+            lambda: aa.DifferentialLoRATrainer(targets=["to_q", "to_k"]), "'to_q|to_k'", id="PEFT's target_modules"
+        ),
+        pytest.param(
+            lambda: aa.compare(LOOP["synthesizer"], {"a": NO_EDIT}, ["a", "b"], scorers=[Chroma()]),
+            "synthesizer.with_lora(lora)",
+            id="a LoRA for a synthesizer",
+        ),
         pytest.param(lambda: aa.Gain(Chroma()) & (lambda _: True), "artaug.Gain(scorer", id="a function for a filter"),
         pytest.param(
             lambda: aa.compare(LOOP["synthesizer"], {}, "a rose", scorers=[Chroma()]), "['a rose']", id="one prompt"

@@ -224,6 +224,13 @@ def test_a_source_that_does_not_exist_is_named(name, source):
         FOLDERS[name][1](source)
 
 
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_path_where_nothing_is_is_not_answered_with_the_hubs_rules_for_names(name):
+    with pytest.raises(aa.ModelError, match="no name on the Hub") as caught:
+        FOLDERS[name][1]("./models/no-such")
+    assert "Repo id" not in str(caught.value)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no users to be")
 @pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.filterwarnings("ignore")

@@ -340,6 +340,9 @@ class FakeGate(FakeTime):
     def succeeded(self):
         self.silent_since_s = self.now
 
+    def is_news(self):
+        return False
+
 
 def client_of(gate, monkeypatch, *, seconds=0.0, **options):
     def send(_):
@@ -348,7 +351,7 @@ def client_of(gate, monkeypatch, *, seconds=0.0, **options):
 
     monkeypatch.setattr("artaug.serving.client.time", gate)
     defaults = {"max_attempts": None, "retry_deadline_s": 600.0}
-    return RetryingClient(send, gate, UsageCounter(), redact=str, **{**defaults, **options})
+    return RetryingClient(send, gate, UsageCounter(), server="http://here/v1", redact=str, **{**defaults, **options})
 
 
 @pytest.mark.parametrize("deadline_s", [5.0, 60.0, 600.0])

@@ -55,12 +55,15 @@ def test_a_wrong_convention_is_noticed_and_the_right_one_named(convention):
         assert f"Use {result.best!r}." in str(result)
 
 
-def test_without_replies_no_convention_fits():
+def test_without_boxes_no_convention_fits_and_without_replies_there_is_no_result():
+    gone = aa.Abstention("the server is gone")
+    with pytest.raises(aa.CriticError, match="none of the 6 questions of the probe: the server is gone"):
+        probe_coordinates(lambda requests: enumerate([gone] * len(requests)), Coordinates("relative"))
     result = probe_coordinates(
-        lambda requests: enumerate([aa.Abstention("the server is gone")] * len(requests)), Coordinates("relative")
+        lambda requests: enumerate([gone, *[ChatReply("a rectangle")] * (len(requests) - 1)]), Coordinates("relative")
     )
     assert not result.conclusive
-    assert result.replies == ("the server is gone",) * 6
+    assert result.replies == ("the server is gone", *["a rectangle"] * 5)
     assert "No convention fits" in str(result)
 
 

@@ -263,6 +263,12 @@ def test_the_check_does_not_change_the_synthesizer():
     assert "step" not in vars(drawing.pipeline.scheduler)
 
 
+def test_a_model_in_another_precision_is_refused_before_anything_is_drawn():
+    half = tiny_flux().to(torch.bfloat16)
+    with pytest.raises(aa.ModelError, match=r"the vae in torch\.bfloat16\. Load .* dtype=torch\.float32"):
+        check_family(synthesizer(half))
+
+
 def test_isolation_of_image_tokens_without_effect_is_refused():
     strict = aa.RegionalAttention(isolation=aa.Isolation(image_to_image="regions"))
     drawing = synthesizer(tiny_sd15(), guide=strict, guidance_scale=1.0)

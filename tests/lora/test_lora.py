@@ -231,9 +231,11 @@ def test_alpha_beside_a_layer_is_folded_into_that_layer(tmp_path):
 
 def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("not a LoRA")
-    for name in ("text.safetensors", "missing.safetensors", "."):
+    for name in ("text.safetensors", "."):
         with pytest.raises(LoRAError, match=r"is not a LoRA file: .* Expected a safetensors file\."):
             LoRA.load(tmp_path / name)
+    with pytest.raises(LoRAError, match=r"there is no file me/flux-artaug\. .* artaug\.hub\.pull"):
+        LoRA.load("me/flux-artaug")
 
 
 @pytest.mark.parametrize(

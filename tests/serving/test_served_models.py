@@ -498,3 +498,14 @@ def test_invalid_options_are_refused_at_construction(wrong, message, kind):
     with pytest.raises(aa.InvalidValueError, match=message) as caught:
         kind.make(**{"url": "http://127.0.0.1:1/v1", **wrong})
     assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_gives_no_reply_is_in_the_log_while_it_is_asked_again_once_a_silence(kind, caplog, monkeypatch):
+    monkeypatch.setattr(backoff, "_NEWS_AFTER_S", 0.0)
+    silences = [refuses(503), refuses(503), kind.good, refuses(503), kind.good]
+    with faulty_server(*silences) as server, caplog.at_level(logging.WARNING, "artaug"):
+        ask(kind, kind.make(server.url, concurrency=1, **no_schema(kind)), 2)
+    assert len(server.requests) == 5
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert all(server.url in line and "the server answered 503" in line and "600 s" in line for line in said)

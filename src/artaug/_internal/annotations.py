@@ -22,7 +22,7 @@ from typing import Annotated, Any, ForwardRef, Literal, NamedTuple, TypeAlias, T
 
 import numpy as np
 
-from artaug._internal.arguments import Faults, advice_for, argument_error, type_name
+from artaug._internal.arguments import Faults, advice_for, argument_error, type_name, unknown_argument
 from artaug.errors import InvalidValueError, PromptError
 
 T = TypeVar("T")
@@ -234,6 +234,8 @@ class Door:
         self._function, self._owner, self._like = function, owner, like
         self._kinds: dict[str, Kind | None] | None = None
         self.positional: list[str] = []
+        self._named_only: list[str] = []
+        self._is_open = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _door, (self._function, self._owner, self._like)
@@ -249,6 +251,10 @@ class Door:
             for index, one in enumerate(parameters):
                 if one.kind in {one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD}:
                     self.positional.append(one.name)
+                elif one.kind is one.KEYWORD_ONLY:
+                    self._named_only.append(one.name)
+                else:
+                    self._is_open = True
                 if one.annotation is not one.empty:
                     kinds[one.name] = kind_of(one.annotation, names)
                 elif one.name in above or one.kind is one.KEYWORD_ONLY:
@@ -259,12 +265,16 @@ class Door:
         return self._kinds
 
     def check(self, arguments: Sequence[object], named: Mapping[str, object]) -> None:
-        """Refuse arguments that do not fit; how many there are is for Python to check.
+        """Refuse arguments that do not fit, and those that there are not; which ones are missing is for Python to check.
 
         Raises:
             InvalidValueError: that lists all that do not fit.
         """
         kinds = self.kinds() if self._kinds is None else self._kinds
+        if not (self._like or self._is_open) and (
+            len(arguments) > len(self.positional) or not named.keys() <= kinds.keys()
+        ):
+            self._refuse_unknown(arguments, named)
         misfits = []
         for name, value in zip(self.positional, arguments, strict=False):
             if (kind := kinds[name]) is not None and (misfit := kind(value)) is not None:
@@ -280,6 +290,26 @@ class Door:
                     raise misfit_error(owner, name, misfit)
             faults.raise_any()
 
+    def _refuse_unknown(self, arguments: Sequence[object], named: Mapping[str, object]) -> None:
+        """Refuse names that are no parameters, and arguments without a name where only names are taken."""
+        bound = 1 if self.positional[:1] in (["self"], ["cls"]) else 0
+        owner = type(arguments[0]).__name__ if self._owner.endswith("__init__") else self._owner
+        names = [*self.positional[bound:], *self._named_only]
+        received, taken = len(arguments) - bound, len(self.positional) - bound
+        faults = Faults(owner)
+        for name, value in named.items():
+            if name not in names:
+                with faults.collected():
+                    raise unknown_argument(owner, name, value, names=names)
+        if received > taken:
+            written = ", ".join(f"{name}=..." for name in names[:received])
+            with faults.collected():
+                raise InvalidValueError(
+                    f"{owner} received {received} argument{'s' * (received > 1)} without a name and takes {taken or 'none'}. "
+                    f"Write {owner}({written})."
+                )
+        faults.raise_any()
+
 
 def _door(function: Callable[..., Any], owner: str, like: Door | None) -> Door:
     return Door(function, owner=owner, like=like)
@@ -288,6 +318,8 @@ def _door(function: Callable[..., Any], owner: str, like: Door | None) -> Door:
 def misfit_error(owner: str, name: str, misfit: Misfit) -> InvalidValueError:
     """The error for an argument that does not fit its annotation."""
     advice = advice_for(misfit.classes, misfit.value, expected=misfit.expected)
+    if name == "targets":
+        advice = "Such as 'to_q|to_k', a regular expression."
     error = argument_error(owner, f"{name}{misfit.place}", misfit.value, expected=misfit.expected, advice=advice)
     return PromptError(str(error)) if name in {"prompt", "prompts"} else error
 

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from numbers import Integral, Real
 
 from artaug._internal.text import shorten
@@ -20,6 +21,7 @@ _QUOTED = 120
 
 _ADVICE = {
     "Adapter": "Such as artaug.PlainLoRA().",
+    "Base": "Such as artaug.hub.base_of('black-forest-labs/FLUX.1-dev').",
     "Box": "Such as artaug.Box(0, 0, 0.5, 1), the left half; of pixels, artaug.Box.from_pixels(...).",
     "BestOf": "Such as artaug.BestOf(4, by=scorer).",
     "Checkpoints": "Such as artaug.Checkpoints(folder='runs/first').",
@@ -28,9 +30,11 @@ _ADVICE = {
     "Fuser": "Such as artaug.ConcatFuser().",
     "Guide": "Such as artaug.RegionalAttention().",
     "Image": "Open a file with PIL.Image.open(path).",
-    "ImagePair": "The pair of an attempt is attempt.pair, and a Skipped has none.",
+    "DiffusionPipeline": "A name or a folder is for from_pretrained; that of a synthesizer is synthesizer.pipeline.",
+    "ImagePair": "Such as artaug.ImagePair(prompt=..., before=..., after=...); that of an attempt is attempt.pair.",
     "LoRA": "Read a file with artaug.LoRA.load(path).",
     "Objective": "Such as artaug.PairedPreference().",
+    "LowRank": "Read a file with artaug.LoRA.load(path).",
     "Optimizer": "Such as artaug.AdamW().",
     "PairwiseJudge": "Such as an object of a subclass of yours, see artaug.PairwiseJudge.",
     "PairFilter": "Make one of a scorer, artaug.Gain(scorer, at_least=0.02), or subclass artaug.PairFilter.",
@@ -46,6 +50,31 @@ _ADVICE = {
     "dtype": "Such as torch.bfloat16.",
 }
 """What to do, by the name of the class that was expected."""
+
+_OF_AN_ARRAY = {"Image": "PIL.Image.fromarray", "Mask": "artaug.Mask.from_array"}
+
+_NAMES_ELSEWHERE = {
+    "rank": ("r", "network_dim", "dim"),
+    "learning_rate": ("lr", "unet_lr"),
+    "steps": ("num_inference_steps", "max_train_steps", "num_train_steps", "iterations"),
+    "batch_size": ("train_batch_size", "per_device_train_batch_size"),
+    "micro_batch_size": ("gradient_accumulation_steps",),
+    "targets": ("target_modules",),
+    "schedule": ("lr_scheduler", "lr_scheduler_type"),
+    "warmup": ("lr_warmup_steps", "warmup_steps"),
+    "optimizer": ("optimizer_type",),
+    "cache": ("cache_latents", "cache_latents_to_disk"),
+    "dtype": ("torch_dtype", "mixed_precision"),
+    "guidance_scale": ("cfg", "cfg_scale"),
+    "scale": ("weight", "multiplier", "strength", "lora_scale", "adapter_weight"),
+    "at_least": ("threshold", "min", "minimum"),
+    "max_new_tokens": ("max_tokens",),
+    "seed": ("generator",),
+    "synthesizer": ("pipeline", "pipe", "model"),
+    "options": ("device", "torch_dtype", "dtype", "batch_size"),
+    "store": ("output_dir", "resume", "resume_from_checkpoint"),
+}
+"""Names of ours, and what the same is called in diffusers, PEFT, sd-scripts, ai-toolkit and OpenAI's protocol."""
 
 
 def advice_for(classes: Sequence[type], value: object, *, expected: str = "") -> str:
@@ -64,10 +93,11 @@ def advice_for(classes: Sequence[type], value: object, *, expected: str = "") ->
         return f"Put it in a list: [{shorten(repr(value), 60)}]."
     if isinstance(value, float) and expected.startswith("a whole number") and value.is_integer():
         return f"Write {value:.0f}."
-    if hasattr(value, "__array__") and "Image" in names:
-        return "Make one of an array with PIL.Image.fromarray(array)."
-    if hasattr(value, "__array__") and "Mask" in names:
-        return "Make one of an array with artaug.Mask.from_array(array)."
+    made = [maker for name, maker in _OF_AN_ARRAY.items() if name in names and hasattr(value, "__array__")]
+    if made:
+        return f"Make one of an array with {made[0]}(array)."
+    if type(value).__name__ == "LoRA" and "Synthesizer" in names:
+        return "Draw with it: synthesizer.with_lora(lora)."
     return next((_ADVICE[cls.__name__] for cls in classes if cls.__name__ in _ADVICE), "")
 
 
@@ -84,6 +114,19 @@ def argument_error(owner: str, name: str, value: object, *, expected: str, advic
         received = f"the class {value.__name__}"
     message = f"{owner}({name}={shorten(repr(value), _QUOTED)}): expected {expected}, received {received}."
     return InvalidValueError(f"{message} {advice}".rstrip())
+
+
+def unknown_argument(owner: str, name: str, value: object, *, names: Sequence[str]) -> InvalidValueError:
+    """Make the error for a name that is none of the arguments' ``names``.
+
+    >>> from artaug._internal.arguments import unknown_argument
+    >>> print(unknown_argument("Gain", "threshold", 0.5, names=["scorer", "at_least"]))
+    Gain(threshold=0.5): expected one of the arguments scorer, at_least, received a float. Did you mean at_least?
+    """
+    same = [ours for ours, theirs in _NAMES_ELSEWHERE.items() if name in theirs and ours in names]
+    near = same or get_close_matches(name, names, n=1)
+    advice = f"Did you mean {near[0]}?" if near else ""
+    return argument_error(owner, name, value, expected=f"one of the arguments {', '.join(names)}", advice=advice)
 
 
 def check_argument(owner: str, name: str, value: object, of: type, *, optional: bool = False) -> None:

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
-from difflib import get_close_matches
 from functools import lru_cache, wraps
 from typing import Any, TypeVar, dataclass_transform
 
@@ -16,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from artaug._internal.annotations import kind_of, misfit_error
-from artaug._internal.arguments import argument_error
+from artaug._internal.arguments import argument_error, unknown_argument
 from artaug._internal.text import shorten
 from artaug.errors import ArtAugError, InvalidValueError
 
@@ -155,11 +154,7 @@ def _argument_fault(
 ) -> InvalidValueError:
     """The error of one argument, worded by its annotation, or else by what pydantic says of it."""
     if error["type"].startswith("unexpected"):
-        near = get_close_matches(name, names, n=1)
-        advice = f"Did you mean {near[0]}?" if near else ""
-        return argument_error(
-            owner, name, error["input"], expected=f"one of the arguments {', '.join(names)}", advice=advice
-        )
+        return unknown_argument(owner, name, error["input"], names=names)
     if passed is not None and name in passed:
         hint = next((attribute.type for attribute in fields(cls) if attribute.name == name), object)
         kind = kind_of(hint, vars(sys.modules[cls.__module__]))

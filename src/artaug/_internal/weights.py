@@ -36,6 +36,10 @@ def model_errors(failure: str, *, expected: str = "") -> Iterator[None]:
         # tokenizers and safetensors raise plain Exceptions, other libraries nearly all there are
         if is_out_of_memory(error):
             raise
+        if "HFValidationError" in {type(error).__name__, type(error.__cause__).__name__}:  # of a path where nothing is
+            raise ModelError(
+                f"{failure}: there is no such folder, and it is no name on the Hub. {expected}".rstrip()
+            ) from error
         text = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
         raise ModelError(f"{failure}: {text} {expected}".rstrip()) from error
 

@@ -65,7 +65,11 @@ class OpenAICritic(ServedModel, StreamingCritic):
         return stream_dialogues(self._conversation, images, prompts, generate=generate, prepare=self._resized)
 
     def probe(self) -> ProbeResult:
-        """Show the model a few rectangles and find out how it writes boxes."""
+        """Show the model a few rectangles and find out how it writes boxes.
+
+        Raises:
+            CriticError: if the server answers no request until ``retry_deadline_s`` is over.
+        """
         return probe_coordinates(partial(self._generate, {}), self._conversation.coordinates)
 
     @property

@@ -12,6 +12,7 @@ from artaug.critics.coordinates import FAMILIES, Coordinates, Size, SmartResize
 from artaug.critics.dialogue import Generate
 from artaug.critics.replies import parse_reply
 from artaug.critique import Abstention
+from artaug.errors import CriticError
 from artaug.geometry import Box
 from artaug.serving.chat import ChatReply, ChatRequest, Message
 
@@ -95,10 +96,19 @@ def probe_coordinates(generate: Generate, requested: Coordinates) -> ProbeResult
     Args:
         generate: sends requests to the model.
         requested: the convention that the model is asked to use; it may write another.
+
+    Raises:
+        CriticError: if the model answers no request.
     """
     targets = probe_targets(side=2 * requested.point_radius if requested.order == "points" else _DEFAULT_SIDE)
     received = dict(generate([_request(target, requested) for target in targets]))
     replies = [received[index] for index in range(len(targets))]
+    failures = [reply.reason for reply in replies if isinstance(reply, Abstention)]
+    if len(failures) == len(replies):
+        raise CriticError(
+            f"the model answered none of the {len(replies)} questions of the probe: {failures[0]}. Of a server, see that it "
+            "runs, that base_url is its address with the path, which mostly ends in /v1, and that model is a name it serves."
+        )
     mean_iou = {
         convention: sum(_iou(reply, target, convention) for reply, target in zip(replies, targets, strict=True))
         / len(targets)

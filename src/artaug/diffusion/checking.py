@@ -16,12 +16,13 @@ from typing import Any, final
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from artaug._internal.annotations import checked
 from artaug.diffusion.families.base import Family
 from artaug.diffusion.synthesizer import DiffusersSynthesizer, without_progress_bar
+from artaug.errors import ModelError
 from artaug.geometry import Box
 from artaug.plan import Plan, Region
 from artaug.regional.attention_probe import AttentionMaps, AttentionProbe
@@ -73,7 +74,14 @@ def check_family(
 
     Raises:
         AssertionError: with a sentence that names the failed check.
+        ModelError: for a pipeline in another precision than float32, in which no two ways of computing agree so closely.
     """
+    for name, part in synthesizer.pipeline.components.items():
+        if isinstance(part, nn.Module) and (others := {weight.dtype for weight in part.parameters()} - {torch.float32}):
+            raise ModelError(
+                f"check_family compares ways of computing that agree in float32 alone: received the {name} in {others.pop()}. "
+                "Load the pipeline in it, dtype=torch.float32, or call synthesizer.pipeline.to(torch.float32)."
+            )
     checks = _FamilyChecks(dataclasses.replace(synthesizer, steps=max(2, synthesizer.steps)), prompt, tolerance)
     checks.check_masks()
     checks.check_initial_noise()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+_NEWS_AFTER_S = 5.0
 _LONGEST_SLEEP_S = 3600.0  # at a time: a wait of a thousand years is more than the system's clock takes
 
 
@@ -22,6 +23,7 @@ class RetryGate:
     """When a request last succeeded, by `time.monotonic`; at first, when the batch began. All requests share it, so that
     a server that is down costs its batch one deadline and not one for each request."""
     _open_at: float = 0.0
+    _is_reported: bool = False
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def pause(self, seconds: float) -> None:
@@ -30,7 +32,14 @@ class RetryGate:
 
     def succeeded(self) -> None:
         """Note that the server has just answered."""
-        self.silent_since_s = time.monotonic()
+        self.silent_since_s, self._is_reported = time.monotonic(), False
+
+    def is_news(self) -> bool:
+        """Whether the server has been silent for so long that a person should hear of it: once, until it answers again."""
+        if self._is_reported or time.monotonic() - self.silent_since_s < _NEWS_AFTER_S:
+            return False
+        self._is_reported = True
+        return True
 
     def close(self) -> None:
         """Cancel the requests that wait, and all later ones."""

@@ -4,6 +4,7 @@ How a request is sent is not known here: a function sends it and returns the res
 """
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -18,6 +19,8 @@ from artaug.serving.chat import ChatReply
 from artaug.serving.completion import Completion, RequestFailure, excerpt, parse_completion
 from artaug.serving.http import HttpResponse
 from artaug.serving.usage import Usage, UsageCounter
+
+_LOG = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,6 +41,8 @@ class RetryingClient:
     """None for as many as the deadline allows."""
     retry_deadline_s: float
     """No further attempt starts this many seconds after the first, or after the last success of any request."""
+    server: str
+    """Its address, for the log."""
     redact: Callable[[str], str]
     """Hides the key in all that leaves this class. A response holds it only where its parts make it up together."""
 
@@ -76,6 +81,14 @@ class RetryingClient:
             if outcome.retry_after_s is not None:
                 self.gate.pause(delay_s)  # a wait that the server demands of one request holds for all
             self.usage.add(Usage(retries=1))
+            if self.gate.is_news():
+                _LOG.warning(
+                    "%s has given no reply for %.0f s: %s. It is asked again until %g s are over.",
+                    self.server,
+                    waited_s,
+                    self.redact(outcome.reason),
+                    self.retry_deadline_s,
+                )
 
     def _attempt(self, request: Mapping[str, Any]) -> ChatReply | RequestFailure:
         response = self.send(request)

@@ -233,6 +233,7 @@ class _Connection:
             usage,
             max_attempts=model.max_attempts,
             retry_deadline_s=model.retry_deadline_s,
+            server=model.base_url,
             redact=self._key.redact,
         )
 

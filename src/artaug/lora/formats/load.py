@@ -121,6 +121,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 "safetensors file."
             )
         path = path / PEFT_WEIGHTS
+    if not path.exists():
+        raise LoRAError(
+            f"there is no file {path}. Expected a safetensors file; one on the Hub is read by artaug.hub.pull."
+        )
     try:
         tensors, header = load_tensors(path)
     except OSError as error:
