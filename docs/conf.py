@@ -5,7 +5,6 @@ import inspect
 import logging
 import os
 import re
-import shutil
 import typing
 from importlib import import_module
 from pathlib import Path
@@ -50,9 +49,10 @@ default_role = "py:obj"  # `Box` in a docstring is a link, and a misspelt one an
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
-# Notebooks live with the examples and are executed here.
+# Notebooks live with the examples and are executed here, where pages are beside them.
 for notebook in (HERE.parent / "examples").glob("*.ipynb"):
-    shutil.copyfile(notebook, HERE / notebook.name)
+    text = notebook.read_text(encoding="utf-8").replace("](../docs/", "](")
+    (HERE / notebook.name).write_text(text, encoding="utf-8")
 nb_execution_mode = "cache"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True

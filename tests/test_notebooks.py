@@ -1,6 +1,7 @@
-"""Notebooks are kept without outputs, since the documentation executes them, and are found from its pages."""
+"""Notebooks are kept without outputs, since the documentation executes them, find its pages and are found from them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,13 @@ def test_a_notebook_says_what_there_is_at_its_end_and_where_to_go_next_and_has_s
     assert others[-1]["source"][0] == "## Where to go next\n"
     long = [cell["id"] for cell in others if cell["cell_type"] == "code" and len(cell["source"]) > LONGEST_CELL]
     assert not long
+
+
+def test_a_notebook_links_to_files_that_are_there(notebook):
+    text = "".join(line for cell in notebook["cells"] if cell["cell_type"] == "markdown" for line in cell["source"])
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert links
+    assert [link for link in links if not (ROOT / "examples" / link).is_file()] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

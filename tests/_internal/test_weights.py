@@ -12,7 +12,9 @@ import artaug as aa
 from artaug._internal.weights import check_safetensors
 from artaug.critics import VLMCritic
 from artaug.diffusion import DiffusersSynthesizer, Flux, synthesizer
+from artaug.scorers import PickScore
 from artaug.scorers.loading import DEFAULT_OPTIONS, load_model
+from support.hub_server import hub_server
 
 INDEX = "model.safetensors.index.json"
 
@@ -68,3 +70,39 @@ def test_of_the_hub_an_adapter_without_safetensors_is_refused(hub):
 
 def test_a_name_of_which_the_hub_has_nothing_is_left_to_the_loader():
     check_safetensors("me/tiny", fetch=lambda _name: None)
+
+
+LOADERS = pytest.mark.parametrize(
+    "load",
+    [DiffusersSynthesizer.from_pretrained, VLMCritic.from_pretrained, PickScore.from_pretrained],
+    ids=["pipeline", "critic", "scorer"],
+)
+
+
+DEPRECATED = pytest.mark.filterwarnings(
+    "ignore:The `local_dir_use_symlinks` argument:UserWarning"
+)  # diffusers' own call
+
+
+@DEPRECATED
+@LOADERS
+def test_a_model_that_the_hub_cannot_be_asked_for_says_so_in_place_of_a_missing_file(load, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(aa.ModelError, match=r"'me/tiny' .*: it is not in the Hub's cache, .* Look at the connection"):
+        load("me/tiny")
+
+
+@pytest.mark.loopback
+@DEPRECATED
+@LOADERS
+def test_a_model_whose_license_was_not_accepted_says_so_in_place_of_an_unknown_name(load, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with hub_server() as server:
+        server.add("me/tiny").gated = True
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        with pytest.raises(aa.ModelError, match=r"'me/tiny' .*: its page on the Hub asks .* hf auth login"):
+            load("me/tiny")

@@ -26,6 +26,8 @@ class Repository:
     """Branches, each a list of commits; a commit maps paths to contents."""
 
     private: bool = False
+    gated: bool = False
+    """Its license has not been accepted."""
     branches: dict[str, list[dict[str, bytes]]] = field(default_factory=lambda: {"main": [{}]})
     messages: list[str] = field(default_factory=list)
 
@@ -159,6 +161,9 @@ class Handler(BaseHTTPRequestHandler):
         if repository is None or (repository.private and not self.token):
             status = 404 if self.token in {WRITER, READER} else 401
             self.refuse(status, "Repository not found", code="RepoNotFound")
+            return None
+        if repository.gated:
+            self.refuse(403, f"Access to model {name} is restricted.", code="GatedRepo")
             return None
         return repository
 

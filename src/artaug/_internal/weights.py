@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
 from artaug._internal.decoding import decode_json
 from artaug._internal.memory import is_out_of_memory
 from artaug.errors import ArtAugError, ModelError
@@ -41,7 +43,21 @@ def model_errors(failure: str, *, expected: str = "") -> Iterator[None]:
                 f"{failure}: there is no such folder, and it is no name on the Hub. {expected}".rstrip()
             ) from error
         text = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
-        raise ModelError(f"{failure}: {text} {expected}".rstrip()) from error
+        raise ModelError(f"{failure}: {_hub_refusal(error) or f'{text} {expected}'}".rstrip()) from error
+
+
+def _hub_refusal(error: BaseException | None) -> str:
+    """What the Hub's own error means, which libraries pass on as a missing file or an unknown name; without one, nothing."""
+    while error is not None:
+        if isinstance(error, GatedRepoError):
+            return "its page on the Hub asks for a license to be accepted. Accept it there, then log in: hf auth login."
+        if isinstance(error, LocalEntryNotFoundError):
+            return (
+                "it is not in the Hub's cache, and the Hub could not be asked. Look at the connection and at "
+                "HF_HUB_OFFLINE, or give a folder that holds it."
+            )
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def check_safetensors(
