@@ -50,6 +50,9 @@ def test_a_repr_is_short_and_names_words_and_encoders():
     ("value", "message"),
     [
         ({}, "at least one word"),
+        ({"<a>": rows(1, 4)}, r"need rows by word, then by text encoder, such as \{'<cone>': \{'clip_l': rows\}\}"),
+        ([rows(1, 4)], "need rows by word"),
+        ({3: {"clip_l": rows(1, 4)}}, "need rows by word"),
         ({"": {"clip_l": rows(1, 4)}}, "is no word"),
         ({"a cone": {"clip_l": rows(1, 4)}}, "without white space"),
         ({"<a>": {}}, "has no rows"),
@@ -85,6 +88,11 @@ def test_a_file_means_what_the_value_meant(tmp_path_factory, layout, vectors, en
     made = tokens("<my-cone>", **{encoder: rows(vectors, 6).to(dtype)})
     path = made.save(tmp_path_factory.mktemp("files") / "another-name.safetensors", layout=layout)
     assert aa.Tokens.load(path).digest == made.digest
+
+
+def test_a_word_that_is_the_name_of_an_encoder_is_a_word(tmp_path):
+    made = tokens("t5", clip_l=rows(1, 6))
+    assert aa.Tokens.load(made.save(tmp_path / "t5.safetensors")).digest == made.digest
 
 
 def test_the_tensors_of_a_file_have_the_names_of_its_layout(tmp_path):

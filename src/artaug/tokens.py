@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from artaug._internal.digests import tensors_digest
 from artaug._internal.files import atomic_write, load_tensors, save_tensors
 from artaug._internal.mappings import FrozenDict
+from artaug._internal.text import shorten
 from artaug.errors import TokensError
 
 __all__ = ["InstalledTokens", "TokenLayout", "Tokens"]
@@ -61,6 +62,7 @@ class Tokens:
     """By word, then by text encoder; ``"any"`` is the encoder whose embeddings are as wide."""
 
     def __post_init__(self) -> None:
+        _check_form(self.rows)
         if not self.rows:
             raise TokensError("Tokens need at least one word, received none.")
         for word, encoders in self.rows.items():
@@ -186,7 +188,7 @@ class Tokens:
                 "can run code, and are not read."
             ) from None
         names = list(tensors)
-        if names and all(name in _ENCODERS for name in names):
+        if names and all(name in _ENCODERS for name in names) and _ENCODER not in header:
             stated, encoders = header.get(_WORD), {_ENCODERS[name]: tensors[name] for name in names}
             if encoder is not None:
                 raise TokensError(f"{path} names its text encoders, {list(encoders)}: leave encoder={encoder!r} out.")
@@ -201,6 +203,16 @@ class Tokens:
         # diffusers also writes a single row as a vector.
         rows = {name: tensor.unsqueeze(0) if tensor.ndim == 1 else tensor for name, tensor in encoders.items()}
         return cls({word or stated or path.stem: rows})
+
+
+def _check_form(rows: object) -> None:
+    if not isinstance(rows, Mapping) or not all(
+        isinstance(word, str) and isinstance(encoders, Mapping) for word, encoders in rows.items()
+    ):
+        raise TokensError(
+            "Tokens need rows by word, then by text encoder, such as {'<cone>': {'clip_l': rows}}, received "
+            f"{shorten(repr(rows), 120)}. An encoder that is not known is 'any'."
+        )
 
 
 def _check_rows(word: str, encoder: str, rows: object) -> None:

@@ -110,6 +110,14 @@ def test_an_image_without_pixels_is_refused():
         as_rgb(Image.new("RGB", (0, 4)))
 
 
+def test_an_image_whose_file_was_closed_before_it_was_read_says_so(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        canvas = aa.Canvas(image, strength=0.5)
+    with pytest.raises(aa.InvalidValueError, match="was closed before its pixels were read"):
+        hash(canvas.identity)
+
+
 def test_a_data_url_holds_the_bytes():
     head, data = data_url(b"\0\xff", "webp").split(",")
     assert head == "data:image/webp;base64"

@@ -21,8 +21,15 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
     Raises:
         InvalidValueError: for an image without pixels, or of 32-bit numbers (modes ``I`` and ``F``), whose white level
-            is unknown.
+            is unknown, or whose file was closed before it was read.
     """
+    try:
+        image.load()
+    except AssertionError:  # all that PIL says of it
+        raise InvalidValueError(
+            "the file of an image was closed before its pixels were read, as by `with Image.open(path) as image:`. Call image.load() "
+            "in that block, or give artaug.ImageFile.open(path)."
+        ) from None
     if 0 in image.size:
         raise InvalidValueError(f"an image of {image.width} x {image.height} pixels has nothing to measure.")
     if image.mode in {"I", "F"}:
