@@ -181,6 +181,14 @@ def test_plans_that_start_differently_are_drawn_as_they_are_alone():
         (aa.Canvas(noise_picture(1), strength=0.2), "draws 0 of 4 steps"),
         (aa.Canvas(noise_picture(1, (32, 48)), strength=0.5), "is of 32 x 48 pixels"),
         (aa.Canvas(noise_picture(1)), "expected a strength"),
+        (
+            aa.Canvas(noise_picture(1), mask=aa.Box(0.5, 0.5, 0.501, 0.501), strength=0.5),
+            "covers none of the 32 x 32 pixels",
+        ),
+        (
+            aa.Canvas(noise_picture(1), mask=aa.Mask.from_array(np.full((4, 4), 0.4)), strength=0.5),
+            "covers none of the",
+        ),
         (aa.Canvas(noise_picture(1), strength=0.5, references=[noise_picture(2)]), "would ignore the references"),
     ],
 )

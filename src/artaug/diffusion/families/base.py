@@ -21,6 +21,7 @@ from artaug.diffusion.families.canvases import (
     check_control,
     check_size,
     controlled_call,
+    mask_image,
     noised_call,
     plain_pipeline,
     steps_rounded_up,
@@ -300,7 +301,7 @@ class Family(ABC):
 
         Raises:
             ModelError: if there is no pipeline for it, if it has another size than what is drawn, no strength, references that
-                the model does not read, or if no step would be drawn.
+                the model does not read, or if no step or no pixel would be drawn.
         """
         if canvas.references:
             self.check_references(canvas)
@@ -331,6 +332,11 @@ class Family(ABC):
             raise ModelError(
                 f"{canvas!r} would not be changed: at strength {canvas.strength:g}, {type(self).__name__} draws {drawn} of {steps} "
                 "steps. Raise the strength, or the steps."
+            )
+        if canvas.mask is not None and mask_image(canvas.mask, (self.width, self.height)).getbbox() is None:
+            raise ModelError(
+                f"{canvas!r} would not be changed: its mask covers none of the {self.width} x {self.height} pixels by a half. Make it "
+                "larger, or its weights higher."
             )
         return drawn
 
