@@ -222,6 +222,7 @@ def test_a_later_round_whose_draws_all_score_the_same_is_the_end():
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_is_wrong_is_refused_before_the_first_picture(wrong, named):
+def test_what_is_wrong_is_refused_before_the_first_picture(wrong, named, monkeypatch):
+    monkeypatch.setattr(aa.diffusion.DiffusersSynthesizer, "synthesize_batch", None)
     with pytest.raises(aa.ArtAugError, match=named):
         run(**wrong)

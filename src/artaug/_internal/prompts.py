@@ -58,6 +58,20 @@ def check_prompts(prompts: object) -> None:
             raise PromptError(f"prompts[{index}] is {prompt!r}: expected a text that says what to draw.")
 
 
+def check_sample(owner: str, prompts: Sequence[str]) -> None:
+    """Refuse what is no list of two different prompts or more, of which an interval can be given.
+
+    Raises:
+        PromptError: as `check_prompts`, or for too few.
+    """
+    check_prompts(prompts)
+    if len(set(prompt_clusters(prompts))) < 2:
+        raise PromptError(
+            f"{owner} needs at least 2 prompts, received {len(prompts)}{', all the same' * (len(prompts) > 1)}. More "
+            "prompts narrow the interval."
+        )
+
+
 def check_disjoint(prompts: Sequence[str], others: Sequence[str], *, owner: str, are: str, why: str) -> None:
     """Refuse prompts that are also among ``others``.
 

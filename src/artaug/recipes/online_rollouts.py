@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from artaug._internal.annotations import checked
 from artaug._internal.arguments import check_argument, check_count, check_finite_number
-from artaug._internal.prompts import check_disjoint, check_prompts
+from artaug._internal.prompts import check_disjoint, check_prompts, check_sample
 from artaug.errors import InvalidValueError, NothingToLearnError
 from artaug.evaluation.comparison import Comparison, compare
 from artaug.lora.fusing import ConcatFuser, Fuser, fuse_loras
@@ -123,7 +124,7 @@ def rollouts(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
         progress: show progress bars.
 
     Raises:
-        PromptError: if there are no prompts, one is blank, or one is also held out.
+        PromptError: if there are no prompts, one is blank, or one is also held out, or fewer than 2 are.
         InvalidValueError: if an argument is of another type or out of its range, or ``unseen`` depends on what ``scorer`` does.
         NothingToLearnError: if all prompts of the first round are skipped.
 
@@ -153,6 +154,8 @@ def rollouts(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     check_learning("rollouts", trainer, objective, NegativeAware, fuser)
     trainer = replace(trainer, objective=objective)
     trainer.check(as_trainable(synthesizer), pairs=len(prompts) * -(-draws // 2))
+    # On a grey picture, as `enhance` does: its first real one is drawn after the last training.
+    score_images(unseen, [Image.new("RGB", synthesizer.picture_size, "gray")], [held_out[0]])
     place, model = RecipeFolder(folder), synthesizer
     finished: list[RolloutRound] = []
     arms: dict[str, Synthesizer] = {}
@@ -217,7 +220,7 @@ def _check(
 ) -> None:
     """Refuse what can be known to be wrong before the first picture."""
     check_prompts(prompts)
-    check_prompts(held_out)
+    check_sample("rollouts(held_out=...)", held_out)
     check_disjoint(held_out, prompts, owner="held_out", are="learned from", why="They would show what was trained on.")
     check_argument("rollouts", "synthesizer", synthesizer, Synthesizer)
     check_argument("rollouts", "scorer", scorer, Scorer)

@@ -17,8 +17,8 @@ from PIL.Image import Image
 from artaug._internal.annotations import checked
 from artaug._internal.arguments import Faults, argument_error, check_argument, check_count, check_items
 from artaug._internal.progress_bar import ProgressBar
-from artaug._internal.prompts import check_prompts, prompt_clusters
-from artaug.errors import InvalidValueError, PromptError
+from artaug._internal.prompts import check_sample
+from artaug.errors import InvalidValueError
 from artaug.evaluation.comparison.comparison import Arm, Comparison, paired_scores
 from artaug.evaluation.comparison.judgments import ComparisonJudges
 from artaug.evaluation.comparison.rows import Guardrail, ScoreRow
@@ -422,12 +422,7 @@ def _check_prompts_and_scorers(
 ) -> None:
     """Refuse prompts that are too few, and scorers and judges that cannot be told apart."""
     with faults.collected():
-        check_prompts(prompts)
-        if len(set(prompt_clusters(prompts))) < 2:
-            raise PromptError(
-                f"compare needs at least 2 prompts, received {len(prompts)}{', all the same' * (len(prompts) > 1)}. More "
-                "prompts narrow the interval."
-            )
+        check_sample("compare", prompts)
     with faults.collected():
         check_items("compare", "scorers", scorers, Scorer)
         check_items("compare", "judges", judges, PairwiseJudge)
