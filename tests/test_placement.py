@@ -356,7 +356,7 @@ def test_a_device_that_torch_does_not_know_is_refused_when_the_placement_is_made
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it has such a device")
 def test_a_device_that_is_not_there_is_refused_before_the_run():
-    with pytest.raises(aa.ModelError, match="no such device"):
+    with pytest.raises(aa.ModelError, match="no device 'cuda'"):
         aa.OneAtATime(device="cuda").check("improve", {})
 
 

@@ -359,7 +359,11 @@ def _rows(path: Path, opener: _Opener) -> Iterator[tuple[int, Mapping[str, Any]]
 
 def _checked_folder(name: str, folder: str | Path) -> Path:
     if not Path(folder).is_dir():
-        raise argument_error("pairs_from_folder", name, folder, expected="a folder that is there")
+        missing = "no folder" if Path(folder).exists() else "not there"
+        raise InvalidValueError(
+            f"pairs_from_folder({name}={str(folder)!r}): it is {missing}. Expected a folder of pictures; relative paths begin "
+            f"at {str(Path.cwd())!r}."
+        )
     return Path(folder)
 
 

@@ -134,16 +134,11 @@ class OneAtATime(Placement):
         Raises:
             ModelError: if this machine has no such device.
         """
-        if self.device is not None:
-            try:
-                return torch.empty(0, device=self.device).device  # with its index, as the device of a tensor has it
-            except (RuntimeError, AssertionError) as error:
-                raise ModelError(f"{self!r}: this machine has no such device: {error}") from None
         devices = (device_of(module) for module in modules)
         on_accelerator = next((device for device in devices if device is not None and device.type != "cpu"), None)
-        if on_accelerator is not None:
+        if self.device is None and on_accelerator is not None:
             return on_accelerator
-        return torch.empty(0, device=resolve_device("auto")).device
+        return torch.empty(0, device=resolve_device(self.device or "auto")).device  # with its index, as a tensor has it
 
 
 @dataclass(eq=False)

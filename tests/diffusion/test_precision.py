@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 import artaug as aa
 from artaug import playground
 from artaug._internal.devices import check_placement, component_dtypes, computed_in, resolve_device
+from artaug.critics import VLMCritic
 from artaug.diffusion import DiffusersSynthesizer
 from artaug.regional import OutputMix, RegionalAttention
 from support.tiny_flux import TINY_SIZE, tiny_flux
@@ -130,7 +132,7 @@ def test_what_was_loaded_is_said_once(tmp_path, caplog):
 
 
 def test_auto_is_the_gpu_where_there_is_one():
-    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert resolve_device("meta") == torch.device("meta")
     with patch("torch.accelerator.is_available", return_value=False):
         assert resolve_device("auto") == CPU
     gpu = torch.device("cuda")
@@ -139,6 +141,17 @@ def test_auto_is_the_gpu_where_there_is_one():
         patch("torch.accelerator.current_accelerator", return_value=gpu),
     ):
         assert resolve_device("auto") == gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it has such a device")
+@pytest.mark.parametrize(
+    "load",
+    [DiffusersSynthesizer.from_pretrained, partial(VLMCritic.from_pretrained, constrained=False)],
+    ids=["pipeline", "critic"],
+)
+def test_a_device_that_this_machine_does_not_have_is_refused_before_anything_is_read(load):
+    with pytest.raises(aa.ModelError, match=r"this machine has no device 'cuda:3': .*device='auto'"):
+        load("me/nowhere", device="cuda:3")
 
 
 @pytest.mark.parametrize("option", [{"dtype": None}, {"device": None}, {"dtype": torch.int8}], ids=str)

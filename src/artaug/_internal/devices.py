@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from artaug._internal.decoding import decode_json
 from artaug._internal.files import SafetensorsHeader
-from artaug.errors import InvalidValueError
+from artaug.errors import InvalidValueError, ModelError
 
 DType: TypeAlias = torch.dtype | Literal["auto"]
 """Of weights: a floating-point type of torch, or that of the checkpoint."""
@@ -56,8 +56,20 @@ def check_placement(owner: str, *, dtype: object, device: object) -> None:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that is meant: with "auto" the accelerator that torch finds (CUDA, MPS, XPU), else the CPU."""
+    """The device that is meant: with "auto" the accelerator that torch finds (CUDA, MPS, XPU), else the CPU.
+
+    Raises:
+        ModelError: if this machine has no such device.
+    """
     if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason, *_ = str(error).splitlines()
+            raise ModelError(
+                f"this machine has no device {str(device)!r}: {reason.rstrip('.')}. device='auto' takes the GPU where torch "
+                "finds one, else the CPU."
+            ) from None
         return torch.device(device)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")

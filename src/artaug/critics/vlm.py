@@ -122,7 +122,7 @@ class VLMCritic(StreamingCritic):
 
         Raises:
             ModelError: if there is no image-text-to-text model at ``source``, or none in safetensors without
-                ``allow_pickle``.
+                ``allow_pickle``; if this machine has no such ``device``.
             InvalidValueError: for a ``dtype`` or ``device`` that torch does not have; if ``coordinates`` are not given
                 and the model's family is unknown; no weights are read then.
             MissingExtraError: for ``constrained`` decoding without llguidance; nothing is read then.

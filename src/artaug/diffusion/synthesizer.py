@@ -148,11 +148,12 @@ class DiffusersSynthesizer(Synthesizer):
             allow_pickle: also read weights that are not in safetensors, which can run code when they are read.
 
         Raises:
-            ModelError: if there is no pipeline at ``source``, or one of an unknown family; no weights are read then. If a
-                part of it has no weights in safetensors and ``allow_pickle`` is False.
+            ModelError: if there is no pipeline at ``source``, or one of an unknown family, or no such ``device``; no weights
+                are read then. If a part of it has no weights in safetensors and ``allow_pickle`` is False.
             InvalidValueError: for a ``dtype`` or ``device`` that torch does not have; nothing is read then.
         """
         check_placement("DiffusersSynthesizer.from_pretrained", dtype=dtype, device=device)
+        placed_on = resolve_device(device)
         family = family_at(source)
         expected = (
             f"Expected a {family.pipeline_class.__name__} with weights in safetensors; pickled ones (.bin), which can run "
@@ -164,7 +165,6 @@ class DiffusersSynthesizer(Synthesizer):
             folder = Path(source if Path(source).is_dir() else download(source, use_safetensors=use_safetensors))
             if not allow_pickle:
                 check_safetensors(folder)
-            placed_on = resolve_device(device)
             pipeline = family.pipeline_class.from_pretrained(  # type: ignore[attr-defined]
                 source,
                 dtype={"default": torch.float32, **component_dtypes(folder, placed_on)} if dtype == "auto" else dtype,
