@@ -40,7 +40,7 @@ def test_pictures_are_resized_by_pillow_with_torchvision_or_without(tmp_path):
 
 @pytest.mark.parametrize("load", [load_image_processor, load_tokenizer])
 def test_a_folder_without_a_processor_is_named(load, tmp_path):
-    with pytest.raises(aa.ModelError, match=r"has nothing for Auto"):
+    with pytest.raises(aa.ModelError, match=r"could not be read by Auto"):
         load(str(tmp_path), revision="main")
 
 

@@ -92,7 +92,7 @@ def test_it_passes_the_scorer_checks():
 def test_the_processor_may_be_elsewhere(tmp_path):
     model, processor = saved(tmp_path / "a", tiny_checker()), saved(tmp_path / "b", clip_pictures())
     assert SafetyMargin.from_pretrained(model, processor=processor).score(PICTURES[0], "") > -1
-    with pytest.raises(aa.ModelError, match="has nothing for AutoImageProcessor"):
+    with pytest.raises(aa.ModelError, match="could not be read by AutoImageProcessor"):
         SafetyMargin.from_pretrained(model)
 
 

@@ -293,5 +293,5 @@ def load_part(auto_class: Any, source: str | Path, **options: Any) -> Any:  # no
     Raises:
         ModelError: if there is nothing for it at ``source``.
     """
-    with model_errors(f"{source!r} has nothing for {auto_class.__name__}"):
+    with model_errors(f"{source!r} could not be read by {auto_class.__name__}"):
         return auto_class.from_pretrained(source, trust_remote_code=False, **options)
