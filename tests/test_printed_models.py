@@ -57,6 +57,16 @@ def test_flux_is_loaded_whole_and_offloaded(cache):
     assert drawn(in_turn, PLAN) != drawn(in_turn, aa.Plan(PLAN.prompt))
 
 
+def test_flux_is_stored_in_fp8_and_offloaded_beside_a_critic_elsewhere(cache):
+    flux_in_bfloat16().save_pretrained(place(cache, FLUX))
+    (fence,) = fences_of("docs/flux.md")
+    names = run(fence, {"enable_model_cpu_offload()": 'enable_model_cpu_offload(device="cpu")'})
+    assert torch.float8_e4m3fn in {weight.dtype for weight in names["pipeline"].transformer.parameters()}
+    quick = dataclasses.replace(names["synthesizer"], width=256, height=256, steps=2)
+    assert drawn(quick, PLAN) != drawn(quick, aa.Plan(PLAN.prompt))
+    assert names["critic"].model == VLM
+
+
 def test_a_model_draws_and_another_one_edits(cache):
     flux = flux_in_bfloat16()
     flux.save_pretrained(place(cache, FLUX))

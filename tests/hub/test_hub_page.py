@@ -1,4 +1,4 @@
-"""The fences of docs/hub.md that need an account are run as they are printed, in turn, on a Hub on this machine."""
+"""The fences that need an account on the Hub are run as they are printed, in turn, on a Hub on this machine."""
 
 import pytest
 
@@ -11,6 +11,7 @@ from support.printed import printed_in, run
 
 pytestmark = pytest.mark.loopback
 
+TEST = "tests/hub/test_hub_page.py"
 CARD = b"---\nlicense: other\nlicense_name: flux-1-dev-non-commercial-license\nlicense_link: LICENSE.md\n---\n"
 
 
@@ -55,6 +56,7 @@ def test_the_page_shares_a_run_and_its_pairs_and_pulls_its_lora(server, monkeypa
     names = {
         "aa": aa,
         "hub": hub,
+        "result": result,
         "synthesizer": synthesizer,
         "critic": critic,
         "keep": keep,
@@ -69,7 +71,13 @@ def test_the_page_shares_a_run_and_its_pairs_and_pulls_its_lora(server, monkeypa
             progress=False,
         ),
     }
-    fences = printed_in("docs/hub.md", "tests/hub/test_hub_page.py")
+    (dry_run,) = printed_in("docs/flux.md", TEST)
+    push = run(dry_run, {}, **names)["push"]
+    assert push.commit is None
+    assert "me/flux-artaug" not in server.repositories
+    assert "flux-1-dev-non-commercial-license" in push.card
+    assert "Chroma" in push.card  # of the comparison
+    fences = printed_in("docs/hub.md", TEST)
     for code in fences:
         names = run(code, {}, **names)
 

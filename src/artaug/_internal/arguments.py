@@ -58,7 +58,6 @@ _NAMES_ELSEWHERE = {
     "learning_rate": ("lr", "unet_lr"),
     "steps": ("num_inference_steps", "max_train_steps", "num_train_steps", "iterations"),
     "batch_size": ("train_batch_size", "per_device_train_batch_size"),
-    "micro_batch_size": ("gradient_accumulation_steps",),
     "targets": ("target_modules",),
     "schedule": ("lr_scheduler", "lr_scheduler_type"),
     "warmup": ("lr_warmup_steps", "warmup_steps"),
