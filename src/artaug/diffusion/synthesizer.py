@@ -43,6 +43,7 @@ from artaug.regional.latent_guide import LatentMoves
 from artaug.synthesis import Synthesizer
 from artaug.tokens import Tokens
 from artaug.training.model import DiffusionModel
+from artaug.training.sampled_latents import SampledLatents
 
 
 @checked
@@ -98,6 +99,8 @@ class DiffusersSynthesizer(Synthesizer):
     """What `with_lora` has added; their updates add up."""
     tokens: Tokens | None = None
     """Words of one's own, which `with_tokens` has added. A drawing in whose prompts none of them occurs is an error."""
+    sampled: SampledLatents | None = field(default=None, repr=False)
+    """Where the latents of what it draws are kept, see `keeping_latents`."""
     family: type[Family] | None = field(default=None, repr=False)
     """Adapter for the pipeline; None to recognise it. Give your own for a pipeline that artaug does not know."""
 
@@ -264,29 +267,42 @@ class DiffusersSynthesizer(Synthesizer):
                 self.pipeline.maybe_free_model_hooks()
             check.raise_if_not_finite()
         _warn_of_black_images(output, plans)
-        return self._to_pil(output.images)
+        images = self._to_pil(output.images)
+        if self.sampled is not None:
+            self.sampled.add(images, check.latents)
+        return images
 
     def with_lora(self, lora: LoRA, *, scale: float = 1.0) -> Self:
         """A synthesizer that draws with ``lora`` in addition to those active already; this one is not changed.
 
-        Both share the pipeline: nothing is copied, loaded or fused, and they can draw in turn.
+        Both share the pipeline: nothing is copied, loaded or fused, and they can draw in turn. It keeps no latents.
 
         Raises:
             LoRAMismatchError: if the LoRA names layers the model does not have.
         """
-        return dataclasses.replace(self, loras=(*self.loras, ActiveLoRA(lora, scale)))
+        return dataclasses.replace(self, loras=(*self.loras, ActiveLoRA(lora, scale)), sampled=None)
+
+    def keeping_latents(self, sampled: SampledLatents) -> Self:
+        """A synthesizer that keeps the final latents of what it draws; this one is not changed.
+
+        A training with it learns from these instead of encoding the pictures again: of its own drawings alone. It draws the
+        same pictures.
+        """
+        check_argument("keeping_latents", "sampled", sampled, SampledLatents)
+        return dataclasses.replace(self, sampled=sampled)
 
     def with_tokens(self, tokens: Tokens) -> Self:
         """A synthesizer whose prompts can use the words of ``tokens``, beside those that it has; this one is not changed.
 
-        Both share the pipeline. Tokenizers and embeddings read the words during a drawing, and are as before after it.
+        Both share the pipeline. Tokenizers and embeddings read the words during a drawing, and are as before after it. It keeps no
+        latents.
 
         Raises:
             TokensError: for a word that the model's tokenizers, or tokens added before, know already, or for rows that are as wide
                 as none of its embeddings.
         """
         check_argument("with_tokens", "tokens", tokens, Tokens)
-        return dataclasses.replace(self, tokens=tokens if self.tokens is None else self.tokens | tokens)
+        return dataclasses.replace(self, tokens=tokens if self.tokens is None else self.tokens | tokens, sampled=None)
 
     def new_tokens(self, word: str, *, like: str, vectors: int = 1) -> Tokens:
         """Rows to begin with: each is the mean embedding of the tokens of ``like``, in every text encoder.
@@ -376,7 +392,7 @@ class DiffusersSynthesizer(Synthesizer):
         schedule = digest(repr(settings))[:16]
         return (
             f"LoRAs [{loras}], guidance {self.guidance_scale}, schedule {schedule}, length {self.max_sequence_length}"
-            f"{'' if self.tokens is None else f', tokens {self.tokens.digest}'}"
+            f"{'' if self.tokens is None else f', tokens {self.tokens.digest}'}{'' if self.sampled is None else ', sampled latents'}"
         )
 
     @property
@@ -412,6 +428,7 @@ class DiffusersSynthesizer(Synthesizer):
             max_sequence_length=family.default_max_sequence_length
             if self.max_sequence_length is None
             else self.max_sequence_length,
+            sampled=self.sampled,
         )
 
     @contextmanager
@@ -506,6 +523,8 @@ class _StepCheck:
         self, module: nn.Module, guide: Guide | None, run: GuidedRun | None, moves: LatentMoves | None
     ) -> None:
         self._module, self._guide, self._run, self._moves = module, guide, run, moves
+        self.latents = torch.empty(0)
+        """After the last step that was taken."""
         self._finite: list[Tensor] = []
         """Of each step, on the device. To read one after each step, the device would have to wait for the next."""
 
@@ -516,7 +535,8 @@ class _StepCheck:
             check_called(self._module)
             if self._run is not None:
                 self._run.check_called(self._guide)
-        self._finite.append(tensors["latents"].isfinite().all())
+        self.latents = tensors["latents"]
+        self._finite.append(self.latents.isfinite().all())
         if self._moves is not None:
             self._moves.end_step(tensors["latents"])
         return {}

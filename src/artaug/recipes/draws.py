@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from PIL.Image import Image
 
@@ -11,7 +12,7 @@ from artaug.image_files import ImageFile, ImageFolder
 from artaug.plan import Plan
 from artaug.run.storage.cached_synthesizer import CachedSynthesizer
 from artaug.synthesis import Synthesizer, attempt_seed, draw_batches
-from artaug.training import Checkpoints
+from artaug.training import Checkpoints, KeepsLatents, SampledLatents
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +58,13 @@ class RecipeFolder:
         if self.path is None:
             return synthesizer
         return CachedSynthesizer(synthesizer, folder=Path(self.path) / "drawings", images=self._images)
+
+    def keeping_latents(self, synthesizer: Synthesizer) -> Synthesizer:
+        """The synthesizer with the latents of its drawings kept, if it can keep them: for one training, where there is no folder."""
+        if not isinstance(synthesizer, KeepsLatents):
+            return synthesizer
+        kept = synthesizer.keeping_latents(SampledLatents(None if self.path is None else Path(self.path) / "latents"))
+        return cast(Synthesizer, kept)
 
     def kept(self, images: Sequence[Image]) -> Sequence[Image | ImageFile]:
         """Pictures to keep, in the folder instead of in memory where there is one."""

@@ -102,8 +102,8 @@ def rollouts(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
 
     *The paper's:* draws of the current model, rewards normalized by prompt, and the loss on the forward process. *Ours:* the
     model of the round before is the teacher, where the paper moves its old policy along by an average at every step; a LoRA for
-    each round, and their sum; the skipping. Pictures are learned from as they are encoded again, not by the latents that were
-    sampled: an `ImagePair` holds pictures.
+    each round, and their sum; the skipping. What is learned from are the latents that were sampled; a
+    synthesizer that is no `artaug.training.KeepsLatents`, such as one on a cluster, is learned from by encoding its pictures.
 
     Args:
         prompts: what to draw and learn from.
@@ -161,8 +161,9 @@ def rollouts(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     arms: dict[str, Synthesizer] = {}
     stop_reason = f"all {rounds} rounds ran"
     for number in range(1, rounds + 1):
+        teacher = place.keeping_latents(model)
         several = draw_several(
-            place.drawing(model), prompts, count=draws, seed=seed, round_number=number, batch_size=batch_size
+            place.drawing(teacher), prompts, count=draws, seed=seed, round_number=number, batch_size=batch_size
         )
         outcomes, pairs = _score(several, scorer, least_spread, place)
         if not pairs:
@@ -172,7 +173,7 @@ def rollouts(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
             break
         training = trainer.train(
             pairs,
-            as_trainable(model),
+            as_trainable(teacher),
             seed=picture_seeds(seed, number)[-1],
             checkpoints=place.checkpoints(number),
             progress=progress,

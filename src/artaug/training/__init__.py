@@ -7,6 +7,7 @@ from artaug.training.loss_scale import LossScale
 from artaug.training.model import (
     Decoder,
     DiffusionModel,
+    KeepsLatents,
     Predictor,
     ReadsTokens,
     RemotelyTrainable,
@@ -34,6 +35,7 @@ from artaug.training.objectives import (
 )
 from artaug.training.optimizers import AdamW, AdamW8bit, Optimizer, Prodigy, Schedule, ScheduleFree
 from artaug.training.progress import StepEvent
+from artaug.training.sampled_latents import SampledLatents
 from artaug.training.samples import TrainingPrompt, TrainingSample
 from artaug.training.state import Checkpoints, CompanionState, TrainingState
 from artaug.training.token_trainer import TokenTrainer, TokenTrainingResult
@@ -65,6 +67,7 @@ __all__ = [
     "EpsilonPrediction",
     "FlowMatching",
     "FullRank",
+    "KeepsLatents",
     "LayerWeights",
     "LoKr",
     "LossScale",
@@ -83,6 +86,7 @@ __all__ = [
     "PromptBatch",
     "ReadsTokens",
     "RemotelyTrainable",
+    "SampledLatents",
     "Schedule",
     "ScheduleFree",
     "Stage",

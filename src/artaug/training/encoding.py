@@ -26,6 +26,7 @@ from artaug.regional.coverage import area_coverage, coverage
 from artaug.training.distributed import World
 from artaug.training.model import DiffusionModel
 from artaug.training.objectives import Objective
+from artaug.training.sampled_latents import SampledLatents
 from artaug.training.samples import TrainingPrompt, TrainingSample, shown_plan
 from artaug.training.steering import as_steerable
 
@@ -210,8 +211,9 @@ def _text_fingerprint(model: DiffusionModel) -> str:
 
 
 def _image_fingerprint(model: DiffusionModel, size: tuple[int, int]) -> str:
-    """A digest of what the VAE returns for a fixed picture."""
-    return tensors_digest({"": model.encode_images([Image.linear_gradient("L").resize(size).convert("RGB")])})
+    """A digest of what the VAE returns for a fixed picture, and of whether it is asked."""
+    encoded = tensors_digest({"": model.encode_images([Image.linear_gradient("L").resize(size).convert("RGB")])})
+    return encoded if _sampled(model) is None else digest(encoded, "sampled")
 
 
 def encode_text(model: DiffusionModel, prompt: str) -> dict[str, Tensor]:
@@ -226,8 +228,8 @@ def _encode_latents(
 ) -> Iterator[dict[str, Tensor]]:
     """Latents, and compressed region masks, of one micro batch."""
     columns = {
-        "before": model.encode_images([as_rgb(pair.before) for pair in pairs]),
-        "after": model.encode_images([as_rgb(pair.after) for pair in pairs]),
+        "before": _latents_of(model, [as_rgb(pair.before) for pair in pairs]),
+        "after": _latents_of(model, [as_rgb(pair.after) for pair in pairs]),
     }
     _check_lengths(model, "encode_images", columns, len(pairs), "picture")
     for index, pair in enumerate(pairs):
@@ -239,6 +241,16 @@ def _encode_latents(
                     "numbers: check the picture, and whether the VAE needs float32."
                 )
         yield {**latents, **_encode_mask(model, pair.plan, size)}
+
+
+def _latents_of(model: DiffusionModel, images: Sequence[Image.Image]) -> Tensor:
+    """Those that the pictures were decoded from, where the model's synthesizer keeps them, else their encoding."""
+    sampled = _sampled(model)
+    return model.encode_images(images) if sampled is None else torch.stack([sampled.of(image) for image in images])
+
+
+def _sampled(model: DiffusionModel) -> SampledLatents | None:
+    return getattr(model, "sampled", None)
 
 
 def _encode_mask(model: DiffusionModel, plan: Plan | None, size: tuple[int, int]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from artaug.errors import ModelError
 from artaug.regional.denoiser import Conditioning, Denoiser
 from artaug.tokens import InstalledTokens, Tokens
 from artaug.training.noise_schedule import DecodedPictures, Latents, NoiseSchedule, Sigmas
+from artaug.training.sampled_latents import SampledLatents
 
 T = TypeVar("T")
 
@@ -143,3 +144,11 @@ class Trainable(Protocol):
 
     def training(self) -> AbstractContextManager[DiffusionModel]:
         """The model with the LoRAs that this synthesizer draws with, for the length of a ``with`` block."""
+
+
+@runtime_checkable
+class KeepsLatents(Trainable, Protocol):
+    """A synthesizer whose trainings can learn from the latents that it sampled, as every `DiffusersSynthesizer`."""
+
+    def keeping_latents(self, sampled: SampledLatents) -> Self:
+        """A synthesizer that keeps there what it samples, and whose model has them as its attribute ``sampled``."""

@@ -38,6 +38,7 @@ from artaug.regional.guided_run import EncodedPlan, EncodedRegion, GuidedRun
 from artaug.regional.isolation import BALANCED, Isolation
 from artaug.tokens import InstalledTokens, Tokens
 from artaug.training.noise_schedule import NoiseSchedule
+from artaug.training.sampled_latents import SampledLatents
 
 _PROMPTS_PER_CALL = 64
 """So many region prompts are encoded together, at most: 64 of 512 tokens take about 10 GB in T5 XXL."""
@@ -103,6 +104,8 @@ class Family(ABC):
     """Strength of classifier-free guidance in a model whose ``guidance_scale`` is something else; 1 is none."""
     max_sequence_length: int
     """Tokens of a prompt that the model reads."""
+    sampled: SampledLatents | None = None
+    """Where the latents of its drawings are kept, which trainings learn from; None to encode pictures."""
 
     @property
     @abstractmethod
