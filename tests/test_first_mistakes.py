@@ -247,6 +247,9 @@ class OwnSynthesizer(aa.Synthesizer):
         pytest.param(
             lambda: replace(LOOP["synthesizer"], num_inference_steps=4), "Did you mean steps?", id="a name of diffusers"
         ),
+        pytest.param(
+            lambda: LOOP["synthesizer"].with_lora(NO_EDIT, weight=0.5), "Did you mean scale?", id="a name in a method"
+        ),
         pytest.param(lambda: aa.Gain(Chroma(), at_last=0.1), "Did you mean at_least?", id="a name misspelt"),
         pytest.param(
             lambda: OpenAICritic("http://127.0.0.1:8000/v1", "qwen3-vl"),

@@ -235,7 +235,7 @@ class Door:
         self._kinds: dict[str, Kind | None] | None = None
         self.positional: list[str] = []
         self._named_only: list[str] = []
-        self._is_open = False
+        self._is_open = like is not None and function.__module__.partition(".")[0] != "artaug"  # a user's, for Python
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _door, (self._function, self._owner, self._like)
@@ -271,9 +271,7 @@ class Door:
             InvalidValueError: that lists all that do not fit.
         """
         kinds = self.kinds() if self._kinds is None else self._kinds
-        if not (self._like or self._is_open) and (
-            len(arguments) > len(self.positional) or not named.keys() <= kinds.keys()
-        ):
+        if not self._is_open and (len(arguments) > len(self.positional) or not named.keys() <= kinds.keys()):
             self._refuse_unknown(arguments, named)
         misfits = []
         for name, value in zip(self.positional, arguments, strict=False):
