@@ -204,7 +204,7 @@ def test_the_blur_of_udifftext_is_a_plain_gaussian_over_zeros():
 def test_blurred_losses_are_those_of_blurred_maps(name):
     maps = random_maps(2, 2, 20)
     if name not in BLURRED:
-        with pytest.raises(TypeError):
+        with pytest.raises(aa.InvalidValueError, match="smoothing=None"):
             loss_of(name, maps, smoothing=None)
         return
     edge = "zeros" if "local" in name else "reflect"
