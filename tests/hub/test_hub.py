@@ -59,7 +59,7 @@ def run(*, accepted=True, gain=None):
     round_ = aa.Round(
         number=1, attempts=skipped, training=training, lora=flux_lora(), seconds={}, gain=gain, accepted=accepted
     )
-    return aa.Enhancement(rounds=(round_,), stop_reason="all 1 rounds ran")
+    return aa.Enhancement(rounds=(round_,), stop_reason="its one round ran")
 
 
 def compared():

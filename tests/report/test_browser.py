@@ -68,7 +68,7 @@ def run():
     rounds = (
         aa.Round(number=1, attempts=attempts, training=training, lora=LORA, seconds=seconds, gain=None, accepted=True),
     )
-    return aa.Enhancement(rounds=rounds, stop_reason="all 1 rounds ran")
+    return aa.Enhancement(rounds=rounds, stop_reason="its one round ran")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from artaug.pairs import Attempt, Dropped, ImagePair, Kept, Verdict
 from artaug.recipes.checks import check_learning
 from artaug.recipes.draws import PromptDraws, RecipeFolder, draw_several
 from artaug.run.checking import as_trainable
-from artaug.run.results import Enhancement, Round, no_pairs_reason
+from artaug.run.results import Enhancement, Round, no_pairs_reason, rounds_ran
 from artaug.synthesis import Synthesizer, picture_seeds
 from artaug.training import DifferentialLoRATrainer, SupervisedFineTuning
 
@@ -128,7 +128,7 @@ def dreamsync(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
             )
         )
         model = synthesizer.with_lora(lora)
-    return Enhancement(rounds=tuple(finished), stop_reason=f"all {rounds} rounds ran")
+    return Enhancement(rounds=tuple(finished), stop_reason=rounds_ran(rounds))
 
 
 def _attempts(draws: Iterator[PromptDraws], keep: PairFilter, score: str, place: RecipeFolder) -> Iterator[Attempt]:

@@ -19,6 +19,7 @@ from artaug.recipes.checks import check_learning
 from artaug.recipes.draws import PromptDraws, RecipeFolder, draw_several
 from artaug.recipes.rewards import draw_pairs, normalized_rewards
 from artaug.run.checking import as_trainable
+from artaug.run.results import rounds_ran
 from artaug.scoring import Scorer, score_images
 from artaug.synthesis import Synthesizer, held_out_seed, picture_seeds
 from artaug.training import DifferentialLoRATrainer, NegativeAware, TrainingResult
@@ -159,7 +160,7 @@ def rollouts(  # noqa: PLR0913 - one verb over many nouns, as `enhance`
     place, model = RecipeFolder(folder), synthesizer
     finished: list[RolloutRound] = []
     arms: dict[str, Synthesizer] = {}
-    stop_reason = f"all {rounds} rounds ran"
+    stop_reason = rounds_ran(rounds)
     for number in range(1, rounds + 1):
         teacher = place.keeping_latents(model)
         several = draw_several(

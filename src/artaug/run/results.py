@@ -201,7 +201,12 @@ def end_of_rounds(finished: Sequence[Round], *, rounds: int) -> str | None:
     """Why a run ends after these rounds, in words; None if there is another one, of at most ``rounds``."""
     if finished and not finished[-1].accepted:
         return f"round {finished[-1].number} did not help on held-out prompts"
-    return f"all {rounds} rounds ran" if len(finished) >= rounds else None
+    return rounds_ran(rounds) if len(finished) >= rounds else None
+
+
+def rounds_ran(rounds: int) -> str:
+    """Why a run ends whose rounds have all helped."""
+    return f"all {rounds} rounds ran" if rounds > 1 else "its one round ran"
 
 
 def no_pairs_reason(number: int, attempts: Iterable[Attempt]) -> str | None:
