@@ -57,6 +57,16 @@ def test_a_served_model_rewrites_a_prompt_from_the_critique():
 
 
 @pytest.mark.loopback
+def test_a_reply_that_was_cut_is_used_and_said(caplog):
+    with faulty_server(says("a red cone, viv", finish="length")) as server:
+        assert ChatRewriter(served(server))("a cone", aa.Critique((LEFT,))) == "a red cone, viv"
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "tiny: the reply was cut at the limit of tokens: 'a red cone, viv'"
+    ]
+
+
+@pytest.mark.loopback
 def test_a_server_that_refuses_is_an_error_that_names_the_model():
     with faulty_server(refuses(403)) as server, pytest.raises(aa.PartError, match=r"tiny gave no reply.*403"):
         served(server)("hello")

@@ -1,5 +1,6 @@
 """A language model that recipes ask: any function from a message to a reply, or a model on a server; and critics that it is."""
 
+import logging
 import re
 from abc import abstractmethod
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from PIL.Image import Image
 
 from artaug._internal.annotations import checked
 from artaug._internal.contracts import check_result
+from artaug._internal.text import shorten
 from artaug.critics.replies.reasoning import without_reasoning
 from artaug.critique import Abstention, Critic, Critique
 from artaug.errors import PartError
@@ -21,6 +23,8 @@ Chat: TypeAlias = Callable[[str], str]
 """From a message to the reply."""
 Look: TypeAlias = Callable[[str, Image], str]
 """From a message and a picture to the reply."""
+
+_LOG = logging.getLogger(__name__)
 
 LONGEST_REPLY = 20_000
 """Characters of a reply that are read."""
@@ -34,6 +38,8 @@ _BULLET = re.compile(r"^\s*(?:[-*+\u2013\u2022]\s|\u2022|[*_]{0,2}\d{1,3}[.)][*_
 @dataclass(frozen=True, kw_only=True)
 class ServedChat(ServedModel):
     """Asks a language model behind an OpenAI-compatible server, about a picture too; `ServedModel` has the fields.
+
+    A reply that was cut at ``max_new_tokens`` is used as far as it goes, with a warning in the log.
 
     Raises:
         InvalidValueError: as `ServedModel`.
@@ -50,6 +56,8 @@ class ServedChat(ServedModel):
         ((_, outcome),) = self._replies([ChatRequest((Message("user", message, shown),))])
         if isinstance(outcome, RequestFailure):
             raise PartError(f"{self.model} gave no reply: {outcome.reason}.")
+        for note in outcome.notes:
+            _LOG.warning("%s: %s: %r", self.model, note, shorten(outcome.text, 120))
         return outcome.text
 
 
