@@ -13,7 +13,7 @@ from artaug._internal.annotations import checked
 from artaug._internal.arguments import Faults, check_argument
 from artaug._internal.digests import digest
 from artaug._internal.fingerprints import module_fingerprint
-from artaug._internal.text import duration, short_repr, table_html
+from artaug._internal.text import duration, table_html
 from artaug.errors import InvalidValueError, NothingToLearnError
 from artaug.identity import identity_of
 from artaug.images.curves import curves_svg
@@ -98,7 +98,7 @@ class TrainingResult:
 
 
 @checked
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DifferentialLoRATrainer(TrainingConfig):
     """Trains a LoRA on what separates the pictures of pairs.
 
@@ -114,8 +114,6 @@ class DifferentialLoRATrainer(TrainingConfig):
     >>> trainer.objective
     PairedPreference()
     """
-
-    __repr__ = short_repr
 
     def train(  # noqa: PLR0913 - what a training takes is all here
         self,
