@@ -235,7 +235,8 @@ class Door:
         self._kinds: dict[str, Kind | None] | None = None
         self.positional: list[str] = []
         self._named_only: list[str] = []
-        self._is_open = like is not None and function.__module__.partition(".")[0] != "artaug"  # a user's, for Python
+        module = function.__module__ or ""  # None of a class that `exec` made
+        self._is_open = like is not None and module.partition(".")[0] != "artaug"  # a user's, for Python
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _door, (self._function, self._owner, self._like)

@@ -156,7 +156,7 @@ class _EncoderFacts:
             self.is_known = self.is_known and id(function) in self.known_ids
             return None
         self.known_ids.add(id(function))
-        is_ours = function.__module__.partition(".")[0] not in _LIBRARIES
+        is_ours = (function.__module__ or "").partition(".")[0] not in _LIBRARIES
         names = {name for name in _names(function.__code__) if is_ours and name in function.__globals__}
         read = [function.__globals__[name] for name in sorted(names)]
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
