@@ -56,6 +56,8 @@ def test_a_training_learns_from_them_and_encodes_no_picture(on_disk, tmp_path, m
     pair = drawn_pair(kept)
     plain = encoded(BASE, pair)
     monkeypatch.setattr(Flux, "encode_images", None)
+    with pytest.raises(TypeError):
+        encoded(BASE, pair)
 
     rows = encoded(kept, pair)
 
@@ -126,3 +128,5 @@ def test_rollouts_encode_no_picture(monkeypatch):
         progress=False,
     )
     assert asked == []
+    encoded(BASE, drawn_pair(BASE))
+    assert len(asked) == 2  # as it would have been

@@ -22,7 +22,7 @@ from typing import Annotated, Any, ForwardRef, Literal, NamedTuple, TypeAlias, T
 
 import numpy as np
 
-from artaug._internal.arguments import Faults, advice_for, argument_error, type_name, unknown_argument
+from artaug._internal.arguments import ADVICE_BY_NAME, Faults, advice_for, argument_error, type_name, unknown_argument
 from artaug.errors import InvalidValueError, PromptError
 
 T = TypeVar("T")
@@ -316,9 +316,7 @@ def _door(function: Callable[..., Any], owner: str, like: Door | None) -> Door:
 
 def misfit_error(owner: str, name: str, misfit: Misfit) -> InvalidValueError:
     """The error for an argument that does not fit its annotation."""
-    advice = advice_for(misfit.classes, misfit.value, expected=misfit.expected)
-    if name == "targets":
-        advice = "Such as 'to_q|to_k', a regular expression."
+    advice = ADVICE_BY_NAME.get(name) or advice_for(misfit.classes, misfit.value, expected=misfit.expected)
     error = argument_error(owner, f"{name}{misfit.place}", misfit.value, expected=misfit.expected, advice=advice)
     return PromptError(str(error)) if name in {"prompt", "prompts"} else error
 

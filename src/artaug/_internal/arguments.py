@@ -51,6 +51,9 @@ _ADVICE = {
 }
 """What to do, by the name of the class that was expected."""
 
+ADVICE_BY_NAME = {"targets": "Such as 'to_q|to_k', a regular expression."}
+"""What to do, by the name of an argument of which its class says too little."""
+
 _OF_AN_ARRAY = {"Image": "PIL.Image.fromarray", "Mask": "artaug.Mask.from_array"}
 
 _NAMES_ELSEWHERE = {

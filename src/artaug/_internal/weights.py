@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
 
 from artaug._internal.decoding import decode_json
 from artaug._internal.memory import is_out_of_memory
@@ -38,7 +38,7 @@ def model_errors(failure: str, *, expected: str = "") -> Iterator[None]:
         # tokenizers and safetensors raise plain Exceptions, other libraries nearly all there are
         if is_out_of_memory(error):
             raise
-        if "HFValidationError" in {type(error).__name__, type(error.__cause__).__name__}:  # of a path where nothing is
+        if any(isinstance(one, HFValidationError) for one in (error, error.__cause__)):  # of a path where nothing is
             raise ModelError(
                 f"{failure}: there is no such folder, and it is no name on the Hub. {expected}".rstrip()
             ) from error

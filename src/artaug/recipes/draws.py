@@ -60,7 +60,7 @@ class RecipeFolder:
         return CachedSynthesizer(synthesizer, folder=Path(self.path) / "drawings", images=self._images)
 
     def keeping_latents(self, synthesizer: Synthesizer) -> Synthesizer:
-        """The synthesizer with the latents of its drawings kept, if it can keep them: for one training, where there is no folder."""
+        """The synthesizer, keeping the latents of its drawings if it can: in the folder, else in memory, as long as it lives."""
         if not isinstance(synthesizer, KeepsLatents):
             return synthesizer
         kept = synthesizer.keeping_latents(SampledLatents(None if self.path is None else Path(self.path) / "latents"))
